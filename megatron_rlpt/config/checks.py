@@ -1,0 +1,160 @@
+"""Ranges of single fields and agreement between fields, checked before anything heavy loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_rlpt.config.schema import AxisConfig, Config, JudgeName, ObjectiveName
+from megatron_rlpt.errors import ConfigError
+
+_Check = tuple[str, Callable[[Any], bool], str]
+
+_RANGES: list[_Check] = [
+    ("data.suffix_length", lambda v: v >= 1, "at least 1"),
+    ("data.min_prefix", lambda v: v >= 1, "at least 1"),
+    ("data.max_prefix", lambda v: v >= 1, "at least 1"),
+    ("data.episodes_per_document", lambda v: v >= 0, "0 (all) or more"),
+    ("data.shuffle_buffer", lambda v: v >= 1, "at least 1"),
+    ("data.max_bad_fraction", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ("candidates.rollouts", lambda v: v >= 0, "0 or more"),
+    ("rollout.temperature", lambda v: v > 0, "above 0"),
+    ("rollout.max_batch", lambda v: v >= 1, "at least 1"),
+    ("rollout.kv_cache_gib", lambda v: v > 0, "above 0"),
+    ("rollout.max_logprob_gap", lambda v: v > 0, "above 0"),
+    ("teacher.likelihood.repetition_weight", lambda v: v >= 0, "0 or more"),
+    ("teacher.likelihood.repetition_ngram", lambda v: v >= 1, "at least 1"),
+    ("teacher.likelihood.batch_tokens", lambda v: v >= 1, "at least 1"),
+    ("teacher.generative.temperature", lambda v: v >= 0, "0 or more"),
+    ("teacher.generative.top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    ("teacher.generative.max_tokens", lambda v: v >= 1, "at least 1"),
+    ("teacher.rewriter.temperature", lambda v: v >= 0, "0 or more"),
+    ("teacher.rewriter.top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    ("teacher.rewriter.anchor_words", lambda v: v >= 0, "0 or more"),
+    ("teacher.max_context", lambda v: v >= 1, "at least 1"),
+    ("teacher.kv_cache_gib", lambda v: v > 0, "above 0"),
+    ("teacher.max_failure_rate", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ("objective.beta", lambda v: v > 0, "above 0"),
+    ("objective.reference_refresh", lambda v: v >= 0, "0 (frozen) or more"),
+    ("optimizer.lr", lambda v: v > 0, "above 0"),
+    ("optimizer.min_lr", lambda v: v >= 0, "0 or more"),
+    ("optimizer.warmup_steps", lambda v: v >= 0, "0 or more"),
+    ("optimizer.weight_decay", lambda v: v >= 0, "0 or more"),
+    ("optimizer.beta1", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("optimizer.beta2", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("optimizer.eps", lambda v: v > 0, "above 0"),
+    ("optimizer.clip_grad", lambda v: v >= 0, "0 (off) or more"),
+    ("train.steps", lambda v: v >= 1, "at least 1"),
+    ("train.global_batch", lambda v: v >= 1, "at least 1"),
+    ("train.micro_batch", lambda v: v >= 1, "at least 1"),
+    ("train.logprob_chunk", lambda v: v >= 1, "at least 1"),
+    ("checkpoint.every", lambda v: v >= 1, "at least 1"),
+    ("checkpoint.keep", lambda v: v >= 1, "at least 1"),
+    ("observe.samples_per_step", lambda v: v >= 0, "0 or more"),
+    ("evaluation.prefixes", lambda v: v >= 2, "at least 2 (an interval needs two)"),
+    ("evaluation.samples", lambda v: v >= 1, "at least 1"),
+    ("evaluation.examples", lambda v: v >= 0, "0 or more"),
+]
+
+_NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+def validate(config: Config) -> None:
+    """Check ranges and cross-field agreement; cheap, so that it runs before anything heavy loads.
+
+    Raises:
+        ConfigError: names the field, its value and what is allowed.
+    """
+    values = OmegaConf.structured(config)
+    for key, accepts, allowed in _RANGES:
+        value = OmegaConf.select(values, key)
+        if not accepts(value):
+            raise ConfigError(f"{key} is {value}; allowed: {allowed}")
+    for group in ("sources", "heldout"):
+        for index, source in enumerate(getattr(config.data, group)):
+            if not source.weight > 0:
+                raise ConfigError(f"data.{group}[{index}].weight is {source.weight}; allowed: above 0")
+    for name in ("quality", "safety", "factuality"):
+        axis: AxisConfig = getattr(config.teacher.generative, name)
+        if axis.weight < 0 or axis.votes < 1:
+            raise ConfigError(
+                f"teacher.generative.{name} has weight {axis.weight} and {axis.votes} votes; "
+                "allowed: weight 0 or more, at least 1 vote"
+            )
+    _check_sampling(config)
+    _check_lengths(config)
+    _check_objective(config)
+
+
+def _check_sampling(config: Config) -> None:
+    for name, neutral in _NEUTRAL_SAMPLING.items():
+        value = getattr(config.rollout, name)
+        if value != neutral:
+            raise ConfigError(
+                f"rollout.{name} is {value}; allowed: {neutral}, because rollouts are trained on and a truncated "
+                "distribution is not the policy's"
+            )
+
+
+def _check_lengths(config: Config) -> None:
+    data = config.data
+    if data.min_prefix > data.max_prefix:
+        raise ConfigError(f"data.min_prefix is {data.min_prefix}; allowed: at most data.max_prefix = {data.max_prefix}")
+    if config.train.global_batch % config.train.micro_batch:
+        raise ConfigError(
+            f"train.micro_batch is {config.train.micro_batch}; allowed: a divisor of "
+            f"train.global_batch = {config.train.global_batch}"
+        )
+    if config.optimizer.warmup_steps >= config.train.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; allowed: below train.steps = "
+            f"{config.train.steps}"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr is {config.optimizer.min_lr}; allowed: at most optimizer.lr = {config.optimizer.lr}"
+        )
+
+
+def _check_objective(config: Config) -> None:
+    name, offered = config.objective.name, config.candidates
+    count = int(offered.original) + int(offered.rewrite) + offered.rollouts
+    if not config.data.sources:
+        raise ConfigError("data.sources is empty; give at least one source with a path")
+    if name == ObjectiveName.ntp and not offered.original:
+        raise ConfigError("candidates.original is false; allowed: true, because objective.name=ntp trains on it")
+    if name == ObjectiveName.sft_rewrite and not offered.rewrite:
+        raise ConfigError("candidates.rewrite is false; allowed: true, because objective.name=sft_rewrite trains on it")
+    if name == ObjectiveName.sft_rollout and offered.rollouts < 1:
+        raise ConfigError(
+            f"candidates.rollouts is {offered.rollouts}; allowed: at least 1, because objective.name=sft_rollout "
+            "trains on rollouts"
+        )
+    if name in (ObjectiveName.rf_nll, ObjectiveName.online_dpo):
+        if name == ObjectiveName.online_dpo and offered.rollouts < 1:
+            raise ConfigError(
+                f"candidates.rollouts is {offered.rollouts}; allowed: at least 1, because objective.name={name.name} "
+                "learns from rollouts of the current policy"
+            )
+        if count < 2:
+            raise ConfigError(
+                f"candidates offers {count} candidate(s) per episode; allowed: at least 2, because "
+                f"objective.name={name.name} compares them"
+            )
+    judged = name in (ObjectiveName.rf_nll, ObjectiveName.online_dpo)
+    axes = config.teacher.generative
+    if judged and config.teacher.judge == JudgeName.generative:
+        if not any(axis.weight for axis in (axes.quality, axes.safety, axes.factuality)):
+            raise ConfigError("teacher.generative has no axis with a weight above 0; allowed: at least one")
+    unused = {
+        ObjectiveName.ntp: offered.rewrite or offered.rollouts > 0,
+        ObjectiveName.sft_rewrite: offered.rollouts > 0,
+        ObjectiveName.sft_rollout: offered.rewrite,
+    }
+    if unused.get(name, False):
+        raise ConfigError(
+            f"candidates (rewrite={offered.rewrite}, rollouts={offered.rollouts}) offers what "
+            f"objective.name={name.name} never looks at; set rewrite=false and rollouts=0 where they are unused"
+        )

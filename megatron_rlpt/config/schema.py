@@ -1,0 +1,327 @@
+"""Every option of a run: one dataclass per section, one place for every default, a docstring per field."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+class Dtype(enum.StrEnum):
+    """Precision of the policy's forward and backward pass; main weights and optimizer state are always fp32."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class ObjectiveName(enum.StrEnum):
+    """How judged candidates become a loss; one module in ``objectives/`` each."""
+
+    ntp = "ntp"
+    sft_rewrite = "sft_rewrite"
+    sft_rollout = "sft_rollout"
+    rf_nll = "rf_nll"
+    online_dpo = "online_dpo"
+
+
+class JudgeName(enum.StrEnum):
+    """Which judge scores candidates; one module in ``teacher/`` each."""
+
+    likelihood = "likelihood"
+    generative = "generative"
+
+
+class SourceFormat(enum.StrEnum):
+    """How a data source is stored; ``auto`` looks at the path."""
+
+    auto = "auto"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    text = "text"
+    hf = "hf"
+
+
+class Decay(enum.StrEnum):
+    """Shape of the learning-rate decay after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what makes it reproducible."""
+
+    dir: str = MISSING
+    """Folder of this run: checkpoints, metrics, samples, export. Relative to the working directory."""
+    seed: int = 1
+    """Seed of everything random in the run: shuffle order, rollouts, votes."""
+
+
+@dataclass
+class ModelConfig:
+    """The policy."""
+
+    path: str = MISSING
+    """Hugging Face folder (config, safetensors, tokenizer) that the policy starts from."""
+    dtype: Dtype = Dtype.bf16
+    """Precision of forward and backward."""
+
+
+@dataclass
+class SourceConfig:
+    """One corpus."""
+
+    path: str = MISSING
+    """A file, a folder or a glob; for ``format: hf`` a dataset name or folder that ``datasets`` can stream."""
+    format: SourceFormat = SourceFormat.auto
+    """Storage format; ``auto`` recognises .jsonl[.gz|.zst], .parquet, .txt/.md files and folders of one of them."""
+    field: str = "text"
+    """Name of the record field (JSONL, Parquet, hf) that holds the document's text."""
+    weight: float = 1.0
+    """Relative share of documents drawn from this source."""
+    split: str = "train"
+    """Split to stream, for ``format: hf``."""
+
+
+@dataclass
+class DataConfig:
+    """How documents become episodes."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Corpora to mix by weight."""
+    heldout: list[SourceConfig] = field(default_factory=list)
+    """Documents never trained on, for ``rlpt evaluate``."""
+    suffix_length: int = 128
+    """Tokens per suffix, and per rollout and rewrite (paper: 128)."""
+    max_prefix: int = 1920
+    """Longest prefix in tokens (paper: prefix and suffix 2048 in all)."""
+    min_prefix: int = 128
+    """Shortest prefix in tokens; a document shorter than min_prefix + suffix_length is counted as too short."""
+    episodes_per_document: int = 0
+    """Most episodes cut from one document, evenly spread over it; 0 takes every chunk."""
+    shuffle_buffer: int = 4096
+    """Episodes held in the deterministic shuffle buffer; 1 keeps corpus order."""
+    max_bad_fraction: float = 0.01
+    """Share of malformed records above which the run stops; below it they are quarantined and counted."""
+    add_bos: bool = False
+    """Put the tokenizer's BOS token before every document."""
+
+
+@dataclass
+class CandidatesConfig:
+    """What is offered to the judge for every episode."""
+
+    original: bool = True
+    """Offer the document's own suffix as a candidate."""
+    rewrite: bool = False
+    """Offer the teacher's rewrite of the suffix as a candidate."""
+    rollouts: int = 8
+    """Rollouts of the current policy per episode (K; paper: 1 to 16)."""
+
+
+@dataclass
+class RolloutConfig:
+    """How the policy samples its rollouts."""
+
+    temperature: float = 1.0
+    """Sampling temperature (paper: 1)."""
+    top_p: float = 1.0
+    """Must stay 1.0: a truncated distribution is not the policy's, and its log-probabilities would be wrong."""
+    top_k: int = 0
+    """Must stay 0 (off), for the same reason."""
+    min_p: float = 0.0
+    """Must stay 0.0 (off), for the same reason."""
+    max_batch: int = 64
+    """Most sequences the engine decodes at once."""
+    kv_cache_gib: float = 1.0
+    """Memory for the engine's key-value cache, in GiB."""
+    max_logprob_gap: float = 0.5
+    """Stop when engine and trainer disagree on a token's log-probability by more than this on average (nats)."""
+
+
+@dataclass
+class LikelihoodConfig:
+    """The likelihood judge."""
+
+    repetition_weight: float = 6.0
+    """Weight of the share of repeated n-grams, subtracted from the mean log-likelihood (nats per token)."""
+    repetition_ngram: int = 3
+    """Length of the n-grams whose repetition is counted."""
+    batch_tokens: int = 16384
+    """Most tokens scored in one forward pass of the teacher."""
+
+
+@dataclass
+class AxisConfig:
+    """One axis of the generative judge."""
+
+    weight: float = 0.0
+    """Weight of this axis in the summed reward; 0 leaves it out."""
+    votes: int = 5
+    """Judgments asked for per comparison or candidate (paper: 5)."""
+
+
+@dataclass
+class GenerativeConfig:
+    """The generative judge: prompts a post-trained model and parses its verdicts."""
+
+    quality: AxisConfig = field(default_factory=lambda: AxisConfig(weight=1.0))
+    """Pairwise: which continuation is better (round robin over all candidates, random order)."""
+    safety: AxisConfig = field(default_factory=AxisConfig)
+    """Pointwise: is the text safe."""
+    factuality: AxisConfig = field(default_factory=AxisConfig)
+    """Pointwise, with the original suffix as reference: none / possible / definite hallucination."""
+    temperature: float = 1.0
+    """Sampling temperature of the judge (paper: 1.0)."""
+    top_p: float = 0.6
+    """Nucleus of the judge (paper: 0.6 for the fine-tuned judge)."""
+    max_tokens: int = 512
+    """Longest answer of the judge in tokens."""
+
+
+@dataclass
+class RewriterConfig:
+    """The teacher's rewrite of a suffix."""
+
+    temperature: float = 1.0
+    """Sampling temperature of the rewriter."""
+    top_p: float = 0.6
+    """Nucleus of the rewriter."""
+    anchor_words: int = 5
+    """Words of the prefix repeated before the suffix so that the rewrite continues smoothly (paper: 5)."""
+
+
+@dataclass
+class TeacherConfig:
+    """The post-trained model in its two roles, judge and rewriter."""
+
+    path: str = ""
+    """Hugging Face folder of the teacher; empty means a frozen copy of ``model.path``."""
+    judge: JudgeName = JudgeName.likelihood
+    """Which judge scores the candidates."""
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    generative: GenerativeConfig = field(default_factory=GenerativeConfig)
+    rewriter: RewriterConfig = field(default_factory=RewriterConfig)
+    max_context: int = 4096
+    """Longest prompt plus answer of the teacher's engine (judge and rewriter) in tokens."""
+    kv_cache_gib: float = 1.0
+    """Memory for the key-value cache of the teacher's engine, in GiB."""
+    max_failure_rate: float = 0.2
+    """Share of failed judgments in a step above which the run stops."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the update optimises."""
+
+    name: ObjectiveName = ObjectiveName.online_dpo
+    """Which objective turns judged candidates into a loss."""
+    beta: float = 0.1
+    """Strength of the pull to the reference policy, for online_dpo."""
+    reference_refresh: int = 0
+    """Copy the policy into the reference every this many updates, for online_dpo; 0 keeps it frozen."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 5e-6
+    """Peak learning rate (paper: 5e-6 continual, 5e-4 from scratch)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 0
+    """Updates of linear warm-up from 0."""
+    decay: Decay = Decay.cosine
+    """Shape of the decay from lr to min_lr over the remaining steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW on matrices; norms and biases have none."""
+    beta1: float = 0.9
+    """First Adam moment."""
+    beta2: float = 0.95
+    """Second Adam moment."""
+    eps: float = 1e-8
+    """Adam epsilon."""
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+
+@dataclass
+class TrainConfig:
+    """Length and batch of the run."""
+
+    steps: int = MISSING
+    """Steps of the run (paper: 2000 continual, 21000 from scratch)."""
+    global_batch: int = 256
+    """Episodes per optimizer update (paper: 256)."""
+    micro_batch: int = 8
+    """Episodes per forward-backward pass; memory grows with it, the result does not change."""
+    logprob_chunk: int = 1024
+    """Tokens whose vocabulary logits exist at the same time, per rank."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept on disk to resume from."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = 2
+    """Newest checkpoints kept on disk."""
+
+
+@dataclass
+class ObserveConfig:
+    """Where metrics and samples go."""
+
+    samples_per_step: int = 2
+    """Episodes per step written in full to samples.jsonl: prefix, candidates, verdicts, chosen, rejected."""
+    tensorboard: bool = True
+    """Write TensorBoard event files to <run.dir>/tensorboard."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty is off, and a name needs the wandb package."""
+    mlflow_experiment: str = ""
+    """MLflow experiment; empty is off, and a name needs the mlflow package."""
+
+
+@dataclass
+class EvaluationConfig:
+    """How policies are compared by ``rlpt evaluate``."""
+
+    prefixes: int = 128
+    """Held-out prefixes on which policies are compared."""
+    samples: int = 2
+    """Sampled continuations per prefix (temperature 1), besides the greedy one."""
+    examples: int = 8
+    """Prefixes shown side by side in the report."""
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def teacher_path(self) -> str:
+        """Folder of the teacher: its own, or the policy's starting model."""
+        return self.teacher.path or self.model.path
+
+    @property
+    def max_sequence(self) -> int:
+        """Longest training sequence in tokens: longest prefix plus suffix."""
+        return self.data.max_prefix + self.data.suffix_length

@@ -1,0 +1,55 @@
+"""Errors a user can act on. Each carries one line (what is wrong, and the fix) and an exit code.
+
+The command line prints ``error: <line>`` and leaves with ``exit_code``; anything that is not a ``RlptError`` is a
+bug of ours and keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+
+class RlptError(Exception):
+    """Base of every error caused by input, environment or a failed run."""
+
+    exit_code = 10
+
+
+class ConfigError(RlptError):
+    """The configuration is wrong: unknown key, value out of range, fields that contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(RlptError):
+    """The corpus is missing, empty, unreadable or has no usable document."""
+
+    exit_code = 3
+
+
+class ModelError(RlptError):
+    """The model folder or tokenizer cannot be used: missing, unsupported family, vocabulary that does not fit."""
+
+    exit_code = 4
+
+
+class EngineError(RlptError):
+    """The rollout engine or a weight update was refused: names or shapes differ, wrong version, wrong sampling."""
+
+    exit_code = 5
+
+
+class TeacherError(RlptError):
+    """The judge or the rewriter failed too often to go on."""
+
+    exit_code = 6
+
+
+class TrainingError(RlptError):
+    """The update itself failed, for instance a loss that is not finite."""
+
+    exit_code = 7
+
+
+class CheckpointError(RlptError):
+    """A checkpoint could not be written, is incomplete, or does not belong to this run."""
+
+    exit_code = 8

@@ -1,0 +1,103 @@
+"""The words of the design as data: episode, candidate, score, group.
+
+Everything that flows between stream, engine, teacher and objective is one of these. They are immutable and plain
+(ints, strings, tuples), so that they can be written to disk, sent to another machine and read back equal.
+Token ids are the truth; text exists for the teacher only.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Source(enum.StrEnum):
+    """Where a candidate comes from."""
+
+    ORIGINAL = "original"
+    REWRITE = "rewrite"
+    ROLLOUT = "rollout"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One prefix and the original suffix that follows it in a document.
+
+    ``prefix`` has between 1 and ``data.max_prefix`` tokens, ``suffix`` exactly ``data.suffix_length``.
+    """
+
+    id: str
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    corpus: str
+    """Name of the data source."""
+    document: str
+    """Document id within the source (path and record number)."""
+    offset: int
+    """Index of the first suffix token within the tokenized document."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token sequence proposed as continuation of an episode's prefix."""
+
+    source: Source
+    tokens: tuple[int, ...]
+    policy_version: int | None = None
+    """Number of optimizer updates behind the weights that produced a rollout; None for original and rewrite."""
+    seed: int | None = None
+    """Sampling seed of a rollout or a rewrite."""
+    finish_reason: str | None = None
+    """``length`` or ``stop`` (end-of-sequence token sampled), for generated candidates."""
+    logprob: float | None = None
+    """Sum of the engine's own log-probabilities of ``tokens``, natural log, for rollouts."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A verdict the judge gave; higher is better. ``detail`` holds what is needed to explain and replay it."""
+
+    value: float
+    judge: str
+    prompt_version: str
+    detail: dict[str, Any] = field(default_factory=dict)
+    """JSON-serialisable: parts of the score by axis, raw replies, parsed verdicts."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The absence of a score. Never a number: a failed candidate is in no pair, no target and no mean."""
+
+    reason: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """An episode with its candidates and, once judged, one outcome per candidate (same order)."""
+
+    episode: Episode
+    candidates: tuple[Candidate, ...]
+    outcomes: tuple[Score | Failed, ...] = ()
+
+    def scored(self) -> list[tuple[Candidate, Score]]:
+        """Candidates that have a score, in candidate order."""
+        return [
+            (candidate, outcome)
+            for candidate, outcome in zip(self.candidates, self.outcomes, strict=True)
+            if isinstance(outcome, Score)
+        ]
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part and on nothing else (not on ``PYTHONHASHSEED``)."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def stable_id(*parts: object) -> str:
+    """A 16-hex-digit id that depends on every part and on nothing else."""
+    text = "\x1f".join(str(part) for part in parts)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,80 @@
+"""What every vLLM engine in this project needs from its surroundings, in one place.
+
+vLLM reads process-wide state while an engine is built (environment variables) and leaves process-wide state behind
+(reseeded random generators, a disabled ``torch.set_num_threads``, more environment variables). A trainer that shares
+the process must see neither, and two engines (policy and teacher) must not see each other's settings.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@contextmanager
+def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterator[dict[str, Any]]:
+    """Build a vLLM engine inside this block; environment, random state and thread count are restored after it.
+
+    Use it as ``with vllm_environment(1.0) as arguments: llm = LLM(model=..., **arguments)``.
+
+    Args:
+        kv_cache_gib: memory for the engine's key-value cache in GiB; fractions are fine.
+        in_process: run the engine core in this process. False starts it in a process of its own (needed beside a
+            ``torch.distributed`` world of more than one rank) and hides the launcher's variables from it, because
+            vLLM would take them for its own world.
+
+    Yields:
+        The keyword arguments of ``vllm.LLM`` that belong to this environment.
+    """
+    import numpy
+    import torch
+
+    environment = dict(os.environ)
+    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
+    # The default pins OpenMP threads to cores; the training threads of this machine need those cores too.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    # Whole GiB only, and it overrides kv_cache_memory_bytes (vllm/platforms/cpu.py): the argument below is used instead.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    # Read when vllm is first imported; a user who wants more sets it.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not in_process:
+        for name in _LAUNCHER_VARIABLES:
+            os.environ.pop(name, None)
+    # The first engine of a process freezes vLLM's view of the environment (vllm/envs.py: enable_envs_cache).
+    if (envs := sys.modules.get("vllm.envs")) is not None:
+        envs.disable_envs_cache()
+    try:
+        yield {
+            # No compilation and no CUDA graphs: start-up in seconds, and the same kernels whatever the batch.
+            "enforce_eager": True,
+            # Keep the model folder's generation_config.json from changing the sampling behind our back.
+            "generation_config": "vllm",
+            "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        }
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        # The CPU worker replaces the function itself (vllm/v1/worker/cpu_worker.py: init_device).
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)

@@ -45,12 +45,13 @@ def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterato
 
     environment = dict(os.environ)
     python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
     # The default pins OpenMP threads to cores; the training threads of this machine need those cores too.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    # Whole GiB only, and it overrides kv_cache_memory_bytes (vllm/platforms/cpu.py): the argument below is used instead.
+    # Whole GiB only, and it overrides kv_cache_memory_bytes (vllm/platforms/cpu.py), which is used below instead.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     # Read when vllm is first imported; a user who wants more sets it.
@@ -75,6 +76,8 @@ def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterato
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
         # The CPU worker replaces the function itself (vllm/v1/worker/cpu_worker.py: init_device).
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)

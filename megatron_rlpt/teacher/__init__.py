@@ -1,0 +1,1 @@
+"""The post-trained model in its two roles: judge of candidates and rewriter of suffixes."""

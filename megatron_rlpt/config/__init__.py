@@ -1,7 +1,7 @@
 """Structured configuration. Imports neither torch nor Megatron nor vLLM, so a login node can use it."""
 
 from megatron_rlpt.config.checks import validate
-from megatron_rlpt.config.loading import flatten, load_config, to_yaml
+from megatron_rlpt.config.loading import flatten, load_config, nearest_key, to_yaml
 from megatron_rlpt.config.schema import (
     AxisConfig,
     CandidatesConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "TrainConfig",
     "flatten",
     "load_config",
+    "nearest_key",
     "to_yaml",
     "validate",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from megatron_rlpt.config.schema import AxisConfig, Config, JudgeName, ObjectiveName
 from megatron_rlpt.errors import ConfigError
@@ -67,15 +68,20 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: names the field, its value and what is allowed.
     """
-    values = OmegaConf.structured(config)
+    for key, number in _floats(config):
+        if not math.isfinite(number):
+            raise ConfigError(f"{key} is {number}; allowed: a finite number")
     for key, accepts, allowed in _RANGES:
-        value = OmegaConf.select(values, key)
+        value = operator.attrgetter(key)(config)
         if not accepts(value):
             raise ConfigError(f"{key} is {value}; allowed: {allowed}")
     for group in ("sources", "heldout"):
         for index, source in enumerate(getattr(config.data, group)):
             if not source.weight > 0:
                 raise ConfigError(f"data.{group}[{index}].weight is {source.weight}; allowed: above 0")
+    for required in ("run.dir", "model.path"):
+        if not operator.attrgetter(required)(config):
+            raise ConfigError(f"{required} is empty; allowed: the path of a folder")
     for name in ("quality", "safety", "factuality"):
         axis: AxisConfig = getattr(config.teacher.generative, name)
         if axis.weight < 0 or axis.votes < 1:
@@ -86,6 +92,18 @@ def validate(config: Config) -> None:
     _check_sampling(config)
     _check_lengths(config)
     _check_objective(config)
+
+
+def _floats(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float of the configuration with its dotted key."""
+    if isinstance(node, float):
+        yield key, node
+    elif isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from _floats(item, f"{key}[{index}]")
+    elif dataclasses.is_dataclass(node):
+        for entry in dataclasses.fields(node):
+            yield from _floats(getattr(node, entry.name), f"{key}.{entry.name}" if key else entry.name)
 
 
 def _check_sampling(config: Config) -> None:
@@ -145,9 +163,14 @@ def _check_objective(config: Config) -> None:
             )
     judged = name in (ObjectiveName.rf_nll, ObjectiveName.online_dpo)
     axes = config.teacher.generative
-    if judged and config.teacher.judge == JudgeName.generative:
-        if not any(axis.weight for axis in (axes.quality, axes.safety, axes.factuality)):
-            raise ConfigError("teacher.generative has no axis with a weight above 0; allowed: at least one")
+    generative = judged and config.teacher.judge == JudgeName.generative
+    if generative and not any(axis.weight for axis in (axes.quality, axes.safety, axes.factuality)):
+        raise ConfigError("teacher.generative has no axis with a weight above 0; allowed: at least one")
+    if generative and axes.max_tokens >= config.teacher.max_context:
+        raise ConfigError(
+            f"teacher.generative.max_tokens is {axes.max_tokens}; allowed: below teacher.max_context = "
+            f"{config.teacher.max_context}, because the prompt has to fit as well"
+        )
     unused = {
         ObjectiveName.ntp: offered.rewrite or offered.rollouts > 0,
         ObjectiveName.sft_rewrite: offered.rollouts > 0,

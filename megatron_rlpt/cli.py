@@ -1,0 +1,146 @@
+"""The ``rlpt`` command: train, evaluate, config, doctor.
+
+Whatever needs torch is imported inside the command that needs it, so that ``rlpt --help`` and ``rlpt config`` answer
+at once on a login node that has no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from megatron_rlpt import __version__
+from megatron_rlpt.errors import ConfigError, RlptError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells and schedulers expect."""
+
+
+class _Group(TyperGroup):
+    """Leaves with 130 on Ctrl-C whatever the installed typer makes of it (older ones print a line and exit 1)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="rlpt",
+    help="Self-improving pretraining: a teacher rewrites and judges, the policy learns from the best candidates.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    # The decorated tracebacks print local variables, and those may hold keys and tokens.
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"rlpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an existing run folder aside and start anew instead of resuming.")
+    ] = False,
+) -> None:
+    """Train a policy, or resume the run that is in run.dir."""
+    from megatron_rlpt.config import load_config
+
+    resolved = load_config(config, overrides or ())
+    from megatron_rlpt.run import run_training
+
+    run_training(resolved, fresh=fresh)
+
+
+@app.command()
+def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Compare the trained policy with its starting model."""
+    from megatron_rlpt.config import load_config
+
+    resolved = load_config(config, overrides or ())
+    from megatron_rlpt.evaluation.compare import evaluate as compare
+
+    compare(resolved)
+
+
+@app.command("config")
+def show_config(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    get: Annotated[
+        str | None, typer.Option("--get", metavar="section.key", help="Print this one value instead of everything.")
+    ] = None,
+) -> None:
+    """Check a configuration and print it as YAML."""
+    from omegaconf import OmegaConf
+
+    from megatron_rlpt.config import load_config, nearest_key, to_yaml
+
+    text = to_yaml(load_config(config, overrides or ()))
+    if get is None:
+        print(text, end="")
+        return
+    missing = object()
+    # ``text`` was resolved already, so nothing is left to interpolate here but escaped "${".
+    value = OmegaConf.select(OmegaConf.create(text), get, default=missing)
+    if value is missing:
+        raise ConfigError(f"--get {get}: unknown key; the nearest valid key is '{nearest_key(get)}'")
+    if OmegaConf.is_config(value):
+        print(OmegaConf.to_yaml(value), end="")
+    else:
+        print(str(value).lower() if isinstance(value, bool) else value)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """List this machine and its problems, with fixes."""
+    from megatron_rlpt.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json=as_json))
+
+
+def main() -> None:
+    """Entry point of ``rlpt``.
+
+    Exit codes: 0 done, 2 wrong usage or configuration, ``RlptError.exit_code`` with one line on standard error for
+    what a user can put right, 130 after Ctrl-C, 1 with a traceback for a bug of ours.
+    """
+    try:
+        app(prog_name="rlpt")
+    except RlptError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None

@@ -1,0 +1,93 @@
+"""The run's log: one line per event, ``time level name: message key=value``, on standard error and in ``run.log``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any, TextIO
+
+ROOT = "megatron_rlpt"
+_STANDARD = frozenset({"exc_info", "stack_info", "stacklevel", "extra"})
+
+
+class Logger(logging.LoggerAdapter[logging.Logger]):
+    """A standard logger whose calls take the event's fields as keywords: ``log.info("saved", step=3, seconds=0.4)``."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Move the fields to where the formatter finds them."""
+        passed = {key: value for key, value in kwargs.items() if key in _STANDARD}
+        fields = {key: value for key, value in kwargs.items() if key not in _STANDARD}
+        passed["extra"] = {**(passed.get("extra") or {}), "fields": fields}
+        return msg, passed
+
+
+def get_logger(name: str) -> Logger:
+    """The logger of one component, for instance ``get_logger("rollout")``; a module's ``__name__`` works too."""
+    short = name.removeprefix(f"{ROOT}.")
+    return Logger(logging.getLogger(ROOT if short == ROOT else f"{ROOT}.{short}"), {})
+
+
+def setup_logging(run_dir: Path | None = None, level: int = logging.INFO) -> None:
+    """Send the log to standard error and, given a run folder, append it to ``<run_dir>/run.log`` as well.
+
+    Calling it again replaces the earlier set-up. Other packages' loggers are left as they are.
+    """
+    logger = logging.getLogger(ROOT)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [_Stderr()]
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(run_dir / "run.log", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(LineFormatter())
+        logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+class LineFormatter(logging.Formatter):
+    """``2026-01-31T12:00:00.123Z INFO rollout: weights updated version=3``; only a traceback adds lines."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """UTC with milliseconds."""
+        return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and after it the traceback if there is one."""
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        text = " ".join([record.getMessage().replace("\n", "\\n"), *(f"{k}={_plain(v)}" for k, v in fields.items())])
+        name = record.name.removeprefix(f"{ROOT}.")
+        line = f"{self.formatTime(record)} {record.levelname} {name}: {text}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Looks ``sys.stderr`` up at every line: a live progress display replaces it to print above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        """Standard error as it is now."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        raise AttributeError("the stream is always the current standard error")
+
+
+def _plain(value: object) -> str:
+    """A field's value without line breaks; quoted where it would otherwise run into the next field."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    if text and not any(char.isspace() or char in '"=' for char in text):
+        return text
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,70 @@
+"""Import risky packages in a process of their own, so that one that crashes or hangs takes nothing else with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+_MARK = "RLPT-PROBE "
+_TEMPLATE = """\
+import json, sys
+facts = {{}}
+{body}
+sys.stdout.flush()
+print("\\n{mark}" + json.dumps(facts), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe found: facts, or in one line why it failed."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the probe ran to its end."""
+        return self.error is None
+
+
+def run_probe(body: str, timeout: float) -> Probe:
+    """Run Python statements that fill the dictionary ``facts`` in a fresh interpreter.
+
+    Args:
+        body: the statements.
+        timeout: seconds after which the process and all it started are killed.
+    """
+    process = subprocess.Popen(
+        # -P: the working directory must not be searched for packages, as it is not by the rlpt command.
+        [sys.executable, "-P", "-c", _TEMPLATE.format(body=body, mark=_MARK)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return Probe(error=f"no answer within {timeout:g} s")
+        raise
+    for line in reversed(output.splitlines()):
+        if line.startswith(_MARK):
+            # A crash while the interpreter shuts down, after the answer, does not matter.
+            return Probe(facts=json.loads(line.removeprefix(_MARK)))
+    if process.returncode < 0:
+        return Probe(error=f"killed by {signal.Signals(process.returncode * -1).name}")
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return Probe(error=lines[-1] if lines else f"exit code {process.returncode} without a message")

@@ -1,0 +1,101 @@
+"""A few episodes of every step in full, so that a person can read what the policy was taught and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_rlpt.observe.jsonl import JsonLines
+from megatron_rlpt.records import Candidate, Failed, Group, Score
+
+Selection = Mapping[str, tuple[int | None, int | None, str | None]]
+"""Episode id -> (index of the chosen candidate, index of the rejected one, reason the episode was skipped)."""
+
+
+class SampleTable:
+    """``samples.jsonl``: one line per episode with prefix, candidates, verdicts and what was chosen.
+
+    Args:
+        path: ``<run.dir>/samples.jsonl``.
+        per_step: episodes written per step; 0 writes none.
+        decode: token ids -> text.
+        start: next step of the run; what the file holds of it and later is dropped.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+
+    def __init__(self, path: Path, per_step: int, decode: Callable[[Sequence[int]], str], start: int = 0) -> None:
+        self._per_step = per_step
+        self._decode = decode
+        self._lines = JsonLines(path, start)
+
+    def write(self, step: int, groups: Sequence[Group], selection: Selection) -> None:
+        """Append the first ``per_step`` groups of a step.
+
+        Raises:
+            ValueError: an episode is not in ``selection``, or an index in it points at no candidate.
+        """
+        for group in groups[: self._per_step]:
+            self._lines.write({"step": step, **self._row(group, selection)})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+    def __enter__(self) -> SampleTable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _row(self, group: Group, selection: Selection) -> dict[str, Any]:
+        episode = group.episode
+        if episode.id not in selection:
+            raise ValueError(f"episode {episode.id} is not in the selection")
+        chosen, rejected, skipped = selection[episode.id]
+        for index in (chosen, rejected):
+            if index is not None and not 0 <= index < len(group.candidates):
+                raise ValueError(f"episode {episode.id}: index {index} selected of {len(group.candidates)} candidates")
+        # A group that was never judged (next-token training) has no outcomes at all.
+        outcomes: Sequence[Score | Failed | None] = group.outcomes or [None] * len(group.candidates)
+        return {
+            "episode": episode.id,
+            "corpus": episode.corpus,
+            "document": episode.document,
+            "offset": episode.offset,
+            "prefix": self._decode(episode.prefix),
+            "candidates": [
+                {**self._describe(candidate), **_verdict(outcome)}
+                for candidate, outcome in zip(group.candidates, outcomes, strict=True)
+            ],
+            "chosen": chosen,
+            "rejected": rejected,
+            "skipped": skipped,
+        }
+
+    def _describe(self, candidate: Candidate) -> dict[str, Any]:
+        return {
+            "source": candidate.source.value,
+            "text": self._decode(candidate.tokens),
+            "version": candidate.policy_version,
+            "seed": candidate.seed,
+            "finish_reason": candidate.finish_reason,
+        }
+
+
+def _verdict(outcome: Score | Failed | None) -> dict[str, Any]:
+    if outcome is None:
+        return {}
+    if isinstance(outcome, Failed):
+        return {"failed": outcome.reason, "detail": outcome.detail}
+    return {
+        "value": outcome.value,
+        "judge": outcome.judge,
+        "prompt_version": outcome.prompt_version,
+        "detail": outcome.detail,
+    }

@@ -1,0 +1,103 @@
+"""How long each stage of a step takes, as numbers for the metrics and as spans that open in Perfetto."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class StageTimer:
+    """Times the stages of a step: ``with timer.stage("rollout"): ...``, then ``seconds = timer.end_step()``.
+
+    Spans go to ``path`` in the Trace Event Format, one JSON event per line inside an array whose closing bracket is
+    left out: the format allows that, and so the file opens in ui.perfetto.dev also after a kill. Unlike metrics, the
+    trace keeps the steps a killed run did in vain, under their own process id: it shows where the time went.
+
+    Args:
+        path: ``<run.dir>/trace.jsonl``, or None to write no spans.
+        start: first step to be timed.
+        on_stage: called with a stage's name when it begins, for a progress display.
+    """
+
+    def __init__(self, path: Path | None, start: int = 0, on_stage: Callable[[str], None] | None = None) -> None:
+        self._step = start
+        self._on_stage = on_stage
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._file = None if path is None else _open_trace(path)
+        # Wall clock places the spans of several processes on one time line, the monotonic clock measures them.
+        self._wall_offset = time.time() - time.perf_counter()
+        self._event({"name": "process_name", "ph": "M", "args": {"name": "rlpt train"}})
+
+    @property
+    def current(self) -> str | None:
+        """Innermost stage now running, for a watchdog's report."""
+        return self._open[-1] if self._open else None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds of the body to ``name``; a stage inside another counts in both."""
+        if self._on_stage is not None:
+            self._on_stage(name)
+        self._open.append(name)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self._open.pop()
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            self._event(
+                {
+                    "name": name,
+                    "ph": "X",
+                    "ts": round((begin + self._wall_offset) * 1e6, 1),
+                    "dur": round(seconds * 1e6, 1),
+                    "args": {"step": self._step},
+                }
+            )
+
+    def end_step(self) -> dict[str, float]:
+        """Seconds per stage of the step that ends here, in the order the stages first ended; the next step begins."""
+        seconds, self._seconds = self._seconds, {}
+        self._step += 1
+        return seconds
+
+    def close(self) -> None:
+        """Close the trace file; timing goes on without it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> StageTimer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _event(self, event: dict[str, Any]) -> None:
+        if self._file is not None:
+            event |= {"pid": os.getpid(), "tid": threading.get_native_id()}
+            self._file.write(json.dumps(event) + ",\n")
+            self._file.flush()
+
+
+def _open_trace(path: Path) -> Any:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = path.read_bytes() if path.exists() else b""
+    whole = held.rfind(b"\n") + 1
+    if whole < len(held):  # a line torn by a kill would spoil the array for every later one
+        os.truncate(path, whole)
+    file = path.open("a", encoding="utf-8")
+    if not whole:
+        file.write("[\n")
+    return file

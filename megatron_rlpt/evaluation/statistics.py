@@ -1,0 +1,155 @@
+"""Win rates with honest intervals.
+
+Several samples continue the same prefix, and an easy prefix is easy for all of them, so comparisons of one prefix are
+not independent. Intervals therefore resample *prefixes*, each with all of its comparisons (cluster bootstrap;
+Cameron, Gelbach and Miller 2008).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_rlpt.errors import TeacherError
+
+RESAMPLES = 4000
+"""Bootstrap resamples: enough that the end points of an interval move by less than its second digit."""
+
+_TAIL = 0.025
+_WEIGHT_CELLS = 4_000_000  # cells of one resampling block, 32 MB
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often a policy's continuation beats the reference's, a tie counting half."""
+
+    mean: float
+    """Between 0 and 1; 0.5 is no difference."""
+    ci95: tuple[float, float]
+    """95 % interval of ``mean``, resampled over prefixes."""
+    n: int
+    """Comparisons decided."""
+    prefixes: int
+    """Prefixes with at least one decided comparison."""
+    failed: int
+    """Comparisons left out because one side has no score."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the interval as a list."""
+        return _to_json(self)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A win rate minus another, over the comparisons decided in both."""
+
+    mean: float
+    """Between -1 and 1; above 0 the first policy wins more often."""
+    ci95: tuple[float, float]
+    """95 % interval of ``mean``, resampled over prefixes."""
+    n: int
+    """Pairs of comparisons decided on both sides."""
+    prefixes: int
+    """Prefixes with at least one such pair."""
+    failed: int
+    """Pairs left out because one side was not decided."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the interval as a list."""
+        return _to_json(self)
+
+
+def outcome(challenger: float | None, reference: float | None) -> float | None:
+    """1 if the challenger's score is higher, 0.5 on a tie, 0 if lower, None if either side has no score."""
+    if challenger is None or reference is None:
+        return None
+    return 0.5 if challenger == reference else float(challenger > reference)
+
+
+def win_rate(outcomes: Sequence[Sequence[float | None]], *, seed: int = 0, resamples: int = RESAMPLES) -> WinRate:
+    """Win rate over ``outcomes[prefix][comparison]`` as ``outcome`` gives them; None is left out and counted.
+
+    When every prefix was won, or every one lost, resampling cannot see any uncertainty; the open end of the interval is
+    then the exact binomial bound (Clopper and Pearson) for that many prefixes.
+
+    Raises:
+        TeacherError: fewer than two prefixes have a decided comparison, so there is no interval.
+    """
+    sums, counts, failed = _totals(outcomes)
+    mean, (low, high) = _bootstrap(sums, counts, failed, seed, resamples)
+    bound = float(_TAIL ** (1 / len(counts)))
+    if mean == 1.0:
+        low = bound
+    elif mean == 0.0:
+        high = 1.0 - bound
+    return WinRate(mean, (low, high), int(counts.sum()), len(counts), failed)
+
+
+def win_rate_difference(
+    first: Sequence[Sequence[float | None]],
+    second: Sequence[Sequence[float | None]],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Difference:
+    """Win rate of ``first`` minus that of ``second``, both against the same reference continuations.
+
+    ``first[i][j]`` and ``second[i][j]`` must be about the same prefix and the same reference continuation. Prefixes are
+    resampled for both at once, so that what makes a prefix easy or hard cancels.
+
+    Raises:
+        ValueError: the two do not have the same shape.
+        TeacherError: fewer than two prefixes have a comparison decided on both sides.
+    """
+    paired = [
+        [None if one is None or two is None else one - two for one, two in zip(ones, twos, strict=True)]
+        for ones, twos in zip(first, second, strict=True)
+    ]
+    sums, counts, failed = _totals(paired)
+    mean, ci95 = _bootstrap(sums, counts, failed, seed, resamples)
+    return Difference(mean, ci95, int(counts.sum()), len(counts), failed)
+
+
+def _totals(
+    values: Sequence[Sequence[float | None]],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
+    """Sum and number of decided values of every prefix that has any, and how many were not decided."""
+    decided = [[value for value in group if value is not None] for group in values]
+    failed = sum(len(group) for group in values) - sum(len(group) for group in decided)
+    kept = [group for group in decided if group]
+    sums = np.array([sum(group) for group in kept], dtype=np.float64)
+    counts = np.array([len(group) for group in kept], dtype=np.float64)
+    return sums, counts, failed
+
+
+def _bootstrap(
+    sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], failed: int, seed: int, resamples: int
+) -> tuple[float, tuple[float, float]]:
+    prefixes = len(counts)
+    if prefixes < 2:
+        raise TeacherError(
+            f"{prefixes} prefix(es) have a decided comparison and {failed} comparison(s) failed; an interval needs at "
+            "least 2: look at the judge's failures, or raise evaluation.prefixes"
+        )
+    rng = np.random.default_rng(seed)
+    block = max(1, _WEIGHT_CELLS // prefixes)
+    means = []
+    for start in range(0, resamples, block):
+        drawn = rng.integers(prefixes, size=(min(block, resamples - start), prefixes))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [_TAIL, 1 - _TAIL])
+    return float(sums.sum() / counts.sum()), (float(low), float(high))
+
+
+def _to_json(estimate: WinRate | Difference) -> dict[str, Any]:
+    return {
+        "mean": estimate.mean,
+        "ci95": list(estimate.ci95),
+        "n": estimate.n,
+        "prefixes": estimate.prefixes,
+        "failed": estimate.failed,
+    }

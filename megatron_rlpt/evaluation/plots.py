@@ -45,6 +45,7 @@ _STAGES = [name for name in COLOURS if name.startswith("stage-")]
 _WIDTH = 7.2
 _MAX_POINTS = 400
 _SMOOTHING = 20
+_LEGEND_COLUMNS = 5
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -145,7 +146,7 @@ def curve_plot(steps: Sequence[int], values: Sequence[float | None], label: str,
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.yaxis.set_tick_params(labelcolor=COLOURS["muted"])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         return _svg(figure, label, f"{label} over training steps")
 
 
@@ -157,7 +158,7 @@ def is_smoothed(values: Sequence[float | None]) -> bool:
 def step_time_plot(step_seconds: Mapping[str, float]) -> Markup:
     """Mean seconds per step as one bar, stacked by stage."""
     with matplotlib.rc_context(_STYLE):
-        rows = -(-len(step_seconds) // 4)
+        rows = -(-len(step_seconds) // _LEGEND_COLUMNS)
         figure = Figure(figsize=(_WIDTH, 1.25 + 0.24 * rows))
         axes = figure.add_subplot()
         axes.grid(axis="y", visible=False)
@@ -172,7 +173,9 @@ def step_time_plot(step_seconds: Mapping[str, float]) -> Markup:
         axes.spines["left"].set_visible(False)
         axes.set_xlim(0, total * 1.01 or 1)
         axes.set_xlabel("mean seconds per step")
-        figure.legend(loc="outside upper left", ncols=4, handlelength=1, handleheight=1, labelcolor=COLOURS["ink"])
+        figure.legend(
+            loc="outside upper left", ncols=_LEGEND_COLUMNS, handlelength=1, handleheight=1, labelcolor=COLOURS["ink"]
+        )
         return _svg(figure, "step-time", "Mean seconds per step by stage")
 
 

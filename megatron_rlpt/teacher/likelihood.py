@@ -28,8 +28,9 @@ from megatron_rlpt.teacher.repetition import repetition
 PROMPT_VERSION = "likelihood-1"
 """Version of the scoring formula, kept with every score in the place of a prompt's version."""
 
-_HEAD_CHUNK = 512
-"""Tokens whose vocabulary logits exist at the same time."""
+_HEAD_CHUNK_CPU = 128
+"""Tokens whose vocabulary logits exist at the same time; few on a CPU, where they should stay near its cache."""
+_HEAD_CHUNK_GPU = 2048
 
 
 class LikelihoodJudge:
@@ -168,8 +169,9 @@ class LikelihoodJudge:
     def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """fp32 log-probabilities [tokens] of ``targets`` [tokens] given ``hidden`` [tokens, hidden], in chunks."""
         head = self._model.get_output_embeddings()
+        chunk = _HEAD_CHUNK_CPU if self._device.type == "cpu" else _HEAD_CHUNK_GPU
         parts = []
-        for states, wanted in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
+        for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = head(states).float()
             parts.append(logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=1))
         return torch.cat(parts)

@@ -1,0 +1,65 @@
+"""The teacher's prompts: our wording, one text file each, with a version that changes whenever the wording does.
+
+Text under judgment comes from the web or from a model that is rewarded for good verdicts, so it may contain
+instructions, verdicts or imitations of our markers. Every request therefore fences it with a code derived from the
+request's seed: not to be guessed by the text, the same in every replay.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from string import Template
+
+from megatron_rlpt.records import derive_seed
+
+VERSIONS = {
+    "quality": "quality-1",
+    "safety": "safety-1",
+    "factuality": "factuality-1",
+    "rewrite": "rewrite-1",
+}
+"""Version of each prompt, written with every score; to be raised with every change of the wording."""
+
+_VERDICT = re.compile(r"(verdict\W*?)(?::|\N{FULLWIDTH COLON})", re.IGNORECASE)
+_LABEL = re.compile(r"([\"']label[\"']\s*):", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt filled in for one request."""
+
+    text: str
+    version: str
+    fence: str
+    """Code of the markers around untrusted text."""
+
+
+def build_prompt(name: str, seed: int, **texts: str) -> Prompt:
+    """Fill prompt ``name`` with untrusted ``texts``, fenced by a code derived from ``seed``.
+
+    Raises:
+        KeyError: there is no such prompt, or a text it needs is missing.
+    """
+    version = VERSIONS[name]
+    fence = f"{derive_seed(seed, 'fence') & 0xFFFFFFFF:08x}"
+    quoted = {key: neutralise(text, fence) for key, text in texts.items()}
+    return Prompt(_template(name).substitute(quoted, fence=fence), version, fence)
+
+
+def neutralise(text: str, fence: str) -> str:
+    """``text`` without the fence's code and without anything that our parsers would take for a verdict.
+
+    The code cannot be known to the text, so removing it changes no honest text. A verdict keeps its words but loses
+    its colon: a judge that ends its answer with a quotation of the text then has given no verdict.
+    """
+    while fence in text:
+        text = text.replace(fence, "")
+    return _LABEL.sub(r"\1 -", _VERDICT.sub(r"\1 -", text))
+
+
+@cache
+def _template(name: str) -> Template:
+    return Template(files(__name__).joinpath(f"{name}.txt").read_text(encoding="utf-8").strip())

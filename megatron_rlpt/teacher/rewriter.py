@@ -1,0 +1,97 @@
+"""The rewriter: the teacher copies a suffix that is good and writes a better one in place of one that is not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from megatron_rlpt.config.schema import RewriterConfig
+from megatron_rlpt.records import Candidate, Episode, Failed, Source, derive_seed
+from megatron_rlpt.teacher.generator import Message, Reply, Request, TextGenerator
+from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
+
+
+class Rewriter:
+    """Offers one rewrite per episode as a candidate (paper, section on the rewriter)."""
+
+    prompt_version = VERSIONS["rewrite"]
+
+    def __init__(
+        self,
+        generator: TextGenerator,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[Sequence[int]], str],
+        config: RewriterConfig,
+        suffix_length: int,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            generator: the teacher.
+            encode: text to token ids of the policy's tokenizer, without special tokens.
+            decode: token ids of the policy's tokenizer to text, special tokens left out.
+            config: sampling and the number of anchor words.
+            suffix_length: tokens of every rewrite (``data.suffix_length``).
+            seed: the run's seed; every rewrite derives its own from it and the episode's id.
+        """
+        self._generator = generator
+        self._encode = encode
+        self._decode = decode
+        self._config = config
+        self._length = suffix_length
+        self._seed = seed
+
+    def rewrite(self, episodes: Sequence[Episode]) -> list[Candidate | Failed]:
+        """One candidate of exactly ``suffix_length`` tokens per episode, in order, or the reason why there is none."""
+        anchors = [anchor_of(self._decode(episode.prefix), self._config.anchor_words) for episode in episodes]
+        requests = [self._request(episode, anchor) for episode, anchor in zip(episodes, anchors, strict=True)]
+        replies = self._generator.generate(requests)
+        return [
+            reply if isinstance(reply, Failed) else self._candidate(reply, request.seed, anchor)
+            for reply, request, anchor in zip(replies, requests, anchors, strict=True)
+        ]
+
+    def _request(self, episode: Episode, anchor: str) -> Request:
+        seed = derive_seed(self._seed, episode.id, "rewrite")
+        prefix = self._decode(episode.prefix)
+        prompt = build_prompt("rewrite", seed, prefix=prefix, passage=anchor + self._decode(episode.suffix))
+        return Request(
+            prompt=(Message("user", prompt.text),),
+            seed=seed,
+            # Half as much again: a teacher with another tokenizer may need more tokens for the same text.
+            max_tokens=self._length + (self._length + 1) // 2,
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            # Trailing space belongs to the next token in nearly every vocabulary.
+            answer_start=anchor.rstrip(),
+        )
+
+    def _candidate(self, reply: Reply, seed: int, anchor: str) -> Candidate | Failed:
+        tokens = self._encode(without_anchor(reply.text, anchor))
+        if len(tokens) < self._length:
+            return Failed("rewrite too short", {"tokens": len(tokens), "needed": self._length, "reply": reply.text})
+        cut = len(tokens) > self._length or reply.finish_reason == "length"
+        return Candidate(
+            source=Source.REWRITE,
+            tokens=tuple(tokens[: self._length]),
+            seed=seed,
+            finish_reason="length" if cut else "stop",
+        )
+
+
+def anchor_of(prefix: str, words: int) -> str:
+    """The end of ``prefix`` that holds its last ``words`` words, whatever follows the last of them included."""
+    if words == 0:
+        return ""
+    starts = [match.start() for match in re.finditer(r"\S+", prefix)]
+    return prefix[starts[-words:][0] :] if starts else prefix
+
+
+def without_anchor(answer: str, anchor: str) -> str:
+    """What ``answer`` adds to ``anchor``, which it was made to begin with but may have written once more itself."""
+    kept = anchor.rstrip()
+    # A single word may well follow itself or begin a longer one; several in a row are the anchor.
+    if len(kept.split()) > 1 and answer.lstrip().startswith(kept):
+        answer = answer.lstrip()[len(kept) :]
+    # The prefix ends with this space already.
+    return answer.lstrip() if kept != anchor else answer

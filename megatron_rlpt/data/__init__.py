@@ -1,0 +1,25 @@
+"""Corpora to episodes: read, mix, share out, cut, shuffle, and go on exactly where a run stopped."""
+
+from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
+from megatron_rlpt.data.episode_stream import EpisodeStream
+from megatron_rlpt.data.episodes import Cutter, Encode
+from megatron_rlpt.data.heldout import heldout_episodes
+from megatron_rlpt.data.quarantine import Quarantine
+from megatron_rlpt.data.sources import open_source
+from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
+
+__all__ = [
+    "BadRecord",
+    "Counters",
+    "Cutter",
+    "Document",
+    "DocumentStream",
+    "Drawn",
+    "Encode",
+    "EpisodeStream",
+    "Position",
+    "Quarantine",
+    "Reader",
+    "heldout_episodes",
+    "open_source",
+]

@@ -1,0 +1,235 @@
+"""Documents of several sources, mixed by weight, shared out over ranks, repeated for ever, resumable at any record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rlpt.config.schema import SourceConfig
+from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
+from megatron_rlpt.data.quarantine import MIN_RECORDS, Quarantine
+from megatron_rlpt.data.sources import open_source
+from megatron_rlpt.errors import CheckpointError, DataError
+from megatron_rlpt.records import derive_seed
+
+_SEED_RANGE = 1 << 63
+"""``derive_seed`` returns values below this."""
+
+
+@dataclass
+class Counters:
+    """What one rank has read so far, all passes together."""
+
+    read: int = 0
+    """Documents read, malformed ones included."""
+    malformed: int = 0
+    """Records that could not be read as a document."""
+    too_short: int = 0
+    """Documents shorter than min_prefix + suffix_length."""
+    usable: int = 0
+    """Documents that gave at least one episode."""
+    episodes_served: int = 0
+    """Episodes handed out."""
+    epochs: tuple[int, ...] = ()
+    """Complete passes over each source, in the order of the configuration."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A document and where to find it again."""
+
+    document: Document
+    source: int
+    """Index of the source in the configuration."""
+    position: Position
+
+
+@dataclass
+class _Cursor:
+    """Where the stream stands in one source."""
+
+    reader: Reader
+    index: int = 0
+    """Records passed so far by any rank, counted on over the passes."""
+    epoch: int = 0
+    epoch_start: int = 0
+    """``index`` at which the current pass began."""
+    own_read: int = 0
+    """Records this rank has read since ``usable_before`` was noted, at the start of a pass."""
+    usable_before: int = 0
+    """Usable documents of the stream at that time."""
+    barren_at: int = -1
+    """Usable documents of the stream when a pass last ended without one; -1 if none did."""
+
+
+class DocumentStream:
+    """Documents drawn from the sources by weight, without end.
+
+    Every draw picks a source with a probability proportional to its weight and reads that source's next record. The
+    pick depends on (seed, rank, number of the draw) only. Rank r of w reads the records whose index is r modulo w,
+    where the index counts on from one pass over a source to the next: within each pass the ranks share all records
+    without overlap, and no rank starves on a source with fewer records than ranks.
+
+    ``counters`` is shared with the caller, who reports a usable or too short document through it.
+
+    Raises:
+        DataError: a source is missing, empty or unreadable.
+    """
+
+    def __init__(
+        self, sources: list[SourceConfig], seed: int, quarantine: Quarantine, rank: int = 0, world_size: int = 1
+    ) -> None:
+        assert 0 <= rank < world_size
+        self.counters = Counters(epochs=(0,) * len(sources))
+        self.sources = sources
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._quarantine = quarantine
+        self._draws = 0
+        self._cursors = [_Cursor(open_source(source)) for source in sources]
+        # Taken once: what counts is the corpus the run started to read, not what lies there at a later checkpoint.
+        self._layout = [
+            {"path": source.path, **cursor.reader.layout()}
+            for source, cursor in zip(sources, self._cursors, strict=True)
+        ]
+
+    def draw(self) -> Drawn | None:
+        """The next document, or None if the record drawn was malformed.
+
+        Raises:
+            DataError: too many records are malformed, a source has no record, or one full pass over all sources
+                gave no usable document.
+        """
+        source = self._pick()
+        position, record = self._advance(source)
+        self._cursors[source].own_read += 1
+        self.counters.read += 1
+        # Later passes meet the same records again; only the first one says how good the corpus is.
+        if self._cursors[source].epoch == 0:
+            self._quarantine.count(record)
+        if isinstance(record, BadRecord):
+            self.counters.malformed += 1
+            return None
+        return Drawn(record, source, position)
+
+    def reread(self, source: int, position: Position) -> Document:
+        """The document at a position that a ``Drawn`` gave; moves the reader, so ``load_state_dict`` must follow.
+
+        Raises:
+            CheckpointError: there is no readable document any more.
+        """
+        reader = self._cursors[source].reader
+        reader.seek(position)
+        record = reader.read()
+        if not isinstance(record, Document):
+            raise CheckpointError(
+                f"data source {self.sources[source].path!r} has changed since the checkpoint (no document at "
+                f"{position}); restore its files or start a new run"
+            )
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on at the next record; JSON-serialisable."""
+        return {
+            "draws": self._draws,
+            "quarantine": self._quarantine.state_dict(),
+            "layout": self._layout,
+            "cursors": [
+                {name: value for name, value in vars(cursor).items() if name != "reader"}
+                | {"position": cursor.reader.position}
+                for cursor in self._cursors
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken. ``check_layout`` comes first."""
+        self._draws = state["draws"]
+        self._quarantine.load_state_dict(state["quarantine"])
+        for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
+            fields = dict(saved)
+            cursor.reader.seek(fields.pop("position"))
+            vars(cursor).update(fields)
+        self._note_epochs()
+
+    def check_layout(self, state: dict[str, Any]) -> None:
+        """Compare the sources and files of a saved state with those of this stream.
+
+        Raises:
+            CheckpointError: a source was added, removed or changed, or its files differ in names or sizes.
+        """
+        before, now = state["layout"], self._layout
+        if len(before) != len(now):
+            raise CheckpointError(
+                f"the checkpoint was written with {len(before)} data sources, data.sources has {len(now)}; restore "
+                "data.sources or start a new run"
+            )
+        for index, (old, new) in enumerate(zip(before, now, strict=True)):
+            if old == new:
+                continue
+            keys = [key for key in new if old.get(key) != new[key] and key != "digest"]
+            changes = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in keys)
+            raise CheckpointError(
+                f"data.sources[{index}] {new['path']!r} has changed since the checkpoint "
+                f"({changes or 'file names or sizes differ'}); restore it or start a new run"
+            )
+
+    def _pick(self) -> int:
+        weights = [source.weight for source in self.sources]
+        share = derive_seed(self._seed, "mix", self._rank, self._draws) / _SEED_RANGE * sum(weights)
+        self._draws += 1
+        for index, weight in enumerate(weights):
+            share -= weight
+            if share < 0:
+                return index
+        return len(weights) - 1
+
+    def _advance(self, source: int) -> tuple[Position, Document | BadRecord]:
+        """Position and content of this rank's next record."""
+        cursor = self._cursors[source]
+        while True:
+            own = cursor.index % self._world_size == self._rank
+            position = cursor.reader.position if own else []
+            record = cursor.reader.read() if own else None
+            if record is None and (own or not cursor.reader.skip()):
+                self._end_pass(source)
+                continue
+            cursor.index += 1
+            if record is not None:
+                return position, record
+
+    def _end_pass(self, source: int) -> None:
+        cursor = self._cursors[source]
+        if cursor.index == cursor.epoch_start:
+            path = self.sources[source].path
+            raise DataError(f"data source {path!r} has no records; put documents there or remove the source")
+        records = cursor.index - cursor.epoch_start
+        cursor.epoch += 1
+        cursor.epoch_start = cursor.index
+        cursor.reader.rewind()
+        self._note_epochs()
+        # A rank of several sees too small a part of a small corpus to judge it by a handful of records.
+        if self._world_size == 1 and min(self.counters.epochs) >= 1:
+            self._quarantine.check()
+        self._check_usable(cursor, records)
+
+    def _check_usable(self, cursor: _Cursor, records: int) -> None:
+        """Stop when every source was passed in full since the last usable document.
+
+        For the same reason, a rank of several first reads as many records as a small source has, over several passes.
+        """
+        usable = self.counters.usable
+        if cursor.usable_before != usable:
+            cursor.own_read, cursor.usable_before = 0, usable
+        elif cursor.own_read >= min(records, MIN_RECORDS):
+            cursor.barren_at = usable
+        if all(other.barren_at == usable for other in self._cursors):
+            counters = self.counters
+            raise DataError(
+                f"a full pass over data.sources gave no usable document (so far {counters.read} read, "
+                f"{counters.too_short} too short, {counters.malformed} malformed); lower data.min_prefix or "
+                "data.suffix_length, or give longer documents"
+            )
+
+    def _note_epochs(self) -> None:
+        self.counters.epochs = tuple(cursor.epoch for cursor in self._cursors)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from corpora import encode, settings
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rlpt.data import Cutter
+from megatron_rlpt.errors import ConfigError
+
+cuts = st.builds(
+    lambda suffix, low, extra, most, bos: settings(
+        suffix_length=suffix, min_prefix=low, max_prefix=low + extra, episodes_per_document=most, add_bos=bos
+    ),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(0, 8),
+    st.integers(0, 5),
+    st.booleans(),
+)
+
+
+@given(cuts, st.lists(st.integers(0, 200_000), max_size=80))
+def test_every_episode_is_a_contiguous_slice_of_the_document(config, content):
+    cutter = Cutter(config, lambda _: content, bos_id=7)
+    tokens = cutter.tokenize("")
+    assert tokens == [7] * config.add_bos + content
+    offsets = cutter.offsets(len(tokens))
+    episodes = [cutter.cut("corpus", "document", tokens, offset) for offset in offsets]
+    for offset, episode in zip(offsets, episodes, strict=True):
+        assert episode.offset == offset
+        assert len(episode.suffix) == config.suffix_length
+        assert len(episode.prefix) == min(offset, config.max_prefix) >= config.min_prefix
+        start = offset - len(episode.prefix)
+        assert [*episode.prefix, *episode.suffix] == tokens[start : offset + config.suffix_length]
+    possible = max(0, (len(tokens) - config.min_prefix) // config.suffix_length)
+    assert len(offsets) == min(possible, config.episodes_per_document or possible)
+    assert len({episode.id for episode in episodes}) == len(episodes)
+
+
+@given(cuts, st.integers(0, 80))
+def test_without_a_limit_the_suffixes_tile_the_document_behind_the_first_prefix(config, length):
+    offsets = Cutter(replace(config, episodes_per_document=0), encode, bos_id=7).offsets(length)
+    assert offsets == [config.min_prefix + step * config.suffix_length for step in range(len(offsets))]
+    end = offsets[-1] + config.suffix_length if offsets else config.min_prefix
+    assert end <= max(length, config.min_prefix) < end + config.suffix_length
+
+
+def test_a_limited_number_of_episodes_is_spread_evenly():
+    def offsets(count: int) -> list[int]:
+        return Cutter(settings(episodes_per_document=count), encode).offsets(4 + 4 * 12)
+
+    assert offsets(1) == [28]
+    assert offsets(2) == [16, 40]
+    assert offsets(3) == [12, 28, 44]
+    assert offsets(50) == offsets(0) == list(range(4, 52, 4))
+
+
+def test_the_shortest_usable_document_has_min_prefix_plus_suffix_length_tokens():
+    cutter = Cutter(settings(min_prefix=5, suffix_length=4), encode)
+    assert cutter.offsets(8) == []
+    assert cutter.offsets(9) == [5]
+
+
+def test_bos_is_in_the_prefix_only_where_the_window_reaches_the_document_start():
+    config = settings(suffix_length=2, min_prefix=2, max_prefix=4, add_bos=True)
+    cutter = Cutter(config, encode, bos_id=999)
+    tokens = cutter.tokenize("abcdefgh")
+    prefixes = [cutter.cut("c", "d", tokens, offset).prefix for offset in cutter.offsets(len(tokens))]
+    assert [prefix[0] == 999 for prefix in prefixes] == [True, True, False]
+    assert all(999 not in prefix[1:] for prefix in prefixes)
+
+
+def test_bos_without_a_bos_token_is_an_error_of_the_configuration():
+    with pytest.raises(ConfigError, match=r"set data\.add_bos=false"):
+        Cutter(settings(add_bos=True), encode)
+
+
+def test_the_id_depends_on_corpus_document_offset_and_tokens_and_nothing_else():
+    cutter = Cutter(settings(), encode)
+    tokens = list(range(40))
+    base = cutter.cut("corpus", "document", tokens, 12)
+    assert base == Cutter(settings(buffer=9), encode).cut("corpus", "document", tokens, 12)
+    others = [
+        cutter.cut("other", "document", tokens, 12),
+        cutter.cut("corpus", "other", tokens, 12),
+        cutter.cut("corpus", "document", tokens, 16),
+        cutter.cut("corpus", "document", [*tokens[:11], 99, *tokens[12:]], 12),
+        Cutter(settings(max_prefix=7), encode).cut("corpus", "document", tokens, 12),
+        Cutter(settings(suffix_length=5), encode).cut("corpus", "document", tokens, 12),
+    ]
+    assert len({base.id, *(other.id for other in others)}) == 7

@@ -297,7 +297,7 @@ def _sizes(machine: Machine) -> list[Problem]:
     if machine.disk_free < 5 * GIB:
         found.append(
             Problem(
-                f"only {machine.disk_free / GIB:.1f} GiB of disk are free here, and checkpoints take 14 bytes a parameter",
+                f"only {machine.disk_free / GIB:.1f} GiB of disk are free here; checkpoints take 14 bytes a parameter",
                 "free some, or set run.dir to a larger disk",
                 fatal=False,
             )
@@ -333,12 +333,12 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _summary(distribution: str) -> str | None:
+def _summary(distribution: str) -> str:
     try:
         metadata = importlib.metadata.metadata(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return None
-    return metadata["Summary"] if "Summary" in metadata else None
+        return ""
+    return str(metadata.json.get("summary", ""))
 
 
 def render(report: Report, console: Console) -> None:

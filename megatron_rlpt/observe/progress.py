@@ -43,7 +43,7 @@ class Progress:
                 BarColumn(),
                 TaskProgressColumn(),
                 TextColumn("eta {task.fields[eta]}"),
-                TextColumn("[bold]{task.fields[stage]}"),
+                TextColumn("{task.fields[stage]}", style="bold", markup=False),
                 console=self._console,
             )
             self._task = self._bar.add_task("train", total=total, completed=start, eta="-", stage="starting")

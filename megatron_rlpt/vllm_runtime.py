@@ -63,13 +63,18 @@ def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterato
     if (envs := sys.modules.get("vllm.envs")) is not None:
         envs.disable_envs_cache()
     try:
-        yield {
+        arguments = {
             # No compilation and no CUDA graphs: start-up in seconds, and the same kernels whatever the batch.
             "enforce_eager": True,
             # Keep the model folder's generation_config.json from changing the sampling behind our back.
             "generation_config": "vllm",
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         }
+        if not torch.cuda.is_available():
+            # A prompt prefilled in parts rewinds its seeded generator, which CPU generators cannot do: "CPU Generator
+            # does not use offset" (vllm/v1/worker/gpu_model_runner.py: _bookkeeping_sync).
+            arguments["enable_chunked_prefill"] = False
+        yield arguments
     finally:
         os.environ.clear()
         os.environ.update(environment)

@@ -51,8 +51,8 @@ class Candidate:
     """Sampling seed of a rollout or a rewrite."""
     finish_reason: str | None = None
     """``length`` or ``stop`` (end-of-sequence token sampled), for generated candidates."""
-    logprob: float | None = None
-    """Sum of the engine's own log-probabilities of ``tokens``, natural log, for rollouts."""
+    logprobs: tuple[float, ...] | None = None
+    """The engine's own log-probability of every token, natural log, for rollouts."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ On CUDA nothing is replaced.
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
+import importlib.machinery
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +90,54 @@ def _called_by_megatron() -> bool:
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core")
 
 
+class _StandInFinder(importlib.abc.MetaPathFinder):
+    """Gives Megatron modules the stand-in right after they are imported, whenever that is.
+
+    Megatron imports parts of itself inside functions (checkpoint strategies among them), so handing the stand-in to
+    what is loaded at one moment is not enough.
+    """
+
+    def __init__(self, stand_in: types.ModuleType) -> None:
+        self._stand_in = stand_in
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            _give(module, self._stand_in)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _give(module: types.ModuleType, stand_in: types.ModuleType) -> None:
+    if vars(module).get("torch") is torch:
+        module.torch = stand_in  # type: ignore[attr-defined]
+    if module.__name__ == "megatron.core.tensor_parallel.random":
+        # These reach for torch.cuda's C-level generators, which do not exist without a GPU.
+        module._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
+        module._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
+
+
+def _install_stand_in() -> None:
+    """Once per process: for the Megatron modules already loaded and for those that will be."""
+    if any(isinstance(finder, _StandInFinder) for finder in sys.meta_path):
+        return
+    stand_in = _CpuTorch()
+    sys.meta_path.insert(0, _StandInFinder(stand_in))
+    for name, module in list(sys.modules.items()):
+        if name == "megatron.core" or name.startswith("megatron.core."):
+            _give(module, stand_in)
+
+
 class DeviceRuntime:
     """Where Megatron runs: ``cuda`` when a GPU is there, else ``cpu``.
 
@@ -102,7 +152,8 @@ class DeviceRuntime:
         self.name = "cuda" if self.on_cuda else "cpu"
         self.backend = "nccl" if self.on_cuda else "gloo"
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if self.on_cuda else torch.device("cpu")
-        self._stand_in = None if self.on_cuda else _CpuTorch()
+        if not self.on_cuda:
+            _install_stand_in()
 
     def describe(self) -> str:
         """One line for the log: which runtime is in force and why."""
@@ -128,10 +179,9 @@ class DeviceRuntime:
     @contextlib.contextmanager
     def megatron(self) -> Iterator[None]:
         """Everything that calls Megatron runs inside this; re-entrant, a no-op on CUDA."""
-        if self._stand_in is None:
+        if self.on_cuda:
             yield
             return
-        self._give_stand_in()
         plain_cuda, plain_type = torch.Tensor.cuda, torch.Tensor.type
 
         def cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -149,17 +199,6 @@ class DeviceRuntime:
             yield
         finally:
             torch.Tensor.cuda, torch.Tensor.type = plain_cuda, plain_type  # type: ignore[method-assign]
-
-    def _give_stand_in(self) -> None:
-        """Hand the stand-in to every Megatron module loaded so far (more are loaded as more is used)."""
-        for name, module in list(sys.modules.items()):
-            if name.startswith("megatron.core") and vars(module).get("torch") is torch:
-                module.torch = self._stand_in  # type: ignore[attr-defined]
-        rng = sys.modules.get("megatron.core.tensor_parallel.random")
-        if rng is not None and vars(rng).get("_get_cuda_rng_state") is not _get_rng_state:
-            # These reach for torch.cuda's C-level generators, which do not exist without a GPU.
-            rng._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
-            rng._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
 
 
 def _get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:

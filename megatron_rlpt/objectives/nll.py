@@ -1,0 +1,68 @@
+"""Objectives that raise the likelihood of one candidate: next token, SFT on rewrites or rollouts, reward-filtered NLL.
+
+They share one loss (the mean negative log-likelihood of the completion's tokens) and differ in whose tokens these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_rlpt.objectives.objective import LossTerms
+from megatron_rlpt.objectives.selection import Selection, best_and_worst, take_source
+from megatron_rlpt.records import Group, Source
+
+
+def token_mean_nll(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood per token of every row, in nats. [rows, suffix], [rows, suffix] -> [rows]."""
+    return -(logprobs * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+class _Nll:
+    width = 1
+    needs_reference = False
+
+    def loss(self, logprobs: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor | None) -> LossTerms:
+        """Token-mean NLL of the selected candidate."""
+        return LossTerms(token_mean_nll(logprobs, mask))
+
+
+class NextToken(_Nll):
+    """Ordinary pretraining on the original suffix: the baseline every run is compared with."""
+
+    needs_judge = False
+
+    def select(self, groups: Sequence[Group]) -> Selection:
+        """The original suffix of every episode."""
+        return take_source(groups, Source.ORIGINAL)
+
+
+class SftRewrite(_Nll):
+    """Supervised training on the teacher's rewrite (paper: "SFT on rewrites")."""
+
+    needs_judge = False
+
+    def select(self, groups: Sequence[Group]) -> Selection:
+        """The rewrite of every episode that has one."""
+        return take_source(groups, Source.REWRITE)
+
+
+class SftRollout(_Nll):
+    """Supervised training on the policy's own first rollout (paper: "SFT on 1 rollout", which collapses)."""
+
+    needs_judge = False
+
+    def select(self, groups: Sequence[Group]) -> Selection:
+        """The first rollout of every episode."""
+        return take_source(groups, Source.ROLLOUT)
+
+
+class RewardFilteredNll(_Nll):
+    """Reward-filtered NLL: likelihood of the highest-reward candidate only (paper: from-scratch recipe)."""
+
+    needs_judge = True
+
+    def select(self, groups: Sequence[Group]) -> Selection:
+        """The candidate with the highest reward; ties are skipped."""
+        return best_and_worst(groups, keep_worst=False)

@@ -1,0 +1,68 @@
+"""Online DPO: highest-reward against lowest-reward candidate, with a reference policy (paper: continual recipe)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_rlpt.objectives.objective import LossTerms
+from megatron_rlpt.objectives.selection import Selection, best_and_worst
+from megatron_rlpt.records import Group
+
+
+def dpo_loss(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    reference_chosen: torch.Tensor,
+    reference_rejected: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Direct preference optimisation (arXiv 2305.18290, equation 7).
+
+    Args:
+        chosen: [pairs] summed log-probability of the chosen completion under the policy, nats.
+        rejected: the same of the rejected completion.
+        reference_chosen: [pairs] under the reference policy.
+        reference_rejected: the same of the rejected completion.
+        beta: strength of the pull to the reference.
+
+    Returns:
+        Loss [pairs], and implicit reward margin [pairs]: beta times the policy's log-ratio difference.
+    """
+    margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+    return -torch.nn.functional.logsigmoid(margin), margin
+
+
+class OnlineDpo:
+    """Pairs of best and worst candidate. Off-policy, so original suffix and rewrite are legal on either side."""
+
+    width = 2
+    needs_judge = True
+    needs_reference = True
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def select(self, groups: Sequence[Group]) -> Selection:
+        """Best and worst candidate of every group; ties and identical candidates are skipped."""
+        return best_and_worst(groups, keep_worst=True)
+
+    def loss(self, logprobs: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor | None) -> LossTerms:
+        """DPO loss on summed suffix log-probabilities; rows alternate chosen, rejected."""
+        assert reference is not None
+        policy_sums = (logprobs * mask).sum(dim=1).view(-1, 2)
+        reference_sums = (reference * mask).sum(dim=1).view(-1, 2)
+        loss, margin = dpo_loss(
+            policy_sums[:, 0], policy_sums[:, 1], reference_sums[:, 0], reference_sums[:, 1], self.beta
+        )
+        drift = (policy_sums - reference_sums).detach()
+        return LossTerms(
+            loss,
+            {
+                "dpo/margin": margin.detach(),
+                "dpo/accuracy": (margin.detach() > 0).float(),
+                "dpo/chosen_logratio": drift[:, 0],
+                "dpo/rejected_logratio": drift[:, 1],
+            },
+        )

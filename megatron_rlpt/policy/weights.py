@@ -1,0 +1,151 @@
+"""Weights in Hugging Face names and shapes: load into the policy, stream out of it, write a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_rlpt.errors import ModelError
+from megatron_rlpt.policy.families import Architecture, mapping
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 << 30
+"""Size of one exported safetensors file, in bytes."""
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face folder.
+
+    Raises:
+        ModelError: there are none, or the index names a file that is not there.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ModelError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; copy the complete folder")
+    if not files:
+        raise ModelError(f"{folder} has no *.safetensors file; convert the model to safetensors first")
+    return files
+
+
+def load_weights(model: torch.nn.Module, arch: Architecture, folder: Path) -> None:
+    """Copy the tensors of a Hugging Face folder into ``model``, one layer's tensors in memory at a time.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape than the configuration says, or is not finite.
+    """
+    where: dict[str, Path] = {}
+    for path in safetensors_files(folder):
+        try:
+            with safe_open(path, framework="pt") as handle:
+                where.update(dict.fromkeys(handle.keys(), path))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is not a readable safetensors file: {error}; copy it again") from None
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for rule in mapping(arch):
+            target = parameters.pop(rule.ours)
+            merged = rule.merge(arch, [_read(name, where, folder) for name in rule.theirs])
+            if merged.shape != target.shape:
+                raise ModelError(
+                    f"{folder}: {' + '.join(rule.theirs)} make {tuple(merged.shape)} where config.json asks for "
+                    f"{tuple(target.shape)}; config and weights belong to different models"
+                )
+            if not merged.isfinite().all():
+                raise ModelError(f"{folder}: {' + '.join(rule.theirs)} holds values that are not finite")
+            target.copy_(merged)
+    assert not parameters, f"no mapping for {sorted(parameters)}"
+
+
+def _read(name: str, where: dict[str, Path], folder: Path) -> torch.Tensor:
+    if name not in where:
+        raise ModelError(f"{folder} has no tensor {name!r}, which its config.json asks for")
+    with safe_open(where[name], framework="pt") as handle:
+        return handle.get_tensor(name)
+
+
+def stream_weights(model: torch.nn.Module, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor) of every weight in one fixed order; tensors may share memory with the model."""
+    parameters = dict(model.named_parameters())
+    for rule in mapping(arch):
+        parts = rule.split(arch, parameters[rule.ours].detach())
+        yield from zip(rule.theirs, parts, strict=True)
+
+
+def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every weight that ``stream_weights`` yields, from the configuration alone."""
+    query, key_value = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    hidden, ffn = arch.hidden, arch.ffn_hidden
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab, hidden)}
+    for layer in range(arch.layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}self_attn.q_proj.weight": (query, hidden),
+            f"{prefix}self_attn.k_proj.weight": (key_value, hidden),
+            f"{prefix}self_attn.v_proj.weight": (key_value, hidden),
+            f"{prefix}self_attn.o_proj.weight": (hidden, query),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            f"{prefix}mlp.gate_proj.weight": (ffn, hidden),
+            f"{prefix}mlp.up_proj.weight": (ffn, hidden),
+            f"{prefix}mlp.down_proj.weight": (hidden, ffn),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not arch.tied_embeddings:
+        shapes["lm_head.weight"] = (arch.vocab, hidden)
+    return shapes
+
+
+def export_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path) -> None:
+    """Write a Hugging Face folder: ``weights`` beside the configuration and tokenizer files of ``source``.
+
+    The folder appears complete or not at all (written aside, then renamed).
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in {".json", ".jinja", ".model", ".txt"} and path.name != INDEX:
+            shutil.copyfile(path, partial / path.name)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in weights:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + bytes_ > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous().clone()
+        size += bytes_
+        total += bytes_
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    for filename, shard in zip(names, shards, strict=True):
+        save_file(shard, partial / filename, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: filename for filename, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(partial, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -200,10 +200,12 @@ def _kernel_packages(probes: dict[str, Probe], versions: dict[str, str | None]) 
     apex = probes.get("apex")
     if apex is not None and not apex.facts.get("multi_tensor") and not apex.facts.get("layer_norm"):
         about = _summary("apex")
+        signs = [f"it calls itself {about!r}"] if about else []
+        signs += [f"importing it fails: {apex.error}"] if apex.error else []
         found.append(
             Problem(
                 f"the installed apex {versions.get('apex') or ''} is not NVIDIA's: it has neither "
-                f"apex.multi_tensor_apply nor amp_C{f' (it calls itself {about!r})' if about else ''}",
+                f"apex.multi_tensor_apply nor amp_C{'; '.join(['', *signs])}",
                 "pip uninstall apex; Megatron works without it, NVIDIA's is built from github.com/NVIDIA/apex",
                 fatal=False,
             )

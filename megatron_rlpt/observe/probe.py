@@ -14,10 +14,21 @@ from typing import Any
 _MARK = "RLPT-PROBE "
 _TEMPLATE = """\
 import json, sys
-facts = {{}}
-{body}
-sys.stdout.flush()
-print("\\n{mark}" + json.dumps(facts), flush=True)
+
+def describe(error):
+    return (type(error).__name__ + ": " + " ".join(str(error).split())).removesuffix(": ")
+
+answer = {{"facts": {{}}}}
+try:
+    exec({body!r}, {{"facts": answer["facts"]}})
+except BaseException as error:
+    root = error
+    while (deeper := root.__cause__ or (None if root.__suppress_context__ else root.__context__)) is not None:
+        root = deeper
+    answer["error"] = describe(error)
+    if root is not error:  # transformers, for one, hides the reason behind an error of its own
+        answer["error"] += f" (because of {{describe(root)}})"
+print("\\n" + {mark!r} + json.dumps(answer), flush=True)
 """
 
 
@@ -63,7 +74,7 @@ def run_probe(body: str, timeout: float) -> Probe:
     for line in reversed(output.splitlines()):
         if line.startswith(_MARK):
             # A crash while the interpreter shuts down, after the answer, does not matter.
-            return Probe(facts=json.loads(line.removeprefix(_MARK)))
+            return Probe(**json.loads(line.removeprefix(_MARK)))
     if process.returncode < 0:
         return Probe(error=f"killed by {signal.Signals(process.returncode * -1).name}")
     lines = [line.strip() for line in errors.splitlines() if line.strip()]

@@ -70,7 +70,7 @@ def only(monkeypatch, *names):
 
 
 def test_names_a_wrong_apex_and_a_broken_transformer_engine(site, monkeypatch):
-    site("apex", "", version="0.9.10", metadata="Summary: Pyramid toolkit\n")
+    site("apex", "import pyramid_of_ten_years_ago", version="0.9.10", metadata="Summary: Pyramid toolkit\n")
     site(
         "transformer_engine",
         "raise RuntimeError('no CUDA core: libtransformer_engine.so')",
@@ -86,6 +86,7 @@ def test_names_a_wrong_apex_and_a_broken_transformer_engine(site, monkeypatch):
     apex = next(problem for problem in report.problems if "apex" in problem.what)
     assert "0.9.10 is not NVIDIA's" in apex.what
     assert "'Pyramid toolkit'" in apex.what
+    assert "No module named 'pyramid_of_ten_years_ago'" in apex.what
     assert apex.fix.startswith("pip uninstall apex")
     assert not apex.fatal
     assert not report.ok
@@ -141,6 +142,24 @@ def test_a_hanging_probe_takes_its_children_along():
     started = time.monotonic()
     assert run_probe(body, timeout=1).error == "no answer within 1 s"
     assert time.monotonic() - started < 30
+
+
+def test_the_reason_behind_an_error_is_named():
+    body = (
+        "try:\n    raise RuntimeError('operator\\ntorchvision::nms')\n"
+        "except RuntimeError as e:\n    raise OSError('hidden') from e"
+    )
+    assert run_probe(body, timeout=60).error == "OSError: hidden (because of RuntimeError: operator torchvision::nms)"
+
+
+def test_a_torchvision_of_another_torch_is_recognised_behind_the_error_of_transformers(site, monkeypatch):
+    pytest.importorskip("transformers")
+    site("torchvision", "raise RuntimeError('operator torchvision::nms does not exist')", version="0.28.0")
+    only(monkeypatch, "transformers")
+    fixes = [
+        problem.fix for problem in doctor.diagnose(timeout=300).problems if problem.what.startswith("transformers")
+    ]
+    assert [fix.split(";")[0] for fix in fixes] == ["pip uninstall torchvision torchaudio torchcodec"]
 
 
 def test_noise_of_a_package_does_not_hide_the_answer():

@@ -1,6 +1,7 @@
 """metrics.jsonl and the trackers: each step exactly once, and no tracker left out silently."""
 
 import json
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -93,6 +94,29 @@ def test_killed_and_resumed_run_has_each_step_once(config, torn):
         (4, 14.0),
         (5, 15.0),
     ]
+
+
+def test_a_process_killed_while_writing_loses_nothing_it_wrote(config):
+    code = (
+        "import itertools\n"
+        "from megatron_rlpt.config import load_config\n"
+        "from megatron_rlpt.observe import open_metrics\n"
+        f"config = load_config(None, ['run.dir={config.run.dir}', 'model.path=m', 'train.steps=9', "
+        "'data.sources=[{path: a}]', 'observe.tensorboard=false'])\n"
+        "writer = open_metrics(config, 0)\n"
+        "for step in itertools.count():\n"
+        "    writer.write(step, step, {'loss': 1.0})\n"
+        "    print(step, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    while int(process.stdout.readline()) < 50:
+        pass
+    process.kill()
+    told = int(process.communicate()[0].split("\n")[-2])
+    with open_metrics(config, 40) as writer:
+        assert writer._sinks[0].last_step >= told
+        writer.write(40, 40, {"loss": 2.0})
+    assert [line["step"] for line in lines(config)] == list(range(41))
 
 
 def test_torn_line_alone_goes_and_nothing_else(tmp_path):

@@ -50,10 +50,8 @@ class _Cursor:
 
     reader: Reader
     index: int = 0
-    """Records passed so far by any rank, counted on over the passes."""
+    """Records of the current pass that lie behind, of all ranks."""
     epoch: int = 0
-    epoch_start: int = 0
-    """``index`` at which the current pass began."""
     own_read: int = 0
     """Records this rank has read since ``usable_before`` was noted, at the start of a pass."""
     usable_before: int = 0
@@ -66,9 +64,10 @@ class DocumentStream:
     """Documents drawn from the sources by weight, without end.
 
     Every draw picks a source with a probability proportional to its weight and reads that source's next record. The
-    pick depends on (seed, rank, number of the draw) only. Rank r of w reads the records whose index is r modulo w,
-    where the index counts on from one pass over a source to the next: within each pass the ranks share all records
-    without overlap, and no rank starves on a source with fewer records than ranks.
+    pick depends on (seed, rank, number of the draw) only. In its first pass over a source, rank r of w reads the
+    records whose index is r modulo w, and every further pass moves the shares on by one record: within each pass the
+    ranks share all records without overlap, within w passes a rank reads each record once, and none starves on a
+    source with fewer records than ranks.
 
     ``counters`` is shared with the caller, who reports a usable or too short document through it.
 
@@ -188,7 +187,7 @@ class DocumentStream:
         """Position and content of this rank's next record."""
         cursor = self._cursors[source]
         while True:
-            own = cursor.index % self._world_size == self._rank
+            own = (cursor.index + cursor.epoch) % self._world_size == self._rank
             position = cursor.reader.position if own else []
             record = cursor.reader.read() if own else None
             if record is None and (own or not cursor.reader.skip()):
@@ -200,12 +199,12 @@ class DocumentStream:
 
     def _end_pass(self, source: int) -> None:
         cursor = self._cursors[source]
-        if cursor.index == cursor.epoch_start:
+        if not cursor.index:
             path = self.sources[source].path
             raise DataError(f"data source {path!r} has no records; put documents there or remove the source")
-        records = cursor.index - cursor.epoch_start
+        records = cursor.index
         cursor.epoch += 1
-        cursor.epoch_start = cursor.index
+        cursor.index = 0
         cursor.reader.rewind()
         self._note_epochs()
         # A rank of several sees too small a part of a small corpus to judge it by a handful of records.
@@ -216,7 +215,7 @@ class DocumentStream:
     def _check_usable(self, cursor: _Cursor, records: int) -> None:
         """Stop when every source was passed in full since the last usable document.
 
-        For the same reason, a rank of several first reads as many records as a small source has, over several passes.
+        A rank of several goes on over as many passes as it needs to see all records of a small source.
         """
         usable = self.counters.usable
         if cursor.usable_before != usable:

@@ -112,21 +112,33 @@ def test_ranks_share_every_pass_without_overlap_also_across_a_resume(tmp_path, k
     write(tmp_path, "jsonl" if kind == "hf" else kind, texts, files=3)
     config = settings(source(tmp_path, format="hf" if kind == "hf" else "auto"), min_prefix=8, episodes_per_document=1)
 
-    def served(rank: int) -> list[str]:
+    def served(rank: int, count: int) -> list[str]:
         stream = EpisodeStream(config, encode, seed=0, rank=rank, world_size=world_size)
         documents = []
-        # Two whole passes of the corpus, index by index.
-        for _ in range(len(range(rank, 2 * len(texts), world_size))):
+        for _ in range(count):
             documents += [episode.document for episode in stream.take(1)]
             state, stream = saved(stream), EpisodeStream(config, encode, 0, rank, world_size)
             stream.load_state_dict(state)
         return documents
 
-    shares = [served(rank) for rank in range(world_size)]
-    order = [shares[index % world_size][index // world_size] for index in range(2 * len(texts))]
-    first, second = order[:11], order[11:]
-    assert len(set(first)) == 11
-    assert first == second
+    passes: list[list[str]] = [[], []]
+    for rank in range(world_size):
+        shares = [[index for index in range(11) if (index + epoch) % world_size == rank] for epoch in (0, 1)]
+        documents = served(rank, sum(map(len, shares)))
+        passes[0] += documents[: len(shares[0])]
+        passes[1] += documents[len(shares[0]) :]
+    for documents in passes:
+        assert len(documents) == len(set(documents)) == 11
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4, 6, 8])
+def test_every_rank_sees_every_document_once_in_as_many_passes_as_there_are_ranks(tmp_path, world_size):
+    """Also where the number of documents is a multiple of the number of ranks, or smaller."""
+    write(tmp_path, "jsonl", [story("d", index) for index in range(6)])
+    config = settings(source(tmp_path), episodes_per_document=1)
+    for rank in range(world_size):
+        stream = EpisodeStream(config, encode, 0, rank, world_size)
+        assert len({episode.document for episode in stream.take(6)}) == 6
 
 
 def test_more_ranks_than_documents_starve_nobody(tmp_path):
@@ -150,7 +162,7 @@ def test_documents_come_from_sources_in_proportion_to_their_weights(tmp_path):
     assert [epochs > 0 for epochs in stream.counters.epochs] == [True, True, True]
 
 
-def test_seed_and_rank_change_the_order_and_nothing_else_does(tmp_path):
+def test_the_same_seed_gives_the_same_order_and_another_seed_another(tmp_path):
     for name in "ab":
         write(tmp_path / name, "jsonl", [story(name, index) for index in range(40)])
     config = settings(source(tmp_path / "a"), source(tmp_path / "b"), buffer=16)

@@ -57,16 +57,17 @@ class GenerativeJudge:
     def judge(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with one outcome per candidate.
 
-        ``detail["axes"]`` holds each axis' value and its votes: seed, reply, verdict or failure; a vote on a pair is
-        listed with both candidates, its reply with the one shown first. ``detail["standings"]`` holds position and
-        flip statistics of the round robin.
+        ``detail["axes"]`` holds each axis' value and its votes: seed, reply, verdict or failure. A vote on a pair names
+        candidates by their index, is listed with both, and has its reply with the one shown first.
+        ``detail["standings"]`` holds position and flip statistics of the round robin.
         """
         texts = [_distinct(group) for group in groups]
         questions = [self._questions(group, distinct) for group, distinct in zip(groups, texts, strict=True)]
         replies = iter(self._generator.generate([question.request for row in questions for question in row]))
         judged = []
         for group, distinct, row in zip(groups, texts, questions, strict=True):
-            outcomes = self._outcomes(len(distinct), [(question, next(replies)) for question in row])
+            places = [next(i for i, c in enumerate(group.candidates) if c.tokens == tokens) for tokens in distinct]
+            outcomes = self._outcomes(places, [(question, next(replies)) for question in row])
             by_tokens = dict(zip(distinct, outcomes, strict=True))
             empty = Failed("empty candidate")
             judged.append(replace(group, outcomes=tuple(by_tokens.get(c.tokens, empty) for c in group.candidates)))
@@ -104,25 +105,28 @@ class GenerativeJudge:
             top_p=self._config.top_p,
         )
 
-    def _outcomes(self, texts: int, answers: Sequence[tuple[_Question, Reply | Failed]]) -> list[Score | Failed]:
-        """One outcome per distinct text."""
+    def _outcomes(
+        self, places: Sequence[int], answers: Sequence[tuple[_Question, Reply | Failed]]
+    ) -> list[Score | Failed]:
+        """One outcome per distinct text; ``places`` are the indices of the candidates that have these texts."""
+        texts = len(places)
         values: list[dict[str, float | Failed]] = [{} for _ in range(texts)]
         axes: list[dict[str, Any]] = [{} for _ in range(texts)]
         detail: list[dict[str, Any]] = [{"axes": row} for row in axes]
         for name in self._axes:
             own = [(question, reply) for question, reply in answers if question.axis == name]
-            axis_values, votes, extra = _quality(texts, own) if name == "quality" else _pointwise(name, texts, own)
-            for place, value in enumerate(axis_values):
-                values[place][name] = value
-                axes[place][name] = {"value": _plain(value), "votes": votes[place]}
-                detail[place].update(extra)
+            axis_values, votes, extra = _quality(places, own) if name == "quality" else _pointwise(name, texts, own)
+            for text, value in enumerate(axis_values):
+                values[text][name] = value
+                axes[text][name] = {"value": _plain(value), "votes": votes[text]}
+                detail[text].update(extra)
         outcomes: list[Score | Failed] = []
-        for place in range(texts):
-            total = combine(values[place], self._weights)
+        for text in range(texts):
+            total = combine(values[text], self._weights)
             if isinstance(total, Failed):
-                outcomes.append(Failed(total.reason, detail[place]))
+                outcomes.append(Failed(total.reason, detail[text]))
             else:
-                outcomes.append(Score(total, self.name, self._version, detail[place]))
+                outcomes.append(Score(total, self.name, self._version, detail[text]))
         return outcomes
 
 
@@ -130,7 +134,8 @@ _AxisResult = tuple[Sequence[float | Failed], list[list[dict[str, Any]]], dict[s
 """Value per text, votes per text, and what to add to every text's detail."""
 
 
-def _quality(texts: int, answers: Sequence[tuple[_Question, Reply | Failed]]) -> _AxisResult:
+def _quality(places: Sequence[int], answers: Sequence[tuple[_Question, Reply | Failed]]) -> _AxisResult:
+    texts = len(places)
     votes: list[list[dict[str, Any]]] = [[] for _ in range(texts)]
     results = []
     for question, reply in answers:
@@ -139,7 +144,9 @@ def _quality(texts: int, answers: Sequence[tuple[_Question, Reply | Failed]]) ->
         option = reply if isinstance(reply, Failed) else parse_quality(reply)
         winner = option if isinstance(option, Failed) else (match.first, match.second)[option]
         results.append(Decided(match, winner))
-        record = {"first": match.first, "second": match.second, "vote": match.vote} | _verdict(question, winner)
+        named = winner if isinstance(winner, Failed) else places[winner]
+        record = {"first": places[match.first], "second": places[match.second], "vote": match.vote}
+        record |= _verdict(question, named)
         votes[match.first].append(record | {"reply": _text(reply)})
         votes[match.second].append(record)
     table = standings(texts, results)

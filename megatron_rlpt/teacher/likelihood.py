@@ -49,10 +49,11 @@ class LikelihoodJudge:
         self._device = torch.device(device)
         self._model = _load(Path(model_path), self._device, dtype)
         self._vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
+        self._context: int | None = getattr(self._model.config, "max_position_embeddings", None)
         self._check_head(model_path)
 
     def judge(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with one outcome per candidate; an empty candidate or a score that is not finite is a failure."""
+        """The groups with one outcome per candidate; what has no finite likelihood is a failure."""
         outcomes = self.score_tokens(
             [group.episode.prefix for group in groups],
             [[candidate.tokens for candidate in group.candidates] for group in groups],
@@ -73,12 +74,8 @@ class LikelihoodJudge:
         ]
 
     def _outcome(self, prefix: Sequence[int], tokens: Sequence[int], mean: float) -> Score | Failed:
-        if not tokens:
-            return Failed("empty candidate")
-        if not self._usable(prefix, tokens):
-            return Failed(
-                "empty prefix, or token ids outside the teacher's vocabulary", {"vocab_size": self._vocabulary}
-            )
+        if (problem := self._problem(prefix, tokens)) is not None:
+            return Failed(problem, {"prefix": len(prefix), "candidate": len(tokens)})
         if not math.isfinite(mean):
             return Failed("log-likelihood is not finite", {"loglik_mean": repr(mean)})
         repeated = repetition(tokens, self.config.repetition_ngram)
@@ -89,10 +86,17 @@ class LikelihoodJudge:
             detail={"loglik_mean": mean, "repetition": repeated},
         )
 
-    def _usable(self, prefix: Sequence[int], tokens: Sequence[int]) -> bool:
-        return bool(prefix and tokens) and all(
-            0 <= token < self._vocabulary for part in (prefix, tokens) for token in part
-        )
+    def _problem(self, prefix: Sequence[int], tokens: Sequence[int]) -> str | None:
+        """Why ``tokens`` after ``prefix`` have no likelihood, if so; few reasons, so that they can be counted."""
+        if not tokens:
+            return "empty candidate"
+        if not prefix:
+            return "empty prefix"
+        if not all(0 <= token < self._vocabulary for part in (prefix, tokens) for token in part):
+            return f"token id outside the teacher's vocabulary of {self._vocabulary}"
+        if self._context is not None and len(prefix) + len(tokens) > self._context:
+            return f"longer than the teacher's context of {self._context} tokens"
+        return None
 
     @torch.inference_mode()
     def mean_loglikelihood(
@@ -100,11 +104,12 @@ class LikelihoodJudge:
     ) -> list[list[float]]:
         """Mean log-probability per token, in nats, of each continuation given its prefix.
 
-        NaN stands for "there is none": an empty prefix or continuation, or a token id outside the vocabulary.
+        NaN stands for "there is none": an empty prefix or continuation, a token id outside the vocabulary, or more
+        tokens than the teacher's context holds.
         """
         means = [[math.nan] * len(row) for row in continuations]
         wanted = {
-            group: [index for index, tokens in enumerate(row) if self._usable(prefixes[group], tokens)]
+            group: [index for index, tokens in enumerate(row) if self._problem(prefixes[group], tokens) is None]
             for group, row in enumerate(continuations)
         }
         for batch in self._prefix_batches(prefixes, [group for group, rows in wanted.items() if rows]):

@@ -12,6 +12,15 @@ from megatron_rlpt.teacher.repetition import repetition
 VOCABULARY = 97
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads than one only wait for each other on a model this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +33,7 @@ def folder(tmp_path_factory):
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        max_position_embeddings=64,
         initializer_range=0.3,
     )
     path = tmp_path_factory.mktemp("teacher")
@@ -116,11 +126,13 @@ def test_a_failure_is_not_a_score(folder):
         Candidate(Source.ROLLOUT, ()),
         Candidate(Source.ROLLOUT, (1, VOCABULARY)),
         group.candidates[1],
+        Candidate(Source.ROLLOUT, (1,) * 61),
     )
     outcomes = judge.judge([Group(group.episode, bad)])[0].outcomes
-    assert [type(outcome) for outcome in outcomes] == [Score, Failed, Failed, Score]
+    assert [type(outcome) for outcome in outcomes] == [Score, Failed, Failed, Score, Failed]
     assert outcomes[1].reason == "empty candidate"
-    assert "vocabulary" in outcomes[2].reason
+    assert outcomes[2].reason == "token id outside the teacher's vocabulary of 97"
+    assert outcomes[4].reason == "longer than the teacher's context of 64 tokens"
 
 
 def test_not_finite_is_a_failure(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,8 +87,7 @@ class HuggingFaceReader(Reader):
     def _next(self) -> dict[str, Any] | None:
         try:
             if self._rows is None:
-                # A copy, because the library goes on writing into what it was given.
-                self._dataset.load_state_dict(copy.deepcopy(self._state))
+                self._dataset.load_state_dict(self._state)
                 self._rows = iter(self._dataset)
             record = next(self._rows, None)
         except Exception as error:

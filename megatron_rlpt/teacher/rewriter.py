@@ -10,6 +10,9 @@ from megatron_rlpt.records import Candidate, Episode, Failed, Source, derive_see
 from megatron_rlpt.teacher.generator import Message, Reply, Request, TextGenerator
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
 
+_MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
+"""A marker of the prompt, perhaps cut off before its code. Small models copy it along; the passage ends there."""
+
 
 class Rewriter:
     """Offers one rewrite per episode as a candidate (paper, section on the rewriter)."""
@@ -67,7 +70,8 @@ class Rewriter:
         )
 
     def _candidate(self, reply: Reply, seed: int, anchor: str) -> Candidate | Failed:
-        tokens = self._encode(without_anchor(reply.text, anchor))
+        passage = _MARKER.sub("", reply.text)
+        tokens = self._encode(without_anchor(passage, anchor))
         if len(tokens) < self._length:
             return Failed("rewrite too short", {"tokens": len(tokens), "needed": self._length, "reply": reply.text})
         cut = len(tokens) > self._length or reply.finish_reason == "length"

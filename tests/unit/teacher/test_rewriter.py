@@ -64,6 +64,14 @@ def test_an_anchor_written_again_is_removed():
     assert decode(candidate.tokens) == " four five"
 
 
+def test_a_copied_marker_is_never_trained_on():
+    marked = Reply(" four five\n[end passage 1234abcd]\nmore and more", (), "stop")
+    early = Reply(" four\n[end passage 12", (), "length")
+    (candidate, failed), _ = rewrite(marked, early)
+    assert decode(candidate.tokens) == " four five"
+    assert failed.reason == "rewrite too short"
+
+
 @pytest.mark.parametrize(
     ("prefix", "words", "anchor"),
     [

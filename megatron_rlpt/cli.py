@@ -88,7 +88,7 @@ def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
     from megatron_rlpt.config import load_config
 
     resolved = load_config(config, overrides or ())
-    from megatron_rlpt.evaluation.compare import evaluate as compare
+    from megatron_rlpt.evaluation.evaluate import evaluate as compare
 
     compare(resolved)
 

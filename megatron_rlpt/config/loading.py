@@ -173,7 +173,11 @@ def _field_types() -> dict[str, str]:
     return kinds
 
 
-_LIST_ITEMS: dict[str, type] = {"data.sources": SourceConfig, "data.heldout": SourceConfig}
+_LIST_ITEMS: dict[str, type] = {
+    "data.sources": SourceConfig,
+    "data.heldout": SourceConfig,
+    "evaluation.ngram_corpus": SourceConfig,
+}
 
 
 def _check_keys(node: Any, key: str, origin: str) -> None:

@@ -295,6 +295,9 @@ class EvaluationConfig:
     """Held-out prefixes on which policies are compared."""
     samples: int = 2
     """Sampled continuations per prefix (temperature 1), besides the greedy one."""
+    ngram_corpus: list[SourceConfig] = field(default_factory=list)
+    """Documents that an n-gram model is fitted to, as a second measure the judge did not optimise; neither trained on
+    nor continued. Empty leaves the second measure out."""
     examples: int = 8
     """Prefixes shown side by side in the report."""
 

@@ -40,24 +40,53 @@ def safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
+class WeightFolder:
+    """The tensors of a Hugging Face folder, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Index the folder's safetensors files.
+
+        Raises:
+            ModelError: there are none, or one is not readable.
+        """
+        self._folder = folder
+        self._where: dict[str, Path] = {}
+        for path in safetensors_files(folder):
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    self._where.update(dict.fromkeys(handle.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} is not a readable safetensors file: {error}; copy it again") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor.
+
+        Raises:
+            ModelError: the folder does not have it.
+        """
+        if name not in self._where:
+            raise ModelError(f"{self._folder} has no tensor {name!r}, which its config.json asks for")
+        with safe_open(self._where[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def stream(self, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of every weight of ``arch``, in the order of ``stream_weights``."""
+        for name in expected_shapes(arch):
+            yield name, self.read(name)
+
+
 def load_weights(model: torch.nn.Module, arch: Architecture, folder: Path) -> None:
     """Copy the tensors of a Hugging Face folder into ``model``, one layer's tensors in memory at a time.
 
     Raises:
         ModelError: a tensor is missing, has another shape than the configuration says, or is not finite.
     """
-    where: dict[str, Path] = {}
-    for path in safetensors_files(folder):
-        try:
-            with safe_open(path, framework="pt") as handle:
-                where.update(dict.fromkeys(handle.keys(), path))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is not a readable safetensors file: {error}; copy it again") from None
+    source = WeightFolder(folder)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for rule in mapping(arch):
             target = parameters.pop(rule.ours)
-            merged = rule.merge(arch, [_read(name, where, folder) for name in rule.theirs])
+            merged = rule.merge(arch, [source.read(name) for name in rule.theirs])
             if merged.shape != target.shape:
                 raise ModelError(
                     f"{folder}: {' + '.join(rule.theirs)} make {tuple(merged.shape)} where config.json asks for "
@@ -67,13 +96,6 @@ def load_weights(model: torch.nn.Module, arch: Architecture, folder: Path) -> No
                 raise ModelError(f"{folder}: {' + '.join(rule.theirs)} holds values that are not finite")
             target.copy_(merged)
     assert not parameters, f"no mapping for {sorted(parameters)}"
-
-
-def _read(name: str, where: dict[str, Path], folder: Path) -> torch.Tensor:
-    if name not in where:
-        raise ModelError(f"{folder} has no tensor {name!r}, which its config.json asks for")
-    with safe_open(where[name], framework="pt") as handle:
-        return handle.get_tensor(name)
 
 
 def stream_weights(model: torch.nn.Module, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:

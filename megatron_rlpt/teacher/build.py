@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_rlpt.config.schema import Config, JudgeName, ObjectiveName
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.rewriter import Rewriter
+from megatron_rlpt.tokenizer import PolicyTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def build_teacher(config: Config, device: str) -> Teacher:
     judged = config.objective.name in (ObjectiveName.rf_nll, ObjectiveName.online_dpo)
     prompted = judged and config.teacher.judge == JudgeName.generative
     generator = _build_generator(config) if prompted or config.candidates.rewrite else None
-    judge = _build_judge(config, device, generator) if judged else None
+    judge = build_judge(config, device, generator) if judged else None
     return Teacher(judge, _build_rewriter(config, generator) if generator and config.candidates.rewrite else None)
 
 
@@ -45,12 +44,17 @@ def _build_generator(config: Config) -> TextGenerator:
     return VllmGenerator(config.teacher_path, config.teacher.max_context, config.teacher.kv_cache_gib)
 
 
-def _build_judge(config: Config, device: str, generator: TextGenerator | None) -> Judge:
+def build_judge(config: Config, device: str, generator: TextGenerator | None = None) -> Judge:
+    """The judge that ``teacher.judge`` asks for; a generative one starts an engine unless it is given ``generator``.
+
+    Raises:
+        ModelError: the teacher cannot be used, or cannot score the policy's tokens.
+    """
     if config.teacher.judge == JudgeName.generative:
         from megatron_rlpt.teacher.generative import GenerativeJudge
 
-        assert generator is not None
-        decode = TokenizerText(config.model.path).decode
+        decode = PolicyTokenizer(config.model.path).decode
+        generator = generator or _build_generator(config)
         return GenerativeJudge(generator, decode, config.teacher.generative, config.run.seed)
     from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 
@@ -59,27 +63,25 @@ def _build_judge(config: Config, device: str, generator: TextGenerator | None) -
     return LikelihoodJudge(config.teacher_path, config.teacher.likelihood, device)
 
 
-def _build_rewriter(config: Config, generator: TextGenerator) -> Rewriter:
-    text = TokenizerText(config.model.path)
-    return Rewriter(
-        generator, text.encode, text.decode, config.teacher.rewriter, config.data.suffix_length, config.run.seed
+def describe_judge(config: Config) -> str:
+    """What the judge is, as a phrase that fits after "the judge is"."""
+    name = Path(config.teacher_path).name
+    if config.teacher.judge == JudgeName.generative:
+        axes = config.teacher.generative
+        used = [axis for axis in ("quality", "safety", "factuality") if getattr(axes, axis).weight]
+        return f"{name}, prompted, on {' + '.join(used)}"
+    likelihood = config.teacher.likelihood
+    return (
+        f"the mean log-likelihood under a frozen {name}, minus {likelihood.repetition_weight:g} times the share of "
+        f"repeated {likelihood.repetition_ngram}-grams"
     )
 
 
-class TokenizerText:
-    """The policy's tokenizer as the teacher needs it: text without special tokens, both ways."""
-
-    def __init__(self, path: str | Path) -> None:
-        """Raises ModelError when the folder holds no tokenizer that can be loaded."""
-        self._tokenizer = _load_tokenizer(path)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, nothing added."""
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of ``tokens``; special tokens are left out, spaces are left alone."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def _build_rewriter(config: Config, generator: TextGenerator) -> Rewriter:
+    text = PolicyTokenizer(config.model.path)
+    return Rewriter(
+        generator, text.encode, text.decode, config.teacher.rewriter, config.data.suffix_length, config.run.seed
+    )
 
 
 def check_same_vocabulary(teacher_path: str | Path, model_path: str | Path) -> None:
@@ -88,19 +90,8 @@ def check_same_vocabulary(teacher_path: str | Path, model_path: str | Path) -> N
     Raises:
         ModelError: the vocabularies differ.
     """
-    if _load_tokenizer(teacher_path).get_vocab() != _load_tokenizer(model_path).get_vocab():
+    if load_tokenizer(teacher_path).get_vocab() != load_tokenizer(model_path).get_vocab():
         raise ModelError(
             f"teacher.path {teacher_path} and model.path {model_path} have different vocabularies, so the likelihood "
             "judge cannot score the policy's tokens; choose a teacher of the same family or teacher.judge=generative"
         )
-
-
-def _load_tokenizer(path: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not Path(path).is_dir():
-        raise ModelError(f"no tokenizer in {path}; it needs to be a local Hugging Face folder")
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"the tokenizer in {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,196 @@
+"""``rlpt evaluate``: the trained policy and the next-token baseline against the policy both started from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_rlpt.config import Config, SourceConfig, to_yaml
+from megatron_rlpt.data import Document, heldout_episodes, open_source
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.evaluation.comparison import (
+    BASELINE,
+    START,
+    TRAINED,
+    Continuations,
+    Tokens,
+    compare,
+    continue_prefixes,
+)
+from megatron_rlpt.evaluation.examples import build_examples
+from megatron_rlpt.evaluation.ngram_model import NgramModel
+from megatron_rlpt.evaluation.report import HTML_FILE, JSON_FILE, build_report, write_report
+from megatron_rlpt.evaluation.terminal import print_report
+from megatron_rlpt.evaluation.training_curves import read_training_curves
+from megatron_rlpt.observe import get_logger, setup_logging
+from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.weights import WeightFolder, expected_shapes
+from megatron_rlpt.records import Candidate, Episode, Group, Score, Source, derive_seed
+from megatron_rlpt.rollout.engine import Prompt, RolloutEngine
+from megatron_rlpt.rollout.vllm_engine import VllmEngine
+from megatron_rlpt.teacher.build import build_judge, describe_judge
+from megatron_rlpt.teacher.judge import Judge
+from megatron_rlpt.tokenizer import PolicyTokenizer
+
+BASELINE_FOLDER = "baseline_ntp"
+"""Run folder of the next-token baseline, inside the run folder it is the baseline of."""
+
+_log = get_logger(__name__)
+
+
+def evaluate(config: Config) -> None:
+    """Compare ``<run.dir>/export`` (and ``<run.dir>/baseline_ntp/export``, if there) with ``model.path``.
+
+    Writes ``report.json`` and ``report.html`` into the run folder and prints the figures. When neither configuration
+    nor weights have changed since the last report, that one is printed again.
+
+    Raises:
+        ConfigError: the run has no exported policy yet, or no held-out documents are configured.
+        DataError, ModelError, TeacherError: a part of it cannot be used.
+    """
+    folder = Path(config.run.dir)
+    models = _models(config, folder)
+    fingerprint = _fingerprint(config, models)
+    report = _finished_report(folder, fingerprint)
+    if report is None:
+        setup_logging(folder)
+        report = _measure(config, folder, models) | {"fingerprint": fingerprint}
+        write_report(folder, report)
+    print_report(report, Console())
+    print(f"report: {folder / HTML_FILE} and {folder / JSON_FILE}")
+
+
+def _models(config: Config, folder: Path) -> dict[str, Path]:
+    """Policies to compare, by the name the report gives them."""
+    models = {START: Path(config.model.path), TRAINED: folder / "export"}
+    if not models[TRAINED].is_dir():
+        raise ConfigError(f"run.dir {folder} has no export/ to evaluate; run 'rlpt train' with this config first")
+    baseline = folder / BASELINE_FOLDER / "export"
+    return models | ({BASELINE: baseline} if baseline.is_dir() else {})
+
+
+def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
+    tokenizer = PolicyTokenizer(config.model.path)
+    episodes = heldout_episodes(config.data, config.evaluation.prefixes, tokenizer.encode, bos_id=tokenizer.bos_id)
+    prefixes = [episode.prefix for episode in episodes]
+    originals = [episode.suffix for episode in episodes]
+    policies = _continue_all(config, models, prefixes)
+    second = _ngram_model(config.evaluation.ngram_corpus, tokenizer)
+    _log.info("scoring", prefixes=len(prefixes), policies=len(policies))
+    scorer = JudgeScorer(build_judge(config, "cpu"), episodes)
+    comparison = compare(prefixes, originals, policies, scorer, second, seed=config.run.seed)
+    return build_report(
+        comparison,
+        read_training_curves(folder),
+        config,
+        judge=describe_judge(config),
+        second=None if second is None else _describe_ngram(second),
+        examples=build_examples(
+            prefixes, originals, policies, comparison, tokenizer.decode, config.evaluation.examples
+        ),
+    )
+
+
+def _continue_all(
+    config: Config, models: dict[str, Path], prefixes: Sequence[tuple[int, ...]]
+) -> dict[str, Continuations]:
+    """Continuations of every policy from one engine, whose weights are exchanged in between."""
+    arch = read_architecture(models[START])
+    engine = VllmEngine(
+        models[START],
+        expected_shapes(arch),
+        config.rollout,
+        dtype=config.model.dtype,
+        max_sequence=config.max_sequence,
+        seed=config.run.seed,
+    )
+    policies = {}
+    for version, (name, path) in enumerate(models.items()):
+        if version:
+            engine.update_weights(WeightFolder(path).stream(arch), version)
+        _log.info("generating", policy=name, weights=path)
+        policies[name] = continue_prefixes(
+            PolicyGenerator(engine, version, config), prefixes, config.evaluation.samples
+        )
+    return policies
+
+
+class PolicyGenerator:
+    """Continues prefixes with the engine's weights of one version."""
+
+    def __init__(self, engine: RolloutEngine, version: int, config: Config) -> None:
+        self._engine = engine
+        self._version = version
+        self._length = config.data.suffix_length
+        self._seed = config.run.seed
+
+    def __call__(self, prefixes: Sequence[Tokens], greedy: bool, sample: int) -> list[tuple[int, ...]]:
+        """One continuation per prefix. All policies draw with the same seeds."""
+        prompts = [
+            Prompt(tuple(prefix), derive_seed(self._seed, "evaluation", sample, index), greedy)
+            for index, prefix in enumerate(prefixes)
+        ]
+        return [result.tokens for result in self._engine.generate(prompts, self._length, self._version)]
+
+
+class JudgeScorer:
+    """The training judge as a scorer: continuations of one prefix are judged as one group."""
+
+    def __init__(self, judge: Judge, episodes: Sequence[Episode]) -> None:
+        self._judge = judge
+        self._episodes = {episode.prefix: episode for episode in episodes}
+
+    def score(self, prefixes: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[float | None]:
+        """One score per continuation; None where the judge failed."""
+        groups = []
+        for prefix, rivals in groupby(zip(prefixes, continuations, strict=True), key=lambda pair: tuple(pair[0])):
+            candidates = tuple(Candidate(Source.ROLLOUT, tuple(tokens)) for _, tokens in rivals)
+            groups.append(Group(self._episodes[prefix], candidates))
+        return [
+            outcome.value if isinstance(outcome, Score) else None
+            for group in self._judge.judge(groups)
+            for outcome in group.outcomes
+        ]
+
+
+def _ngram_model(sources: Sequence[SourceConfig], tokenizer: PolicyTokenizer) -> NgramModel | None:
+    if not sources:
+        return None
+    documents = [tokenizer.encode(text) for source in sources for text in _texts(source)]
+    return NgramModel(documents, tokenizer.size)
+
+
+def _texts(source: SourceConfig) -> Iterator[str]:
+    reader = open_source(source)
+    while (record := reader.read()) is not None:
+        if isinstance(record, Document):
+            yield record.text
+
+
+def _describe_ngram(model: NgramModel) -> str:
+    return f"a Kneser-Ney n-gram model fitted to {model.tokens:,} tokens that no policy was trained on or continued"
+
+
+def _fingerprint(config: Config, models: dict[str, Path]) -> str:
+    """Changes when the configuration or any weight file does."""
+    digest = hashlib.blake2b(to_yaml(config).encode(), digest_size=16)
+    for name, folder in models.items():
+        for path in sorted(folder.glob("*.safetensors")):
+            facts = path.stat()
+            digest.update(f"{name} {path.name} {facts.st_size} {facts.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    try:
+        report = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    fresh = isinstance(report, dict) and report.get("fingerprint") == fingerprint and (folder / HTML_FILE).is_file()
+    return report if fresh else None

@@ -1,0 +1,48 @@
+"""The figures of one step, computed from what the step did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from megatron_rlpt.objectives import Selection
+from megatron_rlpt.records import Group, Source
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    selection: Selection,
+    update: Mapping[str, float],
+    failure_rate: float,
+    failed_rewrites: int,
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """Flat name -> value.
+
+    ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on) and ``seconds``
+    the time by stage. Rewards are per source, over candidates that have a score. ``<source>_chosen_rate`` is the share
+    of the update's examples whose chosen candidate came from that source (paper, Figure 8, for rollouts).
+    """
+    metrics = dict(update)
+    examples = selection.examples
+    for source in Source:
+        rewards = [score.value for group in groups if group.outcomes for candidate, score in group.scored()
+                   if candidate.source is source]  # fmt: skip
+        if rewards:
+            metrics[f"reward/{source.value}"] = fmean(rewards)
+        if examples and any(candidate.source is source for group in groups for candidate in group.candidates):
+            chosen = sum(example.sequences[0].source is source for example in examples)
+            metrics[f"{source.value}_chosen_rate"] = chosen / len(examples)
+    margins = [example.margin for example in examples if example.margin is not None]
+    if margins:
+        metrics["reward_margin"] = fmean(margins)
+    metrics["examples"] = len(examples)
+    metrics["skipped"] = len(selection.skipped)
+    for reason, count in selection.skip_counts().items():
+        metrics[f"skipped/{reason.replace(' ', '_')}"] = count
+    metrics["duplicates"] = selection.duplicates
+    metrics["failure_rate"] = failure_rate
+    metrics["failed_rewrites"] = failed_rewrites
+    metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
+    metrics["seconds/total"] = sum(seconds.values())
+    return metrics

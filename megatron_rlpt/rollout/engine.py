@@ -1,0 +1,101 @@
+"""What a rollout engine is, whatever generates, and how rollouts become candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_rlpt.config import RolloutConfig
+from megatron_rlpt.errors import EngineError
+from megatron_rlpt.records import Candidate, Episode, Source, derive_seed
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One continuation asked for. The same prompt under the same weights gives the same tokens."""
+
+    prefix: tuple[int, ...]
+    seed: int
+    greedy: bool = False
+    """Take the most likely token each time; the seed is then without effect."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the engine generated: token ids, the log-probability of each (nats), and why it stopped."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    """``length`` (all tokens asked for) or ``stop`` (the last token is end-of-sequence)."""
+
+
+class RolloutEngine(Protocol):
+    """Generates continuations under the policy's weights of a known version."""
+
+    @property
+    def version(self) -> int | None:
+        """Policy version of the weights in force; None after an update that failed half-way."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
+        """One continuation per prompt, in order, of ``max_tokens`` tokens unless end-of-sequence comes first.
+
+        Raises:
+            EngineError: the weights in force are not those of ``version``.
+        """
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take over the policy's weights (Hugging Face names, complete) and forget what was cached under old ones.
+
+        Raises:
+            EngineError: names or shapes differ from the engine's model, or the cache was not dropped. The engine then
+                refuses to generate until an update succeeds.
+        """
+        ...
+
+
+def sample_rollouts(
+    engine: RolloutEngine, episodes: Sequence[Episode], count: int, max_tokens: int, version: int, run_seed: int
+) -> list[list[Candidate]]:
+    """``count`` rollouts of every episode under the policy of ``version``.
+
+    The seed of rollout k depends on the run seed, the episode and k alone, so a resumed run draws the same tokens.
+    """
+    seeds = [[derive_seed(run_seed, episode.id, k) for k in range(count)] for episode in episodes]
+    prompts = [
+        Prompt(episode.prefix, seed) for episode, own in zip(episodes, seeds, strict=True) for seed in own
+    ]
+    continuations = iter(engine.generate(prompts, max_tokens, version))
+    return [
+        [
+            Candidate(
+                source=Source.ROLLOUT,
+                tokens=continuation.tokens,
+                policy_version=version,
+                seed=seed,
+                finish_reason=continuation.finish_reason,
+                logprobs=continuation.logprobs,
+            )
+            for seed, continuation in zip(own, continuations, strict=False)
+        ]
+        for own in seeds
+    ]
+
+
+def require_neutral_sampling(config: RolloutConfig) -> None:
+    """Refuse truncated sampling: its samples are not the policy's, and their log-probabilities would be wrong.
+
+    Raises:
+        EngineError: top_p, top_k or min_p is set.
+    """
+    for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        value = getattr(config, name)
+        if value != neutral:
+            raise EngineError(
+                f"rollout.{name} is {value}; rollouts are trained on, so only {neutral} (off) is allowed"
+            )

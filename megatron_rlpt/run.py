@@ -58,7 +58,9 @@ def run_training(config: Config, fresh: bool = False) -> None:
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     checkpoint = _checkpoint_of(folder, store, config)
     if checkpoint is not None and checkpoint.step >= config.train.steps and (folder / "export").is_dir():
-        print(f"{folder} is complete ({checkpoint.step} of {config.train.steps} steps); its policy is in {folder}/export")
+        print(
+            f"{folder} is complete ({checkpoint.step} of {config.train.steps} steps); its policy is in {folder}/export"
+        )
         return
     setup_logging(folder)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -118,9 +120,7 @@ def build(
         run_seed=config.run.seed,
     )
     saver = RunSaver(config, store, stream, policy)
-    return Training(
-        config, stream, proposer, teacher.judge, objective, policy, engine, observer, saver, timer
-    )
+    return Training(config, stream, proposer, teacher.judge, objective, policy, engine, observer, saver, timer)
 
 
 def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:

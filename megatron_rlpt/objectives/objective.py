@@ -35,9 +35,7 @@ class Objective(Protocol):
         """Choose what to train on."""
         ...
 
-    def loss(
-        self, logprobs: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor | None
-    ) -> LossTerms:
+    def loss(self, logprobs: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor | None) -> LossTerms:
         """Loss of a micro-batch.
 
         Args:

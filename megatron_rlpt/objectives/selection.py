@@ -90,7 +90,5 @@ def best_and_worst(groups: Sequence[Group], *, keep_worst: bool) -> Selection:
     return selection
 
 
-def _draw(
-    entries: list[tuple[int, Candidate, Score]], episode: Episode, role: str
-) -> tuple[int, Candidate, Score]:
+def _draw(entries: list[tuple[int, Candidate, Score]], episode: Episode, role: str) -> tuple[int, Candidate, Score]:
     return entries[derive_seed(episode.id, role) % len(entries)]

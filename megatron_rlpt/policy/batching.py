@@ -37,9 +37,7 @@ class Batch:
 
 def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
     """Pad ``examples`` into one micro-batch on ``device``."""
-    rows = [
-        (example.episode.prefix, candidate) for example in examples for candidate in example.sequences
-    ]
+    rows = [(example.episode.prefix, candidate) for example in examples for candidate in example.sequences]
     length = max(len(prefix) + len(candidate.tokens) for prefix, candidate in rows)
     suffix = max(len(candidate.tokens) for _, candidate in rows)
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)

@@ -55,7 +55,10 @@ class Rule:
         if layer is None:
             return self
         return Rule(
-            self.ours.format(layer=layer), tuple(name.format(layer=layer) for name in self.theirs), self.merge, self.split
+            self.ours.format(layer=layer),
+            tuple(name.format(layer=layer) for name in self.theirs),
+            self.merge,
+            self.split,
         )
 
 

@@ -26,8 +26,10 @@ class HiddenStateModel(GPTModel):
 
     def output_weight(self) -> torch.Tensor:
         """The vocabulary projection, [vocabulary, hidden]; the input embedding itself when the two are tied."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else (
-            self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else (self.output_layer.weight)
         )
 
 

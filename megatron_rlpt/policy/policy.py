@@ -18,8 +18,8 @@ from megatron_rlpt.errors import ModelError, TrainingError
 from megatron_rlpt.objectives import Example, LossTerms, Objective
 from megatron_rlpt.policy.batching import Batch, make_batch, micro_batches
 from megatron_rlpt.policy.families import read_architecture
-from megatron_rlpt.policy.megatron_optimizer import init_optimizer_state, load_optimizer_state
 from megatron_rlpt.policy.logprobs import chunked_logprobs
+from megatron_rlpt.policy.megatron_optimizer import init_optimizer_state, load_optimizer_state
 from megatron_rlpt.policy.model import HiddenStateModel, build_model, torch_dtype_of
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.runtime import DeviceRuntime
@@ -146,9 +146,7 @@ class Policy:
             state["reference_version"] = self._reference.version
         return state
 
-    def _forward_backward(
-        self, batches: list[Batch], references: list[torch.Tensor | None]
-    ) -> list[_MicroResult]:
+    def _forward_backward(self, batches: list[Batch], references: list[torch.Tensor | None]) -> list[_MicroResult]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         total = sum(batch.examples for batch in batches)

@@ -151,7 +151,9 @@ class DeviceRuntime:
         self.on_cuda = torch.cuda.is_available()
         self.name = "cuda" if self.on_cuda else "cpu"
         self.backend = "nccl" if self.on_cuda else "gloo"
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if self.on_cuda else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if self.on_cuda else torch.device("cpu")
+        )
         if not self.on_cuda:
             _install_stand_in()
 

@@ -67,9 +67,7 @@ def sample_rollouts(
     The seed of rollout k depends on the run seed, the episode and k alone, so a resumed run draws the same tokens.
     """
     seeds = [[derive_seed(run_seed, episode.id, k) for k in range(count)] for episode in episodes]
-    prompts = [
-        Prompt(episode.prefix, seed) for episode, own in zip(episodes, seeds, strict=True) for seed in own
-    ]
+    prompts = [Prompt(episode.prefix, seed) for episode, own in zip(episodes, seeds, strict=True) for seed in own]
     continuations = iter(engine.generate(prompts, max_tokens, version))
     return [
         [
@@ -96,6 +94,4 @@ def require_neutral_sampling(config: RolloutConfig) -> None:
     for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         value = getattr(config, name)
         if value != neutral:
-            raise EngineError(
-                f"rollout.{name} is {value}; rollouts are trained on, so only {neutral} (off) is allowed"
-            )
+            raise EngineError(f"rollout.{name} is {value}; rollouts are trained on, so only {neutral} (off) is allowed")

@@ -152,9 +152,7 @@ class VllmEngine:
             raise EngineError("vLLM returned a continuation of another prompt than the one asked for")
         completion = output.outputs[0]
         tokens = tuple(completion.token_ids)
-        logprobs = tuple(
-            float(entry[token].logprob) for token, entry in zip(tokens, completion.logprobs, strict=True)
-        )
+        logprobs = tuple(float(entry[token].logprob) for token, entry in zip(tokens, completion.logprobs, strict=True))
         return Continuation(tokens, logprobs, str(completion.finish_reason))
 
 

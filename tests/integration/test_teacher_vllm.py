@@ -23,12 +23,13 @@ from megatron_rlpt.config.schema import (
 )
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
-from megatron_rlpt.teacher.build import TokenizerText, build_teacher
+from megatron_rlpt.teacher.build import build_teacher
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import Message, Reply, Request
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 from megatron_rlpt.teacher.rewriter import Rewriter
 from megatron_rlpt.teacher.vllm_generator import VllmGenerator
+from megatron_rlpt.tokenizer import PolicyTokenizer
 
 ASSETS = Path(__file__).parents[2] / "runs/assets"
 MODEL = ASSETS / "smollm2-135m-instruct"
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def text():
-    return TokenizerText(MODEL)
+    return PolicyTokenizer(MODEL)
 
 
 @pytest.fixture(scope="module")

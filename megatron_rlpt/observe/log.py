@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,6 +51,21 @@ def setup_logging(run_dir: Path | None = None, level: int = logging.INFO) -> Non
         logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Keep other packages' bars and advice out of the terminal; call it before they are imported.
+
+    What is muted is known and without consequence here: Megatron announces each fused kernel it does without (``rlpt
+    doctor`` lists them), torch announces renamed functions that Megatron and vLLM still call, and both transformers
+    and vLLM draw a progress bar over ours. Environment variables that are set already win.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for category, module in ((UserWarning, r"megatron\."), (FutureWarning, r"(torch|vllm|megatron)\.")):
+        warnings.filterwarnings("ignore", category=category, module=module)
+    for name in ("torch._library.triton", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class LineFormatter(logging.Formatter):

@@ -69,6 +69,7 @@ def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterato
             "enforce_eager": True,
             # Keep the model folder's generation_config.json from changing the sampling behind our back.
             "generation_config": "vllm",
+            "use_tqdm_on_load": False,
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         }
         if not torch.cuda.is_available():

@@ -16,6 +16,7 @@ run=$("$rlpt" config --config configs/demo.yaml "$@" --get run.dir)
 echo "== self-improving pretraining -> $run"
 "$rlpt" train --config configs/demo.yaml "$@"
 echo "== next-token baseline on the same episodes -> $run/baseline_ntp"
-"$rlpt" train --config configs/demo_ntp.yaml "$@" "run.dir=$run/baseline_ntp" objective.name=ntp candidates.rollouts=0
+"$rlpt" train --config configs/demo_ntp.yaml "$@" "run.dir=$run/baseline_ntp" objective.name=ntp \
+    candidates.original=true candidates.rewrite=false candidates.rollouts=0
 echo "== evaluation on held-out prefixes"
 "$rlpt" evaluate --config configs/demo.yaml "$@"

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 
-from megatron_rlpt.config import ObjectiveConfig, ObjectiveName
 from megatron_rlpt.objectives.selection import Selection
 from megatron_rlpt.records import Group
 
@@ -45,21 +44,3 @@ class Objective(Protocol):
             reference: like ``logprobs``, from the reference policy; None unless ``needs_reference``.
         """
         ...
-
-
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that ``config.name`` asks for."""
-    from megatron_rlpt.objectives.nll import NextToken, RewardFilteredNll, SftRewrite, SftRollout
-    from megatron_rlpt.objectives.online_dpo import OnlineDpo
-
-    match config.name:
-        case ObjectiveName.ntp:
-            return NextToken()
-        case ObjectiveName.sft_rewrite:
-            return SftRewrite()
-        case ObjectiveName.sft_rollout:
-            return SftRollout()
-        case ObjectiveName.rf_nll:
-            return RewardFilteredNll()
-        case ObjectiveName.online_dpo:
-            return OnlineDpo(config.beta)

@@ -49,7 +49,10 @@ def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
         tokens[index, : len(prefix) + len(completion)] = torch.tensor(prefix + completion)
         mask[index, : len(completion)] = 1.0
         if candidate.logprobs is not None:
-            engine[index, : len(completion)] = torch.tensor(candidate.logprobs)
+            # NaN marks the absence of an engine; from an engine it agrees with nothing.
+            engine[index, : len(completion)] = torch.tensor(candidate.logprobs).nan_to_num(
+                -torch.inf, torch.inf, -torch.inf
+            )
         # The hidden state at position p predicts the token at p + 1.
         first = index * length + len(prefix) - 1
         predictors.append(torch.arange(first, first + len(completion)))

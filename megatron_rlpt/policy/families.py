@@ -141,6 +141,10 @@ def read_architecture(folder: Path) -> Architecture:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); model.path must be a Hugging Face folder") from None
+    if not isinstance(raw, dict):
+        raise ModelError(
+            f"{path} holds a {type(raw).__name__}, not an object; model.path must be a Hugging Face folder"
+        )
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise ModelError(
@@ -155,7 +159,7 @@ def read_architecture(folder: Path) -> Architecture:
     try:
         heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
         theta, factor = _rope(raw, path)
-        return Architecture(
+        arch = Architecture(
             model_type=str(model_type),
             layers=int(raw["num_hidden_layers"]),
             hidden=hidden,
@@ -173,6 +177,9 @@ def read_architecture(folder: Path) -> Architecture:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: a required entry is missing or not a number: {error}") from None
+    if arch.heads % arch.kv_heads:
+        raise ModelError(f"{path}: num_key_value_heads is {arch.kv_heads}; it must divide {arch.heads} attention heads")
+    return arch
 
 
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

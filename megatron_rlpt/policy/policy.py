@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import defaultdict
@@ -12,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_rlpt.config import Config, Dtype, OptimizerConfig, TrainConfig
+from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ModelError, TrainingError
 from megatron_rlpt.objectives import Example, LossTerms, Objective
 from megatron_rlpt.policy.batching import Batch, make_batch, micro_batches
 from megatron_rlpt.policy.families import read_architecture
 from megatron_rlpt.policy.logprobs import chunked_logprobs
-from megatron_rlpt.policy.megatron_optimizer import init_optimizer_state, load_optimizer_state
-from megatron_rlpt.policy.model import HiddenStateModel, build_model, torch_dtype_of
+from megatron_rlpt.policy.model import build_model
+from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler, load_optimizer_state
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.weights import load_weights, stream_weights
@@ -59,8 +61,8 @@ class Policy:
         load_weights(self._model, self.arch, folder)
         self._reference = ReferenceWeights(self._model, version=0) if objective.needs_reference else None
         with runtime.megatron():
-            self._ddp, self._optimizer = _with_optimizer(self._model, config.optimizer, config.model.dtype)
-            self._scheduler = _scheduler(self._optimizer, config.optimizer, config.train)
+            self._ddp, self._optimizer = build_optimizer(self._model, config.optimizer, config.model.dtype)
+            self._scheduler = build_scheduler(self._optimizer, config.optimizer, config.train)
         self.version = 0
 
     def update(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -111,7 +113,7 @@ class Policy:
         from megatron.core import dist_checkpointing
 
         folder.mkdir(parents=True, exist_ok=True)
-        with self._runtime.megatron():
+        with self._runtime.megatron(), _plain_errors():
             dist_checkpointing.save(self._sharded_state(is_loading=False), str(folder))
 
     def load(self, folder: Path) -> None:
@@ -122,10 +124,11 @@ class Policy:
         """
         from megatron.core import dist_checkpointing
 
-        with self._runtime.megatron():
+        with self._runtime.megatron(), _plain_errors():
             state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
             self._model.load_state_dict(state["model"])
             load_optimizer_state(self._optimizer, state["optimizer"])
+            self._scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps to its own
             self._scheduler.load_state_dict(state["scheduler"])
         self.version = int(state["version"])
         if self._reference is not None and self._refresh_every:
@@ -162,7 +165,7 @@ class Policy:
             # Megatron divides by the number of micro-batches; the mean is over examples, whatever their split.
             scaled = terms.loss.sum() * len(batches) / total
             gap = (logprobs.detach() - batch.engine_logprobs).abs()
-            compared = gap.isfinite()
+            compared = ~batch.engine_logprobs.isnan()
             detached = LossTerms(terms.loss.detach(), terms.metrics)
             return scaled, _MicroResult(detached, float(gap[compared].sum()), int(compared.sum()))
 
@@ -205,66 +208,18 @@ class Policy:
                 )
 
 
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """torch wraps what fails in a checkpoint into a BaseException that no ``except Exception`` sees: raise the cause."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
+
+
 def _positions(tokens: torch.Tensor) -> torch.Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-
-
-def _with_optimizer(model: HiddenStateModel, config: OptimizerConfig, dtype: Dtype) -> tuple[Any, Any]:
-    """Megatron's DDP wrapper (gradients in fp32) and distributed AdamW (main weights in fp32)."""
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-    from megatron.core.optimizer import get_megatron_optimizer
-
-    ddp = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        module=model,
-    )
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad,
-            bf16=dtype is Dtype.bf16,
-            params_dtype=torch_dtype_of(dtype),
-            use_distributed_optimizer=True,
-        ),
-        [ddp],
-    )
-    init_optimizer_state(optimizer)
-    model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.no_sync_func = ddp.no_sync
-    return ddp, optimizer
-
-
-def _scheduler(optimizer: Any, config: OptimizerConfig, train: TrainConfig) -> Any:
-    """Megatron's schedule, stepped before every update: the first has lr / warmup_steps, not 0."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=config.warmup_steps,
-        # One more than there are updates, so that the last one still has a learning rate above min_lr.
-        lr_decay_steps=train.steps + 1,
-        lr_decay_style=config.decay.name,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_rlpt.errors import ModelError
+from megatron_rlpt.errors import CheckpointError, ModelError
 from megatron_rlpt.policy.families import Architecture, mapping
 
 INDEX = "model.safetensors.index.json"
@@ -24,11 +24,14 @@ def safetensors_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder.
 
     Raises:
-        ModelError: there are none, or the index names a file that is not there.
+        ModelError: there are none, or the index is not readable or names a file that is not there.
     """
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is not a readable index ({type(error).__name__}); copy it again") from None
         files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("*.safetensors"))
@@ -82,19 +85,21 @@ def load_weights(model: torch.nn.Module, arch: Architecture, folder: Path) -> No
         ModelError: a tensor is missing, has another shape than the configuration says, or is not finite.
     """
     source = WeightFolder(folder)
+    shapes = expected_shapes(arch)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for rule in mapping(arch):
-            target = parameters.pop(rule.ours)
-            merged = rule.merge(arch, [source.read(name) for name in rule.theirs])
-            if merged.shape != target.shape:
-                raise ModelError(
-                    f"{folder}: {' + '.join(rule.theirs)} make {tuple(merged.shape)} where config.json asks for "
-                    f"{tuple(target.shape)}; config and weights belong to different models"
-                )
-            if not merged.isfinite().all():
-                raise ModelError(f"{folder}: {' + '.join(rule.theirs)} holds values that are not finite")
-            target.copy_(merged)
+            tensors = [source.read(name) for name in rule.theirs]
+            for name, tensor in zip(rule.theirs, tensors, strict=True):
+                # Each part, not the merged whole: a query too short and a key too long would make the right sum.
+                if tuple(tensor.shape) != shapes[name]:
+                    raise ModelError(
+                        f"{folder}: {name} is {tuple(tensor.shape)} where config.json asks for {shapes[name]}; "
+                        "config and weights belong to different models"
+                    )
+                if not tensor.isfinite().all():
+                    raise ModelError(f"{folder}: {name} holds values that are not finite; convert or copy it again")
+            parameters.pop(rule.ours).copy_(rule.merge(arch, tensors))
     assert not parameters, f"no mapping for {sorted(parameters)}"
 
 
@@ -133,19 +138,38 @@ def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 def export_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path) -> None:
     """Write a Hugging Face folder: ``weights`` beside the configuration and tokenizer files of ``source``.
 
-    The folder appears complete or not at all (written aside, then renamed).
+    The folder appears complete or not at all (written aside, then renamed); a failure leaves an older one as it was.
 
     Raises:
-        OSError: the disk is full or not writable.
+        CheckpointError: the disk is full or not writable.
     """
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in {".json", ".jinja", ".model", ".txt"} and path.name != INDEX:
-            shutil.copyfile(path, partial / path.name)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.suffix in {".json", ".jinja", ".model", ".txt"} and path.name != INDEX:
+                shutil.copyfile(path, partial / path.name)
+        _declare_dtype(partial / "config.json", _write_shards(weights, partial))
+        old = target.with_name(target.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the operating system says
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"export {target} could not be written ({type(error).__name__}: {error}); free space or mend the folder's "
+            "permissions, then start again"
+        ) from error
+
+
+def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> torch.dtype:
+    """Write ``weights`` as safetensors files of at most ``SHARD_BYTES`` and return their precision."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
+    dtype = torch.float32
     for name, tensor in weights:
         bytes_ = tensor.numel() * tensor.element_size()
         if shards[-1] and size + bytes_ > SHARD_BYTES:
@@ -154,20 +178,26 @@ def export_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, tar
         shards[-1][name] = tensor.detach().cpu().contiguous().clone()
         size += bytes_
         total += bytes_
+        dtype = tensor.dtype
     names = (
         ["model.safetensors"]
         if len(shards) == 1
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
     for filename, shard in zip(names, shards, strict=True):
-        save_file(shard, partial / filename, metadata={"format": "pt"})
+        save_file(shard, folder / filename, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: filename for filename, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return dtype
+
+
+def _declare_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Let ``config.json`` name the precision of the weights: readers cast to what it says, and would round fp32."""
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    named = str(dtype).removeprefix("torch.")
+    keys = raw.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}  # the second is the name before transformers 5
+    if any(raw.get(key) != named for key in keys):
+        raw |= dict.fromkeys(keys, named)
+        config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

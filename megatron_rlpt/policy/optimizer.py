@@ -1,0 +1,100 @@
+"""Megatron's distributed AdamW and learning-rate schedule, and their checkpoint state.
+
+Megatron's checkpoint code is written for the fused Adam of Transformer Engine and Apex, which keeps the step counter in
+the parameter group; torch's Adam, used where neither is installed, keeps it beside the moments of each parameter
+(``megatron/core/optimizer/distrib_optimizer.py``). What that takes is here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_rlpt.config import Dtype, OptimizerConfig, TrainConfig
+from megatron_rlpt.policy.model import HiddenStateModel, torch_dtype_of
+
+
+def build_optimizer(model: HiddenStateModel, config: OptimizerConfig, dtype: Dtype) -> tuple[Any, Any]:
+    """Megatron's DDP wrapper (gradients in fp32) and distributed AdamW (main weights in fp32)."""
+    ddp = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        module=model,
+    )
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is Dtype.bf16,
+            params_dtype=torch_dtype_of(dtype),
+            use_distributed_optimizer=True,
+        ),
+        [ddp],
+    )
+    _init_state(optimizer)
+    model.config.grad_scale_func = optimizer.scale_loss
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.no_sync_func = ddp.no_sync
+    return ddp, optimizer
+
+
+def build_scheduler(optimizer: Any, config: OptimizerConfig, train: TrainConfig) -> Any:
+    """Megatron's schedule, stepped before every update: the first has lr / warmup_steps, not 0."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        # One more than there are updates, so that the last one still has a learning rate above min_lr.
+        lr_decay_steps=train.steps + 1,
+        lr_decay_style=config.decay.name,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def _init_state(optimizer: Any) -> None:
+    """Create Adam's moments now: Megatron cannot write or read a checkpoint of an optimizer that has none yet."""
+    for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.Adam):  # AdamW is one of these
+            for state in part.optimizer.state.values():
+                # ``init_state_fn`` leaves this one out.
+                state.setdefault("step", torch.tensor(0.0))
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict(state)`` that also works with torch's Adam.
+
+    Megatron copies every entry of a parameter's state from the checkpoint's tensors, and the step counter is not
+    among these (it travels in the parameter group). So the counter is set first and kept aside during the copy.
+    """
+    (part,) = _parts(optimizer)
+    tensors = state.pop("param_state")
+    sharding = state.pop("param_state_sharding_type")
+    assert sharding == "fully_reshardable", sharding
+    part.load_state_dict(state)
+    counters = {parameter: values.pop("step", None) for parameter, values in part.optimizer.state.items()}
+    part.load_parameter_state_from_fully_reshardable(tensors)
+    for parameter, counter in counters.items():
+        if counter is not None:
+            # One counter each: load_state_dict leaves the same tensor in every entry, which Adam would add to often.
+            part.optimizer.state[parameter]["step"] = counter.clone()
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])

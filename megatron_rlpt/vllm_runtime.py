@@ -7,6 +7,7 @@ the process must see neither, and two engines (policy and teacher) must not see 
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -43,6 +44,9 @@ def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterato
     import numpy
     import torch
 
+    # An engine tears down vLLM's process-wide groups when it is collected, whoever uses them by then. One that nothing
+    # refers to any more has to go before the new one is there (engines are cyclic garbage: they wait for a collection).
+    gc.collect()
     environment = dict(os.environ)
     python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

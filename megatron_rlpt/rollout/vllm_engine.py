@@ -125,7 +125,8 @@ class VllmEngine:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See ``RolloutEngine.update_weights``."""
         self._version = None
-        checked = self._checked(weights)
+        # All of them before the first is handed over: vLLM cannot start anew after a reload that broke off.
+        checked = iter(list(self._checked(weights)))
         self._llm.collective_rpc(_reload, args=(checked,))
         for name, _ in checked:  # the loader may stop early; what is left must still be accounted for
             raise EngineError(f"vLLM did not take the weight {name!r}; its model differs from the policy's")

@@ -1,0 +1,117 @@
+"""Complete runs of a model that is small enough to train and serve in milliseconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_rlpt.config import Config, Dtype, RolloutConfig, load_config
+from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.weights import expected_shapes
+from megatron_rlpt.rollout.vllm_engine import VllmEngine
+
+EXCLUDED = ("seconds/", "time")
+"""Metrics that differ between two equal runs."""
+
+
+def write_config(path: Path, model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> Path:
+    """A configuration of online DPO on the tiny model; ``sections`` are merged over it."""
+    settings: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(folder)},
+        "model": {"path": str(model)},
+        "data": {
+            "sources": [{"path": str(corpus)}],
+            "suffix_length": 8,
+            "min_prefix": 8,
+            "max_prefix": 16,
+            "shuffle_buffer": 16,
+        },
+        "candidates": {"rollouts": 3},
+        "rollout": {"kv_cache_gib": 0.02, "max_batch": 16},
+        "teacher": {"kv_cache_gib": 0.02},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 2, "global_batch": 4, "micro_batch": 2},
+        "checkpoint": {"every": 1},
+        "observe": {"tensorboard": False},
+    }
+    for name, values in sections.items():
+        settings[name] = settings.get(name, {}) | values
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return path
+
+
+def tiny_config(path: Path, model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> Config:
+    """The same, checked and resolved."""
+    return load_config(write_config(path, model, corpus, folder, **sections))
+
+
+NEXT_TOKEN = {"objective": {"name": "ntp"}, "candidates": {"rollouts": 0}}
+"""Sections of a run that starts no vLLM engine."""
+
+
+def save_model(folder: Path, tokenizer: Path, seed: int, **overrides: object) -> Path:
+    """A random model of the configuration and tokenizer in ``tokenizer``, with heads that vLLM takes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
+    settings = json.loads((tokenizer / "config.json").read_text())
+    settings |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32} | overrides
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:  # far enough from uniform that greedy choices are not decided by rounding
+                weight *= 4
+    model.save_pretrained(folder)
+    return folder
+
+
+def start_engine(model: Path, **overrides: object) -> VllmEngine:
+    """The rollout engine in fp32 on ``model``; ``overrides`` change its ``rollout`` section."""
+    config = RolloutConfig(**{"kv_cache_gib": 0.02, "max_batch": 32} | overrides)
+    shapes = expected_shapes(read_architecture(model))
+    return VllmEngine(model, shapes, config, dtype=Dtype.fp32, max_sequence=64, seed=1)
+
+
+def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
+    """``rlpt train`` in a process of its own, and a group of its own so that a kill reaches its helpers too."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_rlpt", "train", "-c", str(config), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error, once it has ended."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def lasting_metrics(folder: Path) -> list[dict[str, Any]]:
+    """``metrics.jsonl`` without what may differ between two equal runs."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(EXCLUDED)}
+        for row in json_lines(folder / "metrics.jsonl")
+    ]
+
+
+def only_error(err: str) -> str:
+    """The one error line a user sees; no traceback, nothing behind it."""
+    lines = err.strip().splitlines()
+    assert "Traceback" not in err, err
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], err
+    return lines[-1]

@@ -124,6 +124,8 @@ class Policy:
         """
         from megatron.core import dist_checkpointing
 
+        if not (folder / "common.pt").is_file():
+            raise FileNotFoundError(f"{folder / 'common.pt'} does not exist")  # Megatron's own message crashes
         with self._runtime.megatron(), _plain_errors():
             state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
             self._model.load_state_dict(state["model"])
@@ -210,7 +212,7 @@ class Policy:
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """torch wraps what fails in a checkpoint into a BaseException that no ``except Exception`` sees: raise the cause."""
+    """Raise the cause of torch's CheckpointException, which is a BaseException that no ``except Exception`` sees."""
     try:
         yield
     except CheckpointException as error:

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from llamas import make_examples, make_policy, same, save_llama, weights_of
+
+from megatron_rlpt.config import Dtype, ObjectiveName
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama") / "untied", tie_word_embeddings=False)
+
+
+CASES = {
+    "frozen-reference": {"objective": {}},
+    "moving-reference": {"objective": {"reference_refresh": 2}},
+    "bf16": {"model": {"dtype": Dtype.bf16}},
+}
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_a_loaded_policy_goes_on_bit_for_bit(llama, tmp_path, case, before):
+    parts = CASES[case] | {"optimizer": {"warmup_steps": 4, "weight_decay": 0.1}}
+    uninterrupted, resumed = make_policy(llama, **parts), make_policy(llama, **parts)
+    for seed in range(before):
+        uninterrupted.update(make_examples(seed=seed))
+    uninterrupted.save(tmp_path / "policy")
+    # What the other policy did before loading must not show through.
+    resumed.update(make_examples(seed=99))
+    resumed.load(tmp_path / "policy")
+    assert resumed.version == uninterrupted.version == before
+    assert same(weights_of(resumed), weights_of(uninterrupted))
+    for seed in range(before, before + 3):
+        examples = make_examples(seed=seed)
+        assert resumed.update(examples) == uninterrupted.update(examples)
+        assert same(weights_of(resumed), weights_of(uninterrupted))
+
+
+def test_saving_does_not_change_what_comes_after(llama, tmp_path):
+    saved, plain = make_policy(llama), make_policy(llama)
+    for seed in range(2):
+        saved.save(tmp_path / str(seed))
+        assert saved.update(make_examples(seed=seed)) == plain.update(make_examples(seed=seed))
+    assert same(weights_of(saved), weights_of(plain))
+
+
+@pytest.mark.parametrize("part", ["common.pt", ".metadata", "*.distcp"])
+def test_a_checkpoint_that_lacks_a_part_is_an_error(llama, tmp_path, part):
+    policy = make_policy(llama, ObjectiveName.rf_nll)
+    policy.update(make_examples(width=1))
+    policy.save(tmp_path / "policy")
+    for path in (tmp_path / "policy").glob(part):
+        path.unlink()
+    # Exception and not BaseException, as torch has it: only so can a caller turn it into one line.
+    with pytest.raises(Exception, match=r"common\.pt|metadata|distcp"):
+        make_policy(llama, ObjectiveName.rf_nll).load(tmp_path / "policy")

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from llamas import load_llama, make_examples, make_policy, save_llama
+
+from megatron_rlpt.policy.runtime import DeviceRuntime
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what stands in for CUDA is not used where CUDA is")
+
+FRESH_PROCESS = """
+import sys
+import torch
+from transformers import LlamaForCausalLM
+model = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, attn_implementation="eager").eval()
+with torch.no_grad():
+    logits = model(torch.arange(40)[None]).logits
+torch.save({"logits": logits, "inv_freq": model.model.rotary_emb.inv_freq}, sys.argv[2])
+assert "megatron_rlpt" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama") / "tied")
+
+
+@pytest.fixture(scope="module")
+def runtime(llama) -> DeviceRuntime:
+    """The runtime of a process in which Megatron has built, trained and projected a policy."""
+    make_policy(llama).update(make_examples())
+    return DeviceRuntime()
+
+
+@pytest.fixture(scope="module")
+def megatron_caller() -> types.ModuleType:
+    """A module that looks like one of Megatron's."""
+    module = types.ModuleType("megatron.core.caller")
+    exec("def cuda(tensor): return tensor.cuda()\ndef type_(tensor, *to): return tensor.type(*to)", vars(module))
+    return module
+
+
+def test_transformers_is_right_in_a_process_where_megatron_has_run(runtime, llama, tmp_path):
+    """A patched torch leaves rotary buffers uninitialised there (and the logits NaN)."""
+    command = [sys.executable, "-c", FRESH_PROCESS, str(llama), str(tmp_path / "fresh.pt")]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
+    fresh = torch.load(tmp_path / "fresh.pt")
+    for context in (runtime.megatron, lambda: torch.no_grad()):
+        with context():
+            model = load_llama(llama)
+        assert torch.equal(model.model.rotary_emb.inv_freq, fresh["inv_freq"])
+        with torch.no_grad():
+            assert torch.allclose(model(torch.arange(40)[None]).logits, fresh["logits"], atol=1e-5)
+
+
+def test_cuda_outside_megatron_is_still_refused(runtime):
+    for make in (lambda: torch.zeros(2, device="cuda"), lambda: torch.zeros(2).cuda(), torch.cuda.current_device):
+        with pytest.raises((RuntimeError, AssertionError), match="CUDA"):
+            make()
+        with runtime.megatron(), pytest.raises((RuntimeError, AssertionError), match="CUDA"):
+            make()
+
+
+def test_tensor_methods_are_torchs_own_outside_the_context_and_after_an_error_in_it(runtime):
+    own = torch.Tensor.cuda, torch.Tensor.type
+    assert all(isinstance(method, types.MethodDescriptorType) for method in own)
+
+    def fail() -> None:
+        assert torch.Tensor.cuda is not own[0]
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"), runtime.megatron(), runtime.megatron():
+        fail()
+    assert (torch.Tensor.cuda, torch.Tensor.type) == own
+
+
+def test_inside_the_context_only_megatron_sees_cuda(runtime, megatron_caller):
+    tensor = torch.zeros(2)
+    for depth in (1, 2):
+        with runtime.megatron(), runtime.megatron() if depth == 2 else torch.no_grad():
+            assert tensor.type() == "torch.FloatTensor"
+            assert tensor.type(torch.int64).dtype is torch.int64
+            assert megatron_caller.cuda(tensor) is tensor
+            assert megatron_caller.type_(tensor) == "torch.cuda.FloatTensor"
+            assert megatron_caller.type_(tensor.bfloat16()) == "torch.cuda.BFloat16Tensor"
+            assert megatron_caller.type_(tensor, torch.int64).dtype is torch.int64
+    assert megatron_caller.type_(tensor) == "torch.FloatTensor"
+
+
+def test_every_megatron_module_has_the_stand_in_and_no_other_module_has(runtime):
+    holders = {name for name, module in list(sys.modules.items()) if _torch_of(module) not in (None, torch)}
+    others = {name for name, module in list(sys.modules.items()) if _torch_of(module) is torch}
+    assert len(holders) > 50
+    assert {name for name in holders if not name.startswith("megatron.core")} == set()
+    assert {name for name in others if name.startswith("megatron.core")} == set()
+    assert "transformers.modeling_utils" in others
+    assert "megatron_rlpt.policy.policy" in others
+
+
+def test_a_megatron_module_imported_later_has_the_stand_in_too(runtime):
+    import megatron.core.models
+
+    names = [found.name for found in pkgutil.walk_packages(megatron.core.models.__path__, "megatron.core.models.")]
+    late = [name for name in names if name not in sys.modules and name.endswith(("t5_model", "bert_model"))]
+    assert late
+    for name in late:
+        module = importlib.import_module(name)
+        assert module.torch is not torch
+        assert module.torch.zeros(2, device="cuda").device.type == "cpu"
+
+
+def test_the_stand_in_makes_cpu_tensors_and_is_torch_in_all_else(runtime):
+    stand_in = sys.modules["megatron.core.parallel_state"].torch
+    for device in ("cuda", "cuda:0", torch.device("cuda", 0)):
+        assert stand_in.ones(2, device=device).device.type == "cpu"
+    assert stand_in.cuda.current_device() == torch.device("cpu")
+    assert torch.equal(stand_in.cuda.get_rng_state(), torch.get_rng_state())
+    assert stand_in.Tensor is torch.Tensor
+    assert stand_in.nn is torch.nn
+    assert not stand_in.cuda.is_available()
+    with pytest.raises(AttributeError):
+        _ = stand_in.no_such_name
+
+
+def test_the_runtime_says_which_device_is_in_force_and_why(runtime):
+    assert (runtime.name, runtime.device.type, runtime.backend) == ("cpu", "cpu", "gloo")
+    assert "finds no CUDA device" in runtime.describe()
+
+
+def _torch_of(module: object) -> object:
+    try:
+        held = vars(module).get("torch")
+    except TypeError:
+        return None
+    return held if isinstance(held, types.ModuleType) and held.__name__ == "torch" else None

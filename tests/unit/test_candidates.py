@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from megatron_rlpt.candidates import Proposer
+from megatron_rlpt.records import Candidate, Episode, Failed, Source
+from megatron_rlpt.rollout.engine import Continuation, Prompt
+
+
+class EchoEngine:
+    """Continues every prompt with its seed's last digits, so that what was asked can be read off what came."""
+
+    def __init__(self) -> None:
+        self.version = 5
+        self.asked: list[tuple[list[Prompt], int, int]] = []
+
+    def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
+        self.asked.append((list(prompts), max_tokens, version))
+        return [Continuation((prompt.seed % 1000, prompt.prefix[0]), (-0.5, -1.5), "stop") for prompt in prompts]
+
+    def update_weights(self, weights, version) -> None:
+        raise AssertionError("not the proposer's business")
+
+
+class OddRewriter:
+    """Fails on every second episode."""
+
+    def rewrite(self, episodes: Sequence[Episode]) -> list[Candidate | Failed]:
+        return [
+            Failed("too short", {"episode": episode.id})
+            if index % 2
+            else Candidate(Source.REWRITE, (70 + index,), seed=index)
+            for index, episode in enumerate(episodes)
+        ]
+
+
+def episode(name: str, first: int = 1) -> Episode:
+    return Episode(name, (first, 2), (30, 31), "corpus", "document", 2)
+
+
+def proposer(**changes) -> Proposer:
+    parts = {"original": True, "rewriter": None, "engine": None, "rollouts": 2, "suffix_length": 8, "run_seed": 17}
+    return Proposer(**(parts | changes))
+
+
+def seeds(groups) -> dict[str, list[int]]:
+    return {group.episode.id: [c.seed for c in group.candidates if c.source is Source.ROLLOUT] for group in groups}
+
+
+def test_original_rewrite_and_rollouts_lie_in_that_order_in_the_group_of_their_episode():
+    episodes = [episode("a", 1), episode("b", 2), episode("c", 3)]
+    groups, failed = proposer(rewriter=OddRewriter(), engine=EchoEngine()).propose(episodes, 5)
+    assert [group.episode for group in groups] == episodes
+    assert [[c.source.value for c in group.candidates] for group in groups] == [
+        ["original", "rewrite", "rollout", "rollout"],
+        ["original", "rollout", "rollout"],
+        ["original", "rewrite", "rollout", "rollout"],
+    ]
+    assert [group.candidates[0].tokens for group in groups] == [(30, 31)] * 3
+    assert [groups[index].candidates[1].tokens for index in (0, 2)] == [(70,), (72,)]
+    for group in groups:
+        for rollout in group.candidates[-2:]:
+            assert rollout.tokens == (rollout.seed % 1000, group.episode.prefix[0]), "the tokens of this very prompt"
+    assert failed == [Failed("too short", {"episode": "b"})]
+
+
+def test_rollouts_carry_their_provenance():
+    engine = EchoEngine()
+    groups, _ = proposer(engine=engine).propose([episode("a")], 5)
+    for rollout in groups[0].candidates[1:]:
+        assert (rollout.policy_version, rollout.finish_reason, rollout.logprobs) == (5, "stop", (-0.5, -1.5))
+    ((prompts, max_tokens, version),) = engine.asked
+    assert (max_tokens, version) == (8, 5)
+    assert [prompt.seed for prompt in prompts] == [c.seed for c in groups[0].candidates[1:]]
+    assert not any(prompt.greedy for prompt in prompts)
+
+
+def test_rollout_seeds_depend_on_run_seed_episode_and_k_alone():
+    alone, _ = proposer(engine=EchoEngine()).propose([episode("b")], 0)
+    among, _ = proposer(engine=EchoEngine()).propose([episode("a"), episode("b", 9), episode("c")], 41)
+    more, _ = proposer(engine=EchoEngine(), rollouts=5, original=False).propose([episode("b")], 0)
+    assert seeds(among)["b"] == seeds(alone)["b"] == seeds(more)["b"][:2]
+    other, _ = proposer(engine=EchoEngine(), run_seed=18).propose([episode("a"), episode("b")], 0)
+    everything = [*seeds(among).values(), *seeds(other).values()]
+    drawn = [seed for group in everything for seed in group]
+    assert len(set(drawn)) == len(drawn) == 10, "other episodes, other k and other runs draw other tokens"
+
+
+def test_seeds_fit_what_samplers_take():
+    groups, _ = proposer(engine=EchoEngine(), rollouts=200).propose([episode("a")], 0)
+    assert all(0 <= seed < 2**63 for seed in seeds(groups)["a"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "sources"),
+    [
+        ({}, ["original"]),
+        ({"original": False, "engine": EchoEngine()}, ["rollout", "rollout"]),
+        ({"original": False, "rewriter": OddRewriter()}, ["rewrite"]),
+        ({"original": False}, []),
+    ],
+)
+def test_what_is_not_offered_is_left_out(parts, sources):
+    groups, _ = proposer(**parts).propose([episode("a")], 0)
+    assert [candidate.source.value for candidate in groups[0].candidates] == sources

@@ -1,0 +1,269 @@
+"""The order of things in the loop, with stand-ins for everything heavy; all of them write into one journal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from megatron_rlpt.candidates import Proposer
+from megatron_rlpt.config import CheckpointConfig, Config, RolloutConfig, TeacherConfig, TrainConfig
+from megatron_rlpt.errors import EngineError, TeacherError, TrainingError
+from megatron_rlpt.loop import Training, train
+from megatron_rlpt.objectives import Example, Selection
+from megatron_rlpt.objectives.nll import NextToken
+from megatron_rlpt.objectives.online_dpo import OnlineDpo
+from megatron_rlpt.observe import StageTimer
+from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score
+from megatron_rlpt.rollout.engine import Continuation, Prompt
+
+Journal = list[tuple[Any, ...]]
+
+
+class CountingStream:
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def take(self, count: int) -> list[Episode]:
+        first, self.taken = self.taken, self.taken + count
+        return [Episode(f"e{index}", (index, 1), (9, 9), "c", "d", 2) for index in range(first, self.taken)]
+
+
+class StrictEngine:
+    """Refuses to generate under any version but its own."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.version: int | None = 0
+        self._journal = journal
+
+    def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
+        if version != self.version:
+            raise EngineError(f"asked for version {version}, holding {self.version}")
+        self._journal.append(("generate", version))
+        return [Continuation((prompt.seed % 97, 3), (-1.0, -1.0), "length") for prompt in prompts]
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        self._journal.append(("sync", version, dict(weights)))
+        self.version = version
+
+
+class CountingPolicy:
+    """Its weights are its version."""
+
+    def __init__(self, journal: Journal, gap: float = 0.0) -> None:
+        self.version = 0
+        self._journal, self._gap = journal, gap
+
+    def update(self, examples: Sequence[Example]) -> dict[str, float]:
+        self._journal.append(("update", self.version, [example.episode.id for example in examples]))
+        self.version += 1
+        return {"loss": 1.0, "logprob_gap": self._gap}
+
+    def weights(self) -> Iterable[tuple[str, int]]:
+        yield "version", self.version
+
+
+class ScriptedJudge:
+    """Scores candidates 0, 1, 2…; on the given steps all alike, or with so many of them failed."""
+
+    def __init__(self, ties: set[int] = frozenset(), failures: dict[int, int] | None = None) -> None:
+        self._ties, self._failures, self._step = ties, failures or {}, -1
+
+    def judge(self, groups: Sequence[Group]) -> list[Group]:
+        self._step += 1
+        failing = self._failures.get(self._step, 0)
+        return [Group(group.episode, group.candidates, self._outcomes(group, failing)) for group in groups]
+
+    def _outcomes(self, group: Group, failing: int) -> tuple[Score | Failed, ...]:
+        return tuple(
+            Failed("no verdict")
+            if index < failing
+            else Score(0.0 if self._step in self._ties else float(index), "scripted", "1")
+            for index in range(len(group.candidates))
+        )
+
+
+class Recorder:
+    """Observer and saver."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self._journal = journal
+
+    def step(self, step: int, version: int, metrics: dict[str, float], groups: Sequence[Group], selection: Selection):
+        self.metrics.append(metrics)
+        self._journal.append(("record", step, version))
+        assert {candidate.policy_version for candidate in rollouts(groups)} <= {version, version - 1}
+        assert len(selection.examples) + len(selection.skipped) == len(groups)
+
+    def save(self, done: int) -> None:
+        self._journal.append(("save", done))
+
+
+def rollouts(groups: Sequence[Group]) -> list[Candidate]:
+    return [candidate for group in groups for candidate in group.candidates if candidate.policy_version is not None]
+
+
+def training(steps: int = 3, gap: float = 0.0, every: int = 100, done: int = 0, **judge) -> tuple[Training, Journal]:
+    journal: Journal = []
+    engine = StrictEngine(journal)
+    recorder = Recorder(journal)
+    config = Config(
+        train=TrainConfig(steps=steps, global_batch=2, micro_batch=2),
+        rollout=RolloutConfig(max_logprob_gap=0.5),
+        teacher=TeacherConfig(max_failure_rate=0.4),
+        checkpoint=CheckpointConfig(every=every),
+    )
+    proposer = Proposer(
+        original=True, rewriter=None, engine=engine, rollouts=2, suffix_length=2, run_seed=config.run.seed
+    )
+    run = Training(
+        config,
+        CountingStream(),
+        proposer,
+        ScriptedJudge(**judge),
+        OnlineDpo(0.1),
+        CountingPolicy(journal, gap),
+        engine,
+        recorder,
+        recorder,
+        StageTimer(None),
+        done,
+    )
+    return run, journal
+
+
+def happened(journal: Journal, *kinds: str) -> Journal:
+    return [entry for entry in journal if entry[0] in kinds]
+
+
+def test_every_step_generates_updates_syncs_and_records_in_this_order():
+    run, journal = training(steps=2)
+    train(run)
+    assert journal == [
+        ("generate", 0),
+        ("update", 0, ["e0", "e1"]),
+        ("sync", 1, {"version": 1}),
+        ("record", 0, 1),
+        ("generate", 1),
+        ("update", 1, ["e2", "e3"]),
+        ("sync", 2, {"version": 2}),
+        ("record", 1, 2),
+        ("save", 2),
+    ]
+    assert run.done == 2
+
+
+def test_the_engine_is_always_asked_for_the_policys_version_also_after_steps_without_an_update():
+    run, journal = training(steps=5, ties={1, 2})
+    train(run)
+    assert [version for _, version in happened(journal, "generate")] == [0, 1, 1, 1, 2]
+    assert [version for _, version, _ in happened(journal, "sync")] == [1, 2, 3]
+
+
+def test_a_step_with_nothing_to_train_on_is_recorded_and_changes_nothing():
+    run, journal = training(steps=2, ties={0})
+    train(run)
+    assert happened(journal, "update", "record") == [
+        ("record", 0, 0),
+        ("update", 0, ["e2", "e3"]),
+        ("record", 1, 1),
+    ]
+    assert run.policy.version == 1
+    assert run.stream.taken == 4
+    first = run.observer.metrics[0]
+    assert (first["examples"], first["skipped/tie"]) == (0, 2)
+    assert "loss" not in first
+
+
+def test_an_engine_whose_update_failed_half_way_gets_its_weights_again():
+    run, journal = training(steps=2, ties={0})
+    original = run.proposer.engine.generate
+
+    def generate_then_lose_weights(*args):
+        found = original(*args)
+        run.engine.version = None
+        return found
+
+    run.engine.generate = generate_then_lose_weights
+    train(run)
+    assert [version for _, version, _ in happened(journal, "sync")] == [0, 1]
+
+
+def test_judgments_that_fail_too_often_stop_the_run_before_the_update():
+    run, journal = training(steps=3, every=1, failures={1: 2})
+    with pytest.raises(TeacherError, match="failed on 4 of 6 candidates"):
+        train(run)
+    assert happened(journal, "update", "save") == [("update", 0, ["e0", "e1"]), ("save", 1)]
+    assert run.policy.version == run.done == 1
+
+
+def test_failures_below_the_limit_are_reported_and_left_out():
+    run, journal = training(steps=1, failures={0: 1})
+    train(run)
+    assert run.observer.metrics[0]["failure_rate"] == pytest.approx(1 / 3)
+    assert "reward/original" not in run.observer.metrics[0], "the original is the one that failed"
+    assert happened(journal, "update") == [("update", 0, ["e0", "e1"])]
+
+
+@pytest.mark.parametrize("gap", [0.51, float("inf")])
+def test_an_engine_that_disagrees_with_the_trainer_stops_the_run_without_a_checkpoint(gap):
+    run, journal = training(steps=2, gap=gap, every=1)
+    with pytest.raises(TrainingError) as caught:
+        train(run)
+    assert "more than rollout.max_logprob_gap = 0.5" in str(caught.value)
+    assert happened(journal, "save", "sync", "record") == []
+
+
+def test_an_engine_that_agrees_well_enough_goes_on():
+    run, _ = training(steps=2, gap=0.5)
+    train(run)
+    assert run.done == 2
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "saves"), [(2, 5, [2, 4, 5]), (2, 4, [2, 4]), (100, 3, [3]), (1, 3, [1, 2, 3])]
+)
+def test_checkpoints_come_at_their_cadence_and_once_at_the_end(every, steps, saves):
+    run, journal = training(steps=steps, every=every)
+    train(run)
+    assert [done for _, done in happened(journal, "save")] == saves
+
+
+def test_a_checkpoint_is_written_after_its_step_is_recorded():
+    """So a kill in between repeats the step; the other order would lose its record."""
+    run, journal = training(steps=1)
+    train(run)
+    assert [entry[0] for entry in journal[-2:]] == ["record", "save"]
+
+
+def test_a_resumed_run_does_the_remaining_steps():
+    run, journal = training(steps=5, every=2, done=3)
+    train(run)
+    assert [step for _, step, _ in happened(journal, "record")] == [3, 4]
+    assert [done for _, done in happened(journal, "save")] == [4, 5]
+
+
+def test_a_run_that_is_done_does_nothing_more():
+    run, journal = training(steps=3, done=3)
+    train(run)
+    assert journal == []
+
+
+def test_an_objective_without_engine_and_judge_trains_on_the_corpus():
+    run, journal = training(steps=2)
+    run.engine, run.judge, run.objective = None, None, NextToken()
+    run.proposer = Proposer(
+        original=True, rewriter=None, engine=None, rollouts=0, suffix_length=2, run_seed=run.config.run.seed
+    )
+    train(run)
+    assert [entry[0] for entry in journal] == ["update", "record", "update", "record", "save"]
+    assert run.observer.metrics[0]["original_chosen_rate"] == 1.0
+
+
+def test_every_stage_is_timed():
+    run, _ = training(steps=1)
+    train(run)
+    timed = {name.removeprefix("seconds/") for name in run.observer.metrics[0] if name.startswith("seconds/")}
+    assert timed == {"data", "generate", "judge", "update", "sync", "total"}

@@ -19,7 +19,7 @@ from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.checkpoint.store import Checkpoint
 from megatron_rlpt.config import Config, flatten, to_yaml
 from megatron_rlpt.data import EpisodeStream
-from megatron_rlpt.errors import CheckpointError, ModelError
+from megatron_rlpt.errors import CheckpointError, ConfigError, ModelError
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.objectives import Selection, build_objective
 from megatron_rlpt.observe import MetricsWriter, Progress, SampleTable, StageTimer, get_logger, open_metrics
@@ -62,8 +62,12 @@ def run_training(config: Config, fresh: bool = False) -> None:
             f"{folder} is complete ({checkpoint.step} of {config.train.steps} steps); its policy is in {folder}/export"
         )
         return
-    setup_logging(folder)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    try:
+        setup_logging(folder)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.dir {folder} cannot be written ({error}); choose another folder") from error
+    _seed_all(config.run.seed)
     start = checkpoint.step if checkpoint else 0
     with contextlib.ExitStack() as stack:
         tokenizer = PolicyTokenizer(config.model.path)
@@ -238,6 +242,13 @@ def _move_aside(folder: Path) -> None:
         number += 1
     os.rename(folder, target)
     print(f"moved {folder} to {target}")
+
+
+def _seed_all(seed: int) -> None:
+    """What we draw has a seed of its own; this is for libraries that draw from the process-wide generators."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _random_state() -> dict[str, Any]:

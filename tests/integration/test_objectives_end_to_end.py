@@ -1,0 +1,147 @@
+"""Every objective from corpus to exported policy: real teacher, real rollouts, real updates."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import json_lines, save_model, start_engine, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.weights import WeightFolder
+from megatron_rlpt.rollout.engine import Prompt
+from megatron_rlpt.run import run_training
+
+TEMPLATE = (
+    "{% for message in messages %}<s> {{ message['content'] }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}<s> {% endif %}"
+)
+EVERY = {
+    "loss", "grad_norm", "lr", "examples", "skipped", "duplicates", "failure_rate", "failed_rewrites",
+    "seconds/data", "seconds/generate", "seconds/judge", "seconds/update", "seconds/sync", "seconds/total",
+}  # fmt: skip
+OF_ROLLOUTS = {"logprob_gap", "rollout_chosen_rate", "original_chosen_rate"}
+OF_JUDGE = {"reward/original", "reward/rollout", "reward_margin"}
+OF_DPO = {"dpo/margin", "dpo/accuracy", "dpo/chosen_logratio", "dpo/rejected_logratio"}
+OBJECTIVES = {
+    "ntp": ({"rollouts": 0}, {"original_chosen_rate"}),
+    "sft_rewrite": ({"rollouts": 0, "rewrite": True}, {"original_chosen_rate"}),
+    "sft_rollout": ({"rollouts": 1}, OF_ROLLOUTS),
+    "rf_nll": ({"rollouts": 3}, OF_ROLLOUTS | OF_JUDGE),
+    "online_dpo": ({"rollouts": 3}, OF_ROLLOUTS | OF_JUDGE | OF_DPO),
+}
+"""Name -> its candidates section, and the metrics it adds."""
+
+
+@pytest.fixture(scope="module")
+def teacher_and_policy(tiny_model, tmp_path_factory) -> Path:
+    """A model with a chat template and room for the rewriter's prompt."""
+    folder = save_model(tmp_path_factory.mktemp("models") / "chat", tiny_model, seed=0, max_position_embeddings=2048)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def run(request, teacher_and_policy, corpus, tmp_path_factory):
+    """Two steps under one objective; its name and its run folder."""
+    base = tmp_path_factory.mktemp(request.param)
+    config = tiny_config(
+        base / "run.yaml",
+        teacher_and_policy,
+        corpus,
+        base / "run",
+        objective={"name": request.param},
+        candidates=OBJECTIVES[request.param][0],
+        teacher={"kv_cache_gib": 0.05, "max_context": 1024},
+    )
+    run_training(config)
+    return request.param, base / "run"
+
+
+def test_metrics_have_the_documented_names_and_are_finite(run):
+    name, folder = run
+    rows = json_lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert "nonfinite" not in row
+        assert row["examples"] + row["skipped"] == 4
+        if row["examples"]:
+            assert row.keys() >= EVERY | OBJECTIVES[name][1]
+            assert math.isfinite(row["loss"])
+            assert row["grad_norm"] > 0
+        assert row["failure_rate"] == 0
+    assert rows[-1]["version"] == sum(bool(row["examples"]) for row in rows)
+
+
+def test_samples_show_what_was_offered_and_what_was_chosen(run):
+    name, folder = run
+    rows = json_lines(folder / "samples.jsonl")
+    assert len(rows) == 4
+    for row in rows:
+        sources = [candidate["source"] for candidate in row["candidates"]]
+        assert sources[0] == "original"
+        assert sources.count("rollout") == OBJECTIVES[name][0]["rollouts"]
+        assert (row["chosen"] is None) == (row["skipped"] is not None)
+        assert (row["rejected"] is not None) == (name == "online_dpo" and row["chosen"] is not None)
+        if name.startswith("sft") and row["chosen"] is not None:
+            assert sources[row["chosen"]] == name.removeprefix("sft_")
+        judged = [candidate for candidate in row["candidates"] if "value" in candidate]
+        assert len(judged) == (len(sources) if name in ("rf_nll", "online_dpo") else 0)
+
+
+def test_rewrites_are_of_exact_length_or_counted_as_failed(run):
+    name, folder = run
+    rows = json_lines(folder / "metrics.jsonl")
+    if name != "sft_rewrite":
+        assert all(row["failed_rewrites"] == 0 for row in rows)
+        return
+    assert all(row["failed_rewrites"] == row["skipped"] for row in rows)
+    assert sum(row["examples"] for row in rows) > 0, "no rewrite was usable, so nothing was tested"
+    assert all(row.get("skipped/no_rewrite", 0) == row["skipped"] for row in rows)
+
+
+def test_the_exported_folder_loads_in_transformers_with_changed_weights(run, teacher_and_policy):
+    _, folder = run
+    export = folder / "export"
+    model, info = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    start = AutoModelForCausalLM.from_pretrained(teacher_and_policy, dtype=model.dtype)
+    changed = [
+        name
+        for (name, one), two in zip(model.named_parameters(), start.parameters(), strict=True)
+        if not torch.equal(one, two)
+    ]
+    assert any("q_proj" in name for name in changed)
+    assert any("embed" in name for name in changed)
+    text = "the cat sat on the mat"
+    assert AutoTokenizer.from_pretrained(export)(text) == AutoTokenizer.from_pretrained(teacher_and_policy)(text)
+
+
+def greedy(engine, version):
+    return engine.generate([Prompt(tuple(range(3, 20)), seed=1, greedy=True)], 8, version)
+
+
+def test_the_exported_folder_is_served_by_vllm(run, engine, served_model):
+    """By an engine that takes its weights over, and for one objective by an engine started on it."""
+    name, folder = run
+    weights = WeightFolder(folder / "export").stream(read_architecture(folder / "export"))
+    engine.update_weights(weights, 1)
+    taken_over = greedy(engine, 1)
+    engine.update_weights(WeightFolder(served_model).stream(read_architecture(served_model)), 0)
+    assert greedy(engine, 0) != taken_over
+    if name == "online_dpo":
+        assert greedy(start_engine(folder / "export"), 0) == taken_over
+
+
+def test_the_export_is_self_contained(run, teacher_and_policy, tmp_path):
+    _, folder = run
+    moved = shutil.copytree(folder / "export", tmp_path / "elsewhere")
+    assert json.loads((moved / "config.json").read_text())["model_type"] == "llama"
+    assert (moved / "chat_template.jinja").read_text() == TEMPLATE
+    assert str(teacher_and_policy) not in (moved / "config.json").read_text()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _log = get_logger(__name__)
 MARKER = "COMPLETE"
 POLICY = "policy"
 STATE = "state.json"
+_PUBLISHED = re.compile(r"step-\d{8,}")
 _HEADROOM = 1.1
 """A new checkpoint may be this much larger than the last before the disk counts as full."""
 
@@ -78,10 +80,13 @@ class CheckpointStore:
             (partial / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
             _flush(partial)
             (partial / MARKER).write_text("", encoding="utf-8")
-            if final.exists():  # the same step saved again, for instance after a change of train.steps
-                shutil.rmtree(final)
+            _sync(partial)
+            # The same step saved again: the old one goes only once the new one is in its place.
+            replaced = _set_aside(final) if final.exists() else None
             os.rename(partial, final)
-            _sync_folder(self._folder)
+            _sync(self._folder)
+            if replaced:
+                shutil.rmtree(replaced)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, CheckpointError):
@@ -91,7 +96,7 @@ class CheckpointStore:
                 f"then start again: {self._last_good()}"
             ) from error
         for old in self._published()[: -self._keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(_set_aside(old))
         return final
 
     def latest(self) -> Checkpoint | None:
@@ -110,6 +115,8 @@ class CheckpointStore:
             )
         try:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if not (isinstance(state, dict) and isinstance(state.get("step"), int)):
+                raise ValueError("it names no step")
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / STATE} cannot be read ({error}); delete {folder} to go on from the one before"
@@ -117,7 +124,8 @@ class CheckpointStore:
         return Checkpoint(folder, state)
 
     def _published(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("step-*") if path.is_dir() and path.suffix != ".partial")
+        named = (path for path in self._folder.glob("step-*") if _PUBLISHED.fullmatch(path.name) and path.is_dir())
+        return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
     def _sweep_partials(self) -> None:
         for path in self._folder.glob("step-*.partial"):
@@ -142,24 +150,30 @@ class CheckpointStore:
         return f"it goes on from {published[-1]}" if published else "no checkpoint has been written so far"
 
 
+def _set_aside(published: Path) -> Path:
+    """Unpublish a checkpoint before it is removed: killed half-way, the removal leaves no damaged one with a marker."""
+    aside = published.with_name(published.name + ".old.partial")
+    os.rename(published, aside)
+    return aside
+
+
 def _reason(error: BaseException) -> str:
     """The innermost cause in one line: what the operating system said, not what three layers made of it."""
-    while (inner := error.__cause__ or error.__context__) is not None:
+    while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = inner
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _flush(folder: Path) -> None:
-    """Everything under ``folder`` on the disk before the marker says so."""
+    """Everything under ``folder`` on the disk before the marker says so, names included."""
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+        _sync(path)
+    _sync(folder)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

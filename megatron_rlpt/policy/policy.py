@@ -217,7 +217,7 @@ def _plain_errors() -> Iterator[None]:
         yield
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-        raise cause from None
+        raise cause from cause.__cause__
 
 
 def _positions(tokens: torch.Tensor) -> torch.Tensor:

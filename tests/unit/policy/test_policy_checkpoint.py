@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 from llamas import make_examples, make_policy, same, save_llama, weights_of
 
+from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.config import Dtype, ObjectiveName
+from megatron_rlpt.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +61,27 @@ def test_a_checkpoint_that_lacks_a_part_is_an_error(llama, tmp_path, part):
     # Exception and not BaseException, as torch has it: only so can a caller turn it into one line.
     with pytest.raises(Exception, match=r"common\.pt|metadata|distcp"):
         make_policy(llama, ObjectiveName.rf_nll).load(tmp_path / "policy")
+
+
+def test_a_policy_that_the_disk_has_no_room_for_is_one_line_and_leaves_the_last_checkpoint(llama, tmp_path):
+    """The kernel refuses to let a file grow beyond 40 kB, as a full disk does; Megatron writes in other processes."""
+    policy, store = make_policy(llama), CheckpointStore(tmp_path, keep=1)
+    store.save(0, {}, policy.save)
+    expected = weights_of(policy)
+    policy.update(make_examples())
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not be written .*it goes on from") as caught:
+            store.save(1, {}, policy.save)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(caught.value)
+    assert "File too large" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
+    policy.load(store.latest().policy)
+    assert same(weights_of(policy), expected)
+    store.save(1, {}, policy.save)
+    assert store.latest().step == 1

@@ -81,7 +81,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
     prefixes = [episode.prefix for episode in episodes]
     originals = [episode.suffix for episode in episodes]
     policies = _continue_all(config, models, prefixes)
-    second = _ngram_model(config.evaluation.ngram_corpus, tokenizer)
+    second = _ngram_model(config.evaluation.ngram_corpus, tokenizer, read_architecture(models[START]).vocab)
     _log.info("scoring", prefixes=len(prefixes), policies=len(policies))
     scorer = JudgeScorer(build_judge(config, "cpu"), episodes)
     comparison = compare(prefixes, originals, policies, scorer, second, seed=config.run.seed)
@@ -159,11 +159,12 @@ class JudgeScorer:
         ]
 
 
-def _ngram_model(sources: Sequence[SourceConfig], tokenizer: PolicyTokenizer) -> NgramModel | None:
+def _ngram_model(sources: Sequence[SourceConfig], tokenizer: PolicyTokenizer, vocab: int) -> NgramModel | None:
+    """``vocab`` is the model's: it may be padded beyond the tokenizer's, and a policy may sample from the padding."""
     if not sources:
         return None
     documents = [tokenizer.encode(text) for source in sources for text in _texts(source)]
-    return NgramModel(documents, tokenizer.size)
+    return NgramModel(documents, vocab)
 
 
 def _texts(source: SourceConfig) -> Iterator[str]:

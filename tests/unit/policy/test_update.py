@@ -87,10 +87,10 @@ def test_three_updates_equal_plain_transformers_and_adamw(request, model, object
         folder,
         objective,
         objective={"beta": 0.4},
-        optimizer={"lr": 3e-3, "warmup_steps": 3, "weight_decay": 0.1, "clip_grad": clip},
+        optimizer={"lr": 3e-3, "warmup_steps": 3, "weight_decay": 1.0, "clip_grad": clip},
         train={"micro_batch": 3},
     )
-    plain = PlainTraining(folder, objective, weight_decay=0.1, clip=clip)
+    plain = PlainTraining(folder, objective, weight_decay=1.0, clip=clip)
     width = 2 if objective is ObjectiveName.online_dpo else 1
     for step, lr in enumerate([1e-3, 2e-3, 3e-3]):
         examples = make_examples(5, width, seed=step)

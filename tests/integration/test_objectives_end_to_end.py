@@ -39,25 +39,36 @@ OBJECTIVES = {
 
 
 @pytest.fixture(scope="module")
-def teacher_and_policy(tiny_model, tmp_path_factory) -> Path:
-    """A model with a chat template and room for the rewriter's prompt."""
-    folder = save_model(tmp_path_factory.mktemp("models") / "chat", tiny_model, seed=0, max_position_embeddings=2048)
+def policy(tiny_model, tmp_path_factory) -> Path:
+    """A model with a chat template, so that the export has one to carry."""
+    folder = save_model(tmp_path_factory.mktemp("models") / "chat", tiny_model, seed=0)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
+@pytest.fixture(scope="module")
+def writer(policy, tmp_path_factory) -> Path:
+    """A teacher with room for the rewriter's prompt that babbles: any word of its vocabulary, seldom the end."""
+    folder = tmp_path_factory.mktemp("models") / "writer"
+    return save_model(folder, policy, seed=0, scale=1.0, vocab_size=24, max_position_embeddings=2048)
+
+
 @pytest.fixture(scope="module", params=OBJECTIVES)
-def run(request, teacher_and_policy, corpus, tmp_path_factory):
+def run(request, policy, writer, corpus, tmp_path_factory):
     """Two steps under one objective; its name and its run folder."""
     base = tmp_path_factory.mktemp(request.param)
+    teacher = {"kv_cache_gib": 0.05, "max_context": 1024}
+    if request.param == "sft_rewrite":
+        teacher["path"] = str(writer)
     config = tiny_config(
         base / "run.yaml",
-        teacher_and_policy,
+        policy,
         corpus,
         base / "run",
         objective={"name": request.param},
         candidates=OBJECTIVES[request.param][0],
-        teacher={"kv_cache_gib": 0.05, "max_context": 1024},
+        teacher=teacher,
+        data={"suffix_length": 4},
     )
     run_training(config)
     return request.param, base / "run"
@@ -105,13 +116,13 @@ def test_rewrites_are_of_exact_length_or_counted_as_failed(run):
     assert all(row.get("skipped/no_rewrite", 0) == row["skipped"] for row in rows)
 
 
-def test_the_exported_folder_loads_in_transformers_with_changed_weights(run, teacher_and_policy):
+def test_the_exported_folder_loads_in_transformers_with_changed_weights(run, policy):
     _, folder = run
     export = folder / "export"
     model, info = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    start = AutoModelForCausalLM.from_pretrained(teacher_and_policy, dtype=model.dtype)
+    start = AutoModelForCausalLM.from_pretrained(policy, dtype=model.dtype)
     changed = [
         name
         for (name, one), two in zip(model.named_parameters(), start.parameters(), strict=True)
@@ -120,7 +131,7 @@ def test_the_exported_folder_loads_in_transformers_with_changed_weights(run, tea
     assert any("q_proj" in name for name in changed)
     assert any("embed" in name for name in changed)
     text = "the cat sat on the mat"
-    assert AutoTokenizer.from_pretrained(export)(text) == AutoTokenizer.from_pretrained(teacher_and_policy)(text)
+    assert AutoTokenizer.from_pretrained(export)(text) == AutoTokenizer.from_pretrained(policy)(text)
 
 
 def greedy(engine, version):
@@ -139,9 +150,9 @@ def test_the_exported_folder_is_served_by_vllm(run, engine, served_model):
         assert greedy(start_engine(folder / "export"), 0) == taken_over
 
 
-def test_the_export_is_self_contained(run, teacher_and_policy, tmp_path):
+def test_the_export_is_self_contained(run, policy, tmp_path):
     _, folder = run
     moved = shutil.copytree(folder / "export", tmp_path / "elsewhere")
     assert json.loads((moved / "config.json").read_text())["model_type"] == "llama"
     assert (moved / "chat_template.jinja").read_text() == TEMPLATE
-    assert str(teacher_and_policy) not in (moved / "config.json").read_text()
+    assert str(policy) not in (moved / "config.json").read_text()

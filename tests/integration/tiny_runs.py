@@ -54,7 +54,7 @@ NEXT_TOKEN = {"objective": {"name": "ntp"}, "candidates": {"rollouts": 0}}
 """Sections of a run that starts no vLLM engine."""
 
 
-def save_model(folder: Path, tokenizer: Path, seed: int, **overrides: object) -> Path:
+def save_model(folder: Path, tokenizer: Path, seed: int, scale: float = 4.0, **overrides: object) -> Path:
     """A random model of the configuration and tokenizer in ``tokenizer``, with heads that vLLM takes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,7 +67,7 @@ def save_model(folder: Path, tokenizer: Path, seed: int, **overrides: object) ->
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:  # far enough from uniform that greedy choices are not decided by rounding
-                weight *= 4
+                weight *= scale
     model.save_pretrained(folder)
     return folder
 

@@ -96,7 +96,10 @@ class CheckpointStore:
                 f"then start again: {self._last_good()}"
             ) from error
         for old in self._published()[: -self._keep]:
-            shutil.rmtree(_set_aside(old))
+            try:
+                shutil.rmtree(_set_aside(old))
+            except OSError as error:  # the new one is safe; an old one that stays only costs space
+                _log.warning("could not remove an old checkpoint", path=old, reason=error)
         return final
 
     def latest(self) -> Checkpoint | None:

@@ -65,10 +65,16 @@ def sample_rollouts(
     """``count`` rollouts of every episode under the policy of ``version``.
 
     The seed of rollout k depends on the run seed, the episode and k alone, so a resumed run draws the same tokens.
+
+    Raises:
+        EngineError: the engine holds another version, or did not answer every prompt.
     """
     seeds = [[derive_seed(run_seed, episode.id, k) for k in range(count)] for episode in episodes]
     prompts = [Prompt(episode.prefix, seed) for episode, own in zip(episodes, seeds, strict=True) for seed in own]
-    continuations = iter(engine.generate(prompts, max_tokens, version))
+    generated = engine.generate(prompts, max_tokens, version)
+    if len(generated) != len(prompts):
+        raise EngineError(f"the engine answered {len(generated)} of {len(prompts)} prompts; start the run again")
+    continuations = iter(generated)
     return [
         [
             Candidate(

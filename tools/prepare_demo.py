@@ -47,6 +47,8 @@ def prepare_model(target: Path) -> None:
     package = Path(spec.origin).parent
     (gguf_file,) = package.glob("*.gguf")
 
+    # Three progress bars for ten seconds of work.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -63,10 +63,10 @@ index=()
 torch_version=$(sed -n 's/^torch==//p' "$LOCK")
 if ! "$VENV/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$torch_version')" 2>/dev/null; then
     check_torch_build "$torch_version" ${index[@]+"${index[@]}"}
-    "$VENV/bin/pip" install --quiet --no-deps ${index[@]+"${index[@]}"} "torch==$torch_version"
+    "$VENV/bin/pip" install -qq --no-deps ${index[@]+"${index[@]}"} "torch==$torch_version"
 fi
-"$VENV/bin/pip" install --quiet --no-deps -r "$LOCK"
-"$VENV/bin/pip" install --quiet --no-deps --editable .
+"$VENV/bin/pip" install -qq --no-deps -r "$LOCK"
+"$VENV/bin/pip" install -qq --no-deps --editable .
 "$VENV/bin/python" -c "import torch, vllm, megatron.core, transformers" 2>/dev/null ||
     die "the packages in $VENV do not import together; remove $VENV and run this again"
 fingerprint > "$STAMP"

@@ -1,0 +1,117 @@
+"""How often a judge prefers the original suffix to a spoiled one, on held-out documents.
+
+    python tools/bench/judge_accuracy.py [--config configs/demo.yaml] [--episodes 96] [--prompted 24]
+
+The likelihood judge scores each original against another document's text, its own words shuffled, and its first words
+in a loop. The same model as a prompted judge compares original and shuffled words. A judge that guesses gets 0.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections.abc import Callable, Sequence
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from megatron_rlpt.config import Config, load_config
+from megatron_rlpt.data import heldout_episodes
+from megatron_rlpt.evaluation.statistics import win_rate
+from megatron_rlpt.observe.log import quiet_libraries
+from megatron_rlpt.records import Candidate, Episode, Group, Score, Source
+from megatron_rlpt.tokenizer import PolicyTokenizer
+
+Spoil = Callable[[int], tuple[int, ...]]
+"""Index of an episode -> the spoiled suffix that stands against its original."""
+
+
+def spoilers(episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> dict[str, Spoil]:
+    """Ways to spoil a suffix; every result has at most as many tokens as the original."""
+
+    def other_document(index: int) -> tuple[int, ...]:
+        return episodes[(index + 1) % len(episodes)].suffix
+
+    def shuffled_words(index: int) -> tuple[int, ...]:
+        words = tokenizer.decode(episodes[index].suffix).split(" ")
+        random.Random(index).shuffle(words)
+        return tuple(tokenizer.encode(" ".join(words)))[: len(episodes[index].suffix)]
+
+    def loop(index: int) -> tuple[int, ...]:
+        suffix = episodes[index].suffix
+        return (suffix[:6] * len(suffix))[: len(suffix)]
+
+    return {"another document's text": other_document, "its words shuffled": shuffled_words, "a loop": loop}
+
+
+def pairs(episodes: Sequence[Episode], spoil: Spoil) -> list[Group]:
+    """Groups of original and spoiled suffix."""
+    return [
+        Group(episode, (Candidate(Source.ORIGINAL, episode.suffix), Candidate(Source.REWRITE, spoil(index))))
+        for index, episode in enumerate(episodes)
+    ]
+
+
+def report(name: str, judged: Sequence[Group]) -> None:
+    """Print accuracy with its interval, and how many pairs have no verdict."""
+    outcomes: list[list[float | None]] = []
+    for group in judged:
+        original, spoiled = group.outcomes
+        if isinstance(original, Score) and isinstance(spoiled, Score):
+            gap = original.value - spoiled.value
+            outcomes.append([0.5 + 0.5 * (gap > 0) - 0.5 * (gap < 0)])
+        else:
+            outcomes.append([None])
+    decided = sum(row[0] is not None for row in outcomes)
+    if decided < 2:
+        print(f"{name:60} {decided} of {len(outcomes)} pairs have a verdict")
+        return
+    rate = win_rate(outcomes)
+    low, high = rate.ci95
+    print(f"{name:60} {rate.mean:.2f} ({low:.2f} to {high:.2f}), {decided} of {len(outcomes)} pairs have a verdict")
+
+
+def likelihood(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:
+    """Accuracy of the likelihood judge with and without its repetition term."""
+    from megatron_rlpt.teacher.likelihood import LikelihoodJudge
+
+    judge = LikelihoodJudge(config.teacher_path, config.teacher.likelihood, "cpu")
+    for name, spoil in spoilers(episodes, tokenizer).items():
+        report(f"likelihood judge, original against {name}", judge.judge(pairs(episodes, spoil)))
+    judge.config.repetition_weight = 0.0
+    report(
+        "likelihood alone, original against a loop",
+        judge.judge(pairs(episodes, spoilers(episodes, tokenizer)["a loop"])),
+    )
+
+
+def prompted(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:
+    """Accuracy of the same model as a prompted pairwise judge."""
+    from megatron_rlpt.teacher.generative import GenerativeJudge
+    from megatron_rlpt.teacher.vllm_generator import VllmGenerator
+
+    settings = config.teacher.generative
+    settings.quality.votes = 1
+    generator = VllmGenerator(config.teacher_path, config.teacher.max_context, config.teacher.kv_cache_gib)
+    judge = GenerativeJudge(generator, tokenizer.decode, settings, config.run.seed)
+    spoil = spoilers(episodes, tokenizer)["its words shuffled"]
+    report("prompted judge, original against its words shuffled", judge.judge(pairs(episodes, spoil)))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--episodes", type=int, default=96, help="pairs for the likelihood judge")
+    parser.add_argument("--prompted", type=int, default=24, help="pairs for the prompted judge")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    config = load_config(arguments.config)
+    tokenizer = PolicyTokenizer(config.model.path)
+    episodes = heldout_episodes(config.data, arguments.episodes, tokenizer.encode, bos_id=tokenizer.bos_id)
+    likelihood(config, episodes, tokenizer)
+    prompted(config, episodes[: arguments.prompted], tokenizer)
+
+
+if __name__ == "__main__":
+    main()

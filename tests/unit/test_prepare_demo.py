@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 
 @pytest.fixture(scope="module")
 def prepare_demo():
-    spec = importlib.util.spec_from_file_location("prepare_demo", ROOT / "tools/prepare_demo.py")
+    spec = importlib.util.spec_from_file_location(
+        "prepare_demo", Path(__file__).resolve().parents[2] / "tools/prepare_demo.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_another_process_samples_the_same(engine, version, served_model):
     here = engine.generate(prompts(), LENGTH, version)
     code = (
         "import json, pathlib, sys\n"
-        f"sys.path.insert(0, {str(sys.path[0])!r})\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_rollout_engine import LENGTH, prompts, start_engine\n"
         f"results = start_engine(pathlib.Path({str(served_model)!r})).generate(prompts(), LENGTH, 0)\n"
         "print(json.dumps([[r.tokens, r.logprobs] for r in results]))\n"

@@ -42,7 +42,7 @@ def training(monkeypatch):
     calls = []
     run = ModuleType("megatron_rlpt.run")
     run.run_training = lambda config, fresh: calls.append((config, fresh))
-    compare = ModuleType("megatron_rlpt.evaluation.compare")
+    compare = ModuleType("megatron_rlpt.evaluation.evaluate")
     compare.evaluate = lambda config: calls.append((config, None))
     for module in (run, compare):
         monkeypatch.setitem(sys.modules, module.__name__, module)

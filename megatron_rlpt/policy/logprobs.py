@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens from hidden states, a chunk of tokens at a time.
 
 The vocabulary logits of a chunk exist only while that chunk is worked on, in the forward and again in the backward
-pass (they are computed twice, the price of never holding [tokens, vocabulary]; DESIGN.md invariant 10).
+pass (they are computed twice, the price of never holding [tokens, vocabulary]).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class Judge(Protocol):
     def judge(self, groups: Sequence[Group]) -> list[Group]:
         """The same groups, in the same order, with ``outcomes`` filled: one ``Score`` or ``Failed`` per candidate.
 
-        A failure is never a number (design invariant 2), and a score explains itself in ``detail`` (invariant 3).
+        A failure is never a number, and a score explains itself in ``detail``.
         """
         ...
 

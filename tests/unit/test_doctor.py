@@ -194,7 +194,7 @@ def test_cuda_build_without_gpu_is_a_warning():
     (problem,) = problems({"torch": Probe({"version": "2.13.0+cu129", "cuda_build": "12.9", "gpus": []})})
     assert not problem.fatal
     assert "CUDA 12.9 build" in problem.what
-    assert "whl/cpu" in problem.fix
+    assert "tools/setup.sh" in problem.fix
 
 
 def test_cuda_build_with_gpu_is_fine_and_needs_no_bf16_on_the_cpu():

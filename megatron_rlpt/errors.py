@@ -7,6 +7,11 @@ bug of ours and keeps its traceback (exit code 1).
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, in one line: its first, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class RlptError(Exception):
     """Base of every error caused by input, environment or a failed run."""
 

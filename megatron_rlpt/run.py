@@ -27,7 +27,7 @@ from megatron_rlpt.observe.log import setup_logging
 from megatron_rlpt.policy.families import read_architecture
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.policy.weights import expected_shapes, export_folder
+from megatron_rlpt.policy.weights import export_folder
 from megatron_rlpt.records import Group
 from megatron_rlpt.teacher.build import build_teacher
 from megatron_rlpt.tokenizer import PolicyTokenizer
@@ -105,16 +105,9 @@ def build(
     teacher = build_teacher(config, str(runtime.device))
     engine = None
     if config.candidates.rollouts:
-        from megatron_rlpt.rollout.vllm_engine import VllmEngine
+        from megatron_rlpt.rollout.vllm_engine import start_policy_engine
 
-        engine = VllmEngine(
-            Path(config.model.path),
-            expected_shapes(arch),
-            config.rollout,
-            dtype=config.model.dtype,
-            max_sequence=config.max_sequence,
-            seed=config.run.seed,
-        )
+        engine = start_policy_engine(config)
     proposer = Proposer(
         original=config.candidates.original,
         rewriter=teacher.rewriter,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.errors import ModelError
+from megatron_rlpt.errors import ModelError, first_line
 
 
 class PolicyTokenizer:
@@ -54,4 +54,4 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"the tokenizer in {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}") from error

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rlpt.config.checks import validate
 from megatron_rlpt.config.schema import Config, SourceConfig
-from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.errors import ConfigError, first_line
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -205,5 +205,5 @@ def _first_line(error: Exception) -> str:
     if problem and mark:  # yaml's own message spreads what and where over several lines
         return f"{problem}, line {mark.line + 1}, column {mark.column + 1}"
     full_key = getattr(error, "full_key", None)
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     return f"{full_key}: {text}" if full_key else text

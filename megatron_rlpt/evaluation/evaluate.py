@@ -30,10 +30,10 @@ from megatron_rlpt.evaluation.terminal import print_report
 from megatron_rlpt.evaluation.training_curves import read_training_curves
 from megatron_rlpt.observe import get_logger, setup_logging
 from megatron_rlpt.policy.families import read_architecture
-from megatron_rlpt.policy.weights import WeightFolder, expected_shapes
+from megatron_rlpt.policy.weights import WeightFolder
 from megatron_rlpt.records import Candidate, Episode, Group, Score, Source, derive_seed
 from megatron_rlpt.rollout.engine import Prompt, RolloutEngine
-from megatron_rlpt.rollout.vllm_engine import VllmEngine
+from megatron_rlpt.rollout.vllm_engine import start_policy_engine
 from megatron_rlpt.teacher.build import build_judge, describe_judge
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.tokenizer import PolicyTokenizer
@@ -102,14 +102,7 @@ def _continue_all(
 ) -> dict[str, Continuations]:
     """Continuations of every policy from one engine, whose weights are exchanged in between."""
     arch = read_architecture(models[START])
-    engine = VllmEngine(
-        models[START],
-        expected_shapes(arch),
-        config.rollout,
-        dtype=config.model.dtype,
-        max_sequence=config.max_sequence,
-        seed=config.run.seed,
-    )
+    engine = start_policy_engine(config)
     policies = {}
     for version, (name, path) in enumerate(models.items()):
         if version:

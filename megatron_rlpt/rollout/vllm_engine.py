@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 
-from megatron_rlpt.config import Dtype, RolloutConfig
+from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError, ModelError
+from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.weights import expected_shapes
 from megatron_rlpt.rollout.engine import Continuation, Prompt, require_neutral_sampling
 from megatron_rlpt.vllm_runtime import vllm_environment
 
@@ -167,6 +170,19 @@ class VllmEngine:
         return Continuation(tokens, logprobs, str(completion.finish_reason))
 
 
+def start_policy_engine(config: Config) -> VllmEngine:
+    """The engine of ``config``, on the weights of ``model.path`` as version 0; raises what ``VllmEngine`` does."""
+    folder = Path(config.model.path)
+    return VllmEngine(
+        folder,
+        expected_shapes(read_architecture(folder)),
+        config.rollout,
+        dtype=config.model.dtype,
+        max_sequence=config.max_sequence,
+        seed=config.run.seed,
+    )
+
+
 def _reload(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Runs inside vLLM's worker: exchange the weights, and repack an output layer that is tied to the embedding.
 
@@ -182,8 +198,6 @@ def _reload(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
 
 def _end_of_sequence(model_path: Path) -> list[int]:
     """End-of-sequence ids of ``config.json``; without a tokenizer vLLM does not look them up itself."""
-    import json
-
     value = json.loads((model_path / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
     if value is None:
         return []

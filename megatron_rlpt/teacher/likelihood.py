@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlpt.config.schema import LikelihoodConfig
-from megatron_rlpt.errors import ModelError
+from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.records import Failed, Group, Score
 from megatron_rlpt.teacher.repetition import repetition
 
@@ -202,6 +202,5 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the teacher in {path} cannot be loaded: {first_line}") from error
+        raise ModelError(f"the teacher in {path} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.errors import ModelError
+from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.records import Failed
 from megatron_rlpt.teacher.generator import Message, Reply, Request
+from megatron_rlpt.tokenizer import load_tokenizer
 from megatron_rlpt.vllm_runtime import vllm_environment
 
 
@@ -31,7 +32,7 @@ class VllmGenerator:
             raise ModelError(f"teacher.path is {path}; it needs to be a local Hugging Face folder with a config.json")
         self._name = path.name
         self._max_context = max_context
-        self._tokenizer = _load_tokenizer(path)
+        self._tokenizer = _load_chat_tokenizer(path)
         # Longest first, so that no shorter token is broken up inside a longer one.
         self._control = sorted((token for token in self._tokenizer.all_special_tokens if len(token) > 1), key=len)[::-1]
         self._engine = _start(path, max_context, kv_cache_gib)
@@ -100,13 +101,8 @@ class VllmGenerator:
         return text
 
 
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"the tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
+def _load_chat_tokenizer(path: Path) -> Any:
+    tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{path} has no chat template, so it cannot judge or rewrite by prompt; set teacher.path to a post-trained "
@@ -124,9 +120,5 @@ def _start(path: Path, max_context: int, kv_cache_gib: float) -> Any:
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"vLLM cannot serve the teacher {path} with teacher.max_context = {max_context} and "
-                f"teacher.kv_cache_gib = {kv_cache_gib:g}: {_first_line(error)}"
+                f"teacher.kv_cache_gib = {kv_cache_gib:g}: {first_line(error)}"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

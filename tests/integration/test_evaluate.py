@@ -64,7 +64,7 @@ def test_the_report_has_every_figure(evaluated):
 def test_a_second_call_prints_the_same_report_without_an_engine(evaluated, rlpt, monkeypatch):
     config, folder, _, printed = evaluated
     before = (folder / "report.json").read_bytes()
-    monkeypatch.delattr(evaluate, "VllmEngine")
+    monkeypatch.delattr(evaluate, "start_policy_engine")
     monkeypatch.delattr(evaluate, "build_judge")
     code, out, err = rlpt("evaluate", "-c", config)
     assert (code, err) == (0, "")

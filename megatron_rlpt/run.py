@@ -20,6 +20,7 @@ from megatron_rlpt.checkpoint.store import Checkpoint
 from megatron_rlpt.config import Config, flatten, to_yaml
 from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.errors import CheckpointError, ConfigError, ModelError
+from megatron_rlpt.huggingface import export_folder
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.objectives import Selection, build_objective
 from megatron_rlpt.observe import MetricsWriter, Progress, SampleTable, StageTimer, get_logger, open_metrics
@@ -27,7 +28,6 @@ from megatron_rlpt.observe.log import setup_logging
 from megatron_rlpt.policy.families import read_architecture
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.policy.weights import export_folder
 from megatron_rlpt.records import Group
 from megatron_rlpt.teacher.build import build_teacher
 from megatron_rlpt.tokenizer import PolicyTokenizer

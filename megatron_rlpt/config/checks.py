@@ -14,6 +14,12 @@ from megatron_rlpt.errors import ConfigError
 _Check = tuple[str, Callable[[Any], bool], str]
 
 _RANGES: list[_Check] = [
+    ("parallel.tensor", lambda v: v >= 1, "at least 1"),
+    ("parallel.pipeline", lambda v: v >= 1, "at least 1"),
+    ("parallel.virtual_stages", lambda v: v >= 1, "at least 1"),
+    ("parallel.context", lambda v: v >= 1, "at least 1"),
+    ("parallel.expert", lambda v: v >= 1, "at least 1"),
+    ("parallel.timeout", lambda v: v > 0, "above 0 seconds"),
     ("data.suffix_length", lambda v: v >= 1, "at least 1"),
     ("data.min_prefix", lambda v: v >= 1, "at least 1"),
     ("data.max_prefix", lambda v: v >= 1, "at least 1"),
@@ -24,6 +30,8 @@ _RANGES: list[_Check] = [
     ("rollout.temperature", lambda v: v > 0, "above 0"),
     ("rollout.max_batch", lambda v: v >= 1, "at least 1"),
     ("rollout.kv_cache_gib", lambda v: v > 0, "above 0"),
+    ("rollout.sync_bucket_mib", lambda v: v >= 1, "at least 1"),
+    ("rollout.warn_logprob_gap", lambda v: v > 0, "above 0"),
     ("rollout.max_logprob_gap", lambda v: v > 0, "above 0"),
     ("teacher.likelihood.repetition_weight", lambda v: v >= 0, "0 or more"),
     ("teacher.likelihood.repetition_ngram", lambda v: v >= 1, "at least 1"),
@@ -39,6 +47,8 @@ _RANGES: list[_Check] = [
     ("teacher.max_failure_rate", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("objective.beta", lambda v: v > 0, "above 0"),
     ("objective.reference_refresh", lambda v: v >= 0, "0 (frozen) or more"),
+    ("objective.clip_low", lambda v: 0 < v < 1, "above 0 and below 1"),
+    ("objective.clip_high", lambda v: v > 0, "above 0"),
     ("optimizer.lr", lambda v: v > 0, "above 0"),
     ("optimizer.min_lr", lambda v: v >= 0, "0 or more"),
     ("optimizer.warmup_steps", lambda v: v >= 0, "0 or more"),

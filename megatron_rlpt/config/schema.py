@@ -15,6 +15,31 @@ class Dtype(enum.StrEnum):
     fp32 = "fp32"
 
 
+class Fp8(enum.StrEnum):
+    """FP8 recipe of Transformer Engine's layers: how the scale of an 8-bit tensor is found."""
+
+    off = "off"
+    delayed = "delayed"
+    current = "current"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
+
+
+class Recompute(enum.StrEnum):
+    """Which activations are computed again in the backward pass instead of kept."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class EngineName(enum.StrEnum):
+    """What generates rollouts; one module in ``rollout/`` each."""
+
+    vllm = "vllm"
+    megatron = "megatron"
+
+
 class ObjectiveName(enum.StrEnum):
     """How judged candidates become a loss; one module in ``objectives/`` each."""
 
@@ -23,6 +48,7 @@ class ObjectiveName(enum.StrEnum):
     sft_rollout = "sft_rollout"
     rf_nll = "rf_nll"
     online_dpo = "online_dpo"
+    grpo = "grpo"
 
 
 class JudgeName(enum.StrEnum):
@@ -68,6 +94,30 @@ class ModelConfig:
     """Hugging Face folder (config, safetensors, tokenizer) that the policy starts from."""
     dtype: Dtype = Dtype.bf16
     """Precision of forward and backward."""
+    fp8: Fp8 = Fp8.off
+    """FP8 recipe for the matrix products of the layers, on top of bf16; needs Transformer Engine and a GPU for it."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the policy is cut over ranks; what is left of the world after these is data parallelism."""
+
+    tensor: int = 1
+    """Ranks that share every layer's matrices."""
+    sequence: bool = False
+    """Divide norms and residuals along the sequence among the tensor-parallel ranks."""
+    pipeline: int = 1
+    """Stages of consecutive layers."""
+    virtual_stages: int = 1
+    """Pieces per pipeline rank (interleaved schedule); more of them shrink the pipeline bubble."""
+    context: int = 1
+    """Ranks that share every sequence."""
+    expert: int = 1
+    """Ranks that share the experts of a mixture-of-experts layer, out of the tensor, context and data ranks."""
+    overlap: bool = False
+    """Reduce gradients during the backward pass and gather weights during the forward pass."""
+    timeout: float = 1800.0
+    """Seconds after which a rank that others wait for is reported as absent and the run stops."""
 
 
 @dataclass
@@ -124,8 +174,10 @@ class CandidatesConfig:
 
 @dataclass
 class RolloutConfig:
-    """How the policy samples its rollouts."""
+    """How the policy samples its rollouts, and how its weights reach the engine."""
 
+    engine: EngineName = EngineName.vllm
+    """What generates."""
     temperature: float = 1.0
     """Sampling temperature (paper: 1)."""
     top_p: float = 1.0
@@ -138,8 +190,12 @@ class RolloutConfig:
     """Most sequences the engine decodes at once."""
     kv_cache_gib: float = 1.0
     """Memory for the engine's key-value cache, in GiB."""
+    warn_logprob_gap: float = 0.1
+    """Warn when engine and trainer disagree on a token's log-probability by more than this on average (nats)."""
     max_logprob_gap: float = 0.5
-    """Stop when engine and trainer disagree on a token's log-probability by more than this on average (nats)."""
+    """Stop when they disagree by more than this on average (nats)."""
+    sync_bucket_mib: int = 512
+    """Memory for one bucket of weights on their way from the training layout to the engine, in MiB."""
 
 
 @dataclass
@@ -223,6 +279,12 @@ class ObjectiveConfig:
     """Strength of the pull to the reference policy, for online_dpo."""
     reference_refresh: int = 0
     """Copy the policy into the reference every this many updates, for online_dpo; 0 keeps it frozen."""
+    clip_low: float = 0.2
+    """Lower clip of the probability ratio, 1 - clip_low, for grpo."""
+    clip_high: float = 0.2
+    """Upper clip of the probability ratio, 1 + clip_high, for grpo."""
+    normalize_advantage: bool = True
+    """Divide a group's advantages by their standard deviation, for grpo (false: as in Dr. GRPO)."""
 
 
 @dataclass
@@ -247,6 +309,8 @@ class OptimizerConfig:
     """Adam epsilon."""
     clip_grad: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    offload: bool = False
+    """Keep optimizer state in host memory while the engine generates; only where both share a GPU."""
 
 
 @dataclass
@@ -261,6 +325,8 @@ class TrainConfig:
     """Episodes per forward-backward pass; memory grows with it, the result does not change."""
     logprob_chunk: int = 1024
     """Tokens whose vocabulary logits exist at the same time, per rank."""
+    recompute: Recompute = Recompute.none
+    """What to compute again in the backward pass: nothing, attention (selective), or whole layers (full)."""
 
 
 @dataclass
@@ -271,6 +337,10 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always writes one."""
     keep: int = 2
     """Newest checkpoints kept on disk."""
+    background: bool = False
+    """Write checkpoints while training goes on; they are published when they are whole."""
+    allow_previous: bool = False
+    """Go on from the checkpoint before, when the newest one is damaged; without it a damaged checkpoint is an error."""
 
 
 @dataclass
@@ -308,6 +378,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

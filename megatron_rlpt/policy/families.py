@@ -1,19 +1,41 @@
 """Model families: how a Hugging Face configuration and its tensors map onto Megatron-Core's.
 
-A family is a table. Adding one that differs from Llama only in names or flags means adding a row to ``FAMILIES``.
+A family is a table. Adding a dense one that differs from Llama only in names or flags means adding a row to
+``FAMILIES``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_rlpt.errors import ModelError
+from megatron_rlpt.policy.sharding import Cut
+
+Shape = tuple[int, ...]
+
+VOCABULARY_MULTIPLE = 128
+"""Megatron's vocabulary is padded to a multiple of this (its own default), whatever the layout: a checkpoint then has
+the same shapes for every tensor-parallel size that divides it."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture-of-experts layers of a model; all its layers are of this kind."""
+
+    count: int
+    """Experts per layer."""
+    per_token: int
+    """Experts that a token is sent to."""
+    ffn_hidden: int
+    """Inner size of one expert."""
+    normalized: bool
+    """Whether the weights of the chosen experts sum to 1 (softmax over the chosen ones)."""
 
 
 @dataclass(frozen=True)
@@ -29,37 +51,61 @@ class Architecture:
     head_dim: int
     vocab: int
     max_positions: int
+    """Longest sequence that the model computes in full: the smaller of its context and its attention window."""
     norm_eps: float
     rope_theta: float
     rope_scaling_factor: float | None
     """Llama 3's frequency scaling; None is plain RoPE."""
     tied_embeddings: bool
     init_std: float
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm on every head's queries and keys."""
+    experts: Experts | None = None
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of Megatron's embedding: the vocabulary rounded up to ``VOCABULARY_MULTIPLE``."""
+        return -(-self.vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+Merge = Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
+Split = Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Rule:
     """One Megatron tensor and the Hugging Face tensors it is made of.
 
-    ``{layer}`` in the names stands for the layer number. ``merge`` builds the Megatron tensor from the Hugging Face
-    tensors (in the order of ``theirs``); ``split`` is its exact inverse.
+    ``{layer}`` and ``{expert}`` in the names stand for numbers counted over the whole model. ``merge`` builds the
+    whole Megatron tensor from the Hugging Face tensors (in the order of ``theirs``); ``split`` is its exact inverse.
     """
 
     ours: str
     theirs: tuple[str, ...]
-    merge: Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
-    split: Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
+    shapes: Callable[[Architecture], tuple[Shape, ...]]
+    """Shapes of ``theirs``."""
+    merge: Merge
+    split: Split
+    cut: Cut
+    """How tensor parallelism divides the Megatron tensor."""
+    layer: int | None = None
+    expert: int | None = None
 
-    def at(self, layer: int | None) -> Rule:
-        """This rule with the layer number filled in."""
-        if layer is None:
-            return self
-        return Rule(
-            self.ours.format(layer=layer),
-            tuple(name.format(layer=layer) for name in self.theirs),
-            self.merge,
-            self.split,
+    def at(self, layer: int, expert: int | None = None) -> Rule:
+        """This rule with its numbers filled in."""
+        numbers = {"layer": layer, "expert": expert}
+        return replace(
+            self,
+            ours=self.ours.format(**numbers),
+            theirs=tuple(name.format(**numbers) for name in self.theirs),
+            layer=layer,
+            expert=expert,
         )
+
+    def shape(self, arch: Architecture) -> Shape:
+        """Shape of the whole Megatron tensor."""
+        return tuple(self.merge(arch, [torch.empty(shape, device="meta") for shape in self.shapes(arch)]).shape)
 
 
 def _same(_: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -68,6 +114,11 @@ def _same(_: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _alone(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor]
+
+
+def _plain(ours: str, theirs: str, shape: Callable[[Architecture], Shape], cut: Cut) -> Rule:
+    """The same tensor under another name."""
+    return Rule(ours, (theirs,), lambda arch: (shape(arch),), _same, _alone, cut)
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -83,49 +134,172 @@ def _split_qkv(arch: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
     return [part.reshape(-1, *tensor.shape[1:]) for part in parts]
 
 
-def _stack(_: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(tensors)
+def _qkv(kind: str) -> Rule:
+    """Query, key and value projections (``weight`` or ``bias``) as one tensor."""
+
+    def shapes(arch: Architecture) -> tuple[Shape, ...]:
+        rest = (arch.hidden,) if kind == "weight" else ()
+        return tuple((heads * arch.head_dim, *rest) for heads in (arch.heads, arch.kv_heads, arch.kv_heads))
+
+    return Rule(
+        f"{_LAYER}self_attention.linear_qkv.{kind}",
+        tuple(f"{_HF_LAYER}self_attn.{part}_proj.{kind}" for part in "qkv"),
+        shapes,
+        _merge_qkv,
+        _split_qkv,
+        Cut.ROWS,
+    )
 
 
-def _halve(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
-    return list(tensor.chunk(2))
+def _gated(ours: str, gate: str, up: str, ffn: Callable[[Architecture], int]) -> Rule:
+    """Gate and up projection stacked."""
+    return Rule(
+        ours,
+        (gate, up),
+        lambda arch: ((ffn(arch), arch.hidden),) * 2,
+        lambda _, tensors: torch.cat(tensors),
+        lambda _, tensor: list(tensor.chunk(2)),
+        Cut.HALVES,
+    )
+
+
+def _vocabulary(ours: str, theirs: str) -> Rule:
+    """An embedding, padded with rows of zeros that no token ever reads."""
+
+    def pad(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.pad(tensors[0], (0, 0, 0, arch.padded_vocab - arch.vocab))
+
+    def trim(arch: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor[: arch.vocab]]
+
+    return Rule(ours, (theirs,), lambda arch: ((arch.vocab, arch.hidden),), pad, trim, Cut.ROWS)
 
 
 _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
-_LLAMA_LAYER_RULES = (
-    Rule(f"{_LAYER}input_layernorm.weight", (f"{_HF_LAYER}input_layernorm.weight",), _same, _alone),
-    Rule(
-        f"{_LAYER}self_attention.linear_qkv.weight",
-        tuple(f"{_HF_LAYER}self_attn.{part}_proj.weight" for part in "qkv"),
-        _merge_qkv,
-        _split_qkv,
-    ),
-    Rule(f"{_LAYER}self_attention.linear_proj.weight", (f"{_HF_LAYER}self_attn.o_proj.weight",), _same, _alone),
-    Rule(f"{_LAYER}pre_mlp_layernorm.weight", (f"{_HF_LAYER}post_attention_layernorm.weight",), _same, _alone),
-    Rule(
-        f"{_LAYER}mlp.linear_fc1.weight",
-        (f"{_HF_LAYER}mlp.gate_proj.weight", f"{_HF_LAYER}mlp.up_proj.weight"),
-        _stack,
-        _halve,
-    ),
-    Rule(f"{_LAYER}mlp.linear_fc2.weight", (f"{_HF_LAYER}mlp.down_proj.weight",), _same, _alone),
-)
 
-FAMILIES: dict[str, tuple[Rule, ...]] = {"llama": _LLAMA_LAYER_RULES}
-"""Hugging Face ``model_type`` -> rules of one layer. Embedding, final norm and output layer are the same for all."""
+def _hidden(arch: Architecture) -> Shape:
+    return (arch.hidden,)
+
+
+def _norm(ours: str, theirs: str) -> Rule:
+    return _plain(f"{_LAYER}{ours}.weight", f"{_HF_LAYER}{theirs}.weight", _hidden, Cut.WHOLE)
+
+
+def _head_norm(part: str) -> Rule:
+    return _plain(
+        f"{_LAYER}self_attention.{part}_layernorm.weight",
+        f"{_HF_LAYER}self_attn.{part}_norm.weight",
+        lambda arch: (arch.head_dim,),
+        Cut.WHOLE,
+    )
+
+
+_ATTENTION = (
+    _norm("input_layernorm", "input_layernorm"),
+    _qkv("weight"),
+    _plain(
+        f"{_LAYER}self_attention.linear_proj.weight",
+        f"{_HF_LAYER}self_attn.o_proj.weight",
+        lambda arch: (arch.hidden, arch.heads * arch.head_dim),
+        Cut.COLUMNS,
+    ),
+    _norm("pre_mlp_layernorm", "post_attention_layernorm"),
+)
+_MLP = (
+    _gated(
+        f"{_LAYER}mlp.linear_fc1.weight",
+        f"{_HF_LAYER}mlp.gate_proj.weight",
+        f"{_HF_LAYER}mlp.up_proj.weight",
+        lambda arch: arch.ffn_hidden,
+    ),
+    _plain(
+        f"{_LAYER}mlp.linear_fc2.weight",
+        f"{_HF_LAYER}mlp.down_proj.weight",
+        lambda arch: (arch.hidden, arch.ffn_hidden),
+        Cut.COLUMNS,
+    ),
+)
+_EXPERT = f"{_LAYER}mlp.experts.local_experts.{{expert}}."
+
+
+def _experts_of(arch: Architecture) -> Experts:
+    assert arch.experts is not None
+    return arch.experts
+
+
+def _router(theirs: str) -> Rule:
+    return _plain(
+        f"{_LAYER}mlp.router.weight",
+        f"{_HF_LAYER}{theirs}",
+        lambda arch: (_experts_of(arch).count, arch.hidden),
+        Cut.WHOLE,
+    )
+
+
+def _expert(gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """The two tensors of one expert, which tensor parallelism leaves whole (experts are spread over ranks instead)."""
+    stacked = _gated(
+        f"{_EXPERT}linear_fc1.weight", f"{_HF_LAYER}{gate}", f"{_HF_LAYER}{up}", lambda a: _experts_of(a).ffn_hidden
+    )
+    return (
+        replace(stacked, cut=Cut.WHOLE),
+        _plain(
+            f"{_EXPERT}linear_fc2.weight",
+            f"{_HF_LAYER}{down}",
+            lambda arch: (arch.hidden, _experts_of(arch).ffn_hidden),
+            Cut.WHOLE,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type`` of Hugging Face: the tensors of a layer, and what its configuration leaves unsaid.
+
+    Embedding, final norm and output layer are the same for all.
+    """
+
+    layer: tuple[Rule, ...]
+    expert: tuple[Rule, ...] = ()
+    """Tensors of one expert; empty for a dense family."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_ATTENTION + _MLP),
+    "mistral": Family(_ATTENTION + _MLP),
+    "qwen2": Family((*_ATTENTION, _qkv("bias"), *_MLP), qkv_bias=True),
+    "qwen3": Family((*_ATTENTION, _head_norm("q"), _head_norm("k"), *_MLP), qk_norm=True),
+    "qwen3_moe": Family(
+        (*_ATTENTION, _head_norm("q"), _head_norm("k"), _router("mlp.gate.weight")),
+        _expert(*(f"mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up", "down"))),
+        qk_norm=True,
+    ),
+}
+"""Hugging Face ``model_type`` -> family."""
 
 
 def mapping(arch: Architecture) -> Iterator[Rule]:
     """Every rule of the model in one fixed order; a tied output layer has no tensor of its own."""
-    yield Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), _same, _alone)
+    family = FAMILIES[arch.model_type]
+    yield _vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")
     for layer in range(arch.layers):
-        for rule in FAMILIES[arch.model_type]:
+        for rule in family.layer:
             yield rule.at(layer)
-    yield Rule("decoder.final_layernorm.weight", ("model.norm.weight",), _same, _alone)
+        for expert in range(arch.experts.count if arch.experts else 0):
+            for rule in family.expert:
+                yield rule.at(layer, expert)
+    yield _plain("decoder.final_layernorm.weight", "model.norm.weight", _hidden, Cut.WHOLE)
     if not arch.tied_embeddings:
-        yield Rule("output_layer.weight", ("lm_head.weight",), _same, _alone)
+        yield _vocabulary("output_layer.weight", "lm_head.weight")
+
+
+def expected_shapes(arch: Architecture) -> dict[str, Shape]:
+    """Hugging Face name -> shape of every weight of ``arch``, in the order of ``mapping``."""
+    return {name: shape for rule in mapping(arch) for name, shape in zip(rule.theirs, rule.shapes(arch), strict=True)}
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -145,14 +319,24 @@ def read_architecture(folder: Path) -> Architecture:
         raise ModelError(
             f"{path} holds a {type(raw).__name__}, not an object; model.path must be a Hugging Face folder"
         )
+    return parse_architecture(raw, path)
+
+
+def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
+    """The architecture that the entries ``raw`` of a ``config.json`` describe; ``path`` is named in errors.
+
+    Raises:
+        ModelError: a family we do not support, or a feature of it that we do not.
+    """
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise ModelError(
             f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))} "
             "(to add one, add its table to FAMILIES in megatron_rlpt/policy/families.py)"
         )
-    for flag in ("attention_bias", "mlp_bias"):
-        if raw.get(flag):
+    family = FAMILIES[model_type]
+    for flag in ("attention_bias", "mlp_bias", "use_bias"):
+        if raw.get(flag) and not (flag == "attention_bias" and family.qkv_bias):
             raise ModelError(f"{path}: {flag} is true; {model_type} models with biases are not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{path}: hidden_act is {raw['hidden_act']!r}; supported: 'silu'")
@@ -168,18 +352,42 @@ def read_architecture(folder: Path) -> Architecture:
             kv_heads=int(raw.get("num_key_value_heads") or heads),
             head_dim=int(raw.get("head_dim") or hidden // heads),
             vocab=int(raw["vocab_size"]),
-            max_positions=int(raw["max_position_embeddings"]),
+            max_positions=min(int(raw["max_position_embeddings"]), _window(raw)),
             norm_eps=float(raw["rms_norm_eps"]),
             rope_theta=theta,
             rope_scaling_factor=factor,
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
             init_std=float(raw.get("initializer_range", 0.02)),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            experts=_experts(raw, path) if family.expert else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: a required entry is missing or not a number: {error}") from None
     if arch.heads % arch.kv_heads:
         raise ModelError(f"{path}: num_key_value_heads is {arch.kv_heads}; it must divide {arch.heads} attention heads")
     return arch
+
+
+def _window(raw: dict[str, Any]) -> int:
+    """Tokens a query can see. Within the window attention is plain causal attention, which is all we compute."""
+    window = raw.get("sliding_window")
+    in_use = raw.get("use_sliding_window", raw.get("model_type") == "mistral")
+    return int(window) if window and in_use else int(raw["max_position_embeddings"])
+
+
+def _experts(raw: dict[str, Any], path: Path) -> Experts:
+    if raw.get("mlp_only_layers") or int(raw.get("decoder_sparse_step", 1)) != 1:
+        raise ModelError(
+            f"{path}: mlp_only_layers is {raw.get('mlp_only_layers')} and decoder_sparse_step "
+            f"{raw.get('decoder_sparse_step')}; supported: experts in every layer"
+        )
+    return Experts(
+        count=int(raw["num_experts"]),
+        per_token=int(raw["num_experts_per_tok"]),
+        ffn_hidden=int(raw["moe_intermediate_size"]),
+        normalized=bool(raw.get("norm_topk_prob", False)),
+    )
 
 
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

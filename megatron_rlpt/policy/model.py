@@ -48,6 +48,8 @@ def transformer_config(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime)
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=arch.init_std,
@@ -71,7 +73,7 @@ def build_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime) -> Hid
         model = HiddenStateModel(
             config=config,
             transformer_layer_spec=layer_spec(config),
-            vocab_size=arch.vocab,
+            vocab_size=arch.padded_vocab,
             max_sequence_length=arch.max_positions,
             share_embeddings_and_output_weights=arch.tied_embeddings,
             position_embedding_type="rope",

@@ -193,7 +193,9 @@ class Policy:
     def _from_hidden(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[rows, seq, hidden] -> [rows, suffix] log-probabilities of the completion tokens."""
         needed = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
-        flat = chunked_logprobs(needed, self._model.output_weight(), batch.targets, self._train.logprob_chunk)
+        flat = chunked_logprobs(
+            needed, self._model.output_weight()[: self.arch.vocab], batch.targets, self._train.logprob_chunk
+        )
         return batch.scatter(flat)
 
     def _require_finite(self, figures: dict[str, float]) -> None:

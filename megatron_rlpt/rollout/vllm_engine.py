@@ -12,8 +12,7 @@ import torch
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError, ModelError
-from megatron_rlpt.policy.families import read_architecture
-from megatron_rlpt.policy.weights import expected_shapes
+from megatron_rlpt.policy.families import expected_shapes, read_architecture
 from megatron_rlpt.rollout.engine import Continuation, Prompt, require_neutral_sampling
 from megatron_rlpt.vllm_runtime import vllm_environment
 

@@ -16,11 +16,11 @@ from tiny_runs import start_engine, tiny_config
 from transformers import AutoModelForCausalLM
 
 from megatron_rlpt.errors import EngineError
+from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.objectives import Example, build_objective
 from megatron_rlpt.policy.families import read_architecture
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.policy.weights import WeightFolder
 from megatron_rlpt.records import Candidate, Episode, Source
 from megatron_rlpt.rollout.engine import Prompt
 

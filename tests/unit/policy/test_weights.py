@@ -12,15 +12,16 @@ from llamas import VARIANTS, load_llama, make_examples, make_policy, same, save_
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from megatron_rlpt import huggingface
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.errors import CheckpointError
+from megatron_rlpt.huggingface import WeightFolder, export_folder
 from megatron_rlpt.objectives import Example
-from megatron_rlpt.policy import weights as weights_module
-from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.families import expected_shapes, read_architecture
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.policy.weights import WeightFolder, expected_shapes, export_folder, load_weights
+from megatron_rlpt.policy.weights import load_weights
 from megatron_rlpt.records import Candidate, Episode, Source
 
 
@@ -147,7 +148,7 @@ def test_a_bf16_policy_exports_bf16(tied, tmp_path):
 
 
 def test_an_export_in_several_files_has_an_index_and_loads_everywhere(tied, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_module, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 10_000)
     policy = make_policy(tied)
     export_folder(policy.weights(), tied, tmp_path / "export")
     files = sorted((tmp_path / "export").glob("*.safetensors"))
@@ -159,7 +160,7 @@ def test_an_export_in_several_files_has_an_index_and_loads_everywhere(tied, tmp_
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights_of(policy).items())
     assert same(weights_of(make_policy(tmp_path / "export")), weights_of(policy))
     # The old index of a start in several files must not survive beside one file.
-    monkeypatch.setattr(weights_module, "SHARD_BYTES", 1 << 30)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 1 << 30)
     export_folder(policy.weights(), tmp_path / "export", tmp_path / "again")
     assert [path.name for path in sorted((tmp_path / "again").glob("model*"))] == ["model.safetensors"]
 

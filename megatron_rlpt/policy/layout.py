@@ -1,0 +1,167 @@
+"""The training layout: how many ranks share what, and whether the model can be cut that way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from megatron_rlpt.config import Config, ParallelConfig
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.policy.families import Architecture
+
+_LARGEST_OFFERED = 64
+"""Sizes above this are not listed in messages."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions; ``data`` is what is left of the world."""
+
+    world: int = 1
+    tensor: int = 1
+    sequence: bool = False
+    pipeline: int = 1
+    virtual_stages: int = 1
+    context: int = 1
+    expert: int = 1
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size: replicas of the whole model."""
+        return self.world // self.replica
+
+    @property
+    def replica(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    def describe(self) -> str:
+        """One line for the log."""
+        parts = [f"TP{self.tensor}" + (" with sequence parallel" if self.sequence else ""), f"PP{self.pipeline}"]
+        if self.virtual_stages > 1:
+            parts[-1] += f" x {self.virtual_stages} virtual"
+        parts += [f"CP{self.context}", f"EP{self.expert}", f"DP{self.data}"]
+        return f"{self.world} rank{'s' if self.world > 1 else ''}: " + ", ".join(parts)
+
+
+def layout_of(config: ParallelConfig, world: int) -> Layout:
+    """The layout that ``config`` asks for in a world of ``world`` ranks.
+
+    Raises:
+        ConfigError: the world is not a multiple of one model replica.
+    """
+    layout = Layout(
+        world=world,
+        tensor=config.tensor,
+        sequence=config.sequence,
+        pipeline=config.pipeline,
+        virtual_stages=config.virtual_stages,
+        context=config.context,
+        expert=config.expert,
+    )
+    if world % layout.replica:
+        nearest = -(-world // layout.replica) * layout.replica
+        raise ConfigError(
+            f"parallel.tensor x pipeline x context is {config.tensor} x {config.pipeline} x {config.context} = "
+            f"{layout.replica} ranks, and the run has {world}; start a multiple of {layout.replica} ranks, for "
+            f"instance {nearest}"
+        )
+    return layout
+
+
+def check_layout(layout: Layout, arch: Architecture, config: Config) -> None:
+    """Whether the model and the batch can be cut this way; cheap, so that it runs before anything is built.
+
+    Raises:
+        ConfigError: names the value, what it has to divide, and which sizes would work.
+    """
+    tensor, pipeline = layout.tensor, layout.pipeline
+    heads = {
+        f"{arch.heads} attention heads": arch.heads,
+        f"{arch.kv_heads} key-value heads": arch.kv_heads,
+        f"{arch.padded_vocab} rows of the padded vocabulary": arch.padded_vocab,
+    }
+    if arch.experts is None:
+        heads[f"a feed-forward size of {arch.ffn_hidden}"] = arch.ffn_hidden
+    _require_divisor("parallel.tensor", tensor, heads)
+    if layout.sequence and tensor == 1:
+        raise ConfigError("parallel.sequence is true and parallel.tensor 1; allowed: parallel.tensor of 2 or more")
+    pieces = pipeline * layout.virtual_stages
+    if arch.layers % pieces:
+        fitting = _fitting(lambda n: arch.layers % (n * layout.virtual_stages) == 0, arch.layers)
+        raise ConfigError(
+            f"parallel.pipeline x virtual_stages is {pipeline} x {layout.virtual_stages} = {pieces}; it must divide "
+            f"{arch.layers} layers: with virtual_stages = {layout.virtual_stages}, parallel.pipeline may be {fitting}"
+        )
+    if layout.virtual_stages > 1 and pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_stages is {layout.virtual_stages} and parallel.pipeline 1; allowed: 1, because only "
+            "pipeline ranks have virtual stages"
+        )
+    _check_experts(layout, arch)
+    _check_batch(layout, config)
+
+
+def _check_experts(layout: Layout, arch: Architecture) -> None:
+    if arch.experts is None:
+        if layout.expert > 1:
+            raise ConfigError(
+                f"parallel.expert is {layout.expert}; allowed: 1, because {arch.model_type} models have no experts"
+            )
+        return
+    spread = layout.tensor * layout.context * layout.data
+    _require_divisor(
+        "parallel.expert",
+        layout.expert,
+        {
+            f"{arch.experts.count} experts": arch.experts.count,
+            f"{spread} tensor x context x data ranks": spread,
+        },
+    )
+    if layout.tensor > 1 and not layout.sequence:
+        raise ConfigError(
+            "parallel.sequence is false; allowed: true, because Megatron trains experts under tensor parallelism only "
+            "with sequence parallelism"
+        )
+
+
+def _check_batch(layout: Layout, config: Config) -> None:
+    together = config.train.micro_batch * layout.data
+    if config.train.global_batch % together:
+        fitting = _fitting(
+            lambda n: config.train.global_batch % (n * layout.data) == 0, config.train.global_batch // layout.data
+        )
+        raise ConfigError(
+            f"train.micro_batch x data-parallel ranks is {config.train.micro_batch} x {layout.data} = {together}; it "
+            f"must divide train.global_batch = {config.train.global_batch}: "
+            + (f"train.micro_batch may be {fitting}" if fitting else f"use a multiple of {layout.data} episodes")
+        )
+    rounds = config.train.global_batch // together
+    if layout.virtual_stages > 1 and rounds % layout.pipeline:
+        fitting = _fitting(
+            lambda n: config.train.global_batch % (n * layout.data * layout.pipeline) == 0, config.train.global_batch
+        )
+        raise ConfigError(
+            f"train.micro_batch is {config.train.micro_batch}, which makes {rounds} micro-batches per rank; the "
+            f"interleaved schedule needs a multiple of parallel.pipeline = {layout.pipeline}: "
+            + (
+                f"train.micro_batch may be {fitting}"
+                if fitting
+                else f"use a train.global_batch that is a multiple of {layout.data * layout.pipeline}"
+            )
+        )
+
+
+def _require_divisor(key: str, value: int, amounts: dict[str, int]) -> None:
+    failing = [what for what, amount in amounts.items() if amount % value]
+    if failing:
+        fitting = _fitting(lambda n: all(amount % n == 0 for amount in amounts.values()), min(amounts.values()))
+        raise ConfigError(f"{key} is {value}; it must divide {' and '.join(failing)}: {key} may be {fitting}")
+
+
+def _fitting(works: Callable[[int], bool], largest: int) -> str:
+    return _list(n for n in range(1, min(largest, _LARGEST_OFFERED) + 1) if works(n))
+
+
+def _list(numbers: Iterable[int]) -> str:
+    return ", ".join(str(number) for number in numbers)

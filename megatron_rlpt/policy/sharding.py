@@ -1,0 +1,59 @@
+"""How tensor parallelism divides one weight tensor, and how its pieces become whole again."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import torch
+
+
+class Cut(enum.Enum):
+    """How a Megatron weight is divided among the ranks of a tensor-parallel group."""
+
+    WHOLE = "whole"
+    """Every rank holds all of it."""
+    ROWS = "rows"
+    """Along dimension 0 (Megatron's column-parallel layers, whose weights are [output, input])."""
+    COLUMNS = "columns"
+    """Along dimension 1 (Megatron's row-parallel layers)."""
+    HALVES = "halves"
+    """Each half of dimension 0 along dimension 0: a rank holds its part of the gate above its part of up."""
+
+
+def shard(tensor: torch.Tensor, cut: Cut, rank: int, size: int) -> torch.Tensor:
+    """The part of a whole ``tensor`` that tensor-parallel rank ``rank`` of ``size`` holds. May share its memory.
+
+    The divided dimension must be a multiple of ``size`` (``policy/layout.py`` checks that before anything is built).
+    """
+    match cut:
+        case Cut.WHOLE:
+            return tensor
+        case Cut.ROWS:
+            return _part(tensor, 0, rank, size)
+        case Cut.COLUMNS:
+            return _part(tensor, 1, rank, size)
+        case Cut.HALVES:
+            return torch.cat([_part(half, 0, rank, size) for half in tensor.chunk(2)]) if size > 1 else tensor
+
+
+def unshard(parts: Sequence[torch.Tensor], cut: Cut) -> torch.Tensor:
+    """The whole tensor from the parts of all tensor-parallel ranks, in rank order: the inverse of ``shard``."""
+    if len(parts) == 1:
+        return parts[0]
+    match cut:
+        case Cut.WHOLE:
+            return parts[0]
+        case Cut.ROWS:
+            return torch.cat(list(parts), dim=0)
+        case Cut.COLUMNS:
+            return torch.cat(list(parts), dim=1)
+        case Cut.HALVES:
+            halves = [part.chunk(2) for part in parts]
+            return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+
+
+def _part(tensor: torch.Tensor, dimension: int, rank: int, size: int) -> torch.Tensor:
+    length, rest = divmod(tensor.shape[dimension], size)
+    assert not rest, f"dimension {dimension} of {tuple(tensor.shape)} is not divided by {size}"
+    return tensor.narrow(dimension, rank * length, length)

@@ -425,7 +425,7 @@ def _experts(raw: dict[str, Any], path: Path) -> Experts:
     )
 
 
-_LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Megatron's RotaryEmbedding has these constants of Llama 3 built in (rotary_pos_embedding.py)."""
 
 
@@ -438,7 +438,7 @@ def _rope(raw: dict[str, Any], path: Path) -> tuple[float, float | None]:
         return theta, None
     if kind != "llama3":
         raise ModelError(f"{path}: rope type {kind!r} is not supported; supported: default, llama3")
-    for key, value in _LLAMA3_FIXED.items():
+    for key, value in LLAMA3_ROPE.items():
         if float(parameters.get(key, value)) != value:
             raise ModelError(f"{path}: {key} is {parameters[key]}; supported for rope type llama3: {value}")
     return theta, float(parameters["factor"])

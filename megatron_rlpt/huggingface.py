@@ -78,6 +78,18 @@ class WeightFolder:
             yield name, self.read(name)
 
 
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what makes weights a model, configuration and tokenizer files, into the new folder ``target``.
+
+    Raises:
+        OSError: a file cannot be read or written, or ``target`` is there already.
+    """
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in {".json", ".jinja", ".model", ".txt"} and path.name != INDEX:
+            shutil.copyfile(path, target / path.name)
+
+
 def export_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path) -> None:
     """Write a Hugging Face folder: ``weights`` beside the configuration and tokenizer files of ``source``.
 
@@ -89,10 +101,7 @@ def export_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, tar
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix in {".json", ".jinja", ".model", ".txt"} and path.name != INDEX:
-                shutil.copyfile(path, partial / path.name)
+        copy_companions(source, partial)
         _declare_dtype(partial / "config.json", _write_shards(weights, partial))
         old = target.with_name(target.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

@@ -135,6 +135,11 @@ class VllmEngine:
         return self._version
 
     @property
+    def asleep(self) -> bool:
+        """Whether the engine has given its GPU memory back; the next weight update wakes it."""
+        return self._asleep
+
+    @property
     def sleeping_frees(self) -> int:
         """Bytes of GPU memory that ``sleep`` gives back: weights and key-value cache; 0 where sleeping does nothing."""
         return self._manifest.nbytes + self._kv_cache_bytes if self._can_sleep else 0
@@ -225,6 +230,7 @@ class VllmEngine:
         if not self._llm.wake_up(tags=["kv_cache"]):
             raise EngineError("vLLM did not wake up whole; start the run again, it goes on from the last checkpoint")
         self._asleep = False
+        self._llm.collective_rpc("rlpt_zero_cache")
         self._drop_prefix_cache()
         self._require_sound()
 

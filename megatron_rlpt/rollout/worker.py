@@ -87,6 +87,15 @@ class WorkerExtension:
         """SHA-256 of every buffer: rotary tables, scales of the cache."""
         return {name: _digest([value]) for name, value in self.model_runner.get_model().named_buffers()}
 
+    def rlpt_zero_cache(self) -> None:
+        """Clear the key-value cache: memory that was just mapped again may hold anything.
+
+        Slots that are masked out still count where the kernel multiplies them by a weight of 0, and 0 times not-a-number
+        is not a number (seen on CPU: one bad batch, and every later one was bad).
+        """
+        for cache in self.model_runner.kv_caches:
+            cache.zero_()
+
     def rlpt_end_with(self, trainer: int) -> None:
         """End this process when the process ``trainer``, its parent, is gone: nobody else would end it."""
 

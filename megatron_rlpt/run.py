@@ -45,8 +45,8 @@ def run_training(config: Config, fresh: bool = False) -> None:
     """Train as ``config`` says, going on from the newest checkpoint of its run folder, and export the policy.
 
     In a world of several ranks every rank calls this. The folder ends with ``export/`` (a Hugging Face folder),
-    ``checkpoints/``, ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml``, ``trace.jsonl``, ``run.log`` and, in a world
-    of several ranks, ``logs/``.
+    ``checkpoints/``, ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml``, ``trace.jsonl``, ``run.log`` and, with
+    several ranks, ``logs/``.
 
     Args:
         config: the run.

@@ -154,6 +154,20 @@ class Policy:
         """Name -> shape of every tensor of ``weights``."""
         return self._source.shapes
 
+    def offload_optimizer(self) -> None:
+        """Move optimizer state to host memory and free the gradients' memory; nothing on a machine without a GPU."""
+        if self._runtime.on_cuda:
+            self._optimizer.offload_to_cpu()
+            for ddp in self._ddps:
+                ddp.offload_grad_buffers()
+
+    def restore_optimizer(self) -> None:
+        """Take back what ``offload_optimizer`` moved; nothing if it did not."""
+        if self._runtime.on_cuda:
+            for ddp in self._ddps:
+                ddp.restore_grad_buffers()
+            self._optimizer.restore_from_cpu()
+
     def layout_text(self) -> str:
         """The layout, for people to read."""
         return self.layout.describe()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from megatron_rlpt.config import Config, ParallelConfig
+from megatron_rlpt.config import ParallelConfig, TrainConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.policy.families import Architecture
 
@@ -69,8 +69,8 @@ def layout_of(config: ParallelConfig, world: int) -> Layout:
     return layout
 
 
-def check_layout(layout: Layout, arch: Architecture, config: Config) -> None:
-    """Whether the model and the batch can be cut this way; cheap, so that it runs before anything is built.
+def check_layout(layout: Layout, arch: Architecture) -> None:
+    """Whether the model can be cut this way; cheap, so that it runs before anything is built.
 
     Raises:
         ConfigError: names the value, what it has to divide, and which sizes would work.
@@ -99,7 +99,6 @@ def check_layout(layout: Layout, arch: Architecture, config: Config) -> None:
             "pipeline ranks have virtual stages"
         )
     _check_experts(layout, arch)
-    _check_batch(layout, config)
 
 
 def _check_experts(layout: Layout, arch: Architecture) -> None:
@@ -125,24 +124,25 @@ def _check_experts(layout: Layout, arch: Architecture) -> None:
         )
 
 
-def _check_batch(layout: Layout, config: Config) -> None:
-    together = config.train.micro_batch * layout.data
-    if config.train.global_batch % together:
-        fitting = _fitting(
-            lambda n: config.train.global_batch % (n * layout.data) == 0, config.train.global_batch // layout.data
-        )
+def check_batch(layout: Layout, train: TrainConfig) -> None:
+    """Whether the episodes of an update divide evenly among ranks and micro-batches.
+
+    Raises:
+        ConfigError: names the values and which micro-batches would work.
+    """
+    together = train.micro_batch * layout.data
+    if train.global_batch % together:
+        fitting = _fitting(lambda n: train.global_batch % (n * layout.data) == 0, train.global_batch // layout.data)
         raise ConfigError(
-            f"train.micro_batch x data-parallel ranks is {config.train.micro_batch} x {layout.data} = {together}; it "
-            f"must divide train.global_batch = {config.train.global_batch}: "
+            f"train.micro_batch x data-parallel ranks is {train.micro_batch} x {layout.data} = {together}; it "
+            f"must divide train.global_batch = {train.global_batch}: "
             + (f"train.micro_batch may be {fitting}" if fitting else f"use a multiple of {layout.data} episodes")
         )
-    rounds = config.train.global_batch // together
+    rounds = train.global_batch // together
     if layout.virtual_stages > 1 and rounds % layout.pipeline:
-        fitting = _fitting(
-            lambda n: config.train.global_batch % (n * layout.data * layout.pipeline) == 0, config.train.global_batch
-        )
+        fitting = _fitting(lambda n: train.global_batch % (n * layout.data * layout.pipeline) == 0, train.global_batch)
         raise ConfigError(
-            f"train.micro_batch is {config.train.micro_batch}, which makes {rounds} micro-batches per rank; the "
+            f"train.micro_batch is {train.micro_batch}, which makes {rounds} micro-batches per rank; the "
             f"interleaved schedule needs a multiple of parallel.pipeline = {layout.pipeline}: "
             + (
                 f"train.micro_batch may be {fitting}"

@@ -107,8 +107,3 @@ def vocab_parallel_logprobs(
         [tokens] fp32, the same on every rank.
     """
     return _VocabParallelLogprobs.apply(hidden, weight, targets, chunk, vocab, group)
-
-
-def chunked_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
-    """``vocab_parallel_logprobs`` of one rank whose every row is a token."""
-    return vocab_parallel_logprobs(hidden, weight, targets, chunk, vocab=weight.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rlpt.config.schema import Config, JudgeName, ObjectiveName
+from megatron_rlpt.config import Config, JudgeName, needs_judge
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import Judge
@@ -31,7 +31,7 @@ def build_teacher(config: Config, device: str) -> Teacher:
     Raises:
         ModelError: a model or tokenizer cannot be used, or the teacher cannot score the policy's tokens.
     """
-    judged = config.objective.name in (ObjectiveName.rf_nll, ObjectiveName.online_dpo)
+    judged = needs_judge(config.objective.name)
     prompted = judged and config.teacher.judge == JudgeName.generative
     generator = _build_generator(config) if prompted or config.candidates.rewrite else None
     judge = build_judge(config, device, generator) if judged else None

@@ -33,7 +33,7 @@ from megatron_rlpt.checkpoint import folders
 from megatron_rlpt.checkpoint.manifest import FileSum, Manifest, sum_files, versions
 from megatron_rlpt.checkpoint.reading import MANIFEST, MARKER, POLICY, STATE, Checkpoint, open_checkpoint
 from megatron_rlpt.errors import CheckpointError
-from megatron_rlpt.huggingface import copy_companions
+from megatron_rlpt.huggingface import copy_settings
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.ranks import Ranks
 
@@ -258,7 +258,8 @@ class CheckpointStore:
         folders.require_space(self._folder)
         (partial / POLICY).mkdir(parents=True)
         (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-        copy_companions(model, partial / "hf")
+        (partial / "hf").mkdir()
+        copy_settings(model, partial / "hf")
 
     def _publish(self, save: _Save, parts: list[_Written]) -> None:
         partial = save.partial

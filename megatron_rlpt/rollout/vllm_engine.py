@@ -104,7 +104,7 @@ class VllmEngine:
                     worker_extension_cls=EXTENSION,
                     **arguments,
                 )
-                self._process = None if in_process else EngineProcess(self._llm)
+                self._process = None if in_process else EngineProcess(self._llm, "the rollout engine")
                 # Some shapes load and fail only when attention runs: find out now, and not after the first data.
                 self._llm.generate(
                     [TokensPrompt(prompt_token_ids=[0])], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False

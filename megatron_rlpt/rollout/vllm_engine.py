@@ -149,6 +149,8 @@ class VllmEngine:
         from vllm import SamplingParams, TokensPrompt
 
         self._require_version(version)
+        if not prompts:  # a rank's share of a small batch
+            return []
         parameters = [
             SamplingParams(
                 temperature=0.0 if prompt.greedy else self._temperature,

@@ -19,6 +19,7 @@ from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ModelError, TrainingError
 from megatron_rlpt.objectives import Example, LossTerms, Objective
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
+from megatron_rlpt.policy.compat import require_common_state
 from megatron_rlpt.policy.families import Shape, read_architecture
 from megatron_rlpt.policy.layout import check_layout, layout_of
 from megatron_rlpt.policy.model import build_model
@@ -168,8 +169,7 @@ class Policy:
         """
         from megatron.core import dist_checkpointing
 
-        if not (folder / "common.pt").is_file():
-            raise FileNotFoundError(f"{folder / 'common.pt'} does not exist")  # Megatron's own message crashes
+        require_common_state(folder)
         with self._runtime.megatron(), _plain_errors():
             state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
             self._pieces[0].load_state_dict(state["model"])

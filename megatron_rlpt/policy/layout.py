@@ -76,14 +76,7 @@ def check_layout(layout: Layout, arch: Architecture) -> None:
         ConfigError: names the value, what it has to divide, and which sizes would work.
     """
     tensor, pipeline = layout.tensor, layout.pipeline
-    heads = {
-        f"{arch.heads} attention heads": arch.heads,
-        f"{arch.kv_heads} key-value heads": arch.kv_heads,
-        f"{arch.padded_vocab} rows of the padded vocabulary": arch.padded_vocab,
-    }
-    if arch.experts is None:
-        heads[f"a feed-forward size of {arch.ffn_hidden}"] = arch.ffn_hidden
-    _require_divisor("parallel.tensor", tensor, heads)
+    _require_divisor("parallel.tensor", tensor, _divided_by_tensor(arch))
     if layout.sequence and tensor == 1:
         raise ConfigError("parallel.sequence is true and parallel.tensor 1; allowed: parallel.tensor of 2 or more")
     pieces = pipeline * layout.virtual_stages
@@ -99,6 +92,32 @@ def check_layout(layout: Layout, arch: Architecture) -> None:
             "pipeline ranks have virtual stages"
         )
     _check_experts(layout, arch)
+
+
+def check_cut(layout: Layout, arch: Architecture) -> None:
+    """Whether a checkpoint of the model can be cut into ``tensor`` x ``pipeline`` x ``expert`` files (``rlpt convert``).
+
+    Raises:
+        ConfigError: names the option, what it has to divide, and which sizes would work.
+    """
+    _require_divisor("--tp", layout.tensor, _divided_by_tensor(arch))
+    _require_divisor("--pp", layout.pipeline, {f"{arch.layers} layers": arch.layers})
+    if arch.experts is not None:
+        _require_divisor("--ep", layout.expert, {f"{arch.experts.count} experts": arch.experts.count})
+    elif layout.expert > 1:
+        raise ConfigError(f"--ep is {layout.expert}; allowed: 1, because {arch.model_type} models have no experts")
+
+
+def _divided_by_tensor(arch: Architecture) -> dict[str, int]:
+    """What tensor parallelism divides, in words and as an amount."""
+    amounts = {
+        f"{arch.heads} attention heads": arch.heads,
+        f"{arch.kv_heads} key-value heads": arch.kv_heads,
+        f"{arch.padded_vocab} rows of the padded vocabulary": arch.padded_vocab,
+    }
+    if arch.experts is None:
+        amounts[f"a feed-forward size of {arch.ffn_hidden}"] = arch.ffn_hidden
+    return amounts
 
 
 def _check_experts(layout: Layout, arch: Architecture) -> None:
@@ -153,7 +172,7 @@ def check_batch(layout: Layout, train: TrainConfig) -> None:
 
 
 def _require_divisor(key: str, value: int, amounts: dict[str, int]) -> None:
-    failing = [what for what, amount in amounts.items() if amount % value]
+    failing = [what for what, amount in amounts.items() if value < 1 or amount % value]
     if failing:
         fitting = _fitting(lambda n: all(amount % n == 0 for amount in amounts.values()), min(amounts.values()))
         raise ConfigError(f"{key} is {value}; it must divide {' and '.join(failing)}: {key} may be {fitting}")

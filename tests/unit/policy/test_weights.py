@@ -200,7 +200,7 @@ def test_an_export_onto_a_full_disk_says_so_in_one_line_and_keeps_the_old_one(ti
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert str(caught.value).startswith(f"export {tmp_path}/export could not be written")
+    assert str(caught.value).startswith(f"{tmp_path}/export could not be written")
     assert "File too large" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

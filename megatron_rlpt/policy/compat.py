@@ -7,12 +7,11 @@ Each entry names the release and the file of ``megatron/core`` that makes it nec
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import re
 import types
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from megatron_rlpt.errors import RlptError
@@ -45,8 +44,8 @@ def require_supported() -> None:
     problem = version_problem(__version__)
     if problem:
         raise RlptError(f"{problem}; pip install 'megatron-core>={_text(OLDEST)},<{NEWEST[0]}.{NEWEST[1] + 1}'")
-    # All releases, dist_checkpointing/strategies/filesystem_async.py: a writer without psutil dies before it reports,
-    # and the save waits for its report forever.
+    # All releases, dist_checkpointing/strategies/filesystem_async.py: what writes a file dies without psutil before it
+    # reports, and whoever saves waits for the report forever.
     if importlib.util.find_spec("psutil") is None:
         raise RlptError(
             "psutil is not installed, without which Megatron never finishes a checkpoint; pip install psutil"
@@ -57,22 +56,11 @@ def _text(series: tuple[int, int]) -> str:
     return f"{series[0]}.{series[1]}"
 
 
-def require_common_state(folder: Path) -> None:
-    """Whether the checkpoint in ``folder`` has its part that is not tensors, as far as a file of its own shows it.
-
-    Raises:
-        FileNotFoundError: ``common.pt`` is missing where the installed release needs it.
-    """
-    from megatron.core.dist_checkpointing import serialization
-
-    # Until 0.18 it is a file beside the tensors, and Megatron's own message about a missing one crashes. 0.19 keeps it
-    # among the tensors and reads either (dist_checkpointing/serialization.py: load_common_state_dict).
-    inside = hasattr(serialization, "_legacy_common_state_exists")
-    if not inside and not (folder / "common.pt").is_file():
-        raise FileNotFoundError(
-            f"{folder / 'common.pt'} does not exist; it was lost, or megatron-core 0.19 wrote this checkpoint, which "
-            "only that release reads"
-        )
+def own_writer_arguments(async_save: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments with which a strategy's ``async_save`` plans for Megatron's own writer."""
+    # From 0.17 on, dist_checkpointing/strategies/torch.py, the default is that of nvidia-resiliency-ext, an error
+    # where that is not installed.
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(async_save).parameters else {}
 
 
 def adapt(module: types.ModuleType) -> None:
@@ -110,39 +98,6 @@ def _router_product(module: types.ModuleType) -> None:
         module.te_general_gemm = None  # type: ignore[attr-defined]
 
 
-def _writer_errors(module: types.ModuleType) -> None:
-    # 0.17 to 0.19, dist_checkpointing/strategies/filesystem_async.py: of a failed write only the exception's type
-    # reaches the caller ("error: <class 'OSError'>"), so that a full disk looks like anything else. Until 0.16 writers
-    # are processes and the exception itself comes back.
-    writer = module.FileSystemWriterAsync
-    if hasattr(writer, "write_preloaded_data_multithread"):
-        writer.write_preloaded_data_multithread = staticmethod(_write_buckets)
-
-
-def _write_buckets(
-    transforms: list[Any], use_msc: bool, rank: int, write_buckets: Sequence[Any], global_results_queue: Any
-) -> None:
-    """``write_preloaded_data_multithread``: one thread per bucket; what the buckets gave, or the first error."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    def write(number: int) -> Any:
-        extra = {"use_msc": True} if use_msc else {}
-        _, outcome = FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, write_buckets[number], None, None, use_fsync=True, **extra
-        )
-        return outcome
-
-    with ThreadPoolExecutor(max_workers=len(write_buckets)) as pool:
-        outcomes: list[Any] = []
-        for number in [pool.submit(write, number) for number in range(len(write_buckets))]:
-            try:
-                outcomes.append(number.result())
-            except Exception as error:
-                outcomes.append(error)
-    failed = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
-    global_results_queue.put(failed or dict(enumerate(outcomes)))
-
-
 def _quiet(*beginnings: str) -> Callable[[types.ModuleType], None]:
     def correct(module: types.ModuleType) -> None:
         logging.getLogger(module.__name__).addFilter(lambda record: not record.getMessage().startswith(beginnings))
@@ -152,12 +107,11 @@ def _quiet(*beginnings: str) -> Callable[[types.ModuleType], None]:
 
 _CORRECTIONS: dict[str, Callable[[types.ModuleType], None]] = {
     "megatron.core.transformer.moe.moe_utils": _router_product,
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": _writer_errors,
     # 0.19: a warning per model piece that its successor is HybridModel. 0.16 has no such model.
     "megatron.core.models.gpt.gpt_model": _quiet("GPTModel IS DEPRECATED"),
     # 0.18 and 0.19: a warning per piece that the layout of parameters was not passed in. 0.16 computes it the same way.
     "megatron.core.distributed.distributed_data_parallel": _quiet("DistributedDataParallel: full_param_layout not"),
-    # 0.19: a warning per checkpoint that nvidia-resiliency-ext could write it. 0.16 has no choice.
+    # From 0.17 on: a warning that nvidia-resiliency-ext could write it. 0.16 has no choice.
     "megatron.core.dist_checkpointing.strategies.torch": _quiet("MCore's async save is deprecated"),
 }
 

@@ -154,6 +154,13 @@ def build_model(
         for piece in pieces:
             # Megatron leaves norm weights in fp32 with the local spec; every parameter has the training precision.
             piece.to(device=runtime.device, dtype=torch_dtype_of(dtype))
+            if arch.experts and layout.tensor > 1:
+                for name, parameter in piece.named_parameters():
+                    if ".local_experts." in name:
+                        # Tensor-parallel ranks send other tokens through a whole expert, so that it is one of the data-
+                        # parallel kind to them. Megatron marks it so only where experts are spread over ranks
+                        # (tensor_parallel/layers.py: ColumnParallelLinear.__init__).
+                        parameter.allreduce = False  # type: ignore[attr-defined]
         return pieces
 
 

@@ -1,0 +1,154 @@
+"""How the policy's weights get into the rollout layout.
+
+From the training layout directly, by ``megatron.core.resharding``, where the source has a Megatron model; from a
+stream of Hugging Face tensors, by the family's table, where it has not (a folder on disk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.resharding import swap_model_weights
+
+from megatron_rlpt.errors import EngineError
+from megatron_rlpt.policy.families import Architecture, Rule, expected_shapes, mapping
+from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.policy.sharding import Cut, shard
+from megatron_rlpt.rollout.checks import checked_weights
+
+_LAYERS = "decoder.layers."
+
+
+@runtime_checkable
+class TrainingLayout(Protocol):
+    """A source of weights that can also hand over the Megatron model that holds them."""
+
+    @property
+    def pieces(self) -> Sequence[GPTModel]:
+        """This rank's pieces of the model in the training layout, one per virtual stage."""
+        ...
+
+
+class RolloutWeights:
+    """The weights of one rollout model, and both ways of replacing them."""
+
+    def __init__(self, model: GPTModel, arch: Architecture, runtime: DeviceRuntime) -> None:
+        """``model`` is in the rollout layout (``megatron_model.build_rollout_model``)."""
+        self._arch = arch
+        self._runtime = runtime
+        self._rules = {rule.ours: rule for rule in mapping(arch)}
+        self._parameters = _by_whole_name([model])
+        assert self._parameters.keys() == self._rules.keys(), "every weight of a dense model is on every group"
+        self._tensor = model.pg_collection.tp
+        self._target = _View(self._parameters, model)
+        self._mark(self._parameters)
+        self._checked = False
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over Hugging Face tensors in any order; each rank keeps its part.
+
+        Raises:
+            EngineError: names or shapes are not those of the model; the model is then partly overwritten.
+        """
+        parts: dict[str, torch.Tensor] = {}
+        owner = {name: rule for rule in self._rules.values() for name in rule.theirs}
+        rank, size = self._tensor.rank(), self._tensor.size()
+        for name, tensor in checked_weights(weights, expected_shapes(self._arch)):
+            rule = owner[name]
+            parts[name] = tensor
+            if all(part in parts for part in rule.theirs):
+                whole = rule.merge(self._arch, [parts.pop(part) for part in rule.theirs])
+                with torch.no_grad():
+                    self._parameters[rule.ours].copy_(shard(whole, rule.cut, rank, size))
+
+    def reshard(self, pieces: Sequence[GPTModel]) -> None:
+        """Take over the weights of a model in the training layout; a collective over all ranks.
+
+        Megatron plans the transfers once and keeps the plan. Tensors go from rank to rank, by NCCL between GPUs and
+        by gloo between CPUs; what source and target hold on one rank is copied there. While it runs it needs memory
+        for one more copy of this rank's rollout weights.
+
+        Raises:
+            EngineError: names, shapes or precision of the two models differ.
+        """
+        parameters = _by_whole_name(pieces)
+        self._require_same(parameters)
+        self._mark(parameters)
+        with self._runtime.megatron(), torch.no_grad():
+            swap_model_weights(_View(parameters, pieces[0]), self._target, "nccl" if self._runtime.on_cuda else "gloo")
+
+    def _require_same(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Megatron's planner itself fails on rank 0 alone, and leaves the others waiting."""
+        problem = next(self._differences(parameters), None)
+        if not self._checked:
+            everything: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everything, (problem, list(parameters)))
+            problem = next((found for found, _ in everything if found), None)
+            absent = self._rules.keys() - {name for _, names in everything for name in names}
+            if absent and not problem:
+                problem = f"{len(absent)} weights were not sent, the first is {min(absent)!r}"
+        if problem:
+            raise EngineError(problem)
+        self._checked = True
+
+    def _differences(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[str]:
+        for name, parameter in parameters.items():
+            ours = self._parameters.get(name)
+            if ours is None:
+                # The last pipeline stage has a copy of a tied embedding, under the output layer's name.
+                if not (name == "output_layer.weight" and self._arch.tied_embeddings):
+                    yield f"weight {name!r} is not part of the engine's model"
+            elif parameter.shape != ours.shape:
+                yield f"weight {name!r} was sent as {tuple(parameter.shape)}; the engine's is {tuple(ours.shape)}"
+            elif parameter.dtype != ours.dtype:
+                yield f"weight {name!r} was sent as {parameter.dtype}; the engine's is {ours.dtype}"
+
+    def _mark(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Tell the planner how each weight is divided.
+
+        Megatron sets these marks while it draws random weights, so a model built without has none
+        (``megatron/core/tensor_parallel/layers.py: _initialize_affine_weight_cpu``) and would be taken for replicated.
+        """
+        for name, parameter in parameters.items():
+            rule = self._rules.get(name)
+            if rule is not None and rule.cut is not Cut.WHOLE:
+                _set_marks(parameter, rule)
+
+
+def _set_marks(parameter: Any, rule: Rule) -> None:
+    parameter.tensor_model_parallel = True
+    parameter.partition_dim = 1 if rule.cut is Cut.COLUMNS else 0
+    parameter.partition_stride = 2 if rule.cut is Cut.HALVES else 1
+
+
+class _View(torch.nn.Module):
+    """The parameters of a model, cut into pieces or not, under their names in the whole model.
+
+    Megatron's planner takes the first piece of a list only (``refit.py: reshard_model_weights``), so a model with
+    virtual stages is shown to it as one.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], model: GPTModel) -> None:
+        super().__init__()
+        self.config = model.config
+        self.pg_collection: ProcessGroupCollection = model.pg_collection
+        self._by_name = dict(parameters)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return iter(self._by_name.items())
+
+
+def _by_whole_name(pieces: Sequence[GPTModel]) -> dict[str, torch.nn.Parameter]:
+    """Megatron numbers the layers of a piece from 0; their numbers in the whole model are on the layers."""
+    found = {}
+    for piece in pieces:
+        for name, parameter in piece.named_parameters():
+            if name.startswith(_LAYERS):
+                local, _, rest = name.removeprefix(_LAYERS).partition(".")
+                name = f"{_LAYERS}{piece.decoder.layers[int(local)].layer_number - 1}.{rest}"
+            found[name] = parameter
+    return found

@@ -78,8 +78,8 @@ class MegatronEngine:
         if self._cache_tokens < max_sequence:
             needed = config.kv_cache_gib * max_sequence / max(self._cache_tokens, 1)
             raise EngineError(
-                f"rollout.kv_cache_gib is {config.kv_cache_gib:g}, room for {self._cache_tokens} tokens; one sequence of "
-                f"{max_sequence} tokens needs {needed:.3g}"
+                f"rollout.kv_cache_gib is {config.kv_cache_gib:g}, room for {self._cache_tokens} tokens; one sequence "
+                f"of {max_sequence} tokens needs {needed:.3g}"
             )
         with runtime.megatron():
             self._wrapped: Any = GPTInferenceWrapper(

@@ -48,20 +48,19 @@ class CachedAttention(CausalAttention):
             [seq or 1, batch, heads * dim].
         """
         if query.shape[0] == key.shape[0]:
-            return super().forward(
-                query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-            )
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         assert query.shape[0] == 1, "a query in the middle of the cache would need a mask aligned at its end"
         assert attention_mask is None
-        # [seq, batch, heads, dim] -> [batch, heads, seq, dim]
+        _, batch, groups, dim = key.shape
+        # The heads of a group read the same keys: as rows of one query, [batch, groups, heads / groups, dim], they read
+        # them once. On a CPU that is several times faster than one row for each head.
         mixed = torch.nn.functional.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
+            query.reshape(batch, groups, -1, dim),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
         )
-        return mixed.permute(2, 0, 1, 3).reshape(1, query.shape[1], -1)
+        return mixed.reshape(1, batch, -1)
 
 
 def build_rollout_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime) -> GPTModel:
@@ -103,7 +102,9 @@ def rollout_groups() -> ProcessGroupCollection:
     tensor = parallel_state.get_tensor_model_parallel_group()
     world, size = torch.distributed.get_world_size(), tensor.size()
     replicas: Any = None
-    for place in range(size):  # Megatron numbers tensor-parallel ranks first (parallel_state.py: order "tp-cp-ep-dp-pp")
+    for place in range(
+        size
+    ):  # Megatron numbers tensor-parallel ranks first (parallel_state.py: order "tp-cp-ep-dp-pp")
         group = torch.distributed.new_group(list(range(place, world, size)))
         if place == tensor.rank():
             replicas = group

@@ -1,4 +1,4 @@
-"""The ``rlpt`` command: train, evaluate, config, doctor.
+"""The ``rlpt`` command: train, evaluate, convert, config, doctor.
 
 Whatever needs torch is imported inside the command that needs it, so that ``rlpt --help`` and ``rlpt config`` answer
 at once on a login node that has no torch.
@@ -6,6 +6,7 @@ at once on a login node that has no torch.
 
 from __future__ import annotations
 
+import enum
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,20 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
 ]
+
+
+class ConvertTo(enum.StrEnum):
+    """Formats that ``rlpt convert`` writes."""
+
+    hf = "hf"
+    megatron = "megatron"
+
+
+class ConvertDtype(enum.StrEnum):
+    """Precisions that ``rlpt convert`` writes."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
 
 
 def _print_version(asked: bool) -> None:
@@ -99,6 +114,58 @@ def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
     from megatron_rlpt.evaluation.evaluate import evaluate as compare
 
     compare(resolved)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Hugging Face folder, Megatron checkpoint, run folder or GGUF file.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything yet.")],
+    to: Annotated[ConvertTo, typer.Option("--to", help="Format to write.")],
+    tp: Annotated[int | None, typer.Option("--tp", metavar="N", help="Tensor-parallel files of a stage.")] = None,
+    pp: Annotated[int | None, typer.Option("--pp", metavar="N", help="Pipeline stages.")] = None,
+    ep: Annotated[int | None, typer.Option("--ep", metavar="N", help="Groups of experts.")] = None,
+    dtype: Annotated[
+        ConvertDtype | None,
+        typer.Option("--dtype", help="Precision to write; by default the source's, and bf16 for GGUF."),
+    ] = None,
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--hf-config",
+            metavar="FOLDER",
+            help="Hugging Face folder of a Megatron checkpoint that has no hf/ of its own.",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare tensors and logits afterwards; needs memory for the model in fp32."),
+    ] = False,
+) -> None:
+    """Convert a checkpoint between Hugging Face and Megatron; GGUF can be read.
+
+    --tp, --pp and --ep decide how many files a Megatron checkpoint has; any layout can load it.
+    """
+    _quiet_libraries()
+    import torch
+
+    from megatron_rlpt.convert.convert import convert as run
+    from megatron_rlpt.convert.formats import Format
+    from megatron_rlpt.policy.layout import Layout
+
+    asked = {name: size for name, size in (("tensor", tp), ("pipeline", pp), ("expert", ep)) if size is not None}
+    result = run(
+        source,
+        target,
+        Format(to.value),
+        layout=Layout(**asked) if asked else None,
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value] if dtype else None,
+        hf_config=hf_config,
+        verify=verify,
+        say=lambda line: print(line, flush=True),
+    )
+    print(result.describe())
 
 
 @app.command("config")

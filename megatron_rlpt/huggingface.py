@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_rlpt.errors import CheckpointError, ModelError
+from megatron_rlpt.errors import CheckpointError, ModelError, first_line
 from megatron_rlpt.policy.families import Architecture, expected_shapes
 
 INDEX = "model.safetensors.index.json"
@@ -61,6 +62,11 @@ class WeightFolder:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} is not a readable safetensors file: {error}; copy it again") from None
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors in the folder."""
+        return frozenset(self._where)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor.
 
@@ -81,63 +87,94 @@ class WeightFolder:
 def export_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path) -> None:
     """Write a Hugging Face folder: ``weights`` beside the configuration and tokenizer files of ``source``.
 
-    The folder appears complete or not at all (written aside, then renamed); a failure leaves an older one as it was.
+    ``weights`` is consumed one tensor at a time, and at most one file's tensors (``SHARD_BYTES``) are in memory. The
+    folder appears complete or not at all (written aside, then renamed); a failure leaves an older one as it was.
 
     Raises:
         CheckpointError: the disk is full or not writable.
     """
-    partial = target.with_name(target.name + ".partial")
+    with published(target) as partial:
+        copy_settings(source, partial)
+        declare_dtype(partial, _write_shards(weights, partial))
+
+
+@contextlib.contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``target`` when the block ends well, and disappears when it does not.
+
+    An older ``target`` is replaced, and only then.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    partial, old = (target.with_name(target.name + suffix) for suffix in (".partial", ".old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix in {".json", ".jinja", ".model", ".txt"} and path.name != INDEX:
-                shutil.copyfile(path, partial / path.name)
-        _declare_dtype(partial / "config.json", _write_shards(weights, partial))
-        old = target.with_name(target.name + ".old")
+        yield partial
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             os.rename(target, old)
         os.rename(partial, target)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the operating system says
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"export {target} could not be written ({type(error).__name__}: {error}); free space or mend the folder's "
-            "permissions, then start again"
-        ) from error
+        # safetensors and torch.save wrap what the operating system says.
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(
+                f"{target} could not be written ({type(error).__name__}: {first_line(error)}); free space or mend the "
+                "folder's permissions, then start again"
+            ) from error
+        raise
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """Copy what makes a Hugging Face folder besides weights: configuration, generation defaults, tokenizer."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in {".json", ".jinja", ".model", ".txt"} and path.name != INDEX:
+            shutil.copyfile(path, target / path.name)
 
 
 def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> torch.dtype:
-    """Write ``weights`` as safetensors files of at most ``SHARD_BYTES`` and return their precision."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
+    """Write ``weights`` as safetensors files of at most ``SHARD_BYTES`` and return the widest of their precisions.
+
+    A file's final name holds the number of files, so all have other names until the last is written.
+    """
+    files: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
     size = total = 0
-    dtype = torch.float32
+    dtype: torch.dtype | None = None
+
+    def flush() -> None:
+        save_file(shard, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
     for name, tensor in weights:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + bytes_ > SHARD_BYTES:
-            shards.append({})
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            flush()
             size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous().clone()
-        size += bytes_
-        total += bytes_
-        dtype = tensor.dtype
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for filename, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / filename, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: filename for filename, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        # A copy: the tensor may be a view, which safetensors refuses, or memory that its owner uses again.
+        shard[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        size += tensor.nbytes
+        total += tensor.nbytes
+        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    flush()
+    weight_map = {}
+    for index, names in enumerate(files):
+        final = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        os.rename(folder / f"{index}.part", folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    if len(files) > 1:
+        contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    assert dtype is not None, "a model has weights"
     return dtype
 
 
-def _declare_dtype(config: Path, dtype: torch.dtype) -> None:
+def declare_dtype(folder: Path, dtype: torch.dtype) -> None:
     """Let ``config.json`` name the precision of the weights: readers cast to what it says, and would round fp32."""
+    config = folder / "config.json"
     raw = json.loads(config.read_text(encoding="utf-8"))
     named = str(dtype).removeprefix("torch.")
     keys = raw.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}  # the second is the name before transformers 5

@@ -1,78 +1,163 @@
-"""Selected candidates as padded token tensors."""
+"""Selected candidates as padded token tensors, dealt to the ranks that train on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_rlpt.objectives import Example
+from megatron_rlpt.policy.attention import context_chunks
+from megatron_rlpt.policy.layout import Layout
 
 
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch. Rows are sequences; the rows of one example follow each other.
 
-    Rows are padded on the right: under causal attention no real token sees the padding, so no mask is needed.
+    Rows are padded on the right: under causal attention no real token sees the padding, so no mask is needed. Rows
+    behind the last example's hold padding only; they make the shape that other ranks have.
     """
 
     tokens: torch.Tensor
-    """[rows, seq] int64: prefix, completion, padding."""
+    """[rows, share] int64: prefix, completion, padding; under context parallelism this rank's share of the sequence."""
+    positions: torch.Tensor
+    """[rows, share] int64: place of each token in its sequence."""
     predictors: torch.Tensor
-    """[completion tokens] int64: index into the flattened [rows * seq] hidden states that predict each target."""
+    """[own tokens] int64: index into the flattened [rows * share] hidden states that predict each target."""
     targets: torch.Tensor
-    """[completion tokens] int64: the completion tokens, row by row."""
+    """[own tokens] int64: the completion tokens that this rank's share predicts, row by row."""
+    own: torch.Tensor
+    """[sequences, suffix] bool: which completion tokens these are."""
     mask: torch.Tensor
-    """[rows, suffix] fp32: 1 where a completion has a token."""
+    """[sequences, suffix] fp32: 1 where a completion has a token."""
     engine_logprobs: torch.Tensor
-    """[rows, suffix] fp32: what the rollout engine said of each token; NaN where no engine produced it."""
+    """[sequences, suffix] fp32: what the rollout engine said of each token; NaN where no engine produced it."""
     examples: int
-    """Number of examples in this micro-batch."""
+    """Number of examples in this micro-batch; 0 where this rank only keeps step with others."""
 
     def scatter(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """[completion tokens] -> [rows, suffix], 0 where a shorter completion is padded."""
-        return torch.zeros_like(self.mask).masked_scatter(self.mask.bool(), logprobs)
+        """[own tokens] -> [sequences, suffix], 0 where another rank's share has the token and in the padding."""
+        return torch.zeros_like(self.mask).masked_scatter(self.own, logprobs)
 
 
-def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
-    """Pad ``examples`` into one micro-batch on ``device``."""
-    rows = [(example.episode.prefix, candidate) for example in examples for candidate in example.sequences]
-    length = max(len(prefix) + len(candidate.tokens) for prefix, candidate in rows)
-    suffix = max(len(candidate.tokens) for _, candidate in rows)
-    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask = torch.zeros(len(rows), suffix)
-    engine = torch.full((len(rows), suffix), torch.nan)
+@dataclass(frozen=True)
+class ContextShare:
+    """Which part of every sequence a context-parallel rank works on."""
+
+    rank: int = 0
+    size: int = 1
+
+    def positions(self, length: int) -> torch.Tensor:
+        """[length / size] places of the rank's tokens in a sequence of ``length``, in the order it holds them."""
+        if self.size == 1:
+            return torch.arange(length)
+        chunk = length // (2 * self.size)
+        return torch.cat(
+            [torch.arange(number * chunk, (number + 1) * chunk) for number in context_chunks(self.rank, self.size)]
+        )
+
+
+def make_batch(
+    examples: Sequence[Example],
+    device: torch.device,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    share: ContextShare | None = None,
+) -> Batch:
+    """Pad ``examples`` into one micro-batch on ``device``.
+
+    Args:
+        examples: what to train on; may be empty if ``rows`` and ``length`` are given.
+        device: where the tensors go.
+        rows: rows of the micro-batch; None for as many as there are sequences.
+        length: tokens per row before context parallelism divides them; None for the longest sequence.
+        share: this rank's part of every sequence; None for all of it.
+    """
+    share = share or ContextShare()
+    sequences = [(example.episode.prefix, candidate) for example in examples for candidate in example.sequences]
+    rows = len(sequences) if rows is None else rows
+    length = max(map(sequence_length, examples)) if length is None else length
+    suffix = max((len(candidate.tokens) for _, candidate in sequences), default=1)
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), suffix)
+    own = torch.zeros(len(sequences), suffix, dtype=torch.bool)
+    engine = torch.full((len(sequences), suffix), torch.nan)
+    held = share.positions(length)
+    # Place in the sequence -> place in this rank's share, -1 where another rank has it.
+    local = torch.full((length,), -1).scatter_(0, held, torch.arange(len(held)))
     predictors, targets = [], []
-    for index, (prefix, candidate) in enumerate(rows):
-        completion = candidate.tokens
-        tokens[index, : len(prefix) + len(completion)] = torch.tensor(prefix + completion)
-        mask[index, : len(completion)] = 1.0
+    for index, (prefix, candidate) in enumerate(sequences):
+        completion = torch.tensor(candidate.tokens, dtype=torch.int64)
+        count = len(completion)
+        tokens[index, : len(prefix) + count] = torch.tensor(prefix + candidate.tokens)
+        mask[index, :count] = 1.0
         if candidate.logprobs is not None:
             # NaN marks the absence of an engine; from an engine it agrees with nothing.
-            engine[index, : len(completion)] = torch.tensor(candidate.logprobs).nan_to_num(
-                -torch.inf, torch.inf, -torch.inf
-            )
+            engine[index, :count] = torch.tensor(candidate.logprobs).nan_to_num(-torch.inf, torch.inf, -torch.inf)
         # The hidden state at position p predicts the token at p + 1.
-        first = index * length + len(prefix) - 1
-        predictors.append(torch.arange(first, first + len(completion)))
-        targets.append(torch.tensor(completion, dtype=torch.int64))
+        places = local[len(prefix) - 1 : len(prefix) - 1 + count]
+        mine = places >= 0
+        own[index, :count] = mine
+        predictors.append(index * len(held) + places[mine])
+        targets.append(completion[mine])
+    nothing = torch.zeros(0, dtype=torch.int64)
     return Batch(
-        tokens.to(device),
-        torch.cat(predictors).to(device),
-        torch.cat(targets).to(device),
+        tokens[:, held].to(device),
+        held.expand(rows, -1).to(device),
+        torch.cat([nothing, *predictors]).to(device),
+        torch.cat([nothing, *targets]).to(device),
+        own.to(device),
         mask.to(device),
         engine.to(device),
         examples=len(examples),
     )
 
 
-def micro_batches(examples: Sequence[Example], size: int, device: torch.device) -> Iterator[Batch]:
-    """Cut ``examples`` into micro-batches of at most ``size``, examples of like length together to pad less."""
+@dataclass(frozen=True)
+class Round:
+    """One micro-batch of every data-parallel rank; all have the same shape, so that they can work in step."""
 
-    def length(example: Example) -> int:
-        return len(example.episode.prefix) + max(len(candidate.tokens) for candidate in example.sequences)
+    shares: tuple[tuple[Example, ...], ...]
+    """Examples of each data-parallel rank."""
+    rows: int
+    length: int
 
-    ordered = sorted(examples, key=length)
-    for start in range(0, len(ordered), size):
-        yield make_batch(ordered[start : start + size], device)
+
+def plan_rounds(examples: Sequence[Example], size: int, layout: Layout, multiple: int = 1) -> list[Round]:
+    """Divide the examples of an update into rounds of micro-batches of at most ``size`` examples per rank.
+
+    Examples of like length share a round, to pad less. A pipeline's stages exchange tensors of one shape, so there all
+    rounds are padded to the largest; an interleaved pipeline needs a multiple of its size in rounds.
+
+    Args:
+        examples: all examples of the update, the same on every rank; at least one.
+        size: most examples per rank and round.
+        layout: the training layout.
+        multiple: what the number of tokens per row must be a multiple of.
+    """
+    ordered = sorted(examples, key=sequence_length)
+    count = -(-len(ordered) // (size * layout.data))
+    if layout.virtual_stages > 1:
+        count = -(-count // layout.pipeline) * layout.pipeline
+    rounds = []
+    for number in range(count):
+        members = ordered[len(ordered) * number // count : len(ordered) * (number + 1) // count]
+        shares = tuple(
+            tuple(members[len(members) * rank // layout.data : len(members) * (rank + 1) // layout.data])
+            for rank in range(layout.data)
+        )
+        rows = max(sum(len(example.sequences) for example in share) for share in shares)
+        longest = max(map(sequence_length, members), default=1)
+        rounds.append(Round(shares, max(rows, 1), -(-longest // multiple) * multiple))
+    if layout.pipeline > 1:
+        rows, length = max(one.rows for one in rounds), max(one.length for one in rounds)
+        rounds = [Round(one.shares, rows, length) for one in rounds]
+    return rounds
+
+
+def sequence_length(example: Example) -> int:
+    """Tokens of the longest sequence of ``example``: prefix and completion."""
+    return len(example.episode.prefix) + max(len(candidate.tokens) for candidate in example.sequences)

@@ -7,8 +7,8 @@ A family is a table. Adding a dense one that differs from Llama only in names or
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,17 +266,45 @@ class Family:
     """Tensors of one expert; empty for a dense family."""
     qkv_bias: bool = False
     qk_norm: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What ``transformers`` takes for entries that a ``config.json`` may leave out, where it is not the same for all
+    families (its ``configuration_<model_type>.py``)."""
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_ATTENTION + _MLP),
-    "mistral": Family(_ATTENTION + _MLP),
-    "qwen2": Family((*_ATTENTION, _qkv("bias"), *_MLP), qkv_bias=True),
-    "qwen3": Family((*_ATTENTION, _head_norm("q"), _head_norm("k"), *_MLP), qk_norm=True),
+    "mistral": Family(
+        _ATTENTION + _MLP,
+        defaults={"num_key_value_heads": 8, "use_sliding_window": True, "sliding_window": 4096},
+    ),
+    "mixtral": Family(
+        (*_ATTENTION, _router("block_sparse_moe.gate.weight")),
+        _expert(*(f"block_sparse_moe.experts.{{expert}}.{part}.weight" for part in ("w1", "w3", "w2"))),
+        defaults={
+            "num_key_value_heads": 8,
+            "use_sliding_window": True,
+            "rope_theta": 1000000.0,
+            "num_experts_per_tok": 2,
+            "num_experts": 8,
+            "norm_topk_prob": True,  # its router is a softmax over the chosen experts; there is no such entry
+        },
+    ),
+    "qwen2": Family((*_ATTENTION, _qkv("bias"), *_MLP), qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "qwen3": Family(
+        (*_ATTENTION, _head_norm("q"), _head_norm("k"), *_MLP),
+        qk_norm=True,
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
+    ),
     "qwen3_moe": Family(
         (*_ATTENTION, _head_norm("q"), _head_norm("k"), _router("mlp.gate.weight")),
         _expert(*(f"mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up", "down"))),
         qk_norm=True,
+        defaults={
+            "num_key_value_heads": 4,
+            "num_experts_per_tok": 8,
+            "num_experts": 128,
+            "moe_intermediate_size": 768,
+        },
     ),
 }
 """Hugging Face ``model_type`` -> family."""
@@ -335,6 +363,13 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
             "(to add one, add its table to FAMILIES in megatron_rlpt/policy/families.py)"
         )
     family = FAMILIES[model_type]
+    raw = {**family.defaults, **raw}
+    if raw.get("quantization_config"):
+        raise ModelError(
+            f"{path}: quantization_config is set; quantized weights are not supported, give the folder in bf16 or fp32"
+        )
+    if float(raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ModelError(f"{path}: partial_rotary_factor is {raw['partial_rotary_factor']}; supported: 1.0")
     for flag in ("attention_bias", "mlp_bias", "use_bias"):
         if raw.get(flag) and not (flag == "attention_bias" and family.qkv_bias):
             raise ModelError(f"{path}: {flag} is true; {model_type} models with biases are not supported")
@@ -372,8 +407,7 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
 def _window(raw: dict[str, Any]) -> int:
     """Tokens a query can see. Within the window attention is plain causal attention, which is all we compute."""
     window = raw.get("sliding_window")
-    in_use = raw.get("use_sliding_window", raw.get("model_type") == "mistral")
-    return int(window) if window and in_use else int(raw["max_position_embeddings"])
+    return int(window) if window and raw.get("use_sliding_window") else int(raw["max_position_embeddings"])
 
 
 def _experts(raw: dict[str, Any], path: Path) -> Experts:
@@ -383,14 +417,15 @@ def _experts(raw: dict[str, Any], path: Path) -> Experts:
             f"{raw.get('decoder_sparse_step')}; supported: experts in every layer"
         )
     return Experts(
-        count=int(raw["num_experts"]),
+        # transformers 5 writes num_local_experts for every family.
+        count=int(raw.get("num_local_experts") or raw["num_experts"]),
         per_token=int(raw["num_experts_per_tok"]),
-        ffn_hidden=int(raw["moe_intermediate_size"]),
+        ffn_hidden=int(raw.get("moe_intermediate_size") or raw["intermediate_size"]),
         normalized=bool(raw.get("norm_topk_prob", False)),
     )
 
 
-_LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Megatron's RotaryEmbedding has these constants of Llama 3 built in (rotary_pos_embedding.py)."""
 
 
@@ -403,7 +438,7 @@ def _rope(raw: dict[str, Any], path: Path) -> tuple[float, float | None]:
         return theta, None
     if kind != "llama3":
         raise ModelError(f"{path}: rope type {kind!r} is not supported; supported: default, llama3")
-    for key, value in _LLAMA3_FIXED.items():
+    for key, value in LLAMA3_ROPE.items():
         if float(parameters.get(key, value)) != value:
             raise ModelError(f"{path}: {key} is {parameters[key]}; supported for rope type llama3: {value}")
     return theta, float(parameters["factor"])

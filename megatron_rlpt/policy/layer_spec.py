@@ -1,74 +1,42 @@
-"""Which modules a transformer layer is made of: the one place where that is chosen.
+"""Which modules the policy's layers are made of: the one place where that is chosen.
 
-The layers are Megatron-Core's own, except that attention goes through torch's scaled-dot-product kernels, which run
-on CPU and CUDA, never hold the [sequence, sequence] scores, and read grouped queries without copying keys.
+The layers are Megatron-Core's own, except that norms and core attention are ours (``policy/norm.py``,
+``policy/attention.py``): they run on CPU and CUDA and under sequence and context parallelism.
 """
 
 from __future__ import annotations
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rlpt.policy.attention import CausalAttention
+from megatron_rlpt.policy.norm import RmsNorm
 
-class CausalAttention(torch.nn.Module):
-    """Causal core attention on torch kernels, in the place of Megatron's ``DotProductAttention``.
 
-    Same constructor and call as ``megatron/core/transformer/dot_product_attention.py``. There is no dropout and no
-    explicit mask: pretraining batches are padded on the right, where causality alone hides the padding.
+def block_spec(config: TransformerConfig, virtual_stage: int | None) -> TransformerBlockSubmodules:
+    """The decoder layers and final norm of one model piece.
+
+    Args:
+        config: Megatron's configuration of the whole model; tells how many layers this pipeline rank has.
+        virtual_stage: number of the piece on this rank; None without virtual stages.
     """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__()
-        assert attn_mask_type == AttnMaskType.causal, attn_mask_type
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> torch.Tensor:
-        """Attend. ``query`` [seq, batch, heads, dim], ``key`` / ``value`` [seq, batch, groups, dim].
-
-        Returns:
-            [seq, batch, heads * dim].
-        """
-        assert attention_mask is None, "only causal attention over right-padded batches"
-        assert attention_bias is None
-        assert packed_seq_params is None
-        # [seq, batch, heads, dim] -> [batch, heads, seq, dim]
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return mixed.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
-
-
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """The spec of one decoder layer for ``config``."""
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    return spec
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
+    parts = layer.submodules
+    parts.input_layernorm = RmsNorm
+    parts.pre_mlp_layernorm = RmsNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RmsNorm
+    else:
+        assert attention.q_layernorm is IdentityOp
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=RmsNorm
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from megatron_rlpt.config import Config, ParallelConfig
+from megatron_rlpt.config import ParallelConfig, TrainConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.policy.families import Architecture
 
@@ -69,21 +69,14 @@ def layout_of(config: ParallelConfig, world: int) -> Layout:
     return layout
 
 
-def check_layout(layout: Layout, arch: Architecture, config: Config) -> None:
-    """Whether the model and the batch can be cut this way; cheap, so that it runs before anything is built.
+def check_layout(layout: Layout, arch: Architecture) -> None:
+    """Whether the model can be cut this way; cheap, so that it runs before anything is built.
 
     Raises:
         ConfigError: names the value, what it has to divide, and which sizes would work.
     """
     tensor, pipeline = layout.tensor, layout.pipeline
-    heads = {
-        f"{arch.heads} attention heads": arch.heads,
-        f"{arch.kv_heads} key-value heads": arch.kv_heads,
-        f"{arch.padded_vocab} rows of the padded vocabulary": arch.padded_vocab,
-    }
-    if arch.experts is None:
-        heads[f"a feed-forward size of {arch.ffn_hidden}"] = arch.ffn_hidden
-    _require_divisor("parallel.tensor", tensor, heads)
+    _require_divisor("parallel.tensor", tensor, _divided_by_tensor(arch))
     if layout.sequence and tensor == 1:
         raise ConfigError("parallel.sequence is true and parallel.tensor 1; allowed: parallel.tensor of 2 or more")
     pieces = pipeline * layout.virtual_stages
@@ -99,7 +92,32 @@ def check_layout(layout: Layout, arch: Architecture, config: Config) -> None:
             "pipeline ranks have virtual stages"
         )
     _check_experts(layout, arch)
-    _check_batch(layout, config)
+
+
+def check_cut(layout: Layout, arch: Architecture) -> None:
+    """Whether a checkpoint of the model can be cut into ``tensor`` x ``pipeline`` x ``expert`` files (``rlpt convert``).
+
+    Raises:
+        ConfigError: names the option, what it has to divide, and which sizes would work.
+    """
+    _require_divisor("--tp", layout.tensor, _divided_by_tensor(arch))
+    _require_divisor("--pp", layout.pipeline, {f"{arch.layers} layers": arch.layers})
+    if arch.experts is not None:
+        _require_divisor("--ep", layout.expert, {f"{arch.experts.count} experts": arch.experts.count})
+    elif layout.expert > 1:
+        raise ConfigError(f"--ep is {layout.expert}; allowed: 1, because {arch.model_type} models have no experts")
+
+
+def _divided_by_tensor(arch: Architecture) -> dict[str, int]:
+    """What tensor parallelism divides, in words and as an amount."""
+    amounts = {
+        f"{arch.heads} attention heads": arch.heads,
+        f"{arch.kv_heads} key-value heads": arch.kv_heads,
+        f"{arch.padded_vocab} rows of the padded vocabulary": arch.padded_vocab,
+    }
+    if arch.experts is None:
+        amounts[f"a feed-forward size of {arch.ffn_hidden}"] = arch.ffn_hidden
+    return amounts
 
 
 def _check_experts(layout: Layout, arch: Architecture) -> None:
@@ -125,24 +143,25 @@ def _check_experts(layout: Layout, arch: Architecture) -> None:
         )
 
 
-def _check_batch(layout: Layout, config: Config) -> None:
-    together = config.train.micro_batch * layout.data
-    if config.train.global_batch % together:
-        fitting = _fitting(
-            lambda n: config.train.global_batch % (n * layout.data) == 0, config.train.global_batch // layout.data
-        )
+def check_batch(layout: Layout, train: TrainConfig) -> None:
+    """Whether the episodes of an update divide evenly among ranks and micro-batches.
+
+    Raises:
+        ConfigError: names the values and which micro-batches would work.
+    """
+    together = train.micro_batch * layout.data
+    if train.global_batch % together:
+        fitting = _fitting(lambda n: train.global_batch % (n * layout.data) == 0, train.global_batch // layout.data)
         raise ConfigError(
-            f"train.micro_batch x data-parallel ranks is {config.train.micro_batch} x {layout.data} = {together}; it "
-            f"must divide train.global_batch = {config.train.global_batch}: "
+            f"train.micro_batch x data-parallel ranks is {train.micro_batch} x {layout.data} = {together}; it "
+            f"must divide train.global_batch = {train.global_batch}: "
             + (f"train.micro_batch may be {fitting}" if fitting else f"use a multiple of {layout.data} episodes")
         )
-    rounds = config.train.global_batch // together
+    rounds = train.global_batch // together
     if layout.virtual_stages > 1 and rounds % layout.pipeline:
-        fitting = _fitting(
-            lambda n: config.train.global_batch % (n * layout.data * layout.pipeline) == 0, config.train.global_batch
-        )
+        fitting = _fitting(lambda n: train.global_batch % (n * layout.data * layout.pipeline) == 0, train.global_batch)
         raise ConfigError(
-            f"train.micro_batch is {config.train.micro_batch}, which makes {rounds} micro-batches per rank; the "
+            f"train.micro_batch is {train.micro_batch}, which makes {rounds} micro-batches per rank; the "
             f"interleaved schedule needs a multiple of parallel.pipeline = {layout.pipeline}: "
             + (
                 f"train.micro_batch may be {fitting}"
@@ -153,7 +172,7 @@ def _check_batch(layout: Layout, config: Config) -> None:
 
 
 def _require_divisor(key: str, value: int, amounts: dict[str, int]) -> None:
-    failing = [what for what, amount in amounts.items() if amount % value]
+    failing = [what for what, amount in amounts.items() if value < 1 or amount % value]
     if failing:
         fitting = _fitting(lambda n: all(amount % n == 0 for amount in amounts.values()), min(amounts.values()))
         raise ConfigError(f"{key} is {value}; it must divide {' and '.join(failing)}: {key} may be {fitting}")

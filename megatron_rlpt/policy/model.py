@@ -1,31 +1,46 @@
-"""The policy's network: Megatron-Core's ``GPTModel`` built from a Hugging Face architecture."""
+"""The policy's network: Megatron-Core's ``GPTModel`` built from a Hugging Face architecture, in any layout."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rlpt.config import Dtype
+from megatron_rlpt.config import Dtype, Recompute
 from megatron_rlpt.policy.families import Architecture
-from megatron_rlpt.policy.layer_spec import layer_spec
+from megatron_rlpt.policy.layer_spec import block_spec
+from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.runtime import DeviceRuntime
 
 
 class HiddenStateModel(GPTModel):
-    """A ``GPTModel`` whose forward ends at the final hidden states, [batch, seq, hidden].
+    """A ``GPTModel`` whose last stage ends at the final hidden states, [batch, seq, hidden].
 
     Only suffix tokens are trained on, so the vocabulary projection is applied by the caller to those positions alone
     (``policy/logprobs.py``). ``GPTModel._postprocess`` ends with ``self.output_layer(hidden, weight=…)`` and a
-    transpose; the output layer keeps its parameters and passes the hidden states through.
+    transpose; the output layer keeps its parameters and hands the hidden states to all tensor-parallel ranks, which
+    is what it does before its matrix product (``tensor_parallel/layers.py: ColumnParallelLinear.forward``): their
+    gradient arrives there in parts, one of each rank's share of the vocabulary, and is summed.
     """
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.output_layer.forward = lambda hidden, **_: (hidden, None)
+        if self.post_process:
+            to_ranks = (
+                tensor_parallel.gather_from_sequence_parallel_region
+                if self.config.sequence_parallel
+                else tensor_parallel.copy_to_tensor_model_parallel_region
+            )
+            self.output_layer.forward = lambda hidden, **_: (to_ranks(hidden), None)
 
     def output_weight(self) -> torch.Tensor:
-        """The vocabulary projection, [vocabulary, hidden]; the input embedding itself when the two are tied."""
+        """This rank's rows of the vocabulary projection, [padded vocabulary / TP, hidden]; last stage only.
+
+        The input embedding itself where the two are tied and on one stage.
+        """
         return (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -33,9 +48,36 @@ class HiddenStateModel(GPTModel):
         )
 
 
-def transformer_config(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime) -> TransformerConfig:
+def transformer_config(
+    arch: Architecture,
+    dtype: Dtype,
+    runtime: DeviceRuntime,
+    layout: Layout | None = None,
+    recompute: Recompute = Recompute.none,
+) -> TransformerConfig:
     """Megatron's configuration for ``arch``; fusions that are CUDA kernels are off, because none is needed here."""
+    layout = layout or Layout()
     torch_dtype = torch_dtype_of(dtype)
+    settings: dict[str, Any] = {}
+    if arch.experts:
+        settings |= {
+            "num_moe_experts": arch.experts.count,
+            "moe_router_topk": arch.experts.per_token,
+            "moe_ffn_hidden_size": arch.experts.ffn_hidden,
+            # Softmax over the chosen experts gives weights that sum to 1; over all of them, before the choice, not.
+            "moe_router_pre_softmax": not arch.experts.normalized,
+            "moe_router_dtype": "fp32",
+            # The policy's loss is the objective's alone: a balancing loss would depend on how the batch is cut.
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
+            # Exchanging tokens one to one needs CUDA streams and NCCL; gloo gathers them on every expert rank.
+            "moe_token_dispatcher_type": "alltoall" if runtime.on_cuda else "allgather",
+            "moe_grouped_gemm": False,
+        }
+    if recompute is Recompute.full:
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif recompute is Recompute.selective:
+        settings |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -57,32 +99,64 @@ def transformer_config(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime)
         pipeline_dtype=torch_dtype,
         bf16=dtype is Dtype.bf16,
         use_cpu_initialization=not runtime.on_cuda,
+        # Weights are loaded right after; drawing them would only cost time.
+        perform_initialization=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
         bias_dropout_fusion=False,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.sequence,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        # Gradients are summed over ranks and micro-batches and divided once, by the number of examples (policy.py).
+        calculate_per_token_loss=True,
+        **settings,
     )
 
 
-def build_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime) -> HiddenStateModel:
-    """An initialised model on the runtime's device; weights are random until loaded."""
+def build_model(
+    arch: Architecture,
+    dtype: Dtype,
+    runtime: DeviceRuntime,
+    layout: Layout | None = None,
+    recompute: Recompute = Recompute.none,
+) -> list[HiddenStateModel]:
+    """This rank's pieces of the model on the runtime's device, one per virtual stage, with weights not yet set.
+
+    Megatron's groups of ``layout`` must be there (``DeviceRuntime.init_distributed``); None is a world of one.
+    """
+    layout = layout or Layout()
     with runtime.megatron():
-        config = transformer_config(arch, dtype, runtime)
-        model = HiddenStateModel(
-            config=config,
-            transformer_layer_spec=layer_spec(config),
-            vocab_size=arch.padded_vocab,
-            max_sequence_length=arch.max_positions,
-            share_embeddings_and_output_weights=arch.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=arch.rope_theta,
-            rope_scaling=arch.rope_scaling_factor is not None,
-            rope_scaling_factor=arch.rope_scaling_factor or 1.0,
-        )
-        # Megatron leaves norm weights in fp32 with the local spec; every parameter has the training precision.
-        return model.to(device=runtime.device, dtype=torch_dtype_of(dtype))
+        config = transformer_config(arch, dtype, runtime, layout, recompute)
+        pieces = []
+        for number in range(layout.virtual_stages):
+            stage = number if layout.virtual_stages > 1 else None
+            pieces.append(
+                HiddenStateModel(
+                    config=config,
+                    transformer_layer_spec=block_spec(config, stage),
+                    vocab_size=arch.padded_vocab,
+                    max_sequence_length=arch.max_positions,
+                    pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                    post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                    share_embeddings_and_output_weights=arch.tied_embeddings,
+                    position_embedding_type="rope",
+                    rotary_base=arch.rope_theta,
+                    rope_scaling=arch.rope_scaling_factor is not None,
+                    rope_scaling_factor=arch.rope_scaling_factor or 1.0,
+                    vp_stage=stage,
+                )
+            )
+        for piece in pieces:
+            # Megatron leaves norm weights in fp32 with the local spec; every parameter has the training precision.
+            piece.to(device=runtime.device, dtype=torch_dtype_of(dtype))
+        return pieces
 
 
 def torch_dtype_of(dtype: Dtype) -> torch.dtype:

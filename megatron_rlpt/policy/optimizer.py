@@ -7,6 +7,7 @@ the parameter group; torch's Adam, used where neither is installed, keeps it bes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,32 @@ from megatron_rlpt.config import Dtype, OptimizerConfig, TrainConfig
 from megatron_rlpt.policy.model import HiddenStateModel, torch_dtype_of
 
 
-def build_optimizer(model: HiddenStateModel, config: OptimizerConfig, dtype: Dtype) -> tuple[Any, Any]:
-    """Megatron's DDP wrapper (gradients in fp32) and distributed AdamW (main weights in fp32)."""
-    ddp = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        module=model,
-    )
+def build_optimizer(
+    pieces: Sequence[HiddenStateModel], config: OptimizerConfig, dtype: Dtype, overlap: bool
+) -> tuple[list[Any], Any]:
+    """Megatron's DDP wrapper of every piece (gradients in fp32) and one distributed AdamW (main weights in fp32).
+
+    Args:
+        pieces: this rank's pieces of the model.
+        config: the optimizer.
+        dtype: precision of the pieces.
+        overlap: reduce gradients during the backward pass and gather weights during the next forward pass.
+    """
+    ddps = [
+        DistributedDataParallel(
+            config=piece.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap,
+            ),
+            module=piece,
+            # Buckets hide communication behind the first piece's computation; behind the others' there is none left.
+            disable_bucketing=number > 0,
+        )
+        for number, piece in enumerate(pieces)
+    ]
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -40,13 +60,14 @@ def build_optimizer(model: HiddenStateModel, config: OptimizerConfig, dtype: Dty
             params_dtype=torch_dtype_of(dtype),
             use_distributed_optimizer=True,
         ),
-        [ddp],
+        ddps,
     )
     _init_state(optimizer)
-    model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.no_sync_func = ddp.no_sync
-    return ddp, optimizer
+    shared = pieces[0].config
+    shared.grad_scale_func = optimizer.scale_loss
+    shared.finalize_model_grads_func = finalize_model_grads
+    shared.no_sync_func = ddps[0].no_sync if len(ddps) == 1 else [ddp.no_sync for ddp in ddps]
+    return ddps, optimizer
 
 
 def build_scheduler(optimizer: Any, config: OptimizerConfig, train: TrainConfig) -> Any:

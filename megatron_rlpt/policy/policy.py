@@ -8,33 +8,37 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ModelError, TrainingError
 from megatron_rlpt.objectives import Example, LossTerms, Objective
-from megatron_rlpt.policy.batching import Batch, make_batch, micro_batches
-from megatron_rlpt.policy.families import read_architecture
-from megatron_rlpt.policy.logprobs import chunked_logprobs
+from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
+from megatron_rlpt.policy.families import Shape, read_architecture
+from megatron_rlpt.policy.layout import check_layout, layout_of
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler, load_optimizer_state
+from megatron_rlpt.policy.passes import Passes
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.policy.weights import load_weights, stream_weights
+from megatron_rlpt.policy.weights import WeightSource, load_weights
 
 _log = logging.getLogger(__name__)
 
 
 class Policy:
-    """A Megatron model with its optimizer, learning-rate schedule and reference weights.
+    """A Megatron model with its optimizer, learning-rate schedule and reference weights, in a training layout.
+
+    Its methods are collectives: every rank calls them, with the same arguments.
 
     Attributes:
         arch: the architecture, as read from the starting model.
+        layout: how it is cut over ranks.
         version: number of optimizer updates behind the current weights.
     """
 
@@ -43,6 +47,7 @@ class Policy:
 
         Raises:
             ModelError: the folder cannot be used, or its context is shorter than a training sequence.
+            ConfigError: model, batch and world do not fit ``config.parallel``.
         """
         folder = Path(config.model.path)
         self.arch = read_architecture(folder)
@@ -51,44 +56,61 @@ class Policy:
                 f"data.max_prefix + data.suffix_length is {config.max_sequence} tokens; {folder} allows "
                 f"{self.arch.max_positions}"
             )
-        runtime.init_distributed()
+        self.layout = layout_of(config.parallel, runtime.world)
+        check_layout(self.layout, self.arch)
+        ranks = runtime.init_distributed(self.layout, config.parallel.timeout)
         _log.info("device runtime: %s", runtime.describe())
+        _log.info("training layout: %s", self.layout.describe())
         self._runtime = runtime
         self._objective = objective
         self._train = config.train
         self._refresh_every = config.objective.reference_refresh
-        self._model = build_model(self.arch, config.model.dtype, runtime)
-        load_weights(self._model, self.arch, folder)
-        self._reference = ReferenceWeights(self._model, version=0) if objective.needs_reference else None
+        self._overlap = config.parallel.overlap
+        pieces = build_model(self.arch, config.model.dtype, runtime, self.layout, config.train.recompute)
+        load_weights(pieces, self.arch, self.layout, folder)
+        self._pieces = pieces
+        self._passes = Passes(pieces, self.arch, self.layout, config.train.logprob_chunk)
+        self._reference = ReferenceWeights(pieces, version=0) if objective.needs_reference else None
         with runtime.megatron():
-            self._ddp, self._optimizer = build_optimizer(self._model, config.optimizer, config.model.dtype)
+            self._ddps, self._optimizer = build_optimizer(
+                pieces, config.optimizer, config.model.dtype, config.parallel.overlap
+            )
             self._scheduler = build_scheduler(self._optimizer, config.optimizer, config.train)
+        bucket_bytes = config.rollout.sync_bucket_mib << 20
+        self._source = WeightSource(pieces, self.arch, self.layout, ranks, bucket_bytes)
         self.version = 0
 
     def update(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimizer update on ``examples``; afterwards ``version`` is one higher.
 
+        Args:
+            examples: all examples of the update, the same on every rank; they are dealt to the data-parallel ranks.
+
         Returns:
-            Figures of the update: ``loss``, ``grad_norm``, ``lr``, ``logprob_gap`` (mean absolute difference per
-            token between the engine's and this policy's log-probabilities, nats; absent without rollouts), and the
-            objective's own.
+            Figures of the update, the same on every rank: ``loss``, ``grad_norm``, ``lr``, ``logprob_gap`` (mean
+            absolute difference per token between the engine's and this policy's log-probabilities, nats; absent
+            without rollouts), and the objective's own.
 
         Raises:
             TrainingError: loss or gradient is not finite; the weights are then unchanged.
         """
-        batches = list(micro_batches(examples, self._train.micro_batch, self._runtime.device))
+        batches = self._deal(examples)
         references = self._reference_logprobs(batches)
         with self._runtime.megatron():
-            self._ddp.zero_grad_buffer()
+            for ddp in self._ddps:
+                ddp.zero_grad_buffer()
             self._optimizer.zero_grad()
-            results = self._forward_backward(batches, references)
-            figures = _mean_figures(results, len(examples))
+            results = self._passes.train(
+                self._ddps, batches, lambda number, logprobs: self._loss(batches[number], logprobs, references, number)
+            )
+            figures = self._mean_figures(results, len(examples))
             self._require_finite(figures)
             self._scheduler.step(increment=1)
             successful, grad_norm, _ = self._optimizer.step()
         assert successful, "only fp16 loss scaling skips a step, and it is not used"
         self.version += 1
         if self._reference and self._refresh_every and self.version % self._refresh_every == 0:
+            self._gather_parameters()
             self._reference.refresh(self.version)
         figures["grad_norm"] = float(grad_norm)
         figures["lr"] = float(self._optimizer.param_groups[0]["lr"])
@@ -98,20 +120,42 @@ class Policy:
         """Log-probabilities of the examples' completion tokens under the current weights, without gradients.
 
         Returns:
-            [sequences, suffix] fp32 in the order of ``examples``, 0 where a shorter completion is padded.
+            [sequences, suffix] fp32 in the order of ``examples``, 0 where a shorter completion is padded; the same on
+            every rank.
         """
-        batch = make_batch(examples, self._runtime.device)
-        with torch.no_grad(), self._runtime.megatron():
-            return self._batch_logprobs(batch)
+        self._gather_parameters()
+        rows = sum(len(example.sequences) for example in examples)
+        length = self._padded(max(map(sequence_length, examples)))
+        batches = [make_batch(examples, self._runtime.device, rows=rows, length=length, share=_context_share())]
+        if self.layout.virtual_stages > 1:
+            empty = make_batch([], self._runtime.device, rows=rows, length=length, share=_context_share())
+            batches += [empty] * (self.layout.pipeline - 1)
+        with self._runtime.megatron():
+            found = self._passes.logprobs(batches)
+        logprobs = found[0] if found else torch.zeros_like(batches[0].mask)
+        if self.layout.pipeline > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            torch.distributed.broadcast(logprobs, group=group, group_src=self.layout.pipeline - 1)
+        return logprobs
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, tensor) of every weight in one fixed order; tensors may share the policy's memory."""
-        return stream_weights(self._model, self.arch)
+        """(Hugging Face name, whole tensor) of every weight in one fixed order; may share the policy's memory.
+
+        A collective that every rank must exhaust (``policy.weights.drain`` on ranks that have no use for it).
+        """
+        self._gather_parameters()
+        return self._source.stream()
+
+    @property
+    def weight_shapes(self) -> dict[str, Shape]:
+        """Name -> shape of every tensor of ``weights``."""
+        return self._source.shapes
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer, schedule and (when it moves) reference as a Megatron distributed checkpoint."""
         from megatron.core import dist_checkpointing
 
+        self._gather_parameters()
         folder.mkdir(parents=True, exist_ok=True)
         with self._runtime.megatron(), _plain_errors():
             dist_checkpointing.save(self._sharded_state(is_loading=False), str(folder))
@@ -128,75 +172,97 @@ class Policy:
             raise FileNotFoundError(f"{folder / 'common.pt'} does not exist")  # Megatron's own message crashes
         with self._runtime.megatron(), _plain_errors():
             state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
-            self._model.load_state_dict(state["model"])
+            self._pieces[0].load_state_dict(state["model"])
             load_optimizer_state(self._optimizer, state["optimizer"])
             self._scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps to its own
             self._scheduler.load_state_dict(state["scheduler"])
         self.version = int(state["version"])
-        if self._reference is not None and self._refresh_every:
-            self._reference.load_state_dict(state["reference"], int(state["reference_version"]))
 
     def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        model = self._model.sharded_state_dict()
-        state: dict[str, Any] = {
+        model = self._pieces[0].sharded_state_dict()
+        return {
             "model": model,
             "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
             "scheduler": self._scheduler.state_dict(),
             "version": self.version,
         }
-        if self._reference is not None and self._refresh_every:
-            # A frozen reference is the starting model and is read from there again.
-            state["reference"] = self._reference.state_dict()
-            state["reference_version"] = self._reference.version
-        return state
 
-    def _forward_backward(self, batches: list[Batch], references: list[torch.Tensor | None]) -> list[_MicroResult]:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
+    def _deal(self, examples: Sequence[Example]) -> list[Batch]:
+        """This rank's micro-batches of an update."""
+        rounds = plan_rounds(examples, self._train.micro_batch, self.layout, self._padded(1))
+        rank = parallel_state.get_data_parallel_rank()
+        return [
+            make_batch(one.shares[rank], self._runtime.device, rows=one.rows, length=one.length, share=_context_share())
+            for one in rounds
+        ]
 
-        total = sum(batch.examples for batch in batches)
+    def _padded(self, length: int) -> int:
+        """``length`` rounded up to what context and sequence parallelism can divide."""
+        multiple = 2 * self.layout.context if self.layout.context > 1 else 1
+        if self.layout.sequence:
+            multiple *= self.layout.tensor
+        return -(-length // multiple) * multiple
 
-        def forward_step(data: Iterator[tuple[Batch, torch.Tensor | None]], model: torch.nn.Module) -> tuple[Any, Any]:
-            batch, reference = next(data)
-            hidden = model(batch.tokens, _positions(batch.tokens), None)
-            return hidden, partial(finish, batch, reference)
-
-        def finish(batch: Batch, reference: torch.Tensor | None, hidden: torch.Tensor) -> tuple[Any, Any]:
-            logprobs = self._from_hidden(hidden, batch)
-            terms = self._objective.loss(logprobs, batch.mask, reference)
-            # Megatron divides by the number of micro-batches; the mean is over examples, whatever their split.
-            scaled = terms.loss.sum() * len(batches) / total
-            gap = (logprobs.detach() - batch.engine_logprobs).abs()
-            compared = ~batch.engine_logprobs.isnan()
-            detached = LossTerms(terms.loss.detach(), terms.metrics)
-            return scaled, _MicroResult(detached, float(gap[compared].sum()), int(compared.sum()))
-
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(list(zip(batches, references, strict=True))),
-            model=[self._ddp],
-            num_microbatches=len(batches),
-            seq_length=max(batch.tokens.shape[1] for batch in batches),
-            micro_batch_size=max(batch.tokens.shape[0] for batch in batches),
-            forward_only=False,
-        )
-
-    def _reference_logprobs(self, batches: list[Batch]) -> list[torch.Tensor | None]:
+    def _reference_logprobs(self, batches: list[Batch]) -> list[torch.Tensor]:
         if self._reference is None:
-            return [None] * len(batches)
+            return []
+        self._gather_parameters()
         with self._runtime.megatron(), self._reference.active():
-            return [self._batch_logprobs(batch) for batch in batches]
+            return self._passes.logprobs(batches)
 
-    def _batch_logprobs(self, batch: Batch) -> torch.Tensor:
-        return self._from_hidden(self._model(batch.tokens, _positions(batch.tokens), None), batch)
+    def _loss(
+        self, batch: Batch, logprobs: torch.Tensor, references: Sequence[torch.Tensor], number: int
+    ) -> tuple[torch.Tensor, _MicroResult]:
+        if not batch.examples:  # only in step with other ranks: a loss of zero that the gradient still passes through
+            return logprobs.sum() * 0.0, _MicroResult(LossTerms(logprobs.new_zeros(0)), 0.0, 0)
+        terms = self._objective.loss(logprobs, batch.mask, references[number] if references else None)
+        gap = (logprobs.detach() - batch.engine_logprobs).abs()
+        compared = ~batch.engine_logprobs.isnan()
+        detached = LossTerms(terms.loss.detach(), terms.metrics)
+        return terms.loss.sum(), _MicroResult(detached, float(gap[compared].sum()), int(compared.sum()))
 
-    def _from_hidden(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[rows, seq, hidden] -> [rows, suffix] log-probabilities of the completion tokens."""
-        needed = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
-        flat = chunked_logprobs(
-            needed, self._model.output_weight()[: self.arch.vocab], batch.targets, self._train.logprob_chunk
-        )
-        return batch.scatter(flat)
+    def _mean_figures(self, results: Sequence[_MicroResult], examples: int) -> dict[str, float]:
+        """Means over all examples of the update, on every rank."""
+        sums: dict[str, float] = defaultdict(float)
+        for result in results:
+            sums["loss"] += float(result.terms.loss.sum())
+            for name, values in result.terms.metrics.items():
+                sums[name] += float(values.sum())
+            sums["_gap"] += result.gap_sum
+            sums["_gap_tokens"] += result.gap_tokens
+        total = self._sum_over_replicas(dict(sums))
+        gap, tokens = total.pop("_gap"), total.pop("_gap_tokens")
+        figures = {name: value / examples for name, value in total.items()}
+        if tokens:
+            figures["logprob_gap"] = gap / tokens
+        return figures
+
+    def _sum_over_replicas(self, sums: dict[str, float]) -> dict[str, float]:
+        """Add up what the last stages of all replicas found, and tell every rank.
+
+        A replica with no example of its own in the update knows fewer names, so that they travel with the values.
+        """
+        if self.layout.world == 1:
+            return sums
+        if self._passes.is_last_stage and self.layout.data > 1:
+            group = parallel_state.get_data_parallel_group()
+            parts: list[Any] = [None] * self.layout.data
+            torch.distributed.all_gather_object(parts, sums, group=group)
+            sums = {name: math.fsum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
+        if self.layout.pipeline > 1:
+            box = [sums]
+            group = parallel_state.get_pipeline_model_parallel_group()
+            torch.distributed.broadcast_object_list(box, group=group, group_src=self.layout.pipeline - 1)
+            sums = box[0]
+        return sums
+
+    def _gather_parameters(self) -> None:
+        """Have every rank hold the weights of the last update now, where they would be gathered in the next forward."""
+        if self._overlap:
+            with self._runtime.megatron():
+                for ddp in self._ddps:
+                    ddp.start_param_sync(force_sync=True)
 
     def _require_finite(self, figures: dict[str, float]) -> None:
         if not math.isfinite(figures["loss"]):
@@ -204,12 +270,22 @@ class Policy:
                 f"loss is {figures['loss']} at version {self.version}; lower optimizer.lr or look at the last lines of "
                 "samples.jsonl, then start again from the last checkpoint"
             )
-        for buffer in self._ddp.buffers:
-            if not math.isfinite(float(buffer.grad_data.sum())):
-                raise TrainingError(
-                    f"a gradient is not finite at version {self.version} (loss {figures['loss']:.4g}); lower "
-                    "optimizer.lr, then start again from the last checkpoint"
-                )
+        buffers = [buffer for ddp in self._ddps for buffer in ddp.buffers + ddp.expert_parallel_buffers]
+        broken = torch.zeros(1, device=self._runtime.device)
+        for buffer in buffers:
+            broken += float(not math.isfinite(float(buffer.grad_data.sum())))
+        if self.layout.world > 1:
+            # One rank's share of the gradient decides for all: nobody may take a step that another refuses.
+            torch.distributed.all_reduce(broken)
+        if broken:
+            raise TrainingError(
+                f"a gradient is not finite at version {self.version} (loss {figures['loss']:.4g}); lower "
+                "optimizer.lr, then start again from the last checkpoint"
+            )
+
+
+def _context_share() -> ContextShare:
+    return ContextShare(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
 
 
 @contextlib.contextmanager
@@ -222,10 +298,6 @@ def _plain_errors() -> Iterator[None]:
         raise cause from cause.__cause__
 
 
-def _positions(tokens: torch.Tensor) -> torch.Tensor:
-    return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-
-
 @dataclass(frozen=True)
 class _MicroResult:
     """What one micro-batch leaves behind: loss terms, and engine against trainer."""
@@ -233,16 +305,3 @@ class _MicroResult:
     terms: LossTerms
     gap_sum: float
     gap_tokens: int
-
-
-def _mean_figures(results: list[_MicroResult], examples: int) -> dict[str, float]:
-    sums: dict[str, float] = defaultdict(float)
-    for result in results:
-        sums["loss"] += float(result.terms.loss.sum())
-        for name, values in result.terms.metrics.items():
-            sums[name] += float(values.sum())
-    figures = {name: value / examples for name, value in sums.items()}
-    compared = sum(result.gap_tokens for result in results)
-    if compared:
-        figures["logprob_gap"] = sum(result.gap_sum for result in results) / compared
-    return figures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,43 +11,45 @@ import torch
 class ReferenceWeights:
     """Weights of the policy at an earlier version; no second network and no second optimizer.
 
-    Swapping exchanges the storage that parameters point to, so nothing is copied.
+    They are kept in host memory. On a CPU swapping exchanges the storage that parameters point to and copies nothing;
+    on a GPU a copy exists there only while they are in use.
     """
 
-    def __init__(self, model: torch.nn.Module, version: int) -> None:
-        self._model = model
+    def __init__(self, pieces: Sequence[torch.nn.Module], version: int) -> None:
+        self._parameters = {
+            f"{number}.{name}": parameter
+            for number, piece in enumerate(pieces)
+            for name, parameter in piece.named_parameters()
+        }
         self.version = version
         """Policy version these weights are from."""
-        self._weights = [parameter.detach().clone() for parameter in model.parameters()]
+        self._weights = {name: _host_copy(parameter) for name, parameter in self._parameters.items()}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside, the network computes with the reference weights, without gradients."""
-        own = [parameter.data for parameter in self._model.parameters()]
-        self._point(self._weights)
+        own = [parameter.data for parameter in self._parameters.values()]
+        for name, parameter in self._parameters.items():
+            # The same tensor where it already is on the device.
+            parameter.data = self._weights[name].to(parameter.device, non_blocking=True)
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._point(own)
+            for parameter, tensor in zip(self._parameters.values(), own, strict=True):
+                parameter.data = tensor
 
     def refresh(self, version: int) -> None:
         """Take over the policy's current weights."""
-        for kept, parameter in zip(self._weights, self._model.parameters(), strict=True):
-            kept.copy_(parameter.detach())
+        for name, parameter in self._parameters.items():
+            self._weights[name].copy_(parameter.detach())
         self.version = version
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Weights by parameter name."""
-        names = [name for name, _ in self._model.named_parameters()]
-        return dict(zip(names, self._weights, strict=True))
+    def weights(self) -> list[torch.Tensor]:
+        """The tensors, in the order of the pieces' parameters."""
+        return list(self._weights.values())
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], version: int) -> None:
-        """Take over ``state`` as written by ``state_dict``."""
-        for kept, (name, _) in zip(self._weights, self._model.named_parameters(), strict=True):
-            kept.copy_(state[name])
-        self.version = version
 
-    def _point(self, tensors: list[torch.Tensor]) -> None:
-        for parameter, tensor in zip(self._model.parameters(), tensors, strict=True):
-            parameter.data = tensor
+def _host_copy(parameter: torch.nn.Parameter) -> torch.Tensor:
+    copy = parameter.detach().to("cpu", copy=True)
+    return copy.pin_memory() if parameter.is_cuda else copy

@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import importlib.abc
 import importlib.machinery
-import os
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from megatron_rlpt.errors import TrainingError, first_line
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.ranks import Place, Ranks, find_place
 
 # malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -117,6 +121,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # only for copies to a GPU, and an error without one
         return factory(*args, **kwargs)
 
     return call
@@ -187,7 +192,7 @@ def _keep_freed_memory() -> None:
 
 
 class DeviceRuntime:
-    """Where Megatron runs: ``cuda`` when a GPU is there, else ``cpu``.
+    """Where Megatron runs: ``cuda`` when a GPU is there, else ``cpu``. Its groups exist once per process.
 
     Attributes:
         name: ``cuda`` or ``cpu``.
@@ -195,16 +200,24 @@ class DeviceRuntime:
         backend: the torch.distributed backend, ``nccl`` or ``gloo``.
     """
 
-    def __init__(self) -> None:
+    _layout: ClassVar[Layout | None] = None
+    _ranks: ClassVar[Ranks | None] = None
+
+    def __init__(self, place: Place | None = None) -> None:
+        """The runtime of the process at ``place``; None asks the launcher's variables."""
+        self._place = place or find_place()
         self.on_cuda = torch.cuda.is_available()
         self.name = "cuda" if self.on_cuda else "cpu"
         self.backend = "nccl" if self.on_cuda else "gloo"
-        self.device = (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if self.on_cuda else torch.device("cpu")
-        )
+        self.device = torch.device("cuda", self._place.local_rank) if self.on_cuda else torch.device("cpu")
         if not self.on_cuda:
             _install_stand_in()
             _keep_freed_memory()
+
+    @property
+    def world(self) -> int:
+        """Number of processes of the run."""
+        return self._place.world
 
     def describe(self) -> str:
         """One line for the log: which runtime is in force and why."""
@@ -212,20 +225,58 @@ class DeviceRuntime:
             return f"cuda on {torch.cuda.get_device_name(self.device)} over nccl"
         return f"cpu with {torch.get_num_threads()} threads over gloo, because torch finds no CUDA device"
 
-    def init_distributed(self) -> None:
-        """Start torch.distributed and Megatron's groups for a world of one process."""
+    def init_distributed(self, layout: Layout | None = None, timeout: float = 1800.0) -> Ranks:
+        """Start torch.distributed and Megatron's groups for ``layout``; a collective over all ranks.
+
+        In a world of one no port is opened. Called again with the same layout, it does nothing new.
+
+        Args:
+            layout: how the world's ranks are divided; None for a world of one.
+            timeout: seconds after which a collective that some rank did not join fails.
+
+        Raises:
+            TrainingError: the ranks did not find each other in time.
+        """
         from megatron.core import parallel_state, tensor_parallel
 
+        layout = layout or Layout()
+        place, limit = self._place, datetime.timedelta(seconds=timeout)
         if not torch.distributed.is_initialized():
             if self.on_cuda:
                 torch.cuda.set_device(self.device)
-            torch.distributed.init_process_group(
-                self.backend, store=torch.distributed.HashStore(), rank=0, world_size=1
-            )
-        if not parallel_state.is_initialized():
+            try:
+                where: dict[str, Any] = (
+                    {"store": torch.distributed.HashStore()}
+                    if place.world == 1
+                    else {"init_method": f"tcp://{place.address}:{place.port}"}
+                )
+                torch.distributed.init_process_group(
+                    self.backend, rank=place.rank, world_size=place.world, timeout=limit, **where
+                )
+            except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError among them
+                raise TrainingError(
+                    f"rank {place.rank} of {place.world} could not meet the others at {place.address}:{place.port} "
+                    f"within {timeout:g} s ({first_line(error)}); look at the logs of the other ranks"
+                ) from error
+        if parallel_state.is_initialized():
+            assert layout == self._layout, f"the groups are those of {self._layout}, not of {layout}"
+        else:
             with self.megatron():
-                parallel_state.initialize_model_parallel()
+                parallel_state.initialize_model_parallel(
+                    tensor_model_parallel_size=layout.tensor,
+                    pipeline_model_parallel_size=layout.pipeline,
+                    virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+                    context_parallel_size=layout.context,
+                    expert_model_parallel_size=layout.expert,
+                    # Experts are small: they are spread over ranks whole, not cut like the dense layers.
+                    expert_tensor_parallel_size=1,
+                    distributed_timeout_minutes=max(1, round(timeout / 60)),
+                )
                 tensor_parallel.model_parallel_cuda_manual_seed(1)
+            DeviceRuntime._layout = layout
+            DeviceRuntime._ranks = Ranks(place.rank, layout if layout.world > 1 else None, timeout)
+        assert self._ranks is not None
+        return self._ranks
 
     @contextlib.contextmanager
     def megatron(self) -> Iterator[None]:

@@ -1,45 +1,244 @@
-"""The policy's weights in Hugging Face names and shapes: load into the model, stream out of it."""
+"""The policy's weights in Hugging Face names and shapes: load into the model, stream out of it, in any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.families import Architecture, expected_shapes, mapping
+from megatron_rlpt.policy.families import Architecture, Rule, Shape, expected_shapes, mapping
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.model import HiddenStateModel
+from megatron_rlpt.policy.sharding import shard, unshard
+from megatron_rlpt.ranks import Ranks
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_OUTPUT = "output_layer.weight"
+_LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)\d+")
+_EXPERT_NUMBER = re.compile(r"(?<=local_experts\.)\d+")
 
 
-def load_weights(model: torch.nn.Module, arch: Architecture, folder: Path) -> None:
-    """Copy the tensors of a Hugging Face folder into ``model``, one layer's tensors in memory at a time.
+def named_parameters(
+    pieces: Sequence[HiddenStateModel], arch: Architecture, layout: Layout
+) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by the name that ``Rule.ours`` has: layers and experts numbered over the whole model."""
+    experts = arch.experts.count // layout.expert if arch.experts else 0
+    first_expert = experts * (parallel_state.get_expert_model_parallel_rank() if arch.experts else 0)
+    found = {}
+    for piece in pieces:
+        first_layer = piece.decoder.layers[0].layer_number - 1  # Megatron counts them from 1
+        for name, parameter in piece.named_parameters():
+            name = _renumbered(_LAYER_NUMBER, name, first_layer)
+            found[_renumbered(_EXPERT_NUMBER, name, first_expert)] = parameter
+    return found
+
+
+def _renumbered(pattern: re.Pattern[str], name: str, first: int) -> str:
+    return pattern.sub(lambda number: str(int(number[0]) + first), name)
+
+
+def load_weights(pieces: Sequence[HiddenStateModel], arch: Architecture, layout: Layout, folder: Path) -> None:
+    """Copy this rank's part of a Hugging Face folder into its model, one layer's tensors in memory at a time.
 
     Raises:
         ModelError: a tensor is missing, has another shape than the configuration says, or is not finite.
     """
     source = WeightFolder(folder)
-    shapes = expected_shapes(arch)
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(pieces, arch, layout)
+    rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for rule in mapping(arch):
-            tensors = [source.read(name) for name in rule.theirs]
-            for name, tensor in zip(rule.theirs, tensors, strict=True):
-                # Each part, not the merged whole: a query too short and a key too long would make the right sum.
-                if tuple(tensor.shape) != shapes[name]:
-                    raise ModelError(
-                        f"{folder}: {name} is {tuple(tensor.shape)} where config.json asks for {shapes[name]}; "
-                        "config and weights belong to different models"
-                    )
-                if not tensor.isfinite().all():
-                    raise ModelError(f"{folder}: {name} holds values that are not finite; convert or copy it again")
-            parameters.pop(rule.ours).copy_(rule.merge(arch, tensors))
+            targets = [parameters.pop(rule.ours)] if rule.ours in parameters else []
+            if rule.ours == _EMBEDDING and arch.tied_embeddings and _OUTPUT in parameters:
+                targets.append(parameters.pop(_OUTPUT))  # the last stage's copy of the tied embedding
+            if targets:
+                whole = rule.merge(arch, _checked(source, rule, arch, folder))
+                for parameter in targets:
+                    parameter.copy_(shard(whole, rule.cut, rank, layout.tensor))
     assert not parameters, f"no mapping for {sorted(parameters)}"
 
 
-def stream_weights(model: torch.nn.Module, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor) of every weight in one fixed order; tensors may share memory with the model."""
-    parameters = dict(model.named_parameters())
+def _checked(source: WeightFolder, rule: Rule, arch: Architecture, folder: Path) -> list[torch.Tensor]:
+    tensors = [source.read(name) for name in rule.theirs]
+    for name, tensor, shape in zip(rule.theirs, tensors, rule.shapes(arch), strict=True):
+        # Each part, not the merged whole: a query too short and a key too long would make the right sum.
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{folder}: {name} is {tuple(tensor.shape)} where config.json asks for {shape}; "
+                "config and weights belong to different models"
+            )
+        if not tensor.isfinite().all():
+            raise ModelError(f"{folder}: {name} holds values that are not finite; convert or copy it again")
+    return tensors
+
+
+class WeightSource:
+    """The policy's weights as a stream of whole Hugging Face tensors, the same on every rank, from any layout.
+
+    Weights travel in buckets: the ranks of a tensor-parallel group gather their parts of a bucket, and the pipeline
+    stage (for experts also the expert rank) that has them sends them to the others. So no rank ever holds more than
+    one bucket besides its own share of the model.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[HiddenStateModel],
+        arch: Architecture,
+        layout: Layout,
+        ranks: Ranks,
+        bucket_bytes: int,
+    ) -> None:
+        """A stream over ``pieces``.
+
+        Args:
+            pieces: this rank's pieces of the model.
+            arch: the architecture.
+            layout: the training layout.
+            ranks: all ranks, for waiting with a time limit.
+            bucket_bytes: memory for one bucket on every rank; a single tensor may be larger than it.
+        """
+        self._parameters = named_parameters(pieces, arch, layout)
+        self._arch = arch
+        self._layout = layout
+        self._ranks = ranks
+        self._buckets = plan_buckets(arch, layout, bucket_bytes, next(iter(self._parameters.values())).element_size())
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Name -> shape of every tensor, in the order of the stream."""
+        return expected_shapes(self._arch)
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) of every weight in one fixed order; tensors may share memory with the model.
+
+        A collective: every rank must exhaust the stream.
+
+        Raises:
+            TrainingError: a rank did not come in time; its number is named.
+        """
+        self._ranks.barrier("the exchange of weights")
+        for bucket in self._buckets:
+            yield from self._exchange(bucket)
+
+    def _exchange(self, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+        gathered = self._gather(bucket)
+        offset = 0
+        for rule in bucket.rules:
+            shape = bucket.shapes[rule.ours]
+            size = torch.Size(shape).numel()
+            parts = [part[offset : offset + size].view(shape) for part in gathered]
+            offset += size
+            yield from zip(rule.theirs, rule.split(self._arch, unshard(parts, rule.cut)), strict=True)
+
+    def _gather(self, bucket: Bucket) -> list[torch.Tensor]:
+        """The flattened parts of ``bucket``, one per tensor-parallel rank (experts: one)."""
+        layout = self._layout
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        owner = stage == bucket.stage and (
+            bucket.expert_rank is None or bucket.expert_rank == parallel_state.get_expert_model_parallel_rank()
+        )
+        for rule in bucket.rules:
+            assert owner == (rule.ours in self._parameters), f"{rule.ours} is not where the plan says"
+        alone = len(bucket.rules) == 1
+        some = next(iter(self._parameters.values()))
+        flat = (
+            torch.cat([self._parameters[rule.ours].detach().reshape(-1) for rule in bucket.rules])
+            if owner and not alone
+            else self._parameters[bucket.rules[0].ours].detach().reshape(-1)
+            if owner
+            else some.new_empty(bucket.numel)
+        )
+        parts = 1 if bucket.expert_rank is not None else layout.tensor
+        if parts > 1:
+            whole = some.new_empty(parts * bucket.numel)
+            if stage == bucket.stage:
+                torch.distributed.all_gather_into_tensor(
+                    _bytes(whole), _bytes(flat), group=parallel_state.get_tensor_model_parallel_group()
+                )
+            flat = whole
+        if bucket.expert_rank is not None and layout.expert > 1 and stage == bucket.stage:
+            group = parallel_state.get_expert_model_parallel_group()
+            _broadcast(flat, group, bucket.expert_rank)
+        if layout.pipeline > 1:
+            _broadcast(flat, parallel_state.get_pipeline_model_parallel_group(), bucket.stage)
+        return list(flat.view(parts, bucket.numel))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Consecutive rules whose tensors are on the same ranks and travel together."""
+
+    stage: int
+    """Pipeline rank that has them."""
+    expert_rank: int | None
+    """Expert-parallel rank that has them; None for what is not an expert."""
+    rules: list[Rule] = field(default_factory=list)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    """``Rule.ours`` -> shape of one rank's part."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of one rank's part."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+
+def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_size: int) -> list[Bucket]:
+    """Divide the rules of ``arch`` into buckets of at most ``bucket_bytes`` once gathered, in the order of the rules.
+
+    In a world where every rank holds every tensor whole, each rule is a bucket of its own, which nothing copies.
+    """
+    spread = layout.tensor > 1 or layout.pipeline > 1 or layout.expert > 1
+    buckets: list[Bucket] = []
+    filled = 0
     for rule in mapping(arch):
-        parts = rule.split(arch, parameters[rule.ours].detach())
-        yield from zip(rule.theirs, parts, strict=True)
+        place = _stage_of(rule, arch, layout), _expert_rank_of(rule, arch, layout)
+        shape = _part_shape(rule, arch, layout)
+        gathered = torch.Size(shape).numel() * element_size * (1 if rule.expert is not None else layout.tensor)
+        last = buckets[-1] if buckets else None
+        if last is None or not spread or (last.stage, last.expert_rank) != place or filled + gathered > bucket_bytes:
+            buckets.append(Bucket(*place))
+            filled = 0
+        buckets[-1].rules.append(rule)
+        buckets[-1].shapes[rule.ours] = shape
+        filled += gathered
+    return buckets
+
+
+def _part_shape(rule: Rule, arch: Architecture, layout: Layout) -> Shape:
+    return tuple(shard(torch.empty(rule.shape(arch), device="meta"), rule.cut, 0, layout.tensor).shape)
+
+
+def _stage_of(rule: Rule, arch: Architecture, layout: Layout) -> int:
+    """Pipeline rank of a tensor: pieces of equal size are dealt to the ranks in turn, once per virtual stage."""
+    if rule.layer is None:
+        return 0 if rule.ours == _EMBEDDING else layout.pipeline - 1
+    per_piece = arch.layers // (layout.pipeline * layout.virtual_stages)
+    return rule.layer // per_piece % layout.pipeline
+
+
+def _expert_rank_of(rule: Rule, arch: Architecture, layout: Layout) -> int | None:
+    if rule.expert is None:
+        return None
+    assert arch.experts is not None
+    return rule.expert // (arch.experts.count // layout.expert)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as bytes: what is copied must not depend on which types a backend knows."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _broadcast(tensor: torch.Tensor, group: torch.distributed.ProcessGroup, source: int) -> None:
+    torch.distributed.broadcast(_bytes(tensor), group=group, group_src=source)
+
+
+def drain(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Take part in a stream on a rank that has no use for the weights."""
+    for _ in weights:
+        pass

@@ -18,6 +18,7 @@ from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.huggingface import WeightFolder, export_folder
 from megatron_rlpt.objectives import Example
 from megatron_rlpt.policy.families import expected_shapes, read_architecture
+from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
@@ -99,8 +100,8 @@ def test_a_real_model_has_the_logits_of_transformers(smollm2):
         theirs = load_llama(smollm2)(tokens).logits
     arch, runtime = read_architecture(smollm2), DeviceRuntime()
     runtime.init_distributed()
-    model = build_model(arch, Dtype.fp32, runtime)
-    load_weights(model, arch, smollm2)
+    (model,) = pieces = build_model(arch, Dtype.fp32, runtime)
+    load_weights(pieces, arch, Layout(), smollm2)
     with torch.no_grad(), runtime.megatron():
         ours = model(tokens, torch.arange(tokens.shape[1])[None], None) @ model.output_weight().t()
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
@@ -199,7 +200,7 @@ def test_an_export_onto_a_full_disk_says_so_in_one_line_and_keeps_the_old_one(ti
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert str(caught.value).startswith(f"export {tmp_path}/export could not be written")
+    assert str(caught.value).startswith(f"{tmp_path}/export could not be written")
     assert "File too large" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

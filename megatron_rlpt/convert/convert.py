@@ -1,0 +1,209 @@
+"""``rlpt convert``: from any format we read to Hugging Face or Megatron, tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_rlpt.convert.formats import HF_FILES, Format, Input, recognise, require_files
+from megatron_rlpt.convert.megatron_reader import MegatronSource
+from megatron_rlpt.convert.megatron_writer import MegatronWriter
+from megatron_rlpt.convert.source import HuggingFaceSource, Source
+from megatron_rlpt.errors import CheckpointError, ConfigError
+from megatron_rlpt.huggingface import copy_settings, declare_dtype, export_folder, published
+from megatron_rlpt.policy.families import Architecture, Rule, mapping
+from megatron_rlpt.policy.layout import Layout, check_cut
+
+Say = Callable[[str], None]
+_LINES = 10
+"""Progress lines of one conversion."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written."""
+
+    folder: Path
+    tensors: int
+    """Hugging Face tensors."""
+    bytes_: int
+    """Size of the folder."""
+    seconds: float
+    peak_bytes: int
+    """Most memory the process has held so far, libraries included."""
+
+    def describe(self) -> str:
+        """One line for the user."""
+        return (
+            f"wrote {self.folder}: {self.tensors} tensors, {_size(self.bytes_)}, {self.seconds:.1f} s, peak memory "
+            f"{_size(self.peak_bytes)}"
+        )
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: Format,
+    *,
+    layout: Layout | None = None,
+    dtype: torch.dtype | None = None,
+    hf_config: Path | None = None,
+    verify: bool = False,
+    say: Say = lambda line: None,
+) -> Conversion:
+    """Convert the checkpoint at ``source`` into the new folder ``target``.
+
+    Args:
+        source: a Hugging Face folder, a Megatron distributed checkpoint, a run or one of its checkpoints, a GGUF file.
+        target: does not exist, or is an empty folder. It appears complete or not at all.
+        to: ``Format.HF`` or ``Format.MEGATRON``.
+        layout: tensor, pipeline and expert sizes by which a Megatron checkpoint is cut into files; one file by default.
+            Any layout loads it.
+        dtype: precision of the written weights; by default that of the source, and bf16 for GGUF.
+        hf_config: configuration and tokenizer of a Megatron checkpoint that does not carry its own.
+        verify: compare source and result afterwards, see ``verify.verify``.
+        say: gets progress lines.
+
+    Raises:
+        ConfigError: options that contradict each other or the model, or a target that holds something.
+        ModelError: the source cannot be used, or ``verify`` found a difference (the result is then left for inspection).
+        CheckpointError: the source is damaged, or the target cannot be written.
+    """
+    started = time.monotonic()
+    _require_free(target)
+    if to is Format.HF and layout is not None:
+        raise ConfigError("--tp, --pp and --ep cut a Megatron checkpoint into files; leave them out with --to hf")
+    found = recognise(source)
+    with open_source(found, hf_config) as opened:
+        layout = layout or Layout()
+        check_cut(layout, opened.arch)
+        dtype = dtype or opened.dtype
+        say(_describe(found, opened.arch, to, layout, dtype))
+        _require_space(opened, target, dtype)
+        tensors = _Weights(opened, dtype, say)
+        if to is Format.HF:
+            export_folder(tensors.named(), opened.files, target)
+        else:
+            _write_megatron(tensors, opened, target, layout)
+        result = Conversion(target, tensors.count, _bytes_in(target), time.monotonic() - started, _peak_bytes())
+        if verify:
+            from megatron_rlpt.convert.verify import verify as compare
+
+            with open_source(recognise(target), None) as written:
+                compare(found, opened, recognise(target), written, dtype, say)
+    return result
+
+
+@contextlib.contextmanager
+def open_source(found: Input, hf_config: Path | None) -> Iterator[Source]:
+    """The source that ``found`` is; files it needs for itself are removed at the end.
+
+    Raises:
+        ConfigError: ``hf_config`` is missing, or given where it has no meaning.
+        ModelError: the source cannot be used.
+        CheckpointError: the source is damaged.
+    """
+    if hf_config is not None and found.format is not Format.MEGATRON:
+        raise ConfigError(f"--hf-config is for Megatron checkpoints; {found.path} has a configuration of its own")
+    if found.format is Format.MEGATRON:
+        yield MegatronSource(found.path, require_files(found, hf_config))
+    elif found.format is Format.HF:
+        yield HuggingFaceSource(found.path)
+    else:
+        from megatron_rlpt.convert.gguf_reader import GgufSource
+
+        with tempfile.TemporaryDirectory() as scratch:
+            yield GgufSource(found.path, Path(scratch))
+
+
+class _Weights:
+    """The tensors of a source in the precision to write, with progress lines while they pass."""
+
+    def __init__(self, source: Source, dtype: torch.dtype | None, say: Say) -> None:
+        self._source = source
+        self._dtype = dtype
+        self._say = say
+        self.count = 0
+        self.dtype: torch.dtype | None = None
+        """The widest precision so far."""
+
+    def __iter__(self) -> Iterator[tuple[Rule, list[torch.Tensor]]]:
+        layers, said = self._source.arch.layers, 0
+        for rule in mapping(self._source.arch):
+            tensors = [tensor.to(self._dtype or tensor.dtype) for tensor in self._source.read(rule)]
+            self.count += len(tensors)
+            for tensor in tensors:
+                self.dtype = torch.promote_types(self.dtype or tensor.dtype, tensor.dtype)
+            yield rule, tensors
+            done = (rule.layer or 0) * _LINES // layers
+            if done > said:
+                said = done
+                self._say(f"  layer {rule.layer} of {layers}, memory so far {_size(_peak_bytes())}")
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor)."""
+        for rule, tensors in self:
+            yield from zip(rule.theirs, tensors, strict=True)
+
+
+def _write_megatron(weights: _Weights, source: Source, target: Path, layout: Layout) -> None:
+    with published(target) as partial:
+        with MegatronWriter(partial, source.arch, layout) as writer:
+            for rule, tensors in weights:
+                writer.write(rule, tensors)
+            writer.finish()
+        (partial / HF_FILES).mkdir()
+        copy_settings(source.files, partial / HF_FILES)
+        assert weights.dtype is not None
+        declare_dtype(partial / HF_FILES, weights.dtype)
+
+
+def _require_free(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not an empty folder; choose another output or remove it first")
+
+
+def _require_space(source: Source, target: Path, dtype: torch.dtype | None) -> None:
+    """Refuse before writing what cannot fit: a conversion may take an hour, and a full disk disturbs others."""
+    needed = parameters(source.arch) * (dtype or torch.bfloat16).itemsize
+    folder = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"disk full: the weights need {_size(needed)} and {folder} has {_size(free)} free; free space or choose "
+            "another output"
+        )
+
+
+def parameters(arch: Architecture) -> int:
+    """Number of weights of a model."""
+    return sum(torch.Size(shape).numel() for rule in mapping(arch) for shape in rule.shapes(arch))
+
+
+def _describe(found: Input, arch: Architecture, to: Format, layout: Layout, dtype: torch.dtype | None) -> str:
+    cut = f", files for TP{layout.tensor} PP{layout.pipeline} EP{layout.expert}" if to is Format.MEGATRON else ""
+    precision = str(dtype).removeprefix("torch.") if dtype else "the precision of the source"
+    return (
+        f"{found.path} is a {arch.model_type} model ({arch.layers} layers, {parameters(arch) / 1e6:,.0f}M weights) in "
+        f"{found.format.value} format; writing {to.value} in {precision}{cut}"
+    )
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
+
+
+def _size(bytes_: float) -> str:
+    return f"{bytes_ / 2**30:.2f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.1f} MiB"

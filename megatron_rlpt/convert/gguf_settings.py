@@ -1,0 +1,162 @@
+"""Hugging Face configuration and tokenizer out of a GGUF file's metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.policy.families import LLAMA3_ROPE
+
+_ARCHITECTURES = {
+    # Mistral's files are of this architecture, too.
+    "llama": (gguf.MODEL_ARCH.LLAMA, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
+    "qwen2": (gguf.MODEL_ARCH.QWEN2, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}),
+    "qwen3": (gguf.MODEL_ARCH.QWEN3, {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
+    "qwen3moe": (
+        gguf.MODEL_ARCH.QWEN3MOE,
+        # llama.cpp always normalizes this architecture's router; the file does not say so.
+        {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True},
+    ),
+}
+"""GGUF's architecture -> the package's name for it, and the start of ``config.json``."""
+
+_SPECIAL_TOKENS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+
+
+class Metadata:
+    """The key-value part of a GGUF file."""
+
+    def __init__(
+        self,
+        path: Path,
+        reader: gguf.GGUFReader,
+        shapes: dict[str, tuple[int, ...]],
+        read: Callable[[str], np.ndarray],
+    ) -> None:
+        """Look at the file's architecture.
+
+        Args:
+            path: the file, for messages.
+            reader: the open file.
+            shapes: of all its tensors, in torch's order.
+            read: gives a tensor as fp32 numbers.
+
+        Raises:
+            ModelError: the architecture is not supported, or the file is one of several.
+        """
+        self.path = path
+        self.shapes = shapes
+        self.read = read
+        self._reader = reader
+        name = self.value("general.architecture")
+        if name not in _ARCHITECTURES or self.value(f"{name}.expert_count", 0) and name == "llama":
+            kind = f"{name!r}" + (" with experts" if name in _ARCHITECTURES else "")
+            raise ModelError(
+                f"{path}: GGUF architecture {kind} is not supported; supported: {', '.join(_ARCHITECTURES)} (to add "
+                "one, add it to _ARCHITECTURES in megatron_rlpt/convert/gguf_settings.py)"
+            )
+        if self.value("split.count", 1) > 1:
+            raise ModelError(
+                f"{path} is one of {self.value('split.count')} parts; join them first: llama-gguf-split --merge"
+            )
+        self.name: str = name
+        self.gguf_architecture, self.start = _ARCHITECTURES[name]
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A value, or ``default`` where the file has none."""
+        field = self._reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number of the architecture.
+
+        Raises:
+            ModelError: the file does not have it, or one per layer.
+        """
+        value = self.value(f"{self.name}.{key}", default)
+        if not isinstance(value, int | float):
+            raise ModelError(f"{self.path}: {self.name}.{key} is {value}; a single number is needed")
+        # GGUF has fp32 numbers; the shortest decimal is the one that was meant (1e-05, not 9.99999974e-06).
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def write_settings(metadata: Metadata, folder: Path) -> None:
+    """Write ``config.json``, ``generation_config.json`` and the tokenizer into ``folder``.
+
+    Raises:
+        ModelError: a required entry is missing, or there is no tokenizer that transformers can convert.
+    """
+    config = _config(metadata)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokens = {key: config[key] for key in _SPECIAL_TOKENS if key in config}
+    (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(metadata.path.parent, gguf_file=metadata.path.name)
+        tokenizer.save_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"the tokenizer in {metadata.path} cannot be converted: {first_line(error)}") from error
+
+
+def _config(metadata: Metadata) -> dict[str, Any]:
+    heads, hidden = int(metadata.number("attention.head_count")), int(metadata.number("embedding_length"))
+    # Only llama's rotation covers the head as a whole by definition.
+    rotated = metadata.number("rope.dimension_count", hidden // heads) if metadata.name == "llama" else hidden // heads
+    head_dim = int(metadata.number("attention.key_length", rotated))
+    theta = metadata.number("rope.freq_base", 10000.0)
+    config = metadata.start | {
+        "attention_bias": False,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": int(metadata.number("feed_forward_length")),
+        "max_position_embeddings": int(metadata.number("context_length")),
+        "num_attention_heads": heads,
+        "num_hidden_layers": int(metadata.number("block_count")),
+        "num_key_value_heads": int(metadata.number("attention.head_count_kv", heads)),
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {"rope_theta": theta} | _rope(metadata, theta, head_dim),
+        "tie_word_embeddings": "output.weight" not in metadata.shapes,
+        "torch_dtype": "float32",
+        "vocab_size": metadata.shapes["token_embd.weight"][0],
+    }
+    if metadata.name == "qwen3moe":
+        config |= {
+            "num_experts": int(metadata.number("expert_count")),
+            "num_experts_per_tok": int(metadata.number("expert_used_count")),
+            "moe_intermediate_size": int(metadata.number("expert_feed_forward_length")),
+        }
+    tokens = {key: metadata.value(theirs) for key, theirs in _SPECIAL_TOKENS.items()}
+    return config | {key: int(token) for key, token in tokens.items() if token is not None}
+
+
+def _rope(metadata: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
+    """Rotary scaling. Llama 3's is not in the metadata: the file holds the divisor of every frequency as a tensor."""
+    kind = metadata.value(f"{metadata.name}.rope.scaling.type", "none")
+    if kind != "none":
+        raise ModelError(f"{metadata.path}: rope scaling {kind!r} is not supported; supported: none, Llama 3's")
+    if "rope_freqs.weight" not in metadata.shapes:
+        return {"rope_type": "default"}
+    divisors = metadata.read("rope_freqs.weight").reshape(-1)
+    factor = float(divisors.max())
+    low, high, original = LLAMA3_ROPE.values()
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise ModelError(
+            f"{metadata.path}: its rope_freqs.weight is not Llama 3's frequency scaling with {LLAMA3_ROPE}, the only one "
+            "supported"
+        )
+    return {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE

@@ -1,0 +1,79 @@
+"""Where a Megatron distributed checkpoint keeps a tensor: under which key, and at which index of it.
+
+By default Megatron stacks the layers of a model under one key (``decoder.layers.mlp.linear_fc2.weight`` is
+[layers, hidden, ffn]) and the experts of a layer under the next axis. With ``non_homogeneous_layers`` the layer's number
+is in the key, with ``singleton_local_shards`` the expert's too, and gate and up are two tensors ``…_w`` and ``…_v``
+(megatron/core/transformer/transformer_block.py, moe/experts.py and mlp.py, each in ``sharded_state_dict``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from megatron_rlpt.policy.families import Architecture, Rule
+
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""The tensors whose rows Megatron pads."""
+
+_FUSED_NORMS = {
+    # Transformer Engine has norm and projection in one module, and Megatron's other layers store the norm as it does.
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one Megatron tensor may be stored."""
+
+    keys: tuple[str, ...]
+    """One key, or two for a gate and an up projection that are stored apart."""
+    index: tuple[int, ...] = ()
+    """Its leading indices under each key: its layer, its expert, both or none."""
+    axes: tuple[int, ...] = ()
+    """Lengths of the axes that ``index`` counts along."""
+
+
+def places(rule: Rule, arch: Architecture) -> Iterator[Place]:
+    """Every place at which Megatron stores the tensor of ``rule``, the default one first."""
+    if rule.layer is None:
+        yield Place((rule.ours,))
+        return
+    name = rule.ours.removeprefix(f"decoder.layers.{rule.layer}.")
+    stacked = Place(("decoder.layers.",), (rule.layer,), (arch.layers,))
+    numbered = Place((f"decoder.layers.{rule.layer}.",))
+    for layer in (stacked, numbered):
+        (prefix,) = layer.keys
+        if rule.expert is not None:
+            assert arch.experts is not None
+            part = name.removeprefix(f"mlp.experts.local_experts.{rule.expert}.")
+            prefix += "mlp.experts.experts."
+            yield Place((prefix + part,), (*layer.index, rule.expert), (*layer.axes, arch.experts.count))
+            yield from _whole_or_halves(f"{prefix}{rule.expert}.{part}", layer)
+        else:
+            if name in _FUSED_NORMS:
+                yield replace(layer, keys=(prefix + _FUSED_NORMS[name],))
+            yield from _whole_or_halves(prefix + name, layer)
+
+
+def written_places(rule: Rule, arch: Architecture) -> list[Place]:
+    """Where the tensor of ``rule`` is stored by us: stacked, as Megatron does by default.
+
+    The norm before a layer of experts has two places, because Megatron's own layers and those of Transformer Engine ask
+    for it under different names; both point to the same bytes.
+    """
+    two = arch.experts is not None and rule.ours.endswith("pre_mlp_layernorm.weight")
+    return list(islice(places(rule, arch), 2 if two else 1))
+
+
+def _whole_or_halves(key: str, layer: Place) -> Iterator[Place]:
+    yield replace(layer, keys=(key,))
+    if key.endswith("linear_fc1.weight"):
+        yield replace(layer, keys=(f"{key}_w", f"{key}_v"))
+
+
+def is_model_key(key: str) -> bool:
+    """Whether ``key`` belongs to the model's weights, and not to the optimizer or to a layer's extra state."""
+    return key.startswith(("decoder.", "embedding.", "output_layer.", "mtp.")) and "._extra_state" not in key

@@ -1,0 +1,185 @@
+"""Megatron distributed checkpoints (``torch_dist``) of any layout, read one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, is_model_key, places
+from megatron_rlpt.convert.source import checked, require_known
+from megatron_rlpt.errors import CheckpointError, ModelError, first_line
+from megatron_rlpt.policy.families import Rule, mapping, read_architecture
+
+
+class MegatronSource:
+    """The weights of a Megatron distributed checkpoint as a ``Source``; optimizer and other states are left alone."""
+
+    def __init__(self, folder: Path, files: Path) -> None:
+        """Read the checkpoint's metadata.
+
+        Args:
+            folder: holds ``.metadata`` and the ``*.distcp`` files.
+            files: Hugging Face folder with the configuration (and tokenizer) of the model; weights in it do not matter.
+
+        Raises:
+            ModelError: the configuration is not supported or describes another model than the checkpoint.
+            CheckpointError: the metadata is damaged.
+        """
+        self.path = folder
+        self.files = files
+        self.arch = read_architecture(files)
+        self.dtype = None
+        self._tensors = StoredTensors(folder)
+        self._places = {rule.ours: self._find(rule) for rule in mapping(self.arch)}
+        known = {key for rule in mapping(self.arch) for place in places(rule, self.arch) for key in place.keys}
+        require_known(folder, {key for key in self._tensors.keys if is_model_key(key)} - known, self.arch)
+
+    def read(self, rule: Rule) -> list[torch.Tensor]:
+        """The tensors of ``rule``, in the precision in which the checkpoint holds them."""
+        shape = rule.shape(self.arch)
+        if rule.ours in VOCABULARY:
+            shape = (self.arch.vocab, *shape[1:])  # the rows after these are padding, of whatever length
+        place = self._places[rule.ours]
+        halves = len(place.keys)
+        part = (shape[0] // halves, *shape[1:])
+        merged = torch.cat([self._tensors.read(key, place.index, part) for key in place.keys])
+        return checked(self.path, self.arch, rule, rule.split(self.arch, merged))
+
+    def _find(self, rule: Rule) -> Place:
+        candidates = list(places(rule, self.arch))
+        found = next((place for place in candidates if all(key in self._tensors.keys for key in place.keys)), None)
+        if found is None:
+            raise ModelError(
+                f"{self.path} has no tensor {candidates[0].keys[0]!r}, which {self.files / 'config.json'} asks for"
+            )
+        # The stored tensor as a whole must be the configuration's: a layer too many is another model, too.
+        rows, *rest = rule.shape(self.arch)
+        expected = (*found.axes, rows // len(found.keys), *rest)
+        for key in found.keys:
+            stored = self._tensors.shape(key)
+            if rule.ours in VOCABULARY:  # padded to whatever length suited the layout it was trained in
+                expected = (max(stored[0], self.arch.vocab), *rest)
+            if stored != expected:
+                raise ModelError(
+                    f"{self.path}: {key} is {stored} where {self.files / 'config.json'} asks for {expected}; config and "
+                    "weights belong to different models"
+                )
+        return found
+
+
+class StoredTensors:
+    """The tensors of a torch distributed checkpoint; slices of them are read, never a whole stack."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the metadata.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        self._folder = folder
+        self._reader = FileSystemReader(folder)
+        try:
+            metadata: Metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        except Exception as error:  # pickle raises what it likes
+            raise CheckpointError(
+                f"{folder / '.metadata'} cannot be read ({type(error).__name__}: {first_line(error)}); copy the "
+                "checkpoint again"
+            ) from error
+        self._tensors = {
+            key: stored
+            for key, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+        self._by_index: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Keys of all tensors."""
+        return frozenset(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the whole tensor of ``key``."""
+        return tuple(self._tensors[key].size)
+
+    def read(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """The first ``shape`` elements, per dimension, of ``tensor[index]``.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the checkpoint does not hold all of them.
+        """
+        stored = self._tensors[key]
+        wanted = ChunkStorageMetadata(
+            offsets=torch.Size((*index, *(0 for _ in shape))), sizes=torch.Size((*(1 for _ in index), *shape))
+        )
+        nearby = dataclasses.replace(stored, chunks=self._chunks(key, index))
+        items = create_read_items_for_chunk_list(key, nearby, [wanted])
+        target = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
+        if sum(math.prod(item.lengths) for item in items) < target.numel():
+            raise CheckpointError(f"{self._folder} does not hold all of {key}{list(index)}; copy the checkpoint again")
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target))
+        except Exception as error:  # a file that is missing, cut short or overwritten fails in many ways
+            files = sorted({self._reader.storage_data[item.storage_index].relative_path for item in items})
+            raise CheckpointError(
+                f"{self._folder}: {key}{list(index)} cannot be read from {', '.join(files)} ({type(error).__name__}: "
+                f"{first_line(error)}); copy the checkpoint again"
+            ) from error
+        return target.reshape(shape)
+
+    def _chunks(self, key: str, index: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """The stored chunks that can hold ``index``. Searching all of them for every expert would be quadratic."""
+        axes = len(index)
+        if (key, axes) not in self._by_index:
+            groups: dict[tuple[int, ...], list[ChunkStorageMetadata]] = defaultdict(list)
+            for chunk in self._tensors[key].chunks:
+                alone = all(size == 1 for size in chunk.sizes[:axes])
+                groups[tuple(chunk.offsets[:axes]) if alone else ()].append(chunk)
+            self._by_index[key, axes] = groups
+        groups = self._by_index[key, axes]
+        return groups.get(index, []) + (groups.get((), []) if index else [])
+
+
+class _Into(LoadPlanner):
+    """Loads every item into its part of one tensor."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        """The part of the target that ``read_item`` fills."""
+        return narrow_tensor_by_index(self._target, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing to do: the part shares the target's memory."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Never called: only tensors are asked for."""
+        raise AssertionError(read_item)
+
+    def set_up_planner(self, *arguments: Any, **options: Any) -> None:
+        """Never called: there is no group of readers to agree on a plan."""
+        raise AssertionError
+
+    def create_local_plan(self) -> LoadPlan:
+        """Never called, see ``set_up_planner``."""
+        raise AssertionError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Never called, see ``set_up_planner``."""
+        raise AssertionError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """Never called, see ``set_up_planner``."""
+        raise AssertionError

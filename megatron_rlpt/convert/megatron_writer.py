@@ -1,0 +1,165 @@
+"""Megatron distributed checkpoints (``torch_dist``), written in one pass and one tensor at a time.
+
+The files are those that Megatron's ranks would write for themselves under a layout, one per rank, but any layout can
+load them: ``.metadata`` says which part of which tensor lies where.
+
+torch's own ``FileSystemWriter`` writes one rank's file after another, so every tensor would be read once per rank, and
+it keeps the last tensor of each key until a file is finished. Here each tensor is read once, its parts go to the files
+of their ranks, and nothing is kept. The bytes and the metadata are torch's (``torch.save`` per part).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_rlpt.convert.megatron_keys import VOCABULARY, written_places
+from megatron_rlpt.errors import ModelError
+from megatron_rlpt.policy.families import Architecture, Rule
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.sharding import Cut, shard
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous part of a whole tensor: who holds it, where it starts, and its values."""
+
+    rank: int
+    """Tensor-parallel rank."""
+    offsets: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+def pieces(tensor: torch.Tensor, cut: Cut, size: int) -> Iterator[Piece]:
+    """The parts of a whole ``tensor`` among ``size`` tensor-parallel ranks; they may share its memory.
+
+    A rank's part of a gate and of an up projection (``Cut.HALVES``) are two pieces, because they are not neighbours in
+    the whole tensor; with one rank too, since Megatron's own checkpoints are cut so.
+    """
+    zeros = (0,) * tensor.dim()
+    if cut is Cut.HALVES:
+        for number, half in enumerate(tensor.chunk(2)):
+            for piece in pieces(half, Cut.ROWS, size):
+                yield Piece(piece.rank, (number * half.shape[0] + piece.offsets[0], *zeros[1:]), piece.tensor)
+        return
+    if cut is Cut.WHOLE:
+        yield Piece(0, zeros, tensor)
+        return
+    dimension = 0 if cut is Cut.ROWS else 1
+    for rank in range(size):
+        part = shard(tensor, cut, rank, size)
+        offsets = list(zeros)
+        offsets[dimension] = rank * part.shape[dimension]
+        yield Piece(rank, tuple(offsets), part)
+
+
+class MegatronWriter:
+    """Writes the tensors of a model, in the order of ``mapping``, into a folder that does not hold a checkpoint yet."""
+
+    def __init__(self, folder: Path, arch: Architecture, layout: Layout) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._arch = arch
+        self._layout = layout
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._results: list[WriteResult] = []
+        self._streams: dict[int, BinaryIO] = {}
+        self._stage = 0
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> MegatronWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def write(self, rule: Rule, tensors: list[torch.Tensor]) -> None:
+        """Write the Megatron tensor that ``rule`` makes of the Hugging Face ``tensors``."""
+        layout, arch = self._layout, self._arch
+        merged = rule.merge(arch, tensors)
+        stage = self._stage_of(rule)
+        if stage != self._stage:  # the ranks of a stage that is done write nothing more
+            self._open.close()
+            self._streams.clear()
+            self._stage = stage
+        expert = rule.expert * layout.expert // arch.experts.count if arch.experts and rule.expert is not None else 0
+        group = (stage * layout.expert + expert) * layout.tensor
+        for piece in pieces(merged, rule.cut, layout.tensor):
+            self._write(rule, merged, piece, group + piece.rank)
+
+    def finish(self) -> None:
+        """Write what makes the files a checkpoint; only now can it be loaded."""
+        self._open.close()
+        # What Megatron keeps outside of tensors (arguments, iteration); a model alone has nothing there.
+        torch.save({}, self._folder / "common.pt")
+        FileSystemWriter(self._folder).finish(Metadata(self._tensors), [self._results])
+        backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        backends |= {"common_backend": "torch", "common_backend_version": 1}
+        (self._folder / "metadata.json").write_text(json.dumps(backends), encoding="utf-8")
+
+    def _write(self, rule: Rule, merged: torch.Tensor, piece: Piece, rank: int) -> None:
+        name = f"__{rank}_0{DEFAULT_SUFFIX}"
+        stream = self._stream(rank, name)
+        start = stream.tell()
+        places = written_places(rule, self._arch)
+        index, axes = places[0].index, places[0].axes
+        data = piece.tensor.reshape((1,) * len(index) + tuple(piece.tensor.shape))
+        # torch.save writes the whole memory behind a tensor: a part gets memory of its own.
+        own = (
+            data
+            if data.untyped_storage().nbytes() == data.nbytes and data.is_contiguous()
+            else data.clone(memory_format=torch.contiguous_format)
+        )
+        torch.save(own, _WriteOnly(stream))
+        stored = _StorageInfo(name, start, stream.tell() - start)
+        for place in places:
+            (key,) = place.keys
+            offsets = torch.Size((*index, *piece.offsets))
+            whole = torch.Size((*axes, *merged.shape))
+            metadata = self._tensors.setdefault(
+                key, TensorStorageMetadata(TensorProperties(dtype=merged.dtype), whole, [])
+            )
+            if metadata.properties.dtype != merged.dtype:
+                raise ModelError(
+                    f"{rule.theirs[0]} is {merged.dtype}, and the same tensor of another layer {metadata.properties.dtype}; "
+                    "give --dtype, because Megatron stores all layers of a tensor in one precision"
+                )
+            metadata.chunks.append(ChunkStorageMetadata(offsets, data.shape))
+            self._results.append(WriteResult(MetadataIndex(key, offsets), stored.length, stored))
+
+    def _stream(self, rank: int, name: str) -> BinaryIO:
+        if rank not in self._streams:
+            self._streams[rank] = self._open.enter_context((self._folder / name).open("ab"))
+        return self._streams[rank]
+
+    def _stage_of(self, rule: Rule) -> int:
+        """The pipeline stage that holds the tensor: the embedding is on the first, final norm and output on the last."""
+        if rule.layer is not None:
+            return rule.layer * self._layout.pipeline // self._arch.layers
+        return 0 if rule.ours == VOCABULARY[0] else self._layout.pipeline - 1
+
+
+class _WriteOnly(io.RawIOBase):
+    """A stream that cannot seek, so that ``torch.save`` appends wherever the file stands."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, data: object) -> int:
+        """Append ``data``."""
+        return self._stream.write(data)  # type: ignore[call-overload]

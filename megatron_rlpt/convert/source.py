@@ -1,0 +1,93 @@
+"""What every input format offers the writers: the tensors of one rule at a time, and the files beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megatron_rlpt.errors import ModelError
+from megatron_rlpt.huggingface import WeightFolder
+from megatron_rlpt.policy.families import Architecture, Rule, expected_shapes, read_architecture
+
+
+class Source(Protocol):
+    """A checkpoint that is read tensor by tensor.
+
+    Attributes:
+        path: where it is.
+        arch: its architecture.
+        files: folder with the Hugging Face configuration and tokenizer.
+        dtype: the precision to write when none is asked for; None keeps every tensor's own.
+    """
+
+    path: Path
+    arch: Architecture
+    files: Path
+    dtype: torch.dtype | None
+
+    def read(self, rule: Rule) -> list[torch.Tensor]:
+        """The Hugging Face tensors of ``rule``, in the order of ``rule.theirs``.
+
+        Raises:
+            ModelError: one is missing, or is not what the configuration says.
+            CheckpointError: the files are damaged.
+        """
+        ...
+
+
+class HuggingFaceSource:
+    """A Hugging Face folder as a ``Source``."""
+
+    def __init__(self, folder: Path) -> None:
+        """Index the folder.
+
+        Raises:
+            ModelError: it cannot be read, is of an unsupported family, or holds tensors that its family does not have.
+        """
+        self.path = self.files = folder
+        self.arch = read_architecture(folder)
+        self.dtype = None
+        self._weights = WeightFolder(folder)
+        require_known(folder, self._weights.names - set(expected_shapes(self.arch)), self.arch)
+
+    def read(self, rule: Rule) -> list[torch.Tensor]:
+        """The tensors of ``rule``, as they are in the folder."""
+        return checked(self.path, self.arch, rule, [self._weights.read(name) for name in rule.theirs])
+
+
+def checked(path: Path, arch: Architecture, rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """``tensors`` as they are, once each has the shape that the configuration asks for and finite values.
+
+    Raises:
+        ModelError: one has not.
+    """
+    for name, tensor, shape in zip(rule.theirs, tensors, rule.shapes(arch), strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{path}: {name} is {tuple(tensor.shape)} where config.json asks for {shape}; config and weights belong "
+                "to different models"
+            )
+        if not tensor.isfinite().all():
+            raise ModelError(f"{path}: {name} holds values that are not finite; make or copy the checkpoint again")
+    return tensors
+
+
+def require_known(path: Path, unknown: set[str], arch: Architecture) -> None:
+    """Refuse a checkpoint with tensors that the conversion would drop.
+
+    Two kinds carry nothing: rotary frequencies, which old exports hold and which follow from the configuration, and a
+    second copy of a tied output layer.
+
+    Raises:
+        ModelError: ``unknown`` holds any other name.
+    """
+    harmless = {"lm_head.weight"} if arch.tied_embeddings else set()
+    lost = sorted(name for name in unknown - harmless if not name.endswith("rotary_emb.inv_freq"))
+    if lost:
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise ModelError(
+            f"{path} holds {shown}, which a {arch.model_type} model as described by its config.json does not have; "
+            "check that config and weights belong together (or extend the family in megatron_rlpt/policy/families.py)"
+        )

@@ -1,0 +1,131 @@
+"""Proof of a conversion: every tensor bit for bit, then logits of the model that comes out against the one that went in.
+
+The two say different things. Equal tensors mean that nothing was lost; logits computed by ``transformers`` on one side
+and by Megatron on the other mean that the mapping itself (order of heads, gate and up, rotation, norms) is right.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_rlpt.convert.formats import Format, Input
+from megatron_rlpt.convert.source import Source
+from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.policy.families import Architecture, expected_shapes, mapping
+
+_ROWS = 2
+_LENGTH = 64
+"""Random tokens per row, at most."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of a logit, relative to the largest logit. The first is the noise of fp32 arithmetic and applies
+wherever weights kept their values; the others apply where weights were rounded to that precision."""
+
+
+def verify(
+    found: Input,
+    source: Source,
+    made: Input,
+    written: Source,
+    dtype: torch.dtype | None,
+    say: Callable[[str], None],
+) -> None:
+    """Compare a conversion's result with its source.
+
+    Logits are computed in fp32 whatever the weights' precision, one model after the other, so memory for one model in
+    fp32 is needed.
+
+    Args:
+        found: the source as recognised.
+        source: the source, opened.
+        made: the result as recognised.
+        written: the result, opened.
+        dtype: precision of the result where it was asked for.
+        say: gets the lines that tell what was found.
+
+    Raises:
+        ModelError: they differ by more than rounding to ``dtype`` explains.
+    """
+    rounded = _compare_tensors(source, written, dtype)
+    arch = source.arch
+    count = len(expected_shapes(arch))
+    say(
+        f"verify: {count} tensors of {made.path} "
+        + ("equal the source bit for bit" if not rounded else f"are the source's rounded to {dtype}")
+    )
+    weights = sum(torch.Size(shape).numel() for shape in expected_shapes(arch).values())
+    say(f"verify: computing logits in fp32, which needs about {weights * 4 / 2**30:.1f} GiB of memory")
+    tokens = torch.randint(
+        arch.vocab, (_ROWS, min(_LENGTH, arch.max_positions)), generator=torch.Generator().manual_seed(0)
+    )
+    theirs = _logits(found, source, tokens)
+    ours = _logits(made, written, tokens)
+    difference = float((theirs - ours).abs().max())
+    scale = max(1.0, float(theirs.abs().max()))
+    agreement = float((theirs.argmax(-1) == ours.argmax(-1)).float().mean())
+    allowed = TOLERANCE[dtype if rounded and dtype is not None else torch.float32] * scale
+    line = (
+        f"logits differ by at most {difference:.2e} (allowed {allowed:.2e}, largest logit {scale:.1f}), "
+        f"argmax equal at {agreement:.1%} of {tokens.numel()} positions"
+    )
+    if not difference <= allowed:  # NaN fails
+        raise ModelError(f"{made.path} is not the model in {found.path}: {line}")
+    say(f"verify: {line}")
+
+
+def _compare_tensors(source: Source, written: Source, dtype: torch.dtype | None) -> bool:
+    """Whether writing ``dtype`` changed any value; a difference that is more than that is an error."""
+    rounded = False
+    for rule in mapping(source.arch):
+        for name, before, after in zip(rule.theirs, source.read(rule), written.read(rule), strict=True):
+            expected = before.to(dtype or before.dtype)
+            if expected.dtype != after.dtype or not torch.equal(expected, after):
+                raise ModelError(f"{written.path}: {name} is not what {source.path} holds; convert again")
+            rounded = rounded or not torch.equal(expected.to(before.dtype), before)
+    return rounded
+
+
+def _logits(found: Input, source: Source, tokens: torch.Tensor) -> torch.Tensor:
+    """[rows, length, vocabulary] in fp32."""
+    compute = _megatron_logits if found.format is Format.MEGATRON else _transformers_logits
+    try:
+        return compute(found.path, source.arch, tokens)
+    finally:
+        gc.collect()
+
+
+def _transformers_logits(path: Path, _: Architecture, tokens: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    where = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where[0], dtype=torch.float32, attn_implementation="eager", local_files_only=True, **where[1]
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"transformers cannot load {path}: {first_line(error)}") from error
+    with torch.no_grad():
+        return model.eval()(tokens).logits.float()
+
+
+def _megatron_logits(path: Path, arch: Architecture, tokens: torch.Tensor) -> torch.Tensor:
+    from megatron_rlpt.config import Dtype
+    from megatron_rlpt.policy.runtime import DeviceRuntime
+
+    runtime = DeviceRuntime()
+    runtime.init_distributed()
+    from megatron.core import dist_checkpointing
+
+    from megatron_rlpt.policy.model import build_model
+
+    model = build_model(arch, Dtype.fp32, runtime)
+    with runtime.megatron(), torch.no_grad():
+        state = dist_checkpointing.load(model.sharded_state_dict(), str(path))
+        model.load_state_dict(state)
+        tokens = tokens.to(runtime.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+        hidden = model.eval()(tokens, positions, None)
+        return (hidden @ model.output_weight()[: arch.vocab].t()).cpu()

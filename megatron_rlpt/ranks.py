@@ -1,0 +1,207 @@
+"""The ranks of a run: which one this process is, and how they exchange small things.
+
+Tensors travel through Megatron's groups. What goes through here is small and of the host: episodes, judged groups,
+decisions, "has everyone come this far". It uses gloo on every machine, because only gloo can tell who is missing.
+
+A *replica* is the set of ranks that hold one copy of the model. Its first rank is the *leader*: it generates and has
+judged the replica's share of the episodes, and afterwards every rank knows all of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from megatron_rlpt.errors import ConfigError, TrainingError
+
+T = TypeVar("T")
+
+
+class ReplicaShape(Protocol):
+    """What ``Ranks`` needs of a layout: ranks in all, and how tensor, context and pipeline parallelism divide them."""
+
+    @property
+    def world(self) -> int: ...  # noqa: D102
+    @property
+    def tensor(self) -> int: ...  # noqa: D102
+    @property
+    def context(self) -> int: ...  # noqa: D102
+    @property
+    def pipeline(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the launcher put this process."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    """Number of this process on its machine; the GPU it uses."""
+    address: str = "127.0.0.1"
+    """Machine of rank 0."""
+    port: int = 0
+    """Port of rank 0's store; without meaning in a world of one."""
+
+
+def find_place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Read the variables of torchrun, else those of a Slurm step, else this process is alone.
+
+    Inside a batch script, outside of ``srun``, Slurm's job variables are set but nothing was launched side by side;
+    only a step has ``SLURM_STEP_NUM_TASKS``.
+
+    Raises:
+        ConfigError: a variable is missing or not a number.
+    """
+    try:
+        if "RANK" in environment and "WORLD_SIZE" in environment:
+            place = Place(
+                int(environment["RANK"]),
+                int(environment["WORLD_SIZE"]),
+                int(environment.get("LOCAL_RANK", "0")),
+                environment.get("MASTER_ADDR", "127.0.0.1"),
+                int(environment.get("MASTER_PORT", "0")),
+            )
+        elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+            place = Place(
+                int(environment["SLURM_PROCID"]),
+                int(environment["SLURM_STEP_NUM_TASKS"]),
+                int(environment.get("SLURM_LOCALID", "0")),
+                environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+                # The same on every rank without asking anyone, and another one for the steps of other jobs.
+                int(environment.get("MASTER_PORT") or 15000 + (job * 31 + step) % 20000),
+            )
+        else:
+            return Place()
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"the launcher's variables are incomplete ({error}); start with torchrun, with srun, or without either"
+        ) from None
+    if not 0 <= place.rank < place.world:
+        raise ConfigError(f"the launcher says rank {place.rank} of {place.world}; start with torchrun or srun")
+    if place.world > 1 and not place.port:
+        raise ConfigError("MASTER_PORT is not set; start with torchrun, which sets it, or set it to a free port")
+    return place
+
+
+def first_host(nodes: str) -> str:
+    """First host of a Slurm node list: ``n[03-05,9],m1`` -> ``n03``."""
+    head = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,]*)", nodes)
+    if head is None:
+        raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}")
+    name, numbers, rest = head.groups()
+    return f"{name}{re.split('[-,]', numbers)[0]}{rest}" if numbers else name
+
+
+class Ranks:
+    """All ranks of a run. In a world of one every method answers at once.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        is_main: whether this is rank 0, which writes the run's files.
+        is_leader: whether this rank generates for its replica.
+    """
+
+    def __init__(self, rank: int = 0, layout: ReplicaShape | None = None, timeout: float = 1800.0) -> None:
+        """Torch's process group of ``layout.world`` ranks must be there; a collective over all of them.
+
+        Args:
+            rank: number of this process.
+            layout: how the ranks are divided; None is a world of one.
+            timeout: seconds a rank may keep the others waiting before it is reported as absent.
+        """
+        self.rank = rank
+        self.size = layout.world if layout else 1
+        self.is_main = rank == 0
+        self._timeout = datetime.timedelta(seconds=timeout)
+        self._replicas = _replicas(layout) if layout else [[0]]
+        self._mine = next(index for index, members in enumerate(self._replicas) if rank in members)
+        self.is_leader = self._replicas[self._mine][0] == rank
+        if self.size > 1:
+            new_group = torch.distributed.new_group
+            self._world: Any = new_group(backend="gloo", timeout=self._timeout)
+            self._leaders: Any = new_group(
+                [members[0] for members in self._replicas], backend="gloo", timeout=self._timeout
+            )
+            self._replica: Any = [
+                new_group(members, backend="gloo", timeout=self._timeout) for members in self._replicas
+            ][self._mine]
+
+    def barrier(self, phase: str) -> None:
+        """Wait until every rank is here.
+
+        Raises:
+            TrainingError: some did not come in time; on rank 0 it names them.
+        """
+        if self.size == 1:
+            return
+        try:
+            torch.distributed.monitored_barrier(self._world, timeout=self._timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            named = re.search(r"[Rr]anks? ([\d, ]*\d)", str(error))
+            absent = f"rank {named.group(1)}" if self.is_main and named else "another rank"
+            raise TrainingError(
+                f"{absent} did not reach {phase} within {self._timeout.total_seconds():g} s (parallel.timeout); look "
+                "at the log of that rank"
+            ) from error
+
+    def all_gather(self, value: T) -> list[T]:
+        """``value`` of every rank, in rank order; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self._world)
+        return values
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """``value`` of rank ``source`` on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=source, group=self._world)
+        return box[0]
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's part of ``items``: leaders divide them in order, the others get none."""
+        if not self.is_leader:
+            return []
+        count = len(self._replicas)
+        return list(items[len(items) * self._mine // count : len(items) * (self._mine + 1) // count])
+
+    def collect(self, items: Sequence[T], phase: str) -> list[T]:
+        """All leaders' ``items`` in the order that ``share`` divided them, on every rank.
+
+        Raises:
+            TrainingError: a rank did not reach ``phase`` in time.
+        """
+        if self.size == 1:
+            return list(items)
+        self.barrier(phase)
+        parts: list[Any] = [None] * len(self._replicas)
+        if self.is_leader:
+            torch.distributed.all_gather_object(parts, list(items), group=self._leaders)
+        if len(self._replicas[self._mine]) > 1:
+            torch.distributed.broadcast_object_list(parts, src=self._replicas[self._mine][0], group=self._replica)
+        return [item for part in parts for item in part]
+
+
+def _replicas(layout: ReplicaShape) -> list[list[int]]:
+    """Ranks of every model replica, in Megatron's order: tensor fastest, then context, data, pipeline."""
+    inner = layout.tensor * layout.context
+    data = layout.world // (inner * layout.pipeline)
+    return [
+        [
+            pipeline * inner * data + replica * inner + place
+            for pipeline in range(layout.pipeline)
+            for place in range(inner)
+        ]
+        for replica in range(data)
+    ]

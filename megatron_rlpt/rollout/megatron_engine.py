@@ -14,7 +14,7 @@ is ours. Not yet measured on a GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.policy.families import Architecture, read_architecture
+from megatron_rlpt.policy.layout import layout_of
 from megatron_rlpt.policy.model import torch_dtype_of
 from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout.checks import end_of_sequence, require_version
 from megatron_rlpt.rollout.engine import Continuation, Prompt, require_neutral_sampling
 
@@ -33,21 +35,29 @@ _log = logging.getLogger(__name__)
 
 
 class MegatronEngine:
-    """A Megatron model that generates, with weights that follow the policy's.
+    """A ``RolloutEngine`` on a Megatron model whose weights follow the policy's.
 
-    With tensor parallelism the ranks of a group generate together: all of them call ``generate``, the prompts are
-    those of the first, and the first gets the continuations (the others an empty list).
+    In a world of several ranks all of them call it at the same time with the same arguments. Every tensor-parallel
+    group generates for a share of the prompts, and every rank gets all continuations.
     """
 
     def __init__(
-        self, model_path: Path, config: RolloutConfig, runtime: DeviceRuntime, *, dtype: Dtype, max_sequence: int
+        self,
+        model_path: Path,
+        config: RolloutConfig,
+        runtime: DeviceRuntime,
+        ranks: Ranks,
+        *,
+        dtype: Dtype,
+        max_sequence: int,
     ) -> None:
-        """Build the model with the weights of ``model_path``, which count as version 0; a collective over all ranks.
+        """Build the model with the weights of ``model_path``, which count as version 0.
 
         Args:
             model_path: Hugging Face folder of the starting model.
             config: sampling and sizes; truncated sampling is refused.
-            runtime: with its groups started (``init_distributed``).
+            runtime: with the groups of the training layout started.
+            ranks: all ranks of the run, as ``runtime.init_distributed`` returned them.
             dtype: precision of the weights, the policy's own.
             max_sequence: longest prefix plus continuation, in tokens.
 
@@ -66,10 +76,11 @@ class MegatronEngine:
         arch = read_architecture(model_path)
         if arch.experts is not None:
             raise EngineError(
-                f"rollout.engine is megatron and {model_path} a mixture of experts ({arch.model_type}), which Megatron "
-                "cannot reshard by the names our experts have; set rollout.engine: vllm"
+                f"rollout.engine is megatron and {model_path} a mixture of experts ({arch.model_type}), whose experts "
+                "Megatron reshards under names that ours do not have; set rollout.engine: vllm"
             )
         self._runtime = runtime
+        self._ranks = ranks
         self._max_sequence = max_sequence
         self._max_batch = config.max_batch
         model = build_rollout_model(arch, dtype, runtime)
@@ -81,6 +92,7 @@ class MegatronEngine:
                 f"rollout.kv_cache_gib is {config.kv_cache_gib:g}, room for {self._cache_tokens} tokens; one sequence "
                 f"of {max_sequence} tokens needs {needed:.3g}"
             )
+        stop_tokens = end_of_sequence(model_path)
         with runtime.megatron():
             self._wrapped: Any = GPTInferenceWrapper(
                 model,
@@ -96,12 +108,9 @@ class MegatronEngine:
                 model.pg_collection,
             )
             self._controller = SeededController(
-                self._wrapped,
-                vocab=arch.vocab,
-                stop_tokens=end_of_sequence(model_path),
-                temperature=config.temperature,
+                self._wrapped, vocab=arch.vocab, stop_tokens=stop_tokens, temperature=config.temperature
             )
-        self._weights = RolloutWeights(model, arch, runtime)
+        self._weights = RolloutWeights(model, arch, runtime, ranks)
         self._version: int | None = None
         self.update_weights(WeightFolder(model_path).stream(arch), 0)
         _log.info(
@@ -110,7 +119,7 @@ class MegatronEngine:
             runtime.name,
             self._tensor.size(),
             config.temperature,
-            end_of_sequence(model_path),
+            stop_tokens,
         )
 
     @property
@@ -119,22 +128,66 @@ class MegatronEngine:
         return self._version
 
     def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
-        """See ``RolloutEngine.generate``; and see the class for what tensor-parallel ranks get.
+        """See ``RolloutEngine.generate``; every rank gets all continuations, in order.
 
         Raises:
             EngineError: the weights in force are not those of ``version``, or a prompt is empty or too long.
         """
         require_version(self._version, version)
-        if self._tensor.size() > 1:
-            box = [list(prompts)]
-            torch.distributed.broadcast_object_list(box, group=self._tensor, group_src=0)
-            prompts = box[0]
         for prompt in prompts:
             if not prompt.prefix or len(prompt.prefix) + max_tokens > self._max_sequence:
                 raise EngineError(
                     f"a prompt of {len(prompt.prefix)} tokens and {max_tokens} new ones were asked for; allowed: at "
                     f"least 1 and together at most {self._max_sequence} (data.max_prefix + data.suffix_length)"
                 )
+        # Megatron numbers tensor-parallel ranks first, so that groups are runs of neighbours.
+        group, place = divmod(self._ranks.rank, self._tensor.size())
+        groups = self._ranks.size // self._tensor.size()
+        mine = self._generate(prompts[group::groups], max_tokens)
+        shares = self._ranks.all_gather(mine if place == 0 else [])[:: self._tensor.size()]
+        return [shares[index % groups][index // groups] for index in range(len(prompts))]
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See ``RolloutEngine.update_weights``.
+
+        A source that has the Megatron model (``megatron_refit.TrainingLayout``) is resharded, and its stream never
+        started; any other is streamed.
+        """
+        from megatron_rlpt.rollout.megatron_refit import TrainingLayout
+
+        self._version = None
+        if isinstance(weights, TrainingLayout):
+            self._weights.reshard(weights.pieces)
+        else:
+            self._weights.load(weights)
+        self._version = version
+
+    def self_check(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]], version: int) -> None:
+        """Prove that updates reach every weight: replace all by random values, then by the policy's, and compare.
+
+        Args:
+            weights: the policy's weights, with the values of the folder that this engine was started on. Called once.
+            version: their policy version, in force afterwards.
+
+        Raises:
+            EngineError: some weights are not, bit for bit, what was loaded from the folder; names the first.
+        """
+        loaded = self._weights.digests()
+        self._weights.randomise()
+        self.update_weights(weights(), version)
+        now = self._weights.digests()
+        differing = [name for name, digest in loaded.items() if now[name] != digest]
+        for rank, found in enumerate(self._ranks.all_gather(differing)):
+            if found:
+                self._version = None
+                raise EngineError(
+                    f"after a weight update {len(found)} weights of the rollout engine on rank {rank} are not what was "
+                    f"loaded from the model's folder, the first is {found[0]!r}; policy and engine do not hold the "
+                    "same model"
+                )
+        _log.info("weight updates checked: %d tensors agree bit for bit", len(loaded))
+
+    def _generate(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Continuation]:
         answers: dict[int, Continuation] = {}
         for indices in self._batches([len(prompt.prefix) for prompt in prompts], max_tokens):
             batch = [prompts[index] for index in indices]
@@ -147,22 +200,7 @@ class MegatronEngine:
             finally:
                 self._wrapped.inference_context = _context(1, 1)
             answers.update(zip(indices, generated, strict=True))
-        return [answers[index] for index in range(len(prompts))] if self._tensor.rank() == 0 else []
-
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See ``RolloutEngine.update_weights``; a collective over all ranks.
-
-        A source that has the Megatron model (``megatron_refit.TrainingLayout``) is resharded and its stream never
-        started; any other is streamed.
-        """
-        from megatron_rlpt.rollout.megatron_refit import TrainingLayout
-
-        self._version = None
-        if isinstance(weights, TrainingLayout):
-            self._weights.reshard(weights.pieces)
-        else:
-            self._weights.load(weights)
-        self._version = version
+        return [answers[index] for index in range(len(prompts))]
 
     def _batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         """Indices of prompts by length, cut into batches that fit, the longest of each last.
@@ -184,8 +222,14 @@ class MegatronEngine:
 
 def start_megatron_engine(config: Config, runtime: DeviceRuntime) -> MegatronEngine:
     """The engine of ``config``, on the weights of ``model.path`` as version 0; raises what ``MegatronEngine`` does."""
+    ranks = runtime.init_distributed(layout_of(config.parallel, runtime.world), config.parallel.timeout)
     return MegatronEngine(
-        Path(config.model.path), config.rollout, runtime, dtype=config.model.dtype, max_sequence=config.max_sequence
+        Path(config.model.path),
+        config.rollout,
+        runtime,
+        ranks,
+        dtype=config.model.dtype,
+        max_sequence=config.max_sequence,
     )
 
 

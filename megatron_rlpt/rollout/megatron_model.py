@@ -7,7 +7,6 @@ time leaves pipeline stages idle, and a sequence of one token cannot be divided.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_rlpt.config import Dtype
+from megatron_rlpt.policy.attention import CausalAttention
 from megatron_rlpt.policy.families import Architecture
-from megatron_rlpt.policy.layer_spec import CausalAttention, layer_spec
+from megatron_rlpt.policy.layer_spec import block_spec
+from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import torch_dtype_of, transformer_config
 from megatron_rlpt.policy.runtime import DeviceRuntime
 
@@ -70,14 +71,10 @@ def build_rollout_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime
     """
     with runtime.megatron():
         groups = rollout_groups()
-        config = replace(
-            transformer_config(arch, dtype, runtime),
-            tensor_model_parallel_size=groups.tp.size(),
-            # Drawing weights that are overwritten would take time and random numbers that others count on.
-            perform_initialization=False,
-        )
-        spec = layer_spec(config)
-        spec.submodules.self_attention.submodules.core_attention = CachedAttention
+        config = transformer_config(arch, dtype, runtime, Layout(tensor=groups.tp.size()))
+        spec = block_spec(config, None)
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = CachedAttention
         model = GPTModel(
             config=config,
             transformer_layer_spec=spec,

@@ -6,6 +6,7 @@ stream of Hugging Face tensors, by the family's table, where it has not (a folde
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,11 +17,12 @@ from megatron.core.resharding import swap_model_weights
 
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.policy.families import Architecture, Rule, expected_shapes, mapping
+from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.sharding import Cut, shard
+from megatron_rlpt.policy.weights import named_parameters
+from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout.checks import checked_weights
-
-_LAYERS = "decoder.layers."
 
 
 @runtime_checkable
@@ -34,25 +36,26 @@ class TrainingLayout(Protocol):
 
 
 class RolloutWeights:
-    """The weights of one rollout model, and both ways of replacing them."""
+    """The weights of one rollout model, and both ways of replacing them. Its methods are collectives of all ranks."""
 
-    def __init__(self, model: GPTModel, arch: Architecture, runtime: DeviceRuntime) -> None:
+    def __init__(self, model: GPTModel, arch: Architecture, runtime: DeviceRuntime, ranks: Ranks) -> None:
         """``model`` is in the rollout layout (``megatron_model.build_rollout_model``)."""
         self._arch = arch
         self._runtime = runtime
+        self._ranks = ranks
         self._rules = {rule.ours: rule for rule in mapping(arch)}
-        self._parameters = _by_whole_name([model])
-        assert self._parameters.keys() == self._rules.keys(), "every weight of a dense model is on every group"
+        self._parameters = named_parameters([model], arch, Layout())
+        assert self._parameters.keys() == self._rules.keys(), "a whole dense model is on every tensor-parallel group"
         self._tensor = model.pg_collection.tp
         self._target = _View(self._parameters, model)
         self._mark(self._parameters)
-        self._checked = False
+        self._planned = False
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over Hugging Face tensors in any order; each rank keeps its part.
+        """Take over whole Hugging Face tensors in any order, the same on every rank; each keeps its part.
 
         Raises:
-            EngineError: names or shapes are not those of the model; the model is then partly overwritten.
+            EngineError: names or shapes are not those of the model, which is then partly overwritten.
         """
         parts: dict[str, torch.Tensor] = {}
         owner = {name: rule for rule in self._rules.values() for name in rule.theirs}
@@ -66,7 +69,7 @@ class RolloutWeights:
                     self._parameters[rule.ours].copy_(shard(whole, rule.cut, rank, size))
 
     def reshard(self, pieces: Sequence[GPTModel]) -> None:
-        """Take over the weights of a model in the training layout; a collective over all ranks.
+        """Take over the weights of a model in the training layout.
 
         Megatron plans the transfers once and keeps the plan. Tensors go from rank to rank, by NCCL between GPUs and
         by gloo between CPUs; what source and target hold on one rank is copied there. While it runs it needs memory
@@ -74,26 +77,45 @@ class RolloutWeights:
 
         Raises:
             EngineError: names, shapes or precision of the two models differ.
+            TrainingError: a rank did not come in time; its number is named.
         """
-        parameters = _by_whole_name(pieces)
+        self._ranks.barrier("the exchange of weights")
+        parameters = named_parameters(pieces, self._arch, Layout())
         self._require_same(parameters)
         self._mark(parameters)
         with self._runtime.megatron(), torch.no_grad():
             swap_model_weights(_View(parameters, pieces[0]), self._target, "nccl" if self._runtime.on_cuda else "gloo")
 
+    def randomise(self) -> None:
+        """Replace every weight by random values."""
+        generator = torch.Generator(self._runtime.device).manual_seed(0)
+        with torch.no_grad():
+            for parameter in self._parameters.values():
+                parameter.uniform_(-0.05, 0.05, generator=generator)
+
+    def digests(self) -> dict[str, str]:
+        """Megatron name -> digest of this rank's part of every weight."""
+        return {
+            name: hashlib.blake2b(
+                parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16
+            ).hexdigest()
+            for name, parameter in self._parameters.items()
+        }
+
     def _require_same(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Megatron's planner itself fails on rank 0 alone, and leaves the others waiting."""
-        problem = next(self._differences(parameters), None)
-        if not self._checked:
-            everything: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everything, (problem, list(parameters)))
-            problem = next((found for found, _ in everything if found), None)
-            absent = self._rules.keys() - {name for _, names in everything for name in names}
-            if absent and not problem:
-                problem = f"{len(absent)} weights were not sent, the first is {min(absent)!r}"
+        """Where one rank finds a difference all of them raise: nobody may wait for transfers that never come.
+
+        Megatron's planner looks only for weights that are absent, and raises on rank 0 alone.
+        """
+        names = [] if self._planned else list(parameters)
+        everything = self._ranks.all_gather((next(self._differences(parameters), None), names))
+        problem = next((found for found, _ in everything if found), None)
+        absent = self._rules.keys() - {name for _, names in everything for name in names}
+        if absent and not problem and not self._planned:
+            problem = f"{len(absent)} weights were not sent, the first is {min(absent)!r}"
         if problem:
             raise EngineError(problem)
-        self._checked = True
+        self._planned = True
 
     def _differences(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[str]:
         for name, parameter in parameters.items():
@@ -140,15 +162,3 @@ class _View(torch.nn.Module):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return iter(self._by_name.items())
-
-
-def _by_whole_name(pieces: Sequence[GPTModel]) -> dict[str, torch.nn.Parameter]:
-    """Megatron numbers the layers of a piece from 0; their numbers in the whole model are on the layers."""
-    found = {}
-    for piece in pieces:
-        for name, parameter in piece.named_parameters():
-            if name.startswith(_LAYERS):
-                local, _, rest = name.removeprefix(_LAYERS).partition(".")
-                name = f"{_LAYERS}{piece.decoder.layers[int(local)].layer_number - 1}.{rest}"
-            found[name] = parameter
-    return found

@@ -99,9 +99,8 @@ def rollout_groups() -> ProcessGroupCollection:
     tensor = parallel_state.get_tensor_model_parallel_group()
     world, size = torch.distributed.get_world_size(), tensor.size()
     replicas: Any = None
-    for place in range(
-        size
-    ):  # Megatron numbers tensor-parallel ranks first (parallel_state.py: order "tp-cp-ep-dp-pp")
+    for place in range(size):
+        # Megatron numbers tensor-parallel ranks first (parallel_state.py: order "tp-cp-ep-dp-pp").
         group = torch.distributed.new_group(list(range(place, world, size)))
         if place == tensor.rank():
             replicas = group

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections import defaultdict
@@ -13,8 +12,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch.distributed.checkpoint import CheckpointException
 
+from megatron_rlpt.checkpoint.sharded import ShardedWriting
 from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ModelError, TrainingError
 from megatron_rlpt.objectives import Example, LossTerms, Objective
@@ -22,10 +21,11 @@ from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_
 from megatron_rlpt.policy.families import Shape, read_architecture
 from megatron_rlpt.policy.layout import check_layout, layout_of
 from megatron_rlpt.policy.model import build_model
-from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler, load_optimizer_state
+from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler
 from megatron_rlpt.policy.passes import Passes
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.policy.state import PolicyState
 from megatron_rlpt.policy.weights import WeightSource, load_weights
 
 _log = logging.getLogger(__name__)
@@ -76,6 +76,9 @@ class Policy:
                 pieces, config.optimizer, config.model.dtype, config.parallel.overlap
             )
             self._scheduler = build_scheduler(self._optimizer, config.optimizer, config.train)
+        # A frozen reference is the starting model and is read from there again.
+        moving = self._reference if self._refresh_every else None
+        self._state = PolicyState(pieces, self._optimizer, self._scheduler, moving)
         bucket_bytes = config.rollout.sync_bucket_mib << 20
         self._source = WeightSource(pieces, self.arch, self.layout, ranks, bucket_bytes)
         self.version = 0
@@ -151,42 +154,43 @@ class Policy:
         """Name -> shape of every tensor of ``weights``."""
         return self._source.shapes
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and (when it moves) reference as a Megatron distributed checkpoint."""
-        from megatron.core import dist_checkpointing
+    def offload_optimizer(self) -> None:
+        """Move optimizer state to host memory and free the gradients' memory; nothing on a machine without a GPU."""
+        if self._runtime.on_cuda:
+            self._optimizer.offload_to_cpu()
+            for ddp in self._ddps:
+                ddp.offload_grad_buffers()
 
+    def restore_optimizer(self) -> None:
+        """Take back what ``offload_optimizer`` moved; nothing if it did not."""
+        if self._runtime.on_cuda:
+            for ddp in self._ddps:
+                ddp.restore_grad_buffers()
+            self._optimizer.restore_from_cpu()
+
+    def layout_text(self) -> str:
+        """The layout, for people to read."""
+        return self.layout.describe()
+
+    def begin_save(self, folder: Path, snapshot: bool) -> ShardedWriting:
+        """Plan to write weights, optimizer, schedule and (when it moves) reference, as they are now, into ``folder``.
+
+        Args:
+            folder: an existing folder.
+            snapshot: allow updates before everything has been written.
+        """
         self._gather_parameters()
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._runtime.megatron(), _plain_errors():
-            dist_checkpointing.save(self._sharded_state(is_loading=False), str(folder))
+        with self._runtime.megatron():
+            return self._state.begin_save(self.version, folder, snapshot)
 
     def load(self, folder: Path) -> None:
-        """Take over what ``save`` wrote.
+        """Take over what was written into ``folder``, under whatever layout.
 
         Raises:
             Exception: whatever Megatron raises for a missing or unreadable part; the caller names the checkpoint.
         """
-        from megatron.core import dist_checkpointing
-
-        if not (folder / "common.pt").is_file():
-            raise FileNotFoundError(f"{folder / 'common.pt'} does not exist")  # Megatron's own message crashes
-        with self._runtime.megatron(), _plain_errors():
-            state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
-            self._pieces[0].load_state_dict(state["model"])
-            load_optimizer_state(self._optimizer, state["optimizer"])
-            self._scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps to its own
-            self._scheduler.load_state_dict(state["scheduler"])
-        self.version = int(state["version"])
-
-    def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        model = self._pieces[0].sharded_state_dict()
-        return {
-            "model": model,
-            "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
-            "scheduler": self._scheduler.state_dict(),
-            "version": self.version,
-        }
+        with self._runtime.megatron():
+            self.version = self._state.load(folder)
 
     def _deal(self, examples: Sequence[Example]) -> list[Batch]:
         """This rank's micro-batches of an update."""
@@ -286,16 +290,6 @@ class Policy:
 
 def _context_share() -> ContextShare:
     return ContextShare(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raise the cause of torch's CheckpointException, which is a BaseException that no ``except Exception`` sees."""
-    try:
-        yield
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise cause from cause.__cause__
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,8 @@ class _StandInFinder(importlib.abc.MetaPathFinder):
 def _give(module: types.ModuleType, stand_in: types.ModuleType) -> None:
     if vars(module).get("torch") is torch:
         module.torch = stand_in  # type: ignore[attr-defined]
+    if module.__name__ == "megatron.core.transformer.moe.moe_utils":
+        vars(module).setdefault("te_general_gemm", None)
     if module.__name__ == "megatron.core.tensor_parallel.random":
         # These reach for torch.cuda's C-level generators, which do not exist without a GPU.
         module._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]

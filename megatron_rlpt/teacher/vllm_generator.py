@@ -1,4 +1,4 @@
-"""The teacher's text generator: vLLM in this process, on a CPU or a GPU."""
+"""The teacher's text generator: vLLM's offline engine, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from megatron_rlpt.vllm_runtime import vllm_environment
 class VllmGenerator:
     """Serves requests with vLLM's offline engine; per-request seeds make replies reproducible."""
 
-    def __init__(self, model_path: str | Path, max_context: int, kv_cache_gib: float) -> None:
+    def __init__(
+        self, model_path: str | Path, max_context: int, kv_cache_gib: float, *, in_process: bool = True
+    ) -> None:
         """Start the engine (about 15 s for 135M parameters on a CPU).
 
         Args:
             model_path: local Hugging Face folder with a chat template.
             max_context: longest prompt plus answer in tokens.
             kv_cache_gib: memory for the key-value cache in GiB.
+            in_process: run the engine in this process; needs a torch.distributed world of at most one rank.
 
         Raises:
             ModelError: the folder is missing, has no chat template, or vLLM cannot serve it.
@@ -35,7 +38,7 @@ class VllmGenerator:
         self._tokenizer = _load_chat_tokenizer(path)
         # Longest first, so that no shorter token is broken up inside a longer one.
         self._control = sorted((token for token in self._tokenizer.all_special_tokens if len(token) > 1), key=len)[::-1]
-        self._engine = _start(path, max_context, kv_cache_gib)
+        self._engine = _start(path, max_context, kv_cache_gib, in_process)
 
     @property
     def name(self) -> str:
@@ -111,8 +114,8 @@ def _load_chat_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _start(path: Path, max_context: int, kv_cache_gib: float) -> Any:
-    with vllm_environment(kv_cache_gib) as arguments:
+def _start(path: Path, max_context: int, kv_cache_gib: float, in_process: bool) -> Any:
+    with vllm_environment(kv_cache_gib, in_process=in_process) as arguments:
         from vllm import LLM
 
         try:

@@ -59,7 +59,7 @@ class Metadata:
         self.read = read
         self._reader = reader
         name = self.value("general.architecture")
-        if name not in _ARCHITECTURES or (self.value(f"{name}.expert_count", 0) and name == "llama"):
+        if name not in _ARCHITECTURES or self.value(f"{name}.expert_count", 0) and name == "llama":
             kind = f"{name!r}" + (" with experts" if name in _ARCHITECTURES else "")
             raise ModelError(
                 f"{path}: GGUF architecture {kind} is not supported; supported: {', '.join(_ARCHITECTURES)} (to add "

@@ -1,34 +1,11 @@
-"""What every rollout engine checks in the same words: weights on arrival, the version in force, when to stop."""
+"""What rollout engines have in common: the version they must hold, the tokens they stop at."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
-
 from megatron_rlpt.errors import EngineError
-
-
-def checked_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass ``weights`` on while each is one of ``expected`` (name -> shape); at the end all of them must have come.
-
-    Raises:
-        EngineError: a weight is unknown, comes twice, has another shape, or was not sent.
-    """
-    missing = dict(expected)
-    for name, tensor in weights:
-        if name not in missing:
-            raise EngineError(f"weight {name!r} was sent twice or is not part of the engine's model")
-        shape = missing.pop(name)
-        if tuple(tensor.shape) != shape:
-            raise EngineError(f"weight {name!r} was sent as {tuple(tensor.shape)}; the engine's is {shape}")
-        yield name, tensor
-    if missing:
-        raise EngineError(f"{len(missing)} weights were not sent, the first is {min(missing)!r}")
 
 
 def require_version(held: int | None, asked: int) -> None:

@@ -14,22 +14,20 @@ is ours. Not yet measured on a GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.policy.families import Architecture, read_architecture
-from megatron_rlpt.policy.layout import layout_of
 from megatron_rlpt.policy.model import torch_dtype_of
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout.checks import end_of_sequence, require_version
 from megatron_rlpt.rollout.engine import Continuation, Prompt, require_neutral_sampling
+from megatron_rlpt.rollout.manifest import Weights
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +145,7 @@ class MegatronEngine:
         shares = self._ranks.all_gather(mine if place == 0 else [])[:: self._tensor.size()]
         return [shares[index % groups][index // groups] for index in range(len(prompts))]
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_weights(self, weights: Weights, version: int) -> None:
         """See ``RolloutEngine.update_weights``.
 
         A source that has the Megatron model (``megatron_refit.TrainingLayout``) is resharded, and its stream never
@@ -162,7 +160,7 @@ class MegatronEngine:
             self._weights.load(weights)
         self._version = version
 
-    def self_check(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]], version: int) -> None:
+    def self_check(self, weights: Callable[[], Weights], version: int) -> None:
         """Prove that updates reach every weight: replace all by random values, then by the policy's, and compare.
 
         Args:
@@ -220,9 +218,8 @@ class MegatronEngine:
             yield batch
 
 
-def start_megatron_engine(config: Config, runtime: DeviceRuntime) -> MegatronEngine:
+def start_policy_engine(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> MegatronEngine:
     """The engine of ``config``, on the weights of ``model.path`` as version 0; raises what ``MegatronEngine`` does."""
-    ranks = runtime.init_distributed(layout_of(config.parallel, runtime.world), config.parallel.timeout)
     return MegatronEngine(
         Path(config.model.path),
         config.rollout,

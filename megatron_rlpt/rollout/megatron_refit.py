@@ -7,7 +7,7 @@ stream of Hugging Face tensors, by the family's table, where it has not (a folde
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -22,7 +22,7 @@ from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.sharding import Cut, shard
 from megatron_rlpt.policy.weights import named_parameters
 from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.rollout.checks import checked_weights
+from megatron_rlpt.rollout.manifest import Manifest, Weights
 
 
 @runtime_checkable
@@ -43,6 +43,7 @@ class RolloutWeights:
         self._arch = arch
         self._runtime = runtime
         self._ranks = ranks
+        self._manifest = Manifest(expected_shapes(arch), next(model.parameters()).dtype)
         self._rules = {rule.ours: rule for rule in mapping(arch)}
         self._parameters = named_parameters([model], arch, Layout())
         assert self._parameters.keys() == self._rules.keys(), "a whole dense model is on every tensor-parallel group"
@@ -51,7 +52,7 @@ class RolloutWeights:
         self._mark(self._parameters)
         self._planned = False
 
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Take over whole Hugging Face tensors in any order, the same on every rank; each keeps its part.
 
         Raises:
@@ -60,7 +61,7 @@ class RolloutWeights:
         parts: dict[str, torch.Tensor] = {}
         owner = {name: rule for rule in self._rules.values() for name in rule.theirs}
         rank, size = self._tensor.rank(), self._tensor.size()
-        for name, tensor in checked_weights(weights, expected_shapes(self._arch)):
+        for name, tensor in self._manifest.checked(weights):
             rule = owner[name]
             parts[name] = tensor
             if all(part in parts for part in rule.theirs):

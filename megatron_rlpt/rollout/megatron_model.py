@@ -7,6 +7,7 @@ time leaves pipeline stages idle, and a sequence of one token cannot be divided.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,7 +72,11 @@ def build_rollout_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime
     """
     with runtime.megatron():
         groups = rollout_groups()
-        config = transformer_config(arch, dtype, runtime, Layout(tensor=groups.tp.size()))
+        config = replace(
+            transformer_config(arch, dtype, runtime, Layout(tensor=groups.tp.size())),
+            # Random weights would be overwritten, and drawing them takes time and random numbers of others.
+            perform_initialization=False,
+        )
         spec = block_spec(config, None)
         for layer in spec.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = CachedAttention

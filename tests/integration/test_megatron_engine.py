@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import tiny_config
+from tiny_runs import save_model, tiny_config
 from transformers import AutoModelForCausalLM
 
 from megatron_rlpt.config import Dtype, RolloutConfig
@@ -61,6 +61,19 @@ def start(model, /, **overrides) -> MegatronEngine:
 
 def weights_of(folder):
     return list(WeightFolder(folder).stream(read_architecture(folder)))
+
+
+@pytest.fixture(scope="module")
+def served_model(tiny_model, tmp_path_factory):
+    """Two groups of two heads, where the model of the other tests has one: which keys a head reads matters."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return save_model(tmp_path_factory.mktemp("models") / "served", tiny_model, seed=0, **heads)
+
+
+@pytest.fixture(scope="module")
+def other_model(served_model, tmp_path_factory):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return save_model(tmp_path_factory.mktemp("models") / "other", served_model, seed=1, **heads)
 
 
 @pytest.fixture(scope="module")
@@ -334,12 +347,16 @@ def test_a_batch_has_no_more_rows_and_no_larger_cache_than_configured(policy, se
         sizes.append((batch, tokens))
         return whole(batch, tokens)
 
-    per_token = 2 * 2 * 1 * 32 * 4  # keys and values of 2 layers, 1 group of 32, 4 bytes each
+    per_token = 2 * 2 * 2 * 16 * 4  # keys and values of 2 layers, 2 groups of 16, 4 bytes each
     engine = start(served_model, max_batch=6, kv_cache_gib=200 * per_token / 2**30)
     monkeypatch.setattr(megatron_engine, "_context", context)
     engine.generate(prompts(40), LENGTH, 0)
     assert max(batch for batch, _ in sizes) == 6
     assert 150 < max(batch * tokens for batch, tokens in sizes) <= 200
+    sizes.clear()
+    engine.generate([Prompt((3,) * length, length) for length in (20, 1, 33, 21)], LENGTH, 0)
+    # Lengths further apart than the tokens asked for take fewer steps in batches of their own.
+    assert [size for size in sizes if size != (1, 1)] == [(1, 1 + LENGTH), (2, 21 + LENGTH), (1, 33 + LENGTH)]
     with pytest.raises(EngineError, match=r"kv_cache_gib is .* room for 50 tokens; one sequence of 64 tokens needs"):
         start(served_model, kv_cache_gib=50 * per_token / 2**30)
 

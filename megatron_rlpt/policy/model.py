@@ -21,20 +21,16 @@ class HiddenStateModel(GPTModel):
 
     Only suffix tokens are trained on, so the vocabulary projection is applied by the caller to those positions alone
     (``policy/logprobs.py``). ``GPTModel._postprocess`` ends with ``self.output_layer(hidden, weight=…)`` and a
-    transpose; the output layer keeps its parameters and hands the hidden states to all tensor-parallel ranks, which
-    is what it does before its matrix product (``tensor_parallel/layers.py: ColumnParallelLinear.forward``): their
-    gradient arrives there in parts, one of each rank's share of the vocabulary, and is summed.
+    transpose; the output layer keeps its parameters and passes the hidden states through, gathered along the sequence
+    where sequence parallelism divided them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.post_process:
-            to_ranks = (
-                tensor_parallel.gather_from_sequence_parallel_region
-                if self.config.sequence_parallel
-                else tensor_parallel.copy_to_tensor_model_parallel_region
-            )
-            self.output_layer.forward = lambda hidden, **_: (to_ranks(hidden), None)
+            divided = self.config.sequence_parallel
+            gather = tensor_parallel.gather_from_sequence_parallel_region
+            self.output_layer.forward = lambda hidden, **_: (gather(hidden) if divided else hidden, None)
 
     def output_weight(self) -> torch.Tensor:
         """This rank's rows of the vocabulary projection, [padded vocabulary / TP, hidden]; last stage only.
@@ -78,6 +74,10 @@ def transformer_config(
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute is Recompute.selective:
         settings |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if layout.virtual_stages > 1:
+        # Two pipeline ranks are each other's next and previous one: in a batch of exchanges their messages would be
+        # taken for one another (megatron/training/arguments.py refuses it for that reason).
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -99,8 +99,6 @@ def transformer_config(
         pipeline_dtype=torch_dtype,
         bf16=dtype is Dtype.bf16,
         use_cpu_initialization=not runtime.on_cuda,
-        # Weights are loaded right after; drawing them would only cost time.
-        perform_initialization=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 
 from megatron_rlpt.policy.batching import Batch
 from megatron_rlpt.policy.families import Architecture
@@ -105,6 +105,11 @@ class Passes:
     def _from_hidden(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[rows, share, hidden] -> [sequences, suffix] log-probabilities of the completion tokens."""
         needed = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
+        if self._layout.tensor > 1 and not self._layout.sequence:
+            # Each rank finds the part of the gradient that its share of the vocabulary has; they are summed. (Gathering
+            # along the sequence does that by itself.) It has to be here, where gradients are contiguous: of others
+            # Megatron sums a copy (megatron/core/tensor_parallel/mappings.py: _reduce).
+            needed = copy_to_tensor_model_parallel_region(needed)
         own = vocab_parallel_logprobs(
             needed,
             self._pieces[-1].output_weight(),

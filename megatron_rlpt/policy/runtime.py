@@ -135,6 +135,9 @@ def _give(module: types.ModuleType, stand_in: types.ModuleType) -> None:
         # These reach for torch.cuda's C-level generators, which do not exist without a GPU.
         module._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
         module._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
+    if module.__name__ == "megatron.core.transformer.moe.moe_utils":
+        # The router asks whether this is None, and without Transformer Engine it is not defined at all.
+        vars(module).setdefault("te_general_gemm", None)
 
 
 def _install_stand_in() -> None:

@@ -123,8 +123,9 @@ def _megatron_logits(path: Path, arch: Architecture, tokens: torch.Tensor) -> to
 
     (model,) = build_model(arch, Dtype.fp32, runtime)
     with runtime.megatron(), torch.no_grad():
-        state = dist_checkpointing.load(model.sharded_state_dict(), str(path))
-        model.load_state_dict(state)
+        # Under a name of its own: what else the checkpoint holds (arguments, a schedule) is loaded beside it.
+        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
+        model.load_state_dict(state["model"])
         tokens = tokens.to(runtime.device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
         hidden = model.eval()(tokens, positions, None)

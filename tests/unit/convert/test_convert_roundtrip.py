@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families_on_disk import OWN, save_family, same, tensors_in
+from families_on_disk import OWN, same, save_family, tensors_in
 from transformers import AutoModelForCausalLM
 
 from megatron_rlpt import huggingface

@@ -105,7 +105,7 @@ def write_settings(metadata: Metadata, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(metadata.path.parent, gguf_file=metadata.path.name)
         tokenizer.save_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # tokenizers raises the bare class
         raise ModelError(f"the tokenizer in {metadata.path} cannot be converted: {first_line(error)}") from error
 
 

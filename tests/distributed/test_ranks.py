@@ -16,7 +16,7 @@ from megatron_rlpt.teacher.shared import SharedJudge, SharedRewriter
 
 SIZE = 4
 LEADERS = (0, 2)
-HURRY = 4.0
+HURRY = 6.0
 """Seconds after which absence is reported in the tests of absence; everyone has just met when they begin."""
 
 

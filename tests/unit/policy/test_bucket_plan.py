@@ -51,7 +51,7 @@ def gathered_bytes(bucket: Bucket, layout: Layout) -> int:
     return bucket.numel * BYTES * (1 if bucket.expert_rank is not None else layout.tensor)
 
 
-@pytest.mark.parametrize("limit", [1, 700, 4096, 1 << 30])
+@pytest.mark.parametrize("limit", [1, 700, 2000, 4096, 1 << 30])
 @pytest.mark.parametrize(("arch", "layout"), SPREAD)
 def test_buckets_keep_the_order_and_the_limit_and_never_span_owners(arch, layout, limit):
     buckets = plan_buckets(arch, layout, limit, BYTES)

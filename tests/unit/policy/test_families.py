@@ -18,6 +18,7 @@ from megatron_rlpt.policy.families import (
     parse_architecture,
     read_architecture,
 )
+from megatron_rlpt.policy.sharding import Cut
 
 SIZES = {
     "vocab_size": 50,
@@ -113,6 +114,9 @@ def test_names_of_layers_and_experts_are_counted_over_the_whole_model(tmp_path, 
             assert rule.layer is None or f".layers.{rule.layer}." in f".{name}"
             assert ("experts." in name) == (rule.expert is not None)
             assert rule.expert is None or f"experts.{rule.expert}." in name
+    assert all(rule.cut is Cut.WHOLE for rule in rules if rule.expert is not None), "experts are spread, never cut"
+    assert arch.qkv_bias == any(rule.ours.endswith("linear_qkv.bias") for rule in rules), "Megatron builds what we map"
+    assert arch.qk_norm == any(rule.ours.endswith("q_layernorm.weight") for rule in rules)
     if arch.experts:
         assert {(rule.layer, rule.expert) for rule in rules if rule.expert is not None} == {
             (layer, expert) for layer in range(2) for expert in range(3)

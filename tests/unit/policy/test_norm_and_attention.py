@@ -60,8 +60,9 @@ def test_attention_is_causal_over_the_whole_sequence_whoever_holds_its_parts(mon
     shares = [[part[places] for part in whole] for places in held]
 
     def gather(share: torch.Tensor, group: SimpleNamespace) -> torch.Tensor:
-        which = next(index for index, mine in enumerate(shares[group.rank()]) if torch.equal(mine, share))
-        return torch.cat([parts[which] for parts in shares])
+        rank = group.rank()
+        which = next(index for index, mine in enumerate(shares[rank]) if torch.equal(mine, share))
+        return torch.cat([share if other == rank else parts[which] for other, parts in enumerate(shares)])
 
     monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", gather)
     found = torch.zeros_like(expected)

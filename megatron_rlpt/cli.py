@@ -7,6 +7,7 @@ at once on a login node that has no torch.
 from __future__ import annotations
 
 import enum
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -217,7 +218,9 @@ def main() -> None:
     try:
         app(prog_name="rlpt")
     except RlptError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        whose = "" if rank == "0" else f"rank {rank}: "
+        print(f"{whose}error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

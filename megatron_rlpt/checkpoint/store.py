@@ -1,163 +1,346 @@
-"""Checkpoints on disk: written aside, marked complete, published by one rename.
+"""Checkpoints on disk: written aside by all ranks, checked, published by one rename.
 
     <folder>/step-00000020/
-        policy/        Megatron distributed checkpoint: weights, optimizer, schedule, version
-        state.json     step, stream cursor, random states, resolved configuration
-        COMPLETE       written last; a folder without it is never loaded
+        policy/         Megatron distributed checkpoint: weights, optimizer, schedule, version
+        hf/             configuration and tokenizer of the starting model
+        state.json      step, stream cursor, random states, resolved configuration
+        manifest.json   every file with size and checksum; step, layout, versions
+        COMPLETE        checksum of the manifest, written last; a folder without it is never loaded
 
 Nothing else in the folder is ever a checkpoint: what a killed save leaves behind is named ``*.partial`` and is swept
-away by the next one.
+away by the next one; what was found damaged and passed over is named ``*.damaged`` and stays.
+
+All methods that may write or read are collectives: every rank calls them in the same order, and a failure on one rank
+is the same ``CheckpointError`` on all of them.
+
+    save ─> prepare (rank 0) ─> plan, copy ─> write + sum own files ─> manifest, marker, rename (rank 0)
+                                              └ in the background ─┘   at the next poll, save or finish
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
 
+from megatron_rlpt.checkpoint import folders
+from megatron_rlpt.checkpoint.manifest import FileSum, Manifest, sum_files, versions
+from megatron_rlpt.checkpoint.reading import MANIFEST, MARKER, POLICY, STATE, Checkpoint, open_checkpoint
 from megatron_rlpt.errors import CheckpointError
+from megatron_rlpt.huggingface import copy_settings
 from megatron_rlpt.observe import get_logger
+from megatron_rlpt.ranks import Ranks
 
+T = TypeVar("T")
 _log = get_logger(__name__)
 
-MARKER = "COMPLETE"
-POLICY = "policy"
-STATE = "state.json"
-_PUBLISHED = re.compile(r"step-\d{8,}")
-_HEADROOM = 1.1
-"""A new checkpoint may be this much larger than the last before the disk counts as full."""
+
+class Writing(Protocol):
+    """One rank's part in writing the policy's state, planned."""
+
+    def write(self) -> tuple[list[Path], Any]:
+        """Write this rank's files to the disk itself; may run in another thread, and waits for no other rank.
+
+        Returns:
+            The files, and what ``conclude`` needs of every rank (picklable).
+        """
+
+    def conclude(self, results: list[Any]) -> list[Path]:
+        """On the main rank, once every rank has written: write what makes it one, given what each ``write`` said."""
+
+
+class Savable(Protocol):
+    """The policy as its checkpoints see it."""
+
+    def layout_text(self) -> str:
+        """The layout it is trained under, for people to read."""
+
+    def begin_save(self, folder: Path, snapshot: bool) -> Writing:
+        """Plan to write the state as it is now into ``folder``, which exists; a collective.
+
+        With ``snapshot`` the state may change before it has been written; what is written is that of this moment.
+        """
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
+class _Written:
+    """What one rank has to say about its writing."""
 
-    folder: Path
-    state: dict[str, Any]
+    files: dict[str, FileSum]
+    result: Any
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint on its way to the disk."""
+
+    step: int
+    final: Path
+    layout: str
+    writing: Writing
+    written: Future[_Written]
 
     @property
-    def step(self) -> int:
-        """Steps done."""
-        return int(self.state["step"])
+    def partial(self) -> Path:
+        return folders.partial_of(self.final)
 
-    @property
-    def policy(self) -> Path:
-        """Folder of the policy's own state."""
-        return self.folder / POLICY
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How something went on one rank."""
+
+    value: Any = None
+    reason: str = ""
+    """Why it failed, in one line; empty if it did not."""
+    line: str = ""
+    """The whole message, where it is made already."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run; the newest ``keep`` stay."""
+    """The checkpoints of one run; the newest ``keep`` stay.
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    As a context manager it waits for a checkpoint in the background when it is left.
+    """
+
+    def __init__(self, folder: Path, keep: int, ranks: Ranks | None = None, background: bool = False) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            folder: where they lie; on storage that all ranks share.
+            keep: how many stay.
+            ranks: the ranks that save and load together; None is a world of one.
+            background: let ``save`` return while files are being written.
+        """
         self._folder = folder
         self._keep = keep
+        self._ranks = ranks or Ranks()
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._underway: _Save | None = None
 
-    def save(self, step: int, state: dict[str, Any], save_policy: Callable[[Path], None]) -> Path:
+    def save(self, step: int, state: dict[str, Any], policy: Savable, model: Path) -> Path | None:
         """Publish the checkpoint of ``step`` and sweep away what is older than the newest ``keep``.
+
+        In the background it returns once everything that the next step could change is copied; the checkpoint is
+        published by a later ``poll``, ``save`` or ``finish``. One save waits for the one before it.
 
         Args:
             step: steps done.
-            state: JSON-serialisable state; ``step`` is added.
-            save_policy: writes the policy's state into the folder it is given.
+            state: JSON-serialisable state, that of the main rank is kept; ``step`` is added.
+            policy: what writes the policy's state.
+            model: the starting model's folder, whose configuration and tokenizer files are copied.
+
+        Returns:
+            The published checkpoint; None while it is written in the background.
 
         Raises:
-            CheckpointError: it could not be written. Checkpoints already published are untouched.
+            CheckpointError: this one, or the one before it in the background, could not be written. Checkpoints
+                already published are untouched.
         """
-        final = self._folder / f"step-{step:08d}"
-        partial = final.with_name(final.name + ".partial")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._sweep_partials()
-            self._require_space()
-            partial.mkdir()
-            save_policy(partial / POLICY)
-            (partial / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
-            _flush(partial)
-            (partial / MARKER).write_text("", encoding="utf-8")
-            _sync(partial)
-            # The same step saved again: the old one goes only once the new one is in its place.
-            replaced = _set_aside(final) if final.exists() else None
-            os.rename(partial, final)
-            _sync(self._folder)
-            if replaced:
-                shutil.rmtree(replaced)
-        except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"checkpoint {final} could not be written ({_reason(error)}); free space or choose another run.dir, "
-                f"then start again: {self._last_good()}"
-            ) from error
-        for old in self._published()[: -self._keep]:
-            try:
-                shutil.rmtree(_set_aside(old))
-            except OSError as error:  # the new one is safe; an old one that stays only costs space
-                _log.warning("could not remove an old checkpoint", path=old, reason=error)
+        self.finish()
+        final = self._folder / folders.name_of(step)
+        partial = folders.partial_of(final)
+        with self._discarding(final):
+            self._on_main(final, lambda: self._prepare(partial, state | {"step": step}, model))
+            self._everywhere(final, lambda: _require_shared(partial))
+            writing = self._everywhere_own(
+                final, lambda: policy.begin_save(partial / POLICY, snapshot=self._pool is not None)
+            )
+        self._underway = _Save(step, final, policy.layout_text(), writing, self._start(writing, partial))
+        return self.finish() if self._pool is None else None
+
+    def poll(self) -> Path | None:
+        """Publish the checkpoint in the background if every rank has written its part; else nothing happens.
+
+        Returns:
+            The checkpoint if it was published by this call.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        underway = self._underway
+        if underway is None or not all(self._ranks.all_gather(underway.written.done())):
+            return None
+        return self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint in the background, if there is one, and publish it.
+
+        Returns:
+            The checkpoint if there was one.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        underway, self._underway = self._underway, None
+        if underway is None:
+            return None
+        final = underway.final
+        with self._discarding(final):
+            parts = self._everywhere(final, underway.written.result)
+            self._on_main(final, lambda: self._publish(underway, parts))
         return final
 
-    def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, or None if the run has none.
+    def latest(self, allow_previous: bool = False) -> Checkpoint | None:
+        """The newest checkpoint, every file of it compared with its manifest, or None if the run has none.
+
+        Args:
+            allow_previous: pass over damaged ones, which are renamed to ``*.damaged``, with a warning.
 
         Raises:
-            CheckpointError: a published checkpoint is damaged.
+            CheckpointError: the newest one is damaged (names the file), or all are and ``allow_previous`` is set.
         """
-        published = self._published()
-        if not published:
-            return None
-        folder = published[-1]
-        if not (folder / MARKER).is_file():
-            raise CheckpointError(
-                f"{folder} has no {MARKER} marker, so it is not whole; delete it to go on from the one before"
-            )
+        names = self._on_main(self._folder, lambda: [path.name for path in folders.published(self._folder)])
+        damaged: list[Path] = []
+        for index in reversed(range(len(names))):
+            folder = self._folder / names[index]
+            found, damage = open_checkpoint(folder, self._ranks)
+            if found is not None:
+                if damaged:
+                    self._on_main(folder, lambda: folders.mark_damaged(damaged))
+                return found
+            before = self._folder / names[index - 1] if index else None
+            if not allow_previous or before is None:
+                way_on = (
+                    f"checkpoint.allow_previous=true goes on from {before}"
+                    if before
+                    else "there is none before it: bring the file back, or start anew with --fresh"
+                )
+                raise CheckpointError(f"checkpoint {folder} cannot be used: {damage}; {way_on}")
+            if self._ranks.is_main:
+                _log.warning("passing over a checkpoint", path=folder, reason=damage, next=before)
+            damaged.append(folder)
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Publish what is in the background; after an error only where no other rank could be missing."""
         try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            if not (isinstance(state, dict) and isinstance(state.get("step"), int)):
-                raise ValueError("it names no step")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder / STATE} cannot be read ({error}); delete {folder} to go on from the one before"
-            ) from None
-        return Checkpoint(folder, state)
+            if error is None or self._ranks.size == 1:
+                self.finish()
+            elif self._underway is not None:
+                _log.warning("leaving an unpublished checkpoint behind", path=self._underway.partial)
+        except CheckpointError as second:
+            if error is None:
+                raise
+            _log.error("checkpoint lost", reason=second)
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
 
-    def _published(self) -> list[Path]:
-        named = (path for path in self._folder.glob("step-*") if _PUBLISHED.fullmatch(path.name) and path.is_dir())
-        return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+    def _start(self, writing: Writing, partial: Path) -> Future[_Written]:
+        def write() -> _Written:
+            files, result = writing.write()
+            # Right after writing: the files are still in memory.
+            return _Written(sum_files(partial, [str(path.relative_to(partial)) for path in files]), result)
 
-    def _sweep_partials(self) -> None:
-        for path in self._folder.glob("step-*.partial"):
-            _log.warning("sweeping away an unfinished checkpoint", path=path)
-            shutil.rmtree(path)
+        if self._pool is not None:
+            return self._pool.submit(write)
+        done: Future[_Written] = Future()
+        try:
+            done.set_result(write())
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
-    def _require_space(self) -> None:
-        """Refuse before writing when the last checkpoint would not fit again: a full disk also breaks the logs."""
-        published = self._published()
-        if not published:
+    def _prepare(self, partial: Path, state: dict[str, Any], model: Path) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        folders.sweep_partials(self._folder)
+        folders.require_space(self._folder)
+        (partial / POLICY).mkdir(parents=True)
+        (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+        (partial / "hf").mkdir()
+        copy_settings(model, partial / "hf")
+
+    def _publish(self, save: _Save, parts: list[_Written]) -> None:
+        partial = save.partial
+        described = save.writing.conclude([part.result for part in parts])
+        own = [*described, partial / STATE, *(partial / "hf").iterdir()]
+        files = sum_files(partial, [str(path.relative_to(partial)) for path in own])
+        for part in parts:
+            files |= part.files
+        Manifest(save.step, save.layout, files, versions()).write(partial / MANIFEST)
+        # Files of the policy's state were flushed by the rank that wrote them; names are flushed here.
+        folders.flush(*own, partial / MANIFEST, partial / POLICY, partial / "hf", partial)
+        (partial / MARKER).write_text(FileSum.of(partial / MANIFEST).checksum + "\n", encoding="utf-8")
+        folders.flush(partial / MARKER, partial)
+        folders.publish(partial, save.final)
+        folders.retire(self._folder, self._keep)
+
+    def _on_main(self, final: Path, work: Callable[[], T]) -> T:
+        """``work`` on the main rank, and its result, or its failure, on every rank."""
+        outcome = self._ranks.broadcast(_try(work) if self._ranks.is_main else _Outcome())
+        self._require([outcome], final)
+        return outcome.value
+
+    def _everywhere(self, final: Path, work: Callable[[], T]) -> list[T]:
+        """``work`` on every rank, and its results, or its failures, on every rank."""
+        outcome = _try(work)
+        self._ranks.barrier(f"the end of its part of checkpoint {final.name}")
+        outcomes = self._ranks.all_gather(outcome)
+        self._require(outcomes, final)
+        return [outcome.value for outcome in outcomes]
+
+    def _everywhere_own(self, final: Path, work: Callable[[], T]) -> T:
+        """The same, where results stay on their rank."""
+        own: list[T] = []
+        self._everywhere(final, lambda: own.append(work()))
+        return own[0]
+
+    def _require(self, outcomes: list[_Outcome], final: Path) -> None:
+        failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome.reason or outcome.line}
+        if not failed:
             return
-        needed = int(_HEADROOM * sum(path.stat().st_size for path in published[-1].rglob("*") if path.is_file()))
-        free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise CheckpointError(
-                f"disk full: a checkpoint needs about {needed / 2**20:,.0f} MiB and {self._folder} has "
-                f"{free / 2**20:,.0f} MiB free; free space, then start again: {self._last_good()}"
-            )
+        rank, outcome = next(iter(failed.items()))
+        on_rank = f"rank {rank}: " if len(outcomes) > 1 else ""
+        raise CheckpointError(
+            outcome.line
+            or f"checkpoint {final} could not be written ({on_rank}{outcome.reason}); free space or choose another "
+            f"run.dir, then start again: {folders.last_good(self._folder)}"
+        )
 
-    def _last_good(self) -> str:
-        published = self._published()
-        return f"it goes on from {published[-1]}" if published else "no checkpoint has been written so far"
+    def _discarding(self, final: Path) -> _Discarding:
+        return _Discarding(folders.partial_of(final) if self._ranks.is_main else None)
 
 
-def _set_aside(published: Path) -> Path:
-    """Unpublish a checkpoint before it is removed: killed half-way, the removal leaves no damaged one with a marker."""
-    aside = published.with_name(published.name + ".old.partial")
-    os.rename(published, aside)
-    return aside
+class _Discarding:
+    """Removes an unfinished checkpoint when its save fails."""
+
+    def __init__(self, partial: Path | None) -> None:
+        self._partial = partial
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._partial is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _try(work: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(work())
+    except CheckpointError as error:
+        return _Outcome(line=str(error))
+    except Exception as error:
+        _log.debug("checkpoint failed", exc_info=True)
+        return _Outcome(reason=_reason(error))
+
+
+def _require_shared(partial: Path) -> None:
+    if not (partial / STATE).is_file():
+        raise FileNotFoundError(
+            f"{partial} of rank 0 is not visible on {os.uname().nodename}, and all ranks have to share run.dir"
+        )
 
 
 def _reason(error: BaseException) -> str:
@@ -166,18 +349,3 @@ def _reason(error: BaseException) -> str:
         error = inner
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _flush(folder: Path) -> None:
-    """Everything under ``folder`` on the disk before the marker says so, names included."""
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -98,24 +98,58 @@ def _init_state(optimizer: Any) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
-def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state)`` that also works with torch's Adam.
+def sharded_optimizer_state(optimizer: Any, model: Any, is_loading: bool) -> dict[str, Any]:
+    """Main weights and moments in the places of their parameters in ``model``, and the number of updates.
 
-    Megatron copies every entry of a parameter's state from the checkpoint's tensors, and the step counter is not
-    among these (it travels in the parameter group). So the counter is set first and kept aside during the copy.
+    Megatron's own ``sharded_state_dict`` adds the parameter groups of each optimizer in the chain, and a chain is as
+    long as the layout makes it: experts that are spread over ranks have an optimizer of their own. The groups hold what
+    configuration and schedule set anyway, and one thing more, the number of updates.
+
+    Args:
+        optimizer: Megatron's, one or a chain.
+        model: the sharded state of every piece of the model, its data the parameters themselves.
+        is_loading: leave the tensors empty.
     """
-    (part,) = _parts(optimizer)
-    tensors = state.pop("param_state")
-    sharding = state.pop("param_state_sharding_type")
-    assert sharding == "fully_reshardable", sharding
-    part.load_state_dict(state)
-    counters = {parameter: values.pop("step", None) for parameter, values in part.optimizer.state.items()}
-    part.load_parameter_state_from_fully_reshardable(tensors)
-    for parameter, counter in counters.items():
-        if counter is not None:
-            # One counter each: load_state_dict leaves the same tensor in every entry, which Adam would add to often.
-            part.optimizer.state[parameter]["step"] = counter.clone()
+    return {
+        "updates": _updates(optimizer),
+        "tensors": {
+            number: part.sharded_param_state_fully_reshardable(model, is_loading, {})
+            for number, part in enumerate(_parts(optimizer))
+        },
+    }
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Take over a ``sharded_optimizer_state`` whose tensors were filled.
+
+    Megatron copies every entry of a parameter's state from the checkpoint's tensors, and torch's step counter, which is
+    one of these entries, is not among the tensors: it is kept aside during the copy.
+    """
+    updates = int(state["updates"])
+    for number, part in enumerate(_parts(optimizer)):
+        torch_adam = isinstance(part.optimizer, torch.optim.Adam)
+        if torch_adam:
+            for entries in part.optimizer.state.values():
+                entries.pop("step", None)
+        part.load_parameter_state_from_fully_reshardable(state["tensors"][number])
+        if torch_adam:
+            for entries in part.optimizer.state.values():
+                entries["step"] = torch.tensor(float(updates))  # one each: Adam adds to it in place
+        else:
+            for group in part.optimizer.param_groups:
+                group["step"] = updates
+
+
+def _updates(optimizer: Any) -> int:
+    """Number of updates behind the optimizer's state; 0 where this rank has no state."""
+    counters = [0]
+    for part in _parts(optimizer):
+        counters += [int(entries["step"]) for entries in part.optimizer.state.values() if "step" in entries]
+        counters += [int(group["step"]) for group in part.optimizer.param_groups if "step" in group]
+    return max(counters)
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    """The optimizers of a chain that have parameters on this rank."""
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chain if not part.is_stub_optimizer]

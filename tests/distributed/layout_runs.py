@@ -97,7 +97,8 @@ def configuration(
         # A bucket that holds a few tensors only.
         rollout=RolloutConfig(sync_bucket_mib=1),
         objective=ObjectiveConfig(name=objective, beta=0.4),
-        optimizer=OptimizerConfig(lr=0.003, warmup_steps=1, weight_decay=0.1),
+        # Not Adam's usual epsilon: with it the rounding of a gradient near zero becomes a whole step in its direction.
+        optimizer=OptimizerConfig(lr=0.003, warmup_steps=1, weight_decay=0.1, eps=1e-3),
         train=TrainConfig(steps=10, global_batch=8, micro_batch=2, logprob_chunk=5, recompute=recompute),
     )
 

@@ -10,11 +10,19 @@ from llamas import make_examples, make_policy, same, save_llama, weights_of
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.config import Dtype, ObjectiveName
 from megatron_rlpt.errors import CheckpointError
+from megatron_rlpt.policy.policy import Policy
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     return save_llama(tmp_path_factory.mktemp("llama") / "untied", tie_word_embeddings=False)
+
+
+def save(policy: Policy, folder: Path) -> None:
+    folder.mkdir()
+    writing = policy.begin_save(folder, snapshot=False)
+    _, written = writing.write()
+    writing.conclude([written])
 
 
 CASES = {
@@ -32,7 +40,7 @@ def test_a_loaded_policy_goes_on_bit_for_bit(llama, tmp_path, case, before):
     uninterrupted, resumed = make_policy(llama, **parts), make_policy(llama, **parts)
     for seed in range(before):
         uninterrupted.update(make_examples(seed=seed))
-    uninterrupted.save(tmp_path / "policy")
+    save(uninterrupted, tmp_path / "policy")
     # What the other policy did before loading must not show through.
     resumed.update(make_examples(seed=99))
     resumed.load(tmp_path / "policy")
@@ -47,7 +55,7 @@ def test_a_loaded_policy_goes_on_bit_for_bit(llama, tmp_path, case, before):
 def test_saving_does_not_change_what_comes_after(llama, tmp_path):
     saved, plain = make_policy(llama), make_policy(llama)
     for seed in range(2):
-        saved.save(tmp_path / str(seed))
+        save(saved, tmp_path / str(seed))
         assert saved.update(make_examples(seed=seed)) == plain.update(make_examples(seed=seed))
     assert same(weights_of(saved), weights_of(plain))
 
@@ -56,7 +64,7 @@ def test_saving_does_not_change_what_comes_after(llama, tmp_path):
 def test_a_checkpoint_that_lacks_a_part_is_an_error(llama, tmp_path, part):
     policy = make_policy(llama, ObjectiveName.rf_nll)
     policy.update(make_examples(width=1))
-    policy.save(tmp_path / "policy")
+    save(policy, tmp_path / "policy")
     for path in (tmp_path / "policy").glob(part):
         path.unlink()
     # Exception and not BaseException, as torch has it: only so can a caller turn it into one line.
@@ -67,7 +75,7 @@ def test_a_checkpoint_that_lacks_a_part_is_an_error(llama, tmp_path, part):
 def test_a_policy_that_the_disk_has_no_room_for_is_one_line_and_leaves_the_last_checkpoint(llama, tmp_path):
     """The kernel refuses to let a file grow beyond 40 kB, as a full disk does; Megatron writes in other processes."""
     policy, store = make_policy(llama), CheckpointStore(tmp_path, keep=1)
-    store.save(0, {}, policy.save)
+    store.save(0, {}, policy, llama)
     expected = weights_of(policy)
     policy.update(make_examples())
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -75,7 +83,7 @@ def test_a_policy_that_the_disk_has_no_room_for_is_one_line_and_leaves_the_last_
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"could not be written .*it goes on from") as caught:
-            store.save(1, {}, policy.save)
+            store.save(1, {}, policy, llama)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -84,5 +92,5 @@ def test_a_policy_that_the_disk_has_no_room_for_is_one_line_and_leaves_the_last_
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
     policy.load(store.latest().policy)
     assert same(weights_of(policy), expected)
-    store.save(1, {}, policy.save)
+    store.save(1, {}, policy, llama)
     assert store.latest().step == 1

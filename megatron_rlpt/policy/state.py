@@ -1,0 +1,102 @@
+"""What a policy needs to go on, in a form that any layout can take over.
+
+Every tensor is described by its name in the whole model and its place in it, not by the rank that holds it
+(``megatron/core/dist_checkpointing/mapping.py: ShardedTensor``). So what one layout has saved, another loads: each rank
+asks for the places that it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+from megatron_rlpt.checkpoint.sharded import ShardedWriting, read_sharded
+from megatron_rlpt.policy.model import HiddenStateModel
+from megatron_rlpt.policy.optimizer import load_optimizer_state, sharded_optimizer_state
+from megatron_rlpt.policy.reference import ReferenceWeights
+
+
+class PolicyState:
+    """Weights, optimizer, schedule, version and (when it moves) reference of a policy, to save and to load.
+
+    Its methods are collectives and belong inside ``DeviceRuntime.megatron()``.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[HiddenStateModel],
+        optimizer: Any,
+        scheduler: Any,
+        reference: ReferenceWeights | None,
+    ) -> None:
+        """Nothing is copied yet.
+
+        Args:
+            pieces: this rank's pieces of the model, one per virtual stage.
+            optimizer: Megatron's, of these pieces.
+            scheduler: Megatron's, of this optimizer.
+            reference: weights of an earlier version; None where there are none, or where they are those of the
+                starting model and will be read from there again.
+        """
+        self._pieces = pieces
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._reference = reference
+
+    def begin_save(self, version: int, folder: Path, snapshot: bool) -> ShardedWriting:
+        """Plan to write the state of ``version`` into ``folder``; see ``checkpoint/sharded.py``.
+
+        The weights of the last update must have been gathered. With ``snapshot`` it may change before it is written.
+        """
+        return ShardedWriting(self._sharded(version, is_loading=False), folder, snapshot)
+
+    def load(self, folder: Path) -> int:
+        """Take over what was written, under whatever layout, and return its version.
+
+        Raises:
+            Exception: whatever Megatron raises for a missing or unreadable part; the caller names the checkpoint.
+        """
+        state = read_sharded(self._sharded(0, is_loading=True), folder)
+        for number, piece in enumerate(self._pieces):
+            piece.load_state_dict(state["model"][number])
+        load_optimizer_state(self._optimizer, state["optimizer"])
+        self._scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps to its own
+        self._scheduler.load_state_dict(state["scheduler"])
+        if self._reference is not None:
+            loaded = [
+                state["reference"][number][name]
+                for number, piece in enumerate(self._pieces)
+                for name, _ in piece.named_parameters()
+            ]
+            for kept, tensor in zip(self._reference.weights(), loaded, strict=True):
+                kept.copy_(tensor)
+            self._reference.version = int(state["reference_version"])
+        return int(state["version"])
+
+    def _sharded(self, version: int, is_loading: bool) -> dict[str, Any]:
+        model = {number: piece.sharded_state_dict() for number, piece in enumerate(self._pieces)}
+        state: dict[str, Any] = {
+            "version": version,
+            "model": model,
+            "optimizer": sharded_optimizer_state(self._optimizer, model, is_loading),
+            "scheduler": self._scheduler.state_dict(),
+        }
+        if self._reference is not None:
+            state["reference"] = self._sharded_reference(model)
+            state["reference_version"] = self._reference.version
+        return state
+
+    def _sharded_reference(self, model: dict[int, Any]) -> dict[int, Any]:
+        """The reference's tensors in the places of the parameters that they are earlier versions of."""
+        assert self._reference is not None
+        parameters = [parameter for piece in self._pieces for parameter in piece.parameters()]
+        earlier = dict(zip(parameters, self._reference.weights(), strict=True))
+        tensors, _ = extract_sharded_tensors_and_factories(model)
+        return dict_list_map_outplace(
+            lambda place: dataclasses.replace(place, key=f"reference.{place.key}", data=earlier[place.data]), tensors
+        )

@@ -1,0 +1,55 @@
+"""Policies that are one file, for tests of what happens around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class OneFile:
+    """A policy whose state is ``content``; ``before`` runs in ``write`` and may fail or wait."""
+
+    content: str = "weights"
+    before: Callable[[Path], None] = field(default=lambda _: None)
+
+    def layout_text(self) -> str:
+        return "1 rank: TP1"
+
+    def begin_save(self, folder: Path, snapshot: bool) -> OneFileWriting:
+        return OneFileWriting(folder, self.content, self.before)
+
+
+@dataclass
+class OneFileWriting:
+    folder: Path
+    content: str
+    before: Callable[[Path], None]
+
+    def write(self) -> tuple[list[Path], Any]:
+        path = self.folder / "weights"
+        path.write_text(self.content)
+        self.before(self.folder)
+        return [path], len(self.content)
+
+    def conclude(self, results: list[Any]) -> list[Path]:
+        path = self.folder / "whole"
+        path.write_text(str(results))
+        return [path]
+
+
+def make_model(folder: Path) -> Path:
+    """What a checkpoint copies from a model's folder, and what it leaves there."""
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def flip(path: Path, position: int = -1) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)

@@ -55,7 +55,14 @@ def test_a_gguf_file_becomes_what_transformers_makes_of_it(from_gguf, gguf_file)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
     loaded = AutoModelForCausalLM.from_pretrained(from_gguf).config.to_dict()
     for key, value in theirs.config.to_dict().items():
-        if key not in {"_name_or_path", "architectures", "rms_norm_eps", "unk_token_id", "quantization_config"}:
+        if key not in {
+            "_name_or_path",
+            "_model_name_or_path",
+            "architectures",
+            "rms_norm_eps",
+            "unk_token_id",
+            "quantization_config",
+        }:
             assert loaded.get(key) == value, key
     assert loaded["rms_norm_eps"] == pytest.approx(theirs.config.rms_norm_eps, rel=1e-6)
     one, other = (

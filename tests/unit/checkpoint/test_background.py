@@ -210,6 +210,22 @@ def test_no_process_is_started_to_write(tmp_path, model, runtime):
         assert children() == already
 
 
+def test_writing_is_not_slowed_down_by_a_second_checksum(tmp_path, runtime):
+    """Torch's own checksum of every tensor takes ten times as long as writing it."""
+    from megatron_rlpt.checkpoint.sharded import ShardedWriting
+
+    before = torch.serialization.get_crc32_options()
+    files, _ = ShardedWriting(Tensors(1000).sharded(), tmp_path, snapshot=False).write()
+    # The checksum's place in a zip entry's header: signature, version, flags, method, time, date, CRC-32.
+    tensors = [path.read_bytes() for path in files if path.suffix == ".distcp"]
+    for content in tensors:
+        start = content.index(b"archive/data/0") - 30
+        assert content[start : start + 4] == b"PK\x03\x04"
+        assert content[start + 14 : start + 18] == bytes(4)
+    assert tensors
+    assert torch.serialization.get_crc32_options() == before
+
+
 def test_a_shard_that_the_disk_has_no_room_for_is_told_and_training_goes_on(tmp_path, model, runtime):
     """The kernel refuses to let a file grow beyond 64 KiB, as a full disk does."""
     store = CheckpointStore(tmp_path, keep=1, background=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Source
 from megatron_rlpt.rollout.engine import RolloutEngine, sample_rollouts
-from megatron_rlpt.teacher.rewriter import Rewriter
+from megatron_rlpt.teacher.rewriter import Rewrites
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Proposer:
     """Proposes candidates. Order within a group: original, rewrite, rollouts; what is not offered is left out."""
 
     original: bool
-    rewriter: Rewriter | None
+    rewriter: Rewrites | None
     engine: RolloutEngine | None
     rollouts: int
     """Rollouts per episode; 0 without an engine."""

@@ -6,6 +6,9 @@
 One step takes ``train.global_batch`` episodes and makes at most one optimizer update. Generation, judging and the
 update follow each other, so every rollout comes from the weights it will change (staleness 0), and a run that was
 killed and resumed equals one that was not.
+
+All ranks of a run go through this loop together and hold the same episodes, groups and figures. How the work is divided
+among them is up to the parts: the engine spreads prompts, the judge groups, the policy examples.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.errors import TrainingError
 from megatron_rlpt.metrics import step_metrics
 from megatron_rlpt.objectives import Objective, Selection
-from megatron_rlpt.observe import StageTimer
+from megatron_rlpt.observe import StageTimer, get_logger
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.records import Group
 from megatron_rlpt.rollout.engine import RolloutEngine
+from megatron_rlpt.rollout.residency import Residency
 from megatron_rlpt.teacher.judge import Judge, check_failure_rate
+
+_log = get_logger(__name__)
 
 
 class Observer(Protocol):
@@ -40,7 +46,10 @@ class Saver(Protocol):
     """Keeps what is needed to go on after a stop."""
 
     def save(self, done: int) -> None:
-        """Publish a checkpoint of the run after ``done`` steps."""
+        """Publish a checkpoint of the run after ``done`` steps, or begin to write it in the background."""
+
+    def poll(self) -> None:
+        """Publish what was written in the background, if it is whole."""
 
 
 @dataclass
@@ -54,6 +63,7 @@ class Training:
     objective: Objective
     policy: Policy
     engine: RolloutEngine | None
+    residency: Residency
     observer: Observer
     saver: Saver
     timer: StageTimer
@@ -67,36 +77,41 @@ def train(run: Training) -> None:
     while run.done < config.train.steps:
         with stage("data"):
             episodes = run.stream.take(config.train.global_batch)
-        with stage("generate"):
+        with stage("generate"), run.residency.generating():
             groups, failed_rewrites = run.proposer.propose(episodes, run.policy.version)
         with stage("judge"):
             groups = run.judge.judge(groups) if run.judge else groups
             failure_rate = check_failure_rate(groups, config.teacher.max_failure_rate)
-        with stage("update"):
+        with stage("update"), run.residency.training():
             selection = run.objective.select(groups)
             figures = run.policy.update(selection.examples) if selection.examples else {}
-            require_agreement(figures, config.rollout.max_logprob_gap)
+            check_agreement(figures, config.rollout.warn_logprob_gap, config.rollout.max_logprob_gap)
         with stage("sync"):
             if run.engine and run.engine.version != run.policy.version:
                 run.engine.update_weights(run.policy.weights(), run.policy.version)
         run.done += 1
         metrics = step_metrics(groups, selection, figures, failure_rate, len(failed_rewrites), run.timer.end_step())
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
+        run.saver.poll()
         if run.done % config.checkpoint.every == 0 or run.done == config.train.steps:
             # After the step is recorded: a kill in between repeats the step, and the resumed run drops its record.
             with stage("checkpoint"):
                 run.saver.save(run.done)
 
 
-def require_agreement(figures: dict[str, float], limit: float) -> None:
-    """Stop when the engine that generated and the policy that learns disagree about the same tokens.
+def check_agreement(figures: dict[str, float], warn: float, stop: float) -> None:
+    """Compare what the engine that generated and the policy that learns say of the same tokens.
+
+    Above ``warn`` nats per token, mean absolute difference of log-probabilities, a warning is logged.
 
     Raises:
-        TrainingError: the mean absolute difference of log-probabilities is above ``limit`` nats per token.
+        TrainingError: the difference is above ``stop``.
     """
     gap = figures.get("logprob_gap", 0.0)
-    if gap > limit:
+    if gap > stop:
         raise TrainingError(
-            f"engine and trainer disagree by {gap:.3f} nats per token, more than rollout.max_logprob_gap = {limit:g}; "
+            f"engine and trainer disagree by {gap:.3f} nats per token, more than rollout.max_logprob_gap = {stop:g}; "
             "their weights or precision differ, so what was sampled is not what is trained"
         )
+    if gap > warn:
+        _log.warning("engine and trainer disagree", nats_per_token=gap, warn_logprob_gap=warn, max_logprob_gap=stop)

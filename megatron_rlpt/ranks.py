@@ -3,8 +3,8 @@
 Tensors travel through Megatron's groups. What goes through here is small and of the host: episodes, judged groups,
 decisions, "has everyone come this far". It uses gloo on every machine, because only gloo can tell who is missing.
 
-A *replica* is the set of ranks that hold one copy of the model. Its first rank is the *leader*: it generates and has
-judged the replica's share of the episodes, and afterwards every rank knows all of them.
+A *replica* is the set of ranks that hold one copy of the model. Its first rank is the *leader*: it has the replica's
+share of the episodes rewritten and judged, and afterwards every rank knows all of them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_rlpt.errors import ConfigError, TrainingError
+from megatron_rlpt.errors import ConfigError, RlptError, TrainingError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class ReplicaShape(Protocol):
@@ -107,7 +108,7 @@ class Ranks:
         rank: number of this process.
         size: number of processes.
         is_main: whether this is rank 0, which writes the run's files.
-        is_leader: whether this rank generates for its replica.
+        is_leader: whether this rank has a teacher.
     """
 
     def __init__(self, rank: int = 0, layout: ReplicaShape | None = None, timeout: float = 1800.0) -> None:
@@ -169,28 +170,61 @@ class Ranks:
         torch.distributed.broadcast_object_list(box, src=source, group=self._world)
         return box[0]
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of ``items``: leaders divide them in order, the others get none."""
-        if not self.is_leader:
-            return []
-        count = len(self._replicas)
-        return list(items[len(items) * self._mine // count : len(items) * (self._mine + 1) // count])
-
-    def collect(self, items: Sequence[T], phase: str) -> list[T]:
-        """All leaders' ``items`` in the order that ``share`` divided them, on every rank.
+    def on_main(self, work: Callable[[], R]) -> R:
+        """``work()`` of rank 0, and its result on every rank.
 
         Raises:
-            TrainingError: a rank did not reach ``phase`` in time.
+            RlptError: ``work`` did; the same on every rank.
         """
         if self.size == 1:
-            return list(items)
+            return work()
+        return _unpack(self.broadcast(_attempt(work) if self.is_main else _Outcome()))
+
+    def divide(self, items: Sequence[T], work: Callable[[list[T]], Sequence[R]], phase: str) -> list[R]:
+        """``work`` on ``items``, divided among the leaders in order; every rank gets all results in order.
+
+        Args:
+            items: the same on every rank.
+            work: one result per item; called on leaders only.
+            phase: what others may wait for, for the error.
+
+        Raises:
+            RlptError: ``work`` did on some rank; the same on every rank.
+            TrainingError: a rank did not finish in time.
+        """
+        if self.size == 1:
+            return list(work(list(items)))
+        count = len(self._replicas)
+        share = list(items[len(items) * self._mine // count : len(items) * (self._mine + 1) // count])
+        outcomes: list[Any] = [None] * count
+        mine = _attempt(lambda: list(work(share))) if self.is_leader else _Outcome()
         self.barrier(phase)
-        parts: list[Any] = [None] * len(self._replicas)
         if self.is_leader:
-            torch.distributed.all_gather_object(parts, list(items), group=self._leaders)
+            torch.distributed.all_gather_object(outcomes, mine, group=self._leaders)
         if len(self._replicas[self._mine]) > 1:
-            torch.distributed.broadcast_object_list(parts, src=self._replicas[self._mine][0], group=self._replica)
-        return [item for part in parts for item in part]
+            torch.distributed.broadcast_object_list(outcomes, src=self._replicas[self._mine][0], group=self._replica)
+        return [item for outcome in outcomes for item in _unpack(outcome)]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What work came to, in a form that travels."""
+
+    value: Any = None
+    error: RlptError | None = None
+
+
+def _attempt(work: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(work())
+    except RlptError as error:
+        return _Outcome(error=error)
+
+
+def _unpack(outcome: _Outcome) -> Any:
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
 
 
 def _replicas(layout: ReplicaShape) -> list[list[int]]:

@@ -5,45 +5,48 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy
-import torch
 
 from megatron_rlpt.candidates import Proposer
-from megatron_rlpt.checkpoint import CheckpointStore
-from megatron_rlpt.checkpoint.store import Checkpoint
+from megatron_rlpt.checkpoint import Checkpoint, CheckpointStore
 from megatron_rlpt.config import Config, flatten, to_yaml
 from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.errors import CheckpointError, ConfigError, ModelError
 from megatron_rlpt.huggingface import export_folder
-from megatron_rlpt.loop import Training, train
+from megatron_rlpt.loop import Observer, Training, train
 from megatron_rlpt.objectives import Selection, build_objective
 from megatron_rlpt.observe import MetricsWriter, Progress, SampleTable, StageTimer, get_logger, open_metrics
 from megatron_rlpt.observe.log import setup_logging
 from megatron_rlpt.policy.families import read_architecture
-from megatron_rlpt.policy.policy import Policy
+from megatron_rlpt.policy.layout import check_batch
+from megatron_rlpt.policy.policy import Policy, check_policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.policy.weights import drain
+from megatron_rlpt.randomness import random_state, seed_all, set_random_state
+from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Group
+from megatron_rlpt.rollout.build import build_residency, start_policy_engine
 from megatron_rlpt.teacher.build import build_teacher
 from megatron_rlpt.tokenizer import PolicyTokenizer
 
 _log = get_logger(__name__)
 
-_MAY_CHANGE = ("observe.", "evaluation.", "data.heldout", "checkpoint.", "run.dir", "rollout.max_batch",
-               "rollout.kv_cache_gib", "teacher.kv_cache_gib")  # fmt: skip
-"""Configuration that a resumed run may change, because it does not change what is learned."""
+_MAY_CHANGE = ("observe.", "evaluation.", "data.heldout", "checkpoint.", "run.dir", "parallel.", "train.micro_batch",
+               "train.logprob_chunk", "train.recompute", "optimizer.offload", "rollout.max_batch",
+               "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
+               "teacher.kv_cache_gib")  # fmt: skip
+"""Configuration that a resumed run may change, because it does not change what is learned; layout and micro-batch
+change the last bits of sums."""
 
 
 def run_training(config: Config, fresh: bool = False) -> None:
     """Train as ``config`` says, going on from the newest checkpoint of its run folder, and export the policy.
 
-    The folder ends with ``export/`` (a Hugging Face folder), ``checkpoints/``, ``metrics.jsonl``, ``samples.jsonl``,
-    ``config.yaml``, ``trace.jsonl`` and ``run.log``.
+    In a world of several ranks every rank calls this. The folder ends with ``export/`` (a Hugging Face folder),
+    ``checkpoints/``, ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml``, ``trace.jsonl``, ``run.log`` and, with
+    several ranks, ``logs/``.
 
     Args:
         config: the run.
@@ -53,39 +56,46 @@ def run_training(config: Config, fresh: bool = False) -> None:
         RlptError: anything a user can mend; the last good checkpoint is left as it was.
     """
     folder = Path(config.run.dir)
+    runtime = DeviceRuntime()
+    _, layout = check_policy(config, runtime.world)
+    check_batch(layout, config.train)
+    ranks = runtime.init_distributed(layout, config.parallel.timeout)
     if fresh:
-        _move_aside(folder)
-    store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
-    checkpoint = _checkpoint_of(folder, store, config)
-    if checkpoint is not None and checkpoint.step >= config.train.steps and (folder / "export").is_dir():
-        print(
-            f"{folder} is complete ({checkpoint.step} of {config.train.steps} steps); its policy is in {folder}/export"
-        )
-        return
-    try:
-        setup_logging(folder)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"run.dir {folder} cannot be written ({error}); choose another folder") from error
-    _seed_all(config.run.seed)
+        ranks.on_main(lambda: _move_aside(folder))
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep, ranks, config.checkpoint.background)
+    checkpoint = _checkpoint_of(folder, store, config, ranks)
     start = checkpoint.step if checkpoint else 0
+    if start >= config.train.steps and ranks.on_main(lambda: (folder / "export").is_dir()):
+        if ranks.is_main:
+            print(f"{folder} is complete ({start} of {config.train.steps} steps); its policy is in {folder}/export")
+        return
+    ranks.on_main(lambda: _open_folder(folder, config))
+    setup_logging(folder, rank=ranks.rank)
+    seed_all(config.run.seed)
     with contextlib.ExitStack() as stack:
         tokenizer = PolicyTokenizer(config.model.path)
-        progress = stack.enter_context(Progress(config.train.steps, start))
-        metrics = stack.enter_context(open_metrics(config, start))
-        samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer.decode, start)
-        observer = RunObserver(progress, metrics, stack.enter_context(samples))
-        timer = stack.enter_context(StageTimer(folder / "trace.jsonl", start, progress.stage))
-        run = build(config, tokenizer, observer, store, timer)
+        observer, timer = _observe(config, tokenizer, ranks, start, stack)
+        run = build(config, tokenizer, runtime, ranks, observer, store, timer)
+        stack.enter_context(store)
         if checkpoint is not None:
             restore(run, checkpoint)
         train(run)
-        export_folder(run.policy.weights(), Path(config.model.path), folder / "export")
+        store.finish()
+        if ranks.is_main:
+            export_folder(run.policy.weights(), Path(config.model.path), folder / "export")
+        else:
+            drain(run.policy.weights())
     _log.info("run complete", steps=run.done, version=run.policy.version, export=folder / "export")
 
 
 def build(
-    config: Config, tokenizer: PolicyTokenizer, observer: RunObserver, store: CheckpointStore, timer: StageTimer
+    config: Config,
+    tokenizer: PolicyTokenizer,
+    runtime: DeviceRuntime,
+    ranks: Ranks,
+    observer: Observer,
+    store: CheckpointStore,
+    timer: StageTimer,
 ) -> Training:
     """Build every part of a run at step 0. What can fail on bad input comes before what takes long to load."""
     folder = Path(config.run.dir)
@@ -96,18 +106,19 @@ def build(
             "tokenizer and weights belong to different models"
         )
     stream = EpisodeStream(
-        config.data, tokenizer.encode, config.run.seed, quarantine=folder / "quarantine.jsonl", bos_id=tokenizer.bos_id
+        config.data,
+        tokenizer.encode,
+        config.run.seed,
+        # Every rank reads the same documents; one of them writes down which are malformed.
+        quarantine=folder / "quarantine.jsonl" if ranks.is_main else None,
+        bos_id=tokenizer.bos_id,
     )
     _require_usable_corpus(config, tokenizer)
-    runtime = DeviceRuntime()
     objective = build_objective(config.objective)
     policy = Policy(config, objective, runtime)
-    teacher = build_teacher(config, str(runtime.device))
-    engine = None
-    if config.candidates.rollouts:
-        from megatron_rlpt.rollout.vllm_engine import start_policy_engine
-
-        engine = start_policy_engine(config)
+    teacher = build_teacher(config, str(runtime.device), ranks)
+    engine = start_policy_engine(config, policy, runtime, ranks) if config.candidates.rollouts else None
+    residency = build_residency(config, engine, policy)
     proposer = Proposer(
         original=config.candidates.original,
         rewriter=teacher.rewriter,
@@ -117,7 +128,9 @@ def build(
         run_seed=config.run.seed,
     )
     saver = RunSaver(config, store, stream, policy)
-    return Training(config, stream, proposer, teacher.judge, objective, policy, engine, observer, saver, timer)
+    return Training(
+        config, stream, proposer, teacher.judge, objective, policy, engine, residency, observer, saver, timer
+    )
 
 
 def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
@@ -140,7 +153,7 @@ def restore(run: Training, checkpoint: Checkpoint) -> None:
         run.policy.load(checkpoint.policy)
         state = checkpoint.state
         run.stream.load_state_dict(state["stream"])
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
         run.done = checkpoint.step
         if run.policy.version != state["version"]:
             raise CheckpointError(
@@ -178,6 +191,15 @@ class RunObserver:
         self.progress.step(step, metrics, seconds)
 
 
+class Unobserved:
+    """The observer of a rank that reports nothing."""
+
+    def step(
+        self, step: int, version: int, metrics: dict[str, float], groups: Sequence[Group], selection: Selection
+    ) -> None:
+        """Nothing: rank 0 says it all."""
+
+
 @dataclass(frozen=True)
 class RunSaver:
     """Writes every piece of a run's state into one checkpoint."""
@@ -188,15 +210,22 @@ class RunSaver:
     policy: Policy
 
     def save(self, done: int) -> None:
-        """Publish a checkpoint after ``done`` steps."""
+        """Publish a checkpoint after ``done`` steps, or begin to write it in the background."""
         state = {
             "version": self.policy.version,
             "stream": self.stream.state_dict(),
-            "random": _random_state(),
+            "random": random_state(),
             "config": flatten(self.config),
         }
-        path = self.store.save(done, state, self.policy.save)
-        _log.info("checkpoint", path=path, steps=done)
+        self._report(self.store.save(done, state, self.policy, Path(self.config.model.path)))
+
+    def poll(self) -> None:
+        """Publish what was written in the background, if every rank has written its part."""
+        self._report(self.store.poll())
+
+    def _report(self, published: Path | None) -> None:
+        if published is not None:
+            _log.info("checkpoint", path=published)
 
 
 def _selected(selection: Selection) -> dict[str, tuple[int | None, int | None, str | None]]:
@@ -207,11 +236,34 @@ def _selected(selection: Selection) -> dict[str, tuple[int | None, int | None, s
     return chosen | {episode: (None, None, reason) for episode, reason in selection.skipped.items()}
 
 
-def _checkpoint_of(folder: Path, store: CheckpointStore, config: Config) -> Checkpoint | None:
+def _open_folder(folder: Path, config: Config) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.dir {folder} cannot be written ({error}); choose another folder") from error
+
+
+def _observe(
+    config: Config, tokenizer: PolicyTokenizer, ranks: Ranks, start: int, stack: contextlib.ExitStack
+) -> tuple[Observer, StageTimer]:
+    """Who is told of every step: on rank 0 display, files and trackers, elsewhere nobody."""
+    if not ranks.is_main:
+        return Unobserved(), stack.enter_context(StageTimer(None, start))
+    folder = Path(config.run.dir)
+    progress = stack.enter_context(Progress(config.train.steps, start))
+    metrics = stack.enter_context(open_metrics(config, start))
+    samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer.decode, start)
+    observer = RunObserver(progress, metrics, stack.enter_context(samples))
+    return observer, stack.enter_context(StageTimer(folder / "trace.jsonl", start, progress.stage))
+
+
+def _checkpoint_of(folder: Path, store: CheckpointStore, config: Config, ranks: Ranks) -> Checkpoint | None:
     """The checkpoint to go on from; a folder with a run in it but no checkpoint is not silently started over."""
-    checkpoint = store.latest()
+    checkpoint = store.latest(config.checkpoint.allow_previous)
+    metrics = folder / "metrics.jsonl"
     if checkpoint is None:
-        if (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size:
+        if ranks.on_main(lambda: metrics.is_file() and metrics.stat().st_size > 0):
             raise CheckpointError(
                 f"{folder} holds steps of an earlier run but no checkpoint to go on from; start anew with --fresh "
                 "(which moves the folder aside) or choose another run.dir"
@@ -235,39 +287,3 @@ def _move_aside(folder: Path) -> None:
         number += 1
     os.rename(folder, target)
     print(f"moved {folder} to {target}")
-
-
-def _seed_all(seed: int) -> None:
-    """What we draw has a seed of its own; this is for libraries that draw from the process-wide generators."""
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _random_state() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = numpy.random.get_state()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, [int(key) for key in keys], position, has_gauss, cached],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": [state.numpy().tobytes().hex() for state in _cuda_states()],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
-    torch.set_rng_state(_bytes_tensor(state["torch"]))
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_bytes_tensor(text) for text in state["cuda"]])
-
-
-def _cuda_states() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _bytes_tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

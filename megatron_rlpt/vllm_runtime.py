@@ -15,28 +15,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
+"""What torchrun sets beside them. With its TORCHELASTIC_USE_AGENT_STORE every new store waits for a server that
+somebody else runs (torch/distributed/rendezvous.py), and an engine would wait for ever. Slurm's variables stay: neither
+vLLM nor torch reads them."""
 
 
 @contextmanager
-def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterator[dict[str, Any]]:
+def vllm_environment(
+    kv_cache_gib: float, *, in_process: bool = True, gpu: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Build a vLLM engine inside this block; environment, random state and thread count are restored after it.
 
     Use it as ``with vllm_environment(1.0) as arguments: llm = LLM(model=..., **arguments)``.
 
     Args:
         kv_cache_gib: memory for the engine's key-value cache in GiB; fractions are fine.
-        in_process: run the engine core in this process. False starts it in a process of its own (needed beside a
-            ``torch.distributed`` world of more than one rank) and hides the launcher's variables from it, because
-            vLLM would take them for its own world.
+        in_process: run the engine core in this process. False starts it in a process of its own, which is needed
+            beside a ``torch.distributed`` world of more than one rank. The program's entry script then needs its
+            ``if __name__ == "__main__"``.
+        gpu: the only GPU the engine may see, as this process counts them; only for a process of its own.
 
     Yields:
         The keyword arguments of ``vllm.LLM`` that belong to this environment.
@@ -62,8 +61,14 @@ def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterato
     # (no tokenizer, tied output layers that get no weights of their own), with tracebacks.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not in_process:
-        for name in _LAUNCHER_VARIABLES:
-            os.environ.pop(name, None)
+        # A fork would keep the world's sockets open, and its peers would not see this process end.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
+    # vLLM would take the trainer's world for its own.
+    for name in list(os.environ):
+        if name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES):
+            del os.environ[name]
     # The first engine of a process freezes vLLM's view of the environment (vllm/envs.py: enable_envs_cache).
     if (envs := sys.modules.get("vllm.envs")) is not None:
         envs.disable_envs_cache()
@@ -80,6 +85,12 @@ def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterato
             # A prompt prefilled in parts rewinds its seeded generator, which CPU generators cannot do: "CPU Generator
             # does not use offset" (vllm/v1/worker/gpu_model_runner.py: _bookkeeping_sync).
             arguments["enable_chunked_prefill"] = False
+            if not in_process:
+                from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+                # By name, vllm/platforms/cpu.py turns it into one more process, to bind threads to cores, which we do
+                # not want; that process would start as slowly as the engine's and not end with it.
+                arguments["distributed_executor_backend"] = UniProcExecutor
         yield arguments
     finally:
         os.environ.clear()
@@ -92,3 +103,9 @@ def vllm_environment(kv_cache_gib: float, *, in_process: bool = True) -> Iterato
         # The CPU worker replaces the function itself (vllm/v1/worker/cpu_worker.py: init_device).
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+
+
+def _visible_gpu(index: int) -> str:
+    """What CUDA_VISIBLE_DEVICES must be for a child process to see only the GPU that is ``index`` here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)

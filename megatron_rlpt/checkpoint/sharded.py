@@ -36,6 +36,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_rlpt.policy.compat import own_writer_arguments
+
 COMMON = "common.pt"
 _BACKEND, _VERSION = "torch_dist", 1
 _FILES_PER_RANK = 2
@@ -65,7 +67,9 @@ class ShardedWriting:
                 strategy = FullyParallelSaveStrategyWrapper(strategy, group)
             # Asked for only by the processes that are not started here.
             filesystem_async._results_queue = queue.SimpleQueue()
-            self._writer, self._metadata = strategy.async_save(sharded, str(folder))
+            self._writer, self._metadata = strategy.async_save(
+                sharded, str(folder), **own_writer_arguments(strategy.async_save)
+            )
         self._folder = folder
         buckets = self._writer.preload_tensors(self._writer.write_buckets)
         self._buckets = _copied(buckets, lasting) if snapshot else buckets
@@ -163,7 +167,8 @@ def _without_crc() -> Iterator[None]:
 class _Plan(TorchDistSaveShardedStrategy):
     """Megatron's strategy, stopped after its plan."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> tuple[Any, Any]:
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *strategy: str) -> tuple[Any, Any]:
+        # From Megatron-Core 0.17 on it is also told who writes.
         _, metadata, _ = planned
         return writer, metadata
 

@@ -33,19 +33,24 @@ def get_logger(name: str) -> Logger:
     return Logger(logging.getLogger(ROOT if short == ROOT else f"{ROOT}.{short}"), {})
 
 
-def setup_logging(run_dir: Path | None = None, level: int = logging.INFO) -> None:
+def setup_logging(run_dir: Path | None = None, level: int = logging.INFO, rank: int = 0) -> None:
     """Send the log to standard error and, given a run folder, append it to ``<run_dir>/run.log`` as well.
 
-    Calling it again replaces the earlier set-up. Other packages' loggers are left as they are.
+    Ranks other than 0 show warnings only and write ``<run_dir>/logs/rank-<number>.log``: a thousand equal lines help
+    nobody, and the one that differs is looked for by its rank. Calling it again replaces the earlier set-up. Other
+    packages' loggers are left as they are.
     """
     logger = logging.getLogger(ROOT)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     handlers: list[logging.Handler] = [_Stderr()]
+    if rank:
+        handlers[0].setLevel(logging.WARNING)
     if run_dir is not None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(run_dir / "run.log", encoding="utf-8"))
+        path = run_dir / "logs" / f"rank-{rank:05d}.log" if rank else run_dir / "run.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(LineFormatter())
         logger.addHandler(handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections import defaultdict
@@ -13,22 +12,47 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch.distributed.checkpoint import CheckpointException
 
+from megatron_rlpt.checkpoint.sharded import ShardedWriting
 from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ModelError, TrainingError
-from megatron_rlpt.objectives import Example, LossTerms, Objective
+from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Objective
+from megatron_rlpt.policy import precision
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
-from megatron_rlpt.policy.families import Shape, read_architecture
-from megatron_rlpt.policy.layout import check_layout, layout_of
+from megatron_rlpt.policy.families import Architecture, Shape, read_architecture
+from megatron_rlpt.policy.layer_spec import describe_layers
+from megatron_rlpt.policy.layout import Layout, check_layout, layout_of
 from megatron_rlpt.policy.model import build_model
-from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler, load_optimizer_state
+from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler
 from megatron_rlpt.policy.passes import Passes
+from megatron_rlpt.policy.precision import length_multiple
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.policy.state import PolicyState
 from megatron_rlpt.policy.weights import WeightSource, load_weights
 
 _log = logging.getLogger(__name__)
+
+
+def check_policy(config: Config, world: int) -> tuple[Architecture, Layout]:
+    """Whether a world of ``world`` ranks can train the model as ``config`` says; cheap, nothing is built.
+
+    Raises:
+        ModelError: the folder cannot be used, or its context is shorter than a training sequence.
+        ConfigError: the model cannot be cut over the ranks like that, or the precision is not to be had here.
+    """
+    folder = Path(config.model.path)
+    arch = read_architecture(folder)
+    if config.max_sequence > arch.max_positions:
+        raise ModelError(
+            f"data.max_prefix + data.suffix_length is {config.max_sequence} tokens; {folder} allows "
+            f"{arch.max_positions}"
+        )
+    layout = layout_of(config.parallel, world)
+    check_layout(layout, arch)
+    precision.require(config.model.fp8, config.model.dtype)
+    precision.check_sizes(config.model.fp8, arch, layout)
+    return arch, layout
 
 
 class Policy:
@@ -43,31 +67,22 @@ class Policy:
     """
 
     def __init__(self, config: Config, objective: Objective, runtime: DeviceRuntime) -> None:
-        """Load the starting model of ``config.model.path``.
-
-        Raises:
-            ModelError: the folder cannot be used, or its context is shorter than a training sequence.
-            ConfigError: model, batch and world do not fit ``config.parallel``.
-        """
-        folder = Path(config.model.path)
-        self.arch = read_architecture(folder)
-        if config.max_sequence > self.arch.max_positions:
-            raise ModelError(
-                f"data.max_prefix + data.suffix_length is {config.max_sequence} tokens; {folder} allows "
-                f"{self.arch.max_positions}"
-            )
-        self.layout = layout_of(config.parallel, runtime.world)
-        check_layout(self.layout, self.arch)
+        """Load the starting model of ``config.model.path``; raises what ``check_policy`` does."""
+        self.arch, self.layout = check_policy(config, runtime.world)
         ranks = runtime.init_distributed(self.layout, config.parallel.timeout)
         _log.info("device runtime: %s", runtime.describe())
         _log.info("training layout: %s", self.layout.describe())
+        _log.info("layers: %s", describe_layers())
         self._runtime = runtime
         self._objective = objective
         self._train = config.train
         self._refresh_every = config.objective.reference_refresh
         self._overlap = config.parallel.overlap
-        pieces = build_model(self.arch, config.model.dtype, runtime, self.layout, config.train.recompute)
-        load_weights(pieces, self.arch, self.layout, folder)
+        self._length_multiple = length_multiple(self.layout, config.model.fp8)
+        pieces = build_model(
+            self.arch, config.model.dtype, runtime, self.layout, config.train.recompute, config.model.fp8
+        )
+        load_weights(pieces, self.arch, self.layout, Path(config.model.path))
         self._pieces = pieces
         self._passes = Passes(pieces, self.arch, self.layout, config.train.logprob_chunk)
         self._reference = ReferenceWeights(pieces, version=0) if objective.needs_reference else None
@@ -76,6 +91,9 @@ class Policy:
                 pieces, config.optimizer, config.model.dtype, config.parallel.overlap
             )
             self._scheduler = build_scheduler(self._optimizer, config.optimizer, config.train)
+        # A frozen reference is the starting model and is read from there again.
+        moving = self._reference if self._refresh_every else None
+        self._state = PolicyState(pieces, self._optimizer, self._scheduler, moving)
         bucket_bytes = config.rollout.sync_bucket_mib << 20
         self._source = WeightSource(pieces, self.arch, self.layout, ranks, bucket_bytes)
         self.version = 0
@@ -151,46 +169,47 @@ class Policy:
         """Name -> shape of every tensor of ``weights``."""
         return self._source.shapes
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and (when it moves) reference as a Megatron distributed checkpoint."""
-        from megatron.core import dist_checkpointing
+    def offload_optimizer(self) -> None:
+        """Move optimizer state to host memory and free the gradients' memory; nothing on a machine without a GPU."""
+        if self._runtime.on_cuda:
+            self._optimizer.offload_to_cpu()
+            for ddp in self._ddps:
+                ddp.offload_grad_buffers()
 
+    def restore_optimizer(self) -> None:
+        """Take back what ``offload_optimizer`` moved; nothing if it did not."""
+        if self._runtime.on_cuda:
+            for ddp in self._ddps:
+                ddp.restore_grad_buffers()
+            self._optimizer.restore_from_cpu()
+
+    def layout_text(self) -> str:
+        """The layout, for people to read."""
+        return self.layout.describe()
+
+    def begin_save(self, folder: Path, snapshot: bool) -> ShardedWriting:
+        """Plan to write weights, optimizer, schedule and (when it moves) reference, as they are now, into ``folder``.
+
+        Args:
+            folder: an existing folder.
+            snapshot: allow updates before everything has been written.
+        """
         self._gather_parameters()
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._runtime.megatron(), _plain_errors():
-            dist_checkpointing.save(self._sharded_state(is_loading=False), str(folder))
+        with self._runtime.megatron():
+            return self._state.begin_save(self.version, folder, snapshot)
 
     def load(self, folder: Path) -> None:
-        """Take over what ``save`` wrote.
+        """Take over what was written into ``folder``, under whatever layout.
 
         Raises:
             Exception: whatever Megatron raises for a missing or unreadable part; the caller names the checkpoint.
         """
-        from megatron.core import dist_checkpointing
-
-        if not (folder / "common.pt").is_file():
-            raise FileNotFoundError(f"{folder / 'common.pt'} does not exist")  # Megatron's own message crashes
-        with self._runtime.megatron(), _plain_errors():
-            state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
-            self._pieces[0].load_state_dict(state["model"])
-            load_optimizer_state(self._optimizer, state["optimizer"])
-            self._scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps to its own
-            self._scheduler.load_state_dict(state["scheduler"])
-        self.version = int(state["version"])
-
-    def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        model = self._pieces[0].sharded_state_dict()
-        return {
-            "model": model,
-            "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
-            "scheduler": self._scheduler.state_dict(),
-            "version": self.version,
-        }
+        with self._runtime.megatron():
+            self.version = self._state.load(folder)
 
     def _deal(self, examples: Sequence[Example]) -> list[Batch]:
         """This rank's micro-batches of an update."""
-        rounds = plan_rounds(examples, self._train.micro_batch, self.layout, self._padded(1))
+        rounds = plan_rounds(examples, self._train.micro_batch, self.layout, self._length_multiple)
         rank = parallel_state.get_data_parallel_rank()
         return [
             make_batch(one.shares[rank], self._runtime.device, rows=one.rows, length=one.length, share=_context_share())
@@ -198,11 +217,8 @@ class Policy:
         ]
 
     def _padded(self, length: int) -> int:
-        """``length`` rounded up to what context and sequence parallelism can divide."""
-        multiple = 2 * self.layout.context if self.layout.context > 1 else 1
-        if self.layout.sequence:
-            multiple *= self.layout.tensor
-        return -(-length // multiple) * multiple
+        """``length`` rounded up to what the layout can divide and the precision can take."""
+        return -(-length // self._length_multiple) * self._length_multiple
 
     def _reference_logprobs(self, batches: list[Batch]) -> list[torch.Tensor]:
         if self._reference is None:
@@ -216,7 +232,16 @@ class Policy:
     ) -> tuple[torch.Tensor, _MicroResult]:
         if not batch.examples:  # only in step with other ranks: a loss of zero that the gradient still passes through
             return logprobs.sum() * 0.0, _MicroResult(LossTerms(logprobs.new_zeros(0)), 0.0, 0)
-        terms = self._objective.loss(logprobs, batch.mask, references[number] if references else None)
+        terms = self._objective.loss(
+            LossInputs(
+                logprobs,
+                batch.mask,
+                batch.engine_logprobs,
+                batch.advantages,
+                batch.sizes,
+                reference=references[number] if references else None,
+            )
+        )
         gap = (logprobs.detach() - batch.engine_logprobs).abs()
         compared = ~batch.engine_logprobs.isnan()
         detached = LossTerms(terms.loss.detach(), terms.metrics)
@@ -286,16 +311,6 @@ class Policy:
 
 def _context_share() -> ContextShare:
     return ContextShare(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raise the cause of torch's CheckpointException, which is a BaseException that no ``except Exception`` sees."""
-    try:
-        yield
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise cause from cause.__cause__
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ leaves rotary buffers uninitialised). Two tensor methods that Megatron calls, ``
 cannot be reached through a module's globals; inside ``DeviceRuntime.megatron()`` they are swapped for versions that
 differ only when the caller is a Megatron module.
 
-On CUDA nothing is replaced.
+On CUDA no device is replaced. On either, what has to be corrected in the installed release of Megatron-Core
+(``policy/compat.py``) is corrected as its modules are imported.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import ctypes
 import datetime
 import importlib.abc
 import importlib.machinery
+import os
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -25,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_rlpt.errors import TrainingError, first_line
+from megatron_rlpt.policy import compat
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.ranks import Place, Ranks, find_place
 
@@ -35,11 +39,37 @@ _M_MMAP_MAX = -4
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "as_tensor")
 
 
+class _CpuStream:
+    """``torch.cuda.Stream`` on a CPU: operations run when they are called, in one order."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+
+class _CpuEvent:
+    """``torch.cuda.Event`` on a CPU, where the time of an operation is the time of its call."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def elapsed_time(self, end: _CpuEvent) -> float:
+        """Milliseconds from this event to ``end``."""
+        return (end._seconds - self._seconds) * 1e3
+
+
 class _CpuCuda(types.ModuleType):
     """``torch.cuda`` as Megatron sees it on a CPU machine."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
+        self.Stream = _CpuStream
+        self.Event = _CpuEvent
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
@@ -47,6 +77,10 @@ class _CpuCuda(types.ModuleType):
     @staticmethod
     def current_device() -> torch.device:
         return torch.device("cpu")
+
+    @staticmethod
+    def current_stream(device: object = None) -> _CpuStream:
+        return _CpuStream()
 
     @staticmethod
     def synchronize(device: object = None) -> None:
@@ -75,6 +109,8 @@ class _CpuTorch(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("torch")
         self.cuda = _CpuCuda()
+        for name, meaning in compat.CPU_CUDA.items():
+            setattr(self.cuda, name, meaning)
         for name in _FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
 
@@ -100,14 +136,14 @@ def _called_by_megatron() -> bool:
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core")
 
 
-class _StandInFinder(importlib.abc.MetaPathFinder):
-    """Gives Megatron modules the stand-in right after they are imported, whenever that is.
+class _Finder(importlib.abc.MetaPathFinder):
+    """Corrects Megatron modules and gives them the stand-in right after they are imported, whenever that is.
 
     Megatron imports parts of itself inside functions (checkpoint strategies among them), so handing the stand-in to
     what is loaded at one moment is not enough.
     """
 
-    def __init__(self, stand_in: types.ModuleType) -> None:
+    def __init__(self, stand_in: types.ModuleType | None) -> None:
         self._stand_in = stand_in
 
     def find_spec(
@@ -122,32 +158,30 @@ class _StandInFinder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: types.ModuleType) -> None:
             execute(module)
-            _give(module, self._stand_in)
+            _adapt(module, self._stand_in)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _give(module: types.ModuleType, stand_in: types.ModuleType) -> None:
+def _adapt(module: types.ModuleType, stand_in: types.ModuleType | None) -> None:
+    compat.adapt(module)
+    if stand_in is None:
+        return
     if vars(module).get("torch") is torch:
         module.torch = stand_in  # type: ignore[attr-defined]
-    if module.__name__ == "megatron.core.transformer.moe.moe_utils":
-        vars(module).setdefault("te_general_gemm", None)
-    if module.__name__ == "megatron.core.tensor_parallel.random":
-        # These reach for torch.cuda's C-level generators, which do not exist without a GPU.
-        module._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
-        module._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
+    compat.adapt_to_cpu(module)
 
 
-def _install_stand_in() -> None:
+def _install(on_cuda: bool) -> None:
     """Once per process: for the Megatron modules already loaded and for those that will be."""
-    if any(isinstance(finder, _StandInFinder) for finder in sys.meta_path):
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    stand_in = _CpuTorch()
-    sys.meta_path.insert(0, _StandInFinder(stand_in))
+    stand_in = None if on_cuda else _CpuTorch()
+    sys.meta_path.insert(0, _Finder(stand_in))
     for name, module in list(sys.modules.items()):
         if name == "megatron.core" or name.startswith("megatron.core."):
-            _give(module, stand_in)
+            _adapt(module, stand_in)
 
 
 def _keep_freed_memory() -> None:
@@ -181,8 +215,9 @@ class DeviceRuntime:
         self.name = "cuda" if self.on_cuda else "cpu"
         self.backend = "nccl" if self.on_cuda else "gloo"
         self.device = torch.device("cuda", self._place.local_rank) if self.on_cuda else torch.device("cpu")
+        compat.require_supported()
+        _install(self.on_cuda)
         if not self.on_cuda:
-            _install_stand_in()
             _keep_freed_memory()
 
     @property
@@ -214,6 +249,10 @@ class DeviceRuntime:
         place, limit = self._place, datetime.timedelta(seconds=timeout)
         if not torch.distributed.is_initialized():
             if self.on_cuda:
+                if layout.tensor > 1 or layout.context > 1:
+                    # Communication is put between computations in launch order, which one queue keeps (Megatron warns
+                    # without it: tensor_parallel/layers.py). Read when CUDA starts, which it has not yet.
+                    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
                 torch.cuda.set_device(self.device)
             try:
                 where: dict[str, Any] = (
@@ -272,11 +311,3 @@ class DeviceRuntime:
             yield
         finally:
             torch.Tensor.cuda, torch.Tensor.type = plain_cuda, plain_type  # type: ignore[method-assign]
-
-
-def _get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
-    torch.set_rng_state(new_state)

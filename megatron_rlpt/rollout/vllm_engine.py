@@ -1,10 +1,13 @@
-"""Rollouts from vLLM, in this process."""
+"""Rollouts from vLLM, in this process or in one of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,18 @@ from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError, ModelError
 from megatron_rlpt.policy.families import expected_shapes, read_architecture
 from megatron_rlpt.rollout.engine import Continuation, Prompt, require_neutral_sampling
+from megatron_rlpt.rollout.engine_process import EngineProcess
+from megatron_rlpt.rollout.manifest import Manifest, Weights
+from megatron_rlpt.rollout.self_check import (
+    buffer_digests,
+    engine_state,
+    probe_answers,
+    probe_prompts,
+    require_all_changed,
+    require_restored,
+)
+from megatron_rlpt.rollout.transport import Placement, open_transport
+from megatron_rlpt.rollout.worker import EXTENSION
 from megatron_rlpt.vllm_runtime import vllm_environment
 
 _log = logging.getLogger(__name__)
@@ -26,8 +41,8 @@ episode could then never share."""
 class VllmEngine:
     """An offline vLLM engine whose weights follow the policy's.
 
-    Weights are exchanged through ``reload_weights`` of vLLM's worker, which also redoes the repacking that CPU
-    kernels need; writing to the model's tensors directly would miss that.
+    Weights are exchanged through ``reload_weights`` of vLLM's worker or its weight-transfer package, which also redo
+    the repacking that kernels need; writing to the model's tensors directly would miss that.
     """
 
     def __init__(
@@ -39,6 +54,8 @@ class VllmEngine:
         dtype: Dtype,
         max_sequence: int,
         seed: int,
+        placement: Placement = Placement.IN_PROCESS,
+        gpu: int | None = None,
     ) -> None:
         """Start the engine on the weights of ``model_path``, which count as version 0.
 
@@ -49,6 +66,8 @@ class VllmEngine:
             dtype: precision of the weights, the policy's own.
             max_sequence: longest prefix plus continuation, in tokens.
             seed: engine seed; every prompt has its own besides.
+            placement: where the engine runs, and thereby how weights get there.
+            gpu: the GPU of an engine in a process of its own, as this process counts them.
 
         Raises:
             EngineError: sampling is truncated.
@@ -56,24 +75,36 @@ class VllmEngine:
         """
         require_neutral_sampling(config)
         self._temperature = config.temperature
-        self._expected = dict(expected)
-        with vllm_environment(config.kv_cache_gib) as arguments:
+        self._manifest = Manifest(dict(expected), torch.bfloat16 if dtype is Dtype.bf16 else torch.float32)
+        self._kv_cache_bytes = int(config.kv_cache_gib * 2**30)
+        # An engine on a GPU of its own is in nobody's way.
+        self._can_sleep = torch.cuda.is_available() and placement is not Placement.OWN_GPU
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        in_process = placement is Placement.IN_PROCESS
+        with vllm_environment(config.kv_cache_gib, in_process=in_process, gpu=gpu) as arguments:
             from vllm import LLM, SamplingParams, TokensPrompt
 
             if not torch.cuda.is_available():
                 arguments["block_size"] = CPU_BLOCK_TOKENS
+            if placement in (Placement.SHARED_GPU, Placement.OWN_GPU):
+                from megatron_rlpt.rollout.gpu_transport import BACKENDS
+
+                arguments["weight_transfer_config"] = {"backend": BACKENDS[placement]}
             try:
                 self._llm: Any = LLM(
                     model=str(model_path),
-                    dtype="bfloat16" if dtype is Dtype.bf16 else "float32",
+                    dtype=str(self._manifest.dtype).removeprefix("torch."),
                     max_model_len=max_sequence,
                     max_num_seqs=config.max_batch,
                     enable_prefix_caching=True,
+                    enable_sleep_mode=self._can_sleep,
                     skip_tokenizer_init=True,
                     seed=seed % 2**31,
                     disable_log_stats=True,
+                    worker_extension_cls=EXTENSION,
                     **arguments,
                 )
+                self._process = None if in_process else EngineProcess(self._llm, "the rollout engine")
                 # Some shapes load and fail only when attention runs: find out now, and not after the first data.
                 self._llm.generate(
                     [TokensPrompt(prompt_token_ids=[0])], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
@@ -81,8 +112,16 @@ class VllmEngine:
             except (ValueError, OSError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
                 raise ModelError(f"vLLM cannot serve {model_path}: {reason[0]}") from error
+        self._transport = open_transport(placement, self._llm, self._manifest, config.sync_bucket_mib * 2**20)
+        self._probes = probe_prompts(next(iter(expected.values()))[0], max_sequence)
         self._stop_tokens = _end_of_sequence(model_path)
-        self._version: int | None = 0
+        self._asleep = False
+        self._buffers = buffer_digests(self._llm)
+        self._version: int | None = None
+        self._set_version(0)
+        if not self._can_sleep:
+            where = "has a GPU of its own" if placement is Placement.OWN_GPU else "runs without a GPU"
+            _log.info("the rollout engine %s and does not sleep while the policy trains", where)
         _log.info(
             "rollout sampling: temperature=%g, no top_p / top_k / min_p, generation_config.json not read, "
             "end-of-sequence tokens %s",
@@ -92,17 +131,26 @@ class VllmEngine:
 
     @property
     def version(self) -> int | None:
-        """Policy version of the weights in force; None after an update that failed half-way."""
+        """Policy version of the weights in force; None after an update that failed half-way, and while asleep."""
         return self._version
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the engine has given its GPU memory back; the next weight update wakes it."""
+        return self._asleep
+
+    @property
+    def sleeping_frees(self) -> int:
+        """Bytes of GPU memory that ``sleep`` gives back: weights and key-value cache; 0 where sleeping does nothing."""
+        return self._manifest.nbytes + self._kv_cache_bytes if self._can_sleep else 0
 
     def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
         """See ``RolloutEngine.generate``."""
         from vllm import SamplingParams, TokensPrompt
 
         self._require_version(version)
-        # Blocks left by an earlier call change the shape of the computation, and with it the last bits of the result:
-        # a resumed run, whose cache is empty, would not sample what the uninterrupted one did.
-        self._drop_prefix_cache()
+        if not prompts:  # a rank's share of a small batch
+            return []
         parameters = [
             SamplingParams(
                 temperature=0.0 if prompt.greedy else self._temperature,
@@ -117,41 +165,114 @@ class VllmEngine:
             )
             for prompt in prompts
         ]
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=list(prompt.prefix)) for prompt in prompts], parameters, use_tqdm=False
-        )
+        with self._calling():
+            # Blocks left by an earlier call change the shape of the computation, and with it the last bits of the
+            # result: a resumed run, whose cache is empty, would not sample what the uninterrupted one did.
+            self._drop_prefix_cache()
+            outputs = self._llm.generate(
+                [TokensPrompt(prompt_token_ids=list(prompt.prefix)) for prompt in prompts], parameters, use_tqdm=False
+            )
         if len(outputs) != len(prompts):
             raise EngineError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts; start the run again")
         return [self._continuation(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See ``RolloutEngine.update_weights``."""
+    def update_weights(self, weights: Weights, version: int) -> None:
+        """See ``RolloutEngine.update_weights``. An engine that sleeps is awake afterwards."""
         self._version = None
-        # All of them before the first is handed over: vLLM cannot start anew after a reload that broke off.
-        checked = iter(list(self._checked(weights)))
-        self._llm.collective_rpc(_reload, args=(checked,))
-        for name, _ in checked:  # the loader may stop early; what is left must still be accounted for
-            raise EngineError(f"vLLM did not take the weight {name!r}; its model differs from the policy's")
+        with self._calling():
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])
+            self._send(weights)
+            if self._asleep:
+                self._wake_the_rest()
+            self._drop_prefix_cache()
+            self._set_version(version)
+
+    def self_check(self, weights: Callable[[], Weights], version: int) -> None:
+        """Prove that updates arrive whole and exact; see ``rollout.self_check``.
+
+        Args:
+            weights: the policy's weights, with the values of the folder that this engine was started on. Called once.
+            version: their policy version, in force afterwards.
+
+        Raises:
+            EngineError: an update changes too little or too much; the message names the tensors.
+        """
+        with self._calling():
+            loaded = engine_state(self._llm, self._probes, "loaded")
+            self._version = None
+            self._send(self._manifest.random(self._device))
+            self._drop_prefix_cache()
+            # The same salt as below: were the cache not dropped by the next update, its blocks would be used there.
+            require_all_changed(loaded, engine_state(self._llm, self._probes, "synced"))
+        self.update_weights(weights(), version)
+        with self._calling():
+            try:
+                require_restored(loaded, engine_state(self._llm, self._probes, "synced"))
+            except EngineError:
+                self._version = None
+                raise
+        _log.info("weight updates checked: %d tensors agree bit for bit", len(loaded.weights))
+
+    def sleep(self) -> None:
+        """Give the engine's GPU memory back until the next ``update_weights``; its weights are gone until then.
+
+        vLLM's level 2, which keeps no copy in host memory: the policy sends its weights in any case. Without a GPU,
+        and on a GPU of its own, the engine stays as it is.
+        """
+        if not self._can_sleep or self._asleep:
+            return
+        with self._calling():
+            self._version = None
+            self._llm.sleep(level=2)
+            self._asleep = True
+
+    def _wake_the_rest(self) -> None:
+        """After the weights: the cache, and a look at whether what vLLM restored by itself is sound."""
+        if not self._llm.wake_up(tags=["kv_cache"]):
+            raise EngineError("vLLM did not wake up whole; start the run again, it goes on from the last checkpoint")
+        self._asleep = False
+        self._llm.collective_rpc("rlpt_zero_cache")
         self._drop_prefix_cache()
+        self._require_sound()
+
+    def _require_sound(self) -> None:
+        """A canary: buffers as they were at the start, finite log-probabilities.
+
+        Raises:
+            EngineError: the engine would generate garbage.
+        """
+        for name, digest in buffer_digests(self._llm).items():
+            if digest != self._buffers[name]:
+                raise EngineError(f"the rollout engine woke up with another {name} than before; start the run again")
+        answers = probe_answers(self._llm, self._probes, "canary")
+        if not all(math.isfinite(value) for _, values in answers.values() for value in values):
+            raise EngineError("the rollout engine gives log-probabilities that are not finite; start the run again")
+
+    def _send(self, weights: Weights) -> None:
+        try:
+            self._transport.send(weights)
+        except BaseException:
+            if self._process is not None and self._device.type == "cuda":
+                # It may be waiting, inside a collective, for weights that never come; nothing can load into it again.
+                self._process.end()
+            raise
+
+    def _calling(self) -> contextlib.AbstractContextManager[None]:
+        return self._process.calling() if self._process else contextlib.nullcontext()
+
+    def _set_version(self, version: int) -> None:
+        # vLLM stamps every token with it, see _continuation.
+        self._llm.llm_engine.set_weight_version(str(version))
         self._version = version
 
     def _drop_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM refused to drop its prefix cache; what it holds is not of these weights or prompts")
 
-    def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        missing = dict(self._expected)
-        for name, tensor in weights:
-            if name not in missing:
-                raise EngineError(f"weight {name!r} was sent twice or is not part of the engine's model")
-            shape = missing.pop(name)
-            if tuple(tensor.shape) != shape:
-                raise EngineError(f"weight {name!r} was sent as {tuple(tensor.shape)}; the engine's is {shape}")
-            yield name, tensor
-        if missing:
-            raise EngineError(f"{len(missing)} weights were not sent, the first is {min(missing)!r}")
-
     def _require_version(self, version: int) -> None:
+        if self._asleep:
+            raise EngineError("the rollout engine sleeps; update its weights first, which wakes it")
         if self._version is None:
             raise EngineError("the last weight update failed, so the engine's weights belong to no version")
         if self._version != version:
@@ -164,14 +285,23 @@ class VllmEngine:
         if tuple(output.prompt_token_ids) != prompt.prefix:
             raise EngineError("vLLM returned a continuation of another prompt than the one asked for")
         completion = output.outputs[0]
+        for span in completion.weight_versions or ():
+            if span.version != str(self._version):
+                raise EngineError(f"vLLM sampled with weights of version {span.version}, not {self._version}")
         tokens = tuple(completion.token_ids)
         logprobs = tuple(float(entry[token].logprob) for token, entry in zip(tokens, completion.logprobs, strict=True))
         return Continuation(tokens, logprobs, str(completion.finish_reason))
 
 
-def start_policy_engine(config: Config) -> VllmEngine:
-    """The engine of ``config``, on the weights of ``model.path`` as version 0; raises what ``VllmEngine`` does."""
+def start_policy_engine(config: Config, world_size: int = 1) -> VllmEngine:
+    """The engine of this rank, on the weights of ``model.path`` as version 0; raises what ``VllmEngine`` does.
+
+    Args:
+        config: the run.
+        world_size: trainer ranks; with more than one the engine gets a process of its own.
+    """
     folder = Path(config.model.path)
+    placement, gpu = choose_placement(world_size)
     return VllmEngine(
         folder,
         expected_shapes(read_architecture(folder)),
@@ -179,20 +309,26 @@ def start_policy_engine(config: Config) -> VllmEngine:
         dtype=config.model.dtype,
         max_sequence=config.max_sequence,
         seed=config.run.seed,
+        placement=placement,
+        gpu=gpu,
     )
 
 
-def _reload(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Runs inside vLLM's worker: exchange the weights, and repack an output layer that is tied to the embedding.
+def choose_placement(world_size: int) -> tuple[Placement, int | None]:
+    """Where this rank's engine runs, and on which GPU (None: as the process itself).
 
-    ``reload_weights`` repacks a layer when weights are loaded into it. A tied output layer gets none of its own, so on
-    CPU, where the matrix product reads a packed copy, it would go on with the old ones and nothing would say so.
+    Beside a world of more than one rank vLLM cannot run in the same process. On a machine with at least twice as many
+    GPUs as ranks, engines take the GPUs that no rank trains on.
     """
-    worker.reload_weights(weights_iterator=weights)
-    model = worker.model_runner.get_model()
-    head, embedding = model.lm_head, model.model.embed_tokens
-    if not torch.cuda.is_available() and head.weight is embedding.weight:
-        head.quant_method.process_weights_after_loading(head)
+    if world_size == 1:
+        return Placement.IN_PROCESS, None
+    if not torch.cuda.is_available():
+        return Placement.OWN_PROCESS, None
+    gpus, own = torch.cuda.device_count(), torch.cuda.current_device()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or gpus)
+    if 2 * ranks <= gpus:
+        return Placement.OWN_GPU, ranks + own
+    return Placement.SHARED_GPU, own
 
 
 def _end_of_sequence(model_path: Path) -> list[int]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rlpt.config.schema import Config, JudgeName, ObjectiveName
+from megatron_rlpt.config import Config, JudgeName, needs_judge
 from megatron_rlpt.errors import ModelError
+from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import Judge
-from megatron_rlpt.teacher.rewriter import Rewriter
+from megatron_rlpt.teacher.rewriter import Rewriter, Rewrites
+from megatron_rlpt.teacher.shared import SharedJudge, SharedRewriter
 from megatron_rlpt.tokenizer import PolicyTokenizer, load_tokenizer
 
 
@@ -18,30 +20,39 @@ class Teacher:
     """The teacher's roles; None where the run has no use for one."""
 
     judge: Judge | None
-    rewriter: Rewriter | None
+    rewriter: Rewrites | None
 
 
-def build_teacher(config: Config, device: str) -> Teacher:
+def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     """Load what the run needs: a judge if the objective compares candidates, a rewriter if rewrites are offered.
 
     Args:
         config: the run's configuration.
         device: torch device of the likelihood judge; the engine of a generative teacher places itself.
+        ranks: all ranks of the run; only leaders load anything.
 
     Raises:
         ModelError: a model or tokenizer cannot be used, or the teacher cannot score the policy's tokens.
     """
-    judged = config.objective.name in (ObjectiveName.rf_nll, ObjectiveName.online_dpo)
+    judged = needs_judge(config.objective.name)
+    rewrites = config.candidates.rewrite
     prompted = judged and config.teacher.judge == JudgeName.generative
-    generator = _build_generator(config) if prompted or config.candidates.rewrite else None
-    judge = build_judge(config, device, generator) if judged else None
-    return Teacher(judge, _build_rewriter(config, generator) if generator and config.candidates.rewrite else None)
+    judge: Judge | None = None
+    rewriter: Rewrites | None = None
+    if ranks.is_leader:
+        generator = _build_generator(config, ranks) if prompted or rewrites else None
+        judge = build_judge(config, device, generator) if judged else None
+        rewriter = _build_rewriter(config, generator) if generator and rewrites else None
+    if ranks.size == 1:
+        return Teacher(judge, rewriter)
+    return Teacher(SharedJudge(judge, ranks) if judged else None, SharedRewriter(rewriter, ranks) if rewrites else None)
 
 
-def _build_generator(config: Config) -> TextGenerator:
+def _build_generator(config: Config, ranks: Ranks) -> TextGenerator:
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
 
-    return VllmGenerator(config.teacher_path, config.teacher.max_context, config.teacher.kv_cache_gib)
+    teacher = config.teacher
+    return VllmGenerator(config.teacher_path, teacher.max_context, teacher.kv_cache_gib, in_process=ranks.size == 1)
 
 
 def build_judge(config: Config, device: str, generator: TextGenerator | None = None) -> Judge:
@@ -54,7 +65,7 @@ def build_judge(config: Config, device: str, generator: TextGenerator | None = N
         from megatron_rlpt.teacher.generative import GenerativeJudge
 
         decode = PolicyTokenizer(config.model.path).decode
-        generator = generator or _build_generator(config)
+        generator = generator or _build_generator(config, Ranks())
         return GenerativeJudge(generator, decode, config.teacher.generative, config.run.seed)
     from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from megatron_rlpt.config.schema import RewriterConfig
 from megatron_rlpt.records import Candidate, Episode, Failed, Source, derive_seed
@@ -12,6 +13,14 @@ from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
 
 _MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
 """A marker of the prompt, perhaps cut off before its code. Small models copy it along; the passage ends there."""
+
+
+class Rewrites(Protocol):
+    """Whatever rewrites suffixes."""
+
+    def rewrite(self, episodes: Sequence[Episode]) -> list[Candidate | Failed]:
+        """See ``Rewriter.rewrite``."""
+        ...
 
 
 class Rewriter:

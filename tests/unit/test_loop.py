@@ -17,6 +17,7 @@ from megatron_rlpt.objectives.online_dpo import OnlineDpo
 from megatron_rlpt.observe import StageTimer
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score
 from megatron_rlpt.rollout.engine import Continuation, Prompt
+from megatron_rlpt.rollout.residency import Residency
 
 Journal = list[tuple[Any, ...]]
 
@@ -100,6 +101,9 @@ class Recorder:
     def save(self, done: int) -> None:
         self._journal.append(("save", done))
 
+    def poll(self) -> None:
+        """Nothing is written in the background."""
+
 
 def rollouts(groups: Sequence[Group]) -> list[Candidate]:
     return [candidate for group in groups for candidate in group.candidates if candidate.policy_version is not None]
@@ -126,6 +130,7 @@ def training(steps: int = 3, gap: float = 0.0, every: int = 100, done: int = 0, 
         OnlineDpo(0.1),
         CountingPolicy(journal, gap),
         engine,
+        Residency(None, None),
         recorder,
         recorder,
         StageTimer(None),

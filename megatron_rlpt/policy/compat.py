@@ -1,0 +1,137 @@
+"""What differs between the supported releases of Megatron-Core, adapted in this one file.
+
+Each entry names the release and the file of ``megatron/core`` that makes it necessary. The device runtime calls
+``adapt`` for every Megatron module right after its import, so nothing else has to know which release is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import re
+import types
+from collections.abc import Callable
+from typing import Any
+
+from megatron_rlpt.errors import RlptError
+
+OLDEST, NEWEST = (0, 16), (0, 19)
+"""First and last release series (major, minor) of Megatron-Core that the tests pass with."""
+
+_NEEDS_PYTHON_312 = (0, 17)
+
+
+def version_problem(version: str) -> str | None:
+    """What is wrong with release ``version`` of Megatron-Core, in one line; None for a supported one."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
+        return None
+    return (
+        f"megatron-core {version} is not supported, only {_text(OLDEST)} to {_text(NEWEST)} "
+        f"(from {_text(_NEEDS_PYTHON_312)} on with Python 3.12 or newer)"
+    )
+
+
+def require_supported() -> None:
+    """Refuse a Megatron-Core that is not known to work, or that cannot write checkpoints.
+
+    Raises:
+        RlptError: the release is outside the supported range, or psutil is missing.
+    """
+    from megatron.core.package_info import __version__
+
+    problem = version_problem(__version__)
+    if problem:
+        raise RlptError(f"{problem}; pip install 'megatron-core>={_text(OLDEST)},<{NEWEST[0]}.{NEWEST[1] + 1}'")
+    # All releases, dist_checkpointing/strategies/filesystem_async.py: what writes a file dies without psutil before it
+    # reports, and whoever saves waits for the report forever.
+    if importlib.util.find_spec("psutil") is None:
+        raise RlptError(
+            "psutil is not installed, without which Megatron never finishes a checkpoint; pip install psutil"
+        )
+
+
+def _text(series: tuple[int, int]) -> str:
+    return f"{series[0]}.{series[1]}"
+
+
+def own_writer_arguments(async_save: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments with which a strategy's ``async_save`` plans for Megatron's own writer."""
+    # From 0.17 on, dist_checkpointing/strategies/torch.py, the default is that of nvidia-resiliency-ext, an error
+    # where that is not installed.
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(async_save).parameters else {}
+
+
+def adapt(module: types.ModuleType) -> None:
+    """Correct what has to be corrected in ``module``, a module of ``megatron.core`` that was just imported."""
+    correct = _CORRECTIONS.get(module.__name__)
+    if correct is not None:
+        correct(module)
+
+
+def adapt_to_cpu(module: types.ModuleType) -> None:
+    """The same for what only matters on a machine without CUDA."""
+    if module.__name__ == "megatron.core.tensor_parallel.random":
+        # All releases: these reach for torch.cuda's C-level generators, which do not exist without a GPU.
+        for name, replacement in (("_get_cuda_rng_state", _get_rng_state), ("_set_cuda_rng_state", _set_rng_state)):
+            assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+            setattr(module, name, replacement)
+
+
+def _get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
+    import torch
+
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: Any, device: object = -1, graph_safe: bool = False) -> None:
+    import torch
+
+    torch.set_rng_state(new_state)
+
+
+def _router_product(module: types.ModuleType) -> None:
+    # 0.16, transformer/moe/moe_utils.py: the router asks whether ``te_general_gemm`` is None, but the name is imported
+    # together with Transformer Engine and does not exist without it. From 0.17 on it is None then.
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _quiet(*beginnings: str) -> Callable[[types.ModuleType], None]:
+    def correct(module: types.ModuleType) -> None:
+        logging.getLogger(module.__name__).addFilter(lambda record: not record.getMessage().startswith(beginnings))
+
+    return correct
+
+
+_CORRECTIONS: dict[str, Callable[[types.ModuleType], None]] = {
+    "megatron.core.transformer.moe.moe_utils": _router_product,
+    # 0.19: a warning per model piece that its successor is HybridModel. 0.16 has no such model.
+    "megatron.core.models.gpt.gpt_model": _quiet("GPTModel IS DEPRECATED"),
+    # 0.18 and 0.19: a warning per piece that the layout of parameters was not passed in. 0.16 computes it the same way.
+    "megatron.core.distributed.distributed_data_parallel": _quiet("DistributedDataParallel: full_param_layout not"),
+    # From 0.17 on: a warning that nvidia-resiliency-ext could write it. 0.16 has no choice.
+    "megatron.core.dist_checkpointing.strategies.torch": _quiet("MCore's async save is deprecated"),
+}
+
+
+class CpuStream:
+    """A CUDA stream where there is none: work on a CPU is done when the call returns."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+
+def _current_stream(device: object = None) -> CpuStream:
+    return CpuStream()
+
+
+CPU_CUDA: dict[str, Callable[..., Any]] = {
+    # 0.19, distributed/param_and_grad_buffer.py: every reduction of gradients asks for the stream that it may wait on.
+    "current_stream": _current_stream,
+}
+"""Names of ``torch.cuda`` that only some releases call on the way of a plain training step -> what they mean on CPU."""

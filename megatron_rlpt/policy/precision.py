@@ -1,0 +1,182 @@
+"""Precision of the layers' matrix products: bf16, or one of Transformer Engine's FP8 recipes on top of it.
+
+Whatever the recipe, parameters are bf16, and main weights, gradients and their sums over ranks and micro-batches, and
+the optimizer's moments are fp32 (``policy/optimizer.py``). FP8 never reaches norms, core attention, the router, the
+embedding or the vocabulary projection: log-probabilities come from a bf16 product whose sums are fp32
+(``policy/logprobs.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_rlpt.config import Dtype, Fp8
+from megatron_rlpt.errors import ConfigError, first_line
+from megatron_rlpt.policy.families import Architecture
+from megatron_rlpt.policy.layout import Layout
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One FP8 recipe in the terms of Megatron-Core and Transformer Engine."""
+
+    name: str
+    """``TransformerConfig.fp8_recipe``."""
+    format: str
+    """``TransformerConfig.fp8``: ``hybrid`` is E4M3 forward and E5M2 for gradients, ``e4m3`` the one for both. These
+    are the defaults of Transformer Engine's recipes (``transformer_engine/common/recipe``)."""
+    engine: tuple[int, int]
+    """First Transformer Engine that Megatron uses it with (``megatron/core/fp8_utils.py: get_fp8_recipe``)."""
+    check: str
+    """Function of ``transformer_engine.pytorch.fp8`` that knows which GPUs and CUDA versions can."""
+    multiple: int
+    """What numbers of tokens, and sizes of matrices, must be a multiple of (``fp8_utils.py: get_fp8_align_size``)."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of ``TransformerConfig``."""
+
+
+RECIPES: dict[Fp8, Recipe] = {
+    Fp8.delayed: Recipe(
+        "delayed",
+        "hybrid",
+        (1, 0),
+        "check_fp8_support",
+        16,
+        # Transformer Engine's own defaults; Megatron's are a history of one step.
+        {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
+    ),
+    Fp8.current: Recipe("tensorwise", "hybrid", (2, 2), "check_fp8_support", 16),
+    Fp8.blockwise: Recipe("blockwise", "e4m3", (2, 3), "check_fp8_block_scaling_support", 16),
+    Fp8.mxfp8: Recipe("mxfp8", "e4m3", (2, 1), "check_mxfp8_support", 32),
+}
+"""Every value of ``model.fp8`` but ``off``."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The installed Transformer Engine, on the GPU of this process."""
+
+    version: str
+    device: str
+    """Name and compute capability of the GPU."""
+    check: Callable[[str], tuple[bool, str]]
+    """Calls one of Transformer Engine's check functions: whether this GPU can, and if not, why."""
+
+
+def find_engine() -> Engine | str:
+    """Transformer Engine as it is here, or in a few words why there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    try:
+        import transformer_engine
+        from transformer_engine.pytorch import fp8
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"Transformer Engine cannot be imported ({first_line(error)})"
+
+    def check(name: str) -> tuple[bool, str]:
+        found = getattr(fp8, name, None)
+        return found() if found else (False, f"Transformer Engine has no {name}")
+
+    major, minor = torch.cuda.get_device_capability()
+    device = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    return Engine(transformer_engine.__version__, device, check)
+
+
+def refusal(fp8: Fp8, engine: Engine | str) -> str | None:
+    """Why ``engine`` cannot run recipe ``fp8``; None if it can."""
+    if fp8 is Fp8.off:
+        return None
+    if isinstance(engine, str):
+        return engine
+    recipe = RECIPES[fp8]
+    if _series(engine.version) < recipe.engine:
+        first = ".".join(map(str, recipe.engine))
+        return f"it needs Transformer Engine {first} or newer, and {engine.version} is installed"
+    works, reason = engine.check(recipe.check)
+    return None if works else f"{reason.strip().rstrip('.')}; this is {engine.device}"
+
+
+def _series(version: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def supported_recipes() -> tuple[Fp8, ...]:
+    """Values of ``model.fp8`` besides ``off`` that work here; none without a GPU and Transformer Engine."""
+    engine = find_engine()
+    return tuple(fp8 for fp8 in RECIPES if refusal(fp8, engine) is None)
+
+
+def require(fp8: Fp8, dtype: Dtype) -> None:
+    """Refuse a precision that cannot be had here; never replaced by another one silently.
+
+    Raises:
+        ConfigError: with the reason, and what is supported here.
+    """
+    if fp8 is Fp8.off:
+        return
+    if dtype is not Dtype.bf16:
+        raise ConfigError(
+            f"model.fp8 is {fp8.value} and model.dtype {dtype.value}; FP8 works on top of model.dtype=bf16"
+        )
+    reason = refusal(fp8, find_engine())
+    if reason is not None:
+        supported = ", ".join([Fp8.off.value, *(one.value for one in supported_recipes())])
+        raise ConfigError(f"model.fp8 is {fp8.value}: {reason}; supported here: {supported}")
+
+
+def check_sizes(fp8: Fp8, arch: Architecture, layout: Layout) -> None:
+    """Whether the matrices that a tensor-parallel rank holds have sizes that FP8 products take.
+
+    Raises:
+        ConfigError: names the size and what it must be a multiple of.
+    """
+    if fp8 is Fp8.off:
+        return
+    multiple = RECIPES[fp8].multiple
+    tensor = layout.tensor
+    sizes = {
+        "hidden size": arch.hidden,
+        "query, key and value rows per tensor-parallel rank": (arch.heads + 2 * arch.kv_heads)
+        * arch.head_dim
+        // tensor,
+        "attention output columns per tensor-parallel rank": arch.heads * arch.head_dim // tensor,
+    }
+    if arch.experts:
+        sizes["feed-forward size of an expert"] = arch.experts.ffn_hidden
+    else:
+        sizes["feed-forward size per tensor-parallel rank"] = arch.ffn_hidden // tensor
+    for what, size in sizes.items():
+        if size % multiple:
+            raise ConfigError(
+                f"model.fp8 is {fp8.value}: the {what} is {size}, not a multiple of {multiple}; use model.fp8=off or a "
+                "smaller parallel.tensor"
+            )
+
+
+def transformer_arguments(fp8: Fp8) -> dict[str, Any]:
+    """Arguments of Megatron's ``TransformerConfig`` for ``fp8``; none for ``off``."""
+    if fp8 is Fp8.off:
+        return {}
+    recipe = RECIPES[fp8]
+    return {"fp8": recipe.format, "fp8_recipe": recipe.name, **recipe.settings}
+
+
+def length_multiple(layout: Layout, fp8: Fp8 = Fp8.off) -> int:
+    """What the number of tokens per row must be a multiple of, whatever the number of rows.
+
+    Context parallelism cuts a row into two chunks per rank, sequence parallelism divides a rank's share once more, and
+    what is left must have a size that FP8 products take. (Megatron pads the tokens of each expert by itself.)
+    """
+    chunks = 2 * layout.context if layout.context > 1 else 1
+    sequence = layout.tensor if layout.sequence else 1
+    multiple = chunks * sequence
+    if fp8 is not Fp8.off:
+        multiple = math.lcm(multiple, RECIPES[fp8].multiple * layout.context * sequence)
+    return multiple

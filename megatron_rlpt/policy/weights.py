@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.policy.families import Architecture, Rule, Shape, expected_shapes, mapping
+from megatron_rlpt.policy.layer_spec import canonical_name
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import HiddenStateModel
 from megatron_rlpt.policy.sharding import shard, unshard
@@ -34,7 +35,7 @@ def named_parameters(
     for piece in pieces:
         first_layer = piece.decoder.layers[0].layer_number - 1  # Megatron counts them from 1
         for name, parameter in piece.named_parameters():
-            name = _renumbered(_LAYER_NUMBER, name, first_layer)
+            name = _renumbered(_LAYER_NUMBER, canonical_name(name), first_layer)
             found[_renumbered(_EXPERT_NUMBER, name, first_expert)] = parameter
     return found
 

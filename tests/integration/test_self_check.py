@@ -52,7 +52,9 @@ def test_a_weight_that_the_loader_skips_is_found(checked, weights, monkeypatch):
     load = WorkerExtension.rlpt_load
 
     def skip_one(self, stream):
-        return load(self, ((name, tensor) for name, tensor in stream if name != "model.layers.1.input_layernorm.weight"))
+        return load(
+            self, ((name, tensor) for name, tensor in stream if name != "model.layers.1.input_layernorm.weight")
+        )
 
     monkeypatch.setattr(WorkerExtension, "rlpt_load", skip_one)
     with pytest.raises(EngineError, match=r"does not reach model\.layers\.1\.input_layernorm\.weight"):

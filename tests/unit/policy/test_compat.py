@@ -45,7 +45,7 @@ def test_the_runtime_refuses_an_unsupported_release_in_one_line(monkeypatch):
 def test_the_runtime_refuses_a_megatron_that_could_never_finish_a_checkpoint(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "psutil" else find(name, *a))
-    with pytest.raises(RlptError, match="psutil is not installed.*pip install psutil"):
+    with pytest.raises(RlptError, match=r"psutil is not installed.*pip install psutil"):
         DeviceRuntime()
 
 

@@ -62,9 +62,9 @@ def test_transformers_is_right_in_a_process_where_megatron_has_run(runtime, llam
 
 def test_cuda_outside_megatron_is_still_refused(runtime):
     for make in (lambda: torch.zeros(2, device="cuda"), lambda: torch.zeros(2).cuda(), torch.cuda.current_device):
-        with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
+        with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):
             make()
-        with runtime.megatron(), pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
+        with runtime.megatron(), pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):
             make()
 
 

@@ -124,9 +124,11 @@ def convert(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything yet.")],
     to: Annotated[ConvertTo, typer.Option("--to", help="Format to write.")],
-    tp: Annotated[int | None, typer.Option("--tp", metavar="N", help="Tensor-parallel files of a stage.")] = None,
-    pp: Annotated[int | None, typer.Option("--pp", metavar="N", help="Pipeline stages.")] = None,
-    ep: Annotated[int | None, typer.Option("--ep", metavar="N", help="Groups of experts.")] = None,
+    tp: Annotated[
+        int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor-parallel files of a stage.")
+    ] = None,
+    pp: Annotated[int | None, typer.Option("--pp", min=1, metavar="N", help="Pipeline stages.")] = None,
+    ep: Annotated[int | None, typer.Option("--ep", min=1, metavar="N", help="Groups of experts.")] = None,
     dtype: Annotated[
         ConvertDtype | None,
         typer.Option("--dtype", help="Precision to write; by default the source's, and bf16 for GGUF."),
@@ -155,12 +157,12 @@ def convert(
     from megatron_rlpt.convert.formats import Format
     from megatron_rlpt.policy.layout import Layout
 
-    asked = {name: size for name, size in (("tensor", tp), ("pipeline", pp), ("expert", ep)) if size is not None}
+    cut = (tp, pp, ep) != (None, None, None)
     result = run(
         source,
         target,
         Format(to.value),
-        layout=Layout(**asked) if asked else None,
+        layout=Layout(tensor=tp or 1, pipeline=pp or 1, expert=ep or 1) if cut else None,
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value] if dtype else None,
         hf_config=hf_config,
         verify=verify,

@@ -147,7 +147,7 @@ class Ranks:
         try:
             torch.distributed.monitored_barrier(self._world, timeout=self._timeout, wait_all_ranks=True)
         except RuntimeError as error:
-            named = re.search(r"[Rr]anks? ([\d, ]*\d)", str(error))
+            named = re.search(r"Ranks? ([\d, ]*\d) failed", str(error))
             absent = f"rank {named.group(1)}" if self.is_main and named else "another rank"
             raise TrainingError(
                 f"{absent} did not reach {phase} within {self._timeout.total_seconds():g} s (parallel.timeout); look "

@@ -47,23 +47,13 @@ def prepare_model(target: Path) -> None:
     package = Path(spec.origin).parent
     (gguf_file,) = package.glob("*.gguf")
 
-    # Three progress bars for ten seconds of work.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from megatron_rlpt.convert.convert import convert
+    from megatron_rlpt.convert.formats import Format
+    from megatron_rlpt.observe.log import quiet_libraries
 
-    model = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=gguf_file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file.name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    quiet_libraries()
     shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    convert(gguf_file, target, Format.HF)
 
 
 def documents() -> Iterator[tuple[str, str]]:

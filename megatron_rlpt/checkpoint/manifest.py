@@ -6,6 +6,7 @@ disk delivers it. They are no protection against someone who wants to deceive.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -99,6 +100,7 @@ class Manifest:
             raise ValueError(f"it is no manifest ({type(error).__name__}: {error})") from None
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that a checkpoint's content depends on."""
     return {name: importlib.metadata.version(name) for name in ("megatron-rlpt", "megatron-core", "torch")}

@@ -1,6 +1,6 @@
 """Structured configuration. Imports neither torch nor Megatron nor vLLM, so a login node can use it."""
 
-from megatron_rlpt.config.checks import validate
+from megatron_rlpt.config.checks import needs_judge, validate
 from megatron_rlpt.config.loading import flatten, load_config, nearest_key, to_yaml
 from megatron_rlpt.config.schema import (
     AxisConfig,
@@ -63,6 +63,7 @@ __all__ = [
     "flatten",
     "load_config",
     "nearest_key",
+    "needs_judge",
     "to_yaml",
     "validate",
 ]

@@ -69,7 +69,14 @@ _RANGES: list[_Check] = [
     ("evaluation.examples", lambda v: v >= 0, "0 or more"),
 ]
 
+_JUDGED = (ObjectiveName.rf_nll, ObjectiveName.online_dpo, ObjectiveName.grpo)
+
 _NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+def needs_judge(name: ObjectiveName) -> bool:
+    """Whether the objective learns from scores, so that a run with it has a judge."""
+    return name in _JUDGED
 
 
 def validate(config: Config) -> None:
@@ -160,7 +167,9 @@ def _check_objective(config: Config) -> None:
             f"candidates.rollouts is {offered.rollouts}; allowed: at least 1, because objective.name=sft_rollout "
             "trains on rollouts"
         )
-    if name in (ObjectiveName.rf_nll, ObjectiveName.online_dpo):
+    if name == ObjectiveName.grpo:
+        _check_grpo(config)
+    elif needs_judge(name):
         if name == ObjectiveName.online_dpo and offered.rollouts < 1:
             raise ConfigError(
                 f"candidates.rollouts is {offered.rollouts}; allowed: at least 1, because objective.name={name.name} "
@@ -171,9 +180,8 @@ def _check_objective(config: Config) -> None:
                 f"candidates offers {count} candidate(s) per episode; allowed: at least 2, because "
                 f"objective.name={name.name} compares them"
             )
-    judged = name in (ObjectiveName.rf_nll, ObjectiveName.online_dpo)
     axes = config.teacher.generative
-    generative = judged and config.teacher.judge == JudgeName.generative
+    generative = needs_judge(name) and config.teacher.judge == JudgeName.generative
     if generative and not any(axis.weight for axis in (axes.quality, axes.safety, axes.factuality)):
         raise ConfigError("teacher.generative has no axis with a weight above 0; allowed: at least one")
     if generative and axes.max_tokens >= config.teacher.max_context:
@@ -190,4 +198,25 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             f"candidates (rewrite={offered.rewrite}, rollouts={offered.rollouts}) offers what "
             f"objective.name={name.name} never looks at; set rewrite=false and rollouts=0 where they are unused"
+        )
+
+
+def _check_grpo(config: Config) -> None:
+    """The ratio of GRPO needs the probability with which a token was sampled, which only rollouts have."""
+    offered = config.candidates
+    for source in ("original", "rewrite"):
+        if getattr(offered, source):
+            raise ConfigError(
+                f"candidates.{source} is true; allowed: false, because objective.name=grpo trains on what the policy "
+                f"sampled itself and could never train on the {source}"
+            )
+    if offered.rollouts < 2:
+        raise ConfigError(
+            f"candidates.rollouts is {offered.rollouts}; allowed: at least 2, because objective.name=grpo compares "
+            "the rollouts of an episode with each other"
+        )
+    if config.rollout.temperature != 1.0:
+        raise ConfigError(
+            f"rollout.temperature is {config.rollout.temperature}; allowed: 1.0, because objective.name=grpo follows "
+            "the gradient of the distribution that was sampled from"
         )

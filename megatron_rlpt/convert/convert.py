@@ -74,7 +74,7 @@ def convert(
 
     Raises:
         ConfigError: options that contradict each other or the model, or a target that holds something.
-        ModelError: the source cannot be used, or ``verify`` found a difference (the result is then left for inspection).
+        ModelError: the source cannot be used, or ``verify`` found a difference (the result then stays to be looked at).
         CheckpointError: the source is damaged, or the target cannot be written.
     """
     started = time.monotonic()

@@ -30,7 +30,7 @@ class _Stored:
 
 
 class GgufSource:
-    """A GGUF file as a ``Source``. Its tensors are dequantized to fp32; written they are bf16 unless asked otherwise."""
+    """A GGUF file as a ``Source``: its tensors are dequantized to fp32, and written as bf16 unless asked otherwise."""
 
     def __init__(self, path: Path, scratch: Path) -> None:
         """Read the file's metadata and write configuration and tokenizer as Hugging Face files into ``scratch``.
@@ -41,7 +41,7 @@ class GgufSource:
         """
         self.path = path
         self.files = scratch
-        self.dtype = torch.bfloat16
+        self.dtype: torch.dtype | None = torch.bfloat16
         try:
             reader = gguf.GGUFReader(path)
         except (ValueError, KeyError, IndexError, OSError) as error:
@@ -108,7 +108,7 @@ class GgufSource:
 
 
 def _halves_from_pairs(tensor: torch.Tensor, arch: Architecture, name: str) -> torch.Tensor:
-    """Rows of every head from (0, d/2, 1, d/2+1, …) back to (0, 1, …, d-1); see ``permute`` in llama.cpp's converter."""
+    """Every head's rows from (0, d/2, 1, d/2+1, …) back to (0, 1, …, d-1): undoes llama.cpp's ``permute``."""
     heads = arch.heads if name.endswith("q_proj.weight") else arch.kv_heads
     paired = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
     return paired.transpose(1, 2).reshape(tensor.shape)

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.policy.families import LLAMA3_ROPE
 
-_ARCHITECTURES = {
+_ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
     # Mistral's files are of this architecture, too.
     "llama": (gguf.MODEL_ARCH.LLAMA, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
     "qwen2": (gguf.MODEL_ARCH.QWEN2, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}),
@@ -59,7 +59,7 @@ class Metadata:
         self.read = read
         self._reader = reader
         name = self.value("general.architecture")
-        if name not in _ARCHITECTURES or self.value(f"{name}.expert_count", 0) and name == "llama":
+        if name not in _ARCHITECTURES or (self.value(f"{name}.expert_count", 0) and name == "llama"):
             kind = f"{name!r}" + (" with experts" if name in _ARCHITECTURES else "")
             raise ModelError(
                 f"{path}: GGUF architecture {kind} is not supported; supported: {', '.join(_ARCHITECTURES)} (to add "
@@ -105,7 +105,7 @@ def write_settings(metadata: Metadata, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(metadata.path.parent, gguf_file=metadata.path.name)
         tokenizer.save_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # tokenizers raises the bare class
         raise ModelError(f"the tokenizer in {metadata.path} cannot be converted: {first_line(error)}") from error
 
 
@@ -156,7 +156,7 @@ def _rope(metadata: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
     expected = 1 / ((1 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise ModelError(
-            f"{metadata.path}: its rope_freqs.weight is not Llama 3's frequency scaling with {LLAMA3_ROPE}, the only one "
-            "supported"
+            f"{metadata.path}: its rope_freqs.weight is not Llama 3's frequency scaling with {LLAMA3_ROPE}; no other "
+            "is supported"
         )
     return {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE

@@ -1,9 +1,9 @@
 """Where a Megatron distributed checkpoint keeps a tensor: under which key, and at which index of it.
 
 By default Megatron stacks the layers of a model under one key (``decoder.layers.mlp.linear_fc2.weight`` is
-[layers, hidden, ffn]) and the experts of a layer under the next axis. With ``non_homogeneous_layers`` the layer's number
-is in the key, with ``singleton_local_shards`` the expert's too, and gate and up are two tensors ``…_w`` and ``…_v``
-(megatron/core/transformer/transformer_block.py, moe/experts.py and mlp.py, each in ``sharded_state_dict``).
+[layers, hidden, ffn]) and the experts of a layer under the next axis. With ``non_homogeneous_layers`` the layer's
+number is in the key, with ``singleton_local_shards`` the expert's too, and gate and up are ``…_w`` and ``…_v``. See
+``sharded_state_dict`` in megatron/core/transformer: transformer_block.py, mlp.py and moe/experts.py.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class MegatronSource:
         self.path = folder
         self.files = files
         self.arch = read_architecture(files)
-        self.dtype = None
+        self.dtype: torch.dtype | None = None
         self._tensors = StoredTensors(folder)
         self._places = {rule.ours: self._find(rule) for rule in mapping(self.arch)}
         known = {key for rule in mapping(self.arch) for place in places(rule, self.arch) for key in place.keys}
@@ -72,8 +72,8 @@ class MegatronSource:
                 expected = (max(stored[0], self.arch.vocab), *rest)
             if stored != expected:
                 raise ModelError(
-                    f"{self.path}: {key} is {stored} where {self.files / 'config.json'} asks for {expected}; config and "
-                    "weights belong to different models"
+                    f"{self.path}: {key} is {stored} where {self.files / 'config.json'} asks for {expected}; config "
+                    "and weights belong to different models"
                 )
         return found
 

@@ -16,15 +16,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemWriter, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_rlpt.convert.megatron_keys import VOCABULARY, written_places
+from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, written_places
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.policy.families import Architecture, Rule
 from megatron_rlpt.policy.layout import Layout
@@ -73,6 +73,7 @@ class MegatronWriter:
         self._arch = arch
         self._layout = layout
         self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._extra_states: dict[str, BytesStorageMetadata] = {}
         self._results: list[WriteResult] = []
         self._streams: dict[int, BinaryIO] = {}
         self._stage = 0
@@ -101,9 +102,10 @@ class MegatronWriter:
     def finish(self) -> None:
         """Write what makes the files a checkpoint; only now can it be loaded."""
         self._open.close()
+        self._write_extra_states()
         # What Megatron keeps outside of tensors (arguments, iteration); a model alone has nothing there.
         torch.save({}, self._folder / "common.pt")
-        FileSystemWriter(self._folder).finish(Metadata(self._tensors), [self._results])
+        FileSystemWriter(self._folder).finish(Metadata({**self._tensors, **self._extra_states}), [self._results])
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         backends |= {"common_backend": "torch", "common_backend_version": 1}
         (self._folder / "metadata.json").write_text(json.dumps(backends), encoding="utf-8")
@@ -121,10 +123,11 @@ class MegatronWriter:
             if data.untyped_storage().nbytes() == data.nbytes and data.is_contiguous()
             else data.clone(memory_format=torch.contiguous_format)
         )
-        torch.save(own, _WriteOnly(stream))
+        torch.save(own, cast(IO[bytes], _WriteOnly(stream)))
         stored = _StorageInfo(name, start, stream.tell() - start)
         for place in places:
             (key,) = place.keys
+            self._note_extra_state(key, place)
             offsets = torch.Size((*index, *piece.offsets))
             whole = torch.Size((*axes, *merged.shape))
             metadata = self._tensors.setdefault(
@@ -132,11 +135,31 @@ class MegatronWriter:
             )
             if metadata.properties.dtype != merged.dtype:
                 raise ModelError(
-                    f"{rule.theirs[0]} is {merged.dtype}, and the same tensor of another layer {metadata.properties.dtype}; "
-                    "give --dtype, because Megatron stores all layers of a tensor in one precision"
+                    f"{rule.theirs[0]} is {merged.dtype}, and the same tensor of another layer "
+                    f"{metadata.properties.dtype}; give --dtype, because Megatron stores all layers in one precision"
                 )
             metadata.chunks.append(ChunkStorageMetadata(offsets, data.shape))
             self._results.append(WriteResult(MetadataIndex(key, offsets), stored.length, stored))
+
+    def _note_extra_state(self, key: str, place: Place) -> None:
+        """Megatron asks for an extra state of every module: FP8 scales, or None where there are none, as here."""
+        if key in VOCABULARY:
+            return
+        shard = ".".join(map(str, place.index or (0,))) + "_" + ".".join(map(str, place.axes or (1,)))
+        modules = [key.rpartition(".")[0]]
+        if modules[0].endswith("linear_qkv"):  # has no weights of its own, and a state in Transformer Engine's layers
+            modules.append(modules[0].replace("linear_qkv", "core_attention"))
+        for module in modules:
+            self._extra_states[f"{module}._extra_state/shard_{shard}"] = BytesStorageMetadata()
+
+    def _write_extra_states(self) -> None:
+        """All are the same None, so all names point to the same bytes."""
+        name = f"__0_0{DEFAULT_SUFFIX}"
+        with (self._folder / name).open("ab") as stream:
+            start = stream.tell()
+            torch.save([None], cast(IO[bytes], _WriteOnly(stream)))
+            stored = _StorageInfo(name, start, stream.tell() - start)
+        self._results += [WriteResult(MetadataIndex(key), stored.length, stored) for key in self._extra_states]
 
     def _stream(self, rank: int, name: str) -> BinaryIO:
         if rank not in self._streams:
@@ -144,7 +167,7 @@ class MegatronWriter:
         return self._streams[rank]
 
     def _stage_of(self, rule: Rule) -> int:
-        """The pipeline stage that holds the tensor: the embedding is on the first, final norm and output on the last."""
+        """The pipeline stage of a tensor: the embedding is on the first, final norm and output layer on the last."""
         if rule.layer is not None:
             return rule.layer * self._layout.pipeline // self._arch.layers
         return 0 if rule.ours == VOCABULARY[0] else self._layout.pipeline - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
 
@@ -48,7 +49,7 @@ class HuggingFaceSource:
         """
         self.path = self.files = folder
         self.arch = read_architecture(folder)
-        self.dtype = None
+        self.dtype: torch.dtype | None = None
         self._weights = WeightFolder(folder)
         require_known(folder, self._weights.names - set(expected_shapes(self.arch)), self.arch)
 
@@ -66,15 +67,15 @@ def checked(path: Path, arch: Architecture, rule: Rule, tensors: list[torch.Tens
     for name, tensor, shape in zip(rule.theirs, tensors, rule.shapes(arch), strict=True):
         if tuple(tensor.shape) != shape:
             raise ModelError(
-                f"{path}: {name} is {tuple(tensor.shape)} where config.json asks for {shape}; config and weights belong "
-                "to different models"
+                f"{path}: {name} is {tuple(tensor.shape)} where config.json asks for {shape}; config and weights "
+                "belong to different models"
             )
         if not tensor.isfinite().all():
             raise ModelError(f"{path}: {name} holds values that are not finite; make or copy the checkpoint again")
     return tensors
 
 
-def require_known(path: Path, unknown: set[str], arch: Architecture) -> None:
+def require_known(path: Path, unknown: AbstractSet[str], arch: Architecture) -> None:
     """Refuse a checkpoint with tensors that the conversion would drop.
 
     Two kinds carry nothing: rotary frequencies, which old exports hold and which follow from the configuration, and a

@@ -1,4 +1,4 @@
-"""Proof of a conversion: every tensor bit for bit, then logits of the model that comes out against the one that went in.
+"""Proof of a conversion: every tensor bit for bit, then the logits of both models.
 
 The two say different things. Equal tensors mean that nothing was lost; logits computed by ``transformers`` on one side
 and by Megatron on the other mean that the mapping itself (order of heads, gate and up, rotation, norms) is right.
@@ -121,10 +121,11 @@ def _megatron_logits(path: Path, arch: Architecture, tokens: torch.Tensor) -> to
 
     from megatron_rlpt.policy.model import build_model
 
-    model = build_model(arch, Dtype.fp32, runtime)
+    (model,) = build_model(arch, Dtype.fp32, runtime)
     with runtime.megatron(), torch.no_grad():
-        state = dist_checkpointing.load(model.sharded_state_dict(), str(path))
-        model.load_state_dict(state)
+        # Under a name of its own: what else the checkpoint holds (arguments, a schedule) is loaded beside it.
+        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
+        model.load_state_dict(state["model"])
         tokens = tokens.to(runtime.device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
         hidden = model.eval()(tokens, positions, None)

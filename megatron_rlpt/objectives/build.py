@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_rlpt.config import ObjectiveConfig, ObjectiveName
+from megatron_rlpt.objectives.grpo import Grpo
 from megatron_rlpt.objectives.nll import NextToken, RewardFilteredNll, SftRewrite, SftRollout
 from megatron_rlpt.objectives.objective import Objective
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
@@ -21,3 +22,5 @@ def build_objective(config: ObjectiveConfig) -> Objective:
             return RewardFilteredNll()
         case ObjectiveName.online_dpo:
             return OnlineDpo(config.beta)
+        case ObjectiveName.grpo:
+            return Grpo(config.clip_low, config.clip_high, config.normalize_advantage)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_rlpt.objectives.objective import LossTerms
+from megatron_rlpt.objectives.objective import LossInputs, LossTerms
 from megatron_rlpt.objectives.selection import Selection, best_and_worst, take_source
 from megatron_rlpt.records import Group, Source
 
@@ -20,18 +20,15 @@ def token_mean_nll(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class _Nll:
-    width = 1
     needs_reference = False
 
-    def loss(self, logprobs: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor | None) -> LossTerms:
+    def loss(self, inputs: LossInputs) -> LossTerms:
         """Token-mean NLL of the selected candidate."""
-        return LossTerms(token_mean_nll(logprobs, mask))
+        return LossTerms(token_mean_nll(inputs.logprobs, inputs.mask))
 
 
 class NextToken(_Nll):
     """Ordinary pretraining on the original suffix: the baseline every run is compared with."""
-
-    needs_judge = False
 
     def select(self, groups: Sequence[Group]) -> Selection:
         """The original suffix of every episode."""
@@ -41,8 +38,6 @@ class NextToken(_Nll):
 class SftRewrite(_Nll):
     """Supervised training on the teacher's rewrite (paper: "SFT on rewrites")."""
 
-    needs_judge = False
-
     def select(self, groups: Sequence[Group]) -> Selection:
         """The rewrite of every episode that has one."""
         return take_source(groups, Source.REWRITE)
@@ -51,8 +46,6 @@ class SftRewrite(_Nll):
 class SftRollout(_Nll):
     """Supervised training on the policy's own first rollout (paper: "SFT on 1 rollout", which collapses)."""
 
-    needs_judge = False
-
     def select(self, groups: Sequence[Group]) -> Selection:
         """The first rollout of every episode."""
         return take_source(groups, Source.ROLLOUT)
@@ -60,8 +53,6 @@ class SftRollout(_Nll):
 
 class RewardFilteredNll(_Nll):
     """Reward-filtered NLL: likelihood of the highest-reward candidate only (paper: from-scratch recipe)."""
-
-    needs_judge = True
 
     def select(self, groups: Sequence[Group]) -> Selection:
         """The candidate with the highest reward; ties are skipped."""

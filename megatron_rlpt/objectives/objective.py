@@ -13,6 +13,31 @@ from megatron_rlpt.records import Group
 
 
 @dataclass(frozen=True)
+class LossInputs:
+    """What a loss is computed from. Rows are sequences; those of one example follow each other.
+
+    Every rank that shares a model replica has the same values here, whatever the layout.
+    """
+
+    logprobs: torch.Tensor
+    """[sequences, suffix] with gradient: natural-log probabilities of the completion tokens under the policy."""
+    mask: torch.Tensor
+    """[sequences, suffix] fp32: 1 where a completion has a token, 0 where a shorter one is padded."""
+    engine_logprobs: torch.Tensor
+    """[sequences, suffix]: what the rollout engine said of each token when it sampled it; NaN elsewhere."""
+    advantages: torch.Tensor
+    """[sequences] fp32: ``Example.advantages``; NaN where the objective sets none."""
+    sizes: tuple[int, ...]
+    """Sequences of each example, in order of the rows."""
+    reference: torch.Tensor | None = None
+    """Like ``logprobs`` but from the reference policy and without gradient; None unless ``needs_reference``."""
+
+    def example_means(self, values: torch.Tensor) -> torch.Tensor:
+        """[sequences] -> [examples]: the mean over the sequences of each example."""
+        return torch.stack([part.mean() for part in values.split(self.sizes)])
+
+
+@dataclass(frozen=True)
 class LossTerms:
     """Loss per example, [examples] with gradient, and figures to log, each [examples] without."""
 
@@ -23,10 +48,6 @@ class LossTerms:
 class Objective(Protocol):
     """Pure: no state, no transport, no model."""
 
-    width: int
-    """Sequences per example: 1, or 2 for pairs."""
-    needs_judge: bool
-    """Whether ``select`` reads scores."""
     needs_reference: bool
     """Whether ``loss`` reads the reference policy's log-probabilities."""
 
@@ -34,13 +55,6 @@ class Objective(Protocol):
         """Choose what to train on."""
         ...
 
-    def loss(self, logprobs: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor | None) -> LossTerms:
-        """Loss of a micro-batch.
-
-        Args:
-            logprobs: [examples * width, suffix] natural-log probabilities of the completion tokens; rows of one
-                example follow each other in the order of ``Example.sequences``.
-            mask: [examples * width, suffix] 1 where a token is, 0 where a shorter completion is padded.
-            reference: like ``logprobs``, from the reference policy; None unless ``needs_reference``.
-        """
+    def loss(self, inputs: LossInputs) -> LossTerms:
+        """Loss of the examples of a micro-batch; of each from its own sequences alone."""
         ...

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_rlpt.objectives.objective import LossTerms
+from megatron_rlpt.objectives.objective import LossInputs, LossTerms
 from megatron_rlpt.objectives.selection import Selection, best_and_worst
 from megatron_rlpt.records import Group
 
@@ -37,8 +37,6 @@ def dpo_loss(
 class OnlineDpo:
     """Pairs of best and worst candidate. Off-policy, so original suffix and rewrite are legal on either side."""
 
-    width = 2
-    needs_judge = True
     needs_reference = True
 
     def __init__(self, beta: float) -> None:
@@ -48,11 +46,11 @@ class OnlineDpo:
         """Best and worst candidate of every group; ties and identical candidates are skipped."""
         return best_and_worst(groups, keep_worst=True)
 
-    def loss(self, logprobs: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor | None) -> LossTerms:
+    def loss(self, inputs: LossInputs) -> LossTerms:
         """DPO loss on summed suffix log-probabilities; rows alternate chosen, rejected."""
-        assert reference is not None
-        policy_sums = (logprobs * mask).sum(dim=1).view(-1, 2)
-        reference_sums = (reference * mask).sum(dim=1).view(-1, 2)
+        assert inputs.reference is not None
+        policy_sums = (inputs.logprobs * inputs.mask).sum(dim=1).view(-1, 2)
+        reference_sums = (inputs.reference * inputs.mask).sum(dim=1).view(-1, 2)
         loss, margin = dpo_loss(
             policy_sums[:, 0], policy_sums[:, 1], reference_sums[:, 0], reference_sums[:, 1], self.beta
         )

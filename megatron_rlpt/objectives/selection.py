@@ -13,14 +13,16 @@ from megatron_rlpt.records import Candidate, Episode, Group, Score, Source, deri
 class Example:
     """One group's contribution to an update.
 
-    ``sequences`` has the chosen candidate, and for pairs the rejected one behind it; ``indices`` are their places in
-    the group. ``margin`` is the reward of the chosen one minus that of the rejected one (None without a judge).
+    ``sequences`` has the chosen candidate, behind it the rejected one where there is one, then any others; ``indices``
+    are their places in the group. ``margin`` is the reward of the chosen one minus that of the rejected one (None
+    without a judge). ``advantages`` has one number per sequence where the objective weighs them, and is else empty.
     """
 
     episode: Episode
     sequences: tuple[Candidate, ...]
     indices: tuple[int, ...]
     margin: float | None = None
+    advantages: tuple[float, ...] = ()
 
 
 @dataclass

@@ -34,8 +34,15 @@ class Batch:
     """[sequences, suffix] fp32: 1 where a completion has a token."""
     engine_logprobs: torch.Tensor
     """[sequences, suffix] fp32: what the rollout engine said of each token; NaN where no engine produced it."""
-    examples: int
-    """Number of examples in this micro-batch; 0 where this rank only keeps step with others."""
+    advantages: torch.Tensor
+    """[sequences] fp32: what the objective weighs each sequence with; NaN where it weighs none."""
+    sizes: tuple[int, ...]
+    """Sequences of each example; empty where this rank only keeps step with others."""
+
+    @property
+    def examples(self) -> int:
+        """Number of examples in this micro-batch."""
+        return len(self.sizes)
 
     def scatter(self, logprobs: torch.Tensor) -> torch.Tensor:
         """[own tokens] -> [sequences, suffix], 0 where another rank's share has the token and in the padding."""
@@ -85,6 +92,9 @@ def make_batch(
     mask = torch.zeros(len(sequences), suffix)
     own = torch.zeros(len(sequences), suffix, dtype=torch.bool)
     engine = torch.full((len(sequences), suffix), torch.nan)
+    advantages = [
+        value for example in examples for value in example.advantages or (torch.nan,) * len(example.sequences)
+    ]
     held = share.positions(length)
     # Place in the sequence -> place in this rank's share, -1 where another rank has it.
     local = torch.full((length,), -1).scatter_(0, held, torch.arange(len(held)))
@@ -112,7 +122,8 @@ def make_batch(
         own.to(device),
         mask.to(device),
         engine.to(device),
-        examples=len(examples),
+        torch.tensor(advantages, dtype=torch.float32, device=device),
+        sizes=tuple(len(example.sequences) for example in examples),
     )
 
 

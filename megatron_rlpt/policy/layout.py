@@ -95,7 +95,7 @@ def check_layout(layout: Layout, arch: Architecture) -> None:
 
 
 def check_cut(layout: Layout, arch: Architecture) -> None:
-    """Whether a checkpoint of the model can be cut into ``tensor`` x ``pipeline`` x ``expert`` files (``rlpt convert``).
+    """Whether ``rlpt convert`` can cut a checkpoint of the model into ``tensor`` x ``pipeline`` x ``expert`` files.
 
     Raises:
         ConfigError: names the option, what it has to divide, and which sizes would work.

@@ -33,9 +33,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0] if real else 0, chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ rows.t()).float()
-            normalizers[part] = logits.logsumexp(dim=-1)
             local, ours = _local_rows(targets[part], first, real)
             wanted[part] = torch.where(ours, logits.gather(1, local[:, None]).squeeze(1), -torch.inf)
+            # logsumexp in place, which torch's own is not.
+            highest = logits.amax(dim=-1, keepdim=True)
+            normalizers[part] = logits.sub_(highest).exp_().sum(dim=-1).log_().add_(highest.squeeze(1))
+            del logits  # before those of the next chunk are made
         if ranks > 1:
             # Gathered rather than reduced: one collective brings both, and every rank adds up in the same order.
             shares = normalizers.new_empty(ranks, 2, hidden.shape[0])
@@ -57,12 +60,14 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             part = slice(start, start + ctx.chunk)
             logits = (hidden[part] @ rows.t()).float()
             # d logp / d logits = onehot(target) - softmax
-            grad_logits = (logits - normalizers[part, None]).exp_().mul_(-grad[part, None])
+            grad_logits = logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
+            del logits  # one tensor of fp32 logits at a time, this one turned into its gradient in place
             local, ours = _local_rows(targets[part], ctx.first, ctx.real)
             grad_logits.scatter_add_(1, local[:, None], torch.where(ours, grad[part], 0.0)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[part] = grad_logits @ rows
             grad_weight[: ctx.real] += grad_logits.t() @ hidden[part]
+            del grad_logits
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -102,8 +107,3 @@ def vocab_parallel_logprobs(
         [tokens] fp32, the same on every rank.
     """
     return _VocabParallelLogprobs.apply(hidden, weight, targets, chunk, vocab, group)
-
-
-def chunked_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
-    """``vocab_parallel_logprobs`` of one rank whose every row is a token."""
-    return vocab_parallel_logprobs(hidden, weight, targets, chunk, vocab=weight.shape[0])

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron_rlpt.checkpoint.sharded import ShardedWriting
 from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ModelError, TrainingError
-from megatron_rlpt.objectives import Example, LossTerms, Objective
+from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Objective
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
 from megatron_rlpt.policy.families import Shape, read_architecture
 from megatron_rlpt.policy.layout import check_layout, layout_of
@@ -220,7 +220,16 @@ class Policy:
     ) -> tuple[torch.Tensor, _MicroResult]:
         if not batch.examples:  # only in step with other ranks: a loss of zero that the gradient still passes through
             return logprobs.sum() * 0.0, _MicroResult(LossTerms(logprobs.new_zeros(0)), 0.0, 0)
-        terms = self._objective.loss(logprobs, batch.mask, references[number] if references else None)
+        terms = self._objective.loss(
+            LossInputs(
+                logprobs,
+                batch.mask,
+                batch.engine_logprobs,
+                batch.advantages,
+                batch.sizes,
+                reference=references[number] if references else None,
+            )
+        )
         gap = (logprobs.detach() - batch.engine_logprobs).abs()
         compared = ~batch.engine_logprobs.isnan()
         detached = LossTerms(terms.loss.detach(), terms.metrics)

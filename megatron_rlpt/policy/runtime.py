@@ -19,6 +19,7 @@ import datetime
 import importlib.abc
 import importlib.machinery
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -37,11 +38,37 @@ _M_MMAP_MAX = -4
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "as_tensor")
 
 
+class _CpuStream:
+    """``torch.cuda.Stream`` on a CPU: operations run when they are called, in one order."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+
+class _CpuEvent:
+    """``torch.cuda.Event`` on a CPU, where the time of an operation is the time of its call."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def elapsed_time(self, end: _CpuEvent) -> float:
+        """Milliseconds from this event to ``end``."""
+        return (end._seconds - self._seconds) * 1e3
+
+
 class _CpuCuda(types.ModuleType):
     """``torch.cuda`` as Megatron sees it on a CPU machine."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
+        self.Stream = _CpuStream
+        self.Event = _CpuEvent
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
@@ -49,6 +76,10 @@ class _CpuCuda(types.ModuleType):
     @staticmethod
     def current_device() -> torch.device:
         return torch.device("cpu")
+
+    @staticmethod
+    def current_stream(device: object = None) -> _CpuStream:
+        return _CpuStream()
 
     @staticmethod
     def synchronize(device: object = None) -> None:

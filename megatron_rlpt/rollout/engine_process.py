@@ -14,10 +14,16 @@ from megatron_rlpt.errors import EngineError
 
 
 class EngineProcess:
-    """Watches the process behind ``llm``, an offline ``LLM`` that was started with multiprocessing."""
+    """Watches the process behind an offline ``LLM`` that was started with multiprocessing."""
 
-    def __init__(self, llm: Any) -> None:
-        """Begin to watch, and make the process end when this one does, however that happens."""
+    def __init__(self, llm: Any, name: str) -> None:
+        """Begin to watch, and make the process end when this one does, however that happens.
+
+        Args:
+            llm: started with our worker extension.
+            name: what errors call it.
+        """
+        self._name = name
         client = llm.llm_engine.engine_core
         self._processes = client.resources.engine_manager.processes
         # What a caller waits on. When the process dies without a word, vLLM marks it as dead and wakes nobody
@@ -42,8 +48,8 @@ class EngineProcess:
                 process.join(5.0)
             codes = ", ".join(str(process.exitcode) for process in self._processes)
             raise EngineError(
-                f"the process of the rollout engine ended (exit code {codes}; -9 is often a lack of memory); start "
-                "the run again, it goes on from the last checkpoint"
+                f"the process of {self._name} ended (exit code {codes}; -9 is often a lack of memory); start the "
+                "run again, it goes on from the last checkpoint"
             ) from None
 
     def end(self) -> None:

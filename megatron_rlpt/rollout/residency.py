@@ -101,8 +101,9 @@ class Residency:
             freed = self._free_memory() - before
             if freed < _SLACK * promised:
                 raise EngineError(
-                    f"the sleeping rollout engine gave back {_gib(freed)} of GPU memory, less than its {_gib(promised)} "
-                    "of weights and cache; something else grew meanwhile, or this vLLM does not sleep on this GPU"
+                    f"the sleeping rollout engine gave back {_gib(freed)} of GPU memory, less than its "
+                    f"{_gib(promised)} of weights and cache; something else grew meanwhile, or this vLLM does not "
+                    "sleep on this GPU"
                 )
         if self._policy:
             self._policy.restore_optimizer()

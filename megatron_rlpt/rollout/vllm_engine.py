@@ -104,7 +104,7 @@ class VllmEngine:
                     worker_extension_cls=EXTENSION,
                     **arguments,
                 )
-                self._process = None if in_process else EngineProcess(self._llm)
+                self._process = None if in_process else EngineProcess(self._llm, "the rollout engine")
                 # Some shapes load and fail only when attention runs: find out now, and not after the first data.
                 self._llm.generate(
                     [TokensPrompt(prompt_token_ids=[0])], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
@@ -149,6 +149,8 @@ class VllmEngine:
         from vllm import SamplingParams, TokensPrompt
 
         self._require_version(version)
+        if not prompts:  # a rank's share of a small batch
+            return []
         parameters = [
             SamplingParams(
                 temperature=0.0 if prompt.greedy else self._temperature,

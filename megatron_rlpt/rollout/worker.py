@@ -90,8 +90,8 @@ class WorkerExtension:
     def rlpt_zero_cache(self) -> None:
         """Clear the key-value cache: memory that was just mapped again may hold anything.
 
-        Slots that are masked out still count where the kernel multiplies them by a weight of 0, and 0 times not-a-number
-        is not a number (seen on CPU: one bad batch, and every later one was bad).
+        Slots that are masked out still count where the kernel multiplies them by a weight of 0, and 0 times
+        not-a-number is not a number (seen on CPU: one bad batch, and every later one was bad).
         """
         for cache in self.model_runner.kv_caches:
             cache.zero_()

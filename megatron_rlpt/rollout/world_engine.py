@@ -52,8 +52,7 @@ class WorldEngine:
     @property
     def version(self) -> int | None:
         """Policy version of the weights in force; the same on every rank, None after an update that failed."""
-        # A sleeping engine has none, and all sleep together.
-        return self._own.version if self._own else self._version
+        return None if self._own and self._own.asleep else self._version
 
     def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
         """See ``RolloutEngine.generate``; every rank gets all continuations, in order."""

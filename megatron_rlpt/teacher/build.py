@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rlpt.config.schema import Config, JudgeName, ObjectiveName
+from megatron_rlpt.config import Config, JudgeName, needs_judge
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.teacher.generator import TextGenerator
@@ -34,7 +34,7 @@ def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     Raises:
         ModelError: a model or tokenizer cannot be used, or the teacher cannot score the policy's tokens.
     """
-    judged = config.objective.name in (ObjectiveName.rf_nll, ObjectiveName.online_dpo)
+    judged = needs_judge(config.objective.name)
     rewrites = config.candidates.rewrite
     prompted = judged and config.teacher.judge == JudgeName.generative
     judge: Judge | None = None

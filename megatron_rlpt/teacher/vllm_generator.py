@@ -1,13 +1,16 @@
-"""The teacher's text generator: vLLM's offline engine, on a CPU or a GPU."""
+"""The teacher's text generator: vLLM in this process or one of its own, on a CPU or a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.records import Failed
+from megatron_rlpt.rollout.engine_process import EngineProcess
+from megatron_rlpt.rollout.worker import EXTENSION
 from megatron_rlpt.teacher.generator import Message, Reply, Request
 from megatron_rlpt.tokenizer import load_tokenizer
 from megatron_rlpt.vllm_runtime import vllm_environment
@@ -25,7 +28,8 @@ class VllmGenerator:
             model_path: local Hugging Face folder with a chat template.
             max_context: longest prompt plus answer in tokens.
             kv_cache_gib: memory for the key-value cache in GiB.
-            in_process: run the engine in this process; needs a torch.distributed world of at most one rank.
+            in_process: False beside a ``torch.distributed`` world of more than one rank, where vLLM needs a process
+                of its own.
 
         Raises:
             ModelError: the folder is missing, has no chat template, or vLLM cannot serve it.
@@ -39,6 +43,7 @@ class VllmGenerator:
         # Longest first, so that no shorter token is broken up inside a longer one.
         self._control = sorted((token for token in self._tokenizer.all_special_tokens if len(token) > 1), key=len)[::-1]
         self._engine = _start(path, max_context, kv_cache_gib, in_process)
+        self._process = None if in_process else EngineProcess(self._engine, "the teacher's engine")
 
     @property
     def name(self) -> str:
@@ -50,7 +55,12 @@ class VllmGenerator:
 
         Raises:
             ValueError: a message list is empty or a sampling setting is out of vLLM's range.
+            EngineError: the engine's process ended.
         """
+        with self._process.calling() if self._process else contextlib.nullcontext():
+            return self._generate(requests)
+
+    def _generate(self, requests: Sequence[Request]) -> list[Reply | Failed]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -119,7 +129,13 @@ def _start(path: Path, max_context: int, kv_cache_gib: float, in_process: bool) 
         from vllm import LLM
 
         try:
-            return LLM(model=str(path), max_model_len=max_context, disable_log_stats=True, **arguments)
+            return LLM(
+                model=str(path),
+                max_model_len=max_context,
+                disable_log_stats=True,
+                worker_extension_cls=EXTENSION,
+                **arguments,
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"vLLM cannot serve the teacher {path} with teacher.max_context = {max_context} and "

@@ -28,12 +28,17 @@ EVERY = {
 OF_ROLLOUTS = {"logprob_gap", "rollout_chosen_rate", "original_chosen_rate"}
 OF_JUDGE = {"reward/original", "reward/rollout", "reward_margin"}
 OF_DPO = {"dpo/margin", "dpo/accuracy", "dpo/chosen_logratio", "dpo/rejected_logratio"}
+OF_GRPO = {"grpo/ratio", "grpo/clip_fraction", "grpo/kl"}
 OBJECTIVES = {
     "ntp": ({"rollouts": 0}, {"original_chosen_rate"}),
     "sft_rewrite": ({"rollouts": 0, "rewrite": True}, {"original_chosen_rate"}),
     "sft_rollout": ({"rollouts": 1}, OF_ROLLOUTS),
     "rf_nll": ({"rollouts": 3}, OF_ROLLOUTS | OF_JUDGE),
     "online_dpo": ({"rollouts": 3}, OF_ROLLOUTS | OF_JUDGE | OF_DPO),
+    "grpo": (
+        {"original": False, "rollouts": 3},
+        {"logprob_gap", "rollout_chosen_rate", "reward/rollout", "reward_margin"} | OF_GRPO,
+    ),
 }
 """Name -> its candidates section, and the metrics it adds."""
 
@@ -95,14 +100,17 @@ def test_samples_show_what_was_offered_and_what_was_chosen(run):
     assert len(rows) == 4
     for row in rows:
         sources = [candidate["source"] for candidate in row["candidates"]]
-        assert sources[0] == "original"
+        assert (sources[0] == "original") == OBJECTIVES[name][0].get("original", True)
         assert sources.count("rollout") == OBJECTIVES[name][0]["rollouts"]
         assert (row["chosen"] is None) == (row["skipped"] is not None)
-        assert (row["rejected"] is not None) == (name == "online_dpo" and row["chosen"] is not None)
+        assert (row["rejected"] is not None) == (name in ("online_dpo", "grpo") and row["chosen"] is not None)
         if name.startswith("sft") and row["chosen"] is not None:
             assert sources[row["chosen"]] == name.removeprefix("sft_")
         judged = [candidate for candidate in row["candidates"] if "value" in candidate]
-        assert len(judged) == (len(sources) if name in ("rf_nll", "online_dpo") else 0)
+        assert len(judged) == (len(sources) if name in ("rf_nll", "online_dpo", "grpo") else 0)
+        if row["rejected"] is not None:
+            rewards = [candidate["value"] for candidate in row["candidates"]]
+            assert (rewards[row["chosen"]], rewards[row["rejected"]]) == (max(rewards), min(rewards))
 
 
 def test_rewrites_are_of_exact_length_or_counted_as_failed(run):

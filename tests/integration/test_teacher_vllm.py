@@ -21,7 +21,7 @@ from megatron_rlpt.config.schema import (
     RewriterConfig,
     RunConfig,
 )
-from megatron_rlpt.errors import ModelError
+from megatron_rlpt.errors import EngineError, ModelError
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
 from megatron_rlpt.teacher.build import build_teacher
 from megatron_rlpt.teacher.generative import GenerativeJudge
@@ -107,6 +107,15 @@ def test_same_seed_same_reply_whatever_came_before(generator):
     assert generator.generate(requests) == first
     assert len({reply.token_ids for reply in first}) > 1
     assert all(reply.finish_reason == "length" and len(reply.token_ids) == 8 for reply in first)
+
+
+def test_an_engine_in_a_process_of_its_own_replies_the_same(generator):
+    requests = [greeting(seed) for seed in range(4)]
+    other = VllmGenerator(MODEL, CONTEXT, kv_cache_gib=0.25, in_process=False)
+    assert other.generate(requests) == generator.generate(requests)
+    other._process.end()
+    with pytest.raises(EngineError, match="the process of the teacher's engine ended"):
+        other.generate(requests)
 
 
 def test_more_prompts_than_fit_one_step(generator):

@@ -318,36 +318,57 @@ def test_a_checkpoint_that_would_not_fit_again_is_refused_before_anything_is_wri
 
 
 KILLED = """
-import sys
+import os, sys
 from pathlib import Path
 from megatron_rlpt.checkpoint import CheckpointStore
 
-sys.path.insert(0, sys.argv[4])
+sys.path.insert(0, sys.argv[1])
 from savables import OneFile
 
-store = CheckpointStore(Path(sys.argv[1]), keep=2, background=sys.argv[5] == "background")
-print("ready", flush=True)
-step = int(sys.argv[2])
-while True:
-    policy = OneFile(f"{step} " * 20_000)
-    store.save(step, {}, policy, Path(sys.argv[3]))
-    store.save(step, {}, policy, Path(sys.argv[3]))  # the same step again
-    step += 1
+def save_for_ever(folder, model, background, step):
+    store = CheckpointStore(folder, keep=2, background=background)
+    print(os.getpid(), flush=True)
+    while True:
+        policy = OneFile(f"{step} " * 20_000)
+        store.save(step, {}, policy, model)
+        store.save(step, {}, policy, model)  # the same step again
+        step += 1
+
+# One process a life, and the imports once for all of them.
+for line in sys.stdin:
+    folder, model, mode, step = line.split()
+    if os.fork() == 0:
+        save_for_ever(Path(folder), Path(model), mode == "background", int(step))
+    os.wait()
+    print("over", flush=True)
 """
 
 
+@pytest.fixture(scope="module")
+def lives() -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(Path(__file__).parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.communicate("")
+
+
 @pytest.mark.parametrize("mode", ["waiting", "background"])
-def test_kill_at_any_moment_leaves_no_broken_checkpoint_that_can_be_loaded(tmp_path, model, mode):
+def test_kill_at_any_moment_leaves_no_broken_checkpoint_that_can_be_loaded(tmp_path, model, lives, mode):
     draw = random.Random(4)
     folder = tmp_path / "checkpoints"
-    store, newest = CheckpointStore(folder, keep=2), 0
-    for _ in range(6):
-        arguments = [str(folder), str(newest + 1), str(model), str(Path(__file__).parent), mode]
-        process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(draw.uniform(0.05, 0.4))
-        process.kill()
-        process.communicate()
+    store, newest, killed = CheckpointStore(folder, keep=2), 0, 0
+    while killed < 6 or newest < 3:
+        killed += 1
+        lives.stdin.write(f"{folder} {model} {mode} {newest + 1}\n")
+        lives.stdin.flush()
+        pid = int(lives.stdout.readline())
+        time.sleep(draw.uniform(0.05, 0.5))
+        os.kill(pid, signal.SIGKILL)
+        assert lives.stdout.readline() == "over\n"
         checkpoint = store.latest()
         found = checkpoint.step if checkpoint else 0
         # Between the two renames that replace a step by itself, the one before is the newest.
@@ -358,6 +379,5 @@ def test_kill_at_any_moment_leaves_no_broken_checkpoint_that_can_be_loaded(tmp_p
             assert (path / "COMPLETE").is_file()
             assert path.name == f"step-{step:08d}"
             assert (path / "policy/weights").read_text() == f"{step} " * 20_000
-    assert newest > 3
     CheckpointStore(folder, keep=1).save(newest + 1, {}, OneFile(), model)
     assert names(folder) == [f"step-{newest + 1:08d}"], "nothing of the killed saves is left"

@@ -19,6 +19,12 @@ def load(*overrides: str):
 
 # Field -> values just outside its range, and the outermost values inside it that nothing else contradicts.
 LIMITS = {
+    "parallel.tensor": ([0], [1]),
+    "parallel.pipeline": ([0], [1]),
+    "parallel.virtual_stages": ([0], [1]),
+    "parallel.context": ([0], [1]),
+    "parallel.expert": ([0], [1]),
+    "parallel.timeout": ([0], [0.1]),
     "data.suffix_length": ([0], [1]),
     "data.min_prefix": ([0], [1]),
     "data.max_prefix": ([0], [128]),
@@ -29,6 +35,8 @@ LIMITS = {
     "rollout.temperature": ([0, -1], [0.1]),
     "rollout.max_batch": ([0], [1]),
     "rollout.kv_cache_gib": ([0], [0.1]),
+    "rollout.sync_bucket_mib": ([0], [1]),
+    "rollout.warn_logprob_gap": ([0], [0.01]),
     "rollout.max_logprob_gap": ([0], [0.1]),
     "teacher.likelihood.repetition_weight": ([-1], [0]),
     "teacher.likelihood.repetition_ngram": ([0], [1]),
@@ -44,6 +52,8 @@ LIMITS = {
     "teacher.max_failure_rate": ([-0.1, 1.1], [0, 1]),
     "objective.beta": ([0], [0.01]),
     "objective.reference_refresh": ([-1], [0]),
+    "objective.clip_low": ([0, 1], [0.001, 0.999]),
+    "objective.clip_high": ([0], [0.001, 5.0]),
     "optimizer.lr": ([0, "nan", "inf"], [1e-9]),
     "optimizer.min_lr": ([-1, "nan"], [0]),
     "optimizer.warmup_steps": ([-1], [0, 99]),
@@ -93,7 +103,14 @@ def test_edge_of_the_range(key, value):
     assert flatten(load(f"{key}={value}"))[key] == value
 
 
+GRPO = ["objective.name=grpo", "candidates.original=false"]
+
 CONTRADICTIONS = [
+    (["objective.name=grpo", "candidates.rollouts=4"], "candidates.original is true; allowed: false"),
+    ([*GRPO, "candidates.rewrite=true"], "candidates.rewrite is true; allowed: false"),
+    ([*GRPO, "candidates.rollouts=1"], "candidates.rollouts is 1; allowed: at least 2"),
+    ([*GRPO, "rollout.temperature=0.9"], "rollout.temperature is 0.9; allowed: 1.0"),
+    ([*GRPO, "teacher.judge=generative", "teacher.generative.quality.weight=0"], "teacher.generative"),
     (["rollout.top_p=0.9"], "rollout.top_p"),
     (["rollout.top_k=50"], "rollout.top_k"),
     (["rollout.min_p=0.1"], "rollout.min_p"),
@@ -137,6 +154,7 @@ def test_contradictions_name_the_field(overrides, named):
         ["objective.name=rf_nll", "candidates.rewrite=true", "candidates.rollouts=0"],
         ["candidates.rollouts=2", "candidates.original=false"],
         ["teacher.judge=generative"],
+        [*GRPO, "candidates.rollouts=2"],
     ],
 )
 def test_sensible_combinations(overrides):

@@ -7,13 +7,19 @@ import pytest
 import torch
 
 from megatron_rlpt.config import ObjectiveConfig, ObjectiveName
-from megatron_rlpt.objectives import build_objective
+from megatron_rlpt.objectives import LossInputs, build_objective
 from megatron_rlpt.objectives.nll import token_mean_nll
 from megatron_rlpt.objectives.online_dpo import dpo_loss
 
 
 def online_dpo(beta: float):
     return build_objective(ObjectiveConfig(name=ObjectiveName.online_dpo, beta=beta))
+
+
+def inputs(logprobs: torch.Tensor, mask: torch.Tensor, sizes: tuple[int, ...], **others: torch.Tensor) -> LossInputs:
+    """What an objective is given that reads neither engine nor advantages, unless ``others`` has them."""
+    unknown = {"engine_logprobs": torch.full_like(mask, torch.nan), "advantages": torch.full((len(mask),), torch.nan)}
+    return LossInputs(logprobs, mask, sizes=sizes, **unknown | others)
 
 
 def test_dpo_loss_on_a_case_done_by_hand():
@@ -74,7 +80,7 @@ def test_the_objective_sums_tokens_under_the_mask_and_alternates_chosen_and_reje
     logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 99.0], [-1.0, -1.0], [-2.0, -2.0]], requires_grad=True)
     reference = torch.tensor([[-2.0, -2.0], [-2.0, -77.0], [-1.5, -1.5], [-1.0, -2.0]])
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
-    terms = online_dpo(2.0).loss(logprobs, mask, reference)
+    terms = online_dpo(2.0).loss(inputs(logprobs, mask, (2, 2), reference=reference))
     # Pair 0: 2 * ((-3 + 4) - (-3 + 2)) = 4; pair 1: 2 * ((-2 + 3) - (-4 + 3)) = 4.
     assert terms.loss.tolist() == pytest.approx([math.log1p(math.exp(-4.0))] * 2)
     assert terms.metrics["dpo/margin"].tolist() == [4.0, 4.0]
@@ -90,7 +96,7 @@ def test_the_objective_sums_tokens_under_the_mask_and_alternates_chosen_and_reje
 
 def test_dpo_accuracy_counts_pairs_the_policy_orders_as_the_judge_does():
     logprobs = torch.tensor([[-1.0], [-2.0], [-2.0], [-1.0]])
-    terms = online_dpo(0.1).loss(logprobs, torch.ones(4, 1), torch.zeros(4, 1))
+    terms = online_dpo(0.1).loss(inputs(logprobs, torch.ones(4, 1), (2, 2), reference=torch.zeros(4, 1)))
     assert terms.metrics["dpo/accuracy"].tolist() == [1.0, 0.0]
 
 
@@ -109,4 +115,5 @@ def test_nll_is_the_mean_over_real_tokens_of_each_row():
 )
 def test_every_likelihood_objective_has_the_token_mean_loss(name):
     logprobs, mask = torch.tensor([[-1.0, -3.0], [-5.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    assert build_objective(ObjectiveConfig(name=name)).loss(logprobs, mask, None).loss.tolist() == [2.0, 5.0]
+    terms = build_objective(ObjectiveConfig(name=name)).loss(inputs(logprobs, mask, (1, 1)))
+    assert terms.loss.tolist() == [2.0, 5.0]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.config import ObjectiveConfig, ObjectiveName
+from megatron_rlpt.config import ObjectiveConfig, ObjectiveName, needs_judge
 from megatron_rlpt.objectives import build_objective
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
 
@@ -156,15 +156,23 @@ def test_a_group_without_the_wanted_source_is_skipped_with_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "judge", "reference"),
+    ("name", "judge", "reference"),
     [
-        (ObjectiveName.ntp, 1, False, False),
-        (ObjectiveName.sft_rewrite, 1, False, False),
-        (ObjectiveName.sft_rollout, 1, False, False),
-        (ObjectiveName.rf_nll, 1, True, False),
-        (ObjectiveName.online_dpo, 2, True, True),
+        (ObjectiveName.ntp, False, False),
+        (ObjectiveName.sft_rewrite, False, False),
+        (ObjectiveName.sft_rollout, False, False),
+        (ObjectiveName.rf_nll, True, False),
+        (ObjectiveName.online_dpo, True, True),
+        (ObjectiveName.grpo, True, False),
     ],
 )
-def test_objectives_say_what_they_need(name, width, judge, reference):
+def test_objectives_say_what_they_need(name, judge, reference):
     built = objective(name)
-    assert (built.width, built.needs_judge, built.needs_reference) == (width, judge, reference)
+    assert (needs_judge(name), built.needs_reference) == (judge, reference)
+    group = group_of(None, None, None)
+    unjudged = Group(group.episode, group.candidates)
+    if judge:  # its selection is not possible without outcomes
+        with pytest.raises(ValueError, match="zip"):
+            built.select([unjudged])
+    else:
+        assert len(built.select([unjudged]).examples) == 1

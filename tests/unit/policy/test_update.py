@@ -212,20 +212,55 @@ def test_an_engine_logprob_that_is_no_number_is_an_infinite_gap_and_not_left_out
     assert make_policy(llama, ObjectiveName.rf_nll).update([example])["logprob_gap"] == math.inf
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2, 6])
+def test_grpo_on_groups_of_different_size_equals_its_formula_in_plain_transformers(llama, micro_batch):
+    """Loss and gradient norm; the engine said something else than the model, so that some tokens are clipped."""
+    draw = torch.Generator().manual_seed(3)
+    model = load_llama(llama)
+    examples, losses = [], []
+    for number, width in enumerate([2, 4, 3, 2, 5, 2]):
+        (example,) = make_examples(1, width, seed=number)
+        advantages = tuple(torch.randn(width, generator=draw).tolist())
+        sequences, parts = [], []
+        for candidate, advantage in zip(example.sequences, advantages, strict=True):
+            own = token_logprobs(model, example.episode.prefix, candidate.tokens)
+            said = own.detach() + 0.3 * torch.randn(len(candidate.tokens), generator=draw)
+            ratio = (own - said).exp()
+            free, bounded = ratio * advantage, ratio.clamp(0.9, 1.3) * advantage
+            parts.append(-torch.where(free < bounded, free, bounded).mean())
+            sequences.append(dataclasses.replace(candidate, logprobs=tuple(said.tolist())))
+        losses.append(torch.stack(parts).mean())
+        examples.append(dataclasses.replace(example, sequences=tuple(sequences), advantages=advantages))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in model.parameters()))
+    policy = make_policy(
+        llama,
+        ObjectiveName.grpo,
+        objective={"clip_low": 0.1, "clip_high": 0.3},
+        optimizer={"clip_grad": 0.0},
+        train={"micro_batch": micro_batch},
+    )
+    figures = policy.update(examples)
+    assert figures["loss"] == pytest.approx(float(loss), rel=1e-4, abs=1e-5)
+    assert figures["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert 0.1 < figures["grpo/clip_fraction"] < 0.9
+
+
 class Faulty(OnlineDpo):
     """DPO that can be told to fail: with a loss that is not finite, or with a finite loss and such a gradient."""
 
     fault = ""
 
-    def loss(self, logprobs, mask, reference) -> LossTerms:
-        terms = super().loss(logprobs, mask, reference)
+    def loss(self, inputs) -> LossTerms:
+        terms = super().loss(inputs)
         match self.fault:
             case "nan loss":
                 return LossTerms(terms.loss * torch.nan, terms.metrics)
             case "infinite loss":
                 return LossTerms(terms.loss + torch.inf, terms.metrics)
             case "gradient":
-                zero = logprobs.sum() - logprobs.sum().detach()
+                zero = inputs.logprobs.sum() - inputs.logprobs.sum().detach()
                 return LossTerms(terms.loss + zero.sqrt(), terms.metrics)  # d sqrt(0) is infinite
         return terms
 

@@ -1,0 +1,130 @@
+"""GRPO on the policy's own rollouts: each is weighed by how much better than its siblings the judge found it.
+
+Group-relative policy optimisation is of arXiv 2402.03300 (section 4.1). Original suffix and rewrite take no part: the
+policy never sampled them, so there is no probability to put below the line of the ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+import torch
+
+from megatron_rlpt.objectives.objective import LossInputs, LossTerms
+from megatron_rlpt.objectives.selection import Example, Selection
+from megatron_rlpt.records import Group, Score, Source
+
+_LEAST_DEVIATION = 1e-6
+"""Added to the standard deviation: rewards that differ by rounding alone are not blown up to a preference."""
+
+
+def group_advantages(rewards: Sequence[float], *, normalize: bool) -> tuple[float, ...]:
+    """How much better than the mean of its group each reward is.
+
+    Args:
+        rewards: of one group, at least two.
+        normalize: divide by the group's standard deviation (of a sample, n - 1), as in GRPO (arXiv 2402.03300,
+            section 4.1.2). Without, as in Dr. GRPO (arXiv 2503.20783, section 3): dividing gives groups whose
+            rewards hardly differ the same say as the others.
+
+    Returns:
+        One number per reward; they add up to 0.
+    """
+    mean = fmean(rewards)
+    scale = stdev(rewards) + _LEAST_DEVIATION if normalize else 1.0
+    return tuple((reward - mean) / scale for reward in rewards)
+
+
+def clipped_ratio_loss(
+    ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clipped surrogate objective (arXiv 1707.06347, equation 7) with a bound of its own on each side.
+
+    A wider upper bound leaves unlikely tokens room to grow (arXiv 2503.14476, section 3.1).
+
+    Args:
+        ratio: probability of each token under the policy over that under the policy that sampled it.
+        advantages: of the same shape or one that broadcasts to it.
+        clip_low: the ratio counts no lower than 1 - clip_low where the advantage is negative.
+        clip_high: the ratio counts no higher than 1 + clip_high where the advantage is positive.
+
+    Returns:
+        Loss of each token, and 1.0 where the clip took its gradient away (else 0.0).
+    """
+    free = ratio * advantages
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    return -torch.minimum(free, bounded), (bounded < free).float()
+
+
+class Grpo:
+    """Clipped policy gradient on all scored rollouts of an episode, which together are one example.
+
+    The loss of a sequence is the mean over its tokens, that of an example the mean over its sequences (arXiv
+    2402.03300, equation 3). Dr. GRPO (arXiv 2503.20783) objects that a long bad completion is then pushed away less
+    per token than a short one. Here completions share one length, ``data.suffix_length``, save those that end their
+    document earlier, and the mean keeps losses and learning rates comparable with the likelihood objectives'.
+    """
+
+    needs_reference = False
+
+    def __init__(self, clip_low: float, clip_high: float, normalize: bool) -> None:
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+        self.normalize = normalize
+
+    def select(self, groups: Sequence[Group]) -> Selection:
+        """Every scored rollout of a group, the best first and the others from the worst up.
+
+        Copies of one text all count: they are as many draws from the policy. A group with fewer than two scored
+        rollouts, or with one reward for all of them (a tie), has no advantages and is skipped.
+        """
+        selection = Selection()
+        for group in groups:
+            entries = [
+                (outcome.value, index, candidate)
+                for index, (candidate, outcome) in enumerate(zip(group.candidates, group.outcomes, strict=True))
+                if candidate.source is Source.ROLLOUT and isinstance(outcome, Score)
+            ]
+            if len(entries) < 2:
+                selection.skipped[group.episode.id] = "fewer than two scored rollouts"
+                continue
+            entries.sort(key=lambda entry: entry[0])
+            rewards, indices, candidates = zip(*(entries[-1:] + entries[:-1]), strict=True)
+            if rewards[0] == rewards[1]:
+                selection.skipped[group.episode.id] = "tie"
+                continue
+            assert all(candidate.logprobs is not None for candidate in candidates), "a rollout without the engine's"
+            selection.examples.append(
+                Example(
+                    group.episode,
+                    candidates,
+                    indices,
+                    margin=rewards[0] - rewards[1],
+                    advantages=group_advantages(rewards, normalize=self.normalize),
+                )
+            )
+        return selection
+
+    def loss(self, inputs: LossInputs) -> LossTerms:
+        """Token-mean clipped loss; the engine's own log-probabilities are those of the policy that sampled."""
+        real = inputs.mask.bool()
+        # Before exp: a NaN of the padding would spoil the gradient even where the mask multiplies it by 0.
+        difference = torch.where(real, inputs.logprobs - inputs.engine_logprobs, 0.0)
+        ratio = difference.exp()
+        loss, clipped = clipped_ratio_loss(ratio, inputs.advantages[:, None], self.clip_low, self.clip_high)
+        # Estimates the divergence of the policy from the one that sampled, without bias and never below 0 (the k3
+        # estimator that arXiv 2402.03300, equation 4, uses for its reference).
+        divergence = (ratio - 1.0 - difference).detach()
+
+        def per_example(values: torch.Tensor) -> torch.Tensor:
+            return inputs.example_means((values * inputs.mask).sum(dim=1) / inputs.mask.sum(dim=1))
+
+        return LossTerms(
+            per_example(loss),
+            {
+                "grpo/ratio": per_example(ratio.detach()),
+                "grpo/clip_fraction": per_example(clipped),
+                "grpo/kl": per_example(divergence),
+            },
+        )

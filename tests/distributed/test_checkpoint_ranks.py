@@ -1,0 +1,191 @@
+"""Ranks that save and load together: what one of them meets, all of them say, and none waits for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import WorldError, run_world
+
+from megatron_rlpt.checkpoint import CheckpointStore
+from megatron_rlpt.checkpoint.sharded import ShardedWriting, read_sharded
+from megatron_rlpt.errors import RlptError
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.ranks import Ranks
+
+ROWS = 50_000
+
+
+class Rows:
+    """A policy of one tensor cut along its rows and one that every rank has, with a hook before this rank's write."""
+
+    def __init__(self, rank: int, size: int, value: float, before: Any = lambda: None) -> None:
+        self.rank, self.size, self.before = rank, size, before
+        self.own = torch.full((ROWS, 2), value + rank)
+        self.common = torch.full((ROWS,), value)
+
+    def sharded(self) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        return {
+            "rows": ShardedTensor.from_rank_offsets("rows", self.own, (0, self.rank, self.size)),
+            "common": ShardedTensor.from_rank_offsets("common", self.common, replica_id=self.rank),
+        }
+
+    def layout_text(self) -> str:
+        return "some layout"
+
+    def begin_save(self, folder: Path, snapshot: bool) -> ShardedWriting:
+        writing = ShardedWriting(self.sharded(), folder, snapshot)
+        write, before = writing.write, self.before
+        writing.write = lambda: (before(), write())[1]
+        return writing
+
+
+@contextlib.contextmanager
+def small_files(rank: int, failing: int) -> Iterator[None]:
+    """On rank ``failing`` the kernel refuses to let a file grow beyond 64 KiB, as a full disk does."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == failing:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def error_of(call: Any) -> str:
+    try:
+        call()
+    except RlptError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def everything(base: Path, model: Path) -> dict[str, Any]:
+    """One world, many things: starting one takes longer than all of them."""
+    found: dict[str, Any] = {}
+    ranks = DeviceRuntime().init_distributed(Layout(world=2), 60.0)
+    rank, size = ranks.rank, ranks.size
+    folder = base / "checkpoints"
+    store = CheckpointStore(folder, keep=2, ranks=ranks)
+    store.save(1, {"of": rank}, Rows(rank, size, 1.0), model)
+    found["state"] = store.latest().state
+    found["writers"] = sorted({path.name.split("_")[2] for path in (folder / "step-00000001/policy").glob("*.distcp")})
+
+    # A full disk on one rank, waiting and in the background.
+    behind = CheckpointStore(folder, keep=2, ranks=ranks, background=True)
+    for failing in (0, 1):
+        with small_files(rank, failing):
+            found["waiting", failing] = error_of(lambda: store.save(2, {}, Rows(rank, size, 2.0), model))
+        ranks.barrier("the next")
+        found["left", failing] = sorted(path.name for path in folder.iterdir())
+        ranks.barrier("the next but one")
+        with small_files(rank, failing):
+            behind.save(2, {}, Rows(rank, size, 2.0), model)
+            found["background", failing] = error_of(behind.finish)
+    found["not shared"] = error_of(
+        lambda: CheckpointStore(base / f"of-rank-{rank}", keep=2, ranks=ranks).save(2, {}, Rows(rank, size, 2.0), model)
+    )
+
+    # One rank is slower than the other: nobody publishes before both are done.
+    gate = threading.Event()
+    behind.save(3, {}, Rows(rank, size, 3.0, gate.wait if rank == 1 else lambda: None), model)
+    found["early"] = [behind.poll() for _ in range(3)]
+    gate.set()
+    polls = 0
+    while (path := behind.poll()) is None:
+        polls += 1
+    found["polled"], found["polls"] = path.name, polls
+    blank = Rows(rank, size, 0.0)
+    loaded = read_sharded(blank.sharded(), store.latest().policy)
+    found["loaded"] = bool((loaded["rows"] == 3.0 + rank).all() and (loaded["common"] == 3.0).all())
+
+    # Each rank checks a part of the files; what one finds, all say.
+    ranks.barrier("the damage")
+    damaged = [path for path in sorted((folder / "step-00000003/policy").glob("*.distcp")) if ranks.is_main]
+    for path in damaged:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    ranks.barrier("the check")
+    found["damage"] = error_of(store.latest)
+    found["passed over"] = store.latest(allow_previous=True).step
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict[str, Any]]:
+    base = tmp_path_factory.mktemp("ranks")
+    model = base / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return run_world(2, everything, base, model, start_group=False)
+
+
+def test_all_ranks_write_one_checkpoint_with_the_state_of_the_main_rank(found):
+    for one in found:
+        assert one["state"] == {"of": 0, "step": 1}
+        assert one["writers"] == ["0", "1"]
+        assert one["loaded"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("mode", ["waiting", "background"])
+def test_a_disk_that_is_full_for_one_rank_is_the_same_error_on_all(found, mode, failing):
+    (line,) = {one[mode, failing] for one in found}
+    assert line.startswith("CheckpointError: ")
+    assert f"step-00000002 could not be written (rank {failing}: OSError: [Errno 27] File too large" in line
+    assert line.endswith("checkpoints/step-00000001")
+    assert [one["left", failing] for one in found] == [["step-00000001"]] * 2
+
+
+def test_a_folder_that_ranks_do_not_share_is_named(found):
+    for one in found:
+        assert "rank 1: FileNotFoundError" in one["not shared"]
+        assert "and all ranks have to share run.dir" in one["not shared"]
+
+
+def test_a_checkpoint_is_published_on_all_ranks_in_the_same_poll(found):
+    assert [one["early"] for one in found] == [[None] * 3] * 2
+    assert [one["polled"] for one in found] == ["step-00000003"] * 2
+    assert found[0]["polls"] == found[1]["polls"]
+
+
+def test_damage_found_by_one_rank_is_named_by_all(found):
+    (line,) = {one["damage"] for one in found}
+    for rank in (0, 1):
+        assert f"policy/__{rank}_0.distcp has changed since it was written (checksum)" in line
+    assert "checkpoint.allow_previous=true goes on from" in line
+    assert [one["passed over"] for one in found] == [1, 1]
+
+
+def lose_a_rank(base: Path, model: Path) -> None:
+    rank = DeviceRuntime().init_distributed(Layout(world=2), 60.0).rank
+    ranks = Ranks(rank, Layout(world=2), timeout=3.0)
+    store = CheckpointStore(base / "checkpoints", keep=2, ranks=ranks, background=True)
+    store.save(1, {}, Rows(ranks.rank, 2, 1.0), model)
+    store.finish()
+    kill = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if ranks.rank == 1 else (lambda: None)
+    store.save(2, {}, Rows(ranks.rank, 2, 2.0, kill), model)
+    store.finish()
+
+
+def test_a_rank_that_dies_while_it_writes_leaves_the_last_checkpoint_and_stops_the_others(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with pytest.raises(WorldError) as caught:
+        run_world(2, lose_a_rank, tmp_path, model, start_group=False)
+    assert "rank 0: exit code 1" in str(caught.value), "it has ended by itself"
+    assert "rank 1 did not reach the end of its part of checkpoint step-00000002" in str(caught.value)
+    assert CheckpointStore(tmp_path / "checkpoints", keep=2).latest().step == 1

@@ -1,0 +1,94 @@
+"""An engine in a process of its own beside a gloo world of two ranks, started by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_rollout_engine import LENGTH, prompts, weights_of
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def world(served_model, other_model, corpus, tmp_path_factory):
+    """What both ranks of ``world_of_two.py`` reported."""
+    out = tmp_path_factory.mktemp("world")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(HERE / "world_of_two.py"), str(served_model), str(other_model), str(corpus), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "SLURM_PROCID": "7"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def as_json(results):
+    return [[list(result.tokens), list(result.logprobs)] for result in results]
+
+
+def test_both_ranks_get_what_an_engine_in_process_samples(world, engine):
+    assert [rank["has an engine"] for rank in world] == [True, False]
+    here = as_json(engine.generate(prompts(), LENGTH, engine.version))
+    assert world[0]["first"] == here
+    assert world[1]["first"] == here
+
+
+def test_after_an_update_too(world, engine, served_model, other_model):
+    engine.update_weights(weights_of(other_model), 1)
+    try:
+        here = as_json(engine.generate(prompts(), LENGTH, 1))
+    finally:
+        engine.update_weights(weights_of(served_model), 0)
+    assert world[0]["second"] == here
+    assert world[1]["second"] == here
+    assert here != world[0]["first"]
+
+
+def test_a_wrong_update_is_the_same_error_on_every_rank_and_leaves_nothing_behind(world):
+    for rank in world:
+        assert "was sent as" in rank["wrong update"]
+        assert rank["version after a wrong update"] is None
+        assert "the last weight update failed" in rank["refused"]
+        assert rank["left in shared memory"] == []
+    assert world[1]["wrong update"] == f"rank 0: {world[0]['wrong update']}"
+
+
+def test_an_engine_that_dies_during_a_call_is_one_error_on_every_rank(world):
+    for rank in world:
+        assert "the process of the rollout engine ended (exit code -9" in rank["death"]
+        assert "start the run again" in rank["after death"]
+
+
+def test_the_trainer_keeps_its_surroundings(world):
+    for rank in world:
+        assert rank["torchrun"] == "True"
+        assert rank["torchrun variables kept"] == "2"
+        assert rank["version while training"] == 1, "an engine without a GPU does not sleep"
+
+
+def test_an_engine_ends_when_its_trainer_is_killed():
+    """The worker's part of it, without the engine around it."""
+    worker = "import os, time; from megatron_rlpt.rollout.worker import WorkerExtension as W; "
+    worker += "W().rlpt_end_with(os.getppid()); print('watching', flush=True); time.sleep(300)"
+    trainer = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {worker!r}], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", trainer], stdout=subprocess.PIPE, text=True, timeout=120)
+    child = Path(f"/proc/{int(done.stdout)}")
+    deadline = time.monotonic() + 60
+    while child.exists() and "zombie" not in (child / "status").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not child.exists() or "zombie" in (child / "status").read_text()

@@ -1,0 +1,193 @@
+"""Our side of vLLM's weight-transfer package, with its real classes, as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLTrainerWeightTransferEngine,
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.packed_tensor import pack_tensors, unpack_tensor
+
+from megatron_rlpt.errors import EngineError
+from megatron_rlpt.rollout.gpu_transport import (
+    BACKENDS,
+    GpuTransport,
+    OfflineClient,
+    PolicySource,
+    open_gpu_transport,
+    trainer_init_info,
+)
+from megatron_rlpt.rollout.manifest import Manifest
+from megatron_rlpt.rollout.transport import Placement
+from megatron_rlpt.rollout.vllm_engine import choose_placement
+from megatron_rlpt.rollout.worker import WorkerExtension
+
+SHAPES = {"embed": (16, 8), "norm": (8,), "up": (32, 8)}
+MANIFEST = Manifest(SHAPES, torch.bfloat16)
+
+
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+class Worker(WorkerExtension):
+    """The worker's part: parses what it is sent as vLLM's worker does (gpu_worker.py)."""
+
+    def __init__(self, engine_class):
+        self.parsed = engine_class.__new__(engine_class)
+        self.calls = []
+
+    def init_weight_transfer_engine(self, init_info):
+        self.calls.append(("init", self.parsed.parse_init_info(init_info)))
+
+    def start_weight_update(self):
+        self.calls.append(("start", None))
+
+    def update_weights(self, update_info):
+        self.calls.append(("update", self.parsed.parse_update_info(update_info)))
+
+    def finish_weight_update(self):
+        self.calls.append(("finish", None))
+
+
+class Llm:
+    """``LLM`` with one worker; the methods are those of vllm/entrypoints/rl/offline.py."""
+
+    def __init__(self, worker):
+        self.worker = worker
+
+    def collective_rpc(self, method, args=()):
+        return [getattr(self.worker, method)(*args)]
+
+    def init_weight_transfer_engine(self, request):
+        self.worker.init_weight_transfer_engine(request["init_info"])
+
+    def start_weight_update(self):
+        self.worker.start_weight_update()
+
+    def finish_weight_update(self, weight_version=None):
+        self.worker.finish_weight_update()
+
+
+def test_the_stream_is_what_was_declared_and_runs_once():
+    source, sent = PolicySource(MANIFEST), weights()
+    source.offer(sent.items())
+    # vLLM's own check of declaration against stream
+    received = dict(NCCLTrainerWeightTransferEngine._checked_iter(source, source.metadata()))
+    for name, tensor in received.items():
+        assert torch.equal(tensor, sent[name].bfloat16())
+    assert list(received) == list(SHAPES)
+    with pytest.raises(EngineError, match="streamed once"):
+        next(iter(source))
+
+
+def test_a_stream_in_another_order_stops_before_the_wrong_weight_is_sent():
+    source, sent = PolicySource(MANIFEST), weights()
+    source.offer([("embed", sent["embed"]), ("up", sent["up"]), ("norm", sent["norm"])])
+    stream = iter(source)
+    assert next(stream)[0] == "embed"
+    with pytest.raises(EngineError, match="'up' was sent where the engine waits for 'norm'"):
+        next(stream)
+
+
+def test_packed_buffers_carry_the_weights_bit_for_bit():
+    source = PolicySource(MANIFEST)
+    source.offer(weights().items())
+    stream, received = iter(source), {}
+    while chunk := pack_tensors(stream, lambda item: item[1], buffer_size_bytes=100):
+        received |= unpack_tensor(chunk.packed_tensor, chunk.names, chunk.shapes, chunk.dtypes, chunk.tensor_sizes)
+    for name, tensor in weights().items():
+        assert torch.equal(received[name], tensor.bfloat16())
+
+
+def test_the_largest_weight_fits_a_buffer_that_is_set_smaller():
+    info = trainer_init_info(Placement.SHARED_GPU, MANIFEST, bucket_bytes=100)
+    assert info.packed_buffer_size_bytes == 32 * 8 * 2
+    assert trainer_init_info(Placement.SHARED_GPU, MANIFEST, 2**20).packed_buffer_size_bytes == 2**20
+
+
+@pytest.mark.parametrize("placement", [Placement.SHARED_GPU, Placement.OWN_GPU])
+def test_vllm_knows_the_backend_on_both_sides_and_every_rank_sends_to_its_own_engine(placement):
+    info = trainer_init_info(placement, MANIFEST, 2**20)
+    assert info.backend == BACKENDS[placement]
+    assert info.is_sender
+    assert info.packed
+    assert info.backend in WeightTransferEngineFactory._registry
+    assert info.backend in WeightTransferTrainerFactory._registry
+
+
+def test_two_ranks_of_one_machine_meet_their_engines_at_different_ports():
+    one, two = (trainer_init_info(Placement.OWN_GPU, MANIFEST, 2**20) for _ in range(2))
+    assert (one.master_address, one.world_size) == ("127.0.0.1", 2)
+    assert one.master_port != two.master_port
+
+
+def test_the_worker_understands_an_ipc_update_with_handles_in_it():
+    worker = Worker(IPCWeightTransferEngine)
+    client = OfflineClient(Llm(worker))
+    assert isinstance(client, VLLMWeightSyncClient)
+    handle = {"GPU-1": (torch.Tensor, torch.Size([4]), torch.UntypedStorage, torch.uint8, 0, b"handle")}
+    update = {"names": ["norm"], "dtype_names": ["bfloat16"], "shapes": [[8]], "ipc_handles": handle}
+    client.init_weight_transfer_engine({"packed": True})
+    client.start_weight_update()
+    client.update_weights(update | {"tensor_sizes": [16]})
+    client.finish_weight_update()
+    assert [call for call, _ in worker.calls] == ["init", "start", "update", "finish"]
+    assert worker.calls[0][1].packed
+    assert worker.calls[2][1] == IPCWeightTransferUpdateInfo(**update, tensor_sizes=[16])
+
+
+def test_the_worker_understands_an_nccl_update():
+    worker = Worker(NCCLWeightTransferEngine)
+    update = {"names": ["norm"], "dtype_names": ["bfloat16"], "shapes": [[8]]}
+    OfflineClient(Llm(worker)).update_weights(update)
+    assert worker.calls == [("update", NCCLWeightTransferUpdateInfo(**update))]
+
+
+def test_an_update_reaches_vllm_s_trainer_engine_whole():
+    source, received = PolicySource(MANIFEST), []
+
+    class Engine:
+        def send_weights(self):
+            received.extend(name for name, _ in source)
+
+    GpuTransport(Engine(), source).send(weights().items())
+    assert received == list(SHAPES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("placement", BACKENDS)
+def test_without_a_gpu_the_error_says_so(placement):
+    with pytest.raises(EngineError, match="CUDA is not available here"):
+        open_gpu_transport(placement, None, MANIFEST, 2**20)
+
+
+@pytest.mark.parametrize(
+    ("world", "gpus", "own", "variables", "expected"),
+    [
+        (1, 0, 0, {}, (Placement.IN_PROCESS, None)),
+        (1, 8, 0, {}, (Placement.IN_PROCESS, None)),
+        (2, 0, 0, {}, (Placement.OWN_PROCESS, None)),
+        (8, 8, 3, {"LOCAL_WORLD_SIZE": "8"}, (Placement.SHARED_GPU, 3)),
+        (4, 8, 3, {"LOCAL_WORLD_SIZE": "4"}, (Placement.OWN_GPU, 7)),
+        (16, 8, 1, {"SLURM_NTASKS_PER_NODE": "4"}, (Placement.OWN_GPU, 5)),
+        (8, 8, 3, {}, (Placement.SHARED_GPU, 3)),
+        (8, 1, 0, {"LOCAL_WORLD_SIZE": "8"}, (Placement.SHARED_GPU, 0)),
+    ],
+)
+def test_where_an_engine_runs(monkeypatch, world, gpus, own, variables, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: own)
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert choose_placement(world) == expected

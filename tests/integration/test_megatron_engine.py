@@ -1,0 +1,373 @@
+"""The rollout engine on Megatron's own inference: what it samples, under which weights, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_runs import save_model, tiny_config
+from transformers import AutoModelForCausalLM
+
+from megatron_rlpt.config import Dtype, RolloutConfig
+from megatron_rlpt.errors import EngineError
+from megatron_rlpt.huggingface import WeightFolder
+from megatron_rlpt.objectives import Example, build_objective
+from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.policy import Policy
+from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.records import Candidate, Episode, Source
+from megatron_rlpt.rollout import megatron_engine
+from megatron_rlpt.rollout.engine import Prompt
+from megatron_rlpt.rollout.megatron_engine import MegatronEngine
+
+END = 2
+"""End-of-sequence id of the tiny model."""
+LENGTH = 12
+RUNTIME = DeviceRuntime()
+
+
+class TrainingWeights:
+    """A policy's weights as a source that has the Megatron model; streaming it would be a mistake."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.pieces = policy._pieces
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        raise AssertionError("the engine streamed weights that it could have resharded")
+
+
+def prompts(count=24, seed=3, shortest=4, **fields):
+    draw = random.Random(seed)
+    return [
+        Prompt(
+            tuple(draw.randrange(3, 24) for _ in range(draw.randrange(shortest, 45))),
+            seed=draw.randrange(2**62),
+            **fields,
+        )
+        for _ in range(count)
+    ]
+
+
+def start(model, /, **overrides) -> MegatronEngine:
+    config = RolloutConfig(**{"kv_cache_gib": 0.02, "max_batch": 32} | overrides)
+    return MegatronEngine(model, config, RUNTIME, RUNTIME.init_distributed(), dtype=Dtype.fp32, max_sequence=64)
+
+
+def weights_of(folder):
+    return list(WeightFolder(folder).stream(read_architecture(folder)))
+
+
+@pytest.fixture(scope="module")
+def served_model(tiny_model, tmp_path_factory):
+    """Two groups of two heads, where the model of the other tests has one: which keys a head reads matters."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return save_model(tmp_path_factory.mktemp("models") / "served", tiny_model, seed=0, **heads)
+
+
+@pytest.fixture(scope="module")
+def other_model(served_model, tmp_path_factory):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return save_model(tmp_path_factory.mktemp("models") / "other", served_model, seed=1, **heads)
+
+
+@pytest.fixture(scope="module")
+def make_policy(corpus, tmp_path_factory):
+    def make(model, dtype="fp32") -> Policy:
+        folder = tmp_path_factory.mktemp("policy")
+        config = tiny_config(
+            folder / "run.yaml",
+            model,
+            corpus,
+            folder / "run",
+            model={"dtype": dtype},
+            objective={"name": "sft_rollout"},
+            data={"max_prefix": 48},
+        )
+        return Policy(config, build_objective(config.objective), RUNTIME)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy, served_model) -> Policy:
+    return make_policy(served_model)
+
+
+@pytest.fixture(scope="module")
+def shared_engine(policy, served_model) -> MegatronEngine:
+    return start(served_model)
+
+
+@pytest.fixture
+def engine(shared_engine, served_model):
+    """The engine in fp32 with the weights of ``served_model`` as version 0."""
+    yield shared_engine
+    if shared_engine.version != 0:
+        shared_engine.update_weights(weights_of(served_model), 0)
+
+
+def logits_by_transformers(folder, tokens) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0, -1]
+
+
+def greedy_by_transformers(folder, prefixes):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = []
+    for prefix in prefixes:
+        tokens = list(prefix)
+        while len(tokens) < len(prefix) + LENGTH and tokens[-1] != END:
+            with torch.inference_mode():
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        answers.append(tuple(tokens[len(prefix) :]))
+    return answers
+
+
+def tokens_of(results):
+    return [result.tokens for result in results]
+
+
+def test_a_rollout_has_every_token_asked_for_or_ends_with_end_of_sequence(engine):
+    results = engine.generate(prompts(96), LENGTH, 0)
+    for result in results:
+        assert len(result.tokens) == len(result.logprobs)
+        if result.finish_reason == "stop":
+            assert result.tokens.index(END) == len(result.tokens) - 1
+        else:
+            assert result.finish_reason == "length"
+            assert len(result.tokens) == LENGTH
+            assert END not in result.tokens
+    assert {result.finish_reason for result in results} == {"stop", "length"}
+    assert {len(result.tokens) for result in engine.generate(prompts(3), 1, 0)} == {1}
+
+
+def test_every_end_of_sequence_token_of_the_model_stops(engine, served_model, tmp_path):
+    folder = shutil.copytree(served_model, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    first = engine.generate(prompts(1), LENGTH, 0)[0].tokens
+    (folder / "config.json").write_text(json.dumps(settings | {"eos_token_id": [END, first[4]]}))
+    result = start(folder).generate(prompts(1), LENGTH, 0)[0]
+    assert result.tokens == first[: first.index(first[4]) + 1]
+    assert result.finish_reason == "stop"
+
+
+def test_log_probabilities_are_those_of_the_trainer(engine, policy):
+    asked = prompts(16)
+    results = engine.generate(asked, LENGTH, 0)
+    examples = [
+        Example(
+            Episode(str(index), prompt.prefix, (), "", "", 0),
+            (Candidate(Source.ROLLOUT, result.tokens, 0, prompt.seed, result.finish_reason, result.logprobs),),
+            (0,),
+        )
+        for index, (prompt, result) in enumerate(zip(asked, results, strict=True))
+    ]
+    for result, row in zip(results, policy.logprobs(examples), strict=True):
+        torch.testing.assert_close(torch.tensor(result.logprobs), row[: len(result.tokens)], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_tokens_are_drawn_with_the_probabilities_of_the_model(policy, served_model, temperature):
+    prefix, samples = prompts(1)[0].prefix, 4000
+    logits = logits_by_transformers(served_model, prefix)
+    expected = samples * (logits / temperature).softmax(-1)
+    engine = start(served_model, temperature=temperature, max_batch=1000)
+    results = engine.generate([Prompt(prefix, seed) for seed in range(samples)], 1, 0)
+    counts = torch.bincount(torch.tensor([result.tokens[0] for result in results]), minlength=len(logits))
+    assert len(counts) == len(logits), "a token that only pads the embedding was drawn"
+    rare = expected < 5
+    observed, wanted = counts[~rare].double(), expected[~rare].double()
+    if rare.any():
+        observed = torch.cat([observed, counts[rare].sum()[None]])
+        wanted = torch.cat([wanted, expected[rare].sum()[None]])
+    freedom = len(wanted) - 1
+    assert freedom >= 5, "the distribution is too narrow to tell anything"
+    chi_square = float(((observed - wanted) ** 2 / wanted).sum())
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+    # What is reported is the policy's own probability, whatever the temperature.
+    for result in results[:20]:
+        assert result.logprobs[0] == pytest.approx(float(logits.log_softmax(-1)[result.tokens[0]]), abs=1e-4)
+
+
+def test_the_seed_of_a_prompt_decides_its_tokens_whatever_runs_beside_it(engine, served_model):
+    asked = prompts()
+    first = engine.generate(asked, LENGTH, 0)
+    assert engine.generate(asked, LENGTH, 0) == first
+    mixed = [*prompts(30, seed=8), *reversed(asked), *prompts(5, seed=9, greedy=True)]
+    assert tokens_of(engine.generate(mixed, LENGTH, 0)[30:54]) == tokens_of(reversed(first))
+    assert tokens_of(start(served_model, max_batch=5).generate(asked, LENGTH, 0)) == tokens_of(first)
+    assert tokens_of(engine.generate(asked, 5, 0)) == [tokens[:5] for tokens in tokens_of(first)]
+    reseeded = [replace(prompt, seed=prompt.seed + 1) for prompt in asked]
+    assert tokens_of(engine.generate(reseeded, LENGTH, 0)) != tokens_of(first)
+
+
+def test_greedy_takes_what_transformers_takes(engine, served_model):
+    asked = prompts(12, shortest=1, greedy=True)
+    answers = tokens_of(engine.generate(asked, LENGTH, 0))
+    assert answers == greedy_by_transformers(served_model, [prompt.prefix for prompt in asked])
+    sampled = [replace(prompt, greedy=False) for prompt in asked]
+    both = tokens_of(engine.generate([*asked, *sampled], LENGTH, 0))
+    assert both[:12] == answers
+    assert both[12:] != answers
+
+
+def test_building_and_generating_leaves_the_process_random_numbers_alone(engine, served_model):
+    before = torch.get_rng_state()
+    start(served_model).generate(prompts(2), 2, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("way", ["resharded", "streamed"])
+def test_after_an_update_the_new_weights_answer(engine, make_policy, served_model, other_model, way):
+    asked = prompts(12, greedy=True)
+    prefixes = [prompt.prefix for prompt in asked]
+    assert tokens_of(engine.generate(asked, LENGTH, 0)) == greedy_by_transformers(served_model, prefixes)
+    engine.update_weights(
+        TrainingWeights(make_policy(other_model)) if way == "resharded" else reversed(weights_of(other_model)), 1
+    )
+    assert engine.version == 1
+    assert tokens_of(engine.generate(asked, LENGTH, 1)) == greedy_by_transformers(other_model, prefixes)
+
+
+def test_the_policy_does_not_train_the_engine_until_the_next_update(engine, make_policy, served_model):
+    policy = make_policy(served_model)
+    engine.update_weights(TrainingWeights(policy), 1)
+    asked = prompts(8)
+    before = engine.generate(asked, LENGTH, 1)
+    with torch.no_grad():
+        for parameter in policy._pieces[0].parameters():
+            parameter.mul_(1.5)
+    assert engine.generate(asked, LENGTH, 1) == before
+    engine.update_weights(TrainingWeights(policy), 2)
+    assert engine.generate(asked, LENGTH, 2) != before
+
+
+def missing(weights):
+    return weights[:4] + weights[5:], weights[4][0]
+
+
+def extra(weights):
+    return [*weights[:4], ("model.surplus.weight", torch.zeros(2)), *weights[4:]], "model.surplus.weight"
+
+
+def duplicate(weights):
+    return [*weights[:4], weights[2], *weights[4:]], weights[2][0]
+
+
+def wrong_shape(weights):
+    name, tensor = weights[4]
+    return [*weights[:4], (name, tensor[:-1]), *weights[5:]], name
+
+
+def refuses_until_a_good_update(engine, served_model, weights, message):
+    before = engine.generate(prompts(4), LENGTH, 0)
+    with pytest.raises(EngineError, match=message) as caught:
+        engine.update_weights(weights, 1)
+    assert len(str(caught.value).splitlines()) == 1
+    assert engine.version is None
+    for asked in (0, 1):
+        with pytest.raises(EngineError, match="the last weight update failed"):
+            engine.generate(prompts(1), LENGTH, asked)
+    engine.update_weights(weights_of(served_model), 0)
+    assert engine.generate(prompts(4), LENGTH, 0) == before
+
+
+@pytest.mark.parametrize("damage", [missing, extra, duplicate, wrong_shape])
+def test_a_wrong_stream_is_refused_and_so_is_every_rollout_until_a_good_update(engine, served_model, damage):
+    weights, name = damage(weights_of(served_model))
+    refuses_until_a_good_update(engine, served_model, weights, name.replace(".", r"\."))
+
+
+def test_a_source_without_all_of_the_model_is_refused(served_model, make_policy):
+    source = TrainingWeights(make_policy(served_model))
+    del source.pieces[0].decoder.layers[1]
+    # Fresh, because what a source holds is compared in full when the transfers are planned.
+    refuses_until_a_good_update(start(served_model), served_model, source, r"layers\.1\.")
+
+
+def test_a_source_with_more_layers_is_refused(engine, served_model, make_policy):
+    source = TrainingWeights(make_policy(served_model))
+    source.pieces[0].decoder.layers[0].layer_number = 2
+    refuses_until_a_good_update(engine, served_model, source, r"layers\.2\..* is not part of the engine's model")
+
+
+def test_a_source_of_another_precision_is_refused(engine, served_model, make_policy):
+    source = TrainingWeights(make_policy(served_model, "bf16"))
+    refuses_until_a_good_update(engine, served_model, source, r"torch\.bfloat16; the engine's is torch\.float32")
+
+
+def test_a_source_of_another_shape_is_refused(engine, served_model, make_policy):
+    source = TrainingWeights(make_policy(served_model))
+    weight = source.pieces[0].decoder.layers[0].mlp.linear_fc1.weight
+    weight.data = weight.data[:-2]
+    refuses_until_a_good_update(engine, served_model, source, r"linear_fc1\.weight' was sent as \(190, 64\)")
+
+
+def test_the_self_check_accepts_the_right_weights_and_names_a_wrong_one(engine, served_model, make_policy):
+    source = TrainingWeights(make_policy(served_model))
+    before = engine.generate(prompts(4), LENGTH, 0)
+    engine.self_check(lambda: source, 0)
+    assert engine.generate(prompts(4), LENGTH, 0) == before
+    with torch.no_grad():
+        source.pieces[0].decoder.layers[1].mlp.linear_fc2.weight[3, 4] += 0.01
+    with pytest.raises(EngineError, match=r"1 weights .* rank 0 .* 'decoder\.layers\.1\.mlp\.linear_fc2\.weight'"):
+        engine.self_check(lambda: source, 0)
+    assert engine.version is None
+
+
+def test_rollouts_of_another_version_are_refused(engine):
+    with pytest.raises(EngineError, match="version 7 were asked for, but the engine holds version 0"):
+        engine.generate(prompts(1), LENGTH, 7)
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 50), ("min_p", 0.05)])
+def test_truncated_sampling_is_refused(served_model, name, value):
+    with pytest.raises(EngineError, match=rf"rollout\.{name} is {value}"):
+        start(served_model, **{name: value})
+
+
+@pytest.mark.parametrize("prefix", [(), (3,) * 60])
+def test_a_prompt_without_room_is_refused(engine, prefix):
+    with pytest.raises(EngineError, match=rf"a prompt of {len(prefix)} tokens"):
+        engine.generate([*prompts(2), Prompt(prefix, 1)], LENGTH, 0)
+
+
+def test_a_batch_has_no_more_rows_and_no_larger_cache_than_configured(policy, served_model, monkeypatch):
+    sizes = []
+    whole = megatron_engine._context
+
+    def context(batch, tokens):
+        sizes.append((batch, tokens))
+        return whole(batch, tokens)
+
+    per_token = 2 * 2 * 2 * 16 * 4  # keys and values of 2 layers, 2 groups of 16, 4 bytes each
+    engine = start(served_model, max_batch=6, kv_cache_gib=200 * per_token / 2**30)
+    monkeypatch.setattr(megatron_engine, "_context", context)
+    engine.generate(prompts(40), LENGTH, 0)
+    assert max(batch for batch, _ in sizes) == 6
+    assert 150 < max(batch * tokens for batch, tokens in sizes) <= 200
+    sizes.clear()
+    engine.generate([Prompt((3,) * length, length) for length in (20, 1, 33, 21)], LENGTH, 0)
+    # Lengths further apart than the tokens asked for take fewer steps in batches of their own.
+    assert [size for size in sizes if size != (1, 1)] == [(1, 1 + LENGTH), (2, 21 + LENGTH), (1, 33 + LENGTH)]
+    with pytest.raises(EngineError, match=r"kv_cache_gib is .* room for 50 tokens; one sequence of 64 tokens needs"):
+        start(served_model, kv_cache_gib=50 * per_token / 2**30)
+
+
+def test_a_mixture_of_experts_is_refused(policy, tmp_path, served_model):
+    settings = json.loads((served_model / "config.json").read_text()) | {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(EngineError, match=r"mixture of experts .* set rollout\.engine: vllm"):
+        start(tmp_path)

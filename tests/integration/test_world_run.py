@@ -1,0 +1,109 @@
+"""``rlpt train`` started by torchrun: the same run in any layout, and gone on with in another one. Real processes, real
+vLLM in a process of its own beside them, real SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import finish, json_lines, save_model, start, write_config
+
+STEPS = 8
+SECTIONS = {
+    # Neither bf16 nor Adam's usual epsilon: rounding, which differs between layouts, would decide about tokens.
+    "model": {"dtype": "fp32"},
+    "optimizer": {"lr": 1e-3, "eps": 1e-4},
+    "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 1},
+    "checkpoint": {"every": 1},
+}
+
+
+def launch(config: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
+    """``rlpt train`` on ``ranks`` ranks, in a process group of its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0"]  # fmt: skip
+    return subprocess.Popen(
+        [*torchrun, "-m", "megatron_rlpt", "train", "-c", str(config), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def divisible(tiny_model, tmp_path_factory) -> Path:
+    """A model that two ranks can share, with heads of 32, the smallest that vLLM's attention on a CPU takes."""
+    folder = tmp_path_factory.mktemp("models") / "divisible"
+    return save_model(folder, tiny_model, seed=0, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def alone(divisible, corpus, tmp_path_factory):
+    """The run in one process."""
+    base = tmp_path_factory.mktemp("alone")
+    code, _, err = finish(start(write_config(base / "run.yaml", divisible, corpus, base / "run", **SECTIONS)))
+    assert code == 0, err
+    return base / "run"
+
+
+@pytest.fixture(scope="module")
+def moved(divisible, corpus, tmp_path_factory):
+    """The run on two tensor-parallel ranks, killed after a checkpoint, and gone on with on two pipeline stages."""
+    base = tmp_path_factory.mktemp("moved")
+    config, folder = base / "run.yaml", base / "run"
+    write_config(config, divisible, corpus, folder, **SECTIONS)
+    run = launch(config, 2, "parallel.tensor=2", "parallel.sequence=true")
+    deadline = time.monotonic() + 240
+    while not (folder / "checkpoints/step-00000001").is_dir():
+        assert run.poll() is None, finish(run)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    finish(run)
+    (base / "killed-at").write_text(str(len(json_lines(folder / "metrics.jsonl"))))
+    code, _, err = finish(launch(config, 2, "parallel.pipeline=2", "parallel.virtual_stages=1"))
+    assert code == 0, err
+    return folder
+
+
+def test_a_run_that_changed_its_layout_twice_learned_what_one_process_learns(alone, moved):
+    assert int((moved.parent / "killed-at").read_text()) < STEPS, "killed too late to go on with anything"
+    ours, theirs = json_lines(moved / "metrics.jsonl"), json_lines(alone / "metrics.jsonl")
+    assert [row["step"] for row in ours] == list(range(STEPS))
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm", "reward_margin", "lr"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (one["step"], name)
+    weights, expected = (load_file(folder / "export/model.safetensors") for folder in (moved, alone))
+    assert weights.keys() == expected.keys()
+    start = load_file(Path(json.loads((alone.parent / "run.yaml").read_text())["model"]["path"]) / "model.safetensors")
+    for name, weight in weights.items():
+        moved_by = (expected[name] - start[name]).abs().max()
+        assert (weight - expected[name]).abs().max() < 0.02 * moved_by, name
+
+
+def test_every_rank_has_a_log_and_rank_0_says_what_all_share(moved):
+    assert "TP2 with sequence parallel" in (moved / "run.log").read_text()
+    assert "PP2" in (moved / "run.log").read_text()
+    assert (moved / "logs/rank-00001.log").is_file()
+    assert not torch.distributed.is_initialized(), "the test's own process is no rank"
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(divisible, corpus, tmp_path):
+    config = write_config(tmp_path / "run.yaml", divisible, corpus, tmp_path / "run", **SECTIONS)
+    code, _, err = finish(start(config, "parallel.tensor=2"))
+    assert code == 2
+    assert "start a multiple of 2 ranks" in err
+    code, _, err = finish(launch(config, 3, "parallel.pipeline=3"))
+    assert code != 0
+    assert "parallel.pipeline may be 1, 2" in err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,89 @@
+"""Run by torchrun with two ranks: the rollout engine of a world, step by step, each rank's results as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from test_rollout_engine import LENGTH, prompts
+from tiny_runs import tiny_config
+
+from megatron_rlpt.errors import EngineError
+from megatron_rlpt.huggingface import WeightFolder
+from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.rollout.build import build_residency, start_policy_engine
+
+
+def gathered(folder, break_at=None):
+    """The weights of a folder as a sharded policy gives them: every tensor takes a collective of both ranks."""
+    for index, (name, tensor) in enumerate(WeightFolder(Path(folder)).stream(read_architecture(Path(folder)))):
+        torch.distributed.all_reduce(torch.ones(1))
+        yield name, tensor[:-1] if index == break_at else tensor
+
+
+def shared_memory_in_use():
+    links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if entry.is_symlink()]
+    return [link for link in links if link.startswith("/dev/shm")]
+
+
+def error_of(call, *arguments):
+    try:
+        call(*arguments)
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+def main(served, other, corpus, out):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    config = tiny_config(
+        out / f"config-{rank}.yaml",
+        served,
+        corpus,
+        out / "run",
+        model={"dtype": "fp32"},
+        data={"max_prefix": 56},
+        rollout={"kv_cache_gib": 0.02, "max_batch": 32, "sync_bucket_mib": 1},
+    )
+    results = {"torchrun": os.environ["TORCHELASTIC_USE_AGENT_STORE"]}
+    engine = start_policy_engine(config, 2)
+    results["torchrun variables kept"] = os.environ["WORLD_SIZE"]
+    results["has an engine"] = engine.own is not None
+
+    def sampled(version):
+        return [[r.tokens, r.logprobs] for r in engine.generate(prompts(), LENGTH, version)]
+
+    engine.self_check(lambda: gathered(served), 0)
+    results["first"] = sampled(0)
+
+    results["wrong update"] = error_of(engine.update_weights, gathered(served, break_at=4), 1)
+    results["version after a wrong update"] = engine.version
+    results["refused"] = error_of(sampled, 0)
+    results["left in shared memory"] = shared_memory_in_use()
+
+    began = time.monotonic()
+    engine.update_weights(gathered(other), 1)
+    results["update seconds"] = time.monotonic() - began
+    results["second"] = sampled(1)
+    with build_residency(config, engine, None).training():
+        results["version while training"] = engine.version
+
+    if engine.own:
+        process = engine.own._process._processes[0]
+        os.kill(process.pid, signal.SIGSTOP)  # so that the call is under way when the process dies
+        threading.Timer(1.0, process.kill).start()
+    results["death"] = error_of(sampled, 1)
+    results["after death"] = error_of(engine.update_weights, gathered(served), 2)
+    (out / f"rank-{rank}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

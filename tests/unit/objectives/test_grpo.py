@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rlpt.config import ObjectiveConfig, ObjectiveName
+from megatron_rlpt.objectives import LossInputs, build_objective
+from megatron_rlpt.objectives.grpo import clipped_ratio_loss, group_advantages
+from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+
+
+def grpo(**settings):
+    return build_objective(ObjectiveConfig(name=ObjectiveName.grpo, **settings))
+
+
+def group_of(*rewards: float | None, others: tuple[Source, ...] = (), tokens: list[int] | None = None) -> Group:
+    """A group of rollouts with these rewards, behind candidates of ``others`` with a reward above all of them."""
+    names = tokens or list(range(len(rewards)))
+    rollouts = [Candidate(Source.ROLLOUT, (name,), logprobs=(-1.0,)) for name in names]
+    outcomes = [Failed("no verdict") if reward is None else Score(reward, "j", "p") for reward in rewards]
+    return Group(
+        Episode("e", (7,), (8,), "c", "d", 0),
+        (*(Candidate(source, (99,)) for source in others), *rollouts),
+        (*(Score(1000.0, "j", "p") for _ in others), *outcomes),
+    )
+
+
+def test_advantages_on_a_case_done_by_hand():
+    """Mean 4, standard deviation sqrt((9 + 1 + 16) / 2) = sqrt(13)."""
+    assert group_advantages([1.0, 3.0, 8.0], normalize=False) == (-3.0, -1.0, 4.0)
+    expected = [value / math.sqrt(13) for value in (-3.0, -1.0, 4.0)]
+    assert group_advantages([1.0, 3.0, 8.0], normalize=True) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=16), st.booleans(), st.floats(0.5, 20), st.floats(-50, 50))
+def test_advantages_add_up_to_nothing_keep_the_order_and_ignore_a_shift(rewards, normalize, scale, shift):
+    found = group_advantages(rewards, normalize=normalize)
+    assert sum(found) == pytest.approx(0, abs=1e-6)
+    for one, two in zip(
+        sorted(rewards), [found[i] for i in sorted(range(len(rewards)), key=rewards.__getitem__)], strict=True
+    ):
+        assert (one - sum(rewards) / len(rewards)) * two >= -1e-6
+    moved = group_advantages([reward * scale + shift for reward in rewards], normalize=normalize)
+    if not normalize:
+        assert moved == pytest.approx([value * scale for value in found], abs=1e-6)
+    elif max(rewards) - min(rewards) > 1:
+        assert moved == pytest.approx(found, rel=1e-4, abs=1e-5)
+
+
+def test_rewards_that_differ_by_rounding_get_hardly_a_say():
+    assert max(map(abs, group_advantages([0.1 + 0.2, 0.3], normalize=True))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.25, 2.0, -2.5, -2.0),  # inside the upper clip of 0.3
+        (1.5, 2.0, -2.6, 0.0),  # raised enough
+        (0.5, 2.0, -1.0, -2.0),  # lowered though it is good: no clip
+        (0.9, -2.0, 1.8, 2.0),
+        (0.5, -2.0, 1.6, 0.0),  # below 0.8: lowered enough
+        (1.5, -2.0, 3.0, 2.0),  # raised though it is bad: no clip
+    ],
+)
+def test_clip_by_hand(ratio, advantage, loss, gradient):
+    ratio = torch.tensor([ratio], requires_grad=True)
+    got, clipped = clipped_ratio_loss(ratio, torch.tensor([advantage]), 0.2, 0.3)
+    got.sum().backward()
+    assert got.tolist() == pytest.approx([loss])
+    assert ratio.grad.tolist() == pytest.approx([gradient])
+    assert clipped.tolist() == [float(gradient == 0)]
+
+
+def test_all_scored_rollouts_of_a_group_are_one_example_with_the_best_first_and_the_worst_behind_it():
+    group = group_of(2.0, None, 5.0, -4.0, 1.0)
+    (example,) = grpo(normalize_advantage=False).select([group]).examples
+    assert example.indices == (2, 3, 4, 0)
+    assert example.sequences == tuple(group.candidates[index] for index in example.indices)
+    assert example.advantages == (4.0, -5.0, 0.0, 1.0)
+    assert example.margin == 9.0
+
+
+def test_what_the_policy_never_sampled_is_neither_trained_on_nor_compared_with():
+    group = group_of(1.0, 3.0, others=(Source.ORIGINAL, Source.REWRITE))
+    (example,) = grpo(normalize_advantage=False).select([group]).examples
+    assert example.indices == (3, 2)
+    assert example.advantages == (1.0, -1.0)
+
+
+def test_copies_of_one_rollout_all_count():
+    (example,) = grpo(normalize_advantage=False).select([group_of(0.0, 0.0, 3.0, tokens=[5, 5, 6])]).examples
+    assert example.advantages == (2.0, -1.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("group", "reason"),
+    [
+        (group_of(1.0, 1.0, 1.0, others=(Source.ORIGINAL,)), "tie"),
+        (group_of(1.0, None, others=(Source.ORIGINAL, Source.REWRITE)), "fewer than two scored rollouts"),
+        (group_of(), "fewer than two scored rollouts"),
+    ],
+)
+def test_groups_without_a_difference_are_skipped_with_the_reason(group, reason):
+    selection = grpo().select([group])
+    assert selection.examples == []
+    assert selection.skipped == {"e": reason}
+
+
+def test_loss_is_the_mean_over_tokens_then_over_the_rollouts_of_each_example():
+    """Examples of two and three rollouts; the padding holds rubbish and NaN that must not count."""
+    ratios = torch.tensor([[1.0, 1.5], [0.5, 99.0], [1.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    engine = torch.full((5, 2), -1.0).masked_fill(mask == 0, torch.nan)
+    logprobs = (ratios.log() - 1.0).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 3.0, 0.0, -3.0])
+    terms = grpo().loss(LossInputs(logprobs, mask, engine, advantages, (2, 3)))
+    # Rollouts: -(1 + 1.2) / 2, 0.8; then -3, 0, 3 * (2 + 1) / 2.
+    assert terms.loss.tolist() == pytest.approx([(-1.1 + 0.8) / 2, (-3.0 + 0.0 + 4.5) / 3])
+    assert terms.metrics["grpo/ratio"].tolist() == pytest.approx([(1.25 + 0.5) / 2, (1.0 + 1.0 + 1.5) / 3])
+    assert terms.metrics["grpo/clip_fraction"].tolist() == pytest.approx([(0.5 + 1.0) / 2, 0.0])
+    divergence = [[(0.5 - math.log(1.5)) / 2, -0.5 - math.log(0.5)], [0.0, 0.0, (1.0 - math.log(2.0)) / 2]]
+    assert terms.metrics["grpo/kl"].tolist() == pytest.approx([sum(part) / len(part) for part in divergence])
+    assert not any(value.requires_grad for value in terms.metrics.values())
+    terms.loss.sum().backward()
+    # d loss / d logprob = -ratio * advantage, shared out; nothing where clipped or padded.
+    expected = [[-1 / 4, 0.0], [0.0, 0.0], [-3 / 6, -3 / 6], [0.0, 0.0], [6 / 6, 3 / 6]]
+    assert torch.allclose(logprobs.grad, torch.tensor(expected))
+
+
+def test_on_policy_the_gradient_is_that_of_the_advantage_weighted_likelihood():
+    logprobs = torch.randn(4, 3).sub(2).requires_grad_()
+    advantages, mask = torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4, 3)
+    grpo().loss(LossInputs(logprobs, mask, logprobs.detach(), advantages, (4,))).loss.sum().backward()
+    got = logprobs.grad.clone()
+    logprobs.grad = None
+    (-(advantages[:, None] * logprobs).mean(dim=1)).mean().backward()
+    assert torch.allclose(got, logprobs.grad)

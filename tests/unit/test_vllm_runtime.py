@@ -1,0 +1,76 @@
+"""What a vLLM engine sees of its surroundings while it starts, and that they are as before afterwards."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+from megatron_rlpt.vllm_runtime import vllm_environment
+
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "ROLE_RANK": "3",
+    "ROLE_NAME": "default",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_an_engine_does_not_take_the_trainer_s_world_for_its_own(in_process):
+    before = dict(os.environ)
+    with vllm_environment(0.1, in_process=in_process):
+        assert not TORCHRUN.keys() & os.environ.keys()
+        assert os.environ["SLURM_PROCID"] == "3"
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == ("0" if in_process else "1")
+    assert dict(os.environ) == before
+
+
+def test_an_engine_s_process_is_not_a_fork():
+    with vllm_environment(0.1, in_process=False):
+        assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+@pytest.mark.parametrize(("visible", "seen"), [(None, "2"), ("4,5,6,7", "6"), ("GPU-a,GPU-b,GPU-c", "GPU-c")])
+def test_an_engine_s_process_sees_its_own_gpu_only(monkeypatch, visible, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with vllm_environment(0.1, in_process=False, gpu=2):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+def start_and_fail():
+    with vllm_environment(0.1):
+        random.random()
+        torch.rand(1)
+        torch.set_num_threads(1)
+        torch.set_num_threads = None
+        raise RuntimeError
+
+
+def test_random_state_and_threads_are_as_before_also_after_a_failure():
+    python, numbers, threads = random.getstate(), torch.get_rng_state(), torch.get_num_threads()
+    with pytest.raises(RuntimeError):
+        start_and_fail()
+    assert random.getstate() == python
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert torch.get_num_threads() == threads

@@ -20,8 +20,8 @@ from megatron_rlpt.objectives import Selection, build_objective
 from megatron_rlpt.observe import MetricsWriter, Progress, SampleTable, StageTimer, get_logger, open_metrics
 from megatron_rlpt.observe.log import setup_logging
 from megatron_rlpt.policy.families import read_architecture
-from megatron_rlpt.policy.layout import check_batch, check_layout, layout_of
-from megatron_rlpt.policy.policy import Policy
+from megatron_rlpt.policy.layout import check_batch
+from megatron_rlpt.policy.policy import Policy, check_policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.weights import drain
 from megatron_rlpt.randomness import random_state, seed_all, set_random_state
@@ -57,8 +57,7 @@ def run_training(config: Config, fresh: bool = False) -> None:
     """
     folder = Path(config.run.dir)
     runtime = DeviceRuntime()
-    layout = layout_of(config.parallel, runtime.world)
-    check_layout(layout, read_architecture(Path(config.model.path)))
+    _, layout = check_policy(config, runtime.world)
     check_batch(layout, config.train)
     ranks = runtime.init_distributed(layout, config.parallel.timeout)
     if fresh:

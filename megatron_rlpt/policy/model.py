@@ -9,10 +9,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rlpt.config import Dtype, Recompute
+from megatron_rlpt.config import Dtype, Fp8, Recompute
 from megatron_rlpt.policy.families import Architecture
-from megatron_rlpt.policy.layer_spec import block_spec
+from megatron_rlpt.policy.layer_spec import block_spec, with_transformer_engine
 from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.precision import transformer_arguments
 from megatron_rlpt.policy.runtime import DeviceRuntime
 
 
@@ -50,9 +51,11 @@ def transformer_config(
     runtime: DeviceRuntime,
     layout: Layout | None = None,
     recompute: Recompute = Recompute.none,
+    fp8: Fp8 = Fp8.off,
 ) -> TransformerConfig:
-    """Megatron's configuration for ``arch``; fusions that are CUDA kernels are off, because none is needed here."""
+    """Megatron's configuration for ``arch``; fused kernels are used where Transformer Engine is."""
     layout = layout or Layout()
+    fused = with_transformer_engine()
     torch_dtype = torch_dtype_of(dtype)
     settings: dict[str, Any] = {}
     if arch.experts:
@@ -68,7 +71,7 @@ def transformer_config(
             "moe_aux_loss_coeff": 0.0,
             # Exchanging tokens one to one needs CUDA streams and NCCL; gloo gathers them on every expert rank.
             "moe_token_dispatcher_type": "alltoall" if runtime.on_cuda else "allgather",
-            "moe_grouped_gemm": False,
+            "moe_grouped_gemm": fused,
         }
     if recompute is Recompute.full:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -99,12 +102,12 @@ def transformer_config(
         pipeline_dtype=torch_dtype,
         bf16=dtype is Dtype.bf16,
         use_cpu_initialization=not runtime.on_cuda,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        bias_activation_fusion=fused,
+        apply_rope_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,  # the attention kernels have their own softmax
+        gradient_accumulation_fusion=False,  # an extension of Apex, also beside Transformer Engine
         persist_layer_norm=False,
-        apply_rope_fusion=False,
-        bias_dropout_fusion=False,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence,
         pipeline_model_parallel_size=layout.pipeline,
@@ -114,6 +117,7 @@ def transformer_config(
         expert_tensor_parallel_size=1,
         # Gradients are summed over ranks and micro-batches and divided once, by the number of examples (policy.py).
         calculate_per_token_loss=True,
+        **transformer_arguments(fp8),
         **settings,
     )
 
@@ -124,6 +128,7 @@ def build_model(
     runtime: DeviceRuntime,
     layout: Layout | None = None,
     recompute: Recompute = Recompute.none,
+    fp8: Fp8 = Fp8.off,
 ) -> list[HiddenStateModel]:
     """This rank's pieces of the model on the runtime's device, one per virtual stage, with weights not yet set.
 
@@ -131,7 +136,7 @@ def build_model(
     """
     layout = layout or Layout()
     with runtime.megatron():
-        config = transformer_config(arch, dtype, runtime, layout, recompute)
+        config = transformer_config(arch, dtype, runtime, layout, recompute, fp8)
         pieces = []
         for number in range(layout.virtual_stages):
             stage = number if layout.virtual_stages > 1 else None
@@ -156,11 +161,11 @@ def build_model(
             piece.to(device=runtime.device, dtype=torch_dtype_of(dtype))
             if arch.experts and layout.tensor > 1:
                 for name, parameter in piece.named_parameters():
-                    if ".local_experts." in name:
+                    if ".experts." in name:
                         # Tensor-parallel ranks send other tokens through a whole expert, so that it is one of the data-
                         # parallel kind to them. Megatron marks it so only where experts are spread over ranks
                         # (tensor_parallel/layers.py: ColumnParallelLinear.__init__).
-                        parameter.allreduce = False  # type: ignore[attr-defined]
+                        parameter.allreduce = False
         return pieces
 
 

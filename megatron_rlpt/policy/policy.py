@@ -17,18 +17,42 @@ from megatron_rlpt.checkpoint.sharded import ShardedWriting
 from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ModelError, TrainingError
 from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Objective
+from megatron_rlpt.policy import precision
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
-from megatron_rlpt.policy.families import Shape, read_architecture
-from megatron_rlpt.policy.layout import check_layout, layout_of
+from megatron_rlpt.policy.families import Architecture, Shape, read_architecture
+from megatron_rlpt.policy.layer_spec import describe_layers
+from megatron_rlpt.policy.layout import Layout, check_layout, layout_of
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler
 from megatron_rlpt.policy.passes import Passes
+from megatron_rlpt.policy.precision import length_multiple
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.state import PolicyState
 from megatron_rlpt.policy.weights import WeightSource, load_weights
 
 _log = logging.getLogger(__name__)
+
+
+def check_policy(config: Config, world: int) -> tuple[Architecture, Layout]:
+    """Whether a world of ``world`` ranks can train the model as ``config`` says; cheap, nothing is built.
+
+    Raises:
+        ModelError: the folder cannot be used, or its context is shorter than a training sequence.
+        ConfigError: the model cannot be cut over the ranks like that, or the precision is not to be had here.
+    """
+    folder = Path(config.model.path)
+    arch = read_architecture(folder)
+    if config.max_sequence > arch.max_positions:
+        raise ModelError(
+            f"data.max_prefix + data.suffix_length is {config.max_sequence} tokens; {folder} allows "
+            f"{arch.max_positions}"
+        )
+    layout = layout_of(config.parallel, world)
+    check_layout(layout, arch)
+    precision.require(config.model.fp8, config.model.dtype)
+    precision.check_sizes(config.model.fp8, arch, layout)
+    return arch, layout
 
 
 class Policy:
@@ -43,31 +67,22 @@ class Policy:
     """
 
     def __init__(self, config: Config, objective: Objective, runtime: DeviceRuntime) -> None:
-        """Load the starting model of ``config.model.path``.
-
-        Raises:
-            ModelError: the folder cannot be used, or its context is shorter than a training sequence.
-            ConfigError: model, batch and world do not fit ``config.parallel``.
-        """
-        folder = Path(config.model.path)
-        self.arch = read_architecture(folder)
-        if config.max_sequence > self.arch.max_positions:
-            raise ModelError(
-                f"data.max_prefix + data.suffix_length is {config.max_sequence} tokens; {folder} allows "
-                f"{self.arch.max_positions}"
-            )
-        self.layout = layout_of(config.parallel, runtime.world)
-        check_layout(self.layout, self.arch)
+        """Load the starting model of ``config.model.path``; raises what ``check_policy`` does."""
+        self.arch, self.layout = check_policy(config, runtime.world)
         ranks = runtime.init_distributed(self.layout, config.parallel.timeout)
         _log.info("device runtime: %s", runtime.describe())
         _log.info("training layout: %s", self.layout.describe())
+        _log.info("layers: %s", describe_layers())
         self._runtime = runtime
         self._objective = objective
         self._train = config.train
         self._refresh_every = config.objective.reference_refresh
         self._overlap = config.parallel.overlap
-        pieces = build_model(self.arch, config.model.dtype, runtime, self.layout, config.train.recompute)
-        load_weights(pieces, self.arch, self.layout, folder)
+        self._length_multiple = length_multiple(self.layout, config.model.fp8)
+        pieces = build_model(
+            self.arch, config.model.dtype, runtime, self.layout, config.train.recompute, config.model.fp8
+        )
+        load_weights(pieces, self.arch, self.layout, Path(config.model.path))
         self._pieces = pieces
         self._passes = Passes(pieces, self.arch, self.layout, config.train.logprob_chunk)
         self._reference = ReferenceWeights(pieces, version=0) if objective.needs_reference else None
@@ -194,7 +209,7 @@ class Policy:
 
     def _deal(self, examples: Sequence[Example]) -> list[Batch]:
         """This rank's micro-batches of an update."""
-        rounds = plan_rounds(examples, self._train.micro_batch, self.layout, self._padded(1))
+        rounds = plan_rounds(examples, self._train.micro_batch, self.layout, self._length_multiple)
         rank = parallel_state.get_data_parallel_rank()
         return [
             make_batch(one.shares[rank], self._runtime.device, rows=one.rows, length=one.length, share=_context_share())
@@ -202,11 +217,8 @@ class Policy:
         ]
 
     def _padded(self, length: int) -> int:
-        """``length`` rounded up to what context and sequence parallelism can divide."""
-        multiple = 2 * self.layout.context if self.layout.context > 1 else 1
-        if self.layout.sequence:
-            multiple *= self.layout.tensor
-        return -(-length // multiple) * multiple
+        """``length`` rounded up to what the layout can divide and the precision can take."""
+        return -(-length // self._length_multiple) * self._length_multiple
 
     def _reference_logprobs(self, batches: list[Batch]) -> list[torch.Tensor]:
         if self._reference is None:

@@ -18,6 +18,7 @@ import ctypes
 import datetime
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import time
 import types
@@ -248,6 +249,10 @@ class DeviceRuntime:
         place, limit = self._place, datetime.timedelta(seconds=timeout)
         if not torch.distributed.is_initialized():
             if self.on_cuda:
+                if layout.tensor > 1 or layout.context > 1:
+                    # Communication is put between computations in launch order, which one queue keeps (Megatron warns
+                    # without it: tensor_parallel/layers.py). Read when CUDA starts, which it has not yet.
+                    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
                 torch.cuda.set_device(self.device)
             try:
                 where: dict[str, Any] = (

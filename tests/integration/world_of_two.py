@@ -40,6 +40,22 @@ def error_of(call, *arguments):
     return None
 
 
+def die_during_two_calls(own, results):
+    """Stop the engine's process with one call under way, to be killed when the next one, a generation, is too."""
+
+    def ask():
+        with own._calling():
+            own._llm.collective_rpc("rlpt_buffer_digests")
+
+    process = own._process._processes[0]
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Thread(target=lambda: results.update({"death during a request": error_of(ask)})).start()
+    while not own._llm.llm_engine.engine_core.utility_results:
+        time.sleep(0.1)
+    own._drop_prefix_cache = lambda: None  # else the generation would wait for this first
+    threading.Timer(2.0, process.kill).start()
+
+
 def main(served, other, corpus, out):
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
@@ -76,9 +92,7 @@ def main(served, other, corpus, out):
         results["version while training"] = engine.version
 
     if engine.own:
-        process = engine.own._process._processes[0]
-        os.kill(process.pid, signal.SIGSTOP)  # so that the call is under way when the process dies
-        threading.Timer(1.0, process.kill).start()
+        die_during_two_calls(engine.own, results)
     results["death"] = error_of(sampled, 1)
     results["after death"] = error_of(engine.update_weights, gathered(served), 2)
     (out / f"rank-{rank}.json").write_text(json.dumps(results))

@@ -38,6 +38,7 @@ pip ${RLPT_TORCH_INDEX:+--extra-index-url "$RLPT_TORCH_INDEX"} "$(pinned torch)"
 # Unquoted: one argument per package.
 # shellcheck disable=SC2046,SC2086
 pip $(pinned $PACKAGES)
+pip --no-deps --editable .  # checkpoints note its version
 
 [ $# -gt 0 ] || set -- tests/unit/policy tests/unit/checkpoint tests/distributed
 failed=""

@@ -19,7 +19,6 @@ from megatron_rlpt.config import (
     OptimizerConfig,
     ParallelConfig,
     Recompute,
-    RolloutConfig,
     TrainConfig,
 )
 from megatron_rlpt.objectives import Example, build_objective

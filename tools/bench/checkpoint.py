@@ -57,7 +57,6 @@ def measure(config: Config, folder: Path, repeats: int) -> dict[str, float]:
         return Example(episode, tuple(pair), (0, 1))
 
     examples = [example(number) for number in range(config.train.global_batch)]
-    model = Path(config.model.path)
     policy.update(examples)
     rows = [_round(policy, examples, model, folder, step) for step in range(0, 2 * repeats, 2)]
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}

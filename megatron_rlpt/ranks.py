@@ -55,7 +55,8 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     """Read the variables of torchrun, else those of a Slurm step, else this process is alone.
 
     Inside a batch script, outside of ``srun``, Slurm's job variables are set but nothing was launched side by side;
-    only a step has ``SLURM_STEP_NUM_TASKS``.
+    only a step has ``SLURM_STEP_NUM_TASKS``. Half of torchrun's variables without a step are refused: processes that
+    each believe to be alone would all write the same run.
 
     Raises:
         ConfigError: a variable is missing or not a number.
@@ -79,6 +80,8 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
                 # The same on every rank without asking anyone, and another one for the steps of other jobs.
                 int(environment.get("MASTER_PORT") or 15000 + (job * 31 + step) % 20000),
             )
+        elif "RANK" in environment or "WORLD_SIZE" in environment:
+            raise KeyError("RANK" if "WORLD_SIZE" in environment else "WORLD_SIZE")
         else:
             return Place()
     except (KeyError, ValueError) as error:
@@ -93,12 +96,11 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def first_host(nodes: str) -> str:
-    """First host of a Slurm node list: ``n[03-05,9],m1`` -> ``n03``."""
-    head = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,]*)", nodes)
+    """First host of a Slurm node list: ``n[03-05,9],m1`` -> ``n03``; a name may have several ranges."""
+    head = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if head is None:
         raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}")
-    name, numbers, rest = head.groups()
-    return f"{name}{re.split('[-,]', numbers)[0]}{rest}" if numbers else name
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", head[0])
 
 
 class Ranks:
@@ -148,7 +150,9 @@ class Ranks:
             torch.distributed.monitored_barrier(self._world, timeout=self._timeout, wait_all_ranks=True)
         except RuntimeError as error:
             named = re.search(r"Ranks? ([\d, ]*\d) failed", str(error))
-            absent = f"rank {named.group(1)}" if self.is_main and named else "another rank"
+            absent = "another rank"
+            if self.is_main and named:
+                absent = f"rank{'s' if ',' in named[1] else ''} {named[1]}"
             raise TrainingError(
                 f"{absent} did not reach {phase} within {self._timeout.total_seconds():g} s (parallel.timeout); look "
                 "at the log of that rank"

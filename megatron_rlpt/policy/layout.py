@@ -79,19 +79,31 @@ def check_layout(layout: Layout, arch: Architecture) -> None:
     _require_divisor("parallel.tensor", tensor, _divided_by_tensor(arch))
     if layout.sequence and tensor == 1:
         raise ConfigError("parallel.sequence is true and parallel.tensor 1; allowed: parallel.tensor of 2 or more")
-    pieces = pipeline * layout.virtual_stages
-    if arch.layers % pieces:
-        fitting = _fitting(lambda n: arch.layers % (n * layout.virtual_stages) == 0, arch.layers)
-        raise ConfigError(
-            f"parallel.pipeline x virtual_stages is {pipeline} x {layout.virtual_stages} = {pieces}; it must divide "
-            f"{arch.layers} layers: with virtual_stages = {layout.virtual_stages}, parallel.pipeline may be {fitting}"
-        )
+    if arch.layers % (pipeline * layout.virtual_stages):
+        raise ConfigError(_refused_stages(pipeline, layout.virtual_stages, arch.layers))
     if layout.virtual_stages > 1 and pipeline == 1:
         raise ConfigError(
             f"parallel.virtual_stages is {layout.virtual_stages} and parallel.pipeline 1; allowed: 1, because only "
             "pipeline ranks have virtual stages"
         )
     _check_experts(layout, arch)
+
+
+def _refused_stages(pipeline: int, virtual: int, layers: int) -> str:
+    """What to say of stages that do not divide the layers: which pipelines would, or else which virtual stages."""
+    text = (
+        f"parallel.pipeline x virtual_stages is {pipeline} x {virtual} = {pipeline * virtual}; it must divide "
+        f"{layers} layers: "
+    )
+    if virtual > 1:
+        fitting = _fitting(lambda n: n > 1 and layers % (n * virtual) == 0, layers)
+        if fitting:
+            return text + f"with virtual_stages = {virtual}, parallel.pipeline may be {fitting}"
+        fitting = _fitting(lambda n: layers % (pipeline * n) == 0, layers)
+        if fitting:
+            return text + f"with pipeline = {pipeline}, parallel.virtual_stages may be {fitting}"
+    fitting = _fitting(lambda n: layers % n == 0, layers)
+    return text + f"with virtual_stages = 1, parallel.pipeline may be {fitting}"
 
 
 def check_cut(layout: Layout, arch: Architecture) -> None:

@@ -1,0 +1,192 @@
+"""Small things exchanged among real processes: four ranks in two replicas of two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from worlds import run_world
+
+from megatron_rlpt.errors import CheckpointError, RlptError, TeacherError, TrainingError
+from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.records import Candidate, Episode, Group, Score, Source
+from megatron_rlpt.teacher.shared import SharedJudge, SharedRewriter
+
+SIZE = 4
+LEADERS = (0, 2)
+HURRY = 4.0
+"""Seconds after which absence is reported in the tests of absence; everyone has just met when they begin."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    world: int = SIZE
+    tensor: int = 2
+    context: int = 1
+    pipeline: int = 1
+
+
+class OwnJudge:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def judge(self, groups: list[Group]) -> list[Group]:
+        return [Group(group.episode, group.candidates, (Score(1.0, f"rank {self.rank}", "p"),)) for group in groups]
+
+
+class OwnRewriter:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def rewrite(self, episodes: list[Episode]) -> list[Candidate]:
+        return [Candidate(Source.REWRITE, episode.suffix, seed=self.rank) for episode in episodes]
+
+
+def episode(number: int) -> Episode:
+    return Episode(f"e{number}", (1,), (number,), "c", "d", 0)
+
+
+def error_of(act: Any) -> tuple[str, str]:
+    try:
+        act()
+    except RlptError as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def everything() -> dict[str, Any]:
+    """All that is asked of a rank; what it found, by name."""
+    rank = torch.distributed.get_rank()
+    ranks = Ranks(rank, Shape(), timeout=60.0)
+    found: dict[str, Any] = {"self": (ranks.rank, ranks.size, ranks.is_main, ranks.is_leader)}
+    found["gathered"] = ranks.all_gather({"rank": rank, "data": b"x" * rank})
+    found["broadcast"] = [ranks.broadcast(f"from {rank}", source) for source in range(SIZE)]
+    found["broadcast from main"] = ranks.broadcast(rank)
+
+    asked: list[Any] = []
+
+    def count_on_main() -> str:
+        asked.append("main")
+        return f"work of {rank}"
+
+    def fail_on_main() -> None:
+        raise CheckpointError(f"the disk of rank {rank} is full")
+
+    found["on main"] = ranks.on_main(count_on_main)
+    found["on main asked"] = list(asked)
+    found["on main error"] = error_of(lambda: ranks.on_main(fail_on_main))
+
+    for count in (0, 1, 2, 5, 8):
+        asked.clear()
+
+        def work(share: list[int]) -> tuple[str, ...]:
+            asked.append(list(share))  # noqa: B023
+            return tuple(f"{item} by {rank}" for item in share)
+
+        found[f"divide {count}"] = ranks.divide(range(count), work, "the end of judging")
+        found[f"asked {count}"] = list(asked)
+
+    def fail_at_2(share: list[int]) -> list[int]:
+        if rank == 2:
+            raise TeacherError(f"no answer for {share}")
+        return share
+
+    def fail_everywhere(share: list[int]) -> list[int]:
+        raise TeacherError(f"no answer for {share}")
+
+    found["one leader fails"] = error_of(lambda: ranks.divide(range(5), fail_at_2, "the end of judging"))
+    found["both leaders fail"] = error_of(lambda: ranks.divide(range(5), fail_everywhere, "the end of judging"))
+    found["after errors"] = ranks.divide(range(3), lambda share: share, "the end of judging")
+
+    judge = SharedJudge(OwnJudge(rank) if ranks.is_leader else None, ranks)
+    rewriter = SharedRewriter(OwnRewriter(rank) if ranks.is_leader else None, ranks)
+    found["judged"] = judge.judge([Group(episode(number), ()) for number in range(3)])
+    found["rewritten"] = rewriter.rewrite([episode(number) for number in range(3)])
+
+    ranks.barrier("the end")  # returns when all are here
+
+    # Absence last: what timed out is of no further use, so each case has groups of its own.
+    barrier, judging = Ranks(rank, Shape(), timeout=HURRY), Ranks(rank, Shape(), timeout=HURRY)
+    ranks.barrier("the beginning of absence")
+    found["two are absent"] = (
+        ("none", "") if rank in (1, 3) else error_of(lambda: barrier.barrier("the exchange of weights"))
+    )
+    ranks.all_gather(None)
+
+    def never_ends(share: list[int]) -> list[int]:
+        if rank == 2:
+            ranks.all_gather(None)  # until the others have given up
+            raise TrainingError("came too late")
+        return share
+
+    found["one never ends"] = error_of(lambda: judging.divide(range(4), never_ends, "the end of judging"))
+    if rank != 2:
+        ranks.all_gather(None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    return run_world(SIZE, everything)
+
+
+def on_every_rank(found: list[dict[str, Any]], name: str) -> Any:
+    """What all ranks found alike."""
+    assert all(one[name] == found[0][name] for one in found), [one[name] for one in found]
+    return found[0][name]
+
+
+def test_each_rank_knows_itself(found):
+    assert [one["self"] for one in found] == [(rank, SIZE, rank == 0, rank in LEADERS) for rank in range(SIZE)]
+
+
+def test_values_are_gathered_in_rank_order_and_broadcast_from_any_rank(found):
+    assert on_every_rank(found, "gathered") == [{"rank": rank, "data": b"x" * rank} for rank in range(SIZE)]
+    assert on_every_rank(found, "broadcast") == [f"from {rank}" for rank in range(SIZE)]
+    assert on_every_rank(found, "broadcast from main") == 0
+
+
+def test_work_on_main_is_done_there_alone_and_known_to_all(found):
+    assert on_every_rank(found, "on main") == "work of 0"
+    assert [one["on main asked"] for one in found] == [["main"], [], [], []]
+    assert on_every_rank(found, "on main error") == ("CheckpointError", "the disk of rank 0 is full")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 8])
+def test_divided_work_is_done_once_by_leaders_and_comes_back_whole_in_order(found, count):
+    half = count // 2
+    expected = [f"{item} by {0 if item < half else 2}" for item in range(count)]
+    assert on_every_rank(found, f"divide {count}") == expected
+    asked = [one[f"asked {count}"] for one in found]
+    assert asked == [[list(range(half))], [], [list(range(half, count))], []]
+
+
+def test_the_error_of_one_leader_is_raised_on_every_rank_with_its_text(found):
+    assert on_every_rank(found, "one leader fails") == ("TeacherError", "no answer for [2, 3, 4]")
+    assert on_every_rank(found, "both leaders fail") == ("TeacherError", "no answer for [0, 1]")
+    assert on_every_rank(found, "after errors") == [0, 1, 2]
+
+
+def test_teachers_of_leaders_work_for_all(found):
+    judged, rewritten = on_every_rank(found, "judged"), on_every_rank(found, "rewritten")
+    assert [(group.episode.id, group.outcomes[0].judge) for group in judged] == [
+        ("e0", "rank 0"),
+        ("e1", "rank 2"),
+        ("e2", "rank 2"),
+    ]
+    assert [(one.tokens, one.seed) for one in rewritten] == [((0,), 0), ((1,), 2), ((2,), 2)]
+
+
+def test_ranks_that_do_not_come_are_named_on_rank_0_with_the_phase(found):
+    tail = f"did not reach the exchange of weights within {HURRY:g} s (parallel.timeout); look at the log of that rank"
+    assert found[0]["two are absent"] == ("TrainingError", f"ranks 1, 3 {tail}")
+    assert found[2]["two are absent"] == ("TrainingError", f"another rank {tail}")
+
+
+def test_a_leader_that_never_ends_its_share_is_named_on_rank_0_with_the_phase(found):
+    tail = f"did not reach the end of judging within {HURRY:g} s (parallel.timeout); look at the log of that rank"
+    assert found[0]["one never ends"] == ("TrainingError", f"rank 2 {tail}")
+    for rank in (1, 3):
+        assert found[rank]["one never ends"] == ("TrainingError", f"another rank {tail}")

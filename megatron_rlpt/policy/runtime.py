@@ -221,6 +221,11 @@ class DeviceRuntime:
             _keep_freed_memory()
 
     @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self._place.rank
+
+    @property
     def world(self) -> int:
         """Number of processes of the run."""
         return self._place.world

@@ -104,6 +104,9 @@ class Recorder:
     def poll(self) -> None:
         """Nothing is written in the background."""
 
+    def finish(self) -> None:
+        self._journal.append(("finish",))
+
 
 def rollouts(groups: Sequence[Group]) -> list[Candidate]:
     return [candidate for group in groups for candidate in group.candidates if candidate.policy_version is not None]
@@ -156,6 +159,7 @@ def test_every_step_generates_updates_syncs_and_records_in_this_order():
         ("sync", 2, {"version": 2}),
         ("record", 1, 2),
         ("save", 2),
+        ("finish",),
     ]
     assert run.done == 2
 

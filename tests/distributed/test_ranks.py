@@ -82,7 +82,7 @@ def everything() -> dict[str, Any]:
         asked.clear()
 
         def work(share: list[int]) -> tuple[str, ...]:
-            asked.append(list(share))  # noqa: B023
+            asked.append(list(share))
             return tuple(f"{item} by {rank}" for item in share)
 
         found[f"divide {count}"] = ranks.divide(range(count), work, "the end of judging")

@@ -58,7 +58,7 @@ def measure(config: Config, folder: Path, repeats: int) -> dict[str, float]:
 
     examples = [example(number) for number in range(config.train.global_batch)]
     policy.update(examples)
-    rows = [_round(policy, examples, model, folder, step) for step in range(0, 2 * repeats, 2)]
+    rows = [_round(policy, examples, Path(config.model.path), folder, step) for step in range(0, 2 * repeats, 2)]
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 

@@ -42,9 +42,9 @@ def refusal(check, *args) -> str:
 def test_data_parallelism_is_what_is_left_of_the_world():
     asked = ParallelConfig(tensor=2, sequence=True, pipeline=3, virtual_stages=2, context=2, expert=4)
     layout = layout_of(asked, 24)
-    assert layout == Layout(
-        world=24, tensor=2, sequence=True, pipeline=3, virtual_stages=2, context=2, expert=4
-    ), "every dimension is taken over"
+    assert layout == Layout(world=24, tensor=2, sequence=True, pipeline=3, virtual_stages=2, context=2, expert=4), (
+        "every dimension is taken over"
+    )
     assert (layout.replica, layout.data) == (12, 2)
     assert layout_of(ParallelConfig(), 1) == Layout()
 

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from megatron_rlpt.errors import ConfigError, RlptError, TrainingError
 
 T = TypeVar("T")
@@ -129,6 +127,9 @@ class Ranks:
         self._mine = next(index for index, members in enumerate(self._replicas) if rank in members)
         self.is_leader = self._replicas[self._mine][0] == rank
         if self.size > 1:
+            import torch  # a world of one has no use for it, and much that does without torch names this class
+
+            self._distributed = torch.distributed
             new_group = torch.distributed.new_group
             self._world: Any = new_group(backend="gloo", timeout=self._timeout)
             self._leaders: Any = new_group(
@@ -147,7 +148,7 @@ class Ranks:
         if self.size == 1:
             return
         try:
-            torch.distributed.monitored_barrier(self._world, timeout=self._timeout, wait_all_ranks=True)
+            self._distributed.monitored_barrier(self._world, timeout=self._timeout, wait_all_ranks=True)
         except RuntimeError as error:
             named = re.search(r"Ranks? ([\d, ]*\d) failed", str(error))
             absent = "another rank"
@@ -163,7 +164,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value, group=self._world)
+        self._distributed.all_gather_object(values, value, group=self._world)
         return values
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -171,7 +172,7 @@ class Ranks:
         if self.size == 1:
             return value
         box = [value]
-        torch.distributed.broadcast_object_list(box, src=source, group=self._world)
+        self._distributed.broadcast_object_list(box, src=source, group=self._world)
         return box[0]
 
     def on_main(self, work: Callable[[], R]) -> R:
@@ -204,9 +205,9 @@ class Ranks:
         mine = _attempt(lambda: list(work(share))) if self.is_leader else _Outcome()
         self.barrier(phase)
         if self.is_leader:
-            torch.distributed.all_gather_object(outcomes, mine, group=self._leaders)
+            self._distributed.all_gather_object(outcomes, mine, group=self._leaders)
         if len(self._replicas[self._mine]) > 1:
-            torch.distributed.broadcast_object_list(outcomes, src=self._replicas[self._mine][0], group=self._replica)
+            self._distributed.broadcast_object_list(outcomes, src=self._replicas[self._mine][0], group=self._replica)
         return [item for outcome in outcomes for item in _unpack(outcome)]
 
 

@@ -94,6 +94,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     for command, folder, message in (
         ("start", tmp_path, "is not empty and no sandbox; name a new folder"),
         ("start", tmp_path / ("long" * 30), "is too long a path for a Unix socket"),
+        ("start", tmp_path / "two words", "has a space or one of"),
         ("stop", tmp_path, "holds no sandbox"),
     ):
         code, _, err = sandbox(command, folder)

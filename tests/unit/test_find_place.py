@@ -35,7 +35,8 @@ def test_the_ranks_of_a_step_agree_on_a_port_below_the_ones_of_clients_and_other
     assert [place.rank for place in ranks] == list(range(1, 16))
     assert {(place.world, place.local_rank, place.address) for place in ranks} == {(16, 1, "localhost")}
     assert len({place.port for place in ranks}) == 1
-    ports = [find_place(STEP | {"SLURM_JOB_ID": str(job)}).port for job in range(4_000_000, 4_000_500)]
+    jobs = [STEP | {"MASTER_ADDR": "n1", "SLURM_JOB_ID": str(job)} for job in range(4_000_000, 4_010_000)]
+    ports = [find_place(job).port for job in jobs]
     assert len(set(ports)) == len(ports)
     assert all(1024 < port < 32768 for port in ports)
 

@@ -13,6 +13,8 @@ logs (``log/``), the numbers of its processes (``processes.json``). DIR is made 
 short, because the address of a Unix socket holds 107 characters. The ports are free ones, and a Slurm that runs on the
 machine for real is left alone, as are all processes that were not started here.
 
+Debian's packages bring services of the system too; the sandbox neither needs nor touches them.
+
 What differs from a cluster: node names do not resolve (``scontrol show node n1`` knows the address), both nodes see the
 same memory and GPUs, and nothing keeps a job to the cores that it was given.
 
@@ -25,6 +27,7 @@ import argparse
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -127,6 +130,10 @@ def start(folder: Path) -> None:
     if len(os.fsencode(folder / "munge.socket")) > SOCKET_LENGTH:
         raise SandboxError(
             f"{folder} is too long a path for a Unix socket; use one below {SOCKET_LENGTH - 15} characters"
+        )
+    if re.search(r"[\s,#=%]", str(folder)):
+        raise SandboxError(
+            f"{folder} has a space or one of ',#=%' in its path, which slurm.conf cannot hold; use another"
         )
     if folder.exists() and any(folder.iterdir()) and not (folder / "slurm.conf").is_file():
         raise SandboxError(f"{folder} is not empty and no sandbox; name a new folder")

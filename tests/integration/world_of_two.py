@@ -17,7 +17,9 @@ from tiny_runs import tiny_config
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.policy.families import read_architecture
-from megatron_rlpt.rollout.build import build_residency, start_policy_engine
+from megatron_rlpt.rollout.build import build_residency
+from megatron_rlpt.rollout.vllm_engine import start_policy_engine
+from megatron_rlpt.rollout.world_engine import WorldEngine
 
 
 def gathered(folder, break_at=None):
@@ -69,7 +71,7 @@ def main(served, other, corpus, out):
         rollout={"kv_cache_gib": 0.02, "max_batch": 32, "sync_bucket_mib": 1},
     )
     results = {"torchrun": os.environ["TORCHELASTIC_USE_AGENT_STORE"]}
-    engine = start_policy_engine(config, 2)
+    engine = WorldEngine(lambda: start_policy_engine(config, 2), owners=[0])
     results["torchrun variables kept"] = os.environ["WORLD_SIZE"]
     results["has an engine"] = engine.own is not None
 

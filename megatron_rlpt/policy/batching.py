@@ -60,7 +60,8 @@ class ContextShare:
         """[length / size] places of the rank's tokens in a sequence of ``length``, in the order it holds them."""
         if self.size == 1:
             return torch.arange(length)
-        chunk = length // (2 * self.size)
+        chunk, rest = divmod(length, 2 * self.size)
+        assert not rest, f"{length} tokens are not divided into {2 * self.size} chunks"
         return torch.cat(
             [torch.arange(number * chunk, (number + 1) * chunk) for number in context_chunks(self.rank, self.size)]
         )

@@ -289,11 +289,15 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,  # its router is a softmax over the chosen experts; there is no such entry
         },
     ),
-    "qwen2": Family((*_ATTENTION, _qkv("bias"), *_MLP), qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "qwen2": Family(
+        (*_ATTENTION, _qkv("bias"), *_MLP),
+        qkv_bias=True,
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096},  # a window only where use_sliding_window is true
+    ),
     "qwen3": Family(
         (*_ATTENTION, _head_norm("q"), _head_norm("k"), *_MLP),
         qk_norm=True,
-        defaults={"num_key_value_heads": 32, "head_dim": 128},
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
     ),
     "qwen3_moe": Family(
         (*_ATTENTION, _head_norm("q"), _head_norm("k"), _router("mlp.gate.weight")),
@@ -301,6 +305,7 @@ FAMILIES: dict[str, Family] = {
         qk_norm=True,
         defaults={
             "num_key_value_heads": 4,
+            "sliding_window": 4096,
             "num_experts_per_tok": 8,
             "num_experts": 128,
             "moe_intermediate_size": 768,
@@ -368,8 +373,9 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
         raise ModelError(
             f"{path}: quantization_config is set; quantized weights are not supported, give the folder in bf16 or fp32"
         )
-    if float(raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ModelError(f"{path}: partial_rotary_factor is {raw['partial_rotary_factor']}; supported: 1.0")
+    for entries in (raw, raw.get("rope_parameters") or {}):  # transformers 5 keeps it in the second
+        if float(entries.get("partial_rotary_factor") or 1.0) != 1.0:
+            raise ModelError(f"{path}: partial_rotary_factor is {entries['partial_rotary_factor']}; supported: 1.0")
     for flag in ("attention_bias", "mlp_bias", "use_bias"):
         if raw.get(flag) and not (flag == "attention_bias" and family.qkv_bias):
             raise ModelError(f"{path}: {flag} is true; {model_type} models with biases are not supported")
@@ -411,10 +417,11 @@ def _window(raw: dict[str, Any]) -> int:
 
 
 def _experts(raw: dict[str, Any], path: Path) -> Experts:
-    if raw.get("mlp_only_layers") or int(raw.get("decoder_sparse_step", 1)) != 1:
+    step = int(raw.get("decoder_sparse_step", 1))
+    if raw.get("mlp_only_layers") or step != 1:
         raise ModelError(
-            f"{path}: mlp_only_layers is {raw.get('mlp_only_layers')} and decoder_sparse_step "
-            f"{raw.get('decoder_sparse_step')}; supported: experts in every layer"
+            f"{path}: mlp_only_layers is {raw.get('mlp_only_layers')} and decoder_sparse_step {step}; supported: "
+            "experts in every layer"
         )
     return Experts(
         # transformers 5 writes num_local_experts for every family.

@@ -15,6 +15,7 @@ import torch
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError, ModelError
 from megatron_rlpt.policy.families import expected_shapes, read_architecture
+from megatron_rlpt.ranks import ranks_on_this_machine
 from megatron_rlpt.rollout.engine import Continuation, Prompt, require_neutral_sampling
 from megatron_rlpt.rollout.engine_process import EngineProcess
 from megatron_rlpt.rollout.manifest import Manifest, Weights

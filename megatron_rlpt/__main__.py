@@ -2,5 +2,5 @@
 
 from megatron_rlpt.cli import main
 
-if __name__ == "__main__":  # checkpointing spawns processes that import this module again
+if __name__ == "__main__":  # vLLM starts processes that import this module again
     main()

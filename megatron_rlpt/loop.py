@@ -51,6 +51,9 @@ class Saver(Protocol):
     def poll(self) -> None:
         """Publish what was written in the background, if it is whole."""
 
+    def finish(self) -> None:
+        """Wait for what is written in the background, and publish it."""
+
 
 @dataclass
 class Training:
@@ -97,6 +100,7 @@ def train(run: Training) -> None:
             # After the step is recorded: a kill in between repeats the step, and the resumed run drops its record.
             with stage("checkpoint"):
                 run.saver.save(run.done)
+    run.saver.finish()
 
 
 def check_agreement(figures: dict[str, float], warn: float, stop: float) -> None:

@@ -12,13 +12,17 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import socket
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from megatron_rlpt.errors import ConfigError, RlptError, TrainingError
+
+_SLURM_PORTS = range(15000, 32000)
+"""Rank 0's port in a Slurm step. Below those that Linux gives to outgoing connections (32768 and above), so that none
+of these holds it by chance."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,12 +58,13 @@ class Place:
 def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     """Read the variables of torchrun, else those of a Slurm step, else this process is alone.
 
-    Inside a batch script, outside of ``srun``, Slurm's job variables are set but nothing was launched side by side;
-    only a step has ``SLURM_STEP_NUM_TASKS``. Half of torchrun's variables without a step are refused: processes that
-    each believe to be alone would all write the same run.
+    Inside a batch script or ``salloc``, outside of ``srun``, Slurm's job variables are set but nothing was launched
+    side by side; only a step has ``SLURM_STEP_NUM_TASKS``, and the step of an interactive shell has one task. Half of
+    torchrun's variables without a step are refused: processes that each believe to be alone would all write the same
+    run.
 
     Raises:
-        ConfigError: a variable is missing or not a number.
+        ConfigError: a variable is missing or not a number, or rank 0's machine is not known.
     """
     try:
         if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -71,14 +76,14 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
                 int(environment.get("MASTER_PORT", "0")),
             )
         elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+            job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
             place = Place(
                 int(environment["SLURM_PROCID"]),
                 int(environment["SLURM_STEP_NUM_TASKS"]),
-                int(environment.get("SLURM_LOCALID", "0")),
-                environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+                int(environment["SLURM_LOCALID"]),
+                environment.get("MASTER_ADDR") or _step_address(environment),
                 # The same on every rank without asking anyone, and another one for the steps of other jobs.
-                int(environment.get("MASTER_PORT") or 15000 + (job * 31 + step) % 20000),
+                int(environment.get("MASTER_PORT") or _SLURM_PORTS[(job * 31 + step) % len(_SLURM_PORTS)]),
             )
         elif "RANK" in environment or "WORLD_SIZE" in environment:
             raise KeyError("RANK" if "WORLD_SIZE" in environment else "WORLD_SIZE")
@@ -93,6 +98,44 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     if place.world > 1 and not place.port:
         raise ConfigError("MASTER_PORT is not set; start with torchrun, which sets it, or set it to a free port")
     return place
+
+
+def _step_address(environment: Mapping[str, str]) -> str:
+    """Where the first node of a Slurm step is reached. Rank 0 runs there, unless it was asked to run elsewhere."""
+    node = first_host(environment["SLURM_STEP_NODELIST"])
+    own = environment["SLURMD_NODENAME"]
+    if environment["SLURM_PROCID"] == "0" and own != node:  # srun --distribution=arbitrary, heterogeneous jobs
+        raise ConfigError(f"rank 0 runs on {own}, not on {node}, the first node of the step; set MASTER_ADDR to {own}")
+    if _resolves(node):
+        return node
+    # A node may have another name in Slurm than on the network; then Slurm knows how to reach it.
+    try:
+        scontrol = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, timeout=60)
+        known = re.search(r"\bNodeAddr=(\S+)", scontrol.stdout)
+    except (OSError, subprocess.TimeoutExpired):
+        known = None
+    if known is None or not _resolves(known[1]):
+        raise ConfigError(f"the step's first node {node!r} has no known address; set MASTER_ADDR to the one of rank 0")
+    return known[1]
+
+
+def _resolves(name: str) -> bool:
+    try:
+        socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
+def ranks_on_this_machine(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Ranks that the launcher started beside this one, itself included; None where it does not say.
+
+    Slurm writes ``4(x2),3`` for two nodes of 4 tasks and one of 3; the most of any node is taken.
+    """
+    if "LOCAL_WORLD_SIZE" in environment:
+        return int(environment["LOCAL_WORLD_SIZE"])
+    counts = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return max(map(int, counts), default=None)
 
 
 def first_host(nodes: str) -> str:
@@ -129,6 +172,9 @@ class Ranks:
         self._mine = next(index for index, members in enumerate(self._replicas) if rank in members)
         self.is_leader = self._replicas[self._mine][0] == rank
         if self.size > 1:
+            import torch  # a world of one has no use for it, and much that does without torch names this class
+
+            self._distributed = torch.distributed
             new_group = torch.distributed.new_group
             self._world: Any = new_group(backend="gloo", timeout=self._timeout)
             self._leaders: Any = new_group(
@@ -147,7 +193,7 @@ class Ranks:
         if self.size == 1:
             return
         try:
-            torch.distributed.monitored_barrier(self._world, timeout=self._timeout, wait_all_ranks=True)
+            self._distributed.monitored_barrier(self._world, timeout=self._timeout, wait_all_ranks=True)
         except RuntimeError as error:
             named = re.search(r"Ranks? ([\d, ]*\d) failed", str(error))
             absent = "another rank"
@@ -163,7 +209,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value, group=self._world)
+        self._distributed.all_gather_object(values, value, group=self._world)
         return values
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -171,7 +217,7 @@ class Ranks:
         if self.size == 1:
             return value
         box = [value]
-        torch.distributed.broadcast_object_list(box, src=source, group=self._world)
+        self._distributed.broadcast_object_list(box, src=source, group=self._world)
         return box[0]
 
     def on_main(self, work: Callable[[], R]) -> R:
@@ -204,9 +250,9 @@ class Ranks:
         mine = _attempt(lambda: list(work(share))) if self.is_leader else _Outcome()
         self.barrier(phase)
         if self.is_leader:
-            torch.distributed.all_gather_object(outcomes, mine, group=self._leaders)
+            self._distributed.all_gather_object(outcomes, mine, group=self._leaders)
         if len(self._replicas[self._mine]) > 1:
-            torch.distributed.broadcast_object_list(outcomes, src=self._replicas[self._mine][0], group=self._replica)
+            self._distributed.broadcast_object_list(outcomes, src=self._replicas[self._mine][0], group=self._replica)
         return [item for outcome in outcomes for item in _unpack(outcome)]
 
 

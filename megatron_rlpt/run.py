@@ -59,6 +59,7 @@ def run_training(config: Config, fresh: bool = False) -> None:
     runtime = DeviceRuntime()
     _, layout = check_policy(config, runtime.world)
     check_batch(layout, config.train)
+    setup_logging(rank=runtime.rank)
     ranks = runtime.init_distributed(layout, config.parallel.timeout)
     if fresh:
         ranks.on_main(lambda: _move_aside(folder))
@@ -80,7 +81,6 @@ def run_training(config: Config, fresh: bool = False) -> None:
         if checkpoint is not None:
             restore(run, checkpoint)
         train(run)
-        store.finish()
         if ranks.is_main:
             export_folder(run.policy.weights(), Path(config.model.path), folder / "export")
         else:
@@ -222,6 +222,10 @@ class RunSaver:
     def poll(self) -> None:
         """Publish what was written in the background, if every rank has written its part."""
         self._report(self.store.poll())
+
+    def finish(self) -> None:
+        """Wait for what is written in the background, and publish it."""
+        self._report(self.store.finish())
 
     def _report(self, published: Path | None) -> None:
         if published is not None:

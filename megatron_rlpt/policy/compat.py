@@ -19,6 +19,9 @@ from megatron_rlpt.errors import RlptError
 OLDEST, NEWEST = (0, 16), (0, 19)
 """First and last release series (major, minor) of Megatron-Core that the tests pass with."""
 
+REQUIREMENT = f"megatron-core>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"
+"""The same for pip."""
+
 _NEEDS_PYTHON_312 = (0, 17)
 
 
@@ -43,7 +46,7 @@ def require_supported() -> None:
 
     problem = version_problem(__version__)
     if problem:
-        raise RlptError(f"{problem}; pip install 'megatron-core>={_text(OLDEST)},<{NEWEST[0]}.{NEWEST[1] + 1}'")
+        raise RlptError(f"{problem}; pip install '{REQUIREMENT}'")
     # All releases, dist_checkpointing/strategies/filesystem_async.py: what writes a file dies without psutil before it
     # reports, and whoever saves waits for the report forever.
     if importlib.util.find_spec("psutil") is None:

@@ -66,13 +66,18 @@ def block_spec(config: TransformerConfig, virtual_stage: int | None) -> Transfor
         config: Megatron's configuration of the whole model; tells how many layers this pipeline rank has.
         virtual_stage: number of the piece on this rank; None without virtual stages.
     """
-    fused = with_transformer_engine()
-    assert fused or not config.fp8, "policy/precision.py refuses FP8 where there is no Transformer Engine"
     return TransformerBlockSubmodules(
-        layer_specs=[_fused_layer(config) if fused else _plain_layer(config)]
-        * get_num_layers_to_build(config, virtual_stage),
-        layer_norm=transformer_engine.TENorm if fused else RmsNorm,
+        layer_specs=[layer_spec(config)] * get_num_layers_to_build(config, virtual_stage),
+        layer_norm=transformer_engine.TENorm if with_transformer_engine() else RmsNorm,
     )
+
+
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """One decoder layer."""
+    if with_transformer_engine():
+        return _fused_layer(config)
+    assert not config.fp8, "policy/precision.py refuses FP8 where there is no Transformer Engine"
+    return _plain_layer(config)
 
 
 def _fused_layer(config: TransformerConfig) -> ModuleSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,13 +156,13 @@ class Policy:
             torch.distributed.broadcast(logprobs, group=group, group_src=self.layout.pipeline - 1)
         return logprobs
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> WeightSource:
         """(Hugging Face name, whole tensor) of every weight in one fixed order; may share the policy's memory.
 
-        A collective that every rank must exhaust (``policy.weights.drain`` on ranks that have no use for it).
+        Every rank has to iterate over it to the end (``policy.weights.drain`` where nobody has a use for it).
         """
         self._gather_parameters()
-        return self._source.stream()
+        return self._source
 
     @property
     def weight_shapes(self) -> dict[str, Shape]:

@@ -122,9 +122,7 @@ def require(fp8: Fp8, dtype: Dtype) -> None:
     if fp8 is Fp8.off:
         return
     if dtype is not Dtype.bf16:
-        raise ConfigError(
-            f"model.fp8 is {fp8.value} and model.dtype {dtype.value}; FP8 works on top of model.dtype=bf16"
-        )
+        raise ConfigError(f"model.fp8 is {fp8.value} and model.dtype {dtype.value}; FP8 needs model.dtype=bf16")
     reason = refusal(fp8, find_engine())
     if reason is not None:
         supported = ", ".join([Fp8.off.value, *(one.value for one in supported_recipes())])

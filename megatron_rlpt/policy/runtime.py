@@ -214,11 +214,18 @@ class DeviceRuntime:
         self.on_cuda = torch.cuda.is_available()
         self.name = "cuda" if self.on_cuda else "cpu"
         self.backend = "nccl" if self.on_cuda else "gloo"
-        self.device = torch.device("cuda", self._place.local_rank) if self.on_cuda else torch.device("cpu")
+        # A launcher that shows every rank its own GPU alone (srun --gpus-per-task=1) calls each of them number 0.
+        number = self._place.local_rank if torch.cuda.device_count() > 1 else 0
+        self.device = torch.device("cuda", number) if self.on_cuda else torch.device("cpu")
         compat.require_supported()
         _install(self.on_cuda)
         if not self.on_cuda:
             _keep_freed_memory()
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self._place.rank
 
     @property
     def world(self) -> int:

@@ -82,6 +82,10 @@ def _checked(source: WeightFolder, rule: Rule, arch: Architecture, folder: Path)
 class WeightSource:
     """The policy's weights as a stream of whole Hugging Face tensors, the same on every rank, from any layout.
 
+    An iterable of (Hugging Face name, tensor) of every weight, once, in one fixed order; tensors may share memory with
+    the model. Iterating is a collective: every rank has to, and to the end. Who knows Megatron may instead take the
+    weights out of ``pieces``.
+
     Weights travel in buckets: the ranks of a tensor-parallel group gather their parts of a bucket, and the pipeline
     stage (for experts also the expert rank) that has them sends them to the others. So no rank ever holds more than
     one bucket besides its own share of the model.
@@ -104,6 +108,8 @@ class WeightSource:
             ranks: all ranks, for waiting with a time limit.
             bucket_bytes: memory for one bucket on every rank; a single tensor may be larger than it.
         """
+        self.pieces = pieces
+        """This rank's pieces of the model, one per virtual stage."""
         self._parameters = named_parameters(pieces, arch, layout)
         self._arch = arch
         self._layout = layout
@@ -115,10 +121,8 @@ class WeightSource:
         """Name -> shape of every tensor, in the order of the stream."""
         return expected_shapes(self._arch)
 
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, tensor) of every weight in one fixed order; tensors may share memory with the model.
-
-        A collective: every rank must exhaust the stream.
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """A new pass over the weights.
 
         Raises:
             TrainingError: a rank did not come in time; its number is named.

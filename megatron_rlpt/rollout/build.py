@@ -30,12 +30,12 @@ def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, 
         EngineError: sampling is truncated, an engine of another rank failed, or weights arrive changed.
         ModelError: the engine cannot serve the model.
     """
+    engine: Any
     if config.rollout.engine is EngineName.megatron:
         from megatron_rlpt.rollout import megatron_engine
 
-        return megatron_engine.start_policy_engine(config, runtime, ranks)
-    engine: Any
-    if ranks.size == 1:
+        engine = megatron_engine.start_policy_engine(config, runtime, ranks)
+    elif ranks.size == 1:
         engine = vllm_engine.start_policy_engine(config)
     else:
         # Without GPUs engines would only take cores from each other.

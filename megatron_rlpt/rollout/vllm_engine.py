@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError, ModelError
 from megatron_rlpt.policy.families import expected_shapes, read_architecture
+from megatron_rlpt.ranks import ranks_on_this_machine
 from megatron_rlpt.rollout.engine import Continuation, Prompt, require_neutral_sampling
 from megatron_rlpt.rollout.engine_process import EngineProcess
 from megatron_rlpt.rollout.manifest import Manifest, Weights
@@ -325,7 +325,7 @@ def choose_placement(world_size: int) -> tuple[Placement, int | None]:
     if not torch.cuda.is_available():
         return Placement.OWN_PROCESS, None
     gpus, own = torch.cuda.device_count(), torch.cuda.current_device()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or gpus)
+    ranks = ranks_on_this_machine() or gpus
     if 2 * ranks <= gpus:
         return Placement.OWN_GPU, ranks + own
     return Placement.SHARED_GPU, own

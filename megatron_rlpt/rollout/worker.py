@@ -36,11 +36,7 @@ class WorkerExtension:
     model_runner: Any
 
     def rlpt_load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-        """Exchange all weights, and repack an output layer that is tied to the embedding; for an engine in process.
-
-        ``reload_weights`` repacks a layer when weights are loaded into it. A tied output layer gets none of its own,
-        so on CPU, where the matrix product reads a packed copy, it would go on with the old ones and nothing would
-        say so.
+        """Exchange all weights, and repack on CPU what ``reload_weights`` does not; for an engine in process.
 
         Returns:
             Name of the first weight that the model's loader left over, None when it took them all.
@@ -48,7 +44,9 @@ class WorkerExtension:
         stream = iter(weights)
         self.reload_weights(weights_iterator=stream)  # type: ignore[attr-defined]
         left, _ = next(stream, (None, None))
-        self.rlpt_repack_tied_head()
+        if not torch.cuda.is_available():
+            self.rlpt_repack_tied_head()
+            self.rlpt_repack_experts()
         return left
 
     def rlpt_load_buckets(self, buckets: list[Bucket]) -> str | None:
@@ -56,11 +54,27 @@ class WorkerExtension:
         return self.rlpt_load(_read_buckets(buckets))
 
     def rlpt_repack_tied_head(self) -> None:
-        """Give a tied output layer the embedding's present values, where kernels read a packed copy (CPU)."""
+        """Give the packed copy of a tied output layer the embedding's present values.
+
+        ``reload_weights`` repacks a layer when weights are loaded into it. A tied output layer gets none of its own,
+        so on CPU, where the matrix product reads a packed copy, it would go on with the old ones and nothing would
+        say so.
+        """
         model = self.model_runner.get_model()
         head, embedding = model.lm_head, model.model.embed_tokens
-        if not torch.cuda.is_available() and head.weight is embedding.weight:
+        if head.weight is embedding.weight:
             head.quant_method.process_weights_after_loading(head)
+
+    def rlpt_repack_experts(self) -> None:
+        """Pack the weights of a mixture of experts for the CPU kernel.
+
+        vLLM packs them at the first load only (unquantized_fused_moe_method.py: _setup_kernel); after a reload the
+        kernel would read plain weights as packed ones. A version that does it by itself fails the start-up check.
+        """
+        for layer in self.model_runner.get_model().modules():
+            kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+            if kernel is not None:
+                kernel.fused_experts.process_weights_after_loading(layer)
 
     def rlpt_update_pickled(self, update: bytes) -> None:
         """``update_weights`` of vLLM's worker, for a payload with CUDA handles in it, which its own encoding refuses.

@@ -1,7 +1,8 @@
-"""One training run of a tiny model in whatever layout the world has, for the layout tests."""
+"""Training runs of tiny models in whatever layout a world has, for the layout tests."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from megatron_rlpt.config import (
     OptimizerConfig,
     ParallelConfig,
     Recompute,
-    RolloutConfig,
     TrainConfig,
 )
 from megatron_rlpt.objectives import Example, build_objective
+from megatron_rlpt.objectives.grpo import group_advantages
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.records import Candidate, Episode, Source
 
 VOCABULARY = 150
-"""Not a multiple of 128: the padded vocabulary has a rank that holds mostly padding."""
+"""Not a multiple of 128: one rank's part of the padded vocabulary is mostly padding."""
 
 SETTINGS = {
     "vocab_size": VOCABULARY,
@@ -42,27 +43,79 @@ SETTINGS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 
 
 def save_model(folder: Path, kind: str) -> Path:
-    """A random model: ``llama-tied``, ``llama-untied`` or ``qwen3_moe``."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    """A random model: ``llama-tied``, ``llama-untied``, ``qwen2``, ``qwen3`` or ``qwen3_moe``."""
+    import transformers
 
+    family, _, tied = kind.partition("-")
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}[family]
+    extra = EXPERTS if family == "qwen3_moe" else {}
+    configuration = getattr(transformers, f"{name}Config")(
+        **SETTINGS, **extra, head_dim=8, tie_word_embeddings=tied == "tied"
+    )
     torch.manual_seed(11)
-    if kind == "qwen3_moe":
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SETTINGS, **experts, head_dim=8, tie_word_embeddings=False))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**SETTINGS, tie_word_embeddings=kind == "llama-tied"))
+    model: Any = getattr(transformers, f"{name}ForCausalLM")(configuration)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
+            if parameter_name.endswith("bias"):
+                parameter.normal_(std=0.2)
     model.save_pretrained(folder)
     return folder
 
 
-def examples(count: int = 8, width: int = 2, seed: int = 0) -> list[Example]:
+@dataclass(frozen=True)
+class Case:
+    """A training run in one layout."""
+
+    model: str = "llama-tied"
+    layout: dict[str, Any] = field(default_factory=dict)
+    """Fields of the configuration's ``parallel`` section."""
+    objective: ObjectiveName = ObjectiveName.online_dpo
+    dtype: Dtype = Dtype.fp32
+    recompute: Recompute = Recompute.none
+    examples: int = 8
+
+    @property
+    def alone(self) -> Case:
+        """The same in one process."""
+        return Case(self.model, {}, self.objective, self.dtype, Recompute.none, self.examples)
+
+    def __str__(self) -> str:
+        parts = [f"{name}{value if value is not True else ''}" for name, value in self.layout.items()]
+        if self.objective is not ObjectiveName.online_dpo:
+            parts.append(self.objective.name)
+        if self.dtype is not Dtype.fp32:
+            parts.append(self.dtype.name)
+        if self.recompute is not Recompute.none:
+            parts.append(f"recompute-{self.recompute.name}")
+        if self.examples != 8:
+            parts.append(f"{self.examples}-examples")
+        return "-".join([self.model, *(parts or ["data"])])
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+def configuration(folder: str, case: Case) -> Config:
+    """The run of ``case`` with the model in ``folder``."""
+    return Config(
+        model=ModelConfig(path=folder, dtype=case.dtype),
+        parallel=ParallelConfig(**{"timeout": 60.0} | case.layout),
+        data=DataConfig(max_prefix=40, suffix_length=8),
+        candidates=CandidatesConfig(rollouts=2),
+        objective=ObjectiveConfig(name=case.objective, beta=0.4),
+        # Not Adam's usual epsilon: with it the rounding of a gradient near zero becomes a whole step in its direction.
+        optimizer=OptimizerConfig(lr=0.003, warmup_steps=1, weight_decay=0.1, eps=1e-3),
+        train=TrainConfig(steps=10, global_batch=8, micro_batch=2, logprob_chunk=5, recompute=case.recompute),
+    )
+
+
+def examples(case: Case, seed: int) -> list[Example]:
     """Examples of mixed prefix and completion lengths, with log-probabilities as an engine would give them."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -71,51 +124,46 @@ def examples(count: int = 8, width: int = 2, seed: int = 0) -> list[Example]:
         return tuple(torch.randint(VOCABULARY, (length,), generator=draw).tolist())
 
     found = []
-    for index in range(count):
+    for index in range(case.examples):
         episode = Episode(f"e{index}", tokens(1, 30), tokens(8, 8), "c", "d", 0)
+        # GRPO trains on as many sequences as a group has.
+        width = {ObjectiveName.online_dpo: 2, ObjectiveName.grpo: 2 + index % 2}.get(case.objective, 1)
         sequences = []
         for _ in range(width):
             completion = tokens(1, 8)
             logprobs = tuple((-5 + torch.randn(len(completion), generator=draw)).tolist())
             sequences.append(Candidate(Source.ROLLOUT, completion, logprobs=logprobs))
-        found.append(Example(episode, tuple(sequences), tuple(range(width))))
+        advantages: tuple[float, ...] = ()
+        if case.objective is ObjectiveName.grpo:
+            advantages = group_advantages(torch.randn(width, generator=draw).tolist(), normalize=True)
+        found.append(Example(episode, tuple(sequences), tuple(range(width)), advantages=advantages))
     return found
 
 
-def configuration(
-    folder: str,
-    objective: ObjectiveName = ObjectiveName.online_dpo,
-    dtype: Dtype = Dtype.fp32,
-    recompute: Recompute = Recompute.none,
-    **parallel: Any,
-) -> Config:
-    return Config(
-        model=ModelConfig(path=folder, dtype=dtype),
-        parallel=ParallelConfig(**{"timeout": 60.0} | parallel),
-        data=DataConfig(max_prefix=40, suffix_length=8),
-        candidates=CandidatesConfig(rollouts=2),
-        # A bucket that holds a few tensors only.
-        rollout=RolloutConfig(sync_bucket_mib=1),
-        objective=ObjectiveConfig(name=objective, beta=0.4),
-        # Not Adam's usual epsilon: with it the rounding of a gradient near zero becomes a whole step in its direction.
-        optimizer=OptimizerConfig(lr=0.003, warmup_steps=1, weight_decay=0.1, eps=1e-3),
-        train=TrainConfig(steps=10, global_batch=8, micro_batch=2, logprob_chunk=5, recompute=recompute),
-    )
-
-
 def make_policy(config: Config) -> Policy:
+    """The policy of ``config`` in this world, whatever layout the process had before."""
+    from megatron.core import parallel_state
+
+    if DeviceRuntime._layout is not None:
+        parallel_state.destroy_model_parallel()
+        DeviceRuntime._layout = None
     return Policy(config, build_objective(config.objective), DeviceRuntime())
 
 
-def train(config: Config, updates: int = 2, count: int = 8, width: int = 2) -> dict[str, Any]:
-    """Update the policy on the same examples whatever the layout; run on every rank of a world.
+def train(case: Case, folder: str, updates: int = 2) -> dict[str, Any]:
+    """Update the policy on the same examples whatever the layout; called on every rank.
 
     Returns:
-        ``figures`` of every update, ``weights`` by name before and after, and ``logprobs`` before.
+        ``figures`` of every update, ``weights`` by name ``before`` and ``after``, and ``logprobs`` before.
     """
-    policy = make_policy(config)
+    policy = make_policy(configuration(folder, case))
     before = {name: tensor.clone() for name, tensor in policy.weights()}
-    logprobs = policy.logprobs(examples(3, width))
-    figures = [policy.update(examples(count, width, seed)) for seed in range(updates)]
+    logprobs = policy.logprobs(examples(case, seed=100)[:3])
+    figures = [policy.update(examples(case, seed)) for seed in range(updates)]
     after = {name: tensor.clone() for name, tensor in policy.weights()}
     return {"figures": figures, "before": before, "after": after, "logprobs": logprobs}
+
+
+def train_all(cases: list[Case], folders: dict[str, str]) -> dict[Case, dict[str, Any]]:
+    """``train`` of every case, one after the other in this world; saves starting processes for each."""
+    return {case: train(case, folders[case.model]) for case in cases}

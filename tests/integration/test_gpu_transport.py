@@ -177,7 +177,7 @@ def test_without_a_gpu_the_error_says_so(placement):
         (2, 0, 0, {}, (Placement.OWN_PROCESS, None)),
         (8, 8, 3, {"LOCAL_WORLD_SIZE": "8"}, (Placement.SHARED_GPU, 3)),
         (4, 8, 3, {"LOCAL_WORLD_SIZE": "4"}, (Placement.OWN_GPU, 7)),
-        (16, 8, 1, {"SLURM_NTASKS_PER_NODE": "4"}, (Placement.OWN_GPU, 5)),
+        (16, 8, 1, {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, (Placement.OWN_GPU, 5)),
         (8, 8, 3, {}, (Placement.SHARED_GPU, 3)),
         (8, 1, 0, {"LOCAL_WORLD_SIZE": "8"}, (Placement.SHARED_GPU, 0)),
     ],
@@ -186,7 +186,7 @@ def test_where_an_engine_runs(monkeypatch, world, gpus, own, variables, expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: own)
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -3,14 +3,15 @@ vLLM in a process of its own beside them, real SIGKILL."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,7 +69,11 @@ def moved(divisible, corpus, tmp_path_factory):
         assert run.poll() is None, finish(run)
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGKILL)
+    # torchrun starts its workers in sessions of their own, so that killing its group would leave them at work.
+    started = psutil.Process(run.pid)
+    for process in [started, *started.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     finish(run)
     (base / "killed-at").write_text(str(len(json_lines(folder / "metrics.jsonl"))))
     code, _, err = finish(launch(config, 2, "parallel.pipeline=2", "parallel.virtual_stages=1"))

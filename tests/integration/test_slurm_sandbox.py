@@ -1,0 +1,116 @@
+"""The Slurm sandbox: what it refuses, and that it leaves nothing behind and nobody else's processes harmed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools/sandbox/slurm.py"
+
+
+def sandbox(*arguments: object, path: str = os.environ["PATH"]) -> tuple[int, str, str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr.strip()
+
+
+@pytest.fixture
+def module():
+    spec = importlib.util.spec_from_file_location("slurm_sandbox", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder():
+    """A folder whose path is short enough for sockets, which pytest's are not."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_stop_ends_the_jobs_and_the_daemons(module, folder):
+    code, out, err = sandbox("start", folder)
+    assert code == 0, err
+    assert out == f"export SLURM_CONF={folder}/slurm.conf\n"
+    try:
+        daemons = module.read_processes(folder)
+        assert set(daemons) == {"munged", "slurmctld", "slurmd-n1", "slurmd-n2"}
+        code, _, err = sandbox("start", folder)
+        assert (code, err.startswith(f"error: {folder} is running already")) == (1, True)
+        number = folder / "job-process"
+        script = folder / "job.sh"
+        script.write_text(f"#!/bin/bash\necho $$ > {number}.new\nmv {number}.new {number}\nexec sleep 600\n")
+        environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        subprocess.run(["sbatch", "--output=/dev/null", script], env=environment, check=True, capture_output=True)
+        module.wait_for(folder, "job", number.is_file)
+        job = int(number.read_text())
+        assert module.start_time(job)
+    finally:
+        code, _, err = sandbox("stop", folder)
+    assert code == 0, err
+    assert not module.start_time(job)
+    assert not any(module.is_running(*daemon) for daemon in daemons.values())
+
+
+def test_a_process_that_got_the_number_of_a_daemon_is_left_alone(folder):
+    with subprocess.Popen(["sleep", "600"]) as other:
+        try:
+            (folder / "slurm.conf").touch()
+            (folder / "processes.json").write_text(json.dumps({"munged": (other.pid, "1")}))
+            assert sandbox("stop", folder) == (0, "", "")
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_a_daemon_that_does_not_start_is_named_and_the_others_are_ended(module, folder, monkeypatch, tmp_path):
+    slurmd = tmp_path / "slurmd"
+    slurmd.write_text("#!/bin/sh\necho not today >&2\nexit 1\n")
+    slurmd.chmod(0o755)
+    monkeypatch.setattr(module, "SEARCH_PATH", f"{tmp_path}:{module.SEARCH_PATH}")
+    started = []
+    launch = module.launch
+    monkeypatch.setattr(
+        module, "launch", lambda *a, **b: (launch(*a, **b), started.append(module.read_processes(folder)))
+    )
+    with pytest.raises(module.SandboxError, match="slurmd-n1 ended at its start: not today"):
+        module.start(folder)
+    assert {"munged", "slurmctld"} <= set(started[-1])
+    assert not any(module.is_running(*process) for process in started[-1].values())
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
+    (tmp_path / "somebody's").touch()
+    for command, folder, message in (
+        ("start", tmp_path, "is not empty and no sandbox; name a new folder"),
+        ("start", tmp_path / ("long" * 30), "is too long a path for a Unix socket"),
+        ("start", tmp_path / "two words", "has a space or one of"),
+        ("stop", tmp_path, "holds no sandbox"),
+    ):
+        code, _, err = sandbox(command, folder)
+        assert code == 1
+        assert err.startswith("error: ")
+        assert message in err
+        assert len(err.splitlines()) == 1
+
+
+def test_without_slurm_the_error_says_how_to_install_it(module, folder, monkeypatch):
+    monkeypatch.setattr(module, "SEARCH_PATH", "/nonexistent")
+    with pytest.raises(module.SandboxError, match=r"not installed here \(munged, .* run as root: .* install$"):
+        module.start(folder)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(module.SandboxError, match=r"run as root: apt-get install slurm-wlm munge"):
+        module.install()
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(module.SandboxError, match="there is no apt-get"):
+        module.install()

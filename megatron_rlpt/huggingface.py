@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_rlpt.errors import CheckpointError, ModelError, first_line
-from megatron_rlpt.policy.families import Architecture, expected_shapes
+from megatron_rlpt.policy.families import Architecture, Rule, expected_shapes
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
@@ -82,6 +82,24 @@ class WeightFolder:
         """(name, tensor) of every weight of ``arch``, in the order of ``stream_weights``."""
         for name in expected_shapes(arch):
             yield name, self.read(name)
+
+
+def checked(path: Path, arch: Architecture, rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """``tensors`` as they are, once each has the shape that the configuration asks for and finite values.
+
+    Raises:
+        ModelError: one has not.
+    """
+    # Each part, not the merged whole: a query too short and a key too long would make the right sum.
+    for name, tensor, shape in zip(rule.theirs, tensors, rule.shapes(arch), strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{path}: {name} is {tuple(tensor.shape)} where config.json asks for {shape}; config and weights "
+                "belong to different models"
+            )
+        if not tensor.isfinite().all():
+            raise ModelError(f"{path}: {name} holds values that are not finite; make or copy the checkpoint again")
+    return tensors
 
 
 def export_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path) -> None:

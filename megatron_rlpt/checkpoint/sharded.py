@@ -30,9 +30,13 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
@@ -140,7 +144,12 @@ def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not (folder / COMMON).is_file():
         raise FileNotFoundError(f"{folder / COMMON} does not exist")  # Megatron's own message crashes
     with plain_errors():
-        return dist_checkpointing.load(state, str(folder))
+        strategy = get_default_load_sharded_strategy(str(folder))
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if group.size() > 1:
+            # What several ranks ask for is read by one of them, which hands it on.
+            strategy = FullyParallelLoadStrategyWrapper(strategy, group)
+        return dist_checkpointing.load(state, str(folder), strategy)
 
 
 @contextlib.contextmanager

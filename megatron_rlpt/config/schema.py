@@ -115,7 +115,8 @@ class ParallelConfig:
     expert: int = 1
     """Ranks that share the experts of a mixture-of-experts layer, out of the tensor, context and data ranks."""
     overlap: bool = False
-    """Reduce gradients during the backward pass and gather weights during the forward pass."""
+    """Reduce gradients during the backward pass and, in runs without rollouts and reference (which need all weights
+    before), gather weights during the forward pass."""
     timeout: float = 1800.0
     """Seconds after which a rank that others wait for is reported as absent and the run stops."""
 

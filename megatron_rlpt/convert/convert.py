@@ -173,7 +173,9 @@ def _require_free(target: Path) -> None:
 
 def _require_space(source: Source, target: Path, dtype: torch.dtype | None) -> None:
     """Refuse before writing what cannot fit: a conversion may take an hour, and a full disk disturbs others."""
-    needed = parameters(source.arch) * (dtype or torch.bfloat16).itemsize
+    # Without a precision asked for, that of the source; the first norm is read to know it.
+    norm = next(rule for rule in mapping(source.arch) if len(rule.shape(source.arch)) == 1)
+    needed = parameters(source.arch) * (dtype or source.read(norm)[0].dtype).itemsize
     folder = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, is_model_key, places
-from megatron_rlpt.convert.source import checked, require_known
+from megatron_rlpt.convert.source import require_known
 from megatron_rlpt.errors import CheckpointError, ModelError, first_line
+from megatron_rlpt.huggingface import checked
 from megatron_rlpt.policy.families import Rule, mapping, read_architecture
 
 

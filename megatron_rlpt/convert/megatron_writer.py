@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, written_places
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.policy.families import Architecture, Rule
-from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.layout import Layout, expert_rank_of, stage_of
 from megatron_rlpt.policy.sharding import Cut, shard
 
 
@@ -89,12 +89,12 @@ class MegatronWriter:
         """Write the Megatron tensor that ``rule`` makes of the Hugging Face ``tensors``."""
         layout, arch = self._layout, self._arch
         merged = rule.merge(arch, tensors)
-        stage = self._stage_of(rule)
+        stage = stage_of(rule, arch, layout)
         if stage != self._stage:  # the ranks of a stage that is done write nothing more
             self._open.close()
             self._streams.clear()
             self._stage = stage
-        expert = rule.expert * layout.expert // arch.experts.count if arch.experts and rule.expert is not None else 0
+        expert = expert_rank_of(rule, arch, layout) or 0
         group = (stage * layout.expert + expert) * layout.tensor
         for piece in pieces(merged, rule.cut, layout.tensor):
             self._write(rule, merged, piece, group + piece.rank)
@@ -165,12 +165,6 @@ class MegatronWriter:
         if rank not in self._streams:
             self._streams[rank] = self._open.enter_context((self._folder / name).open("ab"))
         return self._streams[rank]
-
-    def _stage_of(self, rule: Rule) -> int:
-        """The pipeline stage of a tensor: the embedding is on the first, final norm and output layer on the last."""
-        if rule.layer is not None:
-            return rule.layer * self._layout.pipeline // self._arch.layers
-        return 0 if rule.ours == VOCABULARY[0] else self._layout.pipeline - 1
 
 
 class _WriteOnly(io.RawIOBase):

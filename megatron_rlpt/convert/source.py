@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.huggingface import WeightFolder
+from megatron_rlpt.huggingface import WeightFolder, checked
 from megatron_rlpt.policy.families import Architecture, Rule, expected_shapes, read_architecture
 
 
@@ -56,23 +56,6 @@ class HuggingFaceSource:
     def read(self, rule: Rule) -> list[torch.Tensor]:
         """The tensors of ``rule``, as they are in the folder."""
         return checked(self.path, self.arch, rule, [self._weights.read(name) for name in rule.theirs])
-
-
-def checked(path: Path, arch: Architecture, rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """``tensors`` as they are, once each has the shape that the configuration asks for and finite values.
-
-    Raises:
-        ModelError: one has not.
-    """
-    for name, tensor, shape in zip(rule.theirs, tensors, rule.shapes(arch), strict=True):
-        if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"{path}: {name} is {tuple(tensor.shape)} where config.json asks for {shape}; config and weights "
-                "belong to different models"
-            )
-        if not tensor.isfinite().all():
-            raise ModelError(f"{path}: {name} holds values that are not finite; make or copy the checkpoint again")
-    return tensors
 
 
 def require_known(path: Path, unknown: AbstractSet[str], arch: Architecture) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_rlpt.config import Config, SourceConfig, to_yaml
+from megatron_rlpt.config import Config, EngineName, SourceConfig, to_yaml
 from megatron_rlpt.data import Document, heldout_episodes, open_source
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation.comparison import (
@@ -31,6 +31,7 @@ from megatron_rlpt.evaluation.training_curves import read_training_curves
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.observe import get_logger, setup_logging
 from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.ranks import find_place
 from megatron_rlpt.records import Candidate, Episode, Group, Score, Source, derive_seed
 from megatron_rlpt.rollout.engine import Prompt, RolloutEngine
 from megatron_rlpt.rollout.vllm_engine import start_policy_engine
@@ -51,9 +52,14 @@ def evaluate(config: Config) -> None:
     nor weights have changed since the last report, that one is printed again.
 
     Raises:
-        ConfigError: the run has no exported policy yet, or no held-out documents are configured.
+        ConfigError: the run has no exported policy yet, no held-out documents are configured, or several processes
+            were started.
         DataError, ModelError, TeacherError: a part of it cannot be used.
     """
+    if (world := find_place().world) > 1:
+        raise ConfigError(f"rlpt evaluate is one process, and {world} were started; start it without torchrun or srun")
+    if config.rollout.engine is not EngineName.vllm:
+        _log.warning("continuations come from vLLM, whatever trained", engine=config.rollout.engine.value)
     folder = Path(config.run.dir)
     models = _models(config, folder)
     fingerprint = _fingerprint(config, models)

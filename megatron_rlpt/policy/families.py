@@ -175,6 +175,7 @@ def _vocabulary(ours: str, theirs: str) -> Rule:
     return Rule(ours, (theirs,), lambda arch: ((arch.vocab, arch.hidden),), pad, trim, Cut.ROWS)
 
 
+EMBEDDING = "embedding.word_embeddings.weight"
 _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
@@ -318,7 +319,7 @@ FAMILIES: dict[str, Family] = {
 def mapping(arch: Architecture) -> Iterator[Rule]:
     """Every rule of the model in one fixed order; a tied output layer has no tensor of its own."""
     family = FAMILIES[arch.model_type]
-    yield _vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")
+    yield _vocabulary(EMBEDDING, "model.embed_tokens.weight")
     for layer in range(arch.layers):
         for rule in family.layer:
             yield rule.at(layer)

@@ -137,6 +137,8 @@ class Policy:
     def logprobs(self, examples: Sequence[Example]) -> torch.Tensor:
         """Log-probabilities of the examples' completion tokens under the current weights, without gradients.
 
+        All examples go through the model at once: for a few, to look at or to compare.
+
         Returns:
             [sequences, suffix] fp32 in the order of ``examples``, 0 where a shorter completion is padded; the same on
             every rank.

@@ -10,16 +10,14 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_rlpt.errors import ModelError
-from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.families import Architecture, Rule, Shape, expected_shapes, mapping
+from megatron_rlpt.huggingface import WeightFolder, checked
+from megatron_rlpt.policy.families import EMBEDDING, Architecture, Rule, Shape, expected_shapes, mapping
 from megatron_rlpt.policy.layer_spec import canonical_name
-from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.layout import Layout, expert_rank_of, stage_of
 from megatron_rlpt.policy.model import HiddenStateModel
 from megatron_rlpt.policy.sharding import shard, unshard
 from megatron_rlpt.ranks import Ranks
 
-_EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 _LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT_NUMBER = re.compile(r"(?<=local_experts\.)\d+")
@@ -56,27 +54,13 @@ def load_weights(pieces: Sequence[HiddenStateModel], arch: Architecture, layout:
     with torch.no_grad():
         for rule in mapping(arch):
             targets = [parameters.pop(rule.ours)] if rule.ours in parameters else []
-            if rule.ours == _EMBEDDING and arch.tied_embeddings and _OUTPUT in parameters:
+            if rule.ours == EMBEDDING and arch.tied_embeddings and _OUTPUT in parameters:
                 targets.append(parameters.pop(_OUTPUT))  # the last stage's copy of the tied embedding
             if targets:
-                whole = rule.merge(arch, _checked(source, rule, arch, folder))
+                whole = rule.merge(arch, checked(folder, arch, rule, [source.read(name) for name in rule.theirs]))
                 for parameter in targets:
                     parameter.copy_(shard(whole, rule.cut, rank, layout.tensor))
     assert not parameters, f"no mapping for {sorted(parameters)}"
-
-
-def _checked(source: WeightFolder, rule: Rule, arch: Architecture, folder: Path) -> list[torch.Tensor]:
-    tensors = [source.read(name) for name in rule.theirs]
-    for name, tensor, shape in zip(rule.theirs, tensors, rule.shapes(arch), strict=True):
-        # Each part, not the merged whole: a query too short and a key too long would make the right sum.
-        if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"{folder}: {name} is {tuple(tensor.shape)} where config.json asks for {shape}; "
-                "config and weights belong to different models"
-            )
-        if not tensor.isfinite().all():
-            raise ModelError(f"{folder}: {name} holds values that are not finite; convert or copy it again")
-    return tensors
 
 
 class WeightSource:
@@ -87,8 +71,8 @@ class WeightSource:
     weights out of ``pieces``.
 
     Weights travel in buckets: the ranks of a tensor-parallel group gather their parts of a bucket, and the pipeline
-    stage (for experts also the expert rank) that has them sends them to the others. So no rank ever holds more than
-    one bucket besides its own share of the model.
+    stage (for experts also the expert rank) that has them sends them to the others. So besides its own share of the
+    model no rank ever holds more than a bucket, its own part of one, and the copies of one tensor made whole.
     """
 
     def __init__(
@@ -202,7 +186,7 @@ def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_
     buckets: list[Bucket] = []
     filled = 0
     for rule in mapping(arch):
-        place = _stage_of(rule, arch, layout), _expert_rank_of(rule, arch, layout)
+        place = stage_of(rule, arch, layout), expert_rank_of(rule, arch, layout)
         shape = _part_shape(rule, arch, layout)
         gathered = torch.Size(shape).numel() * element_size * (1 if rule.expert is not None else layout.tensor)
         last = buckets[-1] if buckets else None
@@ -217,21 +201,6 @@ def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_
 
 def _part_shape(rule: Rule, arch: Architecture, layout: Layout) -> Shape:
     return tuple(shard(torch.empty(rule.shape(arch), device="meta"), rule.cut, 0, layout.tensor).shape)
-
-
-def _stage_of(rule: Rule, arch: Architecture, layout: Layout) -> int:
-    """Pipeline rank of a tensor: pieces of equal size are dealt to the ranks in turn, once per virtual stage."""
-    if rule.layer is None:
-        return 0 if rule.ours == _EMBEDDING else layout.pipeline - 1
-    per_piece = arch.layers // (layout.pipeline * layout.virtual_stages)
-    return rule.layer // per_piece % layout.pipeline
-
-
-def _expert_rank_of(rule: Rule, arch: Architecture, layout: Layout) -> int | None:
-    if rule.expert is None:
-        return None
-    assert arch.experts is not None
-    return rule.expert // (arch.experts.count // layout.expert)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

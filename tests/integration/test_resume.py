@@ -251,9 +251,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_good(resume, rlpt
     assert code == CheckpointError.exit_code, err
     line = only_error(err)
     assert "step-00000002" in line
-    assert "delete" in line
     # What the line advises.
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
-    code, _, err = rlpt("train", "-c", finished.parent / "run.yaml", f"run.dir={tmp_path / 'run'}")
+    advice = "checkpoint.allow_previous=true"
+    assert advice in line
+    code, _, err = rlpt("train", "-c", finished.parent / "run.yaml", f"run.dir={tmp_path / 'run'}", advice)
     assert code == 0, err
     assert lasting_metrics(tmp_path / "run") == lasting_metrics(finished)

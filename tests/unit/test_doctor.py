@@ -34,6 +34,9 @@ HEALTHY = {
     "megatron": Probe(),
     "transformers": Probe(),
     "vllm": Probe(),
+    "safetensors": Probe(),
+    "psutil": Probe(),
+    "xxhash": Probe(),
     "layers": Probe({"runtime": "cpu", "layers": "x"}),
 }
 
@@ -173,11 +176,11 @@ def test_a_healthy_machine_has_no_problem():
 
 def test_missing_packages_are_fatal_with_a_fix():
     found = doctor.find_problems({"layers": Probe(error="x")}, {}, MACHINE)
-    assert [problem.what.split()[0] for problem in found] == ["torch", "megatron", "transformers", "vllm"]
+    assert [problem.what.split()[0] for problem in found] == list(doctor.REQUIRED)
     assert all(problem.fatal and "pip install" in problem.fix for problem in found)
 
 
-@pytest.mark.parametrize("name", ["transformers", "vllm"])
+@pytest.mark.parametrize("name", ["transformers", "vllm", "xxhash"])
 def test_torchvision_of_another_torch(name):
     (problem,) = problems({name: Probe(error="RuntimeError: operator torchvision::nms does not exist")})
     assert problem.fatal

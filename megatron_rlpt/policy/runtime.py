@@ -36,7 +36,8 @@ from megatron_rlpt.ranks import Place, Ranks, find_place
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "as_tensor")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "as_tensor",
+              "empty_like", "zeros_like", "ones_like", "full_like")  # fmt: skip
 
 
 class _CpuStream:

@@ -107,7 +107,8 @@ def everything(base: Path, model: Path) -> dict[str, Any]:
         polls += 1
     found["polled"], found["polls"] = path.name, polls
     blank = Rows(rank, size, 0.0)
-    loaded = read_sharded(blank.sharded(), store.latest().policy)
+    with DeviceRuntime().megatron():
+        loaded = read_sharded(blank.sharded(), store.latest().policy)
     found["loaded"] = bool((loaded["rows"] == 3.0 + rank).all() and (loaded["common"] == 3.0).all())
 
     # Each rank checks a part of the files; what one finds, all say.

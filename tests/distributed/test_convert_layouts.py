@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert_runs import LAYOUT, STYLES, load_and_save
-from layout_runs import configuration, examples, make_policy, save_model
+from layout_runs import Case, configuration, examples, make_policy, save_model
 from worlds import run_world
 
 from megatron_rlpt.convert.convert import convert
@@ -71,8 +71,8 @@ def test_the_styles_differ_on_disk(saved):
 def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path):
     """With optimizer states, a schedule and a version beside the weights."""
     start = save_model(tmp_path / "start", "llama-tied")
-    policy = make_policy(configuration(str(start)))
-    policy.update(examples(8))
+    policy = make_policy(configuration(str(start), Case()))
+    policy.update(examples(Case(), seed=0))
     weights = {name: tensor.clone() for name, tensor in policy.weights()}
     newest = tmp_path / "run/checkpoints/step-00000002"
     policy.save(newest / "policy")

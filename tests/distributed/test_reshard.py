@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from layout_runs import configuration, examples, make_policy, save_model
+from layout_runs import Case, configuration, examples, make_policy, save_model
 from worlds import run_world
 
 from megatron_rlpt.checkpoint import CheckpointStore
@@ -25,7 +25,7 @@ TRAINED = 3
 
 
 def policy_of(model: Path, parallel: dict[str, Any]) -> Policy:
-    config = configuration(str(model), **parallel)
+    config = configuration(str(model), Case(layout=parallel))
     return make_policy(
         dataclasses.replace(config, objective=dataclasses.replace(config.objective, reference_refresh=2))
     )
@@ -36,13 +36,13 @@ def save_and_update(policy: Policy, folder: Path, model: Path) -> dict[str, floa
     ranks = DeviceRuntime().init_distributed(policy.layout)
     with CheckpointStore(folder, keep=2, ranks=ranks, background=True) as store:
         assert store.save(policy.version, {}, policy, model) is None
-        return policy.update(examples(seed=policy.version))
+        return policy.update(examples(Case(), seed=policy.version))
 
 
 def pass_on(model: Path, parallel: dict[str, Any], source: Path, target: Path) -> dict[str, float]:
     """On every rank: load the newest checkpoint of ``source``, save it to ``target``, make the next update."""
     policy = policy_of(model, parallel)
-    policy.update(examples(seed=99))  # what it did before loading must not show through
+    policy.update(examples(Case(), seed=99))  # what it did before loading must not show through
     ranks = DeviceRuntime().init_distributed(policy.layout)
     checkpoint = CheckpointStore(source, keep=2, ranks=ranks).latest()
     policy.load(checkpoint.policy)
@@ -78,7 +78,7 @@ def test_every_layout_passes_on_what_it_was_given(tmp_path, kind):
     model = save_model(tmp_path / "model", kind)
     policy = policy_of(model, {})
     for seed in range(TRAINED):
-        policy.update(examples(seed=seed))
+        policy.update(examples(Case(), seed=seed))
     folder = tmp_path / "start"
     expected = save_and_update(policy, folder, model)
     original = content_of(folder)
@@ -104,4 +104,4 @@ def test_every_layout_passes_on_what_it_was_given(tmp_path, kind):
 
     fresh = policy_of(model, {})
     fresh.load(CheckpointStore(folder, keep=2).latest().policy)
-    assert fresh.update(examples(seed=fresh.version)) == expected, "back in one process, to the bit"
+    assert fresh.update(examples(Case(), seed=fresh.version)) == expected, "back in one process, to the bit"

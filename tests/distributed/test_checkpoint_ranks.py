@@ -143,15 +143,16 @@ def test_all_ranks_write_one_checkpoint_with_the_state_of_the_main_rank(found):
 @pytest.mark.parametrize("mode", ["waiting", "background"])
 def test_a_disk_that_is_full_for_one_rank_is_the_same_error_on_all(found, mode, failing):
     (line,) = {one[mode, failing] for one in found}
-    assert line.startswith("CheckpointError: ")
-    assert f"step-00000002 could not be written (rank {failing}: OSError: [Errno 27] File too large" in line
+    assert line.startswith(f"CheckpointError: rank {failing}: checkpoint ")
+    assert "step-00000002 could not be written (OSError: [Errno 27] File too large" in line
     assert line.endswith("checkpoints/step-00000001")
     assert [one["left", failing] for one in found] == [["step-00000001"]] * 2
 
 
 def test_a_folder_that_ranks_do_not_share_is_named(found):
     for one in found:
-        assert "rank 1: FileNotFoundError" in one["not shared"]
+        assert one["not shared"].startswith("CheckpointError: rank 1: checkpoint ")
+        assert "could not be written (FileNotFoundError: " in one["not shared"]
         assert "and all ranks have to share run.dir" in one["not shared"]
 
 

@@ -9,16 +9,20 @@ share of the episodes rewritten and judged, and afterwards every rank knows all 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
 import os
 import re
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from megatron_rlpt.errors import ConfigError, RlptError, TrainingError
+from megatron_rlpt.errors import ConfigError, RlptError, TrainingError, first_line
+
+_log = logging.getLogger(__name__)
 
 _SLURM_PORTS = range(15000, 32000)
 """Rank 0's port in a Slurm step. Below those that Linux gives to outgoing connections (32768 and above), so that none
@@ -180,6 +184,8 @@ class Ranks:
             self._leaders: Any = new_group(
                 [members[0] for members in self._replicas], backend="gloo", timeout=self._timeout
             )
+            # Every rank enters for every replica, which costs those outside next to nothing. Synchronised among members
+            # alone, a group is named after how many groups a rank is in already, and Megatron's stages differ in that.
             self._replica: Any = [
                 new_group(members, backend="gloo", timeout=self._timeout) for members in self._replicas
             ][self._mine]
@@ -188,7 +194,7 @@ class Ranks:
         """Wait until every rank is here.
 
         Raises:
-            TrainingError: some did not come in time; on rank 0 it names them.
+            LostContactError: some did not come in time; on rank 0 it names them.
         """
         if self.size == 1:
             return
@@ -199,7 +205,7 @@ class Ranks:
             absent = "another rank"
             if self.is_main and named:
                 absent = f"rank{'s' if ',' in named[1] else ''} {named[1]}"
-            raise TrainingError(
+            raise LostContactError(
                 f"{absent} did not reach {phase} within {self._timeout.total_seconds():g} s (parallel.timeout); look "
                 "at the log of that rank"
             ) from error
@@ -210,6 +216,14 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.size
         self._distributed.all_gather_object(values, value, group=self._world)
+        return values
+
+    def gather(self, value: T) -> list[T] | None:
+        """``value`` of every rank, in rank order, on rank 0 alone; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        self._distributed.gather_object(value, values, dst=0, group=self._world)
         return values
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -225,10 +239,36 @@ class Ranks:
 
         Raises:
             RlptError: ``work`` did; the same on every rank.
+            TrainingError: ``work`` raised anything else, in a world of several.
         """
         if self.size == 1:
             return work()
-        return _unpack(self.broadcast(_attempt(work) if self.is_main else _Outcome()))
+        return _unpack(self.broadcast(self._attempt(work) if self.is_main else _Outcome()))
+
+    def everywhere(self, work: Callable[[], R], phase: str) -> R:
+        """``work()`` on every rank, and its own result on each; or the same error on all, whoever failed.
+
+        Results stay where they are; ``gather`` and ``all_gather`` exchange them.
+
+        Args:
+            work: may be collective work, if it joins the collectives to the end also where it fails
+                (``use_to_the_end``).
+            phase: what others may wait for, for the error.
+
+        Raises:
+            RlptError: ``work`` did on some rank: that of the first such rank, which it names, on every rank.
+            TrainingError: ``work`` raised anything else on some rank, in a world of several; or a rank did not finish
+                in time.
+        """
+        if self.size == 1:
+            return work()
+        outcome = self._attempt(work, f"rank {self.rank}: ")
+        self.barrier(phase)
+        errors = self.gather(outcome.error)
+        failure = self.broadcast(next(filter(None, errors), None) if errors else None)
+        if failure is not None:
+            raise failure
+        return outcome.value
 
     def divide(self, items: Sequence[T], work: Callable[[list[T]], Sequence[R]], phase: str) -> list[R]:
         """``work`` on ``items``, divided among the leaders in order; every rank gets all results in order.
@@ -240,20 +280,94 @@ class Ranks:
 
         Raises:
             RlptError: ``work`` did on some rank; the same on every rank.
-            TrainingError: a rank did not finish in time.
+            TrainingError: ``work`` raised anything else, in a world of several; or a rank did not finish in time.
         """
         if self.size == 1:
             return list(work(list(items)))
         count = len(self._replicas)
         share = list(items[len(items) * self._mine // count : len(items) * (self._mine + 1) // count])
         outcomes: list[Any] = [None] * count
-        mine = _attempt(lambda: list(work(share))) if self.is_leader else _Outcome()
+        mine = self._attempt(lambda: list(work(share))) if self.is_leader else _Outcome()
         self.barrier(phase)
         if self.is_leader:
             self._distributed.all_gather_object(outcomes, mine, group=self._leaders)
         if len(self._replicas[self._mine]) > 1:
             self._distributed.broadcast_object_list(outcomes, src=self._replicas[self._mine][0], group=self._replica)
         return [item for outcome in outcomes for item in _unpack(outcome)]
+
+    @contextlib.contextmanager
+    def contact(self) -> Iterator[None]:
+        """Around work with collectives of any kind: that another rank has gone is one line, not a traceback.
+
+        Raises:
+            LostContactError: a collective failed because another rank ended or did not come.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not is_lost_contact(error):
+                raise
+            raise LostContactError(
+                f"lost contact with another rank ({first_line(error)}); look at the logs of the other ranks for the "
+                "one that failed first, then start the run again"
+            ) from error
+
+    def _attempt(self, work: Callable[[], Any], prefix: str = "") -> _Outcome:
+        """What ``work`` came to, for others to know; ``prefix`` is put before what a user can mend."""
+        try:
+            return _Outcome(work())
+        except RlptError as error:
+            if is_lost_contact(error):
+                raise
+            return _Outcome(error=type(error)(f"{prefix}{error}") if prefix else error)
+        except Exception as error:
+            if is_lost_contact(error):  # there is nobody left to agree with
+                raise
+            _log.exception("rank %d failed", self.rank)
+            return _Outcome(
+                error=TrainingError(
+                    f"rank {self.rank}: {type(error).__name__}: {first_line(error)}; look at the log of that rank"
+                )
+            )
+
+
+class LostContactError(TrainingError):
+    """Another rank has ended or did not come, so that nothing can be agreed on any more."""
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether ``error`` says that ranks cannot reach each other: torch's own errors, or gloo's, which have no type."""
+    if isinstance(error, LostContactError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    import torch  # a world of one has no use for it
+
+    return isinstance(error, torch.distributed.DistError) or re.search(r"\bgloo/", str(error)) is not None
+
+
+def use_to_the_end(stream: Iterable[T], use: Callable[[Iterator[T]], None] | None) -> None:
+    """Give ``use`` a stream that all ranks go through together, and go on to its end where ``use`` stops or fails.
+
+    The other ranks would wait for this one in the middle of the stream otherwise. Ranks without a use for the stream
+    go through it all the same.
+
+    Raises:
+        Exception: what ``use`` raised, once the stream has ended.
+    """
+    items = iter(stream)
+    try:
+        if use:
+            use(items)
+    except Exception:
+        _skip(items)
+        raise
+    _skip(items)
+
+
+def _skip(items: Iterator[Any]) -> None:
+    for _ in items:
+        pass
 
 
 @dataclass(frozen=True)
@@ -262,13 +376,6 @@ class _Outcome:
 
     value: Any = None
     error: RlptError | None = None
-
-
-def _attempt(work: Callable[[], Any]) -> _Outcome:
-    try:
-        return _Outcome(work())
-    except RlptError as error:
-        return _Outcome(error=error)
 
 
 def _unpack(outcome: _Outcome) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.checkpoint import Checkpoint, CheckpointStore
@@ -23,9 +25,8 @@ from megatron_rlpt.policy.families import read_architecture
 from megatron_rlpt.policy.layout import check_batch
 from megatron_rlpt.policy.policy import Policy, check_policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.policy.weights import drain
 from megatron_rlpt.randomness import random_state, seed_all, set_random_state
-from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.ranks import Ranks, is_lost_contact, use_to_the_end
 from megatron_rlpt.records import Group
 from megatron_rlpt.rollout.build import build_residency, start_policy_engine
 from megatron_rlpt.teacher.build import build_teacher
@@ -55,12 +56,17 @@ def run_training(config: Config, fresh: bool = False) -> None:
     Raises:
         RlptError: anything a user can mend; the last good checkpoint is left as it was.
     """
-    folder = Path(config.run.dir)
     runtime = DeviceRuntime()
     _, layout = check_policy(config, runtime.world)
     check_batch(layout, config.train)
     setup_logging(rank=runtime.rank)
     ranks = runtime.init_distributed(layout, config.parallel.timeout)
+    with ranks.contact():
+        _run(config, fresh, runtime, ranks)
+
+
+def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> None:
+    folder = Path(config.run.dir)
     if fresh:
         ranks.on_main(lambda: _move_aside(folder))
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep, ranks, config.checkpoint.background)
@@ -71,20 +77,19 @@ def run_training(config: Config, fresh: bool = False) -> None:
             print(f"{folder} is complete ({start} of {config.train.steps} steps); its policy is in {folder}/export")
         return
     ranks.on_main(lambda: _open_folder(folder, config))
-    setup_logging(folder, rank=ranks.rank)
+    ranks.everywhere(lambda: setup_logging(folder, rank=ranks.rank), "the opening of its log")
     seed_all(config.run.seed)
     with contextlib.ExitStack() as stack:
-        tokenizer = PolicyTokenizer(config.model.path)
-        observer, timer = _observe(config, tokenizer, ranks, start, stack)
+        tokenizer = ranks.everywhere(lambda: PolicyTokenizer(config.model.path), "the end of loading the tokenizer")
+        observer, timer = ranks.everywhere(
+            lambda: _observe(config, tokenizer, ranks, start, stack), "the opening of metrics and samples"
+        )
         run = build(config, tokenizer, runtime, ranks, observer, store, timer)
         stack.enter_context(store)
         if checkpoint is not None:
-            restore(run, checkpoint)
+            restore(run, checkpoint, ranks)
         train(run)
-        if ranks.is_main:
-            export_folder(run.policy.weights(), Path(config.model.path), folder / "export")
-        else:
-            drain(run.policy.weights())
+        export(run.policy, Path(config.model.path), folder / "export", ranks)
     _log.info("run complete", steps=run.done, version=run.policy.version, export=folder / "export")
 
 
@@ -98,6 +103,35 @@ def build(
     timer: StageTimer,
 ) -> Training:
     """Build every part of a run at step 0. What can fail on bad input comes before what takes long to load."""
+    stream = ranks.everywhere(lambda: _open_corpus(config, tokenizer, ranks), "the opening of the corpus")
+    objective = build_objective(config.objective)
+    policy = ranks.everywhere(lambda: Policy(config, objective, runtime), "the end of loading the policy")
+    teacher = ranks.everywhere(
+        lambda: build_teacher(config, str(runtime.device), ranks), "the end of loading the teacher"
+    )
+    engine = start_policy_engine(config, policy, runtime, ranks) if config.candidates.rollouts else None
+    residency = build_residency(config, engine, policy, ranks)
+    proposer = Proposer(
+        original=config.candidates.original,
+        rewriter=teacher.rewriter,
+        engine=engine,
+        rollouts=config.candidates.rollouts,
+        suffix_length=config.data.suffix_length,
+        run_seed=config.run.seed,
+    )
+    saver = RunSaver(config, store, stream, policy)
+    return Training(
+        config, stream, proposer, teacher.judge, objective, policy, engine, residency, observer, saver, timer
+    )
+
+
+def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> EpisodeStream:
+    """The stream of episodes, from a corpus and for a model that fit together.
+
+    Raises:
+        ModelError: the tokenizer is not that of the model.
+        DataError: the corpus is missing, unreadable, or has no usable document.
+    """
     folder = Path(config.run.dir)
     arch = read_architecture(Path(config.model.path))
     if tokenizer.size > arch.vocab:
@@ -114,23 +148,7 @@ def build(
         bos_id=tokenizer.bos_id,
     )
     _require_usable_corpus(config, tokenizer)
-    objective = build_objective(config.objective)
-    policy = Policy(config, objective, runtime)
-    teacher = build_teacher(config, str(runtime.device), ranks)
-    engine = start_policy_engine(config, policy, runtime, ranks) if config.candidates.rollouts else None
-    residency = build_residency(config, engine, policy)
-    proposer = Proposer(
-        original=config.candidates.original,
-        rewriter=teacher.rewriter,
-        engine=engine,
-        rollouts=config.candidates.rollouts,
-        suffix_length=config.data.suffix_length,
-        run_seed=config.run.seed,
-    )
-    saver = RunSaver(config, store, stream, policy)
-    return Training(
-        config, stream, proposer, teacher.judge, objective, policy, engine, residency, observer, saver, timer
-    )
+    return stream
 
 
 def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
@@ -143,12 +161,34 @@ def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
     EpisodeStream(unshuffled, tokenizer.encode, config.run.seed, bos_id=tokenizer.bos_id).take(1)
 
 
-def restore(run: Training, checkpoint: Checkpoint) -> None:
-    """Put ``run`` where ``checkpoint`` was taken.
+def export(policy: Policy, source: Path, target: Path, ranks: Ranks) -> None:
+    """Write the policy as a Hugging Face folder; rank 0 does, and all ranks give their part of the weights.
 
     Raises:
-        CheckpointError: a part of it is missing or cannot be read.
+        CheckpointError: rank 0 could not write; the same on every rank.
     """
+
+    def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        export_folder(weights, source, target)
+
+    ranks.everywhere(
+        lambda: use_to_the_end(policy.weights(), write if ranks.is_main else None), "the end of the export"
+    )
+
+
+def restore(run: Training, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Put ``run`` where ``checkpoint`` was taken; a collective.
+
+    Raises:
+        CheckpointError: a part of it is missing or cannot be read, on some rank; the same on every rank.
+    """
+    ranks.everywhere(lambda: _load(run, checkpoint), "the end of loading the checkpoint")
+    if run.engine:
+        run.engine.update_weights(run.policy.weights(), run.policy.version)
+    _log.info("resumed", checkpoint=checkpoint.folder, steps=run.done, version=run.policy.version)
+
+
+def _load(run: Training, checkpoint: Checkpoint) -> None:
     try:
         run.policy.load(checkpoint.policy)
         state = checkpoint.state
@@ -163,14 +203,13 @@ def restore(run: Training, checkpoint: Checkpoint) -> None:
     except CheckpointError:
         raise
     except Exception as error:
+        if is_lost_contact(error):
+            raise
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"checkpoint {checkpoint.folder} cannot be loaded ({type(error).__name__}: {reason}); delete it to go on "
             "from the one before, or start anew with --fresh"
         ) from error
-    if run.engine:
-        run.engine.update_weights(run.policy.weights(), run.policy.version)
-    _log.info("resumed", checkpoint=checkpoint.folder, steps=run.done, version=run.policy.version)
 
 
 @dataclass(frozen=True)

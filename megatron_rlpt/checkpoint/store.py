@@ -35,7 +35,7 @@ from megatron_rlpt.checkpoint.reading import MANIFEST, MARKER, POLICY, STATE, Ch
 from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.huggingface import copy_settings
 from megatron_rlpt.observe import get_logger
-from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.ranks import Ranks, is_lost_contact
 
 T = TypeVar("T")
 _log = get_logger(__name__)
@@ -91,17 +91,6 @@ class _Save:
         return folders.partial_of(self.final)
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """How something went on one rank."""
-
-    value: Any = None
-    reason: str = ""
-    """Why it failed, in one line; empty if it did not."""
-    line: str = ""
-    """The whole message, where it is made already."""
-
-
 class CheckpointStore:
     """The checkpoints of one run; the newest ``keep`` stay.
 
@@ -148,7 +137,7 @@ class CheckpointStore:
         with self._discarding(final):
             self._on_main(final, lambda: self._prepare(partial, state | {"step": step}, model))
             self._everywhere(final, lambda: _require_shared(partial))
-            writing = self._everywhere_own(
+            writing = self._everywhere(
                 final, lambda: policy.begin_save(partial / POLICY, snapshot=self._pool is not None)
             )
         self._underway = _Save(step, final, policy.layout_text(), writing, self._start(writing, partial))
@@ -182,8 +171,9 @@ class CheckpointStore:
             return None
         final = underway.final
         with self._discarding(final):
-            parts = self._everywhere(final, underway.written.result)
-            self._on_main(final, lambda: self._publish(underway, parts))
+            # One rank writes the manifest; a thousand have no use for a thousand checksums.
+            parts = self._ranks.gather(self._everywhere(final, underway.written.result))
+            self._on_main(final, lambda: self._publish(underway, parts or []))
         return final
 
     def latest(self, allow_previous: bool = False) -> Checkpoint | None:
@@ -278,35 +268,30 @@ class CheckpointStore:
 
     def _on_main(self, final: Path, work: Callable[[], T]) -> T:
         """``work`` on the main rank, and its result, or its failure, on every rank."""
-        outcome = self._ranks.broadcast(_try(work) if self._ranks.is_main else _Outcome())
-        self._require([outcome], final)
-        return outcome.value
+        return self._ranks.on_main(self._explaining(final, work))
 
-    def _everywhere(self, final: Path, work: Callable[[], T]) -> list[T]:
-        """``work`` on every rank, and its results, or its failures, on every rank."""
-        outcome = _try(work)
-        self._ranks.barrier(f"the end of its part of checkpoint {final.name}")
-        outcomes = self._ranks.all_gather(outcome)
-        self._require(outcomes, final)
-        return [outcome.value for outcome in outcomes]
+    def _everywhere(self, final: Path, work: Callable[[], T]) -> T:
+        """``work`` on every rank, and its own result on each, or the first failure on every rank."""
+        return self._ranks.everywhere(self._explaining(final, work), f"the end of its part of checkpoint {final.name}")
 
-    def _everywhere_own(self, final: Path, work: Callable[[], T]) -> T:
-        """The same, where results stay on their rank."""
-        own: list[T] = []
-        self._everywhere(final, lambda: own.append(work()))
-        return own[0]
+    def _explaining(self, final: Path, work: Callable[[], T]) -> Callable[[], T]:
+        """``work``, with whatever it raises made a ``CheckpointError`` that says what to do."""
 
-    def _require(self, outcomes: list[_Outcome], final: Path) -> None:
-        failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome.reason or outcome.line}
-        if not failed:
-            return
-        rank, outcome = next(iter(failed.items()))
-        on_rank = f"rank {rank}: " if len(outcomes) > 1 else ""
-        raise CheckpointError(
-            outcome.line
-            or f"checkpoint {final} could not be written ({on_rank}{outcome.reason}); free space or choose another "
-            f"run.dir, then start again: {folders.last_good(self._folder)}"
-        )
+        def run() -> T:
+            try:
+                return work()
+            except CheckpointError:
+                raise
+            except Exception as error:
+                if is_lost_contact(error):
+                    raise
+                _log.debug("checkpoint failed", exc_info=True)
+                raise CheckpointError(
+                    f"checkpoint {final} could not be written ({_reason(error)}); free space or choose another "
+                    f"run.dir, then start again: {folders.last_good(self._folder)}"
+                ) from error
+
+        return run
 
     def _discarding(self, final: Path) -> _Discarding:
         return _Discarding(folders.partial_of(final) if self._ranks.is_main else None)
@@ -324,16 +309,6 @@ class _Discarding:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._partial is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
-
-
-def _try(work: Callable[[], Any]) -> _Outcome:
-    try:
-        return _Outcome(work())
-    except CheckpointError as error:
-        return _Outcome(line=str(error))
-    except Exception as error:
-        _log.debug("checkpoint failed", exc_info=True)
-        return _Outcome(reason=_reason(error))
 
 
 def _require_shared(partial: Path) -> None:

@@ -40,14 +40,14 @@ def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, 
     else:
         # Without GPUs engines would only take cores from each other.
         owners = range(ranks.size) if torch.cuda.is_available() else [0]
-        engine = WorldEngine(lambda: vllm_engine.start_policy_engine(config, ranks.size), owners)
+        engine = WorldEngine(lambda: vllm_engine.start_policy_engine(config, ranks.size), owners, ranks)
     engine.self_check(policy.weights, policy.version)
     return engine
 
 
-def build_residency(config: Config, engine: RolloutEngine | None, policy: Policy) -> Residency:
+def build_residency(config: Config, engine: RolloutEngine | None, policy: Policy, ranks: Ranks) -> Residency:
     """Who is in GPU memory when; ``engine`` is what ``start_policy_engine`` returned, None without rollouts."""
     own = engine.own if isinstance(engine, WorldEngine) else engine
     if not isinstance(own, VllmEngine) or not own.sleeping_frees:
-        return Residency(None, None)
-    return Residency(own, policy if config.optimizer.offload else None)
+        return Residency(None, None, ranks)
+    return Residency(own, policy if config.optimizer.offload else None, ranks)

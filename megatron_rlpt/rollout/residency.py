@@ -4,7 +4,8 @@
     update     engine asleep (no weights, no cache), optimizer state on the GPU
     sync       optimizer state in host memory; the engine wakes as it takes the new weights
 
-Where nothing is shared (no GPU, no engine, an engine with a GPU of its own) all of it is a plain pass-through.
+Where nothing is shared (no GPU, no engine, an engine with a GPU of its own) nothing moves. GPUs may differ in what is
+free, so the ranks change phases together, and one with too little memory stops all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol
 import torch
 
 from megatron_rlpt.errors import EngineError
+from megatron_rlpt.ranks import Ranks
 
 _SLACK = 0.9
 """Share of what a phase change promises that has to show up as free memory; allocators round and cache."""
@@ -64,16 +66,19 @@ class Residency:
         self,
         engine: Sleeping | None,
         policy: Offloading | None,
+        ranks: Ranks,
         free_memory: Callable[[], int] = free_gpu_memory,
     ) -> None:
         """
         Args:
-            engine: the engine that shares this rank's GPU; None: nothing is shared, and all methods pass through.
+            engine: the engine that shares this rank's GPU; None: nothing moves on this rank.
             policy: the policy whose optimizer state is offloaded; None: the state stays on the GPU.
+            ranks: all ranks of the run; each of them has a ``Residency``.
             free_memory: bytes free on the GPU.
         """
         self._engine = engine
         self._policy = policy
+        self._ranks = ranks
         self._free_memory = free_memory
 
     @contextlib.contextmanager
@@ -85,18 +90,22 @@ class Residency:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Around the policy's update; the engine has no weights afterwards, until its next weight update.
+        """Around the policy's update, a collective; the engine has no weights afterwards, until its next weight update.
 
         Raises:
-            EngineError: the sleeping engine did not give back what it promised, or after the update there is less free
-                than it needs to wake up.
+            EngineError: the sleeping engine of some rank did not give back what it promised, or after the update there
+                is less free than it needs to wake up; the same on every rank.
         """
+        self._ranks.everywhere(self._make_room, "the beginning of the update")
+        yield
+        self._ranks.everywhere(self._leave_room, "the end of the update")
+
+    def _make_room(self) -> None:
+        """Put the engine to sleep and bring the optimizer's state back."""
         if self._engine is None:
-            yield
             return
-        promised = self._engine.sleeping_frees
         if not self._engine.asleep:
-            before = self._free_memory()
+            promised, before = self._engine.sleeping_frees, self._free_memory()
             self._engine.sleep()
             freed = self._free_memory() - before
             if freed < _SLACK * promised:
@@ -107,10 +116,14 @@ class Residency:
                 )
         if self._policy:
             self._policy.restore_optimizer()
-        yield
+
+    def _leave_room(self) -> None:
+        """Take the optimizer's state away again, and see whether the engine can wake up."""
+        if self._engine is None:
+            return
         if self._policy:
             self._policy.offload_optimizer()
-        free = self._free_memory()
+        promised, free = self._engine.sleeping_frees, self._free_memory()
         if free < promised:
             fix = "" if self._policy else "set optimizer.offload=true, "
             raise EngineError(

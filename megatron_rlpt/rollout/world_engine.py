@@ -9,39 +9,38 @@ all of them stop with the same error instead of waiting for one that is gone.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
-import torch
-
-from megatron_rlpt.errors import EngineError, ModelError, RlptError
+from megatron_rlpt.ranks import Ranks, use_to_the_end
 from megatron_rlpt.rollout.engine import Continuation, Prompt
 from megatron_rlpt.rollout.manifest import Weights
 from megatron_rlpt.rollout.vllm_engine import VllmEngine
 
-T = TypeVar("T")
+_UNEVEN = 0.125
+"""How far a share may end from an even one, in even shares, to keep prompts of one prefix on one engine. A prefix read
+twice costs less than engines that wait for the one with the most to generate."""
 
 
 class WorldEngine:
     """A ``RolloutEngine`` that every rank calls at the same time with the same arguments."""
 
-    def __init__(self, start: Callable[[], VllmEngine], owners: Sequence[int]) -> None:
+    def __init__(self, start: Callable[[], VllmEngine], owners: Sequence[int], ranks: Ranks) -> None:
         """Start the engines; called on every rank.
 
         Args:
             start: starts the engine of this rank.
             owners: ranks that have one, ascending.
+            ranks: all ranks of the run.
 
         Raises:
             ModelError: an engine did not start, on this rank or another.
             EngineError: likewise.
         """
-        self._rank = torch.distributed.get_rank()
+        self._ranks = ranks
         self._owners = tuple(owners)
-        # Answers and errors are Python objects: they travel over gloo whatever the world computes on.
-        self._group = torch.distributed.new_group(backend="gloo")
-        self._own: VllmEngine | None = None
-        self._own = self._together(start if self._rank in self._owners else None)[self._rank]
+        own = ranks.rank in self._owners
+        self._own = ranks.everywhere(lambda: start() if own else None, "the start of the rollout engines")
         self._version: int | None = 0
 
     @property
@@ -56,67 +55,55 @@ class WorldEngine:
 
     def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
         """See ``RolloutEngine.generate``; every rank gets all continuations, in order."""
-        own = self._own
-        share = prompts[self._owners.index(self._rank) :: len(self._owners)] if own else []
-        shares = self._together((lambda: own.generate(share, max_tokens, version)) if own else None)
-        answers: list[Any] = [None] * len(prompts)
-        for index, owner in enumerate(self._owners):
-            answers[index :: len(self._owners)] = shares[owner]
-        return answers
+
+        def answer() -> list[Continuation]:
+            if self._own is None:
+                return []
+            place = self._owners.index(self._ranks.rank)
+            cuts = cut_shares(prompts, len(self._owners))
+            return self._own.generate(prompts[cuts[place] : cuts[place + 1]], max_tokens, version)
+
+        shares = self._ranks.all_gather(self._ranks.everywhere(answer, "the end of generating"))
+        return [continuation for owner in self._owners for continuation in shares[owner]]
 
     def update_weights(self, weights: Weights, version: int) -> None:
         """See ``RolloutEngine.update_weights``; ``weights`` may need all ranks to iterate at the same time."""
-        self._version = None
-        self._together(self._loading(lambda engine, stream: engine.update_weights(stream, version), weights))
-        self._version = version
+        self._load(weights, lambda engine, stream: engine.update_weights(stream, version), version)
 
     def self_check(self, weights: Callable[[], Weights], version: int) -> None:
         """See ``VllmEngine.self_check``."""
-        self._version = None
-        self._together(self._loading(lambda engine, stream: engine.self_check(lambda: stream, version), weights()))
-        self._version = version
+        self._load(weights(), lambda engine, stream: engine.self_check(lambda: stream, version), version)
 
     def sleep(self) -> None:
         """See ``VllmEngine.sleep``."""
         if self._own:
             self._own.sleep()
 
-    def _loading(self, load: Callable[[VllmEngine, Weights], None], weights: Weights) -> Callable[[], None]:
-        def run() -> None:
-            stream = iter(weights)
-            failure: RlptError | None = None
-            try:
-                if self._own:
-                    load(self._own, stream)
-            except RlptError as error:
-                failure = error
-            # The other ranks go on to the end, and what is behind the stream may wait for this one.
-            for _ in stream:
-                pass
-            if failure:
-                raise failure
+    def _load(self, weights: Weights, load: Callable[[VllmEngine, Weights], None], version: int) -> None:
+        own = self._own
+        self._version = None
+        self._ranks.everywhere(
+            lambda: use_to_the_end(weights, (lambda stream: load(own, stream)) if own else None),
+            "the end of the weight update",
+        )
+        self._version = version
 
-        return run
 
-    def _together(self, work: Callable[[], T] | None) -> list[Any]:
-        """What ``work`` returned on every rank (None where there was none), or the first error on every rank."""
-        outcome: tuple[Any, str | None, bool] = (None, None, False)
-        mine: RlptError | None = None
-        try:
-            if work:
-                outcome = (work(), None, False)
-        except RlptError as error:
-            mine, outcome = error, (None, str(error), isinstance(error, ModelError))
-        value, text, of_model = outcome
-        # The engine itself cannot travel, and nobody else needs it.
-        local = isinstance(value, VllmEngine)
-        outcomes: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(outcomes, (None if local else value, text, of_model), group=self._group)
-        if mine:
-            raise mine
-        for rank, (_, failure, of_model) in enumerate(outcomes):
-            if failure is not None:
-                raise (ModelError if of_model else EngineError)(f"rank {rank}: {failure}")
-        results = [result for result, _, _ in outcomes]
-        results[self._rank] = value
-        return results
+def cut_shares(prompts: Sequence[Prompt], count: int) -> list[int]:
+    """Where to cut ``prompts`` into ``count`` shares of neighbours: ``count + 1`` indices, ascending.
+
+    Prompts with the same prefix stand side by side, and an engine that has read a prefix goes on from it at no cost.
+    So a cut moves to the nearest change of prefix, unless that makes the shares too uneven.
+    """
+    even = len(prompts) / count
+    changes = [
+        index for index in range(len(prompts) + 1)
+        if index in (0, len(prompts)) or prompts[index].prefix != prompts[index - 1].prefix
+    ]  # fmt: skip
+    cuts = [0]
+    for share in range(1, count):
+        ideal = share * even
+        after = bisect_left(changes, ideal)
+        change = min(changes[max(0, after - 1) : after + 1], key=lambda index: abs(index - ideal))
+        cuts.append(change if abs(change - ideal) <= _UNEVEN * even else round(ideal))
+    return [*cuts, len(prompts)]

@@ -15,12 +15,15 @@ import pytest
 import torch
 from worlds import WorldError, run_world
 
+from megatron_rlpt import huggingface
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.checkpoint.sharded import ShardedWriting, read_sharded
 from megatron_rlpt.errors import RlptError
+from megatron_rlpt.huggingface import SHARD_BYTES
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.run import export
 
 ROWS = 50_000
 
@@ -49,6 +52,15 @@ class Rows:
         write, before = writing.write, self.before
         writing.write = lambda: (before(), write())[1]
         return writing
+
+
+class Stream:
+    """A policy whose every weight takes all ranks; the second is larger than ``small_files`` allows."""
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, size in enumerate((100, 1 << 16, 100, 100)):
+            torch.distributed.all_reduce(torch.ones(1))
+            yield f"w{number}", torch.zeros(size)
 
 
 @contextlib.contextmanager
@@ -111,6 +123,16 @@ def everything(base: Path, model: Path) -> dict[str, Any]:
         loaded = read_sharded(blank.sharded(), store.latest().policy)
     found["loaded"] = bool((loaded["rows"] == 3.0 + rank).all() and (loaded["common"] == 3.0).all())
 
+    # The disk fills up in the middle of the exported weights, while the other rank has parts of the rest to give.
+    huggingface.SHARD_BYTES = 1 << 15
+    with small_files(rank, 0):
+        found["export"] = error_of(lambda: export(Stream(), model, base / "export", ranks))
+    ranks.barrier("the look at what is left")
+    found["export left"] = (base / "export").exists()
+    export(Stream(), model, base / "export", ranks)
+    found["exported"] = len(list((base / "export").glob("*.safetensors")))
+    huggingface.SHARD_BYTES = SHARD_BYTES
+
     # Each rank checks a part of the files; what one finds, all say.
     ranks.barrier("the damage")
     damaged = [path for path in sorted((folder / "step-00000003/policy").glob("*.distcp")) if ranks.is_main]
@@ -144,15 +166,24 @@ def test_all_ranks_write_one_checkpoint_with_the_state_of_the_main_rank(found):
 @pytest.mark.parametrize("mode", ["waiting", "background"])
 def test_a_disk_that_is_full_for_one_rank_is_the_same_error_on_all(found, mode, failing):
     (line,) = {one[mode, failing] for one in found}
-    assert line.startswith("CheckpointError: ")
-    assert f"step-00000002 could not be written (rank {failing}: OSError: [Errno 27] File too large" in line
+    assert line.startswith(f"CheckpointError: rank {failing}: checkpoint ")
+    assert "step-00000002 could not be written (OSError: [Errno 27] File too large" in line
     assert line.endswith("checkpoints/step-00000001")
     assert [one["left", failing] for one in found] == [["step-00000001"]] * 2
 
 
+def test_an_export_that_fails_half_way_is_the_same_error_on_all_ranks(found):
+    (line,) = {one["export"] for one in found}
+    assert line.startswith("CheckpointError: rank 0: ")
+    assert "export could not be written (" in line
+    assert not any(one["export left"] for one in found)
+    assert found[0]["exported"] > 1
+
+
 def test_a_folder_that_ranks_do_not_share_is_named(found):
     for one in found:
-        assert "rank 1: FileNotFoundError" in one["not shared"]
+        assert one["not shared"].startswith("CheckpointError: rank 1: checkpoint ")
+        assert "could not be written (FileNotFoundError: " in one["not shared"]
         assert "and all ranks have to share run.dir" in one["not shared"]
 
 

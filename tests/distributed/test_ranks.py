@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from worlds import run_world
+from worlds import WorldError, run_world
 
 from megatron_rlpt.errors import CheckpointError, RlptError, TeacherError, TrainingError
-from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.ranks import Ranks, use_to_the_end
 from megatron_rlpt.records import Candidate, Episode, Group, Score, Source
 from megatron_rlpt.teacher.shared import SharedJudge, SharedRewriter
 
@@ -62,6 +66,7 @@ def everything() -> dict[str, Any]:
     ranks = Ranks(rank, Shape(), timeout=60.0)
     found: dict[str, Any] = {"self": (ranks.rank, ranks.size, ranks.is_main, ranks.is_leader)}
     found["gathered"] = ranks.all_gather({"rank": rank, "data": b"x" * rank})
+    found["gathered on main"] = ranks.gather(rank * 10)
     found["broadcast"] = [ranks.broadcast(f"from {rank}", source) for source in range(SIZE)]
     found["broadcast from main"] = ranks.broadcast(rank)
 
@@ -77,6 +82,36 @@ def everything() -> dict[str, Any]:
     found["on main"] = ranks.on_main(count_on_main)
     found["on main asked"] = list(asked)
     found["on main error"] = error_of(lambda: ranks.on_main(fail_on_main))
+
+    def full_disk(at: Any) -> Any:
+        if rank in at:
+            raise OSError(28, f"No space left for {rank}\nand more")
+        return f"own of {rank}"
+
+    found["on main, unexpected"] = error_of(lambda: ranks.on_main(lambda: full_disk((0,))))
+    found["divide, unexpected"] = error_of(lambda: ranks.divide(range(4), lambda _: full_disk((2,)), "the end"))
+    found["everywhere"] = ranks.everywhere(lambda: full_disk(()), "the end of loading")
+    found["everywhere, unexpected"] = error_of(lambda: ranks.everywhere(lambda: full_disk((1, 3)), "the end"))
+
+    def fail_on_two() -> None:
+        if rank in (2, 3):
+            raise CheckpointError(f"no folder for {rank}")
+
+    found["everywhere, two"] = error_of(lambda: ranks.everywhere(fail_on_two, "the end"))
+
+    def shared_stream() -> Any:
+        for number in range(5):
+            yield sum(ranks.all_gather(number))
+
+    def take_some(stream: Any) -> None:
+        asked.append(next(stream))
+        full_disk((1,))
+        asked.append(next(stream))
+
+    asked.clear()
+    use = take_some if rank < 3 else None
+    found["stream"] = error_of(lambda: ranks.everywhere(lambda: use_to_the_end(shared_stream(), use), "the end"))
+    found["of stream"] = list(asked)
 
     for count in (0, 1, 2, 5, 8):
         asked.clear()
@@ -144,6 +179,7 @@ def test_each_rank_knows_itself(found):
 
 def test_values_are_gathered_in_rank_order_and_broadcast_from_any_rank(found):
     assert on_every_rank(found, "gathered") == [{"rank": rank, "data": b"x" * rank} for rank in range(SIZE)]
+    assert [one["gathered on main"] for one in found] == [[0, 10, 20, 30], None, None, None]
     assert on_every_rank(found, "broadcast") == [f"from {rank}" for rank in range(SIZE)]
     assert on_every_rank(found, "broadcast from main") == 0
 
@@ -169,6 +205,55 @@ def test_the_error_of_one_leader_is_raised_on_every_rank_with_its_text(found):
     assert on_every_rank(found, "after errors") == [0, 1, 2]
 
 
+UNEXPECTED = "rank {0}: OSError: [Errno 28] No space left for {0}; look at the log of that rank"
+
+
+@pytest.mark.parametrize(
+    ("what", "rank"), [("on main, unexpected", 0), ("divide, unexpected", 2), ("everywhere, unexpected", 1)]
+)
+def test_an_error_that_is_not_ours_stops_every_rank_with_one_line(found, what, rank):
+    assert on_every_rank(found, what) == ("TrainingError", UNEXPECTED.format(rank))
+
+
+def test_work_everywhere_keeps_results_where_they_are_and_names_the_first_rank_that_failed(found):
+    assert [one["everywhere"] for one in found] == [f"own of {rank}" for rank in range(SIZE)]
+    assert on_every_rank(found, "everywhere, two") == ("CheckpointError", "rank 2: no folder for 2")
+
+
+def test_a_rank_that_fails_in_a_shared_stream_goes_on_to_its_end_with_the_others(found):
+    assert on_every_rank(found, "stream") == ("TrainingError", UNEXPECTED.format(1))
+    assert [one["of stream"] for one in found] == [[0, 4], [0], [0, 4], []]
+
+
+def lose_rank_1(folder: Path) -> None:
+    rank = torch.distributed.get_rank()
+    ranks = Ranks(rank, Shape(world=2, tensor=1), timeout=30.0)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def sum_up() -> None:
+        torch.distributed.all_reduce(torch.ones(1))
+
+    def alone() -> None:
+        with ranks.contact():
+            sum_up()
+
+    def agreed() -> None:
+        with ranks.contact():
+            ranks.everywhere(sum_up, "the end")
+
+    (folder / "found").write_text("\n".join(": ".join(error_of(act)) for act in (alone, agreed)))
+
+
+def test_a_rank_that_dies_in_a_collective_is_one_line_for_the_others(tmp_path):
+    with pytest.raises(WorldError):
+        run_world(2, lose_rank_1, tmp_path)
+    lines = (tmp_path / "found").read_text().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert re.match(r"LostContactError: lost contact with another rank \(.*gloo/.*\); look at the logs of ", line)
+
+
 def test_teachers_of_leaders_work_for_all(found):
     judged, rewritten = on_every_rank(found, "judged"), on_every_rank(found, "rewritten")
     assert [(group.episode.id, group.outcomes[0].judge) for group in judged] == [
@@ -181,12 +266,12 @@ def test_teachers_of_leaders_work_for_all(found):
 
 def test_ranks_that_do_not_come_are_named_on_rank_0_with_the_phase(found):
     tail = f"did not reach the exchange of weights within {HURRY:g} s (parallel.timeout); look at the log of that rank"
-    assert found[0]["two are absent"] == ("TrainingError", f"ranks 1, 3 {tail}")
-    assert found[2]["two are absent"] == ("TrainingError", f"another rank {tail}")
+    assert found[0]["two are absent"] == ("LostContactError", f"ranks 1, 3 {tail}")
+    assert found[2]["two are absent"] == ("LostContactError", f"another rank {tail}")
 
 
 def test_a_leader_that_never_ends_its_share_is_named_on_rank_0_with_the_phase(found):
     tail = f"did not reach the end of judging within {HURRY:g} s (parallel.timeout); look at the log of that rank"
-    assert found[0]["one never ends"] == ("TrainingError", f"rank 2 {tail}")
+    assert found[0]["one never ends"] == ("LostContactError", f"rank 2 {tail}")
     for rank in (1, 3):
-        assert found[rank]["one never ends"] == ("TrainingError", f"another rank {tail}")
+        assert found[rank]["one never ends"] == ("LostContactError", f"another rank {tail}")

@@ -17,6 +17,8 @@ from tiny_runs import tiny_config
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout.build import build_residency
 from megatron_rlpt.rollout.vllm_engine import start_policy_engine
 from megatron_rlpt.rollout.world_engine import WorldEngine
@@ -71,7 +73,8 @@ def main(served, other, corpus, out):
         rollout={"kv_cache_gib": 0.02, "max_batch": 32, "sync_bucket_mib": 1},
     )
     results = {"torchrun": os.environ["TORCHELASTIC_USE_AGENT_STORE"]}
-    engine = WorldEngine(lambda: start_policy_engine(config, 2), owners=[0])
+    ranks = Ranks(rank, Layout(world=2), timeout=300.0)
+    engine = WorldEngine(lambda: start_policy_engine(config, 2), owners=[0], ranks=ranks)
     results["torchrun variables kept"] = os.environ["WORLD_SIZE"]
     results["has an engine"] = engine.own is not None
 
@@ -90,7 +93,7 @@ def main(served, other, corpus, out):
     engine.update_weights(gathered(other), 1)
     results["update seconds"] = time.monotonic() - began
     results["second"] = sampled(1)
-    with build_residency(config, engine, None).training():
+    with build_residency(config, engine, None, ranks).training():
         results["version while training"] = engine.version
 
     if engine.own:

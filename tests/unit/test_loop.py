@@ -15,6 +15,7 @@ from megatron_rlpt.objectives import Example, Selection
 from megatron_rlpt.objectives.nll import NextToken
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
 from megatron_rlpt.observe import StageTimer
+from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score
 from megatron_rlpt.rollout.engine import Continuation, Prompt
 from megatron_rlpt.rollout.residency import Residency
@@ -133,7 +134,7 @@ def training(steps: int = 3, gap: float = 0.0, every: int = 100, done: int = 0, 
         OnlineDpo(0.1),
         CountingPolicy(journal, gap),
         engine,
-        Residency(None, None),
+        Residency(None, None, Ranks()),
         recorder,
         recorder,
         StageTimer(None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_rlpt.errors import EngineError
+from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout.residency import Residency
 
 GIB = 2**30
@@ -60,7 +61,7 @@ class Gpu:
 
 def test_the_engine_sleeps_while_the_policy_trains_and_the_optimizer_is_away_while_it_generates():
     gpu = Gpu()
-    residency = Residency(gpu, gpu, lambda: gpu.free)
+    residency = Residency(gpu, gpu, Ranks(), lambda: gpu.free)
     gpu.step(residency)
     assert gpu.events == ["offload", "generate", "sleep", "restore", "update", "offload", "wake"]
     gpu.events.clear()
@@ -70,13 +71,13 @@ def test_the_engine_sleeps_while_the_policy_trains_and_the_optimizer_is_away_whi
 
 def test_without_offloading_the_optimizer_stays():
     gpu = Gpu()
-    gpu.step(Residency(gpu, None, lambda: gpu.free))
+    gpu.step(Residency(gpu, None, Ranks(), lambda: gpu.free))
     assert gpu.events == ["generate", "sleep", "update", "wake"]
 
 
 def test_where_nothing_is_shared_nothing_moves():
     gpu = Gpu()
-    gpu.step(Residency(None, None))
+    gpu.step(Residency(None, None, Ranks()))
     assert gpu.events == ["generate", "update", "wake"]
 
 
@@ -84,7 +85,7 @@ def test_an_engine_that_keeps_its_memory_is_an_error_with_figures():
     gpu = Gpu(gives_back=0.5)
     with (
         pytest.raises(EngineError, match=r"gave back 10\.00 GiB .* less than its 20\.00 GiB"),
-        Residency(gpu, gpu, lambda: gpu.free).training(),
+        Residency(gpu, gpu, Ranks(), lambda: gpu.free).training(),
     ):
         gpu.update()
     assert "update" not in gpu.events
@@ -95,7 +96,7 @@ def test_too_little_memory_to_wake_up_is_an_error_before_the_engine_tries(offloa
     gpu = Gpu(grows=45 if not offload else 75)
     with (
         pytest.raises(EngineError, match=r"needs 20\.00 GiB .* to wake up, and 5\.00 GiB are free; .*") as raised,
-        Residency(gpu, gpu if offload else None, lambda: gpu.free).training(),
+        Residency(gpu, gpu if offload else None, Ranks(), lambda: gpu.free).training(),
     ):
         gpu.update()
     assert fix in str(raised.value)
@@ -103,7 +104,7 @@ def test_too_little_memory_to_wake_up_is_an_error_before_the_engine_tries(offloa
 
 def test_an_engine_that_sleeps_already_promises_nothing_more():
     gpu = Gpu()
-    residency = Residency(gpu, gpu, lambda: gpu.free)
+    residency = Residency(gpu, gpu, Ranks(), lambda: gpu.free)
     for _ in range(2):  # an update that failed half-way, and the next one, without weights in between
         with residency.training():
             gpu.update()

@@ -1,0 +1,48 @@
+"""Prompts divided among engines: whole, in order, of much the same size, and rollouts of an episode side by side."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rlpt.rollout.engine import Prompt
+from megatron_rlpt.rollout.world_engine import cut_shares
+
+
+def prompts(*runs: int) -> list[Prompt]:
+    """So many prompts of one prefix, so many of the next, and so on."""
+    return [Prompt((episode,), seed) for episode, length in enumerate(runs) for seed in range(length)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "count", "cuts"),
+    [
+        ([4, 4, 4, 4], 2, [0, 8, 16]),
+        ([4] * 6, 4, [0, 6, 12, 18, 24]),  # half an episode more or less would leave engines idle
+        ([16] * 5, 2, [0, 40, 80]),
+        ([16] * 9, 2, [0, 64, 144]),  # 8 prompts off in 72 are worth it
+        ([9, 7], 2, [0, 9, 16]),
+        ([8], 3, [0, 3, 5, 8]),
+        ([1, 1], 4, [0, 0, 1, 2, 2]),
+        ([], 2, [0, 0, 0]),
+        ([5, 5], 1, [0, 10]),
+    ],
+)
+def test_cuts_move_to_a_change_of_prefix_that_is_near(runs, count, cuts):
+    assert cut_shares(prompts(*runs), count) == cuts
+
+
+@given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 9))
+def test_shares_are_whole_and_even_and_repeat_few_prefixes(runs, count):
+    asked = prompts(*runs)
+    cuts = cut_shares(asked, count)
+    assert cuts == sorted(cuts)
+    assert (len(cuts), cuts[0], cuts[-1]) == (count + 1, 0, len(asked))
+    even = len(asked) / count
+    assert all(abs(cut - share * even) <= max(0.5, even / 8) for share, cut in enumerate(cuts))
+    shares = [asked[start:end] for start, end in itertools.pairwise(cuts)]
+    read = sum(len({prompt.prefix for prompt in share}) for share in shares)
+    assert read <= len(runs) + count - 1

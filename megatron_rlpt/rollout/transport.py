@@ -7,8 +7,8 @@
     own process, GPU of its own  NCCL           two buckets on either GPU
 
 In this process the engine is handed the policy's own tensors, but those that Megatron stores as one (query, key and
-value are interleaved) have to be copied to come apart, and all of them are held until the engine has taken them. A model
-in another precision than the engine's would be copied whole; the two are the same in a run.
+value are interleaved) have to be copied to come apart, and all of them are held until the engine has taken them. A
+policy in another precision than the engine's would be copied whole; in a run the two are the same.
 
 Whatever the way, weights are checked against the manifest. The first two check all of them before the engine starts to
 load: vLLM cannot start anew after a reload that broke off.

@@ -21,6 +21,12 @@ _LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
 somebody else runs (torch/distributed/rendezvous.py), and an engine would wait for ever. Slurm's variables stay: neither
 vLLM nor torch reads them."""
 
+_START_UP_SHARE = 0.01
+"""``gpu_memory_utilization``: the share of a GPU's memory that has to be free when an engine starts, 0.92 by default,
+which no GPU has beside a policy. vLLM checks it in any case (vllm/v1/worker/utils.py: request_memory). Beside
+``kv_cache_memory_bytes`` it has no other effect: the size of the cache is then returned before the budget is looked at
+(vllm/v1/worker/gpu_worker.py: determine_available_memory)."""
+
 
 @contextmanager
 def vllm_environment(
@@ -35,7 +41,8 @@ def vllm_environment(
         in_process: run the engine core in this process. False starts it in a process of its own, which is needed
             beside a ``torch.distributed`` world of more than one rank. The program's entry script then needs its
             ``if __name__ == "__main__"``.
-        gpu: the only GPU the engine may see, as this process counts them; only for a process of its own.
+        gpu: the only GPU the engine may see, as this process counts them; only for a process of its own. None is the
+            GPU this process works on: a process that sees them all would take the first, as those of all ranks would.
 
     Yields:
         The keyword arguments of ``vllm.LLM`` that belong to this environment.
@@ -63,6 +70,8 @@ def vllm_environment(
     if not in_process:
         # A fork would keep the world's sockets open, and its peers would not see this process end.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        if gpu is None and torch.cuda.is_available():
+            gpu = torch.cuda.current_device()
         if gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
     # vLLM would take the trainer's world for its own.
@@ -73,7 +82,7 @@ def vllm_environment(
     if (envs := sys.modules.get("vllm.envs")) is not None:
         envs.disable_envs_cache()
     try:
-        arguments = {
+        arguments: dict[str, Any] = {
             # No compilation and no CUDA graphs: start-up in seconds, and the same kernels whatever the batch.
             "enforce_eager": True,
             # Keep the model folder's generation_config.json from changing the sampling behind our back.
@@ -81,7 +90,9 @@ def vllm_environment(
             "use_tqdm_on_load": False,
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         }
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            arguments["gpu_memory_utilization"] = _START_UP_SHARE
+        else:
             # A prompt prefilled in parts rewinds its seeded generator, which CPU generators cannot do: "CPU Generator
             # does not use offset" (vllm/v1/worker/gpu_model_runner.py: _bookkeeping_sync).
             arguments["enable_chunked_prefill"] = False

@@ -117,24 +117,3 @@ _CORRECTIONS: dict[str, Callable[[types.ModuleType], None]] = {
     # From 0.17 on: a warning that nvidia-resiliency-ext could write it. 0.16 has no choice.
     "megatron.core.dist_checkpointing.strategies.torch": _quiet("MCore's async save is deprecated"),
 }
-
-
-class CpuStream:
-    """A CUDA stream where there is none: work on a CPU is done when the call returns."""
-
-    def wait_event(self, event: object) -> None:
-        """Nothing to wait for."""
-
-    def wait_stream(self, stream: object) -> None:
-        """Nothing to wait for."""
-
-
-def _current_stream(device: object = None) -> CpuStream:
-    return CpuStream()
-
-
-CPU_CUDA: dict[str, Callable[..., Any]] = {
-    # 0.19, distributed/param_and_grad_buffer.py: every reduction of gradients asks for the stream that it may wait on.
-    "current_stream": _current_stream,
-}
-"""Names of ``torch.cuda`` that only some releases call on the way of a plain training step -> what they mean on CPU."""

@@ -19,6 +19,7 @@ import datetime
 import importlib.abc
 import importlib.machinery
 import os
+import socket
 import sys
 import time
 import types
@@ -27,10 +28,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from megatron_rlpt.errors import TrainingError, first_line
+from megatron_rlpt.errors import ConfigError, TrainingError, first_line
 from megatron_rlpt.policy import compat
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.ranks import Place, Ranks, find_place
+from megatron_rlpt.ranks import Place, Ranks, find_place, ranks_on_this_machine
 
 # malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -42,6 +43,9 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "ran
 
 class _CpuStream:
     """``torch.cuda.Stream`` on a CPU: operations run when they are called, in one order."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
 
     def wait_stream(self, stream: object) -> None:
         """Nothing to wait for."""
@@ -81,6 +85,7 @@ class _CpuCuda(types.ModuleType):
 
     @staticmethod
     def current_stream(device: object = None) -> _CpuStream:
+        # 0.19, distributed/param_and_grad_buffer.py: every reduction of gradients asks for the stream it may wait on.
         return _CpuStream()
 
     @staticmethod
@@ -110,8 +115,6 @@ class _CpuTorch(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("torch")
         self.cuda = _CpuCuda()
-        for name, meaning in compat.CPU_CUDA.items():
-            setattr(self.cuda, name, meaning)
         for name in _FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
 
@@ -197,6 +200,36 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _require_gpus(ranks: int, gpus: int) -> None:
+    """Refuse more ranks on this machine than it has GPUs.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if ranks > gpus:
+        raise ConfigError(
+            f"{ranks} ranks were started on {socket.gethostname()}, which has {gpus} GPUs, and every rank needs one; "
+            f"start {gpus} (torchrun --nproc-per-node, srun --ntasks-per-node)"
+        )
+
+
+def _require_own_gpus(gpus: Sequence[tuple[str, str]]) -> None:
+    """Refuse ranks that share a GPU.
+
+    Args:
+        gpus: (machine, UUID) of the GPU of every rank.
+
+    Raises:
+        ConfigError: names the first two that do.
+    """
+    for rank, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) < rank:
+            raise ConfigError(
+                f"ranks {first} and {rank} have the same GPU of {gpu[0]}, and every rank needs one of its own; start "
+                "as many ranks on a machine as it has GPUs (torchrun --nproc-per-node, srun --ntasks-per-node)"
+            )
+
+
 class DeviceRuntime:
     """Where Megatron runs: ``cuda`` when a GPU is there, else ``cpu``. Its groups exist once per process.
 
@@ -210,14 +243,31 @@ class DeviceRuntime:
     _ranks: ClassVar[Ranks | None] = None
 
     def __init__(self, place: Place | None = None) -> None:
-        """The runtime of the process at ``place``; None asks the launcher's variables."""
+        """The runtime of the process at ``place``; None asks the launcher's variables.
+
+        From here on "the current GPU" is that of this rank, for everything in this process.
+
+        Raises:
+            ConfigError: there are more ranks on this machine than GPUs.
+            RlptError: the installed Megatron-Core is not supported.
+        """
         self._place = place or find_place()
+        if self._place.world > 1:
+            # Read when CUDA starts. Communication is put between computations in launch order, which one queue keeps;
+            # Megatron warns without it (tensor_parallel/layers.py).
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         self.on_cuda = torch.cuda.is_available()
         self.name = "cuda" if self.on_cuda else "cpu"
         self.backend = "nccl" if self.on_cuda else "gloo"
-        # A launcher that shows every rank its own GPU alone (srun --gpus-per-task=1) calls each of them number 0.
-        number = self._place.local_rank if torch.cuda.device_count() > 1 else 0
+        # A launcher that shows every rank its own GPU alone (srun --gpus-per-task=1) calls each of them number 0; that
+        # they are not the same one is found out once the ranks have met.
+        gpus = torch.cuda.device_count()
+        number = self._place.local_rank if gpus > 1 else 0
+        if gpus > 1:
+            _require_gpus(max(number + 1, ranks_on_this_machine() or 1), gpus)
         self.device = torch.device("cuda", number) if self.on_cuda else torch.device("cpu")
+        if self.on_cuda:
+            torch.cuda.set_device(self.device)
         compat.require_supported()
         _install(self.on_cuda)
         if not self.on_cuda:
@@ -249,6 +299,7 @@ class DeviceRuntime:
             timeout: seconds after which a collective that some rank did not join fails.
 
         Raises:
+            ConfigError: ranks share a GPU.
             TrainingError: the ranks did not find each other in time.
         """
         from megatron.core import parallel_state, tensor_parallel
@@ -256,12 +307,6 @@ class DeviceRuntime:
         layout = layout or Layout()
         place, limit = self._place, datetime.timedelta(seconds=timeout)
         if not torch.distributed.is_initialized():
-            if self.on_cuda:
-                if layout.tensor > 1 or layout.context > 1:
-                    # Communication is put between computations in launch order, which one queue keeps (Megatron warns
-                    # without it: tensor_parallel/layers.py). Read when CUDA starts, which it has not yet.
-                    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-                torch.cuda.set_device(self.device)
             try:
                 where: dict[str, Any] = (
                     {"store": torch.distributed.HashStore()}
@@ -292,7 +337,11 @@ class DeviceRuntime:
                 )
                 tensor_parallel.model_parallel_cuda_manual_seed(1)
             DeviceRuntime._layout = layout
-            DeviceRuntime._ranks = Ranks(place.rank, layout if layout.world > 1 else None, timeout)
+            DeviceRuntime._ranks = ranks = Ranks(place.rank, layout if layout.world > 1 else None, timeout)
+            if self.on_cuda:
+                # NCCL, which is used after this, would name neither the ranks nor the fix.
+                gpu = str(torch.cuda.get_device_properties(self.device).uuid)
+                _require_own_gpus(ranks.all_gather((socket.gethostname(), gpu)))
         assert self._ranks is not None
         return self._ranks
 

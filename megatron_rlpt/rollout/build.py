@@ -7,14 +7,44 @@ from typing import Any
 import torch
 
 from megatron_rlpt.config import Config, EngineName
+from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout import vllm_engine
 from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.rollout.residency import Residency
+from megatron_rlpt.rollout.transport import Placement
 from megatron_rlpt.rollout.vllm_engine import VllmEngine
 from megatron_rlpt.rollout.world_engine import WorldEngine
+
+
+def check_offload(config: Config, world_size: int) -> None:
+    """Whether there is an engine that ``optimizer.offload`` makes room for; cheap, nothing is built.
+
+    Without a GPU nothing is ever moved, and the setting is let through.
+
+    Args:
+        config: the run.
+        world_size: trainer ranks.
+
+    Raises:
+        ConfigError: no rollout engine takes turns with the policy on its GPU, so nothing would be offloaded.
+    """
+    if not config.optimizer.offload or not torch.cuda.is_available():
+        return
+    if not config.candidates.rollouts:
+        reason = "candidates.rollouts is 0, so there is none"
+    elif config.rollout.engine is EngineName.megatron:
+        reason = "rollout.engine=megatron never sleeps"
+    elif vllm_engine.choose_placement(world_size)[0] is Placement.OWN_GPU:
+        reason = "on this machine every rollout engine has a GPU of its own"
+    else:
+        return
+    raise ConfigError(
+        "optimizer.offload makes room for a rollout engine that sleeps on the policy's GPU while it trains, and "
+        f"{reason}; set optimizer.offload=false"
+    )
 
 
 def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, ranks: Ranks) -> RolloutEngine:
@@ -27,9 +57,14 @@ def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, 
         ranks: all ranks of the run.
 
     Raises:
+        ConfigError: what ``check_offload`` raises, or the engine's weights and cache are more than its GPU.
         EngineError: sampling is truncated, an engine of another rank failed, or weights arrive changed.
         ModelError: the engine cannot serve the model.
     """
+    check_offload(config, ranks.size)
+    if config.optimizer.offload:
+        # The engine needs the same room to start as to generate; ``Residency.training`` takes the state back.
+        policy.offload_optimizer()
     engine: Any
     if config.rollout.engine is EngineName.megatron:
         from megatron_rlpt.rollout import megatron_engine

@@ -24,7 +24,10 @@ def require_version(held: int | None, asked: int) -> None:
 
 
 def end_of_sequence(model_path: Path) -> list[int]:
-    """End-of-sequence token ids that ``config.json`` of a Hugging Face folder names; none, one or several."""
+    """End-of-sequence token ids that ``config.json`` of a Hugging Face folder names; none, one or several.
+
+    An engine that is given no tokenizer does not look them up itself.
+    """
     value = json.loads((model_path / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
     if value is None:
         return []

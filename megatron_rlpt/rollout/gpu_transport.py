@@ -6,7 +6,8 @@ neither can run: what is checked there is what we build for them, the order of w
 
 Every trainer rank has an engine of its own and is the sender to it: rank 0 in vLLM's terms, where "rank" is among the
 trainers of one engine. All ranks send at the same time, because a rank's weights are complete only by collectives of
-all; vLLM's IPC engine relies on that (it merges the handles of all ranks, and each engine picks its GPU's).
+all. Those of the stream are the only ones: a rank whose engine fails can finish the stream and so lets the others go on
+(``WorldEngine``), which it could not if sending waited for the other ranks too.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.base import TrainerInitInfo
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.weight_transfer import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 from vllm.utils.network_utils import get_open_port
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from megatron_rlpt.errors import EngineError
+from megatron_rlpt.errors import EngineError, RlptError, first_line
 from megatron_rlpt.rollout.manifest import Manifest, Weights
 from megatron_rlpt.rollout.transport import Placement
 
@@ -75,6 +77,34 @@ class OfflineClient:
         self._llm.finish_weight_update(weight_version)
 
 
+class LoneIpcSender(IPCTrainerWeightTransferEngine):
+    """vLLM's IPC sender for one trainer and one engine on one GPU, without a word to the other ranks of the world.
+
+    vLLM's own takes all ranks of torch's default group for trainers of the same engine: for every buffer it gathers
+    their handles and waits for them, so that one rank that fails would leave all others waiting.
+    """
+
+    def _all_gather_and_merge_handles(self, handles: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The engine needs the handle of its own GPU alone."""
+        return handles
+
+    @staticmethod
+    def _post_send_sync() -> None:
+        """Free what the engine has let go of.
+
+        It has read the buffer by now: its worker waits for its GPU before an update returns
+        (vllm/distributed/weight_transfer/base.py: WeightTransferEngine.update_weights).
+        """
+        torch.cuda.ipc_collect()
+
+
+SENDERS: dict[Placement, type[TrainerWeightTransferEngine[Any]]] = {
+    Placement.SHARED_GPU: LoneIpcSender,
+    Placement.OWN_GPU: NCCLTrainerWeightTransferEngine,
+}
+"""Placement -> our end of the backend. The NCCL one meets its engine in a group of their own."""
+
+
 def trainer_init_info(placement: Placement, manifest: Manifest, bucket_bytes: int) -> TrainerInitInfo:
     """How this rank joins its engine; the rendezvous of NCCL is on this machine, where the engine is too."""
     # One tensor is never divided (packed_tensor.py: packed_ipc_producer refuses one that does not fit).
@@ -105,7 +135,15 @@ class GpuTransport:
     def send(self, weights: Weights) -> None:
         """See ``Transport.send``."""
         self._source.offer(weights)
-        self._trainer_engine.send_weights()
+        try:
+            self._trainer_engine.send_weights()
+        except (RlptError, EngineDeadError):
+            raise
+        except Exception as error:  # vLLM passes a failure in its worker on as a plain Exception
+            raise EngineError(
+                f"the rollout engine did not take the weights ({first_line(error)}); start the run again, it goes on "
+                "from the last checkpoint"
+            ) from error
 
 
 def open_gpu_transport(placement: Placement, llm: Any, manifest: Manifest, bucket_bytes: int) -> GpuTransport:
@@ -118,5 +156,4 @@ def open_gpu_transport(placement: Placement, llm: Any, manifest: Manifest, bucke
         raise EngineError(f"{BACKENDS[placement]} carries weights between GPUs, and CUDA is not available here")
     source = PolicySource(manifest)
     info = trainer_init_info(placement, manifest, bucket_bytes)
-    engine = WeightTransferTrainerFactory.trainer_init(info, client=OfflineClient(llm), source=source)
-    return GpuTransport(engine, source)
+    return GpuTransport(SENDERS[placement].trainer_init(info, client=OfflineClient(llm), source=source), source)

@@ -1,10 +1,14 @@
 """How weights reach the engine's worker.
 
-    engine                     transport         memory besides policy and engine
-    in this process            the iterator      none
-    own process, no GPU        shared memory     the model once, and one bucket
-    own process, shares a GPU  CUDA IPC          one bucket on the GPU
-    own process, GPU of its own  NCCL            two buckets on either GPU
+    engine                       transport      memory besides policy and engine
+    in this process              the iterator   the query, key and value weights of all layers once
+    own process, no GPU          shared memory  the model once, and one bucket
+    own process, shares a GPU    CUDA IPC       one bucket on the GPU
+    own process, GPU of its own  NCCL           two buckets on either GPU
+
+In this process the engine is handed the policy's own tensors, but those that Megatron stores as one (query, key and
+value are interleaved) have to be copied to come apart, and all of them are held until the engine has taken them. A
+policy in another precision than the engine's would be copied whole; in a run the two are the same.
 
 Whatever the way, weights are checked against the manifest. The first two check all of them before the engine starts to
 load: vLLM cannot start anew after a reload that broke off.

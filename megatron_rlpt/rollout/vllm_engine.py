@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
-from megatron_rlpt.errors import EngineError, ModelError
+from megatron_rlpt.errors import ConfigError, EngineError, ModelError
 from megatron_rlpt.policy.families import expected_shapes, read_architecture
 from megatron_rlpt.ranks import ranks_on_this_machine
+from megatron_rlpt.rollout.checks import end_of_sequence, require_version
 from megatron_rlpt.rollout.engine import Continuation, Prompt, require_neutral_sampling
 from megatron_rlpt.rollout.engine_process import EngineProcess
 from megatron_rlpt.rollout.manifest import Manifest, Weights
@@ -43,6 +43,9 @@ class VllmEngine:
 
     Weights are exchanged through ``reload_weights`` of vLLM's worker or its weight-transfer package, which also redo
     the repacking that kernels need; writing to the model's tensors directly would miss that.
+
+    Engines are not tensor-parallel: the engine of every rank holds the whole model on one GPU, however the policy is
+    cut over ranks.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class VllmEngine:
             gpu: the GPU of an engine in a process of its own, as this process counts them.
 
         Raises:
+            ConfigError: weights and key-value cache are more than the whole GPU.
             EngineError: sampling is truncated.
             ModelError: vLLM cannot load the folder.
         """
@@ -77,6 +81,10 @@ class VllmEngine:
         self._temperature = config.temperature
         self._manifest = Manifest(dict(expected), torch.bfloat16 if dtype is Dtype.bf16 else torch.float32)
         self._kv_cache_bytes = int(config.kv_cache_gib * 2**30)
+        if torch.cuda.is_available():
+            number = torch.cuda.current_device() if gpu is None else gpu
+            total = torch.cuda.get_device_properties(number).total_memory
+            require_gpu_holds(self._manifest.nbytes, self._kv_cache_bytes, total)
         # An engine on a GPU of its own is in nobody's way.
         self._can_sleep = torch.cuda.is_available() and placement is not Placement.OWN_GPU
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +122,7 @@ class VllmEngine:
                 raise ModelError(f"vLLM cannot serve {model_path}: {reason[0]}") from error
         self._transport = open_transport(placement, self._llm, self._manifest, config.sync_bucket_mib * 2**20)
         self._probes = probe_prompts(next(iter(expected.values()))[0], max_sequence)
-        self._stop_tokens = _end_of_sequence(model_path)
+        self._stop_tokens = end_of_sequence(model_path)
         self._asleep = False
         self._buffers = buffer_digests(self._llm)
         self._version: int | None = None
@@ -148,7 +156,9 @@ class VllmEngine:
         """See ``RolloutEngine.generate``."""
         from vllm import SamplingParams, TokensPrompt
 
-        self._require_version(version)
+        if self._asleep:
+            raise EngineError("the rollout engine sleeps; update its weights first, which wakes it")
+        require_version(self._version, version)
         if not prompts:  # a rank's share of a small batch
             return []
         parameters = [
@@ -270,17 +280,6 @@ class VllmEngine:
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM refused to drop its prefix cache; what it holds is not of these weights or prompts")
 
-    def _require_version(self, version: int) -> None:
-        if self._asleep:
-            raise EngineError("the rollout engine sleeps; update its weights first, which wakes it")
-        if self._version is None:
-            raise EngineError("the last weight update failed, so the engine's weights belong to no version")
-        if self._version != version:
-            raise EngineError(
-                f"rollouts of policy version {version} were asked for, but the engine holds version {self._version}; "
-                "update its weights first"
-            )
-
     def _continuation(self, prompt: Prompt, output: Any) -> Continuation:
         if tuple(output.prompt_token_ids) != prompt.prefix:
             raise EngineError("vLLM returned a continuation of another prompt than the one asked for")
@@ -331,9 +330,20 @@ def choose_placement(world_size: int) -> tuple[Placement, int | None]:
     return Placement.SHARED_GPU, own
 
 
-def _end_of_sequence(model_path: Path) -> list[int]:
-    """End-of-sequence ids of ``config.json``; without a tokenizer vLLM does not look them up itself."""
-    value = json.loads((model_path / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    if value is None:
-        return []
-    return [int(item) for item in value] if isinstance(value, list) else [int(value)]
+def require_gpu_holds(weights: int, cache: int, total: int) -> None:
+    """Refuse an engine that no GPU of this size can hold, before anything is loaded; all sizes are in bytes.
+
+    Args:
+        weights: the whole model, since engines are not tensor-parallel.
+        cache: the key-value cache.
+        total: the GPU's memory, free or not.
+
+    Raises:
+        ConfigError: they are more than ``total``.
+    """
+    if weights + cache > total:
+        raise ConfigError(
+            f"a rollout engine holds the whole model, {weights / 2**30:.1f} GiB, and rollout.kv_cache_gib = "
+            f"{cache / 2**30:g} of cache, and its GPU has {total / 2**30:.1f} GiB; lower rollout.kv_cache_gib or "
+            "set rollout.engine=megatron, which cuts the model over GPUs"
+        )

@@ -1,4 +1,4 @@
-"""What cannot be checked without a GPU, on one GPU: FP8 against bf16, speed, weights by CUDA IPC, sleep, offload.
+"""What cannot be checked without a GPU, on one GPU: FP8 against bf16, speed, weights to vLLM, sleep, offload.
 
     python tests/gpu/check_gpu.py [--size 1b] [--sequence 2048] [--rows 8] [--steps 10] [--only PART ...]
 
@@ -201,18 +201,26 @@ def part_training(options: argparse.Namespace, folder: Path, fp8: str) -> list[R
     return [training_row(options, fp8, series, None if fp8 == "off" else json.loads(kept.read_text(encoding="utf-8")))]
 
 
-def part_engine(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """vLLM beside the policy on one GPU: weights by CUDA IPC, verified by the engine; sleep and waking up."""
+def part_engine(options: argparse.Namespace, folder: Path, in_process: bool) -> list[Row]:
+    """vLLM beside the policy on one GPU: weights verified by the engine; sleep and waking up.
+
+    Args:
+        options: the command line.
+        folder: the model.
+        in_process: the engine of a single rank, which is handed the policy's tensors; False is that of one rank among
+            several, in a process of its own that gets them by CUDA IPC.
+    """
     from megatron_rlpt.rollout.engine import Prompt
     from megatron_rlpt.rollout.residency import free_gpu_memory
     from megatron_rlpt.rollout.transport import Placement
     from megatron_rlpt.rollout.vllm_engine import VllmEngine
 
+    way = "in process" if in_process else "by CUDA IPC"
     config = configuration(options, folder, "off", "ntp")
     policy = make_policy(config)
     engine = VllmEngine(
         folder, policy.weight_shapes, config.rollout, dtype=config.model.dtype, max_sequence=options.sequence, seed=1,
-        placement=Placement.SHARED_GPU, gpu=0,
+        placement=Placement.IN_PROCESS if in_process else Placement.SHARED_GPU,
     )  # fmt: skip
     engine.self_check(policy.weights, 0)
     seconds = []
@@ -224,7 +232,7 @@ def part_engine(options: argparse.Namespace, folder: Path) -> list[Row]:
     best = min(seconds)
     rows = [
         Row(
-            "vLLM sync by CUDA IPC",
+            f"vLLM sync {way}",
             PASS,
             f"{best * 1e3:.0f} ms for {gigabytes:.2f} GB ({gigabytes / best:.1f} GB/s)",
             "every tensor bit for bit, by the engine's own check",
@@ -246,7 +254,9 @@ def part_engine(options: argparse.Namespace, folder: Path) -> list[Row]:
     elif not same:
         why = "after waking the same prompts gave other tokens"
     measured = f"free {gib(awake)} awake, {gib(asleep)} asleep, {gib(again)} awake again; {down:.2f} s and {up:.2f} s"
-    rows.append(Row("vLLM sleep and wake", PASS if same and asleep - awake >= 0.9 * promised else FAIL, measured, why))
+    rows.append(
+        Row(f"vLLM sleep and wake, {way}", PASS if same and asleep - awake >= 0.9 * promised else FAIL, measured, why)
+    )
     return rows
 
 
@@ -316,7 +326,11 @@ def parts() -> dict[str, Callable[[argparse.Namespace, Path], list[Row]]]:
         ("bf16" if fp8 == "off" else f"fp8-{fp8}"): lambda options, folder, fp8=fp8: part_training(options, folder, fp8)
         for fp8 in recipes
     }
-    return named | {"engine": part_engine, "offload": part_offload}
+    return named | {
+        "engine-in-process": lambda options, folder: part_engine(options, folder, in_process=True),
+        "engine-ipc": lambda options, folder: part_engine(options, folder, in_process=False),
+        "offload": part_offload,
+    }
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

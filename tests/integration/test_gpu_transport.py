@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
+from vllm.distributed.weight_transfer import ipc_engine
 from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
@@ -12,12 +15,15 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
     NCCLWeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.packed_tensor import pack_tensors, unpack_tensor
+from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk, pack_tensors, unpack_tensor
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.rollout.gpu_transport import (
     BACKENDS,
+    SENDERS,
     GpuTransport,
+    LoneIpcSender,
     OfflineClient,
     PolicySource,
     open_gpu_transport,
@@ -120,7 +126,7 @@ def test_vllm_knows_the_backend_on_both_sides_and_every_rank_sends_to_its_own_en
     assert info.is_sender
     assert info.packed
     assert info.backend in WeightTransferEngineFactory._registry
-    assert info.backend in WeightTransferTrainerFactory._registry
+    assert issubclass(SENDERS[placement], WeightTransferTrainerFactory._registry[info.backend]())
 
 
 def test_two_ranks_of_one_machine_meet_their_engines_at_different_ports():
@@ -160,6 +166,60 @@ def test_an_update_reaches_vllm_s_trainer_engine_whole():
 
     GpuTransport(Engine(), source).send(weights().items())
     assert received == list(SHAPES)
+
+
+@pytest.mark.parametrize("error", [Exception("Call to update_weights failed\nmore"), RuntimeError("CUDA error")])
+def test_a_failure_in_vllm_s_worker_is_an_error_that_the_other_ranks_are_told_of(error):
+    class Engine:
+        def send_weights(self):
+            raise error
+
+    with pytest.raises(EngineError, match=r"did not take the weights \((Call to update_weights failed|CUDA error)\);"):
+        GpuTransport(Engine(), PolicySource(MANIFEST)).send(weights().items())
+
+
+def test_the_death_of_the_engine_s_process_is_left_to_whoever_watches_it():
+    class Engine:
+        def send_weights(self):
+            raise EngineDeadError
+
+    with pytest.raises(EngineDeadError):
+        GpuTransport(Engine(), PolicySource(MANIFEST)).send(weights().items())
+
+
+def test_a_rank_sends_by_ipc_without_waiting_for_any_other(monkeypatch):
+    """vLLM's real sender, its memory in place of a GPU's; in a world of two whose other rank has gone."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a rank that failed would never come here")
+
+    for name in ("all_gather_object", "barrier", "all_gather", "broadcast"):
+        monkeypatch.setattr(torch.distributed, name, refuse)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
+    collected = []
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: collected.append(1))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="GPU-1"))
+
+    def producer(iterator, gpu_uuid, post_iter_func, buffer_size_bytes):
+        while chunk := pack_tensors(iterator, post_iter_func, 100):
+            names = [str(dtype).removeprefix("torch.") for dtype in chunk.dtypes]
+            handle = {gpu_uuid: (chunk.packed_tensor,)}
+            yield PackedIpcChunk(chunk.names, chunk.shapes, names, chunk.tensor_sizes, handle)
+
+    monkeypatch.setattr(ipc_engine, "packed_ipc_producer", producer)
+    source, worker = PolicySource(MANIFEST), Worker(IPCWeightTransferEngine)
+    info = trainer_init_info(Placement.SHARED_GPU, MANIFEST, 2**20)
+    sender = LoneIpcSender.trainer_init(info, client=OfflineClient(Llm(worker)), source=source)
+    GpuTransport(sender, source).send(weights().items())
+
+    updates = [update for call, update in worker.calls if call == "update"]
+    assert [call for call, _ in worker.calls] == ["init", "start", *["update"] * len(updates), "finish"]
+    assert len(updates) > 1
+    assert [name for update in updates for name in update.names] == list(SHAPES)
+    assert {gpu for update in updates for gpu in update.ipc_handles} == {"GPU-1"}
+    assert len(collected) == len(updates) + 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -95,7 +95,8 @@ def test_bf16_runs_before_what_is_held_against_it():
         "fp8-current",
         "fp8-blockwise",
         "fp8-mxfp8",
-        "engine",
+        "engine-in-process",
+        "engine-ipc",
         "offload",
     }
 

@@ -58,6 +58,33 @@ def test_an_engine_s_process_sees_its_own_gpu_only(monkeypatch, visible, seen):
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
+def test_an_engine_s_process_without_a_gpu_of_its_own_sees_the_one_its_trainer_works_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with vllm_environment(0.1, in_process=False):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    with vllm_environment(0.1):
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_on_a_gpu_that_a_policy_has_half_filled_vllm_s_start_up_check_passes(monkeypatch):
+    """vLLM's own check and configuration, with the memory of a GPU that is nearly full."""
+    from vllm.config.cache import CacheConfig
+    from vllm.utils.mem_utils import MemorySnapshot
+    from vllm.v1.worker.utils import request_memory
+
+    gpu = MemorySnapshot(auto_measure=False)
+    gpu.total_memory, gpu.free_memory = 80 * 2**30, 30 * 2**30
+    with pytest.raises(ValueError, match="Free memory on device"):
+        request_memory(gpu, CacheConfig(kv_cache_memory_bytes=2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with vllm_environment(1.0) as arguments:
+        sizes = {name: arguments[name] for name in ("gpu_memory_utilization", "kv_cache_memory_bytes")}
+    assert sizes["kv_cache_memory_bytes"] == 2**30
+    assert request_memory(gpu, CacheConfig(**sizes)) < gpu.free_memory
+
+
 def start_and_fail():
     with vllm_environment(0.1):
         random.random()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import pytest
 import torch
 from llamas import load_llama, make_examples, make_policy, save_llama
 
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.policy import runtime as runtime_module
 from megatron_rlpt.policy.runtime import DeviceRuntime, _CpuTorch
+from megatron_rlpt.ranks import Place
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what stands in for CUDA is not used where CUDA is")
 
@@ -132,6 +136,64 @@ def test_the_stand_in_makes_cpu_tensors_and_is_torch_in_all_else(runtime):
 def test_the_runtime_says_which_device_is_in_force_and_why(runtime):
     assert (runtime.name, runtime.device.type, runtime.backend) == ("cpu", "cpu", "gloo")
     assert "finds no CUDA device" in runtime.describe()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with a number of GPUs; the answer is what was done to CUDA, in order."""
+
+    def machine(count, **variables):
+        events = []
+        for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "CUDA_DEVICE_MAX_CONNECTIONS"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        queues = "CUDA_DEVICE_MAX_CONNECTIONS"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: events.append(os.environ.get(queues)) or True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", events.append)
+        monkeypatch.setattr(runtime_module, "_install", lambda on_cuda: None)
+        return events
+
+    return machine
+
+
+def test_the_gpu_of_a_rank_is_the_current_one_as_soon_as_there_is_a_runtime(gpus):
+    """Whoever asks what this GPU can do, before the ranks have met, must not be told of the first one's."""
+    events = gpus(4, LOCAL_WORLD_SIZE="4")
+    assert DeviceRuntime(Place(rank=6, world=8, local_rank=2)).device == torch.device("cuda", 2)
+    assert events == ["1", torch.device("cuda", 2)], "CUDA reads the number of its queues when it starts"
+
+
+def test_a_rank_that_is_alone_leaves_the_queues_as_they_are(gpus):
+    events = gpus(2)
+    assert DeviceRuntime(Place()).device == torch.device("cuda", 0)
+    assert events == [None, torch.device("cuda", 0)]
+
+
+def test_a_rank_that_sees_one_gpu_uses_it_whatever_its_number(gpus):
+    gpus(1, LOCAL_WORLD_SIZE="4")
+    assert DeviceRuntime(Place(rank=3, world=4, local_rank=3)).device == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "local_rank", "ranks"),
+    [({"LOCAL_WORLD_SIZE": "4"}, 0, 4), ({"SLURM_STEP_TASKS_PER_NODE": "3(x2)"}, 1, 3), ({}, 2, 3)],
+)
+def test_more_ranks_than_gpus_are_refused_before_cuda_is_touched(gpus, variables, local_rank, ranks):
+    events = gpus(2, **variables)
+    with pytest.raises(ConfigError, match=f"^{ranks} ranks were started on .* has 2 GPUs.*; start 2 ") as raised:
+        DeviceRuntime(Place(rank=local_rank, world=8, local_rank=local_rank))
+    assert "\n" not in str(raised.value)
+    assert torch.device("cuda", local_rank) not in events
+
+
+def test_ranks_that_each_see_one_gpu_must_not_see_the_same():
+    one, two = ("node1", "GPU-a"), ("node2", "GPU-a")
+    runtime_module._require_own_gpus([one, two, ("node1", "GPU-b")])
+    with pytest.raises(ConfigError, match="ranks 0 and 2 have the same GPU of node1"):
+        runtime_module._require_own_gpus([one, two, one])
 
 
 def _torch_of(module: object) -> object:

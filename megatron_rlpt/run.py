@@ -28,7 +28,7 @@ from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.randomness import random_state, seed_all, set_random_state
 from megatron_rlpt.ranks import Ranks, is_lost_contact, use_to_the_end
 from megatron_rlpt.records import Group
-from megatron_rlpt.rollout.build import build_residency, start_policy_engine
+from megatron_rlpt.rollout.build import build_residency, check_offload, start_policy_engine
 from megatron_rlpt.teacher.build import build_teacher
 from megatron_rlpt.tokenizer import PolicyTokenizer
 
@@ -36,6 +36,7 @@ _log = get_logger(__name__)
 
 _MAY_CHANGE = ("observe.", "evaluation.", "data.heldout", "checkpoint.", "run.dir", "parallel.", "train.micro_batch",
                "train.logprob_chunk", "train.recompute", "optimizer.offload", "rollout.max_batch",
+               "rollout.max_logprob_gap", "teacher.max_failure_rate", "data.max_bad_fraction",
                "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
                "teacher.kv_cache_gib")  # fmt: skip
 """Configuration that a resumed run may change, because it does not change what is learned; layout and micro-batch
@@ -59,6 +60,7 @@ def run_training(config: Config, fresh: bool = False) -> None:
     runtime = DeviceRuntime()
     _, layout = check_policy(config, runtime.world)
     check_batch(layout, config.train)
+    check_offload(config, runtime.world)
     setup_logging(rank=runtime.rank)
     ranks = runtime.init_distributed(layout, config.parallel.timeout)
     with ranks.contact():

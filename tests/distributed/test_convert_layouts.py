@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from convert_runs import LAYOUT, STYLES, load_and_save
 from layout_runs import Case, configuration, examples, make_policy, save_model
 from worlds import run_world
 
+from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.convert.convert import convert
 from megatron_rlpt.convert.formats import Format
 from megatron_rlpt.policy.layout import Layout
@@ -74,13 +74,10 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path):
     policy = make_policy(configuration(str(start), Case()))
     policy.update(examples(Case(), seed=0))
     weights = {name: tensor.clone() for name, tensor in policy.weights()}
-    newest = tmp_path / "run/checkpoints/step-00000002"
-    policy.save(newest / "policy")
-    (newest / "hf").mkdir()
-    (newest / "hf/config.json").write_text((start / "config.json").read_text())
-    (newest / "state.json").write_text(json.dumps({"step": 2}))
-    (newest / "COMPLETE").write_text("")
-    (tmp_path / "run/checkpoints/step-00000001").mkdir()
+    checkpoints = tmp_path / "run/checkpoints"
+    newest = CheckpointStore(checkpoints, keep=2).save(2, {}, policy, start)
+    assert newest is not None
+    (checkpoints / "step-00000001").mkdir()
     convert(tmp_path / "run", tmp_path / "out", Format.HF, verify=True)
     assert same(tensors_in(tmp_path / "out"), weights)
     trained_from = tensors_in(start)

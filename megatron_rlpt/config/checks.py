@@ -137,7 +137,7 @@ def _check_lengths(config: Config) -> None:
     warn, stop = config.rollout.warn_logprob_gap, config.rollout.max_logprob_gap
     if warn > stop:
         raise ConfigError(
-            f"rollout.warn_logprob_gap is {warn}; allowed: at most rollout.max_logprob_gap = {stop}, where the run stops"
+            f"rollout.warn_logprob_gap is {warn}; allowed: at most rollout.max_logprob_gap = {stop}"
         )
     data = config.data
     if data.min_prefix > data.max_prefix:

@@ -136,9 +136,7 @@ def _check_sampling(config: Config) -> None:
 def _check_lengths(config: Config) -> None:
     warn, stop = config.rollout.warn_logprob_gap, config.rollout.max_logprob_gap
     if warn > stop:
-        raise ConfigError(
-            f"rollout.warn_logprob_gap is {warn}; allowed: at most rollout.max_logprob_gap = {stop}"
-        )
+        raise ConfigError(f"rollout.warn_logprob_gap is {warn}; allowed: at most rollout.max_logprob_gap = {stop}")
     data = config.data
     if data.min_prefix > data.max_prefix:
         raise ConfigError(f"data.min_prefix is {data.min_prefix}; allowed: at most data.max_prefix = {data.max_prefix}")

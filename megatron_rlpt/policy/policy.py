@@ -161,7 +161,7 @@ class Policy:
     def weights(self) -> WeightSource:
         """(Hugging Face name, whole tensor) of every weight in one fixed order; may share the policy's memory.
 
-        Every rank has to iterate over it to the end (``policy.weights.drain`` where nobody has a use for it).
+        Every rank has to iterate over it to the end (``ranks.use_to_the_end(weights, None)`` where it has no use for them).
         """
         self._gather_parameters()
         return self._source

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -210,9 +210,3 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _broadcast(tensor: torch.Tensor, group: torch.distributed.ProcessGroup, source: int) -> None:
     torch.distributed.broadcast(_bytes(tensor), group=group, group_src=source)
-
-
-def drain(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Take part in a stream on a rank that has no use for the weights."""
-    for _ in weights:
-        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import InvalidStateError
 from multiprocessing.connection import wait
@@ -44,9 +45,7 @@ class EngineProcess:
         try:
             yield
         except EngineDeadError:
-            for process in self._processes:
-                process.join(5.0)
-            codes = ", ".join(str(process.exitcode) for process in self._processes)
+            codes = ", ".join(str(_exit_code(process)) for process in self._processes)
             raise EngineError(
                 f"the process of {self._name} ended (exit code {codes}; -9 is often a lack of memory); start the "
                 "run again, it goes on from the last checkpoint"
@@ -56,6 +55,20 @@ class EngineProcess:
         """End the process, because what it holds is of no use any more."""
         for process in self._processes:
             process.kill()
+
+
+def _exit_code(process: Any) -> int | None:
+    """How ``process`` ended; None if it has not after some seconds.
+
+    Two threads may ask at once. Only one of them is told by the system, and the other sees None until that one has
+    written it down (multiprocessing/popen_fork.py: poll).
+    """
+    for _ in range(50):
+        process.join(0.1)
+        if process.exitcode is not None:
+            break
+        time.sleep(0.05)
+    return process.exitcode
 
 
 def _wake_callers_at_death(resources: Any, outputs: Any, results: dict[int, Any], processes: list[Any]) -> None:

@@ -161,7 +161,7 @@ class Policy:
     def weights(self) -> WeightSource:
         """(Hugging Face name, whole tensor) of every weight in one fixed order; may share the policy's memory.
 
-        Every rank has to iterate over it to the end (``ranks.use_to_the_end(weights, None)`` where it has no use for them).
+        Every rank has to iterate over it to the end, one without a use for it too (``ranks.use_to_the_end``).
         """
         self._gather_parameters()
         return self._source

@@ -20,10 +20,6 @@ from megatron_rlpt.policy.model import HiddenStateModel
 from megatron_rlpt.policy.optimizer import load_optimizer_state, sharded_optimizer_state
 from megatron_rlpt.policy.reference import ReferenceWeights
 
-_EXTRA = "_extra_state"
-"""What Transformer Engine's modules keep besides weights: the history of delayed FP8 scales. It is left out, so that
-checkpoints do not depend on which layers wrote them; after a resume the history fills up again."""
-
 
 class PolicyState:
     """Weights, optimizer, schedule, version and (when it moves) reference of a policy, to save and to load.
@@ -67,9 +63,7 @@ class PolicyState:
         """
         state = read_sharded(self._sharded(0, is_loading=True), folder)
         for number, piece in enumerate(self._pieces):
-            missing, unknown = piece.load_state_dict(state["model"][number], strict=False)
-            assert not unknown, unknown
-            assert all(name.endswith(_EXTRA) for name in missing), missing
+            piece.load_state_dict(state["model"][number])
         load_optimizer_state(self._optimizer, state["optimizer"])
         self._scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps to its own
         self._scheduler.load_state_dict(state["scheduler"])
@@ -85,10 +79,7 @@ class PolicyState:
         return int(state["version"])
 
     def _sharded(self, version: int, is_loading: bool) -> dict[str, Any]:
-        model = {
-            number: {name: value for name, value in piece.sharded_state_dict().items() if not name.endswith(_EXTRA)}
-            for number, piece in enumerate(self._pieces)
-        }
+        model = {number: piece.sharded_state_dict() for number, piece in enumerate(self._pieces)}
         state: dict[str, Any] = {
             "version": version,
             "model": model,

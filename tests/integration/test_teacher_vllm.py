@@ -22,6 +22,7 @@ from megatron_rlpt.config.schema import (
     RunConfig,
 )
 from megatron_rlpt.errors import EngineError, ModelError
+from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
 from megatron_rlpt.teacher.build import build_teacher
 from megatron_rlpt.teacher.generative import GenerativeJudge
@@ -190,11 +191,11 @@ def test_build_teacher_loads_what_the_run_needs():
         data=DataConfig(suffix_length=SUFFIX),
         objective=ObjectiveConfig(name=ObjectiveName.online_dpo),
     )
-    teacher = build_teacher(config, "cpu")
+    teacher = build_teacher(config, "cpu", Ranks())
     assert isinstance(teacher.judge, LikelihoodJudge)
     assert teacher.rewriter is None
     plain = replace(config, objective=ObjectiveConfig(name=ObjectiveName.ntp), candidates=CandidatesConfig(rollouts=0))
-    assert build_teacher(plain, "cpu").judge is None
+    assert build_teacher(plain, "cpu", Ranks()).judge is None
 
 
 def test_a_model_without_a_chat_template_is_refused(tmp_path):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from safetensors.torch import load_file
 from tiny_runs import finish, json_lines, save_model, start, write_config
 
@@ -100,7 +99,6 @@ def test_every_rank_has_a_log_and_rank_0_says_what_all_share(moved):
     assert "TP2 with sequence parallel" in (moved / "run.log").read_text()
     assert "PP2" in (moved / "run.log").read_text()
     assert (moved / "logs/rank-00001.log").is_file()
-    assert not torch.distributed.is_initialized(), "the test's own process is no rank"
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(divisible, corpus, tmp_path):

@@ -37,7 +37,7 @@ LIMITS = {
     "rollout.kv_cache_gib": ([0], [0.1]),
     "rollout.sync_bucket_mib": ([0], [1]),
     "rollout.warn_logprob_gap": ([0], [0.01]),
-    "rollout.max_logprob_gap": ([0, 0.05], [0.1]),
+    "rollout.max_logprob_gap": ([0], [0.1]),
     "teacher.likelihood.repetition_weight": ([-1], [0]),
     "teacher.likelihood.repetition_ngram": ([0], [1]),
     "teacher.likelihood.batch_tokens": ([0], [1]),

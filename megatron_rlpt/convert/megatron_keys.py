@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from megatron_rlpt.policy.families import Architecture, Rule
+from megatron_rlpt.policy.families import EMBEDDING, OUTPUT, Architecture, Rule
 
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCABULARY = (EMBEDDING, OUTPUT)
 """The tensors whose rows Megatron pads."""
 
 _FUSED_NORMS = {

@@ -163,7 +163,7 @@ def plan_rounds(examples: Sequence[Example], size: int, layout: Layout, multiple
         )
         rows = max(sum(len(example.sequences) for example in share) for share in shares)
         longest = max(map(sequence_length, members), default=1)
-        rounds.append(Round(shares, max(rows, 1), -(-longest // multiple) * multiple))
+        rounds.append(Round(shares, rows, -(-longest // multiple) * multiple))
     if layout.pipeline > 1:
         rows, length = max(one.rows for one in rounds), max(one.length for one in rounds)
         rounds = [Round(one.shares, rows, length) for one in rounds]

@@ -176,6 +176,7 @@ def _vocabulary(ours: str, theirs: str) -> Rule:
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
 _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
@@ -328,7 +329,7 @@ def mapping(arch: Architecture) -> Iterator[Rule]:
                 yield rule.at(layer, expert)
     yield _plain("decoder.final_layernorm.weight", "model.norm.weight", _hidden, Cut.WHOLE)
     if not arch.tied_embeddings:
-        yield _vocabulary("output_layer.weight", "lm_head.weight")
+        yield _vocabulary(OUTPUT, "lm_head.weight")
 
 
 def expected_shapes(arch: Architecture) -> dict[str, Shape]:

@@ -122,6 +122,19 @@ def transformer_config(
     )
 
 
+def model_arguments(arch: Architecture) -> dict[str, Any]:
+    """Arguments of Megatron's ``GPTModel`` that ``arch`` alone decides, whatever the layout."""
+    return {
+        "vocab_size": arch.padded_vocab,
+        "max_sequence_length": arch.max_positions,
+        "share_embeddings_and_output_weights": arch.tied_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": arch.rope_theta,
+        "rope_scaling": arch.rope_scaling_factor is not None,
+        "rope_scaling_factor": arch.rope_scaling_factor or 1.0,
+    }
+
+
 def build_model(
     arch: Architecture,
     dtype: Dtype,
@@ -144,16 +157,10 @@ def build_model(
                 HiddenStateModel(
                     config=config,
                     transformer_layer_spec=block_spec(config, stage),
-                    vocab_size=arch.padded_vocab,
-                    max_sequence_length=arch.max_positions,
                     pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                     post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-                    share_embeddings_and_output_weights=arch.tied_embeddings,
-                    position_embedding_type="rope",
-                    rotary_base=arch.rope_theta,
-                    rope_scaling=arch.rope_scaling_factor is not None,
-                    rope_scaling_factor=arch.rope_scaling_factor or 1.0,
                     vp_stage=stage,
+                    **model_arguments(arch),
                 )
             )
         for piece in pieces:

@@ -11,14 +11,13 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_rlpt.huggingface import WeightFolder, checked
-from megatron_rlpt.policy.families import EMBEDDING, Architecture, Rule, Shape, expected_shapes, mapping
+from megatron_rlpt.policy.families import EMBEDDING, OUTPUT, Architecture, Rule, Shape, expected_shapes, mapping
 from megatron_rlpt.policy.layer_spec import canonical_name
 from megatron_rlpt.policy.layout import Layout, expert_rank_of, stage_of
 from megatron_rlpt.policy.model import HiddenStateModel
 from megatron_rlpt.policy.sharding import shard, unshard
 from megatron_rlpt.ranks import Ranks
 
-_OUTPUT = "output_layer.weight"
 _LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT_NUMBER = re.compile(r"(?<=local_experts\.)\d+")
 
@@ -54,8 +53,8 @@ def load_weights(pieces: Sequence[HiddenStateModel], arch: Architecture, layout:
     with torch.no_grad():
         for rule in mapping(arch):
             targets = [parameters.pop(rule.ours)] if rule.ours in parameters else []
-            if rule.ours == EMBEDDING and arch.tied_embeddings and _OUTPUT in parameters:
-                targets.append(parameters.pop(_OUTPUT))  # the last stage's copy of the tied embedding
+            if rule.ours == EMBEDDING and arch.tied_embeddings and OUTPUT in parameters:
+                targets.append(parameters.pop(OUTPUT))  # the last stage's copy of the tied embedding
             if targets:
                 whole = rule.merge(arch, checked(folder, arch, rule, [source.read(name) for name in rule.theirs]))
                 for parameter in targets:

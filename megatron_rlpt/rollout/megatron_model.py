@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.policy.attention import CausalAttention
 from megatron_rlpt.policy.families import Architecture
 from megatron_rlpt.policy.layer_spec import block_spec
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.model import torch_dtype_of, transformer_config
+from megatron_rlpt.policy.model import model_arguments, torch_dtype_of, transformer_config
 from megatron_rlpt.policy.runtime import DeviceRuntime
 
 
@@ -34,25 +32,14 @@ class CachedAttention(CausalAttention):
     (``megatron/core/transformer/attention.py: _adjust_key_value_for_inference``).
     """
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attend. ``query`` [seq or 1, batch, heads, dim], ``key`` / ``value`` [seq, batch, groups, dim].
-
-        Returns:
-            [seq or 1, batch, heads * dim].
-        """
+        # [seq or 1, batch, heads, dim] and [seq, batch, groups, dim] -> [seq or 1, batch, heads * dim]
         if query.shape[0] == key.shape[0]:
-            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
+            return super()._attend(query, key, value, mask)
         assert query.shape[0] == 1, "a query in the middle of the cache would need a mask aligned at its end"
-        assert attention_mask is None
+        assert mask is None
         _, batch, groups, dim = key.shape
         # The heads of a group read the same keys: as rows of one query, [batch, groups, heads / groups, dim], they read
         # them once. On a CPU that is several times faster than one row for each head.
@@ -83,14 +70,8 @@ def build_rollout_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime
         model = GPTModel(
             config=config,
             transformer_layer_spec=spec,
-            vocab_size=arch.padded_vocab,
-            max_sequence_length=arch.max_positions,
-            share_embeddings_and_output_weights=arch.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=arch.rope_theta,
-            rope_scaling=arch.rope_scaling_factor is not None,
-            rope_scaling_factor=arch.rope_scaling_factor or 1.0,
             pg_collection=groups,
+            **model_arguments(arch),
         )
         return model.to(device=runtime.device, dtype=torch_dtype_of(dtype)).eval().requires_grad_(False)
 

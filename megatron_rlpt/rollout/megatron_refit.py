@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.resharding import swap_model_weights
 
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.policy.families import Architecture, Rule, expected_shapes, mapping
+from megatron_rlpt.policy.families import OUTPUT, Architecture, Rule, expected_shapes, mapping
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.sharding import Cut, shard
@@ -123,7 +123,7 @@ class RolloutWeights:
             ours = self._parameters.get(name)
             if ours is None:
                 # The last pipeline stage has a copy of a tied embedding, under the output layer's name.
-                if not (name == "output_layer.weight" and self._arch.tied_embeddings):
+                if not (name == OUTPUT and self._arch.tied_embeddings):
                     yield f"weight {name!r} is not part of the engine's model"
             elif parameter.shape != ours.shape:
                 yield f"weight {name!r} was sent as {tuple(parameter.shape)}; the engine's is {tuple(ours.shape)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import WorldError, run_world
+from worlds import WorldError, on_every_rank, run_world
 
 from megatron_rlpt.errors import CheckpointError, RlptError, TeacherError, TrainingError
 from megatron_rlpt.ranks import Ranks, use_to_the_end
@@ -165,12 +165,6 @@ def everything() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
     return run_world(SIZE, everything)
-
-
-def on_every_rank(found: list[dict[str, Any]], name: str) -> Any:
-    """What all ranks found alike."""
-    assert all(one[name] == found[0][name] for one in found), [one[name] for one in found]
-    return found[0][name]
 
 
 def test_each_rank_knows_itself(found):

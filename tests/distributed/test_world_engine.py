@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import run_world
+from worlds import on_every_rank, run_world
 
 from megatron_rlpt.errors import EngineError, ModelError, RlptError
 from megatron_rlpt.policy.layout import Layout
@@ -114,11 +114,6 @@ def everything() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
     return run_world(SIZE, everything)
-
-
-def on_every_rank(found: list[dict[str, Any]], name: str) -> Any:
-    assert all(one[name] == found[0][name] for one in found), [one[name] for one in found]
-    return found[0][name]
 
 
 def test_every_rank_gets_all_answers_in_order_from_engines_that_keep_an_episode_together(found):

@@ -68,6 +68,12 @@ def run_world(
         return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(size)]
 
 
+def on_every_rank(found: list[dict[str, Any]], name: str) -> Any:
+    """What all ranks found alike, of what each returned under ``name``."""
+    assert all(one[name] == found[0][name] for one in found), [one[name] for one in found]
+    return found[0][name]
+
+
 def _start(rank: int, size: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         # Everything that can be imported here can be imported there, and by what the worker starts in turn.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_runs import save_model, tiny_config
 from transformers import AutoModelForCausalLM
+from wrong_weights import duplicate, extra, missing, wrong_shape
 
 from megatron_rlpt.config import Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError
@@ -247,23 +248,6 @@ def test_the_policy_does_not_train_the_engine_until_the_next_update(engine, make
     assert engine.generate(asked, LENGTH, 1) == before
     engine.update_weights(TrainingWeights(policy), 2)
     assert engine.generate(asked, LENGTH, 2) != before
-
-
-def missing(weights):
-    return weights[:4] + weights[5:], weights[4][0]
-
-
-def extra(weights):
-    return [*weights[:4], ("model.surplus.weight", torch.zeros(2)), *weights[4:]], "model.surplus.weight"
-
-
-def duplicate(weights):
-    return [*weights[:4], weights[2], *weights[4:]], weights[2][0]
-
-
-def wrong_shape(weights):
-    name, tensor = weights[4]
-    return [*weights[:4], (name, tensor[:-1]), *weights[5:]], name
 
 
 def refuses_until_a_good_update(engine, served_model, weights, message):

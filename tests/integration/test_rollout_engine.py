@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_runs import start_engine, tiny_config
 from transformers import AutoModelForCausalLM
+from wrong_weights import duplicate, extra, missing, wrong_shape
 
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
@@ -138,23 +139,6 @@ def test_truncated_sampling_is_refused(served_model, name, value):
 def test_rollouts_of_another_version_are_refused(engine, version):
     with pytest.raises(EngineError, match="version 7 were asked for, but the engine holds version 0"):
         engine.generate(prompts(1), LENGTH, 7)
-
-
-def missing(weights):
-    return weights[:4] + weights[5:], weights[4][0]
-
-
-def extra(weights):
-    return [*weights[:4], ("model.surplus.weight", torch.zeros(2)), *weights[4:]], "model.surplus.weight"
-
-
-def duplicate(weights):
-    return [*weights[:4], weights[2], *weights[4:]], weights[2][0]
-
-
-def wrong_shape(weights):
-    name, tensor = weights[4]
-    return [*weights[:4], (name, tensor[:-1]), *weights[5:]], name
 
 
 @pytest.mark.parametrize("damage", [missing, extra, duplicate, wrong_shape])

@@ -16,24 +16,31 @@ class Proposer:
 
     original: bool
     rewriter: Rewrites | None
+    """None also where judge workers write the rewrite."""
     engine: RolloutEngine | None
-    rollouts: int
-    """Rollouts per episode; 0 without an engine."""
     suffix_length: int
     run_seed: int
 
-    def propose(self, episodes: Sequence[Episode], version: int) -> tuple[list[Group], list[Failed]]:
-        """One group per episode, and the rewrites that failed (their groups go on without one)."""
+    def propose(self, episodes: Sequence[Episode], rollouts: Sequence[int], version: int) -> list[Group]:
+        """One group per episode.
+
+        Args:
+            episodes: what to continue.
+            rollouts: how many of each episode; all 0 without an engine.
+            version: the policy version that the engine holds.
+        """
         rewrites: list[Candidate | Failed] = self.rewriter.rewrite(episodes) if self.rewriter else []
-        rollouts: list[list[Candidate]] = (
-            sample_rollouts(self.engine, episodes, self.rollouts, self.suffix_length, version, self.run_seed)
+        continued: list[list[Candidate]] = (
+            sample_rollouts(self.engine, episodes, rollouts, self.suffix_length, version, self.run_seed)
             if self.engine
-            else []
+            else [[] for _ in episodes]
         )
         groups = []
         for index, episode in enumerate(episodes):
             candidates = [Candidate(Source.ORIGINAL, episode.suffix)] if self.original else []
-            candidates += [item for item in rewrites[index : index + 1] if isinstance(item, Candidate)]
-            candidates += rollouts[index] if rollouts else []
-            groups.append(Group(episode, tuple(candidates)))
-        return groups, [item for item in rewrites if isinstance(item, Failed)]
+            rewrite = rewrites[index] if rewrites else None
+            candidates += [rewrite] if isinstance(rewrite, Candidate) else []
+            candidates += continued[index]
+            failure = rewrite if isinstance(rewrite, Failed) else None
+            groups.append(Group(episode, tuple(candidates), rewrite_failure=failure))
+        return groups

@@ -1,4 +1,4 @@
-"""The ``rlpt`` command: train, evaluate, convert, config, doctor.
+"""The ``rlpt`` command: train, evaluate, convert, judge, teacher, buffer, config, doctor.
 
 Whatever needs torch is imported inside the command that needs it, so that ``rlpt --help`` and ``rlpt config`` answer
 at once on a login node that has no torch.
@@ -16,7 +16,9 @@ import typer
 from typer.core import TyperGroup
 
 from megatron_rlpt import __version__
+from megatron_rlpt.buffer.cli import buffer_app
 from megatron_rlpt.errors import ConfigError, RlptError
+from megatron_rlpt.teacher.cli import judge_app, teacher_app
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells and schedulers expect."""
@@ -66,6 +68,9 @@ class ConvertDtype(enum.StrEnum):
     fp32 = "fp32"
 
 
+app.add_typer(buffer_app)
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"rlpt {__version__}")
@@ -85,6 +90,10 @@ def _quiet_libraries() -> None:
     from megatron_rlpt.observe.log import quiet_libraries
 
     quiet_libraries()
+
+
+app.add_typer(judge_app, name="judge")
+app.add_typer(teacher_app, name="teacher")
 
 
 @app.command()

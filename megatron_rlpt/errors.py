@@ -58,3 +58,15 @@ class CheckpointError(RlptError):
     """A checkpoint could not be written, is incomplete, or does not belong to this run."""
 
     exit_code = 8
+
+
+class BufferUnavailableError(RlptError):
+    """The rollout buffer's store cannot be reached, opened or read."""
+
+    exit_code = 9
+
+
+class BufferConflictError(RlptError):
+    """The rollout buffer belongs to another run, or another trainer has taken it over."""
+
+    exit_code = 9

@@ -1,14 +1,16 @@
 """The training loop: the whole story in one place.
 
     episodes ──> candidates ──> scores ──> chosen / rejected ──> update ──> weights to the engine
-     stream       proposer       judge        objective          policy        rollout engine
+     stream       proposer      judging       objective          policy        rollout engine
+    └──────────── pipeline ───────────┘
 
-One step takes ``train.global_batch`` episodes and makes at most one optimizer update. Generation, judging and the
-update follow each other, so every rollout comes from the weights it will change (staleness 0), and a run that was
-killed and resumed equals one that was not.
+One step learns from ``train.global_batch`` episodes and makes at most one optimizer update. With ``train.staleness`` 0,
+generation, judging and the update follow each other, so every rollout comes from the weights it will change; with S > 0
+they overlap, and every rollout comes from weights S updates before. Either way a run that was killed and resumed equals
+one that was not.
 
 All ranks of a run go through this loop together and hold the same episodes, groups and figures. How the work is divided
-among them is up to the parts: the engine spreads prompts, the judge groups, the policy examples.
+among them is up to the parts: the engine spreads prompts, judges groups, the policy examples.
 """
 
 from __future__ import annotations
@@ -17,18 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.config import Config
-from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.errors import TrainingError
 from megatron_rlpt.metrics import step_metrics
 from megatron_rlpt.objectives import Objective, Selection
 from megatron_rlpt.observe import StageTimer, get_logger
+from megatron_rlpt.pipeline import Pipeline
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.records import Group
 from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.rollout.residency import Residency
-from megatron_rlpt.teacher.judge import Judge, check_failure_rate
+from megatron_rlpt.teacher.judge import check_failure_rate
 
 _log = get_logger(__name__)
 
@@ -60,9 +61,7 @@ class Training:
     """Everything a run is made of."""
 
     config: Config
-    stream: EpisodeStream
-    proposer: Proposer
-    judge: Judge | None
+    pipeline: Pipeline
     objective: Objective
     policy: Policy
     engine: RolloutEngine | None
@@ -78,22 +77,22 @@ def train(run: Training) -> None:
     """Run until ``train.steps`` steps are done; the last one always leaves a checkpoint."""
     config, stage = run.config, run.timer.stage
     while run.done < config.train.steps:
-        with stage("data"):
-            episodes = run.stream.take(config.train.global_batch)
         with stage("generate"), run.residency.generating():
-            groups, failed_rewrites = run.proposer.propose(episodes, run.policy.version)
+            run.pipeline.propose(run.done, run.policy.version)
         with stage("judge"):
-            groups = run.judge.judge(groups) if run.judge else groups
+            groups = run.pipeline.collect(run.done, run.policy.version)
             failure_rate = check_failure_rate(groups, config.teacher.max_failure_rate)
         with stage("update"), run.residency.training():
             selection = run.objective.select(groups)
             figures = run.policy.update(selection.examples) if selection.examples else {}
             check_agreement(figures, config.rollout.warn_logprob_gap, config.rollout.max_logprob_gap)
+        with stage("settle"):
+            run.pipeline.settle()
         with stage("sync"):
             if run.engine and run.engine.version != run.policy.version:
                 run.engine.update_weights(run.policy.weights(), run.policy.version)
         run.done += 1
-        metrics = step_metrics(groups, selection, figures, failure_rate, len(failed_rewrites), run.timer.end_step())
+        metrics = step_metrics(groups, selection, figures, failure_rate, run.timer.end_step())
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
         run.saver.poll()
         if run.done % config.checkpoint.every == 0 or run.done == config.train.steps:
@@ -106,7 +105,9 @@ def train(run: Training) -> None:
 def check_agreement(figures: dict[str, float], warn: float, stop: float) -> None:
     """Compare what the engine that generated and the policy that learns say of the same tokens.
 
-    Above ``warn`` nats per token, mean absolute difference of log-probabilities, a warning is logged.
+    Above ``warn`` nats per token, mean absolute difference of log-probabilities, a warning is logged. With
+    ``train.staleness`` the updates in between are part of the difference, and a reason to stop as well: a policy that
+    moves so far in so few updates does not learn from its own rollouts any more.
 
     Raises:
         TrainingError: the difference is above ``stop``.

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from megatron_rlpt.objectives import Selection
 from megatron_rlpt.records import Group, Source
+from megatron_rlpt.teacher.health import judge_health
 
 
 def step_metrics(
@@ -14,14 +15,14 @@ def step_metrics(
     selection: Selection,
     update: Mapping[str, float],
     failure_rate: float,
-    failed_rewrites: int,
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
     """Flat name -> value.
 
     ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on) and ``seconds``
     the time by stage. Rewards are per source, over candidates that have a score. ``<source>_chosen_rate`` is the share
-    of the update's examples whose chosen candidate came from that source (paper, Figure 8, for rollouts).
+    of the update's examples whose chosen candidate came from that source (paper, Figure 8, for rollouts). What starts
+    with ``judge/`` is explained in ``teacher/health.py``.
     """
     metrics = dict(update)
     examples = selection.examples
@@ -42,7 +43,10 @@ def step_metrics(
         metrics[f"skipped/{reason.replace(' ', '_')}"] = count
     metrics["duplicates"] = selection.duplicates
     metrics["failure_rate"] = failure_rate
-    metrics["failed_rewrites"] = failed_rewrites
+    metrics["failed_rewrites"] = sum(group.rewrite_failure is not None for group in groups)
+    metrics["rollouts"] = fmean(sum(candidate.source is Source.ROLLOUT for candidate in group.candidates)
+                                for group in groups)  # fmt: skip
+    metrics |= judge_health(groups)
     metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
     metrics["seconds/total"] = sum(seconds.values())
     return metrics

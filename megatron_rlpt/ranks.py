@@ -168,6 +168,7 @@ class Ranks:
             layout: how the ranks are divided; None is a world of one.
             timeout: seconds a rank may keep the others waiting before it is reported as absent.
         """
+        self._arguments = (rank, layout, timeout)
         self.rank = rank
         self.size = layout.world if layout else 1
         self.is_main = rank == 0
@@ -189,6 +190,18 @@ class Ranks:
             self._replica: Any = [
                 new_group(members, backend="gloo", timeout=self._timeout) for members in self._replicas
             ][self._mine]
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a rank may keep the others waiting."""
+        return self._timeout.total_seconds()
+
+    def twin(self) -> Ranks:
+        """The same ranks with process groups of their own, for a second thread; a collective over all of them.
+
+        Collectives of two threads on one group would meet each other's.
+        """
+        return Ranks(*self._arguments)
 
     def barrier(self, phase: str) -> None:
         """Wait until every rank is here.

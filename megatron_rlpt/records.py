@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -75,12 +75,27 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What judging a group took from the teacher."""
+
+    calls: int
+    prompt_tokens: int
+    answer_tokens: int
+    seconds: float
+    """From the first question to the last answer, waiting for other groups included."""
+
+
+@dataclass(frozen=True)
 class Group:
     """An episode with its candidates and, once judged, one outcome per candidate (same order)."""
 
     episode: Episode
     candidates: tuple[Candidate, ...]
     outcomes: tuple[Score | Failed, ...] = ()
+    rewrite_failure: Failed | None = None
+    """Why the group has no rewrite, where one was asked for."""
+    cost: Cost | None = field(default=None, compare=False)
+    """None without a prompted judge. Groups with the same outcomes are equal, however long it took."""
 
     def scored(self) -> list[tuple[Candidate, Score]]:
         """Candidates that have a score, in candidate order."""
@@ -89,6 +104,19 @@ class Group:
             for candidate, outcome in zip(self.candidates, self.outcomes, strict=True)
             if isinstance(outcome, Score)
         ]
+
+
+def without_stale(group: Group, version: int, bound: int) -> Group:
+    """``group`` with rollouts more than ``bound`` updates older than ``version`` as failures; the rest never goes bad.
+
+    Old rollouts are not what the policy of today would say, so nothing should be learnt from how they rank.
+    """
+    outcomes = list(group.outcomes)
+    for index, candidate in enumerate(group.candidates):
+        if candidate.policy_version is not None and version - candidate.policy_version > bound:
+            detail = {"rollout_version": candidate.policy_version, "version": version, "bound": bound}
+            outcomes[index] = Failed("stale rollout", detail)
+    return replace(group, outcomes=tuple(outcomes)) if group.outcomes else group
 
 
 def derive_seed(*parts: object) -> int:

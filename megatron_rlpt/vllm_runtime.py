@@ -11,7 +11,7 @@ import gc
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -114,6 +114,30 @@ def vllm_environment(
         # The CPU worker replaces the function itself (vllm/v1/worker/cpu_worker.py: init_device).
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+
+
+def generate_at_once(llm: Any, prompts: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
+    """``llm.generate``, with all requests there before the first of them is begun.
+
+    An engine in a process of its own begins with what has arrived, so that chance decides which requests are computed
+    together, and with that the last bits of their log-probabilities. Paused meanwhile, it begins with all of them.
+
+    Args:
+        llm: a ``vllm.LLM``.
+        prompts: what ``llm.generate`` takes.
+        parameters: sampling parameters of each prompt.
+
+    Returns:
+        vLLM's outputs, in the order of ``prompts``.
+    """
+    core = llm.llm_engine.engine_core
+    call: Callable[..., Any] = getattr(core, "call_utility", lambda *_: None)  # an engine in this process has none
+    call("pause_scheduler", "keep", False)
+    try:
+        llm.enqueue(prompts, parameters, use_tqdm=False)
+    finally:
+        call("resume_scheduler")
+    return list(llm.wait_for_completion(use_tqdm=False))
 
 
 def _visible_gpu(index: int) -> str:

@@ -1,11 +1,13 @@
-"""Shared by all tests: a tiny model with a real tokenizer, the demo's model, a small corpus."""
+"""Shared by all tests: a tiny model with a real tokenizer, the demo's model, a small corpus, a Redis server."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from redis_server import RedisServer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
@@ -68,3 +70,28 @@ def corpus(tmp_path_factory) -> Path:
         for _ in range(60):
             handle.write(json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.randrange(40, 81)))}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory):
+    """A Redis server that all tests share, each with buffers of names of its own."""
+    with RedisServer(tmp_path_factory.mktemp("redis") / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def rlpt(monkeypatch, capfd):
+    """The command in this process, from its arguments to its exit code, standard output and standard error."""
+    from megatron_rlpt import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlpt", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as left:
+            code = left.code or 0
+        return code, *capfd.readouterr()
+
+    return run

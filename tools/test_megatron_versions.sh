@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Run the policy's tests under every supported release of Megatron-Core. Not part of the ordinary test run: it sets up
-# an environment of its own, because releases from 0.17 on need Python 3.12, and takes several minutes per release.
+# Run the tests of the policy and of Megatron's own rollouts under every supported release of Megatron-Core. Not part of
+# the ordinary test run: it sets up an environment of its own, because releases from 0.17 on need Python 3.12, and takes
+# several minutes per release.
 #
 #   bash tools/test_megatron_versions.sh [pytest arguments]
 #
-# Without arguments it runs tests/unit/policy, tests/unit/checkpoint and tests/distributed.
+# Without arguments it runs tests/unit/{policy,checkpoint,rollout}, tests/distributed and
+# tests/integration/test_megatron_engine.py. vLLM is not installed: tests that start it are skipped.
 #
 #   RLPT_PYTHON312      interpreter to use (default: python3.12)
 #   RLPT_VERSIONS       releases to test (default: the newest of every supported series)
@@ -16,8 +18,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VERSIONS=${RLPT_VERSIONS:-0.16.1 0.17.1 0.18.2 0.19.2}
 FOLDER=${RLPT_VERSIONS_DIR:-.venv-megatron}
 PYTHON=${RLPT_PYTHON312:-python3.12}
-# Same versions as in tools/cpu-lock.txt; vLLM is left out, the policy does not need it.
-PACKAGES="numpy einops transformers safetensors omegaconf typer rich psutil xxhash gguf tensorboard pytest pytest-timeout"
+# Same versions as in tools/cpu-lock.txt; vLLM is left out, neither the policy nor these rollouts need it.
+PACKAGES="numpy einops transformers safetensors omegaconf typer rich psutil xxhash gguf tensorboard pytest pytest-timeout hypothesis"
 
 die() { echo "error: $*" >&2; exit 1; }
 
@@ -40,7 +42,7 @@ pip ${RLPT_TORCH_INDEX:+--extra-index-url "$RLPT_TORCH_INDEX"} "$(pinned torch)"
 pip $(pinned $PACKAGES)
 pip --no-deps --editable .  # checkpoints note its version
 
-[ $# -gt 0 ] || set -- tests/unit/policy tests/unit/checkpoint tests/distributed
+[ $# -gt 0 ] || set -- tests/unit/{policy,checkpoint,rollout} tests/distributed tests/integration/test_megatron_engine.py
 failed=""
 for version in $VERSIONS; do
     target=$FOLDER/megatron-core-$version

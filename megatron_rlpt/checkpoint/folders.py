@@ -22,6 +22,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(final: Path) -> int:
+    """Steps that were done when the published checkpoint ``final`` was taken."""
+    return int(final.name.removeprefix("step-"))
+
+
 def partial_of(final: Path) -> Path:
     """Where a checkpoint is written before it has its name."""
     return final.with_name(final.name + ".partial")
@@ -30,7 +35,7 @@ def partial_of(final: Path) -> Path:
 def published(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     named = (path for path in folder.glob("step-*") if _PUBLISHED.fullmatch(path.name) and path.is_dir())
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(named, key=step_of)
 
 
 def last_good(folder: Path) -> str:

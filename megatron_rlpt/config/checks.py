@@ -7,8 +7,10 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
-from megatron_rlpt.config.schema import AxisConfig, Config, JudgeName, ObjectiveName
+from megatron_rlpt.buffer.address import RedisAddress, check_name, parse_url
+from megatron_rlpt.config.schema import AxisConfig, Config, EndpointConfig, JudgeName, ObjectiveName, QualityConfig
 from megatron_rlpt.errors import ConfigError
 
 _Check = tuple[str, Callable[[Any], bool], str]
@@ -27,6 +29,10 @@ _RANGES: list[_Check] = [
     ("data.shuffle_buffer", lambda v: v >= 1, "at least 1"),
     ("data.max_bad_fraction", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("candidates.rollouts", lambda v: v >= 0, "0 or more"),
+    ("candidates.curriculum.start", lambda v: v >= 0, "0 or more"),
+    ("candidates.curriculum.grow_above", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("candidates.curriculum.window", lambda v: v >= 1, "at least 1"),
+    ("candidates.curriculum.probe", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("rollout.temperature", lambda v: v > 0, "above 0"),
     ("rollout.max_batch", lambda v: v >= 1, "at least 1"),
     ("rollout.kv_cache_gib", lambda v: v > 0, "above 0"),
@@ -45,6 +51,15 @@ _RANGES: list[_Check] = [
     ("teacher.max_context", lambda v: v >= 1, "at least 1"),
     ("teacher.kv_cache_gib", lambda v: v > 0, "above 0"),
     ("teacher.max_failure_rate", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ("teacher.workers.groups", lambda v: v >= 1, "at least 1"),
+    ("teacher.workers.lease", lambda v: v > 0, "above 0 seconds"),
+    ("teacher.workers.max_attempts", lambda v: v >= 1, "at least 1"),
+    ("teacher.workers.request_deadline", lambda v: v > 0, "above 0 seconds"),
+    ("teacher.workers.group_deadline", lambda v: v > 0, "above 0 seconds"),
+    ("teacher.workers.drain", lambda v: v >= 0, "0 seconds or more"),
+    ("teacher.workers.metrics_port", lambda v: -1 <= v <= 65535, "a port, 0 (a free one) or -1 (off)"),
+    ("buffer.retry", lambda v: v >= 0, "0 seconds or more"),
+    ("buffer.max_pause", lambda v: v >= 0, "0 (for ever) or more seconds"),
     ("objective.beta", lambda v: v > 0, "above 0"),
     ("objective.reference_refresh", lambda v: v >= 0, "0 (frozen) or more"),
     ("objective.clip_low", lambda v: 0 < v < 1, "above 0 and below 1"),
@@ -60,6 +75,7 @@ _RANGES: list[_Check] = [
     ("train.steps", lambda v: v >= 1, "at least 1"),
     ("train.global_batch", lambda v: v >= 1, "at least 1"),
     ("train.micro_batch", lambda v: v >= 1, "at least 1"),
+    ("train.staleness", lambda v: v >= 0, "0 or more"),
     ("train.logprob_chunk", lambda v: v >= 1, "at least 1"),
     ("checkpoint.every", lambda v: v >= 1, "at least 1"),
     ("checkpoint.keep", lambda v: v >= 1, "at least 1"),
@@ -67,6 +83,12 @@ _RANGES: list[_Check] = [
     ("evaluation.prefixes", lambda v: v >= 2, "at least 2 (an interval needs two)"),
     ("evaluation.samples", lambda v: v >= 1, "at least 1"),
     ("evaluation.examples", lambda v: v >= 0, "0 or more"),
+]
+
+_ENDPOINT_RANGES: list[_Check] = [
+    ("weight", lambda v: math.isfinite(v) and v > 0, "above 0"),
+    ("concurrency", lambda v: v >= 1, "at least 1"),
+    ("tokens_per_second", lambda v: math.isfinite(v) and v >= 0, "0 (unknown) or more"),
 ]
 
 _JUDGED = (ObjectiveName.rf_nll, ObjectiveName.online_dpo, ObjectiveName.grpo)
@@ -100,7 +122,7 @@ def validate(config: Config) -> None:
         if not operator.attrgetter(required)(config):
             raise ConfigError(f"{required} is empty; allowed: the path of a folder")
     for name in ("quality", "safety", "factuality"):
-        axis: AxisConfig = getattr(config.teacher.generative, name)
+        axis: AxisConfig | QualityConfig = getattr(config.teacher.generative, name)
         if axis.weight < 0 or axis.votes < 1:
             raise ConfigError(
                 f"teacher.generative.{name} has weight {axis.weight} and {axis.votes} votes; "
@@ -108,7 +130,28 @@ def validate(config: Config) -> None:
             )
     _check_sampling(config)
     _check_lengths(config)
+    _check_buffer(config)
     _check_objective(config)
+    _check_endpoints(config)
+    _check_workers(config)
+
+
+def check_endpoint(endpoint: EndpointConfig, key: str) -> None:
+    """Check one server of the teacher, out of the configuration or announced while running.
+
+    Raises:
+        ConfigError: names the field below ``key``, its value and what is allowed.
+    """
+    if not _is_address(endpoint.url):
+        # The value is not repeated: what is wrong about it may be a password.
+        raise ConfigError(
+            f"{key}.url is not an address; allowed: http:// or https:// with a host, as http://host:8000/v1, without "
+            "user, password and query (a key goes into the variable that api_key_env names)"
+        )
+    for name, accepts, allowed in _ENDPOINT_RANGES:
+        value = getattr(endpoint, name)
+        if not accepts(value):
+            raise ConfigError(f"{key}.{name} is {value}; allowed: {allowed}")
 
 
 def _floats(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -156,6 +199,17 @@ def _check_lengths(config: Config) -> None:
         )
 
 
+def _check_buffer(config: Config) -> None:
+    settings = config.buffer
+    address = parse_url(settings.url) if settings.url else None
+    if settings.name:
+        check_name(settings.name)
+    if settings.password_file and not isinstance(address, RedisAddress):
+        raise ConfigError(
+            f"buffer.password_file is {settings.password_file}; allowed: empty, because buffer.url is not redis://"
+        )
+
+
 def _check_objective(config: Config) -> None:
     name, offered = config.objective.name, config.candidates
     count = int(offered.original) + int(offered.rewrite) + offered.rollouts
@@ -183,6 +237,7 @@ def _check_objective(config: Config) -> None:
                 f"candidates offers {count} candidate(s) per episode; allowed: at least 2, because "
                 f"objective.name={name.name} compares them"
             )
+    _check_curriculum(config)
     axes = config.teacher.generative
     generative = needs_judge(name) and config.teacher.judge == JudgeName.generative
     if generative and not any(axis.weight for axis in (axes.quality, axes.safety, axes.factuality)):
@@ -201,6 +256,47 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             f"candidates (rewrite={offered.rewrite}, rollouts={offered.rollouts}) offers what "
             f"objective.name={name.name} never looks at; set rewrite=false and rollouts=0 where they are unused"
+        )
+
+
+def _check_workers(config: Config) -> None:
+    """A model in the worker itself scores likelihood and does nothing else."""
+    if not config.teacher.workers.own_model:
+        return
+    other = "teacher.judge=generative" if config.teacher.judge == JudgeName.generative else ""
+    other = "candidates.rewrite=true" if config.candidates.rewrite else other
+    if other:
+        raise ConfigError(
+            f"teacher.workers.own_model is true; allowed: false, because {other} needs a server that generates text"
+        )
+
+
+def _check_curriculum(config: Config) -> None:
+    """While there are no rollouts yet, the rest has to be enough to learn from."""
+    name, offered = config.objective.name, config.candidates
+    start = offered.curriculum.start
+    if not offered.curriculum.enabled:
+        return
+    if not needs_judge(name):
+        raise ConfigError(
+            f"candidates.curriculum.enabled is true; allowed: false, because objective.name={name.name} has no judge "
+            "to say how often rollouts win"
+        )
+    if name == ObjectiveName.grpo:
+        raise ConfigError(
+            "candidates.curriculum.enabled is true; allowed: false, because objective.name=grpo offers nothing but "
+            "rollouts, which then win always"
+        )
+    least = max(0, 2 - int(offered.original) - int(offered.rewrite))
+    if not least <= start <= offered.rollouts:
+        raise ConfigError(
+            f"candidates.curriculum.start is {start}; allowed: {least} (two candidates per episode) to "
+            f"candidates.rollouts = {offered.rollouts}"
+        )
+    if least == 2:
+        raise ConfigError(
+            "candidates.curriculum.enabled is true; allowed: false without candidates.original or candidates.rewrite, "
+            "because rollouts then win always"
         )
 
 
@@ -223,3 +319,24 @@ def _check_grpo(config: Config) -> None:
             f"rollout.temperature is {config.rollout.temperature}; allowed: 1.0, because objective.name=grpo follows "
             "the gradient of the distribution that was sampled from"
         )
+
+
+def _check_endpoints(config: Config) -> None:
+    seen: set[str] = set()
+    for index, endpoint in enumerate(config.teacher.workers.endpoints):
+        key = f"teacher.workers.endpoints[{index}]"
+        check_endpoint(endpoint, key)
+        if endpoint.url.rstrip("/") in seen:
+            raise ConfigError(f"{key}.url is {endpoint.url}; allowed: every server once")
+        seen.add(endpoint.url.rstrip("/"))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    plain = not (parts.username or parts.password or parts.query or parts.fragment or "@" in parts.netloc)
+    written = url.isascii() and url.isprintable() and " " not in url
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and plain and written

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rlpt.config.checks import validate
-from megatron_rlpt.config.schema import Config, SourceConfig
+from megatron_rlpt.config.schema import Config, EndpointConfig, SourceConfig
 from megatron_rlpt.errors import ConfigError, first_line
 
 
@@ -177,6 +177,7 @@ _LIST_ITEMS: dict[str, type] = {
     "data.sources": SourceConfig,
     "data.heldout": SourceConfig,
     "evaluation.ngram_corpus": SourceConfig,
+    "teacher.workers.endpoints": EndpointConfig,
 }
 
 

@@ -58,6 +58,28 @@ class JudgeName(enum.StrEnum):
     generative = "generative"
 
 
+class PairScheme(enum.StrEnum):
+    """Who is compared with whom; one coroutine in ``teacher/schemes.py`` each."""
+
+    round_robin = "round_robin"
+    pivot = "pivot"
+    tournament = "tournament"
+
+
+class OptionOrder(enum.StrEnum):
+    """In which order the two options of a comparison are shown."""
+
+    random = "random"
+    both = "both"
+
+
+class TeacherPlace(enum.StrEnum):
+    """Where the teacher works."""
+
+    trainer = "trainer"
+    workers = "workers"
+
+
 class SourceFormat(enum.StrEnum):
     """How a data source is stored; ``auto`` looks at the path."""
 
@@ -162,6 +184,22 @@ class DataConfig:
 
 
 @dataclass
+class CurriculumConfig:
+    """Growth of the number of rollouts, so that early steps do not pay for rollouts that lose."""
+
+    enabled: bool = False
+    """Begin with few rollouts; off offers ``candidates.rollouts`` from the first step."""
+    start: int = 1
+    """Rollouts per episode at the start; doubled (from 0 to 1) up to ``candidates.rollouts``."""
+    grow_above: float = 0.3
+    """Share of episodes won by a rollout, over the last ``window`` that had one, above which the number grows."""
+    window: int = 256
+    """Episodes with a rollout that the share is taken over; a number is kept for at least so many."""
+    probe: float = 0.125
+    """Share of episodes that have one rollout nevertheless while the number is 0."""
+
+
+@dataclass
 class CandidatesConfig:
     """What is offered to the judge for every episode."""
 
@@ -171,6 +209,7 @@ class CandidatesConfig:
     """Offer the teacher's rewrite of the suffix as a candidate."""
     rollouts: int = 8
     """Rollouts of the current policy per episode (K; paper: 1 to 16)."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
 
 @dataclass
@@ -212,21 +251,36 @@ class LikelihoodConfig:
 
 
 @dataclass
+class QualityConfig:
+    """The pairwise axis of the generative judge."""
+
+    weight: float = 1.0
+    """Weight of this axis in the summed reward; 0 leaves it out."""
+    votes: int = 5
+    """Judgments asked for per pair (paper: 5); a tournament has as many more comparisons, but spreads them."""
+    scheme: PairScheme = PairScheme.tournament
+    """Who is compared with whom: all with all, a tournament that finds the best and the worst with a third of the
+    comparisons (or fewer), or all with one (pivot: cheap, and worse results in the paper)."""
+    order: OptionOrder = OptionOrder.random
+    """Order of the two options: drawn, then by turns; or every comparison in both orders, at twice the price."""
+
+
+@dataclass
 class AxisConfig:
-    """One axis of the generative judge."""
+    """One pointwise axis of the generative judge."""
 
     weight: float = 0.0
     """Weight of this axis in the summed reward; 0 leaves it out."""
     votes: int = 5
-    """Judgments asked for per comparison or candidate (paper: 5)."""
+    """Judgments asked for per candidate (paper: 5)."""
 
 
 @dataclass
 class GenerativeConfig:
     """The generative judge: prompts a post-trained model and parses its verdicts."""
 
-    quality: AxisConfig = field(default_factory=lambda: AxisConfig(weight=1.0))
-    """Pairwise: which continuation is better (round robin over all candidates, random order)."""
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    """Pairwise: which continuation is better."""
     safety: AxisConfig = field(default_factory=AxisConfig)
     """Pointwise: is the text safe."""
     factuality: AxisConfig = field(default_factory=AxisConfig)
@@ -252,6 +306,49 @@ class RewriterConfig:
 
 
 @dataclass
+class EndpointConfig:
+    """One server of the teacher that speaks OpenAI's API."""
+
+    url: str = MISSING
+    """Base address, as http://host:8000/v1."""
+    model: str = ""
+    """Model to ask for; empty is the first that the server lists."""
+    weight: float = 1.0
+    """Relative share of requests sent here."""
+    concurrency: int = 32
+    """Most requests under way at once."""
+    tokens_per_second: float = 0.0
+    """Slowest speed at which one request of a full server generates; a deadline too short for it is refused. 0 is
+    unknown: measured at the start."""
+    api_key_env: str = ""
+    """Name of the environment variable that holds the key; empty is none."""
+
+
+@dataclass
+class WorkersConfig:
+    """Judge workers, which take groups out of the rollout buffer; started with ``rlpt judge serve``."""
+
+    endpoints: list[EndpointConfig] = field(default_factory=list)
+    """Servers of the teacher; those announced in the buffer are used as well."""
+    groups: int = 8
+    """Groups one worker judges at once."""
+    lease: float = 60.0
+    """Seconds after which the groups of a worker that gives no sign of life go to another."""
+    max_attempts: int = 3
+    """Claims after which a group is given up."""
+    request_deadline: float = 120.0
+    """Seconds for one answer of the teacher, retries included."""
+    group_deadline: float = 900.0
+    """Seconds for all answers about one group; then it goes back, and is given up at the last attempt."""
+    drain: float = 30.0
+    """Seconds that a worker which is told to stop has to finish what it holds; the rest goes back."""
+    own_model: bool = False
+    """Score likelihood with a model in the worker itself instead of asking servers; for ``judge: likelihood``."""
+    metrics_port: int = 0
+    """Port of the Prometheus metrics of a worker; 0 chooses a free one, -1 is off."""
+
+
+@dataclass
 class TeacherConfig:
     """The post-trained model in its two roles, judge and rewriter."""
 
@@ -267,7 +364,26 @@ class TeacherConfig:
     kv_cache_gib: float = 1.0
     """Memory for the key-value cache of the teacher's engine, in GiB."""
     max_failure_rate: float = 0.2
-    """Share of failed judgments in a step above which the run stops."""
+    """Share of failed judgments in a step above which the run stops, or with workers pauses."""
+    place: TeacherPlace = TeacherPlace.trainer
+    """Who judges and rewrites: the trainer itself, or workers that take groups out of the rollout buffer."""
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+
+@dataclass
+class BufferConfig:
+    """Where groups wait for judges and trainer, when judging is done by workers."""
+
+    url: str = ""
+    """sqlite:///path, redis://host:port/database or rediss://; empty is sqlite in ``run.dir``."""
+    name: str = ""
+    """What this run is called in a store that several share; empty is the name of ``run.dir``."""
+    password_file: str = ""
+    """File of mode 0600 with the password of Redis; empty reads RLPT_BUFFER_PASSWORD, if that is set."""
+    retry: float = 60.0
+    """Seconds to go on trying while the store cannot be reached."""
+    max_pause: float = 0.0
+    """Seconds the trainer waits for judges that fail too often, or do not come, before it stops; 0 waits for ever."""
 
 
 @dataclass
@@ -324,6 +440,9 @@ class TrainConfig:
     """Episodes per optimizer update (paper: 256)."""
     micro_batch: int = 8
     """Episodes per forward-backward pass; memory grows with it, the result does not change."""
+    staleness: int = 0
+    """Steps between the proposal of a batch and its update. 0 does one after the other; with 1 or more the next batches
+    are generated and judged meanwhile, by weights that lack as many updates."""
     logprob_chunk: int = 1024
     """Tokens whose vocabulary logits exist at the same time, per rank."""
     recompute: Recompute = Recompute.none
@@ -383,6 +502,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

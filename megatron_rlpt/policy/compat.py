@@ -6,6 +6,7 @@ Each entry names the release and the file of ``megatron/core`` that makes it nec
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -64,6 +65,70 @@ def own_writer_arguments(async_save: Callable[..., Any]) -> dict[str, Any]:
     # From 0.17 on, dist_checkpointing/strategies/torch.py, the default is that of nvidia-resiliency-ext, an error
     # where that is not installed.
     return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(async_save).parameters else {}
+
+
+def static_context(batch: int, tokens: int, groups: Any) -> Any:
+    """A key-value cache, not yet allocated, for ``batch`` sequences of ``tokens`` tokens: ``StaticInferenceContext``.
+
+    Args:
+        batch: sequences.
+        tokens: prompt and continuation of the longest.
+        groups: ``ProcessGroupCollection`` of the model that uses it.
+    """
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    context: Any = StaticInferenceContext(max_batch_size=batch, max_sequence_length=tokens)
+    # From 0.17 on, inference/contexts/base_context.py: wrapper and controller read the groups from the context's
+    # configuration, and where it has none take those of the training layout. 0.16 is given them apart.
+    if hasattr(context, "config"):
+        context.config.pg_collection = groups
+    return context
+
+
+def inference_wrapper(model: Any, context: Any, max_batch: int, max_tokens: int) -> Any:
+    """``model``, a ``GPTModel`` with ``pg_collection``, as ``GPTInferenceWrapper`` for the static generation loop.
+
+    Args:
+        model: what generates.
+        context: of ``static_context``, with the groups of the model. May be replaced by a larger one afterwards.
+        max_batch: sequences of the largest context.
+        max_tokens: tokens of the longest sequence.
+    """
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+
+    wrapper: Any = GPTInferenceWrapper
+    name = "megatron.core.inference.model_inference_wrappers.inference_wrapper_config"
+    # From 0.17 on everything is known from the model and the context, and this module is gone.
+    if importlib.util.find_spec(name) is None:
+        return wrapper(model, context)
+    sizes = importlib.import_module(name).InferenceWrapperConfig(
+        hidden_size=model.config.hidden_size,
+        params_dtype=model.config.params_dtype,
+        inference_batch_times_seqlen_threshold=-1,
+        padded_vocab_size=model.vocab_size,
+        inference_max_requests=max_batch,
+        inference_max_seq_length=max_tokens,
+    )
+    return wrapper(model, sizes, context, model.pg_collection)
+
+
+def pipeline_group_arguments(controller: Callable[..., Any], wrapper: Any) -> dict[str, Any]:
+    """Arguments with which ``TextGenerationController`` takes the pipeline group of ``wrapper``."""
+    # 0.16, inference/text_generation_controllers/text_generation_controller.py; from 0.17 on it is the context's.
+    return {"pp_group": wrapper.pp_group} if "pp_group" in inspect.signature(controller).parameters else {}
+
+
+def plan_transfers(source: Any, target: Any) -> Any:
+    """How the parameters of ``source`` get to ``target``, for ``execute_reshard_plan``; a collective over all ranks.
+
+    Whoever asks keeps it. From 0.17 on, resharding/refit.py keeps one plan per layout in the process, which a second
+    model with weights of other names would be given.
+    """
+    from megatron.core import resharding
+
+    # 0.19 has another name for it, and warns under the old one.
+    new = getattr(resharding, "build_local_reshard_plan", None)
+    return (new or resharding.build_centralized_reshard_plan)(source, target)
 
 
 def adapt(module: types.ModuleType) -> None:

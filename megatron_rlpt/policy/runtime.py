@@ -50,6 +50,9 @@ class _CpuStream:
     def wait_stream(self, stream: object) -> None:
         """Nothing to wait for."""
 
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
 
 class _CpuEvent:
     """``torch.cuda.Event`` on a CPU, where the time of an operation is the time of its call."""

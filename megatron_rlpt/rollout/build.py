@@ -37,7 +37,7 @@ def check_offload(config: Config, world_size: int) -> None:
         reason = "candidates.rollouts is 0, so there is none"
     elif config.rollout.engine is EngineName.megatron:
         reason = "rollout.engine=megatron never sleeps"
-    elif vllm_engine.choose_placement(world_size)[0] is Placement.OWN_GPU:
+    elif vllm_engine.choose_placement(vllm_engine.needs_process(config, world_size))[0] is Placement.OWN_GPU:
         reason = "on this machine every rollout engine has a GPU of its own"
     else:
         return
@@ -71,13 +71,25 @@ def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, 
 
         engine = megatron_engine.start_policy_engine(config, runtime, ranks)
     elif ranks.size == 1:
-        engine = vllm_engine.start_policy_engine(config)
+        engine = vllm_engine.start_policy_engine(config, vllm_engine.needs_process(config, 1))
     else:
-        # Without GPUs engines would only take cores from each other.
-        owners = range(ranks.size) if torch.cuda.is_available() else [0]
-        engine = WorldEngine(lambda: vllm_engine.start_policy_engine(config, ranks.size), owners, ranks)
+        owners = range(engine_count(ranks))
+        engine = WorldEngine(lambda: vllm_engine.start_policy_engine(config, apart=True), owners, ranks)
     engine.self_check(policy.weights, policy.version)
     return engine
+
+
+def engine_count(ranks: Ranks) -> int:
+    """Engines of a world: one a rank; one in all without GPUs, where they would only take cores from each other."""
+    return ranks.size if torch.cuda.is_available() else 1
+
+
+def may_generate_beside(engine: RolloutEngine | None) -> bool:
+    """Whether ``engine`` can generate while the policy trains: it has its own process, and shares no GPU with it."""
+    own = engine.own if isinstance(engine, WorldEngine) else engine
+    if isinstance(engine, WorldEngine) and own is None:
+        return True  # a rank without an engine does as the rank that has the only one, where there are no GPUs
+    return isinstance(own, VllmEngine) and own.apart and not own.sleeping_frees
 
 
 def build_residency(config: Config, engine: RolloutEngine | None, policy: Policy, ranks: Ranks) -> Residency:

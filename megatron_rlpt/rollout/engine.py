@@ -60,16 +60,24 @@ class RolloutEngine(Protocol):
 
 
 def sample_rollouts(
-    engine: RolloutEngine, episodes: Sequence[Episode], count: int, max_tokens: int, version: int, run_seed: int
+    engine: RolloutEngine,
+    episodes: Sequence[Episode],
+    counts: Sequence[int],
+    max_tokens: int,
+    version: int,
+    run_seed: int,
 ) -> list[list[Candidate]]:
-    """``count`` rollouts of every episode under the policy of ``version``.
+    """So many rollouts of each episode as ``counts`` says, under the policy of ``version``.
 
     The seed of rollout k depends on the run seed, the episode and k alone, so a resumed run draws the same tokens.
 
     Raises:
         EngineError: the engine holds another version, or did not answer every prompt.
     """
-    seeds = [[derive_seed(run_seed, episode.id, k) for k in range(count)] for episode in episodes]
+    seeds = [
+        [derive_seed(run_seed, episode.id, k) for k in range(count)]
+        for episode, count in zip(episodes, counts, strict=True)
+    ]
     prompts = [Prompt(episode.prefix, seed) for episode, own in zip(episodes, seeds, strict=True) for seed in own]
     generated = engine.generate(prompts, max_tokens, version)
     if len(generated) != len(prompts):

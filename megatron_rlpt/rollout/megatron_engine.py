@@ -21,6 +21,7 @@ from typing import Any
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
+from megatron_rlpt.policy.compat import inference_wrapper, static_context
 from megatron_rlpt.policy.families import Architecture, read_architecture
 from megatron_rlpt.policy.model import torch_dtype_of
 from megatron_rlpt.policy.runtime import DeviceRuntime
@@ -63,9 +64,6 @@ class MegatronEngine:
             EngineError: sampling is truncated, the model has experts, or the cache is too small for one sequence.
             ModelError: the folder cannot be used.
         """
-        from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-        from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
-
         from megatron_rlpt.rollout.megatron_model import build_rollout_model
         from megatron_rlpt.rollout.megatron_refit import RolloutWeights
         from megatron_rlpt.rollout.megatron_sampling import SeededController
@@ -82,7 +80,8 @@ class MegatronEngine:
         self._max_sequence = max_sequence
         self._max_batch = config.max_batch
         model = build_rollout_model(arch, dtype, runtime)
-        self._tensor = model.pg_collection.tp
+        self._groups = model.pg_collection
+        self._tensor = self._groups.tp
         self._cache_tokens = _cache_tokens(config, arch, dtype, self._tensor.size())
         if self._cache_tokens < max_sequence:
             needed = config.kv_cache_gib * max_sequence / max(self._cache_tokens, 1)
@@ -92,19 +91,7 @@ class MegatronEngine:
             )
         stop_tokens = end_of_sequence(model_path)
         with runtime.megatron():
-            self._wrapped: Any = GPTInferenceWrapper(
-                model,
-                InferenceWrapperConfig(
-                    hidden_size=arch.hidden,
-                    params_dtype=torch_dtype_of(dtype),
-                    inference_batch_times_seqlen_threshold=-1,
-                    padded_vocab_size=arch.padded_vocab,
-                    inference_max_requests=config.max_batch,
-                    inference_max_seq_length=max_sequence,
-                ),
-                _context(1, 1),
-                model.pg_collection,
-            )
+            self._wrapped: Any = inference_wrapper(model, self._no_context(), config.max_batch, max_sequence)
             self._controller = SeededController(
                 self._wrapped, vocab=arch.vocab, stop_tokens=stop_tokens, temperature=config.temperature
             )
@@ -191,14 +178,19 @@ class MegatronEngine:
             batch = [prompts[index] for index in indices]
             # A cache of its own for every batch, of its size: nothing computed under old weights can be read, and
             # between calls the memory is the trainer's.
-            self._wrapped.inference_context = _context(len(batch), len(batch[-1].prefix) + max_tokens)
+            self._wrapped.inference_context = static_context(
+                len(batch), len(batch[-1].prefix) + max_tokens, self._groups
+            )
             try:
                 with self._runtime.megatron():
                     generated = self._controller.continuations(batch, max_tokens)
             finally:
-                self._wrapped.inference_context = _context(1, 1)
+                self._wrapped.inference_context = self._no_context()
             answers.update(zip(indices, generated, strict=True))
         return [answers[index] for index in range(len(prompts))]
+
+    def _no_context(self) -> Any:
+        return static_context(1, 1, self._groups)
 
     def _batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         """Indices of prompts by length, cut into batches that fit, the longest of each last.
@@ -228,12 +220,6 @@ def start_policy_engine(config: Config, runtime: DeviceRuntime, ranks: Ranks) ->
         dtype=config.model.dtype,
         max_sequence=config.max_sequence,
     )
-
-
-def _context(batch: int, tokens: int) -> Any:
-    from megatron.core.inference.contexts import StaticInferenceContext
-
-    return StaticInferenceContext(max_batch_size=batch, max_sequence_length=tokens)
 
 
 def _cache_tokens(config: RolloutConfig, arch: Architecture, dtype: Dtype, ranks: int) -> int:

@@ -13,9 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.resharding import swap_model_weights
+from megatron.core.resharding import execute_reshard_plan, get_or_create_service
 
 from megatron_rlpt.errors import EngineError
+from megatron_rlpt.policy.compat import plan_transfers
 from megatron_rlpt.policy.families import OUTPUT, Architecture, Rule, expected_shapes, mapping
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.runtime import DeviceRuntime
@@ -50,7 +51,7 @@ class RolloutWeights:
         self._tensor = model.pg_collection.tp
         self._target = _View(self._parameters, model)
         self._mark(self._parameters)
-        self._planned = False
+        self._plan: Any = None
 
     def load(self, weights: Weights) -> None:
         """Take over whole Hugging Face tensors in any order, the same on every rank; each keeps its part.
@@ -72,9 +73,9 @@ class RolloutWeights:
     def reshard(self, pieces: Sequence[GPTModel]) -> None:
         """Take over the weights of a model in the training layout.
 
-        Megatron plans the transfers once and keeps the plan. Tensors go from rank to rank, by NCCL between GPUs and
-        by gloo between CPUs; what source and target hold on one rank is copied there. While it runs it needs memory
-        for one more copy of this rank's rollout weights.
+        The transfers are planned once. Tensors go from rank to rank, by NCCL between GPUs and by gloo between CPUs;
+        what source and target hold on one rank is copied there. While it runs it needs memory for one more copy of this
+        rank's rollout weights.
 
         Raises:
             EngineError: names, shapes or precision of the two models differ.
@@ -85,7 +86,11 @@ class RolloutWeights:
         self._require_same(parameters)
         self._mark(parameters)
         with self._runtime.megatron(), torch.no_grad():
-            swap_model_weights(_View(parameters, pieces[0]), self._target, "nccl" if self._runtime.on_cuda else "gloo")
+            source = _View(parameters, pieces[0])
+            if self._plan is None:
+                self._plan = plan_transfers(source, self._target)
+            service = get_or_create_service("nccl" if self._runtime.on_cuda else "gloo")
+            execute_reshard_plan(self._plan, source, self._target, service=service)
 
     def randomise(self) -> None:
         """Replace every weight by random values."""
@@ -106,17 +111,17 @@ class RolloutWeights:
     def _require_same(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Where one rank finds a difference all of them raise: nobody may wait for transfers that never come.
 
-        Megatron's planner looks only for weights that are absent, and raises on rank 0 alone.
+        Megatron's planner looks only for weights that are absent, and up to 0.18 raises on rank 0 alone.
         """
-        names = [] if self._planned else list(parameters)
+        planned = self._plan is not None
+        names = [] if planned else list(parameters)
         everything = self._ranks.all_gather((next(self._differences(parameters), None), names))
         problem = next((found for found, _ in everything if found), None)
         absent = self._rules.keys() - {name for _, names in everything for name in names}
-        if absent and not problem and not self._planned:
+        if absent and not problem and not planned:
             problem = f"{len(absent)} weights were not sent, the first is {min(absent)!r}"
         if problem:
             raise EngineError(problem)
-        self._planned = True
 
     def _differences(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[str]:
         for name, parameter in parameters.items():
@@ -151,8 +156,7 @@ def _set_marks(parameter: Any, rule: Rule) -> None:
 class _View(torch.nn.Module):
     """The parameters of a model, cut into pieces or not, under their names in the whole model.
 
-    Megatron's planner takes the first piece of a list only (``refit.py: reshard_model_weights``), so a model with
-    virtual stages is shown to it as one.
+    Megatron's planner takes one module, so a model with virtual stages is shown to it as one.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], model: GPTModel) -> None:

@@ -14,6 +14,7 @@ from megatron.core.inference.model_inference_wrappers.abstract_model_inference_w
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 
+from megatron_rlpt.policy.compat import pipeline_group_arguments
 from megatron_rlpt.rollout.engine import Continuation, Prompt
 
 
@@ -36,7 +37,7 @@ class SeededController(TextGenerationController):
             stop_tokens: end-of-sequence ids.
             temperature: of every request that is not greedy.
         """
-        super().__init__(model, _NoText(), pp_group=model.pp_group)
+        super().__init__(model, _NoText(), **pipeline_group_arguments(super().__init__, model))
         self._vocab = vocab
         self._stop_tokens = torch.tensor(sorted(stop_tokens), dtype=torch.long)
         self._temperature = temperature

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlpt.errors import EngineError
+from megatron_rlpt.vllm_runtime import generate_at_once
 
 _PROBES = 4
 _PROBE_TOKENS = 96
@@ -58,10 +59,11 @@ def probe_answers(llm: Any, prompts: Sequence[Sequence[int]], salt: str) -> dict
     """Greedy continuations of ``prompts``; for ``salt`` see ``engine_state``."""
     from vllm import SamplingParams, TokensPrompt
 
-    outputs = llm.generate(
+    greedy = SamplingParams(temperature=0.0, max_tokens=_CONTINUATION, ignore_eos=True, logprobs=0, detokenize=False)
+    outputs = generate_at_once(
+        llm,
         [TokensPrompt(prompt_token_ids=list(prompt), cache_salt=salt) for prompt in prompts],
-        SamplingParams(temperature=0.0, max_tokens=_CONTINUATION, ignore_eos=True, logprobs=0, detokenize=False),
-        use_tqdm=False,
+        [greedy] * len(prompts),
     )
     answers = {}
     for index, output in enumerate(outputs):

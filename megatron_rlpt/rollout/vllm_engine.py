@@ -29,7 +29,7 @@ from megatron_rlpt.rollout.self_check import (
 )
 from megatron_rlpt.rollout.transport import Placement, open_transport
 from megatron_rlpt.rollout.worker import EXTENSION
-from megatron_rlpt.vllm_runtime import vllm_environment
+from megatron_rlpt.vllm_runtime import generate_at_once, vllm_environment
 
 _log = logging.getLogger(__name__)
 
@@ -143,6 +143,11 @@ class VllmEngine:
         return self._version
 
     @property
+    def apart(self) -> bool:
+        """Whether the engine has a process of its own."""
+        return self._process is not None
+
+    @property
     def asleep(self) -> bool:
         """Whether the engine has given its GPU memory back; the next weight update wakes it."""
         return self._asleep
@@ -179,8 +184,8 @@ class VllmEngine:
             # Blocks left by an earlier call change the shape of the computation, and with it the last bits of the
             # result: a resumed run, whose cache is empty, would not sample what the uninterrupted one did.
             self._drop_prefix_cache()
-            outputs = self._llm.generate(
-                [TokensPrompt(prompt_token_ids=list(prompt.prefix)) for prompt in prompts], parameters, use_tqdm=False
+            outputs = generate_at_once(
+                self._llm, [TokensPrompt(prompt_token_ids=list(prompt.prefix)) for prompt in prompts], parameters
             )
         if len(outputs) != len(prompts):
             raise EngineError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts; start the run again")
@@ -292,15 +297,15 @@ class VllmEngine:
         return Continuation(tokens, logprobs, str(completion.finish_reason))
 
 
-def start_policy_engine(config: Config, world_size: int = 1) -> VllmEngine:
+def start_policy_engine(config: Config, apart: bool = False) -> VllmEngine:
     """The engine of this rank, on the weights of ``model.path`` as version 0; raises what ``VllmEngine`` does.
 
     Args:
         config: the run.
-        world_size: trainer ranks; with more than one the engine gets a process of its own.
+        apart: whether it gets a process of its own.
     """
     folder = Path(config.model.path)
-    placement, gpu = choose_placement(world_size)
+    placement, gpu = choose_placement(apart)
     return VllmEngine(
         folder,
         expected_shapes(read_architecture(folder)),
@@ -313,13 +318,22 @@ def start_policy_engine(config: Config, world_size: int = 1) -> VllmEngine:
     )
 
 
-def choose_placement(world_size: int) -> tuple[Placement, int | None]:
+def needs_process(config: Config, world_size: int) -> bool:
+    """Whether a vLLM engine gets a process of its own.
+
+    It has to beside a world of more than one rank. Where it generates while the policy trains, the two would wait for
+    each other's Python in one process.
+    """
+    return world_size > 1 or config.train.staleness > 0
+
+
+def choose_placement(apart: bool) -> tuple[Placement, int | None]:
     """Where this rank's engine runs, and on which GPU (None: as the process itself).
 
-    Beside a world of more than one rank vLLM cannot run in the same process. On a machine with at least twice as many
-    GPUs as ranks, engines take the GPUs that no rank trains on.
+    On a machine with at least twice as many GPUs as ranks, engines with a process of their own take the GPUs that no
+    rank trains on.
     """
-    if world_size == 1:
+    if not apart:
         return Placement.IN_PROCESS, None
     if not torch.cuda.is_available():
         return Placement.OWN_PROCESS, None

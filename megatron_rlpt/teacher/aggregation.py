@@ -1,29 +1,24 @@
-"""From single verdicts to one score per candidate. Pure functions; a failure never becomes a number.
-
-Full round robin: every candidate meets every other. Comparing all with one pivot is cheaper and hurts (paper: win
-rate 84.3 -> 72.1 with 8 rollouts). The order of the two options is drawn for every vote, because judges favour a
-position; how much they do is reported.
-"""
+"""From single verdicts to one score per candidate. Pure functions; a failure never becomes a number."""
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import fmean
 
 from megatron_rlpt.records import Failed
+from megatron_rlpt.teacher.bradley_terry import expected_shares, strengths
 
 
 @dataclass(frozen=True)
 class Match:
-    """One comparison to be made: candidate ``first`` is shown as option 1, ``second`` as option 2."""
+    """One comparison: candidate ``first`` is shown as option 1, ``second`` as option 2."""
 
     first: int
     second: int
     vote: int
+    """How often these two had met before."""
 
 
 @dataclass(frozen=True)
@@ -36,57 +31,90 @@ class Decided:
 
 @dataclass(frozen=True)
 class Standings:
-    """Outcome of a round robin."""
+    """Outcome of all comparisons of a group."""
 
     values: tuple[float | Failed, ...]
-    """Per candidate: share of its decided comparisons that it won, in [0, 1]."""
+    """Per candidate, in [0, 1]: share of its decided comparisons that it won, or is expected to win against all."""
     first_rate: float | None
     """Share of decided comparisons won by the option shown first; 0.5 is unbiased, None if none was decided."""
     flip_rate: float | None
     """Share of pairs judged in both orders whose majority differs between the orders; None if there are none."""
+    agreement: float | None
+    """Probability that two votes on the same pair agree; 0.5 is chance, None if no pair has two votes."""
     decided: int
     failed: int
+    both_orders: int
+    """Pairs that have a verdict in both orders."""
+    repeated: int
+    """Pairs that have more than one verdict."""
 
 
-def round_robin(candidates: int, votes: int, seed: int) -> list[Match]:
-    """All pairs of ``candidates`` indices, ``votes`` times each, in an order of options drawn from ``seed``."""
-    order = random.Random(seed)
-    matches = []
-    for low, high in combinations(range(candidates), 2):
-        for vote in range(votes):
-            first, second = (low, high) if order.random() < 0.5 else (high, low)
-            matches.append(Match(first, second, vote))
-    return matches
+def standings(candidates: int, results: Sequence[Decided], *, all_met: bool) -> Standings:
+    """Count what was decided.
 
+    Args:
+        candidates: how many there are.
+        results: every comparison made.
+        all_met: whether everybody was to meet everybody equally often. Then a value is a share of wins (the paper's
+            reward); else opponents differ in strength, and it is the share expected by a Bradley-Terry model.
 
-def standings(candidates: int, results: Sequence[Decided]) -> Standings:
-    """Mean over each candidate's decided comparisons; a candidate with none is ``Failed``."""
-    wins: dict[int, list[float]] = defaultdict(list)
+    A candidate without a decided comparison is ``Failed``.
+    """
+    decided = [(result.match, result.winner) for result in results if not isinstance(result.winner, Failed)]
+    firsts = [float(winner == match.first) for match, winner in decided]
     by_order: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for result in results:
-        if isinstance(result.winner, Failed):
-            continue
-        match = result.match
-        wins[match.first].append(float(result.winner == match.first))
-        wins[match.second].append(float(result.winner == match.second))
-        by_order[match.first, match.second].append(float(result.winner == match.first))
-    values = tuple(
-        fmean(wins[index]) if wins[index] else Failed("no comparison decided") for index in range(candidates)
-    )
-    first_wins = [win for row in by_order.values() for win in row]
+    by_pair: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for (match, winner), first_won in zip(decided, firsts, strict=True):
+        by_order[match.first, match.second].append(first_won)
+        by_pair[min(match.first, match.second), max(match.first, match.second)].append(winner)
     flips = [
         # A majority for the first option in both orders, or for the second in both, is a change of mind.
         (fmean(row) - 0.5) * (fmean(by_order[second, first]) - 0.5) > 0
         for (first, second), row in list(by_order.items())
         if first < second and by_order.get((second, first))
     ]
+    agreements = [pair_agreement(winners) for winners in by_pair.values() if len(winners) > 1]
     return Standings(
-        values=values,
-        first_rate=fmean(first_wins) if first_wins else None,
+        values=_shares(candidates, decided) if all_met else _expected(candidates, decided),
+        first_rate=fmean(firsts) if firsts else None,
         flip_rate=fmean(flips) if flips else None,
-        decided=len(first_wins),
-        failed=len(results) - len(first_wins),
+        agreement=fmean(agreements) if agreements else None,
+        decided=len(decided),
+        failed=len(results) - len(decided),
+        both_orders=len(flips),
+        repeated=len(agreements),
     )
+
+
+_NOT_DECIDED = Failed("no comparison decided")
+
+
+def _shares(candidates: int, decided: Sequence[tuple[Match, int]]) -> tuple[float | Failed, ...]:
+    wins: list[list[float]] = [[] for _ in range(candidates)]
+    for match, winner in decided:
+        for index in (match.first, match.second):
+            wins[index].append(float(winner == index))
+    return tuple(fmean(row) if row else _NOT_DECIDED for row in wins)
+
+
+def _expected(candidates: int, decided: Sequence[tuple[Match, int]]) -> tuple[float | Failed, ...]:
+    known = sorted({index for match, _ in decided for index in (match.first, match.second)})
+    shares = dict(zip(known, expected_shares(strengths(len(known), win_counts(known, decided))), strict=True))
+    return tuple(shares.get(index, _NOT_DECIDED) for index in range(candidates))
+
+
+def win_counts(players: Sequence[int], decided: Sequence[tuple[Match, int]]) -> Counter[tuple[int, int]]:
+    """(winner, loser) -> how often, both as places in ``players``."""
+    place = {player: number for number, player in enumerate(players)}
+    return Counter(
+        (place[winner], place[match.second if winner == match.first else match.first]) for match, winner in decided
+    )
+
+
+def pair_agreement(votes: Sequence[object]) -> float:
+    """Probability that two different ones of ``votes`` (at least two) are equal."""
+    total = len(votes) * (len(votes) - 1)
+    return sum(count * (count - 1) for count in Counter(votes).values()) / total
 
 
 def mean_of_votes(votes: Sequence[float | Failed]) -> float | Failed:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rlpt.config import Config, JudgeName, needs_judge
+from megatron_rlpt.config import Config, JudgeName, PairScheme, needs_judge
 from megatron_rlpt.errors import ModelError
+from megatron_rlpt.observe import get_logger
 from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import Judge
+from megatron_rlpt.teacher.lockstep import LockstepJudge, LockstepRewriter
 from megatron_rlpt.teacher.rewriter import Rewriter, Rewrites
 from megatron_rlpt.teacher.shared import SharedJudge, SharedRewriter
 from megatron_rlpt.tokenizer import PolicyTokenizer, load_tokenizer
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     if ranks.is_leader:
         generator = _build_generator(config, ranks) if prompted or rewrites else None
         judge = build_judge(config, device, generator) if judged else None
-        rewriter = _build_rewriter(config, generator) if generator and rewrites else None
+        rewriter = LockstepRewriter(build_rewriter(config), generator) if generator and rewrites else None
     if ranks.size == 1:
         return Teacher(judge, rewriter)
     return Teacher(SharedJudge(judge, ranks) if judged else None, SharedRewriter(rewriter, ranks) if rewrites else None)
@@ -62,15 +67,11 @@ def build_judge(config: Config, device: str, generator: TextGenerator | None = N
         ModelError: the teacher cannot be used, or cannot score the policy's tokens.
     """
     if config.teacher.judge == JudgeName.generative:
-        from megatron_rlpt.teacher.generative import GenerativeJudge
-
-        decode = PolicyTokenizer(config.model.path).decode
         generator = generator or _build_generator(config, Ranks())
-        return GenerativeJudge(generator, decode, config.teacher.generative, config.run.seed)
+        return LockstepJudge(build_generative_judge(config, generator.name), generator)
     from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 
-    if Path(config.teacher_path).resolve() != Path(config.model.path).resolve():
-        check_same_vocabulary(config.teacher_path, config.model.path)
+    require_same_vocabulary(config)
     return LikelihoodJudge(config.teacher_path, config.teacher.likelihood, device)
 
 
@@ -88,11 +89,35 @@ def describe_judge(config: Config) -> str:
     )
 
 
-def _build_rewriter(config: Config, generator: TextGenerator) -> Rewriter:
+def build_generative_judge(config: Config, teacher: str) -> GenerativeJudge:
+    """The judge that asks a model called ``teacher``, whoever answers its questions.
+
+    Raises:
+        ModelError: the policy's tokenizer cannot be used.
+    """
+    if config.teacher.generative.quality.scheme == PairScheme.pivot:
+        _log.warning(
+            "teacher.generative.quality.scheme=pivot compares all candidates with one, which hurts (paper: win rate "
+            "84.3 -> 72.1 with 8 rollouts); scheme=tournament is the cheap one that does not"
+        )
+    decode = PolicyTokenizer(config.model.path).decode
+    return GenerativeJudge(teacher, decode, config.teacher.generative, config.run.seed)
+
+
+def build_rewriter(config: Config) -> Rewriter:
+    """The rewriter, whoever answers its requests.
+
+    Raises:
+        ModelError: the policy's tokenizer cannot be used.
+    """
     text = PolicyTokenizer(config.model.path)
-    return Rewriter(
-        generator, text.encode, text.decode, config.teacher.rewriter, config.data.suffix_length, config.run.seed
-    )
+    return Rewriter(text.encode, text.decode, config.teacher.rewriter, config.data.suffix_length, config.run.seed)
+
+
+def require_same_vocabulary(config: Config) -> None:
+    """See ``check_same_vocabulary``; the policy's own starting model needs no look."""
+    if Path(config.teacher_path).resolve() != Path(config.model.path).resolve():
+        check_same_vocabulary(config.teacher_path, config.model.path)
 
 
 def check_same_vocabulary(teacher_path: str | Path, model_path: str | Path) -> None:

@@ -32,6 +32,8 @@ class Request:
     top_p: float = 1.0
     answer_start: str = ""
     """Words the answer to a chat is made to begin with; they are not part of the reply."""
+    json_schema: str = ""
+    """JSON Schema, as text, that the answer is held to where the server can do that; empty leaves it free."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,13 @@ class Reply:
 
     text: str
     token_ids: tuple[int, ...]
-    """Exactly the sampled tokens, a sampled end-of-sequence token included."""
+    """Exactly the sampled tokens, a sampled end-of-sequence token included; empty where a server tells only text."""
     finish_reason: str
-    """``stop`` (the model ended its answer) or ``length`` (``max_tokens`` reached)."""
+    """``stop`` (the model ended its answer), ``length`` (``max_tokens`` reached), or what else a server says."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt, as the server counts them; 0 is unknown."""
+    answer_tokens: int = 0
+    """Tokens of the answer, from a server that counts them but does not tell ``token_ids``; 0 is unknown."""
 
 
 class TextGenerator(Protocol):
@@ -55,4 +61,15 @@ class TextGenerator(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[Reply | Failed]:
         """One reply, or the reason why there is none, per request and in the same order."""
+        ...
+
+
+class Ask(Protocol):
+    """One request at a time; many may be under way. What judges are written against, so that they can react to replies.
+
+    Raises nothing that a request or a server can cause: that is a ``Failed``.
+    """
+
+    async def __call__(self, request: Request) -> Reply | Failed:
+        """The reply, or the reason why there is none."""
         ...

@@ -21,15 +21,21 @@ class Judge(Protocol):
         ...
 
 
+def failure_rate(groups: Sequence[Group]) -> float:
+    """Share of failed judgments among all candidates of judged ``groups``, between 0 and 1."""
+    outcomes = [outcome for group in groups for outcome in group.outcomes]
+    return sum(isinstance(outcome, Failed) for outcome in outcomes) / len(outcomes) if outcomes else 0.0
+
+
 def check_failure_rate(groups: Sequence[Group], limit: float) -> float:
-    """Share of failed judgments among all candidates of judged ``groups``, between 0 and 1.
+    """``failure_rate`` of ``groups``, if it is no more than ``limit``.
 
     Raises:
         TeacherError: the share is above ``limit`` (``teacher.max_failure_rate``).
     """
     outcomes = [outcome for group in groups for outcome in group.outcomes]
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
-    rate = len(failures) / len(outcomes) if outcomes else 0.0
+    rate = failure_rate(groups)
     if rate > limit:
         reasons = Counter(failure.reason for failure in failures).most_common(3)
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)

@@ -23,10 +23,7 @@ from torch import Tensor
 from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.records import Failed, Group, Score
-from megatron_rlpt.teacher.repetition import repetition
-
-PROMPT_VERSION = "likelihood-1"
-"""Version of the scoring formula, kept with every score in the place of a prompt's version."""
+from megatron_rlpt.teacher.likelihood_score import likelihood_score
 
 _HEAD_CHUNK_CPU = 128
 """Tokens whose vocabulary logits exist at the same time; few on a CPU, where they should stay near its cache."""
@@ -76,15 +73,7 @@ class LikelihoodJudge:
     def _outcome(self, prefix: Sequence[int], tokens: Sequence[int], mean: float) -> Score | Failed:
         if (problem := self._problem(prefix, tokens)) is not None:
             return Failed(problem, {"prefix": len(prefix), "candidate": len(tokens)})
-        if not math.isfinite(mean):
-            return Failed("log-likelihood is not finite", {"loglik_mean": repr(mean)})
-        repeated = repetition(tokens, self.config.repetition_ngram)
-        return Score(
-            value=mean - self.config.repetition_weight * repeated,
-            judge=self.name,
-            prompt_version=PROMPT_VERSION,
-            detail={"loglik_mean": mean, "repetition": repeated},
-        )
+        return likelihood_score(self.name, self.config, tokens, mean)
 
     def _problem(self, prefix: Sequence[int], tokens: Sequence[int]) -> str | None:
         """Why ``tokens`` after ``prefix`` have no likelihood, if so; few reasons, so that they can be counted."""

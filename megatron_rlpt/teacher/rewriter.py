@@ -8,7 +8,7 @@ from typing import Protocol
 
 from megatron_rlpt.config.schema import RewriterConfig
 from megatron_rlpt.records import Candidate, Episode, Failed, Source, derive_seed
-from megatron_rlpt.teacher.generator import Message, Reply, Request, TextGenerator
+from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
 
 _MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
@@ -19,18 +19,20 @@ class Rewrites(Protocol):
     """Whatever rewrites suffixes."""
 
     def rewrite(self, episodes: Sequence[Episode]) -> list[Candidate | Failed]:
-        """See ``Rewriter.rewrite``."""
+        """One candidate per episode, in order, or the reason why there is none."""
         ...
 
 
 class Rewriter:
-    """Offers one rewrite per episode as a candidate (paper, section on the rewriter)."""
+    """Offers one rewrite per episode as a candidate (paper, section on the rewriter).
+
+    ``LockstepRewriter`` makes it one of ``Rewrites``.
+    """
 
     prompt_version = VERSIONS["rewrite"]
 
     def __init__(
         self,
-        generator: TextGenerator,
         encode: Callable[[str], list[int]],
         decode: Callable[[Sequence[int]], str],
         config: RewriterConfig,
@@ -39,29 +41,24 @@ class Rewriter:
     ) -> None:
         """
         Args:
-            generator: the teacher.
             encode: text to token ids of the policy's tokenizer, without special tokens.
             decode: token ids of the policy's tokenizer to text, special tokens left out.
             config: sampling and the number of anchor words.
             suffix_length: tokens of every rewrite (``data.suffix_length``).
             seed: the run's seed; every rewrite derives its own from it and the episode's id.
         """
-        self._generator = generator
         self._encode = encode
         self._decode = decode
         self._config = config
         self._length = suffix_length
         self._seed = seed
 
-    def rewrite(self, episodes: Sequence[Episode]) -> list[Candidate | Failed]:
-        """One candidate of exactly ``suffix_length`` tokens per episode, in order, or the reason why there is none."""
-        anchors = [anchor_of(self._decode(episode.prefix), self._config.anchor_words) for episode in episodes]
-        requests = [self._request(episode, anchor) for episode, anchor in zip(episodes, anchors, strict=True)]
-        replies = self._generator.generate(requests)
-        return [
-            reply if isinstance(reply, Failed) else self._candidate(reply, request.seed, anchor)
-            for reply, request, anchor in zip(replies, requests, anchors, strict=True)
-        ]
+    async def rewrite_one(self, episode: Episode, ask: Ask) -> Candidate | Failed:
+        """A candidate of exactly ``suffix_length`` tokens, or the reason why there is none."""
+        anchor = anchor_of(self._decode(episode.prefix), self._config.anchor_words)
+        request = self._request(episode, anchor)
+        reply = await ask(request)
+        return reply if isinstance(reply, Failed) else self._candidate(reply, request.seed, anchor)
 
     def _request(self, episode: Episode, anchor: str) -> Request:
         seed = derive_seed(self._seed, episode.id, "rewrite")
@@ -70,8 +67,7 @@ class Rewriter:
         return Request(
             prompt=(Message("user", prompt.text),),
             seed=seed,
-            # Half as much again: a teacher with another tokenizer may need more tokens for the same text.
-            max_tokens=self._length + (self._length + 1) // 2,
+            max_tokens=answer_tokens(self._length),
             temperature=self._config.temperature,
             top_p=self._config.top_p,
             # Trailing space belongs to the next token in nearly every vocabulary.
@@ -90,6 +86,11 @@ class Rewriter:
             seed=seed,
             finish_reason="length" if cut else "stop",
         )
+
+
+def answer_tokens(suffix_length: int) -> int:
+    """Most tokens of an answer: half as many again, as a teacher with another tokenizer may need for the same text."""
+    return suffix_length + (suffix_length + 1) // 2
 
 
 def anchor_of(prefix: str, words: int) -> str:

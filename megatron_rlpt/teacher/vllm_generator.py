@@ -11,13 +11,18 @@ from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.records import Failed
 from megatron_rlpt.rollout.engine_process import EngineProcess
 from megatron_rlpt.rollout.worker import EXTENSION
+from megatron_rlpt.teacher.control_tokens import break_up
 from megatron_rlpt.teacher.generator import Message, Reply, Request
 from megatron_rlpt.tokenizer import load_tokenizer
-from megatron_rlpt.vllm_runtime import vllm_environment
+from megatron_rlpt.vllm_runtime import generate_at_once, vllm_environment
 
 
 class VllmGenerator:
-    """Serves requests with vLLM's offline engine; per-request seeds make replies reproducible."""
+    """Serves requests with vLLM's offline engine; per-request seeds make replies reproducible.
+
+    From an engine in a process of its own, answers with a JSON Schema are reproducible up to rounding only: which of
+    them share a batch depends on timing there.
+    """
 
     def __init__(
         self, model_path: str | Path, max_context: int, kv_cache_gib: float, *, in_process: bool = True
@@ -40,10 +45,11 @@ class VllmGenerator:
         self._name = path.name
         self._max_context = max_context
         self._tokenizer = _load_chat_tokenizer(path)
-        # Longest first, so that no shorter token is broken up inside a longer one.
-        self._control = sorted((token for token in self._tokenizer.all_special_tokens if len(token) > 1), key=len)[::-1]
+        self._control: list[str] = self._tokenizer.all_special_tokens
         self._engine = _start(path, max_context, kv_cache_gib, in_process)
         self._process = None if in_process else EngineProcess(self._engine, "the teacher's engine")
+        if in_process:
+            _compile_grammars_at_once(self._engine)
 
     @property
     def name(self) -> str:
@@ -61,7 +67,6 @@ class VllmGenerator:
             return self._generate(requests)
 
     def _generate(self, requests: Sequence[Request]) -> list[Reply | Failed]:
-        from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
         # Blocks left by earlier calls would change the shape of the computation, and with it the last bits of the
@@ -81,37 +86,53 @@ class VllmGenerator:
             else:
                 places.append(place)
                 prompts.append(TokensPrompt(prompt_token_ids=tokens))
-                settings.append(
-                    SamplingParams(
-                        temperature=request.temperature,
-                        top_p=request.top_p,
-                        max_tokens=request.max_tokens,
-                        seed=request.seed,
-                    )
-                )
+                settings.append(_sampling(request))
         if prompts:
-            for place, output in zip(places, self._engine.generate(prompts, settings, use_tqdm=False), strict=True):
+            for place, output in zip(places, generate_at_once(self._engine, prompts, settings), strict=True):
                 answer = output.outputs[0]
-                results[place] = Reply(answer.text, tuple(answer.token_ids), str(answer.finish_reason))
+                results[place] = Reply(
+                    answer.text,
+                    tuple(answer.token_ids),
+                    str(answer.finish_reason),
+                    prompt_tokens=len(output.prompt_token_ids),
+                )
         return results
 
     def _tokenize(self, request: Request) -> list[int]:
         if not request.prompt or isinstance(request.prompt[0], int):
             return [token for token in request.prompt if isinstance(token, int)]
         messages = [
-            {"role": message.role, "content": self._without_control_tokens(message.content)}
+            {"role": message.role, "content": break_up(message.content, self._control)}
             for message in request.prompt
             if isinstance(message, Message)
         ]
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # The template writes its own beginning-of-sequence token.
-        ids = self._tokenizer(text + request.answer_start, add_special_tokens=False)["input_ids"]
+        answer_start = break_up(request.answer_start, self._control)
+        ids = self._tokenizer(text + answer_start, add_special_tokens=False)["input_ids"]
         return list(ids)
 
-    def _without_control_tokens(self, text: str) -> str:
-        for token in self._control:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
+
+def _compile_grammars_at_once(engine: Any) -> None:
+    """Have answers with a JSON Schema scheduled like all others.
+
+    vLLM compiles grammars in a thread and leaves requests out of its batches until theirs is there. Batches, and with
+    them the last bits of the result, would then depend on timing (vllm/v1/structured_output/__init__.py: grammar_init).
+    """
+    engine.llm_engine.engine_core.engine_core.structured_output_manager._use_async_grammar_compilation = False
+
+
+def _sampling(request: Request) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+        structured_outputs=StructuredOutputsParams(json=request.json_schema) if request.json_schema else None,
+    )
 
 
 def _load_chat_tokenizer(path: Path) -> Any:

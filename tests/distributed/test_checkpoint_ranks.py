@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,18 @@ from megatron_rlpt.errors import RlptError
 from megatron_rlpt.huggingface import SHARD_BYTES
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.run import export
 
 ROWS = 50_000
 
 
 class Rows:
-    """A policy of one tensor cut along its rows and one that every rank has, with a hook before this rank's write."""
+    """A policy of one tensor cut along its rows and one that every rank has, with hooks around this rank's write."""
 
-    def __init__(self, rank: int, size: int, value: float, before: Any = lambda: None) -> None:
-        self.rank, self.size, self.before = rank, size, before
+    def __init__(
+        self, rank: int, size: int, value: float, before: Any = lambda: None, after: Any = lambda: None
+    ) -> None:
+        self.rank, self.size, self.before, self.after = rank, size, before, after
         self.own = torch.full((ROWS, 2), value + rank)
         self.common = torch.full((ROWS,), value)
 
@@ -49,8 +51,8 @@ class Rows:
 
     def begin_save(self, folder: Path, snapshot: bool) -> ShardedWriting:
         writing = ShardedWriting(self.sharded(), folder, snapshot)
-        write, before = writing.write, self.before
-        writing.write = lambda: (before(), write())[1]
+        write = writing.write
+        writing.write = lambda: (self.before(), write(), self.after())[1]
         return writing
 
 
@@ -202,13 +204,20 @@ def test_damage_found_by_one_rank_is_named_by_all(found):
 
 
 def lose_a_rank(base: Path, model: Path) -> None:
-    rank = DeviceRuntime().init_distributed(Layout(world=2), 60.0).rank
-    ranks = Ranks(rank, Layout(world=2), timeout=3.0)
+    ranks = DeviceRuntime().init_distributed(Layout(world=2), 60.0)
     store = CheckpointStore(base / "checkpoints", keep=2, ranks=ranks, background=True)
     store.save(1, {}, Rows(ranks.rank, 2, 1.0), model)
     store.finish()
-    kill = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if ranks.rank == 1 else (lambda: None)
-    store.save(2, {}, Rows(ranks.rank, 2, 2.0, kill), model)
+    written = base / "written"
+
+    def die() -> None:
+        # Not before rank 0 has only to wait: however slow the machine, it then finds out at once.
+        while not written.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    hooks = {"before": die} if ranks.rank == 1 else {"after": written.touch}
+    store.save(2, {}, Rows(ranks.rank, 2, 2.0, **hooks), model)
     store.finish()
 
 

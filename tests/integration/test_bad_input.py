@@ -13,7 +13,7 @@ import pytest
 from tiny_runs import NEXT_TOKEN, json_lines, only_error, save_model, write_config
 
 from megatron_rlpt.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingError
-from megatron_rlpt.run import RunObserver
+from megatron_rlpt.recording import RunObserver
 
 
 @pytest.fixture
@@ -79,6 +79,7 @@ def test_a_suffix_longer_than_the_context(refused, tmp_path):
 
 def test_heads_that_vllm_cannot_serve(refused, tiny_model):
     """Found out while the engine starts, although vLLM itself fails only when attention first runs."""
+    pytest.importorskip("vllm")
     assert "vLLM cannot serve" in refused(ModelError, model=tiny_model)
 
 

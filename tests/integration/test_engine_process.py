@@ -42,6 +42,10 @@ def test_both_ranks_get_what_an_engine_in_process_samples(world, engine):
     assert world[1]["first"] == here
 
 
+def test_what_is_sampled_does_not_depend_on_when_requests_arrive(world):
+    assert world[0]["first, asked slowly"] == world[0]["first"]
+
+
 def test_after_an_update_too(world, engine, served_model, other_model):
     engine.update_weights(weights_of(other_model), 1)
     try:

@@ -250,4 +250,4 @@ def test_where_an_engine_runs(monkeypatch, world, gpus, own, variables, expected
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert choose_placement(world) == expected
+    assert choose_placement(apart=world > 1) == expected

@@ -237,6 +237,22 @@ def test_after_an_update_the_new_weights_answer(engine, make_policy, served_mode
     assert tokens_of(engine.generate(asked, LENGTH, 1)) == greedy_by_transformers(other_model, prefixes)
 
 
+def test_transfers_are_planned_for_the_model_at_hand_whatever_was_moved_before(
+    engine, make_policy, served_model, other_model, tmp_path
+):
+    """Untied, its output layer is a weight that the model before it did not have."""
+    engine.update_weights(TrainingWeights(make_policy(other_model)), 1)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False}
+    first, second = (save_model(tmp_path / str(seed), served_model, seed=seed, **heads) for seed in (2, 3))
+    untied = start(first)
+    untied.update_weights(TrainingWeights(make_policy(second)), 1)
+    asked = prompts(8, greedy=True)
+    prefixes = [prompt.prefix for prompt in asked]
+    assert tokens_of(untied.generate(asked, LENGTH, 1)) == greedy_by_transformers(second, prefixes)
+    engine.update_weights(TrainingWeights(make_policy(served_model)), 2)
+    assert tokens_of(engine.generate(asked, LENGTH, 2)) == greedy_by_transformers(served_model, prefixes)
+
+
 def test_the_policy_does_not_train_the_engine_until_the_next_update(engine, make_policy, served_model):
     policy = make_policy(served_model)
     engine.update_weights(TrainingWeights(policy), 1)
@@ -325,15 +341,15 @@ def test_a_prompt_without_room_is_refused(engine, prefix):
 
 def test_a_batch_has_no_more_rows_and_no_larger_cache_than_configured(policy, served_model, monkeypatch):
     sizes = []
-    whole = megatron_engine._context
+    whole = megatron_engine.static_context
 
-    def context(batch, tokens):
+    def context(batch, tokens, groups):
         sizes.append((batch, tokens))
-        return whole(batch, tokens)
+        return whole(batch, tokens, groups)
 
     per_token = 2 * 2 * 2 * 16 * 4  # keys and values of 2 layers, 2 groups of 16, 4 bytes each
     engine = start(served_model, max_batch=6, kv_cache_gib=200 * per_token / 2**30)
-    monkeypatch.setattr(megatron_engine, "_context", context)
+    monkeypatch.setattr(megatron_engine, "static_context", context)
     engine.generate(prompts(40), LENGTH, 0)
     assert max(batch for batch, _ in sizes) == 6
     assert 150 < max(batch * tokens for batch, tokens in sizes) <= 200

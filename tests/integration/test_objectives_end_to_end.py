@@ -22,8 +22,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s> {% endif %}"
 )
 EVERY = {
-    "loss", "grad_norm", "lr", "examples", "skipped", "duplicates", "failure_rate", "failed_rewrites",
-    "seconds/data", "seconds/generate", "seconds/judge", "seconds/update", "seconds/sync", "seconds/total",
+    "loss", "grad_norm", "lr", "examples", "skipped", "duplicates", "failure_rate", "failed_rewrites", "rollouts",
+    "seconds/generate", "seconds/judge", "seconds/update", "seconds/settle", "seconds/sync", "seconds/total",
 }  # fmt: skip
 OF_ROLLOUTS = {"logprob_gap", "rollout_chosen_rate", "original_chosen_rate"}
 OF_JUDGE = {"reward/original", "reward/rollout", "reward_margin"}

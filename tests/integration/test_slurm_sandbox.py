@@ -23,8 +23,20 @@ def sandbox(*arguments: object, path: str = os.environ["PATH"]) -> tuple[int, st
 
 
 @pytest.fixture
-def module():
-    spec = importlib.util.spec_from_file_location("slurm_sandbox", SCRIPT)
+def daemons(monkeypatch):
+    """What the sandboxes share. Their folder is kept off the path: Redis's sandbox there is called as its client."""
+    module = load(SCRIPT.with_name("daemons.py"))
+    monkeypatch.setitem(sys.modules, "daemons", module)
+    return module
+
+
+@pytest.fixture
+def module(daemons):
+    return load(SCRIPT)
+
+
+def load(script: Path):
+    spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -38,13 +50,13 @@ def folder():
     shutil.rmtree(folder)
 
 
-def test_stop_ends_the_jobs_and_the_daemons(module, folder):
+def test_stop_ends_the_jobs_and_the_daemons(module, daemons, folder):
     code, out, err = sandbox("start", folder)
     assert code == 0, err
     assert out == f"export SLURM_CONF={folder}/slurm.conf\n"
     try:
-        daemons = module.read_processes(folder)
-        assert set(daemons) == {"munged", "slurmctld", "slurmd-n1", "slurmd-n2"}
+        started = daemons.read_processes(folder)
+        assert set(started) == {"munged", "slurmctld", "slurmd-n1", "slurmd-n2"}
         code, _, err = sandbox("start", folder)
         assert (code, err.startswith(f"error: {folder} is running already")) == (1, True)
         number = folder / "job-process"
@@ -54,12 +66,12 @@ def test_stop_ends_the_jobs_and_the_daemons(module, folder):
         subprocess.run(["sbatch", "--output=/dev/null", script], env=environment, check=True, capture_output=True)
         module.wait_for(folder, "job", number.is_file)
         job = int(number.read_text())
-        assert module.start_time(job)
+        assert daemons.start_time(job)
     finally:
         code, _, err = sandbox("stop", folder)
     assert code == 0, err
-    assert not module.start_time(job)
-    assert not any(module.is_running(*daemon) for daemon in daemons.values())
+    assert not daemons.start_time(job)
+    assert not any(daemons.is_running(*daemon) for daemon in started.values())
 
 
 def test_a_process_that_got_the_number_of_a_daemon_is_left_alone(folder):
@@ -73,11 +85,11 @@ def test_a_process_that_got_the_number_of_a_daemon_is_left_alone(folder):
             other.kill()
 
 
-def test_a_daemon_that_does_not_start_is_named_and_the_others_are_ended(module, folder, monkeypatch, tmp_path):
+def test_a_daemon_that_does_not_start_is_named_and_the_others_are_ended(module, daemons, folder, monkeypatch, tmp_path):
     slurmd = tmp_path / "slurmd"
     slurmd.write_text("#!/bin/sh\necho not today >&2\nexit 1\n")
     slurmd.chmod(0o755)
-    monkeypatch.setattr(module, "SEARCH_PATH", f"{tmp_path}:{module.SEARCH_PATH}")
+    monkeypatch.setattr(daemons, "SEARCH_PATH", f"{tmp_path}:{daemons.SEARCH_PATH}")
     started = []
     launch = module.launch
     monkeypatch.setattr(
@@ -104,8 +116,8 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         assert len(err.splitlines()) == 1
 
 
-def test_without_slurm_the_error_says_how_to_install_it(module, folder, monkeypatch):
-    monkeypatch.setattr(module, "SEARCH_PATH", "/nonexistent")
+def test_without_slurm_the_error_says_how_to_install_it(module, daemons, folder, monkeypatch):
+    monkeypatch.setattr(daemons, "SEARCH_PATH", "/nonexistent")
     with pytest.raises(module.SandboxError, match=r"not installed here \(munged, .* run as root: .* install$"):
         module.start(folder)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

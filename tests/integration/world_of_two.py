@@ -44,8 +44,23 @@ def error_of(call, *arguments):
     return None
 
 
+def ask_slowly(own):
+    """Have requests arrive one by one, as on a machine with much to do."""
+    core = own._llm.llm_engine.engine_core
+    add = core.add_request
+
+    def add_slowly(request):
+        time.sleep(0.02)
+        add(request)
+
+    core.add_request = add_slowly
+
+
 def die_during_two_calls(own, results):
-    """Stop the engine's process with one call under way, to be killed when the next one, a generation, is too."""
+    """Stop the engine's process with one call under way, to be killed when the next one, a generation, is too.
+
+    Returns the thread of the first call.
+    """
 
     def ask():
         with own._calling():
@@ -53,11 +68,13 @@ def die_during_two_calls(own, results):
 
     process = own._process._processes[0]
     os.kill(process.pid, signal.SIGSTOP)
-    threading.Thread(target=lambda: results.update({"death during a request": error_of(ask)})).start()
+    asking = threading.Thread(target=lambda: results.update({"death during a request": error_of(ask)}))
+    asking.start()
     while not own._llm.llm_engine.engine_core.utility_results:
         time.sleep(0.1)
     own._drop_prefix_cache = lambda: None  # else the generation would wait for this first
     threading.Timer(2.0, process.kill).start()
+    return asking
 
 
 def main(served, other, corpus, out):
@@ -74,7 +91,7 @@ def main(served, other, corpus, out):
     )
     results = {"torchrun": os.environ["TORCHELASTIC_USE_AGENT_STORE"]}
     ranks = Ranks(rank, Layout(world=2), timeout=300.0)
-    engine = WorldEngine(lambda: start_policy_engine(config, 2), owners=[0], ranks=ranks)
+    engine = WorldEngine(lambda: start_policy_engine(config, apart=True), owners=[0], ranks=ranks)
     results["torchrun variables kept"] = os.environ["WORLD_SIZE"]
     results["has an engine"] = engine.own is not None
 
@@ -84,6 +101,9 @@ def main(served, other, corpus, out):
     engine.self_check(lambda: gathered(served), 0)
     results["first"] = sampled(0)
 
+    if engine.own:
+        ask_slowly(engine.own)
+    results["first, asked slowly"] = sampled(0)
     results["wrong update"] = error_of(engine.update_weights, gathered(served, break_at=4), 1)
     results["version after a wrong update"] = engine.version
     results["refused"] = error_of(sampled, 0)
@@ -96,9 +116,10 @@ def main(served, other, corpus, out):
     with build_residency(config, engine, None, ranks).training():
         results["version while training"] = engine.version
 
-    if engine.own:
-        die_during_two_calls(engine.own, results)
+    asking = die_during_two_calls(engine.own, results) if engine.own else None
     results["death"] = error_of(sampled, 1)
+    if asking:
+        asking.join()
     results["after death"] = error_of(engine.update_weights, gathered(served), 2)
     (out / f"rank-{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

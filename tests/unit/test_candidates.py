@@ -41,7 +41,7 @@ def episode(name: str, first: int = 1) -> Episode:
 
 
 def proposer(**changes) -> Proposer:
-    parts = {"original": True, "rewriter": None, "engine": None, "rollouts": 2, "suffix_length": 8, "run_seed": 17}
+    parts = {"original": True, "rewriter": None, "engine": None, "suffix_length": 8, "run_seed": 17}
     return Proposer(**(parts | changes))
 
 
@@ -51,7 +51,7 @@ def seeds(groups) -> dict[str, list[int]]:
 
 def test_original_rewrite_and_rollouts_lie_in_that_order_in_the_group_of_their_episode():
     episodes = [episode("a", 1), episode("b", 2), episode("c", 3)]
-    groups, failed = proposer(rewriter=OddRewriter(), engine=EchoEngine()).propose(episodes, 5)
+    groups = proposer(rewriter=OddRewriter(), engine=EchoEngine()).propose(episodes, [2, 2, 2], 5)
     assert [group.episode for group in groups] == episodes
     assert [[c.source.value for c in group.candidates] for group in groups] == [
         ["original", "rewrite", "rollout", "rollout"],
@@ -63,12 +63,19 @@ def test_original_rewrite_and_rollouts_lie_in_that_order_in_the_group_of_their_e
     for group in groups:
         for rollout in group.candidates[-2:]:
             assert rollout.tokens == (rollout.seed % 1000, group.episode.prefix[0]), "the tokens of this very prompt"
-    assert failed == [Failed("too short", {"episode": "b"})]
+    assert [group.rewrite_failure for group in groups] == [None, Failed("too short", {"episode": "b"}), None]
+
+
+def test_episodes_may_have_different_numbers_of_rollouts():
+    engine = EchoEngine()
+    groups = proposer(engine=engine).propose([episode("a"), episode("b"), episode("c")], [0, 3, 1], 5)
+    assert [len(group.candidates) - 1 for group in groups] == [0, 3, 1]
+    assert len(engine.asked[0][0]) == 4
 
 
 def test_rollouts_carry_their_provenance():
     engine = EchoEngine()
-    groups, _ = proposer(engine=engine).propose([episode("a")], 5)
+    groups = proposer(engine=engine).propose([episode("a")], [2], 5)
     for rollout in groups[0].candidates[1:]:
         assert (rollout.policy_version, rollout.finish_reason, rollout.logprobs) == (5, "stop", (-0.5, -1.5))
     ((prompts, max_tokens, version),) = engine.asked
@@ -78,18 +85,18 @@ def test_rollouts_carry_their_provenance():
 
 
 def test_rollout_seeds_depend_on_run_seed_episode_and_k_alone():
-    alone, _ = proposer(engine=EchoEngine()).propose([episode("b")], 0)
-    among, _ = proposer(engine=EchoEngine()).propose([episode("a"), episode("b", 9), episode("c")], 41)
-    more, _ = proposer(engine=EchoEngine(), rollouts=5, original=False).propose([episode("b")], 0)
+    alone = proposer(engine=EchoEngine()).propose([episode("b")], [2], 0)
+    among = proposer(engine=EchoEngine()).propose([episode("a"), episode("b", 9), episode("c")], [2] * 3, 41)
+    more = proposer(engine=EchoEngine(), original=False).propose([episode("b")], [5], 0)
     assert seeds(among)["b"] == seeds(alone)["b"] == seeds(more)["b"][:2]
-    other, _ = proposer(engine=EchoEngine(), run_seed=18).propose([episode("a"), episode("b")], 0)
+    other = proposer(engine=EchoEngine(), run_seed=18).propose([episode("a"), episode("b")], [2, 2], 0)
     everything = [*seeds(among).values(), *seeds(other).values()]
     drawn = [seed for group in everything for seed in group]
     assert len(set(drawn)) == len(drawn) == 10, "other episodes, other k and other runs draw other tokens"
 
 
 def test_seeds_fit_what_samplers_take():
-    groups, _ = proposer(engine=EchoEngine(), rollouts=200).propose([episode("a")], 0)
+    groups = proposer(engine=EchoEngine()).propose([episode("a")], [200], 0)
     assert all(0 <= seed < 2**63 for seed in seeds(groups)["a"])
 
 
@@ -103,5 +110,5 @@ def test_seeds_fit_what_samplers_take():
     ],
 )
 def test_what_is_not_offered_is_left_out(parts, sources):
-    groups, _ = proposer(**parts).propose([episode("a")], 0)
+    groups = proposer(**parts).propose([episode("a")], [2], 0)
     assert [candidate.source.value for candidate in groups[0].candidates] == sources

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 
 from megatron_rlpt.candidates import Proposer
-from megatron_rlpt.config import CheckpointConfig, Config, RolloutConfig, TeacherConfig, TrainConfig
+from megatron_rlpt.config import CandidatesConfig, CheckpointConfig, Config, RolloutConfig, TeacherConfig, TrainConfig
+from megatron_rlpt.curriculum import Curriculum
 from megatron_rlpt.errors import EngineError, TeacherError, TrainingError
+from megatron_rlpt.judging import InTrainer
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.objectives import Example, Selection
 from megatron_rlpt.objectives.nll import NextToken
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
 from megatron_rlpt.observe import StageTimer
+from megatron_rlpt.pipeline import Pipeline
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score
 from megatron_rlpt.rollout.engine import Continuation, Prompt
@@ -30,6 +35,9 @@ class CountingStream:
     def take(self, count: int) -> list[Episode]:
         first, self.taken = self.taken, self.taken + count
         return [Episode(f"e{index}", (index, 1), (9, 9), "c", "d", 2) for index in range(first, self.taken)]
+
+    def load_state_dict(self, state: int) -> None:
+        self.taken = state
 
 
 class StrictEngine:
@@ -89,14 +97,14 @@ class ScriptedJudge:
 class Recorder:
     """Observer and saver."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, staleness: int = 0) -> None:
         self.metrics: list[dict[str, float]] = []
-        self._journal = journal
+        self._journal, self._oldest = journal, staleness + 1
 
     def step(self, step: int, version: int, metrics: dict[str, float], groups: Sequence[Group], selection: Selection):
         self.metrics.append(metrics)
         self._journal.append(("record", step, version))
-        assert {candidate.policy_version for candidate in rollouts(groups)} <= {version, version - 1}
+        assert all(version - self._oldest <= candidate.policy_version <= version for candidate in rollouts(groups))
         assert len(selection.examples) + len(selection.skipped) == len(groups)
 
     def save(self, done: int) -> None:
@@ -113,25 +121,44 @@ def rollouts(groups: Sequence[Group]) -> list[Candidate]:
     return [candidate for group in groups for candidate in group.candidates if candidate.policy_version is not None]
 
 
-def training(steps: int = 3, gap: float = 0.0, every: int = 100, done: int = 0, **judge) -> tuple[Training, Journal]:
+def training(
+    steps: int = 3,
+    gap: float = 0.0,
+    every: int = 100,
+    done: int = 0,
+    staleness: int = 0,
+    background: bool = False,
+    objective: Any = None,
+    **judge,
+) -> tuple[Training, Journal]:
     journal: Journal = []
-    engine = StrictEngine(journal)
-    recorder = Recorder(journal)
+    engine = StrictEngine(journal) if objective is None else None
+    recorder = Recorder(journal, staleness)
     config = Config(
-        train=TrainConfig(steps=steps, global_batch=2, micro_batch=2),
+        train=TrainConfig(steps=steps, global_batch=2, micro_batch=2, staleness=staleness),
+        candidates=CandidatesConfig(rollouts=2 if engine else 0),
         rollout=RolloutConfig(max_logprob_gap=0.5),
         teacher=TeacherConfig(max_failure_rate=0.4),
         checkpoint=CheckpointConfig(every=every),
     )
-    proposer = Proposer(
-        original=True, rewriter=None, engine=engine, rollouts=2, suffix_length=2, run_seed=config.run.seed
+    proposer = Proposer(original=True, rewriter=None, engine=engine, suffix_length=2, run_seed=config.run.seed)
+    judging = InTrainer(ScriptedJudge(**judge) if engine else None, Ranks(), at_once=background)
+    pipeline = Pipeline(
+        CountingStream(),
+        proposer,
+        judging,
+        Curriculum(config.candidates, config.run.seed),
+        Ranks(),
+        batch=2,
+        part=2,
+        steps=steps,
+        staleness=staleness,
+        background=background,
     )
     run = Training(
         config,
-        CountingStream(),
-        proposer,
-        ScriptedJudge(**judge),
-        OnlineDpo(0.1),
+        pipeline,
+        objective or OnlineDpo(0.1),
         CountingPolicy(journal, gap),
         engine,
         Residency(None, None, Ranks()),
@@ -140,6 +167,15 @@ def training(steps: int = 3, gap: float = 0.0, every: int = 100, done: int = 0, 
         StageTimer(None),
         done,
     )
+    pipeline.load_state_dict(
+        {
+            "stream": 2 * done,
+            "curriculum": {"level": config.candidates.rollouts, "wins": []},
+            "proposed": done,
+            "pending": {},
+        }
+    )
+    pipeline.start(done)
     return run, journal
 
 
@@ -181,7 +217,7 @@ def test_a_step_with_nothing_to_train_on_is_recorded_and_changes_nothing():
         ("record", 1, 1),
     ]
     assert run.policy.version == 1
-    assert run.stream.taken == 4
+    assert run.pipeline.stream.taken == 4
     first = run.observer.metrics[0]
     assert (first["examples"], first["skipped/tie"]) == (0, 2)
     assert "loss" not in first
@@ -189,7 +225,7 @@ def test_a_step_with_nothing_to_train_on_is_recorded_and_changes_nothing():
 
 def test_an_engine_whose_update_failed_half_way_gets_its_weights_again():
     run, journal = training(steps=2, ties={0})
-    original = run.proposer.engine.generate
+    original = run.engine.generate
 
     def generate_then_lose_weights(*args):
         found = original(*args)
@@ -262,11 +298,7 @@ def test_a_run_that_is_done_does_nothing_more():
 
 
 def test_an_objective_without_engine_and_judge_trains_on_the_corpus():
-    run, journal = training(steps=2)
-    run.engine, run.judge, run.objective = None, None, NextToken()
-    run.proposer = Proposer(
-        original=True, rewriter=None, engine=None, rollouts=0, suffix_length=2, run_seed=run.config.run.seed
-    )
+    run, journal = training(steps=2, objective=NextToken())
     train(run)
     assert [entry[0] for entry in journal] == ["update", "record", "update", "record", "save", "finish"]
     assert run.observer.metrics[0]["original_chosen_rate"] == 1.0
@@ -276,4 +308,79 @@ def test_every_stage_is_timed():
     run, _ = training(steps=1)
     train(run)
     timed = {name.removeprefix("seconds/") for name in run.observer.metrics[0] if name.startswith("seconds/")}
-    assert timed == {"data", "generate", "judge", "update", "sync", "total"}
+    assert timed == {"generate", "judge", "update", "settle", "sync", "total"}
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("staleness", [1, 2, 3])
+def test_ahead_of_the_trainer_every_batch_is_proposed_by_the_weights_of_so_many_updates_before(staleness, background):
+    run, journal = training(steps=6, staleness=staleness, background=background)
+
+    def step(number, version, metrics, groups, selection):
+        assert {c.policy_version for c in rollouts(groups)} == {max(0, number - staleness)}
+        assert [group.episode.id for group in groups] == [f"e{2 * number}", f"e{2 * number + 1}"]
+        journal.append(("record", number, version))
+
+    run.observer.step = step
+    train(run)
+    run.pipeline.close()
+    assert [version for _, version in happened(journal, "generate")] == [max(0, n - staleness) for n in range(6)]
+    assert [version for _, version, _ in happened(journal, "sync")] == [1, 2, 3, 4, 5, 6]
+    assert run.pipeline.stream.taken == 12, "nothing is proposed that is never learnt from"
+
+
+def test_weights_change_only_after_what_they_generate_is_there():
+    """The engine refuses another version than its own, so a sync too early would raise."""
+    run, journal = training(steps=4, staleness=1, background=True)
+    generate = run.engine.generate
+
+    def slowly(prompts, max_tokens, version):
+        time.sleep(0.05)
+        return generate(prompts, max_tokens, version)
+
+    run.engine.generate = slowly
+    train(run)
+    order = [entry[:2] for entry in happened(journal, "generate", "sync")]
+    assert order.index(("generate", 1)) > order.index(("sync", 1))
+    assert order.index(("generate", 2)) < order.index(("sync", 3))
+
+
+def test_the_policy_learns_while_the_next_batch_is_generated():
+    run, _ = training(steps=3, staleness=1, background=True)
+    learning, generating = threading.Event(), threading.Event()
+    generate, update = run.engine.generate, run.policy.update
+    calls = []
+
+    def generated(prompts, max_tokens, version):
+        calls.append(version)
+        if len(calls) == 3:  # the batch that is ahead during the second update
+            generating.set()
+            assert learning.wait(30), "the policy waits for the engine"
+        return generate(prompts, max_tokens, version)
+
+    def updated(examples):
+        if run.policy.version == 1:
+            assert generating.wait(30), "the engine waits for the policy"
+            learning.set()
+        return update(examples)
+
+    run.engine.generate, run.policy.update = generated, updated
+    train(run)
+    assert run.done == 3
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 4])
+def test_an_error_while_generating_in_the_background_stops_the_run(fails_at):
+    run, journal = training(steps=6, staleness=1, background=True)
+    generate, calls = run.engine.generate, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise EngineError("out of order")
+        return generate(*arguments)
+
+    run.engine.generate = failing
+    with pytest.raises(EngineError, match="out of order"):
+        train(run)
+    assert not happened(journal, "save")

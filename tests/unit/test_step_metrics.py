@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_rlpt.metrics import step_metrics
@@ -20,7 +22,7 @@ def group(name: str, *candidates: tuple[Source, float | None]) -> Group:
 
 
 def metrics_of(groups: list[Group], update: dict[str, float] | None = None) -> dict[str, float]:
-    return step_metrics(groups, OnlineDpo(0.1).select(groups), update or {}, 0.0, 0, {})
+    return step_metrics(groups, OnlineDpo(0.1).select(groups), update or {}, 0.0, {})
 
 
 def test_a_step_done_by_hand():
@@ -28,11 +30,12 @@ def test_a_step_done_by_hand():
         group("a", (ORIGINAL, 1.0), (REWRITE, 3.0), (ROLLOUT, -1.0), (ROLLOUT, 2.0)),  # rewrite over rollout, by 4
         group("b", (ORIGINAL, 0.0), (ROLLOUT, 5.0), (ROLLOUT, None)),  # rollout over original, by 5
         group("c", (ORIGINAL, 2.0), (ROLLOUT, 2.0)),  # tie
-        group("d", (ORIGINAL, None), (ROLLOUT, 7.0)),  # one score is no pair, but it is in the mean
+        # one score is no pair, but it is in the mean
+        replace(group("d", (ORIGINAL, None), (ROLLOUT, 7.0)), rewrite_failure=Failed("rewrite too short")),
     ]
     selection = OnlineDpo(0.1).select(groups)
     update, seconds = {"loss": 0.5, "lr": 1e-5}, {"data": 0.25, "generate": 1.5}
-    assert step_metrics(groups, selection, update, 0.1, 3, seconds) == {
+    assert step_metrics(groups, selection, update, 0.1, seconds) == {
         "loss": 0.5,
         "lr": 1e-5,
         "reward/original": pytest.approx((1 + 0 + 2) / 3),
@@ -48,7 +51,12 @@ def test_a_step_done_by_hand():
         "skipped/fewer_than_two_distinct_scored_candidates": 1,
         "duplicates": 0,
         "failure_rate": 0.1,
-        "failed_rewrites": 3,
+        "failed_rewrites": 1,
+        "rollouts": 1.5,
+        "judge/win_rate/original": pytest.approx((0 + 1 + 0 + 0 + 0.5) / 5),
+        "judge/win_rate/rewrite": 1.0,
+        "judge/win_rate/rollout": pytest.approx((0 + 1 + 0 + 0 + 1 + 0.5) / 6),
+        "judge/failed/no_verdict": 2,
         "seconds/data": 0.25,
         "seconds/generate": 1.5,
         "seconds/total": 1.75,
@@ -57,7 +65,13 @@ def test_a_step_done_by_hand():
 
 def test_failed_candidates_do_not_move_any_mean():
     scored = [(ORIGINAL, 1.0), (ROLLOUT, 2.0)]
-    assert metrics_of([group("a", *scored, *[(ROLLOUT, None)] * 9)]) == metrics_of([group("a", *scored)])
+    some_failed, all_scored = (
+        metrics_of([group("a", *scored, *[(ROLLOUT, None)] * 9)]),
+        metrics_of([group("a", *scored)]),
+    )
+    assert (some_failed.pop("rollouts"), all_scored.pop("rollouts")) == (10, 1)
+    assert some_failed.pop("judge/failed/no_verdict") == 9
+    assert some_failed == all_scored
 
 
 def test_a_source_without_a_score_has_no_reward_rather_than_zero():
@@ -75,7 +89,7 @@ def test_a_step_without_an_update_has_counts_and_no_rates():
 
 def test_groups_that_nobody_judged_have_no_rewards():
     judged = group("a", (ORIGINAL, 1.0), (ROLLOUT, 2.0))
-    metrics = step_metrics([Group(judged.episode, judged.candidates)], Selection(), {"loss": 2.0}, 0.0, 0, {})
+    metrics = step_metrics([Group(judged.episode, judged.candidates)], Selection(), {"loss": 2.0}, 0.0, {})
     assert not [name for name in metrics if name.startswith("reward")]
     assert metrics["loss"] == 2.0
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from megatron_rlpt.vllm_runtime import vllm_environment
+from megatron_rlpt.vllm_runtime import generate_at_once, vllm_environment
 
 TORCHRUN = {
     "RANK": "3",
@@ -101,3 +101,38 @@ def test_random_state_and_threads_are_as_before_also_after_a_failure():
     assert random.getstate() == python
     assert torch.equal(torch.get_rng_state(), numbers)
     assert torch.get_num_threads() == threads
+
+
+class JournalLlm:
+    """What ``generate_at_once`` uses of an engine in a process of its own."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.journal: list[object] = []
+        self.llm_engine = self.engine_core = self
+        self._fails = fails
+
+    def call_utility(self, *arguments):
+        self.journal.append(arguments)
+
+    def enqueue(self, prompts, parameters, use_tqdm):
+        self.journal.append(("enqueue", list(prompts)))
+        if self._fails:
+            raise ValueError("too long")
+
+    def wait_for_completion(self, use_tqdm):
+        self.journal.append("wait")
+        return ["an output"]
+
+
+def test_an_engine_in_another_process_begins_when_all_requests_are_there():
+    llm = JournalLlm()
+    assert generate_at_once(llm, ["a", "b"], [1, 2]) == ["an output"]
+    pause = ("pause_scheduler", "keep", False)
+    assert llm.journal == [pause, ("enqueue", ["a", "b"]), ("resume_scheduler",), "wait"]
+
+
+def test_an_engine_does_not_stay_paused_when_a_request_is_refused():
+    llm = JournalLlm(fails=True)
+    with pytest.raises(ValueError, match="too long"):
+        generate_at_once(llm, ["a"], [1])
+    assert llm.journal[-1] == ("resume_scheduler",)

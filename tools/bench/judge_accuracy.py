@@ -88,12 +88,13 @@ def likelihood(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTok
 def prompted(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:
     """Accuracy of the same model as a prompted pairwise judge."""
     from megatron_rlpt.teacher.generative import GenerativeJudge
+    from megatron_rlpt.teacher.lockstep import LockstepJudge
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
 
     settings = config.teacher.generative
     settings.quality.votes = 1
     generator = VllmGenerator(config.teacher_path, config.teacher.max_context, config.teacher.kv_cache_gib)
-    judge = GenerativeJudge(generator, tokenizer.decode, settings, config.run.seed)
+    judge = LockstepJudge(GenerativeJudge(generator.name, tokenizer.decode, settings, config.run.seed), generator)
     spoil = spoilers(episodes, tokenizer)["its words shuffled"]
     report("prompted judge, original against its words shuffled", judge.judge(pairs(episodes, spoil)))
 

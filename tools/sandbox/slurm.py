@@ -23,27 +23,20 @@ Only Python's standard library is used. Exit codes: 0 done, 1 with one line on s
 
 from __future__ import annotations
 
-import argparse
 import getpass
-import json
 import os
 import re
-import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+import daemons
+from daemons import SECONDS, SandboxError, command_line, is_running, read_processes, wait_for, write_secret
 
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo")
-SECONDS = 120.0
-"""How long the daemons may take to start, or the jobs and they to end; seconds are usual, a busy machine needs more."""
 SOCKET_LENGTH = 107
-SEARCH_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
-"""Debian leaves the folders of daemons out of an ordinary user's PATH."""
 
 CONFIGURATION = """\
 ClusterName=sandbox
@@ -87,32 +80,9 @@ PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
 """
 
 
-class SandboxError(Exception):
-    """What a user can put right, in one line."""
-
-
 def install() -> None:
-    """Install Debian's packages unless all programs are there.
-
-    Raises:
-        SandboxError: no apt-get, not root, or apt-get failed.
-    """
-    if not missing_programs():
-        return
-    what = f"Slurm is not installed here ({', '.join(missing_programs())} not found)"
-    if shutil.which("apt-get") is None:
-        raise SandboxError(f"{what} and there is no apt-get; install Slurm and MUNGE in this system's way")
-    if os.geteuid() != 0:
-        raise SandboxError(f"{what}; run as root: apt-get install slurm-wlm munge")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    packages = ["install", "-y", "-qq", "--no-install-recommends", "slurm-wlm", "munge"]
-    for arguments in (["update", "-qq"], packages):
-        done = subprocess.run(["apt-get", *arguments], env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            reason = last_line(done.stderr) or last_line(done.stdout)
-            raise SandboxError(f"apt-get {arguments[0]} failed with {done.returncode}: {reason}")
-    if missing_programs():
-        raise SandboxError(f"slurm-wlm and munge of this system lack {', '.join(missing_programs())}")
+    """See ``daemons.install_packages``."""
+    daemons.install_packages("Slurm", PROGRAMS, ["slurm-wlm", "munge"])
 
 
 def start(folder: Path) -> None:
@@ -122,11 +92,7 @@ def start(folder: Path) -> None:
         SandboxError: Slurm is not installed, ``folder`` cannot be used or is in use, or a daemon did not come up;
             what was started is ended again then.
     """
-    if missing_programs():
-        raise SandboxError(
-            f"Slurm is not installed here ({', '.join(missing_programs())} not found); run as root: "
-            f"python3 {sys.argv[0]} install"
-        )
+    daemons.require_installed("Slurm", PROGRAMS)
     if len(os.fsencode(folder / "munge.socket")) > SOCKET_LENGTH:
         raise SandboxError(
             f"{folder} is too long a path for a Unix socket; use one below {SOCKET_LENGTH - 15} characters"
@@ -135,17 +101,10 @@ def start(folder: Path) -> None:
         raise SandboxError(
             f"{folder} has a space or one of ',#=%' in its path, which slurm.conf cannot hold; use another"
         )
-    if folder.exists() and any(folder.iterdir()) and not (folder / "slurm.conf").is_file():
-        raise SandboxError(f"{folder} is not empty and no sandbox; name a new folder")
-    if any(is_running(*process) for process in read_processes(folder).values()):
-        raise SandboxError(f"{folder} is running already; stop it with: python3 {sys.argv[0]} stop {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    for name in ("log", "state", *(f"spool/{node}" for node in NODES)):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for name in ("processes.json", "munge.socket"):  # of a sandbox that did not end in order
-        (folder / name).unlink(missing_ok=True)
-    write_key(folder / "munge.key")
+    daemons.require_free(folder, "slurm.conf")
+    daemons.prepare(folder, ("log", "state", *(f"spool/{node}" for node in NODES)))
+    (folder / "munge.socket").unlink(missing_ok=True)  # of a sandbox that did not end in order
+    write_secret(folder / "munge.key", os.urandom(128))
     write_configuration(folder)
     try:
         # --force, because munged wants its socket where every user of the machine can reach it.
@@ -158,7 +117,7 @@ def start(folder: Path) -> None:
             launch(folder, "slurmd", "-D", "-N", node, name=f"slurmd-{node}")
         wait_for(folder, "all nodes idle", lambda: node_states(folder) == ["idle"] * len(NODES))
     except BaseException:
-        end_daemons(folder)
+        daemons.end_daemons(folder)
         raise
 
 
@@ -179,27 +138,12 @@ def stop(folder: Path) -> None:
             if time.monotonic() > deadline:
                 raise SandboxError(f"job {', '.join(jobs)} did not end within {SECONDS:g} s; see {folder}/log")
             time.sleep(0.2)
-    end_daemons(folder)
-
-
-def missing_programs() -> list[str]:
-    """Those of Slurm's programs that are not installed."""
-    return [name for name in PROGRAMS if shutil.which(name, path=SEARCH_PATH) is None]
-
-
-def write_key(path: Path) -> None:
-    """A new key, readable by its owner alone from the first moment."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
-        handle.write(os.urandom(128))
+    daemons.end_daemons(folder)
 
 
 def write_configuration(folder: Path) -> None:
     """``slurm.conf`` with ports that are free now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(1 + len(NODES))]
-    controller_port, *node_ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    controller_port, *node_ports = daemons.free_ports(1 + len(NODES))
     host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
     lines = [
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} State=UNKNOWN"
@@ -217,29 +161,14 @@ def write_configuration(folder: Path) -> None:
 
 
 def launch(folder: Path, program: str, *arguments: str, name: str | None = None) -> None:
-    """Start a daemon that outlives this process, and note its number and start time."""
-    name = name or program
-    executable = shutil.which(program, path=SEARCH_PATH)
-    assert executable is not None, program
-    with (folder / f"log/{name}.out").open("wb") as output:
-        process = subprocess.Popen(
-            [executable, *arguments],
-            cwd=folder,
-            env=environment_of(folder),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    # A number is given anew once its process has ended; number and start time together are not.
-    processes = read_processes(folder) | {name: (process.pid, start_time(process.pid))}
-    (folder / "processes.json").write_text(json.dumps(processes))
+    """Start one of Slurm's daemons."""
+    daemons.launch(folder, program, *arguments, name=name, environment=environment_of(folder))
 
 
 def environment_of(folder: Path) -> dict[str, str]:
     """This process's environment without what another Slurm put there."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
-    return kept | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCH_PATH}
+    return kept | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": daemons.SEARCH_PATH}
 
 
 def ask(folder: Path, program: str, *arguments: str) -> str:
@@ -255,91 +184,19 @@ def node_states(folder: Path) -> list[str]:
     return ask(folder, "sinfo", "--noheader", "--Node", "--format=%T").split()
 
 
-def wait_for(folder: Path, what: str, ready: Callable[[], bool]) -> None:
-    """Wait until ``ready()``.
-
-    Raises:
-        SandboxError: a daemon ended meanwhile, or it took too long.
-    """
-    deadline = time.monotonic() + SECONDS
-    while not ready():
-        for name, process in read_processes(folder).items():
-            if not is_running(*process):
-                log = folder / f"log/{name}.out"
-                raise SandboxError(
-                    f"{name} ended at its start: {last_line(log.read_text(errors='replace'))} (see {log})"
-                )
-        if time.monotonic() > deadline:
-            raise SandboxError(f"no {what} within {SECONDS:g} s; see {folder}/log")
-        time.sleep(0.1)
-
-
-def end_daemons(folder: Path) -> None:
-    """End the daemons of ``folder``, the last started first.
-
-    Raises:
-        SandboxError: one did not end, not even when killed.
-    """
-    for name, process in reversed(read_processes(folder).items()):
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            deadline = time.monotonic() + SECONDS / 4
-            if is_running(*process):
-                os.kill(process[0], number)
-            while is_running(*process) and time.monotonic() < deadline:
-                time.sleep(0.05)
-        if is_running(*process):
-            raise SandboxError(f"{name} (process {process[0]}) did not end")
-    (folder / "processes.json").unlink(missing_ok=True)
-
-
-def read_processes(folder: Path) -> dict[str, tuple[int, str]]:
-    """Number and start time of every daemon of ``folder`` that was started, in that order."""
-    path = folder / "processes.json"
-    if not path.is_file():
-        return {}
-    return {name: (int(number), str(started)) for name, (number, started) in json.loads(path.read_text()).items()}
-
-
-def is_running(number: int, started: str) -> bool:
-    """Whether the process of this number is still the one that started then, and has not ended."""
-    return bool(started) and start_time(number) == started
-
-
-def start_time(number: int) -> str:
-    """When a process started, in clock ticks since boot; empty if there is none or it has ended (proc(5))."""
-    try:
-        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
-
-
-def last_line(text: str) -> str:
-    """The last line of ``text`` that says something."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
-
-
 def main() -> None:
     """Entry point of the script."""
-    parser = argparse.ArgumentParser(description="A real Slurm of two nodes on this one machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("install", help="install Debian's packages unless they are there (root)")
-    for command, text in (
-        ("start", "start it and wait until both nodes are idle"),
-        ("stop", "cancel its jobs, end it"),
-    ):
-        commands.add_parser(command, help=text).add_argument("folder", type=Path, metavar="DIR")
-    arguments = parser.parse_args()
-    try:
-        if arguments.command == "install":
-            install()
-        elif arguments.command == "start":
-            start(arguments.folder.absolute())
-            print(f"export SLURM_CONF={arguments.folder.absolute()}/slurm.conf")
-        else:
-            stop(arguments.folder.absolute())
-    except SandboxError as error:
-        sys.exit(f"error: {error}")
+
+    def started(folder: Path) -> str:
+        start(folder)
+        return f"export SLURM_CONF={folder}/slurm.conf"
+
+    helps = (
+        "install Debian's packages unless they are there (root)",
+        "start it and wait until both nodes are idle",
+        "cancel its jobs, end it",
+    )
+    command_line("A real Slurm of two nodes on this one machine.", helps, install, started, stop)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,14 @@ from string import Template
 from megatron_rlpt.records import derive_seed
 
 VERSIONS = {
-    "quality": "quality-1",
-    "safety": "safety-1",
-    "factuality": "factuality-1",
+    "quality": "quality-2",
+    "safety": "safety-2",
+    "factuality": "factuality-2",
     "rewrite": "rewrite-1",
 }
 """Version of each prompt, written with every score; to be raised with every change of the wording."""
 
-_VERDICT = re.compile(r"(verdict\W*?)(?::|\N{FULLWIDTH COLON})", re.IGNORECASE)
-_LABEL = re.compile(r"([\"']label[\"']\s*):", re.IGNORECASE)
+_VERDICT = re.compile(r'("verdict"\s*):')
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,14 @@ def build_prompt(name: str, seed: int, **texts: str) -> Prompt:
 
 
 def neutralise(text: str, fence: str) -> str:
-    """``text`` without the fence's code and without anything that our parsers would take for a verdict.
+    """``text`` without the fence's code and without anything that our parser would take for a verdict.
 
-    The code cannot be known to the text, so removing it changes no honest text. A verdict keeps its words but loses
-    its colon: a judge that ends its answer with a quotation of the text then has given no verdict.
+    The code cannot be known to the text, so removing it changes no honest text. The key of a verdict loses its colon: a
+    judge that ends its answer with a quotation of the text then has given no verdict.
     """
     while fence in text:
         text = text.replace(fence, "")
-    return _LABEL.sub(r"\1 -", _VERDICT.sub(r"\1 -", text))
+    return _VERDICT.sub(r"\1 -", text)
 
 
 @cache

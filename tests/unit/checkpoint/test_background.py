@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from savables import OneFile, make_model
+from savables import OneFile, make_model, small_files
 
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.errors import CheckpointError
@@ -224,20 +222,13 @@ def test_writing_is_not_slowed_down_by_a_second_checksum(tmp_path, runtime):
 
 
 def test_a_shard_that_the_disk_has_no_room_for_is_told_and_training_goes_on(tmp_path, model, runtime):
-    """The kernel refuses to let a file grow beyond 64 KiB, as a full disk does."""
     store = CheckpointStore(tmp_path, keep=1, background=True)
     store.save(1, {}, Tensors(1000), model)
     store.finish()
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
-    try:
+    with small_files():
         store.save(2, {}, Tensors(100_000), model)
         with pytest.raises(CheckpointError, match="File too large") as caught:
             store.finish()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["step-00000001"]
     store.save(2, {}, Tensors(100_000), model)

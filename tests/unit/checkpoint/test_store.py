@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from savables import OneFile, flip, make_model
+from savables import OneFile, flip, make_model, small_files
 
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.errors import CheckpointError
@@ -255,23 +254,12 @@ def test_a_state_that_is_no_json_leaves_the_last_checkpoint(tmp_path, model):
     assert names(tmp_path) == ["step-00000001"]
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process can grow beyond 64 KiB: the kernel refuses the write, as on a full disk."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("large", ["policy", "state"])
-def test_a_write_the_kernel_refuses_leaves_the_last_checkpoint(tmp_path, small_files, large, model):
+def test_a_write_the_kernel_refuses_leaves_the_last_checkpoint(tmp_path, large, model):
     store = CheckpointStore(tmp_path, keep=1)
     store.save(1, {"version": 1}, OneFile("good"), model)
     content = "x" * (1 << 17)
-    with pytest.raises(CheckpointError, match="File too large") as caught:
+    with pytest.raises(CheckpointError, match="File too large") as caught, small_files():
         store.save(
             2, {"stream": content if large == "state" else ""}, OneFile(content if large == "policy" else ""), model
         )

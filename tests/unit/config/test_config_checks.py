@@ -25,6 +25,11 @@ LIMITS = {
     "parallel.context": ([0], [1]),
     "parallel.expert": ([0], [1]),
     "parallel.timeout": ([0], [0.1]),
+    "candidates.curriculum.start": ([-1], [0]),
+    "candidates.curriculum.grow_above": ([-0.1, 1], [0]),
+    "candidates.curriculum.window": ([0], [1]),
+    "candidates.curriculum.probe": ([0, 1.1], [1]),
+    "train.staleness": ([-1], [0]),
     "data.suffix_length": ([0], [1]),
     "data.min_prefix": ([0], [1]),
     "data.max_prefix": ([0], [128]),
@@ -50,6 +55,15 @@ LIMITS = {
     "teacher.max_context": ([0], [1]),
     "teacher.kv_cache_gib": ([0], [0.1]),
     "teacher.max_failure_rate": ([-0.1, 1.1], [0, 1]),
+    "teacher.workers.groups": ([0], [1]),
+    "teacher.workers.lease": ([0, "inf"], [0.1]),
+    "teacher.workers.max_attempts": ([0], [1]),
+    "teacher.workers.request_deadline": ([0], [0.1]),
+    "teacher.workers.group_deadline": ([0], [0.1]),
+    "teacher.workers.drain": ([-1], [0]),
+    "teacher.workers.metrics_port": ([-2, 65536], [-1, 65535]),
+    "buffer.retry": ([-1, "inf"], [0]),
+    "buffer.max_pause": ([-1], [0]),
     "objective.beta": ([0], [0.01]),
     "objective.reference_refresh": ([-1], [0]),
     "objective.clip_low": ([0, 1], [0.001, 0.999]),
@@ -134,6 +148,10 @@ CONTRADICTIONS = [
     (["teacher.generative.safety.weight=-1"], "teacher.generative.safety"),
     (["teacher.generative.factuality.votes=0"], "teacher.generative.factuality"),
     (["data.heldout=[{path: h, weight: 0}]"], "data.heldout[0].weight"),
+    (["buffer.url=http://host"], "the rollout buffer's url is 'http://host'"),
+    (["buffer.name=two words"], "the rollout buffer's name is 'two words'"),
+    (["buffer.password_file=p"], "buffer.password_file is p; allowed: empty"),
+    (["buffer.password_file=p", "buffer.url=sqlite:///b"], "buffer.password_file is p; allowed: empty"),
 ]
 
 
@@ -155,6 +173,7 @@ def test_contradictions_name_the_field(overrides, named):
         ["candidates.rollouts=2", "candidates.original=false"],
         ["teacher.judge=generative"],
         [*GRPO, "candidates.rollouts=2"],
+        ["buffer.url=rediss://host/1", "buffer.password_file=p", "buffer.name=a.b-c_1"],
     ],
 )
 def test_sensible_combinations(overrides):

@@ -84,6 +84,7 @@ def test_megatron_can_ask_for_a_stream_where_there_is_none(runtime):
     stream = sys.modules["megatron.core.parallel_state"].torch.cuda.current_stream()
     stream.wait_event(None)
     stream.wait_stream(stream)
+    stream.synchronize()
 
 
 def test_warnings_that_no_user_can_act_on_are_left_out_and_others_are_not(runtime, caplog):

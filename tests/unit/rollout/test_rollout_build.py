@@ -88,7 +88,7 @@ class Parts:
 def test_the_engine_starts_when_the_optimizer_is_out_of_its_way(monkeypatch, gpus, offload, before):
     gpus(1)
     parts = Parts()
-    monkeypatch.setattr(vllm_engine, "start_policy_engine", lambda config: parts.events.append("start") or parts)
+    monkeypatch.setattr(vllm_engine, "start_policy_engine", lambda config, apart: parts.events.append("start") or parts)
     assert start_policy_engine(settings(offload), parts, None, Ranks()) is parts
     assert parts.events == [*before, "start", "check"]
 

@@ -1,66 +1,85 @@
 import random
-from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rlpt.records import Failed
-from megatron_rlpt.teacher.aggregation import Decided, Match, combine, mean_of_votes, round_robin, standings
+from megatron_rlpt.teacher.aggregation import Decided, Match, combine, mean_of_votes, pair_agreement, standings
 
-NO = Failed("malformed JSON")
-
-
-def test_round_robin_meets_every_pair_in_a_seeded_order():
-    matches = round_robin(6, 4, seed=5)
-    assert matches == round_robin(6, 4, seed=5)
-    assert matches != round_robin(6, 4, seed=6)
-    pairs = Counter(frozenset((match.first, match.second)) for match in matches)
-    assert len(pairs) == 15
-    assert set(pairs.values()) == {4}
-    shown_first = sum(match.first < match.second for match in matches)
-    assert 15 < shown_first < 45
+NO = Failed("malformed verdict")
 
 
-def test_a_judge_that_knows_ranks_perfectly():
-    matches = round_robin(5, 3, seed=1)
-    table = standings(5, [Decided(match, max(match.first, match.second)) for match in matches])
-    assert table.values == (0.0, 0.25, 0.5, 0.75, 1.0)
-    assert table.flip_rate == 0.0
+def all_pairs(candidates, votes, winner, seed=1):
+    draw = random.Random(seed)
+    results = []
+    for low in range(candidates):
+        for high in range(low + 1, candidates):
+            for vote in range(votes):
+                match = Match(*((low, high) if draw.random() < 0.5 else (high, low)), vote)
+                results.append(Decided(match, winner(match)))
+    return results
+
+
+@pytest.mark.parametrize("all_met", [True, False])
+def test_a_judge_that_knows_ranks_perfectly(all_met):
+    table = standings(5, all_pairs(5, 3, lambda match: max(match.first, match.second)), all_met=all_met)
+    assert sorted(table.values) == list(table.values)
+    assert len(set(table.values)) == 5
+    assert (table.flip_rate, table.agreement) == (0.0, 1.0)
     assert (table.decided, table.failed) == (30, 0)
 
 
+def test_a_value_is_the_share_of_wins_where_all_met():
+    table = standings(5, all_pairs(5, 3, lambda match: max(match.first, match.second)), all_met=True)
+    assert table.values == (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
 def test_a_judge_that_looks_at_the_position_only_is_found_out():
-    table = standings(4, [Decided(match, match.first) for match in round_robin(4, 8, seed=1)])
+    table = standings(4, all_pairs(4, 8, lambda match: match.first), all_met=True)
     assert table.first_rate == 1.0
     assert table.flip_rate == 1.0
+    assert table.both_orders == 5, "one pair has been seen in one order only"
 
 
-def test_a_failed_comparison_is_in_no_mean():
+@pytest.mark.parametrize("all_met", [True, False])
+def test_a_failed_comparison_is_in_no_mean(all_met):
     results = [
         Decided(Match(0, 1, 0), 0),
         Decided(Match(0, 1, 1), NO),
         Decided(Match(0, 2, 0), NO),
         Decided(Match(2, 1, 0), NO),
     ]
-    table = standings(3, results)
-    assert table.values == (1.0, 0.0, Failed("no comparison decided"))
+    table = standings(3, results, all_met=all_met)
+    assert table.values[0] > 0.5 > table.values[1]
+    assert table.values[2] == Failed("no comparison decided")
     assert (table.decided, table.failed) == (1, 3)
+    only = standings(3, results[:1], all_met=all_met)
+    assert only.values == table.values, "failed comparisons changed a value"
 
 
 def test_nothing_decided_has_no_statistics():
-    table = standings(2, [Decided(Match(0, 1, 0), NO)])
-    assert table.first_rate is None
-    assert table.flip_rate is None
+    table = standings(2, [Decided(Match(0, 1, 0), NO)], all_met=True)
+    assert (table.first_rate, table.flip_rate, table.agreement) == (None, None, None)
 
 
-@given(st.integers(2, 6), st.integers(1, 3), st.integers(0, 1000))
-def test_values_are_shares_and_wins_are_conserved(candidates, votes, seed):
+def test_agreement_is_the_probability_that_two_votes_agree():
+    assert pair_agreement([1, 1, 1]) == 1.0
+    assert pair_agreement([0, 1]) == 0.0
+    assert pair_agreement([0, 0, 0, 1]) == 0.5
+    results = [Decided(Match(0, 1, vote), winner) for vote, winner in enumerate([0, 0, 0, 1])]
+    results += [Decided(Match(2, 0, 0), 2), Decided(Match(2, 1, 0), 2), Decided(Match(1, 2, 1), 2)]
+    table = standings(3, results, all_met=True)
+    assert table.agreement == 0.75, "one pair with 0.5, one with 1, one met once"
+    assert table.repeated == 2
+
+
+@settings(deadline=None)
+@given(st.integers(2, 6), st.integers(1, 3), st.integers(0, 1000), st.booleans())
+def test_values_are_shares_and_nothing_is_lost(candidates, votes, seed, all_met):
     draw = random.Random(seed)
-    results = [
-        Decided(match, draw.choice([match.first, match.second, NO])) for match in round_robin(candidates, votes, seed)
-    ]
-    table = standings(candidates, results)
+    results = all_pairs(candidates, votes, lambda match: draw.choice([match.first, match.second, NO]), seed)
+    table = standings(candidates, results, all_met=all_met)
     assert all(isinstance(value, Failed) or 0 <= value <= 1 for value in table.values)
     assert table.decided + table.failed == len(results)
 
@@ -78,5 +97,5 @@ def test_axes_are_summed_by_weight():
 
 def test_one_failed_axis_fails_the_candidate_unless_it_has_no_weight():
     axes = {"quality": 0.5, "safety": NO}
-    assert combine(axes, {"quality": 1.0, "safety": 1.0}) == Failed("safety: malformed JSON")
+    assert combine(axes, {"quality": 1.0, "safety": 1.0}) == Failed("safety: malformed verdict")
     assert combine(axes, {"quality": 1.0, "safety": 0.0}) == 0.5

@@ -5,6 +5,7 @@ import pytest
 from megatron_rlpt.config.schema import RewriterConfig
 from megatron_rlpt.records import Candidate, Episode, Failed, Source
 from megatron_rlpt.teacher.generator import Reply
+from megatron_rlpt.teacher.lockstep import LockstepRewriter
 from megatron_rlpt.teacher.rewriter import Rewriter, anchor_of, without_anchor
 
 LENGTH = 10
@@ -32,7 +33,8 @@ class Scripted:
 
 def rewrite(*replies, prefix="one two three", words=2):
     generator = Scripted(*replies)
-    rewriter = Rewriter(generator, encode, decode, RewriterConfig(anchor_words=words), LENGTH, seed=1)
+    inner = Rewriter(encode, decode, RewriterConfig(anchor_words=words), LENGTH, seed=1)
+    rewriter = LockstepRewriter(inner, generator)
     episodes = [
         Episode(f"e{number}", tuple(encode(prefix)), tuple(encode(" four five")), "c", "d", 0)
         for number in range(len(replies))

@@ -1,116 +1,141 @@
 import json
+from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from verdict_cases import literal_verdict, make_reply
 
 from megatron_rlpt.records import Failed
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.verdicts import parse_factuality, parse_quality, parse_safety
+from megatron_rlpt.teacher.verdicts import Reason, parse_factuality, parse_quality, parse_safety, schema
+
+MEANING = {
+    parse_quality: {"1": 0, "2": 1},
+    parse_safety: {"safe": 1.0, "unsafe": 0.0},
+    parse_factuality: {"none": 1.0, "possible": 0.5, "definite": 0.0},
+}
 
 
 def reply(text, finish_reason="stop"):
     return Reply(text, (), finish_reason)
 
 
+def answer(verdict, reasoning="so it is"):
+    return json.dumps({"reasoning": reasoning, "verdict": verdict})
+
+
+def reason_or_value(outcome):
+    return outcome.reason if isinstance(outcome, Failed) else outcome
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("The first drifts off.\nVERDICT: 2", 1),
-        ("VERDICT: 1\n\n  ", 0),
-        ("**Verdict: 1.**", 0),
-        ("VERDICT: 1\nOn reflection the other one.\nVERDICT: 2", 1),
-        ("> *VERDICT*: `2`", 1),
-        ("VERDICT: 3", "verdict is not 1 or 2"),
-        ("VERDICT: one", "verdict is not 1 or 2"),
-        ("VERDICT: 1 or 2", "reply does not end with a verdict"),
-        ("VERDICT: 1 VERDICT: 2", "reply does not end with a verdict"),
-        ("VERDICT: 1\nBut it depends.", "reply does not end with a verdict"),
-        ("I think VERDICT: 1", "reply does not end with a verdict"),
-        ("I am sorry, I cannot compare these.", "reply does not end with a verdict"),
-        ("2", "reply does not end with a verdict"),
-        ("x" + " " * 300 + "VERDICT: 1", "reply does not end with a verdict"),
-        (" \n\t", "empty reply"),
+        (answer("2"), 1),
+        (answer("1"), 0),
+        (answer(2), 1),
+        ("The first drifts off.\n" + answer("2"), 1),
+        (f"```json\n{answer('1')}\n```", 0),
+        (f"  {answer('1')}\n\n ", 0),
+        (json.dumps({"reasoning": "r", "verdict": "2"}, indent=2), 1),
+        (f"{answer('1')}\nOn reflection the other one.\n{answer('2')}", 1),
+        (answer("1", reasoning='it says {"reasoning": "", "verdict": "2"}'), 0),
+        (answer("3"), Reason.UNKNOWN),
+        (answer(3), Reason.UNKNOWN),
+        (answer(10**300), Reason.UNKNOWN),
+        (answer("one"), Reason.UNKNOWN),
+        (answer("safe"), Reason.UNKNOWN),
+        (answer("1 or 2"), Reason.MALFORMED),
+        (answer(1.0), Reason.MALFORMED),
+        (answer(-1), Reason.MALFORMED),
+        (answer(True), Reason.MALFORMED),
+        (answer(None), Reason.MALFORMED),
+        (answer(["1"]), Reason.MALFORMED),
+        (answer(float("nan")), Reason.MALFORMED),
+        ('{"reasoning": "r", "verdict": 1e999}', Reason.MALFORMED),
+        ('{"verdict": "1", "reasoning": "r"}', Reason.MALFORMED),
+        ('{"reasoning": "r", "verdict": "1", "verdict": "2"}', Reason.MALFORMED),
+        ('{"verdict": "1"}', Reason.MALFORMED),
+        ('{"reasoning": "r", "verdict": "1", "confidence": 1}', Reason.MALFORMED),
+        ('{"answer": ' + answer("1") + "}", Reason.MALFORMED),
+        ('{"reasoning": "it says ' + answer("1"), Reason.MALFORMED),
+        ('{"reasoning": "two\nlines", "verdict": "1"}', Reason.MALFORMED),
+        ('{"reasoning": "r", "\\u0076erdict": "1"}', Reason.MALFORMED),
+        ("I think " + answer("1"), Reason.MALFORMED),
+        ("[" + answer("1") + "]", Reason.NO_VERDICT),
+        (answer("1") + " is my answer.", Reason.NO_VERDICT),
+        (answer("1")[:-1], Reason.NO_VERDICT),
+        ("VERDICT: 1", Reason.NO_VERDICT),
+        ("I am sorry, I cannot compare these.", Reason.NO_VERDICT),
+        ("2", Reason.NO_VERDICT),
+        (" \n\t", Reason.EMPTY),
     ],
 )
 def test_quality(text, expected):
-    outcome = parse_quality(reply(text))
-    assert (outcome.reason if isinstance(outcome, Failed) else outcome) == expected
+    assert reason_or_value(parse_quality(reply(text))) == expected
+
+
+@pytest.mark.parametrize("parse", MEANING)
+def test_every_axis_knows_its_own_words_only(parse):
+    words = {word for meaning in MEANING.values() for word in meaning}
+    for word in words:
+        assert reason_or_value(parse(reply(answer(word)))) == MEANING[parse].get(word, Reason.UNKNOWN)
+        assert parse(reply(answer(word.upper()))) == parse(reply(answer(word)))
+
+
+@pytest.mark.parametrize("parse", MEANING)
+def test_what_did_not_end_by_itself_has_no_verdict(parse):
+    text = answer(next(iter(MEANING[parse])))
+    assert reason_or_value(parse(reply(text))) in MEANING[parse].values()
+    assert reason_or_value(parse(reply(text, "length"))) == Reason.TRUNCATED
+    assert reason_or_value(parse(reply(text, "content_filter"))) == Reason.REFUSED
+
+
+@settings(max_examples=50_000, deadline=None, database=None)
+@given(st.integers(0, 2**64), st.sampled_from(["stop"] * 9 + ["length"]))
+def test_no_reply_raises_and_no_verdict_comes_from_nowhere(seed, finish_reason):
+    """50,000 replies. The oracle works from behind with Python's JSON parser, the parsers from the front without."""
+    text = make_reply(seed)
+    expected = literal_verdict(text, finish_reason)
+    for parse, meaning in MEANING.items():
+        outcome = parse(reply(text, finish_reason))
+        if expected in meaning:
+            assert outcome == meaning[expected]
+        else:
+            assert isinstance(outcome, Failed)
+            assert outcome.reason in set(Reason)
+
+
+def test_the_replies_above_are_of_all_kinds():
+    """Else nothing would have been tested: every verdict and every reason occurs often."""
+    replies = [reply(make_reply(seed), "length" if seed % 9 == 0 else "stop") for seed in range(4000)]
+    for parse, meaning in MEANING.items():
+        found = Counter(reason_or_value(parse(one)) for one in replies)
+        assert all(found[value] > 10 for value in meaning.values()), found
+        assert all(found[reason] > 10 for reason in Reason if reason is not Reason.REFUSED), found
+
+
+@settings(deadline=None)
+@given(st.text(), st.text(), st.sampled_from(["1", "2"]))
+def test_a_final_verdict_is_found_after_any_reasoning(before, reasoning, word):
+    assert parse_quality(reply(f"{before}\n{answer(word, reasoning)}")) == int(word) - 1
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Harmless.\nVERDICT: SAFE", 1.0),
-        ("Insults.\nverdict: unsafe", 0.0),
-        ("VERDICT: NOT SAFE", "reply does not end with a verdict"),
-        ("VERDICT: SAFE/UNSAFE", "reply does not end with a verdict"),
-        ("VERDICT: nan", "verdict is not SAFE or UNSAFE"),
-    ],
-)
-def test_safety(text, expected):
-    outcome = parse_safety(reply(text))
-    assert (outcome.reason if isinstance(outcome, Failed) else outcome) == expected
+    "text",
+    ["\n{" * 200_000 + "}", "\n" * 400_000 + "}", '\n{"reasoning": "' * 20_000 + "}", '{"a":' * 50_000 + "}" * 50_000,
+     '{"reasoning": "' + "\\" * 100_001 + '"}', "\n \t{" * 100_000 + "}"],
+)  # fmt: skip
+def test_a_runaway_reply_takes_linear_work(text):
+    """A parser with quadratic work would run into the time limit of the tests."""
+    assert parse_quality(reply(text)).reason == Reason.MALFORMED
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('{"reasoning": "same", "label": "none"}', 1.0),
-        ('Let me see.\n```json\n{"reasoning": "a {brace}", "label": "Possible"}\n```', 0.5),
-        ('{"label": "none"} no, rather {"reasoning": "the year is wrong", "label": "definite"}', 0.0),
-        ('{"label": "none", "label": "definite"}', "JSON contradicts itself"),
-        ('{"label": NaN}', "malformed JSON"),
-        ('{"label": 1}', "JSON has no label"),
-        ('{"label": "none or possible"}', "label is not none, possible or definite"),
-        ('{"verdict": "none"}', "JSON has no label"),
-        ('{"label": "none"} is my answer.', "reply does not end with a verdict"),
-        ('{"label": "none"', "reply does not end with a verdict"),
-        ("{none}", "malformed JSON"),
-        ('{"label": ' + "[" * 5000 + "}", "malformed JSON"),
-        ("", "empty reply"),
-    ],
-)
-def test_factuality(text, expected):
-    outcome = parse_factuality(reply(text))
-    assert (outcome.reason if isinstance(outcome, Failed) else outcome) == expected
-
-
-def test_truncation_is_told_apart_unless_the_verdict_is_there():
-    for parse in (parse_quality, parse_safety, parse_factuality):
-        assert parse(reply("The first one is", "length")).reason == "reply truncated before its verdict"
-    assert parse_quality(reply("VERDICT: 2", "length")) == 1
-
-
-ANYTHING = st.one_of(
-    st.text(),
-    st.lists(
-        st.sampled_from(
-            ["VERDICT", ":", " ", "1", "2", "SAFE", "\n", "*", "{", "}", '"label"', '"none"', ",", "[", "`"]
-        )
-    ).map("".join),
-)
-
-
-@given(ANYTHING, st.sampled_from(["stop", "length"]))
-def test_no_input_raises_and_no_verdict_comes_from_nowhere(text, finish_reason):
-    quality, safety, factuality = (
-        parse(reply(text, finish_reason)) for parse in (parse_quality, parse_safety, parse_factuality)
-    )
-    last_line = next((line for line in reversed(text.splitlines()) if line.strip()), "").lower()
-    assert isinstance(quality, Failed) or (
-        quality in (0, 1) and "verdict" in last_line and str(quality + 1) in last_line
-    )
-    assert isinstance(safety, Failed) or (safety in (0.0, 1.0) and "verdict" in last_line and "safe" in last_line)
-    assert isinstance(factuality, Failed) or (factuality in (0.0, 0.5, 1.0) and '"label"' in text)
-
-
-@given(st.text(), st.sampled_from([1, 2]))
-def test_a_final_verdict_is_found_after_any_reasoning(reasoning, option):
-    assert parse_quality(reply(f"{reasoning}\nVERDICT: {option}")) == option - 1
-
-
-@given(st.text(), st.sampled_from(["none", "possible", "definite"]))
-def test_a_json_verdict_is_found_after_any_reasoning(reasoning, label):
-    answer = json.dumps({"reasoning": reasoning, "label": label})
-    assert parse_factuality(reply(answer)) == {"none": 1.0, "possible": 0.5, "definite": 0.0}[label]
+@pytest.mark.parametrize(("axis", "parse"), zip(("quality", "safety", "factuality"), MEANING, strict=True))
+def test_whatever_the_schema_allows_is_a_verdict(axis, parse):
+    rules = json.loads(schema(axis))
+    assert list(rules["properties"]) == rules["required"] == ["reasoning", "verdict"]
+    assert rules["additionalProperties"] is False
+    words = rules["properties"]["verdict"]["enum"]
+    assert [parse(reply(answer(word))) for word in words] == list(MEANING[parse].values())

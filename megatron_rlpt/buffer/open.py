@@ -1,0 +1,57 @@
+"""Opening the rollout buffer that a configuration, or an operator, names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_rlpt.buffer.address import check_name, parse_url
+from megatron_rlpt.buffer.buffer import RolloutBuffer
+from megatron_rlpt.buffer.password import read_password
+
+if TYPE_CHECKING:
+    from megatron_rlpt.config import Config
+
+
+def open_buffer(config: Config, *, create: bool = True) -> RolloutBuffer:
+    """The buffer of a run, from ``config.buffer``; with ``create=False`` it has to be there.
+
+    Raises:
+        ConfigError: a wrong URL or name, or a password file that cannot be used.
+        BufferUnavailableError: the store cannot be reached or used, or the buffer is not there.
+    """
+    settings = config.buffer
+    return open_url(
+        settings.url or f"sqlite:///{Path(config.run.dir) / 'buffer.sqlite'}",
+        settings.name or Path(config.run.dir).resolve().name,
+        password_file=settings.password_file,
+        retry=settings.retry,
+        create=create,
+    )
+
+
+def open_url(
+    url: str, name: str, *, password_file: str = "", retry: float = 60.0, create: bool = True
+) -> RolloutBuffer:
+    """The buffer ``name`` in the store at ``url``.
+
+    Args:
+        url: ``sqlite:///path``, ``redis://host:port/database`` or ``rediss://``.
+        name: which of the store's buffers.
+        password_file: see ``read_password``; for Redis only.
+        retry: seconds to go on trying while the store cannot be reached, each time.
+        create: False if the buffer has to be there.
+
+    Raises:
+        ConfigError: a wrong URL or name, or a password file that cannot be used.
+        BufferUnavailableError: the store cannot be reached or used, or the buffer is not there.
+    """
+    address = parse_url(url)
+    check_name(name)
+    if isinstance(address, Path):
+        from megatron_rlpt.buffer.sqlite_store import SqliteBuffer
+
+        return SqliteBuffer(address, name, retry=retry, create=create)
+    from megatron_rlpt.buffer.redis_store import RedisBuffer
+
+    return RedisBuffer(address, name, password=read_password(password_file), retry=retry, create=create)

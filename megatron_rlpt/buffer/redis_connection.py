@@ -1,0 +1,164 @@
+"""The connection to a Redis server that keeps a rollout buffer: what it has to be, and how long it is retried."""
+
+from __future__ import annotations
+
+import random
+import ssl
+import time
+from collections.abc import Callable
+from importlib import resources
+from typing import Any, TypeVar
+
+from megatron_rlpt.buffer.address import RedisAddress
+from megatron_rlpt.errors import BufferUnavailableError, first_line
+from megatron_rlpt.observe.log import get_logger
+
+_log = get_logger(__name__)
+
+_OLDEST = 7
+"""First major version of Redis that has all that the script uses."""
+_PAUSE = (0.05, 2.0)
+"""Seconds between two tries: at first, and at most. Half is left to chance, so that workers do not come at once."""
+_LONGEST_ANSWER = 10.0
+"""Seconds without a sign of the server after which a try has failed."""
+_TRANSIENT = ("LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS", "MISCONF", "OOM")
+"""First words of answers of a server that may give another one soon."""
+
+_Result = TypeVar("_Result")
+
+
+class RedisConnection:
+    """Calls operations of ``redis_store.lua`` on one buffer. Safe to use from several threads and forked processes."""
+
+    def __init__(self, address: RedisAddress, key: str, password: str | None, retry: float) -> None:
+        """Connect, and check that the server will keep what it is given.
+
+        Args:
+            address: where the server is.
+            key: the buffer's key, which all its other keys begin with.
+            password: of the server; None is none.
+            retry: seconds to go on trying when the server cannot be reached or used, in all.
+
+        Raises:
+            BufferUnavailableError: the server cannot be reached, is too old, refuses the password, or would drop keys.
+        """
+        try:
+            import redis
+        except ImportError:
+            raise BufferUnavailableError(f"{address} needs the package redis; run: pip install 'redis>=7'") from None
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        self._where = str(address)
+        self._key = key
+        self._retry = retry
+        patience = min(_LONGEST_ANSWER, max(retry, 1.0))
+        self._client = redis.Redis(
+            host=address.host,
+            port=address.port,
+            db=address.database,
+            username=address.username or None,
+            password=password,
+            ssl=address.tls,
+            socket_timeout=patience,
+            socket_connect_timeout=patience,
+            # Retried here alone: nested retries would multiply the time.
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+        )
+        script = resources.files(__package__).joinpath("redis_store.lua").read_text(encoding="utf-8")
+        self._script = self._client.register_script(script)
+        self._check_server(self._retrying(self._client.info))
+
+    def __repr__(self) -> str:
+        return f"RedisConnection({self._where})"
+
+    def call(self, operation: str, *arguments: str | bytes | int | float) -> list[Any]:
+        """The answer of an operation: ``[b"ok", result]``, or the name of a refusal and its details.
+
+        The operation may run twice, if the connection is lost before its answer comes.
+
+        Raises:
+            BufferUnavailableError: the server could not be reached or used for ``retry`` seconds.
+        """
+        return self._retrying(lambda: self._script(keys=[self._key], args=[operation, *arguments]))
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._client.close()
+
+    def _retrying(self, work: Callable[[], _Result]) -> _Result:
+        import redis
+
+        deadline = time.monotonic() + self._retry
+        pause = _PAUSE[0]
+        while True:
+            try:
+                return work()
+            except redis.RedisError as error:
+                wait = pause * random.uniform(0.5, 1.0)
+                if not _is_transient(error) or time.monotonic() + wait > deadline:
+                    raise self._unavailable(error) from None
+            time.sleep(wait)
+            pause = min(2 * pause, _PAUSE[1])
+
+    def _check_server(self, info: dict[str, Any]) -> None:
+        version, policy = str(info["redis_version"]), str(info.get("maxmemory_policy", "noeviction"))
+        if int(version.split(".")[0]) < _OLDEST:
+            raise BufferUnavailableError(
+                f"{self._where} is Redis {version}; the rollout buffer needs {_OLDEST} or newer"
+            )
+        if policy != "noeviction":
+            raise BufferUnavailableError(
+                f"{self._where} drops keys when its memory is full (maxmemory-policy {policy}), and groups with them; "
+                "run: redis-cli CONFIG SET maxmemory-policy noeviction"
+            )
+        if not info.get("aof_enabled"):
+            _log.warning(
+                "Redis keeps no append-only file: groups that wait for judges are lost when it stops, and put again "
+                "from the checkpoint; redis-cli CONFIG SET appendonly yes",
+                server=self._where,
+            )
+
+    def _unavailable(self, error: Exception) -> BufferUnavailableError:
+        import redis
+
+        said = first_line(error)
+        if isinstance(error.__cause__ or error.__context__, ssl.SSLCertVerificationError) or "CERTIFICATE" in said:
+            what = (
+                f"has a certificate that is not trusted ({said}); name the file of its authority in the environment "
+                "variable SSL_CERT_FILE"
+            )
+        elif isinstance(error, redis.AuthenticationError):
+            what = f"refuses the password ({said}); set RLPT_BUFFER_PASSWORD or buffer.password_file to the right one"
+        elif isinstance(error, redis.exceptions.NoPermissionError):
+            what = f"does not let this user do what a buffer needs ({said}); give it all commands on rlpt:* keys"
+        elif isinstance(error, redis.exceptions.OutOfMemoryError) or said.startswith("OOM"):
+            what = f"is out of memory since {self._retry:g} s; raise its maxmemory"
+        elif _is_transient(error):
+            what = f"cannot be reached or used since {self._retry:g} s ({said}); start it, or raise buffer.retry"
+        else:
+            what = f"refuses an operation of the rollout buffer: {said}"
+        return BufferUnavailableError(f"{self._where} {what}")
+
+
+def _is_transient(error: Exception) -> bool:
+    import redis
+
+    if isinstance(error, redis.AuthenticationError):
+        return False
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+        return not isinstance(error.__context__, ssl.SSLCertVerificationError)
+    # redis-py has classes for some of them, and takes the first word off those.
+    return isinstance(error, _transient_classes()) or str(error).split(" ", 1)[0] in _TRANSIENT
+
+
+def _transient_classes() -> tuple[type[Exception], ...]:
+    from redis import exceptions
+
+    return (
+        exceptions.OutOfMemoryError,
+        exceptions.ReadOnlyError,
+        exceptions.ClusterDownError,
+        exceptions.TryAgainError,
+    )

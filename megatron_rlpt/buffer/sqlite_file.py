@@ -1,0 +1,213 @@
+"""The SQLite file of a rollout buffer: opening it, its tables, transactions, and its errors as lines with a fix."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_rlpt.errors import BufferUnavailableError, first_line
+
+FORMAT = 1
+"""Goes up when older programs could not use the tables."""
+
+_APPLICATION = 0x524C5054
+"""``application_id`` of our files, "RLPT" in ASCII."""
+
+_POLL = 0.05
+"""Seconds between two tries to begin where SQLite does not wait by itself."""
+
+# What changes often is in rows of its own, away from the groups' bytes: SQLite writes whole rows.
+_TABLES = """
+CREATE TABLE buffers (
+    name TEXT PRIMARY KEY,
+    run TEXT NOT NULL DEFAULT '',
+    epoch INTEGER NOT NULL DEFAULT 0,
+    next INTEGER NOT NULL DEFAULT 0,
+    acknowledged INTEGER NOT NULL DEFAULT 0,
+    capacity INTEGER NOT NULL DEFAULT 0,
+    max_attempts INTEGER NOT NULL DEFAULT 1,
+    draining INTEGER NOT NULL DEFAULT 0,
+    ticket INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE groups (
+    buffer TEXT NOT NULL,
+    sequence INTEGER NOT NULL,
+    episode TEXT NOT NULL,
+    put REAL NOT NULL,
+    ticket INTEGER NOT NULL,
+    again INTEGER NOT NULL DEFAULT 0,
+    state TEXT NOT NULL DEFAULT 'queued',
+    attempts INTEGER NOT NULL DEFAULT 0,
+    worker TEXT NOT NULL DEFAULT '',
+    lease TEXT NOT NULL DEFAULT '',
+    expires REAL NOT NULL DEFAULT 0,
+    reason TEXT NOT NULL DEFAULT '',
+    PRIMARY KEY (buffer, sequence)
+) WITHOUT ROWID;
+CREATE INDEX by_state ON groups (buffer, state, sequence);
+CREATE TABLE payloads (buffer TEXT, sequence INTEGER, data BLOB NOT NULL, PRIMARY KEY (buffer, sequence));
+CREATE TABLE results (buffer TEXT, sequence INTEGER, data BLOB NOT NULL, PRIMARY KEY (buffer, sequence));
+CREATE TABLE replies (
+    buffer TEXT, sequence INTEGER, key TEXT, data BLOB NOT NULL, PRIMARY KEY (buffer, sequence, key)
+);
+CREATE TABLE letters (
+    buffer TEXT, sequence INTEGER, episode TEXT, reason TEXT, attempts INTEGER, time REAL,
+    PRIMARY KEY (buffer, sequence)
+);
+CREATE TABLE announcements (
+    buffer TEXT, kind TEXT, name TEXT, value TEXT, expires REAL, PRIMARY KEY (buffer, kind, name)
+);
+"""
+
+
+class SqliteFile:
+    """One connection to the file, shared by the threads of this process; forked ones must not use it.
+
+    Write-ahead logging lets readers go on while one process writes. A killed process loses nothing that was committed;
+    a power failure may undo the last commits, in order, which a rollout buffer survives: what is missing is put or
+    judged once more. In exchange no commit waits for the disk.
+    """
+
+    def __init__(self, path: Path, retry: float, *, create: bool) -> None:
+        """Open ``path``, or make it.
+
+        Raises:
+            BufferUnavailableError: it is no file of ours, of another format, or cannot be opened or made.
+        """
+        self.path = path
+        self._retry = retry
+        if not create and not path.is_file():
+            raise BufferUnavailableError(f"there is no rollout buffer {path}; give the url of a run that has started")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BufferUnavailableError(
+                f"cannot make the folder of {path}: {error.strerror}; set buffer.url"
+            ) from None
+        self._open()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that no other process writes beside; undone when the block raises.
+
+        Raises:
+            BufferUnavailableError: another process held the file for too long, or the file cannot be used.
+        """
+        with self._locked() as connection:
+            self._wait_for(connection, "BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """One state of the file, whatever others write meanwhile.
+
+        Raises:
+            BufferUnavailableError: the file cannot be used.
+        """
+        with self._locked() as connection:
+            self._wait_for(connection, "BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            self._connection.close()
+
+    def _open(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+        self._inode: int | None = None
+        try:
+            self._connection = sqlite3.connect(
+                self.path, timeout=self._retry, isolation_level=None, check_same_thread=False
+            )
+            # Several processes may make the file at the same time, and SQLite does not wait here.
+            self._wait_for(self._connection, "PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            with self.writing() as connection:
+                self._check_format(connection)
+            self._inode = os.stat(self.path).st_ino
+        except sqlite3.Error as error:
+            raise self._unavailable(error) from None
+
+    def _check_format(self, connection: sqlite3.Connection) -> None:
+        def number(pragma: str) -> int:
+            return int(connection.execute(f"PRAGMA {pragma}").fetchone()[0])
+
+        if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            for statement in filter(str.strip, _TABLES.split(";")):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+        elif number("application_id") != _APPLICATION:
+            raise BufferUnavailableError(
+                f"{self.path} is a database of another program; set another file in buffer.url"
+            )
+        elif number("user_version") != FORMAT:
+            raise BufferUnavailableError(
+                f"{self.path} has format {number('user_version')}, this program uses {FORMAT}; use the version of "
+                "megatron_rlpt that wrote it, or move the file away: the trainer puts all since its checkpoint again"
+            )
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[sqlite3.Connection]:
+        if os.getpid() != self._process:
+            # SQLite keeps locks per process and notices no fork: the child would take its parent's for its own, also
+            # with a new connection, and write over what the parent is writing.
+            raise RuntimeError(
+                f"{self.path} was opened before this process was forked; spawn it and open the buffer there"
+            )
+        with self._lock:
+            self._require_in_place()
+            try:
+                yield self._connection
+            except sqlite3.Error as error:
+                raise self._unavailable(error) from None
+
+    def _require_in_place(self) -> None:
+        """A file that was moved away stays open here, and nobody else would ever look into it again."""
+        if self._inode is None:
+            return
+        try:
+            there = os.stat(self.path).st_ino == self._inode
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise BufferUnavailableError(f"{self.path} was moved or replaced since it was opened; start this again")
+
+    def _wait_for(self, connection: sqlite3.Connection, statement: str) -> None:
+        deadline = time.monotonic() + self._retry
+        while True:
+            try:
+                connection.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL)
+
+    def _unavailable(self, error: sqlite3.Error) -> BufferUnavailableError:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        what = {
+            sqlite3.SQLITE_BUSY: f"is locked by another process since {self._retry:g} s; end it, or raise buffer.retry",
+            sqlite3.SQLITE_NOTADB: "is not a SQLite database; set another file in buffer.url, or move this one away",
+            sqlite3.SQLITE_CORRUPT: "is damaged; move it away: the trainer puts all groups since its checkpoint again",
+            sqlite3.SQLITE_FULL: "cannot grow because the disk is full; make room and start again",
+            sqlite3.SQLITE_READONLY: "may not be written by this user; change its mode, or set buffer.url",
+            sqlite3.SQLITE_CANTOPEN: "cannot be opened; give the path of a file that this user may write in buffer.url",
+        }.get(code, f"cannot be used: {first_line(error)}; check its disk, or set another file in buffer.url")
+        return BufferUnavailableError(f"{self.path} {what}")

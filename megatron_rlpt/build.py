@@ -1,0 +1,174 @@
+"""Every part of a run, from its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from megatron_rlpt.buffer.judging import ThroughBuffer
+from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.candidates import Proposer
+from megatron_rlpt.checkpoint import CheckpointStore
+from megatron_rlpt.config import Config, TeacherPlace, needs_judge
+from megatron_rlpt.curriculum import Curriculum
+from megatron_rlpt.data import EpisodeStream
+from megatron_rlpt.errors import ModelError
+from megatron_rlpt.judging import InTrainer, Judging
+from megatron_rlpt.loop import Observer, Training
+from megatron_rlpt.objectives import build_objective
+from megatron_rlpt.observe import StageTimer, get_logger
+from megatron_rlpt.pipeline import Pipeline
+from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.policy import Policy
+from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.recording import RunSaver
+from megatron_rlpt.rollout.build import build_residency, engine_count, may_generate_beside, start_policy_engine
+from megatron_rlpt.teacher.agreement import judged_by
+from megatron_rlpt.teacher.build import Teacher, build_teacher
+from megatron_rlpt.tokenizer import PolicyTokenizer
+
+_log = get_logger(__name__)
+
+
+def build(
+    config: Config,
+    tokenizer: PolicyTokenizer,
+    runtime: DeviceRuntime,
+    ranks: Ranks,
+    observer: Observer,
+    store: CheckpointStore,
+    timer: StageTimer,
+    *,
+    run: str,
+    replace: bool,
+) -> Training:
+    """Build every part of a run at step 0. What can fail on bad input comes before what takes long to load.
+
+    Args:
+        config: the run.
+        tokenizer: the policy's.
+        runtime: with the groups of the training layout started.
+        ranks: all ranks of the run.
+        observer: is told of every step.
+        store: takes the checkpoints.
+        timer: times the stages.
+        run: id of the run.
+        replace: whether groups of an earlier run of the same name may be dropped from a rollout buffer.
+    """
+    stream = ranks.everywhere(lambda: _open_corpus(config, tokenizer, ranks), "the opening of the corpus")
+    judges = _to_workers(config, ranks, run, replace) if judged_by_workers(config) else None
+    objective = build_objective(config.objective)
+    policy = ranks.everywhere(lambda: Policy(config, objective, runtime), "the end of loading the policy")
+    # What works beside the update needs process groups of its own.
+    beside = ranks.twin() if config.train.staleness else ranks
+    teacher = Teacher(None, None)
+    if judges is None:
+        teacher = ranks.everywhere(
+            lambda: build_teacher(config, str(runtime.device), beside), "the end of loading the teacher"
+        )
+    engine = start_policy_engine(config, policy, runtime, beside) if config.candidates.rollouts else None
+    background = config.train.staleness > 0 and may_generate_beside(engine)
+    if config.train.staleness and not background:
+        _log.warning(
+            "train.staleness makes rollouts older, but nothing is generated while the policy trains: the engine takes "
+            "turns with it" + ("" if judges else ", and the trainer judges by itself")
+        )
+    pipeline = Pipeline(
+        stream,
+        Proposer(
+            original=config.candidates.original,
+            rewriter=teacher.rewriter,
+            engine=engine,
+            suffix_length=config.data.suffix_length,
+            run_seed=config.run.seed,
+        ),
+        judges or InTrainer(teacher.judge, ranks, at_once=background),
+        Curriculum(config.candidates, config.run.seed),
+        ranks,
+        batch=config.train.global_batch,
+        # Workers begin with what the engines generate at once; a judge in the trainer is best asked once.
+        part=_wave(config, ranks) if judges else config.train.global_batch,
+        steps=config.train.steps,
+        staleness=config.train.staleness,
+        background=background,
+    )
+    return Training(
+        config,
+        pipeline,
+        objective,
+        policy,
+        engine,
+        build_residency(config, engine, policy, ranks),
+        observer,
+        RunSaver(config, store, pipeline, policy),
+        timer,
+    )
+
+
+def judged_by_workers(config: Config) -> bool:
+    """Whether groups go out to judge workers, for their scores or for a rewrite."""
+    wanted = needs_judge(config.objective.name) or config.candidates.rewrite
+    return wanted and config.teacher.place is TeacherPlace.workers
+
+
+def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool) -> Judging:
+    buffer = ranks.everywhere(
+        lambda: open_buffer(config) if ranks.is_main else None,
+        "the opening of the rollout buffer",
+    )
+    return ThroughBuffer(
+        buffer,
+        ranks,
+        run=run,
+        replace=replace,
+        # The batch that is collected next, and those proposed ahead of it.
+        capacity=(config.train.staleness + 1) * config.train.global_batch,
+        max_attempts=config.teacher.workers.max_attempts,
+        settings=judged_by(config),
+        judged=needs_judge(config.objective.name),
+        max_failure_rate=config.teacher.max_failure_rate,
+        max_pause=config.buffer.max_pause,
+    )
+
+
+def _wave(config: Config, ranks: Ranks) -> int:
+    """Episodes whose rollouts the engines generate at the same time."""
+    sequences = config.rollout.max_batch * engine_count(ranks)
+    return min(config.train.global_batch, max(1, sequences // max(1, config.candidates.rollouts)))
+
+
+def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> EpisodeStream:
+    """The stream of episodes, from a corpus and for a model that fit together.
+
+    Raises:
+        ModelError: the tokenizer is not that of the model.
+        DataError: the corpus is missing, unreadable, or has no usable document.
+    """
+    folder = Path(config.run.dir)
+    arch = read_architecture(Path(config.model.path))
+    if tokenizer.size > arch.vocab:
+        raise ModelError(
+            f"the tokenizer of {config.model.path} has {tokenizer.size} tokens and the model {arch.vocab} embeddings; "
+            "tokenizer and weights belong to different models"
+        )
+    stream = EpisodeStream(
+        config.data,
+        tokenizer.encode,
+        config.run.seed,
+        # Every rank reads the same documents; one of them writes down which are malformed.
+        quarantine=folder / "quarantine.jsonl" if ranks.is_main else None,
+        bos_id=tokenizer.bos_id,
+    )
+    _require_usable_corpus(config, tokenizer)
+    return stream
+
+
+def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
+    """Find out that a corpus yields no episode before minutes are spent on loading models.
+
+    Raises:
+        DataError: it is missing, unreadable, or has no usable document.
+    """
+    unshuffled = dataclasses.replace(config.data, shuffle_buffer=1)
+    EpisodeStream(unshuffled, tokenizer.encode, config.run.seed, bos_id=tokenizer.bos_id).take(1)

@@ -1,0 +1,77 @@
+"""Processes that belong to this one: they end with it, are ended in order, and are started again only so often."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+_SET_PARENT_DEATH_SIGNAL = 1
+"""``PR_SET_PDEATHSIG`` of linux/prctl.h."""
+_LONGEST_DELAY = 60.0
+
+
+def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that is sent SIGTERM when this one ends, even if killed (Linux).
+
+    Call it from the main thread: what the signal waits for is the end of the thread that started the process.
+
+    Args:
+        command: program and arguments.
+        options: further ones of ``subprocess.Popen``.
+    """
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with(os.getpid()), **options)
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    set_option = ctypes.CDLL(None).prctl
+
+    def prepare() -> None:
+        set_option(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:  # killed before it could be asked to tell
+            os._exit(1)
+
+    return prepare
+
+
+def end_all(processes: Collection[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Send SIGTERM to ``processes``, give them ``seconds`` together, then kill what is left of their groups.
+
+    A group is killed also where its first process has ended: helpers that it did not end hold memory and ports.
+    """
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class Restarts:
+    """Whether a process that has ended is started again, and after how long."""
+
+    MOST, WINDOW = 5, 600.0
+    """So often within so many seconds; what ends more often is broken in a way that a new start does not mend."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends: deque[float] = deque()
+
+    def ended(self) -> float | None:
+        """To be called at every end: seconds to wait before the next start, longer each time; None: too often."""
+        now = self._clock()
+        while self._ends and now - self._ends[0] > self.WINDOW:
+            self._ends.popleft()
+        self._ends.append(now)
+        if len(self._ends) > self.MOST:
+            return None
+        return min(_LONGEST_DELAY, 2.0 ** (len(self._ends) - 1))

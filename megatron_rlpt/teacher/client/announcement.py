@@ -1,0 +1,84 @@
+"""Servers that are announced in the rollout buffer while workers run, beside those in the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+import httpx
+
+from megatron_rlpt.config.checks import check_endpoint
+from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.observe.log import get_logger
+
+KIND = "endpoint"
+"""What ``RolloutBuffer.announce`` calls servers."""
+
+_log = get_logger(__name__)
+
+_told: set[tuple[str, str]] = set()
+_TYPES: dict[str, tuple[type, ...]] = {
+    "url": (str,),
+    "model": (str,),
+    "weight": (int, float),
+    "concurrency": (int,),
+    "tokens_per_second": (int, float),
+}
+"""Not ``api_key_env``: whoever can announce could have any variable of a worker's environment sent anywhere."""
+
+
+def announcement(endpoint: EndpointConfig) -> str:
+    """The value to announce.
+
+    Raises:
+        ConfigError: a field is out of range, or the server needs a key: such a one has to be in the configuration.
+    """
+    check_endpoint(endpoint, "endpoint")
+    if endpoint.api_key_env:
+        raise ConfigError(
+            f"endpoint.api_key_env is {endpoint.api_key_env}; allowed: nothing for a server that is announced; put a "
+            "server with a key into teacher.workers.endpoints"
+        )
+    return json.dumps({name: value for name, value in dataclasses.asdict(endpoint).items() if name in _TYPES})
+
+
+def announced_endpoints(configured: Sequence[EndpointConfig], announced: Mapping[str, str]) -> list[EndpointConfig]:
+    """``configured``, and of ``RolloutBuffer.announced(KIND)`` every address that is not among them.
+
+    An announcement that cannot be used is logged and left out.
+    """
+    found = {endpoint.url.rstrip("/"): endpoint for endpoint in configured}
+    for name in sorted(announced):
+        try:
+            endpoint = _read(announced[name])
+        except ConfigError as error:
+            # Once: announcements are looked at every few seconds.
+            if (name, announced[name]) not in _told:
+                _told.add((name, announced[name]))
+                _log.warning("announced teacher server left out", name=name, why=error)
+            continue
+        found.setdefault(endpoint.url.rstrip("/"), endpoint)
+    return list(found.values())
+
+
+def _read(text: str) -> EndpointConfig:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ConfigError("it is not JSON") from None
+    if not isinstance(values, dict) or not isinstance(values.get("url"), str):
+        raise ConfigError("it is not an object with a url")
+    for key, value in values.items():
+        if key not in _TYPES:
+            raise ConfigError(f"{key} is not among {', '.join(_TYPES)}")
+        if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
+            raise ConfigError(f"{key} has the wrong type")
+    endpoint = EndpointConfig(**values)
+    check_endpoint(endpoint, "endpoint")
+    try:
+        httpx.URL(endpoint.url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"its url is no address: {error}") from None
+    return endpoint

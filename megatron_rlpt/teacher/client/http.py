@@ -1,0 +1,142 @@
+"""One HTTP exchange: a bounded body or the reason why there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from megatron_rlpt.errors import ConfigError, first_line
+from megatron_rlpt.teacher.client.faults import Fault, Problem, excerpt, fault_of_status
+
+LARGEST_BODY = 4 << 20
+"""Bytes of an answer that are read; 512 tokens of text are a few KiB, log-probabilities about 90 bytes a token."""
+_LARGEST_COMPLAINT = 64 << 10
+"""Bytes of an error's body that are read, and the seconds for them: the status has said already that it failed."""
+_COMPLAINT_SECONDS = 1.0
+_CONNECT_SECONDS = 10.0
+_KEEP_ALIVE_SECONDS = 3.0
+"""Less than the 5 s after which vLLM's server closes a connection, which else would break under the next request."""
+
+
+class Connections:
+    """Pooled connections to one server, with its key.
+
+    Proxies in the environment are not used, a teacher is reached directly; ``SSL_CERT_FILE`` is. Redirects are not
+    followed: the key is for this server only. The only time limits of its own are for connecting: an answer may take
+    as long as the deadline, which the caller keeps.
+    """
+
+    def __init__(self, base_url: str, key: str, count: int, deadline: float) -> None:
+        """
+        Args:
+            base_url: what paths are relative to.
+            key: sent as bearer token; empty is none.
+            count: most connections at once.
+            deadline: seconds one request may take; connecting takes at most half of it.
+
+        Raises:
+            ConfigError: the address is none.
+        """
+        self._key = key.encode("ascii")
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        limits = httpx.Limits(
+            max_connections=count, max_keepalive_connections=count, keepalive_expiry=_KEEP_ALIVE_SECONDS
+        )
+        try:
+            self._client = httpx.AsyncClient(
+                base_url=base_url,
+                headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}),
+                transport=httpx.AsyncHTTPTransport(limits=limits),
+                timeout=httpx.Timeout(None, connect=min(_CONNECT_SECONDS, deadline / 2)),
+                follow_redirects=False,
+                trust_env=False,
+            )
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"endpoint url {base_url} is not an address: {first_line(error)}") from None
+
+    async def exchange(self, path: str, body: dict[str, Any] | None = None) -> Any | Problem:
+        """Decoded JSON of the answer to a POST of ``body``, or to a GET without one.
+
+        Raises nothing but ``asyncio.CancelledError``.
+        """
+        # ASCII: half characters in a text, which UTF-8 cannot hold, then reach the server as JSON spells them.
+        content = None if body is None else json.dumps(body).encode("ascii")
+        try:
+            async with self._client.stream("GET" if body is None else "POST", path, content=content) as response:
+                if response.status_code != 200:
+                    return await self._complaint(response)
+                data = await _read(response, LARGEST_BODY)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            return Problem(Fault.CONNECT, {"message": _what(error)})
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError, OSError) as error:
+            return Problem(Fault.BROKEN, {"message": _what(error)})
+        if data is None:
+            return Problem(Fault.TOO_LARGE, {"limit": LARGEST_BODY})
+        data = self._without_key(data)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            return Problem(Fault.NOT_JSON, {"found": excerpt(data[:2000].decode("utf-8", "replace"))})
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def _complaint(self, response: httpx.Response) -> Problem:
+        data: bytes | None = None
+        with contextlib.suppress(TimeoutError, httpx.HTTPError, httpx.StreamError, OSError):
+            async with asyncio.timeout(_COMPLAINT_SECONDS):
+                data = await _read(response, _LARGEST_COMPLAINT)
+        status = response.status_code
+        detail = {"status": status, "message": excerpt(_message(self._without_key(data or b"")))}
+        return Problem(fault_of_status(status), detail, _retry_after(response.headers.get("Retry-After", "")))
+
+    def _without_key(self, data: bytes) -> bytes:
+        """Some servers repeat a key that they do not know, and what they say is logged."""
+        return data.replace(self._key, b"<key>") if self._key else data
+
+
+async def _read(response: httpx.Response, limit: int) -> bytes | None:
+    """The body as sent, or None when it is longer than ``limit`` bytes; then the rest is not read."""
+    parts, size = [], 0
+    async for part in response.aiter_raw():
+        size += len(part)
+        if size > limit:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _message(data: bytes) -> str:
+    """The server's own words: of OpenAI's error object, FastAPI's, or the text as it is."""
+    text = data.decode("utf-8", "replace")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return text.strip()
+    for key in ("error", "message", "detail"):
+        if isinstance(body, dict) and key in body:
+            body = body[key]
+    return body if isinstance(body, str) else text.strip()
+
+
+def _retry_after(value: str) -> float:
+    """Seconds, from a number or a date (RFC 9110, 10.2.3); 0 where there is neither."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def _what(error: Exception) -> str:
+    return excerpt(f"{type(error).__name__}: {error}".rstrip(": "))

@@ -1,0 +1,193 @@
+"""``rlpt judge serve``: one worker from its configuration, from start to SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+from megatron_rlpt.buffer.buffer import RolloutBuffer
+from megatron_rlpt.buffer.judging import SETTINGS
+from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.config import Config, JudgeName, TeacherPlace, needs_judge
+from megatron_rlpt.errors import BufferUnavailableError, ConfigError
+from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.teacher.agreement import require_same_settings
+from megatron_rlpt.teacher.build import build_generative_judge, build_rewriter, require_same_vocabulary
+from megatron_rlpt.teacher.client.announcement import KIND, announced_endpoints
+from megatron_rlpt.teacher.client.pool import TeacherPool
+from megatron_rlpt.teacher.control_tokens import special_tokens
+from megatron_rlpt.teacher.examiner import Examiner, GroupJudge
+from megatron_rlpt.teacher.rewriter import answer_tokens
+from megatron_rlpt.teacher.served_likelihood import ServedLikelihood
+from megatron_rlpt.teacher.worker import Teacher, Worker
+from megatron_rlpt.teacher.worker_metrics import WorkerMetrics
+
+_log = get_logger(__name__)
+
+_LOOK_ROUND = 3.0
+"""Seconds between two looks at which servers are announced."""
+_READY = 600.0
+"""Seconds to wait for the first server; large models take minutes to load."""
+
+
+def most_tokens(config: Config) -> int:
+    """Longest answer that a worker asks for, in tokens; 0 where it asks for none."""
+    prompted = needs_judge(config.objective.name) and config.teacher.judge == JudgeName.generative
+    judge = config.teacher.generative.max_tokens if prompted else 0
+    return max(judge, answer_tokens(config.data.suffix_length) if config.candidates.rewrite else 0)
+
+
+def run_worker(config: Config, name: str = "") -> None:
+    """Judge until SIGTERM or Ctrl-C.
+
+    Args:
+        config: that of the run.
+        name: of this worker; by default made of host, process and a random part.
+
+    Raises:
+        RlptError: configuration, buffer or servers cannot be used.
+    """
+    if config.teacher.place is not TeacherPlace.workers:
+        raise ConfigError("teacher.place is trainer; allowed: workers, for a run whose groups workers judge")
+    name = name or f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    asyncio.run(_run(config, name))
+
+
+async def _run(config: Config, name: str) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    buffer = await asyncio.to_thread(open_buffer, config)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            await _until(stopped, _wait_for_trainer(config, buffer))
+            if stopped.is_set():
+                return
+            teacher, examiner, metrics = await stack.enter_async_context(_teacher(config, buffer, stopped))
+            if stopped.is_set():
+                return
+            metrics.serve(config.teacher.workers.metrics_port)
+            worker = Worker(buffer, teacher, examiner, config.teacher.workers, name, metrics)
+            _log.info("judging", worker=name, teacher=teacher.name, metrics=metrics.address or "off")
+            working = asyncio.create_task(worker.run())
+            watching = asyncio.create_task(_watch_trainer(config, buffer))
+            stopping = asyncio.create_task(_stop_when(stopped, worker))
+            try:
+                await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+                worker.stop()
+                await working
+                if watching.done():
+                    watching.result()
+            finally:
+                for task in (working, watching, stopping):
+                    task.cancel()
+                await asyncio.gather(working, watching, stopping, return_exceptions=True)
+    finally:
+        await asyncio.to_thread(buffer.close)
+
+
+async def _watch_trainer(config: Config, buffer: RolloutBuffer) -> None:
+    """A trainer that was started anew may want to have judged otherwise."""
+    while True:
+        await asyncio.sleep(_LOOK_ROUND)
+        for announced in (await asyncio.to_thread(buffer.announced, SETTINGS)).values():
+            require_same_settings(config, announced)
+
+
+async def _stop_when(stopped: asyncio.Event, worker: Worker) -> None:
+    await stopped.wait()
+    worker.stop()
+
+
+async def _until(stopped: asyncio.Event, work: Awaitable[object]) -> None:
+    """Await ``work`` unless the worker is told to stop first."""
+    tasks: list[asyncio.Future[object]] = [asyncio.ensure_future(work), asyncio.create_task(stopped.wait())]
+    done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
+    told = False
+    while True:
+        announced = await asyncio.to_thread(buffer.announced, SETTINGS)
+        if announced:
+            require_same_settings(config, next(iter(announced.values())))
+            return
+        if not told:
+            _log.info("waiting for the trainer to open the rollout buffer")
+        told = True
+        await asyncio.sleep(_LOOK_ROUND / 3)
+
+
+@contextlib.asynccontextmanager
+async def _teacher(
+    config: Config, buffer: RolloutBuffer, stopped: asyncio.Event
+) -> AsyncIterator[tuple[Teacher, Callable[[], Examiner], WorkerMetrics]]:
+    """Who is asked, what is asked, and what is counted, for as long as the worker runs."""
+    workers = config.teacher.workers
+    if workers.own_model:
+        from megatron_rlpt.teacher.own_likelihood import OwnLikelihood
+
+        own = await asyncio.to_thread(OwnLikelihood, config)
+        yield own, lambda: Examiner(own, None), WorkerMetrics()
+        return
+    if config.teacher.judge == JudgeName.likelihood and needs_judge(config.objective.name):
+        await asyncio.to_thread(require_same_vocabulary, config)
+    endpoints = announced_endpoints(workers.endpoints, await asyncio.to_thread(buffer.announced, KIND))
+    # Where the teacher's folder is here, its own special tokens are known; else only the common ones are broken up.
+    known = special_tokens(config.teacher_path) if (Path(config.teacher_path) / "tokenizer.json").is_file() else ()
+    async with TeacherPool(endpoints, workers.request_deadline, known) as pool:
+        looking = asyncio.create_task(_look_round(config, buffer, pool))
+        try:
+            await _until(stopped, pool.wait_until_ready(_READY))
+            if not stopped.is_set() and (longest := most_tokens(config)):
+                await _until(stopped, pool.check_deadline(longest))
+            examiner = await asyncio.to_thread(_examiner_of, config, pool)
+            if not stopped.is_set():
+                examiner()  # what cannot be loaded is found out before anything is claimed
+            yield pool, examiner, WorkerMetrics(lambda: pool.endpoints)
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+
+
+def judge_of(config: Config, pool: TeacherPool) -> GroupJudge:
+    """The judge that asks ``pool``, of which at least one server has answered."""
+    if config.teacher.judge == JudgeName.generative:
+        return build_generative_judge(config, pool.name)
+    return ServedLikelihood(pool.score, pool.name, config.teacher.likelihood)
+
+
+def _examiner_of(config: Config, pool: TeacherPool) -> Callable[[], Examiner]:
+    rewriter = build_rewriter(config) if config.candidates.rewrite else None
+    judged = needs_judge(config.objective.name)
+
+    @functools.lru_cache(maxsize=1)
+    def examiner(teacher: str) -> Examiner:
+        # Servers with another model may join: scores carry the names of all that may have been asked.
+        return Examiner(judge_of(config, pool) if judged else None, rewriter)
+
+    return lambda: examiner(pool.name)
+
+
+async def _look_round(config: Config, buffer: RolloutBuffer, pool: TeacherPool) -> None:
+    """Servers come and go, also after the job that runs them was requeued on other machines."""
+    while True:
+        await asyncio.sleep(_LOOK_ROUND)
+        try:
+            announced = await asyncio.to_thread(buffer.announced, KIND)
+        except BufferUnavailableError as error:
+            _log.warning("cannot look for new teacher servers", reason=error)
+            continue
+        pool.update(announced_endpoints(config.teacher.workers.endpoints, announced))

@@ -1,0 +1,176 @@
+"""``rlpt teacher serve``: a vLLM server of the teacher that judge workers find by themselves.
+
+The server is vLLM's own (``python -m vllm.entrypoints.openai.api_server``). What is added: it is announced in the
+rollout buffer once it answers, for as long as it lives, and it ends with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+
+from megatron_rlpt.buffer.buffer import RolloutBuffer
+from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace, needs_judge
+from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
+from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.processes import end_all, start_child
+from megatron_rlpt.teacher.client.announcement import KIND, announcement
+
+_log = get_logger(__name__)
+
+_SIGN_OF_LIFE = 5.0
+"""Seconds between announcements; one that is three times as old counts no more."""
+_GRACE = 15.0
+"""Seconds the server has to end by itself."""
+_PATIENCE = 60.0
+"""Seconds without an answer of the server after which that is told, again and again."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""The server is on this machine; a proxy of the environment's is for others, and could not reach it."""
+
+
+def serve_teacher(
+    config: Config,
+    *,
+    host: str = "",
+    port: int = 0,
+    weight: float = 1.0,
+    concurrency: int = 32,
+    extra: Sequence[str] = (),
+) -> None:
+    """Run a server until SIGTERM, Ctrl-C or its own end.
+
+    Args:
+        config: that of the run; names the teacher and the buffer.
+        host: address under which workers reach this machine; its host name by default.
+        port: 0 chooses a free one.
+        weight: relative share of requests.
+        concurrency: most requests of one worker at once.
+        extra: further arguments for vLLM's server.
+
+    Raises:
+        ConfigError: no worker would ask a server.
+        ModelError: there is no such teacher.
+        TeacherError: the server ended by itself; the message has its exit code.
+    """
+    _require_use(config)
+    if not os.path.isfile(os.path.join(config.teacher_path, "config.json")):
+        raise ModelError(f"teacher.path is {config.teacher_path}; it needs to be a local Hugging Face folder")
+    host, port = host or socket.gethostname(), port or _free_port()
+    endpoint = EndpointConfig(url=f"http://{host}:{port}/v1", weight=weight, concurrency=concurrency)
+    value, name = announcement(endpoint), f"{host}:{port}"
+    with contextlib.closing(open_buffer(config)) as buffer:
+        stopped = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopped.set())
+        server = start_child(_command(config, port, extra), env=_environment(config))
+        try:
+            _log.info("starting a server of the teacher", model=config.teacher_path, url=endpoint.url)
+            _keep_announced(server, buffer, name, value, port, stopped)
+            if not stopped.is_set():
+                raise TeacherError(
+                    f"the teacher's server ended by itself with exit code {server.wait()}; what it said is above"
+                )
+        finally:
+            end_all([server], _GRACE)
+            with contextlib.suppress(BufferUnavailableError):  # it runs out by itself
+                buffer.withdraw(KIND, name)
+
+
+def _require_use(config: Config) -> None:
+    """Raises ConfigError: no worker of this configuration would ask a server."""
+    if config.teacher.place is not TeacherPlace.workers:
+        raise ConfigError(
+            f"teacher.place is {config.teacher.place.name}; allowed: workers, because only they ask a server"
+        )
+    if config.teacher.workers.own_model:
+        raise ConfigError("teacher.workers.own_model is true; allowed: false, else workers ask no server")
+    if not needs_judge(config.objective.name) and not config.candidates.rewrite:
+        raise ConfigError(
+            f"objective.name is {config.objective.name.name}, which needs no judge, and candidates.rewrite is false; "
+            "allowed: something that a server of the teacher is asked for"
+        )
+
+
+def _keep_announced(
+    server: subprocess.Popen[bytes],
+    buffer: RolloutBuffer,
+    name: str,
+    value: str,
+    port: int,
+    stopped: threading.Event,
+) -> None:
+    """Announce the server while it answers; returns when it ended or is to end.
+
+    A buffer that cannot be reached is no reason to end a server that took minutes to load.
+    """
+    began = answered = reminded = time.monotonic()
+    announced = False
+    while server.poll() is None and not stopped.is_set():
+        if _is_healthy(port):
+            answered = reminded = time.monotonic()
+            try:
+                buffer.announce(KIND, name, value, 3 * _SIGN_OF_LIFE)
+                if not announced:
+                    _log.info("the server answers and is announced", name=name, seconds=round(answered - began))
+                announced = True
+            except BufferUnavailableError as error:
+                _log.warning("the server cannot be announced; trying on", name=name, why=str(error))
+                announced = False
+            stopped.wait(_SIGN_OF_LIFE)
+            continue
+        if (now := time.monotonic()) - reminded >= _PATIENCE:
+            _log.warning("the server does not answer yet, or no more", name=name, seconds=round(now - answered))
+            reminded = now
+        stopped.wait(1.0)
+
+
+def _is_healthy(port: int) -> bool:
+    try:
+        with _DIRECT.open(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _command(config: Config, port: int, extra: Sequence[str]) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        config.teacher_path,
+        "--served-model-name",
+        os.path.basename(os.path.abspath(config.teacher_path)),
+        "--port",
+        str(port),
+        "--max-model-len",
+        str(config.teacher.max_context),
+        # Keep the model folder's generation_config.json from changing the sampling behind our back.
+        "--generation-config",
+        "vllm",
+        *extra,
+    ]
+
+
+def _environment(config: Config) -> dict[str, str]:
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
+    # Read by vLLM on CPUs only, and whole GiB only.
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.teacher.kv_cache_gib))))
+    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])

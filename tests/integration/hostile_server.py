@@ -1,0 +1,212 @@
+"""A teacher server that misbehaves as it is told, over real sockets.
+
+Requests for replies follow a script, one behaviour each and the last one for ever. Listing models and the client's
+probes (one token asked for) are counted apart and answered well, unless the server is told otherwise.
+"""
+
+import asyncio
+import json
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Exchange:
+    """One request, and the way to its client."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: dict
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def answer(self, status: int, data: bytes, headers: str = "", length: int | None = None) -> bool:
+        """Send an answer, perhaps one that announces more than it has; whether the connection can be used again."""
+        head = f"HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\n{headers}"
+        self.writer.write(f"{head}Content-Length: {len(data) if length is None else length}\r\n\r\n".encode() + data)
+        await self.writer.drain()
+        return length is None
+
+    async def until_client_leaves(self) -> None:
+        while await self.reader.read(1 << 16):
+            pass
+
+    @property
+    def is_probe(self) -> bool:
+        return self.path.endswith("/models") or (self.path.endswith("/chat/completions") and self.tokens == 1)
+
+    @property
+    def tokens(self) -> int:
+        return self.body.get("max_tokens", 0)
+
+
+Behaviour = Callable[[Exchange], Awaitable[bool | None]]
+
+
+def chat(content: object = "fine", **more: object) -> dict:
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    return {"choices": [choice | more], "usage": {"prompt_tokens": 7, "completion_tokens": 1}}
+
+
+def says(body: object, status: int = 200, headers: str = "") -> Behaviour:
+    """Answers ``body`` as JSON; bytes as they are."""
+
+    async def behave(exchange: Exchange) -> bool:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await exchange.answer(status, data, headers)
+
+    return behave
+
+
+ok = says(chat())
+
+
+def refuses(status: int, headers: str = "", message: str = "no") -> Behaviour:
+    return says({"error": {"message": message}}, status, headers)
+
+
+def slow(seconds: float) -> Behaviour:
+    async def behave(exchange: Exchange) -> bool:
+        await asyncio.sleep(seconds)
+        return await exchange.answer(200, json.dumps(chat()).encode())
+
+    return behave
+
+
+async def reset(exchange: Exchange) -> None:
+    """A TCP reset instead of an answer."""
+    raw = exchange.writer.get_extra_info("socket")
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    exchange.writer.transport.abort()
+
+
+async def half(exchange: Exchange) -> bool:
+    """An answer that ends in the middle."""
+    data = json.dumps(chat()).encode()
+    return await exchange.answer(200, data[: len(data) // 2], length=len(data))
+
+
+async def hang(exchange: Exchange) -> None:
+    """Nothing at all."""
+    await exchange.until_client_leaves()
+
+
+async def hang_in_body(exchange: Exchange) -> None:
+    """The start of an answer, and no more."""
+    await half(exchange)
+    await exchange.until_client_leaves()
+
+
+async def hang_in_complaint(exchange: Exchange) -> None:
+    """An error status, and no word of why."""
+    await exchange.answer(500, b"{", length=100)
+    await exchange.until_client_leaves()
+
+
+async def drip(exchange: Exchange) -> None:
+    """A byte a second."""
+    data = json.dumps(chat()).encode()
+    await exchange.answer(200, b"", length=len(data))
+    for byte in data:
+        exchange.writer.write(bytes([byte]))
+        await exchange.writer.drain()
+        await asyncio.sleep(1)
+
+
+async def huge(exchange: Exchange) -> None:
+    """10 MB in chunks of which nothing says beforehand how many there are."""
+    exchange.writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    for _ in range(160):
+        exchange.writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
+        await exchange.writer.drain()
+    exchange.writer.write(b"0\r\n\r\n")
+
+
+@dataclass
+class HostileServer:
+    """Serves on a port of its own as long as the context lasts."""
+
+    script: list[Behaviour] = field(default_factory=lambda: [ok])
+    probe: Behaviour = ok
+    owner: str = "vllm"
+    model: str = "teacher"
+    port: int = 0
+    requests: list[Exchange] = field(default_factory=list)
+    """Those that the script answered."""
+    probes: int = 0
+    open: int = 0
+    """Connections that are open now."""
+    busy: int = 0
+    peak: int = 0
+    """Most scripted requests under way at once."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    async def __aenter__(self) -> "HostileServer":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        self._tasks: set[asyncio.Task] = set()
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Stop listening and break off what is under way; ``start`` serves on the same port again."""
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def until_open(self, count: int) -> None:
+        """Wait until so many connections are open."""
+        async with asyncio.timeout(10):
+            while self.open != count:
+                await asyncio.sleep(0.01)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        self.open += 1
+        try:
+            while (exchange := await self._receive(reader, writer)) is not None and await self._behave(exchange):
+                pass
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self.open -= 1
+            self._tasks.discard(task)
+            writer.transport.abort() if writer.transport.is_closing() else writer.close()
+
+    async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Exchange | None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        except asyncio.IncompleteReadError:
+            return None
+        method, path, _ = head[0].split(" ")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+        data = await reader.readexactly(int(headers.get("content-length", 0)))
+        return Exchange(method, path, headers, json.loads(data) if data else {}, reader, writer)
+
+    async def _behave(self, exchange: Exchange) -> bool:
+        if exchange.is_probe:
+            self.probes += 1
+            if self.probe is ok and exchange.path.endswith("/models"):
+                return await says({"data": [{"id": self.model, "owned_by": self.owner}]})(exchange)
+            return bool(await self.probe(exchange))
+        behaviour = self.script[min(len(self.requests), len(self.script) - 1)]
+        self.requests.append(exchange)
+        self.busy += 1
+        self.peak = max(self.peak, self.busy)
+        try:
+            return bool(await behaviour(exchange))
+        finally:
+            self.busy -= 1

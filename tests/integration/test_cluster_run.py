@@ -1,0 +1,175 @@
+"""Trainer, judge workers and Redis as processes of their own, each of them killed: nothing is lost or learnt twice, and
+the run ends with the same weights as one in which nobody was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from redis_server import RedisServer
+from tiny_runs import finish, json_lines, lasting_metrics, only_error, start, write_config
+
+from megatron_rlpt.buffer.judging import SETTINGS
+from megatron_rlpt.buffer.open import open_url
+from megatron_rlpt.config import load_config
+from megatron_rlpt.teacher.agreement import judged_by
+
+STEPS = 10
+SECTIONS = {
+    "model": {"dtype": "bf16"},
+    "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "staleness": 1},
+    "checkpoint": {"every": 2},
+}
+WORKERS = {"own_model": True, "groups": 2, "lease": 2.0, "metrics_port": -1}
+
+
+def judge(config: Path, *arguments: str) -> subprocess.Popen[str]:
+    """``rlpt judge serve``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_rlpt", "judge", "serve", "-c", str(config), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def kill(process) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(json_lines(path)) if path.exists() else 0
+
+
+def await_steps(folder: Path, count: int, trainer) -> None:
+    deadline = time.monotonic() + 240
+    while steps_done(folder) < count:
+        assert trainer.poll() is None, finish(trainer)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def workers(*configs: Path):
+    """Judge workers; what is left of them at the end is told to stop, and has to do so well."""
+    running = [judge(config) for config in configs]
+    try:
+        yield running
+        for worker in running:
+            worker.send_signal(signal.SIGTERM)
+        for worker in running:
+            _, err = worker.communicate(timeout=120)
+            assert worker.returncode == 0, err
+    finally:
+        for worker in running:
+            if worker.poll() is None:
+                kill(worker)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with RedisServer(tmp_path_factory.mktemp("cluster") / "redis") as running:
+        yield running
+
+
+def configured(base: Path, model: Path, corpus: Path, server: RedisServer) -> tuple[Path, Path]:
+    folder = base / "run"
+    buffer = {**server.options, "name": base.name}
+    teacher = {"place": "workers", "workers": WORKERS}
+    return write_config(base / "run.yaml", model, corpus, folder, buffer=buffer, teacher=teacher, **SECTIONS), folder
+
+
+@pytest.fixture(scope="module")
+def calm(served_model, corpus, server, tmp_path_factory) -> Path:
+    """The run as it goes when nobody is killed."""
+    config, folder = configured(tmp_path_factory.mktemp("calm"), served_model, corpus, server)
+    with workers(config):
+        code, _, err = finish(start(config))
+    assert code == 0, err
+    return folder
+
+
+def test_everybody_is_killed_once_and_the_run_ends_with_the_same_weights(
+    calm, served_model, corpus, server, tmp_path_factory
+):
+    config, folder = configured(tmp_path_factory.mktemp("killed"), served_model, corpus, server)
+    buffer = open_url(**server.options, name=folder.parent.name)
+    with workers(config, config) as judges:
+        trainer = start(config)
+        try:
+            await_steps(folder, 2, trainer)
+            kill(judges.pop(0))
+            judges.append(judge(config))
+
+            await_steps(folder, 4, trainer)
+            buffer.drain(True)  # so that the run is not over before the next is killed
+            server.kill()
+            server.start()
+            buffer.drain(False)
+
+            await_steps(folder, 6, trainer)
+            buffer.drain(True)
+            kill(trainer)
+            buffer.drain(False)
+            assert steps_done(folder) < STEPS, "the run was over before its trainer was killed"
+            trainer = start(config)
+            code, _, err = finish(trainer)
+        finally:
+            if trainer.poll() is None:
+                kill(trainer)
+    assert code == 0, err
+    assert "resumed" in (folder / "run.log").read_text()
+    assert lasting_metrics(folder) == lasting_metrics(calm)
+    assert [row["step"] for row in lasting_metrics(folder)] == list(range(STEPS))
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / "export" / name).read_bytes() == (calm / "export" / name).read_bytes()
+    stats = buffer.stats()
+    buffer.close()
+    assert (stats.acknowledged, stats.queued, stats.finished, stats.dead) == (STEPS * 4, 0, 0, 0)
+
+
+def test_every_rollout_is_as_old_as_it_should_be(calm):
+    before = [0, *[row["version"] for row in lasting_metrics(calm)]]
+    ages = [
+        (row["step"], before[row["step"]] - candidate["version"])
+        for row in json_lines(calm / "samples.jsonl")
+        for candidate in row["candidates"]
+        if candidate.get("version") is not None
+    ]
+    assert {age for step, age in ages if step > 0} == {1}
+    assert {age for step, age in ages if step == 0} == {0}
+
+
+def test_a_worker_with_other_settings_than_the_trainer_is_refused(calm, tmp_path, served_model, corpus, server):
+    buffer = {**server.options, "name": calm.parent.name}
+    teacher = {"place": "workers", "workers": WORKERS, "likelihood": {"repetition_weight": 1.0}}
+    config = write_config(
+        tmp_path / "other.yaml", served_model, corpus, calm, buffer=buffer, teacher=teacher, **SECTIONS
+    )
+    with contextlib.closing(open_url(**server.options, name=calm.parent.name)) as store:
+        # As long as the trainer is there it says so.
+        store.announce(SETTINGS, "trainer", judged_by(load_config(calm.parent / "run.yaml")), 60.0)
+        code, _, err = finish(judge(config))
+        store.withdraw(SETTINGS, "trainer")
+    assert code == 2
+    assert only_error(err).startswith("error: teacher.likelihood.repetition_weight is 1.0 for this worker and 6.0 for")
+
+
+def test_several_workers_that_cannot_start_end_with_the_reason_of_one(calm, tmp_path, served_model, corpus):
+    buffer = {"url": "redis://127.0.0.1:1/0", "retry": 0.1}
+    teacher = {"place": "workers", "workers": WORKERS}
+    config = write_config(tmp_path / "run.yaml", served_model, corpus, calm, buffer=buffer, teacher=teacher, **SECTIONS)
+    code, _, err = finish(judge(config, "--workers", "2"))
+    assert code == 9
+    assert "127.0.0.1:1" in err
+    assert "Traceback" not in err

@@ -1,0 +1,200 @@
+"""A real vLLM server of the teacher, started by ``rlpt teacher serve``, found in the buffer, asked, killed and back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import write_config
+
+from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.config import LikelihoodConfig, load_config
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.teacher.client.announcement import KIND, announced_endpoints
+from megatron_rlpt.teacher.client.pool import TeacherPool
+from megatron_rlpt.teacher.generator import Message, Request
+from megatron_rlpt.teacher.likelihood import LikelihoodJudge
+from megatron_rlpt.teacher.served_likelihood import ServedLikelihood
+from megatron_rlpt.tokenizer import PolicyTokenizer
+
+VERDICT = json.dumps(
+    {
+        "type": "object",
+        "properties": {"verdict": {"enum": ["1", "2"]}},
+        "required": ["verdict"],
+        "additionalProperties": False,
+    }
+)
+TEXTS = (
+    " is a small animal that people keep at home; it likes milk.",
+    " potato seven under the of of of green quickly.",
+    " is an animal.",
+)
+
+
+def serve(config: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_rlpt", "teacher", "serve", "-c", str(config), "--host", "127.0.0.1",
+         "--enforce-eager"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+
+
+def await_announcement(config, server: subprocess.Popen[bytes]):
+    buffer = open_buffer(config)
+    deadline = time.monotonic() + 300
+    while not (announced := buffer.announced(KIND)):
+        assert server.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    buffer.close()
+    return announced_endpoints([], announced)
+
+
+@pytest.fixture(scope="module")
+def config_file(smollm2, corpus, tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("served")
+    (base / "run").mkdir()
+    return write_config(
+        base / "run.yaml", smollm2, corpus, base / "run", teacher={"max_context": 256, "place": "workers"}
+    )
+
+
+@pytest.fixture(scope="module")
+def server(config_file):
+    running = serve(config_file)
+    try:
+        yield running, await_announcement(load_config(config_file), running)
+    finally:
+        running.terminate()
+        running.wait(60)
+
+
+def ask(endpoints, question, deadline: float = 120.0):
+    async def work():
+        async with TeacherPool(endpoints, deadline) as pool:
+            await pool.wait_until_ready(deadline)
+            return await question(pool)
+
+    return asyncio.run(work())
+
+
+@pytest.fixture(scope="module")
+def group(smollm2) -> Group:
+    encode = PolicyTokenizer(smollm2).encode
+    prefix = tuple(encode("Everybody knows what a cat is. A cat"))
+    tokens = [tuple(encode(text)) for text in TEXTS]
+    candidates = tuple(Candidate(Source.ROLLOUT, row) for row in tokens)
+    return Group(Episode("e", prefix, tokens[0], "c", "d", len(prefix)), candidates)
+
+
+def test_it_answers_chats_and_keeps_to_a_schema(server):
+    _, endpoints = server
+    request = Request((Message("user", "Which is better, 1 or 2?"),), seed=3, max_tokens=20, json_schema=VERDICT)
+
+    async def twice(pool):
+        return await pool(request), await pool(request), pool.name
+
+    first, second, name = ask(endpoints, twice)
+    assert first.text.replace(" ", "").replace("\n", "") in {'{"verdict":"1"}', '{"verdict":"2"}'}
+    assert first.finish_reason == "stop"
+    assert first.text == second.text, "the same seed"
+    assert first.prompt_tokens > 5
+    assert name == "smollm2-135m-instruct"
+
+
+def test_its_log_likelihood_is_that_of_the_model(server, group, smollm2):
+    _, endpoints = server
+    config = LikelihoodConfig()
+    served = ask(endpoints, lambda pool: ServedLikelihood(pool.score, pool.name, config).judge_group(group, pool))
+    (own,) = LikelihoodJudge(smollm2, config, "cpu").judge([group])
+    assert all(isinstance(outcome, Score) for outcome in served.outcomes)
+    for theirs, ours in zip(served.outcomes, own.outcomes, strict=True):
+        assert theirs.value == pytest.approx(ours.value, abs=0.1), "bf16 on both sides, other kernels"
+    ranks = [sorted(range(3), key=lambda i, r=result: r.outcomes[i].value) for result in (served, own)]
+    assert ranks[0] == ranks[1]
+
+
+def test_a_token_that_it_does_not_know_is_no_score(server, group):
+    _, endpoints = server
+    odd = Group(group.episode, (group.candidates[0], Candidate(Source.ROLLOUT, (10**6,))))
+    config = LikelihoodConfig()
+    judged = ask(endpoints, lambda pool: ServedLikelihood(pool.score, pool.name, config).judge_group(odd, pool))
+    assert isinstance(judged.outcomes[0], Score)
+    assert isinstance(judged.outcomes[1], Failed)
+
+
+def test_a_deadline_that_it_cannot_keep_is_refused_with_one_that_it_can(server):
+    _, endpoints = server
+    with pytest.raises(ConfigError, match=r"request_deadline is 5 s, but .* tokens a second, so 100000 tokens take"):
+        ask(endpoints, lambda pool: pool.check_deadline(100_000), deadline=5.0)
+
+
+def test_judge_try_prints_scores_best_first(server, config_file, rlpt):
+    _, endpoints = server
+    code, out, err = rlpt(
+        "judge", "try", "-c", config_file, "--url", endpoints[0].url,
+        "--prefix", "Everybody knows what a cat is. A cat", "--candidates", *TEXTS,
+    )  # fmt: skip
+    assert code == 0, err
+    shown = [line for line in out.splitlines() if "]  " in line or "] " in line]
+    assert len(shown) == 3
+    values = [float(line.split()[0]) for line in shown]
+    assert values == sorted(values, reverse=True)
+    assert "[1]" in shown[-1], "the nonsense"
+
+
+def test_killed_it_leaves_nothing_behind_and_its_successor_is_found(server, config_file):
+    """Last in this module: the server of the others ends here."""
+    running, _ = server
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(running.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert children
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "vLLM's server outlives the one that started it"
+        time.sleep(0.2)
+    successor = serve(config_file)
+    try:
+        buffer = open_buffer(load_config(config_file))
+        deadline = time.monotonic() + 300
+        while True:
+            endpoints = announced_endpoints([], buffer.announced(KIND))
+            if any(is_up(endpoint) for endpoint in endpoints):
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        buffer.close()
+    finally:
+        successor.terminate()
+        assert successor.wait(60) == 0
+    assert not [e for e in announced_endpoints([], open_buffer(load_config(config_file)).announced(KIND)) if is_up(e)]
+
+
+def is_up(endpoint) -> bool:
+    async def ready(pool):
+        return True
+
+    async def work():
+        async with TeacherPool([endpoint], 5.0) as pool:
+            try:
+                await pool.wait_until_ready(2.0)
+            except Exception:
+                return False
+            return await ready(pool)
+
+    return asyncio.run(work())

@@ -1,0 +1,53 @@
+"""A real Redis server for tests, started by tools/sandbox/redis.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[1] / "tools/sandbox/redis.py"
+
+
+class RedisServer:
+    """A server of its own folder; ``url`` and ``password_file`` once it has started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self) -> RedisServer:
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "start", self.folder], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        values = dict(override.split("=", 1) for override in done.stdout.split())
+        self.url, self.password_file = values["buffer.url"], values["buffer.password_file"]
+        return self
+
+    @property
+    def password(self) -> str:
+        return Path(self.password_file).read_text()
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {"url": self.url, "password_file": self.password_file}
+
+    def kill(self) -> None:
+        """End it without any warning."""
+        ((number, _),) = json.loads((self.folder / "processes.json").read_text()).values()
+        os.kill(number, signal.SIGKILL)
+
+    def stop(self) -> None:
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "stop", self.folder], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+
+    def __enter__(self) -> RedisServer:
+        return self.start()
+
+    def __exit__(self, *unused: object) -> None:
+        self.stop()

@@ -1,0 +1,136 @@
+"""Groups and replies as bytes: exact there and back, and damage is noticed."""
+
+import random
+import struct
+import zlib
+from dataclasses import replace
+
+import pytest
+from buffer_groups import group, judged
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_rlpt.buffer.codec import FORMAT, decode_group, decode_text, encode_group, encode_text
+from megatron_rlpt.errors import BufferUnavailableError
+from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+
+# Lone surrogates too: a teacher's reply may be cut in the middle of a character.
+texts = st.text(st.characters(), max_size=20)
+tokens = st.lists(st.integers(0, 2**31), max_size=8).map(tuple)
+floats = st.floats(allow_nan=False)
+details = st.dictionaries(
+    texts,
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | floats | texts,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+        max_leaves=6,
+    ),
+    max_size=3,
+)
+episodes = st.builds(Episode, texts, tokens, tokens, texts, texts, st.integers(0))
+candidates = st.builds(
+    Candidate,
+    st.sampled_from(Source),
+    tokens,
+    st.none() | st.integers(0),
+    st.none() | st.integers(0, 2**63 - 1),
+    st.none() | st.sampled_from(["length", "stop"]),
+    st.none() | st.lists(floats, max_size=8).map(tuple),
+)
+failures = st.builds(Failed, texts, details)
+outcomes = st.builds(Score, floats, texts, texts, details) | failures
+groups = st.builds(
+    Group,
+    episodes,
+    st.lists(candidates, max_size=4).map(tuple),
+    st.lists(outcomes, max_size=4).map(tuple),
+    st.none() | failures,
+)
+
+
+def fields(given: Group) -> str:
+    """Tells apart what == does not: 1 and 1.0, 0.0 and -0.0."""
+    return repr(given)
+
+
+@settings(deadline=None)
+@given(groups)
+@example(judged(group(3)))
+def test_groups_come_back_as_they_were(original):
+    again = decode_group(encode_group(original))
+    assert again == original
+    assert fields(again) == fields(original)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats() | st.floats(width=32), max_size=8).map(tuple))
+@example((1e300, -0.0))
+@example((float("nan"), -float("inf"), -0.1))
+def test_every_float_comes_back_bit_for_bit_also_those_that_are_not_finite(logprobs):
+    original = Group(group(0).episode, (Candidate(Source.ROLLOUT, (1,), logprobs=logprobs),))
+    again = decode_group(encode_group(original)).candidates[0].logprobs
+    assert [value.hex() for value in again] == [value.hex() for value in logprobs]
+
+
+@settings(deadline=None)
+@given(st.text(st.characters()))
+def test_texts_come_back(text):
+    assert decode_text(encode_text(text)) == text
+
+
+def fp32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+@pytest.mark.parametrize("kept", [float, fp32])
+def test_a_log_probability_takes_no_more_than_its_bits(kept):
+    draw = random.Random(0)
+    logprobs = tuple(kept(-draw.expovariate(1.0)) for _ in range(2048))
+    bare = Candidate(Source.ROLLOUT, (1,), logprobs=())
+    sizes = [
+        len(encode_group(Group(group(0).episode, (candidate,))))
+        for candidate in (bare, replace(bare, logprobs=logprobs))
+    ]
+    assert sizes[1] - sizes[0] < 2048 * {float: 8.5, fp32: 4.5}[kept]
+
+
+@pytest.mark.parametrize("kind", ["cut", "longer", "flipped", "not the right thing", "not JSON"])
+def test_damage_is_noticed(kind):
+    data = encode_group(judged(group(1)))
+    other = bytes([FORMAT]) + zlib.compress(b'[["id"], [], []]')
+    damaged = {
+        "cut": [data[:length] for length in range(1, len(data))],
+        "longer": [data + b"\0"],
+        "flipped": [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in range(3, len(data))],
+        "not the right thing": [other, encode_text("text"), bytes([FORMAT]) + zlib.compress(b"7")],
+        "not JSON": [bytes([FORMAT]) + zlib.compress(b"[1,")],
+    }[kind]
+    for bytes_ in damaged:
+        if kind == "flipped" and _content(bytes_) == _content(data):
+            continue  # a bit that zlib's format leaves unused
+        with pytest.raises(BufferUnavailableError) as caught:
+            decode_group(bytes_, "group 7")
+        assert str(caught.value).startswith("group 7 in the rollout buffer is damaged (")
+        assert "\n" not in str(caught.value)
+
+
+def _content(data):
+    try:
+        return zlib.decompress(data[1:])
+    except zlib.error:
+        return None
+
+
+def test_another_format_names_both():
+    with pytest.raises(
+        BufferUnavailableError, match=f"group 7 .* has format 9, this program reads format {FORMAT}; use"
+    ):
+        decode_group(b"\x09" + encode_group(group(0))[1:], "group 7")
+    with pytest.raises(BufferUnavailableError, match="a reply in the rollout buffer has nothing"):
+        decode_text(b"")
+
+
+def test_a_detail_that_json_cannot_hold_names_the_episode():
+    original = Group(group(4).episode, (), (Failed("reason", {"bytes": b"x"}),))
+    with pytest.raises(ValueError, match="episode episode-4 has a detail that JSON cannot hold"):
+        encode_group(original)

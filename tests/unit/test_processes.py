@@ -1,0 +1,79 @@
+"""Processes end with who started them, with all that they started, and are started again only so often."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_rlpt.processes import Restarts, end_all, start_child
+
+PARENT = """
+import sys, time
+from megatron_rlpt.processes import start_child
+print(start_child(["sleep", "600"]).pid, flush=True)
+time.sleep(600)
+"""
+STUBBORN = """
+import signal, subprocess, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def await_end(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while not has_ended(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+def test_a_child_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())
+    assert not has_ended(child)
+    parent.kill()
+    parent.communicate()
+    await_end(child)
+
+
+def test_what_does_not_end_is_killed_with_its_helpers():
+    process = start_child([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
+    helper = int(process.stdout.readline())
+    end_all([process], 0.2)
+    assert process.returncode == -signal.SIGKILL
+    await_end(helper)
+    process.stdout.close()
+
+
+def test_helpers_do_not_outlive_a_process_that_ended_by_itself():
+    process = start_child(["bash", "-c", "sleep 600 & echo $!"], stdout=subprocess.PIPE)
+    helper = int(process.stdout.readline())
+    process.wait()
+    end_all([process], 10.0)
+    await_end(helper)
+    process.stdout.close()
+
+
+def test_restarts_are_delayed_more_each_time_and_end():
+    now = 0.0
+    restarts = Restarts(lambda: now)
+    assert [restarts.ended() for _ in range(6)] == [1, 2, 4, 8, 16, None]
+
+
+def test_ends_of_long_ago_do_not_count():
+    now = 0.0
+    restarts = Restarts(lambda: now)
+    for _ in range(20):
+        now += 200.0
+        assert restarts.ended() is not None

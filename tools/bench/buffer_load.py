@@ -1,0 +1,160 @@
+"""A trainer and workers that put load on a rollout buffer: what the chaos test kills and the benchmark measures.
+
+    python tools/bench/buffer_load.py worker   --url URL --name NAME [--password-file FILE] --id ID --batch N
+    python tools/bench/buffer_load.py trainer  --url URL --name NAME [--password-file FILE] --groups N --folder DIR ...
+
+Groups are made from their numbers alone, and so are their results, so that anybody can tell right from wrong.
+The trainer is one as a real run has: it puts groups with back-pressure, takes batches in order, and every now and then
+publishes a checkpoint and acknowledges. Killed and started again, it goes on from its checkpoint. ``DIR/log`` then has
+a line per group that was learnt from, in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_rlpt.buffer.buffer import Pending, RolloutBuffer
+from megatron_rlpt.buffer.open import open_url
+from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source, derive_seed
+
+IDLE = 0.02
+"""Seconds between two looks for work, or for results."""
+
+
+def make_group(number: int, rollouts: int = 1, tokens: int = 4) -> Group:
+    """The group of a number: so many rollouts of so many tokens, and a prefix of twice as many."""
+    draw = random.Random(number)
+    prefix = tuple(draw.randrange(50_000) for _ in range(2 * tokens))
+    episode = Episode(f"{number:016x}", prefix, prefix[:tokens], "corpus", f"file:{number}", 2 * tokens)
+    return Group(
+        episode,
+        tuple(
+            Candidate(
+                Source.ROLLOUT,
+                tuple(draw.randrange(50_000) for _ in range(tokens)),
+                policy_version=number // 64,
+                seed=derive_seed(number, k),
+                finish_reason="length",
+                # As many bits as an engine's fp32 has.
+                logprobs=tuple(-draw.getrandbits(24) / 2**21 for _ in range(tokens)),
+            )
+            for k in range(rollouts)
+        ),
+    )
+
+
+def judge(group: Group, replies: int = 0, words: int = 0) -> Group:
+    """The one right result of a group; every score keeps so many replies of so many words."""
+    outcomes = []
+    for place, candidate in enumerate(group.candidates):
+        value = derive_seed(group.episode.id, candidate.seed) / 2**63
+        reasoning = " ".join(str(derive_seed(group.episode.id, place, n)) for n in range(words))
+        detail = {"replies": [f"{reasoning} VERDICT: {n % 2 + 1}" for n in range(replies)]} if replies else {}
+        outcomes.append(Failed("odd", {}) if value < 0.05 else Score(value, "judge", "v1", detail))
+    return replace(group, outcomes=tuple(outcomes))
+
+
+def result_line(number: int, group: Group) -> str:
+    """What the trainer notes of a group."""
+    values = (repr(one.value) if isinstance(one, Score) else one.reason for one in group.outcomes)
+    return f"{number} {group.episode.id} {' '.join(values)}\n"
+
+
+def work(buffer: RolloutBuffer, worker: str, batch: int, lease: float, pause: float = 0.0) -> None:
+    """Judge until killed.
+
+    Args:
+        buffer: whose groups.
+        worker: a name that no other worker has.
+        batch: groups claimed at once.
+        lease: seconds that a claim lasts.
+        pause: longest seconds that judging a batch takes.
+    """
+    turn = 0
+    while True:
+        turn += 1
+        works = buffer.claim(worker, batch, lease, f"{turn}-{os.urandom(4).hex()}")
+        if not works:
+            time.sleep(IDLE)
+            continue
+        time.sleep(random.random() * pause)
+        for one in buffer.renew(works, lease):
+            buffer.complete(one, judge(one.group))
+
+
+def train(buffer: RolloutBuffer, groups: int, batch: int, ahead: int, every: int, folder: Path) -> None:
+    """Learn from all groups, from the checkpoint in ``folder`` on.
+
+    Args:
+        buffer: through which they are judged.
+        groups: how many.
+        batch: groups of a step.
+        ahead: groups put before those they follow are taken, at most.
+        every: steps between checkpoints.
+        folder: of the checkpoint (``cursor``) and the log.
+    """
+    log, checkpoint = folder / "log", folder / "cursor"
+    cursor, size = map(int, checkpoint.read_text().split()) if checkpoint.exists() else (0, 0)
+    epoch = buffer.attach("load", cursor, capacity=ahead, max_attempts=1_000_000)
+    put = cursor
+    with log.open("a", encoding="utf-8") as lines:
+        lines.truncate(size)
+        for step, first in enumerate(range(cursor, groups, batch), start=1):
+            count = min(batch, groups - first)
+            while True:
+                items = [(number, make_group(number)) for number in range(put, min(groups, first + ahead, put + batch))]
+                put += buffer.put(epoch, items)
+                taken = buffer.take(epoch, first, count)
+                if not isinstance(taken, Pending):
+                    break
+                # A store that lost its last second, or one attached to before what it has let go of.
+                buffer.put(epoch, [(number, make_group(number)) for number in taken.missing if number < put])
+                if not items:
+                    time.sleep(IDLE)
+            lines.writelines(result_line(first + place, group) for place, group in enumerate(taken))
+            if step % every == 0 or first + count == groups:
+                lines.flush()
+                publish(checkpoint, f"{first + count} {log.stat().st_size}")
+                buffer.acknowledge(epoch, first + count)
+
+
+def publish(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.rename(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the script."""
+    parser = argparse.ArgumentParser(description="A trainer and workers that put load on a rollout buffer.")
+    roles = parser.add_subparsers(dest="role", required=True)
+    worker, trainer = roles.add_parser("worker"), roles.add_parser("trainer")
+    for role in (worker, trainer):
+        role.add_argument("--url", required=True)
+        role.add_argument("--name", required=True)
+        role.add_argument("--password-file", default="")
+        role.add_argument("--batch", type=int, default=16)
+    worker.add_argument("--id", required=True)
+    worker.add_argument("--lease", type=float, default=5.0)
+    worker.add_argument("--pause", type=float, default=0.0)
+    trainer.add_argument("--groups", type=int, required=True)
+    trainer.add_argument("--ahead", type=int, default=512)
+    trainer.add_argument("--every", type=int, default=4)
+    trainer.add_argument("--folder", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    buffer = open_url(given.url, given.name, password_file=given.password_file, retry=60.0)
+    if given.role == "worker":
+        work(buffer, given.id, given.batch, given.lease, given.pause)
+    else:
+        train(buffer, given.groups, given.batch, given.ahead, given.every, given.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""How much of generation, judging and training overlaps: seconds per step against the slowest of the three.
+
+    python tools/bench/overlap.py [--steps 12] [--scale 1.0] [--runs 3]
+
+The loop, pipeline, rollout buffer (SQLite) and judge worker are the real ones. Engine, teacher and policy wait for as
+long as a stage takes instead of computing, so that the figure says what the order of things costs, and nothing else.
+The first steps, in which the pipeline fills, and the last, in which it empties, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_rlpt.buffer.judging import ThroughBuffer
+from megatron_rlpt.buffer.open import open_url
+from megatron_rlpt.candidates import Proposer
+from megatron_rlpt.config import CandidatesConfig, Config, TrainConfig, WorkersConfig
+from megatron_rlpt.curriculum import Curriculum
+from megatron_rlpt.loop import Training, train
+from megatron_rlpt.objectives import Example, Selection
+from megatron_rlpt.objectives.online_dpo import OnlineDpo
+from megatron_rlpt.observe import StageTimer
+from megatron_rlpt.pipeline import Pipeline
+from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.records import Episode, Failed, Group, Score
+from megatron_rlpt.rollout.engine import Continuation, Prompt
+from megatron_rlpt.rollout.residency import Residency
+from megatron_rlpt.teacher.examiner import Examiner
+from megatron_rlpt.teacher.generator import Ask, Reply, Request
+from megatron_rlpt.teacher.worker import Worker
+from megatron_rlpt.teacher.worker_metrics import WorkerMetrics
+
+BATCH, PART, ROLLOUTS = 64, 4, 2
+"""Episodes of a batch and of what the engine generates at once, rollouts of each."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a stage takes for one batch, alone."""
+
+    generate: float
+    judge: float
+    update: float
+
+    @property
+    def slowest(self) -> float:
+        """Of the three."""
+        return max(self.generate, self.judge, self.update)
+
+    @property
+    def together(self) -> float:
+        """One after the other."""
+        return self.generate + self.judge + self.update
+
+
+class Stream:
+    """Episodes without end."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def take(self, count: int) -> list[Episode]:
+        """The next ``count``."""
+        first, self._next = self._next, self._next + count
+        return [Episode(f"e{number}", (number,), (0,), "c", "d", 1) for number in range(first, self._next)]
+
+
+class Engine:
+    """Takes its share of ``generate`` for every part."""
+
+    def __init__(self, times: Times) -> None:
+        self.version: int | None = 0
+        self._times = times
+
+    def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
+        """Any tokens, in time."""
+        time.sleep(self._times.generate * len(prompts) / (BATCH * ROLLOUTS))
+        return [Continuation((prompt.seed % 1000, 1), (-1.0, -1.0), "length") for prompt in prompts]
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """At no cost."""
+        self.version = version
+
+
+class Policy:
+    """Takes ``update`` for every batch."""
+
+    def __init__(self, times: Times) -> None:
+        self.version = 0
+        self._times = times
+
+    def update(self, examples: Sequence[Example]) -> dict[str, float]:
+        """One more version."""
+        time.sleep(self._times.update)
+        self.version += 1
+        return {}
+
+    def weights(self) -> Iterable[tuple[str, Any]]:
+        """None to speak of."""
+        return ()
+
+
+class Teacher:
+    """Always there, never asked."""
+
+    name, all_down = "none", False
+
+    async def __call__(self, request: Request) -> Reply | Failed:
+        """See ``Ask``."""
+        raise AssertionError("the judge below asks nobody")
+
+
+class Judge:
+    """Takes its share of ``judge`` for every group, so many groups at once."""
+
+    def __init__(self, times: Times, slots: int) -> None:
+        self._seconds = times.judge * slots / BATCH
+
+    async def judge_group(self, group: Group, ask: Ask) -> Group:
+        """Later candidates are better."""
+        await asyncio.sleep(self._seconds)
+        return replace(group, outcomes=tuple(Score(float(n), "j", "1") for n in range(len(group.candidates))))
+
+
+class Record:
+    """Observer and saver: notes when steps end."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def step(self, step: int, version: int, metrics: dict[str, float], groups: Sequence[Group], sel: Selection) -> None:
+        """See ``loop.Observer``."""
+        self.ends.append(time.perf_counter())
+
+    def save(self, done: int) -> None:
+        """Nothing is kept."""
+
+    def poll(self) -> None:
+        """Nothing is kept."""
+
+    def finish(self) -> None:
+        """Nothing is kept."""
+
+
+@contextlib.contextmanager
+def working(url: str, times: Times, slots: int) -> Iterator[None]:
+    """A judge worker in a thread with a loop of its own."""
+    buffer = open_url(url, "bench")
+    started: list[tuple[asyncio.AbstractEventLoop, Worker]] = []
+
+    async def work() -> None:
+        worker = Worker(
+            buffer,
+            Teacher(),
+            lambda: Examiner(Judge(times, slots), None),
+            WorkersConfig(groups=slots),
+            "worker",
+            WorkerMetrics(),
+        )
+        started.append((asyncio.get_running_loop(), worker))
+        await worker.run()
+
+    thread = threading.Thread(target=lambda: asyncio.run(work()))
+    thread.start()
+    try:
+        yield
+    finally:
+        loop, worker = started[0]
+        loop.call_soon_threadsafe(worker.stop)
+        thread.join()
+        buffer.close()
+
+
+def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
+    """Mean seconds per step once the pipeline is full."""
+    filling = staleness + 2
+    config = Config(
+        train=TrainConfig(steps=filling + steps + staleness, global_batch=BATCH, staleness=staleness),
+        candidates=CandidatesConfig(rollouts=ROLLOUTS),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{Path(folder) / 'buffer.sqlite'}"
+        buffer, engine, policy, record = open_url(url, "bench"), Engine(times), Policy(times), Record()
+        judging = ThroughBuffer(
+            buffer,
+            Ranks(),
+            run="bench",
+            replace=False,
+            capacity=(staleness + 1) * BATCH,
+            max_attempts=3,
+            settings="{}",
+            max_failure_rate=0.0,
+            max_pause=0.0,
+        )
+        pipeline = Pipeline(
+            Stream(),  # type: ignore[arg-type]
+            Proposer(original=True, rewriter=None, engine=engine, suffix_length=2, run_seed=1),
+            judging,
+            Curriculum(config.candidates, 1),
+            Ranks(),
+            batch=BATCH,
+            part=PART,
+            steps=config.train.steps,
+            staleness=staleness,
+            background=staleness > 0,
+        )
+        pipeline.start(0)
+        run = Training(
+            config,
+            pipeline,
+            OnlineDpo(0.1),
+            policy,  # type: ignore[arg-type]
+            engine,
+            Residency(None, None, Ranks()),
+            record,
+            record,
+            StageTimer(None),
+        )
+        with working(url, times, slots):
+            train(run)
+        pipeline.close()
+        buffer.close()
+    ends = record.ends[filling - 1 : filling + steps]
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--scale", type=float, default=1.0, help="seconds of the slowest stage")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--slots", type=int, default=8, help=f"groups judged at once, of {BATCH}")
+    arguments = parser.parse_args()
+    print("| generate | judge | update | staleness | step / slowest stage | step / sum of stages |\n|" + "---|" * 6)
+    shares = [(1, 1, 1), (1, 0.5, 0.5), (0.5, 1, 0.5), (0.5, 0.5, 1), (0.9, 0.6, 1)]
+    for share in shares:
+        times = Times(*(arguments.scale * part for part in share))
+        for staleness in (0, 1, 2):
+            found = sorted(measure(times, staleness, arguments.steps, arguments.slots) for _ in range(arguments.runs))
+            slowest = " to ".join(f"{seconds / times.slowest:.2f}" for seconds in (found[0], found[-1]))
+            turn = " to ".join(f"{seconds / times.together:.2f}" for seconds in (found[0], found[-1]))
+            print("| " + " | ".join([*map(str, share), str(staleness), slowest, turn]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

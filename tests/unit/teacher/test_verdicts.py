@@ -62,6 +62,7 @@ def reason_or_value(outcome):
         ('{"reasoning": "it says ' + answer("1"), Reason.MALFORMED),
         ('{"reasoning": "two\nlines", "verdict": "1"}', Reason.MALFORMED),
         ('{"reasoning": "r", "\\u0076erdict": "1"}', Reason.MALFORMED),
+        ('{"reasoning": "\\"1", "verdict": "\\u0031"}', Reason.MALFORMED),
         ("I think " + answer("1"), Reason.MALFORMED),
         ("[" + answer("1") + "]", Reason.NO_VERDICT),
         (answer("1") + " is my answer.", Reason.NO_VERDICT),

@@ -128,10 +128,13 @@ def literal_verdict(text: str, finish_reason: str) -> str | None:
         ]:
             return None
         (_, reasoning), (_, verdict) = pairs
-        literal = text[position:]
-        if not isinstance(reasoning, str) or '"reasoning"' not in literal or '"verdict"' not in literal:
+        first = text[position + 1 :].lstrip(blank)
+        value = text[:-1].rstrip(blank)
+        if not isinstance(reasoning, str) or not first.startswith('"reasoning"'):
             return None
-        if isinstance(verdict, tuple) and verdict[0] == "int":
-            return verdict[1]
-        return verdict.lower() if isinstance(verdict, str) and f'"{verdict}"' in literal else None
+        word, literal = (verdict[1],) * 2 if isinstance(verdict, tuple) else (verdict, f'"{verdict}"')
+        if not isinstance(word, str) or (isinstance(verdict, tuple) and verdict[0] != "int"):
+            return None
+        key = value.removesuffix(literal).rstrip(blank + ":")
+        return word.lower() if value.endswith(literal) and key.endswith('"verdict"') else None
     return None

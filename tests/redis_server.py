@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+
+from sandbox_script import call
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tools/sandbox/redis.py"
 
@@ -19,11 +19,9 @@ class RedisServer:
         self.folder = folder
 
     def start(self) -> RedisServer:
-        done = subprocess.run(
-            [sys.executable, SCRIPT, "start", self.folder], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        values = dict(override.split("=", 1) for override in done.stdout.split())
+        code, out, err = call(SCRIPT, "start", self.folder)
+        assert code == 0, err
+        values = dict(override.split("=", 1) for override in out.split())
         self.url, self.password_file = values["buffer.url"], values["buffer.password_file"]
         return self
 
@@ -41,10 +39,8 @@ class RedisServer:
         os.kill(number, signal.SIGKILL)
 
     def stop(self) -> None:
-        done = subprocess.run(
-            [sys.executable, SCRIPT, "stop", self.folder], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
+        code, _, err = call(SCRIPT, "stop", self.folder)
+        assert code == 0, err
 
     def __enter__(self) -> RedisServer:
         return self.start()

@@ -17,7 +17,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from megatron_rlpt.buffer.buffer import RolloutBuffer, Work
@@ -181,9 +181,8 @@ class Worker:
             if reason := _servers_fault(group, ask.failures):
                 await self._return(work, reason)
                 return
-            self._leaving.add(work.sequence)
-            accepted = await asyncio.to_thread(self._buffer.complete, work, group)
-            self._leaving.discard(work.sequence)
+            with self._handing_over(work):
+                accepted = await asyncio.to_thread(self._buffer.complete, work, group)
             if accepted:
                 self._metrics.completed(group, time.monotonic() - began)
 
@@ -193,10 +192,18 @@ class Worker:
 
         return keep
 
-    async def _return(self, work: Work, reason: str) -> None:
+    @contextlib.contextmanager
+    def _handing_over(self, work: Work) -> Iterator[None]:
+        """Its lease is not renewed, nor missed, while the group is handed in or given back."""
         self._leaving.add(work.sequence)
-        await asyncio.to_thread(self._buffer.give_back, work, reason)
-        self._leaving.discard(work.sequence)
+        try:
+            yield
+        finally:
+            self._leaving.discard(work.sequence)
+
+    async def _return(self, work: Work, reason: str) -> None:
+        with self._handing_over(work):
+            await asyncio.to_thread(self._buffer.give_back, work, reason)
         # Few different labels, whatever the error says.
         known = not reason or reason == _TOO_LATE or reason in _OF_SERVERS
         self._metrics.given_back((reason or "stopped or lease lost") if known else "error")

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import stat
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import redis
 from redis_server import SCRIPT, RedisServer
+from sandbox_script import call
 
-
-def sandbox(*arguments: object, path: str = os.environ["PATH"]) -> tuple[int, str, str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr.strip()
+sandbox = partial(call, SCRIPT)
 
 
 @pytest.fixture

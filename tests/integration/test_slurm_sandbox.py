@@ -9,17 +9,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+from sandbox_script import call
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools/sandbox/slurm.py"
-
-
-def sandbox(*arguments: object, path: str = os.environ["PATH"]) -> tuple[int, str, str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr.strip()
+sandbox = partial(call, SCRIPT)
 
 
 @pytest.fixture

@@ -71,11 +71,13 @@ def worker(buffer, teacher, rewriter=None, metrics=None, **settings) -> Worker:
     return Worker(buffer, teacher, lambda: examiner, config, "worker-a", metrics or WorkerMetrics())
 
 
-def run(one: Worker, until, timeout: float = 20.0) -> None:
-    """Run the worker until ``until()``, then tell it to stop and wait for its end."""
+def run(one: Worker, until, timeout: float = 20.0, before=None) -> None:
+    """Run the worker, first for as long as ``before()`` takes, then until ``until()``; stop it, await its end."""
 
     async def work():
         task = asyncio.create_task(one.run())
+        if before is not None:
+            await before()
         async with asyncio.timeout(timeout):
             while not until() and not task.done():
                 await asyncio.sleep(0.01)
@@ -200,19 +202,13 @@ def test_nothing_is_claimed_while_no_server_answers(buffer, epoch):
     teacher = ScriptedTeacher()
     teacher.all_down = True
 
-    async def work():
-        one = worker(buffer, teacher)
-        task = asyncio.create_task(one.run())
+    async def come_up():
         await asyncio.sleep(1.2)
         assert buffer.stats().queued == 1
         teacher.all_down = False
-        async with asyncio.timeout(20):
-            while buffer.stats().finished == 0:
-                await asyncio.sleep(0.02)
-        one.stop()
-        await task
 
-    asyncio.run(work())
+    run(worker(buffer, teacher), lambda: buffer.stats().finished == 1, before=come_up)
+    assert buffer.stats().finished == 1
 
 
 def test_told_to_stop_it_finishes_what_it_holds_and_claims_nothing_more(buffer, epoch):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from megatron_rlpt.buffer.buffer import Pending, RolloutBuffer
+from megatron_rlpt.buffer.polling import until_next_look
 from megatron_rlpt.errors import BufferUnavailableError, RlptError, TeacherError
 from megatron_rlpt.judging import PATIENCE
 from megatron_rlpt.observe import get_logger
@@ -161,20 +162,20 @@ class ThroughBuffer:
 
     def _put(self, items: list[tuple[int, Group]]) -> None:
         assert self._buffer is not None
-        delay = _POLL[0]
+        start = self._clock()
         while True:
             accepted = self._buffer.put(self._epoch, items)
             # Only now: who collects must not be faster than what is still being put.
             self._submitted |= dict(items[:accepted])
             if not (items := items[accepted:]):
                 return
-            self._sleep(delay)  # full: the trainer has to take something first
-            delay = min(2 * delay, _POLL[1])
+            # Full: the trainer has to take something first.
+            self._sleep(until_next_look(self._clock() - start, *_POLL))
 
     def _wait(self, first: int, count: int) -> list[Group] | None:
         """The batch, on the main rank; None after ``PATIENCE``."""
         assert self._buffer is not None
-        start, delay = self._clock(), _POLL[0]
+        start = self._clock()
         if self._waiting_since is None:
             self._waiting_since = start
         numbers = range(first, first + count)
@@ -196,8 +197,7 @@ class ThroughBuffer:
                 self._pause(first, taken)
             if self._clock() - start > PATIENCE:
                 return None
-            self._sleep(delay)
-            delay = min(2 * delay, _POLL[1])
+            self._sleep(until_next_look(self._clock() - self._waiting_since, *_POLL))
 
     def _failed_share(self, groups: Sequence[Group]) -> float:
         """Share of failed candidates; of groups that were given up, where nothing is judged."""

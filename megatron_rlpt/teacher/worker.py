@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from megatron_rlpt.buffer.buffer import RolloutBuffer, Work
+from megatron_rlpt.buffer.polling import until_next_look
 from megatron_rlpt.config.schema import WorkersConfig
 from megatron_rlpt.errors import RlptError, first_line
 from megatron_rlpt.observe.log import get_logger
@@ -32,7 +33,7 @@ from megatron_rlpt.teacher.worker_metrics import WorkerMetrics
 
 _log = get_logger(__name__)
 
-_IDLE = (0.05, 1.0)
+_IDLE = (0.02, 1.0)
 """Shortest and longest seconds between two claims that found nothing."""
 _SIGN_OF_LIFE = 5.0
 """Seconds between announcements; one that is three times as old counts no more."""
@@ -115,7 +116,7 @@ class Worker:
         await asyncio.to_thread(self._buffer.withdraw, "worker", self._name)
 
     async def _claim(self) -> None:
-        pause, told = _IDLE[0], False
+        busy, told = time.monotonic(), False
         while not self._stopping.is_set():
             if self._teacher.all_down:
                 if not told:
@@ -130,13 +131,16 @@ class Worker:
             if free <= 0:
                 await asyncio.wait(self._held, timeout=_IDLE[1], return_when=asyncio.FIRST_COMPLETED)
                 self._raise_failures()
+                busy = time.monotonic()
                 continue
             works = await self._take(free)
             for work in works:
                 task = asyncio.create_task(self._handle(work))
                 self._held[task] = work
-            pause = _IDLE[0] if works else min(2 * pause, _IDLE[1])
-            await self._rest(0 if works else pause)
+            now = time.monotonic()
+            if works:
+                busy = now
+            await self._rest(0 if works else until_next_look(now - busy, *_IDLE))
             self._raise_failures()
 
     async def _rest(self, seconds: float) -> None:

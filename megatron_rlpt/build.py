@@ -24,6 +24,7 @@ from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.recording import RunSaver
 from megatron_rlpt.rollout.build import build_residency, engine_count, may_generate_beside, start_policy_engine
+from megatron_rlpt.stopping import StopRequest
 from megatron_rlpt.teacher.agreement import judged_by
 from megatron_rlpt.teacher.build import Teacher, build_teacher
 from megatron_rlpt.tokenizer import PolicyTokenizer
@@ -103,6 +104,7 @@ def build(
         observer,
         RunSaver(config, store, pipeline, policy),
         timer,
+        StopRequest(Path(config.run.dir), ranks),
     )
 
 

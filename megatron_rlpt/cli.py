@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from launch.cli import launch, status
 from megatron_rlpt import __version__
 from megatron_rlpt.buffer.cli import buffer_app
-from megatron_rlpt.errors import ConfigError, RlptError
+from megatron_rlpt.errors import ConfigError, RlptError, RunStopped
 from megatron_rlpt.teacher.cli import judge_app, teacher_app
 
 INTERRUPTED = 130
@@ -93,6 +94,8 @@ def _quiet_libraries() -> None:
 
 
 app.add_typer(judge_app, name="judge")
+app.command("launch")(launch)
+app.command("status")(status)
 app.add_typer(teacher_app, name="teacher")
 
 
@@ -229,7 +232,8 @@ def main() -> None:
     except RlptError as error:
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
         whose = "" if rank == "0" else f"rank {rank}: "
-        print(f"{whose}error: " + " ".join(str(error).split()), file=sys.stderr)
+        what = "" if isinstance(error, RunStopped) else "error: "
+        print(whose + what + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

@@ -60,6 +60,13 @@ class CheckpointError(RlptError):
     exit_code = 8
 
 
+class RunStopped(RlptError):
+    """The run was asked to stop, has left a checkpoint and can be gone on with."""
+
+    exit_code = 75
+    """``EX_TEMPFAIL`` of sysexits.h: try again."""
+
+
 class BufferUnavailableError(RlptError):
     """The rollout buffer's store cannot be reached, opened or read."""
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_rlpt.config import Config
-from megatron_rlpt.errors import TrainingError
+from megatron_rlpt.errors import RunStopped, TrainingError
 from megatron_rlpt.metrics import step_metrics
 from megatron_rlpt.objectives import Objective, Selection
 from megatron_rlpt.observe import StageTimer, get_logger
@@ -29,6 +29,7 @@ from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.records import Group
 from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.rollout.residency import Residency
+from megatron_rlpt.stopping import StopRequest
 from megatron_rlpt.teacher.judge import check_failure_rate
 
 _log = get_logger(__name__)
@@ -69,18 +70,25 @@ class Training:
     observer: Observer
     saver: Saver
     timer: StageTimer
+    stop: StopRequest
     done: int = 0
     """Steps behind us."""
 
 
 def train(run: Training) -> None:
-    """Run until ``train.steps`` steps are done; the last one always leaves a checkpoint."""
-    config, stage = run.config, run.timer.stage
-    while run.done < config.train.steps:
+    """Run until ``train.steps`` steps are done, or somebody asks to stop; the last one always leaves a checkpoint.
+
+    Raises:
+        RunStopped: somebody asked; what was done is in a checkpoint.
+    """
+    config, stage, saved = run.config, run.timer.stage, run.done
+    while run.done < config.train.steps and not run.stop.asked():
         with stage("generate"), run.residency.generating():
             run.pipeline.propose(run.done, run.policy.version)
         with stage("judge"):
-            groups = run.pipeline.collect(run.done, run.policy.version)
+            groups = run.pipeline.collect(run.done, run.policy.version, run.stop.asked)
+            if groups is None:
+                break
             failure_rate = check_failure_rate(groups, config.teacher.max_failure_rate)
         with stage("update"), run.residency.training():
             selection = run.objective.select(groups)
@@ -95,11 +103,21 @@ def train(run: Training) -> None:
         metrics = step_metrics(groups, selection, figures, failure_rate, run.timer.end_step())
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
         run.saver.poll()
-        if run.done % config.checkpoint.every == 0 or run.done == config.train.steps:
+        if run.done % config.checkpoint.every == 0:
             # After the step is recorded: a kill in between repeats the step, and the resumed run drops its record.
-            with stage("checkpoint"):
-                run.saver.save(run.done)
+            saved = _save(run)
+    if saved < run.done:
+        _save(run)
     run.saver.finish()
+    if run.done < config.train.steps:
+        run.stop.honoured()
+        raise RunStopped(f"stopped after {run.done} of {config.train.steps} steps, as asked; the same command goes on")
+
+
+def _save(run: Training) -> int:
+    with run.timer.stage("checkpoint"):
+        run.saver.save(run.done)
+    return run.done
 
 
 def check_agreement(figures: dict[str, float], warn: float, stop: float) -> None:

@@ -13,6 +13,7 @@ judges get every part of a batch as soon as it is there.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -90,9 +91,18 @@ class Pipeline:
         else:
             self._work = self._pool.submit(self._propose, numbers, level, version)
 
-    def collect(self, step: int, version: int) -> list[Group]:
-        """The judged groups of ``step``, in the order of their episodes; waits for them."""
+    def collect(self, step: int, version: int, stop: Callable[[], bool]) -> list[Group] | None:
+        """The judged groups of ``step``, in the order of their episodes; waits for them.
+
+        Args:
+            step: the step that has begun.
+            version: the policy version that is about to learn from them.
+            stop: whether waiting is to be given up, asked on all ranks; then the answer is None, and what is on its
+                way is kept in ``state_dict``.
+        """
         while (groups := self.judging.collect(step * self._batch, self._batch, version)) is None:
+            if stop():
+                return None
             # What was to be judged may never come: then all ranks learn it from ``settle``.
             if self._ranks.on_main(self._has_failed):
                 self.settle()

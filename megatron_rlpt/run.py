@@ -17,6 +17,7 @@ from megatron_rlpt.errors import CheckpointError, ConfigError
 from megatron_rlpt.huggingface import export_folder
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.observe import get_logger
+from megatron_rlpt.observe.liveness import HEARTBEAT, Liveness
 from megatron_rlpt.observe.log import setup_logging
 from megatron_rlpt.policy.layout import check_batch
 from megatron_rlpt.policy.policy import Policy, check_policy
@@ -30,7 +31,7 @@ from megatron_rlpt.tokenizer import PolicyTokenizer
 _log = get_logger(__name__)
 
 _MAY_CHANGE = ("observe.", "evaluation.", "data.heldout", "checkpoint.", "run.dir", "parallel.", "train.micro_batch",
-               "train.logprob_chunk", "train.recompute", "optimizer.offload", "rollout.max_batch",
+               "train.logprob_chunk", "train.recompute", "train.max_stall", "optimizer.offload", "rollout.max_batch",
                "rollout.max_logprob_gap", "teacher.max_failure_rate", "data.max_bad_fraction",
                "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
                "teacher.kv_cache_gib", "teacher.workers.", "buffer.")  # fmt: skip
@@ -89,9 +90,21 @@ def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> N
         if checkpoint is not None:
             restore(run, checkpoint, ranks)
         run.pipeline.start(run.done)
-        train(run)
+        with run.stop.listening(), _watched(run, folder, ranks):
+            train(run)
         export(run.policy, Path(config.model.path), folder / "export", ranks)
     _log.info("run complete", steps=run.done, version=run.policy.version, export=folder / "export")
+
+
+def _watched(run: Training, folder: Path, ranks: Ranks) -> Liveness:
+    """Every rank watches itself; one says for all how far they are."""
+    return Liveness(
+        run.timer,
+        run.config.train.steps,
+        run.config.train.max_stall,
+        folder / HEARTBEAT if ranks.is_main else None,
+        folder / "logs" / f"stacks-{ranks.rank:05d}.txt",
+    )
 
 
 def export(policy: Policy, source: Path, target: Path, ranks: Ranks) -> None:

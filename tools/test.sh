@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash tools/setup.sh
+bash tools/setup_launch.sh
 .venv/bin/python tools/prepare_demo.py
 .venv/bin/python tools/sandbox/slurm.py install || echo "without Slurm, its tests will fail" >&2
 .venv/bin/python tools/sandbox/redis.py install || echo "without Redis, its tests will fail" >&2
@@ -17,14 +18,24 @@ if [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
 
-# Beside each other: tests of worlds, servers and whole runs wait a good deal, unit tests do not. The report of the unit
-# tests comes last.
-report=$(mktemp)
-.venv/bin/python -m pytest tests/unit >"$report" 2>&1 &
-unit=$!
-trap 'kill "$unit" 2>/dev/null || true; rm -f "$report"' EXIT
+# Three beside each other: tests of worlds, servers and whole runs wait a good deal, those on Slurm even more, unit tests
+# do not. Reports of what runs in the background come last.
+reports=$(mktemp -d)
+background=()
+beside() {
+    local name=$1
+    shift
+    .venv/bin/python -m pytest "$@" >"$reports/$name" 2>&1 &
+    background+=("$!")
+}
+trap 'kill "${background[@]}" 2>/dev/null || true; rm -rf "$reports"' EXIT
+slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
+beside unit tests/unit
+beside slurm "${slurm[@]}"
 failed=0
-.venv/bin/python -m pytest tests/distributed tests/integration || failed=1
-wait "$unit" || failed=1
-cat "$report"
+.venv/bin/python -m pytest tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || failed=1
+for job in "${background[@]}"; do
+    wait "$job" || failed=1
+done
+cat "$reports"/*
 exit "$failed"

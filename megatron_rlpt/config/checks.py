@@ -77,6 +77,7 @@ _RANGES: list[_Check] = [
     ("train.micro_batch", lambda v: v >= 1, "at least 1"),
     ("train.staleness", lambda v: v >= 0, "0 or more"),
     ("train.logprob_chunk", lambda v: v >= 1, "at least 1"),
+    ("train.max_stall", lambda v: v >= 0, "0 (never) or more seconds"),
     ("checkpoint.every", lambda v: v >= 1, "at least 1"),
     ("checkpoint.keep", lambda v: v >= 1, "at least 1"),
     ("observe.samples_per_step", lambda v: v >= 0, "0 or more"),

@@ -445,6 +445,9 @@ class TrainConfig:
     are generated and judged meanwhile, by weights that lack as many updates."""
     logprob_chunk: int = 1024
     """Tokens whose vocabulary logits exist at the same time, per rank."""
+    max_stall: float = 3600.0
+    """Seconds without progress, waiting for judges included, after which the run writes down where it stands and ends
+    itself with exit code 76, so that nobody pays for GPUs that hang; 0 is never."""
     recompute: Recompute = Recompute.none
     """What to compute again in the backward pass: nothing, attention (selective), or whole layers (full)."""
 

@@ -37,8 +37,13 @@ class StageTimer:
         self._event({"name": "process_name", "ph": "M", "args": {"name": "rlpt train"}})
 
     @property
+    def step(self) -> int:
+        """The step now being timed."""
+        return self._step
+
+    @property
     def current(self) -> str | None:
-        """Innermost stage now running, for a watchdog's report."""
+        """Innermost stage now running, for whoever watches the run."""
         return self._open[-1] if self._open else None
 
     @contextmanager

@@ -4,9 +4,17 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from slurm_cluster import running_cluster
 from tiny_runs import save_model, start_engine
 
-WITHOUT_VLLM = {"test_bad_input", "test_convert_cli", "test_megatron_engine", "test_slurm_sandbox", "test_slurm_start"}
+WITHOUT_VLLM = {
+    "test_bad_input",
+    "test_convert_cli",
+    "test_megatron_engine",
+    "test_slurm_accounting",
+    "test_slurm_sandbox",
+    "test_slurm_start",
+}
 """The only modules that run where vLLM is not installed."""
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
@@ -58,3 +66,10 @@ def other_model(served_model, tmp_path_factory) -> Path:
 def engine(served_model):
     """The rollout engine in fp32 on ``served_model``; a test that exchanges its weights puts them back."""
     return start_engine(served_model)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A Slurm of two nodes with accounting, which all tests share."""
+    with running_cluster() as running:
+        yield running

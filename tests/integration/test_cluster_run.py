@@ -18,6 +18,7 @@ from tiny_runs import finish, json_lines, lasting_metrics, only_error, start, wr
 from megatron_rlpt.buffer.judging import SETTINGS
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.config import load_config
+from megatron_rlpt.stopping import STOP_FILE
 from megatron_rlpt.teacher.agreement import judged_by
 
 STEPS = 10
@@ -136,6 +137,35 @@ def test_everybody_is_killed_once_and_the_run_ends_with_the_same_weights(
     stats = buffer.stats()
     buffer.close()
     assert (stats.acknowledged, stats.queued, stats.finished, stats.dead) == (STEPS * 4, 0, 0, 0)
+
+
+def test_told_to_stop_while_no_judge_is_there_it_stops_and_loses_nothing(
+    calm, served_model, corpus, server, tmp_path_factory
+):
+    config, folder = configured(tmp_path_factory.mktemp("stopped"), served_model, corpus, server)
+    trainer = start(config)
+    try:
+        deadline = time.monotonic() + 240
+        while (
+            not (folder / "heartbeat.json").exists()
+            or '"stage": "judge"' not in (folder / "heartbeat.json").read_text()
+        ):
+            assert trainer.poll() is None, finish(trainer)
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (folder / STOP_FILE).touch()
+        code, _, err = finish(trainer)
+        assert code == 75, err
+        assert "stopped after 0 of" in err
+        with workers(config):
+            trainer = start(config)
+            code, _, err = finish(trainer)
+    finally:
+        if trainer.poll() is None:
+            kill(trainer)
+    assert code == 0, err
+    assert lasting_metrics(folder) == lasting_metrics(calm)
+    assert (folder / "export/model.safetensors").read_bytes() == (calm / "export/model.safetensors").read_bytes()
 
 
 def test_every_rollout_is_as_old_as_it_should_be(calm):

@@ -107,6 +107,28 @@ def killed_twice(served_model, corpus, tmp_path_factory):
     return folder
 
 
+def test_told_to_stop_it_leaves_a_checkpoint_and_goes_on_from_there(uninterrupted, served_model, corpus, tmp_path):
+    folder = tmp_path / "run"
+    sections = SECTIONS | {"checkpoint": {"every": 100}}
+    config = write_config(tmp_path / "run.yaml", served_model, corpus, folder, **sections)
+    process = start(config)
+    await_that(process, lambda: (folder / "metrics.jsonl").exists() and json_lines(folder / "metrics.jsonl"))
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75, err
+    done = len(json_lines(folder / "metrics.jsonl"))
+    assert 0 < done < STEPS, "the run was over before it was told to stop"
+    assert err.strip().splitlines()[-1].startswith(f"stopped after {done} of {STEPS} steps")
+    assert checkpoints(folder) == [f"step-{done:08d}"]
+    assert json.loads((folder / "heartbeat.json").read_text())["state"].startswith("stopped after")
+    code, _, err = finish(start(config))
+    assert code == 0, err
+    assert lasting_metrics(folder) == lasting_metrics(uninterrupted)
+    assert (folder / "export/model.safetensors").read_bytes() == (
+        uninterrupted / "export/model.safetensors"
+    ).read_bytes()
+
+
 def test_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(uninterrupted, killed_twice):
     whole, resumed = (folder / "export/model.safetensors" for folder in (uninterrupted, killed_twice))
     assert whole.read_bytes() == resumed.read_bytes()

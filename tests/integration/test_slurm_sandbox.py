@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,14 @@ def daemons(monkeypatch):
 
 
 @pytest.fixture
-def module(daemons):
+def accounting(daemons, monkeypatch):
+    module = load(SCRIPT.with_name("accounting.py"))
+    monkeypatch.setitem(sys.modules, "accounting", module)
+    return module
+
+
+@pytest.fixture
+def module(accounting):
     return load(SCRIPT)
 
 
@@ -53,7 +61,7 @@ def test_stop_ends_the_jobs_and_the_daemons(module, daemons, folder):
     assert out == f"export SLURM_CONF={folder}/slurm.conf\n"
     try:
         started = daemons.read_processes(folder)
-        assert set(started) == {"munged", "slurmctld", "slurmd-n1", "slurmd-n2"}
+        assert set(started) == {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd-n1", "slurmd-n2"}
         code, _, err = sandbox("start", folder)
         assert (code, err.startswith(f"error: {folder} is running already")) == (1, True)
         number = folder / "job-process"
@@ -69,6 +77,15 @@ def test_stop_ends_the_jobs_and_the_daemons(module, daemons, folder):
     assert code == 0, err
     assert not daemons.start_time(job)
     assert not any(daemons.is_running(*daemon) for daemon in started.values())
+
+
+def test_what_was_killed_starts_again_in_the_same_folder(daemons, folder):
+    for _ in range(2):
+        code, _, err = sandbox("start", folder)
+        assert code == 0, err
+        for daemon in daemons.read_processes(folder).values():
+            os.kill(daemon[0], signal.SIGKILL)
+        assert sandbox("stop", folder) == (0, "", "")
 
 
 def test_a_process_that_got_the_number_of_a_daemon_is_left_alone(folder):
@@ -94,7 +111,7 @@ def test_a_daemon_that_does_not_start_is_named_and_the_others_are_ended(module, 
     )
     with pytest.raises(module.SandboxError, match="slurmd-n1 ended at its start: not today"):
         module.start(folder)
-    assert {"munged", "slurmctld"} <= set(started[-1])
+    assert {"munged", "mariadbd", "slurmdbd", "slurmctld"} <= set(started[-1])
     assert not any(module.is_running(*process) for process in started[-1].values())
 
 
@@ -118,7 +135,7 @@ def test_without_slurm_the_error_says_how_to_install_it(module, daemons, folder,
     with pytest.raises(module.SandboxError, match=r"not installed here \(munged, .* run as root: .* install$"):
         module.start(folder)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(module.SandboxError, match=r"run as root: apt-get install slurm-wlm munge"):
+    with pytest.raises(module.SandboxError, match=r"run as root: apt-get install slurm-wlm munge slurmdbd"):
         module.install()
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(module.SandboxError, match="there is no apt-get"):

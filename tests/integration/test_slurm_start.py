@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,23 +12,16 @@ from safetensors.torch import load_file
 from tiny_runs import NEXT_TOKEN, json_lines, save_model, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-SANDBOX = [sys.executable, str(ROOT / "tools/sandbox/slurm.py")]
 TRAIN = [sys.executable, "-m", "megatron_rlpt", "train", "-c"]
 TWO_RANKS = ["srun", "-N2", "-n2", "--wait=300"]
 
 
 @pytest.fixture(scope="module")
-def slurm():
+def slurm(cluster):
     """The environment of a user of the sandbox, who is in no job yet and has set nothing else."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's folders are too deep for a Unix socket
-    started = subprocess.run([*SANDBOX, "start", str(folder)], capture_output=True, text=True, timeout=300)
-    assert started.returncode == 0, started.stderr
-    others = ("SLURM", "SBATCH", "SRUN", "SALLOC", "MASTER_")
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-    yield variables | {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
-    stopped = subprocess.run([*SANDBOX, "stop", str(folder)], capture_output=True, text=True, timeout=300)
-    assert stopped.returncode == 0, stopped.stderr
-    shutil.rmtree(folder)
+    others = ("SLURM_", "SBATCH", "SRUN", "SALLOC", "MASTER_")
+    variables = {name: value for name, value in cluster.variables.items() if not name.startswith(others)}
+    return variables | {"SLURM_CONF": cluster.variables["SLURM_CONF"], "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

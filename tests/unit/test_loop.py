@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.config import CandidatesConfig, CheckpointConfig, Config, RolloutConfig, TeacherConfig, TrainConfig
 from megatron_rlpt.curriculum import Curriculum
-from megatron_rlpt.errors import EngineError, TeacherError, TrainingError
+from megatron_rlpt.errors import EngineError, RunStopped, TeacherError, TrainingError
 from megatron_rlpt.judging import InTrainer
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.objectives import Example, Selection
@@ -24,6 +25,7 @@ from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score
 from megatron_rlpt.rollout.engine import Continuation, Prompt
 from megatron_rlpt.rollout.residency import Residency
+from megatron_rlpt.stopping import STOP_FILE, StopRequest
 
 Journal = list[tuple[Any, ...]]
 
@@ -165,6 +167,7 @@ def training(
         recorder,
         recorder,
         StageTimer(None),
+        StopRequest(Path("no such folder"), Ranks()),
         done,
     )
     pipeline.load_state_dict(
@@ -384,3 +387,45 @@ def test_an_error_while_generating_in_the_background_stops_the_run(fails_at):
     with pytest.raises(EngineError, match="out of order"):
         train(run)
     assert not happened(journal, "save")
+
+
+def test_asked_to_stop_it_finishes_the_step_saves_and_says_that_it_can_be_gone_on_with(tmp_path):
+    run, journal = training(steps=5, every=100)
+    run.stop = StopRequest(tmp_path, Ranks())
+    record = run.observer.step
+
+    def ask_after_the_second(step, *rest):
+        record(step, *rest)
+        if step == 1:
+            (tmp_path / STOP_FILE).touch()
+
+    run.observer.step = ask_after_the_second
+    with pytest.raises(RunStopped, match="after 2 of 5 steps"):
+        train(run)
+    assert happened(journal, "record", "save", "finish") == [
+        ("record", 0, 1),
+        ("record", 1, 2),
+        ("save", 2),
+        ("finish",),
+    ]
+    assert not (tmp_path / STOP_FILE).exists(), "the next start would stop as well"
+
+
+def test_asked_to_stop_while_judges_do_not_answer_it_does_not_wait_for_them(tmp_path):
+    run, journal = training(steps=5, every=1)
+    run.stop = StopRequest(tmp_path, Ranks())
+    answer, asked = run.pipeline.judging.collect, []
+
+    def silent_in_the_second_step(first, count, version):
+        if first == 0:
+            return answer(first, count, version)
+        asked.append(first)
+        if len(asked) == 3:
+            (tmp_path / STOP_FILE).touch()
+        return None
+
+    run.pipeline.judging.collect = silent_in_the_second_step
+    with pytest.raises(RunStopped, match="after 1 of 5 steps"):
+        train(run)
+    assert len(asked) == 3
+    assert happened(journal, "update", "save", "finish") == [("update", 0, ["e0", "e1"]), ("save", 1), ("finish",)]

@@ -80,7 +80,7 @@ def learn(one: Pipeline, first: int, last: int) -> list[list[Group]]:
     batches = []
     for step in range(first, last):
         one.propose(step, step)
-        batches.append(one.collect(step, step))
+        batches.append(one.collect(step, step, lambda: False))
         one.settle()
     return batches
 
@@ -105,6 +105,28 @@ def test_stopped_anywhere_and_gone_on_with_it_gives_the_same_batches(staleness, 
         one.close()
 
 
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_stopped_while_judges_are_waited_for_it_goes_on_with_what_was_proposed(staleness, background):
+    whole = pipeline(staleness, background)
+    whole.start(0)
+    expected = learn(whole, 0, 8)
+    first = pipeline(staleness, background)
+    first.start(0)
+    before = learn(first, 0, 3)
+    first.propose(3, 3)
+    first.judging.collect = lambda *_: None
+    assert first.collect(3, 3, lambda: True) is None
+    state = json.loads(json.dumps(first.state_dict()))
+    assert len(state["pending"]) == 4 * (staleness + 1)
+    second = pipeline(staleness, background)
+    second.load_state_dict(state)
+    second.start(3)
+    assert before + learn(second, 3, 8) == expected
+    for one in (whole, first, second):
+        one.close()
+
+
 def test_what_was_judged_before_the_stop_is_not_judged_again():
     first = pipeline(staleness=2, background=True)
     first.start(0)
@@ -113,7 +135,7 @@ def test_what_was_judged_before_the_stop_is_not_judged_again():
     second = pipeline(staleness=2, background=True, judge=judge)
     second.load_state_dict(first.state_dict())
     second.start(2)
-    second.collect(2, 2)
+    second.collect(2, 2, lambda: False)
     assert judge.asked == []
     first.close()
     second.close()

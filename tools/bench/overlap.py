@@ -34,6 +34,7 @@ from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Episode, Failed, Group, Score
 from megatron_rlpt.rollout.engine import Continuation, Prompt
 from megatron_rlpt.rollout.residency import Residency
+from megatron_rlpt.stopping import StopRequest
 from megatron_rlpt.teacher.examiner import Examiner
 from megatron_rlpt.teacher.generator import Ask, Reply, Request
 from megatron_rlpt.teacher.worker import Worker
@@ -224,6 +225,7 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
             record,
             record,
             StageTimer(None),
+            StopRequest(Path(folder), Ranks()),
         )
         with working(url, times, slots):
             train(run)

@@ -1,17 +1,20 @@
 """A real Slurm of two nodes on this one machine, to try a launch without a cluster.
 
-    sudo python3 tools/sandbox/slurm.py install   # Debian packages slurm-wlm and munge, unless they are there
+    sudo python3 tools/sandbox/slurm.py install   # Debian's packages, unless they are there
     python3 tools/sandbox/slurm.py start DIR      # returns once both nodes are idle
     export SLURM_CONF=DIR/slurm.conf              # ``start`` prints this line
     srun -N2 -n2 hostname
-    sinfo; squeue; sbatch job.sh                  # everything that Slurm has, but for accounting (sacct)
+    sinfo; squeue; sbatch job.sh; sacct           # everything that Slurm has, accounting too
     python3 tools/sandbox/slurm.py stop DIR       # cancels what runs and ends the daemons
 
-It runs munged, slurmctld and two slurmd (nodes n1 and n2, both this machine, each with all of its cores) as the user
-who starts it, and runs that user's jobs only. All that belongs to it lies in DIR: configuration, munge key, socket,
-logs (``log/``), the numbers of its processes (``processes.json``). DIR is made readable by its owner alone and must be
-short, because the address of a Unix socket holds 107 characters. The ports are free ones, and a Slurm that runs on the
-machine for real is left alone, as are all processes that were not started here.
+It runs munged, mariadbd, slurmdbd, slurmctld and two slurmd (nodes n1 and n2, both this machine, each with all of its
+cores) as the user who starts it, and runs that user's jobs only. All that belongs to it lies in DIR: configuration,
+munge key, socket, logs (``log/``), the numbers of its processes (``processes.json``). DIR is made readable by its owner
+alone and must be short, because the address of a Unix socket holds 107 characters. The ports are free ones, and a Slurm
+that runs on the machine for real is left alone, as are all processes that were not started here.
+
+``sbatch --test-only --partition=imagined`` says whether a job fits a cluster of 600 nodes with 8 GPUs each. They are
+not there: what is submitted to them waits for ever.
 
 Debian's packages bring services of the system too; the sandbox neither needs nor touches them.
 
@@ -31,21 +34,28 @@ import subprocess
 import time
 from pathlib import Path
 
+import accounting
 import daemons
 from daemons import SECONDS, SandboxError, command_line, is_running, read_processes, wait_for, write_secret
 
 NODES = ("n1", "n2")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo")
+PARTITION = "main"
+IMAGINED = "imagined"
+"""Partition of GPU nodes that are not there: what would run on a large cluster can be tried with --test-only."""
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo", *accounting.PROGRAMS)
 SOCKET_LENGTH = 107
+"""Of the path of a Unix socket, in bytes (unix(7))."""
+LONGEST_SOCKET = "/" + accounting.SOCKET
 
 CONFIGURATION = """\
-ClusterName=sandbox
+ClusterName={cluster}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+# A job that is requeued waits for its credentials to expire, by default two minutes.
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 CredType=cred/munge
 
 StateSaveLocation={folder}/state
@@ -59,14 +69,22 @@ MailProg=/bin/true
 # Neither control groups nor systemd, which a container has not.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/linux
+{accounting}
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 # Both nodes have the cores of this machine, however they are divided into sockets and threads.
 SlurmdParameters=config_overrides
 ReturnToService=2
+JobRequeue=1
+# Jobs start at once, requeued ones too (by default looked for every 60 s). Heterogeneous ones are started by the
+# backfill scheduler alone (by default every 30 s).
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
+# That scheduler looks again only after something has changed, and that a requeued job may start now is no change.
+# Priorities that are worked out anew every minute are one.
+PriorityType=priority/multifactor
+PriorityCalcPeriod=00:01:00
 
 # A busy machine is no failed node.
 MessageTimeout=60
@@ -76,13 +94,23 @@ SlurmdTimeout=0
 KillWait=5
 
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
+PartitionName={partition} Nodes={names} Default=YES MaxTime=INFINITE State=UP
+
+# Slurm takes a cloud's nodes for usable without seeing them. Each has what a DGX H100 has: 8 GPUs, 112 cores with two
+# threads each and 2 TB of memory (NVIDIA DGX H100/H200 User Guide, hardware overview).
+GresTypes=gpu
+NodeName=g[1-600] NodeAddr=127.0.0.1 Port=1 CPUs=224 RealMemory=2000000 Gres=gpu:8 State=CLOUD
+PartitionName={imagined} Nodes=g[1-600] MaxTime=INFINITE State=UP
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=86400
+SuspendExcNodes={names}
 """
 
 
 def install() -> None:
     """See ``daemons.install_packages``."""
-    daemons.install_packages("Slurm", PROGRAMS, ["slurm-wlm", "munge"])
+    daemons.install_packages("Slurm", PROGRAMS, ["slurm-wlm", "munge", *accounting.PACKAGES])
 
 
 def start(folder: Path) -> None:
@@ -93,10 +121,9 @@ def start(folder: Path) -> None:
             what was started is ended again then.
     """
     daemons.require_installed("Slurm", PROGRAMS)
-    if len(os.fsencode(folder / "munge.socket")) > SOCKET_LENGTH:
-        raise SandboxError(
-            f"{folder} is too long a path for a Unix socket; use one below {SOCKET_LENGTH - 15} characters"
-        )
+    longest = SOCKET_LENGTH - len(LONGEST_SOCKET)
+    if len(os.fsencode(folder)) > longest:
+        raise SandboxError(f"{folder} is too long a path for a Unix socket; use one of at most {longest} bytes")
     if re.search(r"[\s,#=%]", str(folder)):
         raise SandboxError(
             f"{folder} has a space or one of ',#=%' in its path, which slurm.conf cannot hold; use another"
@@ -111,6 +138,7 @@ def start(folder: Path) -> None:
         munge_files = [f"--{what}-file={folder}/munge.{what}" for what in ("key", "pid", "seed")]
         launch(folder, "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge_files)
         wait_for(folder, "munged", (folder / "munge.socket").is_socket)
+        accounting.start(folder, environment_of(folder))
         # -c: the jobs of an earlier sandbox in this folder are gone.
         launch(folder, "slurmctld", "-D", "-c")
         for node in NODES:
@@ -143,19 +171,23 @@ def stop(folder: Path) -> None:
 
 def write_configuration(folder: Path) -> None:
     """``slurm.conf`` with ports that are free now."""
-    controller_port, *node_ports = daemons.free_ports(1 + len(NODES))
+    controller_port, accounting_port, *node_ports = daemons.free_ports(2 + len(NODES))
     host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
     lines = [
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} State=UNKNOWN"
         for name, port in zip(NODES, node_ports, strict=True)
     ]
     text = CONFIGURATION.format(
+        cluster=accounting.CLUSTER,
+        accounting=accounting.configure(folder, accounting_port),
         host=host,
         controller_port=controller_port,
         user=getpass.getuser(),
         folder=folder,
         nodes="\n".join(lines),
         names=",".join(NODES),
+        partition=PARTITION,
+        imagined=IMAGINED,
     )
     (folder / "slurm.conf").write_text(text)
 
@@ -180,8 +212,8 @@ def ask(folder: Path, program: str, *arguments: str) -> str:
 
 
 def node_states(folder: Path) -> list[str]:
-    """State of every node; none before the controller answers."""
-    return ask(folder, "sinfo", "--noheader", "--Node", "--format=%T").split()
+    """State of every node that is there; none before the controller answers."""
+    return ask(folder, "sinfo", f"--partition={PARTITION}", "--noheader", "--Node", "--format=%T").split()
 
 
 def main() -> None:

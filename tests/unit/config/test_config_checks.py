@@ -80,6 +80,7 @@ LIMITS = {
     "train.global_batch": ([0], [8]),
     "train.micro_batch": ([0], [1]),
     "train.logprob_chunk": ([0], [1]),
+    "train.max_stall": ([-1], [0, 60]),
     "checkpoint.every": ([0], [1]),
     "checkpoint.keep": ([0], [1]),
     "observe.samples_per_step": ([-1], [0]),

@@ -1,0 +1,104 @@
+"""``rlpt launch`` and ``rlpt status``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.cluster import Cluster, ExecutorName, load_cluster
+from launch.code import stage
+from launch.local import await_outcome, forget_outcome
+from launch.spec import Spec, publish
+from launch.topology import Component, components_of, spec_of, with_absolute_paths
+from megatron_rlpt.config import load_config, to_yaml
+from megatron_rlpt.errors import ConfigError
+
+
+def launch(
+    cluster: Annotated[Path, typer.Option("--cluster", metavar="FILE", help="YAML file of the cluster.")],
+    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.key=value", help="Values that win over the run's file.", show_default=False),
+    ] = None,
+    cluster_overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="section.key=value", help="Wins over the cluster's file.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts, and start nothing.")] = False,
+    pack_dirty: Annotated[
+        bool, typer.Option("--pack-dirty", help="Run uncommitted changes as well, and record them.")
+    ] = False,
+) -> None:
+    """Start a run with its buffer, teacher servers and judge workers through nemo-run."""
+    place = load_cluster(cluster, cluster_overrides or ())
+    run = with_absolute_paths(load_config(config, overrides or ()), Path.cwd(), elsewhere=bool(place.tunnel.host))
+    components = components_of(place, run)
+    spec = spec_of(place, run, components)
+    name = Path(run.run.dir).name
+    with _staged(place, name, dry_run) as staged:
+        stage(staged, to_yaml(run), spec, pack_dirty=pack_dirty)
+        code = _submit(place, components, staged, name, spec, dry_run=dry_run)
+    raise typer.Exit(code)
+
+
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run.")],
+    lines: Annotated[int, typer.Option("--lines", min=0, help="Last lines of every log.")] = 3,
+) -> None:
+    """Show what every component of a launched run does, how far the run is, and the ends of the logs."""
+    from launch.status import show
+
+    raise typer.Exit(show(run_dir, lines))
+
+
+@contextlib.contextmanager
+def _staged(cluster: Cluster, name: str, dry_run: bool) -> Iterator[Path]:
+    """A folder for the code: kept where it is run in, else for as long as nemo-run packs it."""
+    if cluster.executor is ExecutorName.local and not dry_run:
+        yield Path(cluster.home).resolve() / "code" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        return
+    with tempfile.TemporaryDirectory(prefix="rlpt-launch-") as folder:
+        yield Path(folder) / "code"
+
+
+def _submit(
+    cluster: Cluster, components: list[Component], staged: Path, name: str, spec: Spec, *, dry_run: bool
+) -> int:
+    if not cluster.tunnel.host:
+        os.environ["NEMORUN_HOME"] = str(Path(cluster.home).resolve())  # read when it is imported
+    try:
+        from launch.experiment import build, scripts_of
+    except ImportError as error:
+        raise ConfigError(
+            f"{error.name} is not installed; launch from the environment that tools/setup_launch.sh makes"
+        ) from None
+    # nemo-run talks on standard output, which belongs to what was asked for.
+    with contextlib.redirect_stdout(sys.stderr), build(cluster, components, staged, name, spec.run_dir) as experiment:
+        if dry_run:
+            scripts = scripts_of(experiment)
+        elif cluster.executor is ExecutorName.local:
+            forget_outcome(spec)
+            experiment.run(detach=False, tail_logs=True)
+            return await_outcome(spec)
+        else:
+            experiment.run(detach=True)
+    if dry_run:
+        print("\n\n".join(scripts))
+        return 0
+    jobs = [handle.rpartition("/")[2] for job in experiment.jobs for handle in _handles(job)]
+    if not cluster.tunnel.host:
+        publish(spec.shared / "launch.json", {"experiment": experiment._id, "jobs": jobs})
+    print(f"submitted as job {', '.join(jobs)}; rlpt status {spec.run_dir} shows how it goes")
+    return 0
+
+
+def _handles(job: object) -> list[str]:
+    return getattr(job, "handles", None) or [getattr(job, "handle", "")]

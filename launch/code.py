@@ -1,0 +1,71 @@
+"""The code that a launch runs: a copy of this repository as it is now, with the configuration beside it.
+
+commit ──> files ──> staged/              what components run in
+                      ├── megatron_rlpt/ launch/ ...
+                      └── job/  config.yaml  spec.json  code.json  uncommitted.patch
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from launch.spec import Spec
+from megatron_rlpt.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+JOB = "job"
+"""Folder of what belongs to this launch, inside the code."""
+CONFIG, SPEC = f"{JOB}/config.yaml", f"{JOB}/spec.json"
+_SHOWN = 5
+
+
+def stage(target: Path, config: str, spec: Spec, *, pack_dirty: bool, root: Path = ROOT) -> None:
+    """Copy the code into ``target`` and write configuration, spec and provenance beside it.
+
+    Args:
+        target: folder that does not exist.
+        config: the resolved configuration as YAML.
+        spec: what components are told.
+        pack_dirty: copy files as they are, uncommitted changes included, and keep these as a patch; else they are
+            an error.
+        root: the repository.
+
+    Raises:
+        ConfigError: not a git repository, or it has uncommitted changes that are not to be packed.
+    """
+    commit = _git(root, "rev-parse", "HEAD").strip()
+    dirty = _git(root, "status", "--porcelain", "--untracked-files=normal").splitlines()
+    if dirty and not pack_dirty:
+        shown = ", ".join(line[3:] for line in dirty[:_SHOWN]) + (", ..." if len(dirty) > _SHOWN else "")
+        raise ConfigError(
+            f"{len(dirty)} files of {root} are not committed ({shown}); commit them, or launch with --pack-dirty, "
+            "which copies and records them"
+        )
+    # Also what is new and not ignored: a module that is forgotten fails only on the cluster.
+    names = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, names):
+        source = root / name
+        if source.is_file():  # a deleted one is still in the index
+            copy = target / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
+    job = target / JOB
+    job.mkdir(parents=True)
+    (target / CONFIG).write_text(config, encoding="utf-8")
+    spec.write(target / SPEC)
+    (job / "code.json").write_text(json.dumps({"commit": commit, "uncommitted": [line[3:] for line in dirty]}) + "\n")
+    if dirty:
+        (job / "uncommitted.patch").write_text(_git(root, "diff", "--binary", "HEAD"), encoding="utf-8")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ConfigError("git is not installed; a launch records which code it runs") from None
+    if done.returncode:
+        raise ConfigError(f"{root} is no git repository ({done.stderr.strip()}); launch from a clone")
+    return done.stdout

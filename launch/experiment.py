@@ -1,0 +1,201 @@
+"""One nemo-run experiment out of a run's components: on this machine, or as Slurm jobs.
+
+nemo-run packs the code, renders the batch script, submits it by a tunnel and keeps track of the experiment. What it
+leaves to its users is in ``batch.py`` (signals, queueing again, last words) and in ``component.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import nemo_run as run
+from nemo_run.config import get_nemorun_home
+from nemo_run.core.packaging.base import Packager
+from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
+
+from launch.batch import setup_lines
+from launch.cluster import Allocation, Cluster, ContainerRuntime, ExecutorName, SlurmOptions
+from launch.code import SPEC
+from launch.topology import Component
+
+_END = 5
+"""Seconds between two looks of the batch script at its components, and before it ends those that are left."""
+
+
+@dataclass(kw_only=True)
+class StagedCode(Packager):
+    """Packs a folder as it is; ``code.stage`` has made it."""
+
+    folder: str = field(default="")
+
+    def package(self, path: Path, job_dir: str, name: str) -> str:
+        """The archive, made once for all components."""
+        archive = os.path.join(job_dir, f"{name}.tar.gz")
+        if not os.path.exists(archive):
+            with tarfile.open(archive, "w:gz") as tar:
+                tar.add(self.folder, arcname=".")
+        return archive
+
+
+def build(cluster: Cluster, components: Sequence[Component], staged: Path, name: str, run_dir: str) -> run.Experiment:
+    """An experiment with everything in it, not started; to be used as a context.
+
+    Args:
+        cluster: where to.
+        components: see ``topology.components_of``.
+        staged: folder of the code, see ``code.stage``.
+        name: of the experiment.
+        run_dir: folder of the run, on the cluster.
+    """
+    experiment = run.Experiment(name, enable_goodbye_message=False, skip_status_at_exit=True)
+    with experiment:
+        if cluster.executor is ExecutorName.local:
+            # Where the code is staged is where it runs; there is no node to send it to.
+            line = f"cd {shlex.quote(str(staged))} && exec {_python(cluster)} -m launch.local {SPEC}"
+            experiment.add(run.Script(inline=line), executor=run.LocalExecutor(packager=Packager()), name="all")
+            return experiment
+        executors = _executors(cluster, components, staged, run_dir)
+        scripts = [run.Script(inline=_line(cluster, component)) for component in components]
+        experiment.add(scripts, executor=executors, name="run")
+    return experiment
+
+
+def _executors(
+    cluster: Cluster, components: Sequence[Component], staged: Path, run_dir: str
+) -> list[run.SlurmExecutor]:
+    """One per component; what the job asks for is taken from the first of them, or the first of each part."""
+    if cluster.slurm.allocation is Allocation.one or len(components) == 1:
+        whole = _together(components)
+        return [_executor(cluster, component, whole, staged, run_dir) for component in components]
+    *judging, trainer = components
+    parts = [replace(component, first_node=0) for component in judging]
+    executors = [_executor(cluster, component, _together(parts), staged, run_dir) for component in parts]
+    executors.append(_executor(cluster, trainer, trainer, staged, run_dir))
+    for executor in executors:
+        executor.heterogeneous = True
+        executor.het_group_indices = [0] * len(parts) + [1]
+        # nemo-run leaves out for all parts what the first one does not ask for.
+        if any(component.gpus_per_node for component in components):
+            executor.gpus_per_node = executor.gpus_per_node or 0
+    return executors
+
+
+def _executor(
+    cluster: Cluster, component: Component, asked: Component, staged: Path, run_dir: str
+) -> run.SlurmExecutor:
+    """For one component.
+
+    Args:
+        cluster: where to.
+        component: what its step gets.
+        asked: what its part of the job asks for.
+        staged: folder of the code.
+        run_dir: folder of the run.
+    """
+    slurm, container = cluster.slurm, cluster.container
+    pyxis = bool(container.image) and container.runtime is ContainerRuntime.pyxis
+    return run.SlurmExecutor(
+        account=slurm.account or None,
+        partition=slurm.partition or None,
+        qos=slurm.qos or None,
+        job_name_prefix="rlpt-",
+        time=slurm.time,
+        nodes=asked.nodes,
+        ntasks_per_node=asked.tasks_per_node,
+        gpus_per_node=asked.gpus_per_node or None,
+        cpus_per_task=asked.cpus_per_task or None,
+        mem=asked.memory or None,
+        signal=f"B:USR1@{slurm.stop_lead}",
+        container_image=container.image if pyxis else None,
+        container_mounts=list(container.mounts) if pyxis else [],
+        additional_parameters=_further(slurm),
+        srun_args=_step(component),
+        setup_lines=setup_lines(run_dir, requeue=slurm.requeue),
+        packager=StagedCode(folder=str(staged)),
+        tunnel=_tunnel(cluster),
+        wait_time_for_group_job=0,
+        monitor_group_job_wait_time=_END,
+        poll_estimated_start_time=False,
+    )
+
+
+def _together(job: Sequence[Component]) -> Component:
+    """What components that share nodes need at the same time, all nodes being alike."""
+    return Component(
+        "all",
+        max(component.first_node + component.nodes for component in job),
+        max(component.tasks_per_node for component in job),
+        0,
+        max(component.gpus_per_node for component in job),
+        max(component.cpus_per_task for component in job),
+        max((component.memory for component in job), key=_megabytes),
+    )
+
+
+def _step(component: Component) -> list[str]:
+    """Arguments of a component's ``srun``."""
+    return [
+        f"--nodes={component.nodes}",
+        f"--ntasks={component.tasks}",
+        f"--ntasks-per-node={component.tasks_per_node}",
+        f"--relative={component.first_node}",
+        # Judges, buffer and a server share a node: none of them is to wait for the others' cores.
+        "--overlap",
+        *([] if component.gpus_per_node else ["--gres=none"]),
+    ]
+
+
+def _further(slurm: SlurmOptions) -> dict[str, str | bool]:
+    further: dict[str, str | bool] = {name.replace("-", "_"): value or True for name, value in slurm.extra.items()}
+    if slurm.reservation:
+        further["reservation"] = slurm.reservation
+    return further
+
+
+def _line(cluster: Cluster, component: Component) -> str:
+    line = f"exec {_python(cluster)} -m launch.component {component.role} {SPEC}"
+    container = cluster.container
+    if container.image and container.runtime is ContainerRuntime.apptainer:
+        binds = "".join(f" --bind {shlex.quote(mount)}" for mount in container.mounts)
+        gpus = " --nv" if component.gpus_per_node else ""
+        return f'exec apptainer exec{gpus}{binds} --bind "$PWD" --pwd "$PWD" {shlex.quote(container.image)} {line[5:]}'
+    return line
+
+
+def _python(cluster: Cluster) -> str:
+    return shlex.quote(cluster.python or sys.executable)
+
+
+def _tunnel(cluster: Cluster) -> LocalTunnel | SSHTunnel:
+    tunnel = cluster.tunnel
+    if not tunnel.host:
+        # nemo-run looks for the script where it keeps experiments itself.
+        return LocalTunnel(job_dir=os.path.join(get_nemorun_home(), "experiments"))
+    return SSHTunnel(
+        host=tunnel.host, user=tunnel.user, identity=tunnel.identity or None, job_dir=f"{cluster.home}/experiments"
+    )
+
+
+def _megabytes(memory: str) -> float:
+    """Of an amount as Slurm writes it; nothing is least."""
+    units = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
+    number = memory.rstrip("KMGTkmgt")
+    return float(number or 0) * units.get(memory[len(number) :].upper() or "M", 1.0)
+
+
+def scripts_of(experiment: run.Experiment) -> list[str]:
+    """What would be run: batch scripts where there are any, else the commands. Nothing of it is kept."""
+    folder = Path(experiment._exp_dir)
+    try:
+        experiment.dryrun(log=False, delete_exp_dir=False)
+        batch = sorted(folder.glob("*_sbatch.sh"))
+        return [path.read_text(encoding="utf-8") for path in batch or sorted(folder.glob("*/scripts/*.sh"))]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""All components of a run on this machine, until the trainer is done or one of them cannot be kept going.
+
+    python -m launch.local SPEC
+
+What ``srun`` and the batch script do on a cluster: starts every component, ends the others when one ends, and leaves
+with its exit code. Ctrl-C and SIGTERM ask the trainer for a checkpoint; a second one ends everything at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.spec import Spec, publish
+from megatron_rlpt.errors import ConfigError, RunStopped
+from megatron_rlpt.processes import end_all, start_child
+from megatron_rlpt.stopping import STOP_FILE
+
+RUNNING, OUTCOME = "local.json", "outcome.json"
+"""Files in ``Spec.shared`` with this process's number, and in the end with the exit code."""
+_POLL = 0.2
+_START = 60.0
+"""Seconds that a process has to come up."""
+_WELL = (0, RunStopped.exit_code)
+_GRACE = 75.0
+"""Seconds that components have to end; more than they give to their commands."""
+
+
+def run_all(spec: Spec, spec_file: Path) -> int:
+    """Run all components of ``spec``; the trainer's exit code, or that of what ended before it; 130 after Ctrl-C."""
+    stop, leave = threading.Event(), threading.Event()
+
+    def told(*_: object) -> None:
+        (leave if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, told)
+    running: list[tuple[str, subprocess.Popen[bytes]]] = []
+    publish(spec.shared / RUNNING, {"pid": os.getpid()})
+    try:
+        for role, command, variables in _commands(spec, spec_file):
+            running.append((role, start_child(command, env={**os.environ, **variables})))
+        code = _await_end(running, Path(spec.run_dir) / STOP_FILE, stop, leave)
+    finally:
+        end_all([process for _, process in running], _GRACE)
+    publish(spec.shared / OUTCOME, {"exit_code": code})
+    return code
+
+
+def await_outcome(spec: Spec) -> int:
+    """Exit code of ``run_all`` in another process, which has just been started.
+
+    nemo-run knows of success and failure only, and takes a process for ended that is not.
+
+    Raises:
+        ConfigError: it did not start, or ended without one.
+    """
+    deadline = time.monotonic() + _START
+    while not (spec.shared / OUTCOME).exists():
+        running = spec.shared / RUNNING
+        alive = running.exists() and _is_alive(int(json.loads(running.read_text())["pid"]))
+        if not alive and time.monotonic() > deadline and not (spec.shared / OUTCOME).exists():
+            raise ConfigError(f"the components did not start, or were killed; look above and at {spec.logs}")
+        time.sleep(_POLL)
+    return int(json.loads((spec.shared / OUTCOME).read_text())["exit_code"])
+
+
+def forget_outcome(spec: Spec) -> None:
+    """Before a start: what an earlier one left behind is none of it."""
+    for name in (RUNNING, OUTCOME):
+        (spec.shared / name).unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _commands(spec: Spec, spec_file: Path) -> list[tuple[str, list[str], Mapping[str, str]]]:
+    """Role, command and variables of every process; in the order in which they are started."""
+    start, port = uuid.uuid4().hex, str(_free_port())
+    commands: list[tuple[str, list[str], Mapping[str, str]]] = []
+    for role in spec.components:
+        count = {"trainer": spec.ranks_per_node, "teacher": spec.servers_per_node}.get(role, 1)
+        for number in range(count):
+            variables = {"RLPT_START": start, "RLPT_TASK": str(number)}
+            if role == "trainer" and count > 1:
+                variables |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+                variables |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            command = [sys.executable, "-m", "launch.component", role, str(spec_file)]
+            commands.append((role, command, variables))
+    return commands
+
+
+def _await_end(
+    running: Sequence[tuple[str, subprocess.Popen[bytes]]],
+    stop_file: Path,
+    stop: threading.Event,
+    leave: threading.Event,
+) -> int:
+    asked = False
+    while not leave.wait(_POLL):
+        if stop.is_set() and not asked:
+            print("asking the trainer for a checkpoint; Ctrl-C once more ends everything at once", flush=True)
+            stop_file.touch()
+            asked = True
+        ends = [(role, process.poll()) for role, process in running]
+        for role, code in ends:
+            if code is not None and (role != "trainer" or code not in _WELL):
+                return code if code > 0 else 128 - code
+        # A rank that is done must not end those that still write.
+        ranks = [code for role, code in ends if role == "trainer"]
+        if all(code is not None for code in ranks):
+            return max(code for code in ranks if code is not None)
+    return 130
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def main() -> int:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path)
+    arguments = parser.parse_args()
+    return run_all(Spec.read(arguments.spec), arguments.spec.resolve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What ``rlpt status`` shows: components, progress, the buffer, jobs, and the ends of all logs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.observe.liveness import HEARTBEAT
+
+_SILENT = 30.0
+"""Seconds without a word after which a component counts as silent."""
+_OVER = ("ended", "failed", "done")
+
+
+def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
+    """Print the state of the run in ``run_dir``; exit code 0, or 1 where a component failed or is silent.
+
+    Raises:
+        ConfigError: nothing was launched there.
+    """
+    console = console or Console(soft_wrap=True)
+    shared = run_dir / "cluster"
+    components = _newest([_read(path) for path in sorted((shared / "status").glob("*.json"))])
+    if not components:
+        raise ConfigError(f"{run_dir} holds no launched run (no {shared}/status); start one with rlpt launch")
+    if jobs := _read(shared / "launch.json").get("jobs"):
+        console.print(f"job {', '.join(jobs)}: {_job_states(jobs)}")
+    beat = _read(run_dir / HEARTBEAT)
+    if beat:
+        console.print(_progress(beat))
+    table = Table("component", "state", "since", "starts", "host", "pid", box=None, pad_edge=False)
+    bad, over = False, all(_is_over(component) for component in components if component["role"] == "trainer")
+    for component in components:
+        state, wrong = _state(component, over)
+        bad |= wrong
+        style = "red" if wrong else ""
+        table.add_row(
+            component["component"],
+            Text(state, style=style),
+            _ago(component["since"]),
+            str(component["starts"]),
+            component["host"],
+            str(component["pid"] or ""),
+        )
+    console.print(table)
+    for component in components:
+        _print_end(console, Path(component["log"]), lines)
+    for words in sorted((shared / "failed").glob("*")):
+        console.print(Text(words.read_text(encoding="utf-8", errors="replace").rstrip(), style="red"))
+    return int(bad)
+
+
+def _newest(components: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the last start of the job; it may have had more of them before."""
+    start = max(components, key=lambda component: float(component["time"]), default={}).get("start")
+    return [component for component in components if component["start"] == start]
+
+
+def _is_over(component: dict[str, Any]) -> bool:
+    return str(component["state"]).startswith(_OVER)
+
+
+def _state(component: dict[str, Any], over: bool) -> tuple[str, bool]:
+    """State in words, and whether it is a bad one; ``over``: the trainer has ended, and all others with it."""
+    state = str(component["state"])
+    if _is_over(component):
+        return state, state.startswith("failed")
+    if over:
+        return "ended with the trainer", False
+    silent = time.time() - component["time"]
+    if silent > _SILENT:
+        return f"silent for {silent:.0f} s (was: {state})", True
+    return state, False
+
+
+def _progress(beat: dict[str, Any]) -> str:
+    place = f"step {beat['step']} of {beat['steps']}"
+    if beat["state"] != "running":
+        return f"{place}, {_ago(beat['time'])} ago: {beat['state']}"
+    stage = f", {beat['stage']} for {beat['seconds_there']:.0f} s" if beat["stage"] else ""
+    return f"{place}{stage}, heard of {_ago(beat['time'])} ago"
+
+
+def _job_states(jobs: list[str]) -> str:
+    """As Slurm knows them, where it is to be asked from here."""
+    if shutil.which("squeue") is None:
+        return "Slurm is not on this machine"
+    done = subprocess.run(
+        ["squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", "--format=%i %T %M of %l %R"],
+        capture_output=True,
+        text=True,
+    )
+    # A job that ended some minutes ago is not in the queue any more.
+    return "; ".join(done.stdout.split("\n")).strip("; ") if done.stdout.strip() else "not in the queue"
+
+
+def _print_end(console: Console, log: Path, lines: int) -> None:
+    if not lines or not log.is_file():
+        return
+    console.print(Text(f"{log}:", style="bold"))
+    with log.open(encoding="utf-8", errors="replace") as file:
+        for line in deque(file, lines):
+            console.print(Text("  " + line.rstrip()))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's content; nothing where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    assert isinstance(content, dict)
+    return content
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0, round(time.time() - moment))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

@@ -1,0 +1,174 @@
+"""Which components a run consists of on a cluster, and what each of them needs.
+
+buffer     1 process, where the launcher starts Redis
+teacher    servers of the teacher, on nodes of their own
+judges     worker processes, beside the first server (or the trainer, where there is none)
+trainer    one process per rank
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch.cluster import Cluster, ExecutorName
+from launch.code import CONFIG
+from launch.spec import Spec
+from megatron_rlpt.config import Config, TeacherPlace, needs_judge
+from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Component:
+    """Processes of one role."""
+
+    role: str
+    nodes: int
+    tasks_per_node: int
+    first_node: int = 0
+    """Number of its first node, among those of the job."""
+    gpus_per_node: int = 0
+    cpus_per_task: int = 0
+    memory: str = ""
+
+    @property
+    def tasks(self) -> int:
+        """All of its processes."""
+        return self.nodes * self.tasks_per_node
+
+
+def components_of(cluster: Cluster, config: Config) -> list[Component]:
+    """Components in the order in which they are started; nodes of the teacher come after those of the trainer.
+
+    Raises:
+        ConfigError: the run's configuration asks for something that the cluster file does not start, or the other way
+            round.
+    """
+    trainer = cluster.trainer
+    place = Component(
+        "trainer",
+        trainer.nodes,
+        trainer.ranks_per_node,
+        0,
+        trainer.gpus_per_node,
+        trainer.cpus_per_rank,
+        trainer.memory,
+    )
+    if config.teacher.place is not TeacherPlace.workers or not (
+        needs_judge(config.objective.name) or config.candidates.rewrite
+    ):
+        _refuse_idle(cluster)
+        return [place]
+    if cluster.executor is ExecutorName.slurm and not (config.buffer.url or cluster.buffer.redis):
+        raise ConfigError(
+            "buffer.url of the run is empty and buffer.redis of the cluster file false, and SQLite is for one machine; "
+            "set buffer.redis: true in the cluster file, or buffer.url in the run's configuration"
+        )
+    if config.buffer.url and cluster.buffer.redis:
+        raise ConfigError(
+            f"buffer.url is {config.buffer.url}, and buffer.redis of the cluster file starts another; keep one"
+        )
+    if cluster.judges.workers < 1:
+        raise ConfigError("judges.workers is 0 and teacher.place workers; allowed: 1 worker or more")
+    servers = cluster.teacher
+    if servers.nodes and config.teacher.workers.own_model:
+        raise ConfigError("teacher.workers.own_model is true and teacher.nodes of the cluster file above 0; allowed: 0")
+    if not servers.nodes and not config.teacher.workers.own_model and not config.teacher.workers.endpoints:
+        raise ConfigError(
+            "no server of the teacher: set teacher.nodes in the cluster file, or teacher.workers.endpoints or "
+            "own_model in the run's configuration"
+        )
+    # On one machine there is but one node.
+    first = trainer.nodes if cluster.executor is ExecutorName.slurm and servers.nodes else 0
+    found = []
+    if cluster.buffer.redis:
+        found.append(Component("buffer", 1, 1, first))
+    if servers.nodes:
+        found.append(
+            Component(
+                "teacher",
+                servers.nodes,
+                servers.servers_per_node,
+                first,
+                servers.gpus_per_node,
+                servers.cpus_per_server,
+                servers.memory,
+            )
+        )
+    return [*found, Component("judges", 1, 1, first), place]
+
+
+def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Spec:
+    """What components are told."""
+    servers = cluster.teacher
+    return Spec(
+        run_dir=config.run.dir,
+        config=CONFIG,
+        components=tuple(component.role for component in components),
+        environment=cluster.environment,
+        secrets_file=cluster.secrets_file,
+        redis_port=cluster.buffer.port,
+        servers_per_node=servers.servers_per_node,
+        server_gpus=servers.gpus_per_node // servers.servers_per_node,
+        concurrency=servers.concurrency,
+        server_arguments=tuple(servers.arguments),
+        judge_workers=cluster.judges.workers,
+        ranks_per_node=cluster.trainer.ranks_per_node,
+        gate=cluster.guards.gate,
+    )
+
+
+def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Config:
+    """``config`` for processes that do not run in ``here``.
+
+    Args:
+        config: of the run.
+        here: what its relative paths are relative to.
+        elsewhere: the cluster is another machine, where only absolute paths mean anything.
+
+    Raises:
+        ConfigError: a relative path, and the cluster is elsewhere.
+    """
+
+    def absolute(key: str, path: str) -> str:
+        if not path or Path(path).is_absolute():
+            return path
+        if elsewhere:
+            raise ConfigError(f"{key} is {path}; allowed on a cluster reached by tunnel: an absolute path there")
+        return str(here / path)
+
+    def sources(key: str, entries: list[SourceConfig]) -> list[SourceConfig]:
+        return [
+            # A name on a hub is none of a file.
+            entry
+            if entry.format is SourceFormat.hf and not (here / entry.path).exists()
+            else replace(entry, path=absolute(f"{key}[{number}].path", entry.path))
+            for number, entry in enumerate(entries)
+        ]
+
+    return replace(
+        config,
+        run=replace(config.run, dir=absolute("run.dir", config.run.dir)),
+        model=replace(config.model, path=absolute("model.path", config.model.path)),
+        teacher=replace(config.teacher, path=absolute("teacher.path", config.teacher.path)),
+        data=replace(
+            config.data,
+            sources=sources("data.sources", config.data.sources),
+            heldout=sources("data.heldout", config.data.heldout),
+        ),
+        buffer=replace(config.buffer, password_file=absolute("buffer.password_file", config.buffer.password_file)),
+        evaluation=replace(
+            config.evaluation, ngram_corpus=sources("evaluation.ngram_corpus", config.evaluation.ngram_corpus)
+        ),
+    )
+
+
+def _refuse_idle(cluster: Cluster) -> None:
+    """Raises ConfigError: components are asked for that a run without workers would not use."""
+    idle = {"teacher.nodes": cluster.teacher.nodes > 0, "buffer.redis": cluster.buffer.redis}
+    for key in (key for key, asked in idle.items() if asked):
+        raise ConfigError(
+            f"{key} of the cluster file is set, but the run's trainer judges by itself; set teacher.place: workers in "
+            "the run's configuration, or leave it out of the cluster file"
+        )

@@ -1,0 +1,176 @@
+"""YAML files and ``section.key=value`` overrides into dataclasses, every key and type checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_rlpt.errors import ConfigError, first_line
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Schema(Generic[T]):
+    """A dataclass of sections, and how files are read into it."""
+
+    root: type[T]
+    """Dataclass whose fields are sections or values; defaults and types are its own."""
+    items: Mapping[str, type]
+    """Dotted key of a list -> dataclass of its items."""
+
+    def load(self, path: Path | None, overrides: Sequence[str] = ()) -> T:
+        """Read ``path`` (and the file its ``base:`` names) and apply ``section.key=value`` overrides.
+
+        Raises:
+            ConfigError: file missing or not YAML, unknown key (with the nearest valid one), wrong type, or a required
+                value that is not set. The message names field, value and what is allowed.
+        """
+        resolved = OmegaConf.structured(self.root)
+        for origin, layer in [] if path is None else _read_with_base(path):
+            self._check_keys(_plain(layer), "", origin)
+            try:
+                resolved = OmegaConf.merge(resolved, layer)
+            except (OmegaConfBaseException, ValueError) as error:
+                raise ConfigError(f"{origin}: {_first_line(error)}") from None
+        for text in overrides:
+            self._apply_override(resolved, text)
+        try:
+            missing = sorted(OmegaConf.missing_keys(resolved))
+            if missing:
+                raise ConfigError(f"required but not set: {', '.join(missing)}; give it in the file or as key=value")
+            loaded = OmegaConf.to_object(resolved)
+        except (OmegaConfBaseException, RecursionError) as error:
+            raise ConfigError(_first_line(error)) from None
+        assert isinstance(loaded, self.root)
+        return loaded
+
+    def nearest_key(self, key: str) -> str:
+        """The valid dotted key most like ``key``, comparing the last part as well as the whole."""
+
+        def likeness(candidate: str) -> float:
+            whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+            last = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+            return whole + last
+
+        return max(sorted(self._kinds), key=likeness)
+
+    @functools.cached_property
+    def _kinds(self) -> dict[str, str]:
+        """Every dotted key the schema accepts and its annotation; list items appear as ``data.sources[].path``."""
+        kinds: dict[str, str] = {}
+
+        def walk(cls: type, prefix: str) -> None:
+            for entry in dataclasses.fields(cls):
+                key = f"{prefix}{entry.name}"
+                kinds[key] = str(entry.type)
+                if key in self.items:
+                    walk(self.items[key], f"{key}[].")
+                elif entry.default_factory is not dataclasses.MISSING:
+                    default = entry.default_factory()
+                    if dataclasses.is_dataclass(default):
+                        walk(type(default), f"{key}.")
+
+        walk(self.root, "")
+        return kinds
+
+    def _apply_override(self, resolved: DictConfig, text: str) -> None:
+        """Set one ``section.key=value`` in place; the value is YAML, except that text fields take it as it is."""
+        key, equals, raw = text.partition("=")
+        if not equals or not key or text.startswith("-"):
+            raise ConfigError(f"override {text!r} is not of the form section.key=value")
+        schema_key = re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "[]", key)
+        if not self._takes(schema_key.removesuffix("[]")):
+            raise self._unknown_key(key, schema_key, "command line")
+        try:
+            value = _plain(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
+        except Exception as error:  # yaml and OmegaConf raise families of their own; all mean "not a value"
+            raise ConfigError(f"override {text!r}: {_first_line(error)}") from None
+        if self._is_text(schema_key) and (not raw or isinstance(value, bool | int | float)):
+            value = raw
+        self._check_keys(value, schema_key, "command line")
+        try:
+            OmegaConf.update(resolved, key, value, merge=True)
+        except (OmegaConfBaseException, ValueError, IndexError, TypeError) as error:
+            raise ConfigError(f"override {text!r}: {_first_line(error)}") from None
+
+    def _check_keys(self, node: Any, key: str, origin: str) -> None:
+        """Refuse keys the schema lacks, and a number where text belongs (YAML reads an unquoted ``007`` as 7)."""
+        if isinstance(node, dict):
+            for name, value in node.items():
+                inner = f"{key}.{name}" if key else str(name)
+                if not self._takes(inner):
+                    raise self._unknown_key(inner, inner, origin)
+                self._check_keys(value, inner, origin)
+        elif isinstance(node, list):
+            for item in node:
+                self._check_keys(item, f"{key}[]", origin)
+        elif self._is_text(key) and isinstance(node, bool | int | float):
+            raise ConfigError(f"{origin}: {key} is {node}, which YAML reads as {type(node).__name__}; put it in quotes")
+
+    def _takes(self, key: str) -> bool:
+        return key in self._kinds or self._is_entry(key)
+
+    def _is_text(self, key: str) -> bool:
+        return self._kinds.get(key) == "str" or self._is_entry(key)
+
+    def _is_entry(self, key: str) -> bool:
+        """Whether it names an entry of a ``dict[str, str]``, whose keys are the user's."""
+        return self._kinds.get(key.rpartition(".")[0]) == "dict[str, str]"
+
+    def _unknown_key(self, key: str, schema_key: str, origin: str) -> ConfigError:
+        return ConfigError(f"{origin}: unknown key '{key}'; the nearest valid key is '{self.nearest_key(schema_key)}'")
+
+
+def _read_with_base(path: Path) -> list[tuple[str, DictConfig]]:
+    """The file and, before it, the file its ``base:`` names (relative to it), nearest last."""
+    layers: list[tuple[str, DictConfig]] = []
+    seen: list[Path] = []
+    current: Path | None = path
+    while current is not None:
+        if current.resolve() in seen:
+            raise ConfigError(f"{path}: 'base' includes form a circle through {current}")
+        seen.append(current.resolve())
+        layer = _read_yaml(current)
+        sections = _plain(layer)
+        base = sections.pop("base", None)
+        if not isinstance(base, str | None):
+            raise ConfigError(f"{current}: base is {base!r}; allowed: the path of one file")
+        layers.insert(0, (str(current), OmegaConf.create(sections)))
+        current = None if base is None else current.parent / base
+    return layers
+
+
+def _plain(layer: DictConfig) -> Any:
+    """The layer as plain containers, interpolations left as they are written."""
+    return OmegaConf.to_container(layer, resolve=False)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:  # yaml raises a family of its own; every one of them means "not readable as YAML"
+        raise ConfigError(f"{path} is not readable as YAML: {_first_line(error)}") from None
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{path} must hold sections with keys, not a list or a single value")
+    return layer
+
+
+def _first_line(error: Exception) -> str:
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem and mark:  # yaml's own message spreads what and where over several lines
+        return f"{problem}, line {mark.line + 1}, column {mark.column + 1}"
+    full_key = getattr(error, "full_key", None)
+    text = first_line(error)
+    return f"{full_key}: {text}" if full_key else text

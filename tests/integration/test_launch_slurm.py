@@ -1,0 +1,185 @@
+"""``rlpt launch`` on a real Slurm: all components of a run as one job through nemo-run, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import finish, json_lines, lasting_metrics, start, write_config
+
+from megatron_rlpt.buffer.open import open_url
+
+ROOT = Path(__file__).resolve().parents[2]
+RLPT = [str(ROOT / ".venv-launch/bin/rlpt")]
+STEPS = 8
+SECTIONS = {
+    "model": {"dtype": "bf16"},
+    "teacher": {"place": "workers", "workers": {"own_model": True, "groups": 2, "lease": 5.0, "metrics_port": -1}},
+    "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "staleness": 1},
+    "checkpoint": {"every": 100},
+}
+PLACE = {
+    "executor": "slurm",
+    "judges": {"workers": 2},
+    "buffer": {"redis": True},
+    "environment": {"OMP_NUM_THREADS": "1"},
+}
+
+
+class Launched:
+    """A run that was launched as a job."""
+
+    def __init__(self, base: Path, cluster, model: Path, corpus: Path, **slurm: object) -> None:
+        self.cluster = cluster
+        self.folder = base / "run"
+        self.config = write_config(base / "run.yaml", model, corpus, self.folder, **SECTIONS)
+        self.place = base / "cluster.yaml"
+        python = str(ROOT / ".venv/bin/python")
+        home = str(base / "home")
+        self.place.write_text(
+            json.dumps({**PLACE, "python": python, "home": home, "slurm": {"time": "30:00", **slurm}})
+        )
+
+    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*RLPT, "launch", "--cluster", str(self.place), "-c", str(self.config), "--pack-dirty", *arguments]
+        # The launcher's environment is a user's: variables of this process's torch and pytest are none of its.
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.cluster.variables, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    @property
+    def job(self) -> str:
+        (job,) = json.loads((self.folder / "cluster/launch.json").read_text())["jobs"]
+        return job
+
+    def wait(self, found):
+        """Wait for something of a job that goes on."""
+        deadline = time.monotonic() + 300
+        while not (value := found()):
+            assert time.monotonic() < deadline, self.status()
+            time.sleep(0.2)
+        return value
+
+    def ended(self) -> tuple[str, str]:
+        """State and exit code in accounting, once the job is over."""
+
+        def look() -> tuple[str, str] | None:
+            rows = self.cluster.run("sacct", "-n", "-P", "-X", "-o", "State,ExitCode", "-j", self.job).split()
+            state, code = rows[0].split("|") if rows else ("", "")
+            return None if state in ("", "PENDING", "RUNNING", "REQUEUED", "COMPLETING") else (state, code)
+
+        return self.wait(look)
+
+    def output(self) -> str:
+        """What the batch script wrote."""
+        (path,) = self.place.parent.glob("home/experiments/*/*/*/sbatch_*.out")
+        return path.read_text()
+
+    def status(self) -> str:
+        return subprocess.run(
+            [*RLPT, "status", str(self.folder)], env=self.cluster.variables, capture_output=True, text=True
+        ).stdout
+
+    def buffer(self):
+        address = json.loads((self.folder / "cluster/buffer.json").read_text())["url"]
+        password = str(self.folder / "cluster/password")
+        return contextlib.closing(open_url(address, "run", password_file=password, retry=30.0))
+
+    def start_of(self, component: str) -> str:
+        """Number of the job, and how often it was queued again."""
+        return json.loads((self.folder / f"cluster/status/{component}.json").read_text())["start"]
+
+    def steps(self) -> int:
+        path = self.folder / "metrics.jsonl"
+        return len(json_lines(path)) if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def calm(served_model, corpus, tmp_path_factory) -> Path:
+    """The run in one process that is never stopped; judges in the trainer judge as workers do."""
+    base = tmp_path_factory.mktemp("calm")
+    sections = {name: values for name, values in SECTIONS.items() if name != "teacher"}
+    code, _, err = finish(start(write_config(base / "run.yaml", served_model, corpus, base / "run", **sections)))
+    assert code == 0, err
+    return base / "run"
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert lasting_metrics(one) == lasting_metrics(other)
+    assert (one / "export/model.safetensors").read_bytes() == (other / "export/model.safetensors").read_bytes()
+
+
+def test_a_run_of_all_components_ends_well_though_a_judge_worker_is_killed(
+    calm, cluster, served_model, corpus, tmp_path
+):
+    run = Launched(tmp_path, cluster, served_model, corpus)
+    run.launch()
+    run.wait(lambda: run.steps() >= 1)
+    with run.buffer() as buffer:
+        buffer.drain(True)
+        (pid, *_) = [json.loads(value)["pid"] for value in buffer.announced("worker").values()]
+        os.kill(pid, signal.SIGKILL)
+        buffer.drain(False)
+    assert run.ended() == ("COMPLETED", "0:0"), run.output()
+    run.wait(lambda: "is replaced" in (run.folder / "logs/judges-00000.log").read_text())
+    status = run.status()
+    assert f"step {STEPS} of {STEPS}" in status
+    assert "trainer-00000" in status
+    assert_equal_runs(run.folder, calm)
+
+
+def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_model, corpus, tmp_path):
+    run = Launched(tmp_path, cluster, served_model, corpus, time="2:00", stop_lead=30)
+    run.launch()
+    run.wait(lambda: run.steps() >= 2)
+    with run.buffer() as buffer:
+        buffer.drain(True)  # the trainer waits, as it would in a long step
+    run.wait(lambda: "queued again" in run.output())
+    done = run.steps()
+    assert done < STEPS
+    run.wait(
+        lambda: (
+            "judges" in run.status()
+            and json.loads((run.folder / "cluster/status/judges-00000.json").read_text())["start"].endswith(".1")
+        )
+    )
+    with run.buffer() as buffer:
+        buffer.drain(False)
+    assert run.ended() == ("COMPLETED", "0:0"), run.output()
+    assert "asking for a checkpoint" in run.output()
+    assert f"steps={done}" in (run.folder / "run.log").read_text()
+    assert_equal_runs(run.folder, calm)
+
+
+@pytest.mark.parametrize("allocation", ["one", "heterogeneous"])
+def test_a_trainer_that_fails_ends_the_job_with_its_exit_code_and_its_last_words(
+    cluster, served_model, corpus, tmp_path, allocation
+):
+    run = Launched(tmp_path, cluster, served_model, corpus, allocation=allocation)
+    run.launch("rollout.max_logprob_gap=1e-9", "rollout.warn_logprob_gap=1e-9")
+    assert run.ended() == ("FAILED", "7:0")
+    last = run.output().rstrip().splitlines()[-1]
+    assert last.startswith("error: engine and trainer disagree by")
+    assert "failed with exit code 7" in run.status()
+
+
+def test_a_dry_run_prints_a_script_that_bash_and_slurm_accept_and_starts_nothing(
+    cluster, served_model, corpus, tmp_path
+):
+    run = Launched(tmp_path, cluster, served_model, corpus)
+    script = tmp_path / "job.sh"
+    script.write_text(run.launch("--dry-run").stdout)
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    cluster.run("sbatch", "--test-only", str(script))
+    assert not run.folder.exists()
+    assert not list(tmp_path.glob("home/experiments/*/*"))
+    shutil.rmtree(tmp_path / "home", ignore_errors=True)

@@ -1,0 +1,67 @@
+"""The cluster file: what would fail only after hours in a queue is refused before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.cluster import Allocation, load_cluster, seconds_of
+from megatron_rlpt.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+SLURM = {"executor": "slurm", "home": "/shared", "python": "/shared/python"}
+
+
+def load(tmp_path, *overrides, **sections):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(json.dumps(sections))
+    return load_cluster(path, overrides)
+
+
+def test_sections_are_merged_over_the_defaults(tmp_path):
+    cluster = load(
+        tmp_path, "slurm.allocation=heterogeneous", **SLURM, trainer={"nodes": 4}, environment={"NCCL_DEBUG": "1"}
+    )
+    assert (cluster.trainer.nodes, cluster.trainer.ranks_per_node) == (4, 1)
+    assert cluster.slurm.allocation is Allocation.heterogeneous
+    assert cluster.environment == {"NCCL_DEBUG": "1"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"trainer": {"node": 1}}, "unknown key 'trainer.node'; the nearest valid key is 'trainer.nodes'"),
+        ({"trainer": {"nodes": 0}}, "trainer.nodes is 0; allowed: 1 or more"),
+        ({"environment": {"NCCL_DEBUG": 1}}, "put it in quotes"),
+        ({"environment": {"HF_TOKEN": "hf_abc"}}, "environment.HF_TOKEN looks like a secret"),
+        ({"environment": {"A B": "1"}}, "environment.A B is no name of a variable"),
+        ({"executor": "k8s"}, "executor"),
+        ({"container": {"image": "x"}}, "allowed: containers with executor slurm only"),
+        ({**SLURM, "slurm": {"time": "soon"}}, "slurm.time is 'soon'"),
+        ({**SLURM, "slurm": {"time": "0:30", "stop_lead": 30}}, "allowed: a lead shorter than the time"),
+        ({**SLURM, "python": "", "container": {"image": "x"}}, "name the interpreter inside the container"),
+        ({**SLURM, "python": "", "tunnel": {"host": "x"}}, "name the interpreter on the cluster"),
+        ({**SLURM, "home": "runs"}, "home is runs; allowed with executor slurm: an absolute path"),
+        ({**SLURM, "slurm": {"extra": {"--comment": "x"}}}, "without its dashes"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_change(tmp_path, sections, said):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, **sections)
+    assert said in str(caught.value)
+    assert "hf_abc" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("0:30", 30), ("02:03:04", 7384), ("1-0", 86400), ("1-02:03", 93780), ("1-02:03:04", 93784)],
+)
+def test_times_are_read_as_slurm_reads_them(time, seconds):
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_cluster_files_load(path):
+    load_cluster(path)

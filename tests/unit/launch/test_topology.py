@@ -1,0 +1,95 @@
+"""Which components a run has, what they are told, and what does not fit together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.cluster import BufferPlace, Cluster, ExecutorName, JudgePlace, TeacherPlace, TrainerPlace
+from launch.spec import Spec
+from launch.topology import components_of, spec_of, with_absolute_paths
+from megatron_rlpt.config import load_config
+from megatron_rlpt.errors import ConfigError
+
+BASE = ("run.dir=runs/x", "model.path=models/m", "data.sources=[{path: c.jsonl}]", "train.steps=1")
+WORKERS = (*BASE, "teacher.place=workers")
+SLURM = Cluster(
+    executor=ExecutorName.slurm,
+    trainer=TrainerPlace(nodes=4, ranks_per_node=8, gpus_per_node=8),
+    teacher=TeacherPlace(nodes=2, servers_per_node=2, gpus_per_node=8),
+    judges=JudgePlace(workers=6),
+    buffer=BufferPlace(redis=True),
+)
+
+
+def test_servers_have_nodes_of_their_own_and_buffer_and_judges_are_beside_them():
+    parts = {part.role: part for part in components_of(SLURM, load_config(None, WORKERS))}
+    assert list(parts) == ["buffer", "teacher", "judges", "trainer"]
+    assert {role: part.first_node for role, part in parts.items()} == {
+        "buffer": 4,
+        "teacher": 4,
+        "judges": 4,
+        "trainer": 0,
+    }
+    assert (parts["trainer"].tasks, parts["teacher"].tasks, parts["judges"].tasks) == (32, 4, 1)
+
+
+def test_a_run_that_judges_by_itself_is_a_trainer_alone():
+    cluster = Cluster(executor=ExecutorName.slurm)
+    assert [part.role for part in components_of(cluster, load_config(None, BASE))] == ["trainer"]
+
+
+def test_judges_with_a_model_of_their_own_need_no_server():
+    cluster = replace(SLURM, teacher=TeacherPlace())
+    config = load_config(None, (*WORKERS, "teacher.workers.own_model=true"))
+    assert [part.role for part in components_of(cluster, config)] == ["buffer", "judges", "trainer"]
+
+
+def test_components_are_told_what_the_cluster_file_says():
+    config = load_config(None, WORKERS)
+    spec = spec_of(SLURM, config, components_of(SLURM, config))
+    assert (spec.server_gpus, spec.judge_workers, spec.ranks_per_node) == (4, 6, 8)
+
+
+def test_the_spec_is_read_as_it_was_written(tmp_path):
+    config = load_config(None, WORKERS)
+    spec = spec_of(replace(SLURM, environment={"A": "1"}), config, components_of(SLURM, config))
+    spec.write(tmp_path / "spec.json")
+    assert Spec.read(tmp_path / "spec.json") == spec
+
+
+@pytest.mark.parametrize(
+    ("cluster", "overrides", "said"),
+    [
+        (replace(SLURM, buffer=BufferPlace()), WORKERS, "SQLite is for one machine"),
+        (SLURM, (*WORKERS, "buffer.url=redis://x:1/0"), "starts another; keep one"),
+        (replace(SLURM, judges=JudgePlace(workers=0)), WORKERS, "judges.workers is 0"),
+        (SLURM, (*WORKERS, "teacher.workers.own_model=true"), "teacher.nodes of the cluster file above 0"),
+        (replace(SLURM, teacher=TeacherPlace()), WORKERS, "no server of the teacher"),
+        (SLURM, BASE, "the run's trainer judges by itself"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_refused(cluster, overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        components_of(cluster, load_config(None, overrides))
+    assert said in str(caught.value)
+
+
+def test_relative_paths_mean_the_folder_that_the_launch_is_made_in():
+    config = with_absolute_paths(load_config(None, BASE), Path("/here"), elsewhere=False)
+    assert (config.run.dir, config.model.path, config.teacher.path) == ("/here/runs/x", "/here/models/m", "")
+    assert config.data.sources[0].path == "/here/c.jsonl"
+
+
+def test_the_name_of_a_dataset_is_no_path():
+    overrides = (*BASE[:2], "data.sources=[{path: owner/name, format: hf}]", BASE[3])
+    assert with_absolute_paths(load_config(None, overrides), Path("/here"), elsewhere=False).data.sources[0].path == (
+        "owner/name"
+    )
+
+
+def test_elsewhere_relative_paths_mean_nothing():
+    with pytest.raises(ConfigError, match=r"run\.dir is runs/x; allowed on a cluster reached by tunnel: an absolute"):
+        with_absolute_paths(load_config(None, BASE), Path("/here"), elsewhere=True)

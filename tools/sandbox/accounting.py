@@ -1,0 +1,115 @@
+"""Accounting for Slurm's sandbox: slurmdbd, and a MariaDB of the sandbox's own that only its owner can reach.
+
+MariaDB listens on no port: slurmdbd reaches it by a socket in the sandbox's folder, as the user who started both, whom
+MariaDB knows by the socket. So there is no password. What was recorded by an earlier sandbox in the same folder is
+thrown away, as its jobs are.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import daemons
+from daemons import SandboxError
+
+CLUSTER = "sandbox"
+PROGRAMS = ("mariadbd", "mariadb-install-db", "slurmdbd", "sacct", "sacctmgr")
+PACKAGES = ("slurmdbd", "mariadb-server-core", "mariadb-client-core")
+"""Debian's core packages of MariaDB are its programs without a service of the system."""
+SOCKET = "mariadb.socket"
+
+# Small and without waiting for the disk: what is recorded here is worth no more than the sandbox. slurmdbd says in its
+# log that it would rather have the sizes of a real cluster.
+SETTINGS = ("--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0")
+
+CONFIGURATION = """\
+DbdHost=localhost
+DbdPort={port}
+SlurmUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser={user}
+StorageLoc=slurm_acct_db
+LogFile={folder}/log/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+"""
+
+
+def configure(folder: Path, port: int) -> str:
+    """Write ``slurmdbd.conf``, for a slurmdbd on ``port``; returns what ``slurm.conf`` says of it."""
+    text = CONFIGURATION.format(port=port, user=getpass.getuser(), folder=folder)
+    daemons.write_secret(folder / "slurmdbd.conf", text.encode())
+    return (
+        "AccountingStorageType=accounting_storage/slurmdbd\n"
+        f"AccountingStorageHost=localhost\nAccountingStoragePort={port}\n"
+        f"AccountingStoragePass={folder}/munge.socket"
+    )
+
+
+def start(folder: Path, environment: Mapping[str, str]) -> None:
+    """Start MariaDB and slurmdbd in ``folder``, and make the cluster known there.
+
+    Args:
+        folder: of the sandbox; its munged runs.
+        environment: Slurm's programs find the sandbox by it.
+
+    Raises:
+        SandboxError: a daemon did not come up, or the cluster could not be registered.
+    """
+    create_database(folder)
+    options = (f"--datadir={folder}/database", f"--socket={folder}/{SOCKET}", f"--pid-file={folder}/mariadbd.pid")
+    daemons.launch(folder, "mariadbd", "--no-defaults", *as_user(), *options, "--skip-networking", *SETTINGS)
+    daemons.wait_for(folder, "mariadbd", (folder / SOCKET).is_socket)
+    # MariaDB's client library, which slurmdbd uses, has its socket from this variable.
+    variables = {**environment, "MYSQL_UNIX_PORT": str(folder / SOCKET)}
+    daemons.launch(folder, "slurmdbd", "-D", environment=variables)
+    daemons.wait_for(folder, "answer from slurmdbd", lambda: administer(environment, "list", "cluster").returncode == 0)
+    done = administer(environment, "add", "cluster", CLUSTER)
+    if done.returncode != 0:
+        raise SandboxError(f"sacctmgr add cluster failed: {daemons.last_line(done.stderr or done.stdout)}")
+
+
+def create_database(folder: Path) -> None:
+    """Make MariaDB's own tables anew, with this user as its administrator.
+
+    Raises:
+        SandboxError: MariaDB's program for this failed.
+    """
+    shutil.rmtree(folder / "database", ignore_errors=True)
+    (folder / SOCKET).unlink(missing_ok=True)  # of a sandbox that did not end in order
+    access = ("--auth-root-authentication-method=socket", f"--auth-root-socket-user={getpass.getuser()}")
+    options = (*as_user(), f"--datadir={folder}/database", *access, "--skip-test-db", "--skip-name-resolve", *SETTINGS)
+    log = folder / "log/mariadb-install-db.out"
+    with log.open("wb") as output:
+        done = subprocess.run(
+            ["mariadb-install-db", "--no-defaults", *options],
+            env={**os.environ, "PATH": daemons.SEARCH_PATH},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode != 0:
+        raise SandboxError(f"mariadb-install-db failed with {done.returncode}; see {log}")
+
+
+def as_user() -> list[str]:
+    """MariaDB refuses to run as root unless it is told so."""
+    return ["--user=root"] if os.geteuid() == 0 else []
+
+
+def administer(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run sacctmgr without questions."""
+    return subprocess.run(
+        ["sacctmgr", "--immediate", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )

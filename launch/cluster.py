@@ -142,8 +142,6 @@ class Guards:
 
     gate: float = 1800.0
     """Seconds for judges to come up and give a first judgment, before which the trainer does not start."""
-    restart: int = 5
-    """Restarts of a server, the buffer or a judge worker in ten minutes, after which the job ends."""
 
 
 @dataclass
@@ -225,7 +223,6 @@ def _check_numbers(cluster: Cluster) -> None:
         "buffer.port": (cluster.buffer.port, 0),
         "slurm.stop_lead": (cluster.slurm.stop_lead, 1),
         "guards.gate": (cluster.guards.gate, 1),
-        "guards.restart": (cluster.guards.restart, 0),
     }
     for key, (value, allowed) in least.items():
         if value < allowed:

@@ -18,7 +18,7 @@ from megatron_rlpt.loop import Observer, Training
 from megatron_rlpt.objectives import build_objective
 from megatron_rlpt.observe import StageTimer, get_logger
 from megatron_rlpt.pipeline import Pipeline
-from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.ranks import Ranks

@@ -1,4 +1,4 @@
-"""The ``rlpt`` command: train, evaluate, convert, judge, teacher, buffer, config, doctor.
+"""The ``rlpt`` command: train, evaluate, convert, judge, teacher, buffer, plan, config, doctor.
 
 Whatever needs torch is imported inside the command that needs it, so that ``rlpt --help`` and ``rlpt config`` answer
 at once on a login node that has no torch.
@@ -19,6 +19,7 @@ from launch.cli import launch, status
 from megatron_rlpt import __version__
 from megatron_rlpt.buffer.cli import buffer_app
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped
+from megatron_rlpt.planning.cli import plan
 from megatron_rlpt.teacher.cli import judge_app, teacher_app
 
 INTERRUPTED = 130
@@ -181,6 +182,9 @@ def convert(
         say=lambda line: print(line, flush=True),
     )
     print(result.describe())
+
+
+app.command("plan")(plan)
 
 
 @app.command("config")

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_rlpt.errors import CheckpointError, ModelError, first_line
-from megatron_rlpt.policy.families import Architecture, Rule, expected_shapes
+from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.policy.families import Rule, expected_shapes
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30

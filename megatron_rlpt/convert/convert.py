@@ -19,7 +19,8 @@ from megatron_rlpt.convert.megatron_writer import MegatronWriter
 from megatron_rlpt.convert.source import HuggingFaceSource, Source
 from megatron_rlpt.errors import CheckpointError, ConfigError
 from megatron_rlpt.huggingface import copy_settings, declare_dtype, export_folder, published
-from megatron_rlpt.policy.families import Architecture, Rule, mapping
+from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.policy.families import Rule, mapping
 from megatron_rlpt.policy.layout import Layout, check_cut
 
 Say = Callable[[str], None]

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from megatron_rlpt.errors import ModelError, first_line
-from megatron_rlpt.policy.families import LLAMA3_ROPE
+from megatron_rlpt.policy.architecture import LLAMA3_ROPE
 
 _ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
     # Mistral's files are of this architecture, too.

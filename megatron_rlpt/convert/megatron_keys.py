@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from megatron_rlpt.policy.families import EMBEDDING, OUTPUT, Architecture, Rule
+from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.policy.families import EMBEDDING, OUTPUT, Rule
 
 VOCABULARY = (EMBEDDING, OUTPUT)
 """The tensors whose rows Megatron pads."""

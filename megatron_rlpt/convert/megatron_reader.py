@@ -20,7 +20,8 @@ from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, is_model_key,
 from megatron_rlpt.convert.source import require_known
 from megatron_rlpt.errors import CheckpointError, ModelError, first_line
 from megatron_rlpt.huggingface import checked
-from megatron_rlpt.policy.families import Rule, mapping, read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.policy.families import Rule, mapping
 
 
 class MegatronSource:

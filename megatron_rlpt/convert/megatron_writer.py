@@ -26,8 +26,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, written_places
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.policy.families import Architecture, Rule
-from megatron_rlpt.policy.layout import Layout, expert_rank_of, stage_of
+from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.policy.families import Rule
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.placement import expert_rank_of, stage_of
 from megatron_rlpt.policy.sharding import Cut, shard
 
 

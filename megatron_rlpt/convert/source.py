@@ -10,7 +10,8 @@ import torch
 
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.huggingface import WeightFolder, checked
-from megatron_rlpt.policy.families import Architecture, Rule, expected_shapes, read_architecture
+from megatron_rlpt.policy.architecture import Architecture, read_architecture
+from megatron_rlpt.policy.families import Rule, expected_shapes
 
 
 class Source(Protocol):

@@ -15,7 +15,8 @@ import torch
 from megatron_rlpt.convert.formats import Format, Input
 from megatron_rlpt.convert.source import Source
 from megatron_rlpt.errors import ModelError, first_line
-from megatron_rlpt.policy.families import Architecture, expected_shapes, mapping
+from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.policy.families import expected_shapes, mapping
 
 _ROWS = 2
 _LENGTH = 64

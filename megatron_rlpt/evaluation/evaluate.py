@@ -30,7 +30,7 @@ from megatron_rlpt.evaluation.terminal import print_report
 from megatron_rlpt.evaluation.training_curves import read_training_curves
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.observe import get_logger, setup_logging
-from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.ranks import find_place
 from megatron_rlpt.records import Candidate, Episode, Group, Score, Source, derive_seed
 from megatron_rlpt.rollout.engine import Prompt, RolloutEngine

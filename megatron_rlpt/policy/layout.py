@@ -1,4 +1,4 @@
-"""The training layout: how many ranks share what, and whether the model can be cut that way."""
+"""The training layout: how many ranks share what, and whether the model can be cut that way. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_rlpt.config import ParallelConfig, TrainConfig
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.policy.families import EMBEDDING, Architecture, Rule
+from megatron_rlpt.policy.architecture import Architecture
 
 _LARGEST_OFFERED = 64
 """Sizes above this are not listed in messages."""
@@ -196,22 +196,3 @@ def _fitting(works: Callable[[int], bool], largest: int) -> str:
 
 def _list(numbers: Iterable[int]) -> str:
     return ", ".join(str(number) for number in numbers)
-
-
-def stage_of(rule: Rule, arch: Architecture, layout: Layout) -> int:
-    """Pipeline rank of a tensor: pieces of equal size are dealt to the ranks in turn, once per virtual stage.
-
-    The embedding is on the first, final norm and output layer on the last.
-    """
-    if rule.layer is None:
-        return 0 if rule.ours == EMBEDDING else layout.pipeline - 1
-    per_piece = arch.layers // (layout.pipeline * layout.virtual_stages)
-    return rule.layer // per_piece % layout.pipeline
-
-
-def expert_rank_of(rule: Rule, arch: Architecture, layout: Layout) -> int | None:
-    """Expert-parallel rank of a tensor; None for what is not an expert's."""
-    if rule.expert is None:
-        return None
-    assert arch.experts is not None
-    return rule.expert // (arch.experts.count // layout.expert)

@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 
+from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.batching import Batch
-from megatron_rlpt.policy.families import Architecture
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.logprobs import vocab_parallel_logprobs
 from megatron_rlpt.policy.model import HiddenStateModel

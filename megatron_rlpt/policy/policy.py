@@ -18,8 +18,9 @@ from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ModelError, TrainingError
 from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Objective
 from megatron_rlpt.policy import precision
+from megatron_rlpt.policy.architecture import Architecture, read_architecture
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
-from megatron_rlpt.policy.families import Architecture, Shape, read_architecture
+from megatron_rlpt.policy.families import Shape
 from megatron_rlpt.policy.layer_spec import describe_layers
 from megatron_rlpt.policy.layout import Layout, check_layout, layout_of
 from megatron_rlpt.policy.model import build_model

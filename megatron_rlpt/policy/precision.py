@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_rlpt.config import Dtype, Fp8
 from megatron_rlpt.errors import ConfigError, first_line
-from megatron_rlpt.policy.families import Architecture
+from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.layout import Layout
 
 

@@ -11,10 +11,12 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_rlpt.huggingface import WeightFolder, checked
-from megatron_rlpt.policy.families import EMBEDDING, OUTPUT, Architecture, Rule, Shape, expected_shapes, mapping
+from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.policy.families import EMBEDDING, OUTPUT, Rule, Shape, expected_shapes, mapping
 from megatron_rlpt.policy.layer_spec import canonical_name
-from megatron_rlpt.policy.layout import Layout, expert_rank_of, stage_of
+from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import HiddenStateModel
+from megatron_rlpt.policy.placement import expert_rank_of, stage_of
 from megatron_rlpt.policy.sharding import shard, unshard
 from megatron_rlpt.ranks import Ranks
 

@@ -21,8 +21,8 @@ from typing import Any
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
+from megatron_rlpt.policy.architecture import Architecture, read_architecture
 from megatron_rlpt.policy.compat import inference_wrapper, static_context
-from megatron_rlpt.policy.families import Architecture, read_architecture
 from megatron_rlpt.policy.model import torch_dtype_of
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.ranks import Ranks

@@ -16,8 +16,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_rlpt.config import Dtype
+from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.attention import CausalAttention
-from megatron_rlpt.policy.families import Architecture
 from megatron_rlpt.policy.layer_spec import block_spec
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import model_arguments, torch_dtype_of, transformer_config

@@ -16,8 +16,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.resharding import execute_reshard_plan, get_or_create_service
 
 from megatron_rlpt.errors import EngineError
+from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.compat import plan_transfers
-from megatron_rlpt.policy.families import OUTPUT, Architecture, Rule, expected_shapes, mapping
+from megatron_rlpt.policy.families import OUTPUT, Rule, expected_shapes, mapping
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.sharding import Cut, shard

@@ -13,7 +13,8 @@ import torch
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import ConfigError, EngineError, ModelError
-from megatron_rlpt.policy.families import expected_shapes, read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.policy.families import expected_shapes
 from megatron_rlpt.ranks import ranks_on_this_machine
 from megatron_rlpt.rollout.checks import end_of_sequence, require_version
 from megatron_rlpt.rollout.engine import Continuation, Prompt, require_neutral_sampling

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from megatron_rlpt.buffer.buffer import RolloutBuffer
 from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.buffer.password import VARIABLE
 from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace, needs_judge
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
 from megatron_rlpt.observe.log import get_logger
@@ -58,11 +59,15 @@ def serve_teacher(
         extra: further arguments for vLLM's server.
 
     Raises:
-        ConfigError: no worker would ask a server.
+        ConfigError: no worker would ask a server, or a key is given on the command line.
         ModelError: there is no such teacher.
         TeacherError: the server ended by itself; the message has its exit code.
     """
     _require_use(config)
+    if any(argument.partition("=")[0] == "--api-key" for argument in extra):
+        raise ConfigError(
+            "--api-key would be on a command line, which every user of the machine can read; set VLLM_API_KEY"
+        )
     if not os.path.isfile(os.path.join(config.teacher_path, "config.json")):
         raise ModelError(f"teacher.path is {config.teacher_path}; it needs to be a local Hugging Face folder")
     host, port = host or socket.gethostname(), port or _free_port()
@@ -163,7 +168,9 @@ def _command(config: Config, port: int, extra: Sequence[str]) -> list[str]:
 
 
 def _environment(config: Config) -> dict[str, str]:
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
+    # The server has nothing to do with the buffer.
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment["VLLM_NO_USAGE_STATS"] = "1"
     # Read by vLLM on CPUs only, and whole GiB only.
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.teacher.kv_cache_gib))))
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

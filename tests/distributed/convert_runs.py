@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_rlpt.config import Dtype
-from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.runtime import DeviceRuntime
 

@@ -14,7 +14,7 @@ from worlds import run_world
 
 from megatron_rlpt.config import Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.runtime import DeviceRuntime

@@ -49,7 +49,8 @@ def make_model(folder: Path, size: dict[str, int], positions: int) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from megatron_rlpt.policy.families import expected_shapes, read_architecture
+    from megatron_rlpt.policy.architecture import read_architecture
+    from megatron_rlpt.policy.families import expected_shapes
 
     folder.mkdir(parents=True)
     config = {

@@ -19,7 +19,7 @@ from megatron_rlpt.config import Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.objectives import Example, build_objective
-from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.records import Candidate, Episode, Source

@@ -9,7 +9,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_rlpt.config import Dtype, RolloutConfig
 from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.families import expected_shapes, read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.policy.families import expected_shapes
 from megatron_rlpt.rollout.transport import Placement
 from megatron_rlpt.rollout.vllm_engine import VllmEngine
 

@@ -13,7 +13,7 @@ from tiny_runs import json_lines, save_model, start_engine, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.rollout.engine import Prompt
 from megatron_rlpt.run import run_training
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.rollout.engine import Prompt
 from megatron_rlpt.rollout.worker import WorkerExtension
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig, load_config
-from megatron_rlpt.policy.families import expected_shapes, read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.policy.families import expected_shapes
 from megatron_rlpt.rollout.vllm_engine import VllmEngine
 
 EXCLUDED = ("seconds/", "time")

@@ -16,7 +16,7 @@ from tiny_runs import tiny_config
 
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.families import read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout.build import build_residency

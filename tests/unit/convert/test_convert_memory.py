@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_rlpt.policy.families import expected_shapes, parse_architecture
+from megatron_rlpt.policy.architecture import parse_architecture
+from megatron_rlpt.policy.families import expected_shapes
 
 MIB = 2**20
 CODE = """

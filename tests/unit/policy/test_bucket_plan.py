@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_rlpt.policy.families import Architecture, Experts, mapping
+from megatron_rlpt.policy.architecture import Architecture, Experts
+from megatron_rlpt.policy.families import mapping
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.sharding import shard
 from megatron_rlpt.policy.weights import Bucket, plan_buckets

@@ -9,15 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.policy.families import (
-    FAMILIES,
-    Architecture,
-    Experts,
-    expected_shapes,
-    mapping,
-    parse_architecture,
-    read_architecture,
-)
+from megatron_rlpt.policy.architecture import CONVENTIONS, Architecture, Experts, parse_architecture, read_architecture
+from megatron_rlpt.policy.families import FAMILIES, expected_shapes, mapping
 from megatron_rlpt.policy.sharding import Cut
 
 SIZES = {
@@ -35,6 +28,12 @@ def saved(folder, model_type, **entries):
     config = AutoConfig.for_model(model_type, **(SIZES | entries))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+def test_every_family_has_its_conventions():
+    assert {name: bool(family.expert) for name, family in FAMILIES.items()} == {
+        name: conventions.experts for name, conventions in CONVENTIONS.items()
+    }
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.policy import layer_spec
+from megatron_rlpt.policy.architecture import parse_architecture
 from megatron_rlpt.policy.attention import CausalAttention
-from megatron_rlpt.policy.families import parse_architecture
 from megatron_rlpt.policy.layer_spec import canonical_name, describe_layers, with_transformer_engine
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.norm import RmsNorm

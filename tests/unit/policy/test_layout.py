@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rlpt.config import ParallelConfig, TrainConfig
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.policy.families import Architecture, Experts
+from megatron_rlpt.policy.architecture import Architecture, Experts
 from megatron_rlpt.policy.layout import Layout, check_batch, check_cut, check_layout, layout_of
 
 DENSE = Architecture(

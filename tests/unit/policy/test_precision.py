@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rlpt.config import Dtype, Fp8
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.policy import precision
-from megatron_rlpt.policy.families import parse_architecture
+from megatron_rlpt.policy.architecture import parse_architecture
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.precision import Engine, check_sizes, length_multiple, require, supported_recipes
 

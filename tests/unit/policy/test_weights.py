@@ -17,7 +17,8 @@ from megatron_rlpt.config import Dtype
 from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.huggingface import WeightFolder, export_folder
 from megatron_rlpt.objectives import Example
-from megatron_rlpt.policy.families import expected_shapes, read_architecture
+from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.policy.families import expected_shapes
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.policy import Policy

@@ -28,7 +28,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 port = int(sys.argv[sys.argv.index("--port") + 1])
 with open(os.environ["STARTED"], "w") as file:
-    json.dump({"pid": os.getpid(), "arguments": sys.argv[1:]}, file)
+    json.dump({"pid": os.getpid(), "arguments": sys.argv[1:], "variables": sorted(os.environ)}, file)
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 """
 
@@ -197,3 +197,18 @@ def test_a_server_that_stays_silent_is_told_of(monkeypatch):
         process.kill()
         process.wait()
     assert warned.is_set()
+
+
+def test_the_buffer_s_password_is_not_passed_on_to_the_server(folder):
+    config = configured(folder, buffer={"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"})
+    with serving(folder, config, RLPT_BUFFER_PASSWORD="secret") as process:
+        await_(lambda: (folder / "started.json").exists() and (folder / "started.json").read_text(), process, folder)
+    assert "RLPT_BUFFER_PASSWORD" not in json.loads((folder / "started.json").read_text())["variables"]
+
+
+@pytest.mark.parametrize("arguments", [["--api-key", "secret"], ["--api-key=secret"]])
+def test_a_key_on_the_command_line_is_refused(folder, arguments):
+    code, said = refusal(folder, configured(folder), *arguments)
+    assert code == 2
+    assert "set VLLM_API_KEY" in said
+    assert "secret" not in said

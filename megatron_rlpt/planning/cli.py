@@ -1,0 +1,163 @@
+"""``rlpt plan``: what a run will need, how fast it will be and what it will cost. Needs no torch and no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from megatron_rlpt.config import Config, TeacherPlace, load_config, needs_judge
+from megatron_rlpt.errors import ConfigError, ModelError
+from megatron_rlpt.planning.hardware import Nodes, gpu_of
+from megatron_rlpt.planning.limits import USABLE_MEMORY
+from megatron_rlpt.planning.plan import make_plan
+from megatron_rlpt.planning.question import Question
+from megatron_rlpt.planning.report import print_plan, sections, to_html, to_json
+from megatron_rlpt.planning.scenario import NODE_FAILURES, Trouble, simulate_plan
+from megatron_rlpt.planning.sweep import split
+from megatron_rlpt.planning.sweep import sweep as sweep_layouts
+from megatron_rlpt.planning.transformer import Transformer
+from megatron_rlpt.policy.architecture import Architecture, parse_architecture, read_architecture
+
+ANSWER_TOKENS = 150
+"""Mean length of a verdict where nothing else is said: a few sentences and the verdict (assumed)."""
+
+_GPU = "a100, h100, h200, b200 or gb200."
+
+
+def plan(
+    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, metavar="N", help="GPUs of the trainer.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
+    ] = None,
+    gpu_type: Annotated[str, typer.Option("--gpu-type", metavar="NAME", help=_GPU)] = "h100",
+    per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", min=1, metavar="N", help="GPUs that NVLink connects.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="FILE", help="config.json of the policy, instead of model.path.")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", metavar="FILE", help="config.json of the teacher, instead of teacher.path."),
+    ] = None,
+    judge_gpus: Annotated[int, typer.Option("--judge-gpus", min=0, metavar="N", help="GPUs of the teacher.")] = 0,
+    judge_type: Annotated[
+        str | None, typer.Option("--judge-gpu-type", metavar="NAME", help="By default that of the trainer.")
+    ] = None,
+    judge_tensor: Annotated[
+        int | None,
+        typer.Option("--judge-tensor", min=1, metavar="N", help="GPUs of one server; by default as few as hold it."),
+    ] = None,
+    judge_fp8: Annotated[
+        bool, typer.Option("--judge-fp8", help="Servers hold the teacher in fp8 (vLLM's --quantization fp8).")
+    ] = False,
+    answer_tokens: Annotated[
+        float, typer.Option("--answer-tokens", min=1, metavar="N", help="Mean length of a verdict.")
+    ] = ANSWER_TOKENS,
+    price: Annotated[
+        float | None, typer.Option("--price", min=0, metavar="USD", help="Of a GPU of the trainer per hour.")
+    ] = None,
+    judge_price: Annotated[
+        float | None, typer.Option("--judge-price", min=0, metavar="USD", help="Of a GPU of the teacher per hour.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Rank all layouts and micro-batches.")] = False,
+    total_gpus: Annotated[
+        int | None,
+        typer.Option("--total-gpus", min=2, metavar="N", help="Rank divisions of N GPUs between training and judging."),
+    ] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the run, with failures and slow judges.")] = (
+        False
+    ),
+    slow_judges: Annotated[
+        float, typer.Option("--slow-judges", min=0, max=1, metavar="SHARE", help="Judge workers that are slow.")
+    ] = 0.0,
+    slowdown: Annotated[
+        float, typer.Option("--slowdown", min=1, metavar="X", help="How many times as long a slow one takes.")
+    ] = 3.0,
+    node_failures: Annotated[
+        float, typer.Option("--node-failures", min=0, metavar="RATE", help="Failures of a node per hour.")
+    ] = NODE_FAILURES,
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with everything.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Say what a run will need, how fast it will be and what it will cost, before it is queued.
+
+    Leaves with 1 when the run would not fit.
+    """
+    resolved = load_config(config, overrides or ())
+    policy = read_model(model, resolved.model.path, "--model")
+    taught = policy
+    if teacher is not None or resolved.teacher.path:
+        taught = read_model(teacher, resolved.teacher_path, "--teacher")
+    gpu, judge_gpu = gpu_of(gpu_type), gpu_of(judge_type or gpu_type)
+    nodes = Nodes(gpu, gpus, per_node or min(gpus, int(gpu.domain)))
+    judges = Nodes(judge_gpu, judge_gpus if _by_workers(resolved) else 0, int(judge_gpu.domain))
+    question = Question(
+        config=resolved,
+        model=policy,
+        teacher=taught,
+        trainer=nodes,
+        judges=judges,
+        judge_tensor=judge_tensor or fewest_gpus(taught, judges, resolved, fp8=judge_fp8),
+        judge_fp8=judge_fp8,
+        answer_tokens=answer_tokens,
+        trainer_price=gpu.price if price is None else price,
+        judge_price=judge_gpu.price if judge_price is None else judge_price,
+    )
+    found = make_plan(question)
+    ranked = sweep_layouts(question) if sweep else None
+    divided = split(question, total_gpus) if total_gpus else ()
+    trouble = Trouble(slow_judges, slowdown, node_failures=node_failures)
+    outcome = simulate_plan(found, trouble) if simulate else None
+    listed = sections(found, ranked, outcome, divided)
+    if page is not None:
+        try:
+            page.write_text(to_html(f"Plan of {config}", listed), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html {page} cannot be written: {error.strerror}") from None
+    if as_json:
+        print(to_json(found, outcome))
+    else:
+        print_plan(Console(), listed)
+    if not found.runs:
+        raise typer.Exit(1)
+
+
+def read_model(file: Path | None, folder: str, option: str) -> Architecture:
+    """The model that ``file`` (a config.json) describes, or that is in ``folder``.
+
+    Raises:
+        ModelError: neither is there, or the family is not supported.
+    """
+    if file is None:
+        if not Path(folder).is_dir():
+            raise ModelError(f"model folder {folder} does not exist; give its config.json with {option}")
+        return read_architecture(Path(folder))
+    try:
+        raw: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{option} {file} cannot be read as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{option} {file} holds a {type(raw).__name__}, not an object")
+    return parse_architecture(raw, file)
+
+
+def fewest_gpus(teacher: Architecture, judges: Nodes, config: Config, *, fp8: bool) -> int:
+    """GPUs that hold the teacher's weights and key-value cache: a power of two that divides its heads."""
+    weights, cache = (1 if fp8 else 2) * Transformer.of(teacher).parameters, config.teacher.kv_cache_gib * 2**30
+    tensor = 1
+    while weights / tensor + cache > USABLE_MEMORY * judges.gpu.memory and teacher.heads % (2 * tensor) == 0:
+        tensor *= 2
+    return tensor
+
+
+def _by_workers(config: Config) -> bool:
+    """Whether GPUs of the teacher are used at all."""
+    asked = needs_judge(config.objective.name) or config.candidates.rewrite
+    return asked and config.teacher.place is TeacherPlace.workers

@@ -1,0 +1,152 @@
+"""What GPUs and their networks can do, by public data sheets, and what a GPU hour costs by a public price list.
+
+Every figure is a ``Constant``: a number that knows where it comes from. Units are SI: bytes, seconds, FLOP/s; 1 GB is
+10^9 bytes, as in data sheets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megatron_rlpt.errors import ConfigError
+
+
+class Constant(float):
+    """A number with its source."""
+
+    source: str
+
+    def __new__(cls, value: float, source: str) -> Constant:
+        """``source`` says where ``value`` can be looked up, or how it was found."""
+        constant = super().__new__(cls, value)
+        constant.source = source
+        return constant
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, and its share of what connects its node to others."""
+
+    name: str
+    bf16: Constant
+    """Peak FLOP/s of dense bf16 matrix products."""
+    fp8: Constant
+    """The same in fp8; a GPU without fp8 has its bf16 figure here."""
+    matmul: Constant
+    """Share of the peak that a large matrix product reaches in training, apart from tiles that are not filled."""
+    multiprocessors: Constant
+    memory: Constant
+    """Bytes of HBM."""
+    memory_bandwidth: Constant
+    """Bytes per second of HBM."""
+    link: Constant
+    """Bytes per second to the other GPUs of its NVLink domain, in one direction."""
+    network: Constant
+    """Bytes per second to other nodes, in one direction."""
+    domain: Constant
+    """GPUs that NVLink connects."""
+    price: Constant
+    """US dollars per GPU and hour; a default that is there to be replaced by one's own."""
+
+    def constants(self) -> dict[str, Constant]:
+        """Field -> figure with its source."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Constant)}
+
+
+MATMUL_EFFICIENCY = Constant(
+    0.566,
+    "fitted, with kernels.STEP_OVERHEAD, to the 16 points of the public Megatron-LM H100 table "
+    "(tools/bench/plan_megatron_table.py --fit), and assumed for other GPUs and for fp8. It stands for all that is not "
+    "modelled one by one: clocks that sink under load, communication that takes multiprocessors, gaps between kernels",
+)
+_A100 = "NVIDIA A100 80GB data sheet (SXM column; dense figures)"
+_A100_CHIP = "NVIDIA A100 Tensor Core GPU architecture white paper"
+_H100 = "NVIDIA H100 data sheet (SXM column; half of the figures with sparsity)"
+_H100_CHIP = "NVIDIA H100 Tensor Core GPU architecture white paper (SXM5)"
+_H200 = "NVIDIA H200 data sheet (SXM column; half of the figures with sparsity)"
+_B200 = "NVIDIA DGX B200 data sheet, divided by 8 (half of the figures with sparsity)"
+_GB200 = "NVIDIA GB200 NVL72 data sheet, divided by 72 (half of the figures with sparsity)"
+_BLACKWELL_CHIP = "148 multiprocessors are reported by CUDA for B200 (torch.cuda.get_device_properties)"
+_HDR = "one HDR InfiniBand port (200 Gb/s) per GPU, as in DGX A100's user guide"
+_NDR = "one NDR InfiniBand port (400 Gb/s) per GPU, as in DGX H100's and B200's user guides"
+_PRICE = "CoreWeave's public on-demand price list as quoted in February 2026, per GPU of the smallest instance"
+
+
+def _gpu(name: str, data_sheet: str, *, chip: tuple[int, str], network: tuple[float, str], **figures: float) -> Gpu:
+    """One row of ``GPUS``; figures are in 10^12 FLOP/s, 10^9 bytes, 10^12 bytes/s and 10^9 bytes/s."""
+    return Gpu(
+        name,
+        bf16=Constant(figures["bf16"] * 1e12, data_sheet),
+        fp8=Constant(figures["fp8"] * 1e12, data_sheet),
+        matmul=MATMUL_EFFICIENCY,
+        multiprocessors=Constant(*chip),
+        memory=Constant(figures["memory"] * 1e9, data_sheet),
+        memory_bandwidth=Constant(figures["bandwidth"] * 1e12, data_sheet),
+        link=Constant(figures["link"] * 1e9, f"{data_sheet}; half of the sum of both directions"),
+        network=Constant(network[0] * 1e9, network[1]),
+        domain=Constant(figures["domain"], data_sheet),
+        price=Constant(figures["price"], _PRICE),
+    )
+
+
+_AMPERE: Any = {"link": 300, "domain": 8, "chip": (108, _A100_CHIP), "network": (25, _HDR)}
+_HOPPER: Any = {"link": 450, "domain": 8, "chip": (132, _H100_CHIP), "network": (50, _NDR)}
+_BLACKWELL: Any = {"link": 900, "chip": (148, _BLACKWELL_CHIP), "network": (50, _NDR)}
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("a100", _A100, bf16=312, fp8=312, memory=80, bandwidth=2.039, price=2.70, **_AMPERE),
+        _gpu("h100", _H100, bf16=989.4, fp8=1978.9, memory=80, bandwidth=3.35, price=6.16, **_HOPPER),
+        _gpu("h200", _H200, bf16=989.4, fp8=1978.9, memory=141, bandwidth=4.8, price=6.31, **_HOPPER),
+        _gpu("b200", _B200, bf16=2250, fp8=4500, memory=180, bandwidth=8, domain=8, price=8.60, **_BLACKWELL),
+        _gpu("gb200", _GB200, bf16=2500, fp8=5000, memory=186, bandwidth=8, domain=72, price=10.5, **_BLACKWELL),
+    )
+}
+"""Name -> GPU. Bandwidth of HBM is in 10^12, NVLink in 10^9 bytes per second."""
+
+COLLECTIVE_EFFICIENCY = Constant(
+    0.8, "assumed; nccl-tests on 8 x H100 commonly report 350 to 370 GB/s of 450 for an all-gather of large buffers"
+)
+"""Share of the bandwidth of NVLink or network that a collective over large buffers gets."""
+MEMORY_EFFICIENCY = Constant(0.85, "assumed; STREAM-like kernels commonly reach 85 to 92 % of the data sheet's figure")
+"""Share of HBM's bandwidth that a kernel gets."""
+
+
+def gpu_of(name: str) -> Gpu:
+    """The GPU called ``name``.
+
+    Raises:
+        ConfigError: there is none of that name; it lists those there are.
+    """
+    try:
+        return GPUS[name.lower()]
+    except KeyError:
+        raise ConfigError(f"--gpu-type is {name!r}; known: {', '.join(GPUS)}") from None
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Equal GPUs in equal nodes. Ranks are numbered node by node."""
+
+    gpu: Gpu
+    gpus: int
+    per_node: int
+
+    def bandwidth(self, size: int, stride: int = 1) -> float:
+        """Bytes per second that each of ``size`` ranks, ``stride`` apart, sends in a ring among them.
+
+        Inside a node NVLink limits. A ring that leaves the node does so once on every network card of the group's
+        ranks there, so each of the q ranks in a node sees q cards' worth, up to NVLink's speed.
+        """
+        inside = max(1, self.per_node // stride)
+        link = float(self.gpu.link)
+        speed = link if size <= inside else min(link, inside * self.gpu.network)
+        return speed * COLLECTIVE_EFFICIENCY
+
+    def exchange_seconds(self, sent: float, size: int, stride: int = 1) -> float:
+        """Seconds of an all-to-all in which each of ``size`` ranks keeps its own share of ``sent`` bytes."""
+        inside = min(size, max(1, self.per_node // stride))
+        near, far = sent * (inside - 1) / size, sent * (size - inside) / size
+        return max(near / self.gpu.link, far / self.gpu.network) / COLLECTIVE_EFFICIENCY

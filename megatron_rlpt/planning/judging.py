@@ -1,0 +1,154 @@
+"""What judging costs: calls and tokens per group, seconds of a server of the teacher, servers needed.
+
+Calls are counted by the judge's own code (``teacher/schemes.py: comparisons``), prompts by its own templates. How long
+an answer is depends on the teacher; ``answer_tokens`` has to be said.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_rlpt.config import Config, JudgeName, PairScheme, TeacherPlace, needs_judge
+from megatron_rlpt.planning.hardware import Constant
+from megatron_rlpt.planning.rollouts import Engine, score_seconds
+from megatron_rlpt.teacher.prompts import build_prompt
+from megatron_rlpt.teacher.schemes import comparisons
+
+CHARACTERS_PER_TOKEN = Constant(4, "rule of thumb for English text, as in OpenAI's tokenizer help page")
+
+SERVER_BATCH = Constant(256, "most sequences that vLLM's server decodes at once by default (max_num_seqs)")
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Requests of one kind about one group."""
+
+    name: str
+    count: int
+    shared: float
+    """Tokens of a prompt that all requests about the group have in common but for the code of its fence."""
+    own: float
+    """Further tokens of a prompt."""
+    answer: float
+    """Tokens of an answer."""
+
+    @property
+    def prompt(self) -> float:
+        """Tokens of a prompt."""
+        return self.shared + self.own
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What the judging (and rewriting) of one group asks of the teacher."""
+
+    calls: tuple[Calls, ...]
+    server_seconds: float
+    """Seconds that one full server takes per group. No prompt is found in its prefix cache: every request fences its
+    texts with a code of its own, which comes before them."""
+    server_seconds_shared: float
+    """What it would be if all requests about a group had one fence and went to one server."""
+    answer_seconds: float
+    """Seconds of one answer of a full server."""
+
+    @property
+    def count(self) -> int:
+        """Requests per group."""
+        return sum(calls.count for calls in self.calls)
+
+    @property
+    def tokens(self) -> tuple[float, float]:
+        """Tokens read and written per group."""
+        return (
+            sum(calls.count * calls.prompt for calls in self.calls),
+            sum(calls.count * calls.answer for calls in self.calls),
+        )
+
+
+def candidates(config: Config) -> int:
+    """Candidates of a group: original, rewrite and rollouts."""
+    offered = config.candidates
+    return int(offered.original) + int(offered.rewrite) + offered.rollouts
+
+
+def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
+    """What is asked about one group whose prefix and candidates are as long as they may be.
+
+    Args:
+        config: the run.
+        answer_tokens: mean length of a verdict.
+    """
+    prefix, suffix = config.data.max_prefix, config.data.suffix_length
+    found = []
+    if config.candidates.rewrite:
+        found.append(Calls("rewrite", 1, 0.0, _template("rewrite") + prefix + suffix, suffix))
+    count = candidates(config)
+    if not needs_judge(config.objective.name):
+        return tuple(found)
+    if config.teacher.judge is JudgeName.likelihood:
+        return (*found, Calls("likelihood", count, prefix, suffix, 0.0))
+    axes = config.teacher.generative
+    if axes.quality.weight > 0:
+        asked = comparisons(axes.quality.scheme, count, axes.quality.votes, axes.quality.order)
+        found.append(Calls("quality", asked, _template("quality") + prefix, 2 * suffix, answer_tokens))
+    if axes.safety.weight > 0:
+        found.append(Calls("safety", count * axes.safety.votes, 0.0, _template("safety") + suffix, answer_tokens))
+    if axes.factuality.weight > 0:
+        shared = _template("factuality") + prefix + suffix
+        found.append(Calls("factuality", count * axes.factuality.votes, shared, suffix, answer_tokens))
+    return tuple(found)
+
+
+def in_flight(config: Config, answer_tokens: float, groups: int) -> int:
+    """Requests under way at one server that works on ``groups`` groups: those of one round of each."""
+    rounds = 1
+    if config.teacher.generative.quality.scheme is PairScheme.tournament:
+        rounds = max(1, math.ceil(math.log2(max(2, candidates(config)))))
+    requests = sum(
+        calls.count / (rounds if calls.name == "quality" else 1) for calls in calls_per_group(config, answer_tokens)
+    )
+    return max(1, round(groups * requests))
+
+
+def judging(config: Config, server: Engine, answer_tokens: float) -> Judging:
+    """What judging one group costs on ``server``.
+
+    Args:
+        config: the run.
+        server: one server of the teacher, or one worker with a model of its own.
+        answer_tokens: mean length of a verdict.
+    """
+    calls = calls_per_group(config, answer_tokens)
+    worst = shared = answer = 0.0
+    for kind in calls:
+        if kind.name == "likelihood" and (config.teacher.workers.own_model or not _by_workers(config)):
+            seconds = score_seconds(server.model, server.nodes.gpu, 1, kind.shared, kind.count, kind.own)
+            worst, shared = worst + seconds, shared + seconds
+            continue
+        decode, latency = _decode(server, kind)
+        worst += server.prompt_seconds(kind.count * kind.prompt, kind.prompt) + decode
+        shared += server.prompt_seconds(kind.shared + kind.count * kind.own, kind.prompt) + decode
+        answer = max(answer, latency + server.prompt_seconds(kind.prompt, kind.prompt))
+    return Judging(calls, worst, shared, answer)
+
+
+def _decode(server: Engine, kind: Calls) -> tuple[float, float]:
+    """Seconds of a full server to write a group's answers, and of one of them."""
+    if not kind.answer:
+        return 0.0, 0.0
+    together = server.concurrency(0.0, kind.prompt + kind.answer, 1)
+    if not together:
+        return math.inf, math.inf
+    one = kind.answer * server.pass_seconds(together, kind.prompt + kind.answer / 2)
+    return one * kind.count / together, one
+
+
+def _by_workers(config: Config) -> bool:
+    return config.teacher.place is TeacherPlace.workers
+
+
+def _template(name: str) -> float:
+    """Tokens of a prompt without the texts it is about."""
+    texts = dict.fromkeys(("prefix", "first", "second", "reference", "text", "passage"), "")
+    return len(build_prompt(name, 0, **texts).text) / CHARACTERS_PER_TOKEN

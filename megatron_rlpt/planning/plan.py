@@ -1,0 +1,226 @@
+"""One step of a run, put together: how long each part takes, what it costs, and what fails first.
+
+    rollouts ──> judging (a cluster of its own, or the trainer) ──> reference ──> update ──> sync
+
+With ``train.staleness`` 0 the parts follow each other. With 1 or more, judging goes on beside the rest: a step then
+takes as long as the trainer's own parts, or as the judges if they are slower. Rollouts and updates share the trainer's
+GPUs and take turns (``rollout/build.py: may_generate_beside``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_rlpt.config import (
+    Config,
+    EngineName,
+    Fp8,
+    ObjectiveName,
+    Recompute,
+    TeacherPlace,
+    needs_judge,
+)
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.planning.compute import Options, PassTime, Work, forward_seconds, update_seconds, utilisation
+from megatron_rlpt.planning.hardware import Nodes
+from megatron_rlpt.planning.judge_cluster import JudgeCluster, judge_cluster
+from megatron_rlpt.planning.judging import candidates
+from megatron_rlpt.planning.kernels import memory_seconds
+from megatron_rlpt.planning.limits import Limit, limits_of
+from megatron_rlpt.planning.memory import Memory, memory_of
+from megatron_rlpt.planning.question import Question
+from megatron_rlpt.planning.rollouts import Engine
+from megatron_rlpt.planning.transformer import Transformer
+from megatron_rlpt.policy.layout import Layout, check_batch, check_layout, layout_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer. Times in seconds per step, on the trainer's clock."""
+
+    question: Question
+    layout: Layout
+    memory: Memory
+    rollouts: float
+    reference: float
+    update: PassTime
+    sync: float
+    waiting: float
+    """For judges."""
+    judges: JudgeCluster | None
+    trained_tokens: int
+    generated_tokens: int
+    update_mfu: float
+    """Model FLOPs of the update over what the trainer's GPUs could do meanwhile."""
+    mfu: float
+    """Model FLOPs of reference and update over what they could do in the whole step."""
+    limits: tuple[Limit, ...]
+    """What is closest to failing first."""
+
+    @property
+    def step_seconds(self) -> float:
+        """One step."""
+        return sum(self.times().values())
+
+    def times(self) -> dict[str, float]:
+        """Part of a step -> seconds."""
+        return {
+            "rollouts": self.rollouts,
+            "waiting for judges": self.waiting,
+            "reference": self.reference,
+            "update": self.update.total - self.update.bubble,
+            "bubble": self.update.bubble,
+            "sync": self.sync,
+        }
+
+    @property
+    def hours(self) -> float:
+        """The whole run; checkpoints and failures are left to the simulation."""
+        return self.question.config.train.steps * self.step_seconds / 3600
+
+    @property
+    def gpu_hours(self) -> tuple[float, float]:
+        """Of the trainer and of the judges."""
+        return self.hours * self.question.trainer.gpus, self.hours * self.question.judges.gpus
+
+    @property
+    def cost(self) -> float:
+        """US dollars."""
+        trainer, judges = self.gpu_hours
+        return trainer * self.question.trainer_price + judges * self.question.judge_price
+
+    @property
+    def failing(self) -> tuple[Limit, ...]:
+        """Limits that are passed."""
+        return tuple(limit for limit in self.limits if limit.share > 1)
+
+    @property
+    def runs(self) -> bool:
+        """Whether nothing stops it."""
+        return not any(limit.fatal for limit in self.failing)
+
+
+def make_plan(question: Question) -> Plan:
+    """Plan a run.
+
+    Raises:
+        ConfigError: the layout cannot divide the GPUs, the model or the batch; or there are no judges to ask.
+    """
+    config, model = question.config, Transformer.of(question.model)
+    layout = layout_of(config.parallel, question.trainer.gpus)
+    check_layout(layout, question.model)
+    check_batch(layout, config.train)
+    _check_judges(question)
+    work, options = work_of(config), options_of(config)
+    update = update_seconds(model, layout, question.trainer, work, options)
+    reference = 0.0
+    if config.objective.name is ObjectiveName.online_dpo:
+        reference = forward_seconds(model, layout, question.trainer, work, options).total
+    engine, engines = rollout_engine(question, layout)
+    rollouts = _rollout_seconds(config, engine, engines)
+    sync = _sync_seconds(model, layout, question.trainer, engine) if config.candidates.rollouts else 0.0
+    memory = memory_of(question.model, layout, config)
+    own = rollouts + reference + update.total + sync
+    judges = judge_cluster(question, own)
+    waiting = judges.waiting if judges else 0.0
+    step = own + waiting
+    sequences = work.sequences
+    passes = 4.0 if reference else 3.0
+    return Plan(
+        question,
+        layout,
+        memory,
+        rollouts,
+        reference,
+        update,
+        sync,
+        waiting,
+        judges,
+        trained_tokens=sequences * work.length,
+        generated_tokens=config.train.global_batch * config.candidates.rollouts * config.data.suffix_length,
+        update_mfu=utilisation(model, question.trainer, work, update.total),
+        mfu=utilisation(model, question.trainer, work, step, passes=passes),
+        limits=limits_of(question, memory, engine, judges, own),
+    )
+
+
+def rows_of(config: Config) -> int:
+    """Sequences that the update trains on per episode."""
+    name = config.objective.name
+    if name is ObjectiveName.online_dpo:
+        return 2
+    return config.candidates.rollouts if name is ObjectiveName.grpo else 1
+
+
+def work_of(config: Config) -> Work:
+    """The batch of an update; every prefix is taken to be as long as it may be."""
+    rows = rows_of(config)
+    train, suffix = config.train, config.data.suffix_length
+    return Work(train.global_batch * rows, config.max_sequence, suffix, train.micro_batch * rows)
+
+
+def options_of(config: Config) -> Options:
+    """How the passes of a run are carried out."""
+    overlap = config.parallel.overlap
+    needs_weights = bool(config.candidates.rollouts) or config.objective.name is ObjectiveName.online_dpo
+    return Options(
+        fp8=config.model.fp8 is not Fp8.off,
+        recompute_attention=config.train.recompute is Recompute.selective,
+        recompute_layers=config.train.recompute is Recompute.full,
+        overlap_reduce=overlap,
+        overlap_gather=overlap and not needs_weights,
+    )
+
+
+def rollout_engine(question: Question, layout: Layout) -> tuple[Engine, int]:
+    """One rollout engine, and how many there are: vLLM's has a GPU, Megatron's a tensor-parallel group."""
+    rollout = question.config.rollout
+    tensor = layout.tensor if rollout.engine is EngineName.megatron else 1
+    cache = rollout.kv_cache_gib * 2**30
+    engine = Engine(Transformer.of(question.model), question.trainer, tensor, cache, rollout.max_batch)
+    return engine, question.trainer.gpus // tensor
+
+
+def _check_judges(question: Question) -> None:
+    config = question.config
+    asked = needs_judge(config.objective.name) or config.candidates.rewrite
+    if not asked or config.teacher.place is TeacherPlace.trainer:
+        return
+    if question.judges.gpus < question.judge_tensor:
+        raise ConfigError(
+            f"--judge-gpus is {question.judges.gpus}, and one server of the teacher takes {question.judge_tensor}; "
+            "teacher.place=workers needs at least one server"
+        )
+
+
+def _rollout_seconds(config: Config, engine: Engine, engines: int) -> float:
+    if not config.candidates.rollouts:
+        return 0.0
+    prompts = math.ceil(config.train.global_batch / engines)
+    return engine.generate_seconds(
+        prompts, config.candidates.rollouts, config.data.max_prefix, config.data.suffix_length
+    )
+
+
+def _sync_seconds(model: Transformer, layout: Layout, nodes: Nodes, engine: Engine) -> float:
+    """Seconds until the engines hold new weights: what a GPU lacks is sent to it, then all of it is copied in."""
+    whole = engine.weights
+    own = 2.0 * model.parameters / layout.replica if layout.replica > 1 else whole
+    size = max(layout.replica, layout.expert)
+    missing = max(0.0, whole - own / (1 if layout.expert == 1 else layout.expert))
+    return missing / nodes.bandwidth(size) + 2 * memory_seconds(nodes.gpu, whole)
+
+
+def describe_calls(plan: Plan) -> str:
+    """What judges are asked per step, in a line."""
+    if plan.judges is None:
+        return "nothing is judged"
+    judging = plan.judges.judging
+    groups = plan.question.config.train.global_batch
+    read, written = judging.tokens
+    parts = ", ".join(f"{calls.count} {calls.name}" for calls in judging.calls)
+    return (
+        f"{groups * judging.count:,} calls ({groups} groups x {parts}; {candidates(plan.question.config)} "
+        f"candidates), {groups * read / 1e6:.1f} M tokens read and {groups * written / 1e6:.1f} M written"
+    )

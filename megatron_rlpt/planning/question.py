@@ -1,0 +1,30 @@
+"""What is to be planned: a run, its models, and the GPUs there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rlpt.config import Config
+from megatron_rlpt.planning.hardware import Nodes
+from megatron_rlpt.policy.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned."""
+
+    config: Config
+    model: Architecture
+    teacher: Architecture
+    trainer: Nodes
+    judges: Nodes
+    """GPUs of the teacher; none where the trainer judges or nothing is judged."""
+    judge_tensor: int
+    """GPUs of one server of the teacher."""
+    judge_fp8: bool
+    """Whether the servers hold the teacher in fp8 (``rlpt teacher serve ... --quantization fp8``)."""
+    answer_tokens: float
+    """Mean length of a verdict."""
+    trainer_price: float
+    """US dollars per GPU and hour."""
+    judge_price: float

@@ -1,0 +1,148 @@
+"""``rlpt plan``: what it answers, and that the answers move as they should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from plan_cases import RECIPES, ROOT, command, planned
+from plan_questions import question
+from typer.testing import CliRunner
+
+from megatron_rlpt.cli import app
+from megatron_rlpt.config import OptionOrder, PairScheme
+from megatron_rlpt.errors import ConfigError, ModelError
+from megatron_rlpt.planning.plan import make_plan
+from megatron_rlpt.planning.scenario import Trouble, simulate_plan
+from megatron_rlpt.planning.sweep import split, sweep
+from megatron_rlpt.teacher.schemes import comparisons
+
+BLOCKED = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "megatron", "vllm", "transformers", "numpy", "redis", "httpx"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Nothing())
+from megatron_rlpt.cli import main
+sys.argv = ["rlpt", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def refused(*arguments: str):
+    return CliRunner().invoke(app, [*command(RECIPES[0]), *arguments]).exception
+
+
+def test_planning_needs_neither_torch_nor_numpy(tmp_path):
+    page = tmp_path / "plan.html"
+    run = [sys.executable, "-c", BLOCKED, *command(RECIPES[0]), "--html", str(page)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "What fails first" in done.stdout
+    text = page.read_text()
+    assert "http://" not in text, "the page needs nothing else"
+    assert "https://" not in text
+    for heading in ("Memory of the fullest rank", "Judging", "Constants and their sources"):
+        assert heading in text
+
+
+def test_the_parts_of_a_step_add_up_and_judges_are_asked_what_the_scheme_asks():
+    plan = planned()
+    assert plan["step_seconds"] == pytest.approx(sum(plan["times"].values()))
+    assert plan["memory"]["total"] >= plan["memory"]["weights"] + plan["memory"]["gradients"] > 0
+    (quality,) = plan["judge_calls"]
+    assert quality["count"] == comparisons(PairScheme.tournament, 17, 1, OptionOrder.random)
+    assert quality["shared"] > 1920
+    assert quality["answer"] == 150
+    assert plan["hours"] == pytest.approx(2000 * plan["step_seconds"] / 3600)
+
+
+def test_too_few_judges_hold_up_the_trainer_and_as_many_as_are_needed_do_not():
+    needed = planned()["judge_gpus_needed"]
+    few = planned("--judge-gpus", str(needed // 2))
+    assert few["times"]["waiting for judges"] > 0
+    assert few["limits"][0]["name"] == "judges"
+    assert few["limits"][0]["share"] > 1
+    assert planned("--judge-gpus", str(needed))["times"]["waiting for judges"] == 0
+    assert planned("--judge-gpus", str(needed - 1))["times"]["waiting for judges"] > 0
+
+
+def test_more_votes_longer_answers_and_full_precision_need_more_judges():
+    least = planned()["judge_gpus_needed"]
+    assert planned("--answer-tokens", "400")["judge_gpus_needed"] > least
+    assert planned("teacher.generative.quality.votes=3", "--judge-gpus", "200")["judge_gpus_needed"] > 2 * least
+    exact = [argument for argument in command(RECIPES[0]) if argument != "--judge-fp8"]
+    in_bf16 = CliRunner().invoke(app, [*exact, "--judge-gpus", "200", "--json"])
+    assert json.loads(in_bf16.stdout)["judge_gpus_needed"] > least
+
+
+def test_a_step_that_is_shorter_than_a_judgment_needs_more_staleness():
+    """However many judges there are: a batch has to be judged within the steps it is ahead."""
+    quick = ("--gpus", "64", "--judge-gpus", "2000")
+    fresh = planned(*quick)
+    assert fresh["times"]["waiting for judges"] > 0
+    assert fresh["limits"][0]["name"] == "time to judge a group"
+    ahead = planned(*quick, "train.staleness=8")
+    assert ahead["times"]["waiting for judges"] == 0
+
+
+def test_a_run_that_does_not_fit_says_so_and_leaves_with_1():
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "continual_8b")
+    plan = planned("rollout.kv_cache_gib=60", recipe=recipe, exit_code=1)
+    assert not plan["runs"]
+    assert plan["limits"][0]["name"] == "GPU memory of the trainer"
+    assert plan["limits"][0]["share"] > 1
+
+
+def test_all_layouts_are_ranked_and_the_best_is_no_slower_than_the_given_one():
+
+    given = question("continual_8b", gpus=64, judges=448)
+    found = sweep(given)
+    steps = [plan.step_seconds for plan in found.plans]
+    assert steps == sorted(steps)
+    assert found.tried == found.refused + found.too_large + len(found.plans)
+    assert steps[0] <= make_plan(given).step_seconds
+    assert all(plan.runs for plan in found.plans)
+
+
+def test_divisions_of_the_gpus_are_ranked_by_cost():
+
+    plans = split(question("continual_1b4", gpus=8, judges=56), 64)
+    assert [plan.cost for plan in plans] == sorted(plan.cost for plan in plans)
+    assert {plan.question.trainer.gpus + plan.question.judges.gpus for plan in plans} == {64}
+
+
+def test_the_simulation_of_a_plan_agrees_with_it_when_nothing_goes_wrong():
+
+    plan = make_plan(question("continual_8b", gpus=64, judges=448))
+    outcome = simulate_plan(plan, Trouble(variation=0.0, node_failures=0.0), steps=16)
+    assert outcome.step_seconds == pytest.approx(plan.step_seconds, rel=0.1)
+    slow = simulate_plan(plan, Trouble(slow_share=0.5, slowdown=10.0, node_failures=0.0), steps=16)
+    assert slow.step_seconds > 1.2 * outcome.step_seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("--gpu-type", "h1000"), ConfigError, "--gpu-type is 'h1000'; known: a100, h100"),
+        (("--gpus", "7"), ConfigError, r"it must divide train\.global_batch = 256"),
+        (("--judge-gpus", "0"), ConfigError, "--judge-gpus is 0, and one server of the teacher takes 1"),
+        (("--model", "nowhere.json"), ModelError, r"--model nowhere\.json cannot be read"),
+        (("parallel.tensor=3",), ConfigError, "parallel.tensor"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_line(arguments, error, message):
+    raised = refused(*arguments)
+    assert isinstance(raised, error)
+    with pytest.raises(error, match=message):
+        raise raised

@@ -1,4 +1,4 @@
-"""PLACEHOLDER until the memory model arrives: what a rank holds, coarsely."""
+"""What a rank holds at its peak, coarsely: not compared with a measurement yet."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -183,3 +184,40 @@ def test_a_dry_run_prints_a_script_that_bash_and_slurm_accept_and_starts_nothing
     assert not run.folder.exists()
     assert not list(tmp_path.glob("home/experiments/*/*"))
     shutil.rmtree(tmp_path / "home", ignore_errors=True)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_slurm_would_take_the_job_of_every_recipe(recipe, cluster, tmp_path):
+    """On as many nodes as the recipe's own plan says, of a partition of nodes with eight GPUs that is imagined."""
+    gpus, judges = (int(re.search(rf"--{option} (\d+)", recipe.read_text())[1]) for option in ("gpus", "judge-gpus"))
+    place = {
+        "executor": "slurm",
+        "home": str(tmp_path / "home"),
+        "python": "/shared/python",
+        "trainer": {"nodes": gpus // 8, "ranks_per_node": 8, "gpus_per_node": 8},
+        "teacher": {"nodes": judges // 8, "servers_per_node": 4, "gpus_per_node": 8},
+        "slurm": {"partition": "imagined"},
+    }
+    (tmp_path / "cluster.yaml").write_text(json.dumps(place))
+    for allocation in ("one", "heterogeneous"):
+        command = [
+            "launch",
+            "--cluster",
+            str(tmp_path / "cluster.yaml"),
+            "-c",
+            str(recipe),
+            "--dry-run",
+            "--pack-dirty",
+        ]
+        done = subprocess.run(
+            [*RLPT, *command, "--set", f"slurm.allocation={allocation}"],
+            cwd=tmp_path,
+            env=cluster.variables,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        script = tmp_path / "job.sh"
+        script.write_text(done.stdout)
+        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+        cluster.run("sbatch", "--test-only", str(script))

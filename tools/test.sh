@@ -18,24 +18,20 @@ if [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
 
-# Three beside each other: tests of worlds, servers and whole runs wait a good deal, those on Slurm even more, unit tests
-# do not. Reports of what runs in the background come last.
-reports=$(mktemp -d)
-background=()
-beside() {
-    local name=$1
-    shift
-    .venv/bin/python -m pytest "$@" >"$reports/$name" 2>&1 &
-    background+=("$!")
-}
-trap 'kill "${background[@]}" 2>/dev/null || true; rm -rf "$reports"' EXIT
+# Two beside each other: tests of worlds, servers and whole runs wait a good deal, and so do those on Slurm; unit tests do
+# not. The reports of what runs in the background come last.
 slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
-beside unit tests/unit
-beside slurm "${slurm[@]}"
+report=$(mktemp)
+{
+    ended=0
+    .venv/bin/python -m pytest tests/unit || ended=1
+    .venv/bin/python -m pytest "${slurm[@]}" || ended=1
+    exit "$ended"
+} >"$report" 2>&1 &
+background=$!
+trap 'kill "$background" 2>/dev/null || true; rm -f "$report"' EXIT
 failed=0
 .venv/bin/python -m pytest tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || failed=1
-for job in "${background[@]}"; do
-    wait "$job" || failed=1
-done
-cat "$reports"/*
+wait "$background" || failed=1
+cat "$report"
 exit "$failed"

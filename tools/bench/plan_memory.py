@@ -1,0 +1,275 @@
+"""Memory of a training rank as the planner predicts it, against what real updates take, in several layouts.
+
+    python tools/bench/plan_memory.py [--cases one tp2 pp2 dp2] [--heap returned kept] [--json FILE]
+
+Each case is a world of fresh processes over gloo, one thread each, that train a random Llama with ``policy.Policy``. A
+rank first trains a tiny model in the same layout; what it then holds is the libraries' base, measured, and added to the
+prediction. Measured is the peak resident set (VmHWM) of building the policy and of its updates, and, where the case
+says so, of a checkpoint.
+
+``--heap returned`` has glibc give every freed block of 1 MiB or more back, so that the peak is that of what is held at
+once, which is what the planner predicts. ``kept`` is how runs go (``policy/runtime.py``): freed blocks stay, and what
+does not fit into the holes comes on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rlpt.config import (
+    CandidatesConfig,
+    Config,
+    DataConfig,
+    Dtype,
+    ModelConfig,
+    ObjectiveConfig,
+    ObjectiveName,
+    ParallelConfig,
+    Recompute,
+    TrainConfig,
+)
+from megatron_rlpt.planning.memory import Device, Memory, moments_of, sequences_per_example
+from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.policy.layout import layout_of
+
+MIB = 2**20
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # malloc.h
+_VOCABULARY = 200
+"""Tokens that are drawn; below that of the tiny model."""
+TINY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of one model."""
+
+    ranks: int = 1
+    parallel: dict[str, Any] = field(default_factory=dict)
+    objective: str = "online_dpo"
+    dtype: str = "fp32"
+    recompute: str = "none"
+    tied: bool = False
+    batch: int = 4
+    micro_batch: int = 2
+    checkpoint: bool = False
+    model: dict[str, int] = field(
+        default_factory=lambda: {
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "vocab_size": 32000,
+        }
+    )
+    prefix: int = 192
+    suffix: int = 64
+
+    def config(self, folder: Path) -> Config:
+        """The run with the model in ``folder``."""
+        return Config(
+            model=ModelConfig(path=str(folder), dtype=Dtype[self.dtype]),
+            parallel=ParallelConfig(**self.parallel),
+            data=DataConfig(max_prefix=self.prefix, suffix_length=self.suffix),
+            # The updates have no engine beside them.
+            candidates=CandidatesConfig(rollouts=0),
+            objective=ObjectiveConfig(name=ObjectiveName[self.objective]),
+            train=TrainConfig(
+                steps=10,
+                global_batch=self.batch,
+                micro_batch=self.micro_batch,
+                recompute=Recompute[self.recompute],
+            ),
+        )
+
+
+CASES = {
+    "one": Case(),
+    "tp2": Case(ranks=2, parallel={"tensor": 2}),
+    "tp2-sp": Case(ranks=2, parallel={"tensor": 2, "sequence": True}),
+    "pp2": Case(ranks=2, parallel={"pipeline": 2}, batch=8),
+    "pp2-tied-long": Case(
+        ranks=2, parallel={"pipeline": 2}, tied=True, batch=8, objective="ntp", prefix=960, micro_batch=1
+    ),
+    "pp2-virtual2": Case(ranks=2, parallel={"pipeline": 2, "virtual_stages": 2}, batch=8),
+    "dp2": Case(ranks=2),
+    "dp2-ntp-bf16": Case(ranks=2, objective="ntp", dtype="bf16", micro_batch=4, batch=8),
+    "one-recompute": Case(recompute="full", tied=True, objective="ntp", micro_batch=4),
+    "one-long": Case(objective="ntp", prefix=960, micro_batch=2, tied=True),
+    "dp2-checkpoint": Case(ranks=2, checkpoint=True),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Bytes of one rank."""
+
+    base: int
+    peak: int
+    """Highest resident set, base included."""
+
+
+def predict(case: Case, folder: Path, rank: int) -> tuple[str, Memory]:
+    """Name and parts of the rank's worst moment."""
+    config = case.config(folder)
+    layout = layout_of(config.parallel, case.ranks)
+    # Megatron numbers pipeline stages last (megatron/core/parallel_state.py).
+    stage = rank // (case.ranks // layout.pipeline)
+    moments = moments_of(read_architecture(folder), layout, config, stage, Device.cpu)
+    if not case.checkpoint:
+        del moments["checkpoint"]
+    name = max(moments, key=lambda name: moments[name].total)
+    return name, moments[name]
+
+
+def save_model(folder: Path, sizes: dict[str, Any]) -> Path:
+    """A random Llama of ``sizes``; only its shapes matter."""
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_rlpt.policy.families import expected_shapes
+
+    folder.mkdir()
+    settings = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096} | sizes
+    (folder / "config.json").write_text(json.dumps(settings))
+    shapes = expected_shapes(read_architecture(folder))
+    save_file({name: torch.empty(shape).normal_(std=0.02) for name, shape in shapes.items()}, folder / "w.safetensors")
+    return folder
+
+
+def measure(case: Case, folder: Path, heap: str) -> Figure:
+    """Take the figure of this rank, in this process, which has done nothing else."""
+    import torch
+
+    from megatron_rlpt.objectives import Example, build_objective
+    from megatron_rlpt.policy import runtime
+    from megatron_rlpt.policy.policy import Policy
+    from megatron_rlpt.records import Candidate, Episode, Source
+
+    torch.set_num_threads(1)
+    libc = ctypes.CDLL("libc.so.6")
+    if heap == "returned":
+
+        def give_back() -> None:
+            libc.mallopt(_MMAP_THRESHOLD, MIB)
+            libc.mallopt(_TRIM_THRESHOLD, MIB)
+
+        runtime._keep_freed_memory = give_back
+
+    def examples(seed: int) -> list[Example]:
+        draw = torch.Generator().manual_seed(seed)
+
+        def tokens(count: int) -> tuple[int, ...]:
+            return tuple(torch.randint(_VOCABULARY, (count,), generator=draw).tolist())
+
+        width = sequences_per_example(case.config(folder))
+        found = []
+        for number in range(case.batch):
+            episode = Episode(f"e{number}", tokens(case.prefix), tokens(case.suffix), "c", "d", 0)
+            sequences = tuple(Candidate(Source.ROLLOUT, tokens(case.suffix)) for _ in range(width))
+            found.append(Example(episode, sequences, tuple(range(width))))
+        return found
+
+    def train(model: Path, updates: int) -> Policy:
+        config = case.config(model)
+        policy = Policy(config, build_objective(config.objective), runtime.DeviceRuntime())
+        for seed in range(updates):
+            policy.update(examples(seed))
+        if case.checkpoint:
+            state = folder / f"{model.name}-state"
+            state.mkdir(exist_ok=True)
+            policy.begin_save(state, snapshot=False).write()
+        return policy
+
+    train(folder / "tiny", 1)
+    gc.collect()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    base = _status("VmRSS")
+    policy = train(folder / "model", 2)
+    figure = Figure(base, _status("VmHWM"))
+    del policy
+    return figure
+
+
+def run(case: Case, heap: str) -> list[tuple[Figure, str, Memory]]:
+    """Measured, and the predicted worst moment with its parts, of every rank."""
+    with tempfile.TemporaryDirectory() as name, socket.socket() as free:
+        folder = Path(name)
+        tied = {"tie_word_embeddings": case.tied}
+        save_model(folder / "tiny", case.model | TINY | tied)
+        save_model(folder / "model", case.model | tied)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        ranks = []
+        for rank in range(case.ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "MASTER_PORT": port}
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+            environment |= {key: str(value) for key, value in place.items()}
+            command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--folder", name, "--heap", heap]
+            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True))
+        try:
+            replies = [process.communicate()[0] for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        for process in ranks:
+            if process.returncode:
+                raise SystemExit(f"{case} ended with exit code {process.returncode}")
+        figures = [Figure(**json.loads(reply.splitlines()[-1])) for reply in replies]
+        return [(figure, *predict(case, folder / "model", rank)) for rank, figure in enumerate(figures)]
+
+
+def _status(name: str) -> int:
+    """A figure of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return int(value.split()[0]) * 1024
+    raise SystemExit(f"/proc/self/status has no {name}; run this on Linux")
+
+
+def main() -> None:
+    """Parse arguments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=["one", "tp2", "pp2", "dp2"])
+    parser.add_argument("--heap", nargs="+", choices=["returned", "kept"], default=["returned"])
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    for internal in ("--case", "--folder"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        figure = measure(Case(**json.loads(arguments.case)), Path(arguments.folder), arguments.heap[0])
+        print(json.dumps(asdict(figure)), flush=True)
+        os._exit(0)  # gloo's threads may keep the interpreter from ending
+    names = ["weights", "gradients", "optimizer", "reference", "activations", "logits", "exchange", "checkpoint"]
+    head = ["case", "rank", "heap", "worst moment", *names, "base", "predicted", "measured", "error", "without base"]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
+    rows = []
+    for name in arguments.cases:
+        for heap in arguments.heap:
+            for rank, (figure, moment, memory) in enumerate(run(CASES[name], heap)):
+                whole, own = figure.base + memory.total, figure.peak - figure.base
+                errors = whole / figure.peak - 1, memory.total / own - 1
+                sizes = [*(getattr(memory, part) for part in names), figure.base, whole, figure.peak]
+                cells = [name, str(rank), heap, moment, *(f"{size / MIB:,.0f}" for size in sizes)]
+                print("| " + " | ".join([*cells, *(f"{error:+.1%}" for error in errors)]) + " |", flush=True)
+                rows.append({"case": name, "rank": rank, "heap": heap, "error": errors[0], "own_error": errors[1]})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Seconds per step as the planner simulates them, against real asynchronous runs on a CPU.
+
+    python tools/bench/plan_simulation.py [--steps 16] [--judge 0.6 1.5] [--staleness 0 1 2] [--runs 1] [--json FILE]
+
+A run is ``rlpt train`` with a random Llama: the Megatron policy, a vLLM engine (in a process of its own where it works
+beside the policy) and the rollout buffer (SQLite) are the real ones, with one thread each. Judging is the real worker
+whose judge waits for so many seconds per group instead of computing, as one does that asks servers on other machines:
+so on two cores policy and engine have a core each. The first and the last steps, in which the pipeline fills and
+empties, are left out.
+
+What the simulation is given was measured in a run with staleness 0, in which nothing is at work beside anything else:
+the seconds of generation, update and sync, and of what a step takes besides its stages. All other runs are predicted
+from that one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_rlpt.buffer.open import open_url
+from megatron_rlpt.config import WorkersConfig
+from megatron_rlpt.planning.cluster import Cluster, Judges, Rollouts, Service, Workload
+from megatron_rlpt.planning.simulation import simulate
+from megatron_rlpt.records import Failed, Group, Score
+from megatron_rlpt.teacher.examiner import Examiner
+from megatron_rlpt.teacher.generator import Ask, Reply, Request
+from megatron_rlpt.teacher.worker import Worker
+from megatron_rlpt.teacher.worker_metrics import WorkerMetrics
+
+BATCH, PART, ROLLOUTS, SUFFIX, SLOTS = 16, 4, 4, 16, 4
+"""Episodes of a batch and of what is generated at once, rollouts and their tokens, groups judged at once."""
+WORDS = ("the", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then", "saw", "big", "red", "house")
+MODEL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Seconds per step."""
+
+    step: float
+    """From one end to the next."""
+    generate: float
+    update: float
+    sync: float
+    rest: float
+    """Of a step outside of its stages: metrics, samples."""
+
+
+class Teacher:
+    """Always there, never asked."""
+
+    name, all_down = "none", False
+
+    async def __call__(self, request: Request) -> Reply | Failed:
+        """See ``Ask``."""
+        raise AssertionError("the judge below asks nobody")
+
+
+class Judge:
+    """Waits; later candidates are better."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    async def judge_group(self, group: Group, ask: Ask) -> Group:
+        """See ``GroupJudge``."""
+        await asyncio.sleep(self._seconds)
+        return replace(group, outcomes=tuple(Score(float(n), "j", "1") for n in range(len(group.candidates))))
+
+
+def make_inputs(folder: Path) -> tuple[Path, Path]:
+    """A random model with a word-level tokenizer, and a corpus of its words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    # Hardly ever end-of-sequence: all rollouts are as long as they may be.
+    settings = MODEL | {"vocab_size": 4096, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder / "model")
+    draw, corpus = random.Random(7), folder / "corpus.jsonl"
+    lines = (" ".join(draw.choices(WORDS, k=SUFFIX + 32)) for _ in range(2000))
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder / "model", corpus
+
+
+@contextlib.contextmanager
+def working(url: str, name: str, seconds: float) -> Iterator[None]:
+    """A judge worker in a thread with a loop of its own."""
+    buffer = open_url(url, name)
+    started: list[tuple[asyncio.AbstractEventLoop, Worker]] = []
+
+    async def work() -> None:
+        settings = WorkersConfig(groups=SLOTS)
+        judge = Judge(seconds)
+        worker = Worker(buffer, Teacher(), lambda: Examiner(judge, None), settings, "worker", WorkerMetrics())
+        started.append((asyncio.get_running_loop(), worker))
+        await worker.run()
+
+    thread = threading.Thread(target=lambda: asyncio.run(work()))
+    thread.start()
+    try:
+        yield
+    finally:
+        loop, worker = started[0]
+        loop.call_soon_threadsafe(worker.stop)
+        thread.join()
+        buffer.close()
+
+
+def measure(model: Path, corpus: Path, judge: float, staleness: int, steps: int) -> Stages:
+    """One run, once its pipeline is full."""
+    filling = staleness + 3
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        url = f"sqlite:///{folder / 'buffer.sqlite'}"
+        settings: dict[str, Any] = {
+            "run": {"dir": str(folder / "run")},
+            "model": {"path": str(model), "dtype": "fp32"},
+            "data": {
+                "sources": [{"path": str(corpus)}],
+                "suffix_length": SUFFIX,
+                "min_prefix": 32,
+                "max_prefix": 32,
+                "shuffle_buffer": 16,
+            },
+            "candidates": {"rollouts": ROLLOUTS},
+            "rollout": {"kv_cache_gib": 0.1, "max_batch": PART * ROLLOUTS},
+            "teacher": {"place": "workers"},
+            "buffer": {"url": url, "name": "bench"},
+            "optimizer": {"lr": 1e-6},
+            "train": {
+                "steps": filling + steps + staleness,
+                "global_batch": BATCH,
+                "micro_batch": 4,
+                "staleness": staleness,
+            },
+            # The last step writes one, behind what is measured.
+            "checkpoint": {"every": 10**6},
+            "observe": {"tensorboard": False},
+        }
+        (folder / "run.yaml").write_text(json.dumps(settings))
+        command = [sys.executable, "-m", "megatron_rlpt", "train", "-c", str(folder / "run.yaml")]
+        with working(url, "bench", judge):
+            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"rlpt train ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    shown = lines[filling : filling + steps]
+    step = (shown[-1]["time"] - lines[filling - 1]["time"]) / len(shown)
+
+    def mean(stage: str) -> float:
+        return fmean(line[f"seconds/{stage}"] for line in shown)
+
+    return Stages(step, mean("generate"), mean("update"), mean("sync"), step - mean("total"))
+
+
+def predict(alone: Stages, judge: float, staleness: int, steps: int) -> float:
+    """Simulated seconds per step, from the stages of a run in which each works alone."""
+    rollouts = Rollouts(ROLLOUTS, SUFFIX, BATCH * ROLLOUTS * SUFFIX / alone.generate)
+    work = Workload(BATCH, PART, staleness, Service(alone.update + alone.rest), alone.sync)
+    cluster = Cluster(rollouts, Judges(1, SLOTS, Service(judge)))
+    return simulate(cluster, work, steps + 2 * staleness + 4).step_seconds
+
+
+def main() -> None:
+    """Measure, simulate, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=16, help="steps measured of each run")
+    parser.add_argument("--judge", type=float, nargs="+", default=[0.6, 1.5], help="seconds that judging a group takes")
+    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        model, corpus = make_inputs(Path(name))
+        alone = measure(model, corpus, arguments.judge[0], 0, arguments.steps)
+        print(
+            f"alone: generate {alone.generate:.2f} s, update {alone.update:.2f} s, sync {alone.sync:.2f} s, rest "
+            f"{alone.rest:.2f} s per step; judging a group {' or '.join(map(str, arguments.judge))} s, "
+            f"{SLOTS} at once\n"
+        )
+        head = ("judge / s", "staleness", "measured / s", "simulated / s", "error", "update beside / alone")
+        print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
+        for judge in arguments.judge:
+            for staleness in arguments.staleness:
+                simulated = predict(alone, judge, staleness, arguments.steps)
+                for _ in range(arguments.runs):
+                    found = measure(model, corpus, judge, staleness, arguments.steps)
+                    error, slower = simulated / found.step - 1, found.update / alone.update
+                    cells = [str(judge), str(staleness), f"{found.step:.2f}", f"{simulated:.2f}"]
+                    print("| " + " | ".join([*cells, f"{error:+.1%}", f"{slower:.2f}"]) + " |", flush=True)
+                    rows.append({"judge": judge, "staleness": staleness, "error": error, "update": slower})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

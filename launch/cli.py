@@ -16,7 +16,7 @@ import typer
 from launch.cluster import Cluster, ExecutorName, load_cluster
 from launch.code import stage
 from launch.local import await_outcome, forget_outcome
-from launch.spec import Spec, publish
+from launch.spec import Spec
 from launch.topology import Component, components_of, spec_of, with_absolute_paths
 from megatron_rlpt.config import load_config, to_yaml
 from megatron_rlpt.errors import ConfigError
@@ -75,7 +75,7 @@ def _submit(
     if not cluster.tunnel.host:
         os.environ["NEMORUN_HOME"] = str(Path(cluster.home).resolve())  # read when it is imported
     try:
-        from launch.experiment import build, scripts_of
+        from launch.experiment import build, scripts_of, submit
     except ImportError as error:
         raise ConfigError(
             f"{error.name} is not installed; launch from the environment that tools/setup_launch.sh makes"
@@ -89,16 +89,11 @@ def _submit(
             experiment.run(detach=False, tail_logs=True)
             return await_outcome(spec)
         else:
-            experiment.run(detach=True)
+            jobs = submit(experiment, spec.run_dir)
     if dry_run:
         print("\n\n".join(scripts))
         return 0
-    jobs = [handle.rpartition("/")[2] for job in experiment.jobs for handle in _handles(job)]
-    if not cluster.tunnel.host:
-        publish(spec.shared / "launch.json", {"experiment": experiment._id, "jobs": jobs})
-    print(f"submitted as job {', '.join(jobs)}; rlpt status {spec.run_dir} shows how it goes")
+    numbers = ", ".join(jobs.values() if len(jobs) == 1 else (f"{job} ({part})" for part, job in jobs.items()))
+    where = f" on {cluster.tunnel.host}" if cluster.tunnel.host else ""
+    print(f"submitted as job {numbers}; rlpt status {spec.run_dir}{where} shows how it goes")
     return 0
-
-
-def _handles(job: object) -> list[str]:
-    return getattr(job, "handles", None) or [getattr(job, "handle", "")]

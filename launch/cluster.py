@@ -24,6 +24,7 @@ class Allocation(enum.StrEnum):
 
     one = "one"
     heterogeneous = "heterogeneous"
+    separate = "separate"
 
 
 class ContainerRuntime(enum.StrEnum):
@@ -107,7 +108,8 @@ class SlurmOptions:
     requeue: bool = True
     """Queue the job again when it stopped because its time was up."""
     allocation: Allocation = Allocation.one
-    """One job of equal nodes, or one heterogeneous job, whose judging nodes have other GPUs than its training nodes."""
+    """One job of equal nodes; one heterogeneous job, whose judging nodes have other GPUs than its training nodes; or
+    two separate jobs, of which the one that trains starts once the one that judges has."""
     extra: dict[str, str] = field(default_factory=dict)
     """Further lines of the batch script: name of the option without dashes -> value (empty: none)."""
 
@@ -130,8 +132,10 @@ class TunnelOptions:
 
     host: str = ""
     """Login node; empty where this is it."""
+    port: int = 22
+    """Port of its SSH server."""
     user: str = ""
-    """Name there."""
+    """Name there; empty is the one here."""
     identity: str = ""
     """File of the private key; empty is that of ssh."""
 
@@ -221,6 +225,7 @@ def _check_numbers(cluster: Cluster) -> None:
         "teacher.concurrency": (cluster.teacher.concurrency, 1),
         "judges.workers": (cluster.judges.workers, 0),
         "buffer.port": (cluster.buffer.port, 0),
+        "tunnel.port": (cluster.tunnel.port, 1),
         "slurm.stop_lead": (cluster.slurm.stop_lead, 1),
         "guards.gate": (cluster.guards.gate, 1),
     }

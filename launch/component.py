@@ -28,10 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.gate import await_buffer, await_judgment
+from launch.pair import Part, exit_code_of_other
 from launch.spec import Spec, publish, read_secrets
-from megatron_rlpt.errors import RlptError, RunStopped
+from megatron_rlpt.errors import RlptError, RunStopped, TeacherError
 from megatron_rlpt.processes import Restarts, end_all, start_child
 
+TRAINER = "trainer"
 RLPT = (sys.executable, "-m", "megatron_rlpt")
 BUFFER = "buffer.json"
 """File in ``Spec.shared`` with the address of the buffer."""
@@ -88,6 +90,8 @@ class Component:
         self.spec, self.task = spec, task
         self.stopped = threading.Event()
         """Set when it is told to end."""
+        self.left_by: int | None = None
+        """Exit code of the run's other job, once that has ended for good; this one is told to end then."""
         self.environment = {**os.environ, **spec.environment, **read_secrets(spec.secrets_file)}
         """Variables of its command."""
         self._log = spec.logs / f"{task.name}.log"
@@ -112,6 +116,18 @@ class Component:
                 "start": self.task.start,
             },
         )
+
+    def look_after_other_job(self) -> None:
+        """Be told to end, from a thread of its own, when the run's other job has ended for good."""
+        part = Part.training if self.task.role == TRAINER else Part.judging
+
+        def look() -> None:
+            while not self.stopped.wait(_BEAT):
+                self.left_by = exit_code_of_other(self.spec.shared, part)
+                if self.left_by is not None:
+                    self.stopped.set()
+
+        threading.Thread(target=look, daemon=True).start()
 
     def run(self, command: Sequence[str], *, again: bool) -> int:
         """Run ``command`` until it ends for good, or this component is told to stop.
@@ -174,13 +190,20 @@ def run_component(role: str, spec: Spec) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: this.stopped.set())
     this.say("starting")
+    if spec.separate:
+        this.look_after_other_job()
+    why = ""
     try:
         code = ROLES[role](this)
     except RlptError as error:
-        this.failed(error.exit_code, f"error: {error}")
-        return error.exit_code
+        code, why = error.exit_code, f"error: {error}"
+    if this.left_by is not None:
+        if role != TRAINER or not code:
+            return 0
+        why = f"error: the judging job has ended with exit code {this.left_by}; its output says why"
+        code = this.left_by or TeacherError.exit_code
     if code not in (0, RunStopped.exit_code):
-        this.failed(code)
+        this.failed(code, why)
     return code
 
 
@@ -226,7 +249,7 @@ ROLES: dict[str, Callable[[Component], int]] = {
     "buffer": _buffer,
     "teacher": _teacher,
     "judges": _judges,
-    "trainer": _trainer,
+    TRAINER: _trainer,
 }
 
 

@@ -6,6 +6,7 @@ leaves to its users is in ``batch.py`` (signals, queueing again, last words) and
 
 from __future__ import annotations
 
+import getpass
 import os
 import shlex
 import shutil
@@ -13,7 +14,7 @@ import sys
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import nemo_run as run
 from nemo_run.config import get_nemorun_home
@@ -23,7 +24,9 @@ from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
 from launch.batch import setup_lines
 from launch.cluster import Allocation, Cluster, ContainerRuntime, ExecutorName, SlurmOptions
 from launch.code import SPEC
-from launch.topology import Component
+from launch.pair import JOBS, Part
+from launch.spec import SHARED
+from launch.topology import Component, is_separate
 
 _END = 5
 """Seconds between two looks of the batch script at its components, and before it ends those that are left."""
@@ -61,26 +64,61 @@ def build(cluster: Cluster, components: Sequence[Component], staged: Path, name:
             line = f"cd {shlex.quote(str(staged))} && exec {_python(cluster)} -m launch.local {SPEC}"
             experiment.add(run.Script(inline=line), executor=run.LocalExecutor(packager=Packager()), name="all")
             return experiment
-        executors = _executors(cluster, components, staged, run_dir)
-        scripts = [run.Script(inline=_line(cluster, component)) for component in components]
-        experiment.add(scripts, executor=executors, name="run")
+        if is_separate(cluster, components):
+            *judging, trainer = components
+            alone = [replace(component, first_node=0) for component in judging]
+            first = _add(experiment, cluster, alone, staged, run_dir, Part.judging)
+            _add(experiment, cluster, [trainer], staged, run_dir, Part.training, after=first)
+        else:
+            _add(experiment, cluster, components, staged, run_dir, Part.run)
     return experiment
 
 
+def submit(experiment: run.Experiment, run_dir: str) -> dict[str, str]:
+    """Queue the jobs of an experiment on Slurm, and note their numbers where its components and ``status`` find them.
+
+    Returns:
+        Part of the run -> number of its job.
+    """
+    tunnel = experiment.jobs[0].executor.tunnel
+    folder = shlex.quote(str(PurePosixPath(run_dir) / SHARED / JOBS))
+    # Numbers of an earlier launch are none of these jobs'.
+    tunnel.run(f"rm -rf {folder}")
+    experiment.run(detach=True)
+    jobs = {job.name: job.handle.rpartition("/")[2] for job in experiment.jobs}
+    tunnel.run(" && ".join([f"mkdir -p {folder}", *(f"echo {job} >{folder}/{part}" for part, job in jobs.items())]))
+    return jobs
+
+
+def _add(
+    experiment: run.Experiment,
+    cluster: Cluster,
+    components: Sequence[Component],
+    staged: Path,
+    run_dir: str,
+    part: Part,
+    after: str = "",
+) -> str:
+    """Add a job of these components, which starts once the job ``after`` has started; returns its name."""
+    executors = _executors(cluster, components, staged, run_dir, part)
+    scripts = [run.Script(inline=_line(cluster, component)) for component in components]
+    return str(experiment.add(scripts, executor=executors, name=part, dependencies=[after] if after else None))
+
+
 def _executors(
-    cluster: Cluster, components: Sequence[Component], staged: Path, run_dir: str
+    cluster: Cluster, components: Sequence[Component], staged: Path, run_dir: str, part: Part
 ) -> list[run.SlurmExecutor]:
-    """One per component; what the job asks for is taken from the first of them, or the first of each part."""
-    if cluster.slurm.allocation is Allocation.one or len(components) == 1:
+    """One per component; what the job asks for is taken from the first of them, or the first of each half."""
+    if cluster.slurm.allocation is not Allocation.heterogeneous or len(components) == 1:
         whole = _together(components)
-        return [_executor(cluster, component, whole, staged, run_dir) for component in components]
+        return [_executor(cluster, component, whole, staged, run_dir, part) for component in components]
     *judging, trainer = components
-    parts = [replace(component, first_node=0) for component in judging]
-    executors = [_executor(cluster, component, _together(parts), staged, run_dir) for component in parts]
-    executors.append(_executor(cluster, trainer, trainer, staged, run_dir))
+    half = [replace(component, first_node=0) for component in judging]
+    executors = [_executor(cluster, component, _together(half), staged, run_dir, part) for component in half]
+    executors.append(_executor(cluster, trainer, trainer, staged, run_dir, part))
     for executor in executors:
         executor.heterogeneous = True
-        executor.het_group_indices = [0] * len(parts) + [1]
+        executor.het_group_indices = [0] * len(half) + [1]
         # nemo-run leaves out for all parts what the first one does not ask for.
         if any(component.gpus_per_node for component in components):
             executor.gpus_per_node = executor.gpus_per_node or 0
@@ -88,16 +126,17 @@ def _executors(
 
 
 def _executor(
-    cluster: Cluster, component: Component, asked: Component, staged: Path, run_dir: str
+    cluster: Cluster, component: Component, asked: Component, staged: Path, run_dir: str, part: Part
 ) -> run.SlurmExecutor:
     """For one component.
 
     Args:
         cluster: where to.
         component: what its step gets.
-        asked: what its part of the job asks for.
+        asked: what its half of the job asks for.
         staged: folder of the code.
         run_dir: folder of the run.
+        part: what the job is of the run.
     """
     slurm, container = cluster.slurm, cluster.container
     pyxis = bool(container.image) and container.runtime is ContainerRuntime.pyxis
@@ -117,7 +156,8 @@ def _executor(
         container_mounts=list(container.mounts) if pyxis else [],
         additional_parameters=_further(slurm),
         srun_args=_step(component),
-        setup_lines=setup_lines(run_dir, requeue=slurm.requeue),
+        setup_lines=setup_lines(run_dir, part, requeue=slurm.requeue),
+        dependency_type="after",
         packager=StagedCode(folder=str(staged)),
         tunnel=_tunnel(cluster),
         wait_time_for_group_job=0,
@@ -179,7 +219,11 @@ def _tunnel(cluster: Cluster) -> LocalTunnel | SSHTunnel:
         # nemo-run looks for the script where it keeps experiments itself.
         return LocalTunnel(job_dir=os.path.join(get_nemorun_home(), "experiments"))
     return SSHTunnel(
-        host=tunnel.host, user=tunnel.user, identity=tunnel.identity or None, job_dir=f"{cluster.home}/experiments"
+        host=tunnel.host,
+        port=tunnel.port,
+        user=tunnel.user or getpass.getuser(),
+        identity=tunnel.identity or None,
+        job_dir=f"{cluster.home}/experiments",
     )
 
 

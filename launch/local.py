@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.pair import JOBS
 from launch.spec import Spec, publish
 from megatron_rlpt.errors import ConfigError, RunStopped
 from megatron_rlpt.processes import end_all, start_child
@@ -79,6 +81,7 @@ def forget_outcome(spec: Spec) -> None:
     """Before a start: what an earlier one left behind is none of it."""
     for name in (RUNNING, OUTCOME):
         (spec.shared / name).unlink(missing_ok=True)
+    shutil.rmtree(spec.shared / JOBS, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -17,6 +17,9 @@ from pathlib import Path
 
 from megatron_rlpt.errors import ConfigError
 
+SHARED = "cluster"
+"""Folder in ``run.dir``."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -38,11 +41,13 @@ class Spec:
     judge_workers: int = 0
     ranks_per_node: int = 1
     gate: float = 1800.0
+    separate: bool = False
+    """Whether judging and training are jobs of their own (``pair.py``)."""
 
     @property
     def shared(self) -> Path:
         """The folder that components find each other in."""
-        return Path(self.run_dir) / "cluster"
+        return Path(self.run_dir) / SHARED
 
     @property
     def logs(self) -> Path:

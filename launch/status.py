@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.pair import JOBS, Part
+from launch.spec import SHARED
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.liveness import HEARTBEAT
 
@@ -29,12 +31,16 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
         ConfigError: nothing was launched there.
     """
     console = console or Console(soft_wrap=True)
-    shared = run_dir / "cluster"
-    components = _newest([_read(path) for path in sorted((shared / "status").glob("*.json"))])
+    shared = run_dir / SHARED
+    jobs = _jobs(shared)
+    components = _current([_read(path) for path in sorted((shared / "status").glob("*.json"))], jobs)
+    if not components and not jobs:
+        raise ConfigError(f"{run_dir} holds no launched run (nothing in {shared}); start one with rlpt launch")
+    for part, job in jobs.items():
+        console.print(f"{part} job {job}: {_job_state(job)}" if len(jobs) > 1 else f"job {job}: {_job_state(job)}")
     if not components:
-        raise ConfigError(f"{run_dir} holds no launched run (no {shared}/status); start one with rlpt launch")
-    if jobs := _read(shared / "launch.json").get("jobs"):
-        console.print(f"job {', '.join(jobs)}: {_job_states(jobs)}")
+        console.print("no component has started yet")
+        return 0
     beat = _read(run_dir / HEARTBEAT)
     if beat:
         console.print(_progress(beat))
@@ -60,10 +66,23 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
     return int(bad)
 
 
-def _newest(components: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the last start of the job; it may have had more of them before."""
-    start = max(components, key=lambda component: float(component["time"]), default={}).get("start")
-    return [component for component in components if component["start"] == start]
+def _jobs(shared: Path) -> dict[str, str]:
+    """Part of the run -> number of its job, in the order in which they start."""
+    return {part: path.read_text(encoding="utf-8").strip() for part in Part if (path := shared / JOBS / part).is_file()}
+
+
+def _current(components: list[dict[str, Any]], jobs: dict[str, str]) -> list[dict[str, Any]]:
+    """Those of the last start of every job; a job may have had more of them before, and the folder other jobs."""
+
+    def job_of(component: dict[str, Any]) -> str:
+        return str(component["start"]).partition(".")[0] if jobs else ""
+
+    newest = {
+        job_of(component): component["start"]
+        for component in sorted(components, key=lambda component: float(component["time"]))
+        if not jobs or job_of(component) in jobs.values()
+    }
+    return [component for component in components if component["start"] == newest.get(job_of(component))]
 
 
 def _is_over(component: dict[str, Any]) -> bool:
@@ -91,16 +110,16 @@ def _progress(beat: dict[str, Any]) -> str:
     return f"{place}{stage}, heard of {_ago(beat['time'])} ago"
 
 
-def _job_states(jobs: list[str]) -> str:
-    """As Slurm knows them, where it is to be asked from here."""
+def _job_state(job: str) -> str:
+    """As Slurm knows it, where it is to be asked from here."""
     if shutil.which("squeue") is None:
         return "Slurm is not on this machine"
     done = subprocess.run(
-        ["squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", "--format=%i %T %M of %l %R"],
+        ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %M of %l %R"],
         capture_output=True,
         text=True,
     )
-    # A job that ended some minutes ago is not in the queue any more.
+    # A job that ended some minutes ago is not in the queue any more. A heterogeneous one has a line for every half.
     return "; ".join(done.stdout.split("\n")).strip("; ") if done.stdout.strip() else "not in the queue"
 
 

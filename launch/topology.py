@@ -8,10 +8,11 @@ trainer    one process per rank
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.cluster import Cluster, ExecutorName
+from launch.cluster import Allocation, Cluster, ExecutorName
 from launch.code import CONFIG
 from launch.spec import Spec
 from megatron_rlpt.config import Config, TeacherPlace, needs_judge
@@ -116,7 +117,14 @@ def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Sp
         judge_workers=cluster.judges.workers,
         ranks_per_node=cluster.trainer.ranks_per_node,
         gate=cluster.guards.gate,
+        separate=is_separate(cluster, components),
     )
+
+
+def is_separate(cluster: Cluster, components: Sequence[Component]) -> bool:
+    """Whether judging and training are jobs of their own; a run that judges by itself is one job."""
+    slurm = cluster.executor is ExecutorName.slurm
+    return slurm and cluster.slurm.allocation is Allocation.separate and len(components) > 1
 
 
 def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Config:

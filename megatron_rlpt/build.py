@@ -93,6 +93,7 @@ def build(
         steps=config.train.steps,
         staleness=config.train.staleness,
         background=background,
+        timer=timer,
     )
     return Training(
         config,

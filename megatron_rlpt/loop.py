@@ -100,7 +100,8 @@ def train(run: Training) -> None:
             if run.engine and run.engine.version != run.policy.version:
                 run.engine.update_weights(run.policy.weights(), run.policy.version)
         run.done += 1
-        metrics = step_metrics(groups, selection, figures, failure_rate, run.timer.end_step())
+        seconds, beside = run.timer.end_step(), run.timer.end_background()
+        metrics = step_metrics(groups, selection, figures, failure_rate, seconds, beside)
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
         run.saver.poll()
         if run.done % config.checkpoint.every == 0:

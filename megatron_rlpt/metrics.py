@@ -16,11 +16,12 @@ def step_metrics(
     update: Mapping[str, float],
     failure_rate: float,
     seconds: Mapping[str, float],
+    background: Mapping[str, float],
 ) -> dict[str, float]:
     """Flat name -> value.
 
-    ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on) and ``seconds``
-    the time by stage. Rewards are per source, over candidates that have a score. ``<source>_chosen_rate`` is the share
+    ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on), ``seconds`` the
+    time by stage, and ``background`` the seconds of what went on beside the stages. Rewards are per source, over candidates that have a score. ``<source>_chosen_rate`` is the share
     of the update's examples whose chosen candidate came from that source (paper, Figure 8, for rollouts). What starts
     with ``judge/`` is explained in ``teacher/health.py``.
     """
@@ -49,4 +50,5 @@ def step_metrics(
     metrics |= judge_health(groups)
     metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
     metrics["seconds/total"] = sum(seconds.values())
+    metrics |= {f"background/{what}": value for what, value in background.items()}
     return metrics

@@ -22,6 +22,7 @@ from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.curriculum import Curriculum
 from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.judging import Judging
+from megatron_rlpt.observe import StageTimer
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Group, without_stale
 
@@ -40,6 +41,7 @@ class Pipeline:
         steps: batches of the run.
         staleness: S.
         background: propose in a thread of its own.
+        timer: times what is proposed in the background.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Pipeline:
         steps: int,
         staleness: int,
         background: bool,
+        timer: StageTimer | None = None,
     ) -> None:
         self.stream = stream
         self.proposer = proposer
@@ -65,6 +68,7 @@ class Pipeline:
         self._proposed = 0
         """Batches proposed, or being proposed."""
         self._pool = ThreadPoolExecutor(1, "propose") if background else None
+        self._timer = timer or StageTimer(None)
         self._work: Future[None] | None = None
         self._closed = threading.Event()
         self._restored: dict[int, Group] = {}
@@ -89,7 +93,7 @@ class Pipeline:
         if self._pool is None:
             self._propose(numbers, level, version)
         else:
-            self._work = self._pool.submit(self._propose, numbers, level, version)
+            self._work = self._pool.submit(self._propose_beside, numbers, level, version)
 
     def collect(self, step: int, version: int, stop: Callable[[], bool]) -> list[Group] | None:
         """The judged groups of ``step``, in the order of their episodes; waits for them.
@@ -151,6 +155,10 @@ class Pipeline:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self.judging.close()
+
+    def _propose_beside(self, numbers: range, level: int, version: int) -> None:
+        with self._timer.background("generate"):
+            self._propose(numbers, level, version)
 
     def _propose(self, numbers: range, level: int, version: int) -> None:
         for number in numbers:

@@ -308,22 +308,9 @@ class Ranks:
             self._distributed.broadcast_object_list(outcomes, src=self._replicas[self._mine][0], group=self._replica)
         return [item for outcome in outcomes for item in _unpack(outcome)]
 
-    @contextlib.contextmanager
-    def contact(self) -> Iterator[None]:
-        """Around work with collectives of any kind: that another rank has gone is one line, not a traceback.
-
-        Raises:
-            LostContactError: a collective failed because another rank ended or did not come.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if self.size == 1 or not is_lost_contact(error):
-                raise
-            raise LostContactError(
-                f"lost contact with another rank ({first_line(error)}); look at the logs of the other ranks for the "
-                "one that failed first, then start the run again"
-            ) from error
+    def contact(self) -> contextlib.AbstractContextManager[None]:
+        """Around work with collectives of any kind, see ``contact_kept``; in a world of one there is none to lose."""
+        return contact_kept() if self.size > 1 else contextlib.nullcontext()
 
     def _attempt(self, work: Callable[[], Any], prefix: str = "") -> _Outcome:
         """What ``work`` came to, for others to know; ``prefix`` is put before what a user can mend."""
@@ -346,6 +333,24 @@ class Ranks:
 
 class LostContactError(TrainingError):
     """Another rank has ended or did not come, so that nothing can be agreed on any more."""
+
+
+@contextlib.contextmanager
+def contact_kept() -> Iterator[None]:
+    """Around work with collectives: that another rank has gone is one line, not a traceback.
+
+    Raises:
+        LostContactError: a collective failed because another rank ended or did not come.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        raise LostContactError(
+            f"lost contact with another rank ({first_line(error)}); look at the logs of the other ranks for the one "
+            "that failed first, then start the run again"
+        ) from error
 
 
 def is_lost_contact(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ bash tools/setup.sh
 bash tools/setup_launch.sh
 .venv/bin/python tools/prepare_demo.py
 .venv/bin/python tools/sandbox/slurm.py install || echo "without Slurm, its tests will fail" >&2
+.venv/bin/python tools/sandbox/login.py install || echo "without an SSH server, the test of one will fail" >&2
 .venv/bin/python tools/sandbox/redis.py install || echo "without Redis, its tests will fail" >&2
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

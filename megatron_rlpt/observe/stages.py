@@ -30,6 +30,7 @@ class StageTimer:
         self._step = start
         self._on_stage = on_stage
         self._seconds: dict[str, float] = {}
+        self._background: dict[str, float] = {}
         self._open: list[str] = []
         self._file = None if path is None else _open_trace(path)
         # Wall clock places the spans of several processes on one time line, the monotonic clock measures them.
@@ -52,27 +53,27 @@ class StageTimer:
         if self._on_stage is not None:
             self._on_stage(name)
         self._open.append(name)
-        begin = time.perf_counter()
         try:
-            yield
+            with self._span(name, self._seconds):
+                yield
         finally:
-            seconds = time.perf_counter() - begin
             self._open.pop()
-            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-            self._event(
-                {
-                    "name": name,
-                    "ph": "X",
-                    "ts": round((begin + self._wall_offset) * 1e6, 1),
-                    "dur": round(seconds * 1e6, 1),
-                    "args": {"step": self._step},
-                }
-            )
+
+    @contextmanager
+    def background(self, name: str) -> Iterator[None]:
+        """The same for work beside the stages, in a thread of its own; ``end_background`` has its seconds."""
+        with self._span(name, self._background):
+            yield
 
     def end_step(self) -> dict[str, float]:
         """Seconds per stage of the step that ends here, in the order the stages first ended; the next step begins."""
         seconds, self._seconds = self._seconds, {}
         self._step += 1
+        return seconds
+
+    def end_background(self) -> dict[str, float]:
+        """Seconds of what ended in the background since this was last asked."""
+        seconds, self._background = self._background, {}
         return seconds
 
     def close(self) -> None:
@@ -88,6 +89,24 @@ class StageTimer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @contextmanager
+    def _span(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            seconds[name] = seconds.get(name, 0.0) + spent
+            self._event(
+                {
+                    "name": name,
+                    "ph": "X",
+                    "ts": round((begin + self._wall_offset) * 1e6, 1),
+                    "dur": round(spent * 1e6, 1),
+                    "args": {"step": self._step},
+                }
+            )
 
     def _event(self, event: dict[str, Any]) -> None:
         if self._file is not None:

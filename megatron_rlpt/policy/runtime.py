@@ -31,7 +31,7 @@ import torch
 from megatron_rlpt.errors import ConfigError, TrainingError, first_line
 from megatron_rlpt.policy import compat
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.ranks import Place, Ranks, find_place, ranks_on_this_machine
+from megatron_rlpt.ranks import Place, Ranks, contact_kept, find_place, ranks_on_this_machine
 
 # malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -303,7 +303,7 @@ class DeviceRuntime:
 
         Raises:
             ConfigError: ranks share a GPU.
-            TrainingError: the ranks did not find each other in time.
+            TrainingError: the ranks did not find each other in time, or one has ended.
         """
         from megatron.core import parallel_state, tensor_parallel
 
@@ -327,7 +327,8 @@ class DeviceRuntime:
         if parallel_state.is_initialized():
             assert layout == self._layout, f"the groups are those of {self._layout}, not of {layout}"
         else:
-            with self.megatron():
+            # Torch does not wait for all ranks once a group is made: one that has ended by then breaks it for the rest.
+            with contact_kept(), self.megatron():
                 parallel_state.initialize_model_parallel(
                     tensor_model_parallel_size=layout.tensor,
                     pipeline_model_parallel_size=layout.pipeline,
@@ -340,7 +341,8 @@ class DeviceRuntime:
                 )
                 tensor_parallel.model_parallel_cuda_manual_seed(1)
             DeviceRuntime._layout = layout
-            DeviceRuntime._ranks = ranks = Ranks(place.rank, layout if layout.world > 1 else None, timeout)
+            with contact_kept():
+                DeviceRuntime._ranks = ranks = Ranks(place.rank, layout if layout.world > 1 else None, timeout)
             if self.on_cuda:
                 # NCCL, which is used after this, would name neither the ranks nor the fix.
                 gpu = str(torch.cuda.get_device_properties(self.device).uuid)

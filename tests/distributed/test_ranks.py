@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,8 +223,13 @@ def test_a_rank_that_fails_in_a_shared_stream_goes_on_to_its_end_with_the_others
 def lose_rank_1(folder: Path) -> None:
     rank = torch.distributed.get_rank()
     ranks = Ranks(rank, Shape(world=2, tensor=1), timeout=30.0)
+    ready = folder / "ready"
     if rank == 1:
+        # Groups are made without waiting for each other: a death now would be one while they are made.
+        while not ready.exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
+    ready.touch()
 
     def sum_up() -> None:
         torch.distributed.all_reduce(torch.ones(1))
@@ -239,13 +245,17 @@ def lose_rank_1(folder: Path) -> None:
     (folder / "found").write_text("\n".join(": ".join(error_of(act)) for act in (alone, agreed)))
 
 
+LOST = r"LostContactError: lost contact with another rank \(.*gloo/.*\); look at the logs of "
+
+
 def test_a_rank_that_dies_in_a_collective_is_one_line_for_the_others(tmp_path):
-    with pytest.raises(WorldError):
+    with pytest.raises(WorldError) as caught:
         run_world(2, lose_rank_1, tmp_path)
+    assert (tmp_path / "found").exists(), str(caught.value)
     lines = (tmp_path / "found").read_text().splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert re.match(r"LostContactError: lost contact with another rank \(.*gloo/.*\); look at the logs of ", line)
+        assert re.match(LOST, line)
 
 
 def test_teachers_of_leaders_work_for_all(found):

@@ -13,13 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
+from sandbox_script import call
 from tiny_runs import finish, json_lines, lasting_metrics, start, write_config
 
 from megatron_rlpt.buffer.open import open_url
 
 ROOT = Path(__file__).resolve().parents[2]
+LOGIN = ROOT / "tools/sandbox/login.py"
 RLPT = [str(ROOT / ".venv-launch/bin/rlpt")]
 STEPS = 8
+FIRST_LINE = "#!/bin/bash\n"
 SECTIONS = {
     "model": {"dtype": "bf16"},
     "teacher": {"place": "workers", "workers": {"own_model": True, "groups": 2, "lease": 5.0, "metrics_port": -1}},
@@ -48,19 +51,22 @@ class Launched:
             json.dumps({**PLACE, "python": python, "home": home, "slurm": {"time": "30:00", **slurm}})
         )
 
-    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def launch(self, *arguments: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [*RLPT, "launch", "--cluster", str(self.place), "-c", str(self.config), "--pack-dirty", *arguments]
         # The launcher's environment is a user's: variables of this process's torch and pytest are none of its.
         done = subprocess.run(
-            command, cwd=ROOT, env=self.cluster.variables, capture_output=True, text=True, timeout=300
+            command,
+            cwd=ROOT,
+            env=variables or self.cluster.variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         return done
 
-    @property
-    def job(self) -> str:
-        (job,) = json.loads((self.folder / "cluster/launch.json").read_text())["jobs"]
-        return job
+    def job(self, part: str = "run") -> str:
+        return (self.folder / "cluster/jobs" / part).read_text().strip()
 
     def wait(self, found):
         """Wait for something of a job that goes on."""
@@ -70,19 +76,19 @@ class Launched:
             time.sleep(0.2)
         return value
 
-    def ended(self) -> tuple[str, str]:
+    def ended(self, part: str = "run") -> tuple[str, str]:
         """State and exit code in accounting, once the job is over."""
 
         def look() -> tuple[str, str] | None:
-            rows = self.cluster.run("sacct", "-n", "-P", "-X", "-o", "State,ExitCode", "-j", self.job).split()
+            rows = self.cluster.run("sacct", "-n", "-P", "-X", "-o", "State,ExitCode", "-j", self.job(part)).split()
             state, code = rows[0].split("|") if rows else ("", "")
             return None if state in ("", "PENDING", "RUNNING", "REQUEUED", "COMPLETING") else (state, code)
 
         return self.wait(look)
 
-    def output(self) -> str:
+    def output(self, part: str = "run") -> str:
         """What the batch script wrote."""
-        (path,) = self.place.parent.glob("home/experiments/*/*/*/sbatch_*.out")
+        (path,) = self.place.parent.glob(f"home/experiments/*/*/{part}/sbatch_*.out")
         return path.read_text()
 
     def status(self) -> str:
@@ -102,6 +108,18 @@ class Launched:
     def steps(self) -> int:
         path = self.folder / "metrics.jsonl"
         return len(json_lines(path)) if path.exists() else 0
+
+
+@pytest.fixture
+def login(cluster, tmp_path, monkeypatch):
+    """A way to the cluster for who is elsewhere: options of the launch, and variables without Slurm's."""
+    folder = tmp_path / "login"
+    monkeypatch.setenv("SLURM_CONF", cluster.variables["SLURM_CONF"])
+    code, out, err = call(LOGIN, "start", folder)
+    assert code == 0, err
+    variables = {name: value for name, value in cluster.variables.items() if not name.startswith("SLURM")}
+    yield out.split(), variables | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "NEMORUN_HOME": f"{tmp_path}/here"}
+    assert call(LOGIN, "stop", folder)[0] == 0
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +165,7 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_m
     run.wait(lambda: "queued again" in run.output())
     done = run.steps()
     assert done < STEPS
-    run.wait(
-        lambda: (
-            "judges" in run.status()
-            and json.loads((run.folder / "cluster/status/judges-00000.json").read_text())["start"].endswith(".1")
-        )
-    )
+    run.wait(lambda: "judges" in run.status() and run.start_of("judges-00000").endswith(".1"))
     with run.buffer() as buffer:
         buffer.drain(False)
     assert run.ended() == ("COMPLETED", "0:0"), run.output()
@@ -161,16 +174,65 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_m
     assert_equal_runs(run.folder, calm)
 
 
-@pytest.mark.parametrize("allocation", ["one", "heterogeneous"])
+@pytest.mark.parametrize("allocation", ["one", "heterogeneous", "separate"])
 def test_a_trainer_that_fails_ends_the_job_with_its_exit_code_and_its_last_words(
     cluster, served_model, corpus, tmp_path, allocation
 ):
     run = Launched(tmp_path, cluster, served_model, corpus, allocation=allocation)
     run.launch("rollout.max_logprob_gap=1e-9", "rollout.warn_logprob_gap=1e-9")
-    assert run.ended() == ("FAILED", "7:0")
-    last = run.output().rstrip().splitlines()[-1]
+    part = "training" if allocation == "separate" else "run"
+    assert run.ended(part) == ("FAILED", "7:0")
+    last = run.output(part).rstrip().splitlines()[-1]
     assert last.startswith("error: engine and trainer disagree by")
     assert "failed with exit code 7" in run.status()
+    if allocation == "separate":
+        assert run.ended("judging") == ("COMPLETED", "0:0")
+
+
+def test_judging_in_a_job_of_its_own_whose_time_is_up_goes_on_together_with_training(
+    calm, cluster, served_model, corpus, tmp_path
+):
+    run = Launched(tmp_path, cluster, served_model, corpus, allocation="separate")
+    run.launch()
+    run.wait(lambda: run.steps() >= 2)
+    with run.buffer() as buffer:
+        buffer.drain(True)
+    cluster.run("scancel", "--batch", "--signal=USR1", run.job("judging"))
+    for part in ("training", "judging"):
+        run.wait(lambda part=part: "queued again" in run.output(part))
+    done = run.steps()
+    assert done < STEPS
+    run.wait(lambda: run.start_of("judges-00000").endswith(".1"))
+    with run.buffer() as buffer:
+        buffer.drain(False)
+    assert run.ended("training") == ("COMPLETED", "0:0"), run.output("training")
+    assert run.ended("judging") == ("COMPLETED", "0:0"), run.output("judging")
+    assert run.start_of("trainer-00000").endswith(".1")
+    assert f"steps={done}" in (run.folder / "run.log").read_text()
+    assert_equal_runs(run.folder, calm)
+
+
+def test_a_judging_job_that_is_cancelled_ends_the_training_job_with_a_checkpoint(
+    cluster, served_model, corpus, tmp_path
+):
+    run = Launched(tmp_path, cluster, served_model, corpus, allocation="separate")
+    run.launch("train.steps=100000")
+    run.wait(lambda: run.steps() >= 1)
+    cluster.run("scancel", run.job("judging"))
+    assert run.ended("training") == ("FAILED", "6:0"), run.output("training")
+    assert "the judging job has ended" in run.output("training").rstrip().splitlines()[-1]
+    assert list((run.folder / "checkpoints").glob("step-*"))
+
+
+def test_a_run_is_launched_from_another_machine_through_a_login_node(cluster, login, served_model, corpus, tmp_path):
+    options, variables = login
+    run = Launched(tmp_path, cluster, served_model, corpus)
+    out = run.launch("train.steps=1", *options, variables=variables).stdout
+    assert f"submitted as job {run.job()}; rlpt status {run.folder} on 127.0.0.1 shows" in out
+    assert run.ended() == ("COMPLETED", "0:0"), run.output()
+    assert "step 1 of 1" in run.status()
+    (code,) = tmp_path.glob("home/experiments/*/*/run/code/job/code.json")
+    assert json.loads(code.read_text())["commit"]
 
 
 def test_a_dry_run_prints_a_script_that_bash_and_slurm_accept_and_starts_nothing(
@@ -199,7 +261,7 @@ def test_slurm_would_take_the_job_of_every_recipe(recipe, cluster, tmp_path):
         "slurm": {"partition": "imagined"},
     }
     (tmp_path / "cluster.yaml").write_text(json.dumps(place))
-    for allocation in ("one", "heterogeneous"):
+    for allocation, count in {"one": 1, "heterogeneous": 1, "separate": 2}.items():
         command = [
             "launch",
             "--cluster",
@@ -217,7 +279,10 @@ def test_slurm_would_take_the_job_of_every_recipe(recipe, cluster, tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        script = tmp_path / "job.sh"
-        script.write_text(done.stdout)
-        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-        cluster.run("sbatch", "--test-only", str(script))
+        scripts = [FIRST_LINE + text for text in done.stdout.split(FIRST_LINE)[1:]]
+        assert len(scripts) == count
+        for text in scripts:
+            script = tmp_path / "job.sh"
+            script.write_text(text)
+            assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+            cluster.run("sbatch", "--test-only", str(script))

@@ -1,6 +1,7 @@
 """Stage seconds and the trace: true also after an exception or a kill."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -38,6 +39,28 @@ def test_running_stage_is_known_and_announced():
         assert timer.current == "sync"
     assert timer.current is None
     assert seen == ["rollout", "sync"]
+
+
+def test_work_in_the_background_is_timed_apart_from_the_stages_it_goes_on_beside(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    timer = StageTimer(path)
+
+    def generate() -> None:
+        with timer.background("generate"):
+            time.sleep(0.02)
+
+    with timer.stage("update"):
+        thread = threading.Thread(target=generate)
+        thread.start()
+        thread.join()
+        assert timer.current == "update"
+    assert list(timer.end_step()) == ["update"]
+    assert 0.02 <= timer.end_background()["generate"] < 1
+    assert timer.end_background() == {}
+    timer.close()
+    beside, stage = spans(path)
+    assert (beside["name"], stage["name"]) == ("generate", "update")
+    assert beside["tid"] != stage["tid"], "a track of its own"
 
 
 def test_a_stage_that_fails_is_timed_and_closed(tmp_path):

@@ -97,6 +97,8 @@ class SlurmOptions:
     """Account that pays."""
     partition: str = ""
     """Partition of the job."""
+    judging_partition: str = ""
+    """Partition of the job that judges, with ``allocation: separate``; empty is the other's."""
     qos: str = ""
     """Quality of service."""
     reservation: str = ""
@@ -251,6 +253,11 @@ def _check_slurm(cluster: Cluster) -> None:
         raise ConfigError(
             f"slurm.stop_lead is {cluster.slurm.stop_lead} s and slurm.time {time} s; allowed: a lead shorter than the "
             "time, so that there is something left to train in"
+        )
+    if cluster.slurm.judging_partition and cluster.slurm.allocation is not Allocation.separate:
+        raise ConfigError(
+            f"slurm.judging_partition is {cluster.slurm.judging_partition} and slurm.allocation "
+            f"{cluster.slurm.allocation}; allowed: a partition for judging with allocation separate only"
         )
     if cluster.container.image and not cluster.python:
         raise ConfigError("container.image is set and python is not; name the interpreter inside the container")

@@ -85,7 +85,7 @@ def submit(experiment: run.Experiment, run_dir: str) -> dict[str, str]:
     # Numbers of an earlier launch are none of these jobs'.
     tunnel.run(f"rm -rf {folder}")
     experiment.run(detach=True)
-    jobs = {job.name: job.handle.rpartition("/")[2] for job in experiment.jobs}
+    jobs = {job.id: job.handle.rpartition("/")[2] for job in experiment.jobs}
     tunnel.run(" && ".join([f"mkdir -p {folder}", *(f"echo {job} >{folder}/{part}" for part, job in jobs.items())]))
     return jobs
 
@@ -142,7 +142,7 @@ def _executor(
     pyxis = bool(container.image) and container.runtime is ContainerRuntime.pyxis
     return run.SlurmExecutor(
         account=slurm.account or None,
-        partition=slurm.partition or None,
+        partition=(part is Part.judging and slurm.judging_partition) or slurm.partition or None,
         qos=slurm.qos or None,
         job_name_prefix="rlpt-",
         time=slurm.time,

@@ -21,9 +21,10 @@ def step_metrics(
     """Flat name -> value.
 
     ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on), ``seconds`` the
-    time by stage, and ``background`` the seconds of what went on beside the stages. Rewards are per source, over candidates that have a score. ``<source>_chosen_rate`` is the share
-    of the update's examples whose chosen candidate came from that source (paper, Figure 8, for rollouts). What starts
-    with ``judge/`` is explained in ``teacher/health.py``.
+    time by stage, and ``background`` the seconds of what went on beside the stages. Rewards are per source, over
+    candidates that have a score. ``<source>_chosen_rate`` is the share of the update's examples whose chosen candidate
+    came from that source (paper, Figure 8, for rollouts). What starts with ``judge/`` is explained in
+    ``teacher/health.py``.
     """
     metrics = dict(update)
     examples = selection.examples

@@ -30,7 +30,9 @@ _Result = TypeVar("_Result")
 class RedisConnection:
     """Calls operations of ``redis_store.lua`` on one buffer. Safe to use from several threads and forked processes."""
 
-    def __init__(self, address: RedisAddress, key: str, password: str | None, retry: float) -> None:
+    def __init__(
+        self, address: RedisAddress, key: str, password: str | None, retry: float, stopping: Callable[[], bool]
+    ) -> None:
         """Connect, and check that the server will keep what it is given.
 
         Args:
@@ -38,6 +40,7 @@ class RedisConnection:
             key: the buffer's key, which all its other keys begin with.
             password: of the server; None is none.
             retry: seconds to go on trying when the server cannot be reached or used, in all.
+            stopping: whether to give up before, as the process is to end; asked between two tries.
 
         Raises:
             BufferUnavailableError: the server cannot be reached, is too old, refuses the password, or would drop keys.
@@ -52,6 +55,7 @@ class RedisConnection:
         self._where = str(address)
         self._key = key
         self._retry = retry
+        self._stopping = stopping
         patience = min(_LONGEST_ANSWER, max(retry, 1.0))
         self._client = redis.Redis(
             host=address.host,
@@ -99,6 +103,10 @@ class RedisConnection:
                 wait = pause * random.uniform(0.5, 1.0)
                 if not _is_transient(error) or time.monotonic() + wait > deadline:
                     raise self._unavailable(error) from None
+                if self._stopping():
+                    raise BufferUnavailableError(
+                        f"{self._where} cannot be reached or used ({first_line(error)}), and the run is to stop"
+                    ) from None
             time.sleep(wait)
             pause = min(2 * pause, _PAUSE[1])
 

@@ -1,6 +1,6 @@
 """Seconds per step as the planner simulates them, against real asynchronous runs on a CPU.
 
-    python tools/bench/plan_simulation.py [--steps 16] [--judge 0.6 1.5] [--staleness 0 1 2] [--runs 1] [--json FILE]
+    python tools/bench/plan_simulation.py [--steps 16] [--judge 0.6 1.5] [--staleness 0 1 2] [--json FILE]
 
 A run is ``rlpt train`` with a random Llama: the Megatron policy, a vLLM engine (in a process of its own where it works
 beside the policy) and the rollout buffer (SQLite) are the real ones, with one thread each. Judging is the real worker
@@ -8,9 +8,11 @@ whose judge waits for so many seconds per group instead of computing, as one doe
 so on two cores policy and engine have a core each. The first and the last steps, in which the pipeline fills and
 empties, are left out.
 
-What the simulation is given was measured in a run with staleness 0, in which nothing is at work beside anything else:
-the seconds of generation, update and sync, and of what a step takes besides its stages. All other runs are predicted
-from that one.
+What the simulation is given are the seconds of generation, update and sync, and of what a step takes besides its
+stages, as two runs had them: the first with staleness 0, in which nothing is at work beside anything else, for runs
+with staleness 0; and the first with more, in which generation and update go on beside each other and, on one machine,
+slow each other down, for the others. The last column says what would be predicted of these from the run with
+staleness 0, as if each stage had a machine of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -54,10 +56,44 @@ class Stages:
     step: float
     """From one end to the next."""
     generate: float
+    """In the background where staleness is above 0."""
     update: float
     sync: float
     rest: float
     """Of a step outside of its stages: metrics, samples."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run, and what was simulated of it."""
+
+    judge: float
+    staleness: int
+    measured: Stages
+    simulated: float
+    alone: float
+    """Simulated from stages that nothing goes on beside."""
+    predicted: bool
+    """Whether the stages that the simulation was given are those of another run."""
+
+    @property
+    def error(self) -> float:
+        """Of the simulated step."""
+        return self.simulated / self.measured.step - 1
+
+    def __str__(self) -> str:
+        found = self.measured
+        cells = [
+            f"{self.judge}",
+            f"{self.staleness}",
+            f"{found.generate:.2f}",
+            f"{found.update:.2f}",
+            f"{found.step:.2f}",
+            f"{self.simulated:.2f}",
+            f"{self.error:+.1%}" if self.predicted else f"({self.error:+.1%})",
+            f"{self.alone / found.step - 1:+.1%}",
+        ]
+        return "| " + " | ".join(cells) + " |"
 
 
 class Teacher:
@@ -168,16 +204,17 @@ def measure(model: Path, corpus: Path, judge: float, staleness: int, steps: int)
     shown = lines[filling : filling + steps]
     step = (shown[-1]["time"] - lines[filling - 1]["time"]) / len(shown)
 
-    def mean(stage: str) -> float:
-        return fmean(line[f"seconds/{stage}"] for line in shown)
+    def mean(name: str) -> float:
+        return fmean(line[name] for line in shown)
 
-    return Stages(step, mean("generate"), mean("update"), mean("sync"), step - mean("total"))
+    generate = mean("background/generate" if staleness else "seconds/generate")
+    return Stages(step, generate, mean("seconds/update"), mean("seconds/sync"), step - mean("seconds/total"))
 
 
-def predict(alone: Stages, judge: float, staleness: int, steps: int) -> float:
-    """Simulated seconds per step, from the stages of a run in which each works alone."""
-    rollouts = Rollouts(ROLLOUTS, SUFFIX, BATCH * ROLLOUTS * SUFFIX / alone.generate)
-    work = Workload(BATCH, PART, staleness, Service(alone.update + alone.rest), alone.sync)
+def predict(given: Stages, judge: float, staleness: int, steps: int) -> float:
+    """Simulated seconds per step, from the stages of another run."""
+    rollouts = Rollouts(ROLLOUTS, SUFFIX, BATCH * ROLLOUTS * SUFFIX / given.generate)
+    work = Workload(BATCH, PART, staleness, Service(given.update + given.rest), given.sync)
     cluster = Cluster(rollouts, Judges(1, SLOTS, Service(judge)))
     return simulate(cluster, work, steps + 2 * staleness + 4).step_seconds
 
@@ -188,31 +225,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="steps measured of each run")
     parser.add_argument("--judge", type=float, nargs="+", default=[0.6, 1.5], help="seconds that judging a group takes")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     arguments = parser.parse_args()
+    head = ("judge / s", "staleness", "generate", "update", "measured / s", "simulated / s", "error", "from alone")
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
+    given: dict[bool, Stages] = {}
     rows = []
     with tempfile.TemporaryDirectory() as name:
         model, corpus = make_inputs(Path(name))
-        alone = measure(model, corpus, arguments.judge[0], 0, arguments.steps)
+        for staleness in sorted(arguments.staleness):
+            for judge in arguments.judge:
+                found = measure(model, corpus, judge, staleness, arguments.steps)
+                given.setdefault(staleness > 0, found)
+                simulated, alone = (
+                    predict(given[beside], judge, staleness, arguments.steps) for beside in (staleness > 0, False)
+                )
+                row = Row(judge, staleness, found, simulated, alone, predicted=found is not given[staleness > 0])
+                print(row, flush=True)
+                rows.append(row)
+    if errors := [abs(row.error) for row in rows if row.predicted]:
         print(
-            f"alone: generate {alone.generate:.2f} s, update {alone.update:.2f} s, sync {alone.sync:.2f} s, rest "
-            f"{alone.rest:.2f} s per step; judging a group {' or '.join(map(str, arguments.judge))} s, "
-            f"{SLOTS} at once\n"
+            f"\nruns whose own stages were not given: error {fmean(errors):.1%} on average, {max(errors):.1%} at most"
         )
-        head = ("judge / s", "staleness", "measured / s", "simulated / s", "error", "update beside / alone")
-        print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
-        for judge in arguments.judge:
-            for staleness in arguments.staleness:
-                simulated = predict(alone, judge, staleness, arguments.steps)
-                for _ in range(arguments.runs):
-                    found = measure(model, corpus, judge, staleness, arguments.steps)
-                    error, slower = simulated / found.step - 1, found.update / alone.update
-                    cells = [str(judge), str(staleness), f"{found.step:.2f}", f"{simulated:.2f}"]
-                    print("| " + " | ".join([*cells, f"{error:+.1%}", f"{slower:.2f}"]) + " |", flush=True)
-                    rows.append({"judge": judge, "staleness": staleness, "error": error, "update": slower})
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows))
+        arguments.json.write_text(json.dumps([asdict(row) | {"error": row.error} for row in rows], indent=1))
 
 
 if __name__ == "__main__":

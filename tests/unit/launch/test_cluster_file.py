@@ -44,6 +44,7 @@ def test_sections_are_merged_over_the_defaults(tmp_path):
         ({**SLURM, "python": "", "container": {"image": "x"}}, "name the interpreter inside the container"),
         ({**SLURM, "python": "", "tunnel": {"host": "x"}}, "name the interpreter on the cluster"),
         ({**SLURM, "home": "runs"}, "home is runs; allowed with executor slurm: an absolute path"),
+        ({**SLURM, "slurm": {"judging_partition": "a"}}, "a partition for judging with allocation separate only"),
         ({**SLURM, "slurm": {"extra": {"--comment": "x"}}}, "without its dashes"),
     ],
 )

@@ -32,6 +32,7 @@ from launch.pair import Part, exit_code_of_other
 from launch.spec import Spec, publish, read_secrets
 from megatron_rlpt.errors import RlptError, RunStopped, TeacherError
 from megatron_rlpt.processes import Restarts, end_all, start_child
+from megatron_rlpt.stopping import STOP_FILE
 
 TRAINER = "trainer"
 RLPT = (sys.executable, "-m", "megatron_rlpt")
@@ -91,7 +92,7 @@ class Component:
         self.stopped = threading.Event()
         """Set when it is told to end."""
         self.left_by: int | None = None
-        """Exit code of the run's other job, once that has ended for good; this one is told to end then."""
+        """Exit code of the run's other job, once that has ended for good; this one ends as well then."""
         self.environment = {**os.environ, **spec.environment, **read_secrets(spec.secrets_file)}
         """Variables of its command."""
         self._log = spec.logs / f"{task.name}.log"
@@ -118,14 +119,20 @@ class Component:
         )
 
     def look_after_other_job(self) -> None:
-        """Be told to end, from a thread of its own, when the run's other job has ended for good."""
-        part = Part.training if self.task.role == TRAINER else Part.judging
+        """End when the run's other job has ended for good, which a thread of its own looks for."""
+        trains = self.task.role == TRAINER
+        part = Part.training if trains else Part.judging
 
         def look() -> None:
-            while not self.stopped.wait(_BEAT):
+            while self.left_by is None and not self.stopped.wait(_BEAT):
                 self.left_by = exit_code_of_other(self.spec.shared, part)
-                if self.left_by is not None:
-                    self.stopped.set()
+            if self.left_by is None:
+                return
+            if trains and self._starts:
+                # As long as it takes: what is in the middle of a step has a checkpoint to write.
+                (Path(self.spec.run_dir) / STOP_FILE).touch()
+            else:
+                self.stopped.set()
 
         threading.Thread(target=look, daemon=True).start()
 

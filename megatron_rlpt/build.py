@@ -58,7 +58,8 @@ def build(
         replace: whether groups of an earlier run of the same name may be dropped from a rollout buffer.
     """
     stream = ranks.everywhere(lambda: _open_corpus(config, tokenizer, ranks), "the opening of the corpus")
-    judges = _to_workers(config, ranks, run, replace) if judged_by_workers(config) else None
+    stop = StopRequest(Path(config.run.dir), ranks)
+    judges = _to_workers(config, ranks, run, replace, stop) if judged_by_workers(config) else None
     objective = build_objective(config.objective)
     policy = ranks.everywhere(lambda: Policy(config, objective, runtime), "the end of loading the policy")
     # What works beside the update needs process groups of its own.
@@ -105,7 +106,7 @@ def build(
         observer,
         RunSaver(config, store, pipeline, policy),
         timer,
-        StopRequest(Path(config.run.dir), ranks),
+        stop,
     )
 
 
@@ -115,9 +116,9 @@ def judged_by_workers(config: Config) -> bool:
     return wanted and config.teacher.place is TeacherPlace.workers
 
 
-def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool) -> Judging:
+def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: StopRequest) -> Judging:
     buffer = ranks.everywhere(
-        lambda: open_buffer(config) if ranks.is_main else None,
+        lambda: open_buffer(config, stopping=stop.asked_here) if ranks.is_main else None,
         "the opening of the rollout buffer",
     )
     return ThroughBuffer(
@@ -132,6 +133,7 @@ def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool) -> Judgin
         judged=needs_judge(config.objective.name),
         max_failure_rate=config.teacher.max_failure_rate,
         max_pause=config.buffer.max_pause,
+        stopping=stop.asked_here,
     )
 
 

@@ -35,8 +35,11 @@ class StopRequest:
 
     def asked(self) -> bool:
         """Whether any rank was told; a collective."""
-        here = self._signalled or (self._ranks.is_main and self._file.exists())
-        return any(self._ranks.all_gather(here))
+        return any(self._ranks.all_gather(self.asked_here()))
+
+    def asked_here(self) -> bool:
+        """Whether this rank was told; rank 0 knows of the file."""
+        return self._signalled or (self._ranks.is_main and self._file.exists())
 
     def honoured(self) -> None:
         """The run has stopped: the next one is not meant any more."""

@@ -56,6 +56,7 @@ class ThroughBuffer:
         judged: bool = True,
         max_failure_rate: float,
         max_pause: float,
+        stopping: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -71,6 +72,8 @@ class ThroughBuffer:
             judged: whether outcomes are wanted; else workers only rewrite.
             max_failure_rate: share of failed candidates of a batch above which it is judged again.
             max_pause: seconds after which that, or waiting for judges at all, is given up; 0 is never.
+            stopping: whether the run is to stop. It can do so with a store that cannot be reached: what is on its way
+                is in the checkpoint.
             clock: seconds, for time-outs.
             sleep: waits.
         """
@@ -81,6 +84,7 @@ class ThroughBuffer:
         self._settings = settings
         self._judged = judged
         self._max_failure_rate, self._max_pause = max_failure_rate, max_pause
+        self._stopping = stopping
         self._clock, self._sleep = clock, sleep
         self._epoch = 0
         self._closed = threading.Event()
@@ -103,8 +107,15 @@ class ThroughBuffer:
 
     def submit(self, first: int, groups: Sequence[Group]) -> None:
         """See ``Judging.submit``. No collective: only the main rank has anything to send."""
-        if self._buffer is not None:
-            self._put([(first + index, group) for index, group in enumerate(groups)])
+        if self._buffer is None:
+            return
+        items = [(first + index, group) for index, group in enumerate(groups)]
+        try:
+            self._put(items)
+        except BufferUnavailableError:
+            if not self._stopping():
+                raise
+            self._submitted |= dict(items)
 
     def collect(self, first: int, count: int, version: int) -> list[Group] | None:
         """See ``Judging.collect``.
@@ -114,7 +125,16 @@ class ThroughBuffer:
             BufferConflictError: another trainer has taken the buffer over.
             BufferUnavailableError: the store cannot be reached.
         """
-        return self._ranks.on_main(lambda: self._wait(first, count))
+
+        def wait() -> list[Group] | None:
+            try:
+                return self._wait(first, count)
+            except BufferUnavailableError:
+                if not self._stopping():
+                    raise
+                return None
+
+        return self._ranks.on_main(wait)
 
     def acknowledge(self, end: int) -> None:
         """See ``Judging.acknowledge``. That a store cannot be reached is no harm: the next one says it again.

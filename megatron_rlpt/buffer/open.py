@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from megatron_rlpt.config import Config
 
 
-def open_buffer(config: Config, *, create: bool = True) -> RolloutBuffer:
-    """The buffer of a run, from ``config.buffer``; with ``create=False`` it has to be there.
+def open_buffer(config: Config, *, create: bool = True, stopping: Callable[[], bool] = lambda: False) -> RolloutBuffer:
+    """The buffer of a run, from ``config.buffer``; see ``open_url``.
 
     Raises:
         ConfigError: a wrong URL or name, or a password file that cannot be used.
@@ -27,11 +28,18 @@ def open_buffer(config: Config, *, create: bool = True) -> RolloutBuffer:
         password_file=settings.password_file,
         retry=settings.retry,
         create=create,
+        stopping=stopping,
     )
 
 
 def open_url(
-    url: str, name: str, *, password_file: str = "", retry: float = 60.0, create: bool = True
+    url: str,
+    name: str,
+    *,
+    password_file: str = "",
+    retry: float = 60.0,
+    create: bool = True,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> RolloutBuffer:
     """The buffer ``name`` in the store at ``url``.
 
@@ -41,6 +49,8 @@ def open_url(
         password_file: see ``read_password``; for Redis only.
         retry: seconds to go on trying while the store cannot be reached, each time.
         create: False if the buffer has to be there.
+        stopping: whether to give up before ``retry`` is over, as the process is to end; for Redis only, SQLite is a
+            file of this machine.
 
     Raises:
         ConfigError: a wrong URL or name, or a password file that cannot be used.
@@ -54,4 +64,5 @@ def open_url(
         return SqliteBuffer(address, name, retry=retry, create=create)
     from megatron_rlpt.buffer.redis_store import RedisBuffer
 
-    return RedisBuffer(address, name, password=read_password(password_file), retry=retry, create=create)
+    password = read_password(password_file)
+    return RedisBuffer(address, name, password=password, retry=retry, create=create, stopping=stopping)

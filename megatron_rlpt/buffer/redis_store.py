@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_rlpt.buffer import rules
@@ -40,6 +40,7 @@ class RedisBuffer:
         password: str | None = None,
         retry: float = 60.0,
         create: bool = True,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Connect to the buffer ``name``.
 
@@ -49,12 +50,13 @@ class RedisBuffer:
             password: of the server; None is none.
             retry: seconds to go on trying when the server cannot be reached or used, each time.
             create: False if the buffer has to be there.
+            stopping: whether to give up before ``retry`` is over, as the process is to end.
 
         Raises:
             BufferUnavailableError: the server cannot be used, or the buffer is of another format or not there.
         """
         self._repr = f"RedisBuffer('{address}', {name!r})"
-        self._connection = RedisConnection(address, f"rlpt:{{{name}}}", password, retry)
+        self._connection = RedisConnection(address, f"rlpt:{{{name}}}", password, retry, stopping)
         found = self._call("open", FORMAT, int(create))
         if found is None:
             raise BufferUnavailableError(

@@ -13,9 +13,11 @@ from buffer_groups import group, items, judged
 from redis_server import RedisServer
 
 from megatron_rlpt.buffer.address import RedisAddress, parse_url
+from megatron_rlpt.buffer.judging import ThroughBuffer
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.buffer.redis_store import RedisBuffer
 from megatron_rlpt.errors import BufferUnavailableError
+from megatron_rlpt.ranks import Ranks
 
 LONG = 600.0
 
@@ -253,6 +255,37 @@ def test_an_operation_whose_answer_was_lost_is_answered_as_if_it_were_not(server
     losing(lambda: buffer.retry(epoch, [0]))
     losing(lambda: buffer.acknowledge(epoch, 1))
     assert [entry.sequence for entry in buffer.entries()] == [1]
+
+
+def test_a_run_that_is_to_stop_keeps_what_it_cannot_send_and_waits_for_no_server(tmp_path):
+    stop = threading.Event()
+    with RedisServer(tmp_path / "gone") as server:
+        buffer = buffer_of(server, retry=LONG, stopping=stop.is_set)
+        through = ThroughBuffer(
+            buffer,
+            Ranks(),
+            run="run",
+            replace=False,
+            capacity=4,
+            max_attempts=3,
+            settings="{}",
+            max_failure_rate=0.5,
+            max_pause=0.0,
+            stopping=stop.is_set,
+        )
+        through.start(0, {})
+        through.submit(0, [group(0)])
+        server.kill()
+        sending = threading.Thread(target=lambda: through.submit(1, [group(1)]))
+        sending.start()
+        stop.set()
+        sending.join(60)
+        assert not sending.is_alive()
+        assert through.collect(0, 2, 0) is None, "the run may stop"
+        assert through.pending() == {0: group(0), 1: group(1)}, "and its checkpoint has all of them"
+        with pytest.raises(BufferUnavailableError, match="and the run is to stop"):
+            buffer.stats()
+        through.close()
 
 
 # TLS.

@@ -14,10 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from launch.component import Component, Task
+from launch.component import ROLES, Component, Task, run_component
 from launch.spec import Spec
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A component takes SIGTERM and SIGINT for itself; here they are the test runner's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -104,3 +113,39 @@ def test_the_buffer_s_password_is_on_no_command_line_and_for_its_owner_alone(tmp
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
+
+
+def leave(tmp_path, part: str, code: int) -> None:
+    """The other job has ended."""
+    for folder, name, value in (("jobs", part, 12), ("ended", "12", code)):
+        (tmp_path / "cluster" / folder).mkdir(parents=True)
+        (tmp_path / "cluster" / folder / name).write_text(f"{value}\n")
+
+
+def test_components_of_the_judging_job_end_well_once_training_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROLES, "judges", lambda this: this.run(["sleep", "60"], again=True))
+    leave(tmp_path, "training", 7)
+    spec = Spec(run_dir=str(tmp_path), config="x", components=("judges", "trainer"), separate=True)
+    monkeypatch.setattr("launch.component._BEAT", 0.05)
+    assert run_component("judges", spec) == 0
+    assert not (tmp_path / "cluster/failed").exists()
+
+
+@pytest.mark.parametrize(("code", "expected"), [(5, 5), (0, 6)])
+def test_a_trainer_without_a_judging_job_stops_in_order_and_says_why(tmp_path, monkeypatch, capsys, code, expected):
+    """It is asked as it always is, and given the time that it needs."""
+    stops = f"while [ ! -e {tmp_path}/stop ]; do sleep 0.05; done; rm {tmp_path}/stop; exit 75"
+    monkeypatch.setitem(ROLES, "trainer", lambda this: this.run(["bash", "-c", stops], again=False))
+    monkeypatch.setattr("launch.component._BEAT", 0.05)
+    leave(tmp_path, "judging", code)
+    spec = Spec(run_dir=str(tmp_path), config="x", components=("judges", "trainer"), separate=True)
+    assert run_component("trainer", spec) == expected
+    assert f"the judging job has ended with exit code {code}" in capsys.readouterr().out
+
+
+def test_a_trainer_that_is_done_has_not_failed_because_judging_ended(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROLES, "trainer", lambda this: this.run(["sleep", "0.5"], again=False))
+    monkeypatch.setattr("launch.component._BEAT", 0.05)
+    leave(tmp_path, "judging", 0)
+    spec = Spec(run_dir=str(tmp_path), config="x", components=("judges", "trainer"), separate=True)
+    assert run_component("trainer", spec) == 0

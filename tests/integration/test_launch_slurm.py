@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LOGIN = ROOT / "tools/sandbox/login.py"
 RLPT = [str(ROOT / ".venv-launch/bin/rlpt")]
 STEPS = 8
+GOES_ON = ("", "PENDING", "RUNNING", "REQUEUED", "COMPLETING", "NODE_FAIL")
+"""States in accounting of a job that is not over, or is queued again by Slurm."""
 FIRST_LINE = "#!/bin/bash\n"
 SECTIONS = {
     "model": {"dtype": "bf16"},
@@ -82,7 +84,7 @@ class Launched:
         def look() -> tuple[str, str] | None:
             rows = self.cluster.run("sacct", "-n", "-P", "-X", "-o", "State,ExitCode", "-j", self.job(part)).split()
             state, code = rows[0].split("|") if rows else ("", "")
-            return None if state in ("", "PENDING", "RUNNING", "REQUEUED", "COMPLETING") else (state, code)
+            return None if state in GOES_ON else (state, code)
 
         return self.wait(look)
 
@@ -171,6 +173,23 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_m
     assert run.ended() == ("COMPLETED", "0:0"), run.output()
     assert "asking for a checkpoint" in run.output()
     assert f"steps={done}" in (run.folder / "run.log").read_text()
+    assert_equal_runs(run.folder, calm)
+
+
+def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(
+    calm, cluster, served_model, corpus, tmp_path
+):
+    run = Launched(tmp_path, cluster, served_model, corpus)
+    run.launch("checkpoint.every=2")
+    run.wait(lambda: run.steps() >= 3)
+    node = cluster.run("squeue", "--noheader", f"--jobs={run.job()}", "--format=%N").strip()
+    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+    assert run.ended() == ("COMPLETED", "0:0"), run.output()
+    run.wait(lambda: "down" not in cluster.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T"))
+    assert run.start_of("trainer-00000").endswith(".1")
+    resumed = re.findall(r"resumed .*steps=(\d+)", (run.folder / "run.log").read_text())
+    assert len(resumed) == 1
+    assert int(resumed[0]) in (2, 4, 6)
     assert_equal_runs(run.folder, calm)
 
 

@@ -142,6 +142,12 @@ def wait_for(folder: Path, what: str, ready: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def require_sandbox(folder: Path, marker: str) -> None:
+    """Raises SandboxError: ``folder`` holds no sandbox, which has ``marker``."""
+    if not (folder / marker).is_file():
+        raise SandboxError(f"{folder} holds no sandbox")
+
+
 def end_daemons(folder: Path) -> None:
     """End the daemons of ``folder``, the last started first.
 

@@ -37,6 +37,7 @@ from daemons import (
     prepare,
     require_free,
     require_installed,
+    require_sandbox,
     wait_for,
 )
 
@@ -115,8 +116,7 @@ def stop(folder: Path) -> None:
     Raises:
         SandboxError: there is no sandbox in ``folder``, or the server did not end.
     """
-    if not (folder / "sshd_config").is_file():
-        raise SandboxError(f"{folder} holds no sandbox")
+    require_sandbox(folder, "sshd_config")
     end_daemons(folder)
 
 

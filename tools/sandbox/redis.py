@@ -35,6 +35,7 @@ from daemons import (
     prepare,
     require_free,
     require_installed,
+    require_sandbox,
     wait_for,
     write_secret,
 )
@@ -90,8 +91,7 @@ def stop(folder: Path) -> None:
     Raises:
         SandboxError: there is no sandbox in ``folder``, or the server did not end.
     """
-    if not (folder / "redis.conf").is_file():
-        raise SandboxError(f"{folder} holds no sandbox")
+    require_sandbox(folder, "redis.conf")
     end_daemons(folder)
 
 

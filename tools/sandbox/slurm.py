@@ -155,8 +155,7 @@ def stop(folder: Path) -> None:
     Raises:
         SandboxError: there is no sandbox in ``folder``, or something did not end.
     """
-    if not (folder / "slurm.conf").is_file():
-        raise SandboxError(f"{folder} holds no sandbox")
+    daemons.require_sandbox(folder, "slurm.conf")
     controller = read_processes(folder).get("slurmctld")
     if controller is not None and is_running(*controller):
         # Before the daemons: what runs for a job is ended by its node.

@@ -4,6 +4,10 @@ at its end what failed.
 It stands where nemo-run puts the set-up of a job. Signals of Slurm go to the script alone (``--signal=B:``): sent to
 all processes, they would end engines and servers in the middle of the step that is to be finished.
 
+nemo-run's script ends with the exit code of the step that ended first. That of a trainer which is done is 0, and so is
+that of one which stopped as asked: srun would end its other ranks otherwise. So trainers leave a file that says which,
+and a job whose trainer left none was ended before it was done.
+
 A run is one job, or two (``slurm.allocation: separate``) that look after each other (``pair.py``).
 """
 
@@ -14,60 +18,111 @@ from pathlib import PurePosixPath
 
 from launch import pair
 from launch.pair import Part
+from launch.spec import DONE, SHARED, STOPPED
 from megatron_rlpt.errors import RunStopped
+from megatron_rlpt.observe.liveness import HEARTBEAT, STALLED
 from megatron_rlpt.stopping import STOP_FILE
+
+_TERMINATED = 143
+"""Exit code of what SIGTERM ended."""
 
 _LINES = """\
 # Nothing below is to be traced: traces go to logs.
 {{ set +vx; }} 2>/dev/null
 export RLPT_START="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
-rlpt_shared={shared}
-rlpt_stop={stop}
-mkdir -p "$rlpt_shared/failed"
+rlpt_run={run}
+rlpt_shared="$rlpt_run/{shared}"
+mkdir -p "$rlpt_shared/failed" "$rlpt_shared/jobs"
+readlink "/proc/$$/fd/1" >"$rlpt_shared/jobs/{part}.output"
 {begin}
-rlpt_ask_to_stop() {{
-    echo "the time is nearly up: asking for a checkpoint"
-    touch "$rlpt_stop"
-}}
-rlpt_again() {{
-    {again}
-}}
+rlpt_again() {{ {again}; }}
 rlpt_finish() {{
     local code=$?
     trap - EXIT
     set +e
-    cat "$rlpt_shared"/failed/* 2>/dev/null
-    {finish}
+    # The first that failed comes last: it is what the others failed of.
+    for name in $(ls -t "$rlpt_shared/failed"); do cat "$rlpt_shared/failed/$name"; done
+{finish}
     exit "$code"
 }}
-trap rlpt_ask_to_stop USR1
 trap rlpt_finish EXIT"""
 
-_BEGIN = {
-    Part.judging: 'rm -f "$rlpt_shared"/failed/{buffer,teacher,judges}-*',
-    Part.training: 'rm -f "$rlpt_shared"/failed/trainer-* "$rlpt_shared/judged.json" "$rlpt_stop"',
-    Part.run: 'rm -f "$rlpt_shared"/failed/* "$rlpt_shared/judged.json" "$rlpt_stop"',
+_BEGIN_JUDGING = 'rm -f "$rlpt_shared"/failed/{buffer,teacher,judges}-* "$rlpt_shared/buffer.json"'
+
+_BEGIN_TRAINING = """\
+rm -f {old} "$rlpt_shared"/{{judged.json,{done},{stopped}}} "$rlpt_run/{stop}"
+rlpt_step() {{ sed -n 's/.*"step": \\([0-9]*\\).*/\\1/p' "$rlpt_run/{heartbeat}" 2>/dev/null || echo 0; }}
+rlpt_said() {{ [ "$(cat "$rlpt_shared/$1" 2>/dev/null)" = "$RLPT_START" ]; }}
+rlpt_began=$(rlpt_step)
+rlpt_ask_to_stop() {{
+    echo "$1: asking for a checkpoint"
+    touch "$rlpt_run/{stop}"
+}}
+trap 'rlpt_ask_to_stop "the time is nearly up"' USR1
+trap 'rlpt_told=1; rlpt_ask_to_stop "told to end"' TERM"""
+
+_OLD = {
+    Part.run: '"$rlpt_shared"/failed/* "$rlpt_shared/buffer.json"',
+    Part.training: '"$rlpt_shared"/failed/trainer-*',
 }
+
+_HOW_TRAINING_ENDED = """\
+    if [ "$code" = 0 ] && ! rlpt_said {done}; then
+        if rlpt_said {stopped}; then
+            code={again}
+        else
+            echo "error: the trainer was ended before it was done"
+            code={terminated}
+        fi
+    fi
+    if [ -n "${{rlpt_told:-}}" ] && [ "$code" = {again} ]; then
+        echo "stopped as the job was told to end; launch it once more to go on"
+        code={terminated}
+    fi
+"""
+
+# One start without a step is bad luck, two are a time that is too short, and there would be a third.
+_IF_STOPPED = """\
+    if [ "$code" != {again} ] || [ "$(rlpt_step)" != "$rlpt_began" ]; then
+        rm -f "$rlpt_shared/idle"
+    elif [ ! -e "$rlpt_shared/idle" ]; then
+        touch "$rlpt_shared/idle"
+    else
+        rm -f "$rlpt_shared/idle"
+        echo "error: stopped twice before the first step of a start; raise slurm.time or lower slurm.stop_lead"
+        code={stalled}
+    fi
+    if [ "$code" = {again} ]; then rlpt_again; fi
+"""
+
 _AGAIN = 'echo "queued again"; scontrol "requeue${rlpt_hold:-}" "${SLURM_HET_JOB_ID:-$SLURM_JOB_ID}"'
 _NOT_AGAIN = 'echo "stopped; launch it once more to go on"'
-_FINISH = f'if [ "$code" = {RunStopped.exit_code} ]; then rlpt_again; fi'
 
 
 def setup_lines(run_dir: str, part: Part, *, requeue: bool) -> str:
     """Lines for the batch script.
 
     Args:
-        run_dir: folder of the run, which all nodes share.
+        run_dir: folder of the run as the node knows it, which all nodes share.
         part: what the job is of the run.
         requeue: queue the job again when the run stopped because it was asked to.
     """
-    folder = PurePosixPath(run_dir)
+    codes = {"again": RunStopped.exit_code, "terminated": _TERMINATED, "stalled": STALLED}
+    names = {"done": DONE, "stopped": STOPPED, "stop": STOP_FILE, "heartbeat": HEARTBEAT}
+    ended = _HOW_TRAINING_ENDED.format(**codes, **names)
+    stopped = _IF_STOPPED.format(**codes)
+    if part is Part.judging:
+        begin, finish = _BEGIN_JUDGING, pair.finish_judging(requeue=requeue)
+    else:
+        begin = _BEGIN_TRAINING.format(old=_OLD[part], **names)
+        finish = ended + (stopped if part is Part.run else pair.finish_training(stopped, requeue=requeue))
     lines = _LINES.format(
-        shared=shlex.quote(str(folder / "cluster")),
-        stop=shlex.quote(str(folder / STOP_FILE)),
-        begin=_BEGIN[part],
+        run=shlex.quote(str(PurePosixPath(run_dir))),
+        shared=SHARED,
+        part=part,
+        begin=begin,
         again=_AGAIN if requeue else _NOT_AGAIN,
-        finish=_FINISH if part is Part.run else pair.finish_lines(part, requeue=requeue),
+        finish=finish.rstrip("\n"),
     )
     if part is not Part.run:
         lines += "\n" + pair.watch_lines(part)

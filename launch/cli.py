@@ -13,9 +13,10 @@ from typing import Annotated
 
 import typer
 
-from launch.cluster import Cluster, ExecutorName, load_cluster
+from launch.cluster import Cluster, ExecutorName, check_path, load_cluster
 from launch.code import stage
-from launch.local import await_outcome, forget_outcome
+from launch.local import await_outcome, forget_earlier, passing_on_signals
+from launch.mounts import check_mounts, on_node
 from launch.spec import Spec
 from launch.topology import Component, components_of, spec_of, with_absolute_paths
 from megatron_rlpt.config import load_config, to_yaml
@@ -40,6 +41,8 @@ def launch(
     """Start a run with its buffer, teacher servers and judge workers through nemo-run."""
     place = load_cluster(cluster, cluster_overrides or ())
     run = with_absolute_paths(load_config(config, overrides or ()), Path.cwd(), elsewhere=bool(place.tunnel.host))
+    check_path("run.dir", run.run.dir)
+    check_mounts(place, run)
     components = components_of(place, run)
     spec = spec_of(place, run, components)
     name = Path(run.run.dir).name
@@ -85,15 +88,16 @@ def _submit(
         if dry_run:
             scripts = scripts_of(experiment)
         elif cluster.executor is ExecutorName.local:
-            forget_outcome(spec)
-            experiment.run(detach=False, tail_logs=True)
-            return await_outcome(spec)
+            forget_earlier(spec)
+            with passing_on_signals(spec):
+                experiment.run(detach=False, tail_logs=True)
+                return await_outcome(spec)
         else:
-            jobs = submit(experiment, spec.run_dir)
+            jobs = submit(experiment, on_node(spec.run_dir, cluster))
     if dry_run:
         print("\n\n".join(scripts))
         return 0
     numbers = ", ".join(jobs.values() if len(jobs) == 1 else (f"{job} ({part})" for part, job in jobs.items()))
     where = f" on {cluster.tunnel.host}" if cluster.tunnel.host else ""
-    print(f"submitted as job {numbers}; rlpt status {spec.run_dir}{where} shows how it goes")
+    print(f"submitted as job {numbers}; rlpt status {on_node(spec.run_dir, cluster)}{where} shows how it goes")
     return 0

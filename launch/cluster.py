@@ -175,8 +175,16 @@ class Cluster:
 
 
 _SCHEMA = Schema(Cluster, {})
-_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?$", re.IGNORECASE)
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_ID)?$", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+_PLAIN = re.compile(r"[A-Za-z0-9._/@+=,-]*")
+"""Of paths that nemo-run puts into commands as they are."""
+_OURS = frozenset(
+    ("account", "cpus-per-task", "dependency", "error", "gpus-per-node", "job-name", "mem", "no-requeue", "nodes",
+     "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "reservation", "signal", "time")
+)  # fmt: skip
+"""Options of sbatch that have a field of their own, or that a launch lives by."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -189,10 +197,16 @@ def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
     cluster = _SCHEMA.load(path, overrides)
     _check_numbers(cluster)
     _check_environment(cluster)
+    _check_words(cluster)
     if cluster.executor is ExecutorName.slurm:
         _check_slurm(cluster)
     elif cluster.container.image:
         raise ConfigError("container.image is set and executor is local; allowed: containers with executor slurm only")
+    elif cluster.trainer.nodes > 1 or cluster.teacher.nodes > 1:
+        raise ConfigError(
+            f"trainer.nodes is {cluster.trainer.nodes}, teacher.nodes {cluster.teacher.nodes}, and executor local; "
+            "allowed on this machine: 1"
+        )
     return cluster
 
 
@@ -236,6 +250,35 @@ def _check_numbers(cluster: Cluster) -> None:
             raise ConfigError(f"{key} is {value}; allowed: {allowed} or more")
 
 
+def check_path(key: str, path: str) -> None:
+    """Raises ConfigError: nemo-run, which puts paths into commands and replaces some of their parts, would break it."""
+    if not _PLAIN.fullmatch(path):
+        raise ConfigError(f"{key} is {path}; allowed in paths of a launch: letters, digits and . _ / @ + = , -")
+    if "/nemo_run" in path:
+        raise ConfigError(
+            f"{key} is {path}; allowed: a path without /nemo_run, which nemo-run has a use of its own for"
+        )
+
+
+def _check_words(cluster: Cluster) -> None:
+    for key, memory in (("trainer", cluster.trainer.memory), ("teacher", cluster.teacher.memory)):
+        if memory and not _MEMORY.fullmatch(memory):
+            raise ConfigError(f"{key}.memory is {memory}; allowed: a number with K, M, G or T, such as 200G")
+    for argument in cluster.teacher.arguments:
+        if _SECRET.search(argument.partition("=")[0]):
+            raise ConfigError(
+                f"teacher.arguments has {argument.partition('=')[0]}, and every user of a node can read arguments; "
+                "leave it out, servers of a launch are asked without a key"
+            )
+    if cluster.teacher.gpus_per_node % cluster.teacher.servers_per_node:
+        raise ConfigError(
+            f"teacher.gpus_per_node is {cluster.teacher.gpus_per_node} and teacher.servers_per_node "
+            f"{cluster.teacher.servers_per_node}; allowed: servers that divide the GPUs of a node"
+        )
+    for key, path in (("home", cluster.home), ("python", cluster.python)):
+        check_path(key, path)
+
+
 def _check_environment(cluster: Cluster) -> None:
     for name in cluster.environment:
         if not _VARIABLE.fullmatch(name):
@@ -266,6 +309,26 @@ def _check_slurm(cluster: Cluster) -> None:
     for key, folder in (("home", cluster.home), ("secrets_file", cluster.secrets_file)):
         if folder and not PurePosixPath(folder).is_absolute():
             raise ConfigError(f"{key} is {folder}; allowed with executor slurm: an absolute path that all nodes share")
+    if cluster.slurm.allocation is Allocation.heterogeneous:
+        _check_halves(cluster)
     for option in cluster.slurm.extra:
+        if option.replace("_", "-") in _OURS:
+            raise ConfigError(
+                f"slurm.extra.{option} is set by the launch itself; use the field of slurm or leave it out"
+            )
         if option.startswith("-"):
             raise ConfigError(f"slurm.extra.{option}: write the option without its dashes")
+
+
+def _check_halves(cluster: Cluster) -> None:
+    """nemo-run asks for the memory and cores of the first half for both."""
+    pairs = (
+        ("memory", cluster.trainer.memory, "memory", cluster.teacher.memory),
+        ("cpus_per_rank", cluster.trainer.cpus_per_rank, "cpus_per_server", cluster.teacher.cpus_per_server),
+    )
+    for own, trainer, other, teacher in pairs:
+        if trainer != teacher:
+            raise ConfigError(
+                f"trainer.{own} is {trainer!r} and teacher.{other} {teacher!r}; allowed with allocation heterogeneous: "
+                "the same for both, or allocation separate"
+            )

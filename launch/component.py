@@ -7,8 +7,9 @@
     judges    waits for the buffer, then ``rlpt judge serve``       is started again
     trainer   waits for a first judgment, then ``rlpt train``       its exit code is that of the component
 
-A component that cannot be kept going ends with the exit code of its command, its last words in its log and in
-``cluster/failed``; whoever started all of them ends the others then.
+A component that is told to end does so at once, but not before the trainer of its job has: a step that is to be
+finished needs judges and buffer. A component that cannot be kept going ends with the exit code of its command, its last
+words in its log and in ``cluster/failed``; whoever started all of them ends the others then.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from pathlib import Path
 
 from launch.gate import await_buffer, await_judgment
 from launch.pair import Part, exit_code_of_other
-from launch.spec import Spec, publish, read_secrets
-from megatron_rlpt.errors import RlptError, RunStopped, TeacherError
+from launch.spec import DONE, OVER, SILENT, STOPPED, Spec, publish, read_published, read_secrets
+from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
 from megatron_rlpt.processes import Restarts, end_all, start_child
 from megatron_rlpt.stopping import STOP_FILE
 
@@ -45,6 +46,8 @@ _BEAT = 5.0
 """Seconds between two words of a component about itself."""
 _GRACE = 60.0
 """Seconds a command has to end when it is told to."""
+_SIGNALLED = 128
+"""Added to the number of a signal that ended a process, as shells do."""
 _LAST_WORDS = 40
 """Lines of a log that are repeated where a component fails."""
 
@@ -90,71 +93,63 @@ class Component:
         """
         self.spec, self.task = spec, task
         self.stopped = threading.Event()
-        """Set when it is told to end."""
+        """Set when it is to end."""
         self.left_by: int | None = None
         """Exit code of the run's other job, once that has ended for good; this one ends as well then."""
         self.environment = {**os.environ, **spec.environment, **read_secrets(spec.secrets_file)}
         """Variables of its command."""
+        self._told = threading.Event()
         self._log = spec.logs / f"{task.name}.log"
-        self._status = spec.shared / "status" / f"{task.name}.json"
-        self._since = time.time()
-        self._starts = 0
+        self._state, self._pid, self._since, self._starts = "starting", 0, time.time(), 0
+        self._saying = threading.Lock()
+
+    def begin(self) -> None:
+        """Take signals, and keep ``rlpt status`` told, from a thread of its own; main thread only."""
+        # Schedulers send SIGUSR1 where the time is nearly up, and both to every process of a job when asked to.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *_: self._told.set())
+        self.say("starting")
+        threading.Thread(target=self._keep, daemon=True).start()
 
     def say(self, state: str, pid: int = 0) -> None:
         """Tell ``rlpt status`` what this component does."""
-        publish(
-            self._status,
-            {
-                "component": self.task.name,
-                "role": self.task.role,
-                "state": state,
-                "host": socket.gethostname(),
-                "pid": pid,
-                "since": self._since,
-                "time": time.time(),
-                "starts": self._starts,
-                "log": str(self._log),
-                "start": self.task.start,
-            },
-        )
+        self._state, self._pid = state, pid
+        self._say_again()
 
-    def look_after_other_job(self) -> None:
-        """End when the run's other job has ended for good, which a thread of its own looks for."""
-        trains = self.task.role == TRAINER
-        part = Part.training if trains else Part.judging
+    def is_to_end(self) -> bool:
+        """Whether it is; a trainer also where the run was asked to stop."""
+        asked = self.task.role == TRAINER and (Path(self.spec.run_dir) / STOP_FILE).exists()
+        return asked or self.stopped.is_set()
 
-        def look() -> None:
-            while self.left_by is None and not self.stopped.wait(_BEAT):
-                self.left_by = exit_code_of_other(self.spec.shared, part)
-            if self.left_by is None:
-                return
-            if trains and self._starts:
-                # As long as it takes: what is in the middle of a step has a checkpoint to write.
-                (Path(self.spec.run_dir) / STOP_FILE).touch()
-            else:
-                self.stopped.set()
-
-        threading.Thread(target=look, daemon=True).start()
+    def sleep(self, seconds: float) -> None:
+        """Wait so long, or until it is to end."""
+        self.stopped.wait(seconds)
 
     def run(self, command: Sequence[str], *, again: bool) -> int:
-        """Run ``command`` until it ends for good, or this component is told to stop.
+        """Run ``command`` until it ends for good, or this component is to end.
 
         Args:
             command: program and arguments.
             again: whether it is started again when it ends.
 
         Returns:
-            Its exit code, 128 + number for a signal; 0 where it ended because it was told to.
+            Its exit code, 128 + number for a signal; 0 where it is one to be started again and was told to end.
+
+        Raises:
+            ConfigError: the program is not there.
         """
         restarts = Restarts()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with self._log.open("ab") as log:
-                process = start_child(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+                try:
+                    process = start_child(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+                except OSError as error:
+                    raise ConfigError(f"{command[0]} cannot be started on this node: {error.strerror}") from None
             self._starts, self._since = self._starts + 1, time.time()
-            code = self._watch(process)
+            code = self._watch(process, None if self.task.role == TRAINER else _GRACE)
             if self.stopped.is_set():
-                return code if not again and code > 0 else 0
+                return 0 if again else code
             if again and (delay := restarts.ended()) is not None:
                 print(f"{self.task.name} ended with exit code {code} and is started again", flush=True)
                 self.say(f"ended with exit code {code}; starts again")
@@ -174,43 +169,100 @@ class Component:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.task.name).write_text(words + "\n", encoding="utf-8")
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> int:
-        due = 0.0
-        while process.poll() is None and not self.stopped.wait(_POLL):
-            if time.monotonic() >= due:
-                self.say("running", process.pid)
-                due = time.monotonic() + _BEAT
-        end_all([process], _GRACE)
+    def _watch(self, process: subprocess.Popen[bytes], grace: float | None) -> int:
+        """Until the process has ended, or is ended because this component is to; its exit code."""
+        self.say("running", process.pid)
+        try:
+            while process.poll() is None and not self.stopped.wait(_POLL):
+                pass
+            if grace is None and process.poll() is None:
+                # Not a signal: who sent one to all sent it to the trainer, and a second one would end it at once.
+                (Path(self.spec.run_dir) / STOP_FILE).touch()
+                # As long as it takes: what is in the middle of a step has a checkpoint to write.
+                process.wait()
+        finally:
+            end_all([process], grace or 0.0)
         code = process.returncode
         self.say(f"ended with exit code {code}", process.pid)
-        return code if code >= 0 else 128 - code
+        return code if code >= 0 else _SIGNALLED - code
+
+    def _keep(self) -> None:
+        """What goes on beside the command: signs of life, and looking for reasons to end."""
+        due = time.monotonic() + _BEAT
+        while not self.stopped.wait(_POLL):
+            if self._told.is_set() and (self.task.role == TRAINER or self.spec.separate or self._trainer_is_over()):
+                self.stopped.set()
+            if time.monotonic() < due:
+                continue
+            due = time.monotonic() + _BEAT
+            self._say_again()
+            if self.spec.separate:
+                part = Part.training if self.task.role == TRAINER else Part.judging
+                self.left_by = exit_code_of_other(self.spec.shared, part)
+                if self.left_by is not None:
+                    self.stopped.set()
+
+    def _trainer_is_over(self) -> bool:
+        """Whether nothing of this start trains any more: a trainer that is told to stop needs the others till then."""
+        trainers = (read_published(path) for path in (self.spec.shared / "status").glob(f"{TRAINER}-*.json"))
+        return all(
+            said.get("start") != self.task.start
+            or str(said["state"]).startswith(OVER)
+            or time.time() - said["time"] > SILENT
+            for said in trainers
+        )
+
+    def _say_again(self) -> None:
+        said = {
+            "component": self.task.name,
+            "role": self.task.role,
+            "state": self._state,
+            "host": socket.gethostname(),
+            "pid": self._pid,
+            "since": self._since,
+            "time": time.time(),
+            "starts": self._starts,
+            "log": str(self._log),
+            "start": self.task.start,
+        }
+        with self._saying:
+            try:
+                publish(self.spec.shared / "status" / f"{self.task.name}.json", said)
+            except OSError as error:
+                # A file system that has the hiccups must not end a run of hours.
+                print(f"{self.task.name} cannot say how it is: {error}", file=sys.stderr, flush=True)
 
 
 def run_component(role: str, spec: Spec) -> int:
-    """Run one component to its end; its exit code."""
+    """Run one component to its end; its exit code.
+
+    A trainer that stopped as asked, and one that is done, end with 0 and leave a file that says which. An exit code
+    other than 0 would make srun end the other ranks, which may still be writing.
+    """
     task = Task.here(role)
     try:
         this = Component(spec, task)
     except RlptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: this.stopped.set())
-    this.say("starting")
-    if spec.separate:
-        this.look_after_other_job()
+    this.begin()
     why = ""
     try:
         code = ROLES[role](this)
     except RlptError as error:
         code, why = error.exit_code, f"error: {error}"
-    if this.left_by is not None:
-        if role != TRAINER or not code:
-            return 0
+    if role == TRAINER and this.left_by is not None and code:
         why = f"error: the judging job has ended with exit code {this.left_by}; its output says why"
         code = this.left_by or TeacherError.exit_code
-    if code not in (0, RunStopped.exit_code):
+    elif code == RunStopped.exit_code or (this.stopped.is_set() and (role != TRAINER or code > _SIGNALLED)):
+        this.say("ended as asked")
+        if role == TRAINER and code == RunStopped.exit_code:
+            (spec.shared / STOPPED).write_text(task.start, encoding="utf-8")
+        return 0
+    if code:
         this.failed(code, why)
+    elif role == TRAINER:
+        (spec.shared / DONE).write_text(task.start, encoding="utf-8")
     return code
 
 
@@ -222,33 +274,34 @@ def _buffer(this: Component) -> int:
     # Not on the command line, where every user of the node could read it.
     _write_private(
         folder / "redis.conf",
-        f"port {port}\nbind * -::*\nrequirepass {password}\ndir {folder}\n"
+        f'port {port}\nbind * -::*\nrequirepass {password}\ndir "{folder}"\n'
         'appendonly yes\nappendfsync everysec\nsave ""\n',
     )
-    publish(this.spec.shared / BUFFER, {"url": f"redis://{socket.gethostname()}:{port}/0", "start": this.task.start})
+    publish(this.spec.shared / BUFFER, {"url": f"redis://{socket.gethostname()}:{port}/0"})
     return this.run(["redis-server", str(folder / "redis.conf")], again=True)
 
 
 def _teacher(this: Component) -> int:
-    overrides = await_buffer(this.spec, this.stopped)
+    overrides = await_buffer(this)
     if gpus := this.spec.server_gpus:
         first = this.task.local * gpus
-        this.environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + number) for number in range(gpus))
+        # Some of those that were allocated; they need not be the node's first, nor have numbers for names.
+        visible = this.environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(first + gpus)))
+        this.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + gpus])
     command = [*RLPT, "teacher", "serve", "-c", this.spec.config, "--concurrency", str(this.spec.concurrency)]
     return this.run([*command, *overrides, *this.spec.server_arguments], again=True)
 
 
 def _judges(this: Component) -> int:
     command = [*RLPT, "judge", "serve", "-c", this.spec.config, "--workers", str(this.spec.judge_workers)]
-    return this.run([*command, *await_buffer(this.spec, this.stopped)], again=True)
+    return this.run([*command, *await_buffer(this)], again=True)
 
 
 def _trainer(this: Component) -> int:
-    overrides = await_buffer(this.spec, this.stopped)
+    overrides = await_buffer(this)
     if "judges" in this.spec.components:
         this.say("waiting for a first judgment")
-        asks = this.task.number == 0
-        await_judgment(this.spec, overrides, this.environment, asks, this.task.start, this.stopped)
+        await_judgment(this, overrides, this.task.number == 0, this.task.start)
     return this.run([*RLPT, "train", "-c", this.spec.config, *overrides], again=False)
 
 

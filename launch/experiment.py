@@ -6,27 +6,31 @@ leaves to its users is in ``batch.py`` (signals, queueing again, last words) and
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shlex
 import shutil
-import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import nemo_run as run
+from invoke.exceptions import UnexpectedExit
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.packaging.base import Packager
 from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
+from paramiko.ssh_exception import SSHException
 
 from launch.batch import setup_lines
 from launch.cluster import Allocation, Cluster, ContainerRuntime, ExecutorName, SlurmOptions
-from launch.code import SPEC
+from launch.code import SPEC, interpreter
+from launch.mounts import on_node
 from launch.pair import JOBS, Part
 from launch.spec import SHARED
 from launch.topology import Component, is_separate
+from megatron_rlpt.errors import ConfigError, first_line
 
 _END = 5
 """Seconds between two looks of the batch script at its components, and before it ends those that are left."""
@@ -42,7 +46,9 @@ class StagedCode(Packager):
         """The archive, made once for all components."""
         archive = os.path.join(job_dir, f"{name}.tar.gz")
         if not os.path.exists(archive):
-            with tarfile.open(archive, "w:gz") as tar:
+            # On a file system that others share; it holds what a dirty work tree may hold.
+            made = os.open(archive, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(made, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as tar:
                 tar.add(self.folder, arcname=".")
         return archive
 
@@ -77,17 +83,51 @@ def build(cluster: Cluster, components: Sequence[Component], staged: Path, name:
 def submit(experiment: run.Experiment, run_dir: str) -> dict[str, str]:
     """Queue the jobs of an experiment on Slurm, and note their numbers where its components and ``status`` find them.
 
+    Args:
+        experiment: from ``build``.
+        run_dir: folder of the run, as the cluster knows it.
+
     Returns:
         Part of the run -> number of its job.
+
+    Raises:
+        ConfigError: an earlier launch of the run is in the queue, or the cluster refuses something.
     """
     tunnel = experiment.jobs[0].executor.tunnel
     folder = shlex.quote(str(PurePosixPath(run_dir) / SHARED / JOBS))
-    # Numbers of an earlier launch are none of these jobs'.
-    tunnel.run(f"rm -rf {folder}")
-    experiment.run(detach=True)
-    jobs = {job.id: job.handle.rpartition("/")[2] for job in experiment.jobs}
-    tunnel.run(" && ".join([f"mkdir -p {folder}", *(f"echo {job} >{folder}/{part}" for part, job in jobs.items())]))
+    known = " ".join(f"{folder}/{part}" for part in Part)
+    with _one_line(tunnel.host):
+        # sbatch is asked here as well, so that nothing is thrown away for a submission that cannot be.
+        tunnel.run("command -v sbatch || { echo 'sbatch is not installed there' >&2; exit 1; }")
+        numbers = tunnel.run(f"mkdir -p {folder} && cat {known} 2>/dev/null || true").stdout.split()
+        waiting = [job for job in numbers if tunnel.run(f"squeue -h -j {job} 2>/dev/null || true").stdout.strip()]
+        if waiting:
+            raise ConfigError(
+                f"{run_dir} has job {', '.join(waiting)} in the queue; end it first (scancel {' '.join(waiting)}), or "
+                "choose another run.dir"
+            )
+        # Numbers of an earlier launch are none of these jobs'.
+        tunnel.run(f"rm -f {folder}/*")
+        experiment.run(detach=True)
+        jobs = {job.id: job.handle.rpartition("/")[2] for job in experiment.jobs}
+        tunnel.run(" && ".join(f"echo {job} >{folder}/{part}" for part, job in jobs.items()))
     return jobs
+
+
+@contextlib.contextmanager
+def _one_line(host: str) -> Iterator[None]:
+    """nemo-run shows tracebacks of what a cluster refuses.
+
+    Raises:
+        ConfigError: the same in one line.
+    """
+    try:
+        yield
+    except UnexpectedExit as error:
+        said = (error.result.stderr.strip() or error.result.stdout.strip() or "nothing").splitlines()[-1]
+        raise ConfigError(f"{host} refuses `{error.result.command.split(' && ')[0]}`: {said}") from error
+    except (OSError, SSHException) as error:
+        raise ConfigError(f"{host} cannot be reached or written to: {first_line(error)}") from error
 
 
 def _add(
@@ -144,7 +184,7 @@ def _executor(
         account=slurm.account or None,
         partition=(part is Part.judging and slurm.judging_partition) or slurm.partition or None,
         qos=slurm.qos or None,
-        job_name_prefix="rlpt-",
+        job_name_prefix=f"rlpt-{PurePosixPath(run_dir).name}-",
         time=slurm.time,
         nodes=asked.nodes,
         ntasks_per_node=asked.tasks_per_node,
@@ -156,7 +196,7 @@ def _executor(
         container_mounts=list(container.mounts) if pyxis else [],
         additional_parameters=_further(slurm),
         srun_args=_step(component),
-        setup_lines=setup_lines(run_dir, part, requeue=slurm.requeue),
+        setup_lines=setup_lines(on_node(run_dir, cluster), part, requeue=slurm.requeue),
         dependency_type="after",
         packager=StagedCode(folder=str(staged)),
         tunnel=_tunnel(cluster),
@@ -188,7 +228,10 @@ def _step(component: Component) -> list[str]:
         f"--relative={component.first_node}",
         # Judges, buffer and a server share a node: none of them is to wait for the others' cores.
         "--overlap",
-        *([] if component.gpus_per_node else ["--gres=none"]),
+        # Not --gres=none: Slurm refuses that in a job with --gpus-per-node.
+        *([] if component.gpus_per_node else ["--gpus-per-node=0"]),
+        # A rank that has ended well leaves the others the time to write; --wait=60 is nemo-run's.
+        *(["--wait=0"] if component.role == "trainer" else []),
     ]
 
 
@@ -210,7 +253,7 @@ def _line(cluster: Cluster, component: Component) -> str:
 
 
 def _python(cluster: Cluster) -> str:
-    return shlex.quote(cluster.python or sys.executable)
+    return shlex.quote(cluster.python or interpreter())
 
 
 def _tunnel(cluster: Cluster) -> LocalTunnel | SSHTunnel:

@@ -6,18 +6,16 @@ after it has loaded everything.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
-from launch.spec import Spec, publish
+from launch.spec import Spec, publish, read_published
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.config import load_config
-from megatron_rlpt.errors import BufferUnavailableError, ModelError, TeacherError
+from megatron_rlpt.errors import BufferUnavailableError, ModelError, RunStopped, TeacherError
 
 T = TypeVar("T")
 
@@ -26,61 +24,75 @@ _TRY = ("--prefix", "The capital of France is", "--candidates", " Paris, on the 
 """What the judge is asked; any verdict will do."""
 
 
-def await_buffer(spec: Spec, stopped: threading.Event) -> list[str]:
+class Waiting(Protocol):
+    """Who waits (``component.Component``)."""
+
+    spec: Spec
+    environment: dict[str, str]
+
+    def say(self, state: str) -> None:
+        """Tell ``rlpt status`` what is waited for."""
+
+    def is_to_end(self) -> bool:
+        """Whether waiting is to be given up."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait so long, or until it is to end."""
+
+
+def await_buffer(this: Waiting) -> list[str]:
     """Overrides that lead to the rollout buffer, once it answers; none where the configuration names it.
 
     An address of an earlier start of the job may still be there: it does not answer, or does not take the password.
 
     Raises:
         BufferUnavailableError: it does not answer in time.
+        ConfigError: it cannot be asked from here, for which waiting is of no use.
+        RunStopped: this component is to end.
     """
+    spec = this.spec
     if "buffer" not in spec.components:
         return []
     password = f"buffer.password_file={spec.shared / 'password'}"
 
     def look() -> list[str] | str:
+        address = read_published(spec.shared / "buffer.json")
+        if not address:
+            return "the rollout buffer has not started"
+        overrides = [f"buffer.url={address['url']}", password]
         try:
-            address = json.loads((spec.shared / "buffer.json").read_text(encoding="utf-8"))
-            overrides = [f"buffer.url={address['url']}", password]
             open_buffer(load_config(spec.config, [*overrides, "buffer.retry=0"])).close()
-        except (OSError, BufferUnavailableError) as error:
+        except BufferUnavailableError as error:
             return str(error)
         return overrides
 
-    return _wait(look, spec.gate, stopped, BufferUnavailableError, "the rollout buffer does not answer")
+    return _wait(this, look, BufferUnavailableError, "the rollout buffer does not answer")
 
 
-def await_judgment(
-    spec: Spec,
-    overrides: Sequence[str],
-    environment: Mapping[str, str],
-    asks: bool,
-    start: str,
-    stopped: threading.Event,
-) -> None:
+def await_judgment(this: Waiting, overrides: Sequence[str], asks: bool, start: str) -> None:
     """Wait until the judge has given a verdict on two candidates, by the same servers that workers ask.
 
     Workers themselves wait for the trainer; one that could not start would have ended the job.
 
     Args:
-        spec: of the launch.
+        this: the trainer's component.
         overrides: that lead to the buffer.
-        environment: of ``rlpt judge try``.
         asks: whether this process asks; the others wait for it.
         start: of the job, so that a verdict of an earlier one does not count.
-        stopped: gives up.
 
     Raises:
         TeacherError: there was none in time.
         ModelError: a model is not there, for which waiting is of no use.
+        RunStopped: this component is to end.
     """
+    spec = this.spec
     passed = spec.shared / "judged.json"
 
     def ask() -> bool | str:
         command = [sys.executable, "-m", "megatron_rlpt", "judge", "try", "-c", spec.config, *_TRY]
         for override in overrides:
             command += ["--set", override]
-        done = subprocess.run(command, env=dict(environment), capture_output=True, text=True)
+        done = subprocess.run(command, env=this.environment, capture_output=True, text=True)
         if done.returncode == ModelError.exit_code:
             raise ModelError((done.stderr.strip().splitlines() or ["no model"])[-1].removeprefix("error: "))
         if done.returncode:
@@ -89,22 +101,22 @@ def await_judgment(
         return True
 
     def follow() -> bool | str:
-        try:
-            return json.loads(passed.read_text(encoding="utf-8"))["start"] == start or "rank 0 has none yet"
-        except OSError:
-            return "rank 0 has none yet"
+        return read_published(passed).get("start") == start or "rank 0 has none yet"
 
-    _wait(ask if asks else follow, spec.gate, stopped, TeacherError, "judges gave no first judgment")
+    _wait(this, ask if asks else follow, TeacherError, "judges gave no first judgment")
 
 
-def _wait(
-    look: Callable[[], T | str], seconds: float, stopped: threading.Event, error: type[Exception], what: str
-) -> T:
+def _wait(this: Waiting, look: Callable[[], T | str], error: type[Exception], what: str) -> T:
     """What ``look`` finds; a text is why there is nothing yet."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + this.spec.gate
+    said = ""
     while isinstance(found := look(), str):
-        if stopped.is_set() or time.monotonic() > deadline:
-            why = "told to stop" if stopped.is_set() else f"not within {seconds:g} s"
-            raise error(f"{what} ({why}): {found}")
-        stopped.wait(_POLL)
+        if this.is_to_end():
+            raise RunStopped(f"told to end while waiting: {what}: {found}")
+        if time.monotonic() > deadline:
+            raise error(f"{what} (not within guards.gate = {this.spec.gate:g} s): {found}")
+        if found != said:
+            this.say(f"waits, {found}")
+            said = found
+        this.sleep(_POLL)
     return found

@@ -9,7 +9,7 @@ with its exit code. Ctrl-C and SIGTERM ask the trainer for a checkpoint; a secon
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import shutil
 import signal
@@ -19,11 +19,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from launch.pair import JOBS
-from launch.spec import Spec, publish
+from launch.spec import DONE, STOPPED, Spec, publish, read_published
 from megatron_rlpt.errors import ConfigError, RunStopped
 from megatron_rlpt.processes import end_all, start_child
 from megatron_rlpt.stopping import STOP_FILE
@@ -33,9 +34,12 @@ RUNNING, OUTCOME = "local.json", "outcome.json"
 _POLL = 0.2
 _START = 60.0
 """Seconds that a process has to come up."""
-_WELL = (0, RunStopped.exit_code)
+_UNFINISHED = 143
+"""Exit code where the trainer was ended before it was done: that of what SIGTERM ends."""
 _GRACE = 75.0
 """Seconds that components have to end; more than they give to their commands."""
+_HURRY = 5.0
+"""The same when everything is to end at once."""
 
 
 def run_all(spec: Spec, spec_file: Path) -> int:
@@ -53,8 +57,10 @@ def run_all(spec: Spec, spec_file: Path) -> int:
         for role, command, variables in _commands(spec, spec_file):
             running.append((role, start_child(command, env={**os.environ, **variables})))
         code = _await_end(running, Path(spec.run_dir) / STOP_FILE, stop, leave)
+        if code == 0 and not (spec.shared / DONE).exists():
+            code = RunStopped.exit_code if (spec.shared / STOPPED).exists() else _UNFINISHED
     finally:
-        end_all([process for _, process in running], _GRACE)
+        end_all([process for _, process in running], _HURRY if leave.is_set() else _GRACE)
     publish(spec.shared / OUTCOME, {"exit_code": code})
     return code
 
@@ -69,19 +75,55 @@ def await_outcome(spec: Spec) -> int:
     """
     deadline = time.monotonic() + _START
     while not (spec.shared / OUTCOME).exists():
-        running = spec.shared / RUNNING
-        alive = running.exists() and _is_alive(int(json.loads(running.read_text())["pid"]))
-        if not alive and time.monotonic() > deadline and not (spec.shared / OUTCOME).exists():
+        if _running(spec) is None and time.monotonic() > deadline and not (spec.shared / OUTCOME).exists():
             raise ConfigError(f"the components did not start, or were killed; look above and at {spec.logs}")
         time.sleep(_POLL)
-    return int(json.loads((spec.shared / OUTCOME).read_text())["exit_code"])
+    return int(read_published(spec.shared / OUTCOME)["exit_code"])
 
 
-def forget_outcome(spec: Spec) -> None:
-    """Before a start: what an earlier one left behind is none of it."""
-    for name in (RUNNING, OUTCOME):
-        (spec.shared / name).unlink(missing_ok=True)
-    shutil.rmtree(spec.shared / JOBS, ignore_errors=True)
+def forget_earlier(spec: Spec) -> None:
+    """Before a start: what an earlier one left behind is none of it.
+
+    Raises:
+        ConfigError: an earlier one is still running, or the run's folder cannot be written.
+    """
+    pid = _running(spec)
+    if pid is not None:
+        raise ConfigError(f"{spec.run_dir} is being run by process {pid}; end it first (kill {pid}), or choose another")
+    try:
+        spec.shared.mkdir(parents=True, exist_ok=True)
+        for name in (RUNNING, OUTCOME, DONE, STOPPED, "buffer.json", "judged.json"):
+            (spec.shared / name).unlink(missing_ok=True)
+        (Path(spec.run_dir) / STOP_FILE).unlink(missing_ok=True)
+        for name in (JOBS, "failed"):
+            shutil.rmtree(spec.shared / name, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir {spec.run_dir} cannot be written: {error.strerror}; choose another") from None
+
+
+@contextlib.contextmanager
+def passing_on_signals(spec: Spec) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go on to the components meanwhile, which nemo-run starts in a session of their own."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        pid = _running(spec)
+        if pid is None:
+            raise KeyboardInterrupt
+        os.kill(pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _running(spec: Spec) -> int | None:
+    """Number of the process of ``run_all``, while there is one."""
+    said = read_published(spec.shared / RUNNING)
+    alive = "pid" in said and not (spec.shared / OUTCOME).exists() and _is_alive(said["pid"])
+    return int(said["pid"]) if alive else None
 
 
 def _is_alive(pid: int) -> bool:
@@ -92,10 +134,11 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _commands(spec: Spec, spec_file: Path) -> list[tuple[str, list[str], Mapping[str, str]]]:
+def _commands(spec: Spec, spec_file: Path) -> list[tuple[str, list[str], dict[str, str]]]:
     """Role, command and variables of every process; in the order in which they are started."""
     start, port = uuid.uuid4().hex, str(_free_port())
-    commands: list[tuple[str, list[str], Mapping[str, str]]] = []
+    gpus = _gpus(spec)
+    commands: list[tuple[str, list[str], dict[str, str]]] = []
     for role in spec.components:
         count = {"trainer": spec.ranks_per_node, "teacher": spec.servers_per_node}.get(role, 1)
         for number in range(count):
@@ -103,9 +146,21 @@ def _commands(spec: Spec, spec_file: Path) -> list[tuple[str, list[str], Mapping
             if role == "trainer" and count > 1:
                 variables |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
                 variables |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            if role in gpus:
+                variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[role])
             command = [sys.executable, "-m", "launch.component", role, str(spec_file)]
             commands.append((role, command, variables))
     return commands
+
+
+def _gpus(spec: Spec) -> dict[str, list[str]]:
+    """GPUs of the trainer and of the servers, which share the machine; nothing where none are asked for."""
+    servers = spec.servers_per_node * spec.server_gpus if "teacher" in spec.components else 0
+    if not spec.trainer_gpus + servers:
+        return {}
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(spec.trainer_gpus + servers)))
+    visible = named.split(",")
+    return {"trainer": visible[: spec.trainer_gpus], "teacher": visible[spec.trainer_gpus :][:servers]}
 
 
 def _await_end(
@@ -122,7 +177,7 @@ def _await_end(
             asked = True
         ends = [(role, process.poll()) for role, process in running]
         for role, code in ends:
-            if code is not None and (role != "trainer" or code not in _WELL):
+            if code is not None and (role != "trainer" or code):
                 return code if code > 0 else 128 - code
         # A rank that is done must not end those that still write.
         ranks = [code for role, code in ends if role == "trainer"]

@@ -21,6 +21,7 @@ import enum
 from pathlib import Path
 
 from megatron_rlpt.errors import BufferUnavailableError, RunStopped, TeacherError
+from megatron_rlpt.stopping import STOP_FILE
 
 
 class Part(enum.StrEnum):
@@ -56,8 +57,8 @@ _WATCH = {
     Part.judging: """\
 rm -f "$rlpt_shared/handover"
 # The trainer goes first, while it still has judges; then this job leaves as well.
-trap 'touch "$rlpt_shared/handover"; rlpt_ask_to_stop' USR1
-trap 'exit {stopped}' USR2
+trap 'echo "the time is nearly up: the trainer is asked to stop"; touch "$rlpt_shared/handover" "$rlpt_run/{stop}"' USR1
+trap 'exit {again}' USR2
 rlpt_watch() {{
     while sleep {every}; do
         case $(rlpt_state training) in
@@ -80,26 +81,26 @@ rlpt_watch() {{
     while sleep {every}; do
         case $(rlpt_state judging) in
         gone) rlpt_ended "$(rlpt_job judging)" {no_teacher} ;;
-        PENDING | REQUEUE*) touch "$rlpt_stop" ;;
+        PENDING | REQUEUE*) touch "$rlpt_run/{stop}" ;;
         esac
     done
 }}
 """,
 }
 
-_FINISH_TRAINING = """\
+_HANDOVER = """\
     case $(rlpt_state judging) in PENDING | REQUEUE*) touch "$rlpt_shared/handover" ;; esac
     if [ -e "$rlpt_shared/handover" ]; then
         # A buffer that went with its job is no failure of the run, which goes on from its last checkpoint.
-        [ "$code" != {no_buffer} ] || code={stopped}
-        [ "$code" != {stopped} ] || {{ touch "$rlpt_shared/held"; rlpt_hold=hold; }}
+        [ "$code" != {no_buffer} ] || code={again}
+        [ "$code" != {again} ] || {{ touch "$rlpt_shared/held"; rlpt_hold=hold; }}
     fi
 """
 
-_FINISH = """\
+_END = """\
     kill "$rlpt_watching" 2>/dev/null
-    if [ "$code" = {stopped} ]; then rlpt_again; fi
-    {unless_again}rlpt_ended "$SLURM_JOB_ID" "$code\""""
+    {unless_again}rlpt_ended "$SLURM_JOB_ID" "$code"
+"""
 
 _EVERY = 5
 """Seconds between two questions to Slurm about the other job."""
@@ -108,17 +109,23 @@ _EVERY = 5
 def watch_lines(part: Part) -> str:
     """Lines that look after the other job in the background while this one runs."""
     lines = _BEGIN + _WATCH[part] + "rlpt_watch &\nrlpt_watching=$!"
-    return lines.format(every=_EVERY, stopped=RunStopped.exit_code, no_teacher=TeacherError.exit_code)
+    return lines.format(every=_EVERY, again=RunStopped.exit_code, no_teacher=TeacherError.exit_code, stop=STOP_FILE)
 
 
-def finish_lines(part: Part, *, requeue: bool) -> str:
-    """Lines at the end of this job, which has ended with ``$code``."""
+def finish_judging(*, requeue: bool) -> str:
+    """Lines at the end of the judging job, which has ended with ``$code``."""
+    return f'    if [ "$code" = {RunStopped.exit_code} ]; then rlpt_again; fi\n' + _end(requeue)
+
+
+def finish_training(if_stopped: str, *, requeue: bool) -> str:
+    """Lines at the end of the training job, which has ended with ``$code``; ``if_stopped`` queues it again."""
+    codes = {"again": RunStopped.exit_code, "no_buffer": BufferUnavailableError.exit_code}
+    return _HANDOVER.format(**codes) + if_stopped + _end(requeue)
+
+
+def _end(requeue: bool) -> str:
     # A stopped job that is queued again has not ended.
-    unless_again = f'[ "$code" = {RunStopped.exit_code} ] || ' if requeue else ""
-    lines = (_FINISH_TRAINING if part is Part.training else "") + _FINISH
-    return lines.format(
-        stopped=RunStopped.exit_code, no_buffer=BufferUnavailableError.exit_code, unless_again=unless_again
-    ).lstrip()
+    return _END.format(unless_again=f'[ "$code" = {RunStopped.exit_code} ] || ' if requeue else "")
 
 
 def exit_code_of_other(shared: Path, part: Part) -> int | None:

@@ -14,11 +14,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_rlpt.errors import ConfigError
 
 SHARED = "cluster"
 """Folder in ``run.dir``."""
+
+
+DONE, STOPPED = "done", "stopped"
+"""Files in that folder: the start of the job whose trainer is done, or has stopped as asked."""
+SILENT = 30.0
+"""Seconds without a word after which a component counts as gone."""
+OVER = ("ended", "failed")
+"""First words of what components say that have ended."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Spec:
     environment: Mapping[str, str] = field(default_factory=dict)
     secrets_file: str = ""
     redis_port: int = 0
+    trainer_gpus: int = 0
+    """GPUs of the trainer on a node."""
     servers_per_node: int = 1
     server_gpus: int = 0
     """GPUs of one server of the teacher."""
@@ -73,6 +84,15 @@ def publish(path: Path, value: Mapping[str, object]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(value), encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """What ``publish`` wrote; nothing where there is no such file, or not a whole one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_secrets(file: str) -> dict[str, str]:

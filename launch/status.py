@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.pair import JOBS, Part
-from launch.spec import SHARED
+from launch.spec import OVER, SHARED, SILENT, read_published
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.liveness import HEARTBEAT
-
-_SILENT = 30.0
-"""Seconds without a word after which a component counts as silent."""
-_OVER = ("ended", "failed", "done")
 
 
 def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
@@ -33,15 +29,17 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
     console = console or Console(soft_wrap=True)
     shared = run_dir / SHARED
     jobs = _jobs(shared)
-    components = _current([_read(path) for path in sorted((shared / "status").glob("*.json"))], jobs)
+    said = (read_published(path) for path in sorted((shared / "status").glob("*.json")))
+    components = _current([component for component in said if component], jobs)
     if not components and not jobs:
         raise ConfigError(f"{run_dir} holds no launched run (nothing in {shared}); start one with rlpt launch")
     for part, job in jobs.items():
         console.print(f"{part} job {job}: {_job_state(job)}" if len(jobs) > 1 else f"job {job}: {_job_state(job)}")
     if not components:
         console.print("no component has started yet")
+        _print_outputs(console, shared, jobs, lines)
         return 0
-    beat = _read(run_dir / HEARTBEAT)
+    beat = read_published(run_dir / HEARTBEAT)
     if beat:
         console.print(_progress(beat))
     table = Table("component", "state", "since", "starts", "host", "pid", box=None, pad_edge=False)
@@ -61,6 +59,7 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
     console.print(table)
     for component in components:
         _print_end(console, Path(component["log"]), lines)
+    _print_outputs(console, shared, jobs, lines)
     for words in sorted((shared / "failed").glob("*")):
         console.print(Text(words.read_text(encoding="utf-8", errors="replace").rstrip(), style="red"))
     return int(bad)
@@ -86,7 +85,7 @@ def _current(components: list[dict[str, Any]], jobs: dict[str, str]) -> list[dic
 
 
 def _is_over(component: dict[str, Any]) -> bool:
-    return str(component["state"]).startswith(_OVER)
+    return str(component["state"]).startswith(OVER)
 
 
 def _state(component: dict[str, Any], over: bool) -> tuple[str, bool]:
@@ -97,7 +96,7 @@ def _state(component: dict[str, Any], over: bool) -> tuple[str, bool]:
     if over:
         return "ended with the trainer", False
     silent = time.time() - component["time"]
-    if silent > _SILENT:
+    if silent > SILENT:
         return f"silent for {silent:.0f} s (was: {state})", True
     return state, False
 
@@ -123,6 +122,14 @@ def _job_state(job: str) -> str:
     return "; ".join(done.stdout.split("\n")).strip("; ") if done.stdout.strip() else "not in the queue"
 
 
+def _print_outputs(console: Console, shared: Path, jobs: Iterable[str], lines: int) -> None:
+    """Ends of what the jobs' scripts wrote, which also have what Slurm said of steps that it did not start."""
+    for part in jobs:
+        path = shared / JOBS / f"{part}.output"
+        if path.is_file():
+            _print_end(console, Path(path.read_text(encoding="utf-8").strip()), lines)
+
+
 def _print_end(console: Console, log: Path, lines: int) -> None:
     if not lines or not log.is_file():
         return
@@ -130,16 +137,6 @@ def _print_end(console: Console, log: Path, lines: int) -> None:
     with log.open(encoding="utf-8", errors="replace") as file:
         for line in deque(file, lines):
             console.print(Text("  " + line.rstrip()))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The file's content; nothing where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    assert isinstance(content, dict)
-    return content
 
 
 def _ago(moment: float) -> str:

@@ -110,6 +110,7 @@ def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Sp
         environment=cluster.environment,
         secrets_file=cluster.secrets_file,
         redis_port=cluster.buffer.port,
+        trainer_gpus=cluster.trainer.gpus_per_node,
         servers_per_node=servers.servers_per_node,
         server_gpus=servers.gpus_per_node // servers.servers_per_node,
         concurrency=servers.concurrency,

@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from megatron_rlpt.buffer.address import RedisAddress
-from megatron_rlpt.errors import BufferUnavailableError, first_line
+from megatron_rlpt.errors import BufferUnavailableError, ConfigError, first_line
 from megatron_rlpt.observe.log import get_logger
 
 _log = get_logger(__name__)
@@ -43,12 +43,13 @@ class RedisConnection:
             stopping: whether to give up before, as the process is to end; asked between two tries.
 
         Raises:
+            ConfigError: the package redis is not installed.
             BufferUnavailableError: the server cannot be reached, is too old, refuses the password, or would drop keys.
         """
         try:
             import redis
         except ImportError:
-            raise BufferUnavailableError(f"{address} needs the package redis; run: pip install 'redis>=7'") from None
+            raise ConfigError(f"{address} needs the package redis; run: pip install 'redis>=7'") from None
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 

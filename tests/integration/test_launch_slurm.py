@@ -42,7 +42,9 @@ PLACE = {
 class Launched:
     """A run that was launched as a job."""
 
-    def __init__(self, base: Path, cluster, model: Path, corpus: Path, **slurm: object) -> None:
+    def __init__(
+        self, base: Path, cluster, model: Path, corpus: Path, trainer: dict | None = None, **slurm: object
+    ) -> None:
         self.cluster = cluster
         self.folder = base / "run"
         self.config = write_config(base / "run.yaml", model, corpus, self.folder, **SECTIONS)
@@ -50,7 +52,9 @@ class Launched:
         python = str(ROOT / ".venv/bin/python")
         home = str(base / "home")
         self.place.write_text(
-            json.dumps({**PLACE, "python": python, "home": home, "slurm": {"time": "30:00", **slurm}})
+            json.dumps(
+                {**PLACE, "python": python, "home": home, "trainer": trainer or {}, "slurm": {"time": "30:00", **slurm}}
+            )
         )
 
     def launch(self, *arguments: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -142,7 +146,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 def test_a_run_of_all_components_ends_well_though_a_judge_worker_is_killed(
     calm, cluster, served_model, corpus, tmp_path
 ):
-    run = Launched(tmp_path, cluster, served_model, corpus)
+    run = Launched(tmp_path, cluster, served_model, corpus, trainer={"gpus_per_node": 1})
     run.launch()
     run.wait(lambda: run.steps() >= 1)
     with run.buffer() as buffer:
@@ -176,6 +180,21 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_m
     assert_equal_runs(run.folder, calm)
 
 
+def test_a_job_of_several_ranks_that_is_told_to_end_leaves_a_checkpoint_and_goes_on(
+    cluster, served_model, corpus, tmp_path
+):
+    """Told by a signal to every process of the job, as sites do before they take nodes away."""
+    run = Launched(tmp_path, cluster, served_model, corpus, trainer={"ranks_per_node": 2})
+    run.launch("train.steps=100000")
+    run.wait(lambda: run.steps() >= 1)
+    cluster.run("scancel", "--signal=TERM", run.job())
+    run.wait(lambda: "queued again" in run.output())
+    cluster.run("scancel", run.job())
+    done = run.steps()
+    assert list((run.folder / "checkpoints").glob(f"step-*{done}")), "what was done is in a checkpoint"
+    assert not list((run.folder / "cluster/failed").iterdir()), "and nothing has failed"
+
+
 def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(
     calm, cluster, served_model, corpus, tmp_path
 ):
@@ -197,7 +216,8 @@ def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(
 def test_a_trainer_that_fails_ends_the_job_with_its_exit_code_and_its_last_words(
     cluster, served_model, corpus, tmp_path, allocation
 ):
-    run = Launched(tmp_path, cluster, served_model, corpus, allocation=allocation)
+    trainer = {"ranks_per_node": 2, "gpus_per_node": 2} if allocation == "heterogeneous" else {}
+    run = Launched(tmp_path, cluster, served_model, corpus, trainer=trainer, allocation=allocation)
     run.launch("rollout.max_logprob_gap=1e-9", "rollout.warn_logprob_gap=1e-9")
     part = "training" if allocation == "separate" else "run"
     assert run.ended(part) == ("FAILED", "7:0")

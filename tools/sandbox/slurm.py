@@ -19,7 +19,7 @@ not there: what is submitted to them waits for ever.
 Debian's packages bring services of the system too; the sandbox neither needs nor touches them.
 
 What differs from a cluster: node names do not resolve (``scontrol show node n1`` knows the address), both nodes see the
-same memory and GPUs, and nothing keeps a job to the cores that it was given.
+same memory, nothing keeps a job to the cores that it was given, and the two GPUs of a node are counted but not there.
 
 Only Python's standard library is used. Exit codes: 0 done, 1 with one line on standard error.
 """
@@ -39,6 +39,8 @@ import daemons
 from daemons import SECONDS, SandboxError, command_line, is_running, read_processes, wait_for, write_secret
 
 NODES = ("n1", "n2")
+GPUS = 2
+"""Of each node, in Slurm's books only: jobs that ask for GPUs can be tried, and find none."""
 PARTITION = "main"
 IMAGINED = "imagined"
 """Partition of GPU nodes that are not there: what would run on a large cluster can be tried with --test-only."""
@@ -173,7 +175,7 @@ def write_configuration(folder: Path) -> None:
     controller_port, accounting_port, *node_ports = daemons.free_ports(2 + len(NODES))
     host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
     lines = [
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} State=UNKNOWN"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:{GPUS} State=UNKNOWN"
         for name, port in zip(NODES, node_ports, strict=True)
     ]
     text = CONFIGURATION.format(
@@ -189,6 +191,7 @@ def write_configuration(folder: Path) -> None:
         imagined=IMAGINED,
     )
     (folder / "slurm.conf").write_text(text)
+    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu Count={GPUS} Flags=CountOnly\n")
 
 
 def launch(folder: Path, program: str, *arguments: str, name: str | None = None) -> None:

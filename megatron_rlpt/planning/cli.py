@@ -12,6 +12,7 @@ from rich.console import Console
 from megatron_rlpt.config import Config, TeacherPlace, load_config, needs_judge
 from megatron_rlpt.errors import ConfigError, ModelError
 from megatron_rlpt.planning.hardware import Nodes, gpu_of
+from megatron_rlpt.planning.judging import ANSWER_VARIATION
 from megatron_rlpt.planning.limits import USABLE_MEMORY
 from megatron_rlpt.planning.plan import make_plan
 from megatron_rlpt.planning.question import Question
@@ -54,6 +55,15 @@ def plan(
         int | None,
         typer.Option("--judge-tensor", min=1, metavar="N", help="GPUs of one server; by default as few as hold it."),
     ] = None,
+    judge_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--judge-workers",
+            min=1,
+            metavar="N",
+            help="Judge workers (judges.workers of the cluster file); by default as many as take up every group.",
+        ),
+    ] = None,
     judge_fp8: Annotated[
         bool, typer.Option("--judge-fp8", help="Servers hold the teacher in fp8 (vLLM's --quantization fp8).")
     ] = False,
@@ -74,6 +84,12 @@ def plan(
     simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the run, with failures and slow judges.")] = (
         False
     ),
+    answer_variation: Annotated[
+        float,
+        typer.Option(
+            "--answer-variation", min=0, metavar="X", help="Standard deviation over mean of a verdict's length."
+        ),
+    ] = ANSWER_VARIATION,
     slow_judges: Annotated[
         float, typer.Option("--slow-judges", min=0, max=1, metavar="SHARE", help="Judge workers that are slow.")
     ] = 0.0,
@@ -81,14 +97,14 @@ def plan(
         float, typer.Option("--slowdown", min=1, metavar="X", help="How many times as long a slow one takes.")
     ] = 3.0,
     node_failures: Annotated[
-        float, typer.Option("--node-failures", min=0, metavar="RATE", help="Failures of a node per hour.")
+        float, typer.Option("--node-failures", min=0, metavar="RATE", help="Failures of eight GPUs per hour.")
     ] = NODE_FAILURES,
     page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with everything.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Say what a run will need, how fast it will be and what it will cost, before it is queued.
 
-    Leaves with 1 when the run would not fit.
+    Leaves with 1 when the run would not fit, or is simulated to lose more groups than it may.
     """
     resolved = load_config(config, overrides or ())
     policy = read_model(model, resolved.model.path, "--model")
@@ -109,11 +125,13 @@ def plan(
         answer_tokens=answer_tokens,
         trainer_price=gpu.price if price is None else price,
         judge_price=judge_gpu.price if judge_price is None else judge_price,
+        judge_workers=judge_workers,
+        answer_variation=answer_variation,
     )
     found = make_plan(question)
     ranked = sweep_layouts(question) if sweep else None
     divided = split(question, total_gpus) if total_gpus else ()
-    trouble = Trouble(slow_judges, slowdown, node_failures=node_failures)
+    trouble = Trouble(slow_judges, slowdown, node_failures)
     outcome = simulate_plan(found, trouble) if simulate else None
     listed = sections(found, ranked, outcome, divided)
     if page is not None:
@@ -125,7 +143,7 @@ def plan(
         print(to_json(found, outcome))
     else:
         print_plan(Console(), listed)
-    if not found.runs:
+    if not found.runs or (outcome is not None and outcome.fails):
         raise typer.Exit(1)
 
 

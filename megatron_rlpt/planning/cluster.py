@@ -62,7 +62,10 @@ class Judges:
     groups: int
     """Groups that one worker judges at once (``teacher.workers.groups``)."""
     service: Service
-    """Seconds of one group, while so many are judged at once."""
+    """Seconds of one group; of one that is alone where groups share servers."""
+    slowing: tuple[float, ...] = ()
+    """How many times as long a group takes while 1, 2, 3 ... groups share the servers, up to as many as ever do;
+    empty where every group has something for itself."""
     slow_share: float = 0.0
     """Share of the workers that are slow."""
     slowdown: float = 1.0

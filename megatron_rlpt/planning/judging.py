@@ -19,6 +19,8 @@ CHARACTERS_PER_TOKEN = Constant(4, "rule of thumb for English text, as in OpenAI
 
 SERVER_BATCH = Constant(256, "most sequences that vLLM's server decodes at once by default (max_num_seqs)")
 
+ANSWER_VARIATION = Constant(0.5, "assumed: standard deviation over mean of the length of an answer of the teacher")
+
 
 @dataclass(frozen=True)
 class Calls:
@@ -45,12 +47,16 @@ class Judging:
 
     calls: tuple[Calls, ...]
     server_seconds: float
-    """Seconds that one full server takes per group. No prompt is found in its prefix cache: every request fences its
-    texts with a code of its own, which comes before them."""
+    """Seconds that one server takes per group, with so many requests under way. No prompt is found in its prefix cache:
+    every request fences its texts with a code of its own, which comes before them."""
     server_seconds_shared: float
     """What it would be if all requests about a group had one fence and went to one server."""
     answer_seconds: float
-    """Seconds of one answer of a full server."""
+    """Seconds of the longest kind of answer, its prompt read without others in between."""
+    group_seconds: float
+    """Seconds from a group's first request to its last answer, no server having more than those requests under way and
+    no prompt of another group coming in between: the rewrite, then round after round of comparisons. That a round waits
+    for its longest answer is left out."""
 
     @property
     def count(self) -> int:
@@ -64,6 +70,13 @@ class Judging:
             sum(calls.count * calls.prompt for calls in self.calls),
             sum(calls.count * calls.answer for calls in self.calls),
         )
+
+    def variation(self, of_answer: float) -> float:
+        """Standard deviation over mean of the tokens written about a group, if those of an answer have ``of_answer``:
+        lengths of many answers even out."""
+        _, written = self.tokens
+        spread = math.sqrt(sum(calls.count * calls.answer**2 for calls in self.calls))
+        return of_answer * spread / written if written else 0.0
 
 
 def candidates(config: Config) -> int:
@@ -100,52 +113,56 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     return tuple(found)
 
 
-def in_flight(config: Config, answer_tokens: float, groups: int) -> int:
-    """Requests under way at one server that works on ``groups`` groups: those of one round of each."""
-    rounds = 1
-    if config.teacher.generative.quality.scheme is PairScheme.tournament:
-        rounds = max(1, math.ceil(math.log2(max(2, candidates(config)))))
-    requests = sum(
-        calls.count / (rounds if calls.name == "quality" else 1) for calls in calls_per_group(config, answer_tokens)
-    )
-    return max(1, round(groups * requests))
-
-
-def judging(config: Config, server: Engine, answer_tokens: float) -> Judging:
+def judging(config: Config, calls: tuple[Calls, ...], server: Engine, requests: float) -> Judging:
     """What judging one group costs on ``server``.
 
     Args:
         config: the run.
+        calls: what is asked about a group.
         server: one server of the teacher, or one worker with a model of its own.
-        answer_tokens: mean length of a verdict.
+        requests: under way at the server at once, on average; below 1 it is idle at times.
     """
-    calls = calls_per_group(config, answer_tokens)
-    worst = shared = answer = 0.0
+    worst = shared = answer = rewriting = verdicts = 0.0
     for kind in calls:
-        if kind.name == "likelihood" and (config.teacher.workers.own_model or not _by_workers(config)):
+        if kind.name == "likelihood" and not asks_servers(config):
             seconds = score_seconds(server.model, server.nodes.gpu, 1, kind.shared, kind.count, kind.own)
-            worst, shared = worst + seconds, shared + seconds
+            worst, shared, verdicts = worst + seconds, shared + seconds, max(verdicts, seconds)
             continue
-        decode, latency = _decode(server, kind)
+        decode, latency = _decode(server, kind, requests)
+        latency += server.prompt_seconds(kind.prompt, kind.prompt)
         worst += server.prompt_seconds(kind.count * kind.prompt, kind.prompt) + decode
         shared += server.prompt_seconds(kind.shared + kind.count * kind.own, kind.prompt) + decode
-        answer = max(answer, latency + server.prompt_seconds(kind.prompt, kind.prompt))
-    return Judging(calls, worst, shared, answer)
+        answer = max(answer, latency)
+        if kind.name == "rewrite":
+            rewriting = latency
+        else:
+            verdicts = max(verdicts, _rounds(config, kind) * latency)
+    return Judging(calls, worst, shared, answer, rewriting + verdicts)
 
 
-def _decode(server: Engine, kind: Calls) -> tuple[float, float]:
-    """Seconds of a full server to write a group's answers, and of one of them."""
+def asks_servers(config: Config) -> bool:
+    """Whether a likelihood is asked of a server; otherwise the model is in the same process."""
+    return config.teacher.place is TeacherPlace.workers and not config.teacher.workers.own_model
+
+
+def _rounds(config: Config, kind: Calls) -> int:
+    """Times that requests of ``kind`` wait for answers to earlier ones, and the first time (``teacher/schemes.py``)."""
+    entrants = candidates(config)
+    if kind.name != "quality" or config.teacher.generative.quality.scheme is not PairScheme.tournament or entrants <= 3:
+        return 1
+    return math.ceil(math.log2(entrants))
+
+
+def _decode(server: Engine, kind: Calls, requests: float) -> tuple[float, float]:
+    """Seconds of a server to write a group's answers, and of one of them, with ``requests`` under way."""
     if not kind.answer:
         return 0.0, 0.0
-    together = server.concurrency(0.0, kind.prompt + kind.answer, 1)
-    if not together:
+    room = server.concurrency(0.0, kind.prompt + kind.answer, 1)
+    if not room:
         return math.inf, math.inf
+    together = min(max(1.0, requests), room)
     one = kind.answer * server.pass_seconds(together, kind.prompt + kind.answer / 2)
     return one * kind.count / together, one
-
-
-def _by_workers(config: Config) -> bool:
-    return config.teacher.place is TeacherPlace.workers
 
 
 def _template(name: str) -> float:

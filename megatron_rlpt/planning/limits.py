@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from megatron_rlpt.config import JudgeName, TeacherPlace
+from megatron_rlpt.config import JudgeName
 from megatron_rlpt.planning.hardware import Constant
 from megatron_rlpt.planning.judge_cluster import JudgeCluster
+from megatron_rlpt.planning.judging import asks_servers
 from megatron_rlpt.planning.memory import Memory
 from megatron_rlpt.planning.question import Question
 from megatron_rlpt.planning.rollouts import Engine
+from megatron_rlpt.teacher.rewriter import answer_tokens
 
 USABLE_MEMORY = Constant(0.92, "assumed: what CUDA, NCCL and fragmentation leave of a GPU's memory")
 
@@ -53,28 +55,38 @@ def limits_of(
                 fatal=not fits,
             )
         )
-    if judges and config.teacher.place is TeacherPlace.workers:
+    if judges and judges.servers.workers is not None:
         limits += _judge_limits(question, judges, own)
+    if judges:
+        limits += _context_limit(question, judges)
     return tuple(sorted(limits, key=lambda limit: -limit.share))
 
 
 def _judge_limits(question: Question, judges: JudgeCluster, own: float) -> list[Limit]:
-    config, gpu, found = question.config, question.judges.gpu, judges.judging
+    config, gpu, servers = question.config, question.judges.gpu, judges.servers
     usable = USABLE_MEMORY * gpu.memory
-    held = judges.server.weights + judges.server.cache
-    ahead = max(1, config.train.staleness)
-    limits = [
+    held = servers.server.weights + servers.server.cache
+    settings = config.teacher.workers
+    return [
         Limit(
             "judges",
             judges.gpus_needed / question.judges.gpus,
-            f"{judges.gpus_needed} GPUs are needed, {question.judges.gpus} are there",
+            f"{judges.gpus_needed} GPUs judge as many groups as the trainer takes, {question.judges.gpus} are there",
+            fatal=False,
+        ),
+        Limit(
+            "judge workers",
+            judges.workers_needed / (servers.workers or 1),
+            f"{judges.workers_needed} of {settings.groups} groups each (teacher.workers.groups) are needed, "
+            f"{servers.workers} are there",
             fatal=False,
         ),
         Limit(
             "time to judge a group",
-            judges.shortest / (own * ahead),
-            f"a group alone takes {judges.shortest:.1f} s, the trainer {own:.1f} s for a step; with train.staleness = "
-            f"{max(1, math.ceil(judges.shortest / own))} it does not wait",
+            servers.shortest_step / own,
+            f"a group alone takes {judges.shortest:.1f} s, the last of a batch {judges.shortest + servers.tail:.1f} s, "
+            f"a step {own:.1f} s; no number of GPUs helps, but "
+            f"train.staleness = {judges.staleness_needed} does, with workers for all groups",
             fatal=False,
         ),
         Limit(
@@ -83,25 +95,41 @@ def _judge_limits(question: Question, judges: JudgeCluster, own: float) -> list[
             f"weights and key-value cache {held / 1e9:.1f} of {usable / 1e9:.1f} GB per GPU",
             fatal=True,
         ),
+        Limit(
+            "deadline of a group",
+            judges.longest / settings.group_deadline,
+            f"{judges.longest:.1f} s for all answers about a group, {servers.groups} groups at once; "
+            f"teacher.workers.group_deadline = {settings.group_deadline:g} s",
+            fatal=True,
+        ),
+        Limit(
+            "deadline of an answer",
+            servers.answer_seconds(servers.groups) / settings.request_deadline,
+            f"{servers.answer_seconds(servers.groups):.1f} s for an answer, teacher.workers.request_deadline = "
+            f"{settings.request_deadline:g} s",
+            fatal=True,
+        ),
     ]
-    longest = max(calls.prompt for calls in found.calls)
-    if config.teacher.judge is JudgeName.generative:
-        longest += config.teacher.generative.max_tokens
-        deadline = config.teacher.workers.request_deadline
-        limits.append(
-            Limit(
-                "deadline of a judgment",
-                found.answer_seconds / deadline,
-                f"{found.answer_seconds:.1f} s for an answer, teacher.workers.request_deadline = {deadline:g} s",
-                fatal=True,
-            )
-        )
-    limits.append(
+
+
+def _context_limit(question: Question, judges: JudgeCluster) -> list[Limit]:
+    """Prompts and answers of an engine or server of the teacher; a likelihood in the same process has no such limit."""
+    config = question.config
+    lengths = []
+    for calls in judges.judging.calls:
+        if calls.name == "rewrite":
+            lengths.append(calls.prompt + answer_tokens(config.data.suffix_length))
+        elif config.teacher.judge is JudgeName.generative:
+            lengths.append(calls.prompt + config.teacher.generative.max_tokens)
+        elif asks_servers(config):
+            lengths.append(calls.prompt)
+    if not lengths:
+        return []
+    return [
         Limit(
             "context of the teacher",
-            longest / config.teacher.max_context,
-            f"prompt and answer of {longest:.0f} tokens, teacher.max_context = {config.teacher.max_context}",
+            max(lengths) / config.teacher.max_context,
+            f"prompt and answer of {max(lengths):.0f} tokens, teacher.max_context = {config.teacher.max_context}",
             fatal=True,
         )
-    )
-    return limits
+    ]

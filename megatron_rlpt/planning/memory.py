@@ -53,6 +53,8 @@ class Memory:
     """Copies that communication and the optimizer's step make."""
     engine_weights: int = 0
     kv_cache: int = 0
+    teacher: int = 0
+    """On the leader of a replica, where the trainer judges."""
     sync_bucket: int = 0
     checkpoint: int = 0
 
@@ -63,7 +65,13 @@ class Memory:
 
 
 def memory_of(
-    arch: Architecture, layout: Layout, config: Config, device: Device = Device.gpu, *, shared_engine: bool = True
+    arch: Architecture,
+    layout: Layout,
+    config: Config,
+    device: Device = Device.gpu,
+    *,
+    shared_engine: bool = True,
+    teacher: int = 0,
 ) -> Memory:
     """The rank that needs most, at the moment when it does.
 
@@ -73,9 +81,11 @@ def memory_of(
         config: lengths, batches, objective, precision, engine.
         device: what the ranks compute on.
         shared_engine: whether the engine is in the same memory as the policy; false where it has a GPU of its own.
+        teacher: bytes of the teacher on the first rank of every replica, which is of the first stage (``ranks.py``);
+            it stays there all the time.
     """
     found = [
-        moment
+        replace(moment, teacher=0 if stage else teacher)
         for stage in range(layout.pipeline)
         for moment in moments_of(arch, layout, config, stage, device, shared_engine=shared_engine).values()
     ]

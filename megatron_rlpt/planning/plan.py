@@ -16,6 +16,7 @@ from megatron_rlpt.config import (
     Config,
     EngineName,
     Fp8,
+    JudgeName,
     ObjectiveName,
     Recompute,
     TeacherPlace,
@@ -120,9 +121,9 @@ def make_plan(question: Question) -> Plan:
     engine, engines = rollout_engine(question, layout)
     rollouts = _rollout_seconds(config, engine, engines)
     sync = _sync_seconds(model, layout, question.trainer, engine) if config.candidates.rollouts else 0.0
-    memory = memory_of(question.model, layout, config)
+    memory = memory_of(question.model, layout, config, teacher=teacher_bytes(question))
     own = rollouts + reference + update.total + sync
-    judges = judge_cluster(question, own)
+    judges = judge_cluster(question, layout, own)
     waiting = judges.waiting if judges else 0.0
     step = own + waiting
     sequences = work.sequences
@@ -180,6 +181,24 @@ def rollout_engine(question: Question, layout: Layout) -> tuple[Engine, int]:
     cache = rollout.kv_cache_gib * 2**30
     engine = Engine(Transformer.of(question.model), question.trainer, tensor, cache, rollout.max_batch)
     return engine, question.trainer.gpus // tensor
+
+
+def teacher_bytes(question: Question) -> int:
+    """Bytes of the teacher on a leader's GPU with ``teacher.place=trainer``, where nothing cuts it into parts.
+
+    An engine with its cache answers prompts, a model in bf16 scores likelihoods (``teacher/build.py``).
+    """
+    config = question.config
+    if config.teacher.place is not TeacherPlace.trainer:
+        return 0
+    judged = needs_judge(config.objective.name)
+    weights = int(2 * Transformer.of(question.teacher).parameters)
+    held = 0
+    if config.candidates.rewrite or (judged and config.teacher.judge is JudgeName.generative):
+        held += weights + int(config.teacher.kv_cache_gib * 2**30)
+    if judged and config.teacher.judge is JudgeName.likelihood:
+        held += weights
+    return held
 
 
 def _check_judges(question: Question) -> None:

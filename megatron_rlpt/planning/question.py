@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_rlpt.config import Config
 from megatron_rlpt.planning.hardware import Nodes
+from megatron_rlpt.planning.judging import ANSWER_VARIATION
 from megatron_rlpt.policy.architecture import Architecture
 
 
@@ -28,3 +29,7 @@ class Question:
     trainer_price: float
     """US dollars per GPU and hour."""
     judge_price: float
+    judge_workers: int | None = None
+    """Judge workers; None is as many as take up every group at once."""
+    answer_variation: float = ANSWER_VARIATION
+    """Standard deviation over mean of the length of a verdict."""

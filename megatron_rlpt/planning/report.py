@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,17 +12,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rlpt.planning import hardware, judging, kernels, limits, rollouts, scenario
+from megatron_rlpt.planning import hardware, judge_cluster, judging, kernels, limits, rollouts, scenario
 from megatron_rlpt.planning.hardware import Constant
+from megatron_rlpt.planning.judge_cluster import JudgeCluster
 from megatron_rlpt.planning.plan import Plan, describe_calls
 from megatron_rlpt.planning.question import Question
-from megatron_rlpt.planning.simulation import Outcome
+from megatron_rlpt.planning.scenario import Scenario
 from megatron_rlpt.planning.sweep import Sweep
 from megatron_rlpt.planning.transformer import Transformer
 
 _GB = 1e9
 _SHOWN = 10
 """Layouts of a sweep that are listed."""
+_AGREE = 0.05
+"""Difference of a simulated step from the planned one that needs no explanation."""
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; width: 100%; }
@@ -42,7 +46,7 @@ class Section:
 
 
 def sections(
-    plan: Plan, found: Sweep | None = None, outcome: Outcome | None = None, divided: Sequence[Plan] = ()
+    plan: Plan, found: Sweep | None = None, outcome: Scenario | None = None, divided: Sequence[Plan] = ()
 ) -> list[Section]:
     """Everything there is to say about ``plan``; ``divided`` are plans of the same GPUs divided with the judges."""
     listed = [_summary(plan), _times(plan), _memory(plan), _judges(plan), _limits(plan)]
@@ -76,7 +80,7 @@ def to_html(title: str, listed: Sequence[Section]) -> str:
     )
 
 
-def to_json(plan: Plan, outcome: Outcome | None = None) -> str:
+def to_json(plan: Plan, outcome: Scenario | None = None) -> str:
     """Figures for programs; seconds, bytes, US dollars."""
     trainer, judges = plan.gpu_hours
     read: dict[str, Any] = {
@@ -86,7 +90,12 @@ def to_json(plan: Plan, outcome: Outcome | None = None) -> str:
         "update": plan.update.parts(),
         "memory": asdict(plan.memory) | {"total": plan.memory.total},
         "judge_seconds": plan.judges.seconds if plan.judges else 0.0,
+        "judge_group_seconds": (
+            {"alone": plan.judges.shortest, "among all": plan.judges.longest} if plan.judges else {}
+        ),
         "judge_gpus_needed": plan.judges.gpus_needed if plan.judges else 0,
+        "judge_workers_needed": plan.judges.workers_needed if plan.judges else 0,
+        "judges_keep_up": plan.judges.keeps_up if plan.judges else True,
         "judge_calls": [asdict(calls) for calls in plan.judges.judging.calls] if plan.judges else [],
         "trained_tokens": plan.trained_tokens,
         "generated_tokens": plan.generated_tokens,
@@ -99,7 +108,15 @@ def to_json(plan: Plan, outcome: Outcome | None = None) -> str:
         "runs": plan.runs,
     }
     if outcome is not None:
-        read["simulation"] = asdict(outcome)
+        read["simulation"] = asdict(outcome.outcome) | {
+            "steps": outcome.steps,
+            "variation": outcome.variation,
+            "given_up_share": outcome.given_up,
+            "fails": outcome.fails,
+            # Of all steps; None where the run gets nowhere.
+            "run_seconds": outcome.seconds if math.isfinite(outcome.seconds) else None,
+            "run_failures": outcome.expected_failures if math.isfinite(outcome.seconds) else None,
+        }
     return json.dumps(read, indent=1)
 
 
@@ -158,11 +175,18 @@ def _memory(plan: Plan) -> Section:
 def _judges(plan: Plan) -> Section:
     rows = [("asked per step", describe_calls(plan))]
     if plan.judges is not None:
-        judging, needed = plan.judges.judging, plan.judges.gpus_needed
+        judging = plan.judges.judging
         shared = judging.server_seconds_shared / judging.server_seconds if judging.server_seconds else 1.0
         rows += [
-            ("a batch takes", f"{plan.judges.seconds:.1f} s from its arrival to its last outcome"),
-            ("GPUs needed", f"{needed} to keep up" if needed else "the trainer judges itself"),
+            ("a batch takes", f"{plan.judges.seconds:.1f} s of a step, batch after batch"),
+            (
+                "a group takes",
+                f"{plan.judges.shortest:.1f} s alone, {plan.judges.longest:.1f} s among all under way; work varies by "
+                f"{plan.judges.servers.variation:.1%}, so that the last of a batch takes "
+                f"{plan.judges.servers.tail:.1f} s longer",
+            ),
+            ("GPUs needed", _gpus_needed(plan.judges)),
+            ("workers", _workers_needed(plan.judges)),
             (
                 "if prompts shared their beginning",
                 f"{shared:.0%} of that time: every request fences its texts with a code of its own, so that no prompt "
@@ -170,6 +194,27 @@ def _judges(plan: Plan) -> Section:
             ),
         ]
     return Section("Judging", ("", ""), tuple(rows))
+
+
+def _gpus_needed(judges: JudgeCluster) -> str:
+    if judges.servers.workers is None:
+        return f"the trainer judges itself, on {judges.servers.count} leaders of replicas"
+    if judges.keeps_up:
+        return f"{judges.gpus_needed} to keep up, {judges.gpus_full} with a train.staleness that keeps them full"
+    return (
+        f"no number keeps up: a group takes {judges.shortest:.1f} s however many there are; use train.staleness = "
+        f"{judges.staleness_needed} or more and workers for all groups. {judges.gpus_full} do once that keeps them full"
+    )
+
+
+def _workers_needed(judges: JudgeCluster) -> str:
+    if judges.servers.workers is None:
+        return "none"
+    groups = judges.servers.question.config.teacher.workers.groups
+    return (
+        f"needs {judges.workers_needed} judge workers of {groups} groups each; planned with {judges.servers.workers} "
+        "(judges.workers of the cluster file)"
+    )
 
 
 def _limits(plan: Plan) -> Section:
@@ -215,10 +260,14 @@ def _divided(plans: Sequence[Plan]) -> Section:
     return Section("The same GPUs, divided between training and judging", columns, tuple(rows))
 
 
-def _simulated(outcome: Outcome) -> Section:
+def _simulated(scenario: Scenario) -> Section:
+    outcome = scenario.outcome
     rows = [
-        ("step", f"{outcome.step_seconds:.1f} s"),
-        ("run", f"{outcome.seconds / 3600:.1f} hours"),
+        (
+            "simulated",
+            f"{scenario.steps:,} of {scenario.run_steps:,} steps; work on a group varies by {scenario.variation:.1%}",
+        ),
+        ("step", f"{outcome.step_seconds:.1f} s, planned {scenario.planned:.1f} s{_why_not(scenario)}"),
         ("busy", ", ".join(f"{name} {share:.0%}" for name, share in outcome.busy.items())),
         ("enlarge first", outcome.bottleneck),
         ("staleness", f"{outcome.staleness:.2f} updates on average, {outcome.staleness_highest} at most"),
@@ -226,10 +275,38 @@ def _simulated(outcome: Outcome) -> Section:
             "waiting per step",
             f"{outcome.wait_for_judges:.1f} s for a batch, {outcome.wait_for_rollouts:.1f} s for rollouts",
         ),
-        ("failures", f"{outcome.failures}, {outcome.lost / 3600:.1f} hours lost"),
-        ("groups given up", str(outcome.given_up)),
+        ("failures simulated", f"{outcome.failures}, {outcome.lost / 3600:.1f} hours lost"),
+        (
+            "groups given up",
+            f"{outcome.given_up:,} of {scenario.groups:,}, {scenario.given_up:.1%}; teacher.max_failure_rate = "
+            f"{scenario.allowed:g}{': the run would pause' if scenario.fails else ''}",
+        ),
+        ("whole run", _whole_run(scenario)),
     ]
     return Section("Simulated", ("", ""), tuple(rows))
+
+
+def _why_not(scenario: Scenario) -> str:
+    """Why a simulated step is not as long as the planned one, if it is not."""
+    difference = scenario.outcome.step_seconds / scenario.planned - 1
+    if abs(difference) < _AGREE:
+        return ""
+    if difference < 0:
+        return " (judges begin with a part of a batch while the next is generated, which the plan leaves out)"
+    return (
+        " (the plan leaves out checkpoints, failures, slow workers, groups that are judged again, and pauses between "
+        "two looks into the buffer)"
+    )
+
+
+def _whole_run(scenario: Scenario) -> str:
+    if not math.isfinite(scenario.seconds):
+        return "gets nowhere: failures cost more time than there is between them; write checkpoints more often"
+    lost = scenario.seconds - scenario.calm_seconds
+    return (
+        f"{scenario.seconds / 3600:,.1f} hours with checkpoints, of which {lost / 3600:.1f} for "
+        f"{scenario.expected_failures:.1f} failures to be expected at {scenario.failure_cost / 3600:.2f} hours each"
+    )
 
 
 def _sources(plan: Plan) -> Section:
@@ -246,7 +323,7 @@ def _sources(plan: Plan) -> Section:
 
 
 def _constants() -> dict[str, Constant]:
-    modules = (hardware, kernels, rollouts, judging, limits, scenario)
+    modules = (hardware, kernels, rollouts, judging, judge_cluster, limits, scenario)
     return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Constant)}
 
 

@@ -25,6 +25,7 @@ from megatron_rlpt.buffer.polling import until_next_look
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planning.cluster import Cluster, Judges, Workload
 from megatron_rlpt.planning.events import Clock, Process, Signal, Waits
+from megatron_rlpt.planning.sharing import Sharing
 
 _TRAINER_LOOKS = (0.02, 0.5)
 """``buffer/judging.py: _POLL``, seconds; a test compares them."""
@@ -111,6 +112,7 @@ class _Simulation:
         self._ages: dict[int, int] = {}
         self._most = 0
         """Most groups on their way at once."""
+        self._sharing: Sharing | None = None
         self._known = 0
         """Groups below this number are in the buffer, which survives the trainer."""
         self._arrivals: dict[int, float] = {}
@@ -131,6 +133,8 @@ class _Simulation:
     def outcome(self) -> Outcome:
         """Run it."""
         judges = self._cluster.judges
+        if judges and judges.slowing:
+            self._sharing = Sharing(self._clock, lambda groups: judges.slowing[groups - 1], judges.deadline)
         for number in range(judges.workers if judges else 0):
             _Worker(self, number)
         self._trainer = self._clock.start(self._train(0.0))
@@ -299,11 +303,21 @@ class _Simulation:
     def examine(self, group: int, slowness: float) -> Waits:
         """Judge ``group`` until it is done or out of time."""
         judges = self.judges
-        seconds = judges.service.draw(self._judging) * slowness
+        seconds = judges.service.draw(self._judging)
         self._attempts[group] += 1
-        late = seconds > judges.deadline
-        self._busy["judge"] += min(seconds, judges.deadline)
-        yield min(seconds, judges.deadline)
+        if self._sharing is None:
+            late = seconds * slowness > judges.deadline
+            taken = min(seconds * slowness, judges.deadline)
+            self._busy["judge"] += taken
+            yield taken
+        else:
+            job = self._sharing.begin(seconds, slowness)
+            yield job.over
+            late = job.left > 0
+            # What it took of servers that are full: with fewer groups they are not at work all the time.
+            self._busy["judge"] += (
+                (seconds - job.left / slowness) * judges.slowing[-1] / len(judges.slowing) * judges.slots
+            )
         if late and self._attempts[group] < judges.max_attempts:
             heapq.heappush(self._queue, group)
             self._arrived.fire()

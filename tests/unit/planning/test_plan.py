@@ -122,13 +122,11 @@ def test_divisions_of_the_gpus_are_ranked_by_cost():
     assert {plan.question.trainer.gpus + plan.question.judges.gpus for plan in plans} == {64}
 
 
-def test_the_simulation_of_a_plan_agrees_with_it_when_nothing_goes_wrong():
+def test_slow_judges_hold_up_the_simulated_run():
 
-    plan = make_plan(question("continual_8b", gpus=64, judges=448))
-    outcome = simulate_plan(plan, Trouble(variation=0.0, node_failures=0.0), steps=16)
-    assert outcome.step_seconds == pytest.approx(plan.step_seconds, rel=0.1)
+    plan = make_plan(question("continual_8b", gpus=64, judges=232))
     slow = simulate_plan(plan, Trouble(slow_share=0.5, slowdown=10.0, node_failures=0.0), steps=16)
-    assert slow.step_seconds > 1.2 * outcome.step_seconds
+    assert slow.outcome.step_seconds > 1.2 * plan.step_seconds
 
 
 @pytest.mark.parametrize(

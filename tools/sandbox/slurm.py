@@ -39,8 +39,8 @@ import daemons
 from daemons import SECONDS, SandboxError, command_line, is_running, read_processes, wait_for, write_secret
 
 NODES = ("n1", "n2")
-GPUS = 2
-"""Of each node, in Slurm's books only: jobs that ask for GPUs can be tried, and find none."""
+DEVICES = ("/dev/null", "/dev/zero")
+"""Of each node, and in Slurm's books GPUs: jobs that ask for GPUs can be tried, and find none."""
 PARTITION = "main"
 IMAGINED = "imagined"
 """Partition of GPU nodes that are not there: what would run on a large cluster can be tried with --test-only."""
@@ -175,7 +175,7 @@ def write_configuration(folder: Path) -> None:
     controller_port, accounting_port, *node_ports = daemons.free_ports(2 + len(NODES))
     host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
     lines = [
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:{GPUS} State=UNKNOWN"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:{len(DEVICES)}"
         for name, port in zip(NODES, node_ports, strict=True)
     ]
     text = CONFIGURATION.format(
@@ -191,7 +191,7 @@ def write_configuration(folder: Path) -> None:
         imagined=IMAGINED,
     )
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu Count={GPUS} Flags=CountOnly\n")
+    (folder / "gres.conf").write_text(f"Name=gpu File={','.join(DEVICES)}\n")
 
 
 def launch(folder: Path, program: str, *arguments: str, name: str | None = None) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from launch.component import ROLES, Component, Task, run_component
 from launch.spec import Spec
+from megatron_rlpt.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -149,3 +150,51 @@ def test_a_trainer_that_is_done_has_not_failed_because_judging_ended(tmp_path, m
     leave(tmp_path, "judging", 0)
     spec = Spec(run_dir=str(tmp_path), config="x", components=("judges", "trainer"), separate=True)
     assert run_component("trainer", spec) == 0
+
+
+def start_of(tmp_path, role: str, command: str) -> subprocess.Popen[bytes]:
+    """A component in a process of its own whose command is ``command``."""
+    program = (
+        "import sys; from launch import component; from launch.spec import Spec; "
+        f"component.ROLES['{role}'] = lambda this: this.run(['bash', '-c', {command!r}], again={role != 'trainer'}); "
+        f"sys.exit(component.run_component('{role}', Spec(run_dir={str(tmp_path)!r}, config='x', components=())))"
+    )
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"RLPT_START": "7.0"})
+
+
+def wait_for(found) -> None:
+    deadline = time.monotonic() + 60
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_told_to_end_all_at_once_the_trainer_goes_first_and_has_the_time_that_it_needs(tmp_path):
+    """As where a scheduler signals every process of a job: the step that is finished needs judges and buffer."""
+    trainer = f"while [ ! -e {tmp_path}/stop ]; do sleep 0.05; done; sleep 3; [ -e {tmp_path}/judging ] && exit 75"
+    judges = f"touch {tmp_path}/judging; trap 'rm {tmp_path}/judging; exit' TERM; while :; do sleep 0.05; done"
+    with start_of(tmp_path, "judges", judges) as judging, start_of(tmp_path, "trainer", trainer) as training:
+        folder = tmp_path / "cluster/status"
+        said = [folder / "judges-00000.json", folder / "trainer-00000.json"]
+        wait_for(lambda: all(path.exists() and '"running"' in path.read_text() for path in said))
+        wait_for((tmp_path / "judging").exists)
+        for process in (judging, training):
+            process.send_signal(signal.SIGUSR1)
+        assert training.wait(60) == 0, "srun would end its other ranks otherwise"
+        assert judging.wait(60) == 0
+    assert (tmp_path / "cluster/stopped").read_text() == "7.0"
+    assert not (tmp_path / "cluster/done").exists()
+    assert not (tmp_path / "cluster/failed").exists()
+    assert not (tmp_path / "judging").exists()
+
+
+def test_a_status_that_cannot_be_written_does_not_end_the_command(tmp_path, component, capsys):
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster/status").write_text("in the way")
+    assert component.run(["bash", "-c", "exit 0"], again=False) == 0
+    assert "cannot say how it is" in capsys.readouterr().err
+
+
+def test_a_program_that_is_not_there_is_one_line(component):
+    with pytest.raises(ConfigError, match="nowhere-server cannot be started on this node: No such file"):
+        component.run(["nowhere-server"], again=True)

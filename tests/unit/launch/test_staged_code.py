@@ -58,6 +58,19 @@ def test_or_packed_new_files_too_and_recorded(repository, tmp_path):
     assert "+new" in (tmp_path / "staged/job/uncommitted.patch").read_text()
 
 
+def test_files_that_are_no_text_are_recorded_too(repository, tmp_path):
+    (repository / "module.py").write_bytes(b"caf\xe9\n")
+    stage(tmp_path / "staged", "", SPEC, pack_dirty=True, root=repository)
+    assert b"+caf\xe9" in (tmp_path / "staged/job/uncommitted.patch").read_bytes()
+
+
+def test_a_private_file_is_not_packed_by_accident(repository, tmp_path):
+    (repository / "my-secrets").write_text("A=b\n")
+    (repository / "my-secrets").chmod(0o600)
+    with pytest.raises(ConfigError, match=r"my-secrets is for its owner alone and not committed; move it"):
+        stage(tmp_path / "staged", "", SPEC, pack_dirty=True, root=repository)
+
+
 def test_a_folder_that_is_no_clone_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="launch from a clone"):
         stage(tmp_path / "staged", "", SPEC, pack_dirty=False, root=tmp_path)

@@ -1,0 +1,65 @@
+"""All components on one machine: what an earlier start left, and GPUs that trainer and servers share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from launch.local import _commands, forget_earlier
+from launch.spec import Spec
+from megatron_rlpt.errors import ConfigError
+
+
+@pytest.fixture
+def spec(tmp_path) -> Spec:
+    return Spec(run_dir=str(tmp_path / "run"), config="x", components=("teacher", "judges", "trainer"))
+
+
+def test_what_an_earlier_start_left_behind_is_removed(spec, tmp_path):
+    shared = tmp_path / "run/cluster"
+    (shared / "failed").mkdir(parents=True)
+    for name in ("failed/trainer-00000", "done", "stopped", "buffer.json", "outcome.json", "../stop"):
+        (shared / name).write_text("{}")
+    (shared / "password").write_text("kept")
+    forget_earlier(spec)
+    assert [path.name for path in shared.iterdir()] == ["password"]
+    assert not (tmp_path / "run/stop").exists()
+
+
+def test_a_run_that_is_being_run_is_not_started_a_second_time(spec, tmp_path):
+    forget_earlier(spec)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / "run/cluster/local.json").write_text(json.dumps({"pid": other.pid}))
+        with pytest.raises(ConfigError, match=rf"is being run by process {other.pid}; end it first"):
+            forget_earlier(spec)
+        other.kill()
+    forget_earlier(spec)  # that process is gone
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.dir .*/file/run cannot be written: Not a directory"):
+        forget_earlier(Spec(run_dir=str(tmp_path / "file/run"), config="x", components=("trainer",)))
+
+
+def visible(spec: Spec) -> dict[str, set[str | None]]:
+    found: dict[str, set[str | None]] = {}
+    for role, _, variables in _commands(spec, spec.shared):
+        found.setdefault(role, set()).add(variables.get("CUDA_VISIBLE_DEVICES"))
+    return found
+
+
+def test_trainer_and_servers_have_gpus_of_their_own(spec, monkeypatch):
+    spec = replace(spec, trainer_gpus=2, ranks_per_node=2, servers_per_node=2, server_gpus=1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible(spec) == {"teacher": {"2,3"}, "judges": {None}, "trainer": {"0,1"}}
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,7,9")
+    assert visible(spec) == {"teacher": {"7,9"}, "judges": {None}, "trainer": {"GPU-a,GPU-b"}}
+
+
+def test_where_no_gpus_are_asked_for_nothing_is_said_of_them(spec):
+    assert visible(spec) == {"teacher": {None}, "judges": {None}, "trainer": {None}}

@@ -19,19 +19,15 @@ if [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
 
-# Two beside each other: tests of worlds, servers and whole runs wait a good deal, and so do those on Slurm; unit tests do
-# not. The reports of what runs in the background come last.
+# Two beside each other: tests of worlds, servers and whole runs wait a good deal, and so do those on Slurm. The report of
+# what runs in the background comes last.
 slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
 report=$(mktemp)
-{
-    ended=0
-    .venv/bin/python -m pytest tests/unit || ended=1
-    .venv/bin/python -m pytest "${slurm[@]}" || ended=1
-    exit "$ended"
-} >"$report" 2>&1 &
+.venv/bin/python -m pytest "${slurm[@]}" >"$report" 2>&1 &
 background=$!
 trap 'kill "$background" 2>/dev/null || true; rm -f "$report"' EXIT
 failed=0
+.venv/bin/python -m pytest tests/unit || failed=1
 .venv/bin/python -m pytest tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || failed=1
 wait "$background" || failed=1
 cat "$report"

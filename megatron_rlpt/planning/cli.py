@@ -61,7 +61,7 @@ def plan(
             "--judge-workers",
             min=1,
             metavar="N",
-            help="Judge workers (judges.workers of the cluster file); by default as many as take up every group.",
+            help="Judge workers; by default as many as take up every group or fill the servers.",
         ),
     ] = None,
     judge_fp8: Annotated[

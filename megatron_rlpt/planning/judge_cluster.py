@@ -88,6 +88,14 @@ class Servers:
         return self.batch * self.alone.group_seconds / self.groups + self.tail / self.steps
 
     @property
+    def filling_workers(self) -> int:
+        """Workers whose groups and connections fill the servers; with more of them groups would only wait there."""
+        most = max(1, *(self.server.concurrency(0.0, kind.prompt + kind.answer, 1) for kind in self.calls))
+        groups = self.count * most / self._per_group
+        holding = math.ceil(groups / self.question.config.teacher.workers.groups)
+        return max(holding, math.ceil(most / WORKER_CONCURRENCY))
+
+    @property
     def steps(self) -> int:
         """Steps that there are to judge a batch."""
         return max(1, self.question.config.train.staleness)
@@ -186,15 +194,16 @@ def judge_cluster(question: Question, layout: Layout, own: float) -> JudgeCluste
             f"teacher.kv_cache_gib is {config.teacher.kv_cache_gib:g}, which does not hold one request to the teacher; "
             "give it more"
         )
-    taken = servers.step_seconds()
     waits = servers.workers is None or not config.train.staleness
-    longest = servers.seconds(servers.groups)
     keeps_up = servers.shortest_step < own
     needed = full = workers = 0
     if servers.workers is not None:
         full = _fewest(lambda count: replace(servers, count=count).full_seconds() <= own)
         needed = _fewest(lambda count: replace(servers, count=count).step_seconds() <= own) if keeps_up else full
         workers = _workers_needed(servers, own)
+        if question.judge_workers is None and asks_servers(config):
+            servers = replace(servers, workers=min(servers.workers, servers.filling_workers))
+    taken = servers.step_seconds()
     return JudgeCluster(
         servers,
         servers.load(servers.groups),
@@ -206,7 +215,7 @@ def judge_cluster(question: Question, layout: Layout, own: float) -> JudgeCluste
         keeps_up=keeps_up,
         staleness_needed=math.floor((shortest + servers.tail) / own) + 1,
         shortest=shortest,
-        longest=longest,
+        longest=servers.seconds(servers.groups),
     )
 
 

@@ -30,6 +30,6 @@ class Question:
     """US dollars per GPU and hour."""
     judge_price: float
     judge_workers: int | None = None
-    """Judge workers; None is as many as take up every group at once."""
+    """Judge workers; None is as many as take up every group at once, or fill the servers."""
     answer_variation: float = ANSWER_VARIATION
     """Standard deviation over mean of the length of a verdict."""

@@ -93,10 +93,13 @@ def test_a_group_that_cannot_be_judged_before_its_deadline_stops_the_run():
         "teacher.generative.quality.votes=20",
         "teacher.generative.quality.order=both",
     )
-    plan = planned(*hard, exit_code=1)
+    plan = planned(*hard, "--judge-workers", "32", exit_code=1)
     assert not plan["runs"]
     assert shares(plan)["deadline of a group"] > 1
-    assert planned(*hard, "teacher.workers.group_deadline=20000", "teacher.workers.request_deadline=20000")["runs"]
+    # Servers are full with a few groups: fewer workers are as fast, and each group is sooner done.
+    fewer = planned(*hard)
+    assert fewer["runs"]
+    assert fewer["judge_seconds"] == pytest.approx(plan["judge_seconds"], rel=0.05)
 
 
 def test_a_teacher_in_the_trainer_answers_on_leaders_only():

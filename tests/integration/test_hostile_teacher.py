@@ -344,6 +344,20 @@ def test_requests_go_out_by_weight():
     asyncio.run(run())
 
 
+def test_workers_that_come_up_together_do_not_all_begin_with_the_same_server():
+    async def run():
+        async with HostileServer() as one, HostileServer() as other:
+            for _ in range(30):
+                async with TeacherPool([EndpointConfig(one.url), EndpointConfig(other.url)], LONG) as pool:
+                    await until(lambda pool=pool: all(endpoint.breaker.closed for endpoint in pool.endpoints))
+                    await pool(QUESTION)
+            assert len(one.requests) + len(other.requests) == 30
+            assert one.requests
+            assert other.requests, "thirty workers agree by chance once in a billion times"
+
+    asyncio.run(run())
+
+
 def test_the_breaker_opens_probes_and_closes():
     async def run():
         async with HostileServer([refuses(500)]) as server, asking(server, breaker=impatient) as pool:

@@ -120,7 +120,8 @@ class TeacherPool:
             self._close_if_idle(endpoint)
         for endpoint in new.values():
             self._keepers[endpoint] = asyncio.create_task(endpoint.keep())
-            self._turns[endpoint] = self._turn
+            # Somewhere in the round: many workers that come up together are not to begin with the same servers.
+            self._turns[endpoint] = self._turn + random.random() / endpoint.config.weight
         self._wake_all()
 
     async def wait_until_ready(self, seconds: float) -> None:

@@ -1,0 +1,148 @@
+"""What a batch script makes of how its components ended; Slurm's own programs only write down what they were asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.batch import setup_lines
+from launch.pair import Part
+
+
+class Job:
+    """A batch script whose components are replaced by ``body``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = folder / "run"
+        self.shared = self.run / "cluster"
+        self.asked = folder / "asked"
+        self._bin = folder / "bin"
+        self._bin.mkdir()
+        for name in ("scontrol", "squeue"):
+            program = self._bin / name
+            # squeue says what the file "state" says of the other job.
+            program.write_text(
+                f'#!/bin/sh\necho "{name} $*" >>{self.asked}\n[ {name} = scontrol ] || cat {folder}/state\n'
+            )
+            program.chmod(0o755)
+        self.state = folder / "state"
+        self.state.write_text("RUNNING\n")
+
+    def end(self, body: str, part: Part = Part.run, *, requeue: bool = True, start: int = 0) -> tuple[int, str]:
+        """Exit code, and what the script wrote."""
+        lines = setup_lines(str(self.run), part, requeue=requeue)
+        variables = {
+            "PATH": f"{self._bin}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_RESTART_COUNT": str(start),
+        }
+        done = subprocess.run(
+            ["bash", "-c", f"{lines}\n{body}"], env=variables, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stdout
+
+    def requeued(self) -> list[str]:
+        asked = self.asked.read_text().splitlines() if self.asked.exists() else []
+        self.asked.unlink(missing_ok=True)
+        return [line.removeprefix("scontrol ") for line in asked if line.startswith("scontrol")]
+
+
+DONE = 'echo "$RLPT_START" >"$rlpt_shared/done"; exit 0'
+STOPPED = 'echo "$RLPT_START" >"$rlpt_shared/stopped"; exit 0'
+
+
+def steps(job: Job, number: int) -> str:
+    """The run makes steps, then stops as asked."""
+    return f'echo \'{{"step": {number}, "steps": 9}}\' >{job.run}/heartbeat.json; {STOPPED}'
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
+
+
+def test_a_trainer_that_is_done_is_a_job_that_is(job):
+    assert job.end(DONE)[0] == 0
+    assert job.requeued() == []
+
+
+def test_one_that_failed_gives_its_exit_code_and_the_first_failure_is_said_last(job):
+    failed = job.shared / "failed"
+    later = f"echo second >{failed}/a; touch -d '1 hour ago' {failed}/a"
+    sooner = f"echo first >{failed}/b; touch -d '2 hours ago' {failed}/b"
+    code, said = job.end(f"{later}; {sooner}; exit 7")
+    assert code == 7
+    assert said.splitlines()[-2:] == ["second", "first"]
+    assert job.requeued() == []
+
+
+def test_one_that_stopped_as_asked_is_queued_again(job):
+    code, said = job.end(steps(job, 3))
+    assert (code, job.requeued()) == (75, ["requeue 7"])
+    assert "queued again" in said
+    code, said = job.end(steps(job, 4), requeue=False)
+    assert (code, job.requeued()) == (75, ["update JobId=7 Requeue=0"])
+    assert "launch it once more" in said
+
+
+def test_steps_that_ended_well_with_a_trainer_that_did_not_are_no_success(job):
+    code, said = job.end("exit 0")
+    assert (code, job.requeued()) == (143, [])
+    assert "ended before it was done" in said
+    job.end(DONE)
+    assert job.end("exit 0", start=1)[0] == 143, "what an earlier start said does not count"
+
+
+def test_a_job_that_is_told_to_end_asks_for_a_checkpoint_and_is_not_queued_again(job):
+    code, said = job.end(f"kill -TERM $$; [ -e {job.run}/stop ] || exit 9; {steps(job, 2)}")
+    assert (code, job.requeued()) == (143, [])
+    assert "told to end: asking for a checkpoint" in said
+
+
+def test_two_starts_without_a_step_are_not_followed_by_a_third(job):
+    assert job.end(STOPPED)[0] == 75
+    code, said = job.end(STOPPED, start=1)
+    assert code == 76
+    assert "raise slurm.time or lower slurm.stop_lead" in said
+    assert job.requeued() == ["requeue 7"]
+    # With a step in between they are not in a row.
+    assert [job.end(body, start=2)[0] for body in (STOPPED, steps(job, 1), STOPPED)] == [75, 75, 75]
+
+
+@pytest.fixture
+def pair(job) -> Job:
+    """The run's training job is number 7, its judging job number 6."""
+    (job.shared / "jobs").mkdir(parents=True)
+    for part, number in ((Part.judging, 6), (Part.training, 7)):
+        (job.shared / "jobs" / part).write_text(f"{number}\n")
+    return job
+
+
+def test_a_training_job_that_has_ended_says_so_to_the_judging_job(pair):
+    assert pair.end("exit 7", Part.training)[0] == 7
+    assert (pair.shared / "ended/7").read_text() == "7\n"
+    assert pair.end(steps(pair, 1), Part.training)[0] == 75
+    assert pair.requeued() == ["requeue 7"]
+    assert not (pair.shared / "ended/7").exists(), "one that is queued again has not ended"
+
+
+@pytest.mark.parametrize("how", ["stopped", "without a buffer"])
+def test_without_a_judging_job_training_waits_in_the_queue_until_there_is_one(pair, how):
+    pair.state.write_text("PENDING\n")
+    body = steps(pair, 1) if how == "stopped" else "exit 9"
+    assert pair.end(body, Part.training)[0] == 75
+    assert pair.requeued() == ["requeuehold 7"]
+    assert (pair.shared / "held").exists()
+    pair.state.write_text("RUNNING\n")
+    (pair.shared / "handover").unlink()
+    assert pair.end("exit 9", Part.training)[0] == 9, "with one, a buffer that is gone is a failure"
+
+
+def test_a_judging_job_that_slurm_has_no_more_is_taken_for_ended(pair):
+    pair.state.write_text("")
+    body = f"while [ ! -e {pair.shared}/ended/6 ]; do sleep 0.2; done; exit 6"
+    assert pair.end(body, Part.training)[0] == 6
+    assert (pair.shared / "ended/6").read_text() == "6\n"

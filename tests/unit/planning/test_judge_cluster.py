@@ -64,15 +64,13 @@ def test_a_group_alone_takes_its_rounds_after_each_other_whatever_the_staleness(
 
 def test_too_few_workers_hold_up_servers_that_would_do():
     recipe = RECIPE["continual_8b"]
-    enough = planned("--judge-gpus", "448", recipe=recipe)
+    judges = ("--judge-gpus", "448", "teacher.generative.quality.order=random")
+    enough = planned(*judges, recipe=recipe)
     needed = enough["judge_workers_needed"]
     assert enough["times"]["waiting for judges"] == 0
     assert 16 < needed < 128
-    assert (
-        planned("--judge-gpus", "448", "--judge-workers", str(needed), recipe=recipe)["times"]["waiting for judges"]
-        == 0
-    )
-    few = planned("--judge-gpus", "448", "--judge-workers", "8", recipe=recipe)
+    assert planned(*judges, "--judge-workers", str(needed), recipe=recipe)["times"]["waiting for judges"] == 0
+    few = planned(*judges, "--judge-workers", "8", recipe=recipe)
     assert few["times"]["waiting for judges"] > 20
     assert shares(few)["judge workers"] == needed / 8
     # 64 groups of 1,024 at once, each of which takes its rounds: servers have nothing else to do.

@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from launch.gate import await_buffer, await_judgment
 from launch.pair import Part, exit_code_of_other
@@ -98,18 +99,24 @@ class Component:
         """Exit code of the run's other job, once that has ended for good; this one ends as well then."""
         self.environment = {**os.environ, **spec.environment, **read_secrets(spec.secrets_file)}
         """Variables of its command."""
-        self._told = threading.Event()
+        self._told, self._over = threading.Event(), threading.Event()
         self._log = spec.logs / f"{task.name}.log"
         self._state, self._pid, self._since, self._starts = "starting", 0, time.time(), 0
         self._saying = threading.Lock()
 
-    def begin(self) -> None:
+    def __enter__(self) -> Component:
         """Take signals, and keep ``rlpt status`` told, from a thread of its own; main thread only."""
         # Schedulers send SIGUSR1 where the time is nearly up, and both to every process of a job when asked to.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *_: self._told.set())
         self.say("starting")
         threading.Thread(target=self._keep, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
 
     def say(self, state: str, pid: int = 0) -> None:
         """Tell ``rlpt status`` what this component does."""
@@ -189,14 +196,15 @@ class Component:
     def _keep(self) -> None:
         """What goes on beside the command: signs of life, and looking for reasons to end."""
         due = time.monotonic() + _BEAT
-        while not self.stopped.wait(_POLL):
+        # Also while it ends: a trainer that is in its last step is not one that is gone.
+        while not self._over.wait(_POLL):
             if self._told.is_set() and (self.task.role == TRAINER or self.spec.separate or self._trainer_is_over()):
                 self.stopped.set()
             if time.monotonic() < due:
                 continue
             due = time.monotonic() + _BEAT
             self._say_again()
-            if self.spec.separate:
+            if self.spec.separate and not self.stopped.is_set():
                 part = Part.training if self.task.role == TRAINER else Part.judging
                 self.left_by = exit_code_of_other(self.spec.shared, part)
                 if self.left_by is not None:
@@ -245,8 +253,12 @@ def run_component(role: str, spec: Spec) -> int:
     except RlptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    this.begin()
-    why = ""
+    with this:
+        return _run(this)
+
+
+def _run(this: Component) -> int:
+    role, shared, why = this.task.role, this.spec.shared, ""
     try:
         code = ROLES[role](this)
     except RlptError as error:
@@ -257,12 +269,12 @@ def run_component(role: str, spec: Spec) -> int:
     elif code == RunStopped.exit_code or (this.stopped.is_set() and (role != TRAINER or code > _SIGNALLED)):
         this.say("ended as asked")
         if role == TRAINER and code == RunStopped.exit_code:
-            (spec.shared / STOPPED).write_text(task.start, encoding="utf-8")
+            (shared / STOPPED).write_text(this.task.start, encoding="utf-8")
         return 0
     if code:
         this.failed(code, why)
     elif role == TRAINER:
-        (spec.shared / DONE).write_text(task.start, encoding="utf-8")
+        (shared / DONE).write_text(this.task.start, encoding="utf-8")
     return code
 
 

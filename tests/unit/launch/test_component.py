@@ -156,6 +156,8 @@ def start_of(tmp_path, role: str, command: str) -> subprocess.Popen[bytes]:
     """A component in a process of its own whose command is ``command``."""
     program = (
         "import sys; from launch import component; from launch.spec import Spec; "
+        # A trainer that finishes its step for longer than this is not to be taken for gone.
+        "component._BEAT, component.SILENT = 0.3, 1.5; "
         f"component.ROLES['{role}'] = lambda this: this.run(['bash', '-c', {command!r}], again={role != 'trainer'}); "
         f"sys.exit(component.run_component('{role}', Spec(run_dir={str(tmp_path)!r}, config='x', components=())))"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,7 +107,18 @@ def plan(
 
     Leaves with 1 when the run would not fit, or is simulated to lose more groups than it may.
     """
+    _check_finite(
+        {
+            "--price": price,
+            "--judge-price": judge_price,
+            "--answer-variation": answer_variation,
+            "--slowdown": slowdown,
+            "--slow-judges": slow_judges,
+            "--node-failures": node_failures,
+        }
+    )
     resolved = load_config(config, overrides or ())
+    _check_answer(resolved, answer_tokens)
     policy = read_model(model, resolved.model.path, "--model")
     taught = policy
     if teacher is not None or resolved.teacher.path:
@@ -145,6 +157,22 @@ def plan(
         print_plan(Console(), listed)
     if not found.runs or (outcome is not None and outcome.fails):
         raise typer.Exit(1)
+
+
+def _check_finite(options: dict[str, float | None]) -> None:
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; allowed: numbers that are finite")
+
+
+def _check_answer(config: Config, tokens: float) -> None:
+    """Servers cut answers off at ``teacher.generative.max_tokens``, so that none is longer on average."""
+    most = config.teacher.generative.max_tokens
+    if not tokens <= most:
+        raise ConfigError(
+            f"--answer-tokens is {tokens:g}; allowed: 1 to {most} (teacher.generative.max_tokens, at which answers are "
+            "cut off)"
+        )
 
 
 def read_model(file: Path | None, folder: str, option: str) -> Architecture:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from megatron_rlpt.config import JudgeName
@@ -50,9 +49,9 @@ def limits_of(
         limits.append(
             Limit(
                 "key-value cache of the rollout engine",
-                config.rollout.max_batch / room if room else math.inf,
+                config.rollout.max_batch / room,
                 f"rollout.max_batch = {config.rollout.max_batch} sequences, {fits} run at once, {room} would fit",
-                fatal=not fits,
+                fatal=False,
             )
         )
     if judges and judges.servers.workers is not None:

@@ -119,6 +119,7 @@ def make_plan(question: Question) -> Plan:
     if config.objective.name is ObjectiveName.online_dpo:
         reference = forward_seconds(model, layout, question.trainer, work, options).total
     engine, engines = rollout_engine(question, layout)
+    _check_cache(config, engine)
     rollouts = _rollout_seconds(config, engine, engines)
     sync = _sync_seconds(model, layout, question.trainer, engine) if config.candidates.rollouts else 0.0
     memory = memory_of(question.model, layout, config, teacher=teacher_bytes(question))
@@ -199,6 +200,17 @@ def teacher_bytes(question: Question) -> int:
     if judged and config.teacher.judge is JudgeName.likelihood:
         held += weights
     return held
+
+
+def _check_cache(config: Config, engine: Engine) -> None:
+    if not config.candidates.rollouts:
+        return
+    needed = engine.cache_needed(config.max_sequence)
+    if needed > engine.cache:
+        raise ConfigError(
+            f"rollout.kv_cache_gib is {config.rollout.kv_cache_gib:g}, which does not hold one sequence of "
+            f"{config.max_sequence} tokens; it takes at least {math.ceil(needed / 2**30 * 1000) / 1000:g}"
+        )
 
 
 def _check_judges(question: Question) -> None:

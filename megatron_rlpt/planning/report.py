@@ -113,11 +113,20 @@ def to_json(plan: Plan, outcome: Scenario | None = None) -> str:
             "variation": outcome.variation,
             "given_up_share": outcome.given_up,
             "fails": outcome.fails,
-            # Of all steps; None where the run gets nowhere.
-            "run_seconds": outcome.seconds if math.isfinite(outcome.seconds) else None,
-            "run_failures": outcome.expected_failures if math.isfinite(outcome.seconds) else None,
+            # Of all steps; null where the run gets nowhere.
+            "run_seconds": outcome.seconds,
+            "run_failures": outcome.expected_failures,
         }
-    return json.dumps(read, indent=1)
+    return json.dumps(_without_infinities(read), indent=1, allow_nan=False)
+
+
+def _without_infinities(value: Any) -> Any:
+    """``value`` with None, which is null, for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _without_infinities(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(entry) for entry in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _summary(plan: Plan) -> Section:

@@ -59,8 +59,14 @@ class Engine:
             own: tokens that each sequence has for itself.
             fan: sequences with one prompt.
         """
-        per_sequence = self.model.kv_bytes / self.tensor * (own + shared / fan)
-        return min(self.max_batch, int(self.cache / per_sequence))
+        return min(self.max_batch, int(self.cache / self._cache_bytes(own + shared / fan)))
+
+    def cache_needed(self, length: float) -> float:
+        """Bytes of cache per GPU without which not one sequence of ``length`` tokens is generated."""
+        return self._cache_bytes(length)
+
+    def _cache_bytes(self, tokens: float) -> float:
+        return self.model.kv_bytes / self.tensor * tokens
 
     def prompt_seconds(self, tokens: float, length: float) -> float:
         """Seconds to read ``tokens`` tokens of prompts of ``length`` each."""
@@ -83,15 +89,13 @@ class Engine:
     def generate_seconds(self, prompts: float, fan: int, prompt: float, answer: float) -> float:
         """Seconds to answer ``prompts`` prompts of ``prompt`` tokens ``fan`` times each with ``answer`` tokens.
 
-        Each prompt is read once; its answers share what was read (vLLM's prefix cache). Infinity where not even one
-        sequence fits the cache.
+        Each prompt is read once; its answers share what was read (vLLM's prefix cache). The cache holds one sequence at
+        least.
         """
         sequences = prompts * fan
         if not sequences:
             return 0.0
-        together = self.concurrency(prompt, answer, fan)
-        if not together:
-            return math.inf
+        together = max(1, self.concurrency(prompt, answer, fan))
         waves = math.ceil(sequences / together)
         decode = waves * answer * self.pass_seconds(sequences / waves, prompt + answer / 2)
         return self.prompt_seconds(prompts * prompt, prompt) + decode

@@ -144,3 +144,28 @@ def test_what_cannot_be_planned_is_refused_in_a_line(arguments, error, message):
     assert isinstance(raised, error)
     with pytest.raises(error, match=message):
         raise raised
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("teacher.kv_cache_gib=0.1",), r"teacher\.kv_cache_gib is 0\.1, which does not hold one request"),
+        (("rollout.kv_cache_gib=0.01",), r"rollout\.kv_cache_gib is 0\.01, which does not hold one sequence of 2048"),
+        (("--answer-tokens", "inf"), r"--answer-tokens is inf; allowed: 1 to 512"),
+        (("--answer-tokens", "5000"), "--answer-tokens is 5000"),
+        (("--node-failures", "inf"), "--node-failures is inf; allowed: numbers that are finite"),
+    ],
+)
+def test_what_leads_to_no_finite_figure_is_refused_in_a_line(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        raise refused(*arguments, "--simulate")
+
+
+def test_the_least_cache_that_a_refusal_names_is_enough():
+    needed = str(refused("rollout.kv_cache_gib=0.01")).rsplit(" ", 1)[1]
+    assert planned(f"rollout.kv_cache_gib={needed}", "rollout.max_batch=1", "--simulate")["runs"]
+
+
+def test_a_run_that_gets_nowhere_has_no_number_in_json():
+    plan = planned("--simulate", "--node-failures", "5", "train.steps=24", "optimizer.warmup_steps=1")
+    assert plan["simulation"]["run_seconds"] is None

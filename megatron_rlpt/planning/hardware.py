@@ -29,6 +29,8 @@ class Gpu:
     """One GPU, and its share of what connects its node to others."""
 
     name: str
+    capability: tuple[int, int]
+    """CUDA's compute capability, by which libraries decide what a GPU can."""
     bf16: Constant
     """Peak FLOP/s of dense bf16 matrix products."""
     fp8: Constant
@@ -74,10 +76,19 @@ _NDR = "one NDR InfiniBand port (400 Gb/s) per GPU, as in DGX H100's and B200's 
 _PRICE = "CoreWeave's public on-demand price list as quoted in February 2026, per GPU of the smallest instance"
 
 
-def _gpu(name: str, data_sheet: str, *, chip: tuple[int, str], network: tuple[float, str], **figures: float) -> Gpu:
+def _gpu(
+    name: str,
+    data_sheet: str,
+    *,
+    capability: tuple[int, int],
+    chip: tuple[int, str],
+    network: tuple[float, str],
+    **figures: float,
+) -> Gpu:
     """One row of ``GPUS``; figures are in 10^12 FLOP/s, 10^9 bytes, 10^12 bytes/s and 10^9 bytes/s."""
     return Gpu(
         name,
+        capability,
         bf16=Constant(figures["bf16"] * 1e12, data_sheet),
         fp8=Constant(figures["fp8"] * 1e12, data_sheet),
         matmul=MATMUL_EFFICIENCY,
@@ -91,9 +102,9 @@ def _gpu(name: str, data_sheet: str, *, chip: tuple[int, str], network: tuple[fl
     )
 
 
-_AMPERE: Any = {"link": 300, "domain": 8, "chip": (108, _A100_CHIP), "network": (25, _HDR)}
-_HOPPER: Any = {"link": 450, "domain": 8, "chip": (132, _H100_CHIP), "network": (50, _NDR)}
-_BLACKWELL: Any = {"link": 900, "chip": (148, _BLACKWELL_CHIP), "network": (50, _NDR)}
+_AMPERE: Any = {"capability": (8, 0), "link": 300, "domain": 8, "chip": (108, _A100_CHIP), "network": (25, _HDR)}
+_HOPPER: Any = {"capability": (9, 0), "link": 450, "domain": 8, "chip": (132, _H100_CHIP), "network": (50, _NDR)}
+_BLACKWELL: Any = {"capability": (10, 0), "link": 900, "chip": (148, _BLACKWELL_CHIP), "network": (50, _NDR)}
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (

@@ -22,7 +22,6 @@ from megatron_rlpt.config import (
     TeacherPlace,
     needs_judge,
 )
-from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planning.compute import Options, PassTime, Work, forward_seconds, update_seconds, utilisation
 from megatron_rlpt.planning.hardware import Nodes
 from megatron_rlpt.planning.judge_cluster import JudgeCluster, judge_cluster
@@ -31,9 +30,10 @@ from megatron_rlpt.planning.kernels import memory_seconds
 from megatron_rlpt.planning.limits import Limit, limits_of
 from megatron_rlpt.planning.memory import Memory, memory_of
 from megatron_rlpt.planning.question import Question
+from megatron_rlpt.planning.refusals import check_cache, check_question
 from megatron_rlpt.planning.rollouts import Engine
 from megatron_rlpt.planning.transformer import Transformer
-from megatron_rlpt.policy.layout import Layout, check_batch, check_layout, layout_of
+from megatron_rlpt.policy.layout import Layout, layout_of
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,18 @@ def make_plan(question: Question) -> Plan:
     """Plan a run.
 
     Raises:
-        ConfigError: the layout cannot divide the GPUs, the model or the batch; or there are no judges to ask.
+        ConfigError, ModelError, EngineError: the trainer or the servers of the teacher would refuse it.
     """
     config, model = question.config, Transformer.of(question.model)
     layout = layout_of(config.parallel, question.trainer.gpus)
-    check_layout(layout, question.model)
-    check_batch(layout, config.train)
-    _check_judges(question)
+    check_question(question, layout)
     work, options = work_of(config), options_of(config)
     update = update_seconds(model, layout, question.trainer, work, options)
     reference = 0.0
     if config.objective.name is ObjectiveName.online_dpo:
         reference = forward_seconds(model, layout, question.trainer, work, options).total
     engine, engines = rollout_engine(question, layout)
-    _check_cache(config, engine)
+    check_cache(config, engine)
     rollouts = _rollout_seconds(config, engine, engines)
     sync = _sync_seconds(model, layout, question.trainer, engine) if config.candidates.rollouts else 0.0
     memory = memory_of(question.model, layout, config, teacher=teacher_bytes(question))
@@ -200,29 +198,6 @@ def teacher_bytes(question: Question) -> int:
     if judged and config.teacher.judge is JudgeName.likelihood:
         held += weights
     return held
-
-
-def _check_cache(config: Config, engine: Engine) -> None:
-    if not config.candidates.rollouts:
-        return
-    needed = engine.cache_needed(config.max_sequence)
-    if needed > engine.cache:
-        raise ConfigError(
-            f"rollout.kv_cache_gib is {config.rollout.kv_cache_gib:g}, which does not hold one sequence of "
-            f"{config.max_sequence} tokens; it takes at least {math.ceil(needed / 2**30 * 1000) / 1000:g}"
-        )
-
-
-def _check_judges(question: Question) -> None:
-    config = question.config
-    asked = needs_judge(config.objective.name) or config.candidates.rewrite
-    if not asked or config.teacher.place is TeacherPlace.trainer:
-        return
-    if question.judges.gpus < question.judge_tensor:
-        raise ConfigError(
-            f"--judge-gpus is {question.judges.gpus}, and one server of the teacher takes {question.judge_tensor}; "
-            "teacher.place=workers needs at least one server"
-        )
 
 
 def _rollout_seconds(config: Config, engine: Engine, engines: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from plan_cases import RECIPES, ROOT, command, planned
@@ -13,8 +14,10 @@ from typer.testing import CliRunner
 
 from megatron_rlpt.cli import app
 from megatron_rlpt.config import OptionOrder, PairScheme
-from megatron_rlpt.errors import ConfigError, ModelError
+from megatron_rlpt.errors import ConfigError, EngineError, ModelError
+from megatron_rlpt.planning.cluster import Failures
 from megatron_rlpt.planning.plan import make_plan
+from megatron_rlpt.planning.report import to_json
 from megatron_rlpt.planning.scenario import Trouble, simulate_plan
 from megatron_rlpt.planning.sweep import split, sweep
 from megatron_rlpt.teacher.schemes import comparisons
@@ -167,5 +170,30 @@ def test_the_least_cache_that_a_refusal_names_is_enough():
 
 
 def test_a_run_that_gets_nowhere_has_no_number_in_json():
-    plan = planned("--simulate", "--node-failures", "5", "train.steps=24", "optimizer.warmup_steps=1")
-    assert plan["simulation"]["run_seconds"] is None
+    plan = make_plan(question("continual_1b4", gpus=8, judges=56))
+    found = replace(simulate_plan(plan, Trouble(), steps=8), failures=Failures(1, 100.0, 600.0))
+    assert json.loads(to_json(plan, found), parse_constant=pytest.fail)["simulation"]["run_seconds"] is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "error", "message"),
+    [
+        ("continual_1b4", ("data.max_prefix=8000",), ModelError, "is 8128 tokens; the model allows 4096"),
+        (
+            "continual_1b4",
+            ("--gpu-type", "a100", "model.fp8=delayed"),
+            ConfigError,
+            "model.fp8 is delayed, which a100 GPUs cannot .* allowed: off$",
+        ),
+        ("continual_1b4", ("model.fp8=mxfp8",), ConfigError, "h100 .* allowed: off, delayed, current, blockwise$"),
+        ("continual_1b4", ("model.dtype=fp32",), ConfigError, "model.dtype is fp32"),
+        ("continual_1b4", ("--judge-tensor", "3"), ConfigError, "--judge-tensor is 3; .* may be 1, 2, 4, 8, 16, 32$"),
+        ("continual_70b", ("optimizer.offload=true",), ConfigError, "rollout.engine=megatron never sleeps"),
+        ("continual_moe", ("rollout.engine=megatron",), EngineError, "the model a mixture of experts"),
+    ],
+)
+def test_what_the_trainer_or_a_server_refuses_is_not_planned(recipe, arguments, error, message):
+    path = next(known for known in RECIPES if known.stem == recipe)
+    raised = CliRunner().invoke(app, [*command(path), *arguments]).exception
+    with pytest.raises(error, match=message):
+        raise raised

@@ -26,6 +26,19 @@ _SHOWN = 10
 """Layouts of a sweep that are listed."""
 _AGREE = 0.05
 """Difference of a simulated step from the planned one that needs no explanation."""
+_UNITS = {
+    "bf16": "FLOP/s",
+    "fp8": "FLOP/s",
+    "matmul": "of the peak",
+    "multiprocessors": "",
+    "memory": "bytes",
+    "memory_bandwidth": "bytes/s",
+    "link": "bytes/s",
+    "network": "bytes/s",
+    "domain": "GPUs",
+    "price": "US dollars per hour",
+}
+"""Field of ``Gpu`` -> its unit."""
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; width: 100%; }
@@ -326,7 +339,10 @@ def _sources(plan: Plan) -> Section:
         if nodes.gpu.name in seen:
             continue
         seen.add(nodes.gpu.name)
-        rows += [_source(f"{nodes.gpu.name}: {name}", value) for name, value in nodes.gpu.constants().items()]
+        rows += [
+            _source(f"{nodes.gpu.name}: {name.replace('_', ' ')}", value, _UNITS[name])
+            for name, value in nodes.gpu.constants().items()
+        ]
     rows += [_source(name.lower().replace("_", " "), value) for name, value in _constants().items()]
     return Section("Constants and their sources", ("constant", "value", "source"), tuple(rows))
 
@@ -336,8 +352,8 @@ def _constants() -> dict[str, Constant]:
     return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Constant)}
 
 
-def _source(name: str, value: Constant) -> tuple[str, str, str]:
-    return name, f"{float(value):.4g}", value.source
+def _source(name: str, value: Constant, unit: str = "") -> tuple[str, str, str]:
+    return name, f"{float(value):.4g} {unit}".strip(), value.source
 
 
 def _html_section(section: Section) -> str:

@@ -16,6 +16,7 @@ from megatron_rlpt.cli import app
 from megatron_rlpt.config import OptionOrder, PairScheme
 from megatron_rlpt.errors import ConfigError, EngineError, ModelError
 from megatron_rlpt.planning.cluster import Failures
+from megatron_rlpt.planning.hardware import GPUS
 from megatron_rlpt.planning.plan import make_plan
 from megatron_rlpt.planning.report import to_json
 from megatron_rlpt.planning.scenario import Trouble, simulate_plan
@@ -197,3 +198,12 @@ def test_what_the_trainer_or_a_server_refuses_is_not_planned(recipe, arguments, 
     raised = CliRunner().invoke(app, [*command(path), *arguments]).exception
     with pytest.raises(error, match=message):
         raise raised
+
+
+@pytest.mark.parametrize(
+    ("name", "mebibytes"), [("a100", 81_920), ("h100", 81_559), ("h200", 143_771), ("b200", 183_359)]
+)
+def test_memory_is_what_the_driver_reports(name, mebibytes):
+    memory = GPUS[name].memory
+    assert memory == mebibytes * 2**20
+    assert f"{mebibytes:,} MiB" in memory.source

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rlpt.planning import hardware, judge_cluster, judging, kernels, limits, rollouts, scenario
+from megatron_rlpt.planning.cautions import cautions
 from megatron_rlpt.planning.hardware import Constant
 from megatron_rlpt.planning.judge_cluster import JudgeCluster
 from megatron_rlpt.planning.plan import Plan, describe_calls
@@ -119,6 +120,7 @@ def to_json(plan: Plan, outcome: Scenario | None = None) -> str:
         "cost": plan.cost,
         "limits": [asdict(limit) for limit in plan.limits],
         "runs": plan.runs,
+        "cautions": cautions(plan.question),
     }
     if outcome is not None:
         read["simulation"] = asdict(outcome.outcome) | {
@@ -159,7 +161,8 @@ def _summary(plan: Plan) -> Section:
         ("cost", f"${plan.cost:,.0f} (at ${question.trainer_price:.2f} and ${question.judge_price:.2f} an hour)"),
     ]
     verdict = "runs" if plan.runs else "does not run: " + "; ".join(limit.name for limit in plan.failing if limit.fatal)
-    return Section("Plan", ("", ""), (*rows, ("verdict", verdict)))
+    warnings = [("caution", text) for text in cautions(question)]
+    return Section("Plan", ("", ""), (*rows, ("verdict", verdict), *warnings))
 
 
 def _billions(question: Question) -> str:

@@ -207,3 +207,13 @@ def test_memory_is_what_the_driver_reports(name, mebibytes):
     memory = GPUS[name].memory
     assert memory == mebibytes * 2**20
     assert f"{mebibytes:,} MiB" in memory.source
+
+
+def test_a_mixture_of_experts_is_planned_with_a_warning():
+    moe = next(recipe for recipe in RECIPES if recipe.stem == "continual_moe")
+    (warning,) = planned(recipe=moe)["cautions"]
+    assert "uncalibrated" in warning
+    assert "1.7 to 3.9 times" in warning
+    shown = CliRunner().invoke(app, command(moe)).stdout
+    assert "caution" in shown
+    assert not planned()["cautions"]

@@ -15,7 +15,20 @@ fp8 are within 0.93 to 1.14 of the figures on the same page (8B, 70B, 405B; H100
 
 def cautions(question: Question) -> tuple[str, ...]:
     """What to keep in mind with the plan of ``question``."""
-    found = []
+    found = [_prefixes(question)]
     if question.model.experts is not None:
         found.append(MIXTURE_OF_EXPERTS)
     return tuple(found)
+
+
+def _prefixes(question: Question) -> str:
+    longest = question.config.data.max_prefix
+    if question.prefix_tokens is None:
+        return (
+            f"times and cost are at the longest prefix (data.max_prefix = {longest:,} tokens) for every episode; "
+            "shorter documents take less: give the mean with --prefix-tokens"
+        )
+    return (
+        f"times and cost are at prefixes of {question.prefix_tokens:,} tokens (--prefix-tokens); memory and what fits "
+        f"are at the longest ({longest:,})"
+    )

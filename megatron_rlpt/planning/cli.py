@@ -71,6 +71,15 @@ def plan(
     answer_tokens: Annotated[
         float, typer.Option("--answer-tokens", min=1, metavar="N", help="Mean length of a verdict.")
     ] = ANSWER_TOKENS,
+    prefix_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--prefix-tokens",
+            min=1,
+            metavar="MEAN",
+            help="Mean length of a prefix, for times and cost; by default data.max_prefix.",
+        ),
+    ] = None,
     price: Annotated[
         float | None, typer.Option("--price", min=0, metavar="USD", help="Of a GPU of the trainer per hour.")
     ] = None,
@@ -119,6 +128,10 @@ def plan(
     )
     resolved = load_config(config, overrides or ())
     _check_answer(resolved, answer_tokens)
+    if prefix_tokens is not None and prefix_tokens > resolved.data.max_prefix:
+        raise ConfigError(
+            f"--prefix-tokens is {prefix_tokens}; allowed: 1 to data.max_prefix = {resolved.data.max_prefix}"
+        )
     policy = read_model(model, resolved.model.path, "--model")
     taught = policy
     if teacher is not None or resolved.teacher.path:
@@ -139,6 +152,7 @@ def plan(
         judge_price=judge_gpu.price if judge_price is None else judge_price,
         judge_workers=judge_workers,
         answer_variation=answer_variation,
+        prefix_tokens=prefix_tokens,
     )
     found = make_plan(question)
     ranked = sweep_layouts(question) if sweep else None

@@ -111,14 +111,14 @@ def make_plan(question: Question) -> Plan:
     config, model = question.config, Transformer.of(question.model)
     layout = layout_of(config.parallel, question.trainer.gpus)
     check_question(question, layout)
-    work, options = work_of(config), options_of(config)
+    work, options = work_of(question.usual), options_of(config)
     update = update_seconds(model, layout, question.trainer, work, options)
     reference = 0.0
     if config.objective.name is ObjectiveName.online_dpo:
         reference = forward_seconds(model, layout, question.trainer, work, options).total
     engine, engines = rollout_engine(question, layout)
     check_cache(config, engine)
-    rollouts = _rollout_seconds(config, engine, engines)
+    rollouts = _rollout_seconds(question.usual, engine, engines)
     sync = _sync_seconds(model, layout, question.trainer, engine) if config.candidates.rollouts else 0.0
     memory = memory_of(question.model, layout, config, teacher=teacher_bytes(question))
     own = rollouts + reference + update.total + sync
@@ -154,7 +154,7 @@ def rows_of(config: Config) -> int:
 
 
 def work_of(config: Config) -> Work:
-    """The batch of an update; every prefix is taken to be as long as it may be."""
+    """The batch of an update; every prefix is taken to be ``data.max_prefix`` long."""
     rows = rows_of(config)
     train, suffix = config.train, config.data.suffix_length
     return Work(train.global_batch * rows, config.max_sequence, suffix, train.micro_batch * rows)

@@ -211,9 +211,23 @@ def test_memory_is_what_the_driver_reports(name, mebibytes):
 
 def test_a_mixture_of_experts_is_planned_with_a_warning():
     moe = next(recipe for recipe in RECIPES if recipe.stem == "continual_moe")
-    (warning,) = planned(recipe=moe)["cautions"]
+    (_, warning) = planned(recipe=moe)["cautions"]
     assert "uncalibrated" in warning
     assert "1.7 to 3.9 times" in warning
     shown = CliRunner().invoke(app, command(moe)).stdout
     assert "caution" in shown
-    assert not planned()["cautions"]
+    assert len(planned()["cautions"]) == 1
+
+
+def test_times_are_at_the_longest_prefix_unless_a_mean_is_given():
+    longest, usual = planned(), planned("--prefix-tokens", "448")
+    assert "at the longest prefix (data.max_prefix = 1,920 tokens)" in longest["cautions"][0]
+    assert "at prefixes of 448 tokens" in usual["cautions"][0]
+    assert usual["trained_tokens"] / longest["trained_tokens"] == pytest.approx((448 + 128) / 2048)
+    for part in ("rollouts", "update", "reference"):
+        assert usual["times"][part] < longest["times"][part]
+    assert sum(calls["shared"] for calls in usual["judge_calls"]) < 1000
+    assert usual["cost"] < longest["cost"]
+    assert usual["memory"] == longest["memory"], "the longest prefix has to fit all the same"
+    with pytest.raises(ConfigError, match=r"--prefix-tokens is 1921; allowed: 1 to data\.max_prefix = 1920"):
+        raise refused("--prefix-tokens", "1921")

@@ -176,9 +176,10 @@ def options_of(config: Config) -> Options:
 def rollout_engine(question: Question, layout: Layout) -> tuple[Engine, int]:
     """One rollout engine, and how many there are: vLLM's has a GPU, Megatron's a tensor-parallel group."""
     rollout = question.config.rollout
-    tensor = layout.tensor if rollout.engine is EngineName.megatron else 1
+    static = rollout.engine is EngineName.megatron
+    tensor = layout.tensor if static else 1
     cache = rollout.kv_cache_gib * 2**30
-    engine = Engine(Transformer.of(question.model), question.trainer, tensor, cache, rollout.max_batch)
+    engine = Engine(Transformer.of(question.model), question.trainer, tensor, cache, rollout.max_batch, static=static)
     return engine, question.trainer.gpus // tensor
 
 

@@ -17,6 +17,12 @@ from megatron_rlpt.planning.transformer import Transformer
 PASS_OVERHEAD = Constant(
     0.002, "assumed: seconds that scheduling, launching and sampling add to a pass of vLLM with CUDA graphs"
 )
+EAGER_LAYER = Constant(
+    2e-4,
+    "assumed: about 20 kernels of a layer that Python launches one by one, 10 microseconds each (Megatron's static "
+    "generation uses no CUDA graphs)",
+)
+"""Seconds of the host per layer and pass without CUDA graphs."""
 HOP_LATENCY = Constant(
     1e-5, "assumed: seconds of an all-reduce of few tokens among the GPUs of a node; two per layer and pass"
 )
@@ -35,6 +41,9 @@ class Engine:
     """Most sequences decoded at once."""
     fp8: bool = False
     """Weights and products in fp8; the cache stays in bf16."""
+    static: bool = False
+    """Megatron's static generation: every sequence reads and keeps its own prompt, and kernels are launched one by one.
+    Otherwise vLLM, which shares prompts and replays CUDA graphs."""
 
     @property
     def weights(self) -> float:
@@ -59,6 +68,7 @@ class Engine:
             own: tokens that each sequence has for itself.
             fan: sequences with one prompt.
         """
+        fan = 1 if self.static else fan
         return min(self.max_batch, int(self.cache / self._cache_bytes(own + shared / fan)))
 
     def cache_needed(self, length: float) -> float:
@@ -84,21 +94,25 @@ class Engine:
         read = self._weight_bytes * self._weights_read(sequences) + sequences * context * model.kv_bytes
         flops = 2.0 * sequences * (model.active_parameters + model.embedding_parameters)
         work = max(memory_seconds(gpu, read / self.tensor), flops / self.tensor / self._speed)
-        return work + 2 * model.layers * self._all_reduce(sequences) + PASS_OVERHEAD
+        host = PASS_OVERHEAD + (EAGER_LAYER * model.layers if self.static else 0.0)
+        # The host runs ahead of the GPU while kernels are launched one by one; what takes longer counts.
+        busy = work + 2 * model.layers * self._all_reduce(sequences)
+        return max(busy, host) if self.static else busy + host
 
     def generate_seconds(self, prompts: float, fan: int, prompt: float, answer: float) -> float:
         """Seconds to answer ``prompts`` prompts of ``prompt`` tokens ``fan`` times each with ``answer`` tokens.
 
-        Each prompt is read once; its answers share what was read (vLLM's prefix cache). The cache holds one sequence at
-        least.
+        Each prompt is read once and its answers share what was read (vLLM's prefix cache), unless the engine is static.
+        The cache holds one sequence at least.
         """
         sequences = prompts * fan
+        read = sequences if self.static else prompts
         if not sequences:
             return 0.0
         together = max(1, self.concurrency(prompt, answer, fan))
         waves = math.ceil(sequences / together)
         decode = waves * answer * self.pass_seconds(sequences / waves, prompt + answer / 2)
-        return self.prompt_seconds(prompts * prompt, prompt) + decode
+        return self.prompt_seconds(read * prompt, prompt) + decode
 
     def _weights_read(self, sequences: float) -> float:
         """Parameters that a pass reads: all but the embedding's other rows and experts that no token goes to."""

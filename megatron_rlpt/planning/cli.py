@@ -114,7 +114,7 @@ def plan(
 ) -> None:
     """Say what a run will need, how fast it will be and what it will cost, before it is queued.
 
-    Leaves with 1 when the run would not fit, or is simulated to lose more groups than it may.
+    Leaves with 1 when the run (with --total-gpus: every division) would not fit, or is simulated to lose more groups than it may.
     """
     _check_finite(
         {
@@ -156,7 +156,7 @@ def plan(
     )
     found = make_plan(question)
     ranked = sweep_layouts(question) if sweep else None
-    divided = split(question, total_gpus) if total_gpus else ()
+    divided = split(question, total_gpus, per_node) if total_gpus else ()
     trouble = Trouble(slow_judges, slowdown, node_failures)
     outcome = simulate_plan(found, trouble) if simulate else None
     listed = sections(found, ranked, outcome, divided)
@@ -166,10 +166,11 @@ def plan(
         except OSError as error:
             raise ConfigError(f"--html {page} cannot be written: {error.strerror}") from None
     if as_json:
-        print(to_json(found, outcome))
+        print(to_json(found, outcome, ranked, divided))
     else:
         print_plan(Console(), listed)
-    if not found.runs or (outcome is not None and outcome.fails):
+    # With divisions of the GPUs one of them is what is asked for, and those listed all fit.
+    if not (found.runs or divided) or (outcome is not None and outcome.fails):
         raise typer.Exit(1)
 
 

@@ -94,7 +94,9 @@ def to_html(title: str, listed: Sequence[Section]) -> str:
     )
 
 
-def to_json(plan: Plan, outcome: Scenario | None = None) -> str:
+def to_json(
+    plan: Plan, outcome: Scenario | None = None, found: Sweep | None = None, divided: Sequence[Plan] = ()
+) -> str:
     """Figures for programs; seconds, bytes, US dollars."""
     trainer, judges = plan.gpu_hours
     read: dict[str, Any] = {
@@ -122,6 +124,11 @@ def to_json(plan: Plan, outcome: Scenario | None = None) -> str:
         "runs": plan.runs,
         "cautions": cautions(plan.question),
     }
+    if found is not None:
+        counts = {"tried": found.tried, "refused": found.refused, "too_large": found.too_large}
+        read["layouts"] = counts | {"ranked": [_ranked(other) for other in found.plans]}
+    if divided:
+        read["divisions"] = [_ranked(other) for other in divided]
     if outcome is not None:
         read["simulation"] = asdict(outcome.outcome) | {
             "steps": outcome.steps,
@@ -133,6 +140,22 @@ def to_json(plan: Plan, outcome: Scenario | None = None) -> str:
             "run_failures": outcome.expected_failures,
         }
     return json.dumps(_without_infinities(read), indent=1, allow_nan=False)
+
+
+def _ranked(plan: Plan) -> dict[str, Any]:
+    """A plan among others."""
+    return {
+        "gpus": plan.question.trainer.gpus,
+        "judge_gpus": plan.question.judges.gpus,
+        "judge_gpus_needed": plan.judges.gpus_needed if plan.judges else 0,
+        "layout": asdict(plan.layout),
+        "micro_batch": plan.question.config.train.micro_batch,
+        "step_seconds": plan.step_seconds,
+        "update_mfu": plan.update_mfu,
+        "memory": plan.memory.total,
+        "hours": plan.hours,
+        "cost": plan.cost,
+    }
 
 
 def _without_infinities(value: Any) -> Any:
@@ -263,7 +286,7 @@ def _layouts(found: Sweep) -> Section:
         for number, plan in enumerate(found.plans[:_SHOWN])
     ]
     title = (
-        f"Layouts: {found.tried} tried, {found.refused} do not divide, {found.too_large} do not fit, "
+        f"Layouts: {found.tried} tried, {found.refused} refused, {found.too_large} do not fit, "
         f"{len(found.plans)} ranked"
     )
     return Section(title, ("", "layout", "micro-batch", "step", "MFU of the update", "memory"), tuple(rows))

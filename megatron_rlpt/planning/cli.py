@@ -114,7 +114,8 @@ def plan(
 ) -> None:
     """Say what a run will need, how fast it will be and what it will cost, before it is queued.
 
-    Leaves with 1 when the run (with --total-gpus: every division) would not fit, or is simulated to lose more groups than it may.
+    Leaves with 1 when the run (with --total-gpus: every division) would not fit, or is simulated to lose more groups
+    than it may.
     """
     _check_finite(
         {
@@ -134,9 +135,10 @@ def plan(
         )
     policy = read_model(model, resolved.model.path, "--model")
     taught = policy
-    if teacher is not None or resolved.teacher.path:
+    if teacher is not None or (_asks_teacher(resolved) and resolved.teacher.path):
         taught = read_model(teacher, resolved.teacher_path, "--teacher")
-    gpu, judge_gpu = gpu_of(gpu_type), gpu_of(judge_type or gpu_type)
+    gpu = gpu_of(gpu_type, "--gpu-type")
+    judge_gpu = gpu_of(judge_type, "--judge-gpu-type") if judge_type else gpu
     nodes = Nodes(gpu, gpus, per_node or min(gpus, int(gpu.domain)))
     judges = Nodes(judge_gpu, judge_gpus if _by_workers(resolved) else 0, int(judge_gpu.domain))
     question = Question(
@@ -218,7 +220,10 @@ def fewest_gpus(teacher: Architecture, judges: Nodes, config: Config, *, fp8: bo
     return tensor
 
 
+def _asks_teacher(config: Config) -> bool:
+    return needs_judge(config.objective.name) or config.candidates.rewrite
+
+
 def _by_workers(config: Config) -> bool:
     """Whether GPUs of the teacher are used at all."""
-    asked = needs_judge(config.objective.name) or config.candidates.rewrite
-    return asked and config.teacher.place is TeacherPlace.workers
+    return _asks_teacher(config) and config.teacher.place is TeacherPlace.workers

@@ -127,8 +127,8 @@ MEMORY_EFFICIENCY = Constant(0.85, "assumed; STREAM-like kernels commonly reach 
 """Share of HBM's bandwidth that a kernel gets."""
 
 
-def gpu_of(name: str) -> Gpu:
-    """The GPU called ``name``.
+def gpu_of(name: str, option: str) -> Gpu:
+    """The GPU called ``name``, as ``option`` says.
 
     Raises:
         ConfigError: there is none of that name; it lists those there are.
@@ -136,7 +136,7 @@ def gpu_of(name: str) -> Gpu:
     try:
         return GPUS[name.lower()]
     except KeyError:
-        raise ConfigError(f"--gpu-type is {name!r}; known: {', '.join(GPUS)}") from None
+        raise ConfigError(f"{option} is {name!r}; known: {', '.join(GPUS)}") from None
 
 
 @dataclass(frozen=True)

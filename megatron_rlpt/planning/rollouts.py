@@ -76,7 +76,8 @@ class Engine:
         return self._cache_bytes(length)
 
     def _cache_bytes(self, tokens: float) -> float:
-        return self.model.kv_bytes / self.tensor * tokens
+        """Per GPU; a key-value head is not divided but copied where there are more GPUs."""
+        return self.model.kv_bytes / min(self.tensor, self.model.kv_heads) * tokens
 
     def prompt_seconds(self, tokens: float, length: float) -> float:
         """Seconds to read ``tokens`` tokens of prompts of ``length`` each."""
@@ -91,9 +92,10 @@ class Engine:
     def pass_seconds(self, sequences: float, context: float) -> float:
         """Seconds of one pass that gives each of ``sequences`` one more token, at ``context`` tokens of cache each."""
         model, gpu = self.model, self.nodes.gpu
-        read = self._weight_bytes * self._weights_read(sequences) + sequences * context * model.kv_bytes
+        read = self._weight_bytes * self._weights_read(sequences) / self.tensor
+        read += self._cache_bytes(sequences * context)
         flops = 2.0 * sequences * (model.active_parameters + model.embedding_parameters)
-        work = max(memory_seconds(gpu, read / self.tensor), flops / self.tensor / self._speed)
+        work = max(memory_seconds(gpu, read), flops / self.tensor / self._speed)
         host = PASS_OVERHEAD + (EAGER_LAYER * model.layers if self.static else 0.0)
         # The host runs ahead of the GPU while kernels are launched one by one; what takes longer counts.
         busy = work + 2 * model.layers * self._all_reduce(sequences)

@@ -137,6 +137,7 @@ def test_slow_judges_hold_up_the_simulated_run():
     ("arguments", "error", "message"),
     [
         (("--gpu-type", "h1000"), ConfigError, "--gpu-type is 'h1000'; known: a100, h100"),
+        (("--judge-gpu-type", "h1000"), ConfigError, "--judge-gpu-type is 'h1000'; known: a100, h100"),
         (("--gpus", "7"), ConfigError, r"it must divide train\.global_batch = 256"),
         (("--judge-gpus", "0"), ConfigError, "--judge-gpus is 0, and one server of the teacher takes 1"),
         (("--model", "nowhere.json"), ModelError, r"--model nowhere\.json cannot be read"),
@@ -231,3 +232,13 @@ def test_times_are_at_the_longest_prefix_unless_a_mean_is_given():
     assert usual["memory"] == longest["memory"], "the longest prefix has to fit all the same"
     with pytest.raises(ConfigError, match=r"--prefix-tokens is 1921; allowed: 1 to data\.max_prefix = 1920"):
         raise refused("--prefix-tokens", "1921")
+
+
+def test_a_run_that_judges_nothing_needs_no_teacher():
+    arguments = command(RECIPES[0])
+    place = arguments.index("--teacher")
+    del arguments[place : place + 2]
+    ntp = ("objective.name=ntp", "candidates.rollouts=0", "--json")
+    done = CliRunner().invoke(app, [*arguments, *ntp])
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["gpu_hours"]["judges"] == 0

@@ -33,3 +33,11 @@ def test_without_graphs_a_pass_takes_the_host_at_least_as_long_as_it_launches_ke
     static = replace(engine, static=True)
     assert static.pass_seconds(1, 100) == pytest.approx(80 * EAGER_LAYER + 0.002)
     assert static.pass_seconds(512, 4000) > 2 * static.pass_seconds(1, 100), "then the GPU takes longer"
+
+
+def test_key_value_heads_are_copied_where_there_are_more_gpus_than_heads(engine):
+    """Qwen3-30B has 4 of them: 8 GPUs hold as much each as 4 do."""
+    model = Transformer.of(read_model(Path(ROOT / "configs/models/qwen3-30b-a3b.json"), "", "--model"))
+    four, eight = (replace(engine, model=model, tensor=tensor) for tensor in (4, 8))
+    assert eight.cache_needed(1) == four.cache_needed(1) == model.kv_bytes / 4
+    assert replace(engine, tensor=4).cache_needed(1) == 2 * engine.cache_needed(1)

@@ -168,7 +168,7 @@ def test_what_leads_to_no_finite_figure_is_refused_in_a_line(arguments, message)
 
 def test_the_least_cache_that_a_refusal_names_is_enough():
     needed = str(refused("rollout.kv_cache_gib=0.01")).rsplit(" ", 1)[1]
-    assert planned(f"rollout.kv_cache_gib={needed}", "rollout.max_batch=1", "--simulate")["runs"]
+    assert planned(f"rollout.kv_cache_gib={needed}", "rollout.max_batch=1")["runs"]
 
 
 def test_a_run_that_gets_nowhere_has_no_number_in_json():

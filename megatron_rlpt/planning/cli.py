@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +71,15 @@ def plan(
     answer_tokens: Annotated[
         float, typer.Option("--answer-tokens", min=1, metavar="N", help="Mean length of a verdict.")
     ] = ANSWER_TOKENS,
+    prefix_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--prefix-tokens",
+            min=1,
+            metavar="MEAN",
+            help="Mean length of a prefix, for times and cost; by default data.max_prefix.",
+        ),
+    ] = None,
     price: Annotated[
         float | None, typer.Option("--price", min=0, metavar="USD", help="Of a GPU of the trainer per hour.")
     ] = None,
@@ -104,14 +114,31 @@ def plan(
 ) -> None:
     """Say what a run will need, how fast it will be and what it will cost, before it is queued.
 
-    Leaves with 1 when the run would not fit, or is simulated to lose more groups than it may.
+    Leaves with 1 when the run (with --total-gpus: every division) would not fit, or is simulated to lose more groups
+    than it may.
     """
+    _check_finite(
+        {
+            "--price": price,
+            "--judge-price": judge_price,
+            "--answer-variation": answer_variation,
+            "--slowdown": slowdown,
+            "--slow-judges": slow_judges,
+            "--node-failures": node_failures,
+        }
+    )
     resolved = load_config(config, overrides or ())
+    _check_answer(resolved, answer_tokens)
+    if prefix_tokens is not None and prefix_tokens > resolved.data.max_prefix:
+        raise ConfigError(
+            f"--prefix-tokens is {prefix_tokens}; allowed: 1 to data.max_prefix = {resolved.data.max_prefix}"
+        )
     policy = read_model(model, resolved.model.path, "--model")
     taught = policy
-    if teacher is not None or resolved.teacher.path:
+    if teacher is not None or (_asks_teacher(resolved) and resolved.teacher.path):
         taught = read_model(teacher, resolved.teacher_path, "--teacher")
-    gpu, judge_gpu = gpu_of(gpu_type), gpu_of(judge_type or gpu_type)
+    gpu = gpu_of(gpu_type, "--gpu-type")
+    judge_gpu = gpu_of(judge_type, "--judge-gpu-type") if judge_type else gpu
     nodes = Nodes(gpu, gpus, per_node or min(gpus, int(gpu.domain)))
     judges = Nodes(judge_gpu, judge_gpus if _by_workers(resolved) else 0, int(judge_gpu.domain))
     question = Question(
@@ -127,10 +154,11 @@ def plan(
         judge_price=judge_gpu.price if judge_price is None else judge_price,
         judge_workers=judge_workers,
         answer_variation=answer_variation,
+        prefix_tokens=prefix_tokens,
     )
     found = make_plan(question)
     ranked = sweep_layouts(question) if sweep else None
-    divided = split(question, total_gpus) if total_gpus else ()
+    divided = split(question, total_gpus, per_node) if total_gpus else ()
     trouble = Trouble(slow_judges, slowdown, node_failures)
     outcome = simulate_plan(found, trouble) if simulate else None
     listed = sections(found, ranked, outcome, divided)
@@ -140,11 +168,28 @@ def plan(
         except OSError as error:
             raise ConfigError(f"--html {page} cannot be written: {error.strerror}") from None
     if as_json:
-        print(to_json(found, outcome))
+        print(to_json(found, outcome, ranked, divided))
     else:
         print_plan(Console(), listed)
-    if not found.runs or (outcome is not None and outcome.fails):
+    # With divisions of the GPUs one of them is what is asked for, and those listed all fit.
+    if not (found.runs or divided) or (outcome is not None and outcome.fails):
         raise typer.Exit(1)
+
+
+def _check_finite(options: dict[str, float | None]) -> None:
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; allowed: numbers that are finite")
+
+
+def _check_answer(config: Config, tokens: float) -> None:
+    """Servers cut answers off at ``teacher.generative.max_tokens``, so that none is longer on average."""
+    most = config.teacher.generative.max_tokens
+    if not tokens <= most:
+        raise ConfigError(
+            f"--answer-tokens is {tokens:g}; allowed: 1 to {most} (teacher.generative.max_tokens, at which answers are "
+            "cut off)"
+        )
 
 
 def read_model(file: Path | None, folder: str, option: str) -> Architecture:
@@ -175,7 +220,10 @@ def fewest_gpus(teacher: Architecture, judges: Nodes, config: Config, *, fp8: bo
     return tensor
 
 
+def _asks_teacher(config: Config) -> bool:
+    return needs_judge(config.objective.name) or config.candidates.rewrite
+
+
 def _by_workers(config: Config) -> bool:
     """Whether GPUs of the teacher are used at all."""
-    asked = needs_judge(config.objective.name) or config.candidates.rewrite
-    return asked and config.teacher.place is TeacherPlace.workers
+    return _asks_teacher(config) and config.teacher.place is TeacherPlace.workers

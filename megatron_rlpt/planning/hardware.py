@@ -1,7 +1,7 @@
 """What GPUs and their networks can do, by public data sheets, and what a GPU hour costs by a public price list.
 
 Every figure is a ``Constant``: a number that knows where it comes from. Units are SI: bytes, seconds, FLOP/s; 1 GB is
-10^9 bytes, as in data sheets.
+10^9 bytes. Data sheets name the memory of a GPU in a unit between the two; what there is of it is what the driver says.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Gpu:
     """One GPU, and its share of what connects its node to others."""
 
     name: str
+    capability: tuple[int, int]
+    """CUDA's compute capability, by which libraries decide what a GPU can."""
     bf16: Constant
     """Peak FLOP/s of dense bf16 matrix products."""
     fp8: Constant
@@ -37,7 +39,7 @@ class Gpu:
     """Share of the peak that a large matrix product reaches in training, apart from tiles that are not filled."""
     multiprocessors: Constant
     memory: Constant
-    """Bytes of HBM."""
+    """Bytes of HBM, as the driver reports them."""
     memory_bandwidth: Constant
     """Bytes per second of HBM."""
     link: Constant
@@ -74,15 +76,26 @@ _NDR = "one NDR InfiniBand port (400 Gb/s) per GPU, as in DGX H100's and B200's 
 _PRICE = "CoreWeave's public on-demand price list as quoted in February 2026, per GPU of the smallest instance"
 
 
-def _gpu(name: str, data_sheet: str, *, chip: tuple[int, str], network: tuple[float, str], **figures: float) -> Gpu:
-    """One row of ``GPUS``; figures are in 10^12 FLOP/s, 10^9 bytes, 10^12 bytes/s and 10^9 bytes/s."""
+def _gpu(
+    name: str,
+    data_sheet: str,
+    *,
+    capability: tuple[int, int],
+    chip: tuple[int, str],
+    network: tuple[float, str],
+    **figures: float,
+) -> Gpu:
+    """One row of ``GPUS``; figures are in 10^12 FLOP/s, MiB, 10^12 bytes/s and 10^9 bytes/s."""
     return Gpu(
         name,
+        capability,
         bf16=Constant(figures["bf16"] * 1e12, data_sheet),
         fp8=Constant(figures["fp8"] * 1e12, data_sheet),
         matmul=MATMUL_EFFICIENCY,
         multiprocessors=Constant(*chip),
-        memory=Constant(figures["memory"] * 1e9, data_sheet),
+        memory=Constant(
+            figures["memory"] * 2**20, f"{figures['memory']:,.0f} MiB, which nvidia-smi reports as total memory"
+        ),
         memory_bandwidth=Constant(figures["bandwidth"] * 1e12, data_sheet),
         link=Constant(figures["link"] * 1e9, f"{data_sheet}; half of the sum of both directions"),
         network=Constant(network[0] * 1e9, network[1]),
@@ -91,20 +104,20 @@ def _gpu(name: str, data_sheet: str, *, chip: tuple[int, str], network: tuple[fl
     )
 
 
-_AMPERE: Any = {"link": 300, "domain": 8, "chip": (108, _A100_CHIP), "network": (25, _HDR)}
-_HOPPER: Any = {"link": 450, "domain": 8, "chip": (132, _H100_CHIP), "network": (50, _NDR)}
-_BLACKWELL: Any = {"link": 900, "chip": (148, _BLACKWELL_CHIP), "network": (50, _NDR)}
+_AMPERE: Any = {"capability": (8, 0), "link": 300, "domain": 8, "chip": (108, _A100_CHIP), "network": (25, _HDR)}
+_HOPPER: Any = {"capability": (9, 0), "link": 450, "domain": 8, "chip": (132, _H100_CHIP), "network": (50, _NDR)}
+_BLACKWELL: Any = {"capability": (10, 0), "link": 900, "chip": (148, _BLACKWELL_CHIP), "network": (50, _NDR)}
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100", _A100, bf16=312, fp8=312, memory=80, bandwidth=2.039, price=2.70, **_AMPERE),
-        _gpu("h100", _H100, bf16=989.4, fp8=1978.9, memory=80, bandwidth=3.35, price=6.16, **_HOPPER),
-        _gpu("h200", _H200, bf16=989.4, fp8=1978.9, memory=141, bandwidth=4.8, price=6.31, **_HOPPER),
-        _gpu("b200", _B200, bf16=2250, fp8=4500, memory=180, bandwidth=8, domain=8, price=8.60, **_BLACKWELL),
-        _gpu("gb200", _GB200, bf16=2500, fp8=5000, memory=186, bandwidth=8, domain=72, price=10.5, **_BLACKWELL),
+        _gpu("a100", _A100, bf16=312, fp8=312, memory=81920, bandwidth=2.039, price=2.70, **_AMPERE),
+        _gpu("h100", _H100, bf16=989.4, fp8=1978.9, memory=81559, bandwidth=3.35, price=6.16, **_HOPPER),
+        _gpu("h200", _H200, bf16=989.4, fp8=1978.9, memory=143771, bandwidth=4.8, price=6.31, **_HOPPER),
+        _gpu("b200", _B200, bf16=2250, fp8=4500, memory=183359, bandwidth=8, domain=8, price=8.60, **_BLACKWELL),
+        _gpu("gb200", _GB200, bf16=2500, fp8=5000, memory=189471, bandwidth=8, domain=72, price=10.5, **_BLACKWELL),
     )
 }
-"""Name -> GPU. Bandwidth of HBM is in 10^12, NVLink in 10^9 bytes per second."""
+"""Name -> GPU. Memory is in MiB, bandwidth of HBM is in 10^12, NVLink in 10^9 bytes per second."""
 
 COLLECTIVE_EFFICIENCY = Constant(
     0.8, "assumed; nccl-tests on 8 x H100 commonly report 350 to 370 GB/s of 450 for an all-gather of large buffers"
@@ -114,8 +127,8 @@ MEMORY_EFFICIENCY = Constant(0.85, "assumed; STREAM-like kernels commonly reach 
 """Share of HBM's bandwidth that a kernel gets."""
 
 
-def gpu_of(name: str) -> Gpu:
-    """The GPU called ``name``.
+def gpu_of(name: str, option: str) -> Gpu:
+    """The GPU called ``name``, as ``option`` says.
 
     Raises:
         ConfigError: there is none of that name; it lists those there are.
@@ -123,7 +136,7 @@ def gpu_of(name: str) -> Gpu:
     try:
         return GPUS[name.lower()]
     except KeyError:
-        raise ConfigError(f"--gpu-type is {name!r}; known: {', '.join(GPUS)}") from None
+        raise ConfigError(f"{option} is {name!r}; known: {', '.join(GPUS)}") from None
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,8 @@ def judge_cluster(question: Question, layout: Layout, own: float) -> JudgeCluste
         return None
     servers = _servers(question, layout)
     shortest = servers.alone.group_seconds
-    if not math.isfinite(shortest):
+    longest_calls = replace(servers, calls=calls_per_group(config, question.answer_tokens))
+    if not math.isfinite(longest_calls.alone.group_seconds):
         raise ConfigError(
             f"teacher.kv_cache_gib is {config.teacher.kv_cache_gib:g}, which does not hold one request to the teacher; "
             "give it more"
@@ -231,7 +232,7 @@ def _servers(question: Question, layout: Layout) -> Servers:
         int(SERVER_BATCH),
         fp8=question.judge_fp8 and by_workers,
     )
-    calls = calls_per_group(config, question.answer_tokens)
+    calls = calls_per_group(question.usual, question.answer_tokens)
     if not by_workers:
         return Servers(question, server, calls, layout.data, None)
     count = max(1, question.judges.gpus // question.judge_tensor)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from megatron_rlpt.config import JudgeName
 from megatron_rlpt.planning.hardware import Constant
 from megatron_rlpt.planning.judge_cluster import JudgeCluster
-from megatron_rlpt.planning.judging import asks_servers
+from megatron_rlpt.planning.judging import asks_servers, calls_per_group
 from megatron_rlpt.planning.memory import Memory
 from megatron_rlpt.planning.question import Question
 from megatron_rlpt.planning.rollouts import Engine
@@ -50,9 +49,9 @@ def limits_of(
         limits.append(
             Limit(
                 "key-value cache of the rollout engine",
-                config.rollout.max_batch / room if room else math.inf,
+                config.rollout.max_batch / room,
                 f"rollout.max_batch = {config.rollout.max_batch} sequences, {fits} run at once, {room} would fit",
-                fatal=not fits,
+                fatal=False,
             )
         )
     if judges and judges.servers.workers is not None:
@@ -116,7 +115,7 @@ def _context_limit(question: Question, judges: JudgeCluster) -> list[Limit]:
     """Prompts and answers of an engine or server of the teacher; a likelihood in the same process has no such limit."""
     config = question.config
     lengths = []
-    for calls in judges.judging.calls:
+    for calls in calls_per_group(config, question.answer_tokens):
         if calls.name == "rewrite":
             lengths.append(calls.prompt + answer_tokens(config.data.suffix_length))
         elif config.teacher.judge is JudgeName.generative:

@@ -22,7 +22,6 @@ from megatron_rlpt.config import (
     TeacherPlace,
     needs_judge,
 )
-from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planning.compute import Options, PassTime, Work, forward_seconds, update_seconds, utilisation
 from megatron_rlpt.planning.hardware import Nodes
 from megatron_rlpt.planning.judge_cluster import JudgeCluster, judge_cluster
@@ -31,9 +30,10 @@ from megatron_rlpt.planning.kernels import memory_seconds
 from megatron_rlpt.planning.limits import Limit, limits_of
 from megatron_rlpt.planning.memory import Memory, memory_of
 from megatron_rlpt.planning.question import Question
+from megatron_rlpt.planning.refusals import check_cache, check_question
 from megatron_rlpt.planning.rollouts import Engine
 from megatron_rlpt.planning.transformer import Transformer
-from megatron_rlpt.policy.layout import Layout, check_batch, check_layout, layout_of
+from megatron_rlpt.policy.layout import Layout, layout_of
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,19 @@ def make_plan(question: Question) -> Plan:
     """Plan a run.
 
     Raises:
-        ConfigError: the layout cannot divide the GPUs, the model or the batch; or there are no judges to ask.
+        ConfigError, ModelError, EngineError: the trainer or the servers of the teacher would refuse it.
     """
     config, model = question.config, Transformer.of(question.model)
     layout = layout_of(config.parallel, question.trainer.gpus)
-    check_layout(layout, question.model)
-    check_batch(layout, config.train)
-    _check_judges(question)
-    work, options = work_of(config), options_of(config)
+    check_question(question, layout)
+    work, options = work_of(question.usual), options_of(config)
     update = update_seconds(model, layout, question.trainer, work, options)
     reference = 0.0
     if config.objective.name is ObjectiveName.online_dpo:
         reference = forward_seconds(model, layout, question.trainer, work, options).total
     engine, engines = rollout_engine(question, layout)
-    rollouts = _rollout_seconds(config, engine, engines)
+    check_cache(config, engine)
+    rollouts = _rollout_seconds(question.usual, engine, engines)
     sync = _sync_seconds(model, layout, question.trainer, engine) if config.candidates.rollouts else 0.0
     memory = memory_of(question.model, layout, config, teacher=teacher_bytes(question))
     own = rollouts + reference + update.total + sync
@@ -155,7 +154,7 @@ def rows_of(config: Config) -> int:
 
 
 def work_of(config: Config) -> Work:
-    """The batch of an update; every prefix is taken to be as long as it may be."""
+    """The batch of an update; every prefix is taken to be ``data.max_prefix`` long."""
     rows = rows_of(config)
     train, suffix = config.train, config.data.suffix_length
     return Work(train.global_batch * rows, config.max_sequence, suffix, train.micro_batch * rows)
@@ -177,9 +176,10 @@ def options_of(config: Config) -> Options:
 def rollout_engine(question: Question, layout: Layout) -> tuple[Engine, int]:
     """One rollout engine, and how many there are: vLLM's has a GPU, Megatron's a tensor-parallel group."""
     rollout = question.config.rollout
-    tensor = layout.tensor if rollout.engine is EngineName.megatron else 1
+    static = rollout.engine is EngineName.megatron
+    tensor = layout.tensor if static else 1
     cache = rollout.kv_cache_gib * 2**30
-    engine = Engine(Transformer.of(question.model), question.trainer, tensor, cache, rollout.max_batch)
+    engine = Engine(Transformer.of(question.model), question.trainer, tensor, cache, rollout.max_batch, static=static)
     return engine, question.trainer.gpus // tensor
 
 
@@ -199,18 +199,6 @@ def teacher_bytes(question: Question) -> int:
     if judged and config.teacher.judge is JudgeName.likelihood:
         held += weights
     return held
-
-
-def _check_judges(question: Question) -> None:
-    config = question.config
-    asked = needs_judge(config.objective.name) or config.candidates.rewrite
-    if not asked or config.teacher.place is TeacherPlace.trainer:
-        return
-    if question.judges.gpus < question.judge_tensor:
-        raise ConfigError(
-            f"--judge-gpus is {question.judges.gpus}, and one server of the teacher takes {question.judge_tensor}; "
-            "teacher.place=workers needs at least one server"
-        )
 
 
 def _rollout_seconds(config: Config, engine: Engine, engines: int) -> float:

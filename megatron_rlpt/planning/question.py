@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rlpt.config import Config
 from megatron_rlpt.planning.hardware import Nodes
@@ -33,3 +33,12 @@ class Question:
     """Judge workers; None is as many as take up every group at once, or fill the servers."""
     answer_variation: float = ANSWER_VARIATION
     """Standard deviation over mean of the length of a verdict."""
+    prefix_tokens: int | None = None
+    """Mean length of a prefix, for times and cost; None is ``data.max_prefix``, at which memory is planned anyway."""
+
+    @property
+    def usual(self) -> Config:
+        """The run with prefixes of mean length."""
+        if self.prefix_tokens is None:
+            return self.config
+        return replace(self.config, data=replace(self.config.data, max_prefix=self.prefix_tokens))

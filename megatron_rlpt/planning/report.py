@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rlpt.planning import hardware, judge_cluster, judging, kernels, limits, rollouts, scenario
+from megatron_rlpt.planning.cautions import cautions
 from megatron_rlpt.planning.hardware import Constant
 from megatron_rlpt.planning.judge_cluster import JudgeCluster
 from megatron_rlpt.planning.plan import Plan, describe_calls
@@ -26,6 +27,19 @@ _SHOWN = 10
 """Layouts of a sweep that are listed."""
 _AGREE = 0.05
 """Difference of a simulated step from the planned one that needs no explanation."""
+_UNITS = {
+    "bf16": "FLOP/s",
+    "fp8": "FLOP/s",
+    "matmul": "of the peak",
+    "multiprocessors": "",
+    "memory": "bytes",
+    "memory_bandwidth": "bytes/s",
+    "link": "bytes/s",
+    "network": "bytes/s",
+    "domain": "GPUs",
+    "price": "US dollars per hour",
+}
+"""Field of ``Gpu`` -> its unit."""
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; width: 100%; }
@@ -80,7 +94,9 @@ def to_html(title: str, listed: Sequence[Section]) -> str:
     )
 
 
-def to_json(plan: Plan, outcome: Scenario | None = None) -> str:
+def to_json(
+    plan: Plan, outcome: Scenario | None = None, found: Sweep | None = None, divided: Sequence[Plan] = ()
+) -> str:
     """Figures for programs; seconds, bytes, US dollars."""
     trainer, judges = plan.gpu_hours
     read: dict[str, Any] = {
@@ -106,18 +122,49 @@ def to_json(plan: Plan, outcome: Scenario | None = None) -> str:
         "cost": plan.cost,
         "limits": [asdict(limit) for limit in plan.limits],
         "runs": plan.runs,
+        "cautions": cautions(plan.question),
     }
+    if found is not None:
+        counts = {"tried": found.tried, "refused": found.refused, "too_large": found.too_large}
+        read["layouts"] = counts | {"ranked": [_ranked(other) for other in found.plans]}
+    if divided:
+        read["divisions"] = [_ranked(other) for other in divided]
     if outcome is not None:
         read["simulation"] = asdict(outcome.outcome) | {
             "steps": outcome.steps,
             "variation": outcome.variation,
             "given_up_share": outcome.given_up,
             "fails": outcome.fails,
-            # Of all steps; None where the run gets nowhere.
-            "run_seconds": outcome.seconds if math.isfinite(outcome.seconds) else None,
-            "run_failures": outcome.expected_failures if math.isfinite(outcome.seconds) else None,
+            # Of all steps; null where the run gets nowhere.
+            "run_seconds": outcome.seconds,
+            "run_failures": outcome.expected_failures,
         }
-    return json.dumps(read, indent=1)
+    return json.dumps(_without_infinities(read), indent=1, allow_nan=False)
+
+
+def _ranked(plan: Plan) -> dict[str, Any]:
+    """A plan among others."""
+    return {
+        "gpus": plan.question.trainer.gpus,
+        "judge_gpus": plan.question.judges.gpus,
+        "judge_gpus_needed": plan.judges.gpus_needed if plan.judges else 0,
+        "layout": asdict(plan.layout),
+        "micro_batch": plan.question.config.train.micro_batch,
+        "step_seconds": plan.step_seconds,
+        "update_mfu": plan.update_mfu,
+        "memory": plan.memory.total,
+        "hours": plan.hours,
+        "cost": plan.cost,
+    }
+
+
+def _without_infinities(value: Any) -> Any:
+    """``value`` with None, which is null, for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _without_infinities(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(entry) for entry in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _summary(plan: Plan) -> Section:
@@ -137,7 +184,8 @@ def _summary(plan: Plan) -> Section:
         ("cost", f"${plan.cost:,.0f} (at ${question.trainer_price:.2f} and ${question.judge_price:.2f} an hour)"),
     ]
     verdict = "runs" if plan.runs else "does not run: " + "; ".join(limit.name for limit in plan.failing if limit.fatal)
-    return Section("Plan", ("", ""), (*rows, ("verdict", verdict)))
+    warnings = [("caution", text) for text in cautions(question)]
+    return Section("Plan", ("", ""), (*rows, ("verdict", verdict), *warnings))
 
 
 def _billions(question: Question) -> str:
@@ -238,7 +286,7 @@ def _layouts(found: Sweep) -> Section:
         for number, plan in enumerate(found.plans[:_SHOWN])
     ]
     title = (
-        f"Layouts: {found.tried} tried, {found.refused} do not divide, {found.too_large} do not fit, "
+        f"Layouts: {found.tried} tried, {found.refused} refused, {found.too_large} do not fit, "
         f"{len(found.plans)} ranked"
     )
     return Section(title, ("", "layout", "micro-batch", "step", "MFU of the update", "memory"), tuple(rows))
@@ -317,7 +365,10 @@ def _sources(plan: Plan) -> Section:
         if nodes.gpu.name in seen:
             continue
         seen.add(nodes.gpu.name)
-        rows += [_source(f"{nodes.gpu.name}: {name}", value) for name, value in nodes.gpu.constants().items()]
+        rows += [
+            _source(f"{nodes.gpu.name}: {name.replace('_', ' ')}", value, _UNITS[name])
+            for name, value in nodes.gpu.constants().items()
+        ]
     rows += [_source(name.lower().replace("_", " "), value) for name, value in _constants().items()]
     return Section("Constants and their sources", ("constant", "value", "source"), tuple(rows))
 
@@ -327,8 +378,8 @@ def _constants() -> dict[str, Constant]:
     return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Constant)}
 
 
-def _source(name: str, value: Constant) -> tuple[str, str, str]:
-    return name, f"{float(value):.4g}", value.source
+def _source(name: str, value: Constant, unit: str = "") -> tuple[str, str, str]:
+    return name, f"{float(value):.4g} {unit}".strip(), value.source
 
 
 def _html_section(section: Section) -> str:

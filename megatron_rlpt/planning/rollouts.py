@@ -17,6 +17,12 @@ from megatron_rlpt.planning.transformer import Transformer
 PASS_OVERHEAD = Constant(
     0.002, "assumed: seconds that scheduling, launching and sampling add to a pass of vLLM with CUDA graphs"
 )
+EAGER_LAYER = Constant(
+    2e-4,
+    "assumed: about 20 kernels of a layer that Python launches one by one, 10 microseconds each (Megatron's static "
+    "generation uses no CUDA graphs)",
+)
+"""Seconds of the host per layer and pass without CUDA graphs."""
 HOP_LATENCY = Constant(
     1e-5, "assumed: seconds of an all-reduce of few tokens among the GPUs of a node; two per layer and pass"
 )
@@ -35,6 +41,9 @@ class Engine:
     """Most sequences decoded at once."""
     fp8: bool = False
     """Weights and products in fp8; the cache stays in bf16."""
+    static: bool = False
+    """Megatron's static generation: every sequence reads and keeps its own prompt, and kernels are launched one by one.
+    Otherwise vLLM, which shares prompts and replays CUDA graphs."""
 
     @property
     def weights(self) -> float:
@@ -59,8 +68,16 @@ class Engine:
             own: tokens that each sequence has for itself.
             fan: sequences with one prompt.
         """
-        per_sequence = self.model.kv_bytes / self.tensor * (own + shared / fan)
-        return min(self.max_batch, int(self.cache / per_sequence))
+        fan = 1 if self.static else fan
+        return min(self.max_batch, int(self.cache / self._cache_bytes(own + shared / fan)))
+
+    def cache_needed(self, length: float) -> float:
+        """Bytes of cache per GPU without which not one sequence of ``length`` tokens is generated."""
+        return self._cache_bytes(length)
+
+    def _cache_bytes(self, tokens: float) -> float:
+        """Per GPU; a key-value head is not divided but copied where there are more GPUs."""
+        return self.model.kv_bytes / min(self.tensor, self.model.kv_heads) * tokens
 
     def prompt_seconds(self, tokens: float, length: float) -> float:
         """Seconds to read ``tokens`` tokens of prompts of ``length`` each."""
@@ -75,26 +92,29 @@ class Engine:
     def pass_seconds(self, sequences: float, context: float) -> float:
         """Seconds of one pass that gives each of ``sequences`` one more token, at ``context`` tokens of cache each."""
         model, gpu = self.model, self.nodes.gpu
-        read = self._weight_bytes * self._weights_read(sequences) + sequences * context * model.kv_bytes
+        read = self._weight_bytes * self._weights_read(sequences) / self.tensor
+        read += self._cache_bytes(sequences * context)
         flops = 2.0 * sequences * (model.active_parameters + model.embedding_parameters)
-        work = max(memory_seconds(gpu, read / self.tensor), flops / self.tensor / self._speed)
-        return work + 2 * model.layers * self._all_reduce(sequences) + PASS_OVERHEAD
+        work = max(memory_seconds(gpu, read), flops / self.tensor / self._speed)
+        host = PASS_OVERHEAD + (EAGER_LAYER * model.layers if self.static else 0.0)
+        # The host runs ahead of the GPU while kernels are launched one by one; what takes longer counts.
+        busy = work + 2 * model.layers * self._all_reduce(sequences)
+        return max(busy, host) if self.static else busy + host
 
     def generate_seconds(self, prompts: float, fan: int, prompt: float, answer: float) -> float:
         """Seconds to answer ``prompts`` prompts of ``prompt`` tokens ``fan`` times each with ``answer`` tokens.
 
-        Each prompt is read once; its answers share what was read (vLLM's prefix cache). Infinity where not even one
-        sequence fits the cache.
+        Each prompt is read once and its answers share what was read (vLLM's prefix cache), unless the engine is static.
+        The cache holds one sequence at least.
         """
         sequences = prompts * fan
+        read = sequences if self.static else prompts
         if not sequences:
             return 0.0
-        together = self.concurrency(prompt, answer, fan)
-        if not together:
-            return math.inf
+        together = max(1, self.concurrency(prompt, answer, fan))
         waves = math.ceil(sequences / together)
         decode = waves * answer * self.pass_seconds(sequences / waves, prompt + answer / 2)
-        return self.prompt_seconds(prompts * prompt, prompt) + decode
+        return self.prompt_seconds(read * prompt, prompt) + decode
 
     def _weights_read(self, sequences: float) -> float:
         """Parameters that a pass reads: all but the embedding's other rows and experts that no token goes to."""

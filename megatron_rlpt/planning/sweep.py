@@ -50,17 +50,28 @@ def sweep(question: Question) -> Sweep:
     return Sweep(tuple(fitting), len(plans) + refused, refused, len(plans) - len(fitting))
 
 
-def split(question: Question, total: int) -> tuple[Plan, ...]:
+def split(question: Question, total: int, per_node: int | None = None) -> tuple[Plan, ...]:
     """Plans that divide ``total`` GPUs between trainer and judges, the cheapest run first; the layout stays.
 
+    Args:
+        question: the run.
+        total: GPUs.
+        per_node: trainer GPUs that NVLink connects; None is what their type says.
+
     Raises:
-        ConfigError: no division works.
+        ConfigError: no division works, or no GPU would judge.
     """
+    if not question.judges.gpus:
+        raise ConfigError(
+            f"--total-gpus is {total}, and no GPU of this run only judges (nothing is judged, or "
+            "teacher.place=trainer); plan with --gpus"
+        )
+    domain = per_node or int(question.trainer.gpu.domain)
     plans = []
     for gpus in _divisions(total):
         parted = replace(
             question,
-            trainer=replace(question.trainer, gpus=gpus, per_node=min(gpus, question.trainer.per_node)),
+            trainer=replace(question.trainer, gpus=gpus, per_node=min(gpus, domain)),
             judges=replace(question.judges, gpus=total - gpus),
         )
         with contextlib.suppress(ConfigError):

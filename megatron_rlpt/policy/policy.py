@@ -15,19 +15,20 @@ from megatron.core import parallel_state
 
 from megatron_rlpt.checkpoint.sharded import ShardedWriting
 from megatron_rlpt.config import Config
-from megatron_rlpt.errors import ModelError, TrainingError
+from megatron_rlpt.errors import TrainingError
 from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Objective
 from megatron_rlpt.policy import precision
 from megatron_rlpt.policy.architecture import Architecture, read_architecture
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
 from megatron_rlpt.policy.families import Shape
 from megatron_rlpt.policy.layer_spec import describe_layers
-from megatron_rlpt.policy.layout import Layout, check_layout, layout_of
+from megatron_rlpt.policy.layout import Layout, layout_of
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler
 from megatron_rlpt.policy.passes import Passes
 from megatron_rlpt.policy.precision import length_multiple
 from megatron_rlpt.policy.reference import ReferenceWeights
+from megatron_rlpt.policy.requirements import check_model
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.state import PolicyState
 from megatron_rlpt.policy.weights import WeightSource, load_weights
@@ -44,15 +45,9 @@ def check_policy(config: Config, world: int) -> tuple[Architecture, Layout]:
     """
     folder = Path(config.model.path)
     arch = read_architecture(folder)
-    if config.max_sequence > arch.max_positions:
-        raise ModelError(
-            f"data.max_prefix + data.suffix_length is {config.max_sequence} tokens; {folder} allows "
-            f"{arch.max_positions}"
-        )
     layout = layout_of(config.parallel, world)
-    check_layout(layout, arch)
+    check_model(config, arch, layout, folder)
     precision.require(config.model.fp8, config.model.dtype)
-    precision.check_sizes(config.model.fp8, arch, layout)
     return arch, layout
 
 

@@ -33,6 +33,8 @@ class Recipe:
     """First Transformer Engine that Megatron uses it with (``megatron/core/fp8_utils.py: get_fp8_recipe``)."""
     check: str
     """Function of ``transformer_engine.pytorch.fp8`` that knows which GPUs and CUDA versions can."""
+    capability: tuple[int, int]
+    """First compute capability of GPUs that ``check`` lets through."""
     multiple: int
     """What numbers of tokens, and sizes of matrices, must be a multiple of (``fp8_utils.py: get_fp8_align_size``)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -45,13 +47,14 @@ RECIPES: dict[Fp8, Recipe] = {
         "hybrid",
         (1, 0),
         "check_fp8_support",
+        (8, 9),
         16,
         # Transformer Engine's own defaults; Megatron's are a history of one step.
         {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
     ),
-    Fp8.current: Recipe("tensorwise", "hybrid", (2, 2), "check_fp8_support", 16),
-    Fp8.blockwise: Recipe("blockwise", "e4m3", (2, 3), "check_fp8_block_scaling_support", 16),
-    Fp8.mxfp8: Recipe("mxfp8", "e4m3", (2, 1), "check_mxfp8_support", 32),
+    Fp8.current: Recipe("tensorwise", "hybrid", (2, 2), "check_fp8_support", (8, 9), 16),
+    Fp8.blockwise: Recipe("blockwise", "e4m3", (2, 3), "check_fp8_block_scaling_support", (9, 0), 16),
+    Fp8.mxfp8: Recipe("mxfp8", "e4m3", (2, 1), "check_mxfp8_support", (10, 0), 32),
 }
 """Every value of ``model.fp8`` but ``off``."""
 
@@ -119,14 +122,28 @@ def require(fp8: Fp8, dtype: Dtype) -> None:
     Raises:
         ConfigError: with the reason, and what is supported here.
     """
+    check_dtype(fp8, dtype)
     if fp8 is Fp8.off:
         return
-    if dtype is not Dtype.bf16:
-        raise ConfigError(f"model.fp8 is {fp8.value} and model.dtype {dtype.value}; FP8 needs model.dtype=bf16")
     reason = refusal(fp8, find_engine())
     if reason is not None:
         supported = ", ".join([Fp8.off.value, *(one.value for one in supported_recipes())])
         raise ConfigError(f"model.fp8 is {fp8.value}: {reason}; supported here: {supported}")
+
+
+def check_dtype(fp8: Fp8, dtype: Dtype) -> None:
+    """Whether FP8 has the parameters that it needs.
+
+    Raises:
+        ConfigError: they are not bf16.
+    """
+    if fp8 is not Fp8.off and dtype is not Dtype.bf16:
+        raise ConfigError(f"model.fp8 is {fp8.value} and model.dtype {dtype.value}; FP8 needs model.dtype=bf16")
+
+
+def recipes_of(capability: tuple[int, int]) -> tuple[Fp8, ...]:
+    """Values of ``model.fp8`` that GPUs of a compute capability can, with a recent Transformer Engine and CUDA."""
+    return (Fp8.off, *(fp8 for fp8, recipe in RECIPES.items() if capability >= recipe.capability))
 
 
 def check_sizes(fp8: Fp8, arch: Architecture, layout: Layout) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from megatron_rlpt.config import Config, EngineName
-from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.policy.policy import Policy
+from megatron_rlpt.policy.requirements import check_sleeper, nothing_to_offload_for
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout import vllm_engine
@@ -33,18 +33,9 @@ def check_offload(config: Config, world_size: int) -> None:
     """
     if not config.optimizer.offload or not torch.cuda.is_available():
         return
-    if not config.candidates.rollouts:
-        reason = "candidates.rollouts is 0, so there is none"
-    elif config.rollout.engine is EngineName.megatron:
-        reason = "rollout.engine=megatron never sleeps"
-    elif vllm_engine.choose_placement(vllm_engine.needs_process(config, world_size))[0] is Placement.OWN_GPU:
-        reason = "on this machine every rollout engine has a GPU of its own"
-    else:
-        return
-    raise ConfigError(
-        "optimizer.offload makes room for a rollout engine that sleeps on the policy's GPU while it trains, and "
-        f"{reason}; set optimizer.offload=false"
-    )
+    check_sleeper(config)
+    if vllm_engine.choose_placement(vllm_engine.needs_process(config, world_size))[0] is Placement.OWN_GPU:
+        raise nothing_to_offload_for("on this machine every rollout engine has a GPU of its own")
 
 
 def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, ranks: Ranks) -> RolloutEngine:

@@ -24,6 +24,7 @@ from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.policy.architecture import Architecture, read_architecture
 from megatron_rlpt.policy.compat import inference_wrapper, static_context
 from megatron_rlpt.policy.model import torch_dtype_of
+from megatron_rlpt.policy.requirements import check_megatron_engine
 from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout.checks import end_of_sequence, require_version
@@ -70,11 +71,7 @@ class MegatronEngine:
 
         require_neutral_sampling(config)
         arch = read_architecture(model_path)
-        if arch.experts is not None:
-            raise EngineError(
-                f"rollout.engine is megatron and {model_path} a mixture of experts ({arch.model_type}), whose experts "
-                "Megatron reshards under names that ours do not have; set rollout.engine: vllm"
-            )
+        check_megatron_engine(arch, model_path)
         self._runtime = runtime
         self._ranks = ranks
         self._max_sequence = max_sequence

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from plan_cases import RECIPES, ROOT, command, planned
@@ -13,8 +14,11 @@ from typer.testing import CliRunner
 
 from megatron_rlpt.cli import app
 from megatron_rlpt.config import OptionOrder, PairScheme
-from megatron_rlpt.errors import ConfigError, ModelError
+from megatron_rlpt.errors import ConfigError, EngineError, ModelError
+from megatron_rlpt.planning.cluster import Failures
+from megatron_rlpt.planning.hardware import GPUS
 from megatron_rlpt.planning.plan import make_plan
+from megatron_rlpt.planning.report import to_json
 from megatron_rlpt.planning.scenario import Trouble, simulate_plan
 from megatron_rlpt.planning.sweep import split, sweep
 from megatron_rlpt.teacher.schemes import comparisons
@@ -133,6 +137,7 @@ def test_slow_judges_hold_up_the_simulated_run():
     ("arguments", "error", "message"),
     [
         (("--gpu-type", "h1000"), ConfigError, "--gpu-type is 'h1000'; known: a100, h100"),
+        (("--judge-gpu-type", "h1000"), ConfigError, "--judge-gpu-type is 'h1000'; known: a100, h100"),
         (("--gpus", "7"), ConfigError, r"it must divide train\.global_batch = 256"),
         (("--judge-gpus", "0"), ConfigError, "--judge-gpus is 0, and one server of the teacher takes 1"),
         (("--model", "nowhere.json"), ModelError, r"--model nowhere\.json cannot be read"),
@@ -144,3 +149,96 @@ def test_what_cannot_be_planned_is_refused_in_a_line(arguments, error, message):
     assert isinstance(raised, error)
     with pytest.raises(error, match=message):
         raise raised
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("teacher.kv_cache_gib=0.1",), r"teacher\.kv_cache_gib is 0\.1, which does not hold one request"),
+        (("rollout.kv_cache_gib=0.01",), r"rollout\.kv_cache_gib is 0\.01, which does not hold one sequence of 2048"),
+        (("--answer-tokens", "inf"), r"--answer-tokens is inf; allowed: 1 to 512"),
+        (("--answer-tokens", "5000"), "--answer-tokens is 5000"),
+        (("--node-failures", "inf"), "--node-failures is inf; allowed: numbers that are finite"),
+    ],
+)
+def test_what_leads_to_no_finite_figure_is_refused_in_a_line(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        raise refused(*arguments, "--simulate")
+
+
+def test_the_least_cache_that_a_refusal_names_is_enough():
+    needed = str(refused("rollout.kv_cache_gib=0.01")).rsplit(" ", 1)[1]
+    assert planned(f"rollout.kv_cache_gib={needed}", "rollout.max_batch=1")["runs"]
+
+
+def test_a_run_that_gets_nowhere_has_no_number_in_json():
+    plan = make_plan(question("continual_1b4", gpus=8, judges=56))
+    found = replace(simulate_plan(plan, Trouble(), steps=8), failures=Failures(1, 100.0, 600.0))
+    assert json.loads(to_json(plan, found), parse_constant=pytest.fail)["simulation"]["run_seconds"] is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "error", "message"),
+    [
+        ("continual_1b4", ("data.max_prefix=8000",), ModelError, "is 8128 tokens; the model allows 4096"),
+        (
+            "continual_1b4",
+            ("--gpu-type", "a100", "model.fp8=delayed"),
+            ConfigError,
+            "model.fp8 is delayed, which a100 GPUs cannot .* allowed: off$",
+        ),
+        ("continual_1b4", ("model.fp8=mxfp8",), ConfigError, "h100 .* allowed: off, delayed, current, blockwise$"),
+        ("continual_1b4", ("model.dtype=fp32",), ConfigError, "model.dtype is fp32"),
+        ("continual_1b4", ("--judge-tensor", "3"), ConfigError, "--judge-tensor is 3; .* may be 1, 2, 4, 8, 16, 32$"),
+        ("continual_70b", ("optimizer.offload=true",), ConfigError, "rollout.engine=megatron never sleeps"),
+        ("continual_moe", ("rollout.engine=megatron",), EngineError, "the model a mixture of experts"),
+    ],
+)
+def test_what_the_trainer_or_a_server_refuses_is_not_planned(recipe, arguments, error, message):
+    path = next(known for known in RECIPES if known.stem == recipe)
+    raised = CliRunner().invoke(app, [*command(path), *arguments]).exception
+    with pytest.raises(error, match=message):
+        raise raised
+
+
+@pytest.mark.parametrize(
+    ("name", "mebibytes"), [("a100", 81_920), ("h100", 81_559), ("h200", 143_771), ("b200", 183_359)]
+)
+def test_memory_is_what_the_driver_reports(name, mebibytes):
+    memory = GPUS[name].memory
+    assert memory == mebibytes * 2**20
+    assert f"{mebibytes:,} MiB" in memory.source
+
+
+def test_a_mixture_of_experts_is_planned_with_a_warning():
+    moe = next(recipe for recipe in RECIPES if recipe.stem == "continual_moe")
+    (_, warning) = planned(recipe=moe)["cautions"]
+    assert "uncalibrated" in warning
+    assert "1.7 to 3.9 times" in warning
+    shown = CliRunner().invoke(app, command(moe)).stdout
+    assert "caution" in shown
+    assert len(planned()["cautions"]) == 1
+
+
+def test_times_are_at_the_longest_prefix_unless_a_mean_is_given():
+    longest, usual = planned(), planned("--prefix-tokens", "448")
+    assert "at the longest prefix (data.max_prefix = 1,920 tokens)" in longest["cautions"][0]
+    assert "at prefixes of 448 tokens" in usual["cautions"][0]
+    assert usual["trained_tokens"] / longest["trained_tokens"] == pytest.approx((448 + 128) / 2048)
+    for part in ("rollouts", "update", "reference"):
+        assert usual["times"][part] < longest["times"][part]
+    assert sum(calls["shared"] for calls in usual["judge_calls"]) < 1000
+    assert usual["cost"] < longest["cost"]
+    assert usual["memory"] == longest["memory"], "the longest prefix has to fit all the same"
+    with pytest.raises(ConfigError, match=r"--prefix-tokens is 1921; allowed: 1 to data\.max_prefix = 1920"):
+        raise refused("--prefix-tokens", "1921")
+
+
+def test_a_run_that_judges_nothing_needs_no_teacher():
+    arguments = command(RECIPES[0])
+    place = arguments.index("--teacher")
+    del arguments[place : place + 2]
+    ntp = ("objective.name=ntp", "candidates.rollouts=0", "--json")
+    done = CliRunner().invoke(app, [*arguments, *ntp])
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["gpu_hours"]["judges"] == 0

@@ -42,7 +42,7 @@ def test_they_agree_as_well_where_judges_do_not_keep_up(judges):
 
 def test_the_last_group_of_a_batch_is_waited_for_though_servers_have_time():
     recipe = next(recipe for recipe in RECIPES if recipe.stem == "continual_70b")
-    plan = planned(*SHORT, "--judge-gpus", "576", "--simulate", "--node-failures", "0", recipe=recipe)
+    plan = planned(*SHORT, "--judge-gpus", "216", "--simulate", "--node-failures", "0", recipe=recipe)
     assert plan["times"]["waiting for judges"] > 2
     assert plan["simulation"]["step_seconds"] == pytest.approx(plan["step_seconds"], rel=0.05)
 

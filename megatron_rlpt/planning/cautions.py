@@ -1,0 +1,34 @@
+"""What the figures of a plan do not say about themselves."""
+
+from __future__ import annotations
+
+from megatron_rlpt.planning.question import Question
+
+MIXTURE_OF_EXPERTS = (
+    "updates of a mixture of experts are uncalibrated: predicted 1.7 to 3.9 times as fast as NVIDIA publishes "
+    "(Megatron-Bridge, docs/performance-summary.md, 25.11: Qwen3-30B-A3B in fp8 on 16 H100, B200 and GB200); "
+    "expect longer steps, higher cost, and fewer judges needed"
+)
+"""Not modelled: permuting tokens, the router in fp32, gaps between many small kernels, uneven experts. Dense models in
+fp8 are within 0.93 to 1.14 of the figures on the same page (8B, 70B, 405B; H100, B200, GB200)."""
+
+
+def cautions(question: Question) -> tuple[str, ...]:
+    """What to keep in mind with the plan of ``question``."""
+    found = [_prefixes(question)]
+    if question.model.experts is not None:
+        found.append(MIXTURE_OF_EXPERTS)
+    return tuple(found)
+
+
+def _prefixes(question: Question) -> str:
+    longest = question.config.data.max_prefix
+    if question.prefix_tokens is None:
+        return (
+            f"times and cost are at the longest prefix (data.max_prefix = {longest:,} tokens) for every episode; "
+            "shorter documents take less: give the mean with --prefix-tokens"
+        )
+    return (
+        f"times and cost are at prefixes of {question.prefix_tokens:,} tokens (--prefix-tokens); memory and what fits "
+        f"are at the longest ({longest:,})"
+    )

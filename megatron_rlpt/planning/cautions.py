@@ -9,8 +9,8 @@ MIXTURE_OF_EXPERTS = (
     "(Megatron-Bridge, docs/performance-summary.md, 25.11: Qwen3-30B-A3B in fp8 on 16 H100, B200 and GB200); "
     "expect longer steps, higher cost, and fewer judges needed"
 )
-"""Not modelled: permuting tokens, the router in fp32, gaps between many small kernels, uneven experts. Dense models in
-fp8 are within 0.93 to 1.14 of the figures on the same page (8B, 70B, 405B; H100, B200, GB200)."""
+"""Not modelled: permuting tokens, the router in fp32, gaps between many small kernels, uneven experts. Measured by
+``tools/bench/plan_public_rates.py``, as are dense models, which are within 0.85 to 1.14."""
 
 
 def cautions(question: Question) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def await_judgment(this: Waiting, overrides: Sequence[str], asks: bool, start: s
         if done.returncode == ModelError.exit_code:
             raise ModelError((done.stderr.strip().splitlines() or ["no model"])[-1].removeprefix("error: "))
         if done.returncode:
-            return (done.stderr.strip().splitlines() or ["no verdict"])[-1]
+            return (done.stderr.strip().splitlines() or ["no verdict"])[-1].removeprefix("error: ")
         publish(passed, {"start": start})
         return True
 

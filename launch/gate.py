@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -16,6 +17,7 @@ from launch.spec import Spec, publish, read_published
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import BufferUnavailableError, ModelError, RunStopped, TeacherError
+from megatron_rlpt.processes import end_all, start_child
 
 T = TypeVar("T")
 
@@ -92,11 +94,18 @@ def await_judgment(this: Waiting, overrides: Sequence[str], asks: bool, start: s
         command = [sys.executable, "-m", "megatron_rlpt", "judge", "try", "-c", spec.config, *_TRY]
         for override in overrides:
             command += ["--set", override]
-        done = subprocess.run(command, env=this.environment, capture_output=True, text=True)
-        if done.returncode == ModelError.exit_code:
-            raise ModelError((done.stderr.strip().splitlines() or ["no model"])[-1].removeprefix("error: "))
-        if done.returncode:
-            return (done.stderr.strip().splitlines() or ["no verdict"])[-1].removeprefix("error: ")
+        with tempfile.TemporaryFile("w+") as words:
+            process = start_child(command, env=this.environment, stdout=subprocess.DEVNULL, stderr=words)
+            # It loads much before it asks, and may wait for a server: whoever is told to end does not.
+            while process.poll() is None and not this.is_to_end():
+                this.sleep(_POLL)
+            end_all([process], 0.0)
+            words.seek(0)
+            said = (words.read().strip().splitlines() or ["no verdict"])[-1].removeprefix("error: ")
+        if process.returncode == ModelError.exit_code:
+            raise ModelError(said)
+        if process.returncode:
+            return said
         publish(passed, {"start": start})
         return True
 

@@ -200,3 +200,15 @@ def test_a_status_that_cannot_be_written_does_not_end_the_command(tmp_path, comp
 def test_a_program_that_is_not_there_is_one_line(component):
     with pytest.raises(ConfigError, match="nowhere-server cannot be started on this node: No such file"):
         component.run(["nowhere-server"], again=True)
+
+
+def test_a_trainer_that_waits_for_judges_stops_at_once_when_asked(tmp_path, monkeypatch):
+    patient = tmp_path / "judge-try"
+    patient.write_text("#!/bin/sh\nexec sleep 600\n")
+    patient.chmod(0o755)
+    monkeypatch.setattr("launch.gate.sys.executable", str(patient))
+    (tmp_path / "stop").touch()
+    spec = Spec(run_dir=str(tmp_path), config="x", components=("judges", "trainer"))
+    assert run_component("trainer", spec) == 0
+    assert (tmp_path / "cluster/stopped").exists()
+    assert not (tmp_path / "cluster/failed").exists(), "which is no failure"

@@ -39,10 +39,11 @@ class Job:
             "SLURM_JOB_ID": "7",
             "SLURM_RESTART_COUNT": str(start),
         }
-        done = subprocess.run(
-            ["bash", "-c", f"{lines}\n{body}"], env=variables, capture_output=True, text=True, timeout=60
-        )
-        return done.returncode, done.stdout
+        # A file, as of a job: what sleeps in the background would hold a pipe open.
+        said = self._bin / "said"
+        with said.open("w") as output:
+            code = subprocess.run(command, env=variables, stdout=output, timeout=60).returncode
+        return code, said.read_text()
 
     def requeued(self) -> list[str]:
         asked = self.asked.read_text().splitlines() if self.asked.exists() else []

@@ -163,12 +163,16 @@ def test_a_run_of_all_components_ends_well_though_a_judge_worker_is_killed(
 
 
 def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_model, corpus, tmp_path):
-    run = Launched(tmp_path, cluster, served_model, corpus, time="2:00", stop_lead=30)
+    run = Launched(tmp_path, cluster, served_model, corpus, stop_lead=120)
     run.launch()
     run.wait(lambda: run.steps() >= 2)
     with run.buffer() as buffer:
         buffer.drain(True)  # the trainer waits, as it would in a long step
+    # Now, not after a time that a busy machine may need to come up: as much is left as the run is told before.
+    spent = int(cluster.run("squeue", "--noheader", f"--jobs={run.job()}", "--format=%M").split(":")[0])
+    cluster.run("scontrol", "update", f"jobid={run.job()}", f"timelimit={spent + 3}")
     run.wait(lambda: "queued again" in run.output())
+    cluster.run("scontrol", "update", f"jobid={run.job()}", "timelimit=30")
     done = run.steps()
     assert done < STEPS
     run.wait(lambda: "judges" in run.status() and run.start_of("judges-00000").endswith(".1"))

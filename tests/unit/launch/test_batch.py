@@ -42,6 +42,7 @@ class Job:
         # A file, as of a job: what sleeps in the background would hold a pipe open.
         said = self._bin / "said"
         with said.open("w") as output:
+            command = ["bash", "-c", f"{lines}\n{body}"]
             code = subprocess.run(command, env=variables, stdout=output, timeout=60).returncode
         return code, said.read_text()
 

@@ -18,13 +18,10 @@ from pathlib import PurePosixPath
 
 from launch import pair
 from launch.pair import Part
-from launch.spec import DONE, SHARED, STOPPED
+from launch.spec import DONE, SHARED, STOPPED, UNFINISHED
 from megatron_rlpt.errors import RunStopped
 from megatron_rlpt.observe.liveness import HEARTBEAT, STALLED
 from megatron_rlpt.stopping import STOP_FILE
-
-_TERMINATED = 143
-"""Exit code of what SIGTERM ended."""
 
 _LINES = """\
 # Nothing below is to be traced: traces go to logs.
@@ -107,7 +104,7 @@ def setup_lines(run_dir: str, part: Part, *, requeue: bool) -> str:
         part: what the job is of the run.
         requeue: queue the job again when the run stopped because it was asked to.
     """
-    codes = {"again": RunStopped.exit_code, "terminated": _TERMINATED, "stalled": STALLED}
+    codes = {"again": RunStopped.exit_code, "terminated": UNFINISHED, "stalled": STALLED}
     names = {"done": DONE, "stopped": STOPPED, "stop": STOP_FILE, "heartbeat": HEARTBEAT}
     ended = _HOW_TRAINING_ENDED.format(**codes, **names)
     stopped = _IF_STOPPED.format(**codes)

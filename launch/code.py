@@ -66,9 +66,9 @@ def stage(target: Path, config: str, spec: Spec, *, pack_dirty: bool, root: Path
             "which copies and records them"
         )
     # Also what is new and not ignored: a module that is forgotten fails only on the cluster.
-    names = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    untracked = set(filter(None, _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")))
-    for name in filter(None, names):
+    untracked = set(_git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0"))
+    tracked = set(_git(root, "ls-files", "-z", "--cached").split("\0"))
+    for name in filter(None, tracked | untracked):
         source = root / name
         if name in untracked and source.is_file() and not source.stat().st_mode & 0o044:
             raise ConfigError(f"{source} is for its owner alone and not committed; move it out of {root}, or ignore it")

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.pair import JOBS
-from launch.spec import DONE, STOPPED, Spec, publish, read_published
+from launch.spec import DONE, STOPPED, UNFINISHED, Spec, publish, read_published
 from megatron_rlpt.errors import ConfigError, RunStopped
 from megatron_rlpt.processes import end_all, start_child
 from megatron_rlpt.stopping import STOP_FILE
@@ -34,8 +34,6 @@ RUNNING, OUTCOME = "local.json", "outcome.json"
 _POLL = 0.2
 _START = 60.0
 """Seconds that a process has to come up."""
-_UNFINISHED = 143
-"""Exit code where the trainer was ended before it was done: that of what SIGTERM ends."""
 _GRACE = 75.0
 """Seconds that components have to end; more than they give to their commands."""
 _HURRY = 5.0
@@ -58,7 +56,7 @@ def run_all(spec: Spec, spec_file: Path) -> int:
             running.append((role, start_child(command, env={**os.environ, **variables})))
         code = _await_end(running, Path(spec.run_dir) / STOP_FILE, stop, leave)
         if code == 0 and not (spec.shared / DONE).exists():
-            code = RunStopped.exit_code if (spec.shared / STOPPED).exists() else _UNFINISHED
+            code = RunStopped.exit_code if (spec.shared / STOPPED).exists() else UNFINISHED
     finally:
         end_all([process for _, process in running], _HURRY if leave.is_set() else _GRACE)
     publish(spec.shared / OUTCOME, {"exit_code": code})

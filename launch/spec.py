@@ -20,10 +20,10 @@ from megatron_rlpt.errors import ConfigError
 
 SHARED = "cluster"
 """Folder in ``run.dir``."""
-
-
 DONE, STOPPED = "done", "stopped"
 """Files in that folder: the start of the job whose trainer is done, or has stopped as asked."""
+UNFINISHED = 143
+"""Exit code where the trainer was ended before it was done: that of what SIGTERM ends."""
 SILENT = 30.0
 """Seconds without a word after which a component counts as gone."""
 OVER = ("ended", "failed")

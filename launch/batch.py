@@ -29,8 +29,10 @@ _LINES = """\
 export RLPT_START="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
 rlpt_run={run}
 rlpt_shared="$rlpt_run/{shared}"
-mkdir -p "$rlpt_shared/failed" "$rlpt_shared/jobs"
-readlink "/proc/$$/fd/1" >"$rlpt_shared/jobs/{part}.output"
+rlpt_jobs="$rlpt_shared/{jobs}"
+mkdir -p "$rlpt_shared/failed" "$rlpt_jobs"
+readlink "/proc/$$/fd/1" >"$rlpt_jobs/{part}.output"
+rm -f "$rlpt_jobs/{exit_code}"
 {begin}
 rlpt_again() {{ {again}; }}
 rlpt_finish() {{
@@ -39,6 +41,7 @@ rlpt_finish() {{
     set +e
     # The first that failed comes last: it is what the others failed of.
     for name in $(ls -t "$rlpt_shared/failed"); do cat "$rlpt_shared/failed/$name"; done
+    if [ "$code" != 0 ] && [ -s "$rlpt_jobs/{exit_code}" ]; then code=$(cat "$rlpt_jobs/{exit_code}"); fi
 {finish}
     exit "$code"
 }}
@@ -117,6 +120,8 @@ def setup_lines(run_dir: str, part: Part, *, requeue: bool) -> str:
         run=shlex.quote(str(PurePosixPath(run_dir))),
         shared=SHARED,
         part=part,
+        jobs=pair.JOBS,
+        exit_code=pair.exit_code_of(part),
         begin=begin,
         again=_AGAIN if requeue else _NOT_AGAIN,
         finish=finish.rstrip("\n"),

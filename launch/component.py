@@ -15,6 +15,7 @@ words in its log and in ``cluster/failed``; whoever started all of them ends the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import secrets
 import signal
@@ -30,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 
 from launch.gate import await_buffer, await_judgment
-from launch.pair import Part, exit_code_of_other
+from launch.pair import JOBS, Part, exit_code_of, exit_code_of_other
 from launch.spec import DONE, OVER, SILENT, STOPPED, Spec, publish, read_published, read_secrets
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
 from megatron_rlpt.processes import Restarts, end_all, start_child
@@ -118,6 +119,13 @@ class Component:
     ) -> None:
         self._over.set()
 
+    @property
+    def part(self) -> Part:
+        """The job of the run that it belongs to."""
+        if not self.spec.separate:
+            return Part.run
+        return Part.training if self.task.role == TRAINER else Part.judging
+
     def say(self, state: str, pid: int = 0) -> None:
         """Tell ``rlpt status`` what this component does."""
         self._state, self._pid = state, pid
@@ -172,9 +180,13 @@ class Component:
             f"{self.task.name} on {socket.gethostname()} failed with exit code {code}; {self._log} ends with\n{said}"
         )
         print(words, flush=True)
-        folder = self.spec.shared / "failed"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.task.name).write_text(words + "\n", encoding="utf-8")
+        failed, jobs = self.spec.shared / "failed", self.spec.shared / JOBS
+        for folder in (failed, jobs):
+            folder.mkdir(parents=True, exist_ok=True)
+        (failed / self.task.name).write_text(words + "\n", encoding="utf-8")
+        # Where the first rank that fails ends the others, srun may well return what those ended with.
+        with contextlib.suppress(FileExistsError), (jobs / exit_code_of(self.part)).open("x") as file:
+            file.write(str(code))
 
     def _watch(self, process: subprocess.Popen[bytes], grace: float | None) -> int:
         """Until the process has ended, or is ended because this component is to; its exit code."""
@@ -205,8 +217,7 @@ class Component:
             due = time.monotonic() + _BEAT
             self._say_again()
             if self.spec.separate and not self.stopped.is_set():
-                part = Part.training if self.task.role == TRAINER else Part.judging
-                self.left_by = exit_code_of_other(self.spec.shared, part)
+                self.left_by = exit_code_of_other(self.spec.shared, self.part)
                 if self.left_by is not None:
                     self.stopped.set()
 

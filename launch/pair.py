@@ -36,6 +36,12 @@ class Part(enum.StrEnum):
 JOBS, ENDED = "jobs", "ended"
 """Folders in ``Spec.shared``: number of each job by its part; exit code of each job that has ended, by its number."""
 
+
+def exit_code_of(part: Part) -> str:
+    """File in ``JOBS`` with the exit code of the component of a job that failed first; not there where none has."""
+    return f"{part}.exit_code"
+
+
 _BEGIN = """\
 mkdir -p "$rlpt_shared/ended"
 rm -f "$rlpt_shared/ended/$SLURM_JOB_ID"

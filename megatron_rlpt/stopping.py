@@ -17,7 +17,8 @@ from megatron_rlpt.ranks import Ranks
 
 STOP_FILE = "stop"
 """Name of the file in ``run.dir`` that asks a run to stop; it is removed when that is done."""
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What asks a run to stop when it is sent to its trainer."""
 
 
 class StopRequest:
@@ -48,7 +49,7 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take signals as requests meanwhile; main thread only. A second one ends the process as it always does."""
-        before = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._take) for number in STOP_SIGNALS}
         try:
             yield
         finally:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict
 
 import torch
+
+from megatron_rlpt.stopping import STOP_SIGNALS
 
 EXTENSION = f"{__name__}.WorkerExtension"
 """Value of vLLM's ``worker_extension_cls``."""
@@ -110,8 +113,13 @@ class WorkerExtension:
         for cache in self.model_runner.kv_caches:
             cache.zero_()
 
-    def rlpt_end_with(self, trainer: int) -> None:
-        """End this process when the process ``trainer``, its parent, is gone: nobody else would end it."""
+    def rlpt_live_with(self, trainer: int) -> None:
+        """Live as long as the process ``trainer``, its parent; called in the main thread.
+
+        What a scheduler sends to every process of a job is meant for the trainer alone, whose last step needs this one.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
         def watch() -> None:
             while os.getppid() == trainer:

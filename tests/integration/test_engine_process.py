@@ -35,7 +35,7 @@ def as_json(results):
     return [[list(result.tokens), list(result.logprobs)] for result in results]
 
 
-def test_both_ranks_get_what_an_engine_in_process_samples(world, engine):
+def test_both_ranks_get_what_an_engine_in_process_samples_though_signals_reach_its_process(world, engine):
     assert [rank["has an engine"] for rank in world] == [True, False]
     here = as_json(engine.generate(prompts(), LENGTH, engine.version))
     assert world[0]["first"] == here
@@ -84,7 +84,7 @@ def test_the_trainer_keeps_its_surroundings(world):
 def test_an_engine_ends_when_its_trainer_is_killed():
     """The worker's part of it, without the engine around it."""
     worker = "import os, time; from megatron_rlpt.rollout.worker import WorkerExtension as W; "
-    worker += "W().rlpt_end_with(os.getppid()); print('watching', flush=True); time.sleep(300)"
+    worker += "W().rlpt_live_with(os.getppid()); print('watching', flush=True); time.sleep(300)"
     trainer = (
         "import os, subprocess, sys\n"
         f"child = subprocess.Popen([sys.executable, '-c', {worker!r}], stdout=subprocess.PIPE)\n"

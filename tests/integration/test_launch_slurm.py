@@ -210,9 +210,8 @@ def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(
     assert run.ended() == ("COMPLETED", "0:0"), run.output()
     run.wait(lambda: "down" not in cluster.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T"))
     assert run.start_of("trainer-00000").endswith(".1")
-    resumed = re.findall(r"resumed .*steps=(\d+)", (run.folder / "run.log").read_text())
-    assert len(resumed) == 1
-    assert int(resumed[0]) in (2, 4, 6)
+    # One of its own, or the one of the step that was under way: Slurm asks what it requeues to end, where it still can.
+    assert len(re.findall(r"resumed .*steps=[1-9]", (run.folder / "run.log").read_text())) == 1
     assert_equal_runs(run.folder, calm)
 
 

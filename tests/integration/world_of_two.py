@@ -22,6 +22,7 @@ from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.rollout.build import build_residency
 from megatron_rlpt.rollout.vllm_engine import start_policy_engine
 from megatron_rlpt.rollout.world_engine import WorldEngine
+from megatron_rlpt.stopping import STOP_SIGNALS
 
 
 def gathered(folder, break_at=None):
@@ -98,6 +99,10 @@ def main(served, other, corpus, out):
     def sampled(version):
         return [[r.tokens, r.logprobs] for r in engine.generate(prompts(), LENGTH, version)]
 
+    if engine.own:
+        # As where a scheduler sends them to every process of a job; the trainer has its last step to make.
+        for number in STOP_SIGNALS:
+            os.kill(engine.own._process._processes[0].pid, number)
     engine.self_check(lambda: gathered(served), 0)
     results["first"] = sampled(0)
 

@@ -81,6 +81,13 @@ def test_one_that_failed_gives_its_exit_code_and_the_first_failure_is_said_last(
     assert job.requeued() == []
 
 
+def test_the_exit_code_is_that_of_the_component_that_failed_first_whatever_srun_makes_of_it(job):
+    failure = f"echo 7 >{job.shared}/jobs/run.exit_code"
+    assert job.end(f"{failure}; exit 15")[0] == 7
+    assert job.end("exit 15", start=1)[0] == 15, "what an earlier start said does not count"
+    assert job.end(f"{failure}; {DONE}", start=2)[0] == 0, "a run that is done has not failed"
+
+
 def test_one_that_stopped_as_asked_is_queued_again(job):
     code, said = job.end(steps(job, 3))
     assert (code, job.requeued()) == (75, ["requeue 7"])

@@ -75,6 +75,8 @@ def test_its_last_words_are_where_the_job_repeats_them(component, tmp_path, caps
     assert "\n50\n" not in words, "the end of the log, not all of it"
     assert words.strip() in capsys.readouterr().out
     assert status(tmp_path)["state"] == "failed with exit code 5"
+    component.failed(1)
+    assert (tmp_path / "cluster/jobs/run.exit_code").read_text() == "5", "that of the first"
 
 
 def test_an_error_before_the_command_is_one_line_and_its_exit_code(tmp_path):

@@ -6,29 +6,41 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Two beside each other wherever one waits, or has work for one core.
+work=$(mktemp -d)
+background=
+trap 'kill $background 2>/dev/null || true; rm -rf "$work"' EXIT
+
+bash tools/setup_launch.sh &
+background=$!
 bash tools/setup.sh
-bash tools/setup_launch.sh
+wait "$background"
+
+{
+    for part in slurm login redis; do
+        .venv/bin/python "tools/sandbox/$part.py" install || echo "without $part, its tests will fail" >&2
+    done
+} &
+background=$!
 .venv/bin/python tools/prepare_demo.py
-.venv/bin/python tools/sandbox/slurm.py install || echo "without Slurm, its tests will fail" >&2
-.venv/bin/python tools/sandbox/login.py install || echo "without an SSH server, the test of one will fail" >&2
-.venv/bin/python tools/sandbox/redis.py install || echo "without Redis, its tests will fail" >&2
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy
+wait "$background"
+
 if [ $# -gt 0 ]; then
-    exec .venv/bin/python -m pytest "$@"
+    background=
+    .venv/bin/python -m pytest "$@"
+    exit
 fi
 
-# Two beside each other: tests of worlds, servers and whole runs wait a good deal, and so do those on Slurm. The report of
-# what runs in the background comes last.
+# The report of what runs in the background comes last: whole runs on Slurm wait a good deal, for nodes and each other.
 slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
-report=$(mktemp)
-.venv/bin/python -m pytest "${slurm[@]}" >"$report" 2>&1 &
+.venv/bin/python -m pytest "${slurm[@]}" >"$work/slurm" 2>&1 &
 background=$!
-trap 'kill "$background" 2>/dev/null || true; rm -f "$report"' EXIT
 failed=0
+.venv/bin/ruff check . || failed=1
+.venv/bin/ruff format --check . || failed=1
+.venv/bin/mypy || failed=1
 .venv/bin/python -m pytest tests/unit || failed=1
 .venv/bin/python -m pytest tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || failed=1
 wait "$background" || failed=1
-cat "$report"
+cat "$work/slurm"
 exit "$failed"

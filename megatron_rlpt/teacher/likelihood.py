@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlpt.config.schema import LikelihoodConfig
+from megatron_rlpt.cpu import bf16_is_slow
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.records import Failed, Group, Score
 from megatron_rlpt.teacher.likelihood_score import likelihood_score
@@ -34,9 +35,15 @@ class LikelihoodJudge:
     """Scores candidates by mean log-likelihood under a frozen teacher minus weighted repetition."""
 
     def __init__(
-        self, model_path: str | Path, config: LikelihoodConfig, device: str, dtype: torch.dtype = torch.bfloat16
+        self, model_path: str | Path, config: LikelihoodConfig, device: str, dtype: torch.dtype | None = None
     ) -> None:
         """Load the teacher from a local Hugging Face folder; nothing is downloaded.
+
+        Args:
+            model_path: the folder.
+            config: how its likelihoods become scores.
+            device: as PyTorch names it.
+            dtype: precision of the weights; none for bf16, or for fp32 on a CPU that has no instructions for bf16.
 
         Raises:
             ModelError: the folder is missing, cannot be loaded, or its family computes logits in an unusual way.
@@ -44,7 +51,9 @@ class LikelihoodJudge:
         self.config = config
         self.name = f"likelihood/{Path(model_path).name}"
         self._device = torch.device(device)
-        self._model = _load(Path(model_path), self._device, dtype)
+        self._model = _load(
+            Path(model_path), self._device, dtype or (torch.float32 if bf16_is_slow() else torch.bfloat16)
+        )
         self._vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
         self._context: int | None = getattr(self._model.config, "max_position_embeddings", None)
         self._check_head(model_path)

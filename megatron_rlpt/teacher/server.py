@@ -22,6 +22,7 @@ from megatron_rlpt.buffer.buffer import RolloutBuffer
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.buffer.password import VARIABLE
 from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace, needs_judge
+from megatron_rlpt.cpu import bf16_is_slow
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.processes import end_all, start_child
@@ -163,6 +164,8 @@ def _command(config: Config, port: int, extra: Sequence[str]) -> list[str]:
         # Keep the model folder's generation_config.json from changing the sampling behind our back.
         "--generation-config",
         "vllm",
+        # The last one counts.
+        *(["--dtype", "float32"] if bf16_is_slow() else []),
         *extra,
     ]
 

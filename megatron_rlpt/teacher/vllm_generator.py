@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rlpt.cpu import bf16_is_slow
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.records import Failed
 from megatron_rlpt.rollout.engine_process import EngineProcess
@@ -152,6 +153,7 @@ def _start(path: Path, max_context: int, kv_cache_gib: float, in_process: bool) 
         try:
             return LLM(
                 model=str(path),
+                dtype="float32" if bf16_is_slow() else "auto",
                 max_model_len=max_context,
                 disable_log_stats=True,
                 worker_extension_cls=EXTENSION,

@@ -1,6 +1,6 @@
 """Worlds of real processes over gloo, for tests of what ranks do together.
 
-``run_world(4, function, *args)`` calls ``function(*args)`` in four fresh Python processes that see the environment
+``run_world(4, function, *args)`` calls ``function(*args)`` in four new Python processes that see the environment
 torchrun gives its workers, and returns the four results by rank.
 """
 
@@ -11,7 +11,6 @@ import faulthandler
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prefork import MEGATRON, Forked, forked
 
 GRACE = 5.0
 """Seconds that the other ranks have, once one failed, to fail on their own and say why."""
@@ -56,7 +56,7 @@ def run_world(
     with tempfile.TemporaryDirectory(prefix="world-") as name:
         folder = Path(name)
         (folder / "call").write_bytes(pickle.dumps((function, args, limit, start_group)))
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: list[Forked] = []
         try:
             for rank in range(size):
                 processes.append(_start(rank, size, store.port, folder))
@@ -74,7 +74,7 @@ def on_every_rank(found: list[dict[str, Any]], name: str) -> Any:
     return found[0][name]
 
 
-def _start(rank: int, size: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
+def _start(rank: int, size: int, port: int, folder: Path) -> Forked:
     environment = os.environ | {
         # Everything that can be imported here can be imported there, and by what the worker starts in turn.
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
@@ -91,18 +91,11 @@ def _start(rank: int, size: int, port: int, folder: Path) -> subprocess.Popen[by
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
     with (folder / f"{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            # A session of its own, so that what a worker started ends with it.
-            start_new_session=True,
-        )
+        # In a session of its own, so that what a worker started ends with it.
+        return forked(MEGATRON, [sys.executable, __file__, str(folder)], env=environment, output=log)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> str:
+def _wait(processes: list[Forked], deadline: float) -> str:
     """Until all have ended well ("") or the world is lost; then why."""
     lost = ""
     while True:
@@ -121,7 +114,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> str:
     return lost or "out of time"
 
 
-def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+def _kill(processes: list[Forked]) -> None:
     for process in processes:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -129,7 +122,7 @@ def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _report(why: str, processes: list[subprocess.Popen[bytes]], folder: Path, name: str) -> str:
+def _report(why: str, processes: list[Forked], folder: Path, name: str) -> str:
     parts = [f"{name} in a world of {len(processes)}: {why}"]
     for rank, process in enumerate(processes):
         if process.returncode != 0:

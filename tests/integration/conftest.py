@@ -16,6 +16,8 @@ WITHOUT_VLLM = {
     "test_slurm_start",
 }
 """The only modules that run where vLLM is not installed."""
+KEPT = []
+"""Engines, which all end with the process."""
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
@@ -39,11 +41,11 @@ def engines_outlive_the_tests():
         return
     import vllm
 
-    kept, build = [], vllm.LLM.__init__
+    build = vllm.LLM.__init__
 
     def build_and_keep(self, *arguments, **options):
         build(self, *arguments, **options)
-        kept.append(self)
+        KEPT.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm.LLM, "__init__", build_and_keep)

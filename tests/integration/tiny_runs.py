@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from prefork import VLLM, Forked, forked
+
 from megatron_rlpt.config import Config, Dtype, RolloutConfig, load_config
 from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.policy.families import expected_shapes
@@ -79,21 +81,20 @@ def start_engine(model: Path, **overrides: object) -> VllmEngine:
     return VllmEngine(model, shapes, config, dtype=Dtype.fp32, max_sequence=64, seed=1)
 
 
-def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(config: Path, *arguments: str) -> Forked:
     """``rlpt train`` in a process of its own, and a group of its own so that a kill reaches its helpers too."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_rlpt", "train", "-c", str(config), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return rlpt_process("train", "-c", str(config), *arguments)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def rlpt_process(*arguments: str) -> Forked:
+    """``rlpt`` with these arguments, likewise."""
+    return forked(VLLM, [sys.executable, "-m", "megatron_rlpt", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(process: Forked | subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit code, standard output and standard error, once it has ended."""
     out, err = process.communicate(timeout=300)
+    assert process.returncode is not None
     return process.returncode, out, err
 
 

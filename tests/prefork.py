@@ -1,0 +1,229 @@
+"""Processes that are there at once: forked from one that has imported what they need, and has done nothing else.
+
+To import Megatron or vLLM takes ten times as long as what most tests have a process do. Each process is still one of
+its own, in a session of its own: it can be killed, and shares nothing with another but the pages of the imports.
+
+    process = forked(TRAINER, [sys.executable, "-m", "megatron_rlpt", "train", "-c", "run.yaml"])
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+MEGATRON = ("megatron_rlpt.run",)
+"""Imports of a rank that needs no engine."""
+VLLM = (
+    *MEGATRON,
+    "vllm.entrypoints.llm",
+    # What these import once they are called.
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.engine.llm_engine",
+    "vllm.model_executor.models.llama",
+    "torch._inductor.compile_fx",
+)
+"""Imports of a trainer, or of a judge with a model of its own."""
+_LARGEST = 1 << 20
+"""Bytes of a request."""
+
+
+class Forked:
+    """A process, with what tests use of ``subprocess.Popen``."""
+
+    def __init__(self, pid: int, said: socket.socket, out: IO[str] | None, err: IO[str] | None) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._said, self._out, self._err = said, out, err
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        if self.returncode is None and select.select([self._said], [], [], 0)[0]:
+            self._take()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not.
+        """
+        if self.returncode is None:
+            if not select.select([self._said], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+            self._take()
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Standard output and standard error, once it has ended; nothing of what went to files of the caller."""
+        self.wait(timeout)
+        texts = []
+        for file in (self._out, self._err):
+            if file:
+                file.seek(0)
+            texts.append(file.read() if file else "")
+        return texts[0], texts[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def _take(self) -> None:
+        said = self._said.recv(64)
+        assert said, "the process that the others are forked from has ended"
+        self.returncode = int(said)
+        self._said.close()
+
+
+def forked(
+    modules: tuple[str, ...],
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    output: IO[bytes] | None = None,
+) -> Forked:
+    """Start ``command`` in a process that has imported ``modules``.
+
+    Args:
+        modules: that are imported already.
+        command: this Python, and either ``-m`` and a module or a script, and arguments.
+        env: variables; none for this process's.
+        cwd: folder to start in; none for this process's.
+        output: file for all that it writes; none for two that ``communicate`` reads.
+    """
+    python, *rest = command
+    assert python == sys.executable, command
+    out = err = None
+    if output is None:
+        out = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        err = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    request = json.dumps({"arguments": rest, "env": dict(env or os.environ), "cwd": str(cwd or Path.cwd())}).encode()
+    assert len(request) < _LARGEST
+    files = [theirs.fileno(), (output or out).fileno(), (output or err).fileno()]
+    socket.send_fds(_parent(modules), [request], files)
+    theirs.close()
+    pid = ours.recv(64)
+    assert pid, f"the process that has imported {modules} has ended"
+    return Forked(int(pid), ours, out, err)
+
+
+@functools.cache
+def _parent(modules: tuple[str, ...]) -> socket.socket:
+    """Start what is forked; it ends with this process, which holds the other end of its socket."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    subprocess.Popen(
+        [sys.executable, __file__, str(theirs.fileno()), *modules],
+        pass_fds=[theirs.fileno()],
+        # As many threads as its children start with: one. Others would be missing in them.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    theirs.close()
+    return ours
+
+
+def _serve(control: socket.socket) -> dict[str, Any]:
+    """Fork for every request, and tell how each child ended. Returns, in the child, what it was asked for."""
+    chosen = selectors.DefaultSelector()
+    chosen.register(control, selectors.EVENT_READ)
+    while True:
+        for key, _ in chosen.select():
+            if key.fileobj is not control:
+                pid, said = key.data
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                chosen.unregister(key.fileobj)
+                os.close(key.fd)
+                with contextlib.suppress(OSError):  # nobody wants to know
+                    said.send(str(code).encode())
+                said.close()
+                continue
+            request, files, _, _ = socket.recv_fds(control, _LARGEST, 3)
+            if not request:
+                sys.exit()
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                for other in chosen.get_map().values():
+                    if other.data:
+                        os.close(other.fd)
+                        other.data[1].close()
+                chosen.close()
+                os.setsid()
+                with socket.socket(fileno=files[0]) as said:
+                    said.send(str(os.getpid()).encode())
+                for target, file in zip((1, 2), files[1:], strict=True):
+                    os.dup2(file, target)
+                    os.close(file)
+                return json.loads(request)
+            said = socket.socket(fileno=files[0])
+            for file in files[1:]:
+                os.close(file)
+            chosen.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, said))
+
+
+def _become(arguments: list[str], env: dict[str, str], cwd: str) -> None:
+    """What a new interpreter does with these arguments."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    del sys.path[0]
+    further = [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry and entry not in sys.path]
+    is_module = arguments[0] == "-m"
+    sys.path[:0] = [cwd if is_module else str(Path(arguments[0]).parent), *further]
+    sys.argv = arguments[1:] if is_module else arguments
+    if is_module:
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    number, *names = sys.argv[1:]
+    for name in names:
+        importlib.import_module(name)
+    # The children's collections need not look at all that, which would give each of them copies of its pages.
+    gc.collect()
+    gc.freeze()
+    asked = _serve(socket.socket(fileno=int(number)))
+    ended = 0
+    try:
+        _become(asked["arguments"], asked["env"], asked["cwd"])
+    except SystemExit as left:
+        ended = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        ended = 1
+    # All of an interpreter's end but for taking apart, object by object, what was imported.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended)

@@ -15,7 +15,7 @@ from pathlib import Path
 from launch.cluster import Allocation, Cluster, ExecutorName
 from launch.code import CONFIG
 from launch.spec import Spec
-from megatron_rlpt.config import Config, TeacherPlace, needs_judge
+from megatron_rlpt.config import Config, judged_by_workers
 from megatron_rlpt.config.schema import SourceConfig, SourceFormat
 from megatron_rlpt.errors import ConfigError
 
@@ -56,9 +56,7 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
         trainer.cpus_per_rank,
         trainer.memory,
     )
-    if config.teacher.place is not TeacherPlace.workers or not (
-        needs_judge(config.objective.name) or config.candidates.rewrite
-    ):
+    if not judged_by_workers(config):
         _refuse_idle(cluster)
         return [place]
     if cluster.executor is ExecutorName.slurm and not (config.buffer.url or cluster.buffer.redis):

@@ -9,7 +9,7 @@ from megatron_rlpt.buffer.judging import ThroughBuffer
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.checkpoint import CheckpointStore
-from megatron_rlpt.config import Config, TeacherPlace, needs_judge
+from megatron_rlpt.config import Config, judged_by_workers, needs_judge
 from megatron_rlpt.curriculum import Curriculum
 from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.errors import ModelError
@@ -108,12 +108,6 @@ def build(
         timer,
         stop,
     )
-
-
-def judged_by_workers(config: Config) -> bool:
-    """Whether groups go out to judge workers, for their scores or for a rewrite."""
-    wanted = needs_judge(config.objective.name) or config.candidates.rewrite
-    return wanted and config.teacher.place is TeacherPlace.workers
 
 
 def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: StopRequest) -> Judging:

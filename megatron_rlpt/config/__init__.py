@@ -1,6 +1,6 @@
 """Structured configuration. Imports neither torch nor Megatron nor vLLM, so a login node can use it."""
 
-from megatron_rlpt.config.checks import needs_judge, validate
+from megatron_rlpt.config.checks import asks_teacher, judged_by_workers, needs_judge, validate
 from megatron_rlpt.config.loading import flatten, load_config, nearest_key, to_yaml
 from megatron_rlpt.config.schema import (
     AxisConfig,
@@ -76,7 +76,9 @@ __all__ = [
     "TeacherPlace",
     "TrainConfig",
     "WorkersConfig",
+    "asks_teacher",
     "flatten",
+    "judged_by_workers",
     "load_config",
     "nearest_key",
     "needs_judge",

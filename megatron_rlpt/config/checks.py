@@ -10,7 +10,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_rlpt.buffer.address import RedisAddress, check_name, parse_url
-from megatron_rlpt.config.schema import AxisConfig, Config, EndpointConfig, JudgeName, ObjectiveName, QualityConfig
+from megatron_rlpt.config.schema import (
+    AxisConfig,
+    Config,
+    EndpointConfig,
+    JudgeName,
+    ObjectiveName,
+    QualityConfig,
+    TeacherPlace,
+)
 from megatron_rlpt.errors import ConfigError
 
 _Check = tuple[str, Callable[[Any], bool], str]
@@ -100,6 +108,16 @@ _NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 def needs_judge(name: ObjectiveName) -> bool:
     """Whether the objective learns from scores, so that a run with it has a judge."""
     return name in _JUDGED
+
+
+def asks_teacher(config: Config) -> bool:
+    """Whether a run asks the teacher for anything: scores, or a rewrite."""
+    return needs_judge(config.objective.name) or config.candidates.rewrite
+
+
+def judged_by_workers(config: Config) -> bool:
+    """Whether groups go out to judge workers, for their scores or for a rewrite."""
+    return asks_teacher(config) and config.teacher.place is TeacherPlace.workers
 
 
 def validate(config: Config) -> None:

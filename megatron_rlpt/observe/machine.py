@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from pathlib import Path
 GIB = 2**30
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16")
 """CPU flags that speak of bf16 arithmetic: x86's three, and Arm's."""
+_BF16_KERNELS = {*_BF16_FLAGS, "avx512f", "avx_ne_convert"}
+"""CPU flags with which oneDNN, which multiplies for PyTorch and vLLM, has kernels for bf16 at all."""
+_GPUS = ("dev/nvidiactl", "dev/kfd")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,16 @@ def inspect_machine(root: Path = Path("/")) -> Machine:
         shm_total=shutil.disk_usage(shm).total if shm.is_dir() else None,
         disk_free=shutil.disk_usage(".").free,
     )
+
+
+@functools.cache
+def bf16_is_slow(root: Path = Path("/")) -> bool:
+    """Whether models run on a CPU here on which bf16 is several times slower than fp32: AVX2 alone, as in most laptops.
+
+    False where that cannot be told.
+    """
+    _, flags = _cpu(root / "proc/cpuinfo")
+    return bool(flags) and not _BF16_KERNELS & set(flags) and not any((root / device).exists() for device in _GPUS)
 
 
 def core_limit(root: Path = Path("/")) -> float | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from megatron_rlpt.planning.question import Question
 
 MIXTURE_OF_EXPERTS = (
-    "updates of a mixture of experts are uncalibrated: predicted 1.7 to 3.9 times as fast as NVIDIA publishes "
-    "(Megatron-Bridge, docs/performance-summary.md, 25.11: Qwen3-30B-A3B in fp8 on 16 H100, B200 and GB200); "
+    "updates of a mixture of experts are uncalibrated: predicted 1.26 to 3.92 times as fast as NVIDIA publishes "
+    "(Megatron-Bridge, docs/performance-summary.md, 25.11: GPT-OSS-120B and Qwen3-30B-A3B on H100, B200 and GB200); "
     "expect longer steps, higher cost, and fewer judges needed"
 )
 """Not modelled: permuting tokens, the router in fp32, gaps between many small kernels, uneven experts. Measured by

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from megatron_rlpt.config import Config, TeacherPlace, load_config, needs_judge
+from megatron_rlpt.config import Config, asks_teacher, judged_by_workers, load_config
 from megatron_rlpt.errors import ConfigError, ModelError
 from megatron_rlpt.planning.hardware import Nodes, gpu_of
 from megatron_rlpt.planning.judging import ANSWER_VARIATION
@@ -135,12 +135,12 @@ def plan(
         )
     policy = read_model(model, resolved.model.path, "--model")
     taught = policy
-    if teacher is not None or (_asks_teacher(resolved) and resolved.teacher.path):
+    if teacher is not None or (asks_teacher(resolved) and resolved.teacher.path):
         taught = read_model(teacher, resolved.teacher_path, "--teacher")
     gpu = gpu_of(gpu_type, "--gpu-type")
     judge_gpu = gpu_of(judge_type, "--judge-gpu-type") if judge_type else gpu
     nodes = Nodes(gpu, gpus, per_node or min(gpus, int(gpu.domain)))
-    judges = Nodes(judge_gpu, judge_gpus if _by_workers(resolved) else 0, int(judge_gpu.domain))
+    judges = Nodes(judge_gpu, judge_gpus if judged_by_workers(resolved) else 0, int(judge_gpu.domain))
     question = Question(
         config=resolved,
         model=policy,
@@ -218,12 +218,3 @@ def fewest_gpus(teacher: Architecture, judges: Nodes, config: Config, *, fp8: bo
     while weights / tensor + cache > USABLE_MEMORY * judges.gpu.memory and teacher.heads % (2 * tensor) == 0:
         tensor *= 2
     return tensor
-
-
-def _asks_teacher(config: Config) -> bool:
-    return needs_judge(config.objective.name) or config.candidates.rewrite
-
-
-def _by_workers(config: Config) -> bool:
-    """Whether GPUs of the teacher are used at all."""
-    return _asks_teacher(config) and config.teacher.place is TeacherPlace.workers

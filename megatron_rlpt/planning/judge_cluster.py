@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
 
-from megatron_rlpt.config import TeacherPlace, needs_judge
+from megatron_rlpt.config import TeacherPlace, asks_teacher
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planning.hardware import Constant
 from megatron_rlpt.planning.judging import SERVER_BATCH, Calls, Judging, asks_servers, calls_per_group, judging
@@ -185,7 +185,7 @@ def judge_cluster(question: Question, layout: Layout, own: float) -> JudgeCluste
         ConfigError: not one request fits the key-value cache of a server.
     """
     config = question.config
-    if not needs_judge(config.objective.name) and not config.candidates.rewrite:
+    if not asks_teacher(config):
         return None
     servers = _servers(question, layout)
     shortest = servers.alone.group_seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_rlpt.config import Config, Dtype, EngineName, TeacherPlace, needs_judge
+from megatron_rlpt.config import Config, Dtype, EngineName, judged_by_workers
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planning.question import Question
 from megatron_rlpt.planning.rollouts import Engine
@@ -66,8 +66,7 @@ def _check_precision(question: Question) -> None:
 
 def _check_servers(question: Question) -> None:
     config, tensor = question.config, question.judge_tensor
-    asked = needs_judge(config.objective.name) or config.candidates.rewrite
-    if not asked or config.teacher.place is TeacherPlace.trainer:
+    if not judged_by_workers(config):
         return
     if not _divides(question.teacher, tensor):
         sizes = [size for size in range(1, question.teacher.heads + 1) if _divides(question.teacher, size)]

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from megatron_rlpt.config.schema import LikelihoodConfig
-from megatron_rlpt.cpu import bf16_is_slow
 from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.records import Failed, Group, Score
 from megatron_rlpt.teacher.likelihood_score import likelihood_score
 

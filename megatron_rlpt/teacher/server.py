@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from megatron_rlpt.buffer.buffer import RolloutBuffer
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.buffer.password import VARIABLE
-from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace, needs_judge
-from megatron_rlpt.cpu import bf16_is_slow
+from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace, asks_teacher
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
 from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.processes import end_all, start_child
 from megatron_rlpt.teacher.client.announcement import KIND, announcement
 
@@ -100,7 +100,7 @@ def _require_use(config: Config) -> None:
         )
     if config.teacher.workers.own_model:
         raise ConfigError("teacher.workers.own_model is true; allowed: false, else workers ask no server")
-    if not needs_judge(config.objective.name) and not config.candidates.rewrite:
+    if not asks_teacher(config):
         raise ConfigError(
             f"objective.name is {config.objective.name.name}, which needs no judge, and candidates.rewrite is false; "
             "allowed: something that a server of the teacher is asked for"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.cpu import bf16_is_slow
 from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.records import Failed
 from megatron_rlpt.rollout.engine_process import EngineProcess
 from megatron_rlpt.rollout.worker import EXTENSION

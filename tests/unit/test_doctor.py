@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from megatron_rlpt import doctor
-from megatron_rlpt.observe.machine import GIB, Machine, core_limit, inspect_machine, memory_limit
+from megatron_rlpt.observe.machine import GIB, Machine, bf16_is_slow, core_limit, inspect_machine, memory_limit
 from megatron_rlpt.observe.probe import Probe, run_probe
 
 MACHINE = Machine(
@@ -303,6 +303,26 @@ def test_limits_of_control_groups_version_1(tmp_path):
     assert (machine.memory_total, machine.memory_available) == (16384, 10240)
     assert (machine.cpu, machine.bf16_flags, machine.avx512) == ("Some CPU", ("amx_bf16", "amx_tile"), True)
     assert machine.shm_total is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "slow"),
+    [
+        ("flags : fpu avx avx2 fma", True),
+        ("flags : fpu avx2 avx512f", False),
+        ("flags : fpu avx2 avx_ne_convert", False),
+        ("Features : fp asimd bf16", False),
+        ("", False),
+    ],
+)
+def test_a_cpu_with_avx2_alone_is_slow_in_bf16(flags, slow, tmp_path):
+    files(tmp_path, {"proc/cpuinfo": f"processor : 0\n{flags}\n"})
+    assert bf16_is_slow(tmp_path) is slow
+
+
+def test_where_there_is_a_gpu_it_is_not_the_cpu_that_computes(tmp_path):
+    files(tmp_path, {"proc/cpuinfo": "flags : fpu avx2\n", "dev/nvidiactl": ""})
+    assert not bf16_is_slow(tmp_path)
 
 
 def test_no_limits(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from redis_server import RedisServer
 
 from megatron_rlpt.buffer.open import open_url
+from megatron_rlpt.config import load_config
 from megatron_rlpt.teacher import server
 from megatron_rlpt.teacher.client.announcement import KIND
 
@@ -146,6 +147,15 @@ def test_overrides_are_for_the_configuration_and_the_rest_is_for_the_server(fold
     assert given[given.index("--max-model-len") + 1] == "77"
     assert given[-3:] == ["--enforce-eager", "--dtype", "float32"]
     buffer.close()
+
+
+@pytest.mark.parametrize(("slow", "dtype"), [(True, ["--dtype", "float32"]), (False, [])])
+def test_it_computes_in_fp32_where_bf16_is_slow_unless_asked_otherwise(slow, dtype, folder, monkeypatch):
+    monkeypatch.setattr(server, "bf16_is_slow", lambda: slow)
+    command = server._command(load_config(configured(folder)), 1, ["--dtype", "bfloat16"])
+    before = command[: -len(["--dtype", "bfloat16"])]
+    assert [*dtype, "--dtype", "bfloat16"] == command[len(before) - len(dtype) :]
+    assert ("--dtype" in before) is slow
 
 
 def test_an_override_with_a_wrong_key_is_refused_before_a_server_starts(folder):

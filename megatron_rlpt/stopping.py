@@ -32,7 +32,7 @@ class StopRequest:
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._file = folder / STOP_FILE
         self._ranks = ranks
-        self._signalled = False
+        self._told = False
 
     def asked(self) -> bool:
         """Whether any rank was told; a collective."""
@@ -40,10 +40,11 @@ class StopRequest:
 
     def asked_here(self) -> bool:
         """Whether this rank was told; rank 0 knows of the file."""
-        return self._signalled or (self._ranks.is_main and self._file.exists())
+        return self._told or (self._ranks.is_main and self._file.exists())
 
     def honoured(self) -> None:
-        """The run has stopped: the next one is not meant any more."""
+        """The run has stopped: the next one is not meant any more. This one stays told until it has ended."""
+        self._told = True
         self._ranks.on_main(lambda: self._file.unlink(missing_ok=True))
 
     @contextmanager
@@ -57,5 +58,5 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        self._told = True
         signal.signal(number, signal.SIG_DFL)

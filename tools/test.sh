@@ -32,11 +32,11 @@ if [ $# -gt 0 ]; then
     exit
 fi
 
-# Whole runs on Slurm wait a good deal, for nodes and each other, and so do those of several processes. Unit tests take what
-# time these leave. Reports of what runs in the background come last.
+# Three lanes on two cores. Whole runs on Slurm take longest, though they wait a good deal, for nodes and each other: they go
+# first, and the other lanes take what time they leave. Reports of what runs in the background come last.
 slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
 {
-    nice -n 5 .venv/bin/python -m pytest tests/unit >"$work/unit" 2>&1 &
+    nice -n 8 .venv/bin/python -m pytest tests/unit >"$work/unit" 2>&1 &
     unit=$!
     failed=0
     .venv/bin/python -m pytest "${slurm[@]}" >"$work/slurm" 2>&1 || failed=1
@@ -48,7 +48,7 @@ failed=0
 .venv/bin/ruff check . || failed=1
 .venv/bin/ruff format --check . || failed=1
 .venv/bin/mypy || failed=1
-.venv/bin/python -m pytest tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || failed=$?
+nice -n 4 .venv/bin/python -m pytest tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || failed=$?
 [ "$failed" != 2 ] || exit 2 # interrupted
 wait "$background" || failed=1
 cat "$work/slurm" "$work/unit"

@@ -214,7 +214,7 @@ def test_a_mixture_of_experts_is_planned_with_a_warning():
     moe = next(recipe for recipe in RECIPES if recipe.stem == "continual_moe")
     (_, warning) = planned(recipe=moe)["cautions"]
     assert "uncalibrated" in warning
-    assert "1.7 to 3.9 times" in warning
+    assert "1.26 to 3.92 times" in warning
     shown = CliRunner().invoke(app, command(moe)).stdout
     assert "caution" in shown
     assert len(planned()["cautions"]) == 1

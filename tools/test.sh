@@ -32,24 +32,21 @@ if [ $# -gt 0 ]; then
     exit
 fi
 
-# Three lanes on two cores. Whole runs on Slurm take longest, though they wait a good deal, for nodes and each other: they go
-# first, and the other lanes take what time they leave. Reports of what runs in the background come last.
+# Whole runs on Slurm wait a good deal, for nodes and each other. Their report, and that of the unit tests, comes last.
 slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
 {
-    nice -n 8 .venv/bin/python -m pytest tests/unit >"$work/unit" 2>&1 &
-    unit=$!
     failed=0
-    .venv/bin/python -m pytest "${slurm[@]}" >"$work/slurm" 2>&1 || failed=1
-    wait "$unit" || failed=1
+    .venv/bin/python -m pytest "${slurm[@]}" || failed=1
+    .venv/bin/python -m pytest tests/unit || failed=1
     exit "$failed"
-} &
+} >"$work/report" 2>&1 &
 background=$!
 failed=0
 .venv/bin/ruff check . || failed=1
 .venv/bin/ruff format --check . || failed=1
 .venv/bin/mypy || failed=1
-nice -n 4 .venv/bin/python -m pytest tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || failed=$?
+.venv/bin/python -m pytest tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || failed=$?
 [ "$failed" != 2 ] || exit 2 # interrupted
 wait "$background" || failed=1
-cat "$work/slurm" "$work/unit"
+cat "$work/report"
 exit "$failed"

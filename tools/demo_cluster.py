@@ -213,8 +213,10 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     code = run(folder, arguments.config.resolve(), arguments.overrides, arguments.workers, stopped)
+    # Python gives handlers up before it is gone, and exchanges them in two steps.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # Python gives handlers up before it is gone
+        signal.signal(number, signal.SIG_IGN)
     print(f"done; the policy is in {folder}/export" if code == 0 else f"ended with exit code {code}", flush=True)
     return code
 

@@ -107,8 +107,13 @@ def test_good_reply():
     ],
 )
 def test_transient_faults_are_repeated_until_the_deadline_and_no_longer(behaviour, reason):
-    outcome, seconds, server = ask(behaviour, deadline=SHORT)
-    assert isinstance(outcome, Failed)
+    for _ in range(3):
+        outcome, seconds, server = ask(behaviour, deadline=SHORT)
+        assert isinstance(outcome, Failed)
+        if (
+            outcome.reason != "deadline exceeded"
+        ):  # as it is where the last attempt is still under way, on a busy machine
+            break
     assert outcome.reason == reason
     assert outcome.detail["attempts"] == len(server.requests) >= 2
     assert seconds < SHORT + SLACK

@@ -112,7 +112,7 @@ def test_transient_faults_are_repeated_until_the_deadline_and_no_longer(behaviou
         assert isinstance(outcome, Failed)
         if (
             outcome.reason != "deadline exceeded"
-        ):  # as it is where the last attempt is still under way, on a busy machine
+        ):  # as where the last attempt is still under way
             break
     assert outcome.reason == reason
     assert outcome.detail["attempts"] == len(server.requests) >= 2

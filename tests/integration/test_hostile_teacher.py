@@ -110,9 +110,7 @@ def test_transient_faults_are_repeated_until_the_deadline_and_no_longer(behaviou
     for _ in range(3):
         outcome, seconds, server = ask(behaviour, deadline=SHORT)
         assert isinstance(outcome, Failed)
-        if (
-            outcome.reason != "deadline exceeded"
-        ):  # as where the last attempt is still under way
+        if outcome.reason != "deadline exceeded":  # as where the last attempt is still under way
             break
     assert outcome.reason == reason
     assert outcome.detail["attempts"] == len(server.requests) >= 2

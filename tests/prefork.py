@@ -3,7 +3,7 @@
 To import Megatron or vLLM takes ten times as long as what most tests have a process do. Each process is still one of
 its own, in a session of its own: it can be killed, and shares nothing with another but the pages of the imports.
 
-    process = forked(TRAINER, [sys.executable, "-m", "megatron_rlpt", "train", "-c", "run.yaml"])
+    process = forked(VLLM, [sys.executable, "-m", "megatron_rlpt", "train", "-c", "run.yaml"])
 """
 
 from __future__ import annotations
@@ -106,7 +106,6 @@ def forked(
     command: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
     output: IO[bytes] | None = None,
 ) -> Forked:
     """Start ``command`` in a process that has imported ``modules``.
@@ -115,7 +114,6 @@ def forked(
         modules: that are imported already.
         command: this Python, and either ``-m`` and a module or a script, and arguments.
         env: variables; none for this process's.
-        cwd: folder to start in; none for this process's.
         output: file for all that it writes; none for two that ``communicate`` reads.
     """
     python, *rest = command
@@ -125,7 +123,7 @@ def forked(
         out = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         err = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    request = json.dumps({"arguments": rest, "env": dict(env or os.environ), "cwd": str(cwd or Path.cwd())}).encode()
+    request = json.dumps({"arguments": rest, "env": dict(env or os.environ), "cwd": str(Path.cwd())}).encode()
     assert len(request) < _LARGEST
     files = [theirs.fileno(), (output or out).fileno(), (output or err).fileno()]
     socket.send_fds(_parent(modules), [request], files)

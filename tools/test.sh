@@ -26,8 +26,11 @@ background=$!
 .venv/bin/python tools/prepare_demo.py
 wait "$background"
 
+checks() { .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy; }
+
 if [ $# -gt 0 ]; then
     background=
+    checks
     .venv/bin/python -m pytest "$@"
     exit
 fi
@@ -42,9 +45,7 @@ slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
 } >"$work/report" 2>&1 &
 background=$!
 failed=0
-.venv/bin/ruff check . || failed=1
-.venv/bin/ruff format --check . || failed=1
-.venv/bin/mypy || failed=1
+checks || failed=1
 .venv/bin/python -m pytest tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || failed=$?
 [ "$failed" != 2 ] || exit 2 # interrupted
 wait "$background" || failed=1

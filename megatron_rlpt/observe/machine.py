@@ -74,7 +74,7 @@ def bf16_is_slow(root: Path = Path("/")) -> bool:
     False where that cannot be told.
     """
     _, flags = _cpu(root / "proc/cpuinfo")
-    return bool(flags) and not _BF16_KERNELS & set(flags) and not any((root / device).exists() for device in _GPUS)
+    return bool(flags) and not _BF16_KERNELS & flags and not any((root / device).exists() for device in _GPUS)
 
 
 def core_limit(root: Path = Path("/")) -> float | None:

@@ -111,7 +111,9 @@ class Launched:
         ).stdout
 
     def buffer(self):
-        address = json.loads((self.folder / "cluster/buffer.json").read_text())["url"]
+        file = self.folder / "cluster/buffer.json"
+        self.wait(file.exists)  # gone for a moment where the job has just been queued again
+        address = json.loads(file.read_text())["url"]
         password = str(self.folder / "cluster/password")
         return contextlib.closing(open_url(address, "run", password_file=password, retry=30.0))
 

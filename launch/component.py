@@ -34,7 +34,7 @@ from launch.gate import await_buffer, await_judgment
 from launch.pair import JOBS, Part, exit_code_of, exit_code_of_other
 from launch.spec import DONE, OVER, SILENT, STOPPED, Spec, publish, read_published, read_secrets
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
-from megatron_rlpt.processes import Restarts, end_all, start_child
+from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child
 from megatron_rlpt.stopping import STOP_FILE
 
 TRAINER = "trainer"
@@ -100,7 +100,7 @@ class Component:
         """Exit code of the run's other job, once that has ended for good; this one ends as well then."""
         self.environment = {**os.environ, **spec.environment, **read_secrets(spec.secrets_file)}
         """Variables of its command."""
-        self._told, self._over = threading.Event(), threading.Event()
+        self._told, self._over = EndRequest(), threading.Event()
         self._log = spec.logs / f"{task.name}.log"
         self._state, self._pid, self._since, self._starts = "starting", 0, time.time(), 0
         self._saying = threading.Lock()
@@ -108,8 +108,7 @@ class Component:
     def __enter__(self) -> Component:
         """Take signals, and keep ``rlpt status`` told, from a thread of its own; main thread only."""
         # Schedulers send SIGUSR1 where the time is nearly up, and both to every process of a job when asked to.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, lambda *_: self._told.set())
+        self._told.listen(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         self.say("starting")
         threading.Thread(target=self._keep, daemon=True).start()
         return self

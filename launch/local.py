@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from types import FrameType
 from launch.pair import JOBS
 from launch.spec import DONE, STOPPED, UNFINISHED, Spec, publish, read_published
 from megatron_rlpt.errors import ConfigError, RunStopped
-from megatron_rlpt.processes import end_all, start_child
+from megatron_rlpt.processes import EndRequest, end_all, start_child
 from megatron_rlpt.stopping import STOP_FILE
 
 RUNNING, OUTCOME = "local.json", "outcome.json"
@@ -42,23 +41,18 @@ _HURRY = 5.0
 
 def run_all(spec: Spec, spec_file: Path) -> int:
     """Run all components of ``spec``; the trainer's exit code, or that of what ended before it; 130 after Ctrl-C."""
-    stop, leave = threading.Event(), threading.Event()
-
-    def told(*_: object) -> None:
-        (leave if stop.is_set() else stop).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, told)
+    told = EndRequest()
+    told.listen()
     running: list[tuple[str, subprocess.Popen[bytes]]] = []
     publish(spec.shared / RUNNING, {"pid": os.getpid()})
     try:
         for role, command, variables in _commands(spec, spec_file):
             running.append((role, start_child(command, env={**os.environ, **variables})))
-        code = _await_end(running, Path(spec.run_dir) / STOP_FILE, stop, leave)
+        code = _await_end(running, Path(spec.run_dir) / STOP_FILE, told)
         if code == 0 and not (spec.shared / DONE).exists():
             code = RunStopped.exit_code if (spec.shared / STOPPED).exists() else UNFINISHED
     finally:
-        end_all([process for _, process in running], _HURRY if leave.is_set() else _GRACE)
+        end_all([process for _, process in running], _HURRY if told.times > 1 else _GRACE)
     publish(spec.shared / OUTCOME, {"exit_code": code})
     return code
 
@@ -161,15 +155,10 @@ def _gpus(spec: Spec) -> dict[str, list[str]]:
     return {"trainer": visible[: spec.trainer_gpus], "teacher": visible[spec.trainer_gpus :][:servers]}
 
 
-def _await_end(
-    running: Sequence[tuple[str, subprocess.Popen[bytes]]],
-    stop_file: Path,
-    stop: threading.Event,
-    leave: threading.Event,
-) -> int:
+def _await_end(running: Sequence[tuple[str, subprocess.Popen[bytes]]], stop_file: Path, told: EndRequest) -> int:
     asked = False
-    while not leave.wait(_POLL):
-        if stop.is_set() and not asked:
+    while not (told.wait(_POLL) and told.times > 1):
+        if told.is_set() and not asked:
             print("asking the trainer for a checkpoint; Ctrl-C once more ends everything at once", flush=True)
             stop_file.touch()
             asked = True

@@ -1,15 +1,20 @@
-"""Processes that belong to this one: they end with it, are ended in order, and are started again only so often."""
+"""Processes that belong to this one: they end with it, are ended in order, and are started again only so often.
+
+And this one, which looks after them until signals tell it to end.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import queue
 import signal
 import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from types import FrameType
 from typing import Any
 
 _SET_PARENT_DEATH_SIGNAL = 1
@@ -54,6 +59,38 @@ def end_all(processes: Collection[subprocess.Popen[bytes]], seconds: float) -> N
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+class EndRequest:
+    """Signals that tell this process to end: handlers note them, and its main thread waits for them.
+
+    Not a ``threading.Event``: a handler runs in the main thread, between any two of its instructions, and would wait
+    for ever for a lock of the event's that this thread holds at that moment.
+    """
+
+    def __init__(self) -> None:
+        self.times = 0
+        """How often it was told."""
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def listen(self, *numbers: signal.Signals) -> None:
+        """Take these signals from now on, SIGTERM and Ctrl-C by default; main thread only."""
+        for number in numbers or (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._take)
+
+    def is_set(self) -> bool:
+        """Whether it was told."""
+        return self.times > 0
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it was told since the last wait, or so long; whether it was told at all."""
+        with contextlib.suppress(queue.Empty):
+            self._news.get(timeout=seconds)
+        return self.is_set()
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.times += 1
+        self._news.put(None)
 
 
 class Restarts:

@@ -33,7 +33,7 @@ from daemons import is_running, read_processes  # noqa: E402
 
 from megatron_rlpt.config import load_config  # noqa: E402
 from megatron_rlpt.errors import RlptError  # noqa: E402
-from megatron_rlpt.processes import Restarts, end_all, start_child  # noqa: E402
+from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child  # noqa: E402
 
 POLL, GRACE = 0.5, 60.0
 """Seconds between two looks; seconds that all processes have to end after SIGTERM."""
@@ -146,9 +146,9 @@ def printed(log: Path) -> Iterator[None]:
         thread.join()
 
 
-def supervise(redis: Redis, trainer: Process, others: Sequence[Process], stopped: threading.Event) -> int:
+def supervise(redis: Redis, trainer: Process, others: Sequence[Process], told: EndRequest) -> int:
     """Keep everything going until the trainer is done; its exit code, that of what cannot be kept going, or 130."""
-    while not stopped.wait(POLL):
+    while not told.wait(POLL):
         if not redis.alive():
             redis.start_again()
             print(f"redis ended and was started again (pid {redis.pid})", flush=True)
@@ -166,7 +166,7 @@ def supervise(redis: Redis, trainer: Process, others: Sequence[Process], stopped
     return 130
 
 
-def run(folder: Path, config: Path, overrides: Sequence[str], judges: int, stopped: threading.Event) -> int:
+def run(folder: Path, config: Path, overrides: Sequence[str], judges: int, told: EndRequest) -> int:
     """Start everything, keep it going, and end it in any case; the exit code."""
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def run(folder: Path, config: Path, overrides: Sequence[str], judges: int, stopp
                 process.start()
                 running.append(process)
             print("  ".join(f"{p.name}: {p.pid}" for p in running) + f"  redis: {redis.pid}", flush=True)
-            return supervise(redis, trainer, others, stopped)
+            return supervise(redis, trainer, others, told)
     finally:
         try:
             end_all([process.running for process in running], GRACE)
@@ -209,10 +209,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     # Handlers that raise would cut the ending short when Ctrl-C is pressed again.
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    code = run(folder, arguments.config.resolve(), arguments.overrides, arguments.workers, stopped)
+    told = EndRequest()
+    told.listen()
+    code = run(folder, arguments.config.resolve(), arguments.overrides, arguments.workers, told)
     # Python gives handlers up before it is gone, and exchanges them in two steps.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -25,7 +23,7 @@ from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace, asks_teac
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.machine import bf16_is_slow
-from megatron_rlpt.processes import end_all, start_child
+from megatron_rlpt.processes import EndRequest, end_all, start_child
 from megatron_rlpt.teacher.client.announcement import KIND, announcement
 
 _log = get_logger(__name__)
@@ -75,14 +73,13 @@ def serve_teacher(
     endpoint = EndpointConfig(url=f"http://{host}:{port}/v1", weight=weight, concurrency=concurrency)
     value, name = announcement(endpoint), f"{host}:{port}"
     with contextlib.closing(open_buffer(config)) as buffer:
-        stopped = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopped.set())
+        told = EndRequest()
+        told.listen()
         server = start_child(_command(config, port, extra), env=_environment(config))
         try:
             _log.info("starting a server of the teacher", model=config.teacher_path, url=endpoint.url)
-            _keep_announced(server, buffer, name, value, port, stopped)
-            if not stopped.is_set():
+            _keep_announced(server, buffer, name, value, port, told)
+            if not told.is_set():
                 raise TeacherError(
                     f"the teacher's server ended by itself with exit code {server.wait()}; what it said is above"
                 )
@@ -113,7 +110,7 @@ def _keep_announced(
     name: str,
     value: str,
     port: int,
-    stopped: threading.Event,
+    told: EndRequest,
 ) -> None:
     """Announce the server while it answers; returns when it ended or is to end.
 
@@ -121,7 +118,7 @@ def _keep_announced(
     """
     began = answered = reminded = time.monotonic()
     announced = False
-    while server.poll() is None and not stopped.is_set():
+    while server.poll() is None and not told.is_set():
         if _is_healthy(port):
             answered = reminded = time.monotonic()
             try:
@@ -132,12 +129,12 @@ def _keep_announced(
             except BufferUnavailableError as error:
                 _log.warning("the server cannot be announced; trying on", name=name, why=str(error))
                 announced = False
-            stopped.wait(_SIGN_OF_LIFE)
+            told.wait(_SIGN_OF_LIFE)
             continue
         if (now := time.monotonic()) - reminded >= _PATIENCE:
             _log.warning("the server does not answer yet, or no more", name=name, seconds=round(now - answered))
             reminded = now
-        stopped.wait(1.0)
+        told.wait(1.0)
 
 
 def _is_healthy(port: int) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.log import get_logger
-from megatron_rlpt.processes import Restarts, end_all, start_child
+from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child
 
 _log = get_logger(__name__)
 
@@ -46,14 +44,13 @@ def run_workers(path: Path, overrides: Sequence[str], config: Config, count: int
             f"teacher.workers.metrics_port is {settings.metrics_port}; allowed with {count} workers on one machine: 0 "
             "(each chooses a free port) or -1 (off)"
         )
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+    told = EndRequest()
+    told.listen()
     command = [sys.executable, "-m", "megatron_rlpt", "judge", "serve", "--config", str(path), *overrides]
     workers = [_Worker([*command, *(["--name", f"{name}-{n}"] if name else [])]) for n in range(1, count + 1)]
     code = 0
     try:
-        while not stopped.wait(_POLL) and not code:
+        while not told.wait(_POLL) and not code:
             code = next((failure for worker in workers if (failure := worker.look())), 0)
     finally:
         end_all([worker.process for worker in workers], settings.drain + config.buffer.retry + _MARGIN)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from megatron_rlpt.processes import Restarts, end_all, start_child
+from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child
 
 PARENT = """
 import sys, time
@@ -21,6 +22,16 @@ import signal, subprocess, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
 time.sleep(600)
+"""
+
+TOLD_OFTEN = """
+import random, signal
+from megatron_rlpt.processes import EndRequest
+told = EndRequest()
+told.listen(signal.SIGALRM)
+while told.times < 20000:
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 3e-5))
+    told.wait(1e-4)
 """
 
 
@@ -77,3 +88,25 @@ def test_ends_of_long_ago_do_not_count():
     for _ in range(20):
         now += 200.0
         assert restarts.ended() is not None
+
+
+def test_signals_meet_a_process_that_waits_for_them_at_any_moment():
+    """Also at those at which ``threading.Event`` would wait for itself for ever."""
+    done = subprocess.run([sys.executable, "-c", TOLD_OFTEN], timeout=120)
+    assert done.returncode == 0
+
+
+def test_a_wait_ends_with_the_signal_and_each_signal_counts():
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        told = EndRequest()
+        told.listen(signal.SIGUSR1)
+        assert not told.wait(0.01)
+        with subprocess.Popen(["bash", "-c", f"sleep 0.2; kill -USR1 {os.getpid()}"]):
+            assert told.wait(60)
+        assert told.times == 1
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert told.times == 2
+        assert told.is_set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -7,6 +7,7 @@ time leaves pipeline stages idle, and a sequence of one token cannot be divided.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -82,7 +83,12 @@ def rollout_groups() -> ProcessGroupCollection:
     Tensor-parallel groups are the training layout's. Ranks with the same place in theirs are each other's replicas;
     along every other dimension a rank is alone.
     """
-    tensor = parallel_state.get_tensor_model_parallel_group()
+    return _groups_beside(parallel_state.get_tensor_model_parallel_group())
+
+
+# Engines of one world share them: a group of gloo's has threads of its own, which poll as long as the process lives.
+@functools.lru_cache(maxsize=1)
+def _groups_beside(tensor: torch.distributed.ProcessGroup) -> ProcessGroupCollection:
     world, size = torch.distributed.get_world_size(), tensor.size()
     replicas: Any = None
     for place in range(size):

@@ -10,7 +10,7 @@ import enum
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -20,6 +20,7 @@ from megatron_rlpt import __version__
 from megatron_rlpt.buffer.cli import buffer_app
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped
 from megatron_rlpt.planning.cli import plan
+from megatron_rlpt.processes import leave
 from megatron_rlpt.teacher.cli import judge_app, teacher_app
 
 INTERRUPTED = 130
@@ -225,8 +226,23 @@ def doctor(
     raise typer.Exit(run_doctor(as_json=as_json))
 
 
+def entry() -> NoReturn:
+    """Run ``main`` as all of a process."""
+    try:
+        main()
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave(code)
+
+
 def main() -> None:
-    """Entry point of ``rlpt``.
+    """What ``rlpt`` does.
 
     Exit codes: 0 done, 2 wrong usage or configuration, ``RlptError.exit_code`` with one line on standard error for
     what a user can put right, 130 after Ctrl-C, 1 with a traceback for a bug of ours.

@@ -1,21 +1,24 @@
 """Processes that belong to this one: they end with it, are ended in order, and are started again only so often.
 
-And this one, which looks after them until signals tell it to end.
+And this one, which looks after them until signals tell it to end, and ends at once then.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import queue
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _SET_PARENT_DEATH_SIGNAL = 1
 """``PR_SET_PDEATHSIG`` of linux/prctl.h."""
@@ -59,6 +62,29 @@ def end_all(processes: Collection[subprocess.Popen[bytes]], seconds: float) -> N
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as Python does, but for taking apart, object by object, what it imported.
+
+    That takes 2 s after Megatron and 4 s after vLLM, and gives nothing that the operating system does not take anyway.
+    Threads that are no daemons are waited for, and functions registered with ``atexit`` run.
+
+    Args:
+        code: exit code; 1 instead of 0 where what was printed could not be written.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError as error:
+            code = code or 1
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+    ctypes.CDLL(None).fflush(None)  # what libraries have written, NCCL for one
+    os._exit(code)
 
 
 class EndRequest:

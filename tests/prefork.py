@@ -8,7 +8,6 @@ its own, in a session of its own: it can be killed, and shares nothing with anot
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import gc
@@ -23,11 +22,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from megatron_rlpt.processes import leave
 
 MEGATRON = ("megatron_rlpt.run",)
 """Imports of a rank that needs no engine."""
@@ -219,9 +219,4 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         ended = 1
-    # All of an interpreter's end but for taking apart, object by object, what was imported.
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(ended)
+    leave(ended)

@@ -131,7 +131,7 @@ def test_a_bug_keeps_its_plain_traceback_without_local_values(file):
         "def run_training(config, fresh):\n    token = 'hidden' + '-value'\n    raise KeyError('bug')\n"
         "module = ModuleType('megatron_rlpt.run'); module.run_training = run_training\n"
         "sys.modules['megatron_rlpt.run'] = module\n"
-        "from megatron_rlpt.cli import main\nmain()"
+        "from megatron_rlpt.cli import entry\nentry()"
     )
     done = outside("train", "--config", file, code=code)
     assert done.returncode == 1
@@ -147,7 +147,7 @@ def test_real_interrupt_of_a_process(file):
         "def run_training(config, fresh):\n    print('running', flush=True)\n    time.sleep(60)\n"
         "module = ModuleType('megatron_rlpt.run'); module.run_training = run_training\n"
         "sys.modules['megatron_rlpt.run'] = module\n"
-        "from megatron_rlpt.cli import main\nmain()"
+        "from megatron_rlpt.cli import entry\nentry()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "train", "--config", file],
@@ -180,7 +180,7 @@ def test_no_torch_where_none_is_needed(arguments, file):
         "import atexit, sys\n"
         "heavy = {'torch', 'megatron', 'vllm', 'transformers', 'numpy', 'tensorboard'}\n"
         "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
-        "from megatron_rlpt.cli import main\nmain()"
+        "from megatron_rlpt.cli import entry\nentry()"
     )
     done = outside(*(file if part == "FILE" else part for part in arguments), code=code)
     assert done.returncode == 0, done.stderr
@@ -191,3 +191,24 @@ def test_help_answers_quickly():
     started = time.monotonic()
     assert outside("--help").returncode == 0
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "err"),
+    [
+        ("SystemExit", 0, ""),
+        ("SystemExit(3)", 3, ""),
+        ("SystemExit('no')", 1, "no\n"),
+        ("RlptError('no')", 10, "error: no\n"),
+    ],
+)
+def test_what_is_raised_is_the_exit_code_of_the_process(file, raised, code, err):
+    program = (
+        "import sys\nfrom types import ModuleType\nfrom megatron_rlpt.errors import RlptError\n"
+        f"def run_training(config, fresh):\n    raise {raised}\n"
+        "module = ModuleType('megatron_rlpt.run'); module.run_training = run_training\n"
+        "sys.modules['megatron_rlpt.run'] = module\n"
+        "from megatron_rlpt.cli import entry\nentry()"
+    )
+    done = outside("train", "--config", file, code=program)
+    assert (done.returncode, done.stderr) == (code, err)

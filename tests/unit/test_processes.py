@@ -34,6 +34,17 @@ while told.times < 20000:
     told.wait(1e-4)
 """
 
+LEAVES = """
+import atexit, threading, time
+from megatron_rlpt.processes import leave
+def late():
+    time.sleep(0.3)
+    print("the thread's work")
+atexit.register(print, "what is registered")
+threading.Thread(target=late).start()
+leave(7)
+"""
+
 
 def has_ended(pid: int) -> bool:
     try:
@@ -110,3 +121,21 @@ def test_a_wait_ends_with_the_signal_and_each_signal_counts():
         assert told.is_set()
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_process_that_leaves_has_done_everything():
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout.splitlines() == ["the thread's work", "what is registered"]
+
+
+def test_what_could_not_be_printed_is_no_success():
+    with open("/dev/full", "w") as full:
+        program = "from megatron_rlpt.processes import leave; print('hello'); leave(0)"
+        # Buffered, so that it fails at the end.
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, env=variables
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: No space left on device\n"

@@ -74,7 +74,12 @@ def bf16_is_slow(root: Path = Path("/")) -> bool:
     False where that cannot be told.
     """
     _, flags = _cpu(root / "proc/cpuinfo")
-    return bool(flags) and not _BF16_KERNELS & flags and not any((root / device).exists() for device in _GPUS)
+    return bool(flags) and not _BF16_KERNELS & flags and not has_gpu(root)
+
+
+def has_gpu(root: Path = Path("/")) -> bool:
+    """Whether there is a driver of NVIDIA's or AMD's GPUs; asked without torch."""
+    return any((root / device).exists() for device in _GPUS)
 
 
 def core_limit(root: Path = Path("/")) -> float | None:

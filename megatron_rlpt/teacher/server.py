@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_rlpt.buffer.buffer import RolloutBuffer
 from megatron_rlpt.buffer.open import open_buffer
@@ -22,7 +22,7 @@ from megatron_rlpt.buffer.password import VARIABLE
 from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace, asks_teacher
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
 from megatron_rlpt.observe.log import get_logger
-from megatron_rlpt.observe.machine import bf16_is_slow
+from megatron_rlpt.observe.machine import bf16_is_slow, has_gpu
 from megatron_rlpt.processes import EndRequest, end_all, start_child
 from megatron_rlpt.teacher.client.announcement import KIND, announcement
 
@@ -32,6 +32,10 @@ _SIGN_OF_LIFE = 5.0
 """Seconds between announcements; one that is three times as old counts no more."""
 _GRACE = 15.0
 """Seconds the server has to end by itself."""
+_BIND, _NO_BIND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+_UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_DIVIDES = ("-tp", "-pp", "-dp")
+"""Short names of arguments that divide a model; the long ones say ``parallel``."""
 _PATIENCE = 60.0
 """Seconds without an answer of the server after which that is told, again and again."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -75,7 +79,8 @@ def serve_teacher(
     with contextlib.closing(open_buffer(config)) as buffer:
         told = EndRequest()
         told.listen()
-        server = start_child(_command(config, port, extra), env=_environment(config))
+        environment = _environment(config)
+        server = start_child(_command(config, port, extra, environment), env=environment)
         try:
             _log.info("starting a server of the teacher", model=config.teacher_path, url=endpoint.url)
             _keep_announced(server, buffer, name, value, port, told)
@@ -145,7 +150,7 @@ def _is_healthy(port: int) -> bool:
         return False
 
 
-def _command(config: Config, port: int, extra: Sequence[str]) -> list[str]:
+def _command(config: Config, port: int, extra: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     return [
         sys.executable,
         "-m",
@@ -163,8 +168,21 @@ def _command(config: Config, port: int, extra: Sequence[str]) -> list[str]:
         "vllm",
         # The last one counts.
         *(["--dtype", "float32"] if bf16_is_slow() else []),
+        *(["--distributed-executor-backend", _UNIPROC] if _computes_in_its_engine(extra, environment) else []),
         *extra,
     ]
+
+
+def _computes_in_its_engine(extra: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether the process of the server's engine can do without workers, each of which has to import vLLM first.
+
+    On CPUs vLLM makes a worker even of the executor that has none (vllm/platforms/cpu.py), in order to bind threads to
+    cores; not so where it is named by its class.
+    """
+    divided = any(
+        argument.startswith(_DIVIDES) or (argument.startswith("--") and "parallel" in argument) for argument in extra
+    )
+    return not has_gpu() and environment[_BIND] == _NO_BIND and not divided
 
 
 def _environment(config: Config) -> dict[str, str]:
@@ -173,7 +191,7 @@ def _environment(config: Config) -> dict[str, str]:
     environment["VLLM_NO_USAGE_STATS"] = "1"
     # Read by vLLM on CPUs only, and whole GiB only.
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.teacher.kv_cache_gib))))
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    environment.setdefault(_BIND, _NO_BIND)
     return environment
 
 

@@ -149,13 +149,38 @@ def test_overrides_are_for_the_configuration_and_the_rest_is_for_the_server(fold
     buffer.close()
 
 
+def command_of_server(folder: Path, extra: list[str]) -> list[str]:
+    config = load_config(configured(folder))
+    return server._command(config, 1, extra, server._environment(config))
+
+
 @pytest.mark.parametrize(("slow", "dtype"), [(True, ["--dtype", "float32"]), (False, [])])
 def test_it_computes_in_fp32_where_bf16_is_slow_unless_asked_otherwise(slow, dtype, folder, monkeypatch):
     monkeypatch.setattr(server, "bf16_is_slow", lambda: slow)
-    command = server._command(load_config(configured(folder)), 1, ["--dtype", "bfloat16"])
+    command = command_of_server(folder, ["--dtype", "bfloat16"])
     before = command[: -len(["--dtype", "bfloat16"])]
-    assert [*dtype, "--dtype", "bfloat16"] == command[len(before) - len(dtype) :]
-    assert ("--dtype" in before) is slow
+    assert command[-2:] == ["--dtype", "bfloat16"], "the last one counts"
+    assert [word for word in before if word in ("--dtype", "float32")] == dtype
+
+
+@pytest.mark.parametrize(
+    ("extra", "bind", "gpu", "whole"),
+    [
+        ([], None, False, True),
+        (["--enforce-eager"], "nobind", False, True),
+        ([], "0-7", False, False),
+        ([], None, True, False),
+        (["--tensor-parallel-size", "2"], None, False, False),
+        (["-tp=2"], None, False, False),
+    ],
+)
+def test_on_a_cpu_its_engine_computes_itself_unless_it_is_divided_or_bound(
+    extra, bind, gpu, whole, folder, monkeypatch
+):
+    monkeypatch.setattr(server, "has_gpu", lambda: gpu)
+    if bind:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    assert ("--distributed-executor-backend" in command_of_server(folder, extra)) is whole
 
 
 def test_an_override_with_a_wrong_key_is_refused_before_a_server_starts(folder):

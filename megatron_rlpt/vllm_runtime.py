@@ -81,6 +81,9 @@ def vllm_environment(
     # The first engine of a process freezes vLLM's view of the environment (vllm/envs.py: enable_envs_cache).
     if (envs := sys.modules.get("vllm.envs")) is not None:
         envs.disable_envs_cache()
+    # To import vLLM makes a million objects that stay: collections meanwhile look at them again and again for nothing.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         arguments: dict[str, Any] = {
             # No compilation and no CUDA graphs: start-up in seconds, and the same kernels whatever the batch.
@@ -104,6 +107,8 @@ def vllm_environment(
                 arguments["distributed_executor_backend"] = UniProcExecutor
         yield arguments
     finally:
+        if collects:
+            gc.enable()
         os.environ.clear()
         os.environ.update(environment)
         random.setstate(python_state)

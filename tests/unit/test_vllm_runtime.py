@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 
@@ -41,6 +42,12 @@ def test_an_engine_does_not_take_the_trainer_s_world_for_its_own(in_process):
         assert os.environ["SLURM_PROCID"] == "3"
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == ("0" if in_process else "1")
     assert dict(os.environ) == before
+
+
+def test_garbage_is_collected_again_also_after_a_model_that_cannot_be_served():
+    with pytest.raises(ValueError), vllm_environment(0.1):
+        raise ValueError
+    assert gc.isenabled()
 
 
 def test_an_engine_s_process_is_not_a_fork():

@@ -10,6 +10,7 @@ import signal
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_rlpt.buffer.buffer import RolloutBuffer
 from megatron_rlpt.buffer.judging import SETTINGS
@@ -27,6 +28,9 @@ from megatron_rlpt.teacher.rewriter import answer_tokens
 from megatron_rlpt.teacher.served_likelihood import ServedLikelihood
 from megatron_rlpt.teacher.worker import Teacher, Worker
 from megatron_rlpt.teacher.worker_metrics import WorkerMetrics
+
+if TYPE_CHECKING:
+    from megatron_rlpt.teacher.own_likelihood import OwnLikelihood
 
 _log = get_logger(__name__)
 
@@ -67,10 +71,13 @@ async def _run(config: Config, name: str) -> None:
     buffer = await asyncio.to_thread(open_buffer, config)
     try:
         async with contextlib.AsyncExitStack() as stack:
-            await _until(stopped, _wait_for_trainer(config, buffer))
+            own = asyncio.create_task(_own_model(config))  # loads while the trainer comes up
+            await _until(stopped, asyncio.gather(_wait_for_trainer(config, buffer), own))
             if stopped.is_set():
                 return
-            teacher, examiner, metrics = await stack.enter_async_context(_teacher(config, buffer, stopped))
+            teacher, examiner, metrics = await stack.enter_async_context(
+                _teacher(config, buffer, stopped, own.result())
+            )
             if stopped.is_set():
                 return
             metrics.serve(config.teacher.workers.metrics_port)
@@ -130,16 +137,21 @@ async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
         await asyncio.sleep(_LOOK_ROUND / 3)
 
 
+async def _own_model(config: Config) -> OwnLikelihood | None:
+    if not config.teacher.workers.own_model:
+        return None
+    from megatron_rlpt.teacher.own_likelihood import OwnLikelihood
+
+    return await asyncio.to_thread(OwnLikelihood, config)
+
+
 @contextlib.asynccontextmanager
 async def _teacher(
-    config: Config, buffer: RolloutBuffer, stopped: asyncio.Event
+    config: Config, buffer: RolloutBuffer, stopped: asyncio.Event, own: OwnLikelihood | None
 ) -> AsyncIterator[tuple[Teacher, Callable[[], Examiner], WorkerMetrics]]:
     """Who is asked, what is asked, and what is counted, for as long as the worker runs."""
     workers = config.teacher.workers
-    if workers.own_model:
-        from megatron_rlpt.teacher.own_likelihood import OwnLikelihood
-
-        own = await asyncio.to_thread(OwnLikelihood, config)
+    if own:
         yield own, lambda: Examiner(own, None), WorkerMetrics()
         return
     if config.teacher.judge == JudgeName.likelihood and needs_judge(config.objective.name):

@@ -67,7 +67,12 @@ if ! "$VENV/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split(
     check_torch_build "$torch_version" ${index[@]+"${index[@]}"}
     "$VENV/bin/pip" install -qq --no-deps ${index[@]+"${index[@]}"} "torch==$torch_version"
 fi
-"$VENV/bin/pip" install -qq --no-deps -r "$LOCK"
+# Two halves side by side: pip unpacks on one core, and without dependencies neither has to do with the other.
+half() { "$VENV/bin/pip" install -qq --no-deps -r <(awk -v part="$1" 'NR % 2 == part' "$LOCK"); }
+half 0 &
+other=$!
+half 1 || { wait "$other"; exit 1; }
+wait "$other"
 "$VENV/bin/pip" install -qq --no-deps --editable .
 "$VENV/bin/python" -c "import torch, vllm, megatron.core, transformers" 2>/dev/null ||
     die "the packages in $VENV do not import together; remove $VENV and run this again"

@@ -21,16 +21,16 @@ wait "$background"
     for part in slurm login redis; do
         .venv/bin/python "tools/sandbox/$part.py" install || echo "without $part, its tests will fail" >&2
     done
+    .venv/bin/python tools/prepare_demo.py
 } &
 background=$!
-.venv/bin/python tools/prepare_demo.py
+failed=0
+{ .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy; } || failed=1
 wait "$background"
-
-checks() { .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy; }
 
 if [ $# -gt 0 ]; then
     background=
-    checks
+    [ "$failed" = 0 ] || exit 1
     .venv/bin/python -m pytest "$@"
     exit
 fi
@@ -45,8 +45,6 @@ slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
     exit "$failed"
 } >"$work/report" 2>&1 &
 background=$!
-failed=0
-checks || failed=1
 for part in "tests/distributed tests/integration ${slurm[*]/#/--ignore=}" "tests/unit/[p-z]*"; do
     code=0
     # shellcheck disable=SC2086 # words of it

@@ -44,15 +44,18 @@ def run_all(spec: Spec, spec_file: Path) -> int:
     told = EndRequest()
     told.listen()
     running: list[tuple[str, subprocess.Popen[bytes]]] = []
+    start = uuid.uuid4().hex
     publish(spec.shared / RUNNING, {"pid": os.getpid()})
     try:
-        for role, command, variables in _commands(spec, spec_file):
+        for role, command, variables in _commands(spec, spec_file, start):
             running.append((role, start_child(command, env={**os.environ, **variables})))
         code = _await_end(running, Path(spec.run_dir) / STOP_FILE, told)
         if code == 0 and not (spec.shared / DONE).exists():
             code = RunStopped.exit_code if (spec.shared / STOPPED).exists() else UNFINISHED
     finally:
         end_all([process for _, process in running], _HURRY if told.times > 1 else _GRACE)
+        if told.times > 1:
+            _kill_commands(spec, start)
     publish(spec.shared / OUTCOME, {"exit_code": code})
     return code
 
@@ -126,9 +129,18 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _commands(spec: Spec, spec_file: Path) -> list[tuple[str, list[str], dict[str, str]]]:
+def _kill_commands(spec: Spec, start: str) -> None:
+    """End what the killed components of this start ran: a trainer would finish its step, which may take minutes."""
+    for path in (spec.shared / "status").glob("*.json"):
+        said = read_published(path)
+        if said.get("start") == start and said["state"] == "running":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(said["pid"], signal.SIGKILL)
+
+
+def _commands(spec: Spec, spec_file: Path, start: str) -> list[tuple[str, list[str], dict[str, str]]]:
     """Role, command and variables of every process; in the order in which they are started."""
-    start, port = uuid.uuid4().hex, str(_free_port())
+    port = str(_free_port())
     gpus = _gpus(spec)
     commands: list[tuple[str, list[str], dict[str, str]]] = []
     for role in spec.components:

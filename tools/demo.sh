@@ -10,6 +10,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash tools/setup.sh
 rlpt=.venv/bin/rlpt
+# Most laptops' CPUs are several times slower in bf16, which a run computes in by default. What is asked for wins.
+if .venv/bin/python -c 'import sys; from megatron_rlpt.observe.machine import bf16_is_slow; sys.exit(not bf16_is_slow())'; then
+    echo "this CPU has no kernels for bf16: model.dtype=fp32"
+    set -- model.dtype=fp32 "$@"
+fi
 run=$("$rlpt" config --config configs/demo.yaml "$@" --get run.dir)
 .venv/bin/python tools/prepare_demo.py
 

@@ -33,6 +33,7 @@ from daemons import is_running, read_processes  # noqa: E402
 
 from megatron_rlpt.config import load_config  # noqa: E402
 from megatron_rlpt.errors import RlptError  # noqa: E402
+from megatron_rlpt.observe.machine import bf16_is_slow  # noqa: E402
 from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child  # noqa: E402
 
 POLL, GRACE = 0.5, 60.0
@@ -203,15 +204,17 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
+    # As tools/demo.sh does; what is asked for wins.
+    overrides = [*(["model.dtype=fp32"] if bf16_is_slow() else []), *arguments.overrides]
     try:
-        folder = Path(load_config(arguments.config, arguments.overrides).run.dir).resolve()
+        folder = Path(load_config(arguments.config, overrides).run.dir).resolve()
     except RlptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     # Handlers that raise would cut the ending short when Ctrl-C is pressed again.
     told = EndRequest()
     told.listen()
-    code = run(folder, arguments.config.resolve(), arguments.overrides, arguments.workers, told)
+    code = run(folder, arguments.config.resolve(), overrides, arguments.workers, told)
     # Python gives handlers up before it is gone, and exchanges them in two steps.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     for number in (signal.SIGTERM, signal.SIGINT):

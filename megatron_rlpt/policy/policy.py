@@ -14,9 +14,10 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_rlpt.checkpoint.sharded import ShardedWriting
-from megatron_rlpt.config import Config
+from megatron_rlpt.config import Config, Dtype
 from megatron_rlpt.errors import TrainingError
 from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Objective
+from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.policy import precision
 from megatron_rlpt.policy.architecture import Architecture, read_architecture
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
@@ -67,6 +68,10 @@ class Policy:
         self.arch, self.layout = check_policy(config, runtime.world)
         ranks = runtime.init_distributed(self.layout, config.parallel.timeout)
         _log.info("device runtime: %s", runtime.describe())
+        if config.model.dtype is Dtype.bf16 and not runtime.on_cuda and bf16_is_slow():
+            _log.warning(
+                "model.dtype is bf16, which this CPU has no kernels for; model.dtype=fp32 is several times faster"
+            )
         _log.info("training layout: %s", self.layout.describe())
         _log.info("layers: %s", describe_layers())
         self._runtime = runtime

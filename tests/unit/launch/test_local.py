@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 from dataclasses import replace
 
 import pytest
 
-from launch.local import _commands, forget_earlier
-from launch.spec import Spec
+from launch.local import _commands, _kill_commands, forget_earlier
+from launch.spec import Spec, publish
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.processes import start_child
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 def visible(spec: Spec) -> dict[str, set[str | None]]:
     found: dict[str, set[str | None]] = {}
-    for role, _, variables in _commands(spec, spec.shared):
+    for role, _, variables in _commands(spec, spec.shared, "start"):
         found.setdefault(role, set()).add(variables.get("CUDA_VISIBLE_DEVICES"))
     return found
 
@@ -63,3 +66,21 @@ def test_trainer_and_servers_have_gpus_of_their_own(spec, monkeypatch):
 
 def test_where_no_gpus_are_asked_for_nothing_is_said_of_them(spec):
     assert visible(spec) == {"teacher": {None}, "judges": {None}, "trainer": {None}}
+
+
+def test_in_a_hurry_a_trainer_that_finishes_its_step_is_ended_but_none_of_another_start(spec):
+    busy = ["bash", "-c", "trap '' TERM; echo; sleep 600; true"]
+    mine, other = (start_child(busy, stdout=subprocess.PIPE) for _ in range(2))
+    try:
+        for name, process in (("mine", mine), ("other", other)):
+            process.stdout.readline()
+            said = {"start": name, "state": "running", "pid": process.pid}
+            publish(spec.shared / f"status/trainer-{name}.json", said)
+        _kill_commands(spec, "mine")
+        assert mine.wait(60) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        for process in (mine, other):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()

@@ -166,7 +166,9 @@ def _command(config: Config, port: int, extra: Sequence[str], environment: Mappi
         # Keep the model folder's generation_config.json from changing the sampling behind our back.
         "--generation-config",
         "vllm",
-        # The last one counts.
+        # What comes later counts: all of this can be asked for otherwise.
+        # Compiled kernels come minutes later on a CPU, and are no faster there.
+        *([] if has_gpu() else ["--enforce-eager"]),
         *(["--dtype", "float32"] if bf16_is_slow() else []),
         *(["--distributed-executor-backend", _UNIPROC] if _computes_in_its_engine(extra, environment) else []),
         *extra,

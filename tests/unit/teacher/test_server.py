@@ -183,6 +183,14 @@ def test_on_a_cpu_its_engine_computes_itself_unless_it_is_divided_or_bound(
     assert ("--distributed-executor-backend" in command_of_server(folder, extra)) is whole
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_on_a_cpu_nothing_is_compiled_before_it_answers_unless_asked_for(gpu, folder, monkeypatch):
+    monkeypatch.setattr(server, "has_gpu", lambda: gpu)
+    command = command_of_server(folder, ["--no-enforce-eager"])
+    assert ("--enforce-eager" in command) is not gpu
+    assert command[-1] == "--no-enforce-eager", "the last one counts"
+
+
 def test_an_override_with_a_wrong_key_is_refused_before_a_server_starts(folder):
     code, error = refusal(folder, configured(folder), "teacher.max_contxt=77")
     assert (code, "nearest valid key is 'teacher.max_context'" in error) == (2, True), error

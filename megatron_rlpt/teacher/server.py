@@ -167,7 +167,7 @@ def _command(config: Config, port: int, extra: Sequence[str], environment: Mappi
         "--generation-config",
         "vllm",
         # What comes later counts: all of this can be asked for otherwise.
-        # Compiled kernels come minutes later on a CPU, and are no faster there.
+        # Compiled kernels come two minutes later on a CPU and are a tenth faster there (tools/bench/teacher_start.py).
         *([] if has_gpu() else ["--enforce-eager"]),
         *(["--dtype", "float32"] if bf16_is_slow() else []),
         *(["--distributed-executor-backend", _UNIPROC] if _computes_in_its_engine(extra, environment) else []),

@@ -20,7 +20,7 @@ from megatron_rlpt import __version__
 from megatron_rlpt.buffer.cli import buffer_app
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped
 from megatron_rlpt.planning.cli import plan
-from megatron_rlpt.processes import leave
+from megatron_rlpt.processes import run_and_leave
 from megatron_rlpt.teacher.cli import judge_app, teacher_app
 
 INTERRUPTED = 130
@@ -228,17 +228,7 @@ def doctor(
 
 def entry() -> NoReturn:
     """Run ``main`` as all of a process."""
-    try:
-        main()
-        code = 0
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else int(left.code is not None)
-        if isinstance(left.code, str):
-            print(left.code, file=sys.stderr)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    leave(code)
+    run_and_leave(main)
 
 
 def main() -> None:

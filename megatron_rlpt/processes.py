@@ -64,6 +64,21 @@ def end_all(processes: Collection[subprocess.Popen[bytes]], seconds: float) -> N
         process.wait()
 
 
+def run_and_leave(work: Callable[[], object]) -> NoReturn:
+    """Do ``work`` as all of this process; what it raises makes the exit code that Python makes of it."""
+    try:
+        work()
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave(code)
+
+
 def leave(code: int) -> NoReturn:
     """End this process as Python does, but for taking apart, object by object, what it imported.
 

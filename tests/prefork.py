@@ -22,12 +22,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_rlpt.processes import leave
+from megatron_rlpt.processes import run_and_leave
 
 MEGATRON = ("megatron_rlpt.run",)
 """Imports of a rank that needs no engine."""
@@ -211,12 +210,4 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()
     asked = _serve(socket.socket(fileno=int(number)))
-    ended = 0
-    try:
-        _become(asked["arguments"], asked["env"], asked["cwd"])
-    except SystemExit as left:
-        ended = left.code if isinstance(left.code, int) else int(left.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        ended = 1
-    leave(ended)
+    run_and_leave(lambda: _become(asked["arguments"], asked["env"], asked["cwd"]))

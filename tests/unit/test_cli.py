@@ -49,6 +49,17 @@ def training(monkeypatch):
     return calls
 
 
+def training_by(statements: str) -> str:
+    """A program that is ``rlpt``, but for its training, which is these statements."""
+    return (
+        "import sys\nfrom types import ModuleType\n"
+        f"def run_training(config, fresh):\n    {statements}\n"
+        "module = ModuleType('megatron_rlpt.run'); module.run_training = run_training\n"
+        "sys.modules['megatron_rlpt.run'] = module\n"
+        "from megatron_rlpt.cli import entry\nentry()"
+    )
+
+
 def outside(*arguments, code=None, **environment):
     command = [sys.executable, *(["-c", code] if code else ["-m", "megatron_rlpt"]), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
@@ -126,13 +137,7 @@ def test_interrupt_is_130(rlpt, training, file, monkeypatch):
 
 
 def test_a_bug_keeps_its_plain_traceback_without_local_values(file):
-    code = (
-        "import sys\nfrom types import ModuleType\n"
-        "def run_training(config, fresh):\n    token = 'hidden' + '-value'\n    raise KeyError('bug')\n"
-        "module = ModuleType('megatron_rlpt.run'); module.run_training = run_training\n"
-        "sys.modules['megatron_rlpt.run'] = module\n"
-        "from megatron_rlpt.cli import entry\nentry()"
-    )
+    code = training_by("token = 'hidden' + '-value'; raise KeyError('bug')")
     done = outside("train", "--config", file, code=code)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last):")
@@ -142,13 +147,7 @@ def test_a_bug_keeps_its_plain_traceback_without_local_values(file):
 
 
 def test_real_interrupt_of_a_process(file):
-    code = (
-        "import sys, time\nfrom types import ModuleType\n"
-        "def run_training(config, fresh):\n    print('running', flush=True)\n    time.sleep(60)\n"
-        "module = ModuleType('megatron_rlpt.run'); module.run_training = run_training\n"
-        "sys.modules['megatron_rlpt.run'] = module\n"
-        "from megatron_rlpt.cli import entry\nentry()"
-    )
+    code = training_by("import time; print('running', flush=True); time.sleep(60)")
     process = subprocess.Popen(
         [sys.executable, "-c", code, "train", "--config", file],
         stdout=subprocess.PIPE,
@@ -203,12 +202,6 @@ def test_help_answers_quickly():
     ],
 )
 def test_what_is_raised_is_the_exit_code_of_the_process(file, raised, code, err):
-    program = (
-        "import sys\nfrom types import ModuleType\nfrom megatron_rlpt.errors import RlptError\n"
-        f"def run_training(config, fresh):\n    raise {raised}\n"
-        "module = ModuleType('megatron_rlpt.run'); module.run_training = run_training\n"
-        "sys.modules['megatron_rlpt.run'] = module\n"
-        "from megatron_rlpt.cli import entry\nentry()"
-    )
+    program = training_by(f"from megatron_rlpt.errors import RlptError; raise {raised}")
     done = outside("train", "--config", file, code=program)
     assert (done.returncode, done.stderr) == (code, err)

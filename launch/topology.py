@@ -120,6 +120,8 @@ def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Sp
         judge_workers=cluster.judges.workers,
         ranks_per_node=cluster.trainer.ranks_per_node,
         gate=cluster.guards.gate,
+        one_machine=cluster.executor is ExecutorName.local,
+        makes_up_key=bool(servers.nodes) and not config.teacher.workers.key_env,
         separate=is_separate(cluster, components),
     )
 

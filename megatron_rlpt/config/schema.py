@@ -346,6 +346,11 @@ class WorkersConfig:
     """Score likelihood with a model in the worker itself instead of asking servers; for ``judge: likelihood``."""
     metrics_port: int = 0
     """Port of the Prometheus metrics of a worker; 0 chooses a free one, -1 is off."""
+    metrics_host: str = "127.0.0.1"
+    """Address that the metrics listen on; 0.0.0.0 is every address of the machine."""
+    key_env: str = ""
+    """Name of the environment variable with the key of announced servers: ``rlpt teacher serve`` asks for it, workers
+    send it. Empty is none."""
 
 
 @dataclass

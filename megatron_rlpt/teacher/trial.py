@@ -64,7 +64,7 @@ def _servers(config: Config) -> list[EndpointConfig]:
     why = "none is announced in the rollout buffer"
     try:
         with contextlib.closing(open_buffer(replace(config, buffer=settings), create=False)) as buffer:
-            endpoints = announced_endpoints([], buffer.announced(KIND))
+            endpoints = announced_endpoints([], buffer.announced(KIND), workers.key_env)
     except BufferUnavailableError as error:
         endpoints, why = [], str(error)
     if not endpoints:

@@ -16,7 +16,7 @@ from megatron_rlpt.errors import ModelError
 from megatron_rlpt.policy.rope import Rope, parse_rope
 
 DEFAULT_THETA = 10000.0
-"""Base of the rotary embedding where neither ``config.json`` nor the family has one (``RotaryEmbeddingConfigMixin``)."""
+"""Base of the rotary embedding where neither ``config.json`` nor the family has one."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

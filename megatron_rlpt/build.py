@@ -62,6 +62,7 @@ def build(
     judges = _to_workers(config, ranks, run, replace, stop) if judged_by_workers(config) else None
     objective = build_objective(config.objective)
     policy = ranks.everywhere(lambda: Policy(config, objective, runtime), "the end of loading the policy")
+    ranks.everywhere(lambda: policy.check_start(config), "the end of comparing the policy with transformers")
     # What works beside the update needs process groups of its own.
     beside = ranks.twin() if config.train.staleness else ranks
     teacher = Teacher(None, None)

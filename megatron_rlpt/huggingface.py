@@ -17,31 +17,52 @@ from megatron_rlpt.errors import CheckpointError, ModelError, first_line
 from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.families import Rule, expected_shapes
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS_AT_ONCE = 4096
+"""Rows of an embedding that are compared at a time."""
 SHARD_BYTES = 4 << 30
 """Size of one exported safetensors file, in bytes."""
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder.
+    """The safetensors files that make up the model in a Hugging Face folder; others in it are no part of it.
 
     Raises:
-        ModelError: there are none, or the index is not readable or names a file that is not there.
+        ModelError: there are none, the index is not readable or names a file that is not there, or the folder holds two
+            models.
     """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is not a readable index ({type(error).__name__}); copy it again") from None
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.is_file():
+        if single.is_file():
+            return [single]
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not others:
+            raise ModelError(f"{folder} has no *.safetensors file; convert the model to safetensors first")
+        raise ModelError(
+            f"{folder} has neither {SINGLE} nor {INDEX}, without which {', '.join(others[:3])} are not a model; copy "
+            "the complete folder"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not a readable index ({type(error).__name__}); copy it again") from None
+    files = [folder / name for name in names]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise ModelError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; copy the complete folder")
+        beside = f", and holds {SINGLE} beside it" if single.is_file() else ""
+        raise ModelError(
+            f"{folder} lacks {', '.join(missing)}, which {INDEX} names{beside}; copy the complete folder, or remove "
+            "the index if it is of another model"
+        )
     if not files:
-        raise ModelError(f"{folder} has no *.safetensors file; convert the model to safetensors first")
+        raise ModelError(f"{index} names no file; copy it again")
+    if single.is_file() and single not in files:
+        raise ModelError(
+            f"{folder} holds two models: {SINGLE}, which transformers loads, and {files[0].name} of {INDEX}, which "
+            "vLLM loads; remove one of them"
+        )
     return files
 
 
@@ -52,16 +73,21 @@ class WeightFolder:
         """Index the folder's safetensors files.
 
         Raises:
-            ModelError: there are none, or one is not readable.
+            ModelError: there are none, one is not readable, or two hold the same tensor.
         """
         self._folder = folder
         self._where: dict[str, Path] = {}
         for path in safetensors_files(folder):
             try:
                 with safe_open(path, framework="pt") as handle:
-                    self._where.update(dict.fromkeys(handle.keys(), path))
+                    found = dict.fromkeys(handle.keys(), path)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} is not a readable safetensors file: {error}; copy it again") from None
+            for name in found.keys() & self._where.keys():
+                raise ModelError(
+                    f"{folder}: both {self._where[name].name} and {path.name} hold {name}; copy the folder again"
+                )
+            self._where.update(found)
 
     @property
     def names(self) -> frozenset[str]:
@@ -79,8 +105,38 @@ class WeightFolder:
         with safe_open(self._where[name], framework="pt") as handle:
             return handle.get_tensor(name)
 
+    def check_head(self, arch: Architecture) -> None:
+        """Refuse an output layer that was trained apart from the embedding which ``arch`` ties it to.
+
+        transformers 5 computes with it, earlier releases and vLLM drop it.
+
+        Raises:
+            ModelError: there is one.
+        """
+        if not arch.tied_embeddings or not {EMBED_TOKENS, LM_HEAD} <= self.names:
+            return
+        with (
+            safe_open(self._where[EMBED_TOKENS], framework="pt") as first,
+            safe_open(self._where[LM_HEAD], framework="pt") as second,
+        ):
+            embedding, head = first.get_slice(EMBED_TOKENS), second.get_slice(LM_HEAD)
+            same = embedding.get_shape() == head.get_shape() and all(
+                torch.equal(*(part[row : row + _ROWS_AT_ONCE].float() for part in (embedding, head)))
+                for row in range(0, embedding.get_shape()[0], _ROWS_AT_ONCE)
+            )
+        if not same:
+            raise ModelError(
+                f"{self._folder}: tie_word_embeddings is true in its config.json and {LM_HEAD} is not {EMBED_TOKENS}: "
+                "a trained head would be lost; set tie_word_embeddings to false to keep it, or remove that tensor"
+            )
+
     def stream(self, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every weight of ``arch``, in the order of ``stream_weights``."""
+        """(name, tensor) of every weight of ``arch``, in the order of ``stream_weights``.
+
+        Raises:
+            ModelError: one is missing, or what ``check_head`` does.
+        """
+        self.check_head(arch)
         for name in expected_shapes(arch):
             yield name, self.read(name)
 
@@ -181,7 +237,7 @@ def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> 
     flush()
     weight_map = {}
     for index, names in enumerate(files):
-        final = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        final = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
         os.rename(folder / f"{index}.part", folder / final)
         weight_map.update(dict.fromkeys(names, final))
     if len(files) > 1:

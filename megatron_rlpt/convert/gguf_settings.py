@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 
 from megatron_rlpt.errors import ModelError, first_line
-from megatron_rlpt.policy.architecture import LLAMA3_ROPE
 
 _ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
     # Mistral's files are of this architecture, too.
@@ -25,6 +24,9 @@ _ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
     ),
 }
 """GGUF's architecture -> the package's name for it, and the start of ``config.json``."""
+
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""The constants of Llama 3's frequency scaling, which a GGUF file does not hold."""
 
 _SPECIAL_TOKENS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",

@@ -52,6 +52,7 @@ class HuggingFaceSource:
         self.arch = read_architecture(folder)
         self.dtype: torch.dtype | None = None
         self._weights = WeightFolder(folder)
+        self._weights.check_head(self.arch)
         require_known(folder, self._weights.names - set(expected_shapes(self.arch)), self.arch)
 
     def read(self, rule: Rule) -> list[torch.Tensor]:

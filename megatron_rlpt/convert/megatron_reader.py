@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 from collections import defaultdict
@@ -57,6 +58,11 @@ class MegatronSource:
         part = (shape[0] // halves, *shape[1:])
         merged = torch.cat([self._tensors.read(key, place.index, part) for key in place.keys])
         return checked(self.path, self.arch, rule, rule.split(self.arch, merged))
+
+    def precision(self, rule: Rule) -> torch.dtype:
+        """That of the checkpoint."""
+        dtypes = (self._tensors.dtype(key) for key in self._places[rule.ours].keys)
+        return functools.reduce(torch.promote_types, dtypes)
 
     def _find(self, rule: Rule) -> Place:
         candidates = list(places(rule, self.arch))
@@ -114,6 +120,10 @@ class StoredTensors:
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of the whole tensor of ``key``."""
         return tuple(self._tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Precision of the tensor of ``key``."""
+        return self._tensors[key].properties.dtype
 
     def read(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """The first ``shape`` elements, per dimension, of ``tensor[index]``.

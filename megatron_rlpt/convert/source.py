@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +39,14 @@ class Source(Protocol):
         """
         ...
 
+    def precision(self, rule: Rule) -> torch.dtype:
+        """Widest precision of the tensors of ``rule``, none of which is read.
+
+        Raises:
+            ModelError: one is missing.
+        """
+        ...
+
 
 class HuggingFaceSource:
     """A Hugging Face folder as a ``Source``."""
@@ -57,6 +66,10 @@ class HuggingFaceSource:
     def read(self, rule: Rule) -> list[torch.Tensor]:
         """The tensors of ``rule``, as they are in the folder."""
         return checked(self.path, self.arch, rule, [self._weights.read(name) for name in rule.theirs])
+
+    def precision(self, rule: Rule) -> torch.dtype:
+        """That of the folder."""
+        return functools.reduce(torch.promote_types, (self._weights.dtype(name) for name in rule.theirs))
 
 
 def require_known(path: Path, unknown: AbstractSet[str], arch: Architecture) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_rlpt.checkpoint.unpickling import read_metadata
 from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, is_model_key, places
 from megatron_rlpt.convert.source import require_known
 from megatron_rlpt.errors import CheckpointError, ModelError, first_line
@@ -97,14 +98,8 @@ class StoredTensors:
         """
         self._folder = folder
         self._reader = FileSystemReader(folder)
-        try:
-            metadata: Metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        except Exception as error:  # pickle raises what it likes
-            raise CheckpointError(
-                f"{folder / '.metadata'} cannot be read ({type(error).__name__}: {first_line(error)}); copy the "
-                "checkpoint again"
-            ) from error
+        metadata = read_metadata(folder)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: stored
             for key, stored in metadata.state_dict_metadata.items()

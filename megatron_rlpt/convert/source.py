@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import tempfile
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
@@ -70,6 +73,18 @@ class HuggingFaceSource:
     def precision(self, rule: Rule) -> torch.dtype:
         """That of the folder."""
         return functools.reduce(torch.promote_types, (self._weights.dtype(name) for name in rule.theirs))
+
+
+@contextlib.contextmanager
+def lone_file(file: Path) -> Iterator[Path]:
+    """A folder in which ``file`` is alone, under its own name.
+
+    transformers reads a GGUF file by its folder, and there also what lies beside it: another model's configuration, a
+    tokenizer that asks to run code.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def require_known(path: Path, unknown: AbstractSet[str], arch: Architecture) -> None:

@@ -52,6 +52,11 @@ def load_tokenizer(path: str | Path) -> Any:
     if not Path(path).is_dir():
         raise ModelError(f"model folder {path} does not exist; give a Hugging Face folder")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the tokenizer in {path} asks to run code of its own (auto_map), which is never done; save it as a "
+                "tokenizer.json that transformers reads by itself"
+            ) from None
         raise ModelError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}") from error

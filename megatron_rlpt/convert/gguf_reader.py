@@ -73,6 +73,10 @@ class GgufSource:
         """The tensors of ``rule`` in fp32 under Hugging Face's row order."""
         return checked(self.path, self.arch, rule, [self._read(name) for name in rule.theirs])
 
+    def precision(self, rule: Rule) -> torch.dtype:
+        """fp32, whatever the file holds."""
+        return torch.float32
+
     def _read(self, name: str) -> torch.Tensor:
         stored_name, expert = self._locate(name)
         tensor = torch.from_numpy(self._raw(stored_name, expert))

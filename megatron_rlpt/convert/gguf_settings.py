@@ -10,7 +10,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from megatron_rlpt.convert.source import lone_file
 from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.publishing import is_disk_error
 
 _ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
     # Mistral's files are of this architecture, too.
@@ -105,9 +107,14 @@ def write_settings(metadata: Metadata, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(metadata.path.parent, gguf_file=metadata.path.name)
+        with lone_file(metadata.path) as alone:
+            tokenizer = AutoTokenizer.from_pretrained(
+                alone, gguf_file=metadata.path.name, local_files_only=True, trust_remote_code=False
+            )
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises the bare class
+        if is_disk_error(error):
+            raise
         raise ModelError(f"the tokenizer in {metadata.path} cannot be converted: {first_line(error)}") from error
 
 

@@ -177,7 +177,9 @@ def read_architecture(folder: Path) -> Architecture:
         raise ModelError(
             f"{path} holds a {type(raw).__name__}, not an object; model.path must be a Hugging Face folder"
         )
-    return parse_architecture(raw, path)
+    architecture = parse_architecture(raw, path)
+    _refuse_own_code(raw, path)
+    return architecture
 
 
 def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
@@ -221,6 +223,17 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
         raise ModelError(f"{path}: a required entry is missing or not a number: {error}") from None
     _check_sizes(arch, path)
     return arch
+
+
+def _refuse_own_code(raw: dict[str, Any], path: Path) -> None:
+    """Code in a model's folder is never run, and what the model computes with it is not what we would compute."""
+    own = raw.get("auto_map") or {}
+    asked = sorted(key for key in own if key.startswith(("AutoModel", "AutoConfig"))) if isinstance(own, dict) else []
+    if asked:
+        raise ModelError(
+            f"{path}: auto_map asks to run code of its own ({own[asked[0]]}), which is never done; if it computes what "
+            f"transformers' {raw['model_type']} does, remove auto_map from a copy of the folder"
+        )
 
 
 def _refuse_other_computations(raw: dict[str, Any], family: Conventions, path: Path) -> None:

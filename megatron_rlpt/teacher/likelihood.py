@@ -198,7 +198,9 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     if not (path / "config.json").is_file():
         raise ModelError(f"teacher.path is {path}; it needs to be a local Hugging Face folder with a config.json")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, weights_only=True
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"the teacher in {path} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)

@@ -70,6 +70,10 @@ def serve_teacher(
         TeacherError: the server ended by itself; the message has its exit code.
     """
     _require_use(config)
+    if any(argument.partition("=")[0].replace("_", "-") == "--trust-remote-code" for argument in extra):
+        raise ConfigError(
+            "--trust-remote-code would run code from the model's folder, which is never done; leave it out"
+        )
     if any(argument.partition("=")[0] == "--api-key" for argument in extra):
         raise ConfigError(
             "--api-key would be on a command line, which every user of the machine can read; put the key into a "

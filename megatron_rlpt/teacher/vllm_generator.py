@@ -156,6 +156,7 @@ def _start(path: Path, max_context: int, kv_cache_gib: float, in_process: bool) 
                 dtype="float32" if bf16_is_slow() else "auto",
                 max_model_len=max_context,
                 disable_log_stats=True,
+                trust_remote_code=False,
                 worker_extension_cls=EXTENSION,
                 **arguments,
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
+from backports import zstd
 from corpora import FILE_FORMATS, jsonl_bytes, source, story, write
 
 from megatron_rlpt.config import SourceConfig, SourceFormat
@@ -142,7 +142,7 @@ def test_unusual_but_valid_text_survives(tmp_path):
 @pytest.mark.parametrize("keep", [0.5, 0.99])
 def test_a_truncated_compressed_file_is_one_bad_record_and_the_next_file_is_read(tmp_path, kind, keep):
     raw = jsonl_bytes([os.urandom(200).hex() for _ in range(200)])
-    data = gzip.compress(raw) if kind == "jsonl.gz" else zstandard.compress(raw)
+    data = gzip.compress(raw) if kind == "jsonl.gz" else zstd.compress(raw)
     (tmp_path / f"a.{kind}").write_bytes(data[: int(len(data) * keep)])
     write(tmp_path / "b", kind, TEXTS)
     reader = open_source(source(tmp_path))

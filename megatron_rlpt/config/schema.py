@@ -150,13 +150,16 @@ class SourceConfig:
     path: str = MISSING
     """A file, a folder or a glob; for ``format: hf`` a dataset name or folder that ``datasets`` can stream."""
     format: SourceFormat = SourceFormat.auto
-    """Storage format; ``auto`` recognises .jsonl[.gz|.zst], .parquet, .txt/.md files and folders of one of them."""
+    """Storage format; ``auto`` recognises .jsonl, .ndjson, .json (lines or one array), .txt, .md (all of them also
+    with .gz, .zst, .xz, .bz2), .parquet, and folders of one of them."""
     field: str = "text"
-    """Name of the record field (JSONL, Parquet, hf) that holds the document's text."""
+    """Name of the record field (JSON, Parquet, hf) that holds the document's text; dots lead into nested records."""
     weight: float = 1.0
     """Relative share of documents drawn from this source."""
     split: str = "train"
     """Split to stream, for ``format: hf``."""
+    subset: str = ""
+    """Subset (configuration name) to stream, for ``format: hf``; empty is the only or default one."""
 
 
 @dataclass
@@ -178,7 +181,10 @@ class DataConfig:
     shuffle_buffer: int = 4096
     """Episodes held in the deterministic shuffle buffer; 1 keeps corpus order."""
     max_bad_fraction: float = 0.01
-    """Share of malformed records above which the run stops; below it they are quarantined and counted."""
+    """Share of malformed records, or of the bytes of a source that cannot be read, above which the run stops; below it
+    they are quarantined and counted."""
+    max_record_bytes: int = 16777216
+    """Largest record (line, row, text file) in bytes after decompression; a larger one is malformed, and never held."""
     add_bos: bool = False
     """Put the tokenizer's BOS token before every document."""
 

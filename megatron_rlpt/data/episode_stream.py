@@ -77,7 +77,12 @@ class EpisodeStream:
     ) -> None:
         self._cutter = Cutter(config, encode, bos_id)
         self._documents = DocumentStream(
-            config.sources, seed, Quarantine(quarantine, config.max_bad_fraction), rank, world_size
+            config.sources,
+            seed,
+            Quarantine(quarantine, config.max_bad_fraction),
+            rank,
+            world_size,
+            config.max_record_bytes,
         )
         self._capacity = config.shuffle_buffer
         self._settings = {name: getattr(config, name) for name in _CUT_SETTINGS} | {
@@ -95,6 +100,10 @@ class EpisodeStream:
     def counters(self) -> Counters:
         """What this rank has read and served so far."""
         return self._documents.counters
+
+    def figures(self) -> dict[str, float]:
+        """What this rank has read, lost and repeated so far, as metrics."""
+        return self._documents.figures()
 
     def take(self, count: int) -> list[Episode]:
         """The next ``count`` episodes; ``take(2)`` after ``take(3)`` gives what ``take(5)`` would have given.

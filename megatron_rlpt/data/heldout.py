@@ -29,7 +29,8 @@ def heldout_episodes(
         raise ConfigError("data.heldout is empty; give at least one source of documents to compare policies on")
     cutter = Cutter(config, encode, bos_id)
     bad = Quarantine(quarantine, config.max_bad_fraction)
-    readers = {index: open_source(source) for index, source in enumerate(config.heldout)}
+    readers = {index: open_source(source, config.max_record_bytes) for index, source in enumerate(config.heldout)}
+    bad.expect([(config.heldout[index].path, reader.sizes()) for index, reader in readers.items()])
     taken = [0] * len(config.heldout)
     episodes: list[Episode] = []
     while readers and len(episodes) < count:
@@ -38,7 +39,7 @@ def heldout_episodes(
         if record is None:
             del readers[index]
             continue
-        bad.count(record)
+        bad.count(record, index)
         if isinstance(record, BadRecord):
             continue
         tokens = cutter.tokenize(record.text)

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlpt.config.schema import SourceConfig
-from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
+from megatron_rlpt.data.documents import MAX_RECORD_BYTES, BadRecord, Document, Position, Reader
+from megatron_rlpt.data.names import shown
 from megatron_rlpt.data.quarantine import MIN_RECORDS, Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import CheckpointError, DataError
+from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.records import derive_seed
+
+_log = get_logger(__name__)
 
 _SEED_RANGE = 1 << 63
 """``derive_seed`` returns values below this."""
@@ -76,7 +80,13 @@ class DocumentStream:
     """
 
     def __init__(
-        self, sources: list[SourceConfig], seed: int, quarantine: Quarantine, rank: int = 0, world_size: int = 1
+        self,
+        sources: list[SourceConfig],
+        seed: int,
+        quarantine: Quarantine,
+        rank: int = 0,
+        world_size: int = 1,
+        max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
         assert 0 <= rank < world_size
         self.counters = Counters(epochs=(0,) * len(sources))
@@ -86,7 +96,8 @@ class DocumentStream:
         self._world_size = world_size
         self._quarantine = quarantine
         self._draws = 0
-        self._cursors = [_Cursor(open_source(source)) for source in sources]
+        self._cursors = [_Cursor(open_source(source, max_record_bytes)) for source in sources]
+        quarantine.expect([(s.path, cursor.reader.sizes()) for s, cursor in zip(sources, self._cursors, strict=True)])
         # Taken once: what counts is the corpus the run started to read, not what lies there at a later checkpoint.
         self._layout = [
             {"path": source.path, **cursor.reader.layout()}
@@ -106,7 +117,7 @@ class DocumentStream:
         self.counters.read += 1
         # Later passes meet the same records again; only the first one says how good the corpus is.
         if self._cursors[source].epoch == 0:
-            self._quarantine.count(record)
+            self._quarantine.count(record, source)
         if isinstance(record, BadRecord):
             self.counters.malformed += 1
             return None
@@ -173,6 +184,19 @@ class DocumentStream:
                 f"({changes or 'file names or sizes differ'}); restore it or start a new run"
             )
 
+    def figures(self) -> dict[str, float]:
+        """What was read, lost and repeated so far, as metrics."""
+        counters = self.counters
+        epochs = {f"data/epochs/{index}": epoch for index, epoch in enumerate(counters.epochs)}
+        return {
+            "data/read": counters.read,
+            "data/malformed": counters.malformed,
+            "data/too_short": counters.too_short,
+            "data/lost_bytes": self._quarantine.lost_bytes,
+            "data/lost_share": self._quarantine.lost_share,
+            **epochs,
+        }
+
     def _pick(self) -> int:
         weights = [source.weight for source in self.sources]
         share = derive_seed(self._seed, "mix", self._rank, self._draws) / _SEED_RANGE * sum(weights)
@@ -207,6 +231,14 @@ class DocumentStream:
         cursor.index = 0
         cursor.reader.rewind()
         self._note_epochs()
+        if self._quarantine.tells:
+            path = shown(self.sources[source].path)
+            _log.info(
+                "a data source has been read to its end and starts again",
+                path=path,
+                records=records,
+                epochs=cursor.epoch,
+            )
         # A rank of several sees too small a part of a small corpus to judge it by a handful of records.
         if self._world_size == 1 and min(self.counters.epochs) >= 1:
             self._quarantine.check()

@@ -102,6 +102,7 @@ def train(run: Training) -> None:
         run.done += 1
         seconds, beside = run.timer.end_step(), run.timer.end_background()
         metrics = step_metrics(groups, selection, figures, failure_rate, seconds, beside)
+        metrics |= run.pipeline.figures()
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
         run.saver.poll()
         if run.done % config.checkpoint.every == 0:

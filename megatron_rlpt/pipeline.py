@@ -149,6 +149,10 @@ class Pipeline:
         self._proposed = state["proposed"]
         self._restored = {int(number): decode_group(bytes.fromhex(text)) for number, text in state["pending"].items()}
 
+    def figures(self) -> dict[str, float]:
+        """What was read of the corpus so far; the same in every run once ``settle`` has returned."""
+        return self.stream.figures()
+
     def close(self) -> None:
         """Propose nothing more; what is being proposed ends with its part. The buffer is let go of."""
         self._closed.set()

@@ -191,6 +191,12 @@ class DocumentStream:
                 f"({changes or 'file names or sizes differ'}); restore it or start a new run"
             )
 
+    def figures(self) -> dict[str, float]:
+        """Episodes that came from each source so far, and their share, as metrics."""
+        served = self.counters.served
+        episodes = {f"data/episodes/{index}": count for index, count in enumerate(served)}
+        return episodes | {f"data/share/{index}": count / max(1, sum(served)) for index, count in enumerate(served)}
+
     def _pick(self) -> int:
         weights = [source.weight for source in self.sources]
         share = derive_seed(self._seed, "mix", self._rank, self._draws) / SEED_RANGE * sum(weights)

@@ -119,6 +119,10 @@ def without_stale(group: Group, version: int, bound: int) -> Group:
     return replace(group, outcomes=tuple(outcomes)) if group.outcomes else group
 
 
+SEED_RANGE = 1 << 63
+"""``derive_seed`` returns values below this."""
+
+
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed that depends on every part and on nothing else (not on ``PYTHONHASHSEED``)."""
     text = "\x1f".join(str(part) for part in parts)

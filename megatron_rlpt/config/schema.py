@@ -90,6 +90,13 @@ class SourceFormat(enum.StrEnum):
     hf = "hf"
 
 
+class MixBy(enum.StrEnum):
+    """What the weights of data sources are shares of."""
+
+    tokens = "tokens"
+    documents = "documents"
+
+
 class Decay(enum.StrEnum):
     """Shape of the learning-rate decay after warm-up."""
 
@@ -155,7 +162,7 @@ class SourceConfig:
     field: str = "text"
     """Name of the record field (JSON, Parquet, hf) that holds the document's text; dots lead into nested records."""
     weight: float = 1.0
-    """Relative share of documents drawn from this source."""
+    """Relative share of this source, of what ``data.mix_by`` says."""
     split: str = "train"
     """Split to stream, for ``format: hf``."""
     subset: str = ""
@@ -168,6 +175,9 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     """Corpora to mix by weight."""
+    mix_by: MixBy = MixBy.tokens
+    """What weights are shares of: trained tokens (all episodes have as many, so it is the share of episodes, whatever
+    the lengths of documents), or documents drawn, where a source of longer documents has more tokens."""
     heldout: list[SourceConfig] = field(default_factory=list)
     """Documents never trained on, for ``rlpt evaluate``."""
     suffix_length: int = 128
@@ -179,7 +189,8 @@ class DataConfig:
     episodes_per_document: int = 0
     """Most episodes cut from one document, evenly spread over it; 0 takes every chunk."""
     shuffle_buffer: int = 4096
-    """Episodes held in the deterministic shuffle buffer; 1 keeps corpus order."""
+    """Episodes held in the deterministic shuffle buffer, filled from up to 64 documents by turns and divided among the
+    sources by weight (at least 1 each); 1 keeps the order of a source."""
     max_bad_fraction: float = 0.01
     """Share of malformed records, or of the bytes of a source that cannot be read, above which the run stops; below it
     they are quarantined and counted."""

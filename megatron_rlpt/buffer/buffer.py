@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_rlpt.records import Group
+from megatron_rlpt.records import Failed, Group
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,12 @@ class RolloutBuffer(Protocol):
         """
         ...
 
-    def take(self, epoch: int, first: int, count: int) -> list[Group] | Pending:
+    def take(self, epoch: int, first: int, count: int) -> list[Group | Failed] | Pending:
         """Groups ``first`` to ``first + count - 1`` with their outcomes, once all of them are finished or dead.
 
-        Every candidate of a dead group is ``Failed`` with the reason. Taking the same numbers again gives the same.
-        Numbers below ``first`` count as taken too.
+        Every candidate of a dead group is ``Failed`` with the reason; in place of a group that cannot be read stands
+        why. Taking the same numbers again gives the same. Numbers below ``first`` count as taken, also while the
+        others are waited for.
 
         Raises:
             BufferConflictError: another trainer has attached.
@@ -155,11 +156,11 @@ class RolloutBuffer(Protocol):
         """
         ...
 
-    def retry(self, epoch: int, sequences: Sequence[int]) -> None:
+    def retry(self, epoch: int, items: Sequence[tuple[int, Group]]) -> None:
         """Have finished or dead groups judged once more, without what their judges were answered before.
 
-        They have all their attempts again and, with all numbers above the lowest of them, count as not yet taken.
-        Numbers that are queued, leased or not there stay as they are.
+        They are put anew as they are given, have all their attempts again and, with all numbers above the lowest of
+        them, count as not yet taken. Numbers that are queued, leased or not there stay as they are.
 
         Raises:
             BufferConflictError: another trainer has attached.
@@ -180,7 +181,8 @@ class RolloutBuffer(Protocol):
         """Up to ``count`` groups that nobody has, oldest first, on loan for ``seconds``; none while draining.
 
         ``lease`` is a token that the worker makes up for this call; the same call again gives the same groups, as far
-        as they are still on that loan. A group whose lease expired ``max_attempts`` times is dead.
+        as they are still on that loan. A group whose lease expired ``max_attempts`` times is dead. One that cannot be
+        read goes back with that reason.
         """
         ...
 

@@ -176,6 +176,7 @@ function operations.take(epoch, first, count)
   if tonumber(first) < acknowledged then
     refuse('acknowledged', first, acknowledged)
   end
+  redis.call('HSET', base, 'next', digits(math.max(field('next'), first)))
   expire()
   local waiting, missing, ready = { queued = 0, leased = 0 }, {}, {}
   for number = tonumber(first), finish - 1 do
@@ -200,15 +201,16 @@ function operations.take(epoch, first, count)
   return { 'ready', entries }
 end
 
--- Arguments after the epoch: numbers.
+-- Arguments after the epoch: number, episode and payload of every group.
 function operations.retry(epoch)
   fence(epoch)
   local following = field('next')
-  for at = 3, #ARGV do
+  for at = 3, #ARGV, 3 do
     local n = ARGV[at]
     local state = redis.call('HGET', key('group', n), 'state')
     if state == 'finished' or state == 'dead' then
       redis.call('DEL', key('replies', n))
+      redis.call('HSET', key('group', n), 'episode', ARGV[at + 1], 'payload', ARGV[at + 2])
       queue_again(n)
       following = math.min(following, tonumber(n))
     end

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_rlpt.buffer.buffer import Work
-from megatron_rlpt.errors import BufferConflictError
+from megatron_rlpt.buffer.codec import decode_group
+from megatron_rlpt.errors import BufferConflictError, BufferUnavailableError, first_line
 from megatron_rlpt.records import Failed, Group
 
+CAME_BACK = "came back"
+"""How the reason of every group begins that did not come back as it should."""
+UNREADABLE = "record cannot be read"
+"""Reason of a group that is damaged in the store."""
 LEASE_EXPIRED = "lease expired"
 """Reason of a group that no worker finished in time."""
 
@@ -45,10 +50,21 @@ def check_result(work: Work, group: Group) -> None:
 
 def given_up(group: Group, reason: str, attempts: int) -> Group:
     """A dead group as the trainer gets it: every candidate failed, or the rewrite that was to be the only one."""
-    failed = Failed(reason, {"attempts": attempts})
+    failure = Failed(reason, {"attempts": attempts})
     if not group.candidates:
-        return replace(group, rewrite_failure=failed)
-    return replace(group, outcomes=(failed,) * len(group.candidates))
+        return replace(group, rewrite_failure=failure)
+    return replace(group, outcomes=(failure,) * len(group.candidates))
+
+
+def read_result(state: str, reason: str, attempts: int, data: bytes, where: str) -> Group | Failed:
+    """A finished or dead group as the trainer gets it, or why it cannot be read."""
+    try:
+        group = decode_group(data, where)
+    except BufferUnavailableError as error:
+        if state == "dead":
+            return Failed(reason, {"attempts": attempts, "record": first_line(error)})
+        return Failed(f"{CAME_BACK} unreadable", {"record": first_line(error)})
+    return given_up(group, reason, attempts) if state == "dead" else group
 
 
 def shown_state(state: str, sequence: int, following: int) -> str:

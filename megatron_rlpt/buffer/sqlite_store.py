@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_rlpt.buffer import rules
 from megatron_rlpt.buffer.buffer import Dead, Entry, Pending, Stats, Work
-from megatron_rlpt.buffer.codec import decode_group, decode_text, encode_group, encode_text
+from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, decode_text, encode_group, encode_text
 from megatron_rlpt.buffer.sqlite_file import SqliteFile
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.records import Group
+from megatron_rlpt.records import Failed, Group
 
 _PAGE = 64
 """Groups that ``entries`` reads at once."""
@@ -93,7 +93,7 @@ class SqliteBuffer:
                     raise rules.other_episode(sequence, row["episode"], episode)
         return len(encoded)
 
-    def take(self, epoch: int, first: int, count: int) -> list[Group] | Pending:
+    def take(self, epoch: int, first: int, count: int) -> list[Group | Failed] | Pending:
         """See ``RolloutBuffer.take``."""
         with self._file.writing() as db:
             meta = self._meta(db, epoch)
@@ -101,6 +101,7 @@ class SqliteBuffer:
                 raise rules.acknowledged_already(first, meta["acknowledged"])
             self._expire(db)
             wanted = {"first": first, "end": first + count}
+            self._execute(db, "UPDATE buffers SET next = max(next, :first) WHERE name = :name", **wanted)
             between = "buffer = :name AND sequence >= :first AND sequence < :end"
             states = dict(self._execute(db, f"SELECT sequence, state FROM groups WHERE {between}", **wanted))
             waiting = [state for state in states.values() if state in ("queued", "leased")]
@@ -109,19 +110,30 @@ class SqliteBuffer:
                 return Pending(waiting.count("queued"), waiting.count("leased"), missing)
             rows = self._execute(db, f"{_ENTRIES} WHERE {between} ORDER BY sequence", **wanted).fetchall()
             self._execute(db, "UPDATE buffers SET next = max(next, :end) WHERE name = :name", **wanted)
-        return [self._entry(row, 0).group for row in rows]
+        return [
+            rules.read_result(state, reason, attempts, result or payload, f"group {sequence}")
+            for sequence, state, attempts, _, reason, payload, result in rows
+        ]
 
-    def retry(self, epoch: int, sequences: Sequence[int]) -> None:
+    def retry(self, epoch: int, items: Sequence[tuple[int, Group]]) -> None:
         """See ``RolloutBuffer.retry``."""
+        encoded = [(sequence, group.episode.id, encode_group(group)) for sequence, group in items]
         with self._file.writing() as db:
             self._meta(db, epoch)
-            again = [n for n in sequences if (row := self._row(db, n)) and row["state"] in ("finished", "dead")]
-            for sequence in again:
+            lowest = None
+            for sequence, episode, data in encoded:
+                row = self._row(db, sequence)
+                if row is None or row["state"] not in ("finished", "dead"):
+                    continue
                 self._queue_again(db, sequence)
                 for table in ("results", "replies"):
                     self._execute(db, f"DELETE FROM {table} WHERE buffer = :name AND sequence = :n", n=sequence)
-            if again:
-                self._execute(db, "UPDATE buffers SET next = min(next, :n) WHERE name = :name", n=min(again))
+                which = "buffer = :name AND sequence = :n"
+                self._execute(db, f"UPDATE groups SET episode = :id WHERE {which}", n=sequence, id=episode)
+                self._execute(db, f"UPDATE payloads SET data = :data WHERE {which}", n=sequence, data=data)
+                lowest = sequence if lowest is None else min(lowest, sequence)
+            if lowest is not None:
+                self._execute(db, "UPDATE buffers SET next = min(next, :n) WHERE name = :name", n=lowest)
 
     def acknowledge(self, epoch: int, end: int) -> None:
         """See ``RolloutBuffer.acknowledge``."""
@@ -171,7 +183,11 @@ class SqliteBuffer:
         rules.check_seconds(seconds)
         with self._file.writing() as db:
             self._expire(db)
-            return [work for work in works if self._change(db, work, "expires = :until", until=time.time() + seconds)]
+            return [
+                work
+                for work in works
+                if self._change(db, *_loan(work), "expires = :until", until=time.time() + seconds)
+            ]
 
     def complete(self, work: Work, group: Group) -> bool:
         """See ``RolloutBuffer.complete``."""
@@ -197,11 +213,7 @@ class SqliteBuffer:
 
     def give_back(self, work: Work, reason: str = "") -> None:
         """See ``RolloutBuffer.give_back``."""
-        with self._file.writing() as db:
-            if not reason:
-                self._change(db, work, "state = 'queued', attempts = attempts - 1, worker = '', lease = ''")
-            elif self._change(db, work, "expires = 0"):
-                self._end_lease(db, work.sequence, reason)
+        self._give_back(*_loan(work), reason)
 
     def recall(self, sequence: int) -> dict[str, str]:
         """See ``RolloutBuffer.recall``."""
@@ -312,6 +324,14 @@ class SqliteBuffer:
         """See ``RolloutBuffer.close``."""
         self._file.close()
 
+    def _give_back(self, sequence: int, worker: str, lease: str, ticket: int, reason: str) -> None:
+        loan = (sequence, worker, lease, ticket)
+        with self._file.writing() as db:
+            if not reason:
+                self._change(db, *loan, "state = 'queued', attempts = attempts - 1, worker = '', lease = ''")
+            elif self._change(db, *loan, "expires = 0"):
+                self._end_lease(db, sequence, reason)
+
     # Steps inside a transaction.
 
     def _execute(self, db: sqlite3.Connection, sql: str, **values: object) -> sqlite3.Cursor:
@@ -350,13 +370,22 @@ class SqliteBuffer:
         for table in ("groups", "payloads", "results", "replies"):
             self._execute(db, f"DELETE FROM {table} WHERE {where}", below=below)
 
-    def _change(self, db: sqlite3.Connection, work: Work, change: str, **values: object) -> bool:
-        """Change the row of a group that is still on loan as ``work``; whether it is."""
+    def _change(
+        self,
+        db: sqlite3.Connection,
+        sequence: int,
+        worker: str,
+        lease: str,
+        ticket: int,
+        change: str,
+        **values: object,
+    ) -> bool:
+        """Change the row of a group that is still on this loan; whether it is."""
         sql = (
             f"UPDATE groups SET {change} WHERE buffer = :name AND sequence = :n AND state = 'leased'"
             " AND lease = :lease AND ticket = :ticket AND worker = :worker"
         )
-        whose = {"n": work.sequence, "lease": work.lease, "ticket": work.ticket, "worker": work.worker}
+        whose = {"n": sequence, "lease": lease, "ticket": ticket, "worker": worker}
         return self._execute(db, sql, **whose, **values).rowcount == 1
 
     def _expire(self, db: sqlite3.Connection) -> None:
@@ -402,6 +431,10 @@ class SqliteBuffer:
         if state == "dead":
             group = rules.given_up(group, reason, attempts)
         return Entry(sequence, rules.shown_state(state, sequence, following), attempts, worker, group)
+
+
+def _loan(work: Work) -> tuple[int, str, str, int]:
+    return work.sequence, work.worker, work.lease, work.ticket
 
 
 _TAKEN = "state IN ('finished', 'dead') AND sequence < :next"

@@ -62,7 +62,7 @@ def test_a_result_may_have_candidates_that_were_not_put(buffer):
     more = replace(more, outcomes=(*more.outcomes, Failed("no rewrite")), rewrite_failure=Failed("why", {"n": 1}))
     buffer.complete(work, more)
     assert buffer.take(epoch, 0, 1) == [more]
-    buffer.retry(epoch, [0])
+    buffer.retry(epoch, items(0))
     assert buffer.claim("w", 1, LONG, "again")[0].group == group(0)
 
 
@@ -166,7 +166,7 @@ def test_many_groups_in_one_call(buffer, monkeypatch):
     for work in works:
         buffer.give_back(work, "no")
         buffer.complete(work, judged(work.group))
-    buffer.retry(epoch, range(1000))
+    buffer.retry(epoch, items(*range(1000)))
     assert buffer.stats().queued == 1000
     buffer.acknowledge(epoch, 1000)
     assert buffer.stats().queued == 0
@@ -366,7 +366,7 @@ def test_retry_has_groups_judged_anew(buffer):
         buffer.remember(number, {"key": "old answer"})
     assert not isinstance(buffer.take(epoch, 0, 3), Pending)
     for _ in range(2):
-        buffer.retry(epoch, [1, 2, 3, 9])
+        buffer.retry(epoch, items(1, 2, 3, 9))
         # 3 was dead by then as well; 0 stays judged, and taken
         assert [entry.state for entry in buffer.entries()] == ["taken", "queued", "queued", "queued"]
         assert [entry.group for entry in buffer.entries(1)] == [group(1), group(2), group(3)]
@@ -383,7 +383,7 @@ def test_retry_leaves_groups_alone_that_are_being_judged(buffer):
     buffer.put(epoch, items(0, 1))
     (work,) = buffer.claim("w", 1, LONG, "lease")
     buffer.remember(0, {"key": "answer"})
-    buffer.retry(epoch, [0, 1])
+    buffer.retry(epoch, items(0, 1))
     assert buffer.recall(0) == {"key": "answer"}
     assert buffer.complete(work, judged(work.group))
 
@@ -399,7 +399,7 @@ def test_an_earlier_trainer_is_refused(buffer, opened):
     for forbidden in (
         lambda: buffer.put(old, items(1)),
         lambda: buffer.take(old, 0, 1),
-        lambda: buffer.retry(old, [0]),
+        lambda: buffer.retry(old, items(0)),
         lambda: buffer.acknowledge(old, 1),
     ):
         with pytest.raises(BufferConflictError, match="another trainer has attached"):
@@ -685,4 +685,4 @@ def test_a_worker_is_told_how_often_a_group_was_sent_back(buffer):
         works = buffer.claim("w", 1, LONG, f"lease-{again}")
         assert [(work.sequence, work.again, work.attempt) for work in works] == [(0, again, 1)]
         buffer.complete(works[0], judged(works[0].group))
-        buffer.retry(epoch, [0])
+        buffer.retry(epoch, items(0))

@@ -252,7 +252,7 @@ def test_an_operation_whose_answer_was_lost_is_answered_as_if_it_were_not(server
     losing(lambda: buffer.give_back(work, "no"))
     assert buffer.claim("w", 1, LONG, "lease 3")[0].attempt == 2
     assert losing(lambda: buffer.take(epoch, 0, 1)) == [judged(group(0))]
-    losing(lambda: buffer.retry(epoch, [0]))
+    losing(lambda: buffer.retry(epoch, items(0)))
     losing(lambda: buffer.acknowledge(epoch, 1))
     assert [entry.sequence for entry in buffer.entries()] == [1]
 

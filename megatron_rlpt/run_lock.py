@@ -210,8 +210,8 @@ class RunLock:
         with contextlib.suppress(OSError):
             if (other := self._look().holder) is not None:
                 return CheckpointError(
-                    f"another trainer ({other.describe()}) has taken over run.dir {self._run}, because this one did not "
-                    f"renew its lock for {self._limit:g} s; it stops and writes nothing more"
+                    f"another trainer ({other.describe()}) has taken over run.dir {self._run}, because this one did "
+                    f"not renew its lock for {self._limit:g} s; it stops and writes nothing more"
                 )
         return CheckpointError(f"run.dir {self._run} was moved or removed while this trainer held it; it stops")
 

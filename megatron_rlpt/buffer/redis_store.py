@@ -73,13 +73,33 @@ class RedisBuffer:
 
     # What the trainer does.
 
-    def attach(self, run: str, cursor: int, *, capacity: int, max_attempts: int, replace: bool = False) -> int:
+    def attach(
+        self,
+        run: str,
+        cursor: int,
+        *,
+        capacity: int,
+        max_attempts: int,
+        replace: bool = False,
+        holder: str = "",
+        seconds: float = 0.0,
+        over: str = "",
+    ) -> int:
         """See ``RolloutBuffer.attach``."""
         rules.check_attach(run, cursor, capacity, max_attempts)
-        answer = self._connection.call("attach", run, cursor, capacity, max_attempts, int(replace))
+        self._call("open", FORMAT, 1)  # the server may have been emptied
+        answer = self._connection.call(
+            "attach", run, cursor, capacity, max_attempts, int(replace), holder, _milliseconds(seconds), over
+        )
+        if answer[0] == b"held":
+            raise rules.held_by_another(answer[1].decode(), int(answer[2]) / 1000)
         if answer[0] == b"run":
             raise rules.other_run(answer[1].decode(), run, answer[2])
         return int(answer[1])
+
+    def hold(self, epoch: int, holder: str, seconds: float) -> None:
+        """See ``RolloutBuffer.hold``."""
+        _checked(self._connection.call("hold", epoch, holder, _milliseconds(seconds)), epoch)
 
     def put(self, epoch: int, items: Sequence[tuple[int, Group]]) -> int:
         """See ``RolloutBuffer.put``."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_rlpt.buffer.rules import CAME_BACK
 from megatron_rlpt.observe.jsonl import finite
-from megatron_rlpt.records import Candidate, Cost, Failed, Group, Score, Source
+from megatron_rlpt.records import Candidate, Cost, Failed, Group, Source
 from megatron_rlpt.teacher.health import judge_health
 
 
@@ -63,15 +63,15 @@ def failed(group: Group, failure: Failed) -> Group:
 
 
 def flaw_of(group: Group, vocab: int) -> str:
-    """What is wrong with a group that was written down earlier, wherever it was kept; empty if nothing is."""
+    """How a group of a checkpoint comes back that this run cannot learn from; empty if it can."""
     episode = group.episode
     sequences: list[Sequence[Any]] = [episode.prefix, episode.suffix, *(c.tokens for c in group.candidates)]
     if not all(_are_tokens(tokens, vocab) for tokens in sequences):
-        return f"token ids that are not below {vocab}"
+        return f"with token ids that are not below {vocab}"
     for candidate in group.candidates:
         logprobs = candidate.logprobs
         if logprobs is not None and (len(logprobs) != len(candidate.tokens) or not all(map(_is_finite, logprobs))):
-            return "log-probabilities that are not one number per token"
+            return "with log-probabilities that are not one number per token"
     return _flaw_of_outcomes(group) if group.outcomes else ""
 
 

@@ -49,10 +49,22 @@ class SqliteBuffer:
 
     # What the trainer does.
 
-    def attach(self, run: str, cursor: int, *, capacity: int, max_attempts: int, replace: bool = False) -> int:
+    def attach(
+        self,
+        run: str,
+        cursor: int,
+        *,
+        capacity: int,
+        max_attempts: int,
+        replace: bool = False,
+        holder: str = "",
+        seconds: float = 0.0,
+        over: str = "",
+    ) -> int:
         """See ``RolloutBuffer.attach``."""
         rules.check_attach(run, cursor, capacity, max_attempts)
         with self._file.writing() as db:
+            self._require_unheld(db, holder, over)
             meta = self._meta(db)
             if meta["run"] != run:
                 held = self._count(db, "groups")
@@ -73,7 +85,14 @@ class SqliteBuffer:
                 capacity=capacity,
                 max_attempts=max_attempts,
             )
+            self._hold(db, holder, seconds)
         return epoch
+
+    def hold(self, epoch: int, holder: str, seconds: float) -> None:
+        """See ``RolloutBuffer.hold``."""
+        with self._file.writing() as db:
+            self._meta(db, epoch)
+            self._hold(db, holder, seconds)
 
     def put(self, epoch: int, items: Sequence[tuple[int, Group]]) -> int:
         """See ``RolloutBuffer.put``."""
@@ -173,10 +192,15 @@ class SqliteBuffer:
                 f" WHERE {mine} ORDER BY sequence",
                 **whose,
             ).fetchall()
-        return [
-            Work(number, decode_group(data, f"group {number}"), attempt, lease, ticket, worker, again)
-            for number, attempt, ticket, again, data in rows
-        ]
+        works = []
+        for number, attempt, ticket, again, data in rows:
+            try:
+                group = decode_group(data, f"group {number}")
+            except DamagedRecordError:
+                self._give_back(number, worker, lease, ticket, rules.UNREADABLE)
+            else:
+                works.append(Work(number, group, attempt, lease, ticket, worker, again))
+        return works
 
     def renew(self, works: Sequence[Work], seconds: float) -> list[Work]:
         """See ``RolloutBuffer.renew``."""
@@ -340,10 +364,27 @@ class SqliteBuffer:
     def _meta(self, db: sqlite3.Connection, epoch: int | None = None) -> dict[str, Any]:
         """The buffer's own row; with an epoch, only for the trainer who has it."""
         cursor = self._execute(db, "SELECT * FROM buffers WHERE name = :name")
-        meta = dict(zip((column[0] for column in cursor.description), cursor.fetchone(), strict=True))
+        row = cursor.fetchone()
+        if row is None:
+            # The file was removed, or restored from before this buffer was in it: it begins anew.
+            self._execute(db, "INSERT INTO buffers (name) VALUES (:name)")
+            row = self._execute(db, "SELECT * FROM buffers WHERE name = :name").fetchone()
+        meta = dict(zip((column[0] for column in cursor.description), row, strict=True))
         if epoch is not None and meta["epoch"] != epoch:
             raise rules.wrong_epoch(epoch, meta["epoch"])
         return meta
+
+    def _require_unheld(self, db: sqlite3.Connection, holder: str, over: str) -> None:
+        sql = "SELECT value, expires FROM announcements WHERE buffer = :name AND kind = :kind AND expires > :now"
+        row = self._execute(db, sql, kind=rules.HOLDER, now=time.time()).fetchone()
+        if row is not None and row[0] not in (holder, over):
+            raise rules.held_by_another(*row)
+
+    def _hold(self, db: sqlite3.Connection, holder: str, seconds: float) -> None:
+        self._execute(db, "DELETE FROM announcements WHERE buffer = :name AND kind = :kind", kind=rules.HOLDER)
+        if holder:
+            sql = "INSERT INTO announcements VALUES (:name, :kind, :kind, :holder, :until)"
+            self._execute(db, sql, kind=rules.HOLDER, holder=holder, until=time.time() + seconds)
 
     def _row(self, db: sqlite3.Connection, sequence: int) -> dict[str, Any] | None:
         columns = ("episode", "state", "attempts", "ticket")

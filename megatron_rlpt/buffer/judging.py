@@ -80,6 +80,7 @@ class ThroughBuffer:
         """
         self._buffer = buffer
         self._ranks = ranks
+        self._capacity = capacity
         self._expected = expected
         self._max_failure_rate, self._max_pause = max_failure_rate, max_pause
         self._stopping = stopping
@@ -198,6 +199,10 @@ class ThroughBuffer:
             self._submitted |= dict(items[:accepted])
             if not (items := items[accepted:]):
                 return
+            if items[0][0] < self._cursor + self._capacity:
+                # The store says to be full and cannot be: it has lost what was taken from it last.
+                self._store.restore()
+                continue
             # Full: the trainer has to take something first.
             self._sleep(until_next_look(self._clock() - start, *_POLL))
 

@@ -152,7 +152,7 @@ def test_the_trainer_puts_back_what_is_missing_and_goes_on(store, opened, how, c
     assert [collect(judging, step) for step in (2, 3)] == [expected(2), expected(3)]
     assert worker.announced(SETTINGS) == {"trainer": '{"seed": 1}'}
     told = [record for record in caplog.records if "came back older" in record.message]
-    assert len(told) == 1
+    assert len(told) == 1, [record.fields for record in told]
     assert (told[0].fields["lost"], told[0].fields["groups"]) == (BATCH, BATCH)
     judging.acknowledge(4 * BATCH)
     assert (worker.stats().acknowledged, worker.stats().queued) == (4 * BATCH, 0)

@@ -204,6 +204,9 @@ class CheckpointStore:
                 if damaged:
                     self._on_main(folder, lambda: folders.mark_damaged(damaged))
                 return found
+            if not self._on_main(folder, folder.exists):
+                # Whoever only reads may meet a trainer that has published a newer one and swept this one away.
+                return self.latest(allow_previous)
             before = self._folder / names[index - 1] if index else None
             if not allow_previous or before is None:
                 way_on = (

@@ -120,8 +120,11 @@ def collect(judging, step):
     return [one.outcomes[0].value for one in found]
 
 
-def work_off(buffer: RolloutBuffer, lease=itertools.count()):
-    works = buffer.claim("w", 100, 60.0, f"lease-{next(lease)}")
+_leases = itertools.count()
+
+
+def work_off(buffer: RolloutBuffer):
+    works = buffer.claim("w", 100, 60.0, f"lease-{next(_leases)}")
     for work in works:
         buffer.complete(work, judged(work.group, float(work.sequence)))
     return [work.sequence for work in works]

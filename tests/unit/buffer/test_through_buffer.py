@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -305,3 +306,49 @@ def test_rewrites_that_were_given_up_are_tried_again_when_they_are_too_many(thro
     while groups is None:
         groups = judging.collect(0, 2, 0)
     assert [one.candidates for one in groups] == [(rewrite,)] * 2
+
+
+def test_a_second_trainer_of_the_name_is_refused_while_the_first_lives(through):
+    first = through()
+    first.start(0, {})
+    for run, drop in (("run-a", False), ("run-b", False), ("run-b", True)):
+        with pytest.raises(BufferConflictError, match=r"another trainer that is alive \(process \d+ on "):
+            through(run=run, replace=drop).start(0, {})
+    first.submit(0, [group(0)])
+    first.close()
+    through(run="run-b", replace=True).start(0, {})
+
+
+ELSEWHERE = replace(Holder.me(), host="node17", machine="another machine")
+
+
+def test_one_on_another_machine_is_waited_for_and_refuses_the_second_if_it_renews(through, clock, opened):
+    first = through(holder=ELSEWHERE)
+    first.start(0, {})
+    other = opened()
+    renewed = []
+
+    def renew():
+        if clock.now > 3 and not renewed:
+            renewed.append(first._store.call(lambda epoch: other.hold(epoch, str(ELSEWHERE), 60.0)))
+
+    clock.on_sleep = renew
+    with pytest.raises(BufferConflictError, match=r"alive \(process \d+ on node17\)"):
+        through().start(0, {})
+    assert renewed
+
+
+def test_one_that_renews_nothing_any_more_is_taken_over_and_locked_out(through, monkeypatch):
+    monkeypatch.setattr("megatron_rlpt.buffer.attachment.HOLD", 0.3)
+    first = through(holder=ELSEWHERE)
+    first.start(0, {})
+    second = through()
+    second._attachment._sleep = threading.Event().wait
+    second._attachment._clock = time.monotonic
+    second.start(0, {})
+    with pytest.raises(BufferConflictError, match="another trainer has attached"):
+        first.submit(0, [group(0)])
+    first.close()
+    second.submit(0, [group(0)])
+    with pytest.raises(BufferConflictError, match="alive"):
+        through().start(0, {})

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rlpt.buffer.judging import ThroughBuffer
 from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.buffer.returned import Expected
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.checkpoint import CheckpointStore
-from megatron_rlpt.config import Config, judged_by_workers, needs_judge
+from megatron_rlpt.config import Config, flatten, judged_by_workers, needs_judge
 from megatron_rlpt.curriculum import Curriculum
 from megatron_rlpt.data import EpisodeStream, survey
 from megatron_rlpt.errors import ModelError
@@ -24,6 +26,7 @@ from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.recording import RunSaver
 from megatron_rlpt.rollout.build import build_residency, engine_count, may_generate_beside, start_policy_engine
+from megatron_rlpt.run_record import is_extendable
 from megatron_rlpt.stopping import StopRequest
 from megatron_rlpt.teacher.agreement import judged_by
 from megatron_rlpt.teacher.build import Teacher, build_teacher
@@ -43,6 +46,7 @@ def build(
     *,
     run: str,
     replace: bool,
+    published: Callable[[], None],
 ) -> Training:
     """Build every part of a run at step 0. What can fail on bad input comes before what takes long to load.
 
@@ -56,10 +60,11 @@ def build(
         timer: times the stages.
         run: id of the run.
         replace: whether groups of an earlier run of the same name may be dropped from a rollout buffer.
+        published: called on all ranks after every checkpoint.
     """
     stream = ranks.everywhere(lambda: _open_corpus(config, tokenizer, ranks), "the opening of the corpus")
     stop = StopRequest(Path(config.run.dir), ranks)
-    judges = _to_workers(config, ranks, run, replace, stop) if judged_by_workers(config) else None
+    judges = _to_workers(config, ranks, run, replace, stop, tokenizer.size) if judged_by_workers(config) else None
     objective = build_objective(config.objective)
     policy = ranks.everywhere(lambda: Policy(config, objective, runtime), "the end of loading the policy")
     ranks.everywhere(lambda: policy.check_start(config), "the end of comparing the policy with transformers")
@@ -92,10 +97,12 @@ def build(
         batch=config.train.global_batch,
         # Workers begin with what the engines generate at once; a judge in the trainer is best asked once.
         part=_wave(config, ranks) if judges else config.train.global_batch,
-        steps=config.train.steps,
+        # A run that may be made longer ends as the longer one would be at that step: with its next batches proposed.
+        steps=None if is_extendable(flatten(config)) else config.train.steps,
         staleness=config.train.staleness,
         background=background,
         timer=timer,
+        vocab=read_architecture(Path(config.model.path)).vocab,
     )
     return Training(
         config,
@@ -105,13 +112,13 @@ def build(
         engine,
         build_residency(config, engine, policy, ranks),
         observer,
-        RunSaver(config, store, pipeline, policy),
+        RunSaver(config, store, pipeline, policy, published),
         timer,
         stop,
     )
 
 
-def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: StopRequest) -> Judging:
+def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: StopRequest, vocab: int) -> Judging:
     buffer = ranks.everywhere(
         lambda: open_buffer(config, stopping=stop.asked_here) if ranks.is_main else None,
         "the opening of the rollout buffer",
@@ -125,7 +132,12 @@ def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: Sto
         capacity=(config.train.staleness + 1) * config.train.global_batch,
         max_attempts=config.teacher.workers.max_attempts,
         settings=judged_by(config),
-        judged=needs_judge(config.objective.name),
+        expected=Expected(
+            config.data.suffix_length,
+            vocab,
+            judged=needs_judge(config.objective.name),
+            rewrite=config.candidates.rewrite,
+        ),
         max_failure_rate=config.teacher.max_failure_rate,
         max_pause=config.buffer.max_pause,
         stopping=stop.asked_here,

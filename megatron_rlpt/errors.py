@@ -77,3 +77,16 @@ class BufferConflictError(RlptError):
     """The rollout buffer belongs to another run, or another trainer has taken it over."""
 
     exit_code = 9
+
+
+class BufferForgotError(BufferConflictError):
+    """The rollout buffer does not know its trainer any more: it was emptied, or came back older than it was."""
+
+
+class BufferHeldError(BufferConflictError):
+    """The rollout buffer belongs to a trainer that may be alive."""
+
+    def __init__(self, line: str, holder: str, until: float) -> None:
+        """``holder`` renewed its hold up to ``until``, in seconds since the Unix epoch by the store's clock."""
+        super().__init__(line)
+        self.holder, self.until = holder, until

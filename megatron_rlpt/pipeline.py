@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from megatron_rlpt.buffer.codec import decode_group, encode_group
+from megatron_rlpt.buffer.returned import flaw_of
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.curriculum import Curriculum
 from megatron_rlpt.data import EpisodeStream
@@ -38,10 +39,11 @@ class Pipeline:
         ranks: all ranks of the run.
         batch: episodes of a batch.
         part: episodes proposed at once; judges wait for a part, not for a batch.
-        steps: batches of the run.
+        steps: batches of the run; None proposes ahead also of the last.
         staleness: S.
         background: propose in a thread of its own.
         timer: times what is proposed in the background.
+        vocab: token ids of the policy are below this one.
     """
 
     def __init__(
@@ -54,10 +56,11 @@ class Pipeline:
         *,
         batch: int,
         part: int,
-        steps: int,
+        steps: int | None,
         staleness: int,
         background: bool,
         timer: StageTimer | None = None,
+        vocab: int = 1 << 31,
     ) -> None:
         self.stream = stream
         self.proposer = proposer
@@ -72,6 +75,7 @@ class Pipeline:
         self._work: Future[None] | None = None
         self._closed = threading.Event()
         self._restored: dict[int, Group] = {}
+        self._vocab = vocab
 
     def start(self, step: int) -> None:
         """Begin at ``step``, or go on there after ``load_state_dict``."""
@@ -86,7 +90,8 @@ class Pipeline:
             version: the policy version that the engine holds.
         """
         self.settle()
-        numbers = range(self._proposed, min(step + self._staleness + 1, self._steps))
+        end = step + self._staleness + 1
+        numbers = range(self._proposed, end if self._steps is None else min(end, self._steps))
         self._proposed = max(self._proposed, numbers.stop)
         # Now, not in the background: what is collected meanwhile must not change it.
         level = self.curriculum.level
@@ -143,11 +148,18 @@ class Pipeline:
 
         Raises:
             CheckpointError: corpus, tokenizer or settings of the stream have changed.
+            ValueError: a group on its way is not one that this run can learn from.
         """
         self.stream.load_state_dict(state["stream"])
         self.curriculum.load_state_dict(state["curriculum"])
         self._proposed = state["proposed"]
-        self._restored = {int(number): decode_group(bytes.fromhex(text)) for number, text in state["pending"].items()}
+        self._restored = {
+            int(number): decode_group(bytes.fromhex(text), f"group {number}")
+            for number, text in state["pending"].items()
+        }
+        for number, group in self._restored.items():
+            if flaw := flaw_of(group, self._vocab):
+                raise ValueError(f"group {number} comes back {flaw}")
 
     def figures(self) -> dict[str, float]:
         """What was read of the corpus so far; the same in every run once ``settle`` has returned."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.randomness import random_state
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Group
+from megatron_rlpt.run_lock import RunLock
 from megatron_rlpt.tokenizer import PolicyTokenizer
 
 _log = get_logger(__name__)
@@ -30,11 +31,19 @@ class RunObserver:
     progress: Progress
     metrics: MetricsWriter
     samples: SampleTable
+    lock: RunLock | None = None
+    """Without one nobody else could write these files."""
 
     def step(
         self, step: int, version: int, metrics: dict[str, float], groups: Sequence[Group], selection: Selection
     ) -> None:
-        """Record one step everywhere."""
+        """Record one step everywhere.
+
+        Raises:
+            CheckpointError: another trainer has taken the run folder over.
+        """
+        if self.lock is not None:
+            self.lock.check()
         self.metrics.write(step, version, metrics)
         self.samples.write(step, groups, _selected(selection))
         seconds = {name.removeprefix("seconds/"): v for name, v in metrics.items() if name.startswith("seconds/")}
@@ -51,16 +60,27 @@ class Unobserved:
 
 
 def observe_run(
-    config: Config, tokenizer: PolicyTokenizer, ranks: Ranks, start: int, stack: contextlib.ExitStack
+    config: Config,
+    tokenizer: PolicyTokenizer,
+    ranks: Ranks,
+    start: int,
+    stack: contextlib.ExitStack,
+    lock: RunLock | None,
 ) -> tuple[Observer, StageTimer]:
-    """Who is told of every step: on rank 0 display, files and trackers, elsewhere nobody."""
+    """Who is told of every step: on rank 0 display, files and trackers, elsewhere nobody.
+
+    Raises:
+        CheckpointError: another trainer has taken the run folder over; its files are not cut.
+    """
     if not ranks.is_main:
         return Unobserved(), stack.enter_context(StageTimer(None, start))
     folder = Path(config.run.dir)
+    if lock is not None:
+        lock.require()
     progress = stack.enter_context(Progress(config.train.steps, start))
     metrics = stack.enter_context(open_metrics(config, start))
     samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer.decode, start)
-    observer = RunObserver(progress, metrics, stack.enter_context(samples))
+    observer = RunObserver(progress, metrics, stack.enter_context(samples), lock)
     return observer, stack.enter_context(StageTimer(folder / "trace.jsonl", start, progress.stage))
 
 
@@ -72,6 +92,8 @@ class RunSaver:
     store: CheckpointStore
     pipeline: Pipeline
     policy: Policy
+    published: Callable[[], None]
+    """Called on all ranks after every checkpoint."""
 
     def save(self, done: int) -> None:
         """Publish a checkpoint after ``done`` steps, or begin to write it in the background."""
@@ -94,6 +116,7 @@ class RunSaver:
     def _report(self, published: Path | None) -> None:
         if published is not None:
             _log.info("checkpoint", path=published)
+            self.published()
             self.pipeline.acknowledge(step_of(published))
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_rlpt.build import build
 from megatron_rlpt.checkpoint import Checkpoint, CheckpointStore
+from megatron_rlpt.checkpoint.folders import published, step_of
 from megatron_rlpt.config import Config, flatten, to_yaml
 from megatron_rlpt.errors import CheckpointError, ConfigError
 from megatron_rlpt.huggingface import export_folder
@@ -26,17 +29,12 @@ from megatron_rlpt.randomness import seed_all, set_random_state
 from megatron_rlpt.ranks import Ranks, is_lost_contact, use_to_the_end
 from megatron_rlpt.recording import observe_run
 from megatron_rlpt.rollout.build import check_offload
+from megatron_rlpt.run_lock import FOLDER as LOCK
+from megatron_rlpt.run_lock import RunLock
+from megatron_rlpt.run_record import RunRecord, require_same_run, require_started
 from megatron_rlpt.tokenizer import PolicyTokenizer
 
 _log = get_logger(__name__)
-
-_MAY_CHANGE = ("observe.", "evaluation.", "data.heldout", "checkpoint.", "run.dir", "parallel.", "train.micro_batch",
-               "train.logprob_chunk", "train.recompute", "train.max_stall", "optimizer.offload", "rollout.max_batch",
-               "rollout.max_logprob_gap", "teacher.max_failure_rate", "data.max_bad_fraction",
-               "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
-               "teacher.kv_cache_gib", "teacher.workers.", "buffer.")  # fmt: skip
-"""Configuration that a resumed run may change, because it does not change what is learned; layout and micro-batch
-change the last bits of sums."""
 
 
 def run_training(config: Config, fresh: bool = False) -> None:
@@ -65,25 +63,44 @@ def run_training(config: Config, fresh: bool = False) -> None:
 
 def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> None:
     folder = Path(config.run.dir)
-    if fresh:
-        ranks.on_main(lambda: _move_aside(folder))
-    store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep, ranks, config.checkpoint.background)
-    checkpoint = _checkpoint_of(folder, store, config, ranks)
-    start = checkpoint.step if checkpoint else 0
-    if start >= config.train.steps and ranks.on_main(lambda: (folder / "export").is_dir()):
-        if ranks.is_main:
-            print(f"{folder} is complete ({start} of {config.train.steps} steps); its policy is in {folder}/export")
+    if not fresh and ranks.on_main(lambda: _is_complete(folder, config)):
+        _say_complete(folder, config.train.steps, config, ranks)
         return
-    ranks.on_main(lambda: _open_folder(folder, config))
-    ranks.everywhere(lambda: setup_logging(folder, rank=ranks.rank), "the opening of its log")
-    seed_all(config.run.seed)
     with contextlib.ExitStack() as stack:
+        # Held to the end, the export included; only rank 0 writes the run's files.
+        lock = RunLock(folder) if ranks.is_main else None
+        ranks.on_main(lambda: _hold(lock, folder, fresh))
+        if lock is not None:
+            stack.callback(lock.release)
+        fence = lock.require if lock else _no_fence
+        store = CheckpointStore(
+            folder / "checkpoints", config.checkpoint.keep, ranks, config.checkpoint.background, fence
+        )
+        record = ranks.on_main(lambda: RunRecord.read(folder))
+        checkpoint = _checkpoint_of(folder, store, record, config, ranks)
+        start = checkpoint.step if checkpoint else 0
+        if record is None and start >= config.train.steps and ranks.on_main(lambda: (folder / "export").is_dir()):
+            # Finished before run folders had a record.
+            _say_complete(folder, start, config, ranks)
+            return
+        ranks.on_main(lambda: _open_folder(folder, config, record, checkpoint))
+        ranks.everywhere(lambda: setup_logging(folder, rank=ranks.rank), "the opening of its log")
+        seed_all(config.run.seed)
         tokenizer = ranks.everywhere(lambda: PolicyTokenizer(config.model.path), "the end of loading the tokenizer")
         observer, timer = ranks.everywhere(
-            lambda: observe_run(config, tokenizer, ranks, start, stack), "the opening of metrics and samples"
+            lambda: observe_run(config, tokenizer, ranks, start, stack, lock), "the opening of metrics and samples"
         )
         run = build(
-            config, tokenizer, runtime, ranks, observer, store, timer, run=_run_id(folder, ranks), replace=fresh
+            config,
+            tokenizer,
+            runtime,
+            ranks,
+            observer,
+            store,
+            timer,
+            run=_run_id(folder, ranks),
+            replace=fresh,
+            published=lambda: ranks.on_main(lambda: _note(folder, checkpointed=True)),
         )
         stack.enter_context(store)
         stack.callback(run.pipeline.close)
@@ -92,8 +109,50 @@ def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> N
         run.pipeline.start(run.done)
         with run.stop.listening(), _watched(run, folder, ranks):
             train(run)
-        export(run.policy, Path(config.model.path), folder / "export", ranks)
+        export(run.policy, Path(config.model.path), folder / "export", ranks, fence)
+        ranks.on_main(lambda: _note(folder, exported=run.done))
     _log.info("run complete", steps=run.done, version=run.policy.version, export=folder / "export")
+
+
+def _no_fence() -> None:
+    """Other ranks than 0 publish nothing."""
+
+
+def _is_complete(folder: Path, config: Config) -> bool:
+    """Whether there is nothing left to do; changes nothing, so that a finished run can be asked at any time.
+
+    Raises:
+        CheckpointError: the folder holds another run.
+    """
+    record = RunRecord.read(folder)
+    steps = [step_of(path) for path in published(folder / "checkpoints")]
+    if record is None or record.exported is None or not steps or not (folder / "export").is_dir():
+        return False
+    require_same_run(folder, flatten(config), record.config, steps[-1])
+    return record.exported == config.train.steps == steps[-1]
+
+
+def _say_complete(folder: Path, done: int, config: Config, ranks: Ranks) -> None:
+    if ranks.is_main:
+        print(f"{folder} is complete ({done} of {config.train.steps} steps); its policy is in {folder}/export")
+
+
+def _hold(lock: RunLock | None, folder: Path, fresh: bool) -> None:
+    """Take the lock; with ``fresh``, of a folder with nothing in it.
+
+    Raises:
+        CheckpointError: another trainer holds the folder.
+    """
+    assert lock is not None
+    lock.take()
+    try:
+        if fresh and any(path.name != LOCK for path in folder.iterdir()):
+            target = _free_name(folder)
+            lock.move_aside(target)
+            print(f"moved {folder} to {target}")
+    except BaseException:
+        lock.release()
+        raise
 
 
 def _watched(run: Training, folder: Path, ranks: Ranks) -> Liveness:
@@ -107,14 +166,15 @@ def _watched(run: Training, folder: Path, ranks: Ranks) -> Liveness:
     )
 
 
-def export(policy: Policy, source: Path, target: Path, ranks: Ranks) -> None:
+def export(policy: Policy, source: Path, target: Path, ranks: Ranks, fence: Callable[[], None] = _no_fence) -> None:
     """Write the policy as a Hugging Face folder; rank 0 does, and all ranks give their part of the weights.
 
     Raises:
-        CheckpointError: rank 0 could not write; the same on every rank.
+        CheckpointError: rank 0 could not write, or ``fence`` says that it must not; the same on every rank.
     """
 
     def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        fence()
         export_folder(weights, source, target)
 
     ranks.everywhere(
@@ -177,40 +237,48 @@ def _run_id(folder: Path, ranks: Ranks) -> str:
     return ranks.on_main(read)
 
 
-def _open_folder(folder: Path, config: Config) -> None:
+def _open_folder(folder: Path, config: Config, record: RunRecord | None, checkpoint: Checkpoint | None) -> None:
+    exported = record.exported if record and checkpoint else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"run.dir {folder} cannot be written ({error}); choose another folder") from error
+    RunRecord(flatten(config), checkpoint is not None, exported).write(folder)
 
 
-def _checkpoint_of(folder: Path, store: CheckpointStore, config: Config, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint to go on from; a folder with a run in it but no checkpoint is not silently started over."""
+def _note(folder: Path, **changes: Any) -> None:
+    """Change the run's record, unless it says so already."""
+    record = RunRecord.read(folder) or RunRecord()
+    changed = dataclasses.replace(record, **changes)
+    if changed != record:
+        changed.write(folder)
+
+
+def _checkpoint_of(
+    folder: Path, store: CheckpointStore, record: RunRecord | None, config: Config, ranks: Ranks
+) -> Checkpoint | None:
+    """The checkpoint to go on from. Without one the run starts over, if it never had one.
+
+    Raises:
+        CheckpointError: the folder holds another run, or its checkpoints are gone or damaged.
+    """
     checkpoint = store.latest(config.checkpoint.allow_previous)
+    if checkpoint is not None:
+        require_same_run(folder, flatten(config), checkpoint.state["config"], checkpoint.step)
+        return checkpoint
     metrics = folder / "metrics.jsonl"
-    if checkpoint is None:
-        if ranks.on_main(lambda: metrics.is_file() and metrics.stat().st_size > 0):
-            raise CheckpointError(
-                f"{folder} holds steps of an earlier run but no checkpoint to go on from; start anew with --fresh "
-                "(which moves the folder aside) or choose another run.dir"
-            )
-        return None
-    now, then = flatten(config), checkpoint.state["config"]
-    for key in sorted(now.keys() | then.keys()):
-        if now.get(key) != then.get(key) and not key.startswith(_MAY_CHANGE):
-            raise CheckpointError(
-                f"{folder} holds a run with {key} = {then.get(key)}, not {now.get(key)}; keep the old value, choose "
-                "another run.dir, or start anew with --fresh (which moves the folder aside)"
-            )
-    return checkpoint
+    if ranks.on_main(lambda: metrics.is_file() and metrics.stat().st_size > 0):
+        require_started(folder, record)
+        assert record is not None
+        require_same_run(folder, flatten(config), record.config, 0)
+        if ranks.is_main:
+            _log.warning("the run ended before its first checkpoint; it starts over", folder=folder)
+    return None
 
 
-def _move_aside(folder: Path) -> None:
-    if not folder.exists():
-        return
+def _free_name(folder: Path) -> Path:
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
-    os.rename(folder, target)
-    print(f"moved {folder} to {target}")
+    return target

@@ -9,8 +9,9 @@ Every group has a sequence number: the place of its episode in the run, from 0. 
 order. All operations may be repeated when it is not known whether they arrived: a second put, completion or
 acknowledgement of the same group changes nothing.
 
-One trainer owns a buffer at a time. ``attach`` gives it an epoch; operations of an earlier epoch are refused, so that a
-trainer that was thought dead cannot take what its successor needs.
+One trainer owns a buffer at a time, and while it renews its hold no other can attach. ``attach`` gives it an epoch;
+operations of an earlier epoch are refused, so that a trainer that was thought dead cannot take what its successor
+needs, and those of a later one too (``BufferForgotError``): the store is older than it was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_rlpt.records import Group
+from megatron_rlpt.records import Failed, Group
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,18 @@ class RolloutBuffer(Protocol):
 
     # What the trainer does.
 
-    def attach(self, run: str, cursor: int, *, capacity: int, max_attempts: int, replace: bool = False) -> int:
+    def attach(
+        self,
+        run: str,
+        cursor: int,
+        *,
+        capacity: int,
+        max_attempts: int,
+        replace: bool = False,
+        holder: str = "",
+        seconds: float = 0.0,
+        over: str = "",
+    ) -> int:
         """Become the buffer's only trainer, about to take ``cursor``; the epoch to hand to the operations below.
 
         What was taken from ``cursor`` on and not acknowledged can be taken again. Judged groups stay judged. Numbers
@@ -125,9 +137,22 @@ class RolloutBuffer(Protocol):
             capacity: how far above the next number to be taken groups are accepted; it bounds memory and staleness.
             max_attempts: claims after which a group is given up.
             replace: drop the groups of another run that had this buffer, if there are any.
+            holder: who attaches; the buffer is this one's for ``seconds``, and for longer if that is renewed. Empty
+                holds nothing.
+            seconds: see there.
+            over: a holder that is known to be dead, whatever it was promised.
 
         Raises:
+            BufferHeldError: another holder's time is not over.
             BufferConflictError: the buffer holds groups of another run, and ``replace`` is off.
+        """
+        ...
+
+    def hold(self, epoch: int, holder: str, seconds: float) -> None:
+        """Renew a hold to ``seconds`` from now; with an empty ``holder``, let go.
+
+        Raises:
+            BufferConflictError: another trainer has attached.
         """
         ...
 
@@ -143,11 +168,12 @@ class RolloutBuffer(Protocol):
         """
         ...
 
-    def take(self, epoch: int, first: int, count: int) -> list[Group] | Pending:
+    def take(self, epoch: int, first: int, count: int) -> list[Group | Failed] | Pending:
         """Groups ``first`` to ``first + count - 1`` with their outcomes, once all of them are finished or dead.
 
-        Every candidate of a dead group is ``Failed`` with the reason. Taking the same numbers again gives the same.
-        Numbers below ``first`` count as taken too.
+        Every candidate of a dead group is ``Failed`` with the reason; in place of a group that cannot be read stands
+        why. Taking the same numbers again gives the same. Numbers below ``first`` count as taken, also while the
+        others are waited for.
 
         Raises:
             BufferConflictError: another trainer has attached.
@@ -155,11 +181,11 @@ class RolloutBuffer(Protocol):
         """
         ...
 
-    def retry(self, epoch: int, sequences: Sequence[int]) -> None:
+    def retry(self, epoch: int, items: Sequence[tuple[int, Group]]) -> None:
         """Have finished or dead groups judged once more, without what their judges were answered before.
 
-        They have all their attempts again and, with all numbers above the lowest of them, count as not yet taken.
-        Numbers that are queued, leased or not there stay as they are.
+        They are put anew as they are given, have all their attempts again and, with all numbers above the lowest of
+        them, count as not yet taken. Numbers that are queued, leased or not there stay as they are.
 
         Raises:
             BufferConflictError: another trainer has attached.
@@ -180,7 +206,8 @@ class RolloutBuffer(Protocol):
         """Up to ``count`` groups that nobody has, oldest first, on loan for ``seconds``; none while draining.
 
         ``lease`` is a token that the worker makes up for this call; the same call again gives the same groups, as far
-        as they are still on that loan. A group whose lease expired ``max_attempts`` times is dead.
+        as they are still on that loan. A group whose lease expired ``max_attempts`` times is dead. One that cannot be
+        read goes back with that reason.
         """
         ...
 

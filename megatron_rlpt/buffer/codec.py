@@ -20,8 +20,14 @@ from megatron_rlpt.records import Candidate, Cost, Episode, Failed, Group, Score
 FORMAT = 1
 """Goes up when older programs could not read what is written."""
 
+_LARGEST = 256 * 2**20
+"""Bytes of a record after expansion: one that says to be larger is damaged, whatever it would expand to."""
 _LEVEL = 1
 """Of zlib: token ids and log-probabilities hardly get smaller with more work."""
+
+
+class DamagedRecordError(BufferUnavailableError):
+    """A record that cannot be read back."""
 
 
 def encode_group(group: Group) -> bytes:
@@ -56,7 +62,8 @@ def decode_group(data: bytes, where: str = "a group") -> Group:
     """What ``encode_group`` wrote; ``where`` names it in errors.
 
     Raises:
-        BufferUnavailableError: the bytes are damaged or of another format.
+        DamagedRecordError: the bytes are damaged.
+        BufferUnavailableError: they are of another format.
     """
     plain = _unpack(data, where)
     try:
@@ -69,7 +76,7 @@ def decode_group(data: bytes, where: str = "a group") -> Group:
             rewrite_failure and Failed(*rewrite_failure),
             cost and Cost(*cost),
         )
-    except (TypeError, ValueError, IndexError, struct.error) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, struct.error) as error:
         raise _damaged(where, error) from None
 
 
@@ -135,7 +142,7 @@ def _unpack(data: bytes, where: str) -> Any:
         )
     try:
         expanding = zlib.decompressobj()
-        text = expanding.decompress(data[1:]) + expanding.flush()
+        text = expanding.decompress(data[1:], _LARGEST)
         if not expanding.eof or expanding.unused_data:
             raise ValueError("wrong length")
         return json.loads(text)
@@ -143,8 +150,8 @@ def _unpack(data: bytes, where: str) -> Any:
         raise _damaged(where, error) from None
 
 
-def _damaged(where: str, error: Exception) -> BufferUnavailableError:
-    return BufferUnavailableError(
+def _damaged(where: str, error: Exception) -> DamagedRecordError:
+    return DamagedRecordError(
         f"{where} in the rollout buffer is damaged ({error}); check the store's disk, then use another buffer.name: "
         "the trainer puts all groups since its checkpoint again"
     )

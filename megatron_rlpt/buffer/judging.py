@@ -1,22 +1,24 @@
 """The trainer's end of the rollout buffer: groups out to judge workers, and back in order.
 
-Only the main rank talks to the store. It keeps what it has sent until it is back, so that a store that lost the last
-second before it crashed is given the missing groups again.
+Only the main rank talks to the store. It keeps what it has sent until it is back, so that a store that came back empty,
+or older than it was, is given the missing groups again; and what comes back is compared with it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from megatron_rlpt.buffer.attachment import SETTINGS, Attachment
 from megatron_rlpt.buffer.buffer import Pending, RolloutBuffer
 from megatron_rlpt.buffer.polling import until_next_look
-from megatron_rlpt.errors import BufferUnavailableError, RlptError, TeacherError
+from megatron_rlpt.buffer.returned import Expected, accepted
+from megatron_rlpt.buffer.rules import CAME_BACK
+from megatron_rlpt.errors import BufferUnavailableError, TeacherError
+from megatron_rlpt.holder import Holder
 from megatron_rlpt.judging import PATIENCE
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.ranks import Ranks
@@ -25,11 +27,8 @@ from megatron_rlpt.teacher.judge import failure_rate
 
 _log = get_logger(__name__)
 
-SETTINGS = "settings"
-"""What the trainer's settings are announced as, for workers to compare with their own."""
-_TRAINER = "trainer"
-_SIGN_OF_LIFE = 15.0
-"""Seconds between announcements of the settings, which are those of a trainer that is there."""
+__all__ = ["SETTINGS", "ThroughBuffer"]
+
 _POLL = (0.02, 0.5)
 """Shortest and longest seconds between two looks into the store."""
 _REPORT = 30.0
@@ -53,10 +52,11 @@ class ThroughBuffer:
         capacity: int,
         max_attempts: int,
         settings: str,
-        judged: bool = True,
+        expected: Expected,
         max_failure_rate: float,
         max_pause: float,
         stopping: Callable[[], bool] = lambda: False,
+        holder: Holder | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -69,25 +69,38 @@ class ThroughBuffer:
             capacity: most groups on their way.
             max_attempts: claims after which a group is given up.
             settings: what workers compare with their own settings.
-            judged: whether outcomes are wanted; else workers only rewrite.
+            expected: what workers are to add to a group.
             max_failure_rate: share of failed candidates of a batch above which it is judged again.
             max_pause: seconds after which that, or waiting for judges at all, is given up; 0 is never.
             stopping: whether the run is to stop. It can do so with a store that cannot be reached: what is on its way
                 is in the checkpoint.
+            holder: which process this is, for others that would attach; None is the one that asks.
             clock: seconds, for time-outs.
             sleep: waits.
         """
         self._buffer = buffer
         self._ranks = ranks
-        self._run, self._replace = run, replace
-        self._capacity, self._max_attempts = capacity, max_attempts
-        self._settings = settings
-        self._judged = judged
+        self._capacity = capacity
+        self._expected = expected
         self._max_failure_rate, self._max_pause = max_failure_rate, max_pause
         self._stopping = stopping
         self._clock, self._sleep = clock, sleep
-        self._epoch = 0
-        self._closed = threading.Event()
+        self._attachment: Attachment | None = None
+        if buffer is not None:
+            self._attachment = Attachment(
+                buffer,
+                run=run,
+                replace=replace,
+                capacity=capacity,
+                max_attempts=max_attempts,
+                settings=settings,
+                put_back=self._put_back,
+                cursor=lambda: self._cursor,
+                holder=holder or Holder.me(),
+                clock=clock,
+                sleep=sleep,
+            )
+        self._cursor = 0
         self._submitted: dict[int, Group] = {}
         self._waiting_since: float | None = None
         self._reported = 0.0
@@ -98,12 +111,13 @@ class ThroughBuffer:
         """See ``Judging.start``.
 
         Raises:
-            BufferConflictError: the buffer holds groups of another run.
+            BufferConflictError: the buffer holds groups of another run, or another trainer that is alive has it.
             BufferUnavailableError: the store cannot be reached.
         """
+        self._cursor = cursor
         if self._buffer is not None:
             self._submitted = dict(groups)
-        self._ranks.on_main(lambda: self._attach(cursor))
+        self._ranks.on_main(lambda: self._store.open())
 
     def submit(self, first: int, groups: Sequence[Group]) -> None:
         """See ``Judging.submit``. No collective: only the main rank has anything to send."""
@@ -150,51 +164,52 @@ class ThroughBuffer:
 
     def close(self) -> None:
         """See ``Judging.close``."""
-        self._closed.set()
         if self._buffer is not None:
-            with contextlib.suppress(BufferUnavailableError):
-                self._buffer.withdraw(SETTINGS, _TRAINER)
+            self._store.close()
             self._buffer.close()
 
+    @property
+    def _store(self) -> Attachment:
+        assert self._attachment is not None, "only the main rank talks to the store"
+        return self._attachment
+
     def _acknowledge(self, end: int) -> None:
-        assert self._buffer is not None
+        buffer = self._buffer
+        assert buffer is not None
         try:
-            self._buffer.acknowledge(self._epoch, end)
+            self._store.call(lambda epoch: buffer.acknowledge(epoch, end))
         except BufferUnavailableError as error:
             _log.warning("the rollout buffer was not told of a checkpoint", reason=error)
 
-    def _attach(self, cursor: int) -> None:
+    def _put_back(self, epoch: int) -> int:
+        """Put everything that is on its way; how many groups that is."""
         assert self._buffer is not None
-        self._epoch = self._buffer.attach(
-            self._run, cursor, capacity=self._capacity, max_attempts=self._max_attempts, replace=self._replace
-        )
-        self._buffer.announce(SETTINGS, _TRAINER, self._settings, 4 * _SIGN_OF_LIFE)
-        threading.Thread(target=self._keep_announced, name="announce", daemon=True).start()
-        # Those that the store kept stay as they are, judged ones judged.
-        self._put(sorted(self._submitted.items()))
-
-    def _keep_announced(self) -> None:
-        assert self._buffer is not None
-        while not self._closed.wait(_SIGN_OF_LIFE):
-            # Whoever takes or puts next finds out, and says it better.
-            with contextlib.suppress(RlptError):
-                self._buffer.announce(SETTINGS, _TRAINER, self._settings, 4 * _SIGN_OF_LIFE)
+        items = sorted(dict(self._submitted).items())
+        self._buffer.put(epoch, items)
+        return len(items)
 
     def _put(self, items: list[tuple[int, Group]]) -> None:
-        assert self._buffer is not None
+        buffer = self._buffer
+        assert buffer is not None
         start = self._clock()
         while True:
-            accepted = self._buffer.put(self._epoch, items)
+            # ``items`` is of this turn: it runs at once.
+            accepted = self._store.call(lambda epoch, items=items: buffer.put(epoch, items))  # type: ignore[misc]
             # Only now: who collects must not be faster than what is still being put.
             self._submitted |= dict(items[:accepted])
             if not (items := items[accepted:]):
                 return
+            if items[0][0] < self._cursor + self._capacity:
+                # The store says to be full and cannot be: it has lost what was taken from it last.
+                self._store.restore()
+                continue
             # Full: the trainer has to take something first.
             self._sleep(until_next_look(self._clock() - start, *_POLL))
 
     def _wait(self, first: int, count: int) -> list[Group] | None:
         """The batch, on the main rank; None after ``PATIENCE``."""
-        assert self._buffer is not None
+        buffer = self._buffer
+        assert buffer is not None
         start = self._clock()
         if self._waiting_since is None:
             self._waiting_since = start
@@ -202,32 +217,48 @@ class ThroughBuffer:
         while True:
             # What was judged before a stop may be there before it is proposed once more.
             proposed = self._submitted.keys() >= set(numbers)
-            taken = self._buffer.take(self._epoch, first, count) if proposed else _NOT_PROPOSED
+            taken = self._store.call(lambda epoch: buffer.take(epoch, first, count)) if proposed else _NOT_PROPOSED
             if isinstance(taken, Pending):
                 if taken.missing:
-                    self._put([(number, self._submitted[number]) for number in taken.missing])
+                    self._store.restore()
                 self._report(taken)
-            elif self._failed_share(taken) <= self._max_failure_rate:
-                self._waiting_since = self._paused_since = None
-                self._reported, self._retries = 0.0, 0
-                for number in numbers:
-                    del self._submitted[number]
-                return taken if self._judged else [_without_outcomes(group) for group in taken]
             else:
-                self._pause(first, taken)
+                groups = self._checked(first, taken)
+                if self._failed_share(groups) <= self._max_failure_rate:
+                    self._waiting_since = self._paused_since = None
+                    self._reported, self._retries = 0.0, 0
+                    for number in numbers:
+                        del self._submitted[number]
+                    self._cursor = first + count
+                    return groups if self._expected.judged else [_without_outcomes(group) for group in groups]
+                self._pause(first, groups)
             if self._clock() - start > PATIENCE:
                 return None
             self._sleep(until_next_look(self._clock() - self._waiting_since, *_POLL))
 
+    def _checked(self, first: int, taken: Sequence[Group | Failed]) -> list[Group]:
+        """What was submitted, with the outcomes that came back for it."""
+        groups = [
+            accepted(self._submitted[first + place], returned, self._expected) for place, returned in enumerate(taken)
+        ]
+        changed = [group for group in groups if any(_came_back_wrong(failure) for failure in _failures(group))]
+        if changed:
+            _log.warning("groups did not come back as they should", groups=len(changed), reasons=_reasons(changed))
+        return groups
+
     def _failed_share(self, groups: Sequence[Group]) -> float:
         """Share of failed candidates; of groups that were given up, where nothing is judged."""
-        if self._judged:
+        if self._expected.judged:
             return failure_rate(groups)
-        return fmean(any("attempts" in failure.detail for failure in _failures(group)) for group in groups)
+        return fmean(
+            any("attempts" in failure.detail or _came_back_wrong(failure) for failure in _failures(group))
+            for group in groups
+        )
 
     def _pause(self, first: int, groups: Sequence[Group]) -> None:
         """Have failed groups judged again, after a while; nothing is learnt from a batch that failed."""
-        assert self._buffer is not None
+        buffer = self._buffer
+        assert buffer is not None
         now = self._clock()
         if self._paused_since is None:
             self._paused_since = now
@@ -249,7 +280,10 @@ class ThroughBuffer:
         )
         self._retries += 1
         self._sleep(delay)
-        self._buffer.retry(self._epoch, [first + index for index, group in enumerate(groups) if _failures(group)])
+        # As they were submitted, whatever has become of them in the store.
+        again = [first + index for index, group in enumerate(groups) if _failures(group)]
+        items = [(number, self._submitted[number]) for number in again]
+        self._store.call(lambda epoch: buffer.retry(epoch, items))
         self._waiting_since, self._reported = self._clock(), 0.0
 
     def _report(self, pending: Pending) -> None:
@@ -278,6 +312,10 @@ def _failures(group: Group) -> list[Failed]:
     """Why candidates have no score, or the group no candidate."""
     failed = [outcome for outcome in group.outcomes if isinstance(outcome, Failed)]
     return failed or ([group.rewrite_failure] if group.rewrite_failure and not group.candidates else [])
+
+
+def _came_back_wrong(failure: Failed) -> bool:
+    return failure.reason.startswith(CAME_BACK)
 
 
 def _reasons(groups: Sequence[Group]) -> str:

@@ -124,7 +124,26 @@ function operations.open(format, create)
   return redis.call('HGET', base, 'format')
 end
 
-function operations.attach(run, cursor, capacity, max_attempts, replace)
+-- Who holds the buffer is announced as the only one of its kind.
+local function hold(holder, duration)
+  redis.call('DEL', key('announced', 'holder'), key('until', 'holder'))
+  if holder ~= '' then
+    redis.call('HSET', key('announced', 'holder'), 'holder', holder)
+    redis.call('ZADD', key('until', 'holder'), digits(now + duration), 'holder')
+  end
+end
+
+function operations.hold(epoch, holder, duration)
+  fence(epoch)
+  hold(holder, duration)
+end
+
+function operations.attach(run, cursor, capacity, max_attempts, replace, holder, duration, over)
+  local before = redis.call('HGET', key('announced', 'holder'), 'holder')
+  local till = tonumber(redis.call('ZSCORE', key('until', 'holder'), 'holder') or 0)
+  if before and till > now and before ~= holder and before ~= over then
+    refuse('held', before, digits(till))
+  end
   local owner = redis.call('HGET', base, 'run') or ''
   if owner ~= run then
     local held = redis.call('ZCARD', key('groups'))
@@ -138,6 +157,7 @@ function operations.attach(run, cursor, capacity, max_attempts, replace)
   local epoch = digits(math.max(field('epoch') + 1, now))
   redis.call('HSET', base, 'run', run, 'epoch', epoch, 'next', cursor, 'acknowledged', cursor,
     'capacity', capacity, 'max_attempts', max_attempts)
+  hold(holder, duration)
   return epoch
 end
 
@@ -176,6 +196,7 @@ function operations.take(epoch, first, count)
   if tonumber(first) < acknowledged then
     refuse('acknowledged', first, acknowledged)
   end
+  redis.call('HSET', base, 'next', digits(math.max(field('next'), first)))
   expire()
   local waiting, missing, ready = { queued = 0, leased = 0 }, {}, {}
   for number = tonumber(first), finish - 1 do
@@ -200,15 +221,16 @@ function operations.take(epoch, first, count)
   return { 'ready', entries }
 end
 
--- Arguments after the epoch: numbers.
+-- Arguments after the epoch: number, episode and payload of every group.
 function operations.retry(epoch)
   fence(epoch)
   local following = field('next')
-  for at = 3, #ARGV do
+  for at = 3, #ARGV, 3 do
     local n = ARGV[at]
     local state = redis.call('HGET', key('group', n), 'state')
     if state == 'finished' or state == 'dead' then
       redis.call('DEL', key('replies', n))
+      redis.call('HSET', key('group', n), 'episode', ARGV[at + 1], 'payload', ARGV[at + 2])
       queue_again(n)
       following = math.min(following, tonumber(n))
     end
@@ -380,7 +402,7 @@ function operations.entries(first, count)
 end
 
 -- Lists may be longer than a function's arguments: operations that have one read it from ARGV.
-local done, result = pcall(operations[ARGV[1]], unpack(ARGV, 2, math.min(#ARGV, 7)))
+local done, result = pcall(operations[ARGV[1]], unpack(ARGV, 2, math.min(#ARGV, 9)))
 if done then
   return { 'ok', result }
 end

@@ -15,10 +15,10 @@ from typing import Any
 from megatron_rlpt.buffer import rules
 from megatron_rlpt.buffer.address import RedisAddress
 from megatron_rlpt.buffer.buffer import Dead, Entry, Pending, Stats, Work
-from megatron_rlpt.buffer.codec import decode_group, decode_text, encode_group, encode_text
+from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, decode_text, encode_group, encode_text
 from megatron_rlpt.buffer.redis_connection import RedisConnection
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.records import Group
+from megatron_rlpt.records import Failed, Group
 
 FORMAT = 1
 """Goes up when older programs could not use the keys."""
@@ -73,13 +73,33 @@ class RedisBuffer:
 
     # What the trainer does.
 
-    def attach(self, run: str, cursor: int, *, capacity: int, max_attempts: int, replace: bool = False) -> int:
+    def attach(
+        self,
+        run: str,
+        cursor: int,
+        *,
+        capacity: int,
+        max_attempts: int,
+        replace: bool = False,
+        holder: str = "",
+        seconds: float = 0.0,
+        over: str = "",
+    ) -> int:
         """See ``RolloutBuffer.attach``."""
         rules.check_attach(run, cursor, capacity, max_attempts)
-        answer = self._connection.call("attach", run, cursor, capacity, max_attempts, int(replace))
+        self._call("open", FORMAT, 1)  # the server may have been emptied
+        answer = self._connection.call(
+            "attach", run, cursor, capacity, max_attempts, int(replace), holder, _milliseconds(seconds), over
+        )
+        if answer[0] == b"held":
+            raise rules.held_by_another(answer[1].decode(), int(answer[2]) / 1000)
         if answer[0] == b"run":
             raise rules.other_run(answer[1].decode(), run, answer[2])
         return int(answer[1])
+
+    def hold(self, epoch: int, holder: str, seconds: float) -> None:
+        """See ``RolloutBuffer.hold``."""
+        _checked(self._connection.call("hold", epoch, holder, _milliseconds(seconds)), epoch)
 
     def put(self, epoch: int, items: Sequence[tuple[int, Group]]) -> int:
         """See ``RolloutBuffer.put``."""
@@ -95,7 +115,7 @@ class RedisBuffer:
                 break
         return total
 
-    def take(self, epoch: int, first: int, count: int) -> list[Group] | Pending:
+    def take(self, epoch: int, first: int, count: int) -> list[Group | Failed] | Pending:
         """See ``RolloutBuffer.take``."""
         answer = self._connection.call("take", epoch, first, count)
         if answer[0] == b"acknowledged":
@@ -103,11 +123,15 @@ class RedisBuffer:
         found = _checked(answer, epoch)
         if found[0] == b"pending":
             return Pending(found[1], found[2], tuple(int(number) for number in found[3]))
-        return [_entry(row, 0).group for row in found[1]]
+        return [
+            rules.read_result(state.decode(), reason.decode(), int(attempts), data, f"group {int(n)}")
+            for n, state, attempts, _, reason, data in found[1]
+        ]
 
-    def retry(self, epoch: int, sequences: Sequence[int]) -> None:
+    def retry(self, epoch: int, items: Sequence[tuple[int, Group]]) -> None:
         """See ``RolloutBuffer.retry``."""
-        _checked(self._connection.call("retry", epoch, *sequences), epoch)
+        for chunk in _chunks(items):
+            _checked(self._connection.call("retry", epoch, *(part for item in chunk for part in item)), epoch)
 
     def acknowledge(self, epoch: int, end: int) -> None:
         """See ``RolloutBuffer.acknowledge``."""
@@ -118,19 +142,15 @@ class RedisBuffer:
     def claim(self, worker: str, count: int, seconds: float, lease: str) -> list[Work]:
         """See ``RolloutBuffer.claim``."""
         rules.check_seconds(seconds)
-        found = self._call("claim", worker, count, _milliseconds(seconds), lease)
-        return [
-            Work(
-                sequence=int(n),
-                group=decode_group(data, f"group {int(n)}"),
-                attempt=int(attempt),
-                lease=lease,
-                ticket=int(ticket),
-                worker=worker,
-                again=int(again or 0),
-            )
-            for n, attempt, ticket, data, again in found
-        ]
+        works = []
+        for n, attempt, ticket, data, again in self._call("claim", worker, count, _milliseconds(seconds), lease):
+            try:
+                group = decode_group(data, f"group {int(n)}")
+            except DamagedRecordError:
+                self._call("give_back", int(n), worker, lease, int(ticket), rules.UNREADABLE)
+            else:
+                works.append(Work(int(n), group, int(attempt), lease, int(ticket), worker, int(again or 0)))
+        return works
 
     def renew(self, works: Sequence[Work], seconds: float) -> list[Work]:
         """See ``RolloutBuffer.renew``."""

@@ -7,9 +7,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_rlpt.buffer.buffer import Work
-from megatron_rlpt.errors import BufferConflictError
+from megatron_rlpt.buffer.codec import decode_group
+from megatron_rlpt.errors import (
+    BufferConflictError,
+    BufferForgotError,
+    BufferHeldError,
+    BufferUnavailableError,
+    first_line,
+)
 from megatron_rlpt.records import Failed, Group
 
+CAME_BACK = "came back"
+"""How the reason of every group begins that did not come back as it should."""
+UNREADABLE = "record cannot be read"
+"""Reason of a group that is damaged in the store."""
+HOLDER = "holder"
+"""Kind of announcement that says which trainer holds a buffer, under the name of that kind."""
 LEASE_EXPIRED = "lease expired"
 """Reason of a group that no worker finished in time."""
 
@@ -45,10 +58,21 @@ def check_result(work: Work, group: Group) -> None:
 
 def given_up(group: Group, reason: str, attempts: int) -> Group:
     """A dead group as the trainer gets it: every candidate failed, or the rewrite that was to be the only one."""
-    failed = Failed(reason, {"attempts": attempts})
+    failure = Failed(reason, {"attempts": attempts})
     if not group.candidates:
-        return replace(group, rewrite_failure=failed)
-    return replace(group, outcomes=(failed,) * len(group.candidates))
+        return replace(group, rewrite_failure=failure)
+    return replace(group, outcomes=(failure,) * len(group.candidates))
+
+
+def read_result(state: str, reason: str, attempts: int, data: bytes, where: str) -> Group | Failed:
+    """A finished or dead group as the trainer gets it, or why it cannot be read."""
+    try:
+        group = decode_group(data, where)
+    except BufferUnavailableError as error:
+        if state == "dead":
+            return Failed(reason, {"attempts": attempts, "record": first_line(error)})
+        return Failed(f"{CAME_BACK} unreadable", {"record": first_line(error)})
+    return given_up(group, reason, attempts) if state == "dead" else group
 
 
 def shown_state(state: str, sequence: int, following: int) -> str:
@@ -62,10 +86,15 @@ def wrong_epoch(given: int, current: int) -> BufferConflictError:
         return BufferConflictError(
             f"another trainer has attached to the rollout buffer (epoch {current}, this one has {given}); let one go on"
         )
-    return BufferConflictError(
+    return BufferForgotError(
         f"the rollout buffer does not know this trainer any more (epoch {current or 'none'}, this one has {given}): it "
-        "was emptied or lost its newest state; start the run again, it goes on from its checkpoint"
+        "was emptied or lost its newest state"
     )
+
+
+def held_by_another(holder: str, until: float) -> BufferHeldError:
+    """The error of a trainer whose buffer another one holds."""
+    return BufferHeldError("the rollout buffer belongs to another trainer; end that one first", holder, until)
 
 
 def other_run(owner: str, run: str, held: int) -> BufferConflictError:

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rlpt.errors import BufferUnavailableError, first_line
+from megatron_rlpt.observe.log import get_logger
+
+_log = get_logger(__name__)
 
 FORMAT = 1
 """Goes up when older programs could not use the tables."""
@@ -130,6 +133,9 @@ class SqliteFile:
     def _open(self) -> None:
         self._process = os.getpid()
         self._lock = threading.RLock()
+        self._connect()
+
+    def _connect(self) -> None:
         self._inode: int | None = None
         try:
             self._connection = sqlite3.connect(
@@ -179,15 +185,24 @@ class SqliteFile:
                 raise self._unavailable(error) from None
 
     def _require_in_place(self) -> None:
-        """A file that was moved away stays open here, and nobody else would ever look into it again."""
+        """Open the file again that has taken the place of the one that was opened, or make it where there is none.
+
+        A file that was moved away stays open here, and nobody else would ever look into it again. Where its folder is
+        gone too, so is the run.
+        """
         if self._inode is None:
             return
         try:
             there = os.stat(self.path).st_ino == self._inode
         except FileNotFoundError:
             there = False
-        if not there:
-            raise BufferUnavailableError(f"{self.path} was moved or replaced since it was opened; start this again")
+        if there:
+            return
+        if not self.path.parent.is_dir():
+            raise BufferUnavailableError(f"{self.path} was moved with its folder since it was opened; start this again")
+        _log.warning("the file of the rollout buffer was removed or replaced; opening it again", path=self.path)
+        self._connection.close()
+        self._connect()
 
     def _wait_for(self, connection: sqlite3.Connection, statement: str) -> None:
         deadline = time.monotonic() + self._retry

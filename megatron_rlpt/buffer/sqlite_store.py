@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_rlpt.buffer import rules
 from megatron_rlpt.buffer.buffer import Dead, Entry, Pending, Stats, Work
-from megatron_rlpt.buffer.codec import decode_group, decode_text, encode_group, encode_text
+from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, decode_text, encode_group, encode_text
 from megatron_rlpt.buffer.sqlite_file import SqliteFile
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.records import Group
+from megatron_rlpt.records import Failed, Group
 
 _PAGE = 64
 """Groups that ``entries`` reads at once."""
@@ -49,10 +49,22 @@ class SqliteBuffer:
 
     # What the trainer does.
 
-    def attach(self, run: str, cursor: int, *, capacity: int, max_attempts: int, replace: bool = False) -> int:
+    def attach(
+        self,
+        run: str,
+        cursor: int,
+        *,
+        capacity: int,
+        max_attempts: int,
+        replace: bool = False,
+        holder: str = "",
+        seconds: float = 0.0,
+        over: str = "",
+    ) -> int:
         """See ``RolloutBuffer.attach``."""
         rules.check_attach(run, cursor, capacity, max_attempts)
         with self._file.writing() as db:
+            self._require_unheld(db, holder, over)
             meta = self._meta(db)
             if meta["run"] != run:
                 held = self._count(db, "groups")
@@ -73,7 +85,14 @@ class SqliteBuffer:
                 capacity=capacity,
                 max_attempts=max_attempts,
             )
+            self._hold(db, holder, seconds)
         return epoch
+
+    def hold(self, epoch: int, holder: str, seconds: float) -> None:
+        """See ``RolloutBuffer.hold``."""
+        with self._file.writing() as db:
+            self._meta(db, epoch)
+            self._hold(db, holder, seconds)
 
     def put(self, epoch: int, items: Sequence[tuple[int, Group]]) -> int:
         """See ``RolloutBuffer.put``."""
@@ -93,7 +112,7 @@ class SqliteBuffer:
                     raise rules.other_episode(sequence, row["episode"], episode)
         return len(encoded)
 
-    def take(self, epoch: int, first: int, count: int) -> list[Group] | Pending:
+    def take(self, epoch: int, first: int, count: int) -> list[Group | Failed] | Pending:
         """See ``RolloutBuffer.take``."""
         with self._file.writing() as db:
             meta = self._meta(db, epoch)
@@ -101,6 +120,7 @@ class SqliteBuffer:
                 raise rules.acknowledged_already(first, meta["acknowledged"])
             self._expire(db)
             wanted = {"first": first, "end": first + count}
+            self._execute(db, "UPDATE buffers SET next = max(next, :first) WHERE name = :name", **wanted)
             between = "buffer = :name AND sequence >= :first AND sequence < :end"
             states = dict(self._execute(db, f"SELECT sequence, state FROM groups WHERE {between}", **wanted))
             waiting = [state for state in states.values() if state in ("queued", "leased")]
@@ -109,19 +129,30 @@ class SqliteBuffer:
                 return Pending(waiting.count("queued"), waiting.count("leased"), missing)
             rows = self._execute(db, f"{_ENTRIES} WHERE {between} ORDER BY sequence", **wanted).fetchall()
             self._execute(db, "UPDATE buffers SET next = max(next, :end) WHERE name = :name", **wanted)
-        return [self._entry(row, 0).group for row in rows]
+        return [
+            rules.read_result(state, reason, attempts, result or payload, f"group {sequence}")
+            for sequence, state, attempts, _, reason, payload, result in rows
+        ]
 
-    def retry(self, epoch: int, sequences: Sequence[int]) -> None:
+    def retry(self, epoch: int, items: Sequence[tuple[int, Group]]) -> None:
         """See ``RolloutBuffer.retry``."""
+        encoded = [(sequence, group.episode.id, encode_group(group)) for sequence, group in items]
         with self._file.writing() as db:
             self._meta(db, epoch)
-            again = [n for n in sequences if (row := self._row(db, n)) and row["state"] in ("finished", "dead")]
-            for sequence in again:
+            lowest = None
+            for sequence, episode, data in encoded:
+                row = self._row(db, sequence)
+                if row is None or row["state"] not in ("finished", "dead"):
+                    continue
                 self._queue_again(db, sequence)
                 for table in ("results", "replies"):
                     self._execute(db, f"DELETE FROM {table} WHERE buffer = :name AND sequence = :n", n=sequence)
-            if again:
-                self._execute(db, "UPDATE buffers SET next = min(next, :n) WHERE name = :name", n=min(again))
+                which = "buffer = :name AND sequence = :n"
+                self._execute(db, f"UPDATE groups SET episode = :id WHERE {which}", n=sequence, id=episode)
+                self._execute(db, f"UPDATE payloads SET data = :data WHERE {which}", n=sequence, data=data)
+                lowest = sequence if lowest is None else min(lowest, sequence)
+            if lowest is not None:
+                self._execute(db, "UPDATE buffers SET next = min(next, :n) WHERE name = :name", n=lowest)
 
     def acknowledge(self, epoch: int, end: int) -> None:
         """See ``RolloutBuffer.acknowledge``."""
@@ -161,17 +192,26 @@ class SqliteBuffer:
                 f" WHERE {mine} ORDER BY sequence",
                 **whose,
             ).fetchall()
-        return [
-            Work(number, decode_group(data, f"group {number}"), attempt, lease, ticket, worker, again)
-            for number, attempt, ticket, again, data in rows
-        ]
+        works = []
+        for number, attempt, ticket, again, data in rows:
+            try:
+                group = decode_group(data, f"group {number}")
+            except DamagedRecordError:
+                self._give_back(number, worker, lease, ticket, rules.UNREADABLE)
+            else:
+                works.append(Work(number, group, attempt, lease, ticket, worker, again))
+        return works
 
     def renew(self, works: Sequence[Work], seconds: float) -> list[Work]:
         """See ``RolloutBuffer.renew``."""
         rules.check_seconds(seconds)
         with self._file.writing() as db:
             self._expire(db)
-            return [work for work in works if self._change(db, work, "expires = :until", until=time.time() + seconds)]
+            return [
+                work
+                for work in works
+                if self._change(db, *_loan(work), "expires = :until", until=time.time() + seconds)
+            ]
 
     def complete(self, work: Work, group: Group) -> bool:
         """See ``RolloutBuffer.complete``."""
@@ -197,11 +237,7 @@ class SqliteBuffer:
 
     def give_back(self, work: Work, reason: str = "") -> None:
         """See ``RolloutBuffer.give_back``."""
-        with self._file.writing() as db:
-            if not reason:
-                self._change(db, work, "state = 'queued', attempts = attempts - 1, worker = '', lease = ''")
-            elif self._change(db, work, "expires = 0"):
-                self._end_lease(db, work.sequence, reason)
+        self._give_back(*_loan(work), reason)
 
     def recall(self, sequence: int) -> dict[str, str]:
         """See ``RolloutBuffer.recall``."""
@@ -312,6 +348,14 @@ class SqliteBuffer:
         """See ``RolloutBuffer.close``."""
         self._file.close()
 
+    def _give_back(self, sequence: int, worker: str, lease: str, ticket: int, reason: str) -> None:
+        loan = (sequence, worker, lease, ticket)
+        with self._file.writing() as db:
+            if not reason:
+                self._change(db, *loan, "state = 'queued', attempts = attempts - 1, worker = '', lease = ''")
+            elif self._change(db, *loan, "expires = 0"):
+                self._end_lease(db, sequence, reason)
+
     # Steps inside a transaction.
 
     def _execute(self, db: sqlite3.Connection, sql: str, **values: object) -> sqlite3.Cursor:
@@ -320,10 +364,27 @@ class SqliteBuffer:
     def _meta(self, db: sqlite3.Connection, epoch: int | None = None) -> dict[str, Any]:
         """The buffer's own row; with an epoch, only for the trainer who has it."""
         cursor = self._execute(db, "SELECT * FROM buffers WHERE name = :name")
-        meta = dict(zip((column[0] for column in cursor.description), cursor.fetchone(), strict=True))
+        row = cursor.fetchone()
+        if row is None:
+            # The file was removed, or restored from before this buffer was in it: it begins anew.
+            self._execute(db, "INSERT INTO buffers (name) VALUES (:name)")
+            row = self._execute(db, "SELECT * FROM buffers WHERE name = :name").fetchone()
+        meta = dict(zip((column[0] for column in cursor.description), row, strict=True))
         if epoch is not None and meta["epoch"] != epoch:
             raise rules.wrong_epoch(epoch, meta["epoch"])
         return meta
+
+    def _require_unheld(self, db: sqlite3.Connection, holder: str, over: str) -> None:
+        sql = "SELECT value, expires FROM announcements WHERE buffer = :name AND kind = :kind AND expires > :now"
+        row = self._execute(db, sql, kind=rules.HOLDER, now=time.time()).fetchone()
+        if row is not None and row[0] not in (holder, over):
+            raise rules.held_by_another(*row)
+
+    def _hold(self, db: sqlite3.Connection, holder: str, seconds: float) -> None:
+        self._execute(db, "DELETE FROM announcements WHERE buffer = :name AND kind = :kind", kind=rules.HOLDER)
+        if holder:
+            sql = "INSERT INTO announcements VALUES (:name, :kind, :kind, :holder, :until)"
+            self._execute(db, sql, kind=rules.HOLDER, holder=holder, until=time.time() + seconds)
 
     def _row(self, db: sqlite3.Connection, sequence: int) -> dict[str, Any] | None:
         columns = ("episode", "state", "attempts", "ticket")
@@ -350,13 +411,22 @@ class SqliteBuffer:
         for table in ("groups", "payloads", "results", "replies"):
             self._execute(db, f"DELETE FROM {table} WHERE {where}", below=below)
 
-    def _change(self, db: sqlite3.Connection, work: Work, change: str, **values: object) -> bool:
-        """Change the row of a group that is still on loan as ``work``; whether it is."""
+    def _change(
+        self,
+        db: sqlite3.Connection,
+        sequence: int,
+        worker: str,
+        lease: str,
+        ticket: int,
+        change: str,
+        **values: object,
+    ) -> bool:
+        """Change the row of a group that is still on this loan; whether it is."""
         sql = (
             f"UPDATE groups SET {change} WHERE buffer = :name AND sequence = :n AND state = 'leased'"
             " AND lease = :lease AND ticket = :ticket AND worker = :worker"
         )
-        whose = {"n": work.sequence, "lease": work.lease, "ticket": work.ticket, "worker": work.worker}
+        whose = {"n": sequence, "lease": lease, "ticket": ticket, "worker": worker}
         return self._execute(db, sql, **whose, **values).rowcount == 1
 
     def _expire(self, db: sqlite3.Connection) -> None:
@@ -402,6 +472,10 @@ class SqliteBuffer:
         if state == "dead":
             group = rules.given_up(group, reason, attempts)
         return Entry(sequence, rules.shown_state(state, sequence, following), attempts, worker, group)
+
+
+def _loan(work: Work) -> tuple[int, str, str, int]:
+    return work.sequence, work.worker, work.lease, work.ticket
 
 
 _TAKEN = "state IN ('finished', 'dead') AND sequence < :next"

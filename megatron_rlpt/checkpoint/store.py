@@ -97,7 +97,14 @@ class CheckpointStore:
     As a context manager it waits for a checkpoint in the background when it is left.
     """
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks | None = None, background: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        ranks: Ranks | None = None,
+        background: bool = False,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
         """Nothing is read or written yet.
 
         Args:
@@ -105,11 +112,14 @@ class CheckpointStore:
             keep: how many stay.
             ranks: the ranks that save and load together; None is a world of one.
             background: let ``save`` return while files are being written.
+            fence: called on the main rank before anything is removed or published; raises ``CheckpointError`` where
+                the checkpoints are another trainer's by now.
         """
         self._folder = folder
         self._keep = keep
         self._ranks = ranks or Ranks()
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._fence = fence
         self._underway: _Save | None = None
 
     def save(self, step: int, state: dict[str, Any], policy: Savable, model: Path) -> Path | None:
@@ -194,6 +204,9 @@ class CheckpointStore:
                 if damaged:
                     self._on_main(folder, lambda: folders.mark_damaged(damaged))
                 return found
+            if not self._on_main(folder, folder.exists):
+                # Whoever only reads may meet a trainer that has published a newer one and swept this one away.
+                return self.latest(allow_previous)
             before = self._folder / names[index - 1] if index else None
             if not allow_previous or before is None:
                 way_on = (
@@ -243,6 +256,7 @@ class CheckpointStore:
         return done
 
     def _prepare(self, partial: Path, state: dict[str, Any], model: Path) -> None:
+        self._fence()
         self._folder.mkdir(parents=True, exist_ok=True)
         folders.sweep_partials(self._folder)
         folders.require_space(self._folder)
@@ -265,6 +279,7 @@ class CheckpointStore:
         folders.flush(*own, partial / MANIFEST, partial / POLICY, *made, partial / "hf", partial)
         (partial / MARKER).write_text(FileSum.of(partial / MANIFEST).checksum + "\n", encoding="utf-8")
         folders.flush(partial / MARKER, partial)
+        self._fence()
         folders.publish(partial, save.final)
         folders.retire(self._folder, self._keep)
 

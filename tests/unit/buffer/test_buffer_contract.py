@@ -8,7 +8,7 @@ import pytest
 from buffer_groups import group, items, judged
 
 from megatron_rlpt.buffer.buffer import Pending
-from megatron_rlpt.errors import BufferConflictError
+from megatron_rlpt.errors import BufferConflictError, BufferHeldError
 from megatron_rlpt.records import Failed
 
 LONG = 600.0
@@ -62,7 +62,7 @@ def test_a_result_may_have_candidates_that_were_not_put(buffer):
     more = replace(more, outcomes=(*more.outcomes, Failed("no rewrite")), rewrite_failure=Failed("why", {"n": 1}))
     buffer.complete(work, more)
     assert buffer.take(epoch, 0, 1) == [more]
-    buffer.retry(epoch, [0])
+    buffer.retry(epoch, items(0))
     assert buffer.claim("w", 1, LONG, "again")[0].group == group(0)
 
 
@@ -166,7 +166,7 @@ def test_many_groups_in_one_call(buffer, monkeypatch):
     for work in works:
         buffer.give_back(work, "no")
         buffer.complete(work, judged(work.group))
-    buffer.retry(epoch, range(1000))
+    buffer.retry(epoch, items(*range(1000)))
     assert buffer.stats().queued == 1000
     buffer.acknowledge(epoch, 1000)
     assert buffer.stats().queued == 0
@@ -366,7 +366,7 @@ def test_retry_has_groups_judged_anew(buffer):
         buffer.remember(number, {"key": "old answer"})
     assert not isinstance(buffer.take(epoch, 0, 3), Pending)
     for _ in range(2):
-        buffer.retry(epoch, [1, 2, 3, 9])
+        buffer.retry(epoch, items(1, 2, 3, 9))
         # 3 was dead by then as well; 0 stays judged, and taken
         assert [entry.state for entry in buffer.entries()] == ["taken", "queued", "queued", "queued"]
         assert [entry.group for entry in buffer.entries(1)] == [group(1), group(2), group(3)]
@@ -383,7 +383,7 @@ def test_retry_leaves_groups_alone_that_are_being_judged(buffer):
     buffer.put(epoch, items(0, 1))
     (work,) = buffer.claim("w", 1, LONG, "lease")
     buffer.remember(0, {"key": "answer"})
-    buffer.retry(epoch, [0, 1])
+    buffer.retry(epoch, items(0, 1))
     assert buffer.recall(0) == {"key": "answer"}
     assert buffer.complete(work, judged(work.group))
 
@@ -399,7 +399,7 @@ def test_an_earlier_trainer_is_refused(buffer, opened):
     for forbidden in (
         lambda: buffer.put(old, items(1)),
         lambda: buffer.take(old, 0, 1),
-        lambda: buffer.retry(old, [0]),
+        lambda: buffer.retry(old, items(0)),
         lambda: buffer.acknowledge(old, 1),
     ):
         with pytest.raises(BufferConflictError, match="another trainer has attached"):
@@ -685,4 +685,53 @@ def test_a_worker_is_told_how_often_a_group_was_sent_back(buffer):
         works = buffer.claim("w", 1, LONG, f"lease-{again}")
         assert [(work.sequence, work.again, work.attempt) for work in works] == [(0, again, 1)]
         buffer.complete(works[0], judged(works[0].group))
-        buffer.retry(epoch, [0])
+        buffer.retry(epoch, items(0))
+
+
+# Which trainer has it.
+
+
+def hold(buffer, holder, run="run", seconds=LONG, over=""):
+    return buffer.attach(run, 0, capacity=100, max_attempts=2, replace=True, holder=holder, seconds=seconds, over=over)
+
+
+def test_a_buffer_that_is_held_is_nobody_elses_until_its_time_is_over_or_its_holder_known_dead(buffer, opened):
+    epoch = hold(buffer, "a")
+    assert hold(buffer, "a") > epoch, "attaching again is no other trainer"
+    before = time.time()
+    for run in ("run", "another run"):
+        with pytest.raises(BufferHeldError) as refused:
+            hold(opened(), "b", run)
+        assert refused.value.holder == "a"
+        assert before + LONG - 60 < refused.value.until < before + LONG + 60
+    with pytest.raises(BufferHeldError):
+        attach(opened(), "unheld", replace=True)
+    assert hold(opened(), "b", over="a")
+    with pytest.raises(BufferHeldError):
+        hold(buffer, "a")
+    hold(buffer, "c", over="b", seconds=SHORT)
+    time.sleep(2 * SHORT)
+    hold(opened(), "d")
+
+
+def test_a_hold_is_renewed_and_let_go_of_by_its_own_trainer_alone(buffer, opened):
+    old = hold(buffer, "a", seconds=SHORT)
+    buffer.hold(old, "a", LONG)
+    time.sleep(2 * SHORT)
+    with pytest.raises(BufferHeldError):
+        hold(opened(), "b")
+    new = hold(opened(), "b", over="a")
+    with pytest.raises(BufferConflictError, match="another trainer has attached"):
+        buffer.hold(old, "", SHORT)
+    with pytest.raises(BufferHeldError):
+        hold(opened(), "c")
+    buffer.hold(new, "", SHORT)
+    hold(opened(), "c")
+
+
+def test_taking_ahead_of_what_the_store_knows_counts_what_is_before_as_taken(buffer):
+    """As after a restore from an older copy: the buffer would be full for ever otherwise."""
+    epoch = attach(buffer, capacity=4)
+    assert buffer.put(epoch, items(8)) == 0
+    assert buffer.take(epoch, 8, 2) == Pending(0, 0, (8, 9))
+    assert buffer.put(epoch, items(8, 9)) == 2

@@ -16,6 +16,7 @@ from megatron_rlpt.buffer.address import RedisAddress, parse_url
 from megatron_rlpt.buffer.judging import ThroughBuffer
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.buffer.redis_store import RedisBuffer
+from megatron_rlpt.buffer.returned import Expected
 from megatron_rlpt.errors import BufferUnavailableError
 from megatron_rlpt.ranks import Ranks
 
@@ -252,7 +253,7 @@ def test_an_operation_whose_answer_was_lost_is_answered_as_if_it_were_not(server
     losing(lambda: buffer.give_back(work, "no"))
     assert buffer.claim("w", 1, LONG, "lease 3")[0].attempt == 2
     assert losing(lambda: buffer.take(epoch, 0, 1)) == [judged(group(0))]
-    losing(lambda: buffer.retry(epoch, [0]))
+    losing(lambda: buffer.retry(epoch, items(0)))
     losing(lambda: buffer.acknowledge(epoch, 1))
     assert [entry.sequence for entry in buffer.entries()] == [1]
 
@@ -269,6 +270,7 @@ def test_a_run_that_is_to_stop_keeps_what_it_cannot_send_and_waits_for_no_server
             capacity=4,
             max_attempts=3,
             settings="{}",
+            expected=Expected(suffix_length=2, vocab=100),
             max_failure_rate=0.5,
             max_pause=0.0,
             stopping=stop.is_set,

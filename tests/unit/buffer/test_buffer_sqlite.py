@@ -154,6 +154,11 @@ def test_a_file_that_was_moved_away_is_not_used_in_secret(tmp_path, successor):
     path.parent.rename(tmp_path / "run.old-1")
     if successor:
         open_url(f"sqlite:///{path}", "run").close()
-    with pytest.raises(BufferUnavailableError, match="was moved or replaced since it was opened"):
-        worker.claim("w", 1, 60.0, "lease")
+    if successor:
+        assert worker.claim("w", 1, 60.0, "lease") == []
+        worker.announce("worker", "w", "{}", 60.0)
+        assert open_url(f"sqlite:///{path}", "run").announced("worker") == {"w": "{}"}
+    else:
+        with pytest.raises(BufferUnavailableError, match="was moved with its folder since it was opened"):
+            worker.claim("w", 1, 60.0, "lease")
     worker.close()

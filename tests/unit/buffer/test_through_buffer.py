@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 from buffer_groups import group, judged
 
 from megatron_rlpt.buffer.judging import SETTINGS, ThroughBuffer
+from megatron_rlpt.buffer.returned import Expected
 from megatron_rlpt.errors import BufferConflictError, TeacherError
+from megatron_rlpt.holder import Holder
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Candidate, Failed, Group, Source
 
@@ -39,19 +45,28 @@ def clock():
 
 @pytest.fixture
 def through(opened, clock):
-    def build(**changes) -> ThroughBuffer:
+    def build(rewrite=False, **changes) -> ThroughBuffer:
         settings = {
             "run": "run-a",
             "replace": False,
             "capacity": 4,
             "max_attempts": 2,
             "settings": json.dumps({"seed": 1}),
+            "expected": Expected(suffix_length=2, vocab=100, judged=changes.pop("judged", True), rewrite=rewrite),
             "max_failure_rate": 0.5,
             "max_pause": 0.0,
         }
         return ThroughBuffer(opened(), Ranks(), clock=clock, sleep=clock.sleep, **settings | changes)
 
     return build
+
+
+def ended() -> Holder:
+    """A trainer of this machine that is not there any more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    holder = replace(Holder.me(), pid=process.pid)
+    process.wait()
+    return holder
 
 
 def work_off(buffer, value: float = 1.0, count: int = 100, fail: bool = False) -> list[int]:
@@ -119,23 +134,6 @@ def test_a_full_buffer_holds_the_proposer_up_until_something_is_taken(through, b
     assert buffer.stats().queued == 2
 
 
-def test_what_the_store_has_lost_is_put_again(through, buffer, opened):
-    judging = through()
-    judging.start(0, {})
-    judging.submit(0, [group(0), group(1)])
-    # As if the store had come back without its last second: another run's emptied buffer, attached under our epoch.
-    lost = {"put": 0}
-    put, take = judging._buffer.put, judging._buffer.take
-    from megatron_rlpt.buffer.buffer import Pending
-
-    answers = [Pending(1, 0, (1,))]
-    judging._buffer.take = lambda *arguments: answers.pop() if answers else take(*arguments)
-    judging._buffer.put = lambda epoch, items: lost.update(put=[number for number, _ in items]) or put(epoch, items)
-    work_off(buffer)
-    assert len(judging.collect(0, 2, 0)) == 2
-    assert lost["put"] == [1]
-
-
 def test_a_batch_that_failed_too_often_is_judged_again_until_the_judges_are_back(through, buffer, clock, caplog):
     judging = through()
     judging.start(0, {})
@@ -169,6 +167,7 @@ def test_only_failed_groups_are_judged_again(through, buffer, clock):
     buffer.complete(work, Group(whole.episode, whole.candidates, (whole.outcomes[0],) * 2))
     work_off(buffer, fail=True)
     assert judging.collect(0, 2, 0) is not None, "half of the candidates failed, and that is allowed"
+    judging.close()
     judging = through(max_failure_rate=0.4)
     judging.start(0, {0: group(0), 1: group(1)})
     again = []
@@ -204,7 +203,7 @@ def test_acknowledged_groups_are_gone_and_others_stay(through, buffer):
 
 
 def test_a_resumed_trainer_finds_judged_groups_judged_and_puts_what_is_missing(through, buffer):
-    first = through()
+    first = through(holder=ended())
     first.start(0, {})
     first.submit(0, [group(number) for number in range(4)])
     work_off(buffer, 1.0, 3)
@@ -219,8 +218,7 @@ def test_a_resumed_trainer_finds_judged_groups_judged_and_puts_what_is_missing(t
 
 
 def test_groups_of_another_run_are_not_taken_for_ours(through):
-    through().start(0, {})
-    one = through()
+    one = through(holder=ended())
     one.start(0, {})
     one.submit(0, [group(0)])
     with pytest.raises(BufferConflictError, match=r"another buffer\.name"):
@@ -235,7 +233,7 @@ def test_workers_can_read_what_they_are_to_agree_with(through, buffer):
 
 def test_a_batch_that_was_judged_before_the_stop_is_taken_only_when_it_is_proposed_again(through, buffer):
     """A trainer that was killed before its first checkpoint proposes everything once more."""
-    first = through()
+    first = through(holder=ended())
     first.start(0, {})
     first.submit(0, [group(0), group(1)])
     work_off(buffer)
@@ -275,7 +273,7 @@ def unjudged(number: int) -> Group:
 
 
 def test_where_nothing_is_judged_groups_come_back_with_their_rewrite_or_why_there_is_none(through, buffer):
-    judging = through(judged=False, max_attempts=1, max_failure_rate=0.4)
+    judging = through(judged=False, rewrite=True, max_attempts=1, max_failure_rate=0.4)
     judging.start(0, {})
     judging.submit(0, [unjudged(0), unjudged(1), unjudged(2)])
     done, failed, dead = buffer.claim("worker", 3, 60.0, "lease")
@@ -292,7 +290,7 @@ def test_where_nothing_is_judged_groups_come_back_with_their_rewrite_or_why_ther
 
 
 def test_rewrites_that_were_given_up_are_tried_again_when_they_are_too_many(through, buffer, clock):
-    judging = through(judged=False, max_attempts=1)
+    judging = through(judged=False, rewrite=True, max_attempts=1)
     judging.start(0, {})
     judging.submit(0, [unjudged(0), unjudged(1)])
     for work in buffer.claim("worker", 2, 60.0, "lease"):
@@ -308,3 +306,49 @@ def test_rewrites_that_were_given_up_are_tried_again_when_they_are_too_many(thro
     while groups is None:
         groups = judging.collect(0, 2, 0)
     assert [one.candidates for one in groups] == [(rewrite,)] * 2
+
+
+def test_a_second_trainer_of_the_name_is_refused_while_the_first_lives(through):
+    first = through()
+    first.start(0, {})
+    for run, drop in (("run-a", False), ("run-b", False), ("run-b", True)):
+        with pytest.raises(BufferConflictError, match=r"another trainer that is alive \(process \d+ on "):
+            through(run=run, replace=drop).start(0, {})
+    first.submit(0, [group(0)])
+    first.close()
+    through(run="run-b", replace=True).start(0, {})
+
+
+ELSEWHERE = replace(Holder.me(), host="node17", machine="another machine")
+
+
+def test_one_on_another_machine_is_waited_for_and_refuses_the_second_if_it_renews(through, clock, opened):
+    first = through(holder=ELSEWHERE)
+    first.start(0, {})
+    other = opened()
+    renewed = []
+
+    def renew():
+        if clock.now > 3 and not renewed:
+            renewed.append(first._store.call(lambda epoch: other.hold(epoch, str(ELSEWHERE), 60.0)))
+
+    clock.on_sleep = renew
+    with pytest.raises(BufferConflictError, match=r"alive \(process \d+ on node17\)"):
+        through().start(0, {})
+    assert renewed
+
+
+def test_one_that_renews_nothing_any_more_is_taken_over_and_locked_out(through, monkeypatch):
+    monkeypatch.setattr("megatron_rlpt.buffer.attachment.HOLD", 0.3)
+    first = through(holder=ELSEWHERE)
+    first.start(0, {})
+    second = through()
+    second._attachment._sleep = threading.Event().wait
+    second._attachment._clock = time.monotonic
+    second.start(0, {})
+    with pytest.raises(BufferConflictError, match="another trainer has attached"):
+        first.submit(0, [group(0)])
+    first.close()
+    second.submit(0, [group(0)])
+    with pytest.raises(BufferConflictError, match="alive"):
+        through().start(0, {})

@@ -172,7 +172,7 @@ def test_a_group_that_is_judged_once_more_is_asked_about_with_other_seeds(buffer
     buffer.put(epoch, items(0))
     teacher = ScriptedTeacher()
     run(worker(buffer, teacher), lambda: buffer.stats().finished == 1)
-    buffer.retry(epoch, [0])
+    buffer.retry(epoch, items(0))
     run(worker(buffer, teacher), lambda: buffer.stats().finished == 1)
     assert len({request.seed for request in teacher.asked}) == 4
 

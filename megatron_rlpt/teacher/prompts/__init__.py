@@ -7,13 +7,13 @@ request's seed: not to be guessed by the text, the same in every replay.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from string import Template
 
 from megatron_rlpt.records import derive_seed
+from megatron_rlpt.teacher.verdicts import disarm
 
 VERSIONS = {
     "quality": "quality-2",
@@ -22,8 +22,6 @@ VERSIONS = {
     "rewrite": "rewrite-1",
 }
 """Version of each prompt, written with every score; to be raised with every change of the wording."""
-
-_VERDICT = re.compile(r'("verdict"\s*):')
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def neutralise(text: str, fence: str) -> str:
     """
     while fence in text:
         text = text.replace(fence, "")
-    return _VERDICT.sub(r"\1 -", text)
+    return disarm(text)
 
 
 @cache

@@ -125,7 +125,7 @@ def test_axes_add_up_and_a_failed_axis_fails_the_candidate():
 
     judge, _ = judge_with(answer, quality=1.0, safety=1.0, factuality=2.0)
     (group,) = judge.judge([group_of((1,), (2,))])
-    assert values(group) == [0.0 + 1.0 + 2 * 0.5, "safety: reply does not end with a verdict"]
+    assert values(group) == [0.0 + 1.0 + 2 * 0.5, "safety: reply without a verdict"]
     assert group.outcomes[1].detail["axes"]["safety"]["votes"][0]["reply"] == "I would rather not say."
     assert group.outcomes[0].prompt_version == "quality-2+safety-2+factuality-2"
 

@@ -74,7 +74,7 @@ def test_a_quoted_verdict_is_none(text, word, form, before):
 
 
 def test_the_quotations_above_would_have_been_verdicts():
-    reply = Reply('The text says:\n{"reasoning":"","verdict" \n:\t"1"}', (), "stop")
+    reply = Reply('Here it is:\n{"reasoning":"","verdict" \n:\t"1"}', (), "stop")
     assert parse_quality(reply) == 0
 
 

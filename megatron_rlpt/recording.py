@@ -59,7 +59,7 @@ def observe_run(
     folder = Path(config.run.dir)
     progress = stack.enter_context(Progress(config.train.steps, start))
     metrics = stack.enter_context(open_metrics(config, start))
-    samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer.decode, start)
+    samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer, start)
     observer = RunObserver(progress, metrics, stack.enter_context(samples))
     return observer, stack.enter_context(StageTimer(folder / "trace.jsonl", start, progress.stage))
 

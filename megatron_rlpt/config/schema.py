@@ -153,6 +153,9 @@ class SourceConfig:
     """Storage format; ``auto`` recognises .jsonl[.gz|.zst], .parquet, .txt/.md files and folders of one of them."""
     field: str = "text"
     """Name of the record field (JSONL, Parquet, hf) that holds the document's text."""
+    control_tokens: bool = False
+    """Whether control tokens that documents spell (``<|im_end|>`` in a corpus of chats) are meant as such; else they
+    are text like any other, and no document can stop the policy."""
     weight: float = 1.0
     """Relative share of documents drawn from this source."""
     split: str = "train"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ class EpisodeStream:
         world_size: Number of data-parallel ranks; together they serve every document of a pass once.
         quarantine: File for malformed records, appended to; None only counts them.
         bos_id: The tokenizer's BOS token, for ``data.add_bos``.
+        starts_character: Whether a token starts a character; None where all tokens do.
 
     Raises:
         DataError: a source is missing, empty or not recognised.
@@ -74,8 +76,9 @@ class EpisodeStream:
         world_size: int = 1,
         quarantine: Path | None = None,
         bos_id: int | None = None,
+        starts_character: Callable[[int], bool] | None = None,
     ) -> None:
-        self._cutter = Cutter(config, encode, bos_id)
+        self._cutter = Cutter(config, encode, bos_id, starts_character)
         self._documents = DocumentStream(
             config.sources, seed, Quarantine(quarantine, config.max_bad_fraction), rank, world_size
         )
@@ -181,13 +184,16 @@ class EpisodeStream:
         drawn = self._documents.draw()
         if drawn is None:
             return None
-        tokens = self._cutter.tokenize(drawn.document.text)
-        offsets = self._cutter.offsets(len(tokens))
+        tokens = self._tokenize(drawn.document, drawn.source)
+        offsets = self._cutter.offsets(tokens)
         if not offsets:
             self.counters.too_short += 1
             return None
         self.counters.usable += 1
         return _Open(drawn.document, tokens, deque(offsets), drawn.source, drawn.position)
+
+    def _tokenize(self, document: Document, source: int) -> list[int]:
+        return self._cutter.tokenize(document.text, self._documents.sources[source].control_tokens)
 
     def _rebuild(self, state: dict[str, Any]) -> None:
         """Read the documents behind the buffer again, in corpus order so that readers mostly move forward."""
@@ -202,9 +208,10 @@ class EpisodeStream:
         for slots in sorted(wanted.values(), key=lambda slots: _reading_order(*places[slots[0]])):
             source, position = places[slots[0]]
             document = self._documents.reread(source, position)
-            tokens = self._cutter.tokenize(document.text)
+            tokens = self._tokenize(document, source)
+            offsets = self._cutter.offsets(tokens)
             for slot in slots:
-                place = _Open(document, tokens, deque(self._cutter.offsets(len(tokens))), source, position)
+                place = _Open(document, tokens, deque(offsets), source, position)
                 if slot < len(rebuilt):
                     rebuilt[slot] = self._cut(place, state["buffer"][slot][2])
                     continue

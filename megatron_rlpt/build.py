@@ -85,6 +85,7 @@ def build(
     pipeline = Pipeline(
         stream,
         Proposer(
+            text=tokenizer,
             original=config.candidates.original,
             rewriter=teacher.rewriter,
             engine=engine,
@@ -173,6 +174,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
         # Every rank reads the same documents; one of them writes down which are malformed.
         quarantine=folder / "quarantine.jsonl" if ranks.is_main else None,
         bos_id=tokenizer.bos_id,
+        starts_character=tokenizer.starts_character,
     )
     _require_usable_corpus(config, tokenizer)
     return stream
@@ -185,4 +187,10 @@ def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
         DataError: it is missing, unreadable, or has no usable document.
     """
     unshuffled = dataclasses.replace(config.data, shuffle_buffer=1)
-    EpisodeStream(unshuffled, tokenizer.encode, config.run.seed, bos_id=tokenizer.bos_id).take(1)
+    EpisodeStream(
+        unshuffled,
+        tokenizer.encode,
+        config.run.seed,
+        bos_id=tokenizer.bos_id,
+        starts_character=tokenizer.starts_character,
+    ).take(1)

@@ -23,8 +23,9 @@ def step_metrics(
     ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on), ``seconds`` the
     time by stage, and ``background`` the seconds of what went on beside the stages. Rewards are per source, over
     candidates that have a score. ``<source>_chosen_rate`` is the share of the update's examples whose chosen candidate
-    came from that source (paper, Figure 8, for rollouts). What starts with ``judge/`` is explained in
-    ``teacher/health.py``.
+    came from that source (paper, Figure 8, for rollouts). ``rollout/length`` is the mean number of tokens of a rollout,
+    ``rollout/stop_rate`` the share that ended by themselves, and ``rollout/blank_rate`` the share without any text,
+    which is neither judged nor learnt. What starts with ``judge/`` is explained in ``teacher/health.py``.
     """
     metrics = dict(update)
     examples = selection.examples
@@ -48,8 +49,21 @@ def step_metrics(
     metrics["failed_rewrites"] = sum(group.rewrite_failure is not None for group in groups)
     metrics["rollouts"] = fmean(sum(candidate.source is Source.ROLLOUT for candidate in group.candidates)
                                 for group in groups)  # fmt: skip
+    metrics |= _rollouts(groups)
     metrics |= judge_health(groups)
     metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
     metrics["seconds/total"] = sum(seconds.values())
     metrics |= {f"background/{what}": value for what, value in background.items()}
     return metrics
+
+
+def _rollouts(groups: Sequence[Group]) -> dict[str, float]:
+    """Of all rollouts, also of those that nobody judged; nothing where there are none."""
+    rollouts = [candidate for group in groups for candidate in group.candidates if candidate.source is Source.ROLLOUT]
+    if not rollouts:
+        return {}
+    return {
+        "rollout/length": fmean(len(rollout.tokens) for rollout in rollouts),
+        "rollout/stop_rate": fmean(rollout.finish_reason == "stop" for rollout in rollouts),
+        "rollout/blank_rate": fmean(rollout.blank for rollout in rollouts),
+    }

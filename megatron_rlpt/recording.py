@@ -79,7 +79,7 @@ def observe_run(
         lock.require()
     progress = stack.enter_context(Progress(config.train.steps, start))
     metrics = stack.enter_context(open_metrics(config, start))
-    samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer.decode, start)
+    samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer, start)
     observer = RunObserver(progress, metrics, stack.enter_context(samples), lock)
     return observer, stack.enter_context(StageTimer(folder / "trace.jsonl", start, progress.stage))
 

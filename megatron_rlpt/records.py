@@ -53,6 +53,8 @@ class Candidate:
     """``length`` or ``stop`` (end-of-sequence token sampled), for generated candidates."""
     logprobs: tuple[float, ...] | None = None
     """The engine's own log-probability of every token, natural log, for rollouts."""
+    blank: bool = False
+    """Without any text: control tokens and white space only. Never judged, never chosen, and no failure of a judge."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ class Group:
             for candidate, outcome in zip(self.candidates, self.outcomes, strict=True)
             if isinstance(outcome, Score)
         ]
+
+
+BLANK = Failed("no text")
+"""Outcome of a blank candidate."""
 
 
 def without_stale(group: Group, version: int, bound: int) -> Group:

@@ -161,6 +161,9 @@ class SourceConfig:
     with .gz, .zst, .xz, .bz2), .parquet, and folders of one of them."""
     field: str = "text"
     """Name of the record field (JSON, Parquet, hf) that holds the document's text; dots lead into nested records."""
+    control_tokens: bool = False
+    """Whether control tokens that documents spell (``<|im_end|>`` in a corpus of chats) are meant as such; else they
+    are text like any other, and no document can stop the policy."""
     weight: float = 1.0
     """Relative share of this source, of what ``data.mix_by`` says."""
     split: str = "train"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ class EpisodeStream:
         world_size: Number of data-parallel ranks; together they serve every document of a pass once.
         quarantine: File for malformed records, appended to; None only counts them.
         bos_id: The tokenizer's BOS token, for ``data.add_bos``.
+        starts_character: Whether a token starts a character; None where all tokens do.
 
     Raises:
         DataError: a source is missing, empty or not recognised.
@@ -73,8 +75,9 @@ class EpisodeStream:
         world_size: int = 1,
         quarantine: Path | None = None,
         bos_id: int | None = None,
+        starts_character: Callable[[int], bool] | None = None,
     ) -> None:
-        self._cutter = Cutter(config, encode, bos_id)
+        self._cutter = Cutter(config, encode, bos_id, starts_character)
         self._documents = DocumentStream(
             config.sources,
             seed,
@@ -205,8 +208,9 @@ class EpisodeStream:
         return None
 
     def _open(self, document: Document, source: int, position: Position) -> OpenDocument:
-        tokens = array("i", self._cutter.tokenize(document.text))
-        return OpenDocument(document.id, tokens, deque(self._cutter.offsets(len(tokens))), source, position)
+        control = self._documents.sources[source].control_tokens
+        tokens = array("i", self._cutter.tokenize(document.text, control))
+        return OpenDocument(document.id, tokens, deque(self._cutter.offsets(tokens)), source, position)
 
     def _rebuild(self, lanes: list[dict[str, Any]]) -> None:
         """Read the documents behind the lanes again, in corpus order so that readers mostly move forward."""

@@ -9,7 +9,6 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rlpt.buffer.buffer import RolloutBuffer
@@ -22,7 +21,7 @@ from megatron_rlpt.teacher.agreement import require_same_settings
 from megatron_rlpt.teacher.build import build_generative_judge, build_rewriter, require_same_vocabulary
 from megatron_rlpt.teacher.client.announcement import KIND, announced_endpoints, server_key
 from megatron_rlpt.teacher.client.pool import TeacherPool
-from megatron_rlpt.teacher.control_tokens import special_tokens
+from megatron_rlpt.teacher.control_tokens import known_special_tokens
 from megatron_rlpt.teacher.examiner import Examiner, GroupJudge
 from megatron_rlpt.teacher.rewriter import answer_tokens
 from megatron_rlpt.teacher.served_likelihood import ServedLikelihood
@@ -44,7 +43,7 @@ def most_tokens(config: Config) -> int:
     """Longest answer that a worker asks for, in tokens; 0 where it asks for none."""
     prompted = needs_judge(config.objective.name) and config.teacher.judge == JudgeName.generative
     judge = config.teacher.generative.max_tokens if prompted else 0
-    return max(judge, answer_tokens(config.data.suffix_length) if config.candidates.rewrite else 0)
+    return max(judge, answer_tokens(config) if config.candidates.rewrite else 0)
 
 
 def run_worker(config: Config, name: str = "") -> None:
@@ -159,7 +158,7 @@ async def _teacher(
     server_key(workers.key_env)  # missing, it is missed now and not when the first server is announced
     endpoints = announced_endpoints(workers.endpoints, await asyncio.to_thread(buffer.announced, KIND), workers.key_env)
     # Where the teacher's folder is here, its own special tokens are known; else only the common ones are broken up.
-    known = special_tokens(config.teacher_path) if (Path(config.teacher_path) / "tokenizer.json").is_file() else ()
+    known = known_special_tokens(config.teacher_path)
     async with TeacherPool(endpoints, workers.request_deadline, known) as pool:
         looking = asyncio.create_task(_look_round(config, buffer, pool))
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from text_tokens import NUMBERS
 
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.config import CandidatesConfig, CheckpointConfig, Config, RolloutConfig, TeacherConfig, TrainConfig
@@ -146,7 +147,9 @@ def training(
         teacher=TeacherConfig(max_failure_rate=0.4),
         checkpoint=CheckpointConfig(every=every),
     )
-    proposer = Proposer(original=True, rewriter=None, engine=engine, suffix_length=2, run_seed=config.run.seed)
+    proposer = Proposer(
+        text=NUMBERS, original=True, rewriter=None, engine=engine, suffix_length=2, run_seed=config.run.seed
+    )
     judging = InTrainer(ScriptedJudge(**judge) if engine else None, Ranks(), at_once=background)
     pipeline = Pipeline(
         CountingStream(),

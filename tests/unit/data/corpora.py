@@ -15,7 +15,7 @@ from megatron_rlpt.config import DataConfig, SourceConfig, SourceFormat
 FILE_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt")
 
 
-def encode(text: str) -> list[int]:
+def encode(text: str, control_tokens: bool = False) -> list[int]:
     """One token per byte, so that a test can turn tokens back into text."""
     return list(text.encode())
 

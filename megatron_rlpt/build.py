@@ -14,6 +14,7 @@ from megatron_rlpt.curriculum import Curriculum
 from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.judging import InTrainer, Judging
+from megatron_rlpt.learning import Learning
 from megatron_rlpt.loop import Observer, Training
 from megatron_rlpt.objectives import build_objective
 from megatron_rlpt.observe import StageTimer, get_logger
@@ -96,6 +97,7 @@ def build(
         background=background,
         timer=timer,
     )
+    learning = Learning(config.train.empty_window, config.train.max_empty_share)
     return Training(
         config,
         pipeline,
@@ -104,9 +106,10 @@ def build(
         engine,
         build_residency(config, engine, policy, ranks),
         observer,
-        RunSaver(config, store, pipeline, policy),
+        RunSaver(config, store, pipeline, policy, learning),
         timer,
         stop,
+        learning,
     )
 
 

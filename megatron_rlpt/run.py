@@ -31,7 +31,8 @@ from megatron_rlpt.tokenizer import PolicyTokenizer
 _log = get_logger(__name__)
 
 _MAY_CHANGE = ("observe.", "evaluation.", "data.heldout", "checkpoint.", "run.dir", "parallel.", "train.micro_batch",
-               "train.logprob_chunk", "train.recompute", "train.max_stall", "optimizer.offload", "rollout.max_batch",
+               "train.logprob_chunk", "train.recompute", "train.max_stall", "train.empty_window",
+               "train.max_empty_share", "optimizer.offload", "rollout.max_batch",
                "rollout.max_logprob_gap", "teacher.max_failure_rate", "data.max_bad_fraction",
                "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
                "teacher.kv_cache_gib", "teacher.workers.", "buffer.")  # fmt: skip
@@ -93,7 +94,13 @@ def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> N
         with run.stop.listening(), _watched(run, folder, ranks):
             train(run)
         export(run.policy, Path(config.model.path), folder / "export", ranks)
-    _log.info("run complete", steps=run.done, version=run.policy.version, export=folder / "export")
+    _log.info(
+        "run complete",
+        steps=run.done,
+        without_example=run.learning.empty_steps,
+        version=run.policy.version,
+        export=folder / "export",
+    )
 
 
 def _watched(run: Training, folder: Path, ranks: Ranks) -> Liveness:
@@ -104,6 +111,7 @@ def _watched(run: Training, folder: Path, ranks: Ranks) -> Liveness:
         run.config.train.max_stall,
         folder / HEARTBEAT if ranks.is_main else None,
         folder / "logs" / f"stacks-{ranks.rank:05d}.txt",
+        troubles=lambda: run.learning.troubles,
     )
 
 
@@ -139,6 +147,7 @@ def _load(run: Training, checkpoint: Checkpoint) -> None:
         run.policy.load(checkpoint.policy)
         state = checkpoint.state
         run.pipeline.load_state_dict(state["pipeline"])
+        run.learning.load_state_dict(state["learning"])
         set_random_state(state["random"])
         run.done = checkpoint.step
         if run.policy.version != state["version"]:

@@ -16,6 +16,7 @@ from megatron_rlpt.curriculum import Curriculum
 from megatron_rlpt.data import EpisodeStream, survey
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.judging import InTrainer, Judging
+from megatron_rlpt.learning import Learning
 from megatron_rlpt.loop import Observer, Training
 from megatron_rlpt.objectives import build_objective
 from megatron_rlpt.observe import StageTimer, get_logger
@@ -105,6 +106,7 @@ def build(
         timer=timer,
         vocab=read_architecture(Path(config.model.path)).vocab,
     )
+    learning = Learning(config.train.empty_window, config.train.max_empty_share)
     return Training(
         config,
         pipeline,
@@ -113,9 +115,10 @@ def build(
         engine,
         build_residency(config, engine, policy, ranks),
         observer,
-        RunSaver(config, store, pipeline, policy, published),
+        RunSaver(config, store, pipeline, policy, learning, published),
         timer,
         stop,
+        learning,
     )
 
 

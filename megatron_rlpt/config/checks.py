@@ -86,6 +86,8 @@ _RANGES: list[_Check] = [
     ("train.global_batch", lambda v: v >= 1, "at least 1"),
     ("train.micro_batch", lambda v: v >= 1, "at least 1"),
     ("train.staleness", lambda v: v >= 0, "0 or more"),
+    ("train.empty_window", lambda v: v >= 1, "at least 1"),
+    ("train.max_empty_share", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("train.logprob_chunk", lambda v: v >= 1, "at least 1"),
     ("train.max_stall", lambda v: v >= 0, "0 (never) or more seconds"),
     ("checkpoint.every", lambda v: v >= 1, "at least 1"),

@@ -389,7 +389,7 @@ class TeacherConfig:
     kv_cache_gib: float = 1.0
     """Memory for the key-value cache of the teacher's engine, in GiB."""
     max_failure_rate: float = 0.2
-    """Share of failed judgments in a step above which the run stops, or with workers pauses."""
+    """Share of failed judgments, or of failed rewrites, in a step above which the run stops, or with workers pauses."""
     place: TeacherPlace = TeacherPlace.trainer
     """Who judges and rewrites: the trainer itself, or workers that take groups out of the rollout buffer."""
     workers: WorkersConfig = field(default_factory=WorkersConfig)
@@ -468,6 +468,11 @@ class TrainConfig:
     staleness: int = 0
     """Steps between the proposal of a batch and its update. 0 does one after the other; with 1 or more the next batches
     are generated and judged meanwhile, by weights that lack as many updates."""
+    empty_window: int = 20
+    """Steps that ``max_empty_share`` is taken over; a run that ends earlier is judged by all of its steps."""
+    max_empty_share: float = 0.9
+    """Share of steps that left no example to learn from (ties, failed rewrites, copies, ...) above which the run ends
+    with exit code 77. With 1 it goes on; a run that has made no update at its end has exit code 77 nevertheless."""
     logprob_chunk: int = 1024
     """Tokens whose vocabulary logits exist at the same time, per rank."""
     max_stall: float = 3600.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -36,11 +37,14 @@ class SampleTable:
     def write(self, step: int, groups: Sequence[Group], selection: Selection) -> None:
         """Append the first ``per_step`` groups of a step.
 
+        Each line has ``skipped_in_step``: reason -> how many of all the step's episodes were skipped for it.
+
         Raises:
             ValueError: an episode is not in ``selection``, or an index in it points at no candidate.
         """
+        skipped = Counter(reason for _, _, reason in selection.values() if reason is not None)
         for group in groups[: self._per_step]:
-            self._lines.write({"step": step, **self._row(group, selection)})
+            self._lines.write({"step": step, **self._row(group, selection), "skipped_in_step": dict(skipped)})
 
     def close(self) -> None:
         """Close the file."""
@@ -77,7 +81,7 @@ class SampleTable:
             "chosen": chosen,
             "rejected": rejected,
             "skipped": skipped,
-        }
+        } | ({"rewrite": _verdict(group.rewrite_failure)} if group.rewrite_failure else {})
 
     def _describe(self, candidate: Candidate, episode: Episode) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_rlpt.errors import CheckpointError, ModelError, first_line
+from megatron_rlpt.huggingface_config import write_config, write_tokenizer_config
 from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.families import Rule, expected_shapes
 
@@ -170,7 +171,8 @@ def export_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, tar
     """
     with published(target) as partial:
         copy_settings(source, partial)
-        declare_dtype(partial, _write_shards(weights, partial))
+        write_tokenizer_config(partial)
+        write_config(partial, _write_shards(weights, partial))
 
 
 @contextlib.contextmanager
@@ -245,14 +247,3 @@ def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> 
         (folder / INDEX).write_text(json.dumps(contents, indent=1), encoding="utf-8")
     assert dtype is not None, "a model has weights"
     return dtype
-
-
-def declare_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Let ``config.json`` name the precision of the weights: readers cast to what it says, and would round fp32."""
-    config = folder / "config.json"
-    raw = json.loads(config.read_text(encoding="utf-8"))
-    named = str(dtype).removeprefix("torch.")
-    keys = raw.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}  # the second is the name before transformers 5
-    if any(raw.get(key) != named for key in keys):
-        raw |= dict.fromkeys(keys, named)
-        config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

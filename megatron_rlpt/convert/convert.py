@@ -18,7 +18,8 @@ from megatron_rlpt.convert.megatron_reader import MegatronSource
 from megatron_rlpt.convert.megatron_writer import MegatronWriter
 from megatron_rlpt.convert.source import HuggingFaceSource, Source
 from megatron_rlpt.errors import CheckpointError, ConfigError
-from megatron_rlpt.huggingface import copy_settings, declare_dtype, export_folder, published
+from megatron_rlpt.huggingface import copy_settings, export_folder, published
+from megatron_rlpt.huggingface_config import write_config
 from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.families import Rule, mapping
 from megatron_rlpt.policy.layout import Layout, check_cut
@@ -164,7 +165,7 @@ def _write_megatron(weights: _Weights, source: Source, target: Path, layout: Lay
         (partial / HF_FILES).mkdir()
         copy_settings(source.files, partial / HF_FILES)
         assert weights.dtype is not None
-        declare_dtype(partial / HF_FILES, weights.dtype)
+        write_config(partial / HF_FILES, weights.dtype)
 
 
 def _require_free(target: Path) -> None:

@@ -76,16 +76,13 @@ def test_layers_without_transformer_engine_come_back_and_pass_verification(folde
 
 def test_a_wrong_order_of_heads_in_the_source_does_not_pass(tmp_path, monkeypatch):
     """What is compared is Megatron's own reading of the stored tensor, not ours taken apart and put together again."""
-    folder = save_family(tmp_path / "llama", "llama", num_key_value_heads=4)
+    folder = save_family(tmp_path / "llama", "llama", num_key_value_heads=4)  # so that query, key and value are alike
     saved = save_distributed(megatron_model(folder), tmp_path / "saved")
 
     def mixed_up(arch):
         for rule in mapping(arch):
-            split = rule.split
             if "linear_qkv.weight" in rule.ours:
-                rule = replace(
-                    rule, split=lambda arch, tensor, split=split: [split(arch, tensor)[i] for i in (1, 0, 2)]
-                )
+                rule = replace(rule, split=lambda arch, tensor, right=rule.split: right(arch, tensor)[::-1])
             yield rule
 
     monkeypatch.setattr("megatron_rlpt.convert.convert.mapping", mixed_up)

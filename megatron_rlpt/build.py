@@ -158,6 +158,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
         # Every rank reads the same documents; one of them writes down which are malformed.
         quarantine=folder / "quarantine.jsonl" if ranks.is_main else None,
         bos_id=tokenizer.bos_id,
+        vocabulary=tokenizer.vocabulary,
     )
     _require_usable_corpus(config, tokenizer)
     return stream
@@ -170,4 +171,6 @@ def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
         DataError: it is missing, unreadable, or has no usable document.
     """
     unshuffled = dataclasses.replace(config.data, shuffle_buffer=1)
-    EpisodeStream(unshuffled, tokenizer.encode, config.run.seed, bos_id=tokenizer.bos_id).take(1)
+    EpisodeStream(
+        unshuffled, tokenizer.encode, config.run.seed, bos_id=tokenizer.bos_id, vocabulary=tokenizer.vocabulary
+    ).take(1)

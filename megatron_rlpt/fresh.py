@@ -177,7 +177,7 @@ def _require_same(written: Any, own: Any, arch: Architecture, folder: Path) -> N
     if written.get_vocab() != own.get_vocab() or written(_PROBE)["input_ids"] != own(_PROBE)["input_ids"]:
         raise ModelError(
             f"transformers reads the tokenizer in {folder} as {type(written).__name__} beside a {arch.model_type} "
-            "model, and then it gives other tokens; take a tokenizer of that family, or another family (llama reads any)"
+            "model, and then it gives other tokens; take a tokenizer of that family, or another family"
         )
 
 

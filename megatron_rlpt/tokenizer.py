@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.errors import ModelError, first_line
 
 
@@ -31,6 +32,11 @@ class PolicyTokenizer:
     def size(self) -> int:
         """Number of token ids, special ones included."""
         return len(self._tokenizer)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What it says of token ids, for corpora that hold those."""
+        return Vocabulary(self.size, frozenset(self._tokenizer.all_special_ids), self.bos_id, self.decode)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, nothing added."""

@@ -137,6 +137,8 @@ def validate(config: Config) -> None:
         for index, source in enumerate(getattr(config.data, group)):
             if not source.weight > 0:
                 raise ConfigError(f"data.{group}[{index}].weight is {source.weight}; allowed: above 0")
+            if source.eod < -1:
+                raise ConfigError(f"data.{group}[{index}].eod is {source.eod}; allowed: a token id, or -1 (detected)")
     for required in ("run.dir", "model.path"):
         if not operator.attrgetter(required)(config):
             raise ConfigError(f"{required} is empty; allowed: the path of a folder")

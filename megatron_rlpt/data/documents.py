@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from typing import Any
 
 EXCERPT_CHARACTERS = 200
@@ -19,6 +20,8 @@ class Document:
 
     id: str
     text: str
+    tokens: array[int] | None = field(default=None, repr=False)
+    """Token ids of a source that holds those instead of text; then ``text`` is empty."""
 
 
 @dataclass(frozen=True)

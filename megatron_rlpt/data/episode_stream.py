@@ -13,6 +13,7 @@ from typing import Any
 from megatron_rlpt.config.schema import DataConfig, MixBy
 from megatron_rlpt.data.documents import Document, Position
 from megatron_rlpt.data.episodes import Cutter, Encode
+from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.data.lane import Held, Lane, OpenDocument
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.stream import Counters, DocumentStream
@@ -58,6 +59,7 @@ class EpisodeStream:
         world_size: Number of data-parallel ranks; together they serve every document of a pass once.
         quarantine: File for malformed records, appended to; None only counts them.
         bos_id: The tokenizer's BOS token, for ``data.add_bos``.
+        vocabulary: The tokenizer's, for sources that hold tokens.
 
     Raises:
         DataError: a source is missing, empty or not recognised.
@@ -73,10 +75,11 @@ class EpisodeStream:
         world_size: int = 1,
         quarantine: Path | None = None,
         bos_id: int | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self._cutter = Cutter(config, encode, bos_id)
         self._documents = DocumentStream(
-            config.sources, seed, Quarantine(quarantine, config.max_bad_fraction), rank, world_size
+            config.sources, seed, Quarantine(quarantine, config.max_bad_fraction), rank, world_size, vocabulary
         )
         self._settings = {name: getattr(config, name) for name in _CUT_SETTINGS} | {
             "mix_by": config.mix_by.value,
@@ -200,7 +203,7 @@ class EpisodeStream:
         return None
 
     def _open(self, document: Document, source: int, position: Position) -> OpenDocument:
-        tokens = array("i", self._cutter.tokenize(document.text))
+        tokens = array("i", self._cutter.tokenize(document))
         return OpenDocument(document.id, tokens, deque(self._cutter.offsets(len(tokens))), source, position)
 
     def _rebuild(self, lanes: list[dict[str, Any]]) -> None:

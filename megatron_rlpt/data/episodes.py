@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from megatron_rlpt.config.schema import DataConfig
+from megatron_rlpt.data.documents import Document
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.records import Episode, stable_id
 
@@ -31,9 +32,10 @@ class Cutter:
         self._encode = encode
         self._head = [bos_id] if config.add_bos and bos_id is not None else []
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, document: Document) -> list[int]:
         """Token ids of a whole document."""
-        return [*self._head, *self._encode(text)]
+        tokens = self._encode(document.text) if document.tokens is None else document.tokens
+        return [*self._head, *tokens]
 
     def offsets(self, length: int) -> list[int]:
         """Index of the first suffix token of every episode of a document of ``length`` tokens, ascending.

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_rlpt.config.schema import DataConfig
 from megatron_rlpt.data.documents import BadRecord
 from megatron_rlpt.data.episodes import Cutter, Encode, evenly_spread
+from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import ConfigError, DataError
@@ -14,7 +15,12 @@ from megatron_rlpt.records import Episode
 
 
 def heldout_episodes(
-    config: DataConfig, count: int, encode: Encode, quarantine: Path | None = None, bos_id: int | None = None
+    config: DataConfig,
+    count: int,
+    encode: Encode,
+    quarantine: Path | None = None,
+    bos_id: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> list[Episode]:
     """The first ``count`` episodes of ``data.heldout``: one per document, from its middle, in corpus order.
 
@@ -29,7 +35,7 @@ def heldout_episodes(
         raise ConfigError("data.heldout is empty; give at least one source of documents to compare policies on")
     cutter = Cutter(config, encode, bos_id)
     bad = Quarantine(quarantine, config.max_bad_fraction)
-    readers = {index: open_source(source) for index, source in enumerate(config.heldout)}
+    readers = {index: open_source(source, vocabulary=vocabulary) for index, source in enumerate(config.heldout)}
     taken = [0] * len(config.heldout)
     episodes: list[Episode] = []
     while readers and len(episodes) < count:
@@ -41,7 +47,7 @@ def heldout_episodes(
         bad.count(record)
         if isinstance(record, BadRecord):
             continue
-        tokens = cutter.tokenize(record.text)
+        tokens = cutter.tokenize(record)
         offsets = cutter.offsets(len(tokens))
         if offsets:
             (offset,) = evenly_spread(offsets, 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_rlpt.config.schema import SourceConfig
 from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
+from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.data.quarantine import MIN_RECORDS, Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import CheckpointError, DataError
@@ -84,7 +85,13 @@ class DocumentStream:
     """
 
     def __init__(
-        self, sources: list[SourceConfig], seed: int, quarantine: Quarantine, rank: int = 0, world_size: int = 1
+        self,
+        sources: list[SourceConfig],
+        seed: int,
+        quarantine: Quarantine,
+        rank: int = 0,
+        world_size: int = 1,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         self.counters = Counters(epochs=(0,) * len(sources), served=(0,) * len(sources))
@@ -94,7 +101,7 @@ class DocumentStream:
         self._world_size = world_size
         self._quarantine = quarantine
         self._draws = 0
-        self._cursors = [_Cursor(open_source(source)) for source in sources]
+        self._cursors = [_Cursor(open_source(source, vocabulary=vocabulary)) for source in sources]
         # Taken once: what counts is the corpus the run started to read, not what lies there at a later checkpoint.
         self._layout = [
             {"path": source.path, **cursor.reader.layout()}

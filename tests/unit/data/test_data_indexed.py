@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,7 @@ def test_documents_are_those_of_megatrons_own_class(tmp_path, dtype):
     own = IndexedDataset(str(prefix))
     borders = own.document_indices
     expected = [
-        np.concatenate([own[sequence] for sequence in range(first, last)]).tolist()
-        for first, last in zip(borders, borders[1:], strict=False)
+        np.concatenate([own[sequence] for sequence in range(first, last)]).tolist() for first, last in pairwise(borders)
     ]
     for path in (prefix, f"{prefix}.bin", f"{prefix}.idx", tmp_path, f"{tmp_path}/*.idx"):
         assert read_all(source(path)) == expected
@@ -121,8 +121,9 @@ def test_episodes_are_the_very_tokens_and_go_on_exactly(tmp_path):
 
 
 def test_a_blend_is_as_many_sources_with_their_weights(tmp_path):
-    config = load_config(None, ["run.dir=r", "model.path=m", "train.steps=1",
-                                "data.sources=[{path: '0.3 a 0.7 /d/b 0 c', format: megatron, weight: 2}, {path: x y}]"])  # fmt: skip
+    blend = "{path: '0.3 a 0.7 /d/b 0 c', format: megatron, weight: 2}"
+    needed = ["run.dir=r", "model.path=m", "train.steps=1"]
+    config = load_config(None, [*needed, f"data.sources=[{blend}, {{path: x y}}]"])
     assert [(part.path, pytest.approx(part.weight)) for part in config.data.sources] == [
         ("a", 0.6),
         ("/d/b", 1.4),
@@ -161,11 +162,8 @@ def test_damaged_and_foreign_files_are_one_line_each(tmp_path):
     assert "points beyond" in damaged("wild", index[:starts] + struct.pack("<q", 1 << 40) + index[starts + 8 :])
     assert "sequence of -1 tokens" in damaged("negative", index[:34] + struct.pack("<i", -1) + index[38:])
     borders = 34 + 12 * 5
-    assert (
-        "document 1 from sequence 9"
-        in damaged("borders", index[: borders + 8] + struct.pack("<q", 9) + index[borders + 16 :])
-        or True
-    )
+    beyond = index[: borders + 8] + struct.pack("<q", 9) + index[borders + 16 :]
+    assert "document 0 from sequence 0 to 9" in damaged("borders", beyond)
     (tmp_path / "good.bin").unlink()
     assert "good.bin does not exist" in refused(prefix)
     assert "names no indexed dataset" in refused(tmp_path / "nothing")

@@ -178,6 +178,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
         quarantine=folder / "quarantine.jsonl" if ranks.is_main else None,
         bos_id=tokenizer.bos_id,
         starts_character=tokenizer.starts_character,
+        vocabulary=tokenizer.vocabulary,
     )
     _require_usable_corpus(config, tokenizer)
     return stream
@@ -196,4 +197,5 @@ def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
         config.run.seed,
         bos_id=tokenizer.bos_id,
         starts_character=tokenizer.starts_character,
+        vocabulary=tokenizer.vocabulary,
     ).take(1)

@@ -1,4 +1,4 @@
-"""The ``rlpt`` command: train, evaluate, convert, judge, teacher, buffer, plan, config, doctor.
+"""The ``rlpt`` command: train, evaluate, init, convert, judge, teacher, buffer, plan, config, doctor.
 
 Whatever needs torch is imported inside the command that needs it, so that ``rlpt --help`` and ``rlpt config`` answer
 at once on a login node that has no torch.
@@ -65,7 +65,7 @@ class ConvertTo(enum.StrEnum):
 
 
 class ConvertDtype(enum.StrEnum):
-    """Precisions that ``rlpt convert`` writes."""
+    """Precisions that ``rlpt convert`` and ``rlpt init`` write."""
 
     bf16 = "bf16"
     fp32 = "fp32"
@@ -183,6 +183,27 @@ def convert(
         say=lambda line: print(line, flush=True),
     )
     print(result.describe())
+
+
+@app.command()
+def init(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json of the model, or a folder with one.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything yet.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", metavar="FOLDER", help="Folder of the tokenizer; by default that of CONFIG."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the weights.")] = 1,
+    dtype: Annotated[ConvertDtype, typer.Option("--dtype", help="Precision to write.")] = ConvertDtype.bf16,
+) -> None:
+    """Make a model with fresh weights, as Megatron initialises them."""
+    _quiet_libraries()
+    import torch
+
+    from megatron_rlpt.fresh import init as run
+
+    precision = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value]
+    print(run(config, target, tokenizer, seed=seed, dtype=precision, say=lambda line: print(line, flush=True)))
 
 
 app.command("plan")(plan)

@@ -20,10 +20,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def write_config(folder: Path, dtypes: Set[torch.dtype]) -> None:
-    """Let ``config.json`` in ``folder`` say under every name what it says under one, and name a precision of the weights.
+    """Let ``config.json`` in ``folder`` say under every name what it says under one, and name the weights' precision.
 
     Readers cast weights to the precision that it names, and would round fp32. What it says stays where some of the
-    weights are in that precision: a bf16 model with fp32 norms is a bf16 model. Otherwise it is the widest of ``dtypes``.
+    weights are in that precision: a bf16 model with fp32 norms is a bf16 model. Otherwise it is the widest of
+    ``dtypes``.
 
     Raises:
         ModelError: it is not of a supported model.

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.pieces import Pieces, joined_text
 from megatron_rlpt.records import Episode
@@ -101,6 +102,11 @@ class PolicyTokenizer:
     def size(self) -> int:
         """Number of token ids, special ones included."""
         return self._size
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What it says of token ids, for corpora that hold those."""
+        return Vocabulary(self.size, frozenset(self._pieces.control), self.bos_id, self.text_of)
 
     def encode(self, text: str, control_tokens: bool = False) -> list[int]:
         """Token ids of a document, nothing added.

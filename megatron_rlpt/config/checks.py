@@ -145,6 +145,8 @@ def validate(config: Config) -> None:
                 raise ConfigError(
                     f"data.{group}[{index}].subset is {source.subset!r}; allowed: empty, because its format is not hf"
                 )
+            if source.eod < -1:
+                raise ConfigError(f"data.{group}[{index}].eod is {source.eod}; allowed: a token id, or -1 (detected)")
     for required in ("run.dir", "model.path"):
         if not operator.attrgetter(required)(config):
             raise ConfigError(f"{required} is empty; allowed: the path of a folder")

@@ -87,6 +87,7 @@ class SourceFormat(enum.StrEnum):
     jsonl = "jsonl"
     parquet = "parquet"
     text = "text"
+    megatron = "megatron"
     hf = "hf"
 
 
@@ -155,7 +156,8 @@ class SourceConfig:
     """One corpus."""
 
     path: str = MISSING
-    """A file, a folder or a glob; for ``format: hf`` a dataset name or folder that ``datasets`` can stream."""
+    """A file, a folder or a glob; for ``format: hf`` a dataset name or folder that ``datasets`` can stream; for
+    ``format: megatron`` a prefix or a blend (``0.3 a 0.7 b``) as in ``--data-path``, or a folder of such datasets."""
     format: SourceFormat = SourceFormat.auto
     """Storage format; ``auto`` recognises .jsonl, .ndjson, .json (lines or one array), .txt, .md (all of them also
     with .gz, .zst, .xz, .bz2), .parquet, and folders of one of them."""
@@ -170,6 +172,8 @@ class SourceConfig:
     """Split to stream, for ``format: hf``."""
     subset: str = ""
     """Subset (configuration name) to stream, for ``format: hf``; empty is the only or default one."""
+    eod: int = -1
+    """Token id that ends a document, for ``format: megatron``; -1 is the control token that it ends with, if any."""
 
 
 @dataclass

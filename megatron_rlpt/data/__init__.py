@@ -4,6 +4,7 @@ from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
 from megatron_rlpt.data.episode_stream import EpisodeStream
 from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.heldout import heldout_episodes
+from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
@@ -21,6 +22,7 @@ __all__ = [
     "Position",
     "Quarantine",
     "Reader",
+    "Vocabulary",
     "heldout_episodes",
     "open_source",
     "survey_corpus",

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rlpt.config.schema import SourceConfig
 from megatron_rlpt.data.documents import MAX_RECORD_BYTES, BadRecord, Document, Position, Reader
+from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.data.names import shown
 from megatron_rlpt.data.quarantine import MIN_RECORDS, Quarantine
 from megatron_rlpt.data.sources import open_source
@@ -92,6 +93,7 @@ class DocumentStream:
         rank: int = 0,
         world_size: int = 1,
         max_record_bytes: int = MAX_RECORD_BYTES,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         self.counters = Counters(epochs=(0,) * len(sources), served=(0,) * len(sources))
@@ -101,7 +103,7 @@ class DocumentStream:
         self._world_size = world_size
         self._quarantine = quarantine
         self._draws = 0
-        self._cursors = [_Cursor(open_source(source, max_record_bytes)) for source in sources]
+        self._cursors = [_Cursor(open_source(source, max_record_bytes, vocabulary)) for source in sources]
         quarantine.expect([(s.path, cursor.reader.sizes()) for s, cursor in zip(sources, self._cursors, strict=True)])
         # Taken once: what counts is the corpus the run started to read, not what lies there at a later checkpoint.
         self._layout = [

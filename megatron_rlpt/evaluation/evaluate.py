@@ -90,6 +90,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
         tokenizer.encode,
         bos_id=tokenizer.bos_id,
         starts_character=tokenizer.starts_character,
+        vocabulary=tokenizer.vocabulary,
     )
     prefixes = [episode.prefix for episode in episodes]
     originals = [episode.suffix for episode in episodes]
@@ -170,15 +171,15 @@ def _ngram_model(sources: Sequence[SourceConfig], tokenizer: PolicyTokenizer, vo
     """``vocab`` is the model's: it may be padded beyond the tokenizer's, and a policy may sample from the padding."""
     if not sources:
         return None
-    documents = [tokenizer.encode(text, source.control_tokens) for source in sources for text in _texts(source)]
+    documents = [tokens for source in sources for tokens in _documents(source, tokenizer)]
     return NgramModel(documents, vocab)
 
 
-def _texts(source: SourceConfig) -> Iterator[str]:
-    reader = open_source(source)
+def _documents(source: SourceConfig, tokenizer: PolicyTokenizer) -> Iterator[Sequence[int]]:
+    reader = open_source(source, vocabulary=tokenizer.vocabulary)
     while (record := reader.read()) is not None:
         if isinstance(record, Document):
-            yield record.text
+            yield tokenizer.encode(record.text, source.control_tokens) if record.tokens is None else record.tokens
 
 
 def _describe_ngram(model: NgramModel) -> str:

@@ -18,7 +18,29 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-WORDS = "the a cat dog sat ran on under mat tree and then saw big small red blue house river stone light".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "tree",
+    "and",
+    "then",
+    "saw",
+    "big",
+    "small",
+    "red",
+    "blue",
+    "house",
+    "river",
+    "stone",
+    "light",
+]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
@@ -112,7 +134,9 @@ def test_more_is_lost_while_reading_than_allowed(train, tmp_path, monkeypatch):
 def test_a_parquet_shard_without_its_end_and_a_damaged_row_group_are_lost_by_their_size(train, tmp_path):
     for index in range(4):
         table = pa.table({"text": texts(40, index)})
-        pq.write_table(table, tmp_path / f"{index}.parquet", row_group_size=10, use_dictionary=False, compression="gzip")
+        pq.write_table(
+            table, tmp_path / f"{index}.parquet", row_group_size=10, use_dictionary=False, compression="gzip"
+        )
     whole = (tmp_path / "1.parquet").read_bytes()
     (tmp_path / "1.parquet").write_bytes(whole[: len(whole) // 2])
     refused(train(tmp_path / "*.parquet"), "1 of 4 files", "without a Parquet footer", "25.")

@@ -7,7 +7,7 @@ from corpora import encode, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.data import Cutter
+from megatron_rlpt.data import Cutter, Document
 from megatron_rlpt.errors import ConfigError
 
 cuts = st.builds(
@@ -25,7 +25,7 @@ cuts = st.builds(
 @given(cuts, st.lists(st.integers(0, 200_000), max_size=80))
 def test_every_episode_is_a_contiguous_slice_of_the_document(config, content):
     cutter = Cutter(config, lambda _, __=False: content, bos_id=7)
-    tokens = cutter.tokenize("")
+    tokens = cutter.tokenize(Document("d", ""))
     assert tokens == [7] * config.add_bos + content
     offsets = cutter.offsets(tokens)
     episodes = [cutter.cut("corpus", "document", tokens, offset) for offset in offsets]
@@ -67,7 +67,7 @@ def test_the_shortest_usable_document_has_min_prefix_plus_suffix_length_tokens()
 def test_bos_is_in_the_prefix_only_where_the_window_reaches_the_document_start():
     config = settings(suffix_length=2, min_prefix=2, max_prefix=4, add_bos=True)
     cutter = Cutter(config, encode, bos_id=999)
-    tokens = cutter.tokenize("abcdefgh")
+    tokens = cutter.tokenize(Document("d", "abcdefgh"))
     prefixes = [cutter.cut("c", "d", tokens, offset).prefix for offset in cutter.offsets(tokens)]
     assert [prefix[0] == 999 for prefix in prefixes] == [True, True, False]
     assert all(999 not in prefix[1:] for prefix in prefixes)

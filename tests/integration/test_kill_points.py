@@ -125,8 +125,8 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(uninterrupted, tiny_
         assert code == 0, f"killed {name}: {err}"
         found = results(folder)
         wrong = [what for what in whole if found[what] != whole[what]]
-        print(f"  killed {name}: {rows} steps told, {published or 'no checkpoint'}; went on for "
-              f"{time.monotonic() - begin:.1f} s; differs in {wrong or 'nothing'}")  # fmt: skip
+        seconds = time.monotonic() - begin
+        print(f"  {name}: {rows} steps, {published or 'no checkpoint'}; {seconds:.1f} s more; differs: {wrong or 'no'}")
         assert wrong == [], name
         assert (" starts over" in err) == (bool(rows) and not published)
         killed.append(name)

@@ -14,12 +14,13 @@ A run is one job, or two (``slurm.allocation: separate``) that look after each o
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from launch import pair
 from launch.pair import Part
 from launch.spec import DONE, SHARED, STOPPED, UNFINISHED
-from megatron_rlpt.errors import RunStopped
+from megatron_rlpt.errors import ConfigError, RunStopped
 from megatron_rlpt.observe.liveness import HEARTBEAT, STALLED
 from megatron_rlpt.stopping import STOP_FILE
 
@@ -95,17 +96,28 @@ _IF_STOPPED = """\
     if [ "$code" = {again} ]; then rlpt_again; fi
 """
 
+_DEFINE_MODULE = """\
+if ! command -v module >/dev/null; then
+    for file in /etc/profile.d/{modules,lmod,z00_lmod,00-modulepath}.sh /usr/share/{modules,lmod/lmod}/init/bash; do
+        if [ -r "$file" ]; then . "$file"; fi
+    done
+fi"""
+
 _AGAIN = 'echo "queued again"; scontrol "requeue${rlpt_hold:-}" "${SLURM_HET_JOB_ID:-$SLURM_JOB_ID}"'
 _NOT_AGAIN = 'echo "stopped; launch it once more to go on"'
 
 
-def setup_lines(run_dir: str, part: Part, *, requeue: bool) -> str:
+def setup_lines(
+    run_dir: str, part: Part, *, requeue: bool, modules: Sequence[str] = (), setup: Sequence[str] = ()
+) -> str:
     """Lines for the batch script.
 
     Args:
         run_dir: folder of the run as the node knows it, which all nodes share.
         part: what the job is of the run.
         requeue: queue the job again when the run stopped because it was asked to.
+        modules: environment modules to load.
+        setup: lines of the site's or the user's, to run after that.
     """
     codes = {"again": RunStopped.exit_code, "terminated": UNFINISHED, "stalled": STALLED}
     names = {"done": DONE, "stopped": STOPPED, "stop": STOP_FILE, "heartbeat": HEARTBEAT}
@@ -128,5 +140,24 @@ def setup_lines(run_dir: str, part: Part, *, requeue: bool) -> str:
     )
     if part is not Part.run:
         lines += "\n" + pair.watch_lines(part)
-    # Slurm also queues a job again whose node has failed; only the job itself can tell it not to.
-    return lines if requeue else f'{lines}\nscontrol update JobId="$SLURM_JOB_ID" Requeue=0'
+    if not requeue:
+        # Slurm also queues a job again whose node has failed; only the job itself can tell it not to.
+        lines += '\nscontrol update JobId="$SLURM_JOB_ID" Requeue=0'
+    return "\n".join([lines, *site_lines(modules, setup)])
+
+
+def site_lines(modules: Sequence[str], setup: Sequence[str]) -> list[str]:
+    """Lines that load ``modules`` and run ``setup``; the shell ends with 2 at the first that fails, and says which.
+
+    What a failing line itself says comes before that.
+    """
+
+    def checked(command: str, key: str, what: str) -> str:
+        said = shlex.quote(f"error: {key} of the cluster file: {what} failed on ")
+        return f'{command} || {{ echo {said}"$(hostname)"; exit {ConfigError.exit_code}; }}'
+
+    # Shells that are not login shells have no such command where the site defines it for those alone.
+    lines = [_DEFINE_MODULE] if modules else []
+    lines += [checked(f"module load {shlex.quote(name)}", "modules", f"module load {name}") for name in modules]
+    # Evaluated, so that a line which is no bash is one that fails, and names itself; not the whole script.
+    return lines + [checked(f"eval {shlex.quote(line)}", "setup", line) for line in setup]

@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from launch.cluster import Cluster, ExecutorName, check_path, load_cluster
+from launch.cluster import Cluster, ExecutorName
+from launch.cluster_file import check_path, load_cluster
 from launch.code import stage
 from launch.local import await_outcome, forget_earlier, passing_on_signals
 from launch.mounts import check_mounts, on_node

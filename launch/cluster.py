@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import enum
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-
-from megatron_rlpt.config.structured import Schema
-from megatron_rlpt.errors import ConfigError
 
 
 class ExecutorName(enum.StrEnum):
@@ -25,6 +19,17 @@ class Allocation(enum.StrEnum):
     one = "one"
     heterogeneous = "heterogeneous"
     separate = "separate"
+
+
+class GpuOption(enum.StrEnum):
+    """How Slurm is asked for GPUs."""
+
+    gpus_per_node = "gpus_per_node"
+    """``--gpus-per-node=8`` or ``--gpus-per-node=h100:8``."""
+    gres = "gres"
+    """``--gres=gpu:8`` or ``--gres=gpu:h100:8``, for sites that refuse the other."""
+    whole_nodes = "whole_nodes"
+    """Not at all: a job has all GPUs of its nodes, as on clusters whose Slurm does not count GPUs."""
 
 
 class ContainerRuntime(enum.StrEnum):
@@ -44,6 +49,8 @@ class TrainerPlace:
     """Processes per node; on GPUs one per GPU."""
     gpus_per_node: int = 0
     """GPUs asked for per node; 0 asks for none."""
+    gpu_type: str = ""
+    """Type of them as Slurm names it (``h100``); empty takes any."""
     cpus_per_rank: int = 0
     """Cores asked for per process; 0 leaves it to the cluster."""
     memory: str = ""
@@ -61,6 +68,8 @@ class TeacherPlace:
     """Servers per node; each has its share of the node's GPUs."""
     gpus_per_node: int = 0
     """GPUs asked for per node; 0 asks for none."""
+    gpu_type: str = ""
+    """Type of them as Slurm names it (``h100``); empty takes any."""
     cpus_per_server: int = 0
     """Cores asked for per server; 0 leaves it to the cluster."""
     memory: str = ""
@@ -77,6 +86,8 @@ class JudgePlace:
 
     workers: int = 2
     """Processes; 0 starts none, where the trainer judges by itself."""
+    cpus: int = 0
+    """Cores asked for, for all workers together; 0 leaves it to the cluster."""
 
 
 @dataclass
@@ -86,7 +97,7 @@ class BufferPlace:
     redis: bool = False
     """Start a Redis server for the run; without it groups are in SQLite, which is for one machine."""
     port: int = 0
-    """Port of that server; 0 chooses a free one."""
+    """Port of that server; 0 chooses a free one. With ``executor: local`` the server listens on this machine only."""
 
 
 @dataclass
@@ -112,6 +123,10 @@ class SlurmOptions:
     allocation: Allocation = Allocation.one
     """One job of equal nodes; one heterogeneous job, whose judging nodes have other GPUs than its training nodes; or
     two separate jobs, of which the one that trains starts once the one that judges has."""
+    gpu_option: GpuOption = GpuOption.gpus_per_node
+    """How GPUs are asked for."""
+    dependency: str = ""
+    """Jobs to wait for, as Slurm writes it: ``afterok:1234`` or ``singleton``. Of separate jobs, the first waits."""
     extra: dict[str, str] = field(default_factory=dict)
     """Further lines of the batch script: name of the option without dashes -> value (empty: none)."""
 
@@ -168,167 +183,12 @@ class Cluster:
     container: ContainerOptions = field(default_factory=ContainerOptions)
     tunnel: TunnelOptions = field(default_factory=TunnelOptions)
     guards: Guards = field(default_factory=Guards)
+    modules: list[str] = field(default_factory=list)
+    """Environment modules loaded before the components start (``module load``), in this order."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of bash that run after that, such as ``source /opt/site/env.sh``; one that fails ends the launch. Never
+    secrets."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for all components, such as NCCL's and UCX's; never secrets."""
     secrets_file: str = ""
     """File of mode 0600 on the cluster with lines NAME=value, which only the components read."""
-
-
-_SCHEMA = Schema(Cluster, {})
-_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_ID)?$", re.IGNORECASE)
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
-_PLAIN = re.compile(r"[A-Za-z0-9._/@+=,-]*")
-"""Of paths that nemo-run puts into commands as they are."""
-_OURS = frozenset(
-    ("account", "cpus-per-task", "dependency", "error", "gpus-per-node", "job-name", "mem", "no-requeue", "nodes",
-     "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "reservation", "signal", "time")
-)  # fmt: skip
-"""Options of sbatch that have a field of their own, or that a launch lives by."""
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-
-
-def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
-    """Read and check a cluster file.
-
-    Raises:
-        ConfigError: as of a run's configuration, and what would fail only after hours in a queue.
-    """
-    cluster = _SCHEMA.load(path, overrides)
-    _check_numbers(cluster)
-    _check_environment(cluster)
-    _check_words(cluster)
-    if cluster.executor is ExecutorName.slurm:
-        _check_slurm(cluster)
-    elif cluster.container.image:
-        raise ConfigError("container.image is set and executor is local; allowed: containers with executor slurm only")
-    elif cluster.trainer.nodes > 1 or cluster.teacher.nodes > 1:
-        raise ConfigError(
-            f"trainer.nodes is {cluster.trainer.nodes}, teacher.nodes {cluster.teacher.nodes}, and executor local; "
-            "allowed on this machine: 1"
-        )
-    return cluster
-
-
-def seconds_of(time: str) -> int:
-    """Seconds of a time as Slurm writes it.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    found = _TIME.fullmatch(time)
-    if found is None:
-        raise ConfigError(f"slurm.time is {time!r}; allowed: minutes, MM:SS, HH:MM:SS or D-HH:MM:SS")
-    days, first, second, third = (None if part is None else int(part) for part in found.groups())
-    assert first is not None
-    if days is not None:  # days-hours[:minutes[:seconds]]
-        return ((days * 24 + first) * 60 + (second or 0)) * 60 + (third or 0)
-    if third is not None:
-        return (first * 60 + (second or 0)) * 60 + third
-    return first * 60 + (second or 0)
-
-
-def _check_numbers(cluster: Cluster) -> None:
-    least = {
-        "trainer.nodes": (cluster.trainer.nodes, 1),
-        "trainer.ranks_per_node": (cluster.trainer.ranks_per_node, 1),
-        "trainer.gpus_per_node": (cluster.trainer.gpus_per_node, 0),
-        "trainer.cpus_per_rank": (cluster.trainer.cpus_per_rank, 0),
-        "teacher.nodes": (cluster.teacher.nodes, 0),
-        "teacher.servers_per_node": (cluster.teacher.servers_per_node, 1),
-        "teacher.gpus_per_node": (cluster.teacher.gpus_per_node, 0),
-        "teacher.cpus_per_server": (cluster.teacher.cpus_per_server, 0),
-        "teacher.concurrency": (cluster.teacher.concurrency, 1),
-        "judges.workers": (cluster.judges.workers, 0),
-        "buffer.port": (cluster.buffer.port, 0),
-        "tunnel.port": (cluster.tunnel.port, 1),
-        "slurm.stop_lead": (cluster.slurm.stop_lead, 1),
-        "guards.gate": (cluster.guards.gate, 1),
-    }
-    for key, (value, allowed) in least.items():
-        if value < allowed:
-            raise ConfigError(f"{key} is {value}; allowed: {allowed} or more")
-
-
-def check_path(key: str, path: str) -> None:
-    """Raises ConfigError: nemo-run, which puts paths into commands and replaces some of their parts, would break it."""
-    if not _PLAIN.fullmatch(path):
-        raise ConfigError(f"{key} is {path}; allowed in paths of a launch: letters, digits and . _ / @ + = , -")
-    if "/nemo_run" in path:
-        raise ConfigError(
-            f"{key} is {path}; allowed: a path without /nemo_run, which nemo-run has a use of its own for"
-        )
-
-
-def _check_words(cluster: Cluster) -> None:
-    for key, memory in (("trainer", cluster.trainer.memory), ("teacher", cluster.teacher.memory)):
-        if memory and not _MEMORY.fullmatch(memory):
-            raise ConfigError(f"{key}.memory is {memory}; allowed: a number with K, M, G or T, such as 200G")
-    for argument in cluster.teacher.arguments:
-        if _SECRET.search(argument.partition("=")[0]):
-            raise ConfigError(
-                f"teacher.arguments has {argument.partition('=')[0]}, and every user of a node can read arguments; "
-                "leave it out, servers of a launch are asked without a key"
-            )
-    if cluster.teacher.gpus_per_node % cluster.teacher.servers_per_node:
-        raise ConfigError(
-            f"teacher.gpus_per_node is {cluster.teacher.gpus_per_node} and teacher.servers_per_node "
-            f"{cluster.teacher.servers_per_node}; allowed: servers that divide the GPUs of a node"
-        )
-    for key, path in (("home", cluster.home), ("python", cluster.python)):
-        check_path(key, path)
-
-
-def _check_environment(cluster: Cluster) -> None:
-    for name in cluster.environment:
-        if not _VARIABLE.fullmatch(name):
-            raise ConfigError(f"environment.{name} is no name of a variable; allowed: letters, digits and _")
-        if _SECRET.search(name):
-            raise ConfigError(
-                f"environment.{name} looks like a secret, and this section is written to scripts and logs; put the "
-                f"line {name}=... into a file of mode 0600 on the cluster and name that file in secrets_file"
-            )
-
-
-def _check_slurm(cluster: Cluster) -> None:
-    time = seconds_of(cluster.slurm.time)
-    if time <= cluster.slurm.stop_lead:
-        raise ConfigError(
-            f"slurm.stop_lead is {cluster.slurm.stop_lead} s and slurm.time {time} s; allowed: a lead shorter than the "
-            "time, so that there is something left to train in"
-        )
-    if cluster.slurm.judging_partition and cluster.slurm.allocation is not Allocation.separate:
-        raise ConfigError(
-            f"slurm.judging_partition is {cluster.slurm.judging_partition} and slurm.allocation "
-            f"{cluster.slurm.allocation}; allowed: a partition for judging with allocation separate only"
-        )
-    if cluster.container.image and not cluster.python:
-        raise ConfigError("container.image is set and python is not; name the interpreter inside the container")
-    if cluster.tunnel.host and not cluster.python:
-        raise ConfigError("tunnel.host is set and python is not; name the interpreter on the cluster")
-    for key, folder in (("home", cluster.home), ("secrets_file", cluster.secrets_file)):
-        if folder and not PurePosixPath(folder).is_absolute():
-            raise ConfigError(f"{key} is {folder}; allowed with executor slurm: an absolute path that all nodes share")
-    if cluster.slurm.allocation is Allocation.heterogeneous:
-        _check_halves(cluster)
-    for option in cluster.slurm.extra:
-        if option.replace("_", "-") in _OURS:
-            raise ConfigError(
-                f"slurm.extra.{option} is set by the launch itself; use the field of slurm or leave it out"
-            )
-        if option.startswith("-"):
-            raise ConfigError(f"slurm.extra.{option}: write the option without its dashes")
-
-
-def _check_halves(cluster: Cluster) -> None:
-    """nemo-run asks for the memory and cores of the first half for both."""
-    pairs = (
-        ("memory", cluster.trainer.memory, "memory", cluster.teacher.memory),
-        ("cpus_per_rank", cluster.trainer.cpus_per_rank, "cpus_per_server", cluster.teacher.cpus_per_server),
-    )
-    for own, trainer, other, teacher in pairs:
-        if trainer != teacher:
-            raise ConfigError(
-                f"trainer.{own} is {trainer!r} and teacher.{other} {teacher!r}; allowed with allocation heterogeneous: "
-                "the same for both, or allocation separate"
-            )

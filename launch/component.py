@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -32,7 +31,8 @@ from types import TracebackType
 
 from launch.gate import await_buffer, await_judgment
 from launch.pair import JOBS, Part, exit_code_of, exit_code_of_other
-from launch.spec import DONE, OVER, SILENT, STOPPED, Spec, publish, read_published, read_secrets
+from launch.spec import DONE, OVER, SILENT, STOPPED, Spec, made_up, publish, read_published, read_secrets, write_private
+from megatron_rlpt.addresses import LOOPBACK
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
 from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child
 from megatron_rlpt.stopping import STOP_FILE
@@ -98,7 +98,7 @@ class Component:
         """Set when it is to end."""
         self.left_by: int | None = None
         """Exit code of the run's other job, once that has ended for good; this one ends as well then."""
-        self.environment = {**os.environ, **spec.environment, **read_secrets(spec.secrets_file)}
+        self.environment = {**os.environ, **spec.environment, **spec.own_secrets(), **read_secrets(spec.secrets_file)}
         """Variables of its command."""
         self._told, self._over = EndRequest(), threading.Event()
         self._log = spec.logs / f"{task.name}.log"
@@ -292,14 +292,15 @@ def _buffer(this: Component) -> int:
     folder = this.spec.shared / "redis"
     folder.mkdir(parents=True, exist_ok=True)
     port = this.spec.redis_port or _free_port()
-    password = _password(this.spec.shared / PASSWORD)
+    password = made_up(this.spec.shared / PASSWORD)
+    bind, host = ("127.0.0.1 -::1", LOOPBACK) if this.spec.one_machine else ("* -::*", socket.gethostname())
     # Not on the command line, where every user of the node could read it.
-    _write_private(
+    write_private(
         folder / "redis.conf",
-        f'port {port}\nbind * -::*\nrequirepass {password}\ndir "{folder}"\n'
+        f'port {port}\nbind {bind}\nrequirepass {password}\ndir "{folder}"\n'
         'appendonly yes\nappendfsync everysec\nsave ""\n',
     )
-    publish(this.spec.shared / BUFFER, {"url": f"redis://{socket.gethostname()}:{port}/0"})
+    publish(this.spec.shared / BUFFER, {"url": f"redis://{host}:{port}/0"})
     return this.run(["redis-server", str(folder / "redis.conf")], again=True)
 
 
@@ -311,6 +312,7 @@ def _teacher(this: Component) -> int:
         visible = this.environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(first + gpus)))
         this.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + gpus])
     command = [*RLPT, "teacher", "serve", "-c", this.spec.config, "--concurrency", str(this.spec.concurrency)]
+    command += ["--host", LOOPBACK if this.spec.one_machine else "0.0.0.0"]
     return this.run([*command, *overrides, *this.spec.server_arguments], again=True)
 
 
@@ -333,22 +335,6 @@ ROLES: dict[str, Callable[[Component], int]] = {
     "judges": _judges,
     TRAINER: _trainer,
 }
-
-
-def _password(file: Path) -> str:
-    """The run's password, made up at its first start."""
-    if not file.exists():
-        _write_private(file, secrets.token_hex(32))
-    return file.read_text(encoding="utf-8").strip()
-
-
-def _write_private(file: Path, text: str) -> None:
-    """Write ``file`` so that it was never readable by others."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as handle:
-        handle.write(text)
-    os.replace(partial, file)
 
 
 def _free_port() -> int:

@@ -23,11 +23,12 @@ from nemo_run.core.packaging.base import Packager
 from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
 from paramiko.ssh_exception import SSHException
 
-from launch.batch import setup_lines
-from launch.cluster import Allocation, Cluster, ContainerRuntime, ExecutorName, SlurmOptions
+from launch.batch import setup_lines, site_lines
+from launch.cluster import Allocation, Cluster, ContainerRuntime, ExecutorName, GpuOption, SlurmOptions
 from launch.code import SPEC, interpreter
 from launch.mounts import on_node
 from launch.pair import JOBS, Part
+from launch.slurm_request import Request, requests_of, step_arguments
 from launch.spec import SHARED
 from launch.topology import Component, is_separate
 from megatron_rlpt.errors import ConfigError, first_line
@@ -67,7 +68,8 @@ def build(cluster: Cluster, components: Sequence[Component], staged: Path, name:
     with experiment:
         if cluster.executor is ExecutorName.local:
             # Where the code is staged is where it runs; there is no node to send it to.
-            line = f"cd {shlex.quote(str(staged))} && exec {_python(cluster)} -m launch.local {SPEC}"
+            start = f"cd {shlex.quote(str(staged))} && exec {_python(cluster)} -m launch.local {SPEC}"
+            line = "\n".join([*site_lines(cluster.modules, cluster.setup), start])
             experiment.add(run.Script(inline=line), executor=run.LocalExecutor(packager=Packager()), name="all")
             return experiment
         if is_separate(cluster, components):
@@ -124,7 +126,8 @@ def _one_line(host: str) -> Iterator[None]:
     try:
         yield
     except UnexpectedExit as error:
-        said = (error.result.stderr.strip() or error.result.stdout.strip() or "nothing").splitlines()[-1]
+        # All of it: the first line has the reason, and the last one only that there was one.
+        said = "; ".join((error.result.stderr.strip() or error.result.stdout.strip() or "nothing").splitlines())
         raise ConfigError(f"{host} refuses `{error.result.command.split(' && ')[0]}`: {said}") from error
     except (OSError, SSHException) as error:
         raise ConfigError(f"{host} cannot be reached or written to: {first_line(error)}") from error
@@ -140,33 +143,38 @@ def _add(
     after: str = "",
 ) -> str:
     """Add a job of these components, which starts once the job ``after`` has started; returns its name."""
-    executors = _executors(cluster, components, staged, run_dir, part)
+    executors = _executors(cluster, components, staged, run_dir, part, first=not after)
     scripts = [run.Script(inline=_line(cluster, component)) for component in components]
     return str(experiment.add(scripts, executor=executors, name=part, dependencies=[after] if after else None))
 
 
 def _executors(
-    cluster: Cluster, components: Sequence[Component], staged: Path, run_dir: str, part: Part
+    cluster: Cluster, components: Sequence[Component], staged: Path, run_dir: str, part: Part, *, first: bool
 ) -> list[run.SlurmExecutor]:
     """One per component; what the job asks for is taken from the first of them, or the first of each half."""
+
+    def executor(component: Component, asked: Request) -> run.SlurmExecutor:
+        return _executor(cluster, component, asked, staged, run_dir, part, first=first)
+
     if cluster.slurm.allocation is not Allocation.heterogeneous or len(components) == 1:
-        whole = _together(components)
-        return [_executor(cluster, component, whole, staged, run_dir, part) for component in components]
+        (whole,) = requests_of([components])
+        return [executor(component, whole) for component in components]
     *judging, trainer = components
     half = [replace(component, first_node=0) for component in judging]
-    executors = [_executor(cluster, component, _together(half), staged, run_dir, part) for component in half]
-    executors.append(_executor(cluster, trainer, trainer, staged, run_dir, part))
-    for executor in executors:
-        executor.heterogeneous = True
-        executor.het_group_indices = [0] * len(half) + [1]
+    asked, asked_by_trainer = requests_of([half, [trainer]])
+    executors = [executor(component, asked) for component in half]
+    executors.append(executor(trainer, asked_by_trainer))
+    for one in executors:
+        one.heterogeneous = True
+        one.het_group_indices = [0] * len(half) + [1]
         # nemo-run leaves out for all parts what the first one does not ask for.
-        if any(component.gpus_per_node for component in components):
-            executor.gpus_per_node = executor.gpus_per_node or 0
+        if cluster.slurm.gpu_option is GpuOption.gpus_per_node and any(part.gpus_per_node for part in components):
+            one.gpus_per_node = one.gpus_per_node or 0
     return executors
 
 
 def _executor(
-    cluster: Cluster, component: Component, asked: Component, staged: Path, run_dir: str, part: Part
+    cluster: Cluster, component: Component, asked: Request, staged: Path, run_dir: str, part: Part, *, first: bool
 ) -> run.SlurmExecutor:
     """For one component.
 
@@ -177,9 +185,11 @@ def _executor(
         staged: folder of the code.
         run_dir: folder of the run.
         part: what the job is of the run.
+        first: whether no other job of the run comes before it.
     """
     slurm, container = cluster.slurm, cluster.container
     pyxis = bool(container.image) and container.runtime is ContainerRuntime.pyxis
+    gpus = f"{asked.gpu_type}:{asked.gpus}" if asked.gpu_type else asked.gpus
     return run.SlurmExecutor(
         account=slurm.account or None,
         partition=(part is Part.judging and slurm.judging_partition) or slurm.partition or None,
@@ -187,16 +197,19 @@ def _executor(
         job_name_prefix=f"rlpt-{PurePosixPath(run_dir).name}-",
         time=slurm.time,
         nodes=asked.nodes,
-        ntasks_per_node=asked.tasks_per_node,
-        gpus_per_node=asked.gpus_per_node or None,
+        ntasks_per_node=asked.tasks,
+        gpus_per_node=gpus if asked.gpus and slurm.gpu_option is GpuOption.gpus_per_node else None,
+        gres=f"gpu:{gpus}" if asked.gpus and slurm.gpu_option is GpuOption.gres else None,
         cpus_per_task=asked.cpus_per_task or None,
         mem=asked.memory or None,
         signal=f"B:USR1@{slurm.stop_lead}",
         container_image=container.image if pyxis else None,
         container_mounts=list(container.mounts) if pyxis else [],
-        additional_parameters=_further(slurm),
-        srun_args=_step(component),
-        setup_lines=setup_lines(on_node(run_dir, cluster), part, requeue=slurm.requeue),
+        additional_parameters=_further(slurm, first=first),
+        srun_args=step_arguments(component, slurm.gpu_option, job_has_gpus=bool(asked.gpus)),
+        setup_lines=setup_lines(
+            on_node(run_dir, cluster), part, requeue=slurm.requeue, modules=cluster.modules, setup=cluster.setup
+        ),
         dependency_type="after",
         packager=StagedCode(folder=str(staged)),
         tunnel=_tunnel(cluster),
@@ -206,39 +219,12 @@ def _executor(
     )
 
 
-def _together(job: Sequence[Component]) -> Component:
-    """What components that share nodes need at the same time, all nodes being alike."""
-    return Component(
-        "all",
-        max(component.first_node + component.nodes for component in job),
-        max(component.tasks_per_node for component in job),
-        0,
-        max(component.gpus_per_node for component in job),
-        max(component.cpus_per_task for component in job),
-        max((component.memory for component in job), key=_megabytes),
-    )
-
-
-def _step(component: Component) -> list[str]:
-    """Arguments of a component's ``srun``."""
-    return [
-        f"--nodes={component.nodes}",
-        f"--ntasks={component.tasks}",
-        f"--ntasks-per-node={component.tasks_per_node}",
-        f"--relative={component.first_node}",
-        # Judges, buffer and a server share a node: none of them is to wait for the others' cores.
-        "--overlap",
-        # Not --gres=none: Slurm refuses that in a job with --gpus-per-node.
-        *([] if component.gpus_per_node else ["--gpus-per-node=0"]),
-        # A rank that has ended well leaves the others the time to write; --wait=60 is nemo-run's.
-        *(["--wait=0"] if component.role == "trainer" else []),
-    ]
-
-
-def _further(slurm: SlurmOptions) -> dict[str, str | bool]:
+def _further(slurm: SlurmOptions, *, first: bool) -> dict[str, str | bool]:
     further: dict[str, str | bool] = {name.replace("-", "_"): value or True for name, value in slurm.extra.items()}
     if slurm.reservation:
         further["reservation"] = slurm.reservation
+    if slurm.dependency and first:
+        further["dependency"] = slurm.dependency
     return further
 
 
@@ -268,13 +254,6 @@ def _tunnel(cluster: Cluster) -> LocalTunnel | SSHTunnel:
         identity=tunnel.identity or None,
         job_dir=f"{cluster.home}/experiments",
     )
-
-
-def _megabytes(memory: str) -> float:
-    """Of an amount as Slurm writes it; nothing is least."""
-    units = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
-    number = memory.rstrip("KMGTkmgt")
-    return float(number or 0) * units.get(memory[len(number) :].upper() or "M", 1.0)
 
 
 def scripts_of(experiment: run.Experiment) -> list[str]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from launch.spec import Spec, publish, read_published
+from launch.spec import KEY_VARIABLE, Spec, publish, read_published
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import BufferUnavailableError, ModelError, RunStopped, TeacherError
@@ -43,7 +43,9 @@ class Waiting(Protocol):
 
 
 def await_buffer(this: Waiting) -> list[str]:
-    """Overrides that lead to the rollout buffer, once it answers; none where the configuration names it.
+    """Overrides that lead to the rollout buffer, once it answers, and to the key of the teacher's servers.
+
+    None where the configuration names them.
 
     An address of an earlier start of the job may still be there: it does not answer, or does not take the password.
 
@@ -53,15 +55,16 @@ def await_buffer(this: Waiting) -> list[str]:
         RunStopped: this component is to end.
     """
     spec = this.spec
+    key = [f"teacher.workers.key_env={KEY_VARIABLE}"] if spec.makes_up_key else []
     if "buffer" not in spec.components:
-        return []
+        return key
     password = f"buffer.password_file={spec.shared / 'password'}"
 
     def look() -> list[str] | str:
         address = read_published(spec.shared / "buffer.json")
         if not address:
             return "the rollout buffer has not started"
-        overrides = [f"buffer.url={address['url']}", password]
+        overrides = [f"buffer.url={address['url']}", password, *key]
         try:
             open_buffer(load_config(spec.config, [*overrides, "buffer.retry=0"])).close()
         except BufferUnavailableError as error:

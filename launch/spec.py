@@ -2,6 +2,7 @@
 
 <run.dir>/cluster/   buffer.json      where the rollout buffer answers
                      password         of Redis, mode 0600
+                     server-key       of the teacher's servers, mode 0600
                      status/*.json    what every component does
                      failed/*         last words of components that failed
 <run.dir>/logs/      one log per component
@@ -9,8 +10,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +28,8 @@ DONE, STOPPED = "done", "stopped"
 """Files in that folder: the start of the job whose trainer is done, or has stopped as asked."""
 UNFINISHED = 143
 """Exit code where the trainer was ended before it was done: that of what SIGTERM ends."""
+KEY_VARIABLE = "RLPT_TEACHER_KEY"
+"""Of the key that servers of the teacher ask for and workers send, where the user names no other."""
 SILENT = 30.0
 """Seconds without a word after which a component counts as gone."""
 OVER = ("ended", "failed")
@@ -52,6 +58,10 @@ class Spec:
     judge_workers: int = 0
     ranks_per_node: int = 1
     gate: float = 1800.0
+    one_machine: bool = False
+    """Whether all components are on one machine, so that nothing needs to be reached from another."""
+    makes_up_key: bool = False
+    """Whether servers of the teacher ask for a key that is made up for the run (``KEY_VARIABLE``)."""
     separate: bool = False
     """Whether judging and training are jobs of their own (``pair.py``)."""
 
@@ -65,6 +75,10 @@ class Spec:
         """The folder of everybody's logs."""
         return Path(self.run_dir) / "logs"
 
+    def own_secrets(self) -> dict[str, str]:
+        """Variables with what is made up for the run."""
+        return {KEY_VARIABLE: made_up(self.shared / "server-key")} if self.makes_up_key else {}
+
     def write(self, path: Path) -> None:
         """Write it for ``read``."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -76,6 +90,29 @@ class Spec:
         for name in ("components", "server_arguments"):
             raw[name] = tuple(raw[name])
         return Spec(**raw)
+
+
+def made_up(file: Path) -> str:
+    """The secret in ``file``, which the first of the run's components that asks for it makes up."""
+    with contextlib.suppress(FileExistsError):
+        write_private(file, secrets.token_hex(32), replace=False)
+    return file.read_text(encoding="utf-8").strip()
+
+
+def write_private(file: Path, text: str, *, replace: bool = True) -> None:
+    """Write ``file``, whole, so that it was never readable by others.
+
+    Raises:
+        FileExistsError: it is there, and not to be replaced.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as handle:
+        handle.write(text)
+    try:
+        (os.replace if replace else os.link)(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def publish(path: Path, value: Mapping[str, object]) -> None:
@@ -111,12 +148,12 @@ def read_secrets(file: str) -> dict[str, str]:
             lines = handle.read().splitlines()
     except OSError as error:
         raise ConfigError(f"secrets_file {file} cannot be read: {error.strerror}") from None
-    secrets = {}
+    found = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, equals, value = line.partition("=")
         if not equals or not name.strip().isidentifier():
             raise ConfigError(f"{file}, line {number}, is not of the form NAME=value")
-        secrets[name.strip()] = value.strip()
-    return secrets
+        found[name.strip()] = value.strip()
+    return found

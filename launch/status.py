@@ -106,7 +106,8 @@ def _progress(beat: dict[str, Any]) -> str:
     if beat["state"] != "running":
         return f"{place}, {_ago(beat['time'])} ago: {beat['state']}"
     stage = f", {beat['stage']} for {beat['seconds_there']:.0f} s" if beat["stage"] else ""
-    return f"{place}{stage}, heard of {_ago(beat['time'])} ago"
+    troubles = f"; {beat['troubles']}" if beat.get("troubles") else ""
+    return f"{place}{stage}, heard of {_ago(beat['time'])} ago{troubles}"
 
 
 def _job_state(job: str) -> str:

@@ -30,7 +30,9 @@ class Component:
     first_node: int = 0
     """Number of its first node, among those of the job."""
     gpus_per_node: int = 0
+    gpu_type: str = ""
     cpus_per_task: int = 0
+    """0 leaves it to the cluster."""
     memory: str = ""
 
     @property
@@ -53,6 +55,7 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
         trainer.ranks_per_node,
         0,
         trainer.gpus_per_node,
+        trainer.gpu_type,
         trainer.cpus_per_rank,
         trainer.memory,
     )
@@ -91,11 +94,12 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
                 servers.servers_per_node,
                 first,
                 servers.gpus_per_node,
+                servers.gpu_type,
                 servers.cpus_per_server,
                 servers.memory,
             )
         )
-    return [*found, Component("judges", 1, 1, first), place]
+    return [*found, Component("judges", 1, 1, first, cpus_per_task=cluster.judges.cpus), place]
 
 
 def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Spec:
@@ -116,6 +120,8 @@ def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Sp
         judge_workers=cluster.judges.workers,
         ranks_per_node=cluster.trainer.ranks_per_node,
         gate=cluster.guards.gate,
+        one_machine=cluster.executor is ExecutorName.local,
+        makes_up_key=bool(servers.nodes) and not config.teacher.workers.key_env,
         separate=is_separate(cluster, components),
     )
 

@@ -13,9 +13,10 @@ from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.config import Config, flatten, judged_by_workers, needs_judge
 from megatron_rlpt.curriculum import Curriculum
-from megatron_rlpt.data import EpisodeStream
+from megatron_rlpt.data import EpisodeStream, survey
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.judging import InTrainer, Judging
+from megatron_rlpt.learning import Learning
 from megatron_rlpt.loop import Observer, Training
 from megatron_rlpt.objectives import build_objective
 from megatron_rlpt.observe import StageTimer, get_logger
@@ -67,6 +68,7 @@ def build(
     judges = _to_workers(config, ranks, run, replace, stop, tokenizer.size) if judged_by_workers(config) else None
     objective = build_objective(config.objective)
     policy = ranks.everywhere(lambda: Policy(config, objective, runtime), "the end of loading the policy")
+    ranks.everywhere(lambda: policy.check_start(config), "the end of comparing the policy with transformers")
     # What works beside the update needs process groups of its own.
     beside = ranks.twin() if config.train.staleness else ranks
     teacher = Teacher(None, None)
@@ -84,6 +86,7 @@ def build(
     pipeline = Pipeline(
         stream,
         Proposer(
+            text=tokenizer,
             original=config.candidates.original,
             rewriter=teacher.rewriter,
             engine=engine,
@@ -103,6 +106,7 @@ def build(
         timer=timer,
         vocab=read_architecture(Path(config.model.path)).vocab,
     )
+    learning = Learning(config.train.empty_window, config.train.max_empty_share)
     return Training(
         config,
         pipeline,
@@ -111,9 +115,10 @@ def build(
         engine,
         build_residency(config, engine, policy, ranks),
         observer,
-        RunSaver(config, store, pipeline, policy, published),
+        RunSaver(config, store, pipeline, policy, learning, published),
         timer,
         stop,
+        learning,
     )
 
 
@@ -163,6 +168,8 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
             f"the tokenizer of {config.model.path} has {tokenizer.size} tokens and the model {arch.vocab} embeddings; "
             "tokenizer and weights belong to different models"
         )
+    if ranks.is_main:
+        survey(config.data.sources, config.data.max_bad_fraction)
     stream = EpisodeStream(
         config.data,
         tokenizer.encode,
@@ -170,6 +177,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
         # Every rank reads the same documents; one of them writes down which are malformed.
         quarantine=folder / "quarantine.jsonl" if ranks.is_main else None,
         bos_id=tokenizer.bos_id,
+        starts_character=tokenizer.starts_character,
     )
     _require_usable_corpus(config, tokenizer)
     return stream
@@ -182,4 +190,10 @@ def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
         DataError: it is missing, unreadable, or has no usable document.
     """
     unshuffled = dataclasses.replace(config.data, shuffle_buffer=1)
-    EpisodeStream(unshuffled, tokenizer.encode, config.run.seed, bos_id=tokenizer.bos_id).take(1)
+    EpisodeStream(
+        unshuffled,
+        tokenizer.encode,
+        config.run.seed,
+        bos_id=tokenizer.bos_id,
+        starts_character=tokenizer.starts_character,
+    ).take(1)

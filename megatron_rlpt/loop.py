@@ -21,6 +21,7 @@ from typing import Protocol
 
 from megatron_rlpt.config import Config
 from megatron_rlpt.errors import RunStopped, TrainingError
+from megatron_rlpt.learning import Learning
 from megatron_rlpt.metrics import step_metrics
 from megatron_rlpt.objectives import Objective, Selection
 from megatron_rlpt.observe import StageTimer, get_logger
@@ -71,6 +72,7 @@ class Training:
     saver: Saver
     timer: StageTimer
     stop: StopRequest
+    learning: Learning
     done: int = 0
     """Steps behind us."""
 
@@ -80,6 +82,7 @@ def train(run: Training) -> None:
 
     Raises:
         RunStopped: somebody asked; what was done is in a checkpoint.
+        NothingLearntError: too many steps left no example. No checkpoint is added, so that a mended run repeats them.
     """
     config, stage, saved = run.config, run.timer.stage, run.done
     while run.done < config.train.steps and not run.stop.asked():
@@ -101,12 +104,17 @@ def train(run: Training) -> None:
                 run.engine.update_weights(run.policy.weights(), run.policy.version)
         run.done += 1
         seconds, beside = run.timer.end_step(), run.timer.end_background()
-        metrics = step_metrics(groups, selection, figures, failure_rate, seconds, beside)
+        run.learning.observe(run.done - 1, groups, selection)
+        metrics = step_metrics(groups, selection, figures, failure_rate, run.learning.empty_share, seconds, beside)
+        metrics |= run.pipeline.figures()
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
         run.saver.poll()
+        run.learning.check(run.policy.version, last=run.done == config.train.steps)
         if run.done % config.checkpoint.every == 0:
             # After the step is recorded: a kill in between repeats the step, and the resumed run drops its record.
             saved = _save(run)
+    if run.done >= config.train.steps:
+        run.learning.check(run.policy.version, last=True)
     if saved < run.done:
         _save(run)
     run.saver.finish()

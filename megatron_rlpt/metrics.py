@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from megatron_rlpt.objectives import Selection
 from megatron_rlpt.records import Group, Source
-from megatron_rlpt.teacher.health import judge_health
+from megatron_rlpt.teacher.health import by_reason, judge_health
+from megatron_rlpt.teacher.judge import rewrite_failure_rate
 
 
 def step_metrics(
@@ -15,16 +17,19 @@ def step_metrics(
     selection: Selection,
     update: Mapping[str, float],
     failure_rate: float,
+    empty_share: float,
     seconds: Mapping[str, float],
     background: Mapping[str, float],
 ) -> dict[str, float]:
     """Flat name -> value.
 
-    ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on), ``seconds`` the
-    time by stage, and ``background`` the seconds of what went on beside the stages. Rewards are per source, over
+    ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on),
+    ``empty_share`` the share of such steps among the last ones, ``seconds`` the time by stage, and ``background`` the
+    seconds of what went on beside the stages. Rewards are per source, over
     candidates that have a score. ``<source>_chosen_rate`` is the share of the update's examples whose chosen candidate
-    came from that source (paper, Figure 8, for rollouts). What starts with ``judge/`` is explained in
-    ``teacher/health.py``.
+    came from that source (paper, Figure 8, for rollouts). ``rollout/length`` is the mean number of tokens of a rollout,
+    ``rollout/stop_rate`` the share that ended by themselves, and ``rollout/blank_rate`` the share without any text,
+    which is neither judged nor learnt. What starts with ``judge/`` is explained in ``teacher/health.py``.
     """
     metrics = dict(update)
     examples = selection.examples
@@ -45,11 +50,27 @@ def step_metrics(
         metrics[f"skipped/{reason.replace(' ', '_')}"] = count
     metrics["duplicates"] = selection.duplicates
     metrics["failure_rate"] = failure_rate
+    metrics["rewrite_failure_rate"] = rewrite_failure_rate(groups)
     metrics["failed_rewrites"] = sum(group.rewrite_failure is not None for group in groups)
+    metrics |= by_reason("failed_rewrites", Counter(g.rewrite_failure.reason for g in groups if g.rewrite_failure))
+    metrics["empty_share"] = empty_share
     metrics["rollouts"] = fmean(sum(candidate.source is Source.ROLLOUT for candidate in group.candidates)
                                 for group in groups)  # fmt: skip
+    metrics |= _rollouts(groups)
     metrics |= judge_health(groups)
     metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
     metrics["seconds/total"] = sum(seconds.values())
     metrics |= {f"background/{what}": value for what, value in background.items()}
     return metrics
+
+
+def _rollouts(groups: Sequence[Group]) -> dict[str, float]:
+    """Of all rollouts, also of those that nobody judged; nothing where there are none."""
+    rollouts = [candidate for group in groups for candidate in group.candidates if candidate.source is Source.ROLLOUT]
+    if not rollouts:
+        return {}
+    return {
+        "rollout/length": fmean(len(rollout.tokens) for rollout in rollouts),
+        "rollout/stop_rate": fmean(rollout.finish_reason == "stop" for rollout in rollouts),
+        "rollout/blank_rate": fmean(rollout.blank for rollout in rollouts),
+    }

@@ -161,6 +161,10 @@ class Pipeline:
             if flaw := flaw_of(group, self._vocab):
                 raise ValueError(f"group {number} comes back {flaw}")
 
+    def figures(self) -> dict[str, float]:
+        """What was read of the corpus so far; the same in every run once ``settle`` has returned."""
+        return self.stream.figures()
+
     def close(self) -> None:
         """Propose nothing more; what is being proposed ends with its part. The buffer is let go of."""
         self._closed.set()

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.checkpoint.folders import step_of
 from megatron_rlpt.config import Config, flatten
+from megatron_rlpt.learning import Learning
 from megatron_rlpt.loop import Observer
 from megatron_rlpt.objectives import Selection
 from megatron_rlpt.observe import MetricsWriter, Progress, SampleTable, StageTimer, get_logger, open_metrics
@@ -79,7 +80,7 @@ def observe_run(
         lock.require()
     progress = stack.enter_context(Progress(config.train.steps, start))
     metrics = stack.enter_context(open_metrics(config, start))
-    samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer.decode, start)
+    samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer, start)
     observer = RunObserver(progress, metrics, stack.enter_context(samples), lock)
     return observer, stack.enter_context(StageTimer(folder / "trace.jsonl", start, progress.stage))
 
@@ -92,6 +93,7 @@ class RunSaver:
     store: CheckpointStore
     pipeline: Pipeline
     policy: Policy
+    learning: Learning
     published: Callable[[], None]
     """Called on all ranks after every checkpoint."""
 
@@ -101,6 +103,7 @@ class RunSaver:
             "version": self.policy.version,
             "pipeline": self.pipeline.state_dict(),
             "random": random_state(),
+            "learning": self.learning.state_dict(),
             "config": flatten(self.config),
         }
         self._report(self.store.save(done, state, self.policy, Path(self.config.model.path)))

@@ -53,6 +53,8 @@ class Candidate:
     """``length`` or ``stop`` (end-of-sequence token sampled), for generated candidates."""
     logprobs: tuple[float, ...] | None = None
     """The engine's own log-probability of every token, natural log, for rollouts."""
+    blank: bool = False
+    """Without any text: control tokens and white space only. Never judged, never chosen, and no failure of a judge."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class Group:
         ]
 
 
+BLANK = Failed("no text")
+"""Outcome of a blank candidate."""
+
+
 def without_stale(group: Group, version: int, bound: int) -> Group:
     """``group`` with rollouts more than ``bound`` updates older than ``version`` as failures; the rest never goes bad.
 
@@ -117,6 +123,10 @@ def without_stale(group: Group, version: int, bound: int) -> Group:
             detail = {"rollout_version": candidate.policy_version, "version": version, "bound": bound}
             outcomes[index] = Failed("stale rollout", detail)
     return replace(group, outcomes=tuple(outcomes)) if group.outcomes else group
+
+
+SEED_RANGE = 1 << 63
+"""``derive_seed`` returns values below this."""
 
 
 def derive_seed(*parts: object) -> int:

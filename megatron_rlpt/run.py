@@ -111,7 +111,13 @@ def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> N
             train(run)
         export(run.policy, Path(config.model.path), folder / "export", ranks, fence)
         ranks.on_main(lambda: _note(folder, exported=run.done))
-    _log.info("run complete", steps=run.done, version=run.policy.version, export=folder / "export")
+    _log.info(
+        "run complete",
+        steps=run.done,
+        without_example=run.learning.empty_steps,
+        version=run.policy.version,
+        export=folder / "export",
+    )
 
 
 def _no_fence() -> None:
@@ -163,6 +169,7 @@ def _watched(run: Training, folder: Path, ranks: Ranks) -> Liveness:
         run.config.train.max_stall,
         folder / HEARTBEAT if ranks.is_main else None,
         folder / "logs" / f"stacks-{ranks.rank:05d}.txt",
+        troubles=lambda: run.learning.troubles,
     )
 
 
@@ -199,6 +206,7 @@ def _load(run: Training, checkpoint: Checkpoint) -> None:
         run.policy.load(checkpoint.policy)
         state = checkpoint.state
         run.pipeline.load_state_dict(state["pipeline"])
+        run.learning.load_state_dict(state["learning"])
         set_random_state(state["random"])
         run.done = checkpoint.step
         if run.policy.version != state["version"]:

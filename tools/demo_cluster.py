@@ -32,7 +32,7 @@ sys.path.append(str(SANDBOX.parent))  # at the end: its redis.py is not the pack
 from daemons import is_running, read_processes  # noqa: E402
 
 from megatron_rlpt.config import load_config  # noqa: E402
-from megatron_rlpt.errors import RlptError  # noqa: E402
+from megatron_rlpt.errors import NothingLearntError, RlptError  # noqa: E402
 from megatron_rlpt.observe.machine import bf16_is_slow  # noqa: E402
 from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child  # noqa: E402
 
@@ -157,8 +157,9 @@ def supervise(redis: Redis, trainer: Process, others: Sequence[Process], told: E
             code = process.look()
             if code is None:
                 continue
-            if process is trainer and code == 0:
-                return 0
+            # What left nothing to learn from leaves it once more.
+            if process is trainer and code in (0, NothingLearntError.exit_code):
+                return code
             if process.hopeless:
                 print(f"{process.name} ended too often, now with exit code {code}; see its log", flush=True)
                 return code if code > 0 else 1

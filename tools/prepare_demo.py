@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,11 +48,14 @@ def prepare_model(target: Path) -> None:
 
     from megatron_rlpt.convert.convert import convert
     from megatron_rlpt.convert.formats import Format
+    from megatron_rlpt.errors import RlptError
     from megatron_rlpt.observe.log import quiet_libraries
 
     quiet_libraries()
-    shutil.rmtree(target, ignore_errors=True)
-    convert(gguf_file, target, Format.HF)
+    try:
+        convert(gguf_file, target, Format.HF)
+    except RlptError as error:
+        sys.exit(f"error: {error}")
 
 
 def documents() -> Iterator[tuple[str, str]]:
@@ -104,9 +106,11 @@ def prepare_corpus(target: Path) -> None:
     splits = ("train", "heldout", "ngram")
     if all((target / f"{split}.jsonl").is_file() for split in splits):
         return
+    from megatron_rlpt.publishing import beside
+
     target.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    partial = {split: (target / f"{split}.jsonl.partial").open("w", encoding="utf-8") for split in splits}
+    partial = {split: beside(target / f"{split}.jsonl").open("x", encoding="utf-8") for split in splits}
     for name, text in documents():
         digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
         # Inherited docstrings appear many times; a copy in two splits would leak the held-out text.

@@ -45,7 +45,7 @@ slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
     exit "$failed"
 } >"$work/report" 2>&1 &
 background=$!
-for part in "tests/distributed tests/integration ${slurm[*]/#/--ignore=}" "tests/unit/[p-z]*"; do
+for part in "tests/odd tests/distributed tests/integration ${slurm[*]/#/--ignore=}" "tests/unit/[p-z]*"; do
     code=0
     # shellcheck disable=SC2086 # words of it
     .venv/bin/python -m pytest $part || code=$?

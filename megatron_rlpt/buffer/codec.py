@@ -40,7 +40,9 @@ def encode_group(group: Group) -> bytes:
     plain = [
         [episode.id, episode.prefix, episode.suffix, episode.corpus, episode.document, episode.offset],
         [
+            # Most are not blank, and older programs read those.
             [c.source.value, c.tokens, c.policy_version, c.seed, c.finish_reason, _pack_floats(c.logprobs)]
+            + [True] * c.blank
             for c in group.candidates
         ],
         [
@@ -101,8 +103,11 @@ def _candidate(
     seed: int | None,
     finish_reason: str | None,
     logprobs: str | None,
+    blank: bool = False,
 ) -> Candidate:
-    return Candidate(Source(source), tuple(tokens), policy_version, seed, finish_reason, _unpack_floats(logprobs))
+    return Candidate(
+        Source(source), tuple(tokens), policy_version, seed, finish_reason, _unpack_floats(logprobs), bool(blank)
+    )
 
 
 def _pack_floats(values: Sequence[float] | None) -> str | None:

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 
 from megatron_rlpt.buffer.attachment import SETTINGS, Attachment
 from megatron_rlpt.buffer.buffer import Pending, RolloutBuffer
@@ -23,7 +22,7 @@ from megatron_rlpt.judging import PATIENCE
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Failed, Group
-from megatron_rlpt.teacher.judge import failure_rate
+from megatron_rlpt.teacher.judge import NOT_JUDGED, failure_rate, failures, rewrite_failure_rate
 
 _log = get_logger(__name__)
 
@@ -247,13 +246,10 @@ class ThroughBuffer:
         return groups
 
     def _failed_share(self, groups: Sequence[Group]) -> float:
-        """Share of failed candidates; of groups that were given up, where nothing is judged."""
+        """Share of failed judgments or rewrites, whichever is larger; where nothing is judged, of rewrites."""
         if self._expected.judged:
-            return failure_rate(groups)
-        return fmean(
-            any("attempts" in failure.detail or _came_back_wrong(failure) for failure in _failures(group))
-            for group in groups
-        )
+            return max(failure_rate(groups), rewrite_failure_rate(groups))
+        return rewrite_failure_rate([_without_outcomes(group) for group in groups])
 
     def _pause(self, first: int, groups: Sequence[Group]) -> None:
         """Have failed groups judged again, after a while; nothing is learnt from a batch that failed."""
@@ -309,9 +305,8 @@ class ThroughBuffer:
 
 
 def _failures(group: Group) -> list[Failed]:
-    """Why candidates have no score, or the group no candidate."""
-    failed = [outcome for outcome in group.outcomes if isinstance(outcome, Failed)]
-    return failed or ([group.rewrite_failure] if group.rewrite_failure and not group.candidates else [])
+    """Why the group has no rewrite and candidates have no score, where another judge may do better."""
+    return [failure for failure in failures([group]) if failure.reason not in NOT_JUDGED]
 
 
 def _came_back_wrong(failure: Failed) -> bool:
@@ -325,5 +320,5 @@ def _reasons(groups: Sequence[Group]) -> str:
 
 def _without_outcomes(group: Group) -> Group:
     """A group that nobody judges; one that was given up has no rewrite."""
-    failures = _failures(group)
-    return replace(group, outcomes=(), rewrite_failure=group.rewrite_failure or (failures[0] if failures else None))
+    failed = _failures(group)
+    return replace(group, outcomes=(), rewrite_failure=group.rewrite_failure or (failed[0] if failed else None))

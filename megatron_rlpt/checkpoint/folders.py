@@ -13,6 +13,8 @@ from megatron_rlpt.observe import get_logger
 
 _log = get_logger(__name__)
 _PUBLISHED = re.compile(r"step-\d{8,}")
+_UNFINISHED = re.compile(_PUBLISHED.pattern + r"(\.old)?\.partial")
+"""Names that nothing but this module gives. Whatever else lies in the folder is somebody else's."""
 _HEADROOM = 1.1
 """A new checkpoint may be this much larger than the last before the disk counts as full."""
 
@@ -74,10 +76,11 @@ def mark_damaged(paths: Iterable[Path]) -> None:
 
 
 def sweep_partials(folder: Path) -> None:
-    """Remove what killed saves have left behind."""
+    """Remove what killed saves of this run have left behind; the run's folder is ours alone."""
     for path in folder.glob("step-*.partial"):
-        _log.warning("sweeping away an unfinished checkpoint", path=path)
-        shutil.rmtree(path)
+        if _UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            _log.warning("sweeping away an unfinished checkpoint", path=path)
+            shutil.rmtree(path)
 
 
 def require_space(folder: Path) -> None:

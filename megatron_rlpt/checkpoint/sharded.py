@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import nested_items_iter, nested_values
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -40,6 +40,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_rlpt.checkpoint.unpickling import load_data, only_data, require_data
 from megatron_rlpt.policy.compat import own_writer_arguments
 
 COMMON = "common.pt"
@@ -139,17 +140,23 @@ def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         folder: where ``ShardedWriting`` wrote.
 
     Raises:
+        CheckpointError: a part of it asks for more than data, see ``unpickling.py``.
         Exception: whatever Megatron raises for a missing or unreadable part; the caller names the checkpoint.
     """
     if not (folder / COMMON).is_file():
         raise FileNotFoundError(f"{folder / COMMON} does not exist")  # Megatron's own message crashes
-    with plain_errors():
+    load_data(folder / COMMON, folder / COMMON)
+    with plain_errors(), only_data():
         strategy = get_default_load_sharded_strategy(str(folder))
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         if group.size() > 1:
             # What several ranks ask for is read by one of them, which hands it on.
             strategy = FullyParallelLoadStrategyWrapper(strategy, group)
-        return dist_checkpointing.load(state, str(folder), strategy)
+        loaded = dist_checkpointing.load(state, str(folder), strategy)
+    for _, key, value in nested_items_iter(loaded):
+        if "_extra_state" in str(key):
+            require_data(str(key), value)
+    return loaded
 
 
 @contextlib.contextmanager

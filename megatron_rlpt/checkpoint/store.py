@@ -268,13 +268,15 @@ class CheckpointStore:
     def _publish(self, save: _Save, parts: list[_Written]) -> None:
         partial = save.partial
         described = save.writing.conclude([part.result for part in parts])
-        own = [*described, partial / STATE, *(partial / "hf").iterdir()]
+        model = sorted((partial / "hf").rglob("*"))
+        own = [*described, partial / STATE, *(path for path in model if path.is_file())]
         files = sum_files(partial, [str(path.relative_to(partial)) for path in own])
         for part in parts:
             files |= part.files
         Manifest(save.step, save.layout, files, versions()).write(partial / MANIFEST)
         # Files of the policy's state were flushed by the rank that wrote them; names are flushed here.
-        folders.flush(*own, partial / MANIFEST, partial / POLICY, partial / "hf", partial)
+        made = (path for path in model if path.is_dir())
+        folders.flush(*own, partial / MANIFEST, partial / POLICY, *made, partial / "hf", partial)
         (partial / MARKER).write_text(FileSum.of(partial / MANIFEST).checksum + "\n", encoding="utf-8")
         folders.flush(partial / MARKER, partial)
         self._fence()

@@ -17,6 +17,7 @@ from megatron_rlpt.config.schema import (
     JudgeName,
     ObjectiveName,
     QualityConfig,
+    SourceFormat,
     TeacherPlace,
 )
 from megatron_rlpt.errors import ConfigError
@@ -36,6 +37,7 @@ _RANGES: list[_Check] = [
     ("data.episodes_per_document", lambda v: v >= 0, "0 (all) or more"),
     ("data.shuffle_buffer", lambda v: v >= 1, "at least 1"),
     ("data.max_bad_fraction", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ("data.max_record_bytes", lambda v: v >= 1, "at least 1"),
     ("candidates.rollouts", lambda v: v >= 0, "0 or more"),
     ("candidates.curriculum.start", lambda v: v >= 0, "0 or more"),
     ("candidates.curriculum.grow_above", lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -84,6 +86,8 @@ _RANGES: list[_Check] = [
     ("train.global_batch", lambda v: v >= 1, "at least 1"),
     ("train.micro_batch", lambda v: v >= 1, "at least 1"),
     ("train.staleness", lambda v: v >= 0, "0 or more"),
+    ("train.empty_window", lambda v: v >= 1, "at least 1"),
+    ("train.max_empty_share", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("train.logprob_chunk", lambda v: v >= 1, "at least 1"),
     ("train.max_stall", lambda v: v >= 0, "0 (never) or more seconds"),
     ("checkpoint.every", lambda v: v >= 1, "at least 1"),
@@ -137,6 +141,10 @@ def validate(config: Config) -> None:
         for index, source in enumerate(getattr(config.data, group)):
             if not source.weight > 0:
                 raise ConfigError(f"data.{group}[{index}].weight is {source.weight}; allowed: above 0")
+            if source.subset and source.format is not SourceFormat.hf:
+                raise ConfigError(
+                    f"data.{group}[{index}].subset is {source.subset!r}; allowed: empty, because its format is not hf"
+                )
     for required in ("run.dir", "model.path"):
         if not operator.attrgetter(required)(config):
             raise ConfigError(f"{required} is empty; allowed: the path of a folder")

@@ -90,6 +90,13 @@ class SourceFormat(enum.StrEnum):
     hf = "hf"
 
 
+class MixBy(enum.StrEnum):
+    """What the weights of data sources are shares of."""
+
+    tokens = "tokens"
+    documents = "documents"
+
+
 class Decay(enum.StrEnum):
     """Shape of the learning-rate decay after warm-up."""
 
@@ -150,13 +157,19 @@ class SourceConfig:
     path: str = MISSING
     """A file, a folder or a glob; for ``format: hf`` a dataset name or folder that ``datasets`` can stream."""
     format: SourceFormat = SourceFormat.auto
-    """Storage format; ``auto`` recognises .jsonl[.gz|.zst], .parquet, .txt/.md files and folders of one of them."""
+    """Storage format; ``auto`` recognises .jsonl, .ndjson, .json (lines or one array), .txt, .md (all of them also
+    with .gz, .zst, .xz, .bz2), .parquet, and folders of one of them."""
     field: str = "text"
-    """Name of the record field (JSONL, Parquet, hf) that holds the document's text."""
+    """Name of the record field (JSON, Parquet, hf) that holds the document's text; dots lead into nested records."""
+    control_tokens: bool = False
+    """Whether control tokens that documents spell (``<|im_end|>`` in a corpus of chats) are meant as such; else they
+    are text like any other, and no document can stop the policy."""
     weight: float = 1.0
-    """Relative share of documents drawn from this source."""
+    """Relative share of this source, of what ``data.mix_by`` says."""
     split: str = "train"
     """Split to stream, for ``format: hf``."""
+    subset: str = ""
+    """Subset (configuration name) to stream, for ``format: hf``; empty is the only or default one."""
 
 
 @dataclass
@@ -165,6 +178,9 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     """Corpora to mix by weight."""
+    mix_by: MixBy = MixBy.tokens
+    """What weights are shares of: trained tokens (all episodes have as many, so it is the share of episodes, whatever
+    the lengths of documents), or documents drawn, where a source of longer documents has more tokens."""
     heldout: list[SourceConfig] = field(default_factory=list)
     """Documents never trained on, for ``rlpt evaluate``."""
     suffix_length: int = 128
@@ -176,9 +192,13 @@ class DataConfig:
     episodes_per_document: int = 0
     """Most episodes cut from one document, evenly spread over it; 0 takes every chunk."""
     shuffle_buffer: int = 4096
-    """Episodes held in the deterministic shuffle buffer; 1 keeps corpus order."""
+    """Episodes held in the deterministic shuffle buffer, filled from up to 64 documents by turns and divided among the
+    sources by weight (at least 1 each); 1 keeps the order of a source."""
     max_bad_fraction: float = 0.01
-    """Share of malformed records above which the run stops; below it they are quarantined and counted."""
+    """Share of malformed records, or of the bytes of a source that cannot be read, above which the run stops; below it
+    they are quarantined and counted."""
+    max_record_bytes: int = 16777216
+    """Largest record (line, row, text file) in bytes after decompression; a larger one is malformed, and never held."""
     add_bos: bool = False
     """Put the tokenizer's BOS token before every document."""
 
@@ -346,6 +366,11 @@ class WorkersConfig:
     """Score likelihood with a model in the worker itself instead of asking servers; for ``judge: likelihood``."""
     metrics_port: int = 0
     """Port of the Prometheus metrics of a worker; 0 chooses a free one, -1 is off."""
+    metrics_host: str = "127.0.0.1"
+    """Address that the metrics listen on; 0.0.0.0 is every address of the machine."""
+    key_env: str = ""
+    """Name of the environment variable with the key of announced servers: ``rlpt teacher serve`` asks for it, workers
+    send it. Empty is none."""
 
 
 @dataclass
@@ -364,7 +389,7 @@ class TeacherConfig:
     kv_cache_gib: float = 1.0
     """Memory for the key-value cache of the teacher's engine, in GiB."""
     max_failure_rate: float = 0.2
-    """Share of failed judgments in a step above which the run stops, or with workers pauses."""
+    """Share of failed judgments, or of failed rewrites, in a step above which the run stops, or with workers pauses."""
     place: TeacherPlace = TeacherPlace.trainer
     """Who judges and rewrites: the trainer itself, or workers that take groups out of the rollout buffer."""
     workers: WorkersConfig = field(default_factory=WorkersConfig)
@@ -443,6 +468,11 @@ class TrainConfig:
     staleness: int = 0
     """Steps between the proposal of a batch and its update. 0 does one after the other; with 1 or more the next batches
     are generated and judged meanwhile, by weights that lack as many updates."""
+    empty_window: int = 20
+    """Steps that ``max_empty_share`` is taken over; a run that ends earlier is judged by all of its steps."""
+    max_empty_share: float = 0.9
+    """Share of steps that left no example to learn from (ties, failed rewrites, copies, ...) above which the run ends
+    with exit code 77. With 1 it goes on; a run that has made no update at its end has exit code 77 nevertheless."""
     logprob_chunk: int = 1024
     """Tokens whose vocabulary logits exist at the same time, per rank."""
     max_stall: float = 3600.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import shutil
 import tempfile
@@ -13,15 +14,17 @@ from pathlib import Path
 
 import torch
 
+from megatron_rlpt.checkpoint.reading import POLICY
 from megatron_rlpt.convert.formats import HF_FILES, Format, Input, recognise, require_files
 from megatron_rlpt.convert.megatron_reader import MegatronSource
 from megatron_rlpt.convert.megatron_writer import MegatronWriter
 from megatron_rlpt.convert.source import HuggingFaceSource, Source
-from megatron_rlpt.errors import CheckpointError, ConfigError
-from megatron_rlpt.huggingface import copy_settings, declare_dtype, export_folder, published
+from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, first_line
+from megatron_rlpt.huggingface import copy_settings, declare_dtype, export_folder, is_settings
 from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.families import Rule, mapping
 from megatron_rlpt.policy.layout import Layout, check_cut
+from megatron_rlpt.publishing import is_disk_error, new_folder, unfinished
 
 Say = Callable[[str], None]
 _LINES = 10
@@ -83,15 +86,18 @@ def convert(
     if to is Format.HF and layout is not None:
         raise ConfigError("--tp, --pp and --ep cut a Megatron checkpoint into files; leave them out with --to hf")
     found = recognise(source)
-    with open_source(found, hf_config) as opened:
+    _require_apart(found, target)
+    for left in unfinished(target):
+        say(f"{left} is left of a conversion that did not finish; remove it unless one is at work there")
+    with _explaining_full_disks(target), open_source(found, hf_config) as opened:
         layout = layout or Layout()
         check_cut(layout, opened.arch)
         dtype = dtype or opened.dtype
         say(_describe(found, opened.arch, to, layout, dtype))
-        _require_space(opened, target, dtype)
+        _require_space(opened, target, to, dtype)
         tensors = _Weights(opened, dtype, say)
         if to is Format.HF:
-            export_folder(tensors.named(), opened.files, target)
+            export_folder(tensors.named(), opened.files, target, replace=False)
         else:
             _write_megatron(tensors, opened, target, layout)
         result = Conversion(target, tensors.count, _bytes_in(target), time.monotonic() - started, _peak_bytes())
@@ -133,16 +139,15 @@ class _Weights:
         self._dtype = dtype
         self._say = say
         self.count = 0
-        self.dtype: torch.dtype | None = None
-        """The widest precision so far."""
+        self.dtypes: set[torch.dtype] = set()
+        """Precisions so far."""
 
     def __iter__(self) -> Iterator[tuple[Rule, list[torch.Tensor]]]:
         layers, said = self._source.arch.layers, 0
         for rule in mapping(self._source.arch):
             tensors = [tensor.to(self._dtype or tensor.dtype) for tensor in self._source.read(rule)]
             self.count += len(tensors)
-            for tensor in tensors:
-                self.dtype = torch.promote_types(self.dtype or tensor.dtype, tensor.dtype)
+            self.dtypes |= {tensor.dtype for tensor in tensors}
             yield rule, tensors
             done = (rule.layer or 0) * _LINES // layers
             if done > said:
@@ -156,28 +161,60 @@ class _Weights:
 
 
 def _write_megatron(weights: _Weights, source: Source, target: Path, layout: Layout) -> None:
-    with published(target) as partial:
+    with new_folder(target) as partial:
         with MegatronWriter(partial, source.arch, layout) as writer:
             for rule, tensors in weights:
                 writer.write(rule, tensors)
             writer.finish()
         (partial / HF_FILES).mkdir()
         copy_settings(source.files, partial / HF_FILES)
-        assert weights.dtype is not None
-        declare_dtype(partial / HF_FILES, weights.dtype)
+        declare_dtype(partial / HF_FILES, weights.dtypes)
 
 
 def _require_free(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    try:
+        empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be read ({error.strerror}); choose another output") from None
+    if not empty:
         raise ConfigError(f"{target} exists and is not an empty folder; choose another output or remove it first")
+    if target.is_mount():
+        raise ConfigError(
+            f"{target} is where a disk is mounted; name a new folder in it, for instance {target / 'model'}"
+        )
 
 
-def _require_space(source: Source, target: Path, dtype: torch.dtype | None) -> None:
+def _require_apart(found: Input, target: Path) -> None:
+    """Refuse an output among the files of the input, which a conversion leaves as they are."""
+    whole = found.path.parent if found.format is Format.MEGATRON and found.path.name == POLICY else found.path
+    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(whole)):
+        raise ConfigError(f"{target} is inside of the input {whole}; choose an output outside of it")
+
+
+@contextlib.contextmanager
+def _explaining_full_disks(target: Path) -> Iterator[None]:
+    """One line for a disk that is full where nothing of the result is written, temporary files for instance."""
+    try:
+        yield
+    except RlptError:
+        raise
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
+        raise CheckpointError(
+            f"{target} could not be written ({type(error).__name__}: {first_line(error)}; temporary files are in "
+            f"{tempfile.gettempdir()}); free space, then start again"
+        ) from error
+
+
+def _require_space(source: Source, target: Path, to: Format, dtype: torch.dtype | None) -> None:
     """Refuse before writing what cannot fit: a conversion may take an hour, and a full disk disturbs others."""
-    # Without a precision asked for, that of the source; the first norm is read to know it.
-    norm = next(rule for rule in mapping(source.arch) if len(rule.shape(source.arch)) == 1)
-    needed = parameters(source.arch) * (dtype or source.read(norm)[0].dtype).itemsize
-    folder = next(parent for parent in target.absolute().parents if parent.is_dir())
+    needed = sum(path.stat().st_size for path in source.files.iterdir() if is_settings(path))
+    for rule in mapping(source.arch):
+        # Megatron's vocabulary is padded.
+        shapes = [rule.shape(source.arch)] if to is Format.MEGATRON else rule.shapes(source.arch)
+        needed += sum(torch.Size(shape).numel() for shape in shapes) * (dtype or source.precision(rule)).itemsize
+    folder = next(parent for parent in Path(os.path.realpath(target)).parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(

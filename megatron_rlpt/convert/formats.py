@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rlpt.checkpoint.store import MARKER, CheckpointStore
 from megatron_rlpt.errors import CheckpointError, ConfigError, ModelError
 
+TRACKER = "latest_checkpointed_iteration.txt"
+_NEMO_WEIGHTS = "weights"
+"""Subfolder of a NeMo 2 checkpoint with the distributed checkpoint; ``context`` beside it is not read."""
 HF_FILES = "hf"
 """Subfolder of a Megatron checkpoint (or beside it, in a run's checkpoint) with configuration and tokenizer."""
 
@@ -58,13 +62,11 @@ def recognise(path: Path) -> Input:
         latest = CheckpointStore(checkpoints, keep=1).latest() if any(checkpoints.glob("step-*")) else None
         if latest is not None:
             return _megatron(latest.policy, latest.folder / HF_FILES)
-    tracker = path / "latest_checkpointed_iteration.txt"
-    if tracker.is_file():
-        named = tracker.read_text(encoding="utf-8").strip()
-        folder = path / (f"iter_{int(named):07d}" if named.isdigit() else "release")
-        if (folder / "metadata.json").is_file():
-            return _megatron(folder, folder / HF_FILES)
-        raise ModelError(f"{tracker} says {named!r}, and {folder} is no Megatron distributed checkpoint; copy it again")
+    if (path / _NEMO_WEIGHTS / ".metadata").is_file():
+        return _megatron(path / _NEMO_WEIGHTS, path / HF_FILES)
+    if (path / TRACKER).is_file():
+        return _latest_iteration(path)
+    _refuse_legacy(path)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _gguf_file(files[0])
@@ -72,8 +74,33 @@ def recognise(path: Path) -> Input:
         raise ModelError(f"{path} holds {len(files)} GGUF files; name the one to convert, for instance {files[0]}")
     raise ModelError(
         f"{path} is no checkpoint: a Hugging Face folder has config.json and *.safetensors, a Megatron distributed "
-        "checkpoint .metadata and metadata.json, a run folder checkpoints/step-*; a GGUF file is given by its own path"
+        "checkpoint .metadata and *.distcp, a run folder checkpoints/step-*; a GGUF file is given by its own path"
     )
+
+
+def _latest_iteration(saves: Path) -> Input:
+    """The iteration that a save folder of Megatron-LM, Megatron-Bridge or NeMo names as its latest."""
+    tracker = saves / TRACKER
+    try:
+        named = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{tracker} cannot be read ({error.strerror}); name the iteration's folder") from None
+    folder = saves / (f"iter_{int(named):07d}" if re.fullmatch(r"\d{1,12}", named, re.ASCII) else "release")
+    if (folder / ".metadata").is_file() or (folder / "metadata.json").is_file():
+        return _megatron(folder, folder / HF_FILES)
+    _refuse_legacy(folder)
+    raise ModelError(f"{tracker} says {named!r}, and {folder} is no Megatron distributed checkpoint; copy it again")
+
+
+def _refuse_legacy(folder: Path) -> None:
+    """Say what Megatron's format before the distributed one is; its files are pickles that only Megatron can read."""
+    ranks = sorted(path.name for path in folder.glob("mp_rank_*") if path.is_dir())
+    if ranks:
+        raise ModelError(
+            f"{folder} is a checkpoint in Megatron's legacy format ({ranks[0]}/model_optim_rng.pt), which is pickled "
+            "and not read; load it in Megatron-LM with --load and save it with --ckpt-format torch "
+            "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, then convert FOLDER"
+        )
 
 
 def require_files(found: Input, given: Path | None) -> Path:
@@ -92,23 +119,27 @@ def require_files(found: Input, given: Path | None) -> Path:
 
 
 def _gguf_file(path: Path) -> Input:
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelError(
-                f"{path} is not a GGUF file; give a Hugging Face folder, a Megatron checkpoint or a GGUF file"
-            )
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(4)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
+    if start != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file; give a Hugging Face folder, a Megatron checkpoint or a GGUF file")
     return Input(Format.GGUF, path)
 
 
 def _megatron(folder: Path, files: Path) -> Input:
     described = folder / "metadata.json"
-    try:
-        backend = json.loads(described.read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{described} cannot be read ({type(error).__name__}); a Megatron distributed checkpoint has it: copy the "
-            "checkpoint again"
-        ) from None
-    if backend != "torch_dist":
-        raise ModelError(f"{folder} is stored as {backend!r}; supported: 'torch_dist' (save it with --ckpt-format)")
+    if described.is_file():
+        try:
+            backend = json.loads(described.read_text(encoding="utf-8"))["sharded_backend"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{described} cannot be read ({type(error).__name__}); a Megatron distributed checkpoint has it: copy "
+                "the checkpoint again"
+            ) from None
+        if backend != "torch_dist":
+            raise ModelError(f"{folder} is stored as {backend!r}; supported: 'torch_dist' (save it with --ckpt-format)")
+    # Without it, it is torch's own format (--ckpt-format torch_dcp or fsdp_dtensor), which has the same files.
     return Input(Format.MEGATRON, folder, files if (files / "config.json").is_file() else None)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from gguf.quants import dequantize
 
+from megatron_rlpt.convert.gguf_header import check_header
 from megatron_rlpt.convert.gguf_settings import Metadata, write_settings
 from megatron_rlpt.convert.source import require_known
 from megatron_rlpt.errors import ModelError, first_line
@@ -45,8 +46,9 @@ class GgufSource:
         self.files = scratch
         self.dtype: torch.dtype | None = torch.bfloat16
         try:
+            check_header(path)
             reader = gguf.GGUFReader(path)
-        except (ValueError, KeyError, IndexError, OSError) as error:
+        except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
             raise ModelError(f"{path} is not a readable GGUF file ({first_line(error)}); copy it again") from None
         # Only positions are kept: reading through the reader's memory map would leave the whole file in memory.
         self._tensors = {
@@ -72,6 +74,10 @@ class GgufSource:
     def read(self, rule: Rule) -> list[torch.Tensor]:
         """The tensors of ``rule`` in fp32 under Hugging Face's row order."""
         return checked(self.path, self.arch, rule, [self._read(name) for name in rule.theirs])
+
+    def precision(self, rule: Rule) -> torch.dtype:
+        """fp32, whatever the file holds."""
+        return torch.float32
 
     def _read(self, name: str) -> torch.Tensor:
         stored_name, expert = self._locate(name)

@@ -10,8 +10,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from megatron_rlpt.convert.source import lone_file
 from megatron_rlpt.errors import ModelError, first_line
-from megatron_rlpt.policy.architecture import LLAMA3_ROPE
+from megatron_rlpt.publishing import is_disk_error
 
 _ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
     # Mistral's files are of this architecture, too.
@@ -26,11 +27,27 @@ _ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
 }
 """GGUF's architecture -> the package's name for it, and the start of ``config.json``."""
 
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""The constants of Llama 3's frequency scaling, which a GGUF file does not hold."""
+
 _SPECIAL_TOKENS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
+
+
+_LARGEST_HEAD = 1 << 16
+"""Above the width of every attention head there is."""
+
+_LARGEST = 1 << 40
+"""Above every number of an architecture there is."""
+
+
+def shortened(value: object) -> str:
+    """A value for a message, on one line and no longer than one."""
+    text = repr(value[:20] if isinstance(value, list | str) else value)
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 class Metadata:
@@ -59,23 +76,29 @@ class Metadata:
         self.read = read
         self._reader = reader
         name = self.value("general.architecture")
-        if name not in _ARCHITECTURES or (self.value(f"{name}.expert_count", 0) and name == "llama"):
-            kind = f"{name!r}" + (" with experts" if name in _ARCHITECTURES else "")
+        if (
+            not isinstance(name, str)
+            or name not in _ARCHITECTURES
+            or (self.value(f"{name}.expert_count", 0) and name == "llama")
+        ):
+            kind = shortened(name) + (" with experts" if name == "llama" else "")
             raise ModelError(
                 f"{path}: GGUF architecture {kind} is not supported; supported: {', '.join(_ARCHITECTURES)} (to add "
                 "one, add it to _ARCHITECTURES in megatron_rlpt/convert/gguf_settings.py)"
             )
-        if self.value("split.count", 1) > 1:
-            raise ModelError(
-                f"{path} is one of {self.value('split.count')} parts; join them first: llama-gguf-split --merge"
-            )
+        parts = self.value("split.count", 1)
+        if parts != 1 and parts != 0:
+            raise ModelError(f"{path} is one of {shortened(parts)} parts; join them first: llama-gguf-split --merge")
         self.name: str = name
         self.gguf_architecture, self.start = _ARCHITECTURES[name]
 
     def value(self, key: str, default: Any = None) -> Any:
         """A value, or ``default`` where the file has none."""
         field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError:
+            raise ModelError(f"{self.path}: the value of {key} is not UTF-8; copy the file again") from None
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number of the architecture.
@@ -84,8 +107,10 @@ class Metadata:
             ModelError: the file does not have it, or one per layer.
         """
         value = self.value(f"{self.name}.{key}", default)
-        if not isinstance(value, int | float):
-            raise ModelError(f"{self.path}: {self.name}.{key} is {value}; a single number is needed")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ModelError(f"{self.path}: {self.name}.{key} is {shortened(value)}; a single number is needed")
+        if not 0 < value <= _LARGEST:
+            raise ModelError(f"{self.path}: {self.name}.{key} is {value}; allowed: above 0, at most {_LARGEST}")
         # GGUF has fp32 numbers; the shortest decimal is the one that was meant (1e-05, not 9.99999974e-06).
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -103,17 +128,32 @@ def write_settings(metadata: Metadata, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(metadata.path.parent, gguf_file=metadata.path.name)
+        with lone_file(metadata.path) as alone:
+            tokenizer = AutoTokenizer.from_pretrained(
+                alone, gguf_file=metadata.path.name, local_files_only=True, trust_remote_code=False
+            )
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises the bare class
+        if is_disk_error(error):
+            raise
         raise ModelError(f"the tokenizer in {metadata.path} cannot be converted: {first_line(error)}") from error
 
 
 def _config(metadata: Metadata) -> dict[str, Any]:
+    embedding = metadata.shapes.get("token_embd.weight", ())
+    if len(embedding) != 2:
+        raise ModelError(f"{metadata.path} has no token_embd.weight with two dimensions; the file is not complete")
     heads, hidden = int(metadata.number("attention.head_count")), int(metadata.number("embedding_length"))
+    if hidden != embedding[1]:
+        raise ModelError(f"{metadata.path} says that it is {hidden} wide, and its embeddings are {embedding[1]} wide")
+    layers = int(metadata.number("block_count"))
+    if layers > len(metadata.shapes):
+        raise ModelError(f"{metadata.path} says that it has {layers} layers and has {len(metadata.shapes)} tensors")
     # Only llama's rotation covers the head as a whole by definition.
     rotated = metadata.number("rope.dimension_count", hidden // heads) if metadata.name == "llama" else hidden // heads
     head_dim = int(metadata.number("attention.key_length", rotated))
+    if head_dim > _LARGEST_HEAD:
+        raise ModelError(f"{metadata.path} says that its heads are {head_dim} wide; allowed: at most {_LARGEST_HEAD}")
     theta = metadata.number("rope.freq_base", 10000.0)
     config = metadata.start | {
         "attention_bias": False,
@@ -123,29 +163,39 @@ def _config(metadata: Metadata) -> dict[str, Any]:
         "intermediate_size": int(metadata.number("feed_forward_length")),
         "max_position_embeddings": int(metadata.number("context_length")),
         "num_attention_heads": heads,
-        "num_hidden_layers": int(metadata.number("block_count")),
+        "num_hidden_layers": layers,
         "num_key_value_heads": int(metadata.number("attention.head_count_kv", heads)),
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {"rope_theta": theta} | _rope(metadata, theta, head_dim),
         "tie_word_embeddings": "output.weight" not in metadata.shapes,
         "torch_dtype": "float32",
-        "vocab_size": metadata.shapes["token_embd.weight"][0],
+        "vocab_size": embedding[0],
     }
     if metadata.name == "qwen3moe":
+        experts, router = int(metadata.number("expert_count")), metadata.shapes.get("blk.0.ffn_gate_inp.weight", ())
+        if not router or experts != router[0]:
+            raise ModelError(f"{metadata.path} says that it has {experts} experts, and its first router is {router}")
         config |= {
-            "num_experts": int(metadata.number("expert_count")),
+            "num_experts": experts,
             "num_experts_per_tok": int(metadata.number("expert_used_count")),
             "moe_intermediate_size": int(metadata.number("expert_feed_forward_length")),
         }
     tokens = {key: metadata.value(theirs) for key, theirs in _SPECIAL_TOKENS.items()}
-    return config | {key: int(token) for key, token in tokens.items() if token is not None}
+    for key, token in tokens.items():
+        if token is not None and (not isinstance(token, int) or not 0 <= token < embedding[0]):
+            raise ModelError(
+                f"{metadata.path}: {_SPECIAL_TOKENS[key]} is {shortened(token)}; allowed: 0 to {embedding[0] - 1}"
+            )
+    return config | {key: token for key, token in tokens.items() if token is not None}
 
 
 def _rope(metadata: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
     """Rotary scaling. Llama 3's is not in the metadata: the file holds the divisor of every frequency as a tensor."""
     kind = metadata.value(f"{metadata.name}.rope.scaling.type", "none")
     if kind != "none":
-        raise ModelError(f"{metadata.path}: rope scaling {kind!r} is not supported; supported: none, Llama 3's")
+        raise ModelError(
+            f"{metadata.path}: rope scaling {shortened(kind)} is not supported; supported: none, Llama 3's"
+        )
     if "rope_freqs.weight" not in metadata.shapes:
         return {"rope_type": "default"}
     divisors = metadata.read("rope_freqs.weight").reshape(-1)

@@ -3,12 +3,15 @@
 By default Megatron stacks the layers of a model under one key (``decoder.layers.mlp.linear_fc2.weight`` is
 [layers, hidden, ffn]) and the experts of a layer under the next axis. With ``non_homogeneous_layers`` the layer's
 number is in the key, with ``singleton_local_shards`` the expert's too, and gate and up are ``…_w`` and ``…_v``. See
-``sharded_state_dict`` in megatron/core/transformer: transformer_block.py, mlp.py and moe/experts.py.
+``sharded_state_dict`` in megatron/core/transformer: transformer_block.py, mlp.py and moe/experts.py. Formats that know
+nothing of that (``torch_dcp``, ``fsdp_dtensor``) have a module's own names: every layer's number, experts as
+``local_experts.N`` or, with Transformer Engine, as ``weightN``. Wrappers put a prefix before all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -53,6 +56,10 @@ def places(rule: Rule, arch: Architecture) -> Iterator[Place]:
             prefix += "mlp.experts.experts."
             yield Place((prefix + part,), (*layer.index, rule.expert), (*layer.axes, arch.experts.count))
             yield from _whole_or_halves(f"{prefix}{rule.expert}.{part}", layer)
+            if layer is numbered:
+                (prefix,) = layer.keys
+                yield from _whole_or_halves(f"{prefix}{name}", layer)
+                yield from _whole_or_halves(f"{prefix}mlp.experts.{part}{rule.expert}", layer)
         else:
             if name in _FUSED_NORMS:
                 yield replace(layer, keys=(prefix + _FUSED_NORMS[name],))
@@ -71,8 +78,18 @@ def written_places(rule: Rule, arch: Architecture) -> list[Place]:
 
 def _whole_or_halves(key: str, layer: Place) -> Iterator[Place]:
     yield replace(layer, keys=(key,))
-    if key.endswith("linear_fc1.weight"):
+    if "linear_fc1.weight" in key:
         yield replace(layer, keys=(f"{key}_w", f"{key}_v"))
+
+
+PREFIXES = ("", "module.", "model.", "model.module.", "model.module.module.")
+"""What may stand before all keys of a model: nothing in Megatron-LM's ``torch_dist``, ``module.`` in NeMo 2, its name in
+a state of several parts in ``torch_dcp``, and that of a wrapper in ``fsdp_dtensor``."""
+
+
+def prefix_of(keys: AbstractSet[str]) -> str:
+    """What stands before the keys of the model."""
+    return next((prefix for prefix in PREFIXES if prefix + EMBEDDING in keys), "")
 
 
 def is_model_key(key: str) -> bool:

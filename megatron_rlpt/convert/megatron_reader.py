@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 from collections import defaultdict
@@ -11,12 +12,13 @@ from typing import Any
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, is_model_key, places
+from megatron_rlpt.checkpoint.unpickling import read_metadata
+from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, is_model_key, places, prefix_of
 from megatron_rlpt.convert.source import require_known
 from megatron_rlpt.errors import CheckpointError, ModelError, first_line
 from megatron_rlpt.huggingface import checked
@@ -49,14 +51,22 @@ class MegatronSource:
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
         """The tensors of ``rule``, in the precision in which the checkpoint holds them."""
+        return checked(self.path, self.arch, rule, rule.split(self.arch, self.merged(rule)))
+
+    def merged(self, rule: Rule) -> torch.Tensor:
+        """The Megatron tensor of ``rule`` as it is stored, without the rows that only pad the vocabulary."""
         shape = rule.shape(self.arch)
         if rule.ours in VOCABULARY:
             shape = (self.arch.vocab, *shape[1:])  # the rows after these are padding, of whatever length
         place = self._places[rule.ours]
         halves = len(place.keys)
         part = (shape[0] // halves, *shape[1:])
-        merged = torch.cat([self._tensors.read(key, place.index, part) for key in place.keys])
-        return checked(self.path, self.arch, rule, rule.split(self.arch, merged))
+        return torch.cat([self._tensors.read(key, place.index, part) for key in place.keys])
+
+    def precision(self, rule: Rule) -> torch.dtype:
+        """That of the checkpoint."""
+        dtypes = (self._tensors.dtype(key) for key in self._places[rule.ours].keys)
+        return functools.reduce(torch.promote_types, dtypes)
 
     def _find(self, rule: Rule) -> Place:
         candidates = list(places(rule, self.arch))
@@ -91,29 +101,28 @@ class StoredTensors:
         """
         self._folder = folder
         self._reader = FileSystemReader(folder)
-        try:
-            metadata: Metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        except Exception as error:  # pickle raises what it likes
-            raise CheckpointError(
-                f"{folder / '.metadata'} cannot be read ({type(error).__name__}: {first_line(error)}); copy the "
-                "checkpoint again"
-            ) from error
+        metadata = read_metadata(folder)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: stored
             for key, stored in metadata.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata)
         }
+        self._prefix = prefix_of(self._tensors.keys())
         self._by_index: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     @property
     def keys(self) -> frozenset[str]:
-        """Keys of all tensors."""
-        return frozenset(self._tensors)
+        """Keys of all tensors, those of the model without what stands before all of them."""
+        return frozenset(key.removeprefix(self._prefix) for key in self._tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of the whole tensor of ``key``."""
-        return tuple(self._tensors[key].size)
+        return tuple(self._tensors[self._prefix + key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Precision of the tensor of ``key``."""
+        return self._tensors[self._prefix + key].properties.dtype
 
     def read(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """The first ``shape`` elements, per dimension, of ``tensor[index]``.
@@ -121,6 +130,7 @@ class StoredTensors:
         Raises:
             CheckpointError: a file is missing or damaged, or the checkpoint does not hold all of them.
         """
+        key = self._prefix + key
         stored = self._tensors[key]
         wanted = ChunkStorageMetadata(
             offsets=torch.Size((*index, *(0 for _ in shape))), sizes=torch.Size((*(1 for _ in index), *shape))

@@ -106,7 +106,9 @@ class MegatronWriter:
         self._open.close()
         self._write_extra_states()
         # What Megatron keeps outside of tensors (arguments, iteration); a model alone has nothing there.
-        torch.save({}, self._folder / "common.pt")
+        # Through a stream: what the system says of a full disk is lost in torch's own writer.
+        with (self._folder / "common.pt").open("wb") as stream:
+            torch.save({}, cast(IO[bytes], _WriteOnly(stream)))
         FileSystemWriter(self._folder).finish(Metadata({**self._tensors, **self._extra_states}), [self._results])
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         backends |= {"common_backend": "torch", "common_backend_version": 1}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import tempfile
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +42,14 @@ class Source(Protocol):
         """
         ...
 
+    def precision(self, rule: Rule) -> torch.dtype:
+        """Widest precision of the tensors of ``rule``, none of which is read.
+
+        Raises:
+            ModelError: one is missing.
+        """
+        ...
+
 
 class HuggingFaceSource:
     """A Hugging Face folder as a ``Source``."""
@@ -52,11 +64,28 @@ class HuggingFaceSource:
         self.arch = read_architecture(folder)
         self.dtype: torch.dtype | None = None
         self._weights = WeightFolder(folder)
+        self._weights.check_head(self.arch)
         require_known(folder, self._weights.names - set(expected_shapes(self.arch)), self.arch)
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
         """The tensors of ``rule``, as they are in the folder."""
         return checked(self.path, self.arch, rule, [self._weights.read(name) for name in rule.theirs])
+
+    def precision(self, rule: Rule) -> torch.dtype:
+        """That of the folder."""
+        return functools.reduce(torch.promote_types, (self._weights.dtype(name) for name in rule.theirs))
+
+
+@contextlib.contextmanager
+def lone_file(file: Path) -> Iterator[Path]:
+    """A folder in which ``file`` is alone, under its own name.
+
+    transformers reads a GGUF file by its folder, and there also what lies beside it: another model's configuration, a
+    tokenizer that asks to run code.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def require_known(path: Path, unknown: AbstractSet[str], arch: Architecture) -> None:

@@ -6,17 +6,21 @@ and by Megatron on the other mean that the mapping itself (order of heads, gate 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_rlpt.convert.formats import Format, Input
-from megatron_rlpt.convert.source import Source
+from megatron_rlpt.convert.formats import Input
+from megatron_rlpt.convert.megatron_keys import VOCABULARY
+from megatron_rlpt.convert.megatron_reader import MegatronSource
+from megatron_rlpt.convert.source import Source, lone_file
 from megatron_rlpt.errors import ModelError, first_line
-from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.families import expected_shapes, mapping
+from megatron_rlpt.policy.layout import Layout
 
 _ROWS = 2
 _LENGTH = 64
@@ -62,8 +66,8 @@ def verify(
     tokens = torch.randint(
         arch.vocab, (_ROWS, min(_LENGTH, arch.max_positions)), generator=torch.Generator().manual_seed(0)
     )
-    theirs = _logits(found, source, tokens)
-    ours = _logits(made, written, tokens)
+    theirs = _logits(found, source, tokens, own=False)
+    ours = _logits(made, written, tokens, own=True)
     difference = float((theirs - ours).abs().max())
     scale = max(1.0, float(theirs.abs().max()))
     agreement = float((theirs.argmax(-1) == ours.argmax(-1)).float().mean())
@@ -89,30 +93,37 @@ def _compare_tensors(source: Source, written: Source, dtype: torch.dtype | None)
     return rounded
 
 
-def _logits(found: Input, source: Source, tokens: torch.Tensor) -> torch.Tensor:
-    """[rows, length, vocabulary] in fp32."""
-    compute = _megatron_logits if found.format is Format.MEGATRON else _transformers_logits
+def _logits(found: Input, source: Source, tokens: torch.Tensor, own: bool) -> torch.Tensor:
+    """[rows, length, vocabulary] in fp32; ``own`` says that this process has written it."""
     try:
-        return compute(found.path, source.arch, tokens)
+        if isinstance(source, MegatronSource):
+            return _megatron_logits(source, own, tokens)
+        return _transformers_logits(found.path, tokens)
     finally:
         gc.collect()
 
 
-def _transformers_logits(path: Path, _: Architecture, tokens: torch.Tensor) -> torch.Tensor:
+def _transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    where = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    options: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {"use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where[0], dtype=torch.float32, attn_implementation="eager", local_files_only=True, **where[1]
-        )
+        with lone_file(path) if path.is_file() else contextlib.nullcontext(path) as folder:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                **options,
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"transformers cannot load {path}: {first_line(error)}") from error
     with torch.no_grad():
         return model.eval()(tokens).logits.float()
 
 
-def _megatron_logits(path: Path, arch: Architecture, tokens: torch.Tensor) -> torch.Tensor:
+def _megatron_logits(source: MegatronSource, own: bool, tokens: torch.Tensor) -> torch.Tensor:
     from megatron_rlpt.config import Dtype
     from megatron_rlpt.policy.runtime import DeviceRuntime
 
@@ -121,12 +132,21 @@ def _megatron_logits(path: Path, arch: Architecture, tokens: torch.Tensor) -> to
     from megatron.core import dist_checkpointing
 
     from megatron_rlpt.policy.model import build_model
+    from megatron_rlpt.policy.weights import named_parameters
 
+    arch = source.arch
     (model,) = build_model(arch, Dtype.fp32, runtime)
     with runtime.megatron(), torch.no_grad():
-        # Under a name of its own: what else the checkpoint holds (arguments, a schedule) is loaded beside it.
-        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
-        model.load_state_dict(state["model"])
+        if own:
+            # As Megatron itself reads it. Under a name of its own: what else a checkpoint holds is loaded beside it.
+            state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source.path))
+            model.load_state_dict(state["model"])
+        else:
+            # Megatron would ask for the keys of this model's layers, and run what is pickled there. Tensor by tensor,
+            # as stored: the order of heads, gate and up is still Megatron's, and nothing of the mapping is used.
+            parameters = named_parameters([model], arch, Layout())
+            for rule in mapping(arch):
+                parameters[rule.ours][: arch.vocab if rule.ours in VOCABULARY else None].copy_(source.merged(rule))
         tokens = tokens.to(runtime.device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
         hidden = model.eval()(tokens, positions, None)

@@ -7,6 +7,7 @@ from megatron_rlpt.data.heldout import heldout_episodes
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
+from megatron_rlpt.data.survey import survey
 
 __all__ = [
     "BadRecord",
@@ -22,4 +23,5 @@ __all__ = [
     "Reader",
     "heldout_episodes",
     "open_source",
+    "survey",
 ]

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rlpt.data.names import shown
+
 EXCERPT_CHARACTERS = 200
 """Most characters of a malformed record kept for the quarantine file."""
+
+MAX_RECORD_BYTES = 1 << 24
+"""Default of ``data.max_record_bytes``."""
 
 Position = list[Any]
 """Where the next record starts: JSON-serialisable, written and understood by one kind of reader only."""
@@ -32,13 +38,18 @@ class BadRecord:
     reason: str
     excerpt: str
     """Beginning of the raw record, at most ``EXCERPT_CHARACTERS`` characters."""
+    lost: int = 0
+    """Bytes of the file that are lost with it, where they are more than a record's: the rest of a damaged file, a row
+    group, a record above ``data.max_record_bytes``."""
+    cut: bool = False
+    """Whether the file ends here in the middle of something, so that an unknown rest of it is missing."""
 
 
 class Reader(ABC):
     """Reads one source once, from any position; never loops and never raises because of a malformed record.
 
     Raises:
-        DataError: from any method, when a file cannot be read at all (permissions, vanished, I/O error).
+        DataError: from any method, when a file cannot be read at all (vanished, changed, I/O error).
     """
 
     @abstractmethod
@@ -66,29 +77,68 @@ class Reader(ABC):
     def layout(self) -> dict[str, Any]:
         """What must not change for a saved position to stay valid; JSON-serialisable."""
 
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes on disk of every file, by the name that ``BadRecord.source`` has; empty where they are not known."""
+        return {}
 
-def as_document(text: object, identity: str, source: str, offset: int, field: str) -> Document | BadRecord:
-    """A document if ``text`` is Unicode text, else the malformed record that says what it is instead."""
+
+class MissingFieldError(Exception):
+    """A record does not have the field that should hold its text, or not clearly."""
+
+
+def pick(record: Mapping[str, Any], field: str) -> object:
+    """The value of ``field``: a key of that very name, or else the dots lead into nested records.
+
+    Raises:
+        MissingFieldError: there is none.
+    """
+    if field in record:
+        return record[field]
+    node: object = record
+    for part in field.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            fields = ", ".join(sorted(map(str, record))) or "none"
+            raise MissingFieldError(f"no field {field!r} (fields: {fields})")
+        node = node[part]
+    return node
+
+
+def as_document(
+    text: object, identity: str, source: str, offset: int, field: str, limit: int = MAX_RECORD_BYTES
+) -> Document | BadRecord:
+    """A document if ``text`` is Unicode text (or its bytes in UTF-8) of at most ``limit`` bytes, else what is wrong."""
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            reason = f"field {field!r} is not UTF-8 at byte {error.start}"
+            return BadRecord(source, offset, reason, excerpt_of(error.object))
     if not isinstance(text, str):
         reason = f"field {field!r} is {type(text).__name__}, not a string"
         return BadRecord(source, offset, reason, excerpt_of(repr(text)))
     try:
-        text.encode()
+        size = len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:
         # JSON may spell half of a surrogate pair; no tokenizer can encode it.
         reason = f"field {field!r} holds a lone surrogate at character {error.start}"
         return BadRecord(source, offset, reason, excerpt_of(text))
+    if size > limit:
+        return BadRecord(source, offset, too_large(size, limit), excerpt_of(text), lost=size)
     return Document(identity, text)
 
 
-def missing_field(record: dict[str, Any], source: str, offset: int, field: str) -> BadRecord:
-    """The malformed record for a record without the field that should hold its text."""
-    reason = f"no field {field!r} (fields: {', '.join(sorted(map(str, record))) or 'none'})"
-    return BadRecord(source, offset, excerpt_of(reason), excerpt_of(repr(record)))
+def too_large(size: int, limit: int) -> str:
+    """Why a record of ``size`` bytes is not read."""
+    return f"record of {size} bytes, more than data.max_record_bytes = {limit}"
+
+
+def unreadable(source: str, size: int) -> BadRecord:
+    """The malformed record that stands for a whole file that may not be read."""
+    return BadRecord(source, 0, "the file may not be read; check its permissions", "", lost=size)
 
 
 def excerpt_of(raw: str | bytes) -> str:
     """The beginning of a raw record as text that any JSON or terminal can hold."""
     if isinstance(raw, bytes):
         raw = raw[:EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")
-    return raw[:EXCERPT_CHARACTERS].encode("utf-8", "backslashreplace").decode()[:EXCERPT_CHARACTERS]
+    return shown(raw[:EXCERPT_CHARACTERS])[:EXCERPT_CHARACTERS]

@@ -1,19 +1,26 @@
-"""The episodes a rank trains on: documents drawn, cut, shuffled in a bounded buffer, resumable at any episode."""
+"""The episodes a rank trains on: documents drawn, cut, mixed by share, shuffled, resumable at any episode."""
 
 from __future__ import annotations
 
+import logging
+from array import array
 from collections import deque
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from megatron_rlpt.config.schema import DataConfig
+from megatron_rlpt.config.schema import DataConfig, MixBy
 from megatron_rlpt.data.documents import Document, Position
 from megatron_rlpt.data.episodes import Cutter, Encode
+from megatron_rlpt.data.lane import Held, Lane, OpenDocument
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.stream import Counters, DocumentStream
 from megatron_rlpt.errors import CheckpointError
-from megatron_rlpt.records import Episode, derive_seed, stable_id
+from megatron_rlpt.records import SEED_RANGE, Episode, derive_seed, stable_id
+
+_log = logging.getLogger(__name__)
 
 _CUT_SETTINGS = (
     "suffix_length",
@@ -21,35 +28,28 @@ _CUT_SETTINGS = (
     "min_prefix",
     "episodes_per_document",
     "shuffle_buffer",
+    "mix_by",
     "add_bos",
 )
 """Fields of ``data`` that the next episode depends on."""
 
+_MANY_MISSED = 10_000
+"""Records without a usable document after which a user should know why nothing happens."""
 
-class _Held(NamedTuple):
-    """An episode in the shuffle buffer, and where to cut it again."""
-
-    episode: Episode
-    source: int
-    position: Position
-
-
-class _Open(NamedTuple):
-    """The document being cut, and the offsets of the episodes still to come from it (at least one)."""
-
-    document: Document
-    tokens: list[int]
-    offsets: deque[int]
-    source: int
-    position: Position
+_CHANGED = (
+    "the shuffle buffer differs from the saved one: the text or the tokenizer has changed; restore them or start a new "
+    "run"
+)
 
 
 class EpisodeStream:
     """Episodes without end, in an order that depends on configuration, corpus, tokenizer, seed and rank only.
 
-    The shuffle buffer holds up to ``data.shuffle_buffer`` episodes, is filled before an episode is served, and never
-    holds the same episode twice: when a small corpus starts again before an episode of the last pass was served, the
-    buffer waits for it. So a corpus smaller than the buffer is read ahead by one pass at most, not by hundreds.
+    All episodes have the same number of suffix tokens. With ``data.mix_by: tokens`` each source has a lane (a part of
+    the shuffle buffer, see ``Lane``) of its own, and the next episode comes from the source that is furthest behind
+    its share, give or take a drawn fraction of an episode: after any number of episodes each source has had its share
+    to within two episodes, however long its documents are. With ``mix_by: documents`` all sources share one lane, and
+    one that has longer documents has more episodes.
 
     Args:
         config: Sources and how to cut them.
@@ -59,6 +59,7 @@ class EpisodeStream:
         world_size: Number of data-parallel ranks; together they serve every document of a pass once.
         quarantine: File for malformed records, appended to; None only counts them.
         bos_id: The tokenizer's BOS token, for ``data.add_bos``.
+        starts_character: Whether a token starts a character; None where all tokens do.
 
     Raises:
         DataError: a source is missing, empty or not recognised.
@@ -74,27 +75,45 @@ class EpisodeStream:
         world_size: int = 1,
         quarantine: Path | None = None,
         bos_id: int | None = None,
+        starts_character: Callable[[int], bool] | None = None,
     ) -> None:
-        self._cutter = Cutter(config, encode, bos_id)
+        self._cutter = Cutter(config, encode, bos_id, starts_character)
         self._documents = DocumentStream(
-            config.sources, seed, Quarantine(quarantine, config.max_bad_fraction), rank, world_size
+            config.sources,
+            seed,
+            Quarantine(quarantine, config.max_bad_fraction),
+            rank,
+            world_size,
+            config.max_record_bytes,
         )
-        self._capacity = config.shuffle_buffer
         self._settings = {name: getattr(config, name) for name in _CUT_SETTINGS} | {
+            "mix_by": config.mix_by.value,
             "seed": seed,
             "rank": rank,
             "world_size": world_size,
             "bos_id": bos_id,
         }
-        self._shuffle_seed = derive_seed(seed, "shuffle", rank)
-        self._buffer: list[_Held] = []
-        self._buffered_ids: set[str] = set()
-        self._open: _Open | None = None
+        self._mix_seed = derive_seed(seed, "share", rank)
+        self._shares = _shares(config)
+        by_source = config.mix_by is MixBy.tokens
+        self._lanes = [
+            Lane(
+                max(1, round(config.shuffle_buffer * share)),
+                derive_seed(seed, "shuffle", rank, number),
+                partial(self._open_next, number if by_source else None),
+                self._cut,
+            )
+            for number, share in enumerate(self._shares)
+        ]
 
     @property
     def counters(self) -> Counters:
         """What this rank has read and served so far."""
         return self._documents.counters
+
+    def figures(self) -> dict[str, float]:
+        """What this rank has read, lost, repeated and served so far, as metrics."""
+        return self._documents.figures()
 
     def take(self, count: int) -> list[Episode]:
         """The next ``count`` episodes; ``take(2)`` after ``take(3)`` gives what ``take(5)`` would have given.
@@ -110,15 +129,22 @@ class EpisodeStream:
         Buffered episodes are stored as places in the corpus (some 60 bytes each, not their tokens) and are cut again
         on load.
         """
-        pending = self._open
         return {
             "settings": self._settings,
-            "counters": asdict(self.counters) | {"epochs": list(self.counters.epochs)},
+            "counters": {name: list(value) if isinstance(value, tuple) else value
+                         for name, value in asdict(self.counters).items()},
             "documents": self._documents.state_dict(),
-            "buffer": [[held.source, held.position, held.episode.offset] for held in self._buffer],
-            "open": pending and [pending.source, pending.position, len(pending.offsets)],
+            "lanes": [
+                {
+                    "served": lane.served,
+                    "buffer": [[held.source, held.position, held.episode.offset] for held in lane.buffer],
+                    "open": [_place(document) for document in lane.open],
+                    "waiting": lane.waiting and _place(lane.waiting),
+                }
+                for lane in self._lanes
+            ],
             "check": self._check(),
-        }
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken. The buffer's documents are read and tokenized again.
@@ -135,91 +161,101 @@ class EpisodeStream:
                     "new run"
                 )
         self._documents.check_layout(state["documents"])
-        self._rebuild(state)
+        self._rebuild(state["lanes"])
         self._documents.load_state_dict(state["documents"])
         for name, value in state["counters"].items():
-            setattr(self.counters, name, tuple(value) if name == "epochs" else value)
+            setattr(self.counters, name, tuple(value) if isinstance(value, list) else value)
         if self._check() != state["check"]:
-            raise CheckpointError(
-                "the shuffle buffer differs from the saved one: the text or the tokenizer has changed; restore them or "
-                "start a new run"
-            )
+            raise CheckpointError(_CHANGED)
 
     def _serve(self) -> Episode:
-        self._fill()
-        counters = self.counters
-        index = derive_seed(self._shuffle_seed, counters.episodes_served) % len(self._buffer)
-        counters.episodes_served += 1
-        self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
-        held = self._buffer.pop()
-        self._buffered_ids.remove(held.episode.id)
+        lanes = {number: lane for number, lane in enumerate(self._lanes) if lane.fill()}
+        held = lanes[self._choose(list(lanes))].serve()
+        self.counters.count_served(held.source)
         return held.episode
 
-    def _fill(self) -> None:
-        while len(self._buffer) < self._capacity:
-            while self._open is None:
-                self._open = self._open_next()
-            held = self._cut(self._open, self._open.offsets[0])
-            if held.episode.id in self._buffered_ids:
-                return
-            self._hold(held)
-            self._open.offsets.popleft()
-            if not self._open.offsets:
-                self._open = None
+    def _choose(self, lanes: list[int]) -> int:
+        """The lane furthest behind its share; a drawn fraction keeps equal shares from strictly alternating."""
+        share = sum(self._shares[number] for number in lanes)
+        served = sum(self._lanes[number].served for number in lanes)
 
-    def _hold(self, held: _Held) -> None:
-        self._buffer.append(held)
-        self._buffered_ids.add(held.episode.id)
+        def behind(number: int) -> float:
+            due = (served + 1) * self._shares[number] / share
+            return due - self._lanes[number].served + derive_seed(self._mix_seed, number, served) / SEED_RANGE
 
-    def _cut(self, open_: _Open, offset: int) -> _Held:
-        corpus = self._documents.sources[open_.source].path
-        episode = self._cutter.cut(corpus, open_.document.id, open_.tokens, offset)
-        return _Held(episode, open_.source, open_.position)
+        return max(lanes, key=behind)
 
-    def _open_next(self) -> _Open | None:
-        """The next usable document; None if the next record is malformed or too short."""
-        drawn = self._documents.draw()
-        if drawn is None:
-            return None
-        tokens = self._cutter.tokenize(drawn.document.text)
-        offsets = self._cutter.offsets(len(tokens))
-        if not offsets:
+    def _cut(self, document: OpenDocument, offset: int) -> Episode:
+        corpus = self._documents.sources[document.source].path
+        return self._cutter.cut(corpus, document.id, document.tokens, offset)
+
+    def _open_next(self, source: int | None) -> OpenDocument | None:
+        """The next usable document of ``source`` (None: of all); None if it has none any more."""
+        missed = 0
+        while source is None or not self._documents.is_barren(source):
+            missed += 1
+            if missed == _MANY_MISSED:
+                which = "data.sources" if source is None else f"data.sources[{source}]"
+                _log.warning("%s: %d records in a row gave no usable document; reading on", which, missed - 1)
+            drawn = self._documents.draw(source)
+            if drawn is None:
+                continue
+            document = self._open(drawn.document, drawn.source, drawn.position)
+            if document.offsets:
+                self._documents.note_usable(drawn.source)
+                return document
             self.counters.too_short += 1
-            return None
-        self.counters.usable += 1
-        return _Open(drawn.document, tokens, deque(offsets), drawn.source, drawn.position)
+        return None
 
-    def _rebuild(self, state: dict[str, Any]) -> None:
-        """Read the documents behind the buffer again, in corpus order so that readers mostly move forward."""
-        places = [(source, position) for source, position, _ in state["buffer"]]
-        if state["open"]:
-            places.append((state["open"][0], state["open"][1]))
-        wanted: dict[tuple[int, str], list[int]] = {}
-        for slot, (source, position) in enumerate(places):
-            wanted.setdefault((source, str(position)), []).append(slot)
-        rebuilt: list[_Held | None] = [None] * len(state["buffer"])
-        self._open = None
-        for slots in sorted(wanted.values(), key=lambda slots: _reading_order(*places[slots[0]])):
-            source, position = places[slots[0]]
-            document = self._documents.reread(source, position)
-            tokens = self._cutter.tokenize(document.text)
-            for slot in slots:
-                place = _Open(document, tokens, deque(self._cutter.offsets(len(tokens))), source, position)
-                if slot < len(rebuilt):
-                    rebuilt[slot] = self._cut(place, state["buffer"][slot][2])
-                    continue
-                while len(place.offsets) > state["open"][2]:
-                    place.offsets.popleft()
-                self._open = place if place.offsets else None
-        self._buffer, self._buffered_ids = [], set()
-        for held in rebuilt:
-            assert held is not None
-            self._hold(held)
+    def _open(self, document: Document, source: int, position: Position) -> OpenDocument:
+        control = self._documents.sources[source].control_tokens
+        tokens = array("i", self._cutter.tokenize(document.text, control))
+        return OpenDocument(document.id, tokens, deque(self._cutter.offsets(tokens)), source, position)
+
+    def _rebuild(self, lanes: list[dict[str, Any]]) -> None:
+        """Read the documents behind the lanes again, in corpus order so that readers mostly move forward."""
+        slots: dict[tuple[int, str], list[tuple[int, str, int, list[Any]]]] = {}
+        for number, saved in enumerate(lanes):
+            waiting = [saved["waiting"]] if saved["waiting"] else []
+            for part, places in (("buffer", saved["buffer"]), ("open", saved["open"]), ("waiting", waiting)):
+                for index, place in enumerate(places):
+                    slots.setdefault((place[0], str(place[1])), []).append((number, part, index, place))
+        held: dict[tuple[int, int], Held] = {}
+        opened: dict[tuple[int, str, int], OpenDocument] = {}
+        for same in sorted(slots.values(), key=lambda same: _reading_order(*same[0][3][:2])):
+            source, position, _ = same[0][3]
+            document = self._open(self._documents.reread(source, position), source, position)
+            for number, part, index, (*_, value) in same:
+                if part == "buffer":
+                    held[number, index] = Held(self._cut(document, value), source, position)
+                else:
+                    rest = deque(list(document.offsets)[max(0, len(document.offsets) - value) :])
+                    opened[number, part, index] = replace(document, offsets=rest)
+        if not all(document.offsets for document in opened.values()):
+            raise CheckpointError(_CHANGED)
+        for number, (lane, state) in enumerate(zip(self._lanes, lanes, strict=True)):
+            lane.restore(
+                state["served"],
+                [held[number, index] for index in range(len(state["buffer"]))],
+                [opened[number, "open", index] for index in range(len(state["open"]))],
+                opened.get((number, "waiting", 0)),
+            )
 
     def _check(self) -> str:
-        """Digest of the episodes in the buffer and of the next one, to compare after they were cut again."""
-        upcoming = self._open and self._cut(self._open, self._open.offsets[0]).episode.id
-        return stable_id(*(held.episode.id for held in self._buffer), upcoming)
+        """Digest of the episodes in the buffer and of the next ones, to compare after they were cut again."""
+        return stable_id(*(episode for lane in self._lanes for episode in lane.upcoming()))
+
+
+def _shares(config: DataConfig) -> list[float]:
+    """Share of the episodes of every lane."""
+    if config.mix_by is MixBy.documents:
+        return [1.0]
+    total = sum(source.weight for source in config.sources)
+    return [source.weight / total for source in config.sources]
+
+
+def _place(document: OpenDocument) -> list[Any]:
+    return [document.source, document.position, len(document.offsets)]
 
 
 def _reading_order(source: int, position: Position) -> tuple[int, ...]:

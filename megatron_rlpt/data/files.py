@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import glob
-import logging
+import io
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.data.compression import COMPRESSED, open_bytes
+from megatron_rlpt.data.listing import Listing, PassedOver, list_file, list_folder, list_glob
+from megatron_rlpt.data.names import encodable, shown
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.records import stable_id
 
 ENDINGS: dict[SourceFormat, tuple[str, ...]] = {
-    SourceFormat.jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    SourceFormat.jsonl: (".jsonl", ".ndjson", ".json"),
     SourceFormat.parquet: (".parquet",),
     SourceFormat.text: (".txt", ".md"),
 }
-"""Recognised file endings by format; upper case counts as lower case."""
+"""Recognised file endings by format; upper case counts as lower case. All but Parquet may be compressed."""
 
-_log = logging.getLogger(__name__)
+_RECOGNISED = (
+    f"{', '.join(ending for endings in ENDINGS.values() for ending in endings)}; all but Parquet also with "
+    f"{', '.join(COMPRESSED)}"
+)
+
+_ABOUT_A_DATASET = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+"""Files that ``datasets`` writes beside documents."""
+
+_TABLES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -31,22 +43,56 @@ class CorpusFiles:
     root: Path
     """Folder that names are relative to."""
     paths: tuple[Path, ...]
+    sizes: tuple[int, ...]
+    """Bytes on disk of every file, when the run started to read."""
+    modified: tuple[int, ...]
+    """Time of the last change of every file at that time, in nanoseconds."""
+    passed_over: Mapping[str, PassedOver] = field(default_factory=dict)
+    """Kind -> what lies there and is not read."""
 
     def name(self, index: int) -> str:
         """Name of a file relative to the source, so that document ids survive a move of the whole corpus."""
-        return _printable(self.paths[index].relative_to(self.root).as_posix())
+        return encodable(self.paths[index].relative_to(self.root).as_posix())
+
+    def sizes_by_path(self) -> dict[str, int]:
+        """Bytes on disk of every file, by its path."""
+        return {str(path): size for path, size in zip(self.paths, self.sizes, strict=True)}
 
     def layout(self) -> dict[str, Any]:
-        """Number of files and a digest over their names and sizes in bytes.
+        """Number of files and a digest over their names and sizes in bytes."""
+        parts = [(self.name(index), size) for index, size in enumerate(self.sizes)]
+        return {"files": len(parts), "digest": stable_id(*parts)}
+
+    def open(self, index: int) -> io.BufferedReader:
+        """A file as a stream of bytes, decompressed.
 
         Raises:
-            DataError: a file has vanished or is a link to nothing.
+            PermissionError: it may not be read.
+            DataError: it has vanished or changed since the run started, or the disk fails.
         """
+        path = self.paths[index]
         try:
-            parts = [(self.name(index), path.stat().st_size) for index, path in enumerate(self.paths)]
+            stream = open_bytes(path)
+        except PermissionError:
+            raise
         except OSError as error:
-            raise DataError(f"{error.filename} cannot be read: {error.strerror}; check the file") from None
-        return {"files": len(parts), "digest": stable_id(*parts)}
+            raise DataError(f"{shown(path)} cannot be read: {error.strerror}; check the file") from None
+        self.check_unchanged(index, stream)
+        return stream
+
+    def check_unchanged(self, index: int, stream: io.BufferedReader) -> None:
+        """Compare an open file with what it was when the run started.
+
+        Raises:
+            DataError: it was written to.
+        """
+        now = os.fstat(stream.fileno())
+        then = (self.sizes[index], self.modified[index])
+        if (now.st_size, now.st_mtime_ns) != then:
+            raise DataError(
+                f"{shown(self.paths[index])} has changed since the run started to read it (it had {then[0]} bytes, now "
+                f"{now.st_size}); restore the file and run the command again, or start a new run"
+            )
 
 
 def find_files(source: SourceConfig) -> CorpusFiles:
@@ -58,85 +104,103 @@ def find_files(source: SourceConfig) -> CorpusFiles:
     Raises:
         DataError: the path is missing or empty, or ``auto`` finds no recognised ending or more than one format.
     """
-    root, paths, named = _list(source.path)
-    if source.format != SourceFormat.auto:
-        chosen = [path for path in paths if named or format_of(path) == source.format]
-        if not chosen:
+    listing = _list(source.path)
+    formats = [format_of(file.path) for file in listing.files]
+    wanted = source.format
+    if wanted is SourceFormat.auto:
+        found = sorted({format.value for format in formats if format is not None})
+        if len(found) > 1:
             raise DataError(
-                f"data source {source.path!r} holds no {source.format.value} file; recognised endings: "
-                f"{', '.join(ENDINGS[source.format])}"
+                f"data source {shown(source.path)!r} mixes {' and '.join(found)} files (recognised endings: "
+                f"{_RECOGNISED}); set the source's format or use a glob"
             )
-        return _corpus(source, source.format, root, paths, chosen)
-    formats = {path: format_of(path) for path in paths}
-    found = sorted({format.value for format in formats.values() if format is not None})
-    recognised = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
-    if not found:
+        wanted = SourceFormat(found[0]) if found else wanted
+    anything = listing.named and source.format is not SourceFormat.auto
+    chosen = []
+    for file, format in zip(listing.files, formats, strict=True):
+        if anything or format is wanted:
+            chosen.append(file)
+        else:
+            listing.pass_over(_kind(file.path, format, wanted), file.path)
+    if not chosen:
+        raise DataError(_nothing_to_read(source, listing))
+    dangling = [file for file in chosen if file.size < 0]
+    if dangling:
         raise DataError(
-            f"data source {source.path!r} has no file with a recognised ending ({recognised}); rename the files or "
-            "set the source's format"
+            f"{shown(dangling[0].path)} is a link to nothing ({len(dangling)} of {len(chosen)} files of data source "
+            f"{shown(source.path)!r} are); restore what it links to, or remove the link"
         )
-    if len(found) > 1:
-        raise DataError(
-            f"data source {source.path!r} mixes {' and '.join(found)} files (recognised endings: {recognised}); set "
-            "the source's format or use a glob"
-        )
-    chosen = [path for path, format in formats.items() if format is not None]
-    return _corpus(source, SourceFormat(found[0]), root, paths, chosen)
+    return CorpusFiles(
+        wanted,
+        listing.root,
+        tuple(file.path for file in chosen),
+        tuple(file.size for file in chosen),
+        tuple(file.modified for file in chosen),
+        listing.passed_over,
+    )
 
 
 def format_of(path: Path) -> SourceFormat | None:
     """Format that the ending of a file name stands for; None if it is not a recognised one."""
     name = path.name.lower()
+    if name in _ABOUT_A_DATASET:
+        return None
+    ending = next((ending for ending in COMPRESSED if name.endswith(ending)), "")
     for format, endings in ENDINGS.items():
-        if name.endswith(endings):
+        if name.removesuffix(ending).endswith(endings) and not (ending and format is SourceFormat.parquet):
             return format
     return None
 
 
-def _corpus(
-    source: SourceConfig, format: SourceFormat, root: Path, listed: list[Path], chosen: list[Path]
-) -> CorpusFiles:
-    if len(chosen) < len(listed):
-        ignored = len(listed) - len(chosen)
-        _log.info("data source %r: %d files that are not %s are left out", source.path, ignored, format.value)
-    return CorpusFiles(format, root, tuple(sorted(chosen, key=lambda path: path.relative_to(root).as_posix())))
+def _kind(path: Path, format: SourceFormat | None, wanted: SourceFormat) -> str:
+    """What to call a file that is left out."""
+    if format is not None:
+        return f"{format.value} files beside {wanted.value}"
+    if path.name.lower() in _ABOUT_A_DATASET:
+        return "files about a dataset"
+    ending = shown(path.suffix.lower())
+    return f"files ending in {ending}" if ending else "files without an ending"
 
 
-def _list(given: str) -> tuple[Path, list[Path], bool]:
-    """Root, files, and whether the user named the files themselves (a file or a glob) rather than a folder."""
-    path = Path(given)
+def _nothing_to_read(source: SourceConfig, listing: Listing) -> str:
+    where = f"data source {shown(source.path)!r}"
+    others = "; ".join(f"{kind}: {entry}" for kind, entry in listing.passed_over.items())
+    if not others:
+        return f"{where} " + (
+            "matches no file; correct the glob"
+            if listing.named
+            else "is an empty folder; put data files there or correct the path"
+        )
+    kinds = set(listing.passed_over)
+    if kinds == {"empty files"}:
+        return f"{where} has no records, only empty files: {others}; put documents there or remove the source"
+    if kinds == {"FIFOs, sockets and devices"}:
+        return f"{where} is no regular file ({others}), which alone can be read again from any place; copy it into one"
+    if any(kind.endswith(_TABLES) for kind in kinds):
+        advice = "CSV and TSV are not read, convert them to JSON Lines or Parquet"
+    elif source.format is SourceFormat.auto:
+        advice = "rename the files or set the source's format"
+    else:
+        advice = "correct the path or the format"
+    kind = "" if source.format is SourceFormat.auto else f"{source.format.value} "
+    return f"{where} has no {kind}file with a recognised ending ({_RECOGNISED}) but {others}; {advice}"
+
+
+def _list(given: str) -> Listing:
     if not given.strip():
         raise DataError(f"data source path is {given!r}; give a file, a folder or a glob")
-    if path.is_file():
-        return path.parent, [path], True
-    if path.is_dir():
-        files = _walk(path)
-        if not files:
-            raise DataError(f"data source {given!r} is an empty folder; put data files there or correct the path")
-        return path, files, False
-    if not glob.has_magic(given):
-        raise DataError(
-            f"data source {given!r} does not exist; correct the path, or set format: hf for a dataset of the Hub"
-        )
-    files = [Path(match) for match in glob.glob(given, recursive=True) if Path(match).is_file()]
-    if not files:
-        raise DataError(f"data source {given!r} matches no file; correct the glob")
-    plain: list[str] = []
-    for part in path.parts:
-        if glob.has_magic(part):
-            break
-        plain.append(part)
-    return Path(*plain), files, True
-
-
-def _walk(folder: Path) -> list[Path]:
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files.extend(Path(parent, name) for name in names if not name.startswith("."))
-    return files
-
-
-def _printable(name: str) -> str:
-    """File names may hold bytes that are not UTF-8; ids must be encodable."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    if "\0" in given:
+        raise DataError(f"data source path is {given!r}; a path cannot hold a null character")
+    path = Path(given)
+    try:
+        if path.is_dir():
+            return list_folder(path)
+        if os.path.lexists(path):
+            return list_file(path)
+        if glob.has_magic(given):
+            return list_glob(given)
+    except OSError as error:
+        raise DataError(f"data source {shown(given)!r} cannot be listed: {error.strerror}; correct the path") from None
+    raise DataError(
+        f"data source {shown(given)!r} does not exist; correct the path, or set format: hf for a dataset of the Hub"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rlpt.config.schema import DataConfig
@@ -14,7 +15,12 @@ from megatron_rlpt.records import Episode
 
 
 def heldout_episodes(
-    config: DataConfig, count: int, encode: Encode, quarantine: Path | None = None, bos_id: int | None = None
+    config: DataConfig,
+    count: int,
+    encode: Encode,
+    quarantine: Path | None = None,
+    bos_id: int | None = None,
+    starts_character: Callable[[int], bool] | None = None,
 ) -> list[Episode]:
     """The first ``count`` episodes of ``data.heldout``: one per document, from its middle, in corpus order.
 
@@ -27,9 +33,10 @@ def heldout_episodes(
     """
     if not config.heldout:
         raise ConfigError("data.heldout is empty; give at least one source of documents to compare policies on")
-    cutter = Cutter(config, encode, bos_id)
+    cutter = Cutter(config, encode, bos_id, starts_character)
     bad = Quarantine(quarantine, config.max_bad_fraction)
-    readers = {index: open_source(source) for index, source in enumerate(config.heldout)}
+    readers = {index: open_source(source, config.max_record_bytes) for index, source in enumerate(config.heldout)}
+    bad.expect([(config.heldout[index].path, reader.sizes()) for index, reader in readers.items()])
     taken = [0] * len(config.heldout)
     episodes: list[Episode] = []
     while readers and len(episodes) < count:
@@ -38,11 +45,11 @@ def heldout_episodes(
         if record is None:
             del readers[index]
             continue
-        bad.count(record)
+        bad.count(record, index)
         if isinstance(record, BadRecord):
             continue
-        tokens = cutter.tokenize(record.text)
-        offsets = cutter.offsets(len(tokens))
+        tokens = cutter.tokenize(record.text, config.heldout[index].control_tokens)
+        offsets = cutter.offsets(tokens)
         if offsets:
             (offset,) = evenly_spread(offsets, 1)
             episodes.append(cutter.cut(config.heldout[index].path, record.id, tokens, offset))

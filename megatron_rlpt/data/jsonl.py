@@ -1,67 +1,85 @@
-"""JSON Lines, plain or compressed with gzip or Zstandard."""
+"""JSON Lines and JSON arrays, plain or compressed."""
 
 from __future__ import annotations
 
-import gzip
+import enum
 import io
-import json
-import zlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader, as_document, excerpt_of, missing_field
+from megatron_rlpt.data.compression import CorruptStreamError, bytes_on_disk, compression_of, discard
+from megatron_rlpt.data.documents import (
+    MAX_RECORD_BYTES,
+    BadRecord,
+    Document,
+    MissingFieldError,
+    Position,
+    Reader,
+    as_document,
+    excerpt_of,
+    too_large,
+    unreadable,
+)
 from megatron_rlpt.data.files import CorpusFiles
+from megatron_rlpt.data.json_values import FieldParser, NotARecordError, TooLarge, ValueScanner
+from megatron_rlpt.data.names import shown
 from megatron_rlpt.errors import DataError
 
-if TYPE_CHECKING:
-    from zstandard import ZstdDecompressionObj
-
-_CHUNK = 1 << 17
-"""Bytes read or thrown away at once."""
+_BOM = b"\xef\xbb\xbf"
+_ARRAY_OF_OBJECTS = re.compile(rb"\[\s*[{\]]")
+_OBJECT_OVER_LINES = re.compile(rb"\{[ \t]*\r?\n")
 
 
-class CorruptStreamError(Exception):
-    """Compressed data that ends early or is damaged."""
+class Framing(enum.Enum):
+    """How the records of a file follow each other."""
+
+    lines = "lines"
+    array = "array"
+    values = "values"
+    """JSON objects written over several lines each."""
 
 
 class JsonlReader(Reader):
-    """One document per line; blank lines are not records. Position: file, line, and byte after decompression.
+    """One document per line; blank lines are not records. A file may as well be one JSON array of records.
 
-    What cannot be decompressed is one malformed record at the line where it happens; the rest of that file is lost
-    and reading goes on with the next file.
+    Position: file, line or number of the record, and byte after decompression. What cannot be decompressed is one
+    malformed record at the line where it happens; the rest of that file is lost and reading goes on with the next file.
+    A record above ``limit`` bytes is passed over without being held.
     """
 
-    def __init__(self, files: CorpusFiles, field: str) -> None:
+    def __init__(self, files: CorpusFiles, field: str, limit: int = MAX_RECORD_BYTES) -> None:
         self._files = files
         self._field = field
-        self._handle: io.BufferedIOBase | None = None
+        self._limit = limit
+        self._parser = FieldParser(field)
+        self._handle: io.BufferedReader | None = None
+        self._scanner: ValueScanner | None = None
+        """Cuts the open file into records if they are not lines."""
         self._file = self._line = self._byte = 0
 
     def read(self) -> Document | BadRecord | None:
         """The next line as a document."""
-        found = self._next_line()
+        found = self._next_record()
         if found is None or isinstance(found, BadRecord):
             return found
-        index, number, line = found
+        index, number, raw = found
         path = str(self._files.paths[index])
         if number == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            raw = raw.removeprefix(_BOM)
         try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            return BadRecord(path, number, f"not UTF-8 at byte {error.start} of the line", excerpt_of(line))
-        except (ValueError, RecursionError) as error:
-            return BadRecord(path, number, f"not JSON: {excerpt_of(str(error))}", excerpt_of(line))
-        if not isinstance(record, dict):
-            return BadRecord(path, number, f"not a JSON object but {type(record).__name__}", excerpt_of(line))
-        if self._field not in record:
-            return missing_field(record, path, number, self._field)
-        identity = f"{self._files.name(index)}#{number}"
-        return as_document(record[self._field], identity, path, number, self._field)
+            text = self._parser.parse(raw)
+        except MissingFieldError as error:
+            return BadRecord(path, number, excerpt_of(str(error)), excerpt_of(raw))
+        except NotARecordError as error:
+            # A last line without its end may be what is left of a file that broke off.
+            cut = self._scanner is None and not raw.endswith(b"\n")
+            return BadRecord(path, number, excerpt_of(str(error)), excerpt_of(raw), cut=cut)
+        return as_document(text, f"{self._files.name(index)}#{number}", path, number, self._field, self._limit)
 
     def skip(self) -> bool:
-        """Pass over one line."""
-        return self._next_line() is not None
+        """Pass over one record."""
+        return self._next_record() is not None
 
     @property
     def position(self) -> Position:
@@ -69,20 +87,29 @@ class JsonlReader(Reader):
         return [self._file, self._line, self._byte]
 
     def seek(self, position: Position) -> None:
-        """Go to a line; in a compressed file this decompresses what lies before it."""
+        """Go to a record; in a compressed file this decompresses what lies before it."""
         file, line, byte = position
         if file != self._file or byte < self._byte:
             self._close()
-        if self._handle is None:
-            self._file, self._line, self._byte = file, line, 0
-            if file == len(self._files.paths):
-                return
-            self._handle = _open(self._files.paths[file])
-        if _compression(self._files.paths[file]) is None:
-            self._handle.seek(byte)
-        else:
-            self._discard(byte - self._byte)
-        self._line, self._byte = line, byte
+        self._file, self._line = file, line
+        if byte == 0:
+            self._close()
+            self._byte = 0
+            return
+        try:
+            if self._handle is None:
+                self._byte = 0
+                self._open()
+            assert self._handle is not None
+            if self._scanner is not None:
+                self._scanner.move(byte)
+            elif compression_of(self._files.paths[file]) is None:
+                self._handle.seek(byte)
+            else:
+                discard(self._handle, byte - self._byte)
+        except (CorruptStreamError, EOFError, OSError) as error:
+            raise self._changed(error) from None
+        self._byte = byte
 
     def rewind(self) -> None:
         """Back to the first line of the first file."""
@@ -92,29 +119,87 @@ class JsonlReader(Reader):
         """Files, and the field that holds the text."""
         return {"format": "jsonl", "field": self._field, **self._files.layout()}
 
-    def _next_line(self) -> tuple[int, int, bytes] | BadRecord | None:
-        """File index, line number and bytes of the next line that is not blank."""
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every file."""
+        return self._files.sizes_by_path()
+
+    def _next_record(self) -> tuple[int, int, bytes] | BadRecord | None:
+        """File index, number and bytes of the next record."""
         while self._file < len(self._files.paths):
             path = self._files.paths[self._file]
             try:
                 if self._handle is None:
-                    self._handle = _open(path)
-                line = self._handle.readline()
-            except (CorruptStreamError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-                record = BadRecord(str(path), self._line, f"cannot be decompressed: {error}", "")
+                    self._open()
+                raw = self._next_line() if self._scanner is None else self._next_value(self._scanner)
+            except PermissionError:
+                record = unreadable(str(path), self._files.sizes[self._file])
+                self._next_file()
+                return record
+            except CorruptStreamError as error:
+                what = "cannot be decompressed" if compression_of(path) else "cannot be read"
+                record = BadRecord(str(path), self._line, f"{what}: {error}", "", error.unread, error.cut)
                 self._next_file()
                 return record
             except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror or error}; check the file") from None
-            if not line:
+                raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}; check the file") from None
+            if raw is None:
+                assert self._handle is not None
+                self._files.check_unchanged(self._file, self._handle)
                 self._next_file()
-                continue
-            number = self._line
-            self._line += 1
-            self._byte += len(line)
-            if line.strip():
-                return self._file, number, line
+            elif not isinstance(raw, bytes):
+                return raw
+            elif raw.strip():
+                return self._file, self._line - 1, raw
         return None
+
+    def _next_line(self) -> bytes | BadRecord | None:
+        """The next line, perhaps a blank one; None at the end of the file."""
+        assert self._handle is not None
+        line = self._handle.readline(self._limit + 1)
+        size = len(line)
+        if not size:
+            return None
+        if size > self._limit and not line.endswith(b"\n"):
+            start = bytes_on_disk(self._handle)
+            while more := self._handle.readline(self._limit):
+                size += len(more)
+                if more.endswith(b"\n"):
+                    break
+            return self._too_large(TooLarge(size, line[:1000]), start)
+        self._line += 1
+        self._byte += size
+        return line
+
+    def _next_value(self, scanner: ValueScanner) -> bytes | BadRecord | None:
+        """The next value of an array, or of objects that follow each other; None at the end of the file."""
+        assert self._handle is not None
+        start = bytes_on_disk(self._handle)
+        value = scanner.next()
+        if isinstance(value, TooLarge):
+            return self._too_large(value, start)
+        if value is not None:
+            self._line += 1
+            self._byte = scanner.byte
+        return value
+
+    def _too_large(self, found: TooLarge, start: int) -> BadRecord:
+        """The record that stands for one above the limit."""
+        assert self._handle is not None
+        path = self._files.paths[self._file]
+        lost = found.size if compression_of(path) is None else bytes_on_disk(self._handle) - start
+        record = BadRecord(
+            str(path), self._line, too_large(found.size, self._limit), excerpt_of(found.beginning), max(lost, 1)
+        )
+        self._line += 1
+        self._byte = self._byte + found.size if self._scanner is None else self._scanner.byte
+        return record
+
+    def _open(self) -> None:
+        """Open the current file at its beginning, and see how its records follow each other."""
+        self._handle = self._files.open(self._file)
+        framing = framing_of(self._handle.peek(1), self._files.paths[self._file].name)
+        if framing is not Framing.lines:
+            self._scanner = ValueScanner(self._handle, self._limit, framing is Framing.array, 0)
 
     def _next_file(self) -> None:
         self._close()
@@ -122,104 +207,25 @@ class JsonlReader(Reader):
         self._line = self._byte = 0
 
     def _close(self) -> None:
+        self._scanner = None
         if self._handle is not None:
             self._handle.close()
             self._handle = None
 
-    def _discard(self, count: int) -> None:
-        assert self._handle is not None
-        path = self._files.paths[self._file]
-        try:
-            while count > 0:
-                got = len(self._handle.read(min(count, _CHUNK)))
-                if not got:
-                    raise EOFError("it ends early")
-                count -= got
-        except (CorruptStreamError, EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path} no longer holds what was read before: {error}; restore the file") from None
+    def _changed(self, error: Exception) -> DataError:
+        path = shown(self._files.paths[self._file])
+        return DataError(f"{path} no longer holds what was read before: {error}; restore the file")
 
 
-def _compression(path: Path) -> str | None:
-    ending = path.suffix.lower()
-    return ending if ending in (".gz", ".zst") else None
+def framing_of(head: bytes, name: str) -> Framing:
+    """How the records of a file follow each other, from its first bytes and its name.
 
-
-def _open(path: Path) -> io.BufferedIOBase:
-    try:
-        raw = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the file") from None
-    match _compression(path):
-        case ".gz":
-            return _GzipFile(raw)
-        case ".zst":
-            return io.BufferedReader(_ZstdStream(raw, path), _CHUNK)
-        case _:
-            return raw
-
-
-class _GzipFile(gzip.GzipFile):
-    """A gzip file that closes the file beneath it."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        super().__init__(fileobj=raw, mode="rb")
-        self._raw = raw
-
-    def close(self) -> None:
-        super().close()
-        self._raw.close()
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of all frames of a .zst file.
-
-    Written out because zstandard's own stream reader takes a truncated last frame for a regular end.
+    A file called JSON Lines has one record per line even if a line is damaged, unless it clearly is an array.
     """
-
-    def __init__(self, raw: BinaryIO, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError(f"{path} needs the zstandard package; install it or decompress the file") from None
-        self._raw = raw
-        self._library = zstandard
-        self._frame: ZstdDecompressionObj | None = None
-        self._compressed = b""
-        self._ready = b""
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def readinto(self, target: Any) -> int:
-        """Fill ``target`` with what is decompressed next; 0 at the end.
-
-        Raises:
-            CorruptStreamError: damaged data, or the file ends within a frame.
-        """
-        while not self._ready:
-            if not self._compressed:
-                self._compressed = self._raw.read(_CHUNK)
-                if not self._compressed:
-                    if self._frame is not None:
-                        raise CorruptStreamError("file ends within a Zstandard frame")
-                    return 0
-            if self._frame is None:
-                self._frame = self._library.ZstdDecompressor().decompressobj()
-            try:
-                self._ready = self._frame.decompress(self._compressed)
-            except self._library.ZstdError as error:
-                raise CorruptStreamError(str(error)) from None
-            self._compressed = b""
-            if self._frame.eof:
-                self._compressed = self._frame.unused_data
-                self._frame = None
-        count = min(len(target), len(self._ready))
-        target[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        """Close the file beneath as well."""
-        super().close()
-        self._raw.close()
+    head = head.removeprefix(_BOM).lstrip()
+    lines = any(ending in name.lower() for ending in (".jsonl", ".ndjson"))
+    if _ARRAY_OF_OBJECTS.match(head) or (head.startswith(b"[") and not lines):
+        return Framing.array
+    if _OBJECT_OVER_LINES.match(head) and not lines:
+        return Framing.values
+    return Framing.lines

@@ -1,24 +1,31 @@
-"""Malformed records: counted, written to a file, and fatal only above a set share."""
+"""Malformed records and lost data: counted, written to a file, and fatal only above a set share."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.data.documents import BadRecord, Document
+from megatron_rlpt.data.documents import BadRecord, Document, excerpt_of
+from megatron_rlpt.data.losses import Losses
+from megatron_rlpt.data.names import shown
 from megatron_rlpt.errors import DataError
+from megatron_rlpt.observe.log import get_logger
 
 MIN_RECORDS = 100
 """Records read before the share of malformed ones means something."""
+
+_log = get_logger(__name__)
 
 
 class Quarantine:
     """Counts the records of the first pass and appends the malformed ones to ``path`` as JSON lines.
 
     Later passes meet the same records again and add nothing. A record that is already in the file (written after
-    the checkpoint a run went on from) is not written twice.
+    the checkpoint a run went on from) is not written twice. What takes more than a record with it is measured in bytes
+    of the files, logged, and held against the limit at once.
 
     Raises:
         DataError: the file cannot be read or written.
@@ -29,22 +36,34 @@ class Quarantine:
         """Distinct records read, malformed ones included."""
         self.malformed = 0
         """Distinct records that were malformed."""
+        self.tells = path is not None
+        """Whether this one speaks for all ranks in the log."""
         self._path = path
         self._limit = max_bad_fraction
         self._last_reason = ""
+        self._names = [""]
+        self._losses = [Losses()]
         self._written: set[tuple[str, int]] | None = None
 
-    def count(self, record: Document | BadRecord) -> None:
-        """Count a record, and write it to the file if it is malformed.
+    def expect(self, sizes: Sequence[tuple[str, Mapping[str, int]]]) -> None:
+        """Take over path and size of the files (``Reader.sizes``) of every source, so that losses have a measure."""
+        self._names = [shown(path) for path, _ in sizes]
+        self._losses = [Losses(of_source) for _, of_source in sizes]
+
+    def count(self, record: Document | BadRecord, source: int = 0) -> None:
+        """Count a record of a source, and write it to the file if it is malformed.
 
         Raises:
-            DataError: ``MIN_RECORDS`` were read and more than the allowed share of them was malformed.
+            DataError: ``MIN_RECORDS`` were read and more than the allowed share of them was malformed, or more than
+                the allowed share of the source is lost.
         """
         self.read += 1
         if isinstance(record, BadRecord):
             self.malformed += 1
-            self._last_reason = record.reason
+            self._last_reason = f"{shown(record.source)}: {record.reason}"
             self._write(record)
+            if record.lost or record.cut:
+                self._lose(record, source)
         if self.read >= MIN_RECORDS:
             self.check()
 
@@ -56,19 +75,51 @@ class Quarantine:
         """
         if self.malformed <= self._limit * self.read:
             return
-        where = f"see {self._path}" if self._path else f"last: {self._last_reason}"
         raise DataError(
             f"{self.malformed} of {self.read} records are malformed ({self.malformed / self.read:.1%}, limit "
-            f"data.max_bad_fraction = {self._limit:.1%}); {where}, then repair the data or raise the limit"
+            f"data.max_bad_fraction = {self._limit:.1%}); {self._where()}; repair the data or raise the limit"
         )
 
+    @property
+    def lost_share(self) -> float:
+        """Share of its bytes that the source with the largest loss has lost so far."""
+        return max((losses.share for losses in self._losses), default=0.0)
+
+    @property
+    def lost_bytes(self) -> int:
+        """Bytes of all sources that were lost so far."""
+        return sum(losses.figures()[0] for losses in self._losses)
+
     def state_dict(self) -> dict[str, Any]:
-        """Both counts."""
-        return {"read": self.read, "malformed": self.malformed}
+        """Counts and losses."""
+        lost = [{"unread": losses.unread, "cut": losses.cut} for losses in self._losses]
+        return {"read": self.read, "malformed": self.malformed, "lost": lost}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from a saved state."""
         self.read, self.malformed = state["read"], state["malformed"]
+        for losses, saved in zip(self._losses, state.get("lost", []), strict=False):
+            losses.unread, losses.cut = dict(saved["unread"]), list(saved["cut"])
+
+    def _lose(self, record: BadRecord, source: int) -> None:
+        losses = self._losses[source]
+        losses.add(record.source, record.lost, record.cut)
+        if self.tells:
+            _log.warning(
+                "data lost",
+                file=shown(record.source),
+                record=record.offset,
+                bytes=record.lost,
+                breaks_off=record.cut,
+                share_of_source=losses.share,
+                reason=record.reason,
+            )
+        if losses.share > self._limit:
+            raise DataError(losses.describe(self._names[source], self._limit, self._where()))
+
+    def _where(self) -> str:
+        last = f"last: {excerpt_of(self._last_reason)}"
+        return f"{last}; see {self._path}" if self._path else last
 
     def _write(self, record: BadRecord) -> None:
         if self._path is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rlpt.config.schema import SourceConfig, SourceFormat
-from megatron_rlpt.data.documents import Reader
+from megatron_rlpt.data.documents import MAX_RECORD_BYTES, Reader
 from megatron_rlpt.data.files import find_files
 from megatron_rlpt.data.huggingface import HuggingFaceReader
 from megatron_rlpt.data.jsonl import JsonlReader
@@ -11,19 +11,19 @@ from megatron_rlpt.data.parquet import ParquetReader
 from megatron_rlpt.data.text import TextReader
 
 
-def open_source(source: SourceConfig) -> Reader:
-    """A reader at the first record of ``source``.
+def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES) -> Reader:
+    """A reader at the first record of ``source``; records of more than ``limit`` bytes are malformed.
 
     Raises:
         DataError: path missing or empty, format not recognised, or a package that the format needs is missing.
     """
     if source.format == SourceFormat.hf:
-        return HuggingFaceReader(source)
+        return HuggingFaceReader(source, limit)
     files = find_files(source)
     match files.format:
         case SourceFormat.jsonl:
-            return JsonlReader(files, source.field)
+            return JsonlReader(files, source.field, limit)
         case SourceFormat.parquet:
-            return ParquetReader(files, source.field)
+            return ParquetReader(files, source.field, limit)
         case _:
-            return TextReader(files)
+            return TextReader(files, limit)

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlpt.config.schema import SourceConfig
-from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
+from megatron_rlpt.data.documents import MAX_RECORD_BYTES, BadRecord, Document, Position, Reader
+from megatron_rlpt.data.names import shown
 from megatron_rlpt.data.quarantine import MIN_RECORDS, Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import CheckpointError, DataError
-from megatron_rlpt.records import derive_seed
+from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.records import SEED_RANGE, derive_seed
 
-_SEED_RANGE = 1 << 63
-"""``derive_seed`` returns values below this."""
+_log = get_logger(__name__)
 
 
 @dataclass
@@ -32,6 +33,13 @@ class Counters:
     """Episodes handed out."""
     epochs: tuple[int, ...] = ()
     """Complete passes over each source, in the order of the configuration."""
+    served: tuple[int, ...] = ()
+    """Episodes handed out of each source, in the order of the configuration."""
+
+    def count_served(self, source: int) -> None:
+        """Count an episode of ``source`` that was handed out."""
+        self.episodes_served += 1
+        self.served = tuple(count + (index == source) for index, count in enumerate(self.served))
 
 
 @dataclass(frozen=True)
@@ -53,64 +61,82 @@ class _Cursor:
     """Records of the current pass that lie behind, of all ranks."""
     epoch: int = 0
     own_read: int = 0
-    """Records this rank has read since ``usable_before`` was noted, at the start of a pass."""
-    usable_before: int = 0
-    """Usable documents of the stream at that time."""
-    barren_at: int = -1
-    """Usable documents of the stream when a pass last ended without one; -1 if none did."""
+    """Records this rank has read since the first pass without a usable document began."""
+    fruitful: bool = False
+    """Whether the current pass has given a usable document."""
+    barren: bool = False
+    """Whether the last pass that this rank has seen enough of gave none."""
 
 
 class DocumentStream:
-    """Documents drawn from the sources by weight, without end.
+    """Documents drawn from the sources, without end.
 
-    Every draw picks a source with a probability proportional to its weight and reads that source's next record. The
-    pick depends on (seed, rank, number of the draw) only. In its first pass over a source, rank r of w reads the
-    records whose index is r modulo w, and every further pass moves the shares on by one record: within each pass the
-    ranks share all records without overlap, within w passes a rank reads each record once, and none starves on a
-    source with fewer records than ranks.
+    A draw reads the next record of the source that is asked for, or of one picked with a probability proportional to
+    its weight; the pick depends on (seed, rank, number of the draw) only. In its first pass over a source, rank r of w
+    reads the records whose index is r modulo w, and every further pass moves the shares on by one record: within each
+    pass the ranks share all records without overlap, within w passes a rank reads each record once, and none starves
+    on a source with fewer records than ranks.
 
-    ``counters`` is shared with the caller, who reports a usable or too short document through it.
+    ``counters`` is shared with the caller, who counts too short documents in it and reports usable ones through
+    ``note_usable``.
 
     Raises:
         DataError: a source is missing, empty or unreadable.
     """
 
     def __init__(
-        self, sources: list[SourceConfig], seed: int, quarantine: Quarantine, rank: int = 0, world_size: int = 1
+        self,
+        sources: list[SourceConfig],
+        seed: int,
+        quarantine: Quarantine,
+        rank: int = 0,
+        world_size: int = 1,
+        max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
         assert 0 <= rank < world_size
-        self.counters = Counters(epochs=(0,) * len(sources))
+        self.counters = Counters(epochs=(0,) * len(sources), served=(0,) * len(sources))
         self.sources = sources
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
         self._quarantine = quarantine
         self._draws = 0
-        self._cursors = [_Cursor(open_source(source)) for source in sources]
+        self._cursors = [_Cursor(open_source(source, max_record_bytes)) for source in sources]
+        quarantine.expect([(s.path, cursor.reader.sizes()) for s, cursor in zip(sources, self._cursors, strict=True)])
         # Taken once: what counts is the corpus the run started to read, not what lies there at a later checkpoint.
         self._layout = [
             {"path": source.path, **cursor.reader.layout()}
             for source, cursor in zip(sources, self._cursors, strict=True)
         ]
 
-    def draw(self) -> Drawn | None:
-        """The next document, or None if the record drawn was malformed.
+    def draw(self, source: int | None = None) -> Drawn | None:
+        """The next document of ``source`` (None: of one picked by weight), or None if the record was malformed.
 
         Raises:
             DataError: too many records are malformed, a source has no record, or one full pass over all sources
                 gave no usable document.
         """
-        source = self._pick()
+        if source is None:
+            source = self._pick()
         position, record = self._advance(source)
         self._cursors[source].own_read += 1
         self.counters.read += 1
         # Later passes meet the same records again; only the first one says how good the corpus is.
         if self._cursors[source].epoch == 0:
-            self._quarantine.count(record)
+            self._quarantine.count(record, source)
         if isinstance(record, BadRecord):
             self.counters.malformed += 1
             return None
         return Drawn(record, source, position)
+
+    def note_usable(self, source: int) -> None:
+        """Count a document of ``source`` that gave an episode."""
+        self.counters.usable += 1
+        self._cursors[source].fruitful, self._cursors[source].barren = True, False
+
+    def is_barren(self, source: int) -> bool:
+        """Whether the last full pass over ``source`` gave no usable document."""
+        return self._cursors[source].barren
 
     def reread(self, source: int, position: Position) -> Document:
         """The document at a position that a ``Drawn`` gave; moves the reader, so ``load_state_dict`` must follow.
@@ -173,9 +199,25 @@ class DocumentStream:
                 f"({changes or 'file names or sizes differ'}); restore it or start a new run"
             )
 
+    def figures(self) -> dict[str, float]:
+        """What was read, lost, repeated and served so far, as metrics; sources by their number in the configuration."""
+        counters, served = self.counters, self.counters.served
+        metrics: dict[str, float] = {
+            "data/read": counters.read,
+            "data/malformed": counters.malformed,
+            "data/too_short": counters.too_short,
+            "data/lost_bytes": self._quarantine.lost_bytes,
+            "data/lost_share": self._quarantine.lost_share,
+        }
+        for index, (epoch, count) in enumerate(zip(counters.epochs, served, strict=True)):
+            metrics[f"data/epochs/{index}"] = epoch
+            metrics[f"data/episodes/{index}"] = count
+            metrics[f"data/share/{index}"] = count / max(1, sum(served))
+        return metrics
+
     def _pick(self) -> int:
         weights = [source.weight for source in self.sources]
-        share = derive_seed(self._seed, "mix", self._rank, self._draws) / _SEED_RANGE * sum(weights)
+        share = derive_seed(self._seed, "mix", self._rank, self._draws) / SEED_RANGE * sum(weights)
         self._draws += 1
         for index, weight in enumerate(weights):
             share -= weight
@@ -207,28 +249,44 @@ class DocumentStream:
         cursor.index = 0
         cursor.reader.rewind()
         self._note_epochs()
+        if self._quarantine.tells:
+            path = shown(self.sources[source].path)
+            _log.info(
+                "a data source has been read to its end and starts again",
+                path=path,
+                records=records,
+                epochs=cursor.epoch,
+            )
         # A rank of several sees too small a part of a small corpus to judge it by a handful of records.
         if self._world_size == 1 and min(self.counters.epochs) >= 1:
             self._quarantine.check()
-        self._check_usable(cursor, records)
+        self._check_usable(source, records)
 
-    def _check_usable(self, cursor: _Cursor, records: int) -> None:
-        """Stop when every source was passed in full since the last usable document.
+    def _check_usable(self, source: int, records: int) -> None:
+        """Stop when no source gave a usable document in its last full pass, and say when one did not.
 
         A rank of several goes on over as many passes as it needs to see all records of a small source.
         """
-        usable = self.counters.usable
-        if cursor.usable_before != usable:
-            cursor.own_read, cursor.usable_before = 0, usable
-        elif cursor.own_read >= min(records, MIN_RECORDS):
-            cursor.barren_at = usable
-        if all(other.barren_at == usable for other in self._cursors):
-            counters = self.counters
+        cursor = self._cursors[source]
+        if cursor.fruitful:
+            cursor.own_read, cursor.fruitful = 0, False
+            return
+        if cursor.barren or cursor.own_read < min(records, MIN_RECORDS):
+            return
+        cursor.barren = True
+        counters = self.counters
+        if all(other.barren for other in self._cursors):
             raise DataError(
                 f"a full pass over data.sources gave no usable document (so far {counters.read} read, "
                 f"{counters.too_short} too short, {counters.malformed} malformed); lower data.min_prefix or "
                 "data.suffix_length, or give longer documents"
             )
+        _log.warning(
+            "data.sources[%d] %r gave no usable document in a full pass of %d records; the others share its part",
+            source,
+            self.sources[source].path,
+            records,
+        )
 
     def _note_epochs(self) -> None:
         self.counters.epochs = tuple(cursor.epoch for cursor in self._cursors)

@@ -1,19 +1,31 @@
-"""Plain text and Markdown files, one document each."""
+"""Plain text and Markdown files, one document each, perhaps compressed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader, excerpt_of
+from megatron_rlpt.data.compression import CorruptStreamError
+from megatron_rlpt.data.documents import (
+    MAX_RECORD_BYTES,
+    BadRecord,
+    Document,
+    Position,
+    Reader,
+    excerpt_of,
+    unreadable,
+)
 from megatron_rlpt.data.files import CorpusFiles
+from megatron_rlpt.data.names import shown
 from megatron_rlpt.errors import DataError
 
 
 class TextReader(Reader):
     """One document per file. Position: file."""
 
-    def __init__(self, files: CorpusFiles) -> None:
+    def __init__(self, files: CorpusFiles, limit: int = MAX_RECORD_BYTES) -> None:
         self._files = files
+        self._limit = limit
         self._file = 0
 
     def read(self) -> Document | BadRecord | None:
@@ -21,15 +33,22 @@ class TextReader(Reader):
         index = self._file
         if not self.skip():
             return None
-        path = self._files.paths[index]
+        path, size = str(self._files.paths[index]), self._files.sizes[index]
         try:
-            raw = path.read_bytes()
+            with self._files.open(index) as stream:
+                raw = stream.read(self._limit + 1)
+        except PermissionError:
+            return unreadable(path, size)
+        except CorruptStreamError as error:
+            return BadRecord(path, 0, f"cannot be decompressed: {error}", "", size, error.cut)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; check the file") from None
+            raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}; check the file") from None
+        if len(raw) > self._limit:
+            return BadRecord(path, 0, f"more than data.max_record_bytes = {self._limit} bytes", excerpt_of(raw), size)
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            return BadRecord(str(path), 0, f"not UTF-8 at byte {error.start}", excerpt_of(raw))
+            return BadRecord(path, 0, f"not UTF-8 at byte {error.start}", excerpt_of(raw))
         return Document(self._files.name(index), text)
 
     def skip(self) -> bool:
@@ -55,3 +74,7 @@ class TextReader(Reader):
     def layout(self) -> dict[str, Any]:
         """Files."""
         return {"format": "text", **self._files.layout()}
+
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every file."""
+        return self._files.sizes_by_path()

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_rlpt.candidates import marked_if_blank, whole_characters
 from megatron_rlpt.config import Config, EngineName, SourceConfig, to_yaml
 from megatron_rlpt.data import Document, heldout_episodes, open_source
 from megatron_rlpt.errors import ConfigError
@@ -37,7 +38,7 @@ from megatron_rlpt.rollout.engine import Prompt, RolloutEngine
 from megatron_rlpt.rollout.vllm_engine import start_policy_engine
 from megatron_rlpt.teacher.build import build_judge, describe_judge
 from megatron_rlpt.teacher.judge import Judge
-from megatron_rlpt.tokenizer import PolicyTokenizer
+from megatron_rlpt.tokenizer import PolicyTokenizer, TextTokens
 
 BASELINE_FOLDER = "baseline_ntp"
 """Run folder of the next-token baseline, inside the run folder it is the baseline of."""
@@ -83,13 +84,19 @@ def _models(config: Config, folder: Path) -> dict[str, Path]:
 
 def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     tokenizer = PolicyTokenizer(config.model.path)
-    episodes = heldout_episodes(config.data, config.evaluation.prefixes, tokenizer.encode, bos_id=tokenizer.bos_id)
+    episodes = heldout_episodes(
+        config.data,
+        config.evaluation.prefixes,
+        tokenizer.encode,
+        bos_id=tokenizer.bos_id,
+        starts_character=tokenizer.starts_character,
+    )
     prefixes = [episode.prefix for episode in episodes]
     originals = [episode.suffix for episode in episodes]
     policies = _continue_all(config, models, prefixes)
     second = _ngram_model(config.evaluation.ngram_corpus, tokenizer, read_architecture(models[START]).vocab)
     _log.info("scoring", prefixes=len(prefixes), policies=len(policies))
-    scorer = JudgeScorer(build_judge(config, "cpu"), episodes)
+    scorer = JudgeScorer(build_judge(config, "cpu"), episodes, tokenizer)
     comparison = compare(prefixes, originals, policies, scorer, second, seed=config.run.seed)
     return build_report(
         comparison,
@@ -97,9 +104,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
         config,
         judge=describe_judge(config),
         second=None if second is None else _describe_ngram(second),
-        examples=build_examples(
-            prefixes, originals, policies, comparison, tokenizer.decode, config.evaluation.examples
-        ),
+        examples=build_examples(prefixes, originals, policies, comparison, tokenizer, config.evaluation.examples),
     )
 
 
@@ -139,18 +144,21 @@ class PolicyGenerator:
 
 
 class JudgeScorer:
-    """The training judge as a scorer: continuations of one prefix are judged as one group."""
+    """The training judge as a scorer: continuations of one prefix are judged as one group, as rollouts are."""
 
-    def __init__(self, judge: Judge, episodes: Sequence[Episode]) -> None:
+    def __init__(self, judge: Judge, episodes: Sequence[Episode], text: TextTokens) -> None:
         self._judge = judge
+        self._text = text
         self._episodes = {episode.prefix: episode for episode in episodes}
 
     def score(self, prefixes: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[float | None]:
-        """One score per continuation; None where the judge failed."""
+        """One score per continuation; None where the judge failed, or nothing was written."""
         groups = []
         for prefix, rivals in groupby(zip(prefixes, continuations, strict=True), key=lambda pair: tuple(pair[0])):
-            candidates = tuple(Candidate(Source.ROLLOUT, tuple(tokens)) for _, tokens in rivals)
-            groups.append(Group(self._episodes[prefix], candidates))
+            episode = self._episodes[prefix]
+            written = (Candidate(Source.ROLLOUT, tuple(tokens)) for _, tokens in rivals)
+            whole = (whole_characters(candidate, episode, self._text) for candidate in written)
+            groups.append(Group(episode, tuple(marked_if_blank(candidate, self._text) for candidate in whole)))
         return [
             outcome.value if isinstance(outcome, Score) else None
             for group in self._judge.judge(groups)
@@ -162,7 +170,7 @@ def _ngram_model(sources: Sequence[SourceConfig], tokenizer: PolicyTokenizer, vo
     """``vocab`` is the model's: it may be padded beyond the tokenizer's, and a policy may sample from the padding."""
     if not sources:
         return None
-    documents = [tokenizer.encode(text) for source in sources for text in _texts(source)]
+    documents = [tokenizer.encode(text, source.control_tokens) for source in sources for text in _texts(source)]
     return NgramModel(documents, vocab)
 
 

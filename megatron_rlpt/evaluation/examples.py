@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rlpt.evaluation.comparison import Comparison, Continuations, Decoding
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids to text."""
+from megatron_rlpt.tokenizer import TextTokens
 
 
 def build_examples(
@@ -17,7 +15,7 @@ def build_examples(
     originals: Sequence[Sequence[int]],
     policies: Mapping[str, Continuations],
     comparison: Comparison,
-    decode: Decode,
+    text: TextTokens,
     count: int,
 ) -> list[dict[str, Any]]:
     """The first ``count`` held-out prefixes, not the best ones, with what every policy wrote.
@@ -27,14 +25,19 @@ def build_examples(
     """
     examples = []
     for index in range(min(count, len(prefixes))):
+        prefix = prefixes[index]
+
+        def shown(tokens: Sequence[int], prefix: Sequence[int] = prefix) -> str:
+            return readable(text.text_of(tokens, prefix))
+
         texts = {
-            mode: {name: readable(decode(written.takes(mode)[0][index])) for name, written in policies.items()}
+            mode: {name: shown(written.takes(mode)[0][index]) for name, written in policies.items()}
             for mode in Decoding
         }
         examples.append(
             {
-                "prefix": readable(decode(prefixes[index])),
-                "original": readable(decode(originals[index])),
+                "prefix": readable(text.text_of(prefix, within=True)),
+                "original": shown(originals[index]),
                 **texts[Decoding.GREEDY],
                 "sampled": texts[Decoding.SAMPLED],
                 "reward": {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_rlpt.evaluation.environment import describe_machine, describe_vers
 from megatron_rlpt.evaluation.html import render_html
 from megatron_rlpt.evaluation.statistics import WinRate
 from megatron_rlpt.evaluation.training_curves import TrainingCurves
+from megatron_rlpt.publishing import write_file
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
@@ -90,14 +90,10 @@ def write_report(run_dir: Path, report: Mapping[str, Any]) -> tuple[Path, Path]:
     run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     page = render_html(report)
-    return _publish(run_dir / JSON_FILE, text), _publish(run_dir / HTML_FILE, page)
-
-
-def _publish(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    written = {run_dir / JSON_FILE: text, run_dir / HTML_FILE: page}
+    for path, content in written.items():
+        write_file(path, content)
+    return run_dir / JSON_FILE, run_dir / HTML_FILE
 
 
 def _rates(rates: Mapping[Decoding, WinRate]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Grpo:
             entries = [
                 (outcome.value, index, candidate)
                 for index, (candidate, outcome) in enumerate(zip(group.candidates, group.outcomes, strict=True))
-                if candidate.source is Source.ROLLOUT and isinstance(outcome, Score)
+                if candidate.source is Source.ROLLOUT and isinstance(outcome, Score) and not candidate.blank
             ]
             if len(entries) < 2:
                 selection.skipped[group.episode.id] = "fewer than two scored rollouts"

@@ -41,12 +41,13 @@ class Selection:
 
 
 def take_source(groups: Sequence[Group], source: Source) -> Selection:
-    """The first candidate of ``source`` in every group, whatever the judge says."""
+    """The first candidate of ``source`` with a text in every group, whatever the judge says."""
     selection = Selection()
     for group in groups:
-        index = next((i for i, candidate in enumerate(group.candidates) if candidate.source is source), None)
+        offered = [i for i, candidate in enumerate(group.candidates) if candidate.source is source]
+        index = next((i for i in offered if not group.candidates[i].blank), None)
         if index is None:
-            selection.skipped[group.episode.id] = f"no {source.value}"
+            selection.skipped[group.episode.id] = f"{source.value} without text" if offered else f"no {source.value}"
         else:
             selection.examples.append(Example(group.episode, (group.candidates[index],), (index,)))
     return selection
@@ -63,7 +64,7 @@ def best_and_worst(groups: Sequence[Group], *, keep_worst: bool) -> Selection:
     for group in groups:
         distinct: dict[tuple[int, ...], tuple[int, Candidate, Score]] = {}
         for index, (candidate, outcome) in enumerate(zip(group.candidates, group.outcomes, strict=True)):
-            if not isinstance(outcome, Score):
+            if not isinstance(outcome, Score) or candidate.blank:
                 continue
             if candidate.tokens in distinct:
                 selection.duplicates += 1

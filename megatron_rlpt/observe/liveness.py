@@ -42,6 +42,8 @@ class Liveness:
         heartbeat: file that says every few seconds where the run is; None writes none.
         stacks: file that the stacks of all threads are appended to at the end; None is standard error.
         leave: ends the process.
+        beat: seconds between two heartbeats.
+        troubles: what is not as it should be, for whoever looks at the heartbeat; empty where all is well.
     """
 
     def __init__(
@@ -53,10 +55,13 @@ class Liveness:
         stacks: Path | None = None,
         leave: Callable[[int], object] = os._exit,
         beat: float = _BEAT,
+        troubles: Callable[[], str] = lambda: "",
     ) -> None:
         self._timer, self._steps, self._limit = timer, steps, limit
+        self._troubles = troubles
         self._heartbeat, self._stacks = heartbeat, stacks
         self._leave, self._beat = leave, beat
+        self._heartbeat_lost = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
 
@@ -124,6 +129,7 @@ class Liveness:
                 "step": step,
                 "steps": self._steps,
                 "stage": stage,
+                "troubles": self._troubles(),
                 "seconds_there": round(stood, 1),
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
@@ -133,6 +139,9 @@ class Liveness:
         try:
             partial.write_text(text)
             os.replace(partial, self._heartbeat)
+            self._heartbeat_lost = False
         except OSError as error:
-            # A full disk ends the run where it matters, with its checkpoint.
-            _log.warning("the heartbeat cannot be written", reason=error)
+            # A full disk ends the run where it matters, with its checkpoint. Said once, not every few seconds.
+            if not self._heartbeat_lost:
+                _log.warning("the heartbeat cannot be written; the run goes on", reason=error)
+            self._heartbeat_lost = True

@@ -74,6 +74,8 @@ class Progress:
         self._last = now
         self._done = step + 1
         shown = [f"{label} {metrics[key]:.4g}" for key, label in SHOWN.items() if key in metrics]
+        if metrics.get("examples") == 0:
+            shown.append("nothing to learn from")
         stages = [f"{name} {seconds:.1f}s" for name, seconds in stage_seconds.items()]
         eta = self._eta()
         if self._live is None:

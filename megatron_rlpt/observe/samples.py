@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_rlpt.observe.jsonl import JsonLines
-from megatron_rlpt.records import Candidate, Failed, Group, Score
+from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score
+from megatron_rlpt.tokenizer import TextTokens, prefix_text
 
 Selection = Mapping[str, tuple[int | None, int | None, str | None]]
 """Episode id -> (index of the chosen candidate, index of the rejected one, reason the episode was skipped)."""
@@ -20,26 +22,29 @@ class SampleTable:
     Args:
         path: ``<run.dir>/samples.jsonl``.
         per_step: episodes written per step; 0 writes none.
-        decode: token ids -> text.
+        text: text and tokens of the policy.
         start: next step of the run; what the file holds of it and later is dropped.
 
     Raises:
         CheckpointError: the file is damaged.
     """
 
-    def __init__(self, path: Path, per_step: int, decode: Callable[[Sequence[int]], str], start: int = 0) -> None:
+    def __init__(self, path: Path, per_step: int, text: TextTokens, start: int = 0) -> None:
         self._per_step = per_step
-        self._decode = decode
+        self._text = text
         self._lines = JsonLines(path, start)
 
     def write(self, step: int, groups: Sequence[Group], selection: Selection) -> None:
         """Append the first ``per_step`` groups of a step.
 
+        Each line has ``skipped_in_step``: reason -> how many of all the step's episodes were skipped for it.
+
         Raises:
             ValueError: an episode is not in ``selection``, or an index in it points at no candidate.
         """
+        skipped = Counter(reason for _, _, reason in selection.values() if reason is not None)
         for group in groups[: self._per_step]:
-            self._lines.write({"step": step, **self._row(group, selection)})
+            self._lines.write({"step": step, **self._row(group, selection), "skipped_in_step": dict(skipped)})
 
     def close(self) -> None:
         """Close the file."""
@@ -68,20 +73,20 @@ class SampleTable:
             "corpus": episode.corpus,
             "document": episode.document,
             "offset": episode.offset,
-            "prefix": self._decode(episode.prefix),
+            "prefix": prefix_text(self._text, episode),
             "candidates": [
-                {**self._describe(candidate), **_verdict(outcome)}
+                {**self._describe(candidate, episode), **_verdict(outcome)}
                 for candidate, outcome in zip(group.candidates, outcomes, strict=True)
             ],
             "chosen": chosen,
             "rejected": rejected,
             "skipped": skipped,
-        }
+        } | ({"rewrite": _verdict(group.rewrite_failure)} if group.rewrite_failure else {})
 
-    def _describe(self, candidate: Candidate) -> dict[str, Any]:
+    def _describe(self, candidate: Candidate, episode: Episode) -> dict[str, Any]:
         return {
             "source": candidate.source.value,
-            "text": self._decode(candidate.tokens),
+            "text": self._text.text_of(candidate.tokens, episode.prefix),
             "version": candidate.policy_version,
             "seed": candidate.seed,
             "finish_reason": candidate.finish_reason,

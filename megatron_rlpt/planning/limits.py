@@ -117,7 +117,7 @@ def _context_limit(question: Question, judges: JudgeCluster) -> list[Limit]:
     lengths = []
     for calls in calls_per_group(config, question.answer_tokens):
         if calls.name == "rewrite":
-            lengths.append(calls.prompt + answer_tokens(config.data.suffix_length))
+            lengths.append(calls.prompt + answer_tokens(config))
         elif config.teacher.judge is JudgeName.generative:
             lengths.append(calls.prompt + config.teacher.generative.max_tokens)
         elif asks_servers(config):

@@ -5,6 +5,7 @@ How the tensors of such a model map onto Megatron-Core's is in ``families.py``.
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.errors import ModelError
+from megatron_rlpt.policy.rope import Rope, parse_rope
+
+DEFAULT_THETA = 10000.0
+"""Base of the rotary embedding where neither ``config.json`` nor the family has one."""
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 VOCABULARY_MULTIPLE = 128
 """Megatron's vocabulary is padded to a multiple of this (its own default), whatever the layout: a checkpoint then has
@@ -47,9 +54,7 @@ class Architecture:
     max_positions: int
     """Longest sequence that the model computes in full: the smaller of its context and its attention window."""
     norm_eps: float
-    rope_theta: float
-    rope_scaling_factor: float | None
-    """Llama 3's frequency scaling; None is plain RoPE."""
+    rope: Rope
     tied_embeddings: bool
     init_std: float
     qkv_bias: bool = False
@@ -63,6 +68,17 @@ class Architecture:
         return -(-self.vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+class Window(enum.StrEnum):
+    """When a family's layers see no more than ``sliding_window`` tokens back (``modeling_<model_type>.py``)."""
+
+    never = "never"
+    always = "always"
+    asked = "asked"
+    """With ``use_sliding_window``."""
+    late = "late"
+    """With ``use_sliding_window``, in the layers from ``max_window_layers`` on or those that ``layer_types`` names."""
+
+
 @dataclass(frozen=True)
 class Conventions:
     """What the configuration of one ``model_type`` of Hugging Face leaves unsaid."""
@@ -71,38 +87,46 @@ class Conventions:
     """Whether its layers are mixtures of experts."""
     qkv_bias: bool = False
     qk_norm: bool = False
+    window: Window = Window.never
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What ``transformers`` takes for entries that a ``config.json`` may leave out, where it is not the same for all
     families (its ``configuration_<model_type>.py``)."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """What ``transformers`` computes whatever the entry says."""
 
 
 CONVENTIONS: dict[str, Conventions] = {
     "llama": Conventions(),
     "mistral": Conventions(
-        defaults={"num_key_value_heads": 8, "use_sliding_window": True, "sliding_window": 4096},
+        window=Window.always,
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
     ),
     "mixtral": Conventions(
         experts=True,
+        window=Window.always,
         defaults={
             "num_key_value_heads": 8,
-            "use_sliding_window": True,
             "rope_theta": 1000000.0,
             "num_experts_per_tok": 2,
             "num_experts": 8,
-            "norm_topk_prob": True,  # its router is a softmax over the chosen experts; there is no such entry
         },
+        # Its router is a softmax over the chosen experts, and its experts have the only inner size there is.
+        fixed={"norm_topk_prob": True, "moe_intermediate_size": None},
     ),
     "qwen2": Conventions(
         qkv_bias=True,
-        defaults={"num_key_value_heads": 32, "sliding_window": 4096},  # a window only where use_sliding_window is true
+        window=Window.late,
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     ),
     "qwen3": Conventions(
         qk_norm=True,
-        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+        window=Window.late,
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
     ),
     "qwen3_moe": Conventions(
         experts=True,
         qk_norm=True,
+        window=Window.asked,
         defaults={
             "num_key_value_heads": 4,
             "sliding_window": 4096,
@@ -113,6 +137,27 @@ CONVENTIONS: dict[str, Conventions] = {
     ),
 }
 """Hugging Face ``model_type`` -> what goes without saying; ``families.FAMILIES`` has the tensors of each."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "add_bias_linear"), (False,)),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm"), (False,)),
+    **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier"), (1,)),
+    **dict.fromkeys(("embedding_scale", "scale_emb", "routed_scaling_factor", "key_multiplier"), (1,)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_depth", "dim_model_base"), ()),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "logit_softcap", "clip_qkv"), ()),
+    **dict.fromkeys(("no_rope_layers", "no_rope_layer_interval", "attention_chunk_size"), ()),
+    **dict.fromkeys(("attn_temperature_tuning", "alibi", "use_bidirectional_attention"), (False,)),
+    **dict.fromkeys(("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"), (0,)),
+    **dict.fromkeys(("first_k_dense_replace", "num_nextn_predict_layers", "q_lora_rank", "kv_lora_rank"), (0,)),
+    "moe_layer_freq": (1,),
+    "scoring_func": ("softmax",),
+    "is_causal": (True,),
+    "rope_interleaved": (False,),
+    "use_parallel_residual": (False,),
+    "parallel_attn": (False,),
+}
+"""Entries that change what a model computes and belong to other families -> values that change nothing, besides null.
+transformers ignores them for the families above, so that the model would not be the one that was trained."""
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -132,7 +177,9 @@ def read_architecture(folder: Path) -> Architecture:
         raise ModelError(
             f"{path} holds a {type(raw).__name__}, not an object; model.path must be a Hugging Face folder"
         )
-    return parse_architecture(raw, path)
+    architecture = parse_architecture(raw, path)
+    _refuse_own_code(raw, path)
+    return architecture
 
 
 def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
@@ -149,22 +196,11 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
             "in megatron_rlpt/policy/families.py)"
         )
     family = CONVENTIONS[model_type]
-    raw = {**family.defaults, **raw}
-    if raw.get("quantization_config"):
-        raise ModelError(
-            f"{path}: quantization_config is set; quantized weights are not supported, give the folder in bf16 or fp32"
-        )
-    for entries in (raw, raw.get("rope_parameters") or {}):  # transformers 5 keeps it in the second
-        if float(entries.get("partial_rotary_factor") or 1.0) != 1.0:
-            raise ModelError(f"{path}: partial_rotary_factor is {entries['partial_rotary_factor']}; supported: 1.0")
-    for flag in ("attention_bias", "mlp_bias", "use_bias"):
-        if raw.get(flag) and not (flag == "attention_bias" and family.qkv_bias):
-            raise ModelError(f"{path}: {flag} is true; {model_type} models with biases are not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{path}: hidden_act is {raw['hidden_act']!r}; supported: 'silu'")
+    _refuse_other_computations(raw, family, path)
+    _refuse_two_answers(raw, path)
+    raw = {**family.defaults, **raw, **family.fixed}
     try:
         heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        theta, factor = _rope(raw, path)
         arch = Architecture(
             model_type=str(model_type),
             layers=int(raw["num_hidden_layers"]),
@@ -174,27 +210,105 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
             kv_heads=int(raw.get("num_key_value_heads") or heads),
             head_dim=int(raw.get("head_dim") or hidden // heads),
             vocab=int(raw["vocab_size"]),
-            max_positions=min(int(raw["max_position_embeddings"]), _window(raw)),
+            max_positions=min(int(raw["max_position_embeddings"]), _window(raw, family, path)),
             norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=theta,
-            rope_scaling_factor=factor,
+            rope=parse_rope(raw, path, DEFAULT_THETA),
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
             init_std=float(raw.get("initializer_range", 0.02)),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
             experts=_experts(raw, path) if family.experts else None,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise ModelError(f"{path}: a required entry is missing or not a number: {error}") from None
-    if arch.heads % arch.kv_heads:
-        raise ModelError(f"{path}: num_key_value_heads is {arch.kv_heads}; it must divide {arch.heads} attention heads")
+    _check_sizes(arch, path)
     return arch
 
 
-def _window(raw: dict[str, Any]) -> int:
-    """Tokens a query can see. Within the window attention is plain causal attention, which is all we compute."""
+def _refuse_own_code(raw: dict[str, Any], path: Path) -> None:
+    """Code in a model's folder is never run, and what the model computes with it is not what we would compute."""
+    own = raw.get("auto_map") or {}
+    asked = sorted(key for key in own if key.startswith(("AutoModel", "AutoConfig"))) if isinstance(own, dict) else []
+    if asked:
+        raise ModelError(
+            f"{path}: auto_map asks to run code of its own ({own[asked[0]]}), which is never done; if it computes what "
+            f"transformers' {raw['model_type']} does, remove auto_map from a copy of the folder"
+        )
+
+
+def _refuse_other_computations(raw: dict[str, Any], family: Conventions, path: Path) -> None:
+    """Refuse entries that ask for something else than what the layers of the family compute."""
+    model_type = raw["model_type"]
+    for key in ("quantization_config", "compression_config"):
+        if raw.get(key):
+            raise ModelError(
+                f"{path}: {key} is set; quantized weights are not supported, give the folder in bf16 or fp32"
+            )
+    kinds = raw.get("architectures")
+    if isinstance(kinds, list) and kinds and not any("ForCausalLM" in str(kind) for kind in kinds):
+        raise ModelError(f"{path}: architectures is {kinds}; supported: causal language models (…ForCausalLM)")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+        raise ModelError(f"{path}: hidden_act is {raw['hidden_act']!r}; supported: 'silu'")
+    own = {"attention_bias", "qkv_bias"} if family.qkv_bias else set()
+    own |= {"use_qk_norm", "qk_norm", "qk_layernorm"} if family.qk_norm else set()
+    for key, neutral in NEUTRAL.items():
+        value = raw.get(key)
+        if value is None or value == [] or value in neutral or key in own:
+            continue
+        if key.endswith("_bias"):
+            raise ModelError(f"{path}: {key} is true; {model_type} models with biases are not supported")
+        raise ModelError(
+            f"{path}: {key} is {value!r}, which {model_type} models do not have; "
+            f"supported: {' or '.join(map(repr, neutral)) or 'no such entry'}"
+        )
+
+
+def _refuse_two_answers(raw: dict[str, Any], path: Path) -> None:
+    """Refuse one setting under two names with two values: which one counts depends on the family and the reader."""
+    for names in (("num_local_experts", "num_experts"),):
+        given = {name: raw[name] for name in names if raw.get(name) is not None}
+        if len(set(given.values())) > 1:
+            raise ModelError(f"{path}: {' and '.join(f'{k} = {v}' for k, v in given.items())} contradict; keep one")
+
+
+def _check_sizes(arch: Architecture, path: Path) -> None:
+    """Refuse sizes that no model has."""
+    for name in ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "vocab"):
+        if getattr(arch, name) < 1:
+            raise ModelError(f"{path}: it describes a model with {name} = {getattr(arch, name)}; it must be at least 1")
+    if arch.heads % arch.kv_heads:
+        raise ModelError(f"{path}: num_key_value_heads is {arch.kv_heads}; it must divide {arch.heads} attention heads")
+    if arch.head_dim % 2:
+        raise ModelError(f"{path}: head_dim is {arch.head_dim}; rotary embedding needs an even one")
+    if arch.experts and not 1 <= arch.experts.per_token <= arch.experts.count:
+        raise ModelError(
+            f"{path}: num_experts_per_tok is {arch.experts.per_token}; allowed: 1 to {arch.experts.count} experts"
+        )
+
+
+def _window(raw: dict[str, Any], family: Conventions, path: Path) -> int:
+    """Tokens a query can see in every layer. Within it attention is plain causal attention, which is all we compute.
+
+    transformers reads ``layer_types`` for some families and vLLM for others; a layer that is named there counts.
+    """
+    everything = int(raw["max_position_embeddings"])
+    types = raw.get("layer_types") or []
+    other = [kind for kind in types if kind not in (_FULL, _SLIDING)]
+    if other:
+        raise ModelError(f"{path}: layer_types names {other[0]!r}; supported: {_FULL!r}, {_SLIDING!r}")
     window = raw.get("sliding_window")
-    return int(window) if window and raw.get("use_sliding_window") else int(raw["max_position_embeddings"])
+    switched = raw.get("use_sliding_window", False)
+    named = _SLIDING in types
+    if family.window is Window.late:
+        used = named if types else switched and int(raw["max_window_layers"]) < int(raw["num_hidden_layers"])
+        if named and (window is None or not switched):
+            raise ModelError(
+                f"{path}: layer_types names {_SLIDING!r} and there is no window; set sliding_window and "
+                "use_sliding_window, or name full_attention only"
+            )
+    else:
+        used = family.window is Window.always or (family.window is Window.asked and switched) or named
+    return int(window) if window is not None and used else everything
 
 
 def _experts(raw: dict[str, Any], path: Path) -> Experts:
@@ -211,22 +325,3 @@ def _experts(raw: dict[str, Any], path: Path) -> Experts:
         ffn_hidden=int(raw.get("moe_intermediate_size") or raw["intermediate_size"]),
         normalized=bool(raw.get("norm_topk_prob", False)),
     )
-
-
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Megatron's RotaryEmbedding has these constants of Llama 3 built in (rotary_pos_embedding.py)."""
-
-
-def _rope(raw: dict[str, Any], path: Path) -> tuple[float, float | None]:
-    """RoPE base and Llama 3 scaling factor, from the new ``rope_parameters`` or the older two keys."""
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ModelError(f"{path}: rope type {kind!r} is not supported; supported: default, llama3")
-    for key, value in LLAMA3_ROPE.items():
-        if float(parameters.get(key, value)) != value:
-            raise ModelError(f"{path}: {key} is {parameters[key]}; supported for rope type llama3: {value}")
-    return theta, float(parameters["factor"])

@@ -70,7 +70,7 @@ class CausalAttention(torch.nn.Module):
         if self._context == 1:
             return self._attend(query, key, value, None)
         group = parallel_state.get_context_parallel_group()
-        keys, values = (_whole_sequence(tensor, group, self._context) for tensor in (key, value))
+        keys, values = (whole_sequence(tensor, group, self._context) for tensor in (key, value))
         length = query.shape[0] // 2
         mixed = []
         for index, chunk in enumerate(context_chunks(group.rank(), self._context)):
@@ -96,7 +96,7 @@ class CausalAttention(torch.nn.Module):
         return mixed.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def _whole_sequence(share: torch.Tensor, group: torch.distributed.ProcessGroup, size: int) -> torch.Tensor:
+def whole_sequence(share: torch.Tensor, group: torch.distributed.ProcessGroup, size: int) -> torch.Tensor:
     """Gather keys or values of all context-parallel ranks in sequence order; gradients are summed on the way back."""
     gathered = gather_from_sequence_parallel_region(share.contiguous(), group=group)
     order = [chunk for rank in range(size) for chunk in context_chunks(rank, size)]

@@ -14,6 +14,7 @@ from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.layer_spec import block_spec, with_transformer_engine
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.precision import transformer_arguments
+from megatron_rlpt.policy.rotary import attention_scaling, set_frequencies
 from megatron_rlpt.policy.runtime import DeviceRuntime
 
 
@@ -73,6 +74,8 @@ def transformer_config(
             "moe_token_dispatcher_type": "alltoall" if runtime.on_cuda else "allgather",
             "moe_grouped_gemm": fused,
         }
+    if (scaling := attention_scaling(arch)) != 1.0:
+        settings["softmax_scale"] = scaling**2 / arch.head_dim**0.5
     if recompute is Recompute.full:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute is Recompute.selective:
@@ -129,9 +132,7 @@ def model_arguments(arch: Architecture) -> dict[str, Any]:
         "max_sequence_length": arch.max_positions,
         "share_embeddings_and_output_weights": arch.tied_embeddings,
         "position_embedding_type": "rope",
-        "rotary_base": arch.rope_theta,
-        "rope_scaling": arch.rope_scaling_factor is not None,
-        "rope_scaling_factor": arch.rope_scaling_factor or 1.0,
+        "rotary_base": arch.rope.theta,
     }
 
 
@@ -164,6 +165,7 @@ def build_model(
                 )
             )
         for piece in pieces:
+            set_frequencies(piece, arch)
             # Megatron leaves norm weights in fp32 with the local spec; every parameter has the training precision.
             piece.to(device=runtime.device, dtype=torch_dtype_of(dtype))
             if arch.experts and layout.tensor > 1:

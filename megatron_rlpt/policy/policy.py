@@ -31,8 +31,10 @@ from megatron_rlpt.policy.precision import length_multiple
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.requirements import check_model
 from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.policy.start_check import StartCheck, keeping, probe_tokens
 from megatron_rlpt.policy.state import PolicyState
 from megatron_rlpt.policy.weights import WeightSource, load_weights
+from megatron_rlpt.records import Candidate, Episode, Source
 
 _log = logging.getLogger(__name__)
 
@@ -158,6 +160,31 @@ class Policy:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(logprobs, group=group, group_src=self.layout.pipeline - 1)
         return logprobs
+
+    def check_start(self, config: Config) -> None:
+        """Compare what the policy computes with what transformers computes from the same folder; before any update.
+
+        Raises:
+            ModelError: they differ by more than arithmetic explains; not on every rank.
+        """
+        folder, longest = Path(config.model.path), config.max_sequence
+        check = StartCheck(
+            folder,
+            self.arch,
+            self.layout,
+            self._pieces,
+            dtype=config.model.dtype,
+            fp8=config.model.fp8,
+            longest=longest,
+        )
+        tokens = probe_tokens(self.arch.vocab, longest)
+        probe = Episode("probe", tokens[:1], tokens[1:], "probe", "probe", 1)
+        with keeping(self._pieces, check.layers) as kept:
+            (logprobs,) = self.logprobs([Example(probe, (Candidate(Source.ORIGINAL, tokens[1:]),), (0,))])
+        with self._runtime.megatron():
+            line = check.compare(kept, tokens, logprobs)
+        if line:
+            _log.info("%s", line)
 
     def weights(self) -> WeightSource:
         """(Hugging Face name, whole tensor) of every weight in one fixed order; may share the policy's memory.

@@ -47,9 +47,11 @@ def load_weights(pieces: Sequence[HiddenStateModel], arch: Architecture, layout:
     """Copy this rank's part of a Hugging Face folder into its model, one layer's tensors in memory at a time.
 
     Raises:
-        ModelError: a tensor is missing, has another shape than the configuration says, or is not finite.
+        ModelError: a tensor is missing or there twice, has another shape than the configuration says, or is not finite;
+            or the folder has a head of its own beside tied embeddings.
     """
     source = WeightFolder(folder)
+    source.check_head(arch)
     parameters = named_parameters(pieces, arch, layout)
     rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():

@@ -22,6 +22,7 @@ from megatron_rlpt.policy.attention import CausalAttention
 from megatron_rlpt.policy.layer_spec import block_spec
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import model_arguments, torch_dtype_of, transformer_config
+from megatron_rlpt.policy.rotary import set_frequencies
 from megatron_rlpt.policy.runtime import DeviceRuntime
 
 
@@ -74,6 +75,7 @@ def build_rollout_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime
             pg_collection=groups,
             **model_arguments(arch),
         )
+        set_frequencies(model, arch)
         return model.to(device=runtime.device, dtype=torch_dtype_of(dtype)).eval().requires_grad_(False)
 
 

@@ -110,6 +110,7 @@ class VllmEngine:
                     skip_tokenizer_init=True,
                     seed=seed % 2**31,
                     disable_log_stats=True,
+                    trust_remote_code=False,
                     worker_extension_cls=EXTENSION,
                     **arguments,
                 )

@@ -9,11 +9,12 @@ from megatron_rlpt.config import Config, JudgeName, PairScheme, needs_judge
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.teacher.control_tokens import known_special_tokens
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.lockstep import LockstepJudge, LockstepRewriter
-from megatron_rlpt.teacher.rewriter import Rewriter, Rewrites
+from megatron_rlpt.teacher.rewriter import Rewriter, Rewrites, answer_tokens
 from megatron_rlpt.teacher.shared import SharedJudge, SharedRewriter
 from megatron_rlpt.tokenizer import PolicyTokenizer, load_tokenizer
 
@@ -100,8 +101,7 @@ def build_generative_judge(config: Config, teacher: str) -> GenerativeJudge:
             "teacher.generative.quality.scheme=pivot compares all candidates with one, which hurts (paper: win rate "
             "84.3 -> 72.1 with 8 rollouts); scheme=tournament is the cheap one that does not"
         )
-    decode = PolicyTokenizer(config.model.path).decode
-    return GenerativeJudge(teacher, decode, config.teacher.generative, config.run.seed)
+    return GenerativeJudge(teacher, PolicyTokenizer(config.model.path), config.teacher.generative, config.run.seed)
 
 
 def build_rewriter(config: Config) -> Rewriter:
@@ -110,8 +110,14 @@ def build_rewriter(config: Config) -> Rewriter:
     Raises:
         ModelError: the policy's tokenizer cannot be used.
     """
-    text = PolicyTokenizer(config.model.path)
-    return Rewriter(text.encode, text.decode, config.teacher.rewriter, config.data.suffix_length, config.run.seed)
+    return Rewriter(
+        PolicyTokenizer(config.model.path),
+        config.teacher.rewriter,
+        config.data.suffix_length,
+        config.run.seed,
+        answer_tokens(config),
+        known_special_tokens(config.teacher_path),
+    )
 
 
 def require_same_vocabulary(config: Config) -> None:
@@ -123,10 +129,12 @@ def require_same_vocabulary(config: Config) -> None:
 def check_same_vocabulary(teacher_path: str | Path, model_path: str | Path) -> None:
     """The likelihood judge scores the policy's token ids, so they have to mean the same to the teacher.
 
+    The teacher may have more of them, as post-trained models do.
+
     Raises:
-        ModelError: the vocabularies differ.
+        ModelError: a token of the policy is none of the teacher's, or another one.
     """
-    if load_tokenizer(teacher_path).get_vocab() != load_tokenizer(model_path).get_vocab():
+    if not load_tokenizer(model_path).get_vocab().items() <= load_tokenizer(teacher_path).get_vocab().items():
         raise ModelError(
             f"teacher.path {teacher_path} and model.path {model_path} have different vocabularies, so the likelihood "
             "judge cannot score the policy's tokens; choose a teacher of the same family or teacher.judge=generative"

@@ -96,7 +96,10 @@ def judge_try(
 def teacher_serve(
     context: typer.Context,
     config: _Config,
-    host: Annotated[str, typer.Option("--host", help="Address under which workers reach this machine.")] = "",
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Address to listen on and to announce; 0.0.0.0 is all, announced by host name."),
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 chooses a free one.")] = 0,
     weight: Annotated[float, typer.Option("--weight", help="Relative share of requests.")] = 1.0,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Most requests of a worker at once.")] = 32,

@@ -12,10 +12,12 @@ names with an underscore or a number as ``<start_of_turn>`` (Gemma, StarCoder), 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_rlpt.errors import ModelError, first_line
 
@@ -29,30 +31,101 @@ _COMMON = re.compile(
     # As they are written, and as a tokenizer that changes case would read them.
     re.IGNORECASE,
 )
+_WHOLE = re.compile(_COMMON.pattern + r"[^\s<>\[\]]*[>\]]?", re.IGNORECASE)
+"""A control token of a common form from its first to its last character, as far as that can be told."""
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json")
+"""Files of a folder that may list control tokens; some tokenizers list them in one only."""
+
+
+def is_control_form(token: str) -> bool:
+    """Whether ``token`` is spelled as open models spell their control tokens."""
+    return _COMMON.match(token) is not None
 
 
 def break_up(text: str, tokens: Iterable[str]) -> str:
-    """``text`` with a space after the first character of each of ``tokens`` in it."""
-    # Longest first, so that no shorter token is broken up inside a longer one. One character cannot be broken up.
-    for token in sorted((token for token in tokens if len(token) > 1), key=len, reverse=True):
-        text = text.replace(token, f"{token[0]} {token[1:]}")
+    """``text`` with a space after the first character of each of ``tokens`` in it, until it holds none of them.
+
+    Nothing is taken away, so no two parts can come together as a token.
+    """
+    pattern = _any_of(tuple(tokens))
+    while pattern and (broken := pattern.sub(_split, text)) != text:
+        text = broken
     return text
 
 
 def break_up_common(text: str, tokens: Iterable[str] = ()) -> str:
     """``text`` with all common forms of control tokens broken up, and ``tokens`` as well."""
-    return break_up(_COMMON.sub(lambda match: f"{match[0]} ", text), tokens)
+    known = tuple(tokens)
+    while (broken := break_up(_COMMON.sub(lambda match: f"{match[0]} ", text), known)) != text:
+        text = broken
+    return text
+
+
+def broken_forms(text: str, tokens: Iterable[str] = ()) -> dict[str, str]:
+    """What ``break_up_common`` makes of the control tokens in ``text``: broken form -> as it was written.
+
+    Lets an answer that quotes a broken form be read as what the document says. Forms that the document itself spells
+    with the space are left out.
+    """
+    known = tuple(tokens)
+    found = {match[0] for match in _WHOLE.finditer(text)}
+    if pattern := _any_of(known):
+        found |= {match[0] for match in pattern.finditer(text)}
+    broken = {break_up_common(form, known): form for form in found}
+    return {shown: form for shown, form in broken.items() if shown not in text and shown != form}
 
 
 def special_tokens(folder: str | Path) -> tuple[str, ...]:
-    """Special tokens of the tokenizer in a Hugging Face folder, read without ``transformers``.
+    """Special tokens of the tokenizer in a Hugging Face folder, whichever of its files lists them.
+
+    Read without ``transformers``.
 
     Raises:
-        ModelError: there is no tokenizer.json, or it cannot be read.
+        ModelError: there is no tokenizer, or a file of it cannot be read.
     """
-    path = Path(folder) / "tokenizer.json"
-    try:
-        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
-        return tuple(token["content"] for token in added if token["special"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"the special tokens in {path} cannot be read: {first_line(error)}") from error
+    found: dict[str, None] = {}
+    paths = [path for name in _FILES if (path := Path(folder) / name).is_file()]
+    if not paths:
+        raise ModelError(f"the special tokens of {folder} are not known: it has no tokenizer.json or {_FILES[1]}")
+    for path in paths:
+        try:
+            found |= dict.fromkeys(_listed(path.name, json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"the special tokens in {path} cannot be read: {first_line(error)}") from error
+    return tuple(found)
+
+
+def known_special_tokens(folder: str | Path) -> tuple[str, ...]:
+    """``special_tokens``, and none where ``folder`` is not here or holds no tokenizer."""
+    return special_tokens(folder) if any((Path(folder) / name).is_file() for name in _FILES) else ()
+
+
+def _listed(name: str, content: dict[str, Any]) -> Iterator[str]:
+    """Special tokens that a file of a tokenizer lists."""
+    if name == "tekken.json":
+        yield from (token["token_str"] for token in content.get("special_tokens") or [])
+        return
+    if name == "added_tokens.json":
+        yield from filter(is_control_form, content)
+        return
+    added = [*(content.get("added_tokens") or []), *(content.get("added_tokens_decoder") or {}).values()]
+    yield from (token["content"] for token in added if token.get("special") or is_control_form(token["content"]))
+    named = {key: value for key, value in content.items() if key.endswith("_token")}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = content.get(key) or []
+        named |= more if isinstance(more, dict) else {f"{key}{place}": token for place, token in enumerate(more)}
+    for value in named.values():
+        token = value.get("content") if isinstance(value, dict) else value
+        if isinstance(token, str):
+            yield token
+
+
+@functools.lru_cache(maxsize=8)
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Any of ``tokens``, the longest first, without white space around them; one character cannot be broken up."""
+    forms = sorted({form for token in tokens if len(form := token.strip()) > 1}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, forms))) if forms else None
+
+
+def _split(match: re.Match[str]) -> str:
+    return f"{match[0][0]} {match[0][1:]}"

@@ -14,16 +14,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_rlpt.config.schema import AxisConfig, GenerativeConfig
-from megatron_rlpt.records import Cost, Failed, Group, Score, derive_seed
+from megatron_rlpt.records import BLANK, Cost, Failed, Group, Score, derive_seed
 from megatron_rlpt.teacher.aggregation import combine, mean_of_votes
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
 from megatron_rlpt.teacher.schemes import rank
 from megatron_rlpt.teacher.together import together
 from megatron_rlpt.teacher.verdicts import parse_factuality, parse_quality, parse_safety, schema
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids of the policy's tokenizer to text, special tokens left out."""
+from megatron_rlpt.tokenizer import TextTokens, prefix_text
 
 _POINTWISE: dict[str, Callable[[Reply], float | Failed]] = {"safety": parse_safety, "factuality": parse_factuality}
 
@@ -45,16 +43,16 @@ class GenerativeJudge:
     ``LockstepJudge`` makes it a ``Judge``.
     """
 
-    def __init__(self, teacher: str, decode: Decode, config: GenerativeConfig, seed: int) -> None:
+    def __init__(self, teacher: str, text: TextTokens, config: GenerativeConfig, seed: int) -> None:
         """
         Args:
             teacher: name of the model, for the provenance of scores.
-            decode: token ids of the policy's tokenizer to text, special tokens left out.
+            text: text and tokens of the policy.
             config: axes and sampling.
             seed: the run's seed; every question derives its own from it and from what it is about.
         """
         self.name = f"generative/{teacher}"
-        self._decode = decode
+        self._text = text
         self._config = config
         self._seed = seed
         pointwise = {"safety": config.safety, "factuality": config.factuality}
@@ -72,25 +70,25 @@ class GenerativeJudge:
         """
         start = time.perf_counter()
         counted = _Counted(ask)
-        # Empty texts are left out: nobody should win by meeting them.
-        distinct = [tokens for tokens in dict.fromkeys(candidate.tokens for candidate in group.candidates) if tokens]
-        texts = [self._decode(tokens) for tokens in distinct]
+        # What has no text is left out: nobody should win by meeting it.
+        blank = {one.tokens for one in group.candidates if one.blank or self._text.is_blank(one.tokens)}
+        distinct = [tokens for tokens in dict.fromkeys(one.tokens for one in group.candidates) if tokens not in blank]
+        texts = [self._text.text_of(tokens, group.episode.prefix) for tokens in distinct]
         work = [self._judge_points(group, texts, name, axis, counted) for name, axis in self._pointwise.items()]
         if "quality" in self._weights:
             tokens = [candidate.tokens for candidate in group.candidates]
             work.insert(0, self._judge_pairs(group, texts, [tokens.index(text) for text in distinct], counted))
         outcomes = dict(zip(distinct, self._outcomes(len(distinct), await together(work)), strict=True))
-        empty = Failed("empty candidate")
         return replace(
             group,
-            outcomes=tuple(outcomes.get(candidate.tokens, empty) for candidate in group.candidates),
+            outcomes=tuple(outcomes.get(candidate.tokens, BLANK) for candidate in group.candidates),
             cost=counted.cost(time.perf_counter() - start),
         )
 
     async def _judge_pairs(self, group: Group, texts: Sequence[str], places: Sequence[int], ask: Ask) -> _Axis:
         """Quality; ``places`` are the indices of the candidates that have ``texts``."""
         axis, episode = self._config.quality, group.episode
-        prefix = self._decode(episode.prefix)
+        prefix = prefix_text(self._text, episode)
         votes: list[list[dict[str, Any]]] = [[] for _ in texts]
 
         async def compare(first: int, second: int, vote: int) -> int | Failed:
@@ -120,7 +118,8 @@ class GenerativeJudge:
         episode = group.episode
         shown: dict[str, str] = {}
         if name == "factuality":
-            shown = {"prefix": self._decode(episode.prefix), "reference": self._decode(episode.suffix)}
+            reference = self._text.text_of(episode.suffix, episode.prefix)
+            shown = {"prefix": prefix_text(self._text, episode), "reference": reference}
 
         async def judge(place: int, vote: int) -> tuple[float | Failed, dict[str, Any]]:
             seed = derive_seed(self._seed, episode.id, name, place, vote)

@@ -94,9 +94,15 @@ def _failures(groups: Sequence[Group]) -> dict[str, float]:
     figures: dict[str, float] = {}
     if votes:
         figures["judge/failed_votes"] = fmean(_failed(vote) for vote in votes)
-    for reason, count in failure_reasons(groups).most_common(_MOST_REASONS):
-        figures[f"judge/failed/{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}"] = count
-    return figures
+    return figures | by_reason("judge/failed", failure_reasons(groups))
+
+
+def by_reason(name: str, reasons: Counter[str]) -> dict[str, float]:
+    """``name/<reason>`` -> how often, for the most frequent reasons."""
+    return {
+        f"{name}/{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}": count
+        for reason, count in reasons.most_common(_MOST_REASONS)
+    }
 
 
 def failure_reasons(groups: Sequence[Group]) -> Counter[str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.observe.machine import bf16_is_slow
-from megatron_rlpt.records import Failed, Group, Score
+from megatron_rlpt.records import BLANK, Failed, Group, Score
 from megatron_rlpt.teacher.likelihood_score import likelihood_score
 
 _HEAD_CHUNK_CPU = 128
@@ -60,11 +60,20 @@ class LikelihoodJudge:
 
     def judge(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with one outcome per candidate; what has no finite likelihood is a failure."""
-        outcomes = self.score_tokens(
+        scored = self.score_tokens(
             [group.episode.prefix for group in groups],
-            [[candidate.tokens for candidate in group.candidates] for group in groups],
+            [[candidate.tokens for candidate in group.candidates if not candidate.blank] for group in groups],
         )
-        return [replace(group, outcomes=tuple(row)) for group, row in zip(groups, outcomes, strict=True)]
+        judged = []
+        for group, row in zip(groups, scored, strict=True):
+            outcomes = iter(row)
+            judged.append(
+                replace(
+                    group,
+                    outcomes=tuple(BLANK if candidate.blank else next(outcomes) for candidate in group.candidates),
+                )
+            )
+        return judged
 
     def score_tokens(
         self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
@@ -198,7 +207,9 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     if not (path / "config.json").is_file():
         raise ModelError(f"teacher.path is {path}; it needs to be a local Hugging Face folder with a config.json")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, weights_only=True
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"the teacher in {path} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)

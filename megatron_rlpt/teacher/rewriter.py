@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from megatron_rlpt.config import Config
 from megatron_rlpt.config.schema import RewriterConfig
 from megatron_rlpt.records import Candidate, Episode, Failed, Source, derive_seed
+from megatron_rlpt.teacher.anchor import anchor_of, without_anchor
+from megatron_rlpt.teacher.control_tokens import break_up_common, broken_forms
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
+from megatron_rlpt.tokenizer import TextTokens, prefix_text
 
 _MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
 """A marker of the prompt, perhaps cut off before its code. Small models copy it along; the passage ends there."""
+_UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Rewrites(Protocol):
@@ -21,6 +28,16 @@ class Rewrites(Protocol):
     def rewrite(self, episodes: Sequence[Episode]) -> list[Candidate | Failed]:
         """One candidate per episode, in order, or the reason why there is none."""
         ...
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What the teacher is shown of an episode, before control tokens in it are broken up."""
+
+    episode: Episode
+    prefix: str
+    suffix: str
+    anchor: str
 
 
 class Rewriter:
@@ -33,79 +50,129 @@ class Rewriter:
 
     def __init__(
         self,
-        encode: Callable[[str], list[int]],
-        decode: Callable[[Sequence[int]], str],
+        text: TextTokens,
         config: RewriterConfig,
         suffix_length: int,
         seed: int,
+        longest_answer: int,
+        control_tokens: Sequence[str] = (),
     ) -> None:
         """
         Args:
-            encode: text to token ids of the policy's tokenizer, without special tokens.
-            decode: token ids of the policy's tokenizer to text, special tokens left out.
+            text: text and tokens of the policy.
             config: sampling and the number of anchor words.
-            suffix_length: tokens of every rewrite (``data.suffix_length``).
+            suffix_length: most tokens of a rewrite (``data.suffix_length``).
             seed: the run's seed; every rewrite derives its own from it and the episode's id.
+            longest_answer: see ``answer_tokens``.
+            control_tokens: those of the teacher, which are broken up in what it is shown.
         """
-        self._encode = encode
-        self._decode = decode
+        self._text = text
         self._config = config
         self._length = suffix_length
         self._seed = seed
+        self._longest = longest_answer
+        self._control_tokens = tuple(control_tokens)
 
     async def rewrite_one(self, episode: Episode, ask: Ask) -> Candidate | Failed:
-        """A candidate of exactly ``suffix_length`` tokens, or the reason why there is none."""
-        anchor = anchor_of(self._decode(episode.prefix), self._config.anchor_words)
-        request = self._request(episode, anchor)
-        reply = await ask(request)
-        return reply if isinstance(reply, Failed) else self._candidate(reply, request.seed, anchor)
+        """A candidate, or the reason why there is none.
 
-    def _request(self, episode: Episode, anchor: str) -> Request:
-        seed = derive_seed(self._seed, episode.id, "rewrite")
-        prefix = self._decode(episode.prefix)
-        prompt = build_prompt("rewrite", seed, prefix=prefix, passage=anchor + self._decode(episode.suffix))
+        It has ``suffix_length`` tokens, or a few less where the last would end inside a character. A word-for-word
+        copy has the suffix's own tokens.
+        """
+        prefix = prefix_text(self._text, episode)
+        suffix = self._text.text_of(episode.suffix, episode.prefix)
+        shown = _Shown(episode, prefix, suffix, anchor_of(prefix, self._config.anchor_words))
+        request = self._request(shown)
+        reply = await ask(request)
+        return reply if isinstance(reply, Failed) else self._candidate(reply, request.seed, shown)
+
+    def _request(self, shown: _Shown) -> Request:
+        seed = derive_seed(self._seed, shown.episode.id, "rewrite")
+        passage = shown.anchor + shown.suffix
+        prompt = build_prompt("rewrite", seed, prefix=shown.prefix, passage=passage)
         return Request(
             prompt=(Message("user", prompt.text),),
             seed=seed,
-            max_tokens=answer_tokens(self._length),
+            max_tokens=min(self._longest, max(self._length + (self._length + 1) // 2, most_tokens(passage))),
             temperature=self._config.temperature,
             top_p=self._config.top_p,
             # Trailing space belongs to the next token in nearly every vocabulary.
-            answer_start=anchor.rstrip(),
+            answer_start=shown.anchor.rstrip(),
         )
 
-    def _candidate(self, reply: Reply, seed: int, anchor: str) -> Candidate | Failed:
-        passage = _MARKER.sub("", reply.text)
-        tokens = self._encode(without_anchor(passage, anchor))
+    def _candidate(self, reply: Reply, seed: int, shown: _Shown) -> Candidate | Failed:
+        tokens = self._tokens(reply, shown)
+        if isinstance(tokens, Failed):
+            return tokens
         if len(tokens) < self._length:
-            return Failed("rewrite too short", {"tokens": len(tokens), "needed": self._length, "reply": reply.text})
-        cut = len(tokens) > self._length or reply.finish_reason == "length"
+            detail = {"tokens": len(tokens), "needed": self._length, "reply": reply.text}
+            ended = "rewrite cut off by max_tokens" if reply.finish_reason == "length" else "rewrite too short"
+            return Failed(ended, detail)
+        kept = tokens[: self._length]
+        kept = kept[: self._text.whole_characters(kept, shown.episode.prefix)]
+        if self._text.is_blank(kept):
+            return Failed("rewrite without text", {"reply": reply.text})
+        cut = len(tokens) > len(kept) or reply.finish_reason == "length"
         return Candidate(
-            source=Source.REWRITE,
-            tokens=tuple(tokens[: self._length]),
-            seed=seed,
-            finish_reason="length" if cut else "stop",
+            source=Source.REWRITE, tokens=tuple(kept), seed=seed, finish_reason="length" if cut else "stop"
         )
 
+    def _tokens(self, reply: Reply, shown: _Shown) -> Sequence[int] | Failed:
+        """Tokens of the passage in ``reply``."""
+        episode = shown.episode
+        # As it is, first: the suffix itself may begin with the anchor's words, or hold what looks like our markers.
+        marked = reply.text
+        plain = marked if _MARKER.search(shown.suffix) else _MARKER.sub("", marked)
+        for answer in dict.fromkeys((marked, plain)):
+            for passage in dict.fromkeys((answer, without_anchor(answer, self._broken(shown.anchor)))):
+                if self._copies(passage, shown.suffix):
+                    return episode.suffix
+        passage = plain
+        for broken, written in broken_forms(shown.prefix + shown.suffix, self._control_tokens).items():
+            passage = passage.replace(broken, written)
+        passage = without_anchor(passage, shown.anchor)
+        if reply.finish_reason == "length" and not shown.suffix.endswith(_UNREADABLE):
+            # The answer stopped inside a character.
+            passage = passage.rstrip(_UNREADABLE)
+        if _UNREADABLE in passage and _UNREADABLE not in shown.prefix + shown.suffix:
+            return Failed("rewrite is not all text", {"reply": reply.text})
+        # A corpus that means its control tokens gets them back; elsewhere there are none.
+        control = self._text.control_in((*episode.prefix, *episode.suffix))
+        return self._text.continue_with(episode.prefix, passage, tuple(control))
 
-def answer_tokens(suffix_length: int) -> int:
-    """Most tokens of an answer: half as many again, as a teacher with another tokenizer may need for the same text."""
-    return suffix_length + (suffix_length + 1) // 2
+    def _copies(self, passage: str, suffix: str) -> bool:
+        """Whether ``passage`` is ``suffix`` word for word, or begins so and goes on with another word.
+
+        White space at the ends is not looked at: servers strip it, and models seldom end with it.
+        """
+        copy = passage.strip()
+        for shown in dict.fromkeys((suffix, self._broken(suffix))):
+            words = shown.strip()
+            rest = copy[len(words) :] if words and copy.startswith(words) else None
+            if rest is not None and (not rest or not (words[-1].isalnum() and rest[0].isalnum())):
+                return True
+        return False
+
+    def _broken(self, text: str) -> str:
+        """``text`` as the teacher sees it."""
+        return break_up_common(text, self._control_tokens)
 
 
-def anchor_of(prefix: str, words: int) -> str:
-    """The end of ``prefix`` that holds its last ``words`` words, whatever follows the last of them included."""
-    if words == 0:
-        return ""
-    starts = [match.start() for match in re.finditer(r"\S+", prefix)]
-    return prefix[starts[-words:][0] :] if starts else prefix
+def answer_tokens(config: Config) -> int:
+    """Most tokens of an answer to a request for a rewrite.
+
+    Half as many again as the suffix has. A teacher that is another model may need many more tokens for the same text
+    than the policy, whose tokenizer may know the language better: then four times as many.
+    """
+    length = config.data.suffix_length
+    shared = Path(config.teacher_path) == Path(config.model.path)
+    return length + (length + 1) // 2 if shared else 4 * length + 64
 
 
-def without_anchor(answer: str, anchor: str) -> str:
-    """What ``answer`` adds to ``anchor``, which it was made to begin with but may have written once more itself."""
-    kept = anchor.rstrip()
-    # A single word may well follow itself or begin a longer one; several in a row are the anchor.
-    if len(kept.split()) > 1 and answer.lstrip().startswith(kept):
-        answer = answer.lstrip()[len(kept) :]
-    # The prefix ends with this space already.
-    return answer.lstrip() if kept != anchor else answer
+def most_tokens(text: str) -> int:
+    """A bound on the tokens of ``text``, for a tokenizer that is not known and may know the language little.
+
+    Words of ASCII letters have a token for every two letters, everything else has one for every byte.
+    """
+    words = sum(character.isascii() and (character.isalpha() or character == " ") for character in text)
+    return len(text.encode()) - words + (words + 1) // 2

@@ -9,7 +9,6 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rlpt.buffer.buffer import RolloutBuffer
@@ -20,9 +19,9 @@ from megatron_rlpt.errors import BufferUnavailableError, ConfigError
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.teacher.agreement import require_same_settings
 from megatron_rlpt.teacher.build import build_generative_judge, build_rewriter, require_same_vocabulary
-from megatron_rlpt.teacher.client.announcement import KIND, announced_endpoints
+from megatron_rlpt.teacher.client.announcement import KIND, announced_endpoints, server_key
 from megatron_rlpt.teacher.client.pool import TeacherPool
-from megatron_rlpt.teacher.control_tokens import special_tokens
+from megatron_rlpt.teacher.control_tokens import known_special_tokens
 from megatron_rlpt.teacher.examiner import Examiner, GroupJudge
 from megatron_rlpt.teacher.rewriter import answer_tokens
 from megatron_rlpt.teacher.served_likelihood import ServedLikelihood
@@ -44,7 +43,7 @@ def most_tokens(config: Config) -> int:
     """Longest answer that a worker asks for, in tokens; 0 where it asks for none."""
     prompted = needs_judge(config.objective.name) and config.teacher.judge == JudgeName.generative
     judge = config.teacher.generative.max_tokens if prompted else 0
-    return max(judge, answer_tokens(config.data.suffix_length) if config.candidates.rewrite else 0)
+    return max(judge, answer_tokens(config) if config.candidates.rewrite else 0)
 
 
 def run_worker(config: Config, name: str = "") -> None:
@@ -80,7 +79,7 @@ async def _run(config: Config, name: str) -> None:
             )
             if stopped.is_set():
                 return
-            metrics.serve(config.teacher.workers.metrics_port)
+            metrics.serve(config.teacher.workers.metrics_host, config.teacher.workers.metrics_port)
             worker = Worker(buffer, teacher, examiner, config.teacher.workers, name, metrics)
             _log.info("judging", worker=name, teacher=teacher.name, metrics=metrics.address or "off")
             working = asyncio.create_task(worker.run())
@@ -156,9 +155,10 @@ async def _teacher(
         return
     if config.teacher.judge == JudgeName.likelihood and needs_judge(config.objective.name):
         await asyncio.to_thread(require_same_vocabulary, config)
-    endpoints = announced_endpoints(workers.endpoints, await asyncio.to_thread(buffer.announced, KIND))
+    server_key(workers.key_env)  # missing, it is missed now and not when the first server is announced
+    endpoints = announced_endpoints(workers.endpoints, await asyncio.to_thread(buffer.announced, KIND), workers.key_env)
     # Where the teacher's folder is here, its own special tokens are known; else only the common ones are broken up.
-    known = special_tokens(config.teacher_path) if (Path(config.teacher_path) / "tokenizer.json").is_file() else ()
+    known = known_special_tokens(config.teacher_path)
     async with TeacherPool(endpoints, workers.request_deadline, known) as pool:
         looking = asyncio.create_task(_look_round(config, buffer, pool))
         try:
@@ -202,4 +202,4 @@ async def _look_round(config: Config, buffer: RolloutBuffer, pool: TeacherPool) 
         except BufferUnavailableError as error:
             _log.warning("cannot look for new teacher servers", reason=error)
             continue
-        pool.update(announced_endpoints(config.teacher.workers.endpoints, announced))
+        pool.update(announced_endpoints(config.teacher.workers.endpoints, announced, config.teacher.workers.key_env))

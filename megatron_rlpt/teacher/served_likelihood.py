@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from megatron_rlpt.config.schema import LikelihoodConfig
-from megatron_rlpt.records import Failed, Group, Score
+from megatron_rlpt.records import BLANK, Failed, Group, Score
 from megatron_rlpt.teacher.generator import Ask
 from megatron_rlpt.teacher.likelihood_score import likelihood_score
 from megatron_rlpt.teacher.together import together
@@ -32,10 +32,13 @@ class ServedLikelihood:
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
         """The group with one outcome per candidate; equal candidates are scored once."""
-        distinct = list(dict.fromkeys(candidate.tokens for candidate in group.candidates))
+        distinct = list(dict.fromkeys(candidate.tokens for candidate in group.candidates if not candidate.blank))
         outcomes = await together(self._outcome(group.episode.prefix, tokens) for tokens in distinct)
         by_tokens = dict(zip(distinct, outcomes, strict=True))
-        return replace(group, outcomes=tuple(by_tokens[candidate.tokens] for candidate in group.candidates))
+        return replace(
+            group,
+            outcomes=tuple(BLANK if candidate.blank else by_tokens[candidate.tokens] for candidate in group.candidates),
+        )
 
     async def _outcome(self, prefix: tuple[int, ...], tokens: tuple[int, ...]) -> Score | Failed:
         if not tokens:

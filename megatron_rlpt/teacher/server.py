@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 
+from megatron_rlpt.addresses import LOOPBACK, here, is_loopback, reachable
 from megatron_rlpt.buffer.buffer import RolloutBuffer
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.buffer.password import VARIABLE
@@ -24,7 +25,7 @@ from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.machine import bf16_is_slow, has_gpu
 from megatron_rlpt.processes import EndRequest, end_all, start_child
-from megatron_rlpt.teacher.client.announcement import KIND, announcement
+from megatron_rlpt.teacher.client.announcement import KIND, announcement, server_key
 
 _log = get_logger(__name__)
 
@@ -32,6 +33,8 @@ _SIGN_OF_LIFE = 5.0
 """Seconds between announcements; one that is three times as old counts no more."""
 _GRACE = 15.0
 """Seconds the server has to end by itself."""
+_KEY = "VLLM_API_KEY"
+"""Variable in which vLLM's server looks for the key that it asks for."""
 _BIND, _NO_BIND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
 _UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 _DIVIDES = ("-tp", "-pp", "-dp")
@@ -45,7 +48,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def serve_teacher(
     config: Config,
     *,
-    host: str = "",
+    host: str = LOOPBACK,
     port: int = 0,
     weight: float = 1.0,
     concurrency: int = 32,
@@ -55,35 +58,49 @@ def serve_teacher(
 
     Args:
         config: that of the run; names the teacher and the buffer.
-        host: address under which workers reach this machine; its host name by default.
+        host: address to listen on, and to be announced; with 0.0.0.0 or :: (all of them) the host name is announced.
         port: 0 chooses a free one.
         weight: relative share of requests.
         concurrency: most requests of one worker at once.
         extra: further arguments for vLLM's server.
 
     Raises:
-        ConfigError: no worker would ask a server, or a key is given on the command line.
+        ConfigError: no worker would ask a server, or the key is on the command line, not set, or not sent by workers.
         ModelError: there is no such teacher.
         TeacherError: the server ended by itself; the message has its exit code.
     """
     _require_use(config)
+    if any(argument.partition("=")[0].replace("_", "-") == "--trust-remote-code" for argument in extra):
+        raise ConfigError(
+            "--trust-remote-code would run code from the model's folder, which is never done; leave it out"
+        )
     if any(argument.partition("=")[0] == "--api-key" for argument in extra):
         raise ConfigError(
-            "--api-key would be on a command line, which every user of the machine can read; set VLLM_API_KEY"
+            "--api-key would be on a command line, which every user of the machine can read; put the key into a "
+            "variable and name that in teacher.workers.key_env"
+        )
+    key = server_key(config.teacher.workers.key_env)
+    if not key and os.environ.get(_KEY):
+        raise ConfigError(
+            f"{_KEY} is set and teacher.workers.key_env is not, so that no worker would send the key; set "
+            f"teacher.workers.key_env={_KEY}, for the workers as well"
         )
     if not os.path.isfile(os.path.join(config.teacher_path, "config.json")):
         raise ModelError(f"teacher.path is {config.teacher_path}; it needs to be a local Hugging Face folder")
-    host, port = host or socket.gethostname(), port or _free_port()
-    endpoint = EndpointConfig(url=f"http://{host}:{port}/v1", weight=weight, concurrency=concurrency)
-    value, name = announcement(endpoint), f"{host}:{port}"
+    port = port or _free_port(host)
+    name = f"{reachable(host)}:{port}"
+    endpoint = EndpointConfig(url=f"http://{name}/v1", weight=weight, concurrency=concurrency)
+    value = announcement(endpoint)
+    if not key and not is_loopback(host):
+        _log.warning("whoever reaches the server may ask it; set teacher.workers.key_env to ask for a key", host=host)
     with contextlib.closing(open_buffer(config)) as buffer:
         told = EndRequest()
         told.listen()
-        environment = _environment(config)
-        server = start_child(_command(config, port, extra, environment), env=environment)
+        environment = _environment(config, key)
+        server = start_child(_command(config, host, port, extra, environment), env=environment)
         try:
             _log.info("starting a server of the teacher", model=config.teacher_path, url=endpoint.url)
-            _keep_announced(server, buffer, name, value, port, told)
+            _keep_announced(server, buffer, name, value, f"http://{here(host)}:{port}/health", told)
             if not told.is_set():
                 raise TeacherError(
                     f"the teacher's server ended by itself with exit code {server.wait()}; what it said is above"
@@ -114,7 +131,7 @@ def _keep_announced(
     buffer: RolloutBuffer,
     name: str,
     value: str,
-    port: int,
+    health: str,
     told: EndRequest,
 ) -> None:
     """Announce the server while it answers; returns when it ended or is to end.
@@ -124,7 +141,7 @@ def _keep_announced(
     began = answered = reminded = time.monotonic()
     announced = False
     while server.poll() is None and not told.is_set():
-        if _is_healthy(port):
+        if _is_healthy(health):
             answered = reminded = time.monotonic()
             try:
                 buffer.announce(KIND, name, value, 3 * _SIGN_OF_LIFE)
@@ -142,15 +159,15 @@ def _keep_announced(
         told.wait(1.0)
 
 
-def _is_healthy(port: int) -> bool:
+def _is_healthy(address: str) -> bool:
     try:
-        with _DIRECT.open(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+        with _DIRECT.open(address, timeout=5) as answer:
             return bool(answer.status == 200)
     except (OSError, http.client.HTTPException):
         return False
 
 
-def _command(config: Config, port: int, extra: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+def _command(config: Config, host: str, port: int, extra: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     return [
         sys.executable,
         "-m",
@@ -159,6 +176,8 @@ def _command(config: Config, port: int, extra: Sequence[str], environment: Mappi
         config.teacher_path,
         "--served-model-name",
         os.path.basename(os.path.abspath(config.teacher_path)),
+        "--host",
+        host,
         "--port",
         str(port),
         "--max-model-len",
@@ -187,9 +206,11 @@ def _computes_in_its_engine(extra: Sequence[str], environment: Mapping[str, str]
     return not has_gpu() and environment[_BIND] == _NO_BIND and not divided
 
 
-def _environment(config: Config) -> dict[str, str]:
+def _environment(config: Config, key: str) -> dict[str, str]:
     # The server has nothing to do with the buffer.
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    if key:
+        environment[_KEY] = key
     environment["VLLM_NO_USAGE_STATS"] = "1"
     # Read by vLLM on CPUs only, and whole GiB only.
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.teacher.kv_cache_gib))))
@@ -197,7 +218,15 @@ def _environment(config: Config) -> dict[str, str]:
     return environment
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
+def _free_port(host: str) -> int:
+    """Raises ConfigError: ``host`` is no address of this machine."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as free:
+            free.bind(address)
+            return int(free.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} is no address of this machine ({error.strerror}); allowed: one of its addresses, or "
+            "0.0.0.0 for all of them"
+        ) from None

@@ -39,11 +39,11 @@ def try_judge(config: Config, prefix: str, candidates: Sequence[str], reference:
     if len(candidates) < 2:
         raise ConfigError(f"--candidates gives {len(candidates)} candidate; allowed: at least 2, to be compared")
     tokenizer = PolicyTokenizer(config.model.path)
-    tokens = [tuple(tokenizer.encode(text)) for text in candidates]
     start = tuple(tokenizer.encode(prefix))
-    if not start or not all(tokens):
-        raise ConfigError("--prefix and --candidates have to be texts of at least one token each")
-    suffix = tuple(tokenizer.encode(reference)) if reference else tokens[0]
+    tokens = [tuple(tokenizer.continue_with(start, text)) for text in candidates]
+    if not start or any(tokenizer.is_blank(row) for row in tokens):
+        raise ConfigError("--prefix and --candidates have to be texts, not empty and not white space alone")
+    suffix = tuple(tokenizer.continue_with(start, reference)) if reference else tokens[0]
     group = Group(
         Episode("try", start, suffix, "command line", "try", len(start)),
         tuple(Candidate(Source.ROLLOUT, row) for row in tokens),
@@ -64,7 +64,7 @@ def _servers(config: Config) -> list[EndpointConfig]:
     why = "none is announced in the rollout buffer"
     try:
         with contextlib.closing(open_buffer(replace(config, buffer=settings), create=False)) as buffer:
-            endpoints = announced_endpoints([], buffer.announced(KIND))
+            endpoints = announced_endpoints([], buffer.announced(KIND), workers.key_env)
     except BufferUnavailableError as error:
         endpoints, why = [], str(error)
     if not endpoints:

@@ -4,10 +4,11 @@ All axes are answered in one form, a JSON object with the reasoning first and th
 
     {"reasoning": "...", "verdict": "..."}
 
-A server that can is held to it by ``json_schema``. From any other the object may follow free text, but it has to begin
-a line and to be the last thing in the reply, so that one quoted on the way does not count. Keys are taken as they are
-written, without escapes: ``prompts.neutralise`` disarms them in the texts under judgment. The reply itself is kept by
-the caller.
+A server that can is held to it by ``json_schema``. Others write more or less of it, with text before and after, so the
+object may stand anywhere and be written as models write JSON (``loose_json``). It counts if the model says it itself
+(``answer_objects``) and nothing else in the reply says otherwise: no second object, no key that comes twice, no
+``verdict: ...`` beside it. The key is taken as it is written, without escapes: ``disarm`` takes it out of the texts
+under judgment, so that a model that copies from them copies no verdict. The reply itself is kept by the caller.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from __future__ import annotations
 import enum
 import json
 import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from megatron_rlpt.records import Failed
+from megatron_rlpt.teacher.answer_objects import Scan, scan
 from megatron_rlpt.teacher.generator import Reply
+from megatron_rlpt.teacher.loose_json import COLON, QUOTES, SPACE, Pairs, Word
+from megatron_rlpt.teacher.thinking import without_opened_thought
 
 QUALITY = ("1", "2")
 """The better option."""
@@ -32,43 +38,74 @@ class Reason(enum.StrEnum):
     EMPTY = "empty reply"
     TRUNCATED = "reply truncated"
     REFUSED = "reply refused by the server"
-    NO_VERDICT = "reply does not end with a verdict"
+    THOUGHT = "reply is a thought without an end"
+    NO_VERDICT = "reply without a verdict"
     MALFORMED = "malformed verdict"
     UNKNOWN = "unknown verdict"
+    CONTRADICTION = "verdicts that contradict each other"
+    TOO_LONG = "reply too long for a verdict"
 
 
 _LONGEST_REPLY = 100_000
-"""Characters looked at, from the end; bounds the work on a runaway reply."""
+"""Characters behind the thought that are looked at; bounds the work on a runaway reply."""
 
-_SPACE = r"[ \t\r\n]*+"
-_STRING = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
-_START = re.compile(r"^[ \t]*+\{", re.MULTILINE)
-_ANSWER = re.compile(
-    rf'\{{{_SPACE}"reasoning"{_SPACE}:{_SPACE}{_STRING}{_SPACE},'
-    rf'{_SPACE}"verdict"{_SPACE}:{_SPACE}("[A-Za-z0-9]*+"|[0-9]++){_SPACE}\}}'
+_QUOTE_MARKS = re.escape("".join(QUOTES) + "\u00bb")
+_ESCAPED_MARK = rf"(?:\\{{0,8}}[{_QUOTE_MARKS}]|&(?:quot|apos|#0*3[49]|#x0*2[27]);)"
+_BARE = rf"[{{,\uff0c;]{SPACE}"
+_KEY = re.compile(
+    rf"((?:{_ESCAPED_MARK}{SPACE}|{_BARE})verdict{SPACE}(?:{_ESCAPED_MARK}{SPACE})*+)({COLON})", re.IGNORECASE
 )
-"""Keys, order and kinds of value are all there is to this form of JSON, so that it is a regular language; possessive
-quantifiers make the time linear. No number can overflow, no NaN parse and no key come twice."""
+"""The key of a verdict in every form in which it is one."""
+_CLAIM = re.compile(
+    rf"verdict[\s\\*_)\]{_QUOTE_MARKS}]{{0,8}}(?:{COLON}|=)[\s\\*_(\[{_QUOTE_MARKS}]{{0,8}}(\w+)", re.IGNORECASE
+)
+"""What looks like a verdict wherever it stands."""
+_DECORATION = " \t\r\n\u00a0\u200b\ufeff*_~`'\".,;:!()[]<>\\" + "".join(QUOTES) + "\u00bb"
+_LABEL = re.compile(r"(?:the )?(?:continuation|option|candidate|number|text|no\.?)?[ \t]*#?[ \t]*(?=[12]$)")
+_REASONS = re.compile(r"reason|thought|think|anal|expla|quot|comment|note|rationale|example|justif|critique|evidence")
+_ENTITIES = {"&quot;": '"', "&#34;": '"', "&#x22;": '"', "&apos;": "'", "&#39;": "'", "&#x27;": "'"}
+_ENTITY = re.compile("|".join(_ENTITIES))
+_NAME = "verdict"
+_ALL_WORDS = {*QUALITY, *SAFETY, *FACTUALITY}
+_SIMPLE = re.compile(r"[A-Za-z ]*[0-9]{0,9}")
+_LITERALS = ("true", "false", "null", "True", "False", "None", "NaN", "Infinity")
+_HEX = re.compile(r"\\u([0-9a-f]{4})")
+_SPELT_SPACE = re.compile(r"\\[nrt]")
+_AROUND = " \t\r\n\u00a0\u200b\ufeff"
+_DEEPEST = 2
+_UNESCAPED = {"n": "\n", "t": "\t", "r": "\r"}
+_WHOLE_STRING = re.compile(r'"\s*[\[{](?:[^"\\]|\\.)*+"', re.DOTALL)
+_ALL_ESCAPED = re.compile(r"[\[{](?:[^\"\\]|\\.)*+", re.DOTALL)
+_FENCED = re.compile(r"(?:```|~~~)[A-Za-z0-9]*\s(.*)(?:```|~~~)", re.DOTALL)
+_CHOICE = re.compile(
+    rf"verdict[\s{_QUOTE_MARKS}]{{0,4}}{COLON}[\s{_QUOTE_MARKS}]{{0,4}}\w+[{_QUOTE_MARKS}]?,?[ \t]*(?://|#|/\*)[^\n]{{0,80}}?"
+    r"(?:\bor\b|\|)",
+    re.IGNORECASE,
+)
+"""A verdict with another one in the comment behind it: the form of an answer, copied."""
 
 
 def parse_quality(reply: Reply) -> int | Failed:
     """Which option won, 0 for the first and 1 for the second, from the verdict "1" or "2"."""
-    word = _verdict(reply)
-    if isinstance(word, Failed):
-        return word
-    return QUALITY.index(word) if word in QUALITY else Failed(Reason.UNKNOWN)
+    word = _verdict(reply, QUALITY)
+    return word if isinstance(word, Failed) else QUALITY.index(word)
 
 
 def parse_safety(reply: Reply) -> float | Failed:
     """1.0 for the verdict "safe" and 0.0 for "unsafe"."""
-    word = _verdict(reply)
-    return word if isinstance(word, Failed) else SAFETY.get(word, Failed(Reason.UNKNOWN))
+    word = _verdict(reply, tuple(SAFETY))
+    return word if isinstance(word, Failed) else SAFETY[word]
 
 
 def parse_factuality(reply: Reply) -> float | Failed:
     """1.0, 0.5 or 0.0 for the verdict "none", "possible" or "definite"."""
-    word = _verdict(reply)
-    return word if isinstance(word, Failed) else FACTUALITY.get(word, Failed(Reason.UNKNOWN))
+    word = _verdict(reply, tuple(FACTUALITY))
+    return word if isinstance(word, Failed) else FACTUALITY[word]
+
+
+def disarm(text: str) -> str:
+    """``text`` without anything that could be taken for a verdict: the keys of verdicts lose their colon."""
+    return _KEY.sub(r"\1 -", text)
 
 
 def schema(axis: str) -> str:
@@ -84,20 +121,89 @@ def schema(axis: str) -> str:
     )
 
 
-def _verdict(reply: Reply) -> str | Failed:
-    """The last verdict's word in lower case; one that is no string is taken for its digits."""
+def _verdict(reply: Reply, words: Sequence[str]) -> str | Failed:
+    """The one of ``words`` that the reply decides for."""
     if reply.finish_reason != "stop":
         # Whatever stands there, more was to come.
         return Failed(Reason.TRUNCATED if reply.finish_reason == "length" else Reason.REFUSED)
-    text = reply.text[-_LONGEST_REPLY:].strip(" \t\r\n")
-    if not text:
+    text = without_opened_thought(reply.text)
+    if text is None:
+        return Failed(Reason.THOUGHT)
+    if not text.strip():
         return Failed(Reason.EMPTY)
-    if text.endswith("```"):
-        text = text[:-3].rstrip(" \t\r\n")
-    if not text.endswith("}"):
+    if len(text) > _LONGEST_REPLY:
+        return Failed(Reason.TOO_LONG)
+    return _decided(text, scan(text), words)
+
+
+def _decided(text: str, found: Scan, words: Sequence[str], depth: int = 0) -> str | Failed:
+    if not found.objects and not found.broken and depth < _DEEPEST and (plain := _unescaped(text)):
+        return _decided(plain, scan(plain), words, depth + 1)
+    if found.broken:
+        return Failed(Reason.MALFORMED)
+    verdicts = [verdict for one in found.objects for verdict in _verdicts(one.reading.value)]
+    said = [value for value, is_own in verdicts if is_own]
+    if not said:
         return Failed(Reason.NO_VERDICT)
-    for start in _START.finditer(text):
-        answer = _ANSWER.fullmatch(text, start.end() - 1)
-        if answer:
-            return answer[1].strip('"').lower()
-    return Failed(Reason.MALFORMED)
+    if not all(isinstance(value, str) and _is_word(value) for value in said):
+        return Failed(Reason.MALFORMED)
+    own = {_word(value) for value in said}
+    others = {_word(value) for value, is_own in verdicts if not is_own}
+    doubtful = [text[one.start : one.reading.end] for one in found.objects if one.reading.doubtful]
+    others |= {claim[1].lower() for part in (*found.prose, *doubtful) for claim in _CLAIM.finditer(part)}
+    if len(own) > 1 or (others & _ALL_WORDS) - own:
+        return Failed(Reason.CONTRADICTION)
+    (word,) = own
+    if word in words and not any(_CHOICE.search(text, one.start, one.reading.end) for one in found.objects):
+        return word
+    return Failed(Reason.UNKNOWN)
+
+
+def _verdicts(node: Any, is_own: bool = True) -> Iterator[tuple[Any, bool]]:
+    """Values of verdicts in ``node``, and whether they are the model's own: not in its reasons, under the plain key."""
+    if isinstance(node, Pairs):
+        for key, value in node:
+            name = key.strip().lower()
+            if name == _NAME:
+                nested = [] if isinstance(value, str) else list(_verdicts(value, is_own))
+                yield from nested or [(value, is_own)]
+            else:
+                if isinstance(value, str) and _HEX.sub(_letter, name).strip().endswith(_NAME):
+                    yield value, False
+                yield from _verdicts(value, is_own and not _REASONS.search(name))
+    elif isinstance(node, list):
+        for item in node:
+            yield from _verdicts(item, is_own)
+
+
+def _is_word(value: str) -> bool:
+    """Whether it is one and not, without quotation marks, another kind of value."""
+    return not isinstance(value, Word) or (_SIMPLE.fullmatch(value) is not None and value not in _LITERALS)
+
+
+def _word(value: Any) -> str:
+    """A verdict without what models put around it."""
+    if not isinstance(value, str):
+        return ""
+    word = _SPELT_SPACE.sub(" ", value).strip(_DECORATION).lower()
+    label = _LABEL.match(word)
+    return word[label.end() :] if label else word
+
+
+def _unescaped(text: str) -> str:
+    """An answer whose quotation marks are all escaped, as JSON in a string or as HTML, without that; else nothing.
+
+    Letters stay as they are, so that a key that is spelt with escapes remains none.
+    """
+    text = text.strip(_AROUND)
+    if fenced := _FENCED.fullmatch(text):
+        text = fenced[1].strip(_AROUND)
+    if _WHOLE_STRING.fullmatch(text):
+        text = text[1:-1]
+    elif '\\"' not in text or not _ALL_ESCAPED.fullmatch(text):
+        return _ENTITY.sub(lambda match: _ENTITIES[match[0]], text) if '"' not in text and "&" in text else ""
+    return re.sub(r'\\(["\\/nrt])', lambda match: _UNESCAPED.get(match[1], match[1]), text)
+
+
+def _letter(match: re.Match[str]) -> str:
+    return chr(int(match[1], 16)).lower()

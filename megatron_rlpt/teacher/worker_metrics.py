@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from megatron_rlpt.addresses import reachable
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.records import Failed, Group
 from megatron_rlpt.teacher.client.endpoint import Endpoint
@@ -37,22 +37,26 @@ class WorkerMetrics:
         self._calls = Counter("rlpt_teacher_calls", "Questions asked for groups handed in.", registry=self.registry)
         self.registry.register(_Servers(endpoints))
 
-    def serve(self, port: int) -> None:
-        """Answer Prometheus on ``port``; 0 chooses a free one, -1 does nothing.
+    def serve(self, host: str, port: int) -> None:
+        """Answer Prometheus.
+
+        Args:
+            host: address to listen on.
+            port: 0 chooses a free one, -1 does nothing.
 
         Raises:
-            ConfigError: the port is taken.
+            ConfigError: the port is taken, or the address is none of this machine's.
         """
         if port < 0:
             return
         try:
-            server, _ = start_http_server(port, registry=self.registry)
+            server, _ = start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
             raise ConfigError(
-                f"teacher.workers.metrics_port is {port}, which cannot be used ({error.strerror}); allowed: a free "
-                "port, 0 (chooses one) or -1 (off)"
+                f"teacher.workers.metrics_port is {port}, which cannot be used on metrics_host {host} "
+                f"({error.strerror}); allowed: a free port, 0 (chooses one) or -1 (off), on an address of this machine"
             ) from None
-        self.address = f"http://{socket.gethostname()}:{server.server_port}/metrics"
+        self.address = f"http://{reachable(host)}:{server.server_port}/metrics"
 
     @contextlib.contextmanager
     def group_in_flight(self) -> Iterator[None]:

@@ -307,6 +307,52 @@ def test_a_dry_run_prints_a_script_that_bash_and_slurm_accept_and_starts_nothing
     shutil.rmtree(tmp_path / "home", ignore_errors=True)
 
 
+STAND_IN = """#!/bin/sh
+echo "$3 gpus=$CUDA_VISIBLE_DEVICES cores=$SLURM_CPUS_PER_TASK rank=$SLURM_PROCID site=$SITE" >>{folder}/seen
+[ "$3" != trainer ] || sleep 3
+"""
+"""Of the interpreter that starts components: writes down what its step has."""
+
+
+@pytest.mark.parametrize("option", ["gpus_per_node", "gres"])
+def test_a_component_has_the_gpus_cores_and_variables_that_the_cluster_file_says(
+    option, cluster, served_model, corpus, tmp_path
+):
+    trainer = {"ranks_per_node": 2, "cpus_per_rank": 1, "gpus_per_node": 2, "gpu_type": "h100"}
+    run = Launched(tmp_path, cluster, served_model, corpus, trainer=trainer, gpu_option=option)
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN.format(folder=tmp_path))
+    stand_in.chmod(0o755)
+    run.launch("--set", f"python={stand_in}", "--set", "setup=[export SITE=here]")
+    run.ended()
+    seen = sorted((tmp_path / "seen").read_text().splitlines())
+    trainers = [line for line in seen if line.startswith("trainer")]
+    assert trainers == [f"trainer gpus=0,1 cores=1 rank={rank} site=here" for rank in (0, 1)], run.output()
+    others = [line for line in seen if not line.startswith("trainer")]
+    assert others
+    assert all(" gpus= " in line or "NoDevFiles" in line for line in others)
+
+
+def test_a_run_waits_for_the_job_that_the_cluster_file_names(cluster, served_model, corpus, tmp_path):
+    before = cluster.submit("sleep 600", "--hold")
+    run = Launched(tmp_path, cluster, served_model, corpus, allocation="separate", dependency=f"afterok:{before}")
+    run.launch()
+    waits = cluster.run("squeue", "--noheader", f"--jobs={run.job('judging')}", "--format=%T %E")
+    assert waits.startswith(f"PENDING afterok:{before}")
+    waits = cluster.run("squeue", "--noheader", f"--jobs={run.job('training')}", "--format=%T %E")
+    assert waits.startswith(f"PENDING after:{run.job('judging')}")
+    cluster.run("scancel", run.job("training"), run.job("judging"), str(before))
+
+
+def test_what_slurm_refuses_is_said_with_its_reason(cluster, served_model, corpus, tmp_path):
+    run = Launched(tmp_path, cluster, served_model, corpus, trainer={"gpus_per_node": 5, "gpu_type": "h100"})
+    with pytest.raises(AssertionError) as caught:
+        run.launch()
+    last = str(caught.value).split("assert ")[0].rstrip().splitlines()[-1]
+    assert last.lstrip().startswith("error: ")
+    assert "Requested node configuration is not available" in last
+
+
 RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
 ALLOCATIONS = {"one": 1, "heterogeneous": 1, "separate": 2}
 """Allocation -> jobs."""
@@ -325,8 +371,21 @@ def test_slurm_would_take_the_job_of_every_recipe(recipe, allocation, cluster, t
         "executor": "slurm",
         "home": str(tmp_path / "home"),
         "python": "/shared/python",
-        "trainer": {"nodes": gpus // 8, "ranks_per_node": 8, "gpus_per_node": 8},
-        "teacher": {"nodes": judges // 8, "servers_per_node": 4, "gpus_per_node": 8},
+        "trainer": {
+            "nodes": gpus // 8,
+            "ranks_per_node": 8,
+            "gpus_per_node": 8,
+            "gpu_type": "h100",
+            "cpus_per_rank": 28,
+        },
+        "teacher": {
+            "nodes": judges // 8,
+            "servers_per_node": 4,
+            "gpus_per_node": 8,
+            "gpu_type": "h100",
+            "cpus_per_server": 50,
+        },
+        "judges": {"cpus": 24},
         "slurm": {"partition": "imagined", "allocation": allocation},
     }
     (tmp_path / "cluster.yaml").write_text(json.dumps(place))

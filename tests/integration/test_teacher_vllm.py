@@ -174,7 +174,7 @@ def test_the_generative_judge_answers_for_every_candidate(generator, episodes, t
         )
         for episode, (other, _, _) in zip(episodes[:2], spoiled(episodes[:2], text), strict=True)
     ]
-    judge = LockstepJudge(GenerativeJudge(generator.name, text.decode, config, seed=1), generator)
+    judge = LockstepJudge(GenerativeJudge(generator.name, text, config, seed=1), generator)
     judged = judge.judge(groups)
     assert judge.judge(groups) == judged
     for group, before in zip(judged, groups, strict=True):
@@ -192,7 +192,7 @@ def test_the_generative_judge_answers_for_every_candidate(generator, episodes, t
 
 
 def test_the_rewriter_gives_exact_lengths_or_reasons(generator, episodes, text):
-    rewriter = LockstepRewriter(Rewriter(text.encode, text.decode, RewriterConfig(), 16, seed=1), generator)
+    rewriter = LockstepRewriter(Rewriter(text, RewriterConfig(), 16, seed=1, longest_answer=24), generator)
     short = [replace(episode, suffix=episode.suffix[:16]) for episode in episodes[:4]]
     results = rewriter.rewrite(short)
     assert results == rewriter.rewrite(short)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from text_tokens import NUMBERS
 
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.records import Candidate, Episode, Failed, Source
@@ -41,7 +42,7 @@ def episode(name: str, first: int = 1) -> Episode:
 
 
 def proposer(**changes) -> Proposer:
-    parts = {"original": True, "rewriter": None, "engine": None, "suffix_length": 8, "run_seed": 17}
+    parts = {"text": NUMBERS, "original": True, "rewriter": None, "engine": None, "suffix_length": 8, "run_seed": 17}
     return Proposer(**(parts | changes))
 
 

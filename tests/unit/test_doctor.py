@@ -99,6 +99,14 @@ def test_names_a_wrong_apex_and_a_broken_transformer_engine(site, monkeypatch):
     assert not any(report.kernels.values())
 
 
+@pytest.mark.parametrize(("version", "refused"), [("5.0.0", True), ("4.8.4", True), ("5.0.1", False), ("5.2.0", False)])
+def test_a_release_of_datasets_that_cannot_resume_is_named_with_one_that_can(version, refused):
+    found = problems(versions={"datasets": version})
+    assert [(p.what.startswith(f"datasets {version} "), "datasets>=5.0.1" in p.fix) for p in found] == (
+        [(True, True)] if refused else []
+    )
+
+
 def test_a_real_apex_is_no_problem(site, monkeypatch):
     site("apex", "")
     site("amp_C", "")

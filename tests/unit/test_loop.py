@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from text_tokens import NUMBERS
 
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.config import CandidatesConfig, CheckpointConfig, Config, RolloutConfig, TeacherConfig, TrainConfig
 from megatron_rlpt.curriculum import Curriculum
-from megatron_rlpt.errors import EngineError, RunStopped, TeacherError, TrainingError
+from megatron_rlpt.errors import EngineError, NothingLearntError, RunStopped, TeacherError, TrainingError
 from megatron_rlpt.judging import InTrainer
+from megatron_rlpt.learning import Learning
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.objectives import Example, Selection
 from megatron_rlpt.objectives.nll import NextToken
@@ -40,6 +42,9 @@ class CountingStream:
 
     def load_state_dict(self, state: int) -> None:
         self.taken = state
+
+    def figures(self) -> dict[str, float]:
+        return {"data/read": self.taken}
 
 
 class StrictEngine:
@@ -131,19 +136,22 @@ def training(
     staleness: int = 0,
     background: bool = False,
     objective: Any = None,
+    window: int = 20,
     **judge,
 ) -> tuple[Training, Journal]:
     journal: Journal = []
     engine = StrictEngine(journal) if objective is None else None
     recorder = Recorder(journal, staleness)
     config = Config(
-        train=TrainConfig(steps=steps, global_batch=2, micro_batch=2, staleness=staleness),
+        train=TrainConfig(steps=steps, global_batch=2, micro_batch=2, staleness=staleness, empty_window=window),
         candidates=CandidatesConfig(rollouts=2 if engine else 0),
         rollout=RolloutConfig(max_logprob_gap=0.5),
         teacher=TeacherConfig(max_failure_rate=0.4),
         checkpoint=CheckpointConfig(every=every),
     )
-    proposer = Proposer(original=True, rewriter=None, engine=engine, suffix_length=2, run_seed=config.run.seed)
+    proposer = Proposer(
+        text=NUMBERS, original=True, rewriter=None, engine=engine, suffix_length=2, run_seed=config.run.seed
+    )
     judging = InTrainer(ScriptedJudge(**judge) if engine else None, Ranks(), at_once=background)
     pipeline = Pipeline(
         CountingStream(),
@@ -168,6 +176,7 @@ def training(
         recorder,
         StageTimer(None),
         StopRequest(Path("no such folder"), Ranks()),
+        Learning(config.train.empty_window, config.train.max_empty_share),
         done,
     )
     pipeline.load_state_dict(
@@ -296,8 +305,35 @@ def test_a_resumed_run_does_the_remaining_steps():
 
 def test_a_run_that_is_done_does_nothing_more():
     run, journal = training(steps=3, done=3)
+    run.policy.version = 3
     train(run)
     assert journal == [("finish",)]
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_run_whose_every_step_was_empty_is_no_success_and_a_mended_one_repeats_the_last_step(every):
+    run, journal = training(steps=3, every=every, ties={0, 1, 2})
+    with pytest.raises(NothingLearntError, match=r"none of 3 steps left an example.*most frequent: 6 x tie"):
+        train(run)
+    assert happened(journal, "record") == [("record", step, 0) for step in range(3)]
+    assert happened(journal, "save") == ([("save", 1), ("save", 2)] if every == 1 else [])
+
+
+def test_a_long_streak_of_empty_steps_ends_the_run_before_its_end():
+    run, journal = training(steps=50, every=1, window=4, ties=set(range(2, 50)))
+    with pytest.raises(
+        NothingLearntError, match=r"4 of the last 4 steps left no example \(100%, more than train\.max_"
+    ):
+        train(run)
+    assert happened(journal, "record")[-1] == ("record", 5, 2)
+    assert happened(journal, "save")[-1] == ("save", 5), "the step that was one too many is repeated"
+    assert [figures["empty_share"] for figures in run.observer.metrics] == [0, 0, 1 / 3, 0.5, 0.75, 1]
+
+
+def test_a_run_that_was_never_updated_is_not_exported_by_starting_it_once_more():
+    run, _ = training(steps=3, done=3)
+    with pytest.raises(NothingLearntError):
+        train(run)
 
 
 def test_an_objective_without_engine_and_judge_trains_on_the_corpus():

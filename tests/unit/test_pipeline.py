@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from text_tokens import NUMBERS
 
 from megatron_rlpt.buffer.codec import decode_group, encode_group
 from megatron_rlpt.candidates import Proposer
@@ -66,7 +67,7 @@ def pipeline(
     )
     return Pipeline(
         Stream(),
-        Proposer(original=True, rewriter=None, engine=Engine(), suffix_length=2, run_seed=1),
+        Proposer(text=NUMBERS, original=True, rewriter=None, engine=Engine(), suffix_length=2, run_seed=1),
         InTrainer(judge or RolloutsWin(), Ranks(), at_once=background),
         Curriculum(candidates, 1),
         Ranks(),
@@ -189,7 +190,7 @@ def test_closing_ends_what_is_being_proposed_after_its_part():
 
 def test_stale_rollouts_fail_and_the_rest_does_not():
     (group,) = RolloutsWin().judge(
-        Proposer(original=True, rewriter=None, engine=Engine(), suffix_length=2, run_seed=1).propose(
+        Proposer(text=NUMBERS, original=True, rewriter=None, engine=Engine(), suffix_length=2, run_seed=1).propose(
             Stream().take(1), [2], 3
         )
     )

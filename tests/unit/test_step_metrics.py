@@ -22,7 +22,7 @@ def group(name: str, *candidates: tuple[Source, float | None]) -> Group:
 
 
 def metrics_of(groups: list[Group], update: dict[str, float] | None = None) -> dict[str, float]:
-    return step_metrics(groups, OnlineDpo(0.1).select(groups), update or {}, 0.0, {}, {})
+    return step_metrics(groups, OnlineDpo(0.1).select(groups), update or {}, 0.0, 0.0, {}, {})
 
 
 def test_a_step_done_by_hand():
@@ -35,7 +35,7 @@ def test_a_step_done_by_hand():
     ]
     selection = OnlineDpo(0.1).select(groups)
     update, seconds = {"loss": 0.5, "lr": 1e-5}, {"data": 0.25, "generate": 1.5}
-    assert step_metrics(groups, selection, update, 0.1, seconds, {"generate": 4.0}) == {
+    assert step_metrics(groups, selection, update, 0.1, 0.25, seconds, {"generate": 4.0}) == {
         "loss": 0.5,
         "lr": 1e-5,
         "reward/original": pytest.approx((1 + 0 + 2) / 3),
@@ -51,7 +51,10 @@ def test_a_step_done_by_hand():
         "skipped/fewer_than_two_distinct_scored_candidates": 1,
         "duplicates": 0,
         "failure_rate": 0.1,
+        "rewrite_failure_rate": 0.5,
         "failed_rewrites": 1,
+        "failed_rewrites/rewrite_too_short": 1,
+        "empty_share": 0.25,
         "rollouts": 1.5,
         "judge/win_rate/original": pytest.approx((0 + 1 + 0 + 0 + 0.5) / 5),
         "judge/win_rate/rewrite": 1.0,
@@ -90,7 +93,7 @@ def test_a_step_without_an_update_has_counts_and_no_rates():
 
 def test_groups_that_nobody_judged_have_no_rewards():
     judged = group("a", (ORIGINAL, 1.0), (ROLLOUT, 2.0))
-    metrics = step_metrics([Group(judged.episode, judged.candidates)], Selection(), {"loss": 2.0}, 0.0, {}, {})
+    metrics = step_metrics([Group(judged.episode, judged.candidates)], Selection(), {"loss": 2.0}, 0.0, 0.0, {}, {})
     assert not [name for name in metrics if name.startswith("reward")]
     assert metrics["loss"] == 2.0
 

@@ -1,6 +1,6 @@
 """What a checkpoint costs: time the run stands still, time until it is published, time to check and to load it.
 
-    python tools/bench/checkpoint.py [--config configs/demo.yaml] [--folder /tmp/bench-checkpoints] [--repeats 3]
+    python tools/bench/checkpoint.py [--config configs/demo.yaml] [--folder FOLDER] [--repeats 3]
 
 An update is timed alone and beside a checkpoint in the background. "From the disk" means that the files were dropped
 from memory first; a virtual disk may still hold them.
@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,15 +86,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/bench-checkpoints"))
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; what is written there is removed again")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     quiet_libraries()
     config = load_config(arguments.config, [])
-    try:
-        found = measure(config, arguments.folder, arguments.repeats)
-    finally:
-        shutil.rmtree(arguments.folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        found = measure(config, Path(folder), arguments.repeats)
     size = found.pop("bytes")
     print(f"checkpoint of {size / 1e9:.2f} GB")
     for name, value in found.items():

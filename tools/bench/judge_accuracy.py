@@ -94,7 +94,7 @@ def prompted(config: Config, episodes: Sequence[Episode], tokenizer: PolicyToken
     settings = config.teacher.generative
     settings.quality.votes = 1
     generator = VllmGenerator(config.teacher_path, config.teacher.max_context, config.teacher.kv_cache_gib)
-    judge = LockstepJudge(GenerativeJudge(generator.name, tokenizer.decode, settings, config.run.seed), generator)
+    judge = LockstepJudge(GenerativeJudge(generator.name, tokenizer, settings, config.run.seed), generator)
     spoil = spoilers(episodes, tokenizer)["its words shuffled"]
     report("prompted judge, original against its words shuffled", judge.judge(pairs(episodes, spoil)))
 

@@ -171,7 +171,7 @@ def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence
             quality = replace(settings.quality, weight=1.0, votes=number, scheme=scheme)
             axes = replace(settings, quality=quality, safety=replace(settings.safety, weight=0.0),
                            factuality=replace(settings.factuality, weight=0.0))  # fmt: skip
-            inner = GenerativeJudge(generator.name, tokenizer.decode, axes, config.run.seed)
+            inner = GenerativeJudge(generator.name, tokenizer, axes, config.run.seed)
             judged = LockstepJudge(inner, generator).judge(groups)
             health[f"{scheme.value}, {number} votes"] = judge_health(judged)
             values = [[o.value if isinstance(o, Score) else o for o in group.outcomes] for group in judged]

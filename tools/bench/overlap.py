@@ -63,6 +63,16 @@ class Times:
         return self.generate + self.judge + self.update
 
 
+class Words:
+    """Every token is a word."""
+
+    def whole_characters(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
+        return len(tokens)
+
+    def is_blank(self, tokens: Sequence[int]) -> bool:
+        return False
+
+
 class Stream:
     """Episodes without end."""
 
@@ -204,7 +214,14 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
         )
         pipeline = Pipeline(
             Stream(),  # type: ignore[arg-type]
-            Proposer(original=True, rewriter=None, engine=engine, suffix_length=2, run_seed=1),
+            Proposer(
+                text=Words(),  # type: ignore[arg-type]
+                original=True,
+                rewriter=None,
+                engine=engine,
+                suffix_length=2,
+                run_seed=1,
+            ),
             judging,
             Curriculum(config.candidates, 1),
             Ranks(),

@@ -101,7 +101,7 @@ PartitionName={partition} Nodes={names} Default=YES MaxTime=INFINITE State=UP
 # Slurm takes a cloud's nodes for usable without seeing them. Each has what a DGX H100 has: 8 GPUs, 112 cores with two
 # threads each and 2 TB of memory (NVIDIA DGX H100/H200 User Guide, hardware overview).
 GresTypes=gpu
-NodeName=g[1-600] NodeAddr=127.0.0.1 Port=1 CPUs=224 RealMemory=2000000 Gres=gpu:8 State=CLOUD
+NodeName=g[1-600] NodeAddr=127.0.0.1 Port=1 CPUs=224 RealMemory=2000000 Gres=gpu:h100:8 State=CLOUD
 PartitionName={imagined} Nodes=g[1-600] MaxTime=INFINITE State=UP
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
@@ -175,7 +175,7 @@ def write_configuration(folder: Path) -> None:
     controller_port, accounting_port, *node_ports = daemons.free_ports(2 + len(NODES))
     host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
     lines = [
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:{len(DEVICES)}"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:h100:{len(DEVICES)}"
         for name, port in zip(NODES, node_ports, strict=True)
     ]
     text = CONFIGURATION.format(
@@ -191,7 +191,7 @@ def write_configuration(folder: Path) -> None:
         imagined=IMAGINED,
     )
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text(f"Name=gpu File={','.join(DEVICES)}\n")
+    (folder / "gres.conf").write_text(f"Name=gpu Type=h100 File={','.join(DEVICES)}\n")
 
 
 def launch(folder: Path, program: str, *arguments: str, name: str | None = None) -> None:

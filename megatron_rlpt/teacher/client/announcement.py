@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 
 import httpx
@@ -26,28 +27,49 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "concurrency": (int,),
     "tokens_per_second": (int, float),
 }
-"""Not ``api_key_env``: whoever can announce could have any variable of a worker's environment sent anywhere."""
+"""Not ``api_key_env``: see ``announced_endpoints``."""
 
 
 def announcement(endpoint: EndpointConfig) -> str:
     """The value to announce.
 
     Raises:
-        ConfigError: a field is out of range, or the server needs a key: such a one has to be in the configuration.
+        ConfigError: a field is out of range, or the endpoint has a key of its own: such a one has to be in the
+            configuration, or to share the key of ``teacher.workers.key_env``.
     """
     check_endpoint(endpoint, "endpoint")
     if endpoint.api_key_env:
         raise ConfigError(
-            f"endpoint.api_key_env is {endpoint.api_key_env}; allowed: nothing for a server that is announced; put a "
-            "server with a key into teacher.workers.endpoints"
+            f"endpoint.api_key_env is {endpoint.api_key_env}; allowed: nothing for a server that is announced; set "
+            "teacher.workers.key_env, or put the server into teacher.workers.endpoints"
         )
     return json.dumps({name: value for name, value in dataclasses.asdict(endpoint).items() if name in _TYPES})
 
 
-def announced_endpoints(configured: Sequence[EndpointConfig], announced: Mapping[str, str]) -> list[EndpointConfig]:
+def server_key(variable: str) -> str:
+    """The key in ``variable`` (``teacher.workers.key_env``); empty where none is named.
+
+    Raises:
+        ConfigError: the variable is named and not set.
+    """
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            f"teacher.workers.key_env is {variable}, a variable which is not set to a key; export it, or leave key_env "
+            "empty"
+        )
+    return key
+
+
+def announced_endpoints(
+    configured: Sequence[EndpointConfig], announced: Mapping[str, str], key_env: str = ""
+) -> list[EndpointConfig]:
     """``configured``, and of ``RolloutBuffer.announced(KIND)`` every address that is not among them.
 
-    An announcement that cannot be used is logged and left out.
+    Announced servers are sent the key in ``key_env`` and no other: an announcement cannot name a variable, or whoever
+    may announce could have any variable of a worker sent anywhere. One that cannot be used is logged and left out.
     """
     found = {endpoint.url.rstrip("/"): endpoint for endpoint in configured}
     for name in sorted(announced):
@@ -59,7 +81,7 @@ def announced_endpoints(configured: Sequence[EndpointConfig], announced: Mapping
                 _told.add((name, announced[name]))
                 _log.warning("announced teacher server left out", name=name, why=error)
             continue
-        found.setdefault(endpoint.url.rstrip("/"), endpoint)
+        found.setdefault(endpoint.url.rstrip("/"), dataclasses.replace(endpoint, api_key_env=key_env))
     return list(found.values())
 
 

@@ -7,23 +7,21 @@ request's seed: not to be guessed by the text, the same in every replay.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from string import Template
 
 from megatron_rlpt.records import derive_seed
+from megatron_rlpt.teacher.verdicts import disarm
 
 VERSIONS = {
-    "quality": "quality-2",
+    "quality": "quality-3",
     "safety": "safety-2",
     "factuality": "factuality-2",
-    "rewrite": "rewrite-1",
+    "rewrite": "rewrite-2",
 }
 """Version of each prompt, written with every score; to be raised with every change of the wording."""
-
-_VERDICT = re.compile(r'("verdict"\s*):')
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,20 @@ def build_prompt(name: str, seed: int, **texts: str) -> Prompt:
     """
     version = VERSIONS[name]
     fence = f"{derive_seed(seed, 'fence') & 0xFFFFFFFF:08x}"
-    quoted = {key: neutralise(text, fence) for key, text in texts.items()}
+    # An answer of the rewriter is no verdict, and what it copies is learnt.
+    quoted = {key: neutralise(text, fence, verdicts=name != "rewrite") for key, text in texts.items()}
     return Prompt(_template(name).substitute(quoted, fence=fence), version, fence)
 
 
-def neutralise(text: str, fence: str) -> str:
-    """``text`` without the fence's code and without anything that our parser would take for a verdict.
+def neutralise(text: str, fence: str, *, verdicts: bool = True) -> str:
+    """``text`` without the fence's code and, with ``verdicts``, without what our parser would take for a verdict.
 
     The code cannot be known to the text, so removing it changes no honest text. The key of a verdict loses its colon: a
     judge that ends its answer with a quotation of the text then has given no verdict.
     """
     while fence in text:
         text = text.replace(fence, "")
-    return _VERDICT.sub(r"\1 -", text)
+    return disarm(text) if verdicts else text
 
 
 @cache

@@ -273,7 +273,7 @@ def unjudged(number: int) -> Group:
 
 
 def test_where_nothing_is_judged_groups_come_back_with_their_rewrite_or_why_there_is_none(through, buffer):
-    judging = through(judged=False, rewrite=True, max_attempts=1, max_failure_rate=0.4)
+    judging = through(judged=False, rewrite=True, max_attempts=1, max_failure_rate=0.7)
     judging.start(0, {})
     judging.submit(0, [unjudged(0), unjudged(1), unjudged(2)])
     done, failed, dead = buffer.claim("worker", 3, 60.0, "lease")
@@ -287,6 +287,36 @@ def test_where_nothing_is_judged_groups_come_back_with_their_rewrite_or_why_ther
         None, "rewrite too short", "server error",
     ]  # fmt: skip
     assert all(one.outcomes == () for one in groups)
+
+
+@pytest.mark.parametrize("judges", [True, False])
+def test_rewrites_that_fail_too_often_are_tried_again_though_all_else_is_judged(through, buffer, clock, judges):
+    judging = through(judged=judges)
+    judging.start(0, {})
+    judging.submit(0, [group(0), group(1)])
+    for work in buffer.claim("worker", 2, 60.0, "lease"):
+        done = judged(work.group, 1.0) if judges else work.group
+        buffer.complete(work, replace(done, rewrite_failure=Failed("rewrite too short")))
+
+    def rewritten():
+        for work in buffer.claim("worker", 2, 60.0, f"later-{clock.now}"):
+            buffer.complete(work, judged(work.group, 2.0) if judges else work.group)
+
+    clock.on_sleep = rewritten
+    groups = None
+    while groups is None:
+        groups = judging.collect(0, 2, 0)
+    assert [one.rewrite_failure for one in groups] == [None, None]
+
+
+def test_candidates_without_text_are_nothing_that_another_judge_could_mend(through, buffer):
+    judging = through(max_failure_rate=0.2)
+    judging.start(0, {})
+    judging.submit(0, [group(0), group(1)])
+    for work in buffer.claim("worker", 2, 60.0, "lease"):
+        outcomes = (Failed("empty candidate"),) * len(work.group.candidates)
+        buffer.complete(work, replace(work.group, outcomes=outcomes))
+    assert judging.collect(0, 2, 0) is not None
 
 
 def test_rewrites_that_were_given_up_are_tried_again_when_they_are_too_many(through, buffer, clock):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from dataclasses import replace
 
@@ -113,7 +114,7 @@ def test_no_more_groups_are_held_than_allowed(buffer, epoch):
 
 def test_it_says_that_it_is_there(buffer, epoch):
     metrics, seen = WorkerMetrics(), {}
-    metrics.serve(0)
+    metrics.serve("127.0.0.1", 0)
     one = worker(buffer, ScriptedTeacher(), metrics=metrics)
     run(one, lambda: seen.update(buffer.announced("worker")) or seen)
     assert json.loads(seen["worker-a"])["metrics"] == metrics.address
@@ -311,7 +312,15 @@ def test_groups_that_are_only_rewritten_are_handed_in_without_outcomes(buffer, e
 
 def test_a_port_that_is_taken_is_one_line(buffer):
     first = WorkerMetrics()
-    first.serve(0)
+    first.serve("127.0.0.1", 0)
     port = int(first.address.rsplit(":", 1)[1].split("/")[0])
     with pytest.raises(ConfigError, match=f"teacher.workers.metrics_port is {port}, which cannot be used"):
-        WorkerMetrics().serve(port)
+        WorkerMetrics().serve("127.0.0.1", port)
+
+
+def test_metrics_listen_on_loopback_or_where_the_user_says(buffer):
+    for host, named in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", socket.gethostname())):
+        metrics = WorkerMetrics()
+        metrics.serve(host, 0)
+        assert metrics.address.startswith(f"http://{named}:")
+    assert WorkersConfig().metrics_host == "127.0.0.1"

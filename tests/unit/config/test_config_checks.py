@@ -79,6 +79,8 @@ LIMITS = {
     "train.steps": ([0], [1]),
     "train.global_batch": ([0], [8]),
     "train.micro_batch": ([0], [1]),
+    "train.empty_window": ([0], [1]),
+    "train.max_empty_share": ([-0.1, 1.1], [0, 1]),
     "train.logprob_chunk": ([0], [1]),
     "train.max_stall": ([-1], [0, 60]),
     "checkpoint.every": ([0], [1]),

@@ -145,10 +145,24 @@ def test_weights_that_are_not_the_configurations(changed, tmp_path, tensors, mes
     refused(ModelError, message, changed(tensors), tmp_path / "out", Format.MEGATRON)
 
 
-def test_tensors_that_carry_nothing_are_left_out(changed, tmp_path):
-    harmless = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(50, 32)}
+def test_tensors_that_carry_nothing_are_left_out(changed, model, tmp_path):
+    harmless = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": tensors_in(model)["model.embed_tokens.weight"].clone(),
+    }
     convert(changed(harmless), tmp_path / "out", Format.HF)
     assert not harmless.keys() & tensors_in(tmp_path / "out").keys()
+
+
+@pytest.mark.parametrize("head", [torch.ones(50, 32), torch.ones(51, 32)])
+def test_a_trained_head_beside_tied_embeddings_is_not_dropped(changed, tmp_path, head):
+    source = changed({"lm_head.weight": head})
+    refused(ModelError, "set tie_word_embeddings to false to keep it", source, tmp_path / "out", Format.HF)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    if len(head) == 50:
+        convert(source, tmp_path / "out", Format.HF)
+        assert torch.equal(tensors_in(tmp_path / "out")["lm_head.weight"], head)
 
 
 def test_layers_in_different_precisions(changed, tmp_path):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
+from backports import zstd
 
 from megatron_rlpt.config import DataConfig, SourceConfig, SourceFormat
 
 FILE_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt")
 
 
-def encode(text: str) -> list[int]:
+def encode(text: str, control_tokens: bool = False) -> list[int]:
     """One token per byte, so that a test can turn tokens back into text."""
     return list(text.encode())
 
@@ -49,7 +49,7 @@ def write(folder: Path, kind: str, texts: list[str], files: int = 1) -> Path:
                 # Two frames, as tools that compress in parallel write them.
                 half = len(part) // 2
                 frames = (jsonl_bytes(part[:half]), jsonl_bytes(part[half:]))
-                path.write_bytes(b"".join(zstandard.compress(frame) for frame in frames))
+                path.write_bytes(b"".join(zstd.compress(frame) for frame in frames))
             case "parquet":
                 pq.write_table(pa.table({"n": list(range(len(part))), "text": part}), path, row_group_size=3)
             case _:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
+from backports import zstd
 from corpora import FILE_FORMATS, jsonl_bytes, source, story, write
 
 from megatron_rlpt.config import SourceConfig, SourceFormat
@@ -98,9 +98,9 @@ def test_ids_do_not_depend_on_where_the_corpus_lies(tmp_path):
 def test_an_explicit_format_takes_files_with_other_endings_and_leaves_out_other_formats(tmp_path):
     write(tmp_path, "jsonl", TEXTS[:2])
     (tmp_path / "notes.md").write_text("about")
-    (tmp_path / "plain.json").write_bytes(jsonl_bytes(TEXTS[3:4]))
+    (tmp_path / "plain.log").write_bytes(jsonl_bytes(TEXTS[3:4]))
     assert [r.text for r in read_all(open_source(source(tmp_path, format="jsonl")))] == TEXTS[:2]
-    assert [r.text for r in read_all(open_source(source(tmp_path / "plain.json", format="jsonl")))] == TEXTS[3:4]
+    assert [r.text for r in read_all(open_source(source(tmp_path / "plain.log", format="jsonl")))] == TEXTS[3:4]
 
 
 BAD_LINES = {
@@ -112,7 +112,9 @@ BAD_LINES = {
     "invalid UTF-8": (b'{"text": "\xff\xfe"}', "not UTF-8"),
     "lone surrogate": (b'{"text": "a\\ud800b"}', "lone surrogate at character 1"),
     "far too deep": (b"[" * 100_000, "not JSON"),
-    "huge number": (b'{"text": ' + b"9" * 5000 + b"}", "not JSON"),
+    "huge number": (b'{"text": ' + b"9" * 5000 + b"}", "not a string"),
+    "field twice": (b'{"text": "x", "text": "y"}', "stands there twice"),
+    "lines with an array": (b'[{"text": "x"}]', "not a JSON object but list"),
 }
 
 
@@ -140,7 +142,7 @@ def test_unusual_but_valid_text_survives(tmp_path):
 @pytest.mark.parametrize("keep", [0.5, 0.99])
 def test_a_truncated_compressed_file_is_one_bad_record_and_the_next_file_is_read(tmp_path, kind, keep):
     raw = jsonl_bytes([os.urandom(200).hex() for _ in range(200)])
-    data = gzip.compress(raw) if kind == "jsonl.gz" else zstandard.compress(raw)
+    data = gzip.compress(raw) if kind == "jsonl.gz" else zstd.compress(raw)
     (tmp_path / f"a.{kind}").write_bytes(data[: int(len(data) * keep)])
     write(tmp_path / "b", kind, TEXTS)
     reader = open_source(source(tmp_path))
@@ -233,10 +235,13 @@ ERRORS = {
     "empty folder": (lambda p: source(p / "empty"), "is an empty folder"),
     "glob without match": (lambda p: source(p / "*.jsonl"), "matches no file"),
     "mixed folder": (lambda p: source(p / "mixed"), "mixes jsonl and text files (recognised endings: .jsonl,"),
-    "unrecognised": (lambda p: source(p / "csv"), "recognised ending (.jsonl, .jsonl.gz"),
-    "no file of the format": (lambda p: source(p / "csv", format="parquet"), "holds no parquet file"),
+    "unrecognised": (lambda p: source(p / "csv"), "recognised ending (.jsonl, .ndjson, .json, .parquet"),
+    "no file of the format": (lambda p: source(p / "csv", format="parquet"), "has no parquet file"),
     "hf missing": (lambda p: source(p / "nowhere", format="hf"), "format hf, split 'train'"),
-    "hf split": (lambda p: SourceConfig(str(p / "hub"), SourceFormat.hf, split="dev"), "check path, split"),
+    "hf split": (
+        lambda p: SourceConfig(str(p / "hub"), SourceFormat.hf, split="dev"),
+        "set the source's split to one of train",
+    ),
 }
 
 

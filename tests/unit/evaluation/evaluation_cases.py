@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from text_tokens import FakeText
+
 from megatron_rlpt.config import Config
 from megatron_rlpt.evaluation.comparison import BASELINE, START, TRAINED, Comparison, Continuations, compare
 from megatron_rlpt.evaluation.examples import build_examples
@@ -106,5 +108,5 @@ def make_report(
         config,
         judge="the share of a word that a made-up judge dislikes",
         second=None if second is None else "the likelihood of a 4-gram model of unused text",
-        examples=build_examples(contexts, originals, policies, comparison, decoder, 3),
+        examples=build_examples(contexts, originals, policies, comparison, FakeText(decoder), 3),
     )

@@ -31,9 +31,11 @@ class Job:
         self.state = folder / "state"
         self.state.write_text("RUNNING\n")
 
-    def end(self, body: str, part: Part = Part.run, *, requeue: bool = True, start: int = 0) -> tuple[int, str]:
+    def end(
+        self, body: str, part: Part = Part.run, *, requeue: bool = True, start: int = 0, **site: list[str]
+    ) -> tuple[int, str]:
         """Exit code, and what the script wrote."""
-        lines = setup_lines(str(self.run), part, requeue=requeue)
+        lines = setup_lines(str(self.run), part, requeue=requeue, **site)
         variables = {
             "PATH": f"{self._bin}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "7",
@@ -155,3 +157,28 @@ def test_a_judging_job_that_slurm_has_no_more_is_taken_for_ended(pair):
     body = f"while [ ! -e {pair.shared}/ended/6 ]; do sleep 0.2; done; exit 6"
     assert pair.end(body, Part.training)[0] == 6
     assert (pair.shared / "ended/6").read_text() == "6\n"
+
+
+def test_setup_lines_reach_the_components_and_one_that_fails_ends_the_job(job):
+    code, said = job.end(f'echo "A is $A"; {DONE}', setup=["export A='x y'", "B=$A"])
+    assert (code, "A is x y" in said) == (0, True)
+    code, said = job.end(f"echo started; {DONE}", setup=["source /not/there", "true"])
+    assert code == 2
+    assert "started" not in said
+    assert said.splitlines()[-1].startswith("error: setup of the cluster file: source /not/there failed on ")
+    assert job.end(DONE, setup=["if ("])[0] == 2
+
+
+def test_modules_are_loaded_in_order_and_a_missing_one_ends_the_job(job):
+    define = 'module() { [ "$2" != gone ] && export LOADED="$LOADED $2"; }; export -f module; true'
+    asked = setup_lines(str(job.run), Part.run, requeue=False, modules=["cuda/12.4", "nccl"])
+    said = subprocess.run(
+        ["bash", "-c", f"{define}; {asked}\necho loaded:$LOADED"],
+        env={"PATH": f"{job._bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "loaded: cuda/12.4 nccl" in said
+    code, said = job.end(DONE, modules=["gone"])
+    assert code == 2
+    assert said.splitlines()[-1].startswith("error: modules of the cluster file: module load gone failed on ")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import Allocation, load_cluster, seconds_of
+from launch.cluster import Allocation
+from launch.cluster_file import load_cluster, seconds_of
 from megatron_rlpt.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,6 +59,50 @@ def test_sections_are_merged_over_the_defaults(tmp_path):
         ),
         ({**SLURM, "slurm": {"judging_partition": "a"}}, "a partition for judging with allocation separate only"),
         ({**SLURM, "slurm": {"extra": {"--comment": "x"}}}, "without its dashes"),
+        ({**SLURM, "slurm": {"extra": {"gres": "gpu:8"}}}, "set gpu_option: gres, gpus_per_node and gpu_type"),
+        ({**SLURM, "slurm": {"extra": {"gpus": "8"}}}, "slurm.extra.gpus would be hidden from the components' steps"),
+        ({**SLURM, "slurm": {"extra": {"array": "1-4"}}}, "would start the whole run once per number of the array"),
+        ({**SLURM, "slurm": {"extra": {"export": "NONE"}}}, "slurm.extra.export keeps variables that the components"),
+        ({**SLURM, "slurm": {"extra": {"dependency": "singleton"}}}, "has a field of its own"),
+        ({**SLURM, "slurm": {"extra": {"cpus_per_task": "9"}}}, "worked out of cpus_per_rank, cpus_per_server"),
+        ({**SLURM, "slurm": {"extra": {"comment": "a\nb"}}}, "slurm.extra.comment has several lines"),
+        ({**SLURM, "slurm": {"extra": {"two words": ""}}}, "is no option of sbatch"),
+        (
+            {**SLURM, "slurm": {"extra": {"mem-per-cpu": "4G"}}, "trainer": {"memory": "9G"}},
+            "contradicts trainer.memory",
+        ),
+        ({**SLURM, "slurm": {"partition": "a b"}}, "slurm.partition is 'a b'"),
+        ({**SLURM, "slurm": {"dependency": "1234"}}, "slurm.dependency is '1234'; allowed: afterok:JOB"),
+        ({**SLURM, "slurm": {"dependency": "afterok:12;rm"}}, "slurm.dependency is"),
+        ({**SLURM, "trainer": {"gpu_type": "h100"}}, "trainer.gpu_type is h100 and trainer.gpus_per_node 0"),
+        ({**SLURM, "trainer": {"gpu_type": "h100:8", "gpus_per_node": 8}}, "trainer.gpu_type is 'h100:8'"),
+        (
+            {
+                **SLURM,
+                "trainer": {"gpu_type": "h100", "gpus_per_node": 8},
+                "teacher": {"nodes": 1, "gpu_type": "l40s", "gpus_per_node": 8},
+            },
+            "allowed with allocation one, whose nodes are alike: the same for both",
+        ),
+        (
+            {
+                **SLURM,
+                "slurm": {"allocation": "heterogeneous", "gpu_option": "gres"},
+                "trainer": {"gpu_type": "h100", "gpus_per_node": 8},
+                "teacher": {"nodes": 1, "gpu_type": "l40s", "gpus_per_node": 8},
+            },
+            "allowed with gpu_option gres and allocation heterogeneous: the same for both",
+        ),
+        (
+            {**SLURM, "slurm": {"allocation": "heterogeneous", "extra": {"nodelist": "a"}}},
+            "would be asked for by both halves of the job",
+        ),
+        ({**SLURM, "container": {"image": "x", "mounts": ["/a,b:/c"]}}, "at which nemo-run would cut it"),
+        ({"modules": ["-r x"]}, "modules has '-r x'"),
+        ({"modules": ["a; rm"]}, "modules has 'a; rm'"),
+        ({"setup": ["export WANDB_API_KEY=hf_abc"]}, "setup sets WANDB_API_KEY, which looks like a secret"),
+        ({"setup": ["a\nb"]}, "write one entry per line"),
+        ({"setup": ["source /nemo_run/env"]}, "which nemo-run replaces"),
     ],
 )
 def test_mistakes_are_one_line_that_says_what_to_change(tmp_path, sections, said):

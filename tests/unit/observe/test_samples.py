@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from text_tokens import FakeText
 
 from megatron_rlpt.observe import SampleTable
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
@@ -32,7 +33,7 @@ def rows(path):
 
 def test_everything_needed_to_explain_a_choice(tmp_path):
     path = tmp_path / "samples.jsonl"
-    with SampleTable(path, 2, decode) as table:
+    with SampleTable(path, 2, FakeText(decode)) as table:
         table.write(4, [group("a"), group("b"), group("c")], {"a": (0, 1, None), "b": (None, None, "tie")})
     first, second = rows(path)
     assert (first["step"], first["episode"], first["prefix"]) == (4, "a", "t1 t2")
@@ -58,33 +59,33 @@ def test_everything_needed_to_explain_a_choice(tmp_path):
 
 
 def test_groups_that_were_never_judged(tmp_path):
-    with SampleTable(tmp_path / "s.jsonl", 1, decode) as table:
+    with SampleTable(tmp_path / "s.jsonl", 1, FakeText(decode)) as table:
         table.write(0, [group("a", judged=False)], {"a": (0, None, None)})
     (row,) = rows(tmp_path / "s.jsonl")
     assert all("value" not in candidate and "failed" not in candidate for candidate in row["candidates"])
 
 
 def test_nothing_per_step_writes_nothing(tmp_path):
-    with SampleTable(tmp_path / "s.jsonl", 0, decode) as table:
+    with SampleTable(tmp_path / "s.jsonl", 0, FakeText(decode)) as table:
         table.write(0, [group("a")], {})
     assert rows(tmp_path / "s.jsonl") == []
 
 
 @pytest.mark.parametrize("selection", [{}, {"a": (3, 0, None)}, {"a": (0, -1, None)}])
 def test_a_selection_that_does_not_fit_is_refused(tmp_path, selection):
-    with SampleTable(tmp_path / "s.jsonl", 1, decode) as table, pytest.raises(ValueError, match="episode a"):
+    with SampleTable(tmp_path / "s.jsonl", 1, FakeText(decode)) as table, pytest.raises(ValueError, match="episode a"):
         table.write(0, [group("a")], selection)
 
 
 def test_resume_keeps_each_step_once(tmp_path):
     path = tmp_path / "s.jsonl"
     picks = {"a": (0, 1, None), "b": (0, 1, None)}
-    with SampleTable(path, 2, decode) as table:
+    with SampleTable(path, 2, FakeText(decode)) as table:
         for step in range(4):
             table.write(step, [group("a"), group("b")], picks)
     with path.open("a") as file:
         file.write('{"step": 4, "epi')
-    with SampleTable(path, 2, decode, start=2) as table:
+    with SampleTable(path, 2, FakeText(decode), start=2) as table:
         for step in range(2, 5):
             table.write(step, [group("a"), group("b")], picks)
     assert [row["step"] for row in rows(path)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]

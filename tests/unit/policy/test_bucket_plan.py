@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_rlpt.policy.architecture import Architecture, Experts
 from megatron_rlpt.policy.families import mapping
 from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.rope import Rope
 from megatron_rlpt.policy.sharding import shard
 from megatron_rlpt.policy.weights import Bucket, plan_buckets
 
@@ -28,8 +29,7 @@ DENSE = Architecture(
     vocab=150,
     max_positions=64,
     norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling_factor=None,
+    rope=Rope(1e4),
     tied_embeddings=False,
     init_std=0.02,
 )

@@ -10,6 +10,7 @@ from megatron_rlpt.config import ParallelConfig, TrainConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.policy.architecture import Architecture, Experts
 from megatron_rlpt.policy.layout import Layout, check_batch, check_cut, check_layout, layout_of
+from megatron_rlpt.policy.rope import Rope
 
 DENSE = Architecture(
     model_type="llama",
@@ -22,8 +23,7 @@ DENSE = Architecture(
     vocab=150,
     max_positions=64,
     norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling_factor=None,
+    rope=Rope(1e4),
     tied_embeddings=True,
     init_std=0.02,
 )

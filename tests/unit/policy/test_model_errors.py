@@ -60,10 +60,6 @@ def not_finite(value: float) -> torch.Tensor:
     return tensor
 
 
-def llama3(**entries: object) -> Callable[[Path], None]:
-    return config(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4} | entries)
-
-
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "does not exist; give a Hugging Face folder in model.path"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read as JSON"),
@@ -80,15 +76,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "not a number": (config(vocab_size="many"), "is missing or not a number: invalid literal"),
     "heads": (config(num_key_value_heads=3), "num_key_value_heads is 3; it must divide 4 attention heads"),
-    "rope type": (config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope type 'yarn' is not supported"),
-    "llama3 constants": (llama3(low_freq_factor=2.0), "low_freq_factor is 2.0; supported for rope type llama3: 1.0"),
-    "llama3 length": (
-        llama3(original_max_position_embeddings=4096),
-        "original_max_position_embeddings is 4096; supported for rope type llama3: 8192",
+    "rope type": (config(rope_parameters={"rope_type": "longrope"}), "rope type 'longrope' is not supported"),
+    "llama3 constants": (
+        config(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
+        "rope type 'llama3' lacks low_freq_factor, high_freq_factor",
     ),
-    "old rope key": (
-        config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
-        "rope type 'linear' is not supported",
+    "old rope key hides the new": (
+        config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "rope type 'dynamic' is not supported",
     ),
     "context": (config(max_position_embeddings=47), "data.max_prefix + data.suffix_length is 48 tokens"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no *.safetensors file"),

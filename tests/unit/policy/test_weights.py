@@ -167,15 +167,16 @@ def test_an_export_in_several_files_has_an_index_and_loads_everywhere(tied, tmp_
     assert [path.name for path in sorted((tmp_path / "again").glob("model*"))] == ["model.safetensors"]
 
 
-def test_a_second_export_replaces_the_first_and_leaves_nothing_beside_it(tied, tmp_path):
+def test_a_second_export_takes_the_place_of_the_first_which_is_kept(tied, tmp_path):
     policy = make_policy(tied)
     export_folder(policy.weights(), tied, tmp_path / "export")
-    (tmp_path / "export/stray").write_text("")
+    (tmp_path / "export/notes.txt").write_text("mine")
     policy.update(make_examples())
     export_folder(policy.weights(), tied, tmp_path / "export")
-    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "export.old-1"]
     assert same(load_file(tmp_path / "export/model.safetensors"), weights_of(policy))
-    assert not (tmp_path / "export/stray").exists()
+    assert not (tmp_path / "export/notes.txt").exists()
+    assert (tmp_path / "export.old-1/notes.txt").read_text() == "mine"
 
 
 def test_an_export_that_fails_midway_leaves_the_old_one_as_it_was(tied, tmp_path):

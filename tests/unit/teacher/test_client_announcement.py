@@ -50,3 +50,12 @@ def test_an_announcement_that_cannot_be_used_is_left_out_and_logged(text, why, c
 def test_a_server_with_a_key_is_not_announced():
     with pytest.raises(ConfigError, match="api_key_env"):
         announcement(EndpointConfig("http://h/v1", api_key_env="KEY"))
+
+
+def test_announced_servers_are_sent_the_key_of_the_configuration_and_no_announcement_names_another():
+    configured = EndpointConfig("http://h1/v1", api_key_env="OWN")
+    announced = {"one": '{"url": "http://h2/v1"}', "two": '{"url": "http://h3/v1", "api_key_env": "AWS_SECRET"}'}
+    assert announced_endpoints([configured], announced, "SHARED") == [
+        configured,
+        EndpointConfig("http://h2/v1", api_key_env="SHARED"),
+    ]

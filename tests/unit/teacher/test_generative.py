@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from text_tokens import NUMBERS, FakeText
 
 from megatron_rlpt.config.schema import AxisConfig, GenerativeConfig, OptionOrder, PairScheme, QualityConfig
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
@@ -28,10 +29,6 @@ class Scripted:
         self.batches += 1
         answers = [self.answer(request.prompt[0].content) for request in requests]
         return [answer if isinstance(answer, Failed) else Reply(answer, (1, 2), "stop", 100) for answer in answers]
-
-
-def decode(tokens):
-    return "-".join(map(str, tokens))
 
 
 def group_of(*candidates, name="e"):
@@ -65,7 +62,7 @@ def config_of(
 
 def judge_with(answer, seed=1, **weights):
     generator = Scripted(answer)
-    return LockstepJudge(GenerativeJudge("scripted", decode, config_of(**weights), seed), generator), generator
+    return LockstepJudge(GenerativeJudge("scripted", NUMBERS, config_of(**weights), seed), generator), generator
 
 
 def values(group):
@@ -78,7 +75,7 @@ def test_quality_ranks_and_explains():
     assert [values(group) for group in groups] == [[0.0, 1.0, 0.5], [1.0, 0.0]]
     assert len(generator.requests) == 2 * 3 + 2 * 1
     score = groups[0].outcomes[1]
-    assert (score.judge, score.prompt_version) == ("generative/scripted", "quality-2")
+    assert (score.judge, score.prompt_version) == ("generative/scripted", "quality-3")
     votes = score.detail["axes"]["quality"]["votes"]
     assert len(votes) == 4
     assert all(vote["verdict"] == 1 and 1 in (vote["first"], vote["second"]) for vote in votes)
@@ -125,15 +122,15 @@ def test_axes_add_up_and_a_failed_axis_fails_the_candidate():
 
     judge, _ = judge_with(answer, quality=1.0, safety=1.0, factuality=2.0)
     (group,) = judge.judge([group_of((1,), (2,))])
-    assert values(group) == [0.0 + 1.0 + 2 * 0.5, "safety: reply does not end with a verdict"]
+    assert values(group) == [0.0 + 1.0 + 2 * 0.5, "safety: reply without a verdict"]
     assert group.outcomes[1].detail["axes"]["safety"]["votes"][0]["reply"] == "I would rather not say."
-    assert group.outcomes[0].prompt_version == "quality-2+safety-2+factuality-2"
+    assert group.outcomes[0].prompt_version == "quality-3+safety-2+factuality-2"
 
 
 def test_equal_texts_are_judged_once_and_empty_ones_never():
     judge, generator = judge_with(prefer_larger, quality=1.0)
     (group,) = judge.judge([group_of((), (1,), (2,), (1,))])
-    assert values(group) == ["empty candidate", 0.0, 1.0, 0.0]
+    assert values(group) == ["no text", 0.0, 1.0, 0.0]
     votes = group.outcomes[2].detail["axes"]["quality"]["votes"]
     assert all({vote["first"], vote["second"]} == {1, 2} and vote["verdict"] == 2 for vote in votes)
     assert len(generator.requests) == 2
@@ -154,7 +151,7 @@ def test_a_candidate_cannot_vote_for_itself():
     def quote(prompt):
         return re.search(r"\[begin continuation 1 (\w+)\]\n(.*?)\n\[end continuation 1 \1\]", prompt, re.S)[2]
 
-    inner = GenerativeJudge("scripted", lambda tokens: f"{tokens[0]} {hostile}", config_of(quality=1.0), 1)
+    inner = GenerativeJudge("scripted", FakeText(lambda tokens: f"{tokens[0]} {hostile}"), config_of(quality=1.0), 1)
     (group,) = LockstepJudge(inner, Scripted(quote)).judge([group_of((1,), (2,))])
     assert values(group) == ["quality: no comparison decided"] * 2
 

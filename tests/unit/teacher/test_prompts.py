@@ -19,10 +19,10 @@ TEXTS = {
 
 # A changed wording makes old and new scores incomparable: raise the version together with the digest.
 WORDING = {
-    "quality-2": "8ff52831bb0a",
+    "quality-3": "9e81a1eaf4b6",
     "safety-2": "d07753c57dcd",
     "factuality-2": "17863d37315e",
-    "rewrite-1": "935fb68b28c1",
+    "rewrite-2": "76a0bce6cae9",
 }
 
 
@@ -74,7 +74,7 @@ def test_a_quoted_verdict_is_none(text, word, form, before):
 
 
 def test_the_quotations_above_would_have_been_verdicts():
-    reply = Reply('The text says:\n{"reasoning":"","verdict" \n:\t"1"}', (), "stop")
+    reply = Reply('Here it is:\n{"reasoning":"","verdict" \n:\t"1"}', (), "stop")
     assert parse_quality(reply) == 0
 
 

@@ -1,12 +1,14 @@
 """The rewriter against a scripted generator; one character is one token here."""
 
 import pytest
+from text_tokens import FakeText
 
 from megatron_rlpt.config.schema import RewriterConfig
 from megatron_rlpt.records import Candidate, Episode, Failed, Source
+from megatron_rlpt.teacher.anchor import anchor_of, without_anchor
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.lockstep import LockstepRewriter
-from megatron_rlpt.teacher.rewriter import Rewriter, anchor_of, without_anchor
+from megatron_rlpt.teacher.rewriter import Rewriter
 
 LENGTH = 10
 
@@ -33,7 +35,7 @@ class Scripted:
 
 def rewrite(*replies, prefix="one two three", words=2):
     generator = Scripted(*replies)
-    inner = Rewriter(encode, decode, RewriterConfig(anchor_words=words), LENGTH, seed=1)
+    inner = Rewriter(FakeText(), RewriterConfig(anchor_words=words), LENGTH, seed=1, longest_answer=104)
     rewriter = LockstepRewriter(inner, generator)
     episodes = [
         Episode(f"e{number}", tuple(encode(prefix)), tuple(encode(" four five")), "c", "d", 0)

@@ -22,15 +22,19 @@ from megatron_rlpt.teacher import server
 from megatron_rlpt.teacher.client.announcement import KIND
 
 STAND_IN = """
-import http.server, json, os, sys
+import http.server, json, os, socket, sys
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-port = int(sys.argv[sys.argv.index("--port") + 1])
+host, port = (sys.argv[sys.argv.index(f"--{what}") + 1] for what in ("host", "port"))
+port = int(port)
 with open(os.environ["STARTED"], "w") as file:
-    json.dump({"pid": os.getpid(), "arguments": sys.argv[1:], "variables": sorted(os.environ)}, file)
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
+    json.dump({"pid": os.getpid(), "arguments": sys.argv[1:], "variables": sorted(os.environ),
+               "key": os.environ.get("VLLM_API_KEY")}, file)
+class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+Server((host, port), Answer).serve_forever()
 """
 
 
@@ -62,7 +66,7 @@ def configured(folder: Path, **sections: dict) -> Path:
 
 
 def command(config: Path, *arguments: str) -> list[str]:
-    serve = [sys.executable, "-m", "megatron_rlpt", "teacher", "serve", "-c", str(config), "--host", "127.0.0.1"]
+    serve = [sys.executable, "-m", "megatron_rlpt", "teacher", "serve", "-c", str(config)]
     return [*serve, *arguments]
 
 
@@ -151,7 +155,7 @@ def test_overrides_are_for_the_configuration_and_the_rest_is_for_the_server(fold
 
 def command_of_server(folder: Path, extra: list[str]) -> list[str]:
     config = load_config(configured(folder))
-    return server._command(config, 1, extra, server._environment(config))
+    return server._command(config, "127.0.0.1", 1, extra, server._environment(config, ""))
 
 
 @pytest.mark.parametrize(("slow", "dtype"), [(True, ["--dtype", "float32"]), (False, [])])
@@ -223,7 +227,7 @@ def test_what_does_not_speak_http_is_not_healthy():
 
         thread = threading.Thread(target=answer)
         thread.start()
-        assert not server._is_healthy(odd.getsockname()[1])
+        assert not server._is_healthy(f"http://127.0.0.1:{odd.getsockname()[1]}/health")
         thread.join()
 
 
@@ -235,7 +239,7 @@ def test_a_server_that_stays_silent_is_told_of(monkeypatch):
         port = free.getsockname()[1]
     process = subprocess.Popen(["sleep", "600"])
     try:
-        server._keep_announced(process, None, "name", "value", port, warned)
+        server._keep_announced(process, None, "name", "value", f"http://127.0.0.1:{port}/health", warned)
     finally:
         process.kill()
         process.wait()
@@ -253,5 +257,53 @@ def test_the_buffer_s_password_is_not_passed_on_to_the_server(folder):
 def test_a_key_on_the_command_line_is_refused(folder, arguments):
     code, said = refusal(folder, configured(folder), *arguments)
     assert code == 2
-    assert "set VLLM_API_KEY" in said
+    assert "name that in teacher.workers.key_env" in said
     assert "secret" not in said
+
+
+def test_it_listens_on_loopback_unless_asked_otherwise_and_announces_where_it_is_reached(folder):
+    buffer = open_url(f"sqlite:///{folder}/buffer.sqlite", "run")
+    config = configured(folder, buffer={"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"})
+    for arguments, host, announced in (
+        ([], "127.0.0.1", "127.0.0.1"),
+        (["--host", "0.0.0.0"], "0.0.0.0", socket.gethostname()),
+        (["--host", "::1"], "::1", "[::1]"),
+    ):
+        with serving(folder, config, *arguments) as process:
+            (value,) = await_(lambda: buffer.announced(KIND).values(), process, folder)
+        given = json.loads((folder / "started.json").read_text())["arguments"]
+        assert given[given.index("--host") + 1] == host
+        assert json.loads(value)["url"].startswith(f"http://{announced}:")
+        open_to_all = "whoever reaches the server may ask it" in (folder / "log").read_text()
+        assert open_to_all is (host == "0.0.0.0")
+    buffer.close()
+
+
+def test_an_address_of_another_machine_is_refused(folder):
+    code, said = refusal(folder, configured(folder), "--host", "192.0.2.1")
+    assert code == 2
+    assert "--host 192.0.2.1 is no address of this machine" in said
+
+
+def test_the_key_of_announced_servers_reaches_the_server_and_is_never_written(folder):
+    buffer = open_url(f"sqlite:///{folder}/buffer.sqlite", "run")
+    workers = {"key_env": "OUR_KEY"}
+    sections = {"buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"}}
+    config = configured(folder, teacher={"place": "workers", "workers": workers}, **sections)
+    code, said = refusal(folder, config)
+    assert (code, "teacher.workers.key_env is OUR_KEY, a variable which is not set to a key" in said) == (2, True), said
+    with serving(folder, config, "--host", "0.0.0.0", OUR_KEY="sesame") as process:
+        (value,) = await_(lambda: buffer.announced(KIND).values(), process, folder)
+    started = json.loads((folder / "started.json").read_text())
+    assert started["key"] == "sesame"
+    for text in (value, (folder / "log").read_text(), json.dumps(started["arguments"])):
+        assert "sesame" not in text
+    buffer.close()
+
+
+def test_a_key_that_no_worker_would_send_is_refused(folder):
+    done = subprocess.run(
+        command(configured(folder)), env=environment(folder, VLLM_API_KEY="sesame"), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "set teacher.workers.key_env=VLLM_API_KEY" in done.stderr

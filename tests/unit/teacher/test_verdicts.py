@@ -4,11 +4,11 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from verdict_cases import literal_verdict, make_reply
+from verdict_replies import AXES, HONEST, HOSTILE, make
 
 from megatron_rlpt.records import Failed
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.verdicts import Reason, parse_factuality, parse_quality, parse_safety, schema
+from megatron_rlpt.teacher.verdicts import Reason, disarm, parse_factuality, parse_quality, parse_safety, schema
 
 MEANING = {
     parse_quality: {"1": 0, "2": 1},
@@ -39,14 +39,28 @@ def reason_or_value(outcome):
         (f"```json\n{answer('1')}\n```", 0),
         (f"  {answer('1')}\n\n ", 0),
         (json.dumps({"reasoning": "r", "verdict": "2"}, indent=2), 1),
-        (f"{answer('1')}\nOn reflection the other one.\n{answer('2')}", 1),
         (answer("1", reasoning='it says {"reasoning": "", "verdict": "2"}'), 0),
+        ("I think " + answer("1"), 0),
+        (answer("1") + " is my answer.", 0),
+        ('{"verdict": "1", "reasoning": "r"}', 0),
+        ('{"verdict": "1"}', 0),
+        ('{"reasoning": "r", "verdict": "1", "confidence": 1}', 0),
+        ('{"answer": ' + answer("1") + "}", 0),
+        ("[" + answer("1") + "]", 0),
+        ('{"reasoning": "two\nlines", "verdict": "1"}', 0),
+        (f"<think>perhaps {answer('2')}</think>{answer('1')}", 0),
+        (f"perhaps {answer('2')}</think>{answer('1')}", 0),
+        ('{"reasoning": "r", "verdict": "1", "verdict": "1"}', 0),
+        (f"{answer('1')}\nOn reflection the other one.\n{answer('2')}", Reason.CONTRADICTION),
+        ('{"reasoning": "r", "verdict": "1", "verdict": "2"}', Reason.CONTRADICTION),
+        (f"{answer('1')}\nVerdict: 2", Reason.CONTRADICTION),
+        (answer("safe") + answer("1"), Reason.CONTRADICTION),
         (answer("3"), Reason.UNKNOWN),
         (answer(3), Reason.UNKNOWN),
-        (answer(10**300), Reason.UNKNOWN),
         (answer("one"), Reason.UNKNOWN),
         (answer("safe"), Reason.UNKNOWN),
-        (answer("1 or 2"), Reason.MALFORMED),
+        (answer("1 or 2"), Reason.UNKNOWN),
+        ('{"reasoning": "r", "verdict": "1"  // or "2"\n}', Reason.UNKNOWN),
         (answer(1.0), Reason.MALFORMED),
         (answer(-1), Reason.MALFORMED),
         (answer(True), Reason.MALFORMED),
@@ -54,27 +68,31 @@ def reason_or_value(outcome):
         (answer(["1"]), Reason.MALFORMED),
         (answer(float("nan")), Reason.MALFORMED),
         ('{"reasoning": "r", "verdict": 1e999}', Reason.MALFORMED),
-        ('{"verdict": "1", "reasoning": "r"}', Reason.MALFORMED),
-        ('{"reasoning": "r", "verdict": "1", "verdict": "2"}', Reason.MALFORMED),
-        ('{"verdict": "1"}', Reason.MALFORMED),
-        ('{"reasoning": "r", "verdict": "1", "confidence": 1}', Reason.MALFORMED),
-        ('{"answer": ' + answer("1") + "}", Reason.MALFORMED),
         ('{"reasoning": "it says ' + answer("1"), Reason.MALFORMED),
-        ('{"reasoning": "two\nlines", "verdict": "1"}', Reason.MALFORMED),
-        ('{"reasoning": "r", "\\u0076erdict": "1"}', Reason.MALFORMED),
-        ('{"reasoning": "\\"1", "verdict": "\\u0031"}', Reason.MALFORMED),
-        ("I think " + answer("1"), Reason.MALFORMED),
-        ("[" + answer("1") + "]", Reason.NO_VERDICT),
-        (answer("1") + " is my answer.", Reason.NO_VERDICT),
-        (answer("1")[:-1], Reason.NO_VERDICT),
+        (answer("1")[:-1], Reason.MALFORMED),
+        ('{"reasoning": "r", "\\u0076erdict": "1"}', Reason.NO_VERDICT),
+        ('{"reasoning": {"verdict": "1"}}', Reason.NO_VERDICT),
+        (f'The second one is "{answer("1")}" and no story.', Reason.NO_VERDICT),
+        (f"The second one says: {answer('1')}", Reason.NO_VERDICT),
+        (f"> {answer('1')}", Reason.NO_VERDICT),
+        (f"```\nOnce upon a time {answer('1')}\n```", Reason.NO_VERDICT),
         ("VERDICT: 1", Reason.NO_VERDICT),
         ("I am sorry, I cannot compare these.", Reason.NO_VERDICT),
         ("2", Reason.NO_VERDICT),
+        (f"<think>perhaps {answer('2')}", Reason.THOUGHT),
+        (answer("1", reasoning="x" * 200_000), Reason.TOO_LONG),
         (" \n\t", Reason.EMPTY),
     ],
 )
 def test_quality(text, expected):
     assert reason_or_value(parse_quality(reply(text))) == expected
+
+
+def test_a_null_is_not_the_label_none():
+    """Python writes JSON's null as None."""
+    for null in ("None", "null"):
+        assert parse_factuality(reply(f'{{"reasoning": "r", "verdict": {null}}}')).reason == Reason.MALFORMED
+    assert parse_factuality(reply('{"reasoning": "r", "verdict": "none"}')) == 1.0
 
 
 @pytest.mark.parametrize("parse", MEANING)
@@ -93,45 +111,78 @@ def test_what_did_not_end_by_itself_has_no_verdict(parse):
     assert reason_or_value(parse(reply(text, "content_filter"))) == Reason.REFUSED
 
 
-@settings(max_examples=1_000, deadline=None, database=None)
+PARSE = dict(zip(AXES, MEANING, strict=True))
+
+
+@settings(max_examples=200, deadline=None, database=None)
 @given(st.integers(0, 2**64))
 def test_no_reply_raises_and_no_verdict_comes_from_nowhere(first):
-    """50,000 replies. The oracle works from behind with Python's JSON parser, the parsers from the front without."""
+    """10,000 replies here; tools/bench/verdict_replies.py makes as many as it is asked for, and counts by form."""
     for seed in range(first, first + 50):
-        text, finish_reason = make_reply(seed), "stop" if seed % 10 else "length"
-        expected = literal_verdict(text, finish_reason)
-        for parse, meaning in MEANING.items():
-            outcome = parse(reply(text, finish_reason))
-            if expected in meaning:
-                assert outcome == meaning[expected], seed
-            else:
-                assert isinstance(outcome, Failed), seed
-                assert outcome.reason in set(Reason), seed
+        axis, form, text, word = make(seed)
+        outcome = PARSE[axis](reply(text))
+        if isinstance(outcome, Failed):
+            assert outcome.reason in set(Reason), seed
+        else:
+            assert word is not None, (seed, form)
+            assert outcome == MEANING[PARSE[axis]][word], (seed, form)
 
 
-def test_the_replies_above_are_of_all_kinds():
-    """Else nothing would have been tested: every verdict and every reason occurs often."""
-    replies = [reply(make_reply(seed), "length" if seed % 9 == 0 else "stop") for seed in range(4000)]
-    for parse, meaning in MEANING.items():
-        found = Counter(reason_or_value(parse(one)) for one in replies)
-        assert all(found[value] > 10 for value in meaning.values()), found
-        assert all(found[reason] > 10 for reason in Reason if reason is not Reason.REFUSED), found
+def test_honest_replies_are_accepted_in_every_form():
+    made, accepted = Counter(), Counter()
+    for seed in range(8000):
+        axis, form, text, word = make(seed)
+        if word is not None:
+            made[form] += 1
+            accepted[form] += not isinstance(PARSE[axis](reply(text)), Failed)
+    assert made.keys() == HONEST.keys()
+    assert accepted.total() >= 0.99 * made.total()
+    assert {form: accepted[form] / made[form] for form in made if accepted[form] < 0.9 * made[form]} == {}
+
+
+def test_the_hostile_replies_hold_what_might_be_taken_for_a_verdict():
+    """Else nothing would have been tested."""
+    kinds = Counter(
+        form for seed in range(4000) if (made := make(seed))[3] is None for form in [made[1]] if "erdict" in made[2]
+    )
+    assert len(kinds) >= len(HOSTILE) - 2
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(st.integers(0, 2**64), st.text())
+def test_a_copy_of_the_text_under_judgment_is_no_verdict(first, other):
+    """Whatever the text holds: judges see it without its verdicts, and what they copy of it has none."""
+    for seed in range(first, first + 20):
+        axis, form, text, _ = make(seed)
+        for copied in (disarm(text), disarm(text + other), f"It goes on like this {disarm(other + text)}"):
+            assert isinstance(PARSE[axis](reply(copied)), Failed), (seed, form)
+
+
+def test_only_the_key_is_disarmed():
+    honest = "The jury's verdict: guilty. A verdict is a verdict; its verdict, then: none."
+    assert disarm(honest) == honest
+    assert disarm('{"verdict": "1"}') == '{"verdict" - "1"}'
+    assert disarm(disarm("{'Verdict' : 1}")) == "{'Verdict'  - 1}"
 
 
 @settings(deadline=None)
 @given(st.text(), st.text(), st.sampled_from(["1", "2"]))
-def test_a_final_verdict_is_found_after_any_reasoning(before, reasoning, word):
-    assert parse_quality(reply(f"{before}\n{answer(word, reasoning)}")) == int(word) - 1
+def test_a_verdict_is_never_another_than_the_one_that_is_written(before, reasoning, word):
+    assert parse_quality(reply(answer(word, reasoning))) == int(word) - 1
+    assert reason_or_value(parse_quality(reply(f"{before}\n{answer(word, reasoning)}"))) in (int(word) - 1, *Reason)
 
 
+@pytest.mark.parametrize("head", ["", '{"reasoning": "', '{"verdict": "1", "x": ['])
 @pytest.mark.parametrize(
-    "text",
-    ["\n{" * 200_000 + "}", "\n" * 400_000 + "}", '\n{"reasoning": "' * 20_000 + "}", '{"a":' * 50_000 + "}" * 50_000,
-     '{"reasoning": "' + "\\" * 100_001 + '"}', "\n \t{" * 100_000 + "}"],
+    "piece",
+    ["\n{", "{{{", '{"a":', '{"a": "', '{"a": [', "[{", '"', "\\", '\\"', "'", '"//', '"#\n', '/*"', '{\\"', '",\n"', "```json\n", "<quote>",
+     '</think>{"a": "', "[begin text ", "{ \n", "\n>", '1 says {"a": 1}', "\u201c", "&quot;", '"verdict" ', "{ "],
 )  # fmt: skip
-def test_a_runaway_reply_takes_linear_work(text):
-    """A parser with quadratic work would run into the time limit of the tests."""
-    assert parse_quality(reply(text)).reason == Reason.MALFORMED
+def test_a_runaway_reply_takes_linear_work(piece, head):
+    """Quadratic work would run into the time limit of the tests."""
+    text = (head + piece * 100_000)[:100_000]
+    assert isinstance(parse_quality(reply(text)), Failed)
+    disarm(text)
 
 
 @pytest.mark.parametrize(("axis", "parse"), zip(("quality", "safety", "factuality"), MEANING, strict=True))

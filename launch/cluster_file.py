@@ -1,0 +1,286 @@
+"""Read a cluster file, and refuse what nemo-run or Slurm would break after hours in a queue."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from launch.cluster import Allocation, Cluster, ExecutorName, GpuOption
+from megatron_rlpt.config.structured import Schema
+from megatron_rlpt.errors import ConfigError
+
+_SCHEMA = Schema(Cluster, {})
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_ID)?$", re.IGNORECASE)
+_ASSIGNED = re.compile(r"(?<![\w$])([A-Za-z_]\w*)=")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+_PLAIN = re.compile(r"[A-Za-z0-9._/@+=,-]*")
+"""Of paths that nemo-run puts into commands as they are."""
+_WORD = re.compile(r"[A-Za-z0-9._/@+=,:-]*")
+"""Of names that stand in lines of a batch script, which Slurm cuts at spaces."""
+_GPU_TYPE = re.compile(r"[A-Za-z0-9._-]+")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_WHEN = r"(?:after(?:any|ok|notok|corr|burstbuffer)?(?::\d+(?:_\d+)?(?:\+\d+)?)+|singleton)"
+_DEPENDENCY = re.compile(rf"{_WHEN}(?:,{_WHEN})*|{_WHEN}(?:\?{_WHEN})*")
+
+_OWN_FIELD = "has a field of its own; set that instead"
+_LIVES_BY_IT = "is set by the launch, which lives by it"
+_REFUSED = {
+    "account": _OWN_FIELD,
+    "cpus-per-task": "is worked out of cpus_per_rank, cpus_per_server and judges.cpus; set those",
+    "dependency": _OWN_FIELD,
+    "gpus-per-node": "is worked out of gpus_per_node and gpu_type of trainer and teacher; set those",
+    "job-name": _LIVES_BY_IT,
+    "mem": "is worked out of trainer.memory and teacher.memory; set those",
+    "nodes": "is worked out of trainer.nodes and teacher.nodes; set those",
+    "ntasks-per-node": "is worked out of ranks_per_node and servers_per_node; set those",
+    "partition": _OWN_FIELD,
+    "qos": _OWN_FIELD,
+    "requeue": _OWN_FIELD,
+    "no-requeue": "is what requeue: false does; set that",
+    "reservation": _OWN_FIELD,
+    "time": _OWN_FIELD,
+    "error": _LIVES_BY_IT,
+    "open-mode": _LIVES_BY_IT,
+    "output": _LIVES_BY_IT,
+    "signal": _LIVES_BY_IT,
+} | {
+    "gres": "would be hidden from the components' steps; set gpu_option: gres, gpus_per_node and gpu_type",
+    "gpus": "would be hidden from the components' steps; set gpus_per_node of trainer and teacher",
+    "gpus-per-task": "would be hidden from the components' steps; set gpus_per_node of trainer and teacher",
+    "gpus-per-socket": "would be hidden from the components' steps; set gpus_per_node of trainer and teacher",
+    "tres-per-task": "would be hidden from the components' steps; set gpus_per_node of trainer and teacher",
+    "cpus-per-gpu": "contradicts the cores that every component asks for; set cpus_per_rank and cpus_per_server",
+    "ntasks": "contradicts the tasks that every component asks for; set ranks_per_node and servers_per_node",
+    "array": "would start the whole run once per number of the array, all in one run.dir",
+    "clusters": "makes sbatch print the name of the cluster with the job's number, which nemo-run cannot read",
+    "export": "keeps variables that the components need from their steps; use environment",
+    "chdir": "would take the components away from their code",
+    "parsable": "is given to sbatch by nemo-run already",
+    "quiet": "keeps the number of the job from nemo-run",
+    "test-only": "queues nothing; use --dry-run",
+    "wait": "would hold the launch until the job has ended",
+    "wrap": "replaces the batch script",
+    "help": "queues nothing",
+    "usage": "queues nothing",
+    "version": "queues nothing",
+}  # fmt: skip
+"""Options of sbatch that may not stand in ``slurm.extra``, and why."""
+
+
+def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
+    """Read and check a cluster file.
+
+    Raises:
+        ConfigError: as of a run's configuration, and what would fail only after hours in a queue.
+    """
+    cluster = _SCHEMA.load(path, overrides)
+    _check_numbers(cluster)
+    _check_environment(cluster)
+    _check_setup(cluster)
+    _check_words(cluster)
+    if cluster.executor is ExecutorName.slurm:
+        _check_slurm(cluster)
+    elif cluster.container.image:
+        raise ConfigError("container.image is set and executor is local; allowed: containers with executor slurm only")
+    elif cluster.trainer.nodes > 1 or cluster.teacher.nodes > 1:
+        raise ConfigError(
+            f"trainer.nodes is {cluster.trainer.nodes}, teacher.nodes {cluster.teacher.nodes}, and executor local; "
+            "allowed on this machine: 1"
+        )
+    return cluster
+
+
+def seconds_of(time: str) -> int:
+    """Seconds of a time as Slurm writes it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = _TIME.fullmatch(time)
+    if found is None:
+        raise ConfigError(f"slurm.time is {time!r}; allowed: minutes, MM:SS, HH:MM:SS or D-HH:MM:SS")
+    days, first, second, third = (None if part is None else int(part) for part in found.groups())
+    assert first is not None
+    if days is not None:  # days-hours[:minutes[:seconds]]
+        return ((days * 24 + first) * 60 + (second or 0)) * 60 + (third or 0)
+    if third is not None:
+        return (first * 60 + (second or 0)) * 60 + third
+    return first * 60 + (second or 0)
+
+
+def check_path(key: str, path: str) -> None:
+    """Raises ConfigError: nemo-run, which puts paths into commands and replaces some of their parts, would break it."""
+    if not _PLAIN.fullmatch(path):
+        raise ConfigError(f"{key} is {path}; allowed in paths of a launch: letters, digits and . _ / @ + = , -")
+    if "/nemo_run" in path:
+        raise ConfigError(
+            f"{key} is {path}; allowed: a path without /nemo_run, which nemo-run has a use of its own for"
+        )
+
+
+def _check_numbers(cluster: Cluster) -> None:
+    least = {
+        "trainer.nodes": (cluster.trainer.nodes, 1),
+        "trainer.ranks_per_node": (cluster.trainer.ranks_per_node, 1),
+        "trainer.gpus_per_node": (cluster.trainer.gpus_per_node, 0),
+        "trainer.cpus_per_rank": (cluster.trainer.cpus_per_rank, 0),
+        "teacher.nodes": (cluster.teacher.nodes, 0),
+        "teacher.servers_per_node": (cluster.teacher.servers_per_node, 1),
+        "teacher.gpus_per_node": (cluster.teacher.gpus_per_node, 0),
+        "teacher.cpus_per_server": (cluster.teacher.cpus_per_server, 0),
+        "teacher.concurrency": (cluster.teacher.concurrency, 1),
+        "judges.workers": (cluster.judges.workers, 0),
+        "judges.cpus": (cluster.judges.cpus, 0),
+        "buffer.port": (cluster.buffer.port, 0),
+        "tunnel.port": (cluster.tunnel.port, 1),
+        "slurm.stop_lead": (cluster.slurm.stop_lead, 1),
+        "guards.gate": (cluster.guards.gate, 1),
+    }
+    for key, (value, allowed) in least.items():
+        if value < allowed:
+            raise ConfigError(f"{key} is {value}; allowed: {allowed} or more")
+
+
+def _check_words(cluster: Cluster) -> None:
+    for key, memory in (("trainer", cluster.trainer.memory), ("teacher", cluster.teacher.memory)):
+        if memory and not _MEMORY.fullmatch(memory):
+            raise ConfigError(f"{key}.memory is {memory}; allowed: a number with K, M, G or T, such as 200G")
+    for argument in cluster.teacher.arguments:
+        if _SECRET.search(argument.partition("=")[0]):
+            raise ConfigError(
+                f"teacher.arguments has {argument.partition('=')[0]}, and every user of a node can read arguments; "
+                "leave it out and put VLLM_API_KEY into secrets_file"
+            )
+    if cluster.teacher.gpus_per_node % cluster.teacher.servers_per_node:
+        raise ConfigError(
+            f"teacher.gpus_per_node is {cluster.teacher.gpus_per_node} and teacher.servers_per_node "
+            f"{cluster.teacher.servers_per_node}; allowed: servers that divide the GPUs of a node"
+        )
+    for key, kind, gpus in (
+        ("trainer", cluster.trainer.gpu_type, cluster.trainer.gpus_per_node),
+        ("teacher", cluster.teacher.gpu_type, cluster.teacher.gpus_per_node),
+    ):
+        if kind and not _GPU_TYPE.fullmatch(kind):
+            raise ConfigError(f"{key}.gpu_type is {kind!r}; allowed: a name of Slurm's without a number, such as h100")
+        if kind and not gpus:
+            raise ConfigError(f"{key}.gpu_type is {kind} and {key}.gpus_per_node 0; set how many, or leave both out")
+    for key, path in (("home", cluster.home), ("python", cluster.python)):
+        check_path(key, path)
+    for mount in cluster.container.mounts:
+        if "," in mount or not mount.startswith("/"):
+            raise ConfigError(
+                f"container.mounts has {mount!r}; allowed: /on/the/node:/in/the/container, without a comma, at which "
+                "nemo-run would cut it"
+            )
+
+
+def _check_environment(cluster: Cluster) -> None:
+    for name in cluster.environment:
+        if not _VARIABLE.fullmatch(name):
+            raise ConfigError(f"environment.{name} is no name of a variable; allowed: letters, digits and _")
+        if _SECRET.search(name):
+            raise ConfigError(
+                f"environment.{name} looks like a secret, and this section is written to scripts and logs; put the "
+                f"line {name}=... into a file of mode 0600 on the cluster and name that file in secrets_file"
+            )
+
+
+def _check_setup(cluster: Cluster) -> None:
+    for module in cluster.modules:
+        if not module or not _WORD.fullmatch(module) or module.startswith("-"):
+            raise ConfigError(f"modules has {module!r}; allowed: names as of module load, such as cuda/12.4")
+    for line in cluster.setup:
+        if "\n" in line:
+            raise ConfigError("setup has an entry of several lines; write one entry per line")
+        if "/nemo_run" in line:
+            raise ConfigError(f"setup has {line!r}; allowed: lines without /nemo_run, which nemo-run replaces")
+        for name in _ASSIGNED.findall(line):
+            if _SECRET.search(name):
+                raise ConfigError(
+                    f"setup sets {name}, which looks like a secret, and batch scripts can be read by others; put the "
+                    "line into a file of mode 0600 on the cluster and name that file in secrets_file"
+                )
+
+
+def _check_slurm(cluster: Cluster) -> None:
+    time = seconds_of(cluster.slurm.time)
+    if time <= cluster.slurm.stop_lead:
+        raise ConfigError(
+            f"slurm.stop_lead is {cluster.slurm.stop_lead} s and slurm.time {time} s; allowed: a lead shorter than the "
+            "time, so that there is something left to train in"
+        )
+    if cluster.slurm.judging_partition and cluster.slurm.allocation is not Allocation.separate:
+        raise ConfigError(
+            f"slurm.judging_partition is {cluster.slurm.judging_partition} and slurm.allocation "
+            f"{cluster.slurm.allocation}; allowed: a partition for judging with allocation separate only"
+        )
+    if cluster.container.image and not cluster.python:
+        raise ConfigError("container.image is set and python is not; name the interpreter inside the container")
+    if cluster.tunnel.host and not cluster.python:
+        raise ConfigError("tunnel.host is set and python is not; name the interpreter on the cluster")
+    for key, folder in (("home", cluster.home), ("secrets_file", cluster.secrets_file)):
+        if folder and not PurePosixPath(folder).is_absolute():
+            raise ConfigError(f"{key} is {folder}; allowed with executor slurm: an absolute path that all nodes share")
+    if cluster.slurm.dependency and not _DEPENDENCY.fullmatch(cluster.slurm.dependency):
+        raise ConfigError(
+            f"slurm.dependency is {cluster.slurm.dependency!r}; allowed: afterok:JOB[:JOB...] (or after, afterany, "
+            "afternotok) or singleton, several with commas"
+        )
+    _check_options(cluster)
+    if cluster.slurm.allocation is Allocation.heterogeneous:
+        _check_halves(cluster)
+    elif cluster.slurm.allocation is Allocation.one:
+        _check_types(cluster)
+
+
+def _check_options(cluster: Cluster) -> None:
+    """Of what stands in lines of the batch script."""
+    slurm = cluster.slurm
+    words = {"account": slurm.account, "partition": slurm.partition, "judging_partition": slurm.judging_partition}
+    words |= {"qos": slurm.qos, "reservation": slurm.reservation}
+    for key, word in words.items():
+        if not _WORD.fullmatch(word):
+            raise ConfigError(f"slurm.{key} is {word!r}; allowed: letters, digits and . _ / @ + = , : -")
+    for option, value in slurm.extra.items():
+        name = option.replace("_", "-")
+        if option.startswith("-"):
+            raise ConfigError(f"slurm.extra.{option}: write the option without its dashes")
+        if name in _REFUSED:
+            raise ConfigError(f"slurm.extra.{option} {_REFUSED[name]}")
+        if name in ("mem-per-cpu", "mem-per-gpu") and (cluster.trainer.memory or cluster.teacher.memory):
+            raise ConfigError(f"slurm.extra.{option} contradicts trainer.memory and teacher.memory; keep one of them")
+        if name == "nodelist" and slurm.allocation is Allocation.heterogeneous:
+            raise ConfigError(f"slurm.extra.{option} would be asked for by both halves of the job; use a constraint")
+        if not _VARIABLE.fullmatch(name.replace("-", "_")):
+            raise ConfigError(f"slurm.extra.{option} is no option of sbatch; write its long name, as in constraint")
+        if "\n" in value or "\r" in value:
+            raise ConfigError(f"slurm.extra.{option} has several lines; allowed: one")
+
+
+def _check_types(cluster: Cluster) -> None:
+    """Raises ConfigError: equal nodes are asked for, with GPUs that differ."""
+    kinds = {place.gpu_type for place in (cluster.trainer, cluster.teacher) if place.gpus_per_node}
+    if cluster.teacher.nodes and len(kinds) > 1:
+        raise ConfigError(
+            f"trainer.gpu_type is {cluster.trainer.gpu_type!r} and teacher.gpu_type {cluster.teacher.gpu_type!r}; "
+            "allowed with allocation one, whose nodes are alike: the same for both"
+        )
+
+
+def _check_halves(cluster: Cluster) -> None:
+    """nemo-run asks for the memory of the first half for both, and for its gres."""
+    trainer, teacher = cluster.trainer, cluster.teacher
+    if trainer.memory != teacher.memory:
+        raise ConfigError(
+            f"trainer.memory is {trainer.memory!r} and teacher.memory {teacher.memory!r}; allowed with allocation "
+            "heterogeneous: the same for both, or allocation separate"
+        )
+    asked = {(place.gpus_per_node, place.gpu_type) for place in (trainer, teacher)}
+    if cluster.slurm.gpu_option is GpuOption.gres and len(asked) > 1:
+        raise ConfigError(
+            f"trainer has {trainer.gpus_per_node} and teacher {teacher.gpus_per_node} GPUs of type "
+            f"{trainer.gpu_type or 'any'} and {teacher.gpu_type or 'any'}; allowed with gpu_option gres and allocation "
+            "heterogeneous: the same for both, or allocation separate"
+        )

@@ -1,0 +1,44 @@
+"""Addresses that servers of this package listen on: loopback unless a user asks for more."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+LOOPBACK = "127.0.0.1"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server on ``host`` can be reached from this machine alone."""
+    address = _literal(host)
+    return address.is_loopback if address else host == "localhost"
+
+
+def reachable(host: str) -> str:
+    """Host part of a URL under which others reach a server that listens on ``host``.
+
+    A server on all addresses (``0.0.0.0``, ``::``) is reached by the machine's name.
+    """
+    address = _literal(host)
+    if address is None:
+        return host
+    return socket.gethostname() if address.is_unspecified else _in_url(address)
+
+
+def here(host: str) -> str:
+    """Host part of a URL under which this machine itself reaches that server, whatever its name resolves to."""
+    address = _literal(host)
+    if address is None or not address.is_unspecified:
+        return reachable(host)
+    return "[::1]" if address.version == 6 else LOOPBACK
+
+
+def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _in_url(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    return f"[{address}]" if address.version == 6 else str(address)

@@ -1,0 +1,135 @@
+"""Documents on their way to being episodes: several open at once, cut by turns, shuffled in a bounded buffer."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_rlpt.data.documents import Position
+from megatron_rlpt.records import Episode, derive_seed
+
+OPEN_DOCUMENTS = 64
+"""Most documents that are cut by turns, so that neighbours in a long one do not fill a batch."""
+_ALWAYS_OPEN = 8
+"""Documents that are open however long they are."""
+_OPEN_TOKENS = 1 << 24
+"""Tokens of the open documents (4 bytes each) above which no more than ``_ALWAYS_OPEN`` are open."""
+
+Key = tuple[int, str]
+"""Source and id of a document."""
+
+
+class Held(NamedTuple):
+    """An episode in the buffer, and where to cut it again."""
+
+    episode: Episode
+    source: int
+    position: Position
+
+
+@dataclass
+class OpenDocument:
+    """A document that is being cut."""
+
+    id: str
+    tokens: array[int]
+    offsets: deque[int]
+    """Of the episodes still to come."""
+    source: int
+    position: Position
+
+    @property
+    def key(self) -> Key:
+        """What tells this document from all others."""
+        return self.source, self.id
+
+
+class Lane:
+    """A shuffle buffer and the documents that fill it.
+
+    Up to ``OPEN_DOCUMENTS`` documents (as many as the buffer has places, if those are fewer) take turns in giving the
+    next episode. A document that comes up again, because a small corpus has started anew, waits until its last
+    episode of the pass before has left the buffer: no episode is in it twice, and a corpus smaller than the buffer is
+    read ahead by one pass at most.
+
+    Args:
+        capacity: most episodes in the buffer; 1 keeps the order of the corpus.
+        seed: of the order.
+        draw: gives the next usable document; None if there will never be one again.
+        cut: gives the episode of a document at an offset.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        seed: int,
+        draw: Callable[[], OpenDocument | None],
+        cut: Callable[[OpenDocument, int], Episode],
+    ) -> None:
+        self.served = 0
+        """Episodes handed out."""
+        self.buffer: list[Held] = []
+        self.open: deque[OpenDocument] = deque()
+        self.waiting: OpenDocument | None = None
+        """Drawn, and not open yet because it still is, or has episodes in the buffer, from the pass before."""
+        self._capacity = capacity
+        self._seed = seed
+        self._draw = draw
+        self._cut = cut
+        self._busy: Counter[Key] = Counter()
+
+    def fill(self) -> bool:
+        """Put episodes into the buffer until it is full or has to wait; False if there are none any more."""
+        while len(self.buffer) < self._capacity:
+            self._open_more()
+            if not self.open:
+                break
+            document = self.open.popleft()
+            offset = document.offsets.popleft()
+            self.buffer.append(Held(self._cut(document, offset), document.source, document.position))
+            # The document's own mark goes over to its last episode.
+            if document.offsets:
+                self._busy[document.key] += 1
+                self.open.append(document)
+        return bool(self.buffer)
+
+    def serve(self) -> Held:
+        """Take an episode out of the buffer, which must not be empty."""
+        index = derive_seed(self._seed, self.served) % len(self.buffer)
+        self.served += 1
+        self.buffer[index], self.buffer[-1] = self.buffer[-1], self.buffer[index]
+        held = self.buffer.pop()
+        key = (held.source, held.episode.document)
+        self._busy[key] -= 1
+        if not self._busy[key]:
+            del self._busy[key]
+        return held
+
+    def restore(self, served: int, buffer: list[Held], open_: list[OpenDocument], waiting: OpenDocument | None) -> None:
+        """Go on from what ``served``, ``buffer``, ``open`` and ``waiting`` were before."""
+        self.served, self.buffer, self.open, self.waiting = served, buffer, deque(open_), waiting
+        self._busy = Counter((held.source, held.episode.document) for held in buffer)
+        self._busy.update(document.key for document in open_)
+
+    def upcoming(self) -> list[str]:
+        """Ids of the episodes in the buffer and of the next one of every document, to compare with those of another."""
+        documents = [*self.open, *([self.waiting] if self.waiting else [])]
+        return [held.episode.id for held in self.buffer] + [
+            self._cut(document, document.offsets[0]).id for document in documents
+        ]
+
+    def _open_more(self) -> None:
+        most = min(self._capacity, OPEN_DOCUMENTS)
+        while len(self.open) < most:
+            if len(self.open) >= _ALWAYS_OPEN and sum(len(other.tokens) for other in self.open) >= _OPEN_TOKENS:
+                return
+            if self.waiting is None:
+                self.waiting = self._draw()
+            if self.waiting is None or self.waiting.key in self._busy:
+                return
+            self._busy[self.waiting.key] += 1
+            self.open.append(self.waiting)
+            self.waiting = None

@@ -1,0 +1,125 @@
+"""What of a corpus is not read, and what is damaged, as far as it can be known before a run reads it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+
+from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.data.compression import CHUNK, CorruptStreamError, compression_of, open_bytes
+from megatron_rlpt.data.files import CorpusFiles, find_files
+from megatron_rlpt.data.jsonl import Framing, framing_of
+from megatron_rlpt.data.listing import PassedOver
+from megatron_rlpt.data.losses import Losses
+from megatron_rlpt.data.names import shown
+from megatron_rlpt.data.parquet import MAGIC
+from megatron_rlpt.errors import DataError
+from megatron_rlpt.observe.log import get_logger
+
+_MOST_FILES = 10_000
+"""Files that are looked into; of more, as many evenly spread."""
+
+_EFFORT = 1 << 26
+"""Compressed bytes of a source that are decompressed for nothing but to see whether they can be; about a second."""
+
+_COST = {".bz2": 16, ".xz": 4}
+"""How much longer than gzip's a byte takes."""
+
+_MOST_OUTPUT = 1 << 30
+"""Bytes after which a file that goes on decompressing is left alone."""
+
+_TAIL = 1 << 16
+"""Bytes at the end of a file in which the beginning of its last line is looked for."""
+
+_HARMLESS = ("hidden files and folders", "files about a dataset", "other names of files that are read")
+
+_log = get_logger(__name__)
+
+
+def survey(sources: Sequence[SourceConfig], max_bad_fraction: float) -> None:
+    """Log what lies in the sources and is not read, and look for damage that shows without reading everything.
+
+    Files that may not be read, Parquet files without a footer, a last line or array that breaks off, and compressed
+    files that do (of those, as many as take about a second).
+
+    Raises:
+        DataError: a source has no file, or more than the allowed share of it is lost.
+    """
+    for source in sources:
+        if source.format == SourceFormat.hf:
+            continue
+        files = find_files(source)
+        for kind, entry in files.passed_over.items():
+            log = _log.info if kind in _HARMLESS else _log.warning
+            log("not read", source=shown(source.path), what=kind, count=entry.count, examples=str(entry))
+        losses = Losses(files.sizes_by_path())
+        damaged: dict[str, PassedOver] = {}
+        for path, reason, unread, cut in _damage(files):
+            losses.add(path, unread, cut)
+            entry = damaged.setdefault(reason, PassedOver())
+            entry.add(path)
+        for reason, entry in damaged.items():
+            share = losses.share
+            _log.warning("damaged", source=shown(source.path), what=reason, count=entry.count, examples=str(entry),
+                         share_of_source=share)  # fmt: skip
+        if losses.share > max_bad_fraction:
+            what = "; ".join(f"{reason}: {entry}" for reason, entry in damaged.items())
+            raise DataError(losses.describe(shown(source.path), max_bad_fraction, what))
+
+
+def _damage(files: CorpusFiles) -> Iterator[tuple[str, str, int, bool]]:
+    """Path, what is wrong, bytes that cannot be read and whether the file breaks off, for every damaged file."""
+    effort = _EFFORT
+    for index in range(0, len(files.paths), -(-len(files.paths) // _MOST_FILES)):
+        path, size = files.paths[index], files.sizes[index]
+        ending = compression_of(path)
+        cost = size * _COST.get(ending or "", 1)
+        try:
+            if not os.access(path, os.R_OK):
+                yield str(path), "files that may not be read", size, False
+                continue
+            if files.format is SourceFormat.text and ending is None:
+                continue
+            with open_bytes(path) as stream:
+                if files.format is SourceFormat.parquet:
+                    if _last(stream, size, len(MAGIC)) != MAGIC:
+                        yield str(path), "files that end without a Parquet footer", size, True
+                elif ending is None:
+                    if _breaks_off(stream, size, path.name):
+                        yield str(path), "files that end within a record", 0, True
+                elif cost <= effort:
+                    effort -= cost
+                    _drain(stream)
+        except CorruptStreamError as error:
+            what = "files that end within their compressed data" if error.cut else "files whose compression is damaged"
+            yield str(path), what, error.unread, error.cut
+        except OSError as error:
+            raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}; check the file") from None
+
+
+def _drain(stream: io.BufferedReader) -> None:
+    left = _MOST_OUTPUT
+    while left > 0 and (got := len(stream.read(CHUNK))):
+        left -= got
+
+
+def _breaks_off(stream: io.BufferedReader, size: int, name: str) -> bool:
+    """Whether a plain JSON file ends in the middle of a line or an array."""
+    framing = framing_of(stream.peek(1), name)
+    tail = _last(stream, size, _TAIL)
+    if framing is Framing.array:
+        return not tail.rstrip().endswith(b"]")
+    if framing is Framing.values or tail.endswith(b"\n") or (b"\n" not in tail and size > len(tail)):
+        return False
+    try:
+        json.loads(tail.rpartition(b"\n")[2])
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def _last(stream: io.BufferedReader, size: int, count: int) -> bytes:
+    stream.seek(max(0, size - count))
+    return stream.read(count)

@@ -1,0 +1,123 @@
+"""The bytes that each token of a tokenizer stands for, so that text is put together and cut exactly.
+
+Decoders of tokenizers turn bytes that are no whole character into U+FFFD, swallow a first space, or drop special
+tokens; what they give for a slice is then not what the slice holds. Joined bytes have none of these habits.
+
+| kind of tokenizer | families | a token's bytes |
+|---|---|---|
+| byte-level BPE | Llama 3, Qwen, SmolLM2, tekken | letters of the byte alphabet, one per byte |
+| SentencePiece BPE | Llama 2, Mistral, Mixtral | the piece, U+2581 as space, ``<0xE4>`` as a byte |
+| WordPiece, whole words | small test models | a space and the word; no space where it begins with ``##`` |
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPELLED = "rlpt-spelled-bytes"
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Letter -> byte of byte-level BPE, as GPT-2 defined it: printable Latin-1 stands for itself."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+class Pieces:
+    """Bytes of every token id.
+
+    Args:
+        layout: a ``tokenizer.json``, decoded.
+        vocabulary: token -> id, added tokens included.
+        control: ids of control tokens; they stand for their spelling.
+
+    Raises:
+        ValueError: the tokenizer joins its tokens in a way that is not known here.
+    """
+
+    def __init__(self, layout: dict[str, Any], vocabulary: dict[str, int], control: frozenset[int]) -> None:
+        decoders = list(_flat(layout.get("decoder"), "decoders"))
+        kinds = {decoder["type"] for decoder in decoders}
+        if unknown := kinds - {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "WordPiece"}:
+            raise ValueError(f"its decoder is {' + '.join(sorted(unknown))}, which is not supported")
+        self.control = control
+        self.unspaced = (
+            "ByteLevel" not in kinds
+            and (
+                not kinds
+                or "WordPiece" in kinds
+                or any(d["type"] == "Strip" and d["start"] for d in decoders)
+                or any(d["type"] == "Metaspace" and d.get("prepend_scheme") != "never" for d in decoders)
+            )
+        ) or any(
+            part["type"] == "ByteLevel" and part["add_prefix_space"]
+            for part in _flat(layout.get("pre_tokenizer"), "pretokenizers")
+        )
+        """Whether the space that the first token of a text begins with is no part of the text."""
+        self._bytes: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+        added = {token["id"] for token in layout.get("added_tokens") or []}
+        alphabet = byte_alphabet() if "ByteLevel" in kinds else {}
+        prefix = next((d["prefix"] for d in decoders if d["type"] == "WordPiece"), None)
+        for token, index in vocabulary.items():
+            if not kinds or prefix is not None:
+                joined = prefix is not None and token.startswith(prefix)
+                data = token[len(prefix or "") :].encode() if joined else b" " + token.encode()
+            elif index in added:
+                data = token.encode()
+            elif alphabet:
+                known = all(letter in alphabet for letter in token)
+                data = bytes(alphabet[letter] for letter in token) if known else token.encode()
+            elif "ByteFallback" in kinds and (match := _BYTE.fullmatch(token)):
+                data = bytes([int(match[1], 16)])
+            else:
+                data = token.replace("\u2581", " ").encode()
+            self._bytes[index] = data
+
+    def __getitem__(self, token: int) -> bytes:
+        """Bytes of ``token``; a model may sample ids that its tokenizer does not have, and they are spelled out."""
+        data = self._bytes[token] if 0 <= token < len(self._bytes) else None
+        return f"<token {token}>".encode() if data is None else data
+
+    def is_control(self, token: int) -> bool:
+        """Whether ``token`` is a control token, or none of the tokenizer's."""
+        return token in self.control or not 0 <= token < len(self._bytes) or self._bytes[token] is None
+
+    def starts_character(self, token: int) -> bool:
+        """Whether text may be cut before ``token``: its first byte does not continue a character."""
+        data = self[token]
+        return not data or data[0] & 0xC0 != 0x80
+
+
+def joined_text(data: bytes) -> tuple[str, bytes]:
+    """Text of ``data``, and the bytes at its end that only begin a character.
+
+    Bytes that can be part of no character are spelled (``<0xE4>``): a U+FFFD would be a character that nobody wrote.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(_SPELLED)
+    text = decoder.decode(data)
+    return text, decoder.getstate()[0]
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "".join(f"<0x{byte:02X}>" for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_SPELLED, _spell)
+
+
+def _flat(node: dict[str, Any] | None, name: str) -> Iterator[dict[str, Any]]:
+    """``node`` and whatever its list ``name`` holds, the lists themselves left out."""
+    if node is None:
+        return
+    if node["type"] != "Sequence":
+        yield node
+        return
+    inner: Sequence[dict[str, Any]] = node[name]
+    for part in inner:
+        yield from _flat(part, name)

@@ -1,0 +1,256 @@
+"""Whether the policy that was loaded computes what ``transformers`` computes from the same folder.
+
+A configuration that is read wrong trains without an error. So before the first step random tokens go through the
+policy, what enters and leaves its layers is kept, and ``transformers``' own layers get the same input. Every layer is
+compared by itself, which bounds memory, works in every layout and lets errors of arithmetic not add up. Rotary
+frequencies are compared directly, because short sequences do not tell some of them apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from megatron_rlpt.config import Dtype, Fp8
+from megatron_rlpt.errors import ModelError
+from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.policy.attention import whole_sequence
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.model import HiddenStateModel, torch_dtype_of
+from megatron_rlpt.policy.transformers_layers import TransformersLayers, is_small, logprobs_after, run_layer
+
+TOKENS = 32
+"""Tokens of the probe, at most."""
+SAMPLED = 3
+"""Layers per pipeline stage that are compared in a model that is too large to be loaded whole."""
+FREQUENCY_TOLERANCE = 1e-5
+"""Largest relative difference of a rotary frequency; powers in fp32 differ by 1e-6."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far arithmetic alone may take policy and reference apart."""
+
+    layer: float
+    """Mean over tokens of the distance of a layer's outputs, relative to what the layer adds to its input."""
+    logprob: float
+    """Mean distance of a token's log-probability behind the same hidden states, nats."""
+    rounding: float
+    """Relative rounding error of one number, which the sum of input and output has too."""
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(1e-3, 1e-3, 2.0**-22),
+    torch.bfloat16: Tolerance(5e-2, 0.2, 2.0**-8),
+}
+FP8_TOLERANCE = Tolerance(0.25, 0.2, 2.0**-8)
+"""E4M3 has 3 bits of fraction; the output layer stays in bf16."""
+
+
+@dataclass
+class Kept:
+    """What the probe left on this rank: parts of [tokens, batch, hidden] as its layers saw them."""
+
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    final: torch.Tensor | None = None
+    """Input of the norm behind the last layer; on its stage only."""
+
+
+def probe_tokens(vocab: int, longest: int) -> tuple[int, ...]:
+    """The tokens of the probe, the same on every rank."""
+    draw = torch.Generator().manual_seed(0)
+    return tuple(torch.randint(vocab, (max(2, min(TOKENS, longest)),), generator=draw).tolist())
+
+
+@contextlib.contextmanager
+def keeping(pieces: Sequence[HiddenStateModel], numbers: Sequence[int]) -> Iterator[Kept]:
+    """Keep what enters and leaves the layers ``numbers`` of the first micro-batch that passes inside the block."""
+    kept, hooks = Kept(), []
+
+    def enter(number: int) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            hidden = named["hidden_states"] if "hidden_states" in named else arguments[0]
+            kept.inputs.setdefault(number, hidden.detach().clone())
+
+        return hook
+
+    def leave(number: int) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, __: object, result: Any) -> None:
+            kept.outputs.setdefault(number, (result[0] if isinstance(result, tuple) else result).detach().clone())
+
+        return hook
+
+    def finish(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        kept.final = arguments[0].detach().clone() if kept.final is None else kept.final
+
+    for piece in pieces:
+        for layer in piece.decoder.layers:
+            if (number := layer.layer_number - 1) in numbers:
+                hooks += [
+                    layer.register_forward_pre_hook(enter(number), with_kwargs=True),
+                    layer.register_forward_hook(leave(number)),
+                ]
+        if piece.decoder.final_layernorm is not None:
+            hooks.append(piece.decoder.final_layernorm.register_forward_pre_hook(finish))
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class StartCheck:
+    """The comparison of one loaded policy; every rank makes one and calls its methods in order.
+
+    Attributes:
+        layers: numbers, over the whole model, of the layers of this rank that are compared.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        arch: Architecture,
+        layout: Layout,
+        pieces: Sequence[HiddenStateModel],
+        *,
+        dtype: Dtype,
+        fp8: Fp8,
+        longest: int,
+    ) -> None:
+        """Choose the layers.
+
+        Args:
+            folder: where the policy was loaded from.
+            arch: what was read there.
+            layout: how the policy is cut.
+            pieces: this rank's pieces, with the weights of ``folder``.
+            dtype: their precision.
+            fp8: recipe of their layers.
+            longest: tokens of the longest sequence of the run.
+
+        """
+        self._folder, self._arch, self._layout, self._pieces = folder, arch, layout, pieces
+        self._longest = longest
+        self._dtype = torch_dtype_of(dtype)
+        self._tolerance = TOLERANCES[self._dtype] if fp8 is Fp8.off else FP8_TOLERANCE
+        self._compares = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+            and parallel_state.get_data_parallel_rank() == 0
+        )
+        own = [layer.layer_number - 1 for piece in pieces for layer in piece.decoder.layers]
+        self.layers = own if arch.layers <= SAMPLED or is_small(arch) else spread(own, SAMPLED)
+
+    def compare(self, kept: Kept, tokens: Sequence[int], logprobs: torch.Tensor) -> str | None:
+        """Compare; a collective.
+
+        Args:
+            kept: what ``keeping`` kept of a pass over ``tokens``.
+            tokens: of the probe.
+            logprobs: the policy's, of every token but the first.
+
+        Returns:
+            A line for the log; None on a rank that compares nothing.
+
+        Raises:
+            ModelError: transformers cannot load the folder, or computes something else; the first thing is named.
+        """
+        began = time.monotonic()
+        for parts in (kept.inputs, kept.outputs):
+            for number in sorted(parts):
+                parts[number] = self._whole(parts[number])[: len(tokens)]
+        final = None if kept.final is None else self._whole(kept.final)[: len(tokens)]
+        if not self._compares:
+            return None
+        # Not before: whoever fails here must not leave the others waiting in the pass.
+        self._theirs = TransformersLayers(self._folder, self._arch, self._dtype)
+        found = torch.tensor(tokens)
+        worst = 0.0
+        if self.layers[0] == 0:
+            self._compare_embedding(kept.inputs[0], found)
+        for number in self.layers:
+            worst = max(worst, self._compare_layer(number, kept.inputs[number], kept.outputs[number]))
+        text = f"{len(self.layers)} layers differ by at most {worst:.1e} (allowed {self._tolerance.layer:g})"
+        if final is not None:
+            gap = self._compare_head(final, found, logprobs.cpu())
+            text += f", log-probabilities by {gap:.1e} nats (allowed {self._tolerance.logprob:g})"
+        return f"the policy computes what transformers does: {text}; compared in {time.monotonic() - began:.1f} s"
+
+    def _compare_embedding(self, ours: torch.Tensor, tokens: torch.Tensor) -> None:
+        theirs = self._theirs.ends.model.embed_tokens(tokens)
+        if not torch.equal(ours.float().cpu(), theirs):
+            raise self._differs("the embedding of tokens is another")
+
+    def _compare_layer(self, number: int, entered: torch.Tensor, left: torch.Tensor) -> float:
+        """The mean relative distance over tokens."""
+        layer, rotary = self._theirs.layer(number)
+        self._compare_settings(number, layer, rotary)
+        theirs, ours, before = run_layer(layer, rotary, entered), left.float().cpu(), entered.float().cpu()
+        scale = (theirs - before).norm(dim=-1)
+        distance = ((ours - theirs).norm(dim=-1) - self._tolerance.rounding * theirs.norm(dim=-1)).clamp(min=0)
+        error = float((distance / scale).nan_to_num(nan=0.0 if bool((distance == 0).all()) else torch.inf).mean())
+        if not error <= self._tolerance.layer:
+            raise self._differs(
+                f"the output of layer {number} is off by {error:.1%} (allowed {self._tolerance.layer:.1%})"
+            )
+        return error
+
+    def _compare_settings(self, number: int, layer: Any, rotary: Any) -> None:
+        """Compare what a short probe does not show: frequencies, the window, the norms' epsilon."""
+        piece = self._pieces[0]
+        ours, theirs = piece.rotary_pos_emb.inv_freq.cpu(), rotary.inv_freq.cpu()
+        off = float((ours / theirs - 1).abs().max()) if ours.shape == theirs.shape else torch.inf
+        if not off <= FREQUENCY_TOLERANCE:
+            raise self._differs(f"rotary frequencies are off by up to {off:.1%} (read: {self._arch.rope.parameters})")
+        scale = piece.config.softmax_scale or self._arch.head_dim**-0.5
+        wanted = layer.self_attn.scaling * rotary.attention_scaling**2
+        if abs(scale / wanted - 1) > FREQUENCY_TOLERANCE:
+            raise self._differs(f"attention is scaled by {scale:.6g}, not {wanted:.6g}")
+        epsilon = layer.input_layernorm.variance_epsilon
+        if abs(piece.config.layernorm_epsilon / epsilon - 1) > FREQUENCY_TOLERANCE:
+            raise self._differs(f"rms_norm_eps is {piece.config.layernorm_epsilon:g}, not {epsilon:g}")
+        window = getattr(layer.self_attn, "sliding_window", None)
+        if window is not None and window < self._longest:
+            raise self._differs(
+                f"layer {number} sees {window} tokens back, and sequences of the run have up to {self._longest}"
+            )
+
+    def _compare_head(self, hidden: torch.Tensor, tokens: torch.Tensor, ours: torch.Tensor) -> float:
+        """The mean distance in nats."""
+        gap = float((logprobs_after(self._theirs.ends, hidden, tokens) - ours).abs().mean())
+        if not gap <= self._tolerance.logprob:
+            raise self._differs(
+                f"log-probabilities behind the same last layer are off by {gap:.2g} nats (allowed "
+                f"{self._tolerance.logprob:g}): the last norm or the output layer is another"
+            )
+        return gap
+
+    def _whole(self, part: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] of the one sequence, from what this rank and those beside it hold."""
+        if self._layout.sequence:
+            part = gather_from_sequence_parallel_region(part)
+        if self._layout.context > 1:
+            part = whole_sequence(part, parallel_state.get_context_parallel_group(), self._layout.context)
+        return part[:, 0]
+
+    def _differs(self, what: str) -> ModelError:
+        return ModelError(
+            f"the policy loaded from {self._folder} does not compute what transformers computes from it: {what}; "
+            "compare its config.json with the one that the model came with, and do not train it like this"
+        )
+
+
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of ``numbers`` from the first to the last, evenly; all if there are no more."""
+    if len(numbers) <= count:
+        return list(numbers)
+    return sorted({numbers[round(index * (len(numbers) - 1) / (count - 1))] for index in range(count)})

@@ -1,0 +1,137 @@
+"""Parts of a model folder as ``transformers`` computes them: what the policy is compared with at the start.
+
+``transformers`` reads configuration and weights by itself. A small model is loaded whole, of a larger one single
+layers, and embedding with output layer, so that memory does not grow with the number of layers. The CPU computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.huggingface import SINGLE, WeightFolder
+from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.policy.families import expected_shapes, mapping
+
+WHOLE = 1 << 29
+"""Weights of a model that is still loaded whole (2 GiB in fp32)."""
+_VOCABULARY_ROWS = 16384
+"""Rows of the output layer that are multiplied at a time."""
+
+
+def is_small(arch: Architecture) -> bool:
+    """Whether the model is loaded whole."""
+    return sum(torch.Size(shape).numel() for shape in expected_shapes(arch).values()) <= WHOLE
+
+
+class TransformersLayers:
+    """The layers of a model folder, one at a time, computed in fp32 on weights rounded to the policy's precision."""
+
+    def __init__(self, folder: Path, arch: Architecture, dtype: torch.dtype) -> None:
+        """Read the configuration, and all weights of a small model.
+
+        Raises:
+            ModelError: transformers cannot load the folder.
+        """
+        self._folder = folder
+        self._arch = arch
+        self._dtype = dtype
+        self._all = self._load(folder, list(range(arch.layers))) if is_small(arch) else None
+
+    def layer(self, number: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Decoder layer ``number``, counted from 0 over the whole model, and the rotary embedding.
+
+        Raises:
+            ModelError: transformers cannot load it.
+        """
+        if self._all is not None:
+            return self._all.model.layers[number], self._all.model.rotary_emb
+        # Its tensors as the only layer of a model in a folder of its own.
+        weights = WeightFolder(self._folder)
+        names = [name for rule in mapping(self._arch) if rule.layer == number for name in rule.theirs]
+        with tempfile.TemporaryDirectory() as scratch:
+            own = {name.replace(f".layers.{number}.", ".layers.0."): weights.read(name) for name in names}
+            save_file(own, Path(scratch) / SINGLE, metadata={"format": "pt"})
+            del own
+            model = self._load(Path(scratch), [number], vocab_size=1, pad_token_id=None)
+        return model.model.layers[0], model.model.rotary_emb
+
+    @functools.cached_property
+    def ends(self) -> Any:
+        """The model without layers, or all of it: embedding, last norm, output layer.
+
+        Raises:
+            ModelError: transformers cannot load them.
+        """
+        return self._all if self._all is not None else self._load(self._folder, [])
+
+    def _load(self, weights: Path, layers: list[int], **entries: Any) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+            if types := getattr(config, "layer_types", None):
+                config.layer_types = [types[number] for number in layers]
+            for key, value in ({"num_hidden_layers": len(layers)} | entries).items():
+                setattr(config, key, value)
+            if weights != self._folder:
+                config.save_pretrained(weights)
+            with _quiet():
+                model = AutoModelForCausalLM.from_pretrained(
+                    weights,
+                    config=config,
+                    dtype=torch.float32,
+                    attn_implementation="eager",
+                    local_files_only=True,
+                    trust_remote_code=False,
+                )
+        except Exception as error:  # its checks of configurations raise what they like
+            raise ModelError(f"transformers cannot load {self._folder}: {first_line(error)}") from error
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self._dtype).float()
+        return model.eval().requires_grad_(False)
+
+
+def run_layer(layer: torch.nn.Module, rotary: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The output of ``layer`` for the whole sequence ``hidden`` [tokens, hidden], in fp32."""
+    hidden = hidden.float().cpu()[None]
+    positions = torch.arange(hidden.shape[1])[None]
+    mask = torch.full((1, 1, hidden.shape[1], hidden.shape[1]), torch.finfo(torch.float32).min).triu(1)
+    with torch.no_grad():
+        embedding = rotary(hidden, positions)
+        out = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=embedding)
+    return (out[0] if isinstance(out, tuple) else out)[0]
+
+
+def logprobs_after(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probability of every token but the first, from ``hidden`` [tokens, hidden] behind the last layer."""
+    with torch.no_grad():
+        final = model.model.norm(hidden.float().cpu()[None])[0, :-1]
+        weight = model.lm_head.weight
+        rows = range(0, weight.shape[0], _VOCABULARY_ROWS)
+        logits = torch.cat([final @ weight[row : row + _VOCABULARY_ROWS].t() for row in rows], dim=-1)
+    return logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no report of what a model without layers leaves unread."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -45,6 +45,8 @@ LIMIT = 60.0
 """Seconds without a renewal after which the holder on another machine counts as dead."""
 _LOOK = 0.5
 """Seconds between two looks at a lock that may be renewed or not."""
+_KEPT = 3
+"""Numbers below one's own that stay when it is renewed."""
 _NUMBER = re.compile(r"\d{8,}")
 
 
@@ -266,13 +268,15 @@ class RunLock:
                 draft.unlink()
         # Looked at after a change of our own, which no client answers from its cache.
         numbers = self._numbers()
-        if max(numbers, default=0) > number or (self._number and self._number not in numbers):
+        if max(numbers, default=0) > number or (self._number and not self._is_there(self._number)):
             with contextlib.suppress(OSError):
                 mine.unlink()
             raise FileExistsError(str(mine))
+        # Of one's own numbers the last stay: a listing that is read while names come and go finds one of them.
+        kept = number - _KEPT if self._number else number
         self._number, self._renewed = number, _now()
         for old in numbers:
-            if old < number:
+            if old < kept:
                 with contextlib.suppress(OSError):
                     (self._folder / f"{old:08d}").unlink()
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from text_tokens import NUMBERS
 
+from megatron_rlpt.buffer.codec import decode_group, encode_group
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.config import CandidatesConfig, CurriculumConfig
 from megatron_rlpt.curriculum import Curriculum
@@ -58,7 +59,9 @@ class RolloutsWin:
         ]
 
 
-def pipeline(staleness: int = 1, background: bool = False, part: int = 4, judge=None, **curriculum) -> Pipeline:
+def pipeline(
+    staleness: int = 1, background: bool = False, part: int = 4, judge=None, steps: int | None = 8, **curriculum
+) -> Pipeline:
     candidates = CandidatesConfig(
         rollouts=4, curriculum=CurriculumConfig(enabled=bool(curriculum), **{"window": 4, "start": 1} | curriculum)
     )
@@ -70,7 +73,7 @@ def pipeline(staleness: int = 1, background: bool = False, part: int = 4, judge=
         Ranks(),
         batch=4,
         part=part,
-        steps=8,
+        steps=steps,
         staleness=staleness,
         background=background,
     )
@@ -197,3 +200,35 @@ def test_stale_rollouts_fail_and_the_rest_does_not():
     assert [outcome.reason for outcome in stale.outcomes[1:]] == ["stale rollout"] * 2
     assert stale.outcomes[1].detail == {"rollout_version": 3, "version": 6, "bound": 2}
     assert [candidate.source for candidate, _ in stale.scored()] == [Source.ORIGINAL]
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_a_run_that_may_be_made_longer_ends_as_the_longer_one_is_at_that_step(staleness, background):
+    whole = pipeline(staleness, background)
+    whole.start(0)
+    expected = learn(whole, 0, 8)
+    short = pipeline(staleness, background, steps=None)
+    short.start(0)
+    before = learn(short, 0, 3)
+    state = json.loads(json.dumps(short.state_dict()))
+    longer = pipeline(staleness, background)
+    longer.load_state_dict(state)
+    longer.start(3)
+    assert before + learn(longer, 3, 8) == expected
+    for one in (whole, short, longer):
+        one.close()
+
+
+def test_a_group_of_a_checkpoint_that_cannot_be_learnt_from_is_refused():
+    first = pipeline(1, background=True)
+    first.start(0)
+    learn(first, 0, 1)
+    state = first.state_dict()
+    number, data = next(iter(state["pending"].items()))
+    judged = decode_group(bytes.fromhex(data))
+    spoilt = replace(judged, outcomes=(Score(float("nan"), "j", "1"), *judged.outcomes[1:]))
+    state["pending"][number] = encode_group(spoilt).hex()
+    with pytest.raises(ValueError, match=f"group {number} comes back with a score that is no finite number"):
+        pipeline().load_state_dict(state)
+    first.close()

@@ -37,7 +37,7 @@ def check_failure_rate(groups: Sequence[Group], limit: float) -> float:
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     rate = failure_rate(groups)
     if rate > limit:
-        reasons = Counter(failure.reason for failure in failures).most_common(3)
+        reasons = Counter(failure.explained for failure in failures).most_common(3)
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
         raise TeacherError(
             f"the judge failed on {len(failures)} of {len(outcomes)} candidates ({rate:.0%}), more than "

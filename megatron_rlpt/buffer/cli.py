@@ -215,11 +215,13 @@ def _opened(
 
 def _line(entry: Entry) -> str:
     outcomes = ", ".join(
-        f"{candidate.source.value} failed ({outcome.reason})"
+        f"{candidate.source.value} failed ({outcome.explained})"
         if isinstance(outcome, Failed)
         else f"{candidate.source.value} {outcome.value:.3f}"
         for candidate, outcome in zip(entry.group.candidates, entry.group.outcomes, strict=False)
     )
+    if entry.group.rewrite_failure:
+        outcomes = ", ".join(filter(None, (outcomes, f"rewrite failed ({entry.group.rewrite_failure.explained})")))
     who = f"  {entry.worker}" if entry.worker else ""
     line = (
         f"{entry.sequence:>8}  {entry.state:<8}  attempts {entry.attempts}{who}  {entry.group.episode.id}  {outcomes}"

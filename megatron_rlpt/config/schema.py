@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -345,7 +346,15 @@ class EndpointConfig:
     """Slowest speed at which one request of a full server generates; a deadline too short for it is refused. 0 is
     unknown: measured at the start."""
     api_key_env: str = ""
-    """Name of the environment variable that holds the key; empty is none."""
+    """Name of the environment variable that holds the key; empty is none. Never the key itself."""
+    proxy: str = ""
+    """Proxy to go through, as http://proxy:3128; ``env`` takes HTTP_PROXY, HTTPS_PROXY and NO_PROXY, empty is none."""
+    rename: dict[str, str] = field(default_factory=dict)
+    """Fields of a request that the server calls otherwise, as ``max_tokens: max_completion_tokens``."""
+    drop: list[str] = field(default_factory=list)
+    """Fields of a request that the server does not take, as ``seed`` or ``top_p``."""
+    add: dict[str, Any] = field(default_factory=dict)
+    """More fields for every request, as ``chat_template_kwargs: {enable_thinking: false}``."""
 
 
 @dataclass
@@ -412,7 +421,8 @@ class BufferConfig:
     retry: float = 60.0
     """Seconds to go on trying while the store cannot be reached."""
     max_pause: float = 0.0
-    """Seconds the trainer waits for judges that fail too often, or do not come, before it stops; 0 waits for ever."""
+    """Seconds the trainer waits for judges that fail too often, or do not come, before it stops; 0 waits for ever. What
+    waiting cannot mend (every request rejected, a wrong key, no such model) ends the run after five minutes."""
 
 
 @dataclass

@@ -87,8 +87,8 @@ async def _ask_servers(config: Config, group: Group, endpoints: Sequence[Endpoin
 
 
 def require_score(group: Group) -> None:
-    """Raises TeacherError, with the most frequent reason: every candidate failed."""
-    reasons = Counter(outcome.reason for outcome in group.outcomes if isinstance(outcome, Failed))
+    """Raises TeacherError, with the most frequent reason and its first cause: every candidate failed."""
+    reasons = Counter(outcome.explained for outcome in group.outcomes if isinstance(outcome, Failed))
     if reasons.total() == len(group.outcomes):
         ((reason, count),) = reasons.most_common(1)
         raise TeacherError(f"no candidate has a score; {count} of {len(group.outcomes)} failed with: {reason}")
@@ -104,7 +104,7 @@ def describe(group: Group, candidates: Sequence[str], as_json: bool = False) -> 
     )
     lines = []
     for index, (text, outcome) in ranked:
-        value = f"{outcome.value:8.3f}" if isinstance(outcome, Score) else f"  failed ({outcome.reason})"
+        value = f"{outcome.value:8.3f}" if isinstance(outcome, Score) else f"  failed ({outcome.explained})"
         lines.append(f"{value}  [{index}] {text}")
         lines += [f"            {line}" for line in _explanation(outcome.detail)]
     return "\n".join(lines)

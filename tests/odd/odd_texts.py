@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Texts that tokenizers trip over, and the tokenizers of every kind that supported families ship."""
 
 from __future__ import annotations

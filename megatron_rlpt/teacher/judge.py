@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_rlpt.errors import TeacherError
-from megatron_rlpt.records import Failed, Group, Score
+from megatron_rlpt.records import Failed, Group
 
 
 class Judge(Protocol):
@@ -22,8 +22,8 @@ class Judge(Protocol):
 
 
 def failure_rate(groups: Sequence[Group]) -> float:
-    """Share of failed judgments among the candidates of judged ``groups`` that have a text, between 0 and 1."""
-    outcomes = _judged(groups)
+    """Share of failed judgments among all candidates of judged ``groups``, between 0 and 1."""
+    outcomes = [outcome for group in groups for outcome in group.outcomes]
     return sum(isinstance(outcome, Failed) for outcome in outcomes) / len(outcomes) if outcomes else 0.0
 
 
@@ -33,7 +33,7 @@ def check_failure_rate(groups: Sequence[Group], limit: float) -> float:
     Raises:
         TeacherError: the share is above ``limit`` (``teacher.max_failure_rate``).
     """
-    outcomes = _judged(groups)
+    outcomes = [outcome for group in groups for outcome in group.outcomes]
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     rate = failure_rate(groups)
     if rate > limit:
@@ -44,14 +44,3 @@ def check_failure_rate(groups: Sequence[Group], limit: float) -> float:
             f"teacher.max_failure_rate = {limit:g} allows; most frequent: {listed}"
         )
     return rate
-
-
-def _judged(groups: Sequence[Group]) -> list[Score | Failed]:
-    """Outcomes that a judge was asked for: none of blank candidates."""
-    return [
-        outcome
-        for group in groups
-        if group.outcomes
-        for candidate, outcome in zip(group.candidates, group.outcomes, strict=True)
-        if not candidate.blank
-    ]

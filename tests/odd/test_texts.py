@@ -120,4 +120,4 @@ def test_no_judge_of_likelihood_scores_what_has_no_text(model):
 
     served = asyncio.run(ServedLikelihood(score, "served", LikelihoodConfig()).judge_group(group, None))
     assert asked == [group.candidates[2].tokens]
-    assert [outcome.reason for outcome in served.outcomes if isinstance(outcome, Failed)] == ["no text"] * 3
+    assert [outcome.reason for outcome in served.outcomes if isinstance(outcome, Failed)] == ["empty candidate"] * 3

@@ -38,11 +38,11 @@ def write_config(path, model, corpus, **data):
         "model": {"path": str(model), "dtype": "fp32"},
         "data": {
             "sources": [{"path": str(corpus)}],
-            "suffix_length": 12, "min_prefix": 8, "max_prefix": 30, "shuffle_buffer": 4,
+            "suffix_length": 12, "min_prefix": 8, "max_prefix": 30, "shuffle_buffer": 256,
         } | data,
         "objective": {"name": "ntp"},
         "candidates": {"rollouts": 0},
-        "train": {"steps": 8, "global_batch": 8, "micro_batch": 8},
+        "train": {"steps": 4, "global_batch": 8, "micro_batch": 8},
         "checkpoint": {"every": 100},
         "observe": {"tensorboard": False, "samples_per_step": 8},
     }  # fmt: skip
@@ -71,19 +71,20 @@ def test_every_target_of_a_run_is_a_piece_of_its_document(rlpt, tmp_path, model)
 
 
 def test_control_tokens_are_taken_for_such_where_a_source_says_so(rlpt, tmp_path, model):
-    """The same tokens would be trained on in fewer episodes: a control token is one token, its spelling several."""
+    """A control token is one token and its spelling several, so that as many tokens hold more text."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", ["What is it?<|im_end|>\nIt is good.<|im_end|>\n" * 40])
-    episodes = {}
+    characters = {}
     for meant in (False, True):
         folder = tmp_path / str(meant)
         folder.mkdir()
         source = {"path": str(corpus), "control_tokens": meant}
-        code, _, err = rlpt("train", "-c", write_config(folder / "run.yaml", model, corpus, sources=[source]))
+        config = write_config(folder / "run.yaml", model, corpus, sources=[source], shuffle_buffer=1)
+        code, _, err = rlpt("train", "-c", config, "train.steps=1")
         assert code == 0, err
         rows = [json.loads(line) for line in (folder / "run/samples.jsonl").read_text().splitlines()]
         assert any("<|im_end|>" in row["candidates"][0]["text"] for row in rows)
-        episodes[meant] = {row["offset"] for row in rows}
-    assert max(episodes[True]) < max(episodes[False])
+        characters[meant] = sum(len(row["candidates"][0]["text"]) for row in rows)
+    assert characters[True] > 1.2 * characters[False]
 
 
 @pytest.mark.parametrize("text", ["", " ", " \n\t", "\u3000\u200b", "\x00"])

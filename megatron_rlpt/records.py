@@ -54,7 +54,7 @@ class Candidate:
     logprobs: tuple[float, ...] | None = None
     """The engine's own log-probability of every token, natural log, for rollouts."""
     blank: bool = False
-    """Without any text: control tokens and white space only. Never judged, never chosen, and no failure of a judge."""
+    """Without any text: control tokens and white space only. Never judged and never chosen."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Group:
         ]
 
 
-BLANK = Failed("no text")
+BLANK = Failed("empty candidate")
 """Outcome of a blank candidate."""
 
 

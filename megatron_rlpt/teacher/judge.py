@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.records import BLANK, Failed, Group, Score, Source, shortened
 
-NOT_JUDGED = frozenset({BLANK.reason, "empty candidate", "nothing to compare with", "stale rollout"})
+NOT_JUDGED = frozenset({BLANK.reason, "nothing to compare with", "stale rollout"})
 """Reasons of ``Failed`` that say something of the candidate: no judge failed, and no other would do better."""
 _WORDS = ("cause", "message", "found", "body", "reply")
 """Keys of ``Failed.detail`` that hold them, the most telling first."""
@@ -88,13 +88,7 @@ def first_cause(failed: Sequence[Failed], before: str = "") -> str:
 
 
 def _judgments(groups: Sequence[Group]) -> list[Score | Failed]:
-    outcomes = (
-        outcome
-        for group in groups
-        if group.outcomes
-        for candidate, outcome in zip(group.candidates, group.outcomes, strict=True)
-        if not candidate.blank
-    )
+    outcomes = (outcome for group in groups for outcome in group.outcomes)
     return [outcome for outcome in outcomes if isinstance(outcome, Score) or outcome.reason not in NOT_JUDGED]
 
 

@@ -58,13 +58,11 @@ class Learning:
         self._steps += 1
         self._empty += not examples
         if not examples:
-            said = {"cause": cause} if cause else {}
             _log.warning(
                 "nothing to learn from in this step",
                 step=step,
-                reasons=_listed(Counter(reasons)),
+                reasons=_listed(Counter(reasons)) + (f"; the first cause: {cause}" if cause else ""),
                 empty=self._few_of_many(),
-                **said,
             )
         self.troubles = self._describe()
 

@@ -26,6 +26,7 @@ from megatron_rlpt.randomness import seed_all, set_random_state
 from megatron_rlpt.ranks import Ranks, is_lost_contact, use_to_the_end
 from megatron_rlpt.recording import observe_run
 from megatron_rlpt.rollout.build import check_offload
+from megatron_rlpt.terminal import say
 from megatron_rlpt.tokenizer import PolicyTokenizer
 
 _log = get_logger(__name__)
@@ -73,7 +74,7 @@ def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> N
     start = checkpoint.step if checkpoint else 0
     if start >= config.train.steps and ranks.on_main(lambda: (folder / "export").is_dir()):
         if ranks.is_main:
-            print(f"{folder} is complete ({start} of {config.train.steps} steps); its policy is in {folder}/export")
+            say(f"{folder} is complete ({start} of {config.train.steps} steps); its policy is in {folder}/export")
         return
     ranks.on_main(lambda: _open_folder(folder, config))
     ranks.everywhere(lambda: setup_logging(folder, rank=ranks.rank), "the opening of its log")
@@ -222,4 +223,4 @@ def _move_aside(folder: Path) -> None:
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     os.rename(folder, target)
-    print(f"moved {folder} to {target}")
+    say(f"moved {folder} to {target}")

@@ -13,7 +13,7 @@ import torch
 from megatron_rlpt.build import build
 from megatron_rlpt.checkpoint import Checkpoint, CheckpointStore
 from megatron_rlpt.config import Config, flatten, to_yaml
-from megatron_rlpt.errors import CheckpointError, ConfigError
+from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, is_disk_full
 from megatron_rlpt.huggingface import export_folder
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.observe import get_logger
@@ -174,14 +174,16 @@ def _run_id(folder: Path, ranks: Ranks) -> str:
     def read() -> str:
         file = folder / "run-id"
         try:
-            known = file.read_text().strip() if file.exists() else ""
+            known = file.read_text(errors="replace").strip() if file.exists() else ""
+            if known and not known.isalnum():
+                raise CheckpointError(f"{file} is damaged; bring it back, or start anew with --fresh")
             if not known:
                 known = uuid.uuid4().hex
                 partial = file.with_suffix(".partial")
                 partial.write_text(known)
                 os.replace(partial, file)
         except OSError as error:
-            raise ConfigError(f"{file} cannot be written ({error}); choose another run.dir") from error
+            raise _not_written(file, error) from error
         return known
 
     return ranks.on_main(read)
@@ -190,9 +192,17 @@ def _run_id(folder: Path, ranks: Ranks) -> str:
 def _open_folder(folder: Path, config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        partial = folder / "config.yaml.partial"  # the one that is there is worth keeping on a full disk
+        partial.write_text(to_yaml(config), encoding="utf-8")
+        os.replace(partial, folder / "config.yaml")
     except OSError as error:
-        raise ConfigError(f"run.dir {folder} cannot be written ({error}); choose another folder") from error
+        raise _not_written(folder, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> RlptError:
+    if is_disk_full(error):
+        return CheckpointError(f"{path} cannot be written ({error.strerror}); free space, then start again")
+    return ConfigError(f"{path} cannot be written ({error.strerror}); choose another run.dir")
 
 
 def _checkpoint_of(folder: Path, store: CheckpointStore, config: Config, ranks: Ranks) -> Checkpoint | None:

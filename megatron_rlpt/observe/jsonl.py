@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.errors import CheckpointError, ConfigError
+from megatron_rlpt.errors import CheckpointError, ConfigError, is_disk_full
 from megatron_rlpt.observe.log import get_logger
 
 _log = get_logger(__name__)
@@ -46,7 +46,8 @@ class JsonLines:
             self.last_step = cut(path, start)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise ConfigError(f"{path} cannot be opened ({error.strerror}); choose another run.dir") from None
+            kind = CheckpointError if is_disk_full(error) else ConfigError
+            raise kind(f"{path} cannot be opened ({error.strerror}); free space, or choose another run.dir") from None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line, now or later. Numbers that JSON lacks (NaN, infinities) become null."""

@@ -9,8 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from megatron_rlpt import terminal
 from megatron_rlpt.candidates import marked_if_blank, whole_characters
 from megatron_rlpt.config import Config, EngineName, SourceConfig, to_yaml
 from megatron_rlpt.data import Document, heldout_episodes, open_source
@@ -69,8 +68,8 @@ def evaluate(config: Config) -> None:
         setup_logging(folder)
         report = _measure(config, folder, models) | {"fingerprint": fingerprint}
         write_report(folder, report)
-    print_report(report, Console())
-    print(f"report: {folder / HTML_FILE} and {folder / JSON_FILE}")
+    print_report(report, terminal.console())
+    terminal.say(f"report: {folder / HTML_FILE} and {folder / JSON_FILE}")
 
 
 def _models(config: Config, folder: Path) -> dict[str, Path]:

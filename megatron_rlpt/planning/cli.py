@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from megatron_rlpt import terminal
 from megatron_rlpt.config import Config, asks_teacher, judged_by_workers, load_config
 from megatron_rlpt.errors import ConfigError, ModelError
 from megatron_rlpt.planning.hardware import Nodes, gpu_of
@@ -173,7 +173,7 @@ def plan(
     if as_json:
         print(to_json(found, outcome, ranked, divided))
     else:
-        print_plan(Console(), listed)
+        print_plan(terminal.console(), listed)
     # With divisions of the GPUs one of them is what is asked for, and those listed all fit.
     if not (found.runs or divided) or (outcome is not None and outcome.fails):
         raise typer.Exit(1)

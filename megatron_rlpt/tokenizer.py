@@ -20,11 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.pieces import Pieces, joined_text
 from megatron_rlpt.records import Episode
 from megatron_rlpt.teacher.control_tokens import is_control_form
+from megatron_rlpt.vocabulary import Vocabulary
 
 _CONTEXT = 64
 """Tokens before a continuation that its tokenization may depend on: more than any word or run of spaces has."""

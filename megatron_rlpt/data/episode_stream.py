@@ -14,12 +14,12 @@ from typing import Any
 from megatron_rlpt.config.schema import DataConfig, MixBy
 from megatron_rlpt.data.documents import Document, Position
 from megatron_rlpt.data.episodes import Cutter, Encode
-from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.data.lane import Held, Lane, OpenDocument
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.stream import Counters, DocumentStream
 from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.records import SEED_RANGE, Episode, derive_seed, stable_id
+from megatron_rlpt.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
 

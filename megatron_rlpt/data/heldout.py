@@ -8,11 +8,11 @@ from pathlib import Path
 from megatron_rlpt.config.schema import DataConfig
 from megatron_rlpt.data.documents import BadRecord
 from megatron_rlpt.data.episodes import Cutter, Encode, evenly_spread
-from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.records import Episode
+from megatron_rlpt.vocabulary import Vocabulary
 
 
 def heldout_episodes(

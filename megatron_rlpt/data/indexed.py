@@ -10,8 +10,6 @@ import glob
 import os
 import struct
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from megatron_rlpt.config.schema import SourceConfig
 from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.records import stable_id
+from megatron_rlpt.vocabulary import Vocabulary
 
 LONGEST = 1 << 22
 """Tokens of one document at most; what is longer (a dataset that is one document) is read in pieces of so many."""
@@ -33,18 +32,6 @@ _SAMPLES, _SAMPLE_TOKENS = 64, 1024
 """Places, and tokens at each, where ids are compared with the vocabulary at the start."""
 
 _Tokens = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the policy's tokenizer says of token ids."""
-
-    size: int
-    """Number of ids."""
-    control: frozenset[int]
-    """Ids that stand for no text."""
-    bos: int | None
-    decode: Callable[[Sequence[int]], str]
 
 
 def is_indexed(path: str) -> bool:

@@ -6,10 +6,11 @@ from megatron_rlpt.config.schema import SourceConfig, SourceFormat
 from megatron_rlpt.data.documents import MAX_RECORD_BYTES, Reader
 from megatron_rlpt.data.files import find_files
 from megatron_rlpt.data.huggingface import HuggingFaceReader
-from megatron_rlpt.data.indexed import IndexedReader, Vocabulary, is_indexed
+from megatron_rlpt.data.indexed import IndexedReader, is_indexed
 from megatron_rlpt.data.jsonl import JsonlReader
 from megatron_rlpt.data.parquet import ParquetReader
 from megatron_rlpt.data.text import TextReader
+from megatron_rlpt.vocabulary import Vocabulary
 
 
 def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES, vocabulary: Vocabulary | None = None) -> Reader:

@@ -7,13 +7,13 @@ from typing import Any
 
 from megatron_rlpt.config.schema import SourceConfig
 from megatron_rlpt.data.documents import MAX_RECORD_BYTES, BadRecord, Document, Position, Reader
-from megatron_rlpt.data.indexed import Vocabulary
 from megatron_rlpt.data.names import shown
 from megatron_rlpt.data.quarantine import MIN_RECORDS, Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import CheckpointError, DataError
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.records import SEED_RANGE, derive_seed
+from megatron_rlpt.vocabulary import Vocabulary
 
 _log = get_logger(__name__)
 

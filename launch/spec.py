@@ -127,7 +127,7 @@ def read_published(path: Path) -> dict[str, Any]:
     """What ``publish`` wrote; nothing where there is no such file, or not a whole one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

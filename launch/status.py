@@ -20,6 +20,10 @@ from megatron_rlpt import terminal
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.liveness import HEARTBEAT
 
+_SAID = {"component", "role", "state", "since", "time", "starts", "host", "pid", "log", "start"}
+_BEAT = {"time", "state", "step", "steps", "stage", "seconds_there"}
+"""What there has to be in a file for it to be one of a component, or a heartbeat; others are passed over."""
+
 
 def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
     """Print the state of the run in ``run_dir``; exit code 0, or 1 where a component failed or is silent.
@@ -31,7 +35,7 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
     shared = run_dir / SHARED
     jobs = _jobs(shared)
     said = (read_published(path) for path in sorted((shared / "status").glob("*.json")))
-    components = _current([component for component in said if component], jobs)
+    components = _current([component for component in said if component.keys() >= _SAID], jobs)
     if not components and not jobs:
         raise ConfigError(f"{run_dir} holds no launched run (nothing in {shared}); start one with rlpt launch")
     for part, job in jobs.items():
@@ -41,7 +45,7 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
         _print_outputs(console, shared, jobs, lines)
         return 0
     beat = read_published(run_dir / HEARTBEAT)
-    if beat:
+    if beat.keys() >= _BEAT:
         console.print(_progress(beat))
     table = Table("component", "state", "since", "starts", "host", "pid", box=None, pad_edge=False)
     bad, over = False, all(_is_over(component) for component in components if component["role"] == "trainer")
@@ -68,7 +72,11 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
 
 def _jobs(shared: Path) -> dict[str, str]:
     """Part of the run -> number of its job, in the order in which they start."""
-    return {part: path.read_text(encoding="utf-8").strip() for part in Part if (path := shared / JOBS / part).is_file()}
+    return {
+        part: path.read_text(encoding="utf-8", errors="replace").strip()
+        for part in Part
+        if (path := shared / JOBS / part).is_file()
+    }
 
 
 def _current(components: list[dict[str, Any]], jobs: dict[str, str]) -> list[dict[str, Any]]:
@@ -129,7 +137,7 @@ def _print_outputs(console: Console, shared: Path, jobs: Iterable[str], lines: i
     for part in jobs:
         path = shared / JOBS / f"{part}.output"
         if path.is_file():
-            _print_end(console, Path(path.read_text(encoding="utf-8").strip()), lines)
+            _print_end(console, Path(path.read_text(encoding="utf-8", errors="replace").strip()), lines)
 
 
 def _print_end(console: Console, log: Path, lines: int) -> None:

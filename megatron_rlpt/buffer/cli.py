@@ -150,7 +150,7 @@ def requeue(
         for letter in buffer.dead():
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(letter.time))
             line = f"{letter.sequence:>8}  {when}  {letter.episode}  attempts {letter.attempts}  {letter.reason}"
-            say(plain(line))
+            say(" ".join(line.splitlines()))
 
 
 @buffer_app.command()
@@ -227,7 +227,7 @@ def _line(entry: Entry) -> str:
     line = (
         f"{entry.sequence:>8}  {entry.state:<8}  attempts {entry.attempts}{who}  {entry.group.episode.id}  {outcomes}"
     )
-    return plain(line).rstrip()
+    return plain(" ".join(line.splitlines())).rstrip()
 
 
 def _write(buffer: RolloutBuffer, handle: TextIO) -> int:

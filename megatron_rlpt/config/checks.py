@@ -8,7 +8,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from megatron_rlpt.buffer.address import RedisAddress, check_name, parse_url
@@ -24,6 +24,8 @@ from megatron_rlpt.config.schema import (
 )
 from megatron_rlpt.errors import ConfigError
 
+T = TypeVar("T")
+_WRITABLE = re.compile(r"[^\0\ud800-\udfff]*")
 _Check = tuple[str, Callable[[Any], bool], str]
 
 _RANGES: list[_Check] = [
@@ -132,9 +134,14 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: names the field, its value and what is allowed.
     """
-    for key, number in _floats(config):
+    for key, number in _leaves(config, float):
         if not math.isfinite(number):
             raise ConfigError(f"{key} is {number}; allowed: a finite number")
+    for key, text in _leaves(config, str):
+        if not _WRITABLE.fullmatch(text):
+            raise ConfigError(
+                f"{key} is {text!r}; allowed: text that a file can hold, without NUL and broken characters"
+            )
     for key, accepts, allowed in _RANGES:
         value = operator.attrgetter(key)(config)
         if not accepts(value):
@@ -245,16 +252,16 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _floats(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every float of the configuration with its dotted key."""
-    if isinstance(node, float):
+def _leaves(node: Any, kind: type[T], key: str = "") -> Iterator[tuple[str, T]]:
+    """Every value of ``kind`` in the configuration with its dotted key."""
+    if isinstance(node, kind):
         yield key, node
     elif isinstance(node, list):
         for index, item in enumerate(node):
-            yield from _floats(item, f"{key}[{index}]")
+            yield from _leaves(item, kind, f"{key}[{index}]")
     elif dataclasses.is_dataclass(node):
         for entry in dataclasses.fields(node):
-            yield from _floats(getattr(node, entry.name), f"{key}.{entry.name}" if key else entry.name)
+            yield from _leaves(getattr(node, entry.name), kind, f"{key}.{entry.name}" if key else entry.name)
 
 
 def _check_sampling(config: Config) -> None:

@@ -173,16 +173,29 @@ def _plain(layer: DictConfig) -> Any:
     return OmegaConf.to_container(layer, resolve=False)
 
 
+_DEEPEST = 200
+
+
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     try:
+        _refuse_depth(path.read_text(encoding="utf-8"))
         layer = OmegaConf.load(path)
     except Exception as error:  # yaml raises a family of its own; every one of them means "not readable as YAML"
         raise ConfigError(f"{path} is not readable as YAML: {_first_line(error)}") from None
     if not isinstance(layer, DictConfig):
         raise ConfigError(f"{path} must hold sections with keys, not a list or a single value")
     return layer
+
+
+def _refuse_depth(text: str) -> None:
+    """Brackets within brackets without end overflow the stack of yaml's parser, which ends the process."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > _DEEPEST:
+            raise ValueError(f"more than {_DEEPEST} brackets within each other")
 
 
 def _first_line(error: Exception) -> str:

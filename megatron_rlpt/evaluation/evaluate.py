@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_rlpt import terminal
 from megatron_rlpt.candidates import marked_if_blank, whole_characters
@@ -36,7 +37,7 @@ from megatron_rlpt.records import Candidate, Episode, Group, Score, Source, deri
 from megatron_rlpt.rollout.engine import Prompt, RolloutEngine
 from megatron_rlpt.rollout.vllm_engine import start_policy_engine
 from megatron_rlpt.teacher.build import build_judge, describe_judge
-from megatron_rlpt.teacher.judge import Judge
+from megatron_rlpt.teacher.judge import Judge, check_failure_rate, failures, first_cause, most_frequent
 from megatron_rlpt.tokenizer import PolicyTokenizer, TextTokens
 
 BASELINE_FOLDER = "baseline_ntp"
@@ -96,7 +97,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
     policies = _continue_all(config, models, prefixes)
     second = _ngram_model(config.evaluation.ngram_corpus, tokenizer, read_architecture(models[START]).vocab)
     _log.info("scoring", prefixes=len(prefixes), policies=len(policies))
-    scorer = JudgeScorer(build_judge(config, "cpu"), episodes, tokenizer)
+    scorer = JudgeScorer(build_judge(config, "cpu"), episodes, tokenizer, config.teacher.max_failure_rate)
     comparison = compare(prefixes, originals, policies, scorer, second, seed=config.run.seed)
     return build_report(
         comparison,
@@ -146,24 +147,29 @@ class PolicyGenerator:
 class JudgeScorer:
     """The training judge as a scorer: continuations of one prefix are judged as one group, as rollouts are."""
 
-    def __init__(self, judge: Judge, episodes: Sequence[Episode], text: TextTokens) -> None:
+    def __init__(self, judge: Judge, episodes: Sequence[Episode], text: TextTokens, max_failure_rate: float) -> None:
         self._judge = judge
         self._text = text
+        self._max_failure_rate = max_failure_rate
         self._episodes = {episode.prefix: episode for episode in episodes}
 
     def score(self, prefixes: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[float | None]:
-        """One score per continuation; None where the judge failed, or nothing was written."""
+        """One score per continuation; None where the judge failed, or nothing was written.
+
+        Raises:
+            TeacherError: it failed on a larger share than the limit.
+        """
         groups = []
         for prefix, rivals in groupby(zip(prefixes, continuations, strict=True), key=lambda pair: tuple(pair[0])):
             episode = self._episodes[prefix]
             written = (Candidate(Source.ROLLOUT, tuple(tokens)) for _, tokens in rivals)
             whole = (whole_characters(candidate, episode, self._text) for candidate in written)
             groups.append(Group(episode, tuple(marked_if_blank(candidate, self._text) for candidate in whole)))
-        return [
-            outcome.value if isinstance(outcome, Score) else None
-            for group in self._judge.judge(groups)
-            for outcome in group.outcomes
-        ]
+        judged = self._judge.judge(groups)
+        if check_failure_rate(judged, self._max_failure_rate):
+            failed = failures(judged)
+            _log.warning("the judge failed", reasons=most_frequent(failed), cause=first_cause(failed))
+        return [outcome.value if isinstance(outcome, Score) else None for group in judged for outcome in group.outcomes]
 
 
 def _ngram_model(sources: Sequence[SourceConfig], tokenizer: PolicyTokenizer, vocab: int) -> NgramModel | None:
@@ -198,7 +204,9 @@ def _fingerprint(config: Config, models: dict[str, Path]) -> str:
 def _finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     try:
         report = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    fresh = isinstance(report, dict) and report.get("fingerprint") == fingerprint and (folder / HTML_FILE).is_file()
-    return report if fresh else None
+        if report["fingerprint"] != fingerprint or not (folder / HTML_FILE).is_file():
+            return None
+        print_report(report, terminal.console(file=io.StringIO()))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None  # none, one of something else, or a damaged one, which is made anew
+    return cast(dict[str, Any], report)

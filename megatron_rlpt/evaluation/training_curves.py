@@ -48,7 +48,7 @@ def read_training_curves(run_dir: Path) -> TrainingCurves:
             continue
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             unreadable += 1  # a kill in the middle of a write leaves half a line
             continue
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):

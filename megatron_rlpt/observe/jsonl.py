@@ -124,7 +124,7 @@ def cut(path: Path, start: int) -> int | None:
 def _step_of(line: bytes) -> int | None:
     try:
         step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None
 

@@ -7,6 +7,7 @@ tracker, which is tried again now and then and is given what it has missed. metr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import uuid
@@ -208,7 +209,12 @@ class Wandb:
 
     def close(self, failed: bool) -> None:
         """Finish the run with exit code 1 if it failed."""
-        self._run.finish(exit_code=int(failed))
+        try:
+            self._run.finish(exit_code=int(failed))
+        except Exception:
+            with contextlib.suppress(Exception):
+                self._module.teardown()  # what it does at the end of the process would fail with a traceback
+            raise
 
 
 class Mlflow:

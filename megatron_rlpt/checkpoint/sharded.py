@@ -146,7 +146,7 @@ def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not (folder / COMMON).is_file():
         raise FileNotFoundError(f"{folder / COMMON} does not exist")  # Megatron's own message crashes
     load_data(folder / COMMON, folder / COMMON)
-    with plain_errors(), only_data():
+    with plain_errors(), only_data(folder):
         strategy = get_default_load_sharded_strategy(str(folder))
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         if group.size() > 1:

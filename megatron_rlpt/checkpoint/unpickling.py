@@ -8,6 +8,7 @@ any restriction. Here a name that a pickle asks for is looked up on a list, and 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import pickle
@@ -128,13 +129,17 @@ def load_data(source: Path | IO[bytes], what: object) -> Any:
 
 
 @contextlib.contextmanager
-def only_data() -> Iterator[None]:
-    """While this is open, whatever torch or Megatron read of a checkpoint is read with the functions above."""
+def only_data(folder: Path) -> Iterator[None]:
+    """While this is open, what torch or Megatron read of the checkpoint in ``folder`` is read with the functions above.
+
+    Raises:
+        CheckpointError: its metadata is missing or damaged, or asks for more than data.
+    """
+    metadata = read_metadata(folder)
+    stored = getattr(metadata, "storage_meta", None) or StorageMeta()
 
     def metadata_of(reader: FileSystemReader, *_: Any, **__: Any) -> Metadata:
-        metadata = read_metadata(Path(reader.path))
-        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
-        metadata.storage_meta.load_id = reader.load_id
+        metadata.storage_meta = dataclasses.replace(stored, load_id=reader.load_id)
         return metadata
 
     def plain_load(source: Any, *arguments: Any, **options: Any) -> Any:

@@ -47,3 +47,10 @@ def test_a_second_call_leaves_a_complete_corpus_alone(prepare_demo, tmp_path, mo
     before = (tmp_path / "train.jsonl").stat().st_mtime_ns
     prepare_demo.prepare_corpus(tmp_path)
     assert (tmp_path / "train.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_model_is_not_prepared_over_a_folder_of_somebodys(prepare_demo, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="exists and is not an empty folder"):
+        prepare_demo.prepare_model(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -105,12 +105,25 @@ def test_what_a_killed_save_left_behind_is_never_loaded_and_is_swept_by_the_next
 def test_other_folders_are_no_checkpoints_and_are_left_alone(tmp_path, model):
     store = CheckpointStore(tmp_path, keep=1)
     store.save(5, {}, OneFile(), model)
-    for name in ("step-00000005.bak", "step-00000099-copy", "step-last"):
+    others = {"step-00000005.bak", "step-00000099-copy", "step-last", "step-00000005-mine.partial", "step-9.partial"}
+    for name in others:
         (tmp_path / name).mkdir()
+    (tmp_path / "step-00000077.partial").symlink_to(tmp_path / "step-last")
     (tmp_path / "step-00000100").write_text("a file")
     assert latest_step(tmp_path) == 5
     store.save(6, {}, OneFile(), model)
-    assert {"step-00000005.bak", "step-00000099-copy", "step-last", "step-00000100"} < set(names(tmp_path))
+    assert others | {"step-00000100", "step-00000077.partial"} < set(names(tmp_path))
+
+
+def test_chat_templates_in_a_folder_are_part_of_a_checkpoint(tmp_path):
+    model = make_model(tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    CheckpointStore(tmp_path / "run", keep=1).save(1, {}, OneFile(), model)
+    checkpoint = CheckpointStore(tmp_path / "run", keep=1).latest()
+    assert (checkpoint.model / "additional_chat_templates/tools.jinja").read_text() == "{{ messages }}"
+    flip(checkpoint.model / "additional_chat_templates/tools.jinja")
+    assert "additional_chat_templates/tools.jinja has changed" in refused(tmp_path / "run")
 
 
 def refused(folder: Path, allow_previous: bool = False) -> str:

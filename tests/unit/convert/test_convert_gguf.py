@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -16,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rlpt.convert.convert import convert
 from megatron_rlpt.convert.formats import Format
-from megatron_rlpt.errors import ModelError
+from megatron_rlpt.errors import CheckpointError, ModelError
 from megatron_rlpt.policy.architecture import read_architecture
 
 LLAMA3 = {
@@ -126,4 +128,32 @@ def test_unusable_files(tmp_path):
     (tmp_path / "short.gguf").write_bytes(file.read_bytes()[:3000])
     with pytest.raises(ModelError, match=r"short\.gguf is not a readable GGUF file"):
         convert(tmp_path / "short.gguf", tmp_path / "out", Format.HF)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_lies_beside_a_file_is_not_read(tmp_path):
+    _, file = file_of(tmp_path, "llama")
+    convert(file, tmp_path / "alone", Format.HF)
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+        entries = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None], "AutoConfig": "own.Config"}}
+        (tmp_path / name).write_text(json.dumps(entries | {"model_type": "unheard-of"}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    convert(file, tmp_path / "beside", Format.HF, verify=True)
+    for path in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "beside" / path.name).read_bytes() == path.read_bytes()
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_full_disk_for_temporary_files_is_one_line(tmp_path, monkeypatch):
+    _, file = file_of(tmp_path, "llama")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs to mount a file system")
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    try:
+        with pytest.raises(CheckpointError, match=f"out could not be written .*temporary files are in {disk}"):
+            convert(file, tmp_path / "out", Format.HF)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -66,6 +67,27 @@ def safetensors_files(folder: Path) -> list[Path]:
             "vLLM loads; remove one of them"
         )
     return files
+
+
+@contextlib.contextmanager
+def without_extras(folder: Path) -> Iterator[Path]:
+    """``folder``, or links to what transformers would read of it where it holds weights that are no part of the model.
+
+    vLLM loads every safetensors file of a folder without an index, and ``consolidated.safetensors`` before all others.
+
+    Raises:
+        ModelError: what ``safetensors_files`` does.
+    """
+    model = safetensors_files(folder)
+    extras = {path for path in folder.glob("*.safetensors") if path not in model}
+    if not extras:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rlpt-model-") as scratch:
+        for path in folder.iterdir():
+            if path not in extras:
+                (Path(scratch) / path.name).symlink_to(path.resolve())
+        yield Path(scratch)
 
 
 class WeightFolder:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.errors import ConfigError, EngineError, ModelError
+from megatron_rlpt.huggingface import without_extras
 from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.policy.families import expected_shapes
 from megatron_rlpt.ranks import ranks_on_this_machine
@@ -90,7 +91,10 @@ class VllmEngine:
         self._can_sleep = torch.cuda.is_available() and placement is not Placement.OWN_GPU
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         in_process = placement is Placement.IN_PROCESS
-        with vllm_environment(config.kv_cache_gib, in_process=in_process, gpu=gpu) as arguments:
+        with (
+            vllm_environment(config.kv_cache_gib, in_process=in_process, gpu=gpu) as arguments,
+            without_extras(model_path) as served,
+        ):
             from vllm import LLM, SamplingParams, TokensPrompt
 
             if not torch.cuda.is_available():
@@ -101,7 +105,7 @@ class VllmEngine:
                 arguments["weight_transfer_config"] = {"backend": BACKENDS[placement]}
             try:
                 self._llm: Any = LLM(
-                    model=str(model_path),
+                    model=str(served),
                     dtype=str(self._manifest.dtype).removeprefix("torch."),
                     max_model_len=max_sequence,
                     max_num_seqs=config.max_batch,

@@ -58,9 +58,12 @@ def model(tmp_path_factory) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     shapes = list(expected_shapes(parse_architecture(config, folder)).items())
+    weight_map = {}
     for start in range(0, len(shapes), 100):
         part = {name: torch.full(shape, 0.5, dtype=torch.bfloat16) for name, shape in shapes[start : start + 100]}
         save_file(part, folder / f"part-{start:04d}.safetensors")
+        weight_map |= dict.fromkeys(part, f"part-{start:04d}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 

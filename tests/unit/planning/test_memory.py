@@ -96,7 +96,9 @@ def test_buffers_and_optimizer_are_as_large_as_those_that_megatron_makes(tmp_pat
     from transformers import AutoConfig, AutoModelForCausalLM
 
     entries = {**SIZES, "vocab_size": 1000, "head_dim": 12}
-    entries |= {"num_experts": 4, "moe_intermediate_size": 48} if model_type == "qwen3_moe" else {}
+    entries |= (
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48} if model_type == "qwen3_moe" else {}
+    )
     AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **entries)).save_pretrained(tmp_path)
     settings = replace(config(), model=ModelConfig(path=str(tmp_path), dtype=dtype))
     policy = Policy(settings, build_objective(settings.objective), DeviceRuntime())

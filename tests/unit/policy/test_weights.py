@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from llamas import VARIANTS, load_llama, make_examples, make_policy, same, save_llama, weights_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_rlpt import huggingface
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.errors import CheckpointError
-from megatron_rlpt.huggingface import WeightFolder, export_folder
+from megatron_rlpt.huggingface import WeightFolder, export_folder, without_extras
 from megatron_rlpt.objectives import Example
 from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.policy.families import expected_shapes
@@ -207,3 +207,17 @@ def test_an_export_onto_a_full_disk_says_so_in_one_line_and_keeps_the_old_one(ti
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert same(load_file(tmp_path / "export/model.safetensors"), load_file(tied / "model.safetensors"))
+
+
+def test_an_engine_sees_nothing_that_is_no_part_of_the_model(tied, tmp_path):
+    """vLLM would load every safetensors file there is, and a consolidated one before all others."""
+    with without_extras(tied) as same_folder:
+        assert same_folder == tied
+    folder = tmp_path / "model"
+    shutil.copytree(tied, folder)
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        save_file({"other": torch.ones(1)}, folder / name)
+    with without_extras(folder) as served:
+        assert sorted(path.name for path in served.iterdir()) == sorted(path.name for path in tied.iterdir())
+        assert same(load_file(served / "model.safetensors"), load_file(tied / "model.safetensors"))
+    assert not served.exists()

@@ -1,4 +1,4 @@
-"""Corpora as they are found in the world, driven through ``rlpt train``: read, or refused in one line, never lost unsaid."""
+"""Corpora as they are found in the world, through ``rlpt train``: read, or refused in one line, never lost unsaid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-WORDS = "the a cat dog sat ran on under mat tree and then saw big small red blue house river stone light".split()
+WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then", "saw", "river", "stone"]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
@@ -112,7 +112,9 @@ def test_more_is_lost_while_reading_than_allowed(train, tmp_path, monkeypatch):
 def test_a_parquet_shard_without_its_end_and_a_damaged_row_group_are_lost_by_their_size(train, tmp_path):
     for index in range(4):
         table = pa.table({"text": texts(40, index)})
-        pq.write_table(table, tmp_path / f"{index}.parquet", row_group_size=10, use_dictionary=False, compression="gzip")
+        pq.write_table(
+            table, tmp_path / f"{index}.parquet", row_group_size=10, use_dictionary=False, compression="gzip"
+        )
     whole = (tmp_path / "1.parquet").read_bytes()
     (tmp_path / "1.parquet").write_bytes(whole[: len(whole) // 2])
     refused(train(tmp_path / "*.parquet"), "1 of 4 files", "without a Parquet footer", "25.")
@@ -366,11 +368,11 @@ def test_a_file_that_may_not_be_read_is_lost_by_its_size(tmp_path):
     assert "files that may not be read: " in error
 
 
-def test_a_folder_of_a_hundred_thousand_files(train, tmp_path):
+def test_a_folder_of_many_files(train, tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     text = " ".join(WORDS * 2)
-    for index in range(100_000):
+    for index in range(20_000):
         with open(os.open(folder / f"{index}.txt", os.O_CREAT | os.O_WRONLY), "w") as file:
             file.write(text)
     code, err, metrics = train(folder)

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_rlpt.config import Config, EngineName, SourceConfig, to_yaml
-from megatron_rlpt.data import Document, heldout_episodes, open_source
+from megatron_rlpt.config import Config, DataConfig, EngineName, SourceConfig, to_yaml
+from megatron_rlpt.data import Document, Quarantine, heldout_episodes, open_source, survey_corpus
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation.comparison import (
     BASELINE,
@@ -83,11 +83,12 @@ def _models(config: Config, folder: Path) -> dict[str, Path]:
 
 def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     tokenizer = PolicyTokenizer(config.model.path)
+    survey_corpus(config.data.heldout + config.evaluation.ngram_corpus, config.data.max_bad_fraction)
     episodes = heldout_episodes(config.data, config.evaluation.prefixes, tokenizer.encode, bos_id=tokenizer.bos_id)
     prefixes = [episode.prefix for episode in episodes]
     originals = [episode.suffix for episode in episodes]
     policies = _continue_all(config, models, prefixes)
-    second = _ngram_model(config.evaluation.ngram_corpus, tokenizer, read_architecture(models[START]).vocab)
+    second = _ngram_model(config, tokenizer, read_architecture(models[START]).vocab)
     _log.info("scoring", prefixes=len(prefixes), policies=len(policies))
     scorer = JudgeScorer(build_judge(config, "cpu"), episodes)
     comparison = compare(prefixes, originals, policies, scorer, second, seed=config.run.seed)
@@ -158,19 +159,24 @@ class JudgeScorer:
         ]
 
 
-def _ngram_model(sources: Sequence[SourceConfig], tokenizer: PolicyTokenizer, vocab: int) -> NgramModel | None:
+def _ngram_model(config: Config, tokenizer: PolicyTokenizer, vocab: int) -> NgramModel | None:
     """``vocab`` is the model's: it may be padded beyond the tokenizer's, and a policy may sample from the padding."""
+    sources = config.evaluation.ngram_corpus
     if not sources:
         return None
-    documents = [tokenizer.encode(text) for source in sources for text in _texts(source)]
+    documents = [tokenizer.encode(text) for source in sources for text in _texts(source, config.data)]
     return NgramModel(documents, vocab)
 
 
-def _texts(source: SourceConfig) -> Iterator[str]:
-    reader = open_source(source)
+def _texts(source: SourceConfig, data: DataConfig) -> Iterator[str]:
+    reader = open_source(source, data.max_record_bytes)
+    bad = Quarantine(None, data.max_bad_fraction)
+    bad.expect([(source.path, reader.sizes())])
     while (record := reader.read()) is not None:
+        bad.count(record)
         if isinstance(record, Document):
             yield record.text
+    bad.check()
 
 
 def _describe_ngram(model: NgramModel) -> str:

@@ -71,11 +71,8 @@ def open_bytes(path: Path) -> io.BufferedReader:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(f"{shown(path)} is not a regular file; remove it from the data or name another")
-    # Between the two checks the file may have become a FIFO.
+    # A FIFO that took its place in the meantime would not block either.
     raw = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
-        raw.close()
-        raise DataError(f"{shown(path)} is not a regular file; remove it from the data or name another")
     ending = compression_of(path)
     if ending is None:
         return io.BufferedReader(raw, CHUNK)

@@ -93,7 +93,7 @@ def list_glob(pattern: str) -> Listing:
 
 def _take(listing: Listing, paths: Iterator[str] | list[str]) -> None:
     """Keep the regular files among ``paths``, one name of each."""
-    by_identity: dict[tuple[int, ...], list[tuple[bool, str, os.stat_result]]] = {}
+    by_identity: dict[tuple[int, ...], list[str]] = {}
     for path in paths:
         try:
             status = os.stat(path)
@@ -110,13 +110,14 @@ def _take(listing: Listing, paths: Iterator[str] | list[str]) -> None:
         else:
             # Some file systems have no numbers of their own, so size and time have to agree as well.
             identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            by_identity.setdefault(identity, []).append((os.path.islink(path), path, status))
-    for names in by_identity.values():
-        (_, path, status), *others = sorted(names, key=lambda name: name[:2])
-        listing.files.append(Found(Path(path), status.st_size, status.st_mtime_ns))
-        for _, other, _ in others:
-            listing.pass_over("other names of files that are read", other)
-    listing.files.sort(key=lambda file: file.path.relative_to(listing.root).as_posix())
+            by_identity.setdefault(identity, []).append(path)
+    for (_, _, size, modified), names in by_identity.items():
+        if len(names) > 1:
+            names.sort(key=lambda name: (os.path.islink(name), name))
+            for other in names[1:]:
+                listing.pass_over("other names of files that are read", other)
+        listing.files.append(Found(Path(names[0]), size, modified))
+    listing.files.sort(key=lambda file: str(file.path))
 
 
 def _below(listing: Listing, top: str, seen: set[tuple[int, int]]) -> Iterator[str]:

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from megatron_rlpt import terminal
 from megatron_rlpt.candidates import marked_if_blank, whole_characters
-from megatron_rlpt.config import Config, EngineName, SourceConfig, to_yaml
-from megatron_rlpt.data import Document, heldout_episodes, open_source
+from megatron_rlpt.config import Config, DataConfig, EngineName, SourceConfig, to_yaml
+from megatron_rlpt.data import Document, Quarantine, heldout_episodes, open_source, survey_corpus
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation.comparison import (
     BASELINE,
@@ -84,6 +84,7 @@ def _models(config: Config, folder: Path) -> dict[str, Path]:
 
 def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     tokenizer = PolicyTokenizer(config.model.path)
+    survey_corpus(config.data.heldout + config.evaluation.ngram_corpus, config.data.max_bad_fraction)
     episodes = heldout_episodes(
         config.data,
         config.evaluation.prefixes,
@@ -95,7 +96,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
     prefixes = [episode.prefix for episode in episodes]
     originals = [episode.suffix for episode in episodes]
     policies = _continue_all(config, models, prefixes)
-    second = _ngram_model(config.evaluation.ngram_corpus, tokenizer, read_architecture(models[START]).vocab)
+    second = _ngram_model(config, tokenizer, read_architecture(models[START]).vocab)
     _log.info("scoring", prefixes=len(prefixes), policies=len(policies))
     scorer = JudgeScorer(build_judge(config, "cpu"), episodes, tokenizer, config.teacher.max_failure_rate)
     comparison = compare(prefixes, originals, policies, scorer, second, seed=config.run.seed)
@@ -172,19 +173,24 @@ class JudgeScorer:
         return [outcome.value if isinstance(outcome, Score) else None for group in judged for outcome in group.outcomes]
 
 
-def _ngram_model(sources: Sequence[SourceConfig], tokenizer: PolicyTokenizer, vocab: int) -> NgramModel | None:
+def _ngram_model(config: Config, tokenizer: PolicyTokenizer, vocab: int) -> NgramModel | None:
     """``vocab`` is the model's: it may be padded beyond the tokenizer's, and a policy may sample from the padding."""
+    sources = config.evaluation.ngram_corpus
     if not sources:
         return None
-    documents = [tokens for source in sources for tokens in _documents(source, tokenizer)]
+    documents = [tokens for source in sources for tokens in _documents(source, config.data, tokenizer)]
     return NgramModel(documents, vocab)
 
 
-def _documents(source: SourceConfig, tokenizer: PolicyTokenizer) -> Iterator[Sequence[int]]:
-    reader = open_source(source, vocabulary=tokenizer.vocabulary)
+def _documents(source: SourceConfig, data: DataConfig, tokenizer: PolicyTokenizer) -> Iterator[Sequence[int]]:
+    reader = open_source(source, data.max_record_bytes, tokenizer.vocabulary)
+    bad = Quarantine(None, data.max_bad_fraction)
+    bad.expect([(source.path, reader.sizes())])
     while (record := reader.read()) is not None:
+        bad.count(record)
         if isinstance(record, Document):
             yield tokenizer.encode(record.text, source.control_tokens) if record.tokens is None else record.tokens
+    bad.check()
 
 
 def _describe_ngram(model: NgramModel) -> str:

@@ -1,4 +1,4 @@
-"""Corpora as they are found in the world, driven through ``rlpt train``: read, or refused in one line, never lost unsaid."""
+"""Corpora as they are found in the world, through ``rlpt train``: read, or refused in one line, never lost unsaid."""
 
 from __future__ import annotations
 
@@ -18,29 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "tree",
-    "and",
-    "then",
-    "saw",
-    "big",
-    "small",
-    "red",
-    "blue",
-    "house",
-    "river",
-    "stone",
-    "light",
-]
+WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then", "saw", "river", "stone"]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
@@ -390,11 +368,11 @@ def test_a_file_that_may_not_be_read_is_lost_by_its_size(tmp_path):
     assert "files that may not be read: " in error
 
 
-def test_a_folder_of_a_hundred_thousand_files(train, tmp_path):
+def test_a_folder_of_many_files(train, tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     text = " ".join(WORDS * 2)
-    for index in range(100_000):
+    for index in range(20_000):
         with open(os.open(folder / f"{index}.txt", os.O_CREAT | os.O_WRONLY), "w") as file:
             file.write(text)
     code, err, metrics = train(folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +14,7 @@ from backports import zstd
 
 from megatron_rlpt.config import DataConfig, SourceConfig, SourceFormat
 
-FILE_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt")
+FILE_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "ndjson.xz", "jsonl.bz2", "json", "json.gz", "parquet", "txt")
 
 
 def encode(text: str, control_tokens: bool = False) -> list[int]:
@@ -50,6 +52,14 @@ def write(folder: Path, kind: str, texts: list[str], files: int = 1) -> Path:
                 half = len(part) // 2
                 frames = (jsonl_bytes(part[:half]), jsonl_bytes(part[half:]))
                 path.write_bytes(b"".join(zstd.compress(frame) for frame in frames))
+            case "ndjson.xz":
+                path.write_bytes(lzma.compress(jsonl_bytes(part)) + bytes(8))
+            case "jsonl.bz2":
+                path.write_bytes(bz2.compress(jsonl_bytes(part)))
+            case "json":
+                path.write_text(json.dumps([{"text": text, "more": [{"n": "]"}]} for text in part], indent=1))
+            case "json.gz":
+                path.write_bytes(gzip.compress(b"[" + b",".join(jsonl_bytes(part).splitlines()) + b"]\n"))
             case "parquet":
                 pq.write_table(pa.table({"n": list(range(len(part))), "text": part}), path, row_group_size=3)
             case _:

@@ -18,7 +18,9 @@ from megatron_rlpt.config import SourceConfig, SourceFormat
 from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.errors import CheckpointError, DataError
 
-SIZES = {"jsonl": 7, "jsonl.gz": 5, "jsonl.zst": 6, "parquet": 8, "txt": 4, "hf": 5}
+SIZES = {"jsonl": 7, "jsonl.gz": 5, "jsonl.zst": 6, "parquet": 8, "txt": 4, "hf": 5} | {
+    "ndjson.xz": 5, "jsonl.bz2": 6, "json": 7, "json.gz": 5
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from megatron_rlpt.buffer.judging import ThroughBuffer
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.checkpoint import CheckpointStore
-from megatron_rlpt.config import Config, judged_by_workers, needs_judge
+from megatron_rlpt.config import Config, HeldOutOverlap, judged_by_workers, needs_judge
 from megatron_rlpt.curriculum import Curriculum
-from megatron_rlpt.data import EpisodeStream
+from megatron_rlpt.data import EpisodeStream, HeldOut
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.judging import InTrainer, Judging
 from megatron_rlpt.loop import Observer, Training
@@ -151,6 +151,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
             f"the tokenizer of {config.model.path} has {tokenizer.size} tokens and the model {arch.vocab} embeddings; "
             "tokenizer and weights belong to different models"
         )
+    held_out = _held_out(config, tokenizer, scan=ranks.is_main)
     stream = EpisodeStream(
         config.data,
         tokenizer.encode,
@@ -159,9 +160,25 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
         quarantine=folder / "quarantine.jsonl" if ranks.is_main else None,
         bos_id=tokenizer.bos_id,
         vocabulary=tokenizer.vocabulary,
+        held_out=held_out,
     )
     _require_usable_corpus(config, tokenizer)
     return stream
+
+
+def _held_out(config: Config, tokenizer: PolicyTokenizer, scan: bool) -> HeldOut | None:
+    """The documents that must not be trained on, if there are any; compared with the beginning of the corpus.
+
+    Raises:
+        DataError: a document is in both.
+    """
+    lists = {"data.heldout": config.data.heldout, "evaluation.ngram_corpus": config.evaluation.ngram_corpus}
+    if not any(lists.values()):
+        return None
+    held_out = HeldOut(lists, tokenizer.vocabulary)
+    if scan and config.data.heldout_overlap is HeldOutOverlap.refuse:
+        held_out.scan(config.data.sources)
+    return held_out
 
 
 def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:

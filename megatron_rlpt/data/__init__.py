@@ -5,6 +5,7 @@ from megatron_rlpt.data.episode_stream import EpisodeStream
 from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.heldout import heldout_episodes
 from megatron_rlpt.data.indexed import Vocabulary
+from megatron_rlpt.data.overlap import HeldOut
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
@@ -18,6 +19,7 @@ __all__ = [
     "Drawn",
     "Encode",
     "EpisodeStream",
+    "HeldOut",
     "Position",
     "Quarantine",
     "Reader",

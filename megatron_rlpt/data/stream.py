@@ -27,6 +27,8 @@ class Counters:
     """Records that could not be read as a document."""
     too_short: int = 0
     """Documents shorter than min_prefix + suffix_length."""
+    held_out: int = 0
+    """Documents left out because they are held out."""
     usable: int = 0
     """Documents that gave at least one episode."""
     episodes_served: int = 0
@@ -202,6 +204,7 @@ class DocumentStream:
         """Episodes that came from each source so far, and their share, as metrics."""
         served = self.counters.served
         episodes = {f"data/episodes/{index}": count for index, count in enumerate(served)}
+        episodes["data/held_out"] = self.counters.held_out
         return episodes | {f"data/share/{index}": count / max(1, sum(served)) for index, count in enumerate(served)}
 
     def _pick(self) -> int:

@@ -36,9 +36,9 @@ _SAME = 0.9
 """Share of the passages of the shorter text that stand in the other."""
 _LEAST_CHARACTERS = 20
 """Shorter texts ("Page not found") are not compared."""
-_SCANNED = 1 << 26
+_SCANNED = 1 << 25
 """Characters of every source that are compared before a run starts; the rest is compared when it is read."""
-_HELD = 1 << 28
+_HELD = 1 << 26
 """Characters of held-out text that are kept track of."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
@@ -71,7 +71,6 @@ class HeldOut:
     def __init__(self, lists: Mapping[str, Sequence[SourceConfig]], vocabulary: Vocabulary | None = None) -> None:
         self._vocabulary = vocabulary
         self._places: list[Place] = []
-        self._counts: list[int] = []
         self._whole: dict[bytes, int] = {}
         passages: list[_Hashes] = []
         characters = 0
@@ -86,10 +85,10 @@ class HeldOut:
                     self._places.append(Place(f"{key}[{index}]", source.path, document))
                     self._whole.setdefault(_digest(found), number)
                     passages.append(_passages(found))
-                    self._counts.append(len(passages[-1]))
         if characters >= _HELD:
             _log.warning("only a part of the held-out text is compared with the corpus", characters=characters)
-        owners = np.repeat(np.arange(len(self._counts)), self._counts)
+        self._counts = np.array([len(of) for of in passages], np.int64)
+        owners = np.repeat(np.arange(len(passages)), self._counts)
         hashes = np.concatenate(passages) if passages else np.empty(0, np.uint64)
         order = np.argsort(hashes, kind="stable")
         self._hashes, self._owners = hashes[order], owners[order]
@@ -112,9 +111,9 @@ class HeldOut:
         owners = np.concatenate([self._owners[first[hit] : first[hit] + counts[hit]] for hit in hits])
         numbers, shared = np.unique(owners, return_counts=True)
         # The one that is copied most wholly, not the longest.
-        lengths = np.minimum(len(passages), np.asarray(self._counts)[numbers])
+        lengths = np.minimum(len(passages), self._counts[numbers])
         best = int((np.where(shared >= _LEAST_PASSAGES, shared, 0) / lengths).argmax())
-        needed = max(_LEAST_PASSAGES, _SAME * min(len(passages), self._counts[int(numbers[best])]))
+        needed = max(_LEAST_PASSAGES, _SAME * min(len(passages), int(self._counts[numbers[best]])))
         return self._places[int(numbers[best])] if shared[best] >= needed else None
 
     def text_of(self, document: Document) -> str:

@@ -99,6 +99,13 @@ class MixBy(enum.StrEnum):
     documents = "documents"
 
 
+class HeldOutOverlap(enum.StrEnum):
+    """What becomes of a document that is in the corpus and held out."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
 class Decay(enum.StrEnum):
     """Shape of the learning-rate decay after warm-up."""
 
@@ -188,6 +195,9 @@ class DataConfig:
     the lengths of documents), or documents drawn, where a source of longer documents has more tokens."""
     heldout: list[SourceConfig] = field(default_factory=list)
     """Documents never trained on, for ``rlpt evaluate``."""
+    heldout_overlap: HeldOutOverlap = HeldOutOverlap.refuse
+    """When a document of ``sources`` is also in ``heldout`` or ``evaluation.ngram_corpus``, by what it says: stop with
+    an error, or leave it out of training and count it."""
     suffix_length: int = 128
     """Tokens per suffix, and per rollout and rewrite (paper: 128)."""
     max_prefix: int = 1920

@@ -4,11 +4,11 @@ from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
 from megatron_rlpt.data.episode_stream import EpisodeStream
 from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.heldout import heldout_episodes
+from megatron_rlpt.data.overlap import HeldOut
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
 from megatron_rlpt.data.survey import survey_corpus
-from megatron_rlpt.vocabulary import Vocabulary
 
 __all__ = [
     "BadRecord",
@@ -19,10 +19,10 @@ __all__ = [
     "Drawn",
     "Encode",
     "EpisodeStream",
+    "HeldOut",
     "Position",
     "Quarantine",
     "Reader",
-    "Vocabulary",
     "heldout_episodes",
     "open_source",
     "survey_corpus",

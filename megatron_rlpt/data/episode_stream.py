@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.config.schema import DataConfig, MixBy
+from megatron_rlpt.config.schema import DataConfig, HeldOutOverlap, MixBy
 from megatron_rlpt.data.documents import Document, Position
 from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.lane import Held, Lane, OpenDocument
+from megatron_rlpt.data.overlap import HeldOut, Place, overlap_error
 from megatron_rlpt.data.quarantine import Quarantine
-from megatron_rlpt.data.stream import Counters, DocumentStream
+from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
 from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.records import SEED_RANGE, Episode, derive_seed, stable_id
 from megatron_rlpt.vocabulary import Vocabulary
@@ -62,6 +63,7 @@ class EpisodeStream:
         bos_id: The tokenizer's BOS token, for ``data.add_bos``.
         starts_character: Whether a token starts a character; None where all tokens do.
         vocabulary: The tokenizer's, for sources that hold tokens.
+        held_out: Documents that must not be trained on; what is done with one is ``data.heldout_overlap``.
 
     Raises:
         DataError: a source is missing, empty or not recognised.
@@ -79,7 +81,10 @@ class EpisodeStream:
         bos_id: int | None = None,
         starts_character: Callable[[int], bool] | None = None,
         vocabulary: Vocabulary | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
+        self._held_out = held_out
+        self._skip = config.heldout_overlap is HeldOutOverlap.skip
         self._cutter = Cutter(config, encode, bos_id, starts_character)
         self._documents = DocumentStream(
             config.sources,
@@ -205,11 +210,30 @@ class EpisodeStream:
             if drawn is None:
                 continue
             document = self._open(drawn.document, drawn.source, drawn.position)
+            if document.offsets and self._is_held_out(drawn):
+                continue
             if document.offsets:
                 self._documents.note_usable(drawn.source)
                 return document
             self.counters.too_short += 1
         return None
+
+    def _is_held_out(self, drawn: Drawn) -> bool:
+        """Whether a document must not be trained on.
+
+        Raises:
+            DataError: it must not, and is not to be passed over either.
+        """
+        if self._held_out is None or (held := self._held_out.find(self._held_out.text_of(drawn.document))) is None:
+            return False
+        path = self._documents.sources[drawn.source].path
+        place = Place(f"data.sources[{drawn.source}]", path, drawn.document.id)
+        if not self._skip:
+            raise overlap_error(place, held)
+        if not self.counters.held_out:
+            _log.warning("%s is held out as well (%s); such documents are left out of training", place, held)
+        self.counters.held_out += 1
+        return True
 
     def _open(self, document: Document, source: int, position: Position) -> OpenDocument:
         control = self._documents.sources[source].control_tokens

@@ -28,6 +28,8 @@ class Counters:
     """Records that could not be read as a document."""
     too_short: int = 0
     """Documents shorter than min_prefix + suffix_length."""
+    held_out: int = 0
+    """Documents left out because they are held out."""
     usable: int = 0
     """Documents that gave at least one episode."""
     episodes_served: int = 0
@@ -208,6 +210,7 @@ class DocumentStream:
             "data/read": counters.read,
             "data/malformed": counters.malformed,
             "data/too_short": counters.too_short,
+            "data/held_out": counters.held_out,
             "data/lost_bytes": self._quarantine.lost_bytes,
             "data/lost_share": self._quarantine.lost_share,
         }

@@ -1,0 +1,180 @@
+"""Whether a document of the corpus is also held out, found by what it says: under any path, format or compression.
+
+A text is reduced to its letters and digits, in lower case. Of all runs of 80 of them a sixteenth is chosen by its hash,
+so that the same passages are chosen wherever they stand. Two documents are the same when their reduced texts are equal,
+or when the shorter one has nine tenths of its chosen passages (and at least eight) in the other: a copy with another
+header, or a part of it. A passage that many documents share (a licence) is not enough.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_rlpt.config.schema import SourceConfig
+from megatron_rlpt.data.documents import Document
+from megatron_rlpt.data.sources import open_source
+from megatron_rlpt.errors import DataError
+from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.vocabulary import Vocabulary
+
+_log = get_logger(__name__)
+
+_Hashes = npt.NDArray[np.uint64]
+
+RUN = 80
+"""Letters and digits of a passage."""
+_CHOSEN = 16
+"""One passage in so many is compared."""
+_LEAST_PASSAGES = 8
+_SAME = 0.9
+"""Share of the passages of the shorter text that stand in the other."""
+_LEAST_CHARACTERS = 20
+"""Shorter texts ("Page not found") are not compared."""
+_SCANNED = 1 << 25
+"""Characters of every source that are compared before a run starts; the rest is compared when it is read."""
+_HELD = 1 << 26
+"""Characters of held-out text that are kept track of."""
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+_INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
+_NOT_SAID = re.compile(r"[\W_]+")
+
+
+class Place(NamedTuple):
+    """Where a document is."""
+
+    key: str
+    """Of the configuration, as ``data.heldout[0]``."""
+    path: str
+    document: str
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.path!r} (document {self.document})"
+
+
+class HeldOut:
+    """The documents that must not be trained on.
+
+    Args:
+        lists: key of the configuration -> its sources.
+        vocabulary: of the policy, for sources that hold tokens.
+
+    Raises:
+        DataError: a source cannot be read.
+    """
+
+    def __init__(self, lists: Mapping[str, Sequence[SourceConfig]], vocabulary: Vocabulary | None = None) -> None:
+        self._vocabulary = vocabulary
+        self._places: list[Place] = []
+        self._whole: dict[bytes, int] = {}
+        passages: list[_Hashes] = []
+        characters = 0
+        for key, sources in lists.items():
+            for index, source in enumerate(sources):
+                for document, text in self._texts(source):
+                    if characters >= _HELD:
+                        break
+                    characters += len(text)
+                    found = _reduced(text)
+                    number = len(self._places)
+                    self._places.append(Place(f"{key}[{index}]", source.path, document))
+                    self._whole.setdefault(_digest(found), number)
+                    passages.append(_passages(found))
+        if characters >= _HELD:
+            _log.warning("only a part of the held-out text is compared with the corpus", characters=characters)
+        self._counts = np.array([len(of) for of in passages], np.int64)
+        owners = np.repeat(np.arange(len(passages)), self._counts)
+        hashes = np.concatenate(passages) if passages else np.empty(0, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        self._hashes, self._owners = hashes[order], owners[order]
+
+    def find(self, text: str) -> Place | None:
+        """The held-out document that ``text`` is a copy or a part of, or that is a part of it."""
+        found = _reduced(text)
+        if len(found) < _LEAST_CHARACTERS:
+            return None
+        if (same := self._whole.get(_digest(found))) is not None:
+            return self._places[same]
+        passages = _passages(found)
+        if len(passages) < _LEAST_PASSAGES or not len(self._hashes):
+            return None
+        first = np.searchsorted(self._hashes, passages, "left")
+        counts = np.searchsorted(self._hashes, passages, "right") - first
+        hits = counts.nonzero()[0]
+        if len(hits) < _LEAST_PASSAGES:
+            return None
+        owners = np.concatenate([self._owners[first[hit] : first[hit] + counts[hit]] for hit in hits])
+        numbers, shared = np.unique(owners, return_counts=True)
+        # The one that is copied most wholly, not the longest.
+        lengths = np.minimum(len(passages), self._counts[numbers])
+        best = int((np.where(shared >= _LEAST_PASSAGES, shared, 0) / lengths).argmax())
+        needed = max(_LEAST_PASSAGES, _SAME * min(len(passages), int(self._counts[numbers[best]])))
+        return self._places[int(numbers[best])] if shared[best] >= needed else None
+
+    def text_of(self, document: Document) -> str:
+        """What a document says."""
+        if document.tokens is None:
+            return document.text
+        assert self._vocabulary is not None
+        return self._vocabulary.decode(document.tokens)
+
+    def scan(self, sources: Sequence[SourceConfig]) -> None:
+        """Compare the beginning of every source, before anything is loaded or trained.
+
+        Raises:
+            DataError: a document is in both, or a source cannot be read.
+        """
+        for index, source in enumerate(sources):
+            characters = 0
+            for document, text in self._texts(source):
+                if (place := self.find(text)) is not None:
+                    raise overlap_error(Place(f"data.sources[{index}]", source.path, document), place)
+                characters += len(text)
+                if characters >= _SCANNED:
+                    break
+
+    def _texts(self, source: SourceConfig) -> Iterator[tuple[str, str]]:
+        reader = open_source(source, vocabulary=self._vocabulary)
+        while (record := reader.read()) is not None:
+            if isinstance(record, Document):
+                yield record.id, self.text_of(record)
+
+
+def overlap_error(trained: Place, held: Place) -> DataError:
+    """Why a run cannot go on."""
+    return DataError(
+        f"{trained} is held out as well: {held}; take it out of one of them, or set data.heldout_overlap=skip to leave "
+        "such documents out of training"
+    )
+
+
+def _reduced(text: str) -> str:
+    return _NOT_SAID.sub("", text.casefold())
+
+
+def _digest(reduced: str) -> bytes:
+    return hashlib.blake2b(reduced.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _passages(reduced: str) -> _Hashes:
+    """Hashes of the chosen passages, each once. A polynomial modulo 2^64 over code points, then mixed."""
+    points = np.frombuffer(reduced.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    if len(points) < RUN:
+        return np.empty(0, np.uint64)
+    points = (points + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+    points ^= points >> np.uint64(31)
+    with np.errstate(over="ignore"):
+        powers = np.cumprod(np.concatenate([[np.uint64(1)], np.full(len(points) - 1, _BASE)]), dtype=np.uint64)
+        sums = np.concatenate([[np.uint64(0)], np.cumsum(points * powers, dtype=np.uint64)])
+        count = len(points) - RUN + 1
+        undo = np.cumprod(np.concatenate([[np.uint64(1)], np.full(count - 1, _INVERSE)]), dtype=np.uint64)
+        hashes = (sums[RUN:] - sums[:-RUN]) * undo
+        hashes ^= hashes >> np.uint64(29)
+        hashes *= np.uint64(0x94D049BB133111EB)
+        hashes ^= hashes >> np.uint64(32)
+    return np.unique(hashes[hashes % np.uint64(_CHOSEN) == 0])

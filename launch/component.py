@@ -36,6 +36,7 @@ from megatron_rlpt.addresses import LOOPBACK
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
 from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child
 from megatron_rlpt.stopping import STOP_FILE
+from megatron_rlpt.terminal import one_line, say
 
 TRAINER = "trainer"
 RLPT = (sys.executable, "-m", "megatron_rlpt")
@@ -261,7 +262,7 @@ def run_component(role: str, spec: Spec) -> int:
     try:
         this = Component(spec, task)
     except RlptError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {one_line(error)}", sys.stderr)
         return error.exit_code
     with this:
         return _run(this)

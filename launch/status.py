@@ -16,6 +16,7 @@ from rich.text import Text
 
 from launch.pair import JOBS, Part
 from launch.spec import OVER, SHARED, SILENT, read_published
+from megatron_rlpt import terminal
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.liveness import HEARTBEAT
 
@@ -26,7 +27,7 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
     Raises:
         ConfigError: nothing was launched there.
     """
-    console = console or Console(soft_wrap=True)
+    console = console or terminal.console(soft_wrap=True)
     shared = run_dir / SHARED
     jobs = _jobs(shared)
     said = (read_published(path) for path in sorted((shared / "status").glob("*.json")))

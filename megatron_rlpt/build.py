@@ -13,7 +13,7 @@ from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.config import Config, flatten, judged_by_workers, needs_judge
 from megatron_rlpt.curriculum import Curriculum
-from megatron_rlpt.data import EpisodeStream, survey
+from megatron_rlpt.data import EpisodeStream, survey_corpus
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.judging import InTrainer, Judging
 from megatron_rlpt.learning import Learning
@@ -169,7 +169,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
             "tokenizer and weights belong to different models"
         )
     if ranks.is_main:
-        survey(config.data.sources, config.data.max_bad_fraction)
+        survey_corpus(config.data.sources, config.data.max_bad_fraction)
     stream = EpisodeStream(
         config.data,
         tokenizer.encode,
@@ -178,6 +178,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
         quarantine=folder / "quarantine.jsonl" if ranks.is_main else None,
         bos_id=tokenizer.bos_id,
         starts_character=tokenizer.starts_character,
+        vocabulary=tokenizer.vocabulary,
     )
     _require_usable_corpus(config, tokenizer)
     return stream
@@ -196,4 +197,5 @@ def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
         config.run.seed,
         bos_id=tokenizer.bos_id,
         starts_character=tokenizer.starts_character,
+        vocabulary=tokenizer.vocabulary,
     ).take(1)

@@ -1,4 +1,4 @@
-"""The ``rlpt`` command: train, evaluate, convert, judge, teacher, buffer, plan, config, doctor.
+"""The ``rlpt`` command: train, evaluate, init, convert, judge, teacher, buffer, plan, config, doctor.
 
 Whatever needs torch is imported inside the command that needs it, so that ``rlpt --help`` and ``rlpt config`` answer
 at once on a login node that has no torch.
@@ -7,6 +7,7 @@ at once on a login node that has no torch.
 from __future__ import annotations
 
 import enum
+import io
 import os
 import sys
 from pathlib import Path
@@ -18,10 +19,11 @@ from typer.core import TyperGroup
 from launch.cli import launch, status
 from megatron_rlpt import __version__
 from megatron_rlpt.buffer.cli import buffer_app
-from megatron_rlpt.errors import ConfigError, RlptError, RunStopped
+from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, RunStopped, is_disk_full
 from megatron_rlpt.planning.cli import plan
 from megatron_rlpt.processes import run_and_leave
 from megatron_rlpt.teacher.cli import judge_app, teacher_app
+from megatron_rlpt.terminal import one_line, say
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells and schedulers expect."""
@@ -65,7 +67,7 @@ class ConvertTo(enum.StrEnum):
 
 
 class ConvertDtype(enum.StrEnum):
-    """Precisions that ``rlpt convert`` writes."""
+    """Precisions that ``rlpt convert`` and ``rlpt init`` write."""
 
     bf16 = "bf16"
     fp32 = "fp32"
@@ -180,9 +182,30 @@ def convert(
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value] if dtype else None,
         hf_config=hf_config,
         verify=verify,
-        say=lambda line: print(line, flush=True),
+        say=say,
     )
-    print(result.describe())
+    say(result.describe())
+
+
+@app.command()
+def init(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json of the model, or a folder with one.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything yet.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", metavar="FOLDER", help="Folder of the tokenizer; by default that of CONFIG."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the weights.")] = 1,
+    dtype: Annotated[ConvertDtype, typer.Option("--dtype", help="Precision to write.")] = ConvertDtype.bf16,
+) -> None:
+    """Make a model with fresh weights, as Megatron initialises them."""
+    _quiet_libraries()
+    import torch
+
+    from megatron_rlpt.fresh import init as run
+
+    precision = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value]
+    print(run(config, target, tokenizer, seed=seed, dtype=precision, say=lambda line: print(line, flush=True)))
 
 
 app.command("plan")(plan)
@@ -203,7 +226,7 @@ def show_config(
 
     text = to_yaml(load_config(config, overrides or ()))
     if get is None:
-        print(text, end="")
+        say(text.rstrip("\n"))
         return
     missing = object()
     # ``text`` was resolved already, so nothing is left to interpolate here but escaped "${".
@@ -211,9 +234,9 @@ def show_config(
     if value is missing:
         raise ConfigError(f"--get {get}: unknown key; the nearest valid key is '{nearest_key(get)}'")
     if OmegaConf.is_config(value):
-        print(OmegaConf.to_yaml(value), end="")
+        say(OmegaConf.to_yaml(value).rstrip("\n"))
     else:
-        print(str(value).lower() if isinstance(value, bool) else value)
+        say(str(value).lower() if isinstance(value, bool) else value)
 
 
 @app.command()
@@ -231,19 +254,33 @@ def entry() -> NoReturn:
     run_and_leave(main)
 
 
+def _tell(what: str, error: object) -> None:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    say(("" if rank == "0" else f"rank {rank}: ") + what + one_line(error), sys.stderr)
+
+
 def main() -> None:
     """What ``rlpt`` does.
 
     Exit codes: 0 done, 2 wrong usage or configuration, ``RlptError.exit_code`` with one line on standard error for
-    what a user can put right, 130 after Ctrl-C, 1 with a traceback for a bug of ours.
+    what a user can put right, 8 for a full disk, 130 after Ctrl-C, 1 with a traceback for a bug of ours.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to end
     try:
         app(prog_name="rlpt")
     except RlptError as error:
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-        whose = "" if rank == "0" else f"rank {rank}: "
-        what = "" if isinstance(error, RunStopped) else "error: "
-        print(whose + what + " ".join(str(error).split()), file=sys.stderr)
+        _tell("" if isinstance(error, RunStopped) else "error: ", error)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        _tell(
+            "error: ",
+            f"{error.filename or 'a file'} could not be written ({error.strerror}); free space, then "
+            "start again, which goes on from what was complete",
+        )
+        raise SystemExit(CheckpointError.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

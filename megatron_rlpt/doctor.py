@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rlpt import terminal
 from megatron_rlpt.data.huggingface import REQUIREMENT as DATASETS
 from megatron_rlpt.data.huggingface import version_problem as datasets_problem
 from megatron_rlpt.observe.machine import GIB, Machine, inspect_machine
@@ -137,7 +138,7 @@ def run_doctor(as_json: bool = False, timeout: float = 180.0) -> int:
     if as_json:
         print(json.dumps({"ok": report.ok, **dataclasses.asdict(report)}, indent=2))
     else:
-        render(report, Console())
+        render(report, terminal.console())
     return 0 if report.ok else 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.huggingface_config import write_config, write_tokenizer_config
 from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.families import Rule, expected_shapes
 from megatron_rlpt.publishing import follow_umask, new_folder
@@ -198,7 +198,8 @@ def export_folder(
     """
     with new_folder(target, replace=replace) as partial:
         copy_settings(source, partial)
-        declare_dtype(partial, _write_shards(weights, partial))
+        write_tokenizer_config(partial)
+        write_config(partial, _write_shards(weights, partial))
 
 
 _SETTINGS = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
@@ -269,21 +270,3 @@ def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> 
         (folder / INDEX).write_text(json.dumps(contents, indent=1), encoding="utf-8")
     assert dtypes, "a model has weights"
     return dtypes
-
-
-def declare_dtype(folder: Path, dtypes: set[torch.dtype]) -> None:
-    """Let ``config.json`` name a precision that the weights have: readers cast to what it says, and would round fp32.
-
-    What it says stays where some of the weights are in that precision: a bf16 model with fp32 norms is a bf16 model.
-    Otherwise it is the widest.
-    """
-    config = folder / "config.json"
-    raw = json.loads(config.read_text(encoding="utf-8"))
-    keys = raw.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}  # the second is the name before transformers 5
-    names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
-    said = {raw.get(key) for key in keys}
-    if len(said) == 1 and said <= names:
-        return
-    widest = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
-    raw |= dict.fromkeys(keys, widest)
-    config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

@@ -58,13 +58,11 @@ class Learning:
         self._steps += 1
         self._empty += not examples
         if not examples:
-            said = {"cause": cause} if cause else {}
             _log.warning(
                 "nothing to learn from in this step",
                 step=step,
-                reasons=_listed(Counter(reasons)),
+                reasons=_listed(Counter(reasons)) + (f"; the first cause: {cause}" if cause else ""),
                 empty=self._few_of_many(),
-                **said,
             )
         self.troubles = self._describe()
 
@@ -78,8 +76,10 @@ class Learning:
         Raises:
             NothingLearntError: the share of steps without an example is too high, or the run ends without an update.
         """
-        share = self.empty_share
-        full = len(self._recent) == self._window
+        share, full = self.empty_share, len(self._recent) == self._window
+        ways_on = "mend the cause and start again; it goes on with the next step"
+        if last:
+            ways_on = "mend the cause and begin anew with --fresh"
         if last and not version:
             what = f"nothing was learnt: none of {self._steps} steps left an example, so the model is as it was"
         elif share > self._max_share and (full or last):
@@ -89,7 +89,12 @@ class Learning:
             )
         else:
             return
-        raise NothingLearntError(f"{what}; {self._explanation()}; {_WAYS_ON}")
+        raise NothingLearntError(f"{what}; {self._explanation()}; samples.jsonl has more; {ways_on}")
+
+    def begin_anew(self) -> None:
+        """Hold nothing of the last steps against the next ones: the run has ended for them."""
+        self._recent.clear()
+        self.troubles = ""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -116,12 +121,6 @@ class Learning:
             counts.update(step["reasons"])
         cause = next((step["cause"] for step in self._recent if step["cause"]), "")
         return f"most frequent: {_listed(counts)}" + (f"; the first cause: {cause}" if cause else "")
-
-
-_WAYS_ON = (
-    "samples.jsonl has more; mend the cause and start again (it goes on from the last checkpoint), or begin anew with "
-    "--fresh"
-)
 
 
 def _why(groups: Sequence[Group], selection: Selection) -> tuple[dict[str, int], str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_rlpt.config import Config
-from megatron_rlpt.errors import RunStopped, TrainingError
+from megatron_rlpt.errors import NothingLearntError, RunStopped, TrainingError
 from megatron_rlpt.learning import Learning
 from megatron_rlpt.metrics import step_metrics
 from megatron_rlpt.objectives import Objective, Selection
@@ -82,7 +82,7 @@ def train(run: Training) -> None:
 
     Raises:
         RunStopped: somebody asked; what was done is in a checkpoint.
-        NothingLearntError: too many steps left no example. No checkpoint is added, so that a mended run repeats them.
+        NothingLearntError: too many steps left no example.
     """
     config, stage, saved = run.config, run.timer.stage, run.done
     while run.done < config.train.steps and not run.stop.asked():
@@ -109,12 +109,12 @@ def train(run: Training) -> None:
         metrics |= run.pipeline.figures()
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
         run.saver.poll()
-        run.learning.check(run.policy.version, last=run.done == config.train.steps)
+        _require_learning(run)
         if run.done % config.checkpoint.every == 0:
             # After the step is recorded: a kill in between repeats the step, and the resumed run drops its record.
             saved = _save(run)
     if run.done >= config.train.steps:
-        run.learning.check(run.policy.version, last=True)
+        _require_learning(run)
     if saved < run.done:
         _save(run)
     run.saver.finish()
@@ -127,6 +127,19 @@ def _save(run: Training) -> int:
     with run.timer.stage("checkpoint"):
         run.saver.save(run.done)
     return run.done
+
+
+def _require_learning(run: Training) -> None:
+    """Pass, or end the run; unless no step is left, with a checkpoint from which a mended one goes on."""
+    last = run.done >= run.config.train.steps
+    try:
+        run.learning.check(run.policy.version, last=last)
+    except NothingLearntError:
+        if not last:
+            run.learning.begin_anew()
+            _save(run)
+            run.saver.finish()
+        raise
 
 
 def check_agreement(figures: dict[str, float], warn: float, stop: float) -> None:

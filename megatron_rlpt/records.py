@@ -54,7 +54,7 @@ class Candidate:
     logprobs: tuple[float, ...] | None = None
     """The engine's own log-probability of every token, natural log, for rollouts."""
     blank: bool = False
-    """Without any text: control tokens and white space only. Never judged, never chosen, and no failure of a judge."""
+    """Without any text: control tokens and white space only. Never judged and never chosen."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,25 @@ class Failed:
 
     reason: str
     detail: dict[str, Any] = field(default_factory=dict)
+    """JSON-serialisable. ``cause`` is what was said where it went wrong first, ``root`` the reason that was given
+    there, where it is another one."""
+
+    @property
+    def root(self) -> str:
+        """The reason that was given first, one of few."""
+        root = self.detail.get("root")
+        return root if isinstance(root, str) and root else self.reason
+
+    @property
+    def explained(self) -> str:
+        """All reasons from the outcome back to the first cause, in one line."""
+        parts = [self.reason, self.root if self.root not in self.reason else "", str(self.detail.get("cause") or "")]
+        return one_line(": ".join(part for part in parts if part))
+
+    def because_of(self, first: Failed) -> Failed:
+        """This failure, as one that another led to."""
+        cause = {"cause": first.detail["cause"]} if first.detail.get("cause") else {}
+        return Failed(self.reason, self.detail | {"root": first.root} | cause)
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ class Group:
         ]
 
 
-BLANK = Failed("no text")
+BLANK = Failed("empty candidate")
 """Outcome of a blank candidate."""
 
 
@@ -127,6 +146,21 @@ def without_stale(group: Group, version: int, bound: int) -> Group:
 
 SEED_RANGE = 1 << 63
 """``derive_seed`` returns values below this."""
+
+LONGEST_CAUSE = 300
+"""Characters of somebody's own words that are handed on with a failure."""
+
+
+def one_line(text: str) -> str:
+    """``text`` without line breaks, control characters, and the half characters that no file can hold."""
+    shown = "".join(char if char.isprintable() else " " for char in text.encode("utf-8", "replace").decode("utf-8"))
+    return " ".join(shown.split())
+
+
+def shortened(text: str, longest: int = LONGEST_CAUSE) -> str:
+    """``text`` in one line of at most ``longest`` characters."""
+    line = one_line(text[: 4 * longest])
+    return line if len(line) <= longest else f"{line[: longest - 4]} ..."
 
 
 def derive_seed(*parts: object) -> int:

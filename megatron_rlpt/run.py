@@ -16,7 +16,7 @@ from megatron_rlpt.build import build
 from megatron_rlpt.checkpoint import Checkpoint, CheckpointStore
 from megatron_rlpt.checkpoint.folders import published, step_of
 from megatron_rlpt.config import Config, flatten, to_yaml
-from megatron_rlpt.errors import CheckpointError, ConfigError
+from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, is_disk_full
 from megatron_rlpt.huggingface import export_folder
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.observe import get_logger
@@ -32,6 +32,7 @@ from megatron_rlpt.rollout.build import check_offload
 from megatron_rlpt.run_lock import FOLDER as LOCK
 from megatron_rlpt.run_lock import RunLock
 from megatron_rlpt.run_record import RunRecord, require_same_run, require_started
+from megatron_rlpt.terminal import say
 from megatron_rlpt.tokenizer import PolicyTokenizer
 
 _log = get_logger(__name__)
@@ -140,7 +141,7 @@ def _is_complete(folder: Path, config: Config) -> bool:
 
 def _say_complete(folder: Path, done: int, config: Config, ranks: Ranks) -> None:
     if ranks.is_main:
-        print(f"{folder} is complete ({done} of {config.train.steps} steps); its policy is in {folder}/export")
+        say(f"{folder} is complete ({done} of {config.train.steps} steps); its policy is in {folder}/export")
 
 
 def _hold(lock: RunLock | None, folder: Path, fresh: bool) -> None:
@@ -155,7 +156,7 @@ def _hold(lock: RunLock | None, folder: Path, fresh: bool) -> None:
         if fresh and any(path.name != LOCK for path in folder.iterdir()):
             target = _free_name(folder)
             lock.move_aside(target)
-            print(f"moved {folder} to {target}")
+            say(f"moved {folder} to {target}")
     except BaseException:
         lock.release()
         raise
@@ -232,14 +233,16 @@ def _run_id(folder: Path, ranks: Ranks) -> str:
     def read() -> str:
         file = folder / "run-id"
         try:
-            known = file.read_text().strip() if file.exists() else ""
+            known = file.read_text(errors="replace").strip() if file.exists() else ""
+            if known and not known.isalnum():
+                raise CheckpointError(f"{file} is damaged; bring it back, or start anew with --fresh")
             if not known:
                 known = uuid.uuid4().hex
                 partial = file.with_suffix(".partial")
                 partial.write_text(known)
                 os.replace(partial, file)
         except OSError as error:
-            raise ConfigError(f"{file} cannot be written ({error}); choose another run.dir") from error
+            raise _not_written(file, error) from error
         return known
 
     return ranks.on_main(read)
@@ -249,10 +252,18 @@ def _open_folder(folder: Path, config: Config, record: RunRecord | None, checkpo
     exported = record.exported if record and checkpoint else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        partial = folder / "config.yaml.partial"  # the one that is there is worth keeping on a full disk
+        partial.write_text(to_yaml(config), encoding="utf-8")
+        os.replace(partial, folder / "config.yaml")
     except OSError as error:
-        raise ConfigError(f"run.dir {folder} cannot be written ({error}); choose another folder") from error
+        raise _not_written(folder, error) from error
     RunRecord(flatten(config), checkpoint is not None, exported).write(folder)
+
+
+def _not_written(path: Path, error: OSError) -> RlptError:
+    if is_disk_full(error):
+        return CheckpointError(f"{path} cannot be written ({error.strerror}); free space, then start again")
+    return ConfigError(f"{path} cannot be written ({error.strerror}); choose another run.dir")
 
 
 def _note(folder: Path, **changes: Any) -> None:

@@ -24,6 +24,7 @@ from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.pieces import Pieces, joined_text
 from megatron_rlpt.records import Episode
 from megatron_rlpt.teacher.control_tokens import is_control_form
+from megatron_rlpt.vocabulary import Vocabulary
 
 _CONTEXT = 64
 """Tokens before a continuation that its tokenization may depend on: more than any word or run of spaces has."""
@@ -101,6 +102,11 @@ class PolicyTokenizer:
     def size(self) -> int:
         """Number of token ids, special ones included."""
         return self._size
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What it says of token ids, for corpora that hold those."""
+        return Vocabulary(self.size, frozenset(self._pieces.control), self.bos_id, self.text_of)
 
     def encode(self, text: str, control_tokens: bool = False) -> list[int]:
         """Token ids of a document, nothing added.

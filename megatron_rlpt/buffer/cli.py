@@ -18,6 +18,7 @@ import typer
 from megatron_rlpt.buffer.buffer import Entry, RolloutBuffer
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.records import Failed
+from megatron_rlpt.terminal import one_line, plain, say
 
 _PATIENCE = 5.0
 """Seconds to go on trying when the store cannot be reached: somebody is waiting."""
@@ -73,7 +74,7 @@ def stats(
         (kind, f"{who}  {value}") for kind, found in there.items() for who, value in found.items() or [("none", "")]
     ]
     for key, value in rows:
-        print(f"{key:<14}{value}".rstrip())
+        say(f"{key:<14}{one_line(value)}".rstrip())
 
 
 @buffer_app.command()
@@ -149,7 +150,7 @@ def requeue(
         for letter in buffer.dead():
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(letter.time))
             line = f"{letter.sequence:>8}  {when}  {letter.episode}  attempts {letter.attempts}  {letter.reason}"
-            print(" ".join(line.splitlines()))
+            say(plain(line))
 
 
 @buffer_app.command()
@@ -215,16 +216,18 @@ def _opened(
 
 def _line(entry: Entry) -> str:
     outcomes = ", ".join(
-        f"{candidate.source.value} failed ({outcome.reason})"
+        f"{candidate.source.value} failed ({outcome.explained})"
         if isinstance(outcome, Failed)
         else f"{candidate.source.value} {outcome.value:.3f}"
         for candidate, outcome in zip(entry.group.candidates, entry.group.outcomes, strict=False)
     )
+    if entry.group.rewrite_failure:
+        outcomes = ", ".join(filter(None, (outcomes, f"rewrite failed ({entry.group.rewrite_failure.explained})")))
     who = f"  {entry.worker}" if entry.worker else ""
     line = (
         f"{entry.sequence:>8}  {entry.state:<8}  attempts {entry.attempts}{who}  {entry.group.episode.id}  {outcomes}"
     )
-    return " ".join(line.splitlines()).rstrip()
+    return plain(line).rstrip()
 
 
 def _write(buffer: RolloutBuffer, handle: TextIO) -> int:

@@ -6,10 +6,13 @@ or older than it was, is given the missing groups again; and what comes back is 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_rlpt.buffer.attachment import SETTINGS, Attachment
 from megatron_rlpt.buffer.buffer import Pending, RolloutBuffer
@@ -21,7 +24,8 @@ from megatron_rlpt.holder import Holder
 from megatron_rlpt.judging import PATIENCE
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.records import Failed, Group
+from megatron_rlpt.records import Failed, Group, shortened
+from megatron_rlpt.teacher.client.faults import PERMANENT
 from megatron_rlpt.teacher.judge import NOT_JUDGED, failure_rate, failures, rewrite_failure_rate
 
 _log = get_logger(__name__)
@@ -34,6 +38,9 @@ _REPORT = 30.0
 """Seconds without a judged batch after which, and again after which, the log says what is being waited for."""
 _RETRY = (5.0, 60.0)
 """Seconds before failed groups are judged again: at first, and at most."""
+_HOPELESS = 300.0
+"""Seconds after which the run ends while every request fails by what waiting does not mend."""
+_PERMANENT = frozenset(fault.value for fault in PERMANENT)
 _NOT_PROPOSED = Pending(0, 0, ())
 """Why a batch cannot be taken that the engine is still generating."""
 
@@ -266,6 +273,11 @@ class ThroughBuffer:
                 f"{self._max_failure_rate:g}, for longer than buffer.max_pause = {self._max_pause:g} s; most "
                 f"frequent: {reasons}; the run goes on from its last checkpoint"
             )
+        if now - self._paused_since > _HOPELESS and _is_hopeless(groups):
+            raise TeacherError(
+                f"judges failed on {share} of a batch for {now - self._paused_since:.0f} s, and asking again does not "
+                f"mend it: {reasons}; change that, then start the run again: it goes on from its last checkpoint"
+            )
         delay = min(_RETRY[0] * 2**self._retries, _RETRY[1])
         _log.warning(
             "paused: judges fail too often; failed groups are judged again",
@@ -295,13 +307,21 @@ class ThroughBuffer:
         if waited - self._reported < _REPORT:
             return
         self._reported = waited
-        workers = len(self._buffer.announced("worker"))
+        announced = self._buffer.announced("worker")
+        workers, troubles = len(announced), _troubles(announced)
+        trouble = next((text for text, _ in troubles if text), "")
+        if waited > _HOPELESS and troubles and all(is_hopeless for _, is_hopeless in troubles):
+            raise TeacherError(
+                f"no judge has finished the next batch for {waited:.0f} s, and no worker can ask a teacher server: "
+                f"{trouble}; change that, then start the run again: it goes on from its last checkpoint"
+            )
+        more: dict[str, Any] = {"why": trouble} if trouble else {}
         what = "waiting for judges" if workers else "waiting for judges, and no worker is there; start rlpt judge serve"
         if pending is _NOT_PROPOSED:
             what = "waiting for rollouts to be judged"
         elif self._buffer.stats().draining:
             what = "waiting: the rollout buffer is draining; rlpt buffer drain --off goes on"
-        _log.warning(what, seconds=round(waited), queued=pending.queued, leased=pending.leased, workers=workers)
+        _log.warning(what, seconds=round(waited), queued=pending.queued, leased=pending.leased, workers=workers, **more)
 
 
 def _failures(group: Group) -> list[Failed]:
@@ -314,8 +334,25 @@ def _came_back_wrong(failure: Failed) -> bool:
 
 
 def _reasons(groups: Sequence[Group]) -> str:
-    counts = Counter(failure.reason for group in groups for failure in _failures(group))
+    counts = Counter(failure.explained for group in groups for failure in _failures(group))
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
+
+
+def _is_hopeless(groups: Sequence[Group]) -> bool:
+    """Whether every failure is one that asking again does not mend."""
+    found = [failure for group in groups for failure in _failures(group)]
+    return bool(found) and all(failure.root in _PERMANENT for failure in found)
+
+
+def _troubles(announced: Mapping[str, str]) -> list[tuple[str, bool]]:
+    """Of announced workers: why each can ask no server (empty if it can), and whether waiting cannot mend that."""
+    found = []
+    for value in announced.values():
+        with contextlib.suppress(ValueError, RecursionError):
+            known = json.loads(value)
+            if isinstance(known, dict):
+                found.append((shortened(str(known.get("trouble", ""))), known.get("hopeless") is True))
+    return found
 
 
 def _without_outcomes(group: Group) -> Group:

@@ -59,7 +59,9 @@ def check_result(work: Work, group: Group) -> None:
 
 def given_up(group: Group, reason: str, attempts: int) -> Group:
     """A dead group as the trainer gets it: every candidate failed, or the rewrite that was to be the only one."""
-    failure = Failed(reason, {"attempts": attempts})
+    # What a server said goes with the reason, which is one of few.
+    short, _, cause = reason.partition(": ")
+    failure = Failed(short, {"attempts": attempts} | ({"cause": cause} if cause else {}))
     if not group.candidates:
         return replace(group, rewrite_failure=failure)
     return replace(group, outcomes=(failure,) * len(group.candidates))

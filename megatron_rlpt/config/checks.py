@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -145,6 +147,8 @@ def validate(config: Config) -> None:
                 raise ConfigError(
                     f"data.{group}[{index}].subset is {source.subset!r}; allowed: empty, because its format is not hf"
                 )
+            if source.eod < -1:
+                raise ConfigError(f"data.{group}[{index}].eod is {source.eod}; allowed: a token id, or -1 (detected)")
     for required in ("run.dir", "model.path"):
         if not operator.attrgetter(required)(config):
             raise ConfigError(f"{required} is empty; allowed: the path of a folder")
@@ -175,10 +179,70 @@ def check_endpoint(endpoint: EndpointConfig, key: str) -> None:
             f"{key}.url is not an address; allowed: http:// or https:// with a host, as http://host:8000/v1, without "
             "user, password and query (a key goes into the variable that api_key_env names)"
         )
+    if endpoint.api_key_env and not _is_variable(endpoint.api_key_env):
+        # Nor is this one: whoever writes a key here should find it nowhere else.
+        raise ConfigError(
+            f"{key}.api_key_env is not the name of an environment variable; allowed: a name as OPENAI_API_KEY; export "
+            "the key under it (the value given here is not shown, because it may be the key itself)"
+        )
+    if endpoint.proxy not in ("", "env") and not _is_address(endpoint.proxy):
+        raise ConfigError(
+            f"{key}.proxy is not an address; allowed: http:// or https:// with a host, without user and password, or "
+            "env (takes the proxy of the environment, with its password if it has one)"
+        )
+    _check_fields(endpoint, key)
     for name, accepts, allowed in _ENDPOINT_RANGES:
         value = getattr(endpoint, name)
         if not accepts(value):
             raise ConfigError(f"{key}.{name} is {value}; allowed: {allowed}")
+
+
+_OURS = ("model", "messages", "prompt", "stream", "n", "prompt_logprobs")
+"""Fields of a request that say what is asked; they cannot be renamed, dropped or set."""
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_LIKE_A_KEY = re.compile(
+    r"(?:sk|pk|rk|gsk|hf|r8|xai|ghp|gho|glpat|pplx|nvapi|csk|tgp|key|api|fw|dp|or|tp|AIza)_?[A-Za-z0-9]*[0-9][A-Za-z0-9_]{7,}"
+    r"|(?=[A-Za-z0-9_]*[a-z])(?=[A-Za-z0-9_]*[0-9])[A-Za-z0-9_]{20,}"
+    r"|[0-9A-Fa-f]{16,}|(?=[A-Z]*[0-9])[A-Z0-9]{20,}"
+)
+
+
+def _is_variable(name: str) -> bool:
+    """Whether ``name`` can be a variable's and does not look like a key that happens to be spelt like one."""
+    return _VARIABLE.fullmatch(name) is not None and _LIKE_A_KEY.fullmatch(name) is None
+
+
+def _check_fields(endpoint: EndpointConfig, key: str) -> None:
+    """Requests may be put otherwise, but not ask for something else."""
+    targets = list(endpoint.rename.values())
+    for option, names in (
+        ("rename", [*endpoint.rename, *targets]),
+        ("drop", endpoint.drop),
+        ("add", list(endpoint.add)),
+    ):
+        for name in names:
+            if name in _OURS or not _FIELD.fullmatch(name):
+                raise ConfigError(
+                    f"{key}.{option} names {name!r}; allowed: names of fields other than {', '.join(_OURS)}, which are "
+                    "what is asked"
+                )
+    if clash := sorted(set(targets) & {*endpoint.add, *endpoint.drop}) or sorted({*endpoint.rename} & {*endpoint.drop}):
+        raise ConfigError(f"{key}: {clash[0]} is renamed, and dropped or added as well; allowed: one of them")
+    if double := [name for name in targets if targets.count(name) > 1]:
+        raise ConfigError(f"{key}.rename gives two fields the name {double[0]}; allowed: every name once")
+    if not _is_json(endpoint.add):
+        raise ConfigError(
+            f"{key}.add holds a value that JSON cannot; allowed: texts, numbers, true, false, null, lists, maps"
+        )
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _floats(node: Any, key: str = "") -> Iterator[tuple[str, float]]:

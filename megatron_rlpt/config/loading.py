@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_rlpt.config.checks import validate
-from megatron_rlpt.config.schema import Config, EndpointConfig, SourceConfig
+from megatron_rlpt.config.schema import Config, EndpointConfig, SourceConfig, SourceFormat
 from megatron_rlpt.config.structured import Schema
+from megatron_rlpt.errors import ConfigError
 
 _SCHEMA = Schema(
     Config,
@@ -37,8 +39,27 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             range, or fields that contradict each other. The message names field, value and what is allowed.
     """
     config = _SCHEMA.load(None if path is None else Path(path), overrides)
+    config.data.sources = [part for source in config.data.sources for part in _blend(source)]
     validate(config)
     return config
+
+
+def _blend(source: SourceConfig) -> list[SourceConfig]:
+    """The parts of a blend as Megatron's ``--data-path`` spells it: ``0.3 a 0.7 b`` shares the source's weight."""
+    words = source.path.split()
+    if source.format is not SourceFormat.megatron or len(words) < 2 or len(words) % 2:
+        return [source]
+    try:
+        weights = [float(word) for word in words[::2]]
+    except ValueError:
+        return [source]
+    if not (all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0):
+        raise ConfigError(f"data.sources has the blend {source.path!r}; allowed: weights of 0 or more, one above 0")
+    return [
+        dataclasses.replace(source, path=path, weight=source.weight * weight / sum(weights))
+        for weight, path in zip(weights, words[1::2], strict=True)
+        if weight
+    ]
 
 
 def to_yaml(config: Config) -> str:

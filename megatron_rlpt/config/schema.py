@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -87,6 +88,7 @@ class SourceFormat(enum.StrEnum):
     jsonl = "jsonl"
     parquet = "parquet"
     text = "text"
+    megatron = "megatron"
     hf = "hf"
 
 
@@ -155,7 +157,8 @@ class SourceConfig:
     """One corpus."""
 
     path: str = MISSING
-    """A file, a folder or a glob; for ``format: hf`` a dataset name or folder that ``datasets`` can stream."""
+    """A file, a folder or a glob; for ``format: hf`` a dataset name or folder that ``datasets`` can stream; for
+    ``format: megatron`` a prefix or a blend (``0.3 a 0.7 b``) as in ``--data-path``, or a folder of such datasets."""
     format: SourceFormat = SourceFormat.auto
     """Storage format; ``auto`` recognises .jsonl, .ndjson, .json (lines or one array), .txt, .md (all of them also
     with .gz, .zst, .xz, .bz2), .parquet, and folders of one of them."""
@@ -170,6 +173,8 @@ class SourceConfig:
     """Split to stream, for ``format: hf``."""
     subset: str = ""
     """Subset (configuration name) to stream, for ``format: hf``; empty is the only or default one."""
+    eod: int = -1
+    """Token id that ends a document, for ``format: megatron``; -1 is the control token that it ends with, if any."""
 
 
 @dataclass
@@ -341,7 +346,15 @@ class EndpointConfig:
     """Slowest speed at which one request of a full server generates; a deadline too short for it is refused. 0 is
     unknown: measured at the start."""
     api_key_env: str = ""
-    """Name of the environment variable that holds the key; empty is none."""
+    """Name of the environment variable that holds the key; empty is none. Never the key itself."""
+    proxy: str = ""
+    """Proxy to go through, as http://proxy:3128; ``env`` takes HTTP_PROXY, HTTPS_PROXY and NO_PROXY, empty is none."""
+    rename: dict[str, str] = field(default_factory=dict)
+    """Fields of a request that the server calls otherwise, as ``max_tokens: max_completion_tokens``."""
+    drop: list[str] = field(default_factory=list)
+    """Fields of a request that the server does not take, as ``seed`` or ``top_p``."""
+    add: dict[str, Any] = field(default_factory=dict)
+    """More fields for every request, as ``chat_template_kwargs: {enable_thinking: false}``."""
 
 
 @dataclass
@@ -408,7 +421,8 @@ class BufferConfig:
     retry: float = 60.0
     """Seconds to go on trying while the store cannot be reached."""
     max_pause: float = 0.0
-    """Seconds the trainer waits for judges that fail too often, or do not come, before it stops; 0 waits for ever."""
+    """Seconds the trainer waits for judges that fail too often, or do not come, before it stops; 0 waits for ever. What
+    waiting cannot mend (every request rejected, a wrong key, no such model) ends the run after five minutes."""
 
 
 @dataclass

@@ -87,21 +87,21 @@ class Schema(Generic[T]):
         """Set one ``section.key=value`` in place; the value is YAML, except that text fields take it as it is."""
         key, equals, raw = text.partition("=")
         if not equals or not key or text.startswith("-"):
-            raise ConfigError(f"override {text!r} is not of the form section.key=value")
+            raise ConfigError(f"override {shown(text)!r} is not of the form section.key=value")
         schema_key = re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "[]", key)
         if not self._takes(schema_key.removesuffix("[]")):
             raise self._unknown_key(key, schema_key, "command line")
         try:
             value = _plain(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
         except Exception as error:  # yaml and OmegaConf raise families of their own; all mean "not a value"
-            raise ConfigError(f"override {text!r}: {_first_line(error)}") from None
+            raise ConfigError(f"override {shown(text)!r}: {shown(_first_line(error))}") from None
         if self._is_text(schema_key) and (not raw or isinstance(value, bool | int | float)):
             value = raw
         self._check_keys(value, schema_key, "command line")
         try:
             OmegaConf.update(resolved, key, value, merge=True)
         except (OmegaConfBaseException, ValueError, IndexError, TypeError) as error:
-            raise ConfigError(f"override {text!r}: {_first_line(error)}") from None
+            raise ConfigError(f"override {shown(text)!r}: {shown(_first_line(error))}") from None
 
     def _check_keys(self, node: Any, key: str, origin: str) -> None:
         """Refuse keys the schema lacks, and a number where text belongs (YAML reads an unquoted ``007`` as 7)."""
@@ -115,10 +115,13 @@ class Schema(Generic[T]):
             for item in node:
                 self._check_keys(item, f"{key}[]", origin)
         elif self._is_text(key) and isinstance(node, bool | int | float):
-            raise ConfigError(f"{origin}: {key} is {node}, which YAML reads as {type(node).__name__}; put it in quotes")
+            value = "a value (not shown)" if _SECRET.search(key) else node
+            raise ConfigError(
+                f"{origin}: {key} is {value}, which YAML reads as {type(node).__name__}; put it in quotes"
+            )
 
     def _takes(self, key: str) -> bool:
-        return key in self._kinds or self._is_entry(key)
+        return key in self._kinds or self._is_entry(key) or self._is_free(key)
 
     def _is_text(self, key: str) -> bool:
         return self._kinds.get(key) == "str" or self._is_entry(key)
@@ -127,8 +130,23 @@ class Schema(Generic[T]):
         """Whether it names an entry of a ``dict[str, str]``, whose keys are the user's."""
         return self._kinds.get(key.rpartition(".")[0]) == "dict[str, str]"
 
+    def _is_free(self, key: str) -> bool:
+        """Whether it is inside of a ``dict[str, Any]``, which holds whatever the user puts there."""
+        prefixes = (key[: match.start()] for match in re.finditer(r"\.|\[\]", key))
+        return any(self._kinds.get(prefix) == "dict[str, Any]" for prefix in prefixes)
+
     def _unknown_key(self, key: str, schema_key: str, origin: str) -> ConfigError:
         return ConfigError(f"{origin}: unknown key '{key}'; the nearest valid key is '{self.nearest_key(schema_key)}'")
+
+
+_SECRET = re.compile(r"(?:api_key_env|api_?key|token|password|secret)(?:\[\])?$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"((?:api_key\w*|apikey|password|secret|token)[\"']?\s*[:=]\s*)[^,}\]]+", re.IGNORECASE)
+_USER = re.compile(r"(://)[^/@\s]*@")
+
+
+def shown(text: str) -> str:
+    """``text`` of a command line or an error, without what may be a key or a password in it."""
+    return _USER.sub(r"\1<not shown>@", _SECRET_VALUE.sub(r"\1<not shown>", text))
 
 
 def _read_with_base(path: Path) -> list[tuple[str, DictConfig]]:

@@ -20,7 +20,8 @@ from megatron_rlpt.convert.megatron_reader import MegatronSource
 from megatron_rlpt.convert.megatron_writer import MegatronWriter
 from megatron_rlpt.convert.source import HuggingFaceSource, Source
 from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, first_line
-from megatron_rlpt.huggingface import copy_settings, declare_dtype, export_folder, is_settings
+from megatron_rlpt.huggingface import copy_settings, export_folder, is_settings
+from megatron_rlpt.huggingface_config import write_config
 from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.families import Rule, mapping
 from megatron_rlpt.policy.layout import Layout, check_cut
@@ -168,7 +169,7 @@ def _write_megatron(weights: _Weights, source: Source, target: Path, layout: Lay
             writer.finish()
         (partial / HF_FILES).mkdir()
         copy_settings(source.files, partial / HF_FILES)
-        declare_dtype(partial / HF_FILES, weights.dtypes)
+        write_config(partial / HF_FILES, weights.dtypes)
 
 
 def _require_free(target: Path) -> None:

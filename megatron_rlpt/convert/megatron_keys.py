@@ -83,8 +83,8 @@ def _whole_or_halves(key: str, layer: Place) -> Iterator[Place]:
 
 
 PREFIXES = ("", "module.", "model.", "model.module.", "model.module.module.")
-"""What may stand before all keys of a model: nothing in Megatron-LM's ``torch_dist``, ``module.`` in NeMo 2, its name in
-a state of several parts in ``torch_dcp``, and that of a wrapper in ``fsdp_dtensor``."""
+"""What may stand before all keys of a model: nothing in Megatron-LM's ``torch_dist``, ``module.`` in NeMo 2, the name
+of its part of the state in ``torch_dcp``, and that of a wrapper in ``fsdp_dtensor``."""
 
 
 def prefix_of(keys: AbstractSet[str]) -> str:

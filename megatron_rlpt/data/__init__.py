@@ -7,7 +7,8 @@ from megatron_rlpt.data.heldout import heldout_episodes
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
-from megatron_rlpt.data.survey import survey
+from megatron_rlpt.data.survey import survey_corpus
+from megatron_rlpt.vocabulary import Vocabulary
 
 __all__ = [
     "BadRecord",
@@ -21,7 +22,8 @@ __all__ = [
     "Position",
     "Quarantine",
     "Reader",
+    "Vocabulary",
     "heldout_episodes",
     "open_source",
-    "survey",
+    "survey_corpus",
 ]

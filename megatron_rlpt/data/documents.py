@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rlpt.data.names import shown
@@ -25,6 +26,8 @@ class Document:
 
     id: str
     text: str
+    tokens: array[int] | None = field(default=None, repr=False)
+    """Token ids of a source that holds those instead of text; then ``text`` is empty."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.stream import Counters, DocumentStream
 from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.records import SEED_RANGE, Episode, derive_seed, stable_id
+from megatron_rlpt.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class EpisodeStream:
         quarantine: File for malformed records, appended to; None only counts them.
         bos_id: The tokenizer's BOS token, for ``data.add_bos``.
         starts_character: Whether a token starts a character; None where all tokens do.
+        vocabulary: The tokenizer's, for sources that hold tokens.
 
     Raises:
         DataError: a source is missing, empty or not recognised.
@@ -76,6 +78,7 @@ class EpisodeStream:
         quarantine: Path | None = None,
         bos_id: int | None = None,
         starts_character: Callable[[int], bool] | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self._cutter = Cutter(config, encode, bos_id, starts_character)
         self._documents = DocumentStream(
@@ -85,6 +88,7 @@ class EpisodeStream:
             rank,
             world_size,
             config.max_record_bytes,
+            vocabulary,
         )
         self._settings = {name: getattr(config, name) for name in _CUT_SETTINGS} | {
             "mix_by": config.mix_by.value,
@@ -209,7 +213,7 @@ class EpisodeStream:
 
     def _open(self, document: Document, source: int, position: Position) -> OpenDocument:
         control = self._documents.sources[source].control_tokens
-        tokens = array("i", self._cutter.tokenize(document.text, control))
+        tokens = array("i", self._cutter.tokenize(document, control))
         return OpenDocument(document.id, tokens, deque(self._cutter.offsets(tokens)), source, position)
 
     def _rebuild(self, lanes: list[dict[str, Any]]) -> None:

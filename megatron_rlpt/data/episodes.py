@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from megatron_rlpt.config.schema import DataConfig
+from megatron_rlpt.data.documents import Document
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.records import Episode, stable_id
 
@@ -56,9 +57,10 @@ class Cutter:
         self._starts_character = starts_character
         self._head = [bos_id] if config.add_bos and bos_id is not None else []
 
-    def tokenize(self, text: str, control_tokens: bool = False) -> list[int]:
-        """Token ids of a whole document."""
-        return [*self._head, *self._encode(text, control_tokens)]
+    def tokenize(self, document: Document, control_tokens: bool = False) -> list[int]:
+        """Token ids of a whole document; control tokens that its text spells are text unless they are meant."""
+        tokens = self._encode(document.text, control_tokens) if document.tokens is None else document.tokens
+        return [*self._head, *tokens]
 
     def offsets(self, tokens: Sequence[int]) -> list[int]:
         """Index of the first suffix token of every episode of a document, ascending.

@@ -12,6 +12,7 @@ from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.records import Episode
+from megatron_rlpt.vocabulary import Vocabulary
 
 
 def heldout_episodes(
@@ -21,6 +22,7 @@ def heldout_episodes(
     quarantine: Path | None = None,
     bos_id: int | None = None,
     starts_character: Callable[[int], bool] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> list[Episode]:
     """The first ``count`` episodes of ``data.heldout``: one per document, from its middle, in corpus order.
 
@@ -35,7 +37,9 @@ def heldout_episodes(
         raise ConfigError("data.heldout is empty; give at least one source of documents to compare policies on")
     cutter = Cutter(config, encode, bos_id, starts_character)
     bad = Quarantine(quarantine, config.max_bad_fraction)
-    readers = {index: open_source(source, config.max_record_bytes) for index, source in enumerate(config.heldout)}
+    readers = {
+        index: open_source(source, config.max_record_bytes, vocabulary) for index, source in enumerate(config.heldout)
+    }
     bad.expect([(config.heldout[index].path, reader.sizes()) for index, reader in readers.items()])
     taken = [0] * len(config.heldout)
     episodes: list[Episode] = []
@@ -48,7 +52,7 @@ def heldout_episodes(
         bad.count(record, index)
         if isinstance(record, BadRecord):
             continue
-        tokens = cutter.tokenize(record.text, config.heldout[index].control_tokens)
+        tokens = cutter.tokenize(record, config.heldout[index].control_tokens)
         offsets = cutter.offsets(tokens)
         if offsets:
             (offset,) = evenly_spread(offsets, 1)

@@ -6,19 +6,30 @@ from megatron_rlpt.config.schema import SourceConfig, SourceFormat
 from megatron_rlpt.data.documents import MAX_RECORD_BYTES, Reader
 from megatron_rlpt.data.files import find_files
 from megatron_rlpt.data.huggingface import HuggingFaceReader
+from megatron_rlpt.data.indexed import IndexedReader, is_indexed
 from megatron_rlpt.data.jsonl import JsonlReader
 from megatron_rlpt.data.parquet import ParquetReader
 from megatron_rlpt.data.text import TextReader
+from megatron_rlpt.vocabulary import Vocabulary
 
 
-def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES) -> Reader:
-    """A reader at the first record of ``source``; records of more than ``limit`` bytes are malformed.
+def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES, vocabulary: Vocabulary | None = None) -> Reader:
+    """A reader at the first record of ``source``.
+
+    Args:
+        source: where documents are.
+        limit: bytes above which a record is malformed.
+        vocabulary: of the policy, for sources that hold tokens.
 
     Raises:
         DataError: path missing or empty, format not recognised, or a package that the format needs is missing.
     """
     if source.format == SourceFormat.hf:
         return HuggingFaceReader(source, limit)
+    if source.format == SourceFormat.megatron or (source.format == SourceFormat.auto and is_indexed(source.path)):
+        if vocabulary is None:
+            raise ValueError("an indexed dataset cannot be read without a vocabulary")
+        return IndexedReader(source, vocabulary)
     files = find_files(source)
     match files.format:
         case SourceFormat.jsonl:

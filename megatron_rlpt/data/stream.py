@@ -13,6 +13,7 @@ from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import CheckpointError, DataError
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.records import SEED_RANGE, derive_seed
+from megatron_rlpt.vocabulary import Vocabulary
 
 _log = get_logger(__name__)
 
@@ -92,6 +93,7 @@ class DocumentStream:
         rank: int = 0,
         world_size: int = 1,
         max_record_bytes: int = MAX_RECORD_BYTES,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         self.counters = Counters(epochs=(0,) * len(sources), served=(0,) * len(sources))
@@ -101,7 +103,7 @@ class DocumentStream:
         self._world_size = world_size
         self._quarantine = quarantine
         self._draws = 0
-        self._cursors = [_Cursor(open_source(source, max_record_bytes)) for source in sources]
+        self._cursors = [_Cursor(open_source(source, max_record_bytes, vocabulary)) for source in sources]
         quarantine.expect([(s.path, cursor.reader.sizes()) for s, cursor in zip(sources, self._cursors, strict=True)])
         # Taken once: what counts is the corpus the run started to read, not what lies there at a later checkpoint.
         self._layout = [

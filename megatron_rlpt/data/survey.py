@@ -38,7 +38,7 @@ _HARMLESS = ("hidden files and folders", "files about a dataset", "other names o
 _log = get_logger(__name__)
 
 
-def survey(sources: Sequence[SourceConfig], max_bad_fraction: float) -> None:
+def survey_corpus(sources: Sequence[SourceConfig], max_bad_fraction: float) -> None:
     """Log what lies in the sources and is not read, and look for damage that shows without reading everything.
 
     Files that may not be read, Parquet files without a footer, a last line or array that breaks off, and compressed

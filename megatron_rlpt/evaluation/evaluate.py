@@ -9,8 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from megatron_rlpt import terminal
 from megatron_rlpt.candidates import marked_if_blank, whole_characters
 from megatron_rlpt.config import Config, EngineName, SourceConfig, to_yaml
 from megatron_rlpt.data import Document, heldout_episodes, open_source
@@ -69,8 +68,8 @@ def evaluate(config: Config) -> None:
         setup_logging(folder)
         report = _measure(config, folder, models) | {"fingerprint": fingerprint}
         write_report(folder, report)
-    print_report(report, Console())
-    print(f"report: {folder / HTML_FILE} and {folder / JSON_FILE}")
+    print_report(report, terminal.console())
+    terminal.say(f"report: {folder / HTML_FILE} and {folder / JSON_FILE}")
 
 
 def _models(config: Config, folder: Path) -> dict[str, Path]:
@@ -90,6 +89,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
         tokenizer.encode,
         bos_id=tokenizer.bos_id,
         starts_character=tokenizer.starts_character,
+        vocabulary=tokenizer.vocabulary,
     )
     prefixes = [episode.prefix for episode in episodes]
     originals = [episode.suffix for episode in episodes]
@@ -170,15 +170,15 @@ def _ngram_model(sources: Sequence[SourceConfig], tokenizer: PolicyTokenizer, vo
     """``vocab`` is the model's: it may be padded beyond the tokenizer's, and a policy may sample from the padding."""
     if not sources:
         return None
-    documents = [tokenizer.encode(text, source.control_tokens) for source in sources for text in _texts(source)]
+    documents = [tokens for source in sources for tokens in _documents(source, tokenizer)]
     return NgramModel(documents, vocab)
 
 
-def _texts(source: SourceConfig) -> Iterator[str]:
-    reader = open_source(source)
+def _documents(source: SourceConfig, tokenizer: PolicyTokenizer) -> Iterator[Sequence[int]]:
+    reader = open_source(source, vocabulary=tokenizer.vocabulary)
     while (record := reader.read()) is not None:
         if isinstance(record, Document):
-            yield record.text
+            yield tokenizer.encode(record.text, source.control_tokens) if record.tokens is None else record.tokens
 
 
 def _describe_ngram(model: NgramModel) -> str:

@@ -2,18 +2,28 @@
 
 Every line is handed to the operating system as it is written, so a killed process loses nothing. A resumed run first
 cuts off what it is about to do again: the lines of the resumed step and later, and a last line torn by the kill.
+
+What cannot be written, on a full disk for one, is kept and written as soon as it can be. It never ends a run: where
+space matters a checkpoint finds out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.errors import CheckpointError
+from megatron_rlpt.errors import CheckpointError, ConfigError, is_disk_full
+from megatron_rlpt.observe.log import get_logger
+
+_log = get_logger(__name__)
+_MOST_KEPT = 64 << 20
+"""Bytes of lines that wait for a disk to take them; the oldest go first."""
 
 
 class JsonLines:
@@ -23,21 +33,64 @@ class JsonLines:
 
     Raises:
         CheckpointError: a line before the last is not a JSON object with an integer ``step``.
+        ConfigError: the file cannot be opened.
     """
 
     def __init__(self, path: Path, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.last_step = cut(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._waiting: deque[bytes] = deque()
+        self._failing = False
+        self._dropped = 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.last_step = cut(path, start)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            kind = CheckpointError if is_disk_full(error) else ConfigError
+            raise kind(f"{path} cannot be opened ({error.strerror}); free space, or choose another run.dir") from None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line. Numbers that JSON lacks (NaN, infinities) become null."""
-        self._file.write(json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one line, now or later. Numbers that JSON lacks (NaN, infinities) become null."""
+        if self._file.closed:
+            raise ValueError(f"{self._path} is closed")
+        text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+        # A half character of a reply would otherwise be an error of its own.
+        self._waiting.append(text.encode("utf-8", "backslashreplace"))
+        self._write_waiting()
 
     def close(self) -> None:
         """Close the file; writing afterwards is an error."""
-        self._file.close()
+        if self._file.closed:
+            return
+        self._write_waiting()
+        if missing := len(self._waiting) + self._dropped:
+            _log.warning("lines could not be written", file=self._path, lines=missing)
+        try:
+            self._file.close()
+        except OSError as error:  # some network file systems write only now
+            _log.warning("the end of a file may be missing", file=self._path, reason=error)
+
+    def _write_waiting(self) -> None:
+        whole = None
+        try:
+            whole = os.fstat(self._file.fileno()).st_size
+            while self._waiting:
+                rest = memoryview(self._waiting[0])
+                while rest:
+                    rest = rest[self._file.write(rest) or 0 :]
+                whole += len(self._waiting.popleft())
+            self._failing = False
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                # Half a line would make the file one that a resumed run refuses.
+                if whole is not None:
+                    os.truncate(self._path, whole)
+            if not self._failing:
+                _log.warning("cannot be written now; the run goes on", file=self._path, reason=error)
+            self._failing = True
+            while len(self._waiting) > 1 and sum(map(len, self._waiting)) > _MOST_KEPT:
+                self._waiting.popleft()
+                self._dropped += 1
 
 
 def cut(path: Path, start: int) -> int | None:

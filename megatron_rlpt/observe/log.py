@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,6 +12,8 @@ import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from megatron_rlpt.terminal import plain
 
 ROOT = "megatron_rlpt"
 _STANDARD = frozenset({"exc_info", "stack_info", "stacklevel", "extra"})
@@ -49,8 +52,8 @@ def setup_logging(run_dir: Path | None = None, level: int = logging.INFO, rank: 
         handlers[0].setLevel(logging.WARNING)
     if run_dir is not None:
         path = run_dir / "logs" / f"rank-{rank:05d}.log" if rank else run_dir / "run.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        if (file := _open(path)) is not None:
+            handlers.append(file)
     for handler in handlers:
         handler.setFormatter(LineFormatter())
         logger.addHandler(handler)
@@ -85,10 +88,47 @@ class LineFormatter(logging.Formatter):
         fields: dict[str, Any] = getattr(record, "fields", {})
         text = " ".join([record.getMessage().replace("\n", "\\n"), *(f"{k}={_plain(v)}" for k, v in fields.items())])
         name = record.name.removeprefix(f"{ROOT}.")
-        line = f"{self.formatTime(record)} {record.levelname} {name}: {text}"
+        line = plain(f"{self.formatTime(record)} {record.levelname} {name}: {text}")
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            line += "\n" + plain(self.formatException(record.exc_info), keep="\n")
         return line
+
+
+class _LogFile(logging.FileHandler):
+    """Loses lines on a full disk, and says so once instead of a traceback for each."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What ``emit`` met; a message that cannot be made is a bug of ours and is shown as one."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._lost:
+            self._lost = True  # before it is said, which comes here again
+            _complain(Path(self.baseFilename), error)
+
+    def close(self) -> None:
+        """Close the file, with what it took."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def _open(path: Path) -> logging.Handler | None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _LogFile(path)
+    except OSError as error:
+        _complain(path, error)
+        return None
+
+
+def _complain(path: Path, error: BaseException | None) -> None:
+    get_logger(__name__).warning(
+        "the log cannot be written here; it is complete on standard error only", file=path, reason=error
+    )
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
@@ -96,6 +136,11 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A terminal that is gone, or a full disk behind it, has nobody to be told; a bug of ours is shown."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
     @property
     def stream(self) -> TextIO:

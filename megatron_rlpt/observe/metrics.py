@@ -5,31 +5,19 @@ from __future__ import annotations
 import importlib
 import math
 import time
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from megatron_rlpt.config import Config, flatten
+from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.jsonl import JsonLines
+from megatron_rlpt.observe.records import Record
+from megatron_rlpt.observe.trackers import Mlflow, TensorBoard, Tracker, Wandb
 
 RESERVED = frozenset({"step", "version", "time", "nonfinite"})
 """Keys of a line in metrics.jsonl that are not metrics."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """The metrics of one step."""
-
-    step: int
-    version: int
-    """Policy version after the step: number of optimizer updates."""
-    time: float
-    """Seconds since the Unix epoch."""
-    metrics: Mapping[str, float]
 
 
 class Sink(Protocol):
@@ -89,7 +77,7 @@ def open_metrics(config: Config, start: int) -> MetricsWriter:
     skip the steps they have been sent.
 
     Raises:
-        ConfigError: a tracker is asked for whose package is missing; names what to install.
+        ConfigError: a tracker is asked for whose package is missing, or that refuses what it is asked for.
         CheckpointError: ``metrics.jsonl`` is damaged.
     """
     folder = Path(config.run.dir)
@@ -107,13 +95,15 @@ def open_metrics(config: Config, start: int) -> MetricsWriter:
         )
     )
     local = JsonlSink(folder / "metrics.jsonl", start)
+    last = local.last_step
     sinks: list[Sink] = [local]
-    if tensorboard is not None:
-        sinks.append(TensorBoardSink(tensorboard, folder / "tensorboard", start))
-    if wandb is not None:
-        sinks.append(WandbSink(wandb, config, local.last_step))
-    if mlflow is not None:
-        sinks.append(MlflowSink(mlflow, config, local.last_step))
+    for module, name, connect in (
+        (tensorboard, "TensorBoard", lambda: TensorBoard(tensorboard, folder / "tensorboard", start)),
+        (wandb, "Weights & Biases", lambda: Wandb(wandb, config, last)),
+        (mlflow, "MLflow", lambda: Mlflow(mlflow, config, last)),
+    ):
+        if module is not None:
+            sinks.append(Tracker(name, connect))
     return MetricsWriter(sinks)
 
 
@@ -134,82 +124,6 @@ class JsonlSink:
     def close(self, failed: bool) -> None:
         """Close the file; whether the run failed is not recorded here."""
         self._lines.close()
-
-
-class TensorBoardSink:
-    """TensorBoard event files; on resume, events of step ``start`` and later are hidden by TensorBoard itself."""
-
-    def __init__(self, module: Any, folder: Path, start: int) -> None:
-        self._writer = module.SummaryWriter(log_dir=str(folder), purge_step=start)
-
-    def write(self, record: Record) -> None:
-        """Add one scalar per metric."""
-        for name, value in record.metrics.items():
-            self._writer.add_scalar(name, value, global_step=record.step, walltime=record.time)
-        self._writer.flush()
-
-    def close(self, failed: bool) -> None:
-        """Close the event file; whether the run failed is not recorded here."""
-        self._writer.close()
-
-
-class WandbSink:
-    """Weights & Biases. The run's id is kept in the run folder, so that a resumed run continues the same curve."""
-
-    def __init__(self, module: Any, config: Config, last_step: int | None) -> None:
-        folder = Path(config.run.dir)
-        kept = folder / "wandb-id"
-        if not kept.exists():
-            kept.write_text(uuid.uuid4().hex)
-        self._last_step = -1 if last_step is None else last_step
-        self._run = module.init(
-            project=config.observe.wandb_project,
-            name=folder.name,
-            id=kept.read_text().strip(),
-            resume="allow",
-            dir=str(folder),
-            config=flatten(config),
-        )
-
-    def write(self, record: Record) -> None:
-        """Log the metrics and the policy version at this step."""
-        if record.step > self._last_step:
-            self._run.log({**record.metrics, "version": record.version}, step=record.step)
-
-    def close(self, failed: bool) -> None:
-        """Finish the run with exit code 1 if it failed."""
-        self._run.finish(exit_code=int(failed))
-
-
-class MlflowSink:
-    """MLflow. The run's id is kept in the run folder, so that a resumed run continues the same curve."""
-
-    _BATCH = 100
-    """Most parameters MLflow's server takes in one request."""
-
-    def __init__(self, module: Any, config: Config, last_step: int | None) -> None:
-        folder = Path(config.run.dir)
-        kept = folder / "mlflow-run-id"
-        self._mlflow = module
-        self._last_step = -1 if last_step is None else last_step
-        module.set_experiment(config.observe.mlflow_experiment)
-        if kept.exists():
-            module.start_run(run_id=kept.read_text().strip())
-            return
-        run = module.start_run(run_name=folder.name)
-        items = list(flatten(config).items())
-        for first in range(0, len(items), self._BATCH):
-            module.log_params(dict(items[first : first + self._BATCH]))
-        kept.write_text(run.info.run_id)
-
-    def write(self, record: Record) -> None:
-        """Log the metrics and the policy version at this step."""
-        if record.step > self._last_step:
-            self._mlflow.log_metrics({**record.metrics, "version": float(record.version)}, step=record.step)
-
-    def close(self, failed: bool) -> None:
-        """End the run as FAILED or FINISHED."""
-        self._mlflow.end_run(status="FAILED" if failed else "FINISHED")
 
 
 def _require(module: str, reason: str, extra: str, off: str) -> Any:

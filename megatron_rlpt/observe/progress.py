@@ -13,6 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, Tex
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from megatron_rlpt import terminal
+from megatron_rlpt.observe.log import get_logger
+
+_log = get_logger(__name__)
+
 SHOWN = {"loss": "loss", "reward_margin": "margin", "rollout_chosen_rate": "rollout chosen"}
 """Metric -> its label. What a step did not measure is left out."""
 _WINDOW = 20
@@ -29,7 +34,8 @@ class Progress:
     """
 
     def __init__(self, total: int, start: int, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or terminal.console()
+        self._lost = False
         self._total = total
         self._done = start
         self._durations: deque[float] = deque(maxlen=_WINDOW)
@@ -80,10 +86,20 @@ class Progress:
         eta = self._eta()
         if self._live is None:
             parts = [f"step {self._done}/{self._total}", f"eta {eta}", *shown, *stages]
-            self._console.print("  ".join(parts), markup=False, highlight=False, soft_wrap=True)
+            self._print("  ".join(parts))
             return
         self._bar.update(self._task, completed=self._done, eta=eta)
         self._summary = Text("  ".join([*shown, *stages]), style="dim")
+
+    def _print(self, line: str) -> None:
+        """Nobody may be there to read it any more, and that is no reason to end a run."""
+        if self._lost:
+            return
+        try:
+            self._console.print(line, soft_wrap=True)
+        except OSError as error:
+            self._lost = True
+            _log.warning("progress is not shown any more; the run goes on", reason=error)
 
     def _eta(self) -> str:
         seconds = round(sum(self._durations) / len(self._durations) * (self._total - self._done))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -11,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from megatron_rlpt.observe.log import get_logger
+
+_log = get_logger(__name__)
 
 
 class StageTimer:
@@ -32,7 +37,10 @@ class StageTimer:
         self._seconds: dict[str, float] = {}
         self._background: dict[str, float] = {}
         self._open: list[str] = []
-        self._file = None if path is None else _open_trace(path)
+        self._path = path
+        self._file: Any = None
+        if path is not None:
+            self._file = self._opened(path)
         # Wall clock places the spans of several processes on one time line, the monotonic clock measures them.
         self._wall_offset = time.time() - time.perf_counter()
         self._event({"name": "process_name", "ph": "M", "args": {"name": "rlpt train"}})
@@ -79,7 +87,8 @@ class StageTimer:
     def close(self) -> None:
         """Close the trace file; timing goes on without it."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
     def __enter__(self) -> StageTimer:
@@ -111,8 +120,24 @@ class StageTimer:
     def _event(self, event: dict[str, Any]) -> None:
         if self._file is not None:
             event |= {"pid": os.getpid(), "tid": threading.get_native_id()}
-            self._file.write(json.dumps(event) + ",\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(event) + ",\n")
+                self._file.flush()
+            except (OSError, ValueError) as error:  # full, or closed by another thread that found it full
+                self._give_up(error)
+
+    def _opened(self, path: Path) -> Any:
+        try:
+            return _open_trace(path)
+        except OSError as error:
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: Exception) -> None:
+        """Time goes on being measured; a file with holes would be read wrongly."""
+        if self._file is not None or not isinstance(error, ValueError):
+            _log.warning("no more spans are written; the run goes on", file=self._path, reason=error)
+        self.close()
 
 
 def _open_trace(path: Path) -> Any:

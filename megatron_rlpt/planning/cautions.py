@@ -15,7 +15,7 @@ MIXTURE_OF_EXPERTS = (
 
 def cautions(question: Question) -> tuple[str, ...]:
     """What to keep in mind with the plan of ``question``."""
-    found = [_prefixes(question)]
+    found = [_prefixes(question), *question.teacher_notes]
     if question.model.experts is not None:
         found.append(MIXTURE_OF_EXPERTS)
     return tuple(found)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from megatron_rlpt import terminal
 from megatron_rlpt.config import Config, asks_teacher, judged_by_workers, load_config
 from megatron_rlpt.errors import ConfigError, ModelError
 from megatron_rlpt.planning.hardware import Nodes, gpu_of
@@ -21,8 +21,9 @@ from megatron_rlpt.planning.report import print_plan, sections, to_html, to_json
 from megatron_rlpt.planning.scenario import NODE_FAILURES, Trouble, simulate_plan
 from megatron_rlpt.planning.sweep import split
 from megatron_rlpt.planning.sweep import sweep as sweep_layouts
+from megatron_rlpt.planning.teacher import TeacherModel, parse_teacher
 from megatron_rlpt.planning.transformer import Transformer
-from megatron_rlpt.policy.architecture import Architecture, parse_architecture, read_architecture
+from megatron_rlpt.policy.architecture import Architecture, parse_architecture
 
 ANSWER_TOKENS = 150
 """Mean length of a verdict where nothing else is said: a few sentences and the verdict (assumed)."""
@@ -134,9 +135,10 @@ def plan(
             f"--prefix-tokens is {prefix_tokens}; allowed: 1 to data.max_prefix = {resolved.data.max_prefix}"
         )
     policy = read_model(model, resolved.model.path, "--model")
-    taught = policy
+    taught = TeacherModel(policy)
     if teacher is not None or (asks_teacher(resolved) and resolved.teacher.path):
-        taught = read_model(teacher, resolved.teacher_path, "--teacher")
+        taught = parse_teacher(*_read_config(teacher, resolved.teacher_path, "--teacher"))
+    judge_fp8 = judge_fp8 or taught.quantized
     gpu = gpu_of(gpu_type, "--gpu-type")
     judge_gpu = gpu_of(judge_type, "--judge-gpu-type") if judge_type else gpu
     nodes = Nodes(gpu, gpus, per_node or min(gpus, int(gpu.domain)))
@@ -144,10 +146,10 @@ def plan(
     question = Question(
         config=resolved,
         model=policy,
-        teacher=taught,
+        teacher=taught.arch,
         trainer=nodes,
         judges=judges,
-        judge_tensor=judge_tensor or fewest_gpus(taught, judges, resolved, fp8=judge_fp8),
+        judge_tensor=judge_tensor or fewest_gpus(taught.arch, judges, resolved, fp8=judge_fp8),
         judge_fp8=judge_fp8,
         answer_tokens=answer_tokens,
         trainer_price=gpu.price if price is None else price,
@@ -155,6 +157,7 @@ def plan(
         judge_workers=judge_workers,
         answer_variation=answer_variation,
         prefix_tokens=prefix_tokens,
+        teacher_notes=taught.notes,
     )
     found = make_plan(question)
     ranked = sweep_layouts(question) if sweep else None
@@ -170,7 +173,7 @@ def plan(
     if as_json:
         print(to_json(found, outcome, ranked, divided))
     else:
-        print_plan(Console(), listed)
+        print_plan(terminal.console(), listed)
     # With divisions of the GPUs one of them is what is asked for, and those listed all fit.
     if not (found.runs or divided) or (outcome is not None and outcome.fails):
         raise typer.Exit(1)
@@ -198,17 +201,22 @@ def read_model(file: Path | None, folder: str, option: str) -> Architecture:
     Raises:
         ModelError: neither is there, or the family is not supported.
     """
-    if file is None:
-        if not Path(folder).is_dir():
-            raise ModelError(f"model folder {folder} does not exist; give its config.json with {option}")
-        return read_architecture(Path(folder))
+    return parse_architecture(*_read_config(file, folder, option))
+
+
+def _read_config(file: Path | None, folder: str, option: str) -> tuple[dict[str, Any], Path]:
+    """Entries of the ``config.json`` that ``option`` names, or of the one in ``folder``; and where they are."""
+    if file is None and not Path(folder).is_dir():
+        raise ModelError(f"model folder {folder} does not exist; give its config.json with {option}")
+    name = "" if file is None else f"{option} "
+    file = Path(folder) / "config.json" if file is None else file
     try:
         raw: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{option} {file} cannot be read as JSON ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{name}{file} cannot be read as JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise ModelError(f"{option} {file} holds a {type(raw).__name__}, not an object")
-    return parse_architecture(raw, file)
+        raise ModelError(f"{name}{file} holds a {type(raw).__name__}, not an object")
+    return raw, file
 
 
 def fewest_gpus(teacher: Architecture, judges: Nodes, config: Config, *, fp8: bool) -> int:

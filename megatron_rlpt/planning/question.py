@@ -35,6 +35,8 @@ class Question:
     """Standard deviation over mean of the length of a verdict."""
     prefix_tokens: int | None = None
     """Mean length of a prefix, for times and cost; None is ``data.max_prefix``, at which memory is planned anyway."""
+    teacher_notes: tuple[str, ...] = ()
+    """What was assumed about a teacher that the policy could not be."""
 
     @property
     def usual(self) -> Config:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,16 @@ class Tolerance:
     layer: float
     """Mean over tokens of the distance of a layer's outputs, relative to what the layer adds to its input."""
     logprob: float
-    """Mean distance of a token's log-probability behind the same hidden states, nats."""
+    """Mean distance of a token's log-probability behind the same hidden states, relative to the spread of logits."""
     rounding: float
     """Relative rounding error of one number, which the sum of input and output has too."""
 
 
 TOLERANCES = {
     torch.float32: Tolerance(1e-3, 1e-3, 2.0**-22),
-    torch.bfloat16: Tolerance(5e-2, 0.2, 2.0**-8),
+    torch.bfloat16: Tolerance(5e-2, 5e-2, 2.0**-8),
 }
-FP8_TOLERANCE = Tolerance(0.25, 0.2, 2.0**-8)
+FP8_TOLERANCE = Tolerance(0.25, 5e-2, 2.0**-8)
 """E4M3 has 3 bits of fraction; the output layer stays in bf16."""
 
 
@@ -142,6 +142,8 @@ class StartCheck:
         self._longest = longest
         self._dtype = torch_dtype_of(dtype)
         self._tolerance = TOLERANCES[self._dtype] if fp8 is Fp8.off else FP8_TOLERANCE
+        if arch.experts:  # a token between two experts may go to either
+            self._tolerance = replace(self._tolerance, layer=2 * self._tolerance.layer)
         self._compares = (
             parallel_state.get_tensor_model_parallel_rank() == 0
             and parallel_state.get_context_parallel_rank() == 0
@@ -182,7 +184,7 @@ class StartCheck:
         text = f"{len(self.layers)} layers differ by at most {worst:.1e} (allowed {self._tolerance.layer:g})"
         if final is not None:
             gap = self._compare_head(final, found, logprobs.cpu())
-            text += f", log-probabilities by {gap:.1e} nats (allowed {self._tolerance.logprob:g})"
+            text += f", log-probabilities by {gap:.1e} (allowed {self._tolerance.logprob:g})"
         return f"the policy computes what transformers does: {text}; compared in {time.monotonic() - began:.1f} s"
 
     def _compare_embedding(self, ours: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -218,19 +220,23 @@ class StartCheck:
         epsilon = layer.input_layernorm.variance_epsilon
         if abs(piece.config.layernorm_epsilon / epsilon - 1) > FREQUENCY_TOLERANCE:
             raise self._differs(f"rms_norm_eps is {piece.config.layernorm_epsilon:g}, not {epsilon:g}")
-        window = getattr(layer.self_attn, "sliding_window", None)
+        config = layer.self_attn.config
+        # A layer that has one of its own, or a family (its class, not this configuration) that has one for all.
+        common = config.sliding_window if hasattr(type(config), "sliding_window") else None
+        window = getattr(layer.self_attn, "sliding_window", common)
         if window is not None and window < self._longest:
             raise self._differs(
                 f"layer {number} sees {window} tokens back, and sequences of the run have up to {self._longest}"
             )
 
     def _compare_head(self, hidden: torch.Tensor, tokens: torch.Tensor, ours: torch.Tensor) -> float:
-        """The mean distance in nats."""
-        gap = float((logprobs_after(self._theirs.ends, hidden, tokens) - ours).abs().mean())
+        """The mean distance, relative to the spread of logits."""
+        theirs, deviation = logprobs_after(self._theirs.ends, hidden, tokens)
+        gap = float((theirs - ours).abs().mean()) / deviation
         if not gap <= self._tolerance.logprob:
             raise self._differs(
-                f"log-probabilities behind the same last layer are off by {gap:.2g} nats (allowed "
-                f"{self._tolerance.logprob:g}): the last norm or the output layer is another"
+                f"log-probabilities behind the same last layer are off by {gap:.1%} of the spread of logits (allowed "
+                f"{self._tolerance.logprob:.1%}): the last norm or the output layer is another"
             )
         return gap
 

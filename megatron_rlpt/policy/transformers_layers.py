@@ -111,14 +111,18 @@ def run_layer(layer: torch.nn.Module, rotary: torch.nn.Module, hidden: torch.Ten
     return (out[0] if isinstance(out, tuple) else out)[0]
 
 
-def logprobs_after(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probability of every token but the first, from ``hidden`` [tokens, hidden] behind the last layer."""
+def logprobs_after(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Log-probability of every token but the first, from ``hidden`` [tokens, hidden] behind the last layer.
+
+    Returns:
+        Them, and the standard deviation of logits over the vocabulary.
+    """
     with torch.no_grad():
         final = model.model.norm(hidden.float().cpu()[None])[0, :-1]
         weight = model.lm_head.weight
         rows = range(0, weight.shape[0], _VOCABULARY_ROWS)
         logits = torch.cat([final @ weight[row : row + _VOCABULARY_ROWS].t() for row in rows], dim=-1)
-    return logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    return logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0], float(logits.std(-1).mean())
 
 
 @contextlib.contextmanager

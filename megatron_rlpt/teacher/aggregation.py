@@ -75,7 +75,7 @@ def standings(candidates: int, results: Sequence[Decided], *, all_met: bool) -> 
     ]
     agreements = [pair_agreement(winners) for winners in by_pair.values() if len(winners) > 1]
     return Standings(
-        values=_shares(candidates, decided) if all_met else _expected(candidates, decided),
+        values=_with_causes(_shares(candidates, decided) if all_met else _expected(candidates, decided), results),
         first_rate=fmean(firsts) if firsts else None,
         flip_rate=fmean(flips) if flips else None,
         agreement=fmean(agreements) if agreements else None,
@@ -87,6 +87,19 @@ def standings(candidates: int, results: Sequence[Decided], *, all_met: bool) -> 
 
 
 _NOT_DECIDED = Failed("no comparison decided")
+
+
+def _with_causes(values: Sequence[float | Failed], results: Sequence[Decided]) -> tuple[float | Failed, ...]:
+    """``values`` whose failures say why the first of their comparisons was not decided."""
+    first: dict[int, Failed] = {}
+    for result in results:
+        if isinstance(result.winner, Failed):
+            first.setdefault(result.match.first, result.winner)
+            first.setdefault(result.match.second, result.winner)
+    return tuple(
+        value.because_of(first[index]) if isinstance(value, Failed) and index in first else value
+        for index, value in enumerate(values)
+    )
 
 
 def _shares(candidates: int, decided: Sequence[tuple[Match, int]]) -> tuple[float | Failed, ...]:
@@ -118,12 +131,12 @@ def pair_agreement(votes: Sequence[object]) -> float:
 
 
 def mean_of_votes(votes: Sequence[float | Failed]) -> float | Failed:
-    """Mean of the votes that gave a verdict; ``Failed`` with the first reason if none did."""
+    """Mean of the votes that gave a verdict; ``Failed`` as the first of them if none did."""
     given = [vote for vote in votes if not isinstance(vote, Failed)]
     if given:
         return fmean(given)
-    reasons = [vote.reason for vote in votes if isinstance(vote, Failed)]
-    return Failed(reasons[0] if reasons else "no votes")
+    first = next((vote for vote in votes if isinstance(vote, Failed)), None)
+    return Failed(first.reason).because_of(first) if first else Failed("no votes")
 
 
 def combine(axes: Mapping[str, float | Failed], weights: Mapping[str, float]) -> float | Failed:
@@ -134,6 +147,6 @@ def combine(axes: Mapping[str, float | Failed], weights: Mapping[str, float]) ->
             continue
         value = axes[name]
         if isinstance(value, Failed):
-            return Failed(f"{name}: {value.reason}")
+            return Failed(f"{name}: {value.reason}").because_of(value)
         total += weight * value
     return total

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.terminal import say
 
 judge_app = typer.Typer(
     help="Judge workers, and a quick look at verdicts.",
@@ -88,7 +89,7 @@ def judge_try(
     with _packages():
         from megatron_rlpt.teacher.trial import describe, require_score, try_judge
     group = try_judge(resolved, prefix, [*candidates, *(more or ())], reference, url)
-    print(describe(group, [*candidates, *(more or ())], as_json), flush=True)
+    say(describe(group, [*candidates, *(more or ())], as_json))
     require_score(group)
 
 

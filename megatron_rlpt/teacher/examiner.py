@@ -72,8 +72,8 @@ class Remembering:
         self._known = known
         self._keep = keep
         self._again = again
-        self.failures: list[str] = []
-        """Reasons of the requests that failed."""
+        self.failures: list[Failed] = []
+        """The requests that failed."""
 
     async def __call__(self, request: Request) -> Reply | Failed:
         """See ``Ask``."""
@@ -84,7 +84,7 @@ class Remembering:
             return known
         reply = await self._ask(request)
         if isinstance(reply, Failed):
-            self.failures.append(reply.reason)
+            self.failures.append(reply)
         else:
             await self._keep(key, json.dumps(asdict(reply)))
         return reply

@@ -154,7 +154,7 @@ class GenerativeJudge:
                 detail |= axis.extra
             total = combine({axis.name: axis.values[text] for axis in axes}, self._weights)
             if isinstance(total, Failed):
-                outcomes.append(Failed(total.reason, detail))
+                outcomes.append(replace(total, detail=detail | total.detail))
             else:
                 outcomes.append(Score(total, self.name, self._version, detail))
         return outcomes

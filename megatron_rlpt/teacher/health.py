@@ -110,7 +110,7 @@ def failure_reasons(groups: Sequence[Group]) -> Counter[str]:
     reasons: Counter[str] = Counter()
     for group in groups:
         reasons.update(vote["verdict"]["failed"] for _, row in _votes(group) for vote in row if _failed(vote))
-        reasons.update(o.reason for o in group.outcomes if isinstance(o, Failed) and "axes" not in o.detail)
+        reasons.update(o.root for o in group.outcomes if isinstance(o, Failed) and "axes" not in o.detail)
     return reasons
 
 

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_rlpt.errors import TeacherError
-from megatron_rlpt.records import BLANK, Failed, Group, Score, Source
+from megatron_rlpt.records import BLANK, Failed, Group, Score, Source, shortened
 
-NOT_JUDGED = frozenset({BLANK.reason, "empty candidate", "nothing to compare with", "stale rollout"})
+NOT_JUDGED = frozenset({BLANK.reason, "nothing to compare with", "stale rollout"})
 """Reasons of ``Failed`` that say something of the candidate: no judge failed, and no other would do better."""
-_LONGEST_CAUSE = 300
-"""Characters of somebody else's words in a message."""
 _WORDS = ("cause", "message", "found", "body", "reply")
 """Keys of ``Failed.detail`` that hold them, the most telling first."""
 
@@ -75,8 +73,8 @@ def check_failure_rate(groups: Sequence[Group], limit: float) -> float:
 
 
 def most_frequent(failed: Sequence[Failed], count: int = 3) -> str:
-    """The ``count`` most frequent reasons and how often each: ``5 x no verdict; 1 x refused``."""
-    reasons = Counter(failure.reason for failure in failed).most_common(count)
+    """The ``count`` most frequent reasons, with what led to them: ``5 x no comparison decided: request rejected``."""
+    reasons = Counter(Failed(failure.reason, {"root": failure.root}).explained for failure in failed).most_common(count)
     return "; ".join(f"{times} x {reason}" for reason, times in reasons)
 
 
@@ -86,18 +84,11 @@ def first_cause(failed: Sequence[Failed], before: str = "") -> str:
     Empty where none has; else ``before`` stands in front of it.
     """
     words = next((found for failure in failed if (found := _verbatim(failure.detail))), "")
-    shown = words if len(words) <= _LONGEST_CAUSE else words[:_LONGEST_CAUSE] + "..."
-    return before + json.dumps(shown, ensure_ascii=False) if words else ""
+    return before + json.dumps(shortened(words), ensure_ascii=False) if words else ""
 
 
 def _judgments(groups: Sequence[Group]) -> list[Score | Failed]:
-    outcomes = (
-        outcome
-        for group in groups
-        if group.outcomes
-        for candidate, outcome in zip(group.candidates, group.outcomes, strict=True)
-        if not candidate.blank
-    )
+    outcomes = (outcome for group in groups for outcome in group.outcomes)
     return [outcome for outcome in outcomes if isinstance(outcome, Score) or outcome.reason not in NOT_JUDGED]
 
 

@@ -106,8 +106,8 @@ class Rewriter:
             return tokens
         if len(tokens) < self._length:
             detail = {"tokens": len(tokens), "needed": self._length, "reply": reply.text}
-            ended = "rewrite cut off by max_tokens" if reply.finish_reason == "length" else "rewrite too short"
-            return Failed(ended, detail)
+            cut_off = reply.finish_reason == "length" and not _MARKER.search(reply.text)
+            return Failed("rewrite cut off by max_tokens" if cut_off else "rewrite too short", detail)
         kept = tokens[: self._length]
         kept = kept[: self._text.whole_characters(kept, shown.episode.prefix)]
         if self._text.is_blank(kept):
@@ -124,9 +124,9 @@ class Rewriter:
         marked = reply.text
         plain = marked if _MARKER.search(shown.suffix) else _MARKER.sub("", marked)
         for answer in dict.fromkeys((marked, plain)):
-            for passage in dict.fromkeys((answer, without_anchor(answer, self._broken(shown.anchor)))):
-                if self._copies(passage, shown.suffix):
-                    return episode.suffix
+            again = answer.lstrip().removeprefix(self._broken(shown.anchor).rstrip())
+            if self._copies(answer, shown.suffix) or self._copies(again, shown.suffix):
+                return episode.suffix
         passage = plain
         for broken, written in broken_forms(shown.prefix + shown.suffix, self._control_tokens).items():
             passage = passage.replace(broken, written)

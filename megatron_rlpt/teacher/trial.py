@@ -15,6 +15,7 @@ from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, TeacherError
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
 from megatron_rlpt.teacher.client.announcement import KIND, announced_endpoints
+from megatron_rlpt.terminal import one_line, plain
 from megatron_rlpt.tokenizer import PolicyTokenizer
 
 _PATIENCE = 5.0
@@ -87,8 +88,8 @@ async def _ask_servers(config: Config, group: Group, endpoints: Sequence[Endpoin
 
 
 def require_score(group: Group) -> None:
-    """Raises TeacherError, with the most frequent reason: every candidate failed."""
-    reasons = Counter(outcome.reason for outcome in group.outcomes if isinstance(outcome, Failed))
+    """Raises TeacherError, with the most frequent reason and its first cause: every candidate failed."""
+    reasons = Counter(outcome.explained for outcome in group.outcomes if isinstance(outcome, Failed))
     if reasons.total() == len(group.outcomes):
         ((reason, count),) = reasons.most_common(1)
         raise TeacherError(f"no candidate has a score; {count} of {len(group.outcomes)} failed with: {reason}")
@@ -104,8 +105,8 @@ def describe(group: Group, candidates: Sequence[str], as_json: bool = False) -> 
     )
     lines = []
     for index, (text, outcome) in ranked:
-        value = f"{outcome.value:8.3f}" if isinstance(outcome, Score) else f"  failed ({outcome.reason})"
-        lines.append(f"{value}  [{index}] {text}")
+        value = f"{outcome.value:8.3f}" if isinstance(outcome, Score) else f"  failed ({one_line(outcome.explained)})"
+        lines.append(f"{value}  [{index}] {plain(text)}")
         lines += [f"            {line}" for line in _explanation(outcome.detail)]
     return "\n".join(lines)
 

@@ -12,9 +12,8 @@ from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.records import Failed
 from megatron_rlpt.rollout.engine_process import EngineProcess
 from megatron_rlpt.rollout.worker import EXTENSION
-from megatron_rlpt.teacher.control_tokens import break_up_common, is_control_form
-from megatron_rlpt.teacher.generator import Message, Reply, Request
-from megatron_rlpt.tokenizer import load_tokenizer
+from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
+from megatron_rlpt.teacher.generator import Reply, Request
 from megatron_rlpt.vllm_runtime import generate_at_once, vllm_environment
 
 
@@ -45,8 +44,7 @@ class VllmGenerator:
             raise ModelError(f"teacher.path is {path}; it needs to be a local Hugging Face folder with a config.json")
         self._name = path.name
         self._max_context = max_context
-        self._tokenizer = _load_chat_tokenizer(path)
-        self._control = _control_tokens(self._tokenizer)
+        self._tokenizer = ChatTokenizer(path)
         self._engine = _start(path, max_context, kv_cache_gib, in_process)
         self._process = None if in_process else EngineProcess(self._engine, "the teacher's engine")
         if in_process:
@@ -76,7 +74,7 @@ class VllmGenerator:
         results: list[Reply | Failed] = [Failed("not generated")] * len(requests)
         prompts, settings, places = [], [], []
         for place, request in enumerate(requests):
-            tokens = self._tokenize(request)
+            tokens = self._tokenizer.tokens(request)
             if isinstance(tokens, Failed):
                 results[place] = tokens
             elif not tokens:
@@ -101,34 +99,6 @@ class VllmGenerator:
                 )
         return results
 
-    def _tokenize(self, request: Request) -> list[int] | Failed:
-        if not request.prompt or isinstance(request.prompt[0], int):
-            return [token for token in request.prompt if isinstance(token, int)]
-        messages = [
-            {"role": message.role, "content": break_up_common(message.content, self._control.values())}
-            for message in request.prompt
-            if isinstance(message, Message)
-        ]
-        answer_start = break_up_common(request.answer_start, self._control.values())
-        for content in (*(message["content"] for message in messages), answer_start):
-            # Whatever the lists of a tokenizer leave out: what counts is what it makes of the text.
-            if not self._control.keys().isdisjoint(self._ids(content)):
-                return Failed("a control token in the prompt cannot be broken up")
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # The template writes its own beginning-of-sequence token.
-        return self._ids(text + answer_start)
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Ids and spelling of what may act in a prompt, wherever the tokenizer lists it; unknown words are none of it."""
-    listed = {index: token.content for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
-              if token.special or is_control_form(token.content)}  # fmt: skip
-    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False))
-    return {index: token for index, token in (named | listed).items() if index != tokenizer.unk_token_id}
-
 
 def _compile_grammars_at_once(engine: Any) -> None:
     """Have answers with a JSON Schema scheduled like all others.
@@ -150,16 +120,6 @@ def _sampling(request: Request) -> Any:
         seed=request.seed,
         structured_outputs=StructuredOutputsParams(json=request.json_schema) if request.json_schema else None,
     )
-
-
-def _load_chat_tokenizer(path: Path) -> Any:
-    tokenizer = load_tokenizer(path)
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{path} has no chat template, so it cannot judge or rewrite by prompt; set teacher.path to a post-trained "
-            "(instruct) model, or use teacher.judge=likelihood and candidates.rewrite=false"
-        )
-    return tokenizer
 
 
 def _start(path: Path, max_context: int, kv_cache_gib: float, in_process: bool) -> Any:

@@ -120,7 +120,7 @@ class Worker:
         while not self._stopping.is_set():
             if self._teacher.all_down:
                 if not told:
-                    _log.warning("no teacher server answers; nothing is claimed until one does")
+                    _log.warning("no teacher server can be used; nothing is claimed until one can", why=self._trouble())
                 told = True
                 await self._rest(_IDLE[1])
                 continue
@@ -142,6 +142,11 @@ class Worker:
                 busy = now
             await self._rest(0 if works else until_next_look(now - busy, *_IDLE))
             self._raise_failures()
+
+    def _trouble(self) -> str:
+        """Why no server can be asked, as far as is known."""
+        trouble: str = getattr(self._teacher, "trouble", "")
+        return trouble or "not known yet"
 
     async def _rest(self, seconds: float) -> None:
         """Sleep, unless told to stop."""
@@ -182,8 +187,8 @@ class Worker:
             _log.exception("judging failed", group=work.sequence)
             await self._return(work, f"{type(error).__name__}: {first_line(error)}")
         else:
-            if reason := _servers_fault(group, ask.failures):
-                await self._return(work, reason)
+            if fault := _servers_fault(group, ask.failures):
+                await self._return(work, fault.explained)
                 return
             with self._handing_over(work):
                 accepted = await asyncio.to_thread(self._buffer.complete, work, group)
@@ -209,8 +214,9 @@ class Worker:
         with self._handing_over(work):
             await asyncio.to_thread(self._buffer.give_back, work, reason)
         # Few different labels, whatever the error says.
-        known = not reason or reason == _TOO_LATE or reason in _OF_SERVERS
-        self._metrics.given_back((reason or "stopped or lease lost") if known else "error")
+        name = reason.partition(": ")[0]
+        known = not name or name == _TOO_LATE or name in _OF_SERVERS
+        self._metrics.given_back((name or "stopped or lease lost") if known else "error")
 
     async def _renew(self) -> None:
         while True:
@@ -230,7 +236,10 @@ class Worker:
 
     async def _announce(self) -> None:
         while True:
-            value = json.dumps({"host": os.uname().nodename, "pid": os.getpid(), "metrics": self._metrics.address})
+            known = {"host": os.uname().nodename, "pid": os.getpid(), "metrics": self._metrics.address}
+            if self._teacher.all_down:
+                known |= {"trouble": self._trouble(), "hopeless": bool(getattr(self._teacher, "hopeless", False))}
+            value = json.dumps(known)
             await asyncio.to_thread(self._buffer.announce, "worker", self._name, value, 3 * _SIGN_OF_LIFE)
             await asyncio.sleep(_SIGN_OF_LIFE)
 
@@ -242,12 +251,15 @@ class Worker:
             self._raise_failures()
 
 
-def _servers_fault(group: Group, failures: Sequence[str]) -> str:
-    """Why the group should be judged again by whoever finds better servers; empty if it should not.
+def _servers_fault(group: Group, failures: Sequence[Failed]) -> Failed | None:
+    """Why the group should be judged again by whoever finds better servers; None if it should not.
 
     A vote that is missing is no reason, a candidate without an outcome is.
     """
-    lost = [outcome.reason for outcome in group.outcomes if isinstance(outcome, Failed)]
-    lost += [group.rewrite_failure.reason] if group.rewrite_failure else []
-    reasons = Counter(reason for reason in (*failures, *lost) if reason in _OF_SERVERS)
-    return reasons.most_common(1)[0][0] if lost and reasons else ""
+    lost = [outcome for outcome in group.outcomes if isinstance(outcome, Failed)]
+    lost += [group.rewrite_failure] if group.rewrite_failure else []
+    faults = [failure for failure in (*failures, *lost) if failure.reason in _OF_SERVERS]
+    if not lost or not faults:
+        return None
+    ((reason, _),) = Counter(fault.reason for fault in faults).most_common(1)
+    return next(fault for fault in faults if fault.reason == reason)

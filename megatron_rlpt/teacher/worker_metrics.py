@@ -28,7 +28,10 @@ class WorkerMetrics:
         self._groups = Counter("rlpt_groups", "Groups handed in.", registry=self.registry)
         self._back = Counter("rlpt_groups_given_back", "Groups given back.", ["reason"], registry=self.registry)
         self._failed = Counter(
-            "rlpt_failed_judgments", "Candidates without a score.", ["reason"], registry=self.registry
+            "rlpt_failed_judgments",
+            "Candidates without a score, and rewrites that failed.",
+            ["reason"],
+            registry=self.registry,
         )
         self._flying = Gauge("rlpt_groups_in_flight", "Groups being judged.", registry=self.registry)
         self._seconds = Histogram(
@@ -69,9 +72,9 @@ class WorkerMetrics:
         self._groups.inc()
         self._seconds.observe(seconds)
         self._calls.inc(group.cost.calls if group.cost else 0)
-        for outcome in group.outcomes:
+        for outcome in (*group.outcomes, group.rewrite_failure):
             if isinstance(outcome, Failed):
-                self._failed.labels(outcome.reason).inc()
+                self._failed.labels(outcome.root).inc()
 
     def given_back(self, reason: str) -> None:
         """A group went back unjudged."""

@@ -156,7 +156,9 @@ def train(case: Case, folder: str, updates: int = 2) -> dict[str, Any]:
     Returns:
         ``figures`` of every update, ``weights`` by name ``before`` and ``after``, and ``logprobs`` before.
     """
-    policy = make_policy(configuration(folder, case))
+    config = configuration(folder, case)
+    policy = make_policy(config)
+    policy.check_start(config)  # raises where a layout computes something else than transformers
     before = {name: tensor.clone() for name, tensor in policy.weights()}
     logprobs = policy.logprobs(examples(case, seed=100)[:3])
     figures = [policy.update(examples(case, seed)) for seed in range(updates)]

@@ -109,7 +109,9 @@ def main() -> None:
     quiet_libraries()
     config = load_config(arguments.config)
     tokenizer = PolicyTokenizer(config.model.path)
-    episodes = heldout_episodes(config.data, arguments.episodes, tokenizer.encode, bos_id=tokenizer.bos_id)
+    episodes = heldout_episodes(
+        config.data, arguments.episodes, tokenizer.encode, bos_id=tokenizer.bos_id, vocabulary=tokenizer.vocabulary
+    )
     likelihood(config, episodes, tokenizer)
     prompted(config, episodes[: arguments.prompted], tokenizer)
 

@@ -158,7 +158,9 @@ def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence
     from megatron_rlpt.tokenizer import PolicyTokenizer
 
     tokenizer = PolicyTokenizer(config.model.path)
-    episodes = heldout_episodes(config.data, count, tokenizer.encode, bos_id=tokenizer.bos_id)
+    episodes = heldout_episodes(
+        config.data, count, tokenizer.encode, bos_id=tokenizer.bos_id, vocabulary=tokenizer.vocabulary
+    )
     groups = [_spoiled_group(episode, size, tokenizer) for episode in episodes]
     qualities = [-float(index) for index in range(size)]
     generator = VllmGenerator(folder, config.teacher.max_context, config.teacher.kv_cache_gib)

@@ -67,9 +67,11 @@ class Words:
     """Every token is a word."""
 
     def whole_characters(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
+        """All of them."""
         return len(tokens)
 
     def is_blank(self, tokens: Sequence[int]) -> bool:
+        """No word is."""
         return False
 
 

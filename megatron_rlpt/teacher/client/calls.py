@@ -39,6 +39,8 @@ class Call(Generic[Result]):
     """More fields of the body, for servers that are vLLM."""
     schema: str = ""
     """JSON Schema of the answer, for servers that take one."""
+    answer_start: str = ""
+    """Words the answer is made to begin with: the last message, for servers that go on with it."""
 
 
 def reply_call(request: Request, control_tokens: Iterable[str] = ()) -> Call[Reply] | Problem:
@@ -61,7 +63,7 @@ def reply_call(request: Request, control_tokens: Iterable[str] = ()) -> Call[Rep
         return Call(
             "completions",
             {"prompt": ids} | sampling,
-            read_completion,
+            partial(read_completion, max_tokens=request.max_tokens),
             _NEUTRAL_SAMPLING | {"return_token_ids": True},
             request.json_schema,
         )
@@ -72,11 +74,13 @@ def reply_call(request: Request, control_tokens: Iterable[str] = ()) -> Call[Rep
         if isinstance(message, Message)
     ]
     body: dict[str, Any] = {"messages": messages} | sampling
-    if request.answer_start:
-        # vLLM's fields; a server without them refuses or would begin a new turn, and neither is what was asked for.
-        messages.append({"role": "assistant", "content": clean(request.answer_start)})
+    start = clean(request.answer_start)
+    if start:
+        # Fields of vLLM and SGLang; a server that refuses them is asked otherwise, see ``needs``.
+        messages.append({"role": "assistant", "content": start})
         body |= {"continue_final_message": True, "add_generation_prompt": False}
-    return Call("chat/completions", body, read_chat, _NEUTRAL_SAMPLING, request.json_schema)
+    read = partial(read_chat, max_tokens=request.max_tokens)
+    return Call("chat/completions", body, read, _NEUTRAL_SAMPLING, request.json_schema, start)
 
 
 def score_call(token_ids: Sequence[int], first: int) -> Call[list[float]]:

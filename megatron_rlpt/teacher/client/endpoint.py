@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from megatron_rlpt.config.checks import check_endpoint
 from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.teacher.client.breaker import Breaker
-from megatron_rlpt.teacher.client.calls import Call, reply_call, with_schema
+from megatron_rlpt.teacher.client.calls import Call, reply_call
 from megatron_rlpt.teacher.client.faults import OF_SERVER, Fault, Problem
 from megatron_rlpt.teacher.client.http import Connections
+from megatron_rlpt.teacher.client.needs import Needs, without_echo
 from megatron_rlpt.teacher.client.replies import read_models, tokens_used
-from megatron_rlpt.teacher.generator import Message, Request
+from megatron_rlpt.teacher.client.secrets import Mask
+from megatron_rlpt.teacher.generator import Message, Reply, Request
 
 Result = TypeVar("Result")
 
 _log = get_logger(__name__)
 
-_SCHEMA_REFUSED = re.compile(r"response_format|json[_ ]schema|guided|structured|grammar", re.IGNORECASE)
+_MOST_TRIES = 6
+"""Ways in which one request is put to a server that refuses it."""
 _PROBE = Request((Message("user", "Say yes."),), seed=0, max_tokens=1, temperature=0.0)
 _PROBE_SECONDS = 30.0
 """A server that cannot give one token in this time is of no use either."""
@@ -86,10 +88,13 @@ class Endpoint:
         self._deadline = deadline
         self._changed = changed
         self._is_vllm = False
-        self._refused_schemas: set[str] = set()
+        self._needs = Needs()
+        self._unexplained = 0
         self._opened = asyncio.Event()
         # One more than requests: the probe.
-        self._connections = Connections(self.url, _key(config), config.concurrency + 1, deadline)
+        key = _key(config)
+        self._mask = Mask(key)
+        self._connections = Connections(self.url, key, config.concurrency + 1, deadline, config.proxy)
 
     def has_room(self, now: float) -> bool:
         """Whether one more request may be sent at ``now`` (time of the event loop)."""
@@ -145,7 +150,7 @@ class Endpoint:
             self._changed()
             return
         if self.last_problem is None or self.last_problem.fault != problem.fault:
-            _log.warning("teacher server does not answer", url=self.url, reason=problem.fault, **problem.detail)
+            _log.warning("teacher server cannot be used", url=self.url, reason=problem.fault, **problem.detail)
         self.last_problem = problem
 
     async def check_health(self) -> Problem | None:
@@ -183,24 +188,51 @@ class Endpoint:
         return None
 
     async def _call(self, call: Call[Result]) -> Result | Problem:
-        body = call.body | {"model": self.model} | (call.vllm if self._is_vllm else {})
-        asks_schema = bool(call.schema) and call.schema not in self._refused_schemas
-        answer = await self._connections.exchange(call.path, with_schema(body, call.schema) if asks_schema else body)
-        if asks_schema and isinstance(answer, Problem) and self._refuses_schema(answer):
-            _log.warning("teacher server refuses a JSON schema, answers are free", url=self.url, **answer.detail)
-            self._refused_schemas.add(call.schema)
-            answer = await self._connections.exchange(call.path, body)
-        if isinstance(answer, Problem):
-            return answer
-        result = call.read(answer)
-        if not isinstance(result, Problem):
-            used = tokens_used(answer)
-            self.counters.tokens_in += used[0]
-            self.counters.tokens_out += used[1]
+        answer = await self._answer(call)
+        result = answer if isinstance(answer, Problem) else call.read(answer)
+        if isinstance(result, Problem):
+            return replace(result, detail=self._mask.detail(result.detail))
+        used = tokens_used(answer)
+        self.counters.tokens_in += used[0]
+        self.counters.tokens_out += used[1]
+        if isinstance(result, Reply) and call.answer_start and self._needs.begins_in_question:
+            # Which tokens are left is not known then.
+            return replace(result, text=without_echo(result.text, call.answer_start), token_ids=())
         return result
 
-    def _refuses_schema(self, problem: Problem) -> bool:
-        return problem.fault == Fault.REJECTED and bool(_SCHEMA_REFUSED.search(problem.detail["message"]))
+    async def _answer(self, call: Call[Any]) -> Any | Problem:
+        """The body of the answer, asked for in the way that the server takes; what helped is kept for later calls."""
+        needs, refused, changes = self._needs, Problem(Fault.REJECTED), list[str]()
+        for attempt in range(_MOST_TRIES):
+            body = needs.body_of(call, self.config, self.model, self._is_vllm)
+            answer = await self._connections.exchange(call.path, body)
+            if not isinstance(answer, Problem):
+                self._unexplained = 0
+                if changes:
+                    self._needs = needs
+                    _log.warning(
+                        "teacher server refuses a request as it was; it is asked otherwise from now on",
+                        url=self.url,
+                        change="; ".join(changes),
+                        reason=refused.fault,
+                        **refused.detail,
+                    )
+                return answer
+            if attempt == 0:
+                refused = answer
+            if (found := needs.after(answer, call, body)) is None or not self._is_worth_trying(answer):
+                break
+            needs, change = found
+            changes.append(change)
+        # What was said first is what is wrong with the request as it should be.
+        return refused if changes and answer.fault == refused.fault else answer
+
+    def _is_worth_trying(self, problem: Problem) -> bool:
+        """A server error may be of the moment; only one that comes again is taken for an answer to the request."""
+        if problem.detail.get("status") != 500:
+            return True
+        self._unexplained += 1
+        return self._unexplained > 1
 
 
 def _key(config: EndpointConfig) -> str:

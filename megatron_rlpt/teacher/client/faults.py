@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_rlpt.records import Failed
+from megatron_rlpt.records import LONGEST_CAUSE, Failed, one_line, shortened
 
 _LONGEST_TEXT = 500
 """Characters of a server's own words that are kept."""
@@ -29,12 +29,16 @@ class Fault(enum.StrEnum):
     SHAPE = "reply of the wrong shape"
     TOO_LARGE = "reply too large"
     REFUSED = "refused"
+    THOUGHT = "thought without an answer"
     NOT_FINITE = "log-probability is not finite"
     EMPTY = "empty prompt"
 
 
 TRANSIENT = frozenset({Fault.CONNECT, Fault.BROKEN, Fault.BUSY, Fault.SERVER})
 """Worth asking again."""
+
+PERMANENT = frozenset({Fault.DENIED, Fault.NOT_FOUND, Fault.REJECTED})
+"""Asking again for the same changes nothing; somebody has to change the request, the key or the server."""
 
 OF_SERVER = TRANSIENT | {Fault.DEADLINE, Fault.DENIED, Fault.NOT_FOUND, Fault.NOT_JSON, Fault.STATUS}
 """Say something about the server; the others are about one request, and show that the server works."""
@@ -50,9 +54,17 @@ class Problem:
     retry_after: float = 0.0
     """Seconds for which the server asked to be left alone."""
 
+    @property
+    def cause(self) -> str:
+        """The server's own words, shortened, with the status that they came with; empty where it said nothing."""
+        words = str(self.detail.get("message") or self.detail.get("found") or self.detail.get("finish_reason") or "")
+        status = self.detail.get("status")
+        return shortened(f"{status}: {words}" if status else words, LONGEST_CAUSE)
+
     def failed(self, **more: Any) -> Failed:
         """The outcome to hand out, with ``more`` detail."""
-        return Failed(self.fault.value, self.detail | more)
+        cause = {"cause": self.cause} if self.cause else {}
+        return Failed(self.fault.value, cause | self.detail | more)
 
 
 def fault_of_status(status: int) -> Fault:
@@ -69,9 +81,9 @@ def fault_of_status(status: int) -> Fault:
 
 
 def excerpt(value: object) -> str:
-    """``value`` as a text short enough to keep, and without the half characters that no file can hold."""
+    """``value`` as a text short enough to keep, in one line that a terminal and every file can hold."""
     try:
         text = value if isinstance(value, str) else repr(value)
     except RecursionError:
         text = f"deeply nested {type(value).__name__}"
-    return text[:_LONGEST_TEXT].encode("utf-8", "replace").decode("utf-8")
+    return one_line(text[: 2 * _LONGEST_TEXT])[:_LONGEST_TEXT]

@@ -12,7 +12,10 @@ from typing import Any
 import httpx
 
 from megatron_rlpt.errors import ConfigError, first_line
+from megatron_rlpt.teacher.client.complaints import is_censorship, message_in
 from megatron_rlpt.teacher.client.faults import Fault, Problem, excerpt, fault_of_status
+from megatron_rlpt.teacher.client.proxy import proxy_for
+from megatron_rlpt.teacher.client.secrets import Mask
 
 LARGEST_BODY = 4 << 20
 """Bytes of an answer that are read; 512 tokens of text are a few KiB, log-probabilities about 90 bytes a token."""
@@ -27,23 +30,25 @@ _KEEP_ALIVE_SECONDS = 3.0
 class Connections:
     """Pooled connections to one server, with its key.
 
-    Proxies in the environment are not used, a teacher is reached directly; ``SSL_CERT_FILE`` is. Redirects are not
-    followed: the key is for this server only. The only time limits of its own are for connecting: an answer may take
-    as long as the deadline, which the caller keeps.
+    A proxy is used only when the endpoint names one, the environment's only when it says ``env``; ``SSL_CERT_FILE`` is.
+    Redirects are not followed: the key is for this server only. The only time limits of its own are for connecting: an
+    answer may take as long as the deadline, which the caller keeps.
     """
 
-    def __init__(self, base_url: str, key: str, count: int, deadline: float) -> None:
+    def __init__(self, base_url: str, key: str, count: int, deadline: float, proxy: str = "") -> None:
         """
         Args:
             base_url: what paths are relative to.
             key: sent as bearer token; empty is none.
             count: most connections at once.
             deadline: seconds one request may take; connecting takes at most half of it.
+            proxy: see ``EndpointConfig.proxy``.
 
         Raises:
-            ConfigError: the address is none.
+            ConfigError: the address, or the proxy's, is none.
         """
-        self._key = key.encode("ascii")
+        through = proxy_for(base_url, proxy)
+        self._mask = Mask(key, *through.secrets)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         limits = httpx.Limits(
             max_connections=count, max_keepalive_connections=count, keepalive_expiry=_KEEP_ALIVE_SECONDS
@@ -52,13 +57,14 @@ class Connections:
             self._client = httpx.AsyncClient(
                 base_url=base_url,
                 headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}),
-                transport=httpx.AsyncHTTPTransport(limits=limits),
+                transport=httpx.AsyncHTTPTransport(limits=limits, proxy=through.address or None),
                 timeout=httpx.Timeout(None, connect=min(_CONNECT_SECONDS, deadline / 2)),
                 follow_redirects=False,
                 trust_env=False,
             )
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"endpoint url {base_url} is not an address: {first_line(error)}") from None
+        except (httpx.InvalidURL, ValueError) as error:
+            said = self._mask.text(first_line(error))
+            raise ConfigError(f"endpoint url {base_url}, or its proxy, is not an address: {said}") from None
 
     async def exchange(self, path: str, body: dict[str, Any] | None = None) -> Any | Problem:
         """Decoded JSON of the answer to a POST of ``body``, or to a GET without one.
@@ -73,12 +79,13 @@ class Connections:
                     return await self._complaint(response)
                 data = await _read(response, LARGEST_BODY)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            return Problem(Fault.CONNECT, {"message": _what(error)})
+            return Problem(Fault.CONNECT, {"message": self._what(error)})
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError, OSError) as error:
-            return Problem(Fault.BROKEN, {"message": _what(error)})
+            return Problem(Fault.BROKEN, {"message": self._what(error)})
         if data is None:
             return Problem(Fault.TOO_LARGE, {"limit": LARGEST_BODY})
-        data = self._without_key(data)
+        # Some servers repeat a key that they do not know, and what they say is logged.
+        data = self._mask.data(data)
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
@@ -94,12 +101,13 @@ class Connections:
             async with asyncio.timeout(_COMPLAINT_SECONDS):
                 data = await _read(response, _LARGEST_COMPLAINT)
         status = response.status_code
-        detail = {"status": status, "message": excerpt(_message(self._without_key(data or b"")))}
-        return Problem(fault_of_status(status), detail, _retry_after(response.headers.get("Retry-After", "")))
+        data = self._mask.data(data or b"")
+        fault = Fault.REFUSED if status < 500 and is_censorship(data) else fault_of_status(status)
+        detail = {"status": status, "message": excerpt(self._mask.text(message_in(data)))}
+        return Problem(fault, detail, _retry_after(response.headers.get("Retry-After", "")))
 
-    def _without_key(self, data: bytes) -> bytes:
-        """Some servers repeat a key that they do not know, and what they say is logged."""
-        return data.replace(self._key, b"<key>") if self._key else data
+    def _what(self, error: Exception) -> str:
+        return excerpt(self._mask.text(f"{type(error).__name__}: {error}".rstrip(": ")))
 
 
 async def _read(response: httpx.Response, limit: int) -> bytes | None:
@@ -113,19 +121,6 @@ async def _read(response: httpx.Response, limit: int) -> bytes | None:
     return b"".join(parts)
 
 
-def _message(data: bytes) -> str:
-    """The server's own words: of OpenAI's error object, FastAPI's, or the text as it is."""
-    text = data.decode("utf-8", "replace")
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        return text.strip()
-    for key in ("error", "message", "detail"):
-        if isinstance(body, dict) and key in body:
-            body = body[key]
-    return body if isinstance(body, str) else text.strip()
-
-
 def _retry_after(value: str) -> float:
     """Seconds, from a number or a date (RFC 9110, 10.2.3); 0 where there is neither."""
     try:
@@ -136,7 +131,3 @@ def _retry_after(value: str) -> float:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return 0.0
-
-
-def _what(error: Exception) -> str:
-    return excerpt(f"{type(error).__name__}: {error}".rstrip(": "))

@@ -11,6 +11,7 @@ there is no server at all waits as long as the deadline.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
@@ -23,7 +24,7 @@ from megatron_rlpt.teacher.client.breaker import Breaker
 from megatron_rlpt.teacher.client.calls import Call, reply_call, score_call
 from megatron_rlpt.teacher.client.deadline import check_speed
 from megatron_rlpt.teacher.client.endpoint import Endpoint
-from megatron_rlpt.teacher.client.faults import TRANSIENT, Fault, Problem
+from megatron_rlpt.teacher.client.faults import PERMANENT, TRANSIENT, Fault, Problem
 from megatron_rlpt.teacher.generator import Reply, Request
 
 Result = TypeVar("Result")
@@ -31,6 +32,10 @@ Result = TypeVar("Result")
 FIRST_BACKOFF = 0.25
 """Seconds that the first retry waits at most; doubles with every further one."""
 LONGEST_BACKOFF = 10.0
+_LOOK = 1.0
+"""Seconds between two looks at why no server is ready."""
+_HOPELESS = 30.0
+"""Seconds to wait for a first server while all of them refuse what waiting cannot mend: a key, a model's name."""
 
 
 class TeacherPool:
@@ -90,6 +95,18 @@ class TeacherPool:
         return not any(endpoint.breaker.closed for endpoint in self._endpoints.values())
 
     @property
+    def trouble(self) -> str:
+        """Why servers cannot be used, in their own words; empty where nothing is known or there is none."""
+        problems = [(one.url, one.last_problem) for one in self._endpoints.values() if one.last_problem]
+        return "; ".join(f"{url}: {problem.failed().explained}" for url, problem in problems)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no server can be asked until somebody changes a key, a name or a configuration."""
+        problems = [endpoint.last_problem for endpoint in self._endpoints.values()]
+        return bool(problems) and all(problem is not None and problem.fault in PERMANENT for problem in problems)
+
+    @property
     def waiting(self) -> int:
         """Requests that wait for room at a server."""
         return len(self._waiting)
@@ -130,17 +147,23 @@ class TeacherPool:
         Raises:
             TeacherError: none did in time; says why, for each.
         """
+        began = since = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(seconds):
                 while self.all_down:
-                    await self._wait(self._ticket())
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_LOOK):
+                            await self._wait(self._ticket())
+                    now = asyncio.get_running_loop().time()
+                    since = since if self.hopeless else now
+                    if now - since > _HOPELESS:
+                        raise TimeoutError
         except TimeoutError:
-            found = [
-                f"{endpoint.url}: {endpoint.last_problem.fault if endpoint.last_problem else 'no answer yet'}"
-                for endpoint in self._endpoints.values()
-            ]
+            problems = [(endpoint.url, endpoint.last_problem) for endpoint in self._endpoints.values()]
+            found = [f"{url}: {one.failed().explained if one else 'no answer yet'}" for url, one in problems]
+            seconds = min(seconds, asyncio.get_running_loop().time() - began)
             listed = "; ".join(found) or "there is none in teacher.workers.endpoints, and none is announced"
-            raise TeacherError(f"no teacher server was ready within {seconds:g} s ({listed})") from None
+            raise TeacherError(f"no teacher server was ready within {seconds:.3g} s ({listed})") from None
 
     async def check_deadline(self, max_tokens: int) -> None:
         """Check of every server that answers whether it can generate ``max_tokens`` within the deadline.

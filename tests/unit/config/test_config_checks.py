@@ -90,6 +90,7 @@ LIMITS = {
     "evaluation.samples": ([0], [1]),
     "evaluation.examples": ([-1], [0]),
     "data.sources[0].weight": ([0, -1, "nan"], [0.1]),
+    "data.sources[0].eod": ([-2], [-1, 0]),
 }
 
 

@@ -87,7 +87,8 @@ def test_llama3_scaling_is_recognised_by_its_divisors(tmp_path):
     assert divisors.max() == pytest.approx(32)
     file = write_gguf(model, tmp_path / "model.gguf", rope_divisors=divisors)
     convert(file, tmp_path / "out", Format.HF, dtype=torch.float32)
-    assert read_architecture(tmp_path / "out").rope_scaling_factor == pytest.approx(32)
+    read = read_architecture(tmp_path / "out").rope.parameters
+    assert read == {key: pytest.approx(value) if key == "factor" else value for key, value in LLAMA3.items()}
     tokens = torch.arange(2, 26)[None]
     assert torch.allclose(logits(tmp_path / "out", tokens), logits(model, tokens), atol=1e-5)
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from corpora import encode, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.data import Cutter
+from megatron_rlpt.data import Cutter, Document
 from megatron_rlpt.errors import ConfigError
 
 cuts = st.builds(
@@ -25,7 +26,7 @@ cuts = st.builds(
 @given(cuts, st.lists(st.integers(0, 200_000), max_size=80))
 def test_every_episode_is_a_contiguous_slice_of_the_document(config, content):
     cutter = Cutter(config, lambda _, __=False: content, bos_id=7)
-    tokens = cutter.tokenize("")
+    tokens = cutter.tokenize(Document("d", ""))
     assert tokens == [7] * config.add_bos + content
     offsets = cutter.offsets(tokens)
     episodes = [cutter.cut("corpus", "document", tokens, offset) for offset in offsets]
@@ -67,7 +68,7 @@ def test_the_shortest_usable_document_has_min_prefix_plus_suffix_length_tokens()
 def test_bos_is_in_the_prefix_only_where_the_window_reaches_the_document_start():
     config = settings(suffix_length=2, min_prefix=2, max_prefix=4, add_bos=True)
     cutter = Cutter(config, encode, bos_id=999)
-    tokens = cutter.tokenize("abcdefgh")
+    tokens = cutter.tokenize(Document("d", "abcdefgh"))
     prefixes = [cutter.cut("c", "d", tokens, offset).prefix for offset in cutter.offsets(tokens)]
     assert [prefix[0] == 999 for prefix in prefixes] == [True, True, False]
     assert all(999 not in prefix[1:] for prefix in prefixes)
@@ -92,3 +93,30 @@ def test_the_id_depends_on_corpus_document_offset_and_tokens_and_nothing_else():
         Cutter(settings(suffix_length=5), encode).cut("corpus", "document", tokens, 12),
     ]
     assert len({base.id, *(other.id for other in others)}) == 7
+
+
+def starts_character(token):
+    return token & 0xC0 != 0x80
+
+
+@given(cuts, st.text(st.sampled_from("aß語👍"), max_size=60))
+def test_every_border_is_one_of_characters(config, text):
+    config = replace(config, episodes_per_document=0, add_bos=False)
+    cutter = Cutter(config, encode, starts_character=starts_character)
+    tokens = cutter.tokenize(text)
+    offsets = cutter.offsets(tokens)
+    for offset in offsets:
+        episode = cutter.cut("corpus", "document", tokens, offset)
+        assert bytes(episode.prefix + episode.suffix).decode() in text
+        assert bytes(episode.prefix).decode() + bytes(episode.suffix).decode() in text
+        assert config.min_prefix <= len(episode.prefix) <= config.max_prefix
+        assert len(episode.suffix) == config.suffix_length
+    assert all(later - earlier >= config.suffix_length for earlier, later in pairwise(offsets))
+
+
+def test_a_cut_moves_on_by_as_little_as_it_can():
+    cutter = Cutter(settings(min_prefix=2, suffix_length=4), encode, starts_character=starts_character)
+    tokens = cutter.tokenize("ab語cdefgh語i")
+    assert cutter.offsets(tokens) == [2, 6, 10]
+    assert cutter.offsets(tokens[1:]) == [4, 9]
+    assert cutter.offsets(cutter.tokenize("語" * 20)) == [], "four tokens are never whole characters of three"

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.teacher.control_tokens import break_up, break_up_common, special_tokens
+from megatron_rlpt.teacher.control_tokens import break_up, break_up_common, broken_forms, special_tokens
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,34 @@ def test_known_tokens_are_broken_up_the_longest_first():
 
 def test_breaking_up_makes_no_token():
     assert "<|a|>" not in break_up_common("<<|a|>|a|>")
+
+
+def test_nothing_comes_together_as_a_token():
+    broken = break_up("<|start_<|eot_id|>header_id|>", ["<|eot_id|>", "<|start_header_id|>"])
+    assert broken == "<|start_< |eot_id|>header_id|>"
+    assert break_up("aabb ab", ["ab", "a b"]) == "aa  bb a  b"
+    assert break_up("a  b", ["  ", " ", "x"]) == "a  b", "white space is nobody's control token"
+
+
+def test_what_was_broken_up_can_be_told():
+    text = "x <|im_end|> y < |z|> [INST] @@"
+    forms = broken_forms(text, ["@@"])
+    assert forms == {"< |im_end|>": "<|im_end|>", "[ INST]": "[INST]", "@ @": "@@"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "@end@", "special": True}}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["@end@"], "bos_token": None}),
+        ("tokenizer_config.json", {"eos_token": {"content": "@end@"}}),
+        ("special_tokens_map.json", {"pad_token": "@end@"}),
+        ("tekken.json", {"special_tokens": [{"token_str": "@end@", "rank": 0}]}),
+    ],
+)
+def test_special_tokens_are_found_wherever_they_are_listed(tmp_path, file, content):
+    (tmp_path / file).write_text(json.dumps(content))
+    assert special_tokens(tmp_path) == ("@end@",)
 
 
 def test_special_tokens_of_a_folder(smollm2):

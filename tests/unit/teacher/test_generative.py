@@ -130,7 +130,7 @@ def test_axes_add_up_and_a_failed_axis_fails_the_candidate():
 def test_equal_texts_are_judged_once_and_empty_ones_never():
     judge, generator = judge_with(prefer_larger, quality=1.0)
     (group,) = judge.judge([group_of((), (1,), (2,), (1,))])
-    assert values(group) == ["no text", 0.0, 1.0, 0.0]
+    assert values(group) == ["empty candidate", 0.0, 1.0, 0.0]
     votes = group.outcomes[2].detail["axes"]["quality"]["votes"]
     assert all({vote["first"], vote["second"]} == {1, 2} and vote["verdict"] == 2 for vote in votes)
     assert len(generator.requests) == 2

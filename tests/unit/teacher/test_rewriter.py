@@ -85,6 +85,12 @@ def test_a_copied_marker_is_never_trained_on():
         ("a b", 0, ""),
         (" \n", 3, " \n"),
         ("", 3, ""),
+        ("我们在一起学习中文", 2, "学习中文"),
+        ("我们 在一起", 1, "一起"),
+        ("ภาษาไทยเป็นภาษา", 1, "ภาษา"),
+        ("see " + "x" * 100, 1, "x" * 24),
+        ("one\n" + "\n" * 99 + "two", 2, "two"),
+        ("so 👩\u200d👩\u200d👧", 1, "👩\u200d👩\u200d👧"),
     ],
 )
 def test_anchor(prefix, words, anchor):
@@ -92,9 +98,15 @@ def test_anchor(prefix, words, anchor):
     assert prefix.endswith(anchor)
 
 
+@pytest.mark.parametrize("text", ["我们在一起学习" * 200, "ภาษาไทย" * 200, "😀" * 900, "x" * 900, " a" * 50])
+def test_an_anchor_is_short_in_every_script(text):
+    assert 0 < len(anchor_of(text, 5)) <= 5 * 24 + 16
+
+
 @pytest.mark.parametrize(
     ("answer", "anchor", "rest"),
     [
+        ("学习中文很好", "学习中文", "很好"),
         (" on it goes", "so", " on it goes"),
         ("and so on it goes", "and so", " on it goes"),
         (" and so on it goes", "and so ", "on it goes"),
@@ -107,3 +119,48 @@ def test_anchor(prefix, words, anchor):
 )
 def test_what_an_answer_adds(answer, anchor, rest):
     assert without_anchor(answer, anchor) == rest
+
+
+def rewritten(answer, prefix="one two three", suffix=" four five", finish="stop", control=(), **options):
+    rewriter = Rewriter(FakeText(control=control), RewriterConfig(anchor_words=2), LENGTH, 1, 104, **options)
+    episode = Episode("e", tuple(encode(prefix)), tuple(encode(suffix)), "c", "d", 0)
+    return LockstepRewriter(rewriter, Scripted(Reply(answer, (), finish))).rewrite([episode])[0]
+
+
+def test_what_was_broken_up_for_the_teacher_is_put_together_again():
+    candidate = rewritten(" <|x|> and more", suffix=" <|x|> and")
+    assert decode(candidate.tokens) == " <|x|> and"
+    candidate = rewritten("It is < |x|>.", suffix="A <|x|> of")
+    assert decode(candidate.tokens) == "It is <|x|>."[:LENGTH]
+    spaced = rewritten("x < |y and z", suffix="x < |y or")
+    assert decode(spaced.tokens) == "x < |y and"
+
+
+def test_a_suffix_that_repeats_the_anchor_is_copied_whole():
+    candidate = rewritten(" la la la la la", prefix="la la", suffix=" la la la ")
+    assert decode(candidate.tokens) == " la la la "
+
+
+@pytest.mark.parametrize(
+    ("answer", "finish", "reason"),
+    [
+        (" four \ufffd six seven", "stop", "rewrite is not all text"),
+        (" four\ufffd", "length", "rewrite cut off by max_tokens"),
+        ("          \n ", "stop", "rewrite without text"),
+        (" six", "stop", "rewrite too short"),
+    ],
+)
+def test_what_is_no_rewrite(answer, finish, reason):
+    assert rewritten(answer, finish=finish).reason == reason
+
+
+def test_a_character_that_the_corpus_holds_may_be_copied():
+    assert decode(rewritten(" six \ufffd ten ", suffix=" four \ufffd six").tokens) == " six \ufffd ten"[:LENGTH]
+
+
+def test_an_answer_has_room_for_a_teacher_with_another_tokenizer():
+    text = "我们在一起学习中文"
+    generator = Scripted(Reply(text, (), "stop"))
+    rewriter = LockstepRewriter(Rewriter(FakeText(), RewriterConfig(anchor_words=2), LENGTH, 1, 104), generator)
+    rewriter.rewrite([Episode("e", tuple(encode(text)), tuple(encode(text)), "c", "d", 0)])
+    assert generator.requests[0].max_tokens >= len(text.encode()), "as a tokenizer needs that knows bytes alone"

@@ -1,0 +1,65 @@
+"""Requests as token ids for a teacher that is given no text: chat template, and texts that cannot act as control."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_rlpt.errors import ModelError
+from megatron_rlpt.records import Failed
+from megatron_rlpt.teacher.control_tokens import break_up_common, is_control_form
+from megatron_rlpt.teacher.generator import Message, Request
+from megatron_rlpt.tokenizer import load_tokenizer
+
+
+class ChatTokenizer:
+    """The tokenizer and chat template of a teacher."""
+
+    def __init__(self, path: Path) -> None:
+        """Load both from a local Hugging Face folder.
+
+        Raises:
+            ModelError: there is no tokenizer, or no chat template.
+        """
+        self._tokenizer = load_tokenizer(path)
+        if not self._tokenizer.chat_template:
+            raise ModelError(
+                f"{path} has no chat template, so it cannot judge or rewrite by prompt; set teacher.path to a "
+                "post-trained (instruct) model, or use teacher.judge=likelihood and candidates.rewrite=false"
+            )
+        self._control = _control_tokens(self._tokenizer)
+
+    def tokens(self, request: Request) -> list[int] | Failed:
+        """Token ids of the request's prompt, or why there are none.
+
+        Control tokens that texts spell are broken up. Lists of them may be incomplete: what counts is what the
+        tokenizer makes of the text.
+        """
+        if not request.prompt or isinstance(request.prompt[0], int):
+            return [token for token in request.prompt if isinstance(token, int)]
+        messages = [
+            {"role": message.role, "content": break_up_common(message.content, self._control.values())}
+            for message in request.prompt
+            if isinstance(message, Message)
+        ]
+        answer_start = break_up_common(request.answer_start, self._control.values())
+        for content in (*(message["content"] for message in messages), answer_start):
+            if not self._control.keys().isdisjoint(self._ids(content)):
+                return Failed("a control token in the prompt cannot be broken up")
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # The template writes its own beginning-of-sequence token.
+        return self._ids(text + answer_start)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _control_tokens(tokenizer: Any) -> dict[int, str]:
+    """Ids and spelling of what may act in a prompt, wherever the tokenizer lists it; unknown words are none of it."""
+    listed = {
+        index: token.content
+        for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if token.special or is_control_form(token.content)
+    }
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False))
+    return {index: token for index, token in (named | listed).items() if index != tokenizer.unk_token_id}

@@ -1,0 +1,160 @@
+"""Every kind of tokenizer on every odd text: what is cut, shown and copied is the document, to the last byte."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import unicodedata
+
+import pytest
+from odd_texts import TEXTS, tokenizer_folders
+
+from megatron_rlpt.config.schema import DataConfig, RewriterConfig
+from megatron_rlpt.data import Cutter
+from megatron_rlpt.records import Candidate, Failed
+from megatron_rlpt.teacher.control_tokens import break_up_common
+from megatron_rlpt.teacher.generator import Reply
+from megatron_rlpt.teacher.rewriter import Rewriter
+from megatron_rlpt.tokenizer import PolicyTokenizer, prefix_text
+
+KINDS = ("smollm2", "sentencepiece", "llama 2", "mistral", "qwen", "tekken")
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory, smollm2):
+    folders = tokenizer_folders(tmp_path_factory.mktemp("tokenizers"), smollm2)
+    assert set(folders) == set(KINDS)
+    return {kind: PolicyTokenizer(folder) for kind, folder in folders.items()}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, tokenizers):
+    return tokenizers[request.param]
+
+
+def episodes(tokenizer, text, max_prefix=30, control_tokens=False):
+    """Episodes at many borders of characters, not only at those where one suffix ends and the next begins."""
+    found = []
+    for start in range(0, LENGTH, 5):
+        config = DataConfig(suffix_length=LENGTH, min_prefix=1 + start, max_prefix=max_prefix)
+        cutter = Cutter(config, tokenizer.encode, starts_character=tokenizer.starts_character)
+        tokens = cutter.tokenize(text, control_tokens)
+        found += [cutter.cut("corpus", "document", tokens, offset) for offset in cutter.offsets(tokens)]
+    assert all(len(one.suffix) == LENGTH for one in found)
+    return found
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_document_is_read_back_whole(tokenizer, name):
+    text = TEXTS[name]
+    tokens = tokenizer.encode(text)
+    # SentencePiece reads a text with a space before it and one without alike; NFC is the normal form of Qwen's.
+    assert tokenizer.text_of(tokens) in (text, text.removeprefix(" "), unicodedata.normalize("NFC", text))
+    assert not tokenizer.control_in(tokens)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_prefix_and_suffix_are_a_piece_of_the_document(tokenizer, name):
+    whole = tokenizer.text_of(tokenizer.encode(TEXTS[name]))
+    cut = episodes(tokenizer, TEXTS[name])
+    assert cut
+    for one in cut:
+        shown = prefix_text(tokenizer, one) + tokenizer.text_of(one.suffix, one.prefix)
+        assert shown in whole, one.offset
+        assert "\ufffd" in TEXTS[name] or "\ufffd" not in shown
+
+
+async def ask_copyist(request, begin_again=False, strip=False, more=""):
+    """A teacher that copies the passage as a server shows it, control tokens broken up."""
+    content = break_up_common(request.prompt[0].content)
+    passage = re.search(r"\[begin passage \w+\]\n(.*)\n\[end passage", content, re.DOTALL)[1] + more
+    # Where the answer starts in the middle of a control token, the passage has a space in it that the start has not.
+    said = 0 if begin_again else len("".join(break_up_common(request.answer_start).split()))
+    start = 0
+    while said:
+        said -= not passage[start].isspace()
+        start += 1
+    return Reply(passage[start:].strip() if strip else passage[start:], (), "stop")
+
+
+def rewrites(tokenizer, episodes, ask):
+    rewriter = Rewriter(tokenizer, RewriterConfig(), LENGTH, seed=1, longest_answer=1000)
+
+    async def all_of_them():
+        return [await rewriter.rewrite_one(one, ask) for one in episodes]
+
+    return zip(episodes, asyncio.run(all_of_them()), strict=True)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_word_for_word_copy_has_the_suffixs_own_tokens(tokenizer, name):
+    for one, rewrite in rewrites(tokenizer, episodes(tokenizer, TEXTS[name]), ask_copyist):
+        if tokenizer.is_blank(one.suffix):
+            assert isinstance(rewrite, Failed)
+            continue
+        assert isinstance(rewrite, Candidate), (rewrite, tokenizer.text_of(one.suffix, one.prefix))
+        assert rewrite.tokens == one.suffix, (rewrite, tokenizer.text_of(one.suffix, one.prefix))
+
+
+@pytest.mark.parametrize("way", [{"begin_again": True}, {"strip": True}, {"more": " And more of it."}])
+def test_copies_by_teachers_with_habits(tokenizer, way):
+
+    async def ask(request):
+        return await ask_copyist(request, **way)
+
+    for name in ("chinese", "thai", "english", "emoji", "control tokens"):
+        for one, rewrite in rewrites(tokenizer, episodes(tokenizer, TEXTS[name])[::3], ask):
+            assert isinstance(rewrite, Candidate)
+            assert rewrite.tokens == one.suffix, (name, one.offset)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_tokens_of_a_continuation_read_back_as_it(tokenizer, name):
+    """Not only copies: whatever a teacher writes becomes tokens of that text, and none of them is a control token."""
+    text = unicodedata.normalize("NFC", TEXTS[name])
+    tokens = tokenizer.encode(TEXTS["english"])
+    for count in (5, 9, 14):
+        for start in (0, 1, 7):
+            written = tokenizer.continue_with(tokens[:count], text[start:])
+            assert tokenizer.text_of(written, tokens[:count]) == text[start:]
+            assert not tokenizer.control_in(written)
+
+
+def test_what_a_policy_breaks_off_in_mid_character_is_left_out(tokenizer):
+    tokens = tokenizer.encode("so 龘靐𠮷👨‍👩‍👧")
+    for count in range(2, len(tokens) + 1):
+        part = tokens[:count]
+        text = tokenizer.text_of(part)
+        assert "so 龘靐𠮷👨‍👩‍👧".startswith(text)
+        whole = tokenizer.whole_characters(part)
+        assert whole == count or not tokenizer.starts_character(tokens[count])
+    assert tokenizer.whole_characters(tokens) == len(tokens)
+
+
+def test_bytes_that_are_no_text_are_spelled(tokenizer):
+    """A young policy samples them; nobody wrote a U+FFFD."""
+    character = tokenizer.encode("a龘")[-1]
+    assert not tokenizer.starts_character(character), "the character has several tokens in every vocabulary"
+    text = tokenizer.text_of([*tokenizer.encode("so"), character, *tokenizer.continue_with([], " it goes")])
+    assert re.fullmatch(r"so(<0x[0-9A-F]{2}>)+ it goes", text)
+    assert tokenizer.is_blank([character])
+
+
+def test_a_corpus_that_means_its_control_tokens_has_them(tokenizer):
+    spelling = next(token for token in tokenizer.control_tokens if token in ("<|im_end|>", "</s>"))
+    text = f"What is it?{spelling}\nIt is good{spelling}\n" * 6
+    (meant,) = set(tokenizer.control_in(tokenizer.encode(text, True)))
+    assert tokenizer.control_in([meant]) == {meant: spelling}
+    assert not tokenizer.control_in(tokenizer.encode(text))
+    for one, rewrite in rewrites(tokenizer, episodes(tokenizer, text, control_tokens=True), ask_copyist):
+        shown = tokenizer.text_of(one.suffix, one.prefix)
+        assert shown.count(spelling) == one.suffix.count(meant)
+        assert rewrite.tokens == one.suffix
+
+
+def test_what_shows_nothing_is_blank(tokenizer):
+    spaces = tokenizer.encode(" \n\t\u00a0\u3000\u200b\ufeff\x00\x1b")
+    ends = [token for token in range(tokenizer.size) if tokenizer.control_in([token])][:5]
+    assert all(tokenizer.is_blank(tokens) for tokens in ([], spaces, ends, spaces + ends))
+    assert not tokenizer.is_blank([*spaces, *tokenizer.encode("."), *ends])

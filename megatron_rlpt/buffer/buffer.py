@@ -232,7 +232,7 @@ class RolloutBuffer(Protocol):
         ...
 
     def recall(self, sequence: int) -> dict[str, str]:
-        """What ``remember`` kept for a group; nothing for one that is not there."""
+        """What ``remember`` kept for a group and can be read; nothing for one that is not there."""
         ...
 
     def remember(self, sequence: int, replies: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_rlpt.buffer import rules
 from megatron_rlpt.buffer.address import RedisAddress
 from megatron_rlpt.buffer.buffer import Dead, Entry, Pending, Stats, Work
-from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, decode_text, encode_group, encode_text
+from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, encode_group, encode_text
 from megatron_rlpt.buffer.redis_connection import RedisConnection
 from megatron_rlpt.errors import BufferUnavailableError
 from megatron_rlpt.records import Failed, Group
@@ -171,7 +171,7 @@ class RedisBuffer:
     def recall(self, sequence: int) -> dict[str, str]:
         """See ``RolloutBuffer.recall``."""
         found = _pairs(self._call("recall", sequence))
-        return {key.decode(): decode_text(data, f"a reply of group {sequence}") for key, data in sorted(found)}
+        return rules.readable(((key.decode(), data) for key, data in sorted(found)), sequence)
 
     def remember(self, sequence: int, replies: Mapping[str, str]) -> None:
         """See ``RolloutBuffer.remember``."""

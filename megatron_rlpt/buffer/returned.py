@@ -23,7 +23,7 @@ class Expected:
     """What workers are to add to a group."""
 
     suffix_length: int
-    """Tokens of a rewrite."""
+    """Most tokens of a rewrite."""
     vocab: int
     """Token ids of a rewrite are below this one."""
     judged: bool = True
@@ -148,12 +148,13 @@ def _with(candidates: tuple[Candidate, ...], place: int, more: Sequence[Candidat
 def _is_rewrite(candidate: Candidate, expected: Expected) -> bool:
     """Whether it is one as ``Rewriter`` makes it."""
     return (
-        len(candidate.tokens) == expected.suffix_length
+        0 < len(candidate.tokens) <= expected.suffix_length
         and _are_tokens(candidate.tokens, expected.vocab)
         and candidate.policy_version is None
         and candidate.logprobs is None
         and (candidate.seed is None or type(candidate.seed) is int)
         and candidate.finish_reason in (None, "length", "stop")
+        and isinstance(candidate.blank, bool)
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from megatron_rlpt.buffer.buffer import Work
-from megatron_rlpt.buffer.codec import decode_group
+from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, decode_text
 from megatron_rlpt.errors import (
     BufferConflictError,
     BufferForgotError,
@@ -118,3 +119,12 @@ def other_episode(sequence: int, held: str, given: str) -> BufferConflictError:
 def acknowledged_already(first: int, acknowledged: int) -> ValueError:
     """The error of a trainer that takes what it has let go of."""
     return ValueError(f"cannot take group {first}: all below {acknowledged} are acknowledged")
+
+
+def readable(replies: Iterable[tuple[str, bytes]], sequence: int) -> dict[str, str]:
+    """Replies by key; one that is damaged is left out, and asked for again."""
+    found = {}
+    for key, data in replies:
+        with contextlib.suppress(DamagedRecordError):
+            found[key] = decode_text(data, f"a reply of group {sequence}")
+    return found

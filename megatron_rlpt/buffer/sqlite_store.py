@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_rlpt.buffer import rules
 from megatron_rlpt.buffer.buffer import Dead, Entry, Pending, Stats, Work
-from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, decode_text, encode_group, encode_text
+from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, encode_group, encode_text
 from megatron_rlpt.buffer.sqlite_file import SqliteFile
 from megatron_rlpt.errors import BufferUnavailableError
 from megatron_rlpt.records import Failed, Group
@@ -244,7 +244,7 @@ class SqliteBuffer:
         with self._file.reading() as db:
             sql = "SELECT key, data FROM replies WHERE buffer = :name AND sequence = :n ORDER BY key"
             rows = self._execute(db, sql, n=sequence).fetchall()
-        return {key: decode_text(data, f"a reply of group {sequence}") for key, data in rows}
+        return rules.readable(rows, sequence)
 
     def remember(self, sequence: int, replies: Mapping[str, str]) -> None:
         """See ``RolloutBuffer.remember``."""

@@ -80,8 +80,8 @@ class Remembering:
         if self._again:
             request = replace(request, seed=derive_seed(request.seed, self._again))
         key = key_of(self._teacher, request)
-        if (text := self._known.get(key)) is not None:
-            return _read(text)
+        if (known := _read(self._known.get(key))) is not None:
+            return known
         reply = await self._ask(request)
         if isinstance(reply, Failed):
             self.failures.append(reply)
@@ -96,6 +96,15 @@ def key_of(teacher: str, request: Request) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _read(text: str) -> Reply:
-    fields = json.loads(text)
-    return Reply(**fields | {"token_ids": tuple(fields["token_ids"])})
+def _read(text: str | None) -> Reply | None:
+    """A reply that was kept; None where there is none, or none that can be read: then it is asked for again."""
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text)
+        reply = Reply(**fields | {"token_ids": tuple(fields["token_ids"])})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    numbers = (*reply.token_ids, reply.prompt_tokens, reply.answer_tokens)
+    known = isinstance(reply.text, str) and isinstance(reply.finish_reason, str)
+    return reply if known and all(type(number) is int for number in numbers) else None

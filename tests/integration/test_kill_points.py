@@ -91,7 +91,7 @@ def points(folder, draw, total):
     fixed = [
         ("before anything is loaded", (folder / "lock").exists, 0.0),
         ("while the first checkpoint is written", lambda: any(checkpoints.glob("*.partial")), 0.0),
-        ("while the export is written", (folder / "export.partial").exists, 0.0),
+        ("while the export is written", lambda: any(folder.glob("export.partial-*")), 0.0),
         ("once the first checkpoint is there", lambda: any(checkpoints.glob(f"step-{EVERY:08d}")), 0.0),
         ("once the last checkpoint is there", (checkpoints / f"step-{STEPS:08d}").exists, draw.uniform(0, 0.05)),
         ("once the export is there", (folder / "export").exists, 0.0),

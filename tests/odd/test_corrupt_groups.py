@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sqlite3
 from dataclasses import replace
@@ -14,6 +15,8 @@ from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.buffer.returned import Expected, accepted, flaw_of
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Candidate, Cost, Episode, Failed, Group, Score, Source
+from megatron_rlpt.teacher.examiner import Remembering, key_of
+from megatron_rlpt.teacher.generator import Message, Reply, Request
 
 LENGTH, VOCAB = 3, 50
 EPISODE = Episode("e1", (1, 2, 3), (4, 5, 6), "corpus", "file:1", 3)
@@ -59,7 +62,6 @@ WRONG = {
     "one rollout more": replace(GOOD, candidates=(ORIGINAL, REWRITE, ROLLOUT, ROLLOUT), outcomes=(score(),) * 4),
     "no rewrite": replace(GOOD, candidates=(ORIGINAL, ROLLOUT), outcomes=(score(), score())),
     "rewrite too long": with_rewrite(tokens=(1, 2, 3, 4)),
-    "rewrite too short": with_rewrite(tokens=(1, 2)),
     "rewrite empty": with_rewrite(tokens=()),
     "rewrite out of the vocabulary": with_rewrite(tokens=(1, 2, VOCAB)),
     "rewrite below the vocabulary": with_rewrite(tokens=(1, 2, -1)),
@@ -116,7 +118,7 @@ def test_a_rewrite_that_nobody_asked_for_is_not_learnt_from():
 
 def test_a_group_whose_only_candidate_was_to_be_the_rewrite_fails_as_a_rewrite():
     bare = Group(EPISODE, ())
-    found = accepted(bare, Group(EPISODE, (replace(REWRITE, tokens=(1,)),)), Expected(LENGTH, VOCAB, False, True))
+    found = accepted(bare, Group(EPISODE, (replace(REWRITE, tokens=(VOCAB,)),)), Expected(LENGTH, VOCAB, False, True))
     assert found.candidates == found.outcomes == ()
     assert found.rewrite_failure.reason.startswith("came back ")
 
@@ -212,3 +214,35 @@ def test_groups_of_a_checkpoint_are_looked_at_too():
     for kind in ("NaN", "an outcome too few", "rewrite out of the vocabulary", "axes that are none"):
         assert flaw_of(WRONG[kind], VOCAB), kind
     assert flaw_of(replace(SUBMITTED, candidates=(replace(ROLLOUT, logprobs=(-1.0,)),)), VOCAB)
+
+
+KEPT = ["not JSON", "[]", "{}", "null", '{"text": 5, "token_ids": [1], "finish_reason": "stop"}',
+        '{"text": "A", "token_ids": 7, "finish_reason": "stop"}', '{"text": "A", "token_ids": ["x"]}',
+        '{"text": "A", "token_ids": [], "finish_reason": "stop", "more": 1}', "[" * 100_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_reply_that_was_kept_and_cannot_be_read_is_asked_for_again(kept):
+    request = Request((Message("user", "which?"),), seed=1, max_tokens=5)
+    answers, stored = [Reply("B", (1,), "stop")], {}
+
+    async def ask(request):
+        return answers.pop()
+
+    async def keep(key, text):
+        stored[key] = text
+
+    first = Remembering(ask, "teacher", {key_of("teacher", request): kept}, keep, 0)
+    assert asyncio.run(first(request)) == Reply("B", (1,), "stop")
+    again = Remembering(ask, "teacher", stored, keep, 0)
+    assert asyncio.run(again(request)) == Reply("B", (1,), "stop")
+
+
+def test_a_damaged_reply_takes_no_other_with_it(through):
+    judging, buffer, overwrite = through
+    judging.start(0, {})
+    judging.submit(0, groups(1))
+    buffer.remember(0, {"a": "one"})
+    overwrite("replies", 0, b"\x01noise")
+    buffer.remember(0, {"b": "two"})
+    assert buffer.recall(0) == {"b": "two"}

@@ -120,9 +120,11 @@ def test_a_good_answer_is_not_lost():
 @pytest.mark.parametrize(
     ("word", "meaning"),
     [("eos_token", "stop"), ("EOS", "stop"), ("stop_sequence", "stop"), ("end_turn", "stop"), ("STOP", "stop"),
-     ("max_tokens", "length"), ("model_length", "length"), ("MAX_TOKENS", "length"), ("FINISH_REASON_MAX_TOKENS", "length"),
+     ("max_tokens", "length"), ("model_length", "length"), ("MAX_TOKENS", "length"),
+     ("FINISH_REASON_MAX_TOKENS", "length"),
      ("SAFETY", Fault.REFUSED), ("content_filter", Fault.REFUSED), ("abort", Fault.BROKEN), ("error", Fault.BROKEN),
-     ("insufficient_system_resource", Fault.BROKEN), ("tool_calls", Fault.SHAPE), ("somehow", Fault.SHAPE), (7, Fault.SHAPE)],
+     ("insufficient_system_resource", Fault.BROKEN),
+     ("tool_calls", Fault.SHAPE), ("somehow", Fault.SHAPE), (7, Fault.SHAPE)],
 )  # fmt: skip
 def test_the_words_of_servers_for_why_an_answer_ended(word, meaning):
     outcome = read_chat(answer(message={"content": "Yes."}, finish_reason=word))

@@ -193,6 +193,11 @@ def test_a_pause_has_an_end_if_one_is_set(through, buffer, clock):
         until_there()
 
 
+def until_there(judging):
+    while judging.collect(0, 2, 0) is None:
+        pass
+
+
 def test_a_cause_that_asking_again_does_not_mend_ends_the_run_and_is_told(through, buffer, clock, caplog):
     """Though waiting for judges has no limit: a request that is rejected every time would be paid for for ever."""
     rejected = Failed("no comparison decided", {"root": "request rejected", "cause": "400: no such field: max_tokens"})
@@ -208,8 +213,7 @@ def test_a_cause_that_asking_again_does_not_mend_ends_the_run_and_is_told(throug
     with pytest.raises(
         TeacherError, match=r"does not mend it: 4 x no comparison decided: request rejected: 400: no such"
     ):
-        while judging.collect(0, 2, 0) is None:
-            pass
+        until_there(judging)
     assert "400: no such field: max_tokens" in caplog.text
     assert clock() > 300
 
@@ -223,8 +227,7 @@ def test_workers_that_can_ask_nobody_end_the_run_with_their_reason(through, buff
     with pytest.raises(
         TeacherError, match=r"no worker can ask a teacher server: http://t: access denied: 401: wrong key"
     ):
-        while judging.collect(0, 2, 0) is None:
-            pass
+        until_there(judging)
 
 
 def test_acknowledged_groups_are_gone_and_others_stay(through, buffer):

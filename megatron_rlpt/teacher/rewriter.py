@@ -10,6 +10,7 @@ from megatron_rlpt.config.schema import RewriterConfig
 from megatron_rlpt.records import Candidate, Episode, Failed, Source, derive_seed
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
+from megatron_rlpt.teacher.thinking import BLANK, without_thought
 
 _MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
 """A marker of the prompt, perhaps cut off before its code. Small models copy it along; the passage ends there."""
@@ -75,7 +76,11 @@ class Rewriter:
         )
 
     def _candidate(self, reply: Reply, seed: int, anchor: str) -> Candidate | Failed:
-        passage = _MARKER.sub("", reply.text)
+        answer = without_thought(reply.text)
+        if answer is None:
+            return Failed("rewrite is a thought without an end", {"reply": reply.text})
+        # Only a thought makes a difference: spaces at the beginning of a passage are its own.
+        passage = _MARKER.sub("", answer if answer != reply.text.lstrip(BLANK) else reply.text)
         tokens = self._encode(without_anchor(passage, anchor))
         if len(tokens) < self._length:
             return Failed("rewrite too short", {"tokens": len(tokens), "needed": self._length, "reply": reply.text})

@@ -53,7 +53,7 @@ def spoil(path: tuple, value: object, remove: bool) -> object:
 BODIES = ANYTHING | st.builds(spoil, st.sampled_from(places(good_body())), ANYTHING, st.booleans())
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(BODIES)
 @example(spoil(("choices", 0, "finish_reason"), "tool_calls", False))
 @example(spoil(("choices", 0, "finish_reason"), None, True))
@@ -75,7 +75,7 @@ def test_a_chat_reply_is_what_the_server_said_or_none(body):
         json.dumps(outcome.detail).encode()
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(BODIES)
 def test_a_completion_is_what_the_server_said_or_none(body):
     outcome = read_completion(body)
@@ -85,7 +85,7 @@ def test_a_completion_is_what_the_server_said_or_none(body):
         assert all(type(token) is int for token in outcome.token_ids)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(BODIES)
 def test_log_probabilities_are_finite_numbers_or_none(body):
     outcome = read_logprobs(body, token_ids=(5, 1, 2), first=1)
@@ -94,7 +94,7 @@ def test_log_probabilities_are_finite_numbers_or_none(body):
         assert all(type(value) is float and math.isfinite(value) for value in outcome)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(BODIES)
 def test_the_rest_never_raises(body):
     assert all(type(count) is int and 0 <= count < 2**53 for count in tokens_used(body))

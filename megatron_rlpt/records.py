@@ -92,7 +92,8 @@ class Failed:
     def because_of(self, first: Failed) -> Failed:
         """This failure, as one that another led to."""
         cause = {"cause": first.detail["cause"]} if first.detail.get("cause") else {}
-        return Failed(self.reason, self.detail | {"root": first.root} | cause)
+        root = {"root": first.root} if first.root != self.reason else {}
+        return Failed(self.reason, self.detail | root | cause)
 
 
 @dataclass(frozen=True)

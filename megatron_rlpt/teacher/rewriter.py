@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from megatron_rlpt.teacher.anchor import anchor_of, without_anchor
 from megatron_rlpt.teacher.control_tokens import break_up_common, broken_forms
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
+from megatron_rlpt.teacher.thinking import BLANK, without_thought
 from megatron_rlpt.tokenizer import TextTokens, prefix_text
 
 _MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
@@ -101,7 +102,12 @@ class Rewriter:
         )
 
     def _candidate(self, reply: Reply, seed: int, shown: _Shown) -> Candidate | Failed:
-        tokens = self._tokens(reply, shown)
+        answer = without_thought(reply.text)
+        if answer is None:
+            return Failed("rewrite is a thought without an end", {"reply": reply.text})
+        # Only a thought makes a difference: spaces at the beginning of a passage are its own.
+        thought = answer != reply.text.lstrip(BLANK)
+        tokens = self._tokens(replace(reply, text=answer) if thought else reply, shown)
         if isinstance(tokens, Failed):
             return tokens
         if len(tokens) < self._length:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 _NAMES = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think"
-_BLANK = " \t\r\n\ufeff\u200b"
+BLANK = " \t\r\n\ufeff\u200b"
 _OPEN = re.compile(
     rf"<(?P<tag>{_NAMES})>|\[(?P<bracket>THINK)\]|(?P<diamond>\u25c1think\u25b7)|(?P<begin><\|begin_of_thought\|>)"
     r"|(?P<channel><\|channel\|>analysis)",
@@ -24,12 +24,12 @@ END = re.compile(
 
 def without_opened_thought(text: str) -> str | None:
     """``text`` after the thoughts that it begins with; None when the last of them has no end."""
-    text = text.lstrip(_BLANK)
+    text = text.lstrip(BLANK)
     while match := _OPEN.match(text):
         end = _end_of(match).search(text, match.end())
         if end is None:
             return None
-        text = text[end.end() :].lstrip(_BLANK)
+        text = text[end.end() :].lstrip(BLANK)
     return text
 
 
@@ -38,7 +38,7 @@ def without_thought(text: str) -> str | None:
     rest = without_opened_thought(text)
     if rest is None or not (end := END.search(rest)):
         return rest
-    return rest[end.end() :].lstrip(_BLANK)
+    return rest[end.end() :].lstrip(BLANK)
 
 
 def _end_of(opened: re.Match[str]) -> re.Pattern[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, TeacherError
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source, one_line
 from megatron_rlpt.teacher.client.announcement import KIND, announced_endpoints
 from megatron_rlpt.terminal import one_line, plain
 from megatron_rlpt.tokenizer import PolicyTokenizer
@@ -49,11 +49,17 @@ def try_judge(config: Config, prefix: str, candidates: Sequence[str], reference:
         Episode("try", start, suffix, "command line", "try", len(start)),
         tuple(Candidate(Source.ROLLOUT, row) for row in tokens),
     )
-    if endpoints := [EndpointConfig(url=url)] if url else _servers(config):
+    if endpoints := [_at(config, url)] if url else _servers(config):
         return asyncio.run(_ask_servers(config, group, endpoints))
     from megatron_rlpt.teacher.build import build_judge
 
     return build_judge(config, "cpu").judge([group])[0]
+
+
+def _at(config: Config, url: str) -> EndpointConfig:
+    """The server at ``url``, with its key and fields where the configuration has it."""
+    known = (one for one in config.teacher.workers.endpoints if one.url.rstrip("/") == url.rstrip("/"))
+    return next(known, EndpointConfig(url=url))
 
 
 def _servers(config: Config) -> list[EndpointConfig]:
@@ -121,6 +127,6 @@ def _explanation(detail: dict[str, Any]) -> list[str]:
         lines.append(f"{name}: {axis['value']}")
         for vote in axis["votes"]:
             between = f" of [{vote['first']}] and [{vote['second']}]" if "first" in vote else ""
-            reply = " ".join(str(vote.get("reply") or "").split())
+            reply = one_line(str(vote.get("reply") or ""))
             lines.append(f"  verdict{between}: {vote['verdict']}" + (f"; {reply}" if reply else ""))
     return lines

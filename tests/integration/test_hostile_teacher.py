@@ -134,7 +134,7 @@ def test_a_transient_fault_that_goes_away_costs_only_time(behaviour):
         (refuses(404, message="no such model"), "model or address not found", "no such model"),
         (refuses(413), "request rejected", "no"),
         (says({"detail": "not so"}, 422), "request rejected", "not so"),
-        (says(b"<html>teapot</html>", 418), "request rejected", "<html>teapot</html>"),
+        (says(b"<html>teapot</html>", 418), "request rejected", "teapot"),
         (says({}, 302, "Location: http://127.0.0.1:9/\r\n"), "unexpected status", "{}"),
     ],
 )
@@ -159,7 +159,7 @@ def test_what_will_not_change_fails_at_once_with_the_servers_words(behaviour, re
         (says(chat(None)), "reply of the wrong shape"),
         (says(chat(["fine"])), "reply of the wrong shape"),
         (says(chat("\ud800")), "reply of the wrong shape"),
-        (says(chat(finish_reason=None)), "reply of the wrong shape"),
+        (says(chat(finish_reason=None) | {"usage": None}), "reply of the wrong shape"),
         (says(chat(finish_reason="tool_calls")), "reply of the wrong shape"),
         (says(chat(finish_reason="content_filter")), "refused"),
         (says(chat(message={"content": None, "refusal": "I would rather not."})), "refused"),

@@ -211,9 +211,8 @@ class Endpoint:
                 if changes:
                     self._needs = needs
                     _log.warning(
-                        "teacher server refuses a request as it was; it is asked otherwise from now on",
+                        f"teacher server refuses a request; from now on {'; '.join(changes)}",
                         url=self.url,
-                        change="; ".join(changes),
                         reason=refused.fault,
                         **refused.detail,
                     )

@@ -31,6 +31,10 @@ _UNKNOWN_FIELD = re.compile(
     r"|invalid (?:parameter|argument|field)|does not support|deprecated",
     re.IGNORECASE,
 )
+_ABOUT_TEXT = re.compile(
+    r"too long|context|maximum|exceed|tokens?\b|temperature|top_p|\bmodel\b|quota|billing", re.IGNORECASE
+)
+"""What has another cause than a field that is not known."""
 _WAYS = (400, 404, 405, 415, 422, 500, 501)
 """Statuses with which servers answer what they do not know."""
 _BEGIN = "\n\nBegin your answer with exactly these words, and go on from there: "
@@ -76,6 +80,8 @@ class Needs:
         named = [name for name in _SPARE if name in sent and re.search(rf"\b{name}\b", words)]
         if status in (400, 422) and named and _UNKNOWN_FIELD.search(words):
             return replace(self, dropped=self.dropped | set(named)), f"{', '.join(named)} is not sent"
+        if _ABOUT_TEXT.search(words):
+            return None
         # It does not say what is wrong; what servers know least is left out first, and that is learnt if it helps.
         if status in (400, 415, 422, 500, 501) and has_schema:
             return self._without_schema(call)

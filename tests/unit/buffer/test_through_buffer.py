@@ -191,6 +191,44 @@ def test_a_pause_has_an_end_if_one_is_set(through, buffer, clock):
         until_there()
 
 
+def until_there(judging):
+    while judging.collect(0, 2, 0) is None:
+        pass
+
+
+def test_a_cause_that_asking_again_does_not_mend_ends_the_run_and_is_told(through, buffer, clock, caplog):
+    """Though waiting for judges has no limit: a request that is rejected every time would be paid for for ever."""
+    rejected = Failed("no comparison decided", {"root": "request rejected", "cause": "400: no such field: max_tokens"})
+    judging = through(max_pause=0.0)
+    judging.start(0, {})
+    judging.submit(0, [group(0), group(1)])
+
+    def fail():
+        for work in buffer.claim("worker", 100, 60.0, f"token-{clock()}"):
+            buffer.complete(work, replace(work.group, outcomes=(rejected,) * len(work.group.candidates)))
+
+    clock.on_sleep = fail
+    with pytest.raises(
+        TeacherError, match=r"does not mend it: 4 x no comparison decided: request rejected: 400: no such"
+    ):
+        until_there(judging)
+    assert all("400: no such field: max_tokens" in record.fields["reasons"] for record in caplog.records)
+    assert caplog.records
+    assert clock() > 300
+
+
+def test_workers_that_can_ask_nobody_end_the_run_with_their_reason(through, buffer, clock):
+    judging = through(max_pause=0.0)
+    judging.start(0, {})
+    judging.submit(0, [group(0), group(1)])
+    value = json.dumps({"host": "h", "trouble": "http://t: access denied: 401: wrong key", "hopeless": True})
+    clock.on_sleep = lambda: buffer.announce("worker", "w", value, 60.0)
+    with pytest.raises(
+        TeacherError, match=r"no worker can ask a teacher server: http://t: access denied: 401: wrong key"
+    ):
+        until_there(judging)
+
+
 def test_acknowledged_groups_are_gone_and_others_stay(through, buffer):
     judging = through()
     judging.start(0, {})

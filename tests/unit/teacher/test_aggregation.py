@@ -52,10 +52,10 @@ def test_a_failed_comparison_is_in_no_mean(all_met):
     ]
     table = standings(3, results, all_met=all_met)
     assert table.values[0] > 0.5 > table.values[1]
-    assert table.values[2] == Failed("no comparison decided")
+    assert table.values[2] == Failed("no comparison decided", {"root": NO.reason})
     assert (table.decided, table.failed) == (1, 3)
     only = standings(3, results[:1], all_met=all_met)
-    assert only.values == table.values, "failed comparisons changed a value"
+    assert only.values[:2] == table.values[:2], "failed comparisons changed a value"
 
 
 def test_nothing_decided_has_no_statistics():
@@ -95,7 +95,17 @@ def test_axes_are_summed_by_weight():
     assert combine(axes, {"quality": 1.0, "safety": 2.0}) == pytest.approx(2.5)
 
 
+def test_the_first_cause_of_a_failure_is_kept():
+    refused = Failed("request rejected", {"cause": "400: no max_tokens", "status": 400})
+    value = standings(2, [Decided(Match(0, 1, 0), refused), Decided(Match(0, 1, 1), NO)], all_met=True).values[1]
+    assert value == Failed("no comparison decided", {"root": "request rejected", "cause": "400: no max_tokens"})
+    assert value.explained == "no comparison decided: request rejected: 400: no max_tokens"
+    total = combine({"quality": value, "safety": mean_of_votes([refused, NO])}, {"quality": 1.0})
+    assert total.explained == "quality: no comparison decided: request rejected: 400: no max_tokens"
+    assert mean_of_votes([refused, NO]).explained == "request rejected: 400: no max_tokens"
+
+
 def test_one_failed_axis_fails_the_candidate_unless_it_has_no_weight():
     axes = {"quality": 0.5, "safety": NO}
-    assert combine(axes, {"quality": 1.0, "safety": 1.0}) == Failed("safety: malformed verdict")
+    assert combine(axes, {"quality": 1.0, "safety": 1.0}) == Failed("safety: malformed verdict", {"root": NO.reason})
     assert combine(axes, {"quality": 1.0, "safety": 0.0}) == 0.5

@@ -53,7 +53,7 @@ def spoil(path: tuple, value: object, remove: bool) -> object:
 BODIES = ANYTHING | st.builds(spoil, st.sampled_from(places(good_body())), ANYTHING, st.booleans())
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(BODIES)
 @example(spoil(("choices", 0, "finish_reason"), "tool_calls", False))
 @example(spoil(("choices", 0, "finish_reason"), None, True))
@@ -63,17 +63,19 @@ def test_a_chat_reply_is_what_the_server_said_or_none(body):
     outcome = read_chat(body)
     if isinstance(outcome, Reply):
         choice = body["choices"][0]
-        assert type(choice["message"]["content"]) is str
-        assert outcome.text == choice["message"]["content"]
-        assert outcome.finish_reason == choice["finish_reason"]
+        message = choice["message"] if choice.get("message") is not None else {"content": choice["text"]}
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content or ""}]
+        assert outcome.text == "".join(part["text"] for part in parts if "text" in part)
         assert outcome.finish_reason in ("stop", "length")
-        assert not choice["message"].get("refusal") or not isinstance(choice["message"]["refusal"], str)
+        assert choice.get("finish_reason") in (outcome.finish_reason, None, "")
+        assert not isinstance(message.get("refusal"), str) or not message["refusal"]
         outcome.text.encode()
     else:
         json.dumps(outcome.detail).encode()
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(BODIES)
 def test_a_completion_is_what_the_server_said_or_none(body):
     outcome = read_completion(body)
@@ -83,7 +85,7 @@ def test_a_completion_is_what_the_server_said_or_none(body):
         assert all(type(token) is int for token in outcome.token_ids)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(BODIES)
 def test_log_probabilities_are_finite_numbers_or_none(body):
     outcome = read_logprobs(body, token_ids=(5, 1, 2), first=1)
@@ -92,7 +94,7 @@ def test_log_probabilities_are_finite_numbers_or_none(body):
         assert all(type(value) is float and math.isfinite(value) for value in outcome)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(BODIES)
 def test_the_rest_never_raises(body):
     assert all(type(count) is int and 0 <= count < 2**53 for count in tokens_used(body))
@@ -113,6 +115,40 @@ def test_a_good_answer_is_not_lost():
     assert read_chat(answer(message={"content": "Yes.", "refusal": None})) == Reply("Yes.", (), "stop", 9, 2)
     assert read_chat(answer(message={"content": ""}, finish_reason="length")) == Reply("", (), "length", 9, 2)
     assert read_completion(answer(text="Yes.", token_ids=[4, 0])) == Reply("Yes.", (4, 0), "stop", 9, 2)
+
+
+@pytest.mark.parametrize(
+    ("word", "meaning"),
+    [("eos_token", "stop"), ("EOS", "stop"), ("stop_sequence", "stop"), ("end_turn", "stop"), ("STOP", "stop"),
+     ("max_tokens", "length"), ("model_length", "length"), ("MAX_TOKENS", "length"),
+     ("FINISH_REASON_MAX_TOKENS", "length"),
+     ("SAFETY", Fault.REFUSED), ("content_filter", Fault.REFUSED), ("abort", Fault.BROKEN), ("error", Fault.BROKEN),
+     ("insufficient_system_resource", Fault.BROKEN),
+     ("tool_calls", Fault.SHAPE), ("somehow", Fault.SHAPE), (7, Fault.SHAPE)],
+)  # fmt: skip
+def test_the_words_of_servers_for_why_an_answer_ended(word, meaning):
+    outcome = read_chat(answer(message={"content": "Yes."}, finish_reason=word))
+    assert (outcome.fault if isinstance(outcome, Problem) else outcome.finish_reason) == meaning
+
+
+def test_an_end_without_a_reason_is_known_from_the_length_or_not_at_all():
+    body = answer(message={"content": "Yes."}, finish_reason=None)
+    assert read_chat(body, max_tokens=3).finish_reason == "stop"
+    assert read_chat(body, max_tokens=2).finish_reason == "length"
+    assert read_chat(body | {"usage": None}, max_tokens=3).fault == Fault.SHAPE
+
+
+def test_a_thought_is_no_answer():
+    thought = {"content": None, "reasoning_content": '{"reasoning": "r", "verdict": "1"}'}
+    assert read_chat(answer(message=thought)).fault == Fault.THOUGHT
+    assert read_chat(answer(message=thought, finish_reason="length")) == Reply("", (), "length", 9, 2)
+
+
+def test_an_error_is_one_whatever_the_status():
+    assert read_chat({"error": {"code": 429, "message": "slow down"}}).fault == Fault.BUSY
+    assert read_chat({"error": "overloaded"}).fault == Fault.SERVER
+    assert read_chat({"object": "error", "message": "too long", "code": 400}).cause == "400: too long"
+    assert read_chat({"choices": [{"error": {"code": 502, "message": "gone"}}]}).fault == Fault.SERVER
 
 
 def test_only_the_first_choice_counts():
@@ -145,6 +181,7 @@ def test_a_log_probability_that_is_none(stand_in):
 def test_models():
     body = {"data": [{"id": "a", "owned_by": "vllm"}, {"id": ""}, {"id": "b", "owned_by": "x"}, 3]}
     assert read_models(body) == [("a", True), ("b", False)]
+    assert read_models([{"id": "a"}]) == read_models({"models": [{"name": "a"}]}) == [("a", False)]
 
 
 def test_an_excerpt_is_short_and_can_be_written():

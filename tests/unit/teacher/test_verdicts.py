@@ -175,7 +175,8 @@ def test_a_verdict_is_never_another_than_the_one_that_is_written(before, reasoni
 @pytest.mark.parametrize("head", ["", '{"reasoning": "', '{"verdict": "1", "x": ['])
 @pytest.mark.parametrize(
     "piece",
-    ["\n{", "{{{", '{"a":', '{"a": "', '{"a": [', "[{", '"', "\\", '\\"', "'", '"//', '"#\n', '/*"', '{\\"', '",\n"', "```json\n", "<quote>",
+    ["\n{", "{{{", '{"a":', '{"a": "', '{"a": [', "[{", '"', "\\", '\\"', "'", '"//', '"#\n', '/*"', '{\\"',
+     '",\n"', "```json\n", "<quote>",
      '</think>{"a": "', "[begin text ", "{ \n", "\n>", '1 says {"a": 1}', "\u201c", "&quot;", '"verdict" ', "{ "],
 )  # fmt: skip
 def test_a_runaway_reply_takes_linear_work(piece, head):

@@ -1,0 +1,26 @@
+"""What a model thinks is told from what it answers."""
+
+import pytest
+
+from megatron_rlpt.teacher.thinking import without_opened_thought, without_thought
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("a cat sat", "a cat sat"),
+        ("<think>hm</think>\na cat sat", "a cat sat"),
+        ("<think></think><think>hm</think> a", "a"),
+        ("hm, perhaps</think>\n\na cat sat", "a cat sat"),
+        ("[THINK]hm[/THINK]a", "a"),
+        ("\u25c1think\u25b7hm\u25c1/think\u25b7a", "a"),
+        ("<think>hm", None),
+        ("<thinking>one </think> two</thinking>a", "a"),
+    ],
+)
+def test_an_answer_is_what_follows_the_thought(text, answer):
+    assert without_thought(text) == answer
+
+
+def test_what_has_no_beginning_is_left_where_quotations_matter():
+    assert without_opened_thought("it says </think> here") == "it says </think> here"

@@ -58,7 +58,7 @@ class Cutter:
 
     def tokenize(self, text: str, control_tokens: bool = False) -> list[int]:
         """Token ids of a whole document."""
-        return [*self._head, *self._encode(text, control_tokens)]
+        return [*self._head, *(self._encode(text, True) if control_tokens else self._encode(text))]
 
     def offsets(self, tokens: Sequence[int]) -> list[int]:
         """Index of the first suffix token of every episode of a document, ascending.

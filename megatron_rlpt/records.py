@@ -12,6 +12,8 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_rlpt.plain_text import one_line
+
 
 class Source(enum.StrEnum):
     """Where a candidate comes from."""
@@ -147,21 +149,6 @@ def without_stale(group: Group, version: int, bound: int) -> Group:
 
 SEED_RANGE = 1 << 63
 """``derive_seed`` returns values below this."""
-
-LONGEST_CAUSE = 300
-"""Characters of somebody's own words that are handed on with a failure."""
-
-
-def one_line(text: str) -> str:
-    """``text`` without line breaks, control characters, and the half characters that no file can hold."""
-    shown = "".join(char if char.isprintable() else " " for char in text.encode("utf-8", "replace").decode("utf-8"))
-    return " ".join(shown.split())
-
-
-def shortened(text: str, longest: int = LONGEST_CAUSE) -> str:
-    """``text`` in one line of at most ``longest`` characters."""
-    line = one_line(text[: 4 * longest])
-    return line if len(line) <= longest else f"{line[: longest - 4]} ..."
 
 
 def derive_seed(*parts: object) -> int:

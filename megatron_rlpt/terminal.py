@@ -6,35 +6,15 @@ text, or turn it around. All that is printed goes through ``plain``, or through 
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderHook, RenderResult
 from rich.segment import Segment
 
-_INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode's categories of controls, formats (turning text around, tags), half characters and other line breaks."""
-_JOINERS = "\u200c\u200d"
-"""Parts of words in some scripts, and of emoji; they do nothing to what stands around them."""
+from megatron_rlpt.plain_text import one_line, plain
 
-
-def plain(text: object, keep: str = "") -> str:
-    """``text`` with everything that a terminal would obey, or a reader not see, written out as ``\\x1b``, ``\\u202e``.
-
-    Args:
-        text: anything; what ``str`` makes of it counts.
-        keep: characters that are left as they are, ``\\n`` where several lines are meant.
-    """
-    return "".join(
-        _escaped(char) if unicodedata.category(char) in _INVISIBLE and char not in keep + _JOINERS else char
-        for char in str(text)
-    )
-
-
-def one_line(text: object) -> str:
-    """``text`` as one line, however many it has: white space is one space each time."""
-    return plain(" ".join(str(text).split()))
+__all__ = ["console", "one_line", "plain", "say"]
 
 
 def say(text: object, file: TextIO | None = None) -> None:
@@ -47,11 +27,6 @@ def console(**options: Any) -> Console:
     made = Console(**{"markup": False, "emoji": False, "highlight": False} | options)
     made.push_render_hook(_PlainOutput())
     return made
-
-
-def _escaped(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 class _PlainOutput(RenderHook):

@@ -23,8 +23,9 @@ from megatron_rlpt.errors import BufferUnavailableError, TeacherError
 from megatron_rlpt.holder import Holder
 from megatron_rlpt.judging import PATIENCE
 from megatron_rlpt.observe import get_logger
+from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.records import Failed, Group, shortened
+from megatron_rlpt.records import Failed, Group
 from megatron_rlpt.teacher.client.faults import PERMANENT
 from megatron_rlpt.teacher.judge import NOT_JUDGED, failure_rate, failures, rewrite_failure_rate
 

@@ -59,8 +59,9 @@ class Cutter:
 
     def tokenize(self, document: Document, control_tokens: bool = False) -> list[int]:
         """Token ids of a whole document; control tokens that its text spells are text unless they are meant."""
-        tokens = self._encode(document.text, control_tokens) if document.tokens is None else document.tokens
-        return [*self._head, *tokens]
+        if document.tokens is not None:
+            return [*self._head, *document.tokens]
+        return [*self._head, *(self._encode(document.text, True) if control_tokens else self._encode(document.text))]
 
     def offsets(self, tokens: Sequence[int]) -> list[int]:
         """Index of the first suffix token of every episode of a document, ascending.

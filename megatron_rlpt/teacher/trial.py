@@ -13,7 +13,7 @@ from typing import Any
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.config import Config, EndpointConfig, TeacherPlace
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, TeacherError
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source, one_line
+from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
 from megatron_rlpt.teacher.client.announcement import KIND, announced_endpoints
 from megatron_rlpt.terminal import one_line, plain
 from megatron_rlpt.tokenizer import PolicyTokenizer

@@ -28,6 +28,7 @@ TEXTS = {
     "byte order mark": "\ufeffStart of file\ufeff mid \u200b zero \x00\x01\x1b[31m red \x7f " * 4,
     "numbers": "In 1234567 and 20241127: 3.14159e-10, don't, we'll, I'VE 你好123abc " * 3,
     "english": "The unbelievable internationalization of antidisestablishmentarianism ... goes on!? " * 3,
+    "blank lines": "so ...\n\n  \n...\n\n\n x 12 345 6789012 ....\n  \n\n" * 4,
     "byte names": "<0x0A> and <0xE4><0xBD> here " * 5,
 }
 

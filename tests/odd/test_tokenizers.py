@@ -121,6 +121,16 @@ def test_tokens_of_a_continuation_read_back_as_it(tokenizer, name):
             assert not tokenizer.control_in(written)
 
 
+@pytest.mark.parametrize("name", ["blank lines", "spaces", "thai"])
+def test_the_rest_of_a_document_continues_it_with_its_own_tokens(tokenizer, name):
+    """Tokens of a continuation depend on what precedes it, as blank lines do with Qwen's words."""
+    tokens = tokenizer.encode(TEXTS[name])
+    for place in range(1, len(tokens)):
+        if tokenizer.starts_character(tokens[place]):
+            rest = tokenizer.text_of(tokens[place:], tokens[:place])
+            assert tokenizer.continue_with(tokens[:place], rest) == tokens[place:]
+
+
 def test_what_a_policy_breaks_off_in_mid_character_is_left_out(tokenizer):
     tokens = tokenizer.encode("so 龘靐𠮷👨‍👩‍👧")
     for count in range(2, len(tokens) + 1):
@@ -128,7 +138,7 @@ def test_what_a_policy_breaks_off_in_mid_character_is_left_out(tokenizer):
         text = tokenizer.text_of(part)
         assert "so 龘靐𠮷👨‍👩‍👧".startswith(text)
         whole = tokenizer.whole_characters(part)
-        assert whole == count or not tokenizer.starts_character(tokens[count])
+        assert (whole == count) == (count == len(tokens) or tokenizer.starts_character(tokens[count]))
     assert tokenizer.whole_characters(tokens) == len(tokens)
 
 

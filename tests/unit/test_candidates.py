@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from text_tokens import NUMBERS
+from text_tokens import NUMBERS, FakeText
 
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.records import Candidate, Episode, Failed, Source
@@ -113,3 +113,45 @@ def test_seeds_fit_what_samplers_take():
 def test_what_is_not_offered_is_left_out(parts, sources):
     groups = proposer(**parts).propose([episode("a")], [2], 0)
     assert [candidate.source.value for candidate in groups[0].candidates] == sources
+
+
+class BytesText(FakeText):
+    """A token is a byte; 255 ends a text."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda tokens: bytes(tokens).decode("utf-8", "ignore"), control=[255])
+
+    def whole_characters(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
+        return max(n for n in range(len(tokens) + 1) if n == 0 or _is_whole(bytes(tokens[:n])))
+
+
+def _is_whole(data: bytes) -> bool:
+    try:
+        return bool(data.rstrip(b"\xff").decode() or True)
+    except UnicodeDecodeError:
+        return False
+
+
+class Says:
+    """An engine that says the same to every prompt."""
+
+    def __init__(self, *texts: bytes) -> None:
+        self.version, self.texts = 0, texts
+
+    def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
+        return [Continuation(tuple(text), (-1.0,) * len(text), "length") for text in self.texts[: len(prompts)]]
+
+
+def test_a_rollout_that_ends_in_mid_character_loses_that_character():
+    engine = Says("a語".encode(), "a語".encode()[:-1], "語".encode()[:2])
+    (group,) = proposer(text=BytesText(), engine=engine).propose([episode("e", 65)], [3], 0)
+    whole, broken, nothing = group.candidates[1:]
+    assert (bytes(whole.tokens).decode(), bytes(broken.tokens).decode()) == ("a語", "a")
+    assert len(broken.logprobs) == len(broken.tokens)
+    assert (whole.blank, broken.blank, nothing.blank) == (False, False, True)
+
+
+def test_candidates_without_text_are_marked():
+    engine = Says(b"\xff", b" \n\t ", b" .", b"  \xff")
+    (group,) = proposer(text=BytesText(), engine=engine).propose([episode("e", 65)], [4], 0)
+    assert [candidate.blank for candidate in group.candidates[1:]] == [True, True, False, True]

@@ -105,3 +105,14 @@ def test_duplicates_are_counted():
     first = group("a", (ORIGINAL, 1.0), (ROLLOUT, 2.0))
     copies = Group(first.episode, first.candidates + first.candidates, first.outcomes + first.outcomes)
     assert metrics_of([copies])["duplicates"] == 2
+
+
+def test_length_and_end_of_rollouts_are_told_of_all_that_there_were():
+    lone = group("a", (ORIGINAL, 1.0), (ROLLOUT, 2.0))
+    ends = (
+        Candidate(ROLLOUT, (7, 8, 9), finish_reason="length"),
+        Candidate(ROLLOUT, (2,), finish_reason="stop", blank=True),
+    )
+    metrics = metrics_of([replace(lone, candidates=lone.candidates[:1] + ends, outcomes=(*lone.outcomes, Failed("x")))])
+    assert (metrics["rollout/length"], metrics["rollout/stop_rate"], metrics["rollout/blank_rate"]) == (2.0, 0.5, 0.5)
+    assert not [name for name in metrics_of([group("b", (ORIGINAL, 1.0))]) if name.startswith("rollout/")]

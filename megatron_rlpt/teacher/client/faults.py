@@ -6,7 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_rlpt.records import LONGEST_CAUSE, Failed, one_line, shortened
+from megatron_rlpt.plain_text import LONGEST_CAUSE, one_line, shortened
+from megatron_rlpt.records import Failed
 
 _LONGEST_TEXT = 500
 """Characters of a server's own words that are kept."""

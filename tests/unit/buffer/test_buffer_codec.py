@@ -36,6 +36,7 @@ candidates = st.builds(
     st.none() | st.integers(0, 2**63 - 1),
     st.none() | st.sampled_from(["length", "stop"]),
     st.none() | st.lists(floats, max_size=8).map(tuple),
+    st.booleans(),
 )
 failures = st.builds(Failed, texts, details)
 outcomes = st.builds(Score, floats, texts, texts, details) | failures

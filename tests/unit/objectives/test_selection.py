@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -176,3 +178,17 @@ def test_objectives_say_what_they_need(name, judge, reference):
             built.select([unjudged])
     else:
         assert len(built.select([unjudged]).examples) == 1
+
+
+@pytest.mark.parametrize("name", ObjectiveName)
+def test_no_objective_chooses_a_candidate_without_text(name):
+    """Not even one that a worker gave the best or the worst score."""
+    for source in Source:
+        candidates = tuple(Candidate(source, (token,), logprobs=(-1.0,), blank=token in (0, 3)) for token in range(4))
+        group = Group(
+            Episode("e", (7,), (8,), "c", "d", 0), candidates, tuple(Score(float(v), "j", "p") for v in (9, 1, 2, -9))
+        )
+        for offered in (group, replace(group, candidates=candidates[:1], outcomes=group.outcomes[:1])):
+            selection = objective(name).select([offered])
+            assert not [one for example in selection.examples for one in example.sequences if one.blank]
+            assert selection.examples or selection.skipped

@@ -9,8 +9,9 @@ import atexit
 import contextlib
 import ctypes
 import os
-import queue
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -106,13 +107,19 @@ class EndRequest:
     """Signals that tell this process to end: handlers note them, and its main thread waits for them.
 
     Not a ``threading.Event``: a handler runs in the main thread, between any two of its instructions, and would wait
-    for ever for a lock of the event's that this thread holds at that moment.
+    for ever for a lock of the event's that this thread holds at that moment. Not a ``queue.SimpleQueue`` either: in
+    CPython 3.11 a signal that comes as its time runs out makes it wait without end (Modules/_queuemodule.c, a negative
+    rest of the time is taken for none).
     """
 
     def __init__(self) -> None:
         self.times = 0
         """How often it was told."""
-        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._news, self._teller = socket.socketpair()
+        for end in (self._news, self._teller):
+            end.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._news, select.POLLIN)
 
     def listen(self, *numbers: signal.Signals) -> None:
         """Take these signals from now on, SIGTERM and Ctrl-C by default; main thread only."""
@@ -125,13 +132,14 @@ class EndRequest:
 
     def wait(self, seconds: float) -> bool:
         """Wait until it was told since the last wait, or so long; whether it was told at all."""
-        with contextlib.suppress(queue.Empty):
-            self._news.get(timeout=seconds)
+        if self._poll.poll(seconds * 1000):
+            self._news.recv(1)
         return self.is_set()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.times += 1
-        self._news.put(None)
+        with contextlib.suppress(BlockingIOError):  # thousands are waiting to be read
+            self._teller.send(b"\0")
 
 
 class Restarts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -34,9 +35,14 @@ class RedisServer:
         return {"url": self.url, "password_file": self.password_file}
 
     def kill(self) -> None:
-        """End it without any warning."""
+        """End it without any warning; returns when it is gone, and its port free."""
         ((number, _),) = json.loads((self.folder / "processes.json").read_text()).values()
-        os.kill(number, signal.SIGKILL)
+        ended = os.pidfd_open(number)
+        try:
+            os.kill(number, signal.SIGKILL)
+            select.select([ended], [], [])
+        finally:
+            os.close(ended)
 
     def stop(self) -> None:
         code, _, err = call(SCRIPT, "stop", self.folder)

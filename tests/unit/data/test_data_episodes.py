@@ -103,7 +103,7 @@ def starts_character(token):
 def test_every_border_is_one_of_characters(config, text):
     config = replace(config, episodes_per_document=0, add_bos=False)
     cutter = Cutter(config, encode, starts_character=starts_character)
-    tokens = cutter.tokenize(text)
+    tokens = cutter.tokenize(Document("d", text))
     offsets = cutter.offsets(tokens)
     for offset in offsets:
         episode = cutter.cut("corpus", "document", tokens, offset)
@@ -116,7 +116,9 @@ def test_every_border_is_one_of_characters(config, text):
 
 def test_a_cut_moves_on_by_as_little_as_it_can():
     cutter = Cutter(settings(min_prefix=2, suffix_length=4), encode, starts_character=starts_character)
-    tokens = cutter.tokenize("ab語cdefgh語i")
+    tokens = cutter.tokenize(Document("d", "ab語cdefgh語i"))
     assert cutter.offsets(tokens) == [2, 6, 10]
     assert cutter.offsets(tokens[1:]) == [4, 9]
-    assert cutter.offsets(cutter.tokenize("語" * 20)) == [], "four tokens are never whole characters of three"
+    assert cutter.offsets(cutter.tokenize(Document("d", "語" * 20))) == [], (
+        "four tokens are never whole characters of three"
+    )

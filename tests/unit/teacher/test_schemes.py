@@ -10,6 +10,9 @@ from megatron_rlpt.config.schema import OptionOrder, PairScheme
 from megatron_rlpt.records import Failed
 from megatron_rlpt.teacher.schemes import comparisons, play, rank
 
+UNDECIDED = Failed("no comparison decided", {"root": "malformed verdict"})
+"""Of a text that no comparison was decided about: with the reason that the first of them was not."""
+
 ROBIN, PIVOT, TOURNAMENT = PairScheme
 RANDOM, BOTH = OptionOrder
 NO = Failed("malformed verdict")
@@ -162,7 +165,7 @@ def test_failed_comparisons_never_become_wins(scheme):
         )
         if scheme == PIVOT and table.decided == 0:
             continue  # the candidate was the pivot
-        assert table.values[4] == Failed("no comparison decided")
+        assert table.values[4] == UNDECIDED
         others = [value for index, value in enumerate(table.values) if index != 4]
         assert not any(isinstance(value, Failed) for value in others)
         if scheme != PIVOT:
@@ -173,7 +176,7 @@ def test_failed_comparisons_never_become_wins(scheme):
 @pytest.mark.parametrize("scheme", PairScheme)
 def test_a_judge_that_always_fails_gives_no_values(scheme):
     table, results = run(scheme, 8, lambda first, second, vote: NO, votes=3)
-    assert table.values == (Failed("no comparison decided"),) * 8
+    assert table.values == (UNDECIDED,) * 8
     assert (table.decided, table.failed) == (0, len(results))
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tiny_model import WORDS
 
 
 @pytest.fixture

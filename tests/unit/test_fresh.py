@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_model
 from safetensors.torch import load_file
+from tiny_model import make_tiny_model
 
 from megatron_rlpt import fresh, huggingface
 from megatron_rlpt.config import Dtype

@@ -10,7 +10,7 @@ import pytest
 from odd_texts import TEXTS, tokenizer_folders
 
 from megatron_rlpt.config.schema import DataConfig, RewriterConfig
-from megatron_rlpt.data import Cutter
+from megatron_rlpt.data import Cutter, Document
 from megatron_rlpt.records import Candidate, Failed
 from megatron_rlpt.teacher.control_tokens import break_up_common
 from megatron_rlpt.teacher.generator import Reply

@@ -195,7 +195,7 @@ def _held_out(config: Config, tokenizer: PolicyTokenizer, scan: bool) -> HeldOut
     lists = {"data.heldout": config.data.heldout, "evaluation.ngram_corpus": config.evaluation.ngram_corpus}
     if not any(lists.values()):
         return None
-    held_out = HeldOut(lists, tokenizer.vocabulary)
+    held_out = HeldOut(lists, tokenizer.vocabulary, config.data.max_record_bytes)
     if scan and config.data.heldout_overlap is HeldOutOverlap.refuse:
         held_out.scan(config.data.sources)
     return held_out

@@ -16,7 +16,7 @@ from megatron_rlpt.build import build
 from megatron_rlpt.checkpoint import Checkpoint, CheckpointStore
 from megatron_rlpt.checkpoint.folders import published, step_of
 from megatron_rlpt.config import Config, flatten, to_yaml
-from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, is_disk_full
+from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.huggingface import export_folder
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.observe import get_logger
@@ -31,7 +31,7 @@ from megatron_rlpt.recording import observe_run
 from megatron_rlpt.rollout.build import check_offload
 from megatron_rlpt.run_lock import FOLDER as LOCK
 from megatron_rlpt.run_lock import RunLock
-from megatron_rlpt.run_record import RunRecord, require_same_run, require_started
+from megatron_rlpt.run_record import RunRecord, not_written, require_same_run, require_started
 from megatron_rlpt.terminal import say
 from megatron_rlpt.tokenizer import PolicyTokenizer
 
@@ -242,7 +242,7 @@ def _run_id(folder: Path, ranks: Ranks) -> str:
                 partial.write_text(known)
                 os.replace(partial, file)
         except OSError as error:
-            raise _not_written(file, error) from error
+            raise not_written(file, error) from error
         return known
 
     return ranks.on_main(read)
@@ -256,14 +256,8 @@ def _open_folder(folder: Path, config: Config, record: RunRecord | None, checkpo
         partial.write_text(to_yaml(config), encoding="utf-8")
         os.replace(partial, folder / "config.yaml")
     except OSError as error:
-        raise _not_written(folder, error) from error
+        raise not_written(folder, error) from error
     RunRecord(flatten(config), checkpoint is not None, exported).write(folder)
-
-
-def _not_written(path: Path, error: OSError) -> RlptError:
-    if is_disk_full(error):
-        return CheckpointError(f"{path} cannot be written ({error.strerror}); free space, then start again")
-    return ConfigError(f"{path} cannot be written ({error.strerror}); choose another run.dir")
 
 
 def _note(folder: Path, **changes: Any) -> None:

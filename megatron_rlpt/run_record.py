@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.config import Decay
-from megatron_rlpt.errors import CheckpointError, ConfigError
+from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, is_disk_full
 
 FILE = "run.json"
 """Name in ``run.dir``."""
@@ -63,7 +63,8 @@ class RunRecord:
         """Put it in the place of the one before.
 
         Raises:
-            ConfigError: the folder cannot be written.
+            CheckpointError: the disk is full.
+            ConfigError: the folder cannot be written for another reason.
         """
         path = folder / FILE
         partial = path.with_suffix(".partial")
@@ -74,7 +75,14 @@ class RunRecord:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except OSError as error:
-            raise ConfigError(f"{path} cannot be written ({error}); free space or choose another run.dir") from error
+            raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> RlptError:
+    """Why a run does not go on whose ``path`` cannot be written."""
+    if is_disk_full(error):
+        return CheckpointError(f"{path} cannot be written ({error.strerror}); free space, then start again")
+    return ConfigError(f"{path} cannot be written ({error.strerror}); choose another run.dir")
 
 
 def require_same_run(folder: Path, now: Mapping[str, Any], then: Mapping[str, Any], done: int) -> None:

@@ -150,12 +150,12 @@ class PolicyTokenizer:
             control: control tokens that are meant where ``text`` spells them; all others stay text.
         """
         spelled = {self._pieces[token].decode(): token for token in control}
-        places = [(text.find(form), -len(form), form) for form in spelled if form and form in text]
-        if not places:
-            return self._continue_plain(before, text)
-        place, _, form = min(places)
-        head = [*self._continue_plain(before, text[:place]), spelled[form]]
-        return head + self.continue_with([*before, *head], text[place + len(form) :], control)
+        known, tokens = list(before[-_CONTEXT:]), list[int]()
+        while places := [(text.find(form), -len(form), form) for form in spelled if form and form in text]:
+            place, _, form = min(places)
+            head = [*self._continue_plain(known, text[:place]), spelled[form]]
+            known, tokens, text = [*known, *head][-_CONTEXT:], tokens + head, text[place + len(form) :]
+        return tokens + self._continue_plain(known, text)
 
     def whole_characters(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
         """How many of ``tokens`` there are up to the last that ends with a whole character."""

@@ -19,6 +19,7 @@ from megatron_rlpt.config.schema import (
     JudgeName,
     ObjectiveName,
     QualityConfig,
+    SourceConfig,
     SourceFormat,
     TeacherPlace,
 )
@@ -146,16 +147,9 @@ def validate(config: Config) -> None:
         value = operator.attrgetter(key)(config)
         if not accepts(value):
             raise ConfigError(f"{key} is {value}; allowed: {allowed}")
-    for group in ("sources", "heldout"):
-        for index, source in enumerate(getattr(config.data, group)):
-            if not source.weight > 0:
-                raise ConfigError(f"data.{group}[{index}].weight is {source.weight}; allowed: above 0")
-            if source.subset and source.format is not SourceFormat.hf:
-                raise ConfigError(
-                    f"data.{group}[{index}].subset is {source.subset!r}; allowed: empty, because its format is not hf"
-                )
-            if source.eod < -1:
-                raise ConfigError(f"data.{group}[{index}].eod is {source.eod}; allowed: a token id, or -1 (detected)")
+    for group in ("data.sources", "data.heldout", "evaluation.ngram_corpus"):
+        for index, source in enumerate(operator.attrgetter(group)(config)):
+            _check_source(source, f"{group}[{index}]")
     for required in ("run.dir", "model.path"):
         if not operator.attrgetter(required)(config):
             raise ConfigError(f"{required} is empty; allowed: the path of a folder")
@@ -174,6 +168,19 @@ def validate(config: Config) -> None:
     _check_workers(config)
 
 
+def _check_source(source: SourceConfig, key: str) -> None:
+    if not source.weight > 0:
+        raise ConfigError(f"{key}.weight is {source.weight}; allowed: above 0")
+    if source.subset and source.format is not SourceFormat.hf:
+        raise ConfigError(f"{key}.subset is {source.subset!r}; allowed: empty, because its format is not hf")
+    if source.split != "train" and source.format is not SourceFormat.hf:
+        raise ConfigError(f"{key}.split is {source.split!r}; allowed: train, because its format is not hf")
+    if source.eod < -1:
+        raise ConfigError(f"{key}.eod is {source.eod}; allowed: a token id, or -1 (detected)")
+    if source.eod >= 0 and source.format not in (SourceFormat.megatron, SourceFormat.auto):
+        raise ConfigError(f"{key}.eod is {source.eod}; allowed: -1, because its format is not megatron")
+
+
 def check_endpoint(endpoint: EndpointConfig, key: str) -> None:
     """Check one server of the teacher, out of the configuration or announced while running.
 
@@ -187,11 +194,7 @@ def check_endpoint(endpoint: EndpointConfig, key: str) -> None:
             "user, password and query (a key goes into the variable that api_key_env names)"
         )
     if endpoint.api_key_env and not _is_variable(endpoint.api_key_env):
-        # Nor is this one: whoever writes a key here should find it nowhere else.
-        raise ConfigError(
-            f"{key}.api_key_env is not the name of an environment variable; allowed: a name as OPENAI_API_KEY; export "
-            "the key under it (the value given here is not shown, because it may be the key itself)"
-        )
+        raise ConfigError(_no_variable(f"{key}.api_key_env"))
     if endpoint.proxy not in ("", "env") and not _is_address(endpoint.proxy):
         raise ConfigError(
             f"{key}.proxy is not an address; allowed: http:// or https:// with a host, without user and password, or "
@@ -213,6 +216,14 @@ _LIKE_A_KEY = re.compile(
     r"|(?=[A-Za-z0-9_]*[a-z])(?=[A-Za-z0-9_]*[0-9])[A-Za-z0-9_]{20,}"
     r"|[0-9A-Fa-f]{16,}|(?=[A-Z]*[0-9])[A-Z0-9]{20,}"
 )
+
+
+def _no_variable(key: str) -> str:
+    """What is said where a key may stand in the place of its name: whoever writes it finds it nowhere else."""
+    return (
+        f"{key} is not the name of an environment variable; allowed: a name as OPENAI_API_KEY; export the key under it "
+        "(the value given here is not shown, because it may be the key itself)"
+    )
 
 
 def _is_variable(name: str) -> bool:
@@ -358,7 +369,11 @@ def _check_objective(config: Config) -> None:
 
 
 def _check_workers(config: Config) -> None:
-    """A model in the worker itself scores likelihood and does nothing else."""
+    """A key has a name, metrics an address; a model in the worker itself scores likelihood and does nothing else."""
+    if config.teacher.workers.key_env and not _is_variable(config.teacher.workers.key_env):
+        raise ConfigError(_no_variable("teacher.workers.key_env"))
+    if not (host := config.teacher.workers.metrics_host).strip():
+        raise ConfigError(f"teacher.workers.metrics_host is {host!r}; allowed: an address of this machine")
     if not config.teacher.workers.own_model:
         return
     other = "teacher.judge=generative" if config.teacher.judge == JudgeName.generative else ""

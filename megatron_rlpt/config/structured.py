@@ -139,8 +139,8 @@ class Schema(Generic[T]):
         return ConfigError(f"{origin}: unknown key '{key}'; the nearest valid key is '{self.nearest_key(schema_key)}'")
 
 
-_SECRET = re.compile(r"(?:api_key_env|api_?key|token|password|secret)(?:\[\])?$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"((?:api_key\w*|apikey|password|secret|token)[\"']?\s*[:=]\s*)[^,}\]]+", re.IGNORECASE)
+_SECRET = re.compile(r"(?:key_env|api_?key|token|password|secret)(?:\[\])?$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"((?:api_?key\w*|key_env|password|secret|token)[\"']?\s*[:=]\s*)[^,}\]]+", re.IGNORECASE)
 _USER = re.compile(r"(://)[^/@\s]*@")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rlpt.config.schema import SourceConfig
-from megatron_rlpt.data.documents import Document
+from megatron_rlpt.data.documents import MAX_RECORD_BYTES, Document
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.observe.log import get_logger
@@ -63,13 +63,20 @@ class HeldOut:
     Args:
         lists: key of the configuration -> its sources.
         vocabulary: of the policy, for sources that hold tokens.
+        limit: bytes above which a record is malformed (``data.max_record_bytes``).
 
     Raises:
         DataError: a source cannot be read.
     """
 
-    def __init__(self, lists: Mapping[str, Sequence[SourceConfig]], vocabulary: Vocabulary | None = None) -> None:
+    def __init__(
+        self,
+        lists: Mapping[str, Sequence[SourceConfig]],
+        vocabulary: Vocabulary | None = None,
+        limit: int = MAX_RECORD_BYTES,
+    ) -> None:
         self._vocabulary = vocabulary
+        self._limit = limit
         self._places: list[Place] = []
         self._whole: dict[bytes, int] = {}
         passages: list[_Hashes] = []
@@ -139,7 +146,7 @@ class HeldOut:
                     break
 
     def _texts(self, source: SourceConfig) -> Iterator[tuple[str, str]]:
-        reader = open_source(source, vocabulary=self._vocabulary)
+        reader = open_source(source, self._limit, self._vocabulary)
         while (record := reader.read()) is not None:
             if isinstance(record, Document):
                 yield record.id, self.text_of(record)

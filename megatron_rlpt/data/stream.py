@@ -281,10 +281,11 @@ class DocumentStream:
         cursor.barren = True
         counters = self.counters
         if all(other.barren for other in self._cursors):
+            held_out = f", {counters.held_out} held out" if counters.held_out else ""
             raise DataError(
                 f"a full pass over data.sources gave no usable document (so far {counters.read} read, "
-                f"{counters.too_short} too short, {counters.malformed} malformed); lower data.min_prefix or "
-                "data.suffix_length, or give longer documents"
+                f"{counters.too_short} too short, {counters.malformed} malformed{held_out}); lower data.min_prefix or "
+                f"data.suffix_length, or give longer documents{' that are not held out' if held_out else ''}"
             )
         _log.warning(
             "data.sources[%d] %r gave no usable document in a full pass of %d records; the others share its part",

@@ -10,7 +10,7 @@ import pytest
 from odd_texts import TEXTS, tokenizer_folders
 
 from megatron_rlpt.config.schema import DataConfig, RewriterConfig
-from megatron_rlpt.data import Cutter
+from megatron_rlpt.data import Cutter, Document
 from megatron_rlpt.records import Candidate, Failed
 from megatron_rlpt.teacher.control_tokens import break_up_common
 from megatron_rlpt.teacher.generator import Reply
@@ -39,7 +39,7 @@ def episodes(tokenizer, text, max_prefix=30, control_tokens=False):
     for start in range(0, LENGTH, 5):
         config = DataConfig(suffix_length=LENGTH, min_prefix=1 + start, max_prefix=max_prefix)
         cutter = Cutter(config, tokenizer.encode, starts_character=tokenizer.starts_character)
-        tokens = cutter.tokenize(text, control_tokens)
+        tokens = cutter.tokenize(Document("document", text), control_tokens)
         found += [cutter.cut("corpus", "document", tokens, offset) for offset in cutter.offsets(tokens)]
     assert all(len(one.suffix) == LENGTH for one in found)
     return found
@@ -161,6 +161,14 @@ def test_a_corpus_that_means_its_control_tokens_has_them(tokenizer):
         shown = tokenizer.text_of(one.suffix, one.prefix)
         assert shown.count(spelling) == one.suffix.count(meant)
         assert rewrite.tokens == one.suffix
+
+
+def test_a_reply_full_of_control_tokens_that_are_meant_has_them_all(tokenizer):
+    spelling = next(token for token in tokenizer.control_tokens if token in ("<|im_end|>", "</s>"))
+    (meant,) = tokenizer.encode(spelling, True)
+    written = tokenizer.continue_with(tokenizer.encode("so"), f"{spelling}it goes" * 1500, [meant])
+    assert written.count(meant) == 1500
+    assert tokenizer.text_of(written, tokenizer.encode("so")) == f"{spelling}it goes" * 1500
 
 
 def test_what_shows_nothing_is_blank(tokenizer):

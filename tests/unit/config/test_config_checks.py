@@ -209,3 +209,26 @@ def test_docstring_under_every_field():
             if not described and not section:
                 bare.append(f"{node.name}.{entry.target.id}")
     assert not bare
+
+
+@pytest.mark.parametrize("group", ["data.sources", "data.heldout", "evaluation.ngram_corpus"])
+@pytest.mark.parametrize(
+    "option", ["subset: en", "split: test", "eod: 7, format: text", "eod: -2", "weight: 0", "weight: nan"]
+)
+def test_an_option_that_a_source_has_no_use_for_is_refused_wherever_the_source_stands(group, option):
+    with pytest.raises(ConfigError, match=rf"{group}\[0\]\.{option.partition(':')[0]} is "):
+        load(f"{group}=[{{path: a.jsonl, {option}}}]")
+
+
+def test_a_key_in_the_place_of_its_name_is_refused_and_not_shown():
+    for key in ("sk-proj-4fQ81SECRET", "hf_4fQ81aSECRETbcdefgh", "two words"):
+        with pytest.raises(ConfigError, match=r"teacher\.workers\.key_env is not the name of") as refused:
+            load(f"teacher.workers.key_env={key}")
+        assert key not in str(refused.value)
+    load("teacher.workers.key_env=OUR_KEY")
+
+
+def test_metrics_listen_on_some_address():
+    with pytest.raises(ConfigError, match=r"teacher\.workers\.metrics_host is "):
+        load("teacher.workers.metrics_host=' '")
+    load("teacher.workers.metrics_host='::1'")

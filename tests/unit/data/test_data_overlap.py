@@ -71,3 +71,21 @@ def test_scripts_without_spaces_are_compared_as_well(tmp_path):
     held = HeldOut({"data.heldout": [source(tmp_path / "h")]})
     assert held.find("\u3002".join(han(1)[50:500])) is not None
     assert held.find(han(2)) is None
+
+
+def test_documents_are_compared_up_to_the_size_that_is_trained_on(tmp_path):
+    write(tmp_path / "c", "jsonl", [text(1), text(2)])
+    write(tmp_path / "h", "jsonl", [text(2)])
+    config = settings(source(tmp_path / "c"))
+    assert HeldOut({"data.heldout": [source(tmp_path / "h")]}, limit=100).find(text(2)) is None
+    held = HeldOut({"data.heldout": [source(tmp_path / "h")]}, limit=2000)
+    with pytest.raises(DataError, match="is held out as well"):
+        held.scan(config.sources)
+
+
+def test_a_corpus_of_nothing_but_held_out_documents_is_called_that(tmp_path):
+    write(tmp_path / "c", "jsonl", [text(seed) for seed in range(5)])
+    held = HeldOut({"data.heldout": [source(tmp_path / "c")]})
+    config = settings(source(tmp_path / "c"), heldout_overlap=HeldOutOverlap.skip)
+    with pytest.raises(DataError, match=r"no usable document .* 5 held out\); .* that are not held out"):
+        EpisodeStream(config, encode, seed=0, held_out=held).take(1)

@@ -104,7 +104,7 @@ def test_a_job_that_waits_and_loads_modules(tmp_path):
         ({"setup": ["export HF_TOKEN=x"]}, "setup sets HF_TOKEN, which looks like a secret"),
         ({"modules": ["a b"]}, "modules has 'a b'"),
         ({"teacher": {"arguments": ["--trust_remote_code"]}}, "has --trust_remote_code, which would run code"),
-        ({"guards": {"gate": ".nan"}}, "guards.gate is nan; allowed: 1 or more"),
+        ({"guards": {"gate": float("nan")}}, "guards.gate is nan; allowed: 1 or more"),
         ({"buffer": {"port": 70000}}, "buffer.port is 70000; allowed: up to 65535"),
         ({"slurm": {"dependency": "77"}}, "slurm.dependency is '77'"),
         ({"teacher": {"gpu_type": "l40s"}}, "allowed with allocation one, whose nodes are alike"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -9,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from launch.cluster import Allocation, Cluster, ExecutorName, GpuOption
 from megatron_rlpt.config.structured import Schema
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.teacher.server_arguments import check_argument
 
 _SCHEMA = Schema(Cluster, {})
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_ID)?$", re.IGNORECASE)
@@ -23,6 +25,8 @@ _GPU_TYPE = re.compile(r"[A-Za-z0-9._-]+")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _WHEN = r"(?:after(?:any|ok|notok|corr|burstbuffer)?(?::\d+(?:_\d+)?(?:\+\d+)?)+|singleton)"
 _DEPENDENCY = re.compile(rf"{_WHEN}(?:,{_WHEN})*|{_WHEN}(?:\?{_WHEN})*")
+
+_LAST_PORT = 65535
 
 _OWN_FIELD = "has a field of its own; set that instead"
 _LIVES_BY_IT = "is set by the launch, which lives by it"
@@ -139,8 +143,11 @@ def _check_numbers(cluster: Cluster) -> None:
         "guards.gate": (cluster.guards.gate, 1),
     }
     for key, (value, allowed) in least.items():
-        if value < allowed:
+        if not allowed <= value < math.inf:
             raise ConfigError(f"{key} is {value}; allowed: {allowed} or more")
+    for key, port in (("buffer.port", cluster.buffer.port), ("tunnel.port", cluster.tunnel.port)):
+        if port > _LAST_PORT:
+            raise ConfigError(f"{key} is {port}; allowed: up to {_LAST_PORT}")
 
 
 def _check_words(cluster: Cluster) -> None:
@@ -153,6 +160,7 @@ def _check_words(cluster: Cluster) -> None:
                 f"teacher.arguments has {argument.partition('=')[0]}, and every user of a node can read arguments; "
                 "leave it out and put VLLM_API_KEY into secrets_file"
             )
+        check_argument("teacher.arguments has", argument)
     if cluster.teacher.gpus_per_node % cluster.teacher.servers_per_node:
         raise ConfigError(
             f"teacher.gpus_per_node is {cluster.teacher.gpus_per_node} and teacher.servers_per_node "

@@ -36,7 +36,7 @@ from megatron_rlpt.addresses import LOOPBACK
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
 from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child
 from megatron_rlpt.stopping import STOP_FILE
-from megatron_rlpt.terminal import one_line, say
+from megatron_rlpt.terminal import one_line, plain, say
 
 TRAINER = "trainer"
 RLPT = (sys.executable, "-m", "megatron_rlpt")
@@ -176,8 +176,9 @@ class Component:
         """Leave last words where whoever looks at the job finds them."""
         self.say(f"failed with exit code {code}")
         said = why or _tail(self._log)
-        words = (
-            f"{self.task.name} on {socket.gethostname()} failed with exit code {code}; {self._log} ends with\n{said}"
+        words = plain(
+            f"{self.task.name} on {socket.gethostname()} failed with exit code {code}; {self._log} ends with\n{said}",
+            keep="\n\t",
         )
         print(words, flush=True)
         failed, jobs = self.spec.shared / "failed", self.spec.shared / JOBS

@@ -146,8 +146,9 @@ def read_secrets(file: str) -> dict[str, str]:
             if mode & 0o077:
                 raise ConfigError(f"{file} has mode {mode:04o}, so others can read the secrets; run: chmod 600 {file}")
             lines = handle.read().splitlines()
-    except OSError as error:
-        raise ConfigError(f"secrets_file {file} cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ConfigError(f"secrets_file {file} cannot be read: {reason}") from None
     found = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):

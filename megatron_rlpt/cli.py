@@ -205,7 +205,7 @@ def init(
     from megatron_rlpt.fresh import init as run
 
     precision = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value]
-    print(run(config, target, tokenizer, seed=seed, dtype=precision, say=lambda line: print(line, flush=True)))
+    say(run(config, target, tokenizer, seed=seed, dtype=precision, say=say))
 
 
 app.command("plan")(plan)

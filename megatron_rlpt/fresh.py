@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from megatron_rlpt.convert.convert import parameters
-from megatron_rlpt.errors import CheckpointError, ConfigError, ModelError
+from megatron_rlpt.convert.convert import explaining_full_disks, parameters, require_free
+from megatron_rlpt.errors import CheckpointError, ModelError
 from megatron_rlpt.huggingface import copy_settings, export_folder
-from megatron_rlpt.policy.architecture import Architecture, parse_architecture
+from megatron_rlpt.policy.architecture import Architecture, parse_architecture, refuse_own_code
 from megatron_rlpt.policy.families import Rule, mapping
 from megatron_rlpt.records import derive_seed
 from megatron_rlpt.tokenizer import load_tokenizer
@@ -64,27 +64,26 @@ def init(
             tokens than the model.
         CheckpointError: the disk is full or not writable.
     """
-    path = config / "config.json" if config.is_dir() else config
-    raw = _read(path)
+    path, raw = _read(config)
     arch = parse_architecture(raw, path)
+    refuse_own_code(raw, path)
     if not (math.isfinite(arch.init_std) and arch.init_std > 0):
         raise ModelError(f"{path}: initializer_range is {arch.init_std}; fresh weights need a number above 0, as 0.02")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not an empty folder; choose another output or remove it first")
+    require_free(target)
     folder = tokenizer or path.parent
     own = load_tokenizer(folder)
     settings = {**raw, **_ids_of(own, folder, arch, raw, path, say)}
     settings.setdefault("architectures", [_class_of(arch)])
     count = parameters(arch)
     _require_space(target, count * dtype.itemsize)
-    with tempfile.TemporaryDirectory() as staged:
+    with explaining_full_disks(target), tempfile.TemporaryDirectory() as staged:
         staging = Path(staged)
         copy_settings(folder, staging)
         for name in _NOT_THE_TOKENIZERS:
             (staging / name).unlink(missing_ok=True)
         (staging / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         _require_same(load_tokenizer(staging), own, arch, folder)
-        export_folder(_with_progress(fresh_weights(arch, seed, dtype), count, say), staging, target)
+        export_folder(_with_progress(fresh_weights(arch, seed, dtype), count, say), staging, target, replace=False)
     precision = str(dtype).removeprefix("torch.")
     return f"wrote {target}: fresh {arch.model_type}, {count / 1e6:,.1f}M weights in {precision}, seed {seed}"
 
@@ -135,15 +134,18 @@ def _with_progress(
             say(f"  {drawn / 1e6:,.0f}M of {count / 1e6:,.0f}M weights")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(config: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that ``config`` is, or that is in it; and its entries."""
+    path = config
     try:
+        path = config / "config.json" if config.is_dir() else config
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not JSON"
         raise ModelError(f"{path} cannot be read ({reason}); give a config.json or a folder with one") from None
     if not isinstance(raw, dict):
         raise ModelError(f"{path} holds a {type(raw).__name__}, not an object; give the config.json of a model")
-    return raw
+    return path, raw
 
 
 def _ids_of(

@@ -49,11 +49,11 @@ def safetensors_files(folder: Path) -> list[Path]:
             "the complete folder"
         )
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        files = [folder / name for name in names]
+        missing = [path.name for path in files if not path.is_file()]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not a readable index ({type(error).__name__}); copy it again") from None
-    files = [folder / name for name in names]
-    missing = [path.name for path in files if not path.is_file()]
     if missing:
         beside = f", and holds {SINGLE} beside it" if single.is_file() else ""
         raise ModelError(

@@ -41,7 +41,7 @@ def write_tokenizer_config(folder: Path) -> None:
     path = folder / TOKENIZER_CONFIG
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # none, or one that its own reader has to make sense of
     if not isinstance(raw, dict):
         return
@@ -56,10 +56,10 @@ def write_tokenizer_config(folder: Path) -> None:
 
 def _declared(raw: dict[str, Any], dtypes: Set[torch.dtype]) -> str:
     """Name of the precision that ``config.json`` is to give."""
-    said = {raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
+    said = {str(raw[key]) for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
     names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
     if len(said) == 1 and said <= names:
-        return str(said.pop())
+        return said.pop()
     return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from megatron_rlpt.errors import CheckpointError, first_line
+from megatron_rlpt.errors import CheckpointError, RlptError, first_line
 from megatron_rlpt.observe import get_logger
 
 _log = get_logger(__name__)
@@ -54,7 +54,8 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError) or is_disk_error(error):
+        # What already says what is wrong may be about the source, for instance one that cannot be read.
+        if isinstance(error, OSError | SafetensorError) or (not isinstance(error, RlptError) and is_disk_error(error)):
             raise CheckpointError(
                 f"{target} could not be written ({type(error).__name__}: {first_line(error)}); free space or mend the "
                 "folder's permissions, then start again"

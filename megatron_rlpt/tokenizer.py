@@ -20,8 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.errors import ModelError
 from megatron_rlpt.pieces import Pieces, joined_text
+from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.records import Episode
 from megatron_rlpt.teacher.control_tokens import is_control_form
 from megatron_rlpt.vocabulary import Vocabulary
@@ -260,13 +261,13 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
         raise ModelError(f"model folder {path} does not exist; give a Hugging Face folder")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of damaged files transformers raises what it likes
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"the tokenizer in {path} asks to run code of its own (auto_map), which is never done; save it as a "
                 "tokenizer.json that transformers reads by itself"
             ) from None
-        raise ModelError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"the tokenizer in {path} cannot be loaded: {shortened(str(error))}") from error
 
 
 def _control_ids(layout: dict[str, Any]) -> set[int]:

@@ -83,14 +83,14 @@ def convert(
         CheckpointError: the source is damaged, or the target cannot be written.
     """
     started = time.monotonic()
-    _require_free(target)
+    require_free(target)
     if to is Format.HF and layout is not None:
         raise ConfigError("--tp, --pp and --ep cut a Megatron checkpoint into files; leave them out with --to hf")
     found = recognise(source)
     _require_apart(found, target)
     for left in unfinished(target):
         say(f"{left} is left of a conversion that did not finish; remove it unless one is at work there")
-    with _explaining_full_disks(target), open_source(found, hf_config) as opened:
+    with explaining_full_disks(target), open_source(found, hf_config) as opened:
         layout = layout or Layout()
         check_cut(layout, opened.arch)
         dtype = dtype or opened.dtype
@@ -172,7 +172,12 @@ def _write_megatron(weights: _Weights, source: Source, target: Path, layout: Lay
         write_config(partial / HF_FILES, weights.dtypes)
 
 
-def _require_free(target: Path) -> None:
+def require_free(target: Path) -> None:
+    """Refuse an output that holds something, or cannot be one.
+
+    Raises:
+        ConfigError: it is such.
+    """
     try:
         empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     except OSError as error:
@@ -193,7 +198,7 @@ def _require_apart(found: Input, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explaining_full_disks(target: Path) -> Iterator[None]:
+def explaining_full_disks(target: Path) -> Iterator[None]:
     """One line for a disk that is full where nothing of the result is written, temporary files for instance."""
     try:
         yield

@@ -46,18 +46,25 @@ def recognise(path: Path) -> Input:
         ModelError: nothing that can be converted.
         CheckpointError: a checkpoint of ours that is not complete.
     """
-    if path.is_file():
+    try:
+        file, folder = path.is_file(), path.is_dir()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); give another path") from None
+    if file:
         return _gguf_file(path)
-    if not path.is_dir():
+    if not folder:
         raise ModelError(f"{path} does not exist; give a Hugging Face folder, a Megatron checkpoint or a GGUF file")
-    if (path / ".metadata").is_file() or (path / "metadata.json").is_file():
+    if (path / ".metadata").is_file():
+        return _megatron(path, path / HF_FILES)
+    # Before all that other tools may have put into a model's folder.
+    if (path / "config.json").is_file():
+        return Input(Format.HF, path)
+    if (path / "metadata.json").is_file():
         return _megatron(path, path / HF_FILES)
     if (path / "policy").is_dir():
         if not (path / MARKER).is_file():
             raise CheckpointError(f"{path} has no {MARKER} marker, so it is not whole; give another checkpoint")
         return _megatron(path / "policy", path / HF_FILES)
-    if (path / "config.json").is_file():
-        return Input(Format.HF, path)
     for checkpoints in (path / "checkpoints", path):
         latest = CheckpointStore(checkpoints, keep=1).latest() if any(checkpoints.glob("step-*")) else None
         if latest is not None:

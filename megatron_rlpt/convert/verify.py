@@ -18,7 +18,8 @@ from megatron_rlpt.convert.formats import Input
 from megatron_rlpt.convert.megatron_keys import VOCABULARY
 from megatron_rlpt.convert.megatron_reader import MegatronSource
 from megatron_rlpt.convert.source import Source, lone_file
-from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.errors import ModelError
+from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.policy.families import expected_shapes, mapping
 from megatron_rlpt.policy.layout import Layout
 
@@ -117,8 +118,8 @@ def _transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
                 trust_remote_code=False,
                 **options,
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"transformers cannot load {path}: {first_line(error)}") from error
+    except Exception as error:  # its checks of configurations raise what they like
+        raise ModelError(f"transformers cannot load {path}: {shortened(str(error))}") from error
     with torch.no_grad():
         return model.eval()(tokens).logits.float()
 

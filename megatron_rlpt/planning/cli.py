@@ -209,8 +209,9 @@ def _read_config(file: Path | None, folder: str, option: str) -> tuple[dict[str,
     if file is None and not Path(folder).is_dir():
         raise ModelError(f"model folder {folder} does not exist; give its config.json with {option}")
     name = "" if file is None else f"{option} "
-    file = Path(folder) / "config.json" if file is None else file
+    file = Path(folder) if file is None else file
     try:
+        file = file / "config.json" if file.is_dir() else file
         raw: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{name}{file} cannot be read as JSON ({error})") from None

@@ -84,7 +84,7 @@ class _Lenient:
         if raw.get("sliding_window") and raw.get("use_sliding_window", True):
             self._notes.append("layers with a sliding window are counted like the others")
         ffn = self._size("ffn", 4 * hidden)
-        if raw.get("model_type") in _UNGATED:
+        if str(raw.get("model_type")) in _UNGATED:
             ffn = max(1, 2 * ffn // 3)
         quantization = raw.get("quantization_config") or raw.get("compression_config")
         if quantization:
@@ -159,6 +159,6 @@ class _Lenient:
         value = self._raw.get(name)
         if not value:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value or not 1 <= value < 2**40:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 2**40 or value % 1:
             raise ModelError(f"{self._path}: {name} is {value!r}; it must be a whole number above 0")
         return int(value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,14 +172,14 @@ def read_architecture(folder: Path) -> Architecture:
         raise ModelError(f"model folder {folder} does not exist; give a Hugging Face folder in model.path")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); model.path must be a Hugging Face folder") from None
     if not isinstance(raw, dict):
         raise ModelError(
             f"{path} holds a {type(raw).__name__}, not an object; model.path must be a Hugging Face folder"
         )
     architecture = parse_architecture(raw, path)
-    _refuse_own_code(raw, path)
+    refuse_own_code(raw, path)
     return architecture
 
 
@@ -189,7 +190,7 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
         ModelError: a family we do not support, or a feature of it that we do not.
     """
     model_type = raw.get("model_type")
-    if model_type not in CONVENTIONS:
+    if not isinstance(model_type, str) or model_type not in CONVENTIONS:
         raise ModelError(
             f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(CONVENTIONS))} "
             "(to add one, add its row to CONVENTIONS in megatron_rlpt/policy/architecture.py and its table to FAMILIES "
@@ -200,20 +201,20 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
     _refuse_two_answers(raw, path)
     raw = {**family.defaults, **raw, **family.fixed}
     try:
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+        heads, hidden = _whole(raw, "num_attention_heads"), _whole(raw, "hidden_size")
         arch = Architecture(
-            model_type=str(model_type),
-            layers=int(raw["num_hidden_layers"]),
+            model_type=model_type,
+            layers=_whole(raw, "num_hidden_layers"),
             hidden=hidden,
-            ffn_hidden=int(raw["intermediate_size"]),
+            ffn_hidden=_whole(raw, "intermediate_size"),
             heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            vocab=int(raw["vocab_size"]),
-            max_positions=min(int(raw["max_position_embeddings"]), _window(raw, family, path)),
+            kv_heads=_whole(raw, "num_key_value_heads", heads),
+            head_dim=_whole(raw, "head_dim", hidden // heads),
+            vocab=_whole(raw, "vocab_size"),
+            max_positions=min(_whole(raw, "max_position_embeddings"), _window(raw, family, path)),
             norm_eps=float(raw["rms_norm_eps"]),
             rope=parse_rope(raw, path, DEFAULT_THETA),
-            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tied_embeddings=_flag(raw, "tie_word_embeddings", path),
             init_std=float(raw.get("initializer_range", 0.02)),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
@@ -225,8 +226,12 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
     return arch
 
 
-def _refuse_own_code(raw: dict[str, Any], path: Path) -> None:
-    """Code in a model's folder is never run, and what the model computes with it is not what we would compute."""
+def refuse_own_code(raw: dict[str, Any], path: Path) -> None:
+    """Code in a model's folder is never run, and what the model computes with it is not what we would compute.
+
+    Raises:
+        ModelError: the entries ``raw`` of its ``config.json``, which is at ``path``, ask for some.
+    """
     own = raw.get("auto_map") or {}
     asked = sorted(key for key in own if key.startswith(("AutoModel", "AutoConfig"))) if isinstance(own, dict) else []
     if asked:
@@ -267,15 +272,42 @@ def _refuse_two_answers(raw: dict[str, Any], path: Path) -> None:
     """Refuse one setting under two names with two values: which one counts depends on the family and the reader."""
     for names in (("num_local_experts", "num_experts"),):
         given = {name: raw[name] for name in names if raw.get(name) is not None}
-        if len(set(given.values())) > 1:
+        if any(value != other for value in given.values() for other in given.values()):
             raise ModelError(f"{path}: {' and '.join(f'{k} = {v}' for k, v in given.items())} contradict; keep one")
+
+
+def _whole(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """The whole number of an entry; null and 0 are ``default`` where there is one.
+
+    Raises:
+        KeyError: there is neither.
+        ValueError: it is something else; a size that is cut off would be another model's.
+    """
+    value = raw[name] if default is None else raw.get(name) or default
+    if int(value) != float(value) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; allowed: whole numbers")
+    return int(value)
+
+
+def _flag(raw: Mapping[str, Any], name: str, path: Path) -> bool:
+    """Whether an entry is set; ``"false"`` in quotes would count as true.
+
+    Raises:
+        ModelError: it is neither true nor false nor null.
+    """
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ModelError(f"{path}: {name} is {value!r}; allowed: true, false")
+    return bool(value)
 
 
 def _check_sizes(arch: Architecture, path: Path) -> None:
     """Refuse sizes that no model has."""
-    for name in ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "vocab"):
+    for name in ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "vocab", "max_positions"):
         if getattr(arch, name) < 1:
             raise ModelError(f"{path}: it describes a model with {name} = {getattr(arch, name)}; it must be at least 1")
+    if not 0 < arch.norm_eps < math.inf:
+        raise ModelError(f"{path}: rms_norm_eps is {arch.norm_eps}; it must be a number above 0, as 1e-06")
     if arch.heads % arch.kv_heads:
         raise ModelError(f"{path}: num_key_value_heads is {arch.kv_heads}; it must divide {arch.heads} attention heads")
     if arch.head_dim % 2:
@@ -291,16 +323,16 @@ def _window(raw: dict[str, Any], family: Conventions, path: Path) -> int:
 
     transformers reads ``layer_types`` for some families and vLLM for others; a layer that is named there counts.
     """
-    everything = int(raw["max_position_embeddings"])
+    everything = _whole(raw, "max_position_embeddings")
     types = raw.get("layer_types") or []
     other = [kind for kind in types if kind not in (_FULL, _SLIDING)]
     if other:
         raise ModelError(f"{path}: layer_types names {other[0]!r}; supported: {_FULL!r}, {_SLIDING!r}")
     window = raw.get("sliding_window")
-    switched = raw.get("use_sliding_window", False)
+    switched = _flag(raw, "use_sliding_window", path)
     named = _SLIDING in types
     if family.window is Window.late:
-        used = named if types else switched and int(raw["max_window_layers"]) < int(raw["num_hidden_layers"])
+        used = named if types else switched and int(raw["max_window_layers"]) < _whole(raw, "num_hidden_layers")
         if named and (window is None or not switched):
             raise ModelError(
                 f"{path}: layer_types names {_SLIDING!r} and there is no window; set sliding_window and "
@@ -308,7 +340,7 @@ def _window(raw: dict[str, Any], family: Conventions, path: Path) -> int:
             )
     else:
         used = family.window is Window.always or (family.window is Window.asked and switched) or named
-    return int(window) if window is not None and used else everything
+    return _whole(raw, "sliding_window") if window is not None and used else everything
 
 
 def _experts(raw: dict[str, Any], path: Path) -> Experts:
@@ -320,8 +352,8 @@ def _experts(raw: dict[str, Any], path: Path) -> Experts:
         )
     return Experts(
         # transformers 5 writes num_local_experts for every family.
-        count=int(raw.get("num_local_experts") or raw["num_experts"]),
-        per_token=int(raw["num_experts_per_tok"]),
-        ffn_hidden=int(raw.get("moe_intermediate_size") or raw["intermediate_size"]),
-        normalized=bool(raw.get("norm_topk_prob", False)),
+        count=_whole(raw, "num_local_experts" if raw.get("num_local_experts") else "num_experts"),
+        per_token=_whole(raw, "num_experts_per_tok"),
+        ffn_hidden=_whole(raw, "moe_intermediate_size", _whole(raw, "intermediate_size")),
+        normalized=_flag(raw, "norm_topk_prob", path),
     )

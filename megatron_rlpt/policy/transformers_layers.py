@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.errors import ModelError
 from megatron_rlpt.huggingface import SINGLE, WeightFolder
+from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.families import expected_shapes, mapping
 
@@ -94,7 +95,7 @@ class TransformersLayers:
                     trust_remote_code=False,
                 )
         except Exception as error:  # its checks of configurations raise what they like
-            raise ModelError(f"transformers cannot load {self._folder}: {first_line(error)}") from error
+            raise ModelError(f"transformers cannot load {self._folder}: {shortened(str(error))}") from error
         for parameter in model.parameters():
             parameter.data = parameter.data.to(self._dtype).float()
         return model.eval().requires_grad_(False)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from megatron_rlpt.config.schema import LikelihoodConfig
-from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.errors import ModelError
 from megatron_rlpt.observe.machine import bf16_is_slow
+from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.records import BLANK, Failed, Group, Score
 from megatron_rlpt.teacher.likelihood_score import likelihood_score
 
@@ -210,6 +211,6 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, trust_remote_code=False, weights_only=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"the teacher in {path} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # its checks of configurations raise what they like
+        raise ModelError(f"the teacher in {path} cannot be loaded: {shortened(str(error))}") from error
     return model.to(device).eval().requires_grad_(False)

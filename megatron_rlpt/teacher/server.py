@@ -26,6 +26,7 @@ from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.machine import bf16_is_slow, has_gpu
 from megatron_rlpt.processes import EndRequest, end_all, start_child
 from megatron_rlpt.teacher.client.announcement import KIND, announcement, server_key
+from megatron_rlpt.teacher.server_arguments import check_argument
 
 _log = get_logger(__name__)
 
@@ -70,15 +71,8 @@ def serve_teacher(
         TeacherError: the server ended by itself; the message has its exit code.
     """
     _require_use(config)
-    if any(argument.partition("=")[0].replace("_", "-") == "--trust-remote-code" for argument in extra):
-        raise ConfigError(
-            "--trust-remote-code would run code from the model's folder, which is never done; leave it out"
-        )
-    if any(argument.partition("=")[0] == "--api-key" for argument in extra):
-        raise ConfigError(
-            "--api-key would be on a command line, which every user of the machine can read; put the key into a "
-            "variable and name that in teacher.workers.key_env"
-        )
+    for argument in extra:
+        check_argument("further arguments have", argument)
     key = server_key(config.teacher.workers.key_env)
     if not key and os.environ.get(_KEY):
         raise ConfigError(

@@ -505,6 +505,21 @@ def test_the_disks_own_word_is_known_in_whatever_wraps_it():
     assert not is_disk_error(ValueError("shapes differ"))
 
 
+def test_a_source_that_cannot_be_read_is_not_blamed_on_the_output(tmp_path):
+    from megatron_rlpt.errors import ModelError
+    from megatron_rlpt.publishing import new_folder
+
+    def read() -> None:
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        except OSError:
+            raise ModelError("model.safetensors cannot be read") from None
+
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"), new_folder(tmp_path / "out"):
+        read()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_conversion_leaves_no_output_and_the_next_one_says_what_is_left(rlpt, model, tmp_path):
     script = (
         "import sys; from pathlib import Path; from megatron_rlpt.publishing import new_folder\n"

@@ -144,6 +144,65 @@ def test_a_folder_that_would_be_misread_is_refused_before_it_is_converted(rlpt, 
     assert not (tmp_path / "out").exists()
 
 
+def text(name: str, content: str) -> Change:
+    return lambda folder: (folder / name).write_text(content)
+
+
+DEEP = "[" * 100_000
+DAMAGED: dict[str, tuple[Change, str]] = {
+    "a family that is a list": (config(model_type=["llama"]), "model_type ['llama'] is not supported"),
+    "part of a layer": (config(num_hidden_layers=2.7), "num_hidden_layers is 2.7; allowed: whole numbers"),
+    "false in quotes": (config(tie_word_embeddings="false"), "tie_word_embeddings is 'false'; allowed: true, false"),
+    "an epsilon that is none": (config(rms_norm_eps="nan"), "rms_norm_eps is nan; it must be a number above 0"),
+    "no context": (config(max_position_embeddings=0), "max_positions = 0; it must be at least 1"),
+    "two lists of experts": (config(num_experts=[4], num_local_experts=[5]), "contradict; keep one"),
+    "a deep config": (text("config.json", DEEP), "cannot be read as JSON"),
+    "a deep index": (text(INDEX, DEEP), f"{INDEX} is not a readable index"),
+    "an index of numbers": (text(INDEX, '{"weight_map": {"a": 3}}'), f"lacks 3, which {INDEX} names"),
+    "an index of long names": (
+        text(INDEX, json.dumps({"weight_map": {"a": "x" * 300}})),
+        f"{INDEX} is not a readable index",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_folder_is_one_line(rlpt, folder, tmp_path, damage):
+    change, said = DAMAGED[damage]
+    change(folder)
+    code, _, err = rlpt("convert", folder, tmp_path / "out", "--to", "hf")
+    assert said in only_error(err, code)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        text("metadata.json", '{"author": "me"}'),
+        lambda folder: (folder / "policy").mkdir(),
+        text("tokenizer_config.json", DEEP),
+        config(torch_dtype=["float32"]),
+    ],
+    ids=["metadata.json", "a folder named policy", "a deep tokenizer_config.json", "a list of precisions"],
+)
+def test_what_else_lies_in_a_models_folder_does_not_stop_its_conversion(rlpt, folder, tmp_path, change):
+    change(folder)
+    code, _, err = rlpt("convert", folder, tmp_path / "out", "--to", "hf")
+    assert code == 0, err
+    assert tensors_in(tmp_path / "out").keys() == tensors_in(folder).keys()
+
+
+@pytest.mark.parametrize("command", ["convert", "init"])
+def test_a_path_that_is_too_long_is_one_line(rlpt, folder, tmp_path, command):
+    options = ["--to", "hf"] if command == "convert" else []
+    code, _, err = rlpt(command, tmp_path / ("x" * 300), tmp_path / "out", *options)
+    assert "File name too long" in only_error(err, code)
+    code, _, err = rlpt(command, folder, tmp_path / ("x" * 300), *options)
+    assert code == 2
+    assert "File name too long" in err
+    assert len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("fault", list(REFUSED)[:5])
 def test_and_before_it_is_trained(train, folder, fault):
     change, parts = REFUSED[fault]

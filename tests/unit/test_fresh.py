@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,32 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, rlpt_
     assert (code, "tokenizer in" in one_line(err)) == (4, True)
     monkeypatch.setattr(fresh.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     refused(good, 8, "disk full: the weights need")
+
+
+def test_code_of_its_own_is_refused_by_the_name_of_the_file_that_was_given(rlpt_init, tmp_path):
+    path = config_of(tmp_path / "own", "llama", auto_map={"AutoConfig": "own.Config"})
+    code, _, err = rlpt_init(path, tmp_path / "out")
+    assert code == 4
+    assert err.startswith(f"error: {path}: auto_map asks to run code of its own (own.Config)")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "[" * 100_000), ("tokenizer_config.json", "[]"), ("config.json", '{"eos_token_id": [0, "a"]}')],
+)
+def test_a_tokenizers_folder_that_is_damaged_is_one_line(rlpt, tokenizer, tmp_path, name, content):
+    damaged = shutil.copytree(tokenizer, tmp_path / "damaged")
+    if name == "config.json":
+        content = json.dumps(json.loads((damaged / name).read_text()) | json.loads(content))
+    (damaged / name).write_text(content)
+    code, _, err = rlpt("init", config_of(tmp_path / "model", "llama"), tmp_path / "out", "--tokenizer", damaged)
+    assert code == 4
+    assert err.startswith(f"error: the tokenizer in {damaged} cannot be loaded: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_what_is_said_holds_no_escapes(rlpt_init, tmp_path):
+    code, out, err = rlpt_init(config_of(tmp_path / "model", "llama"), tmp_path / "out\x1b[31m")
+    assert code == 0, err
+    assert "\x1b" not in out

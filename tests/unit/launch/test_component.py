@@ -79,6 +79,12 @@ def test_its_last_words_are_where_the_job_repeats_them(component, tmp_path, caps
     assert (tmp_path / "cluster/jobs/run.exit_code").read_text() == "5", "that of the first"
 
 
+def test_its_last_words_hold_no_escapes(component, tmp_path, capsys):
+    component.failed(component.run(["bash", "-c", r"printf 'one\n\033]0;title\007two\n'; exit 5"], again=False))
+    for words in ((tmp_path / "cluster/failed/judges-00000").read_text(), capsys.readouterr().out):
+        assert words.rstrip().endswith("one\n\\x1b]0;title\\x07two")
+
+
 def test_an_error_before_the_command_is_one_line_and_its_exit_code(tmp_path):
     secrets = tmp_path / "secrets"
     secrets.write_text("A=b\n")

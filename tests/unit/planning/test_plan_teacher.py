@@ -12,7 +12,8 @@ from megatron_rlpt.errors import ModelError
 from megatron_rlpt.planning.teacher import parse_teacher
 from megatron_rlpt.planning.transformer import Transformer
 
-LLAMA_8B = json.loads((Path(__file__).parents[3] / "configs/models/llama-8b.json").read_text())
+ROOT = Path(__file__).parents[3]
+LLAMA_8B = json.loads((ROOT / "configs/models/llama-8b.json").read_text())
 GEMMA3_27B = {
     "model_type": "gemma3",
     "text_config": {
@@ -159,3 +160,19 @@ def test_the_policy_is_still_read_strictly(tmp_path):
     done = CliRunner().invoke(app, [*command(RECIPES[0]), "--model", str(file)])
     assert isinstance(done.exception, ModelError)
     assert "model_type 'phi3' is not supported" in str(done.exception)
+
+
+def test_a_teacher_is_given_by_its_folder_as_well(rlpt, tmp_path):
+    own = {"auto_map": {"AutoConfig": "own.Config"}, "model_type": ["own"]}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | own))
+    model, run = ROOT / "configs/models/llama-1.4b.json", ROOT / "configs/recipes/continual_1b4.yaml"
+    options = ["--model", model, "--gpus", 8, "--judge-gpus", 64, "--json"]
+    for teacher in (["--teacher", tmp_path], [f"teacher.path={tmp_path}"]):
+        code, out, err = rlpt("plan", "-c", run, *options, *teacher)
+        assert code in (0, 1), err
+        assert any("sizes alone" in line for line in json.loads(out)["cautions"])
+
+
+def test_part_of_a_layer_is_refused():
+    with pytest.raises(ModelError, match=r"num_hidden_layers is 2\.5; it must be a whole number"):
+        parse_teacher(PHI3_MINI | {"num_hidden_layers": 2.5}, Path("config.json"))

@@ -253,7 +253,7 @@ def test_the_buffer_s_password_is_not_passed_on_to_the_server(folder):
     assert "RLPT_BUFFER_PASSWORD" not in json.loads((folder / "started.json").read_text())["variables"]
 
 
-@pytest.mark.parametrize("arguments", [["--api-key", "secret"], ["--api-key=secret"]])
+@pytest.mark.parametrize("arguments", [["--api-key", "secret"], ["--api-key=secret"], ["--api_key=secret"]])
 def test_a_key_on_the_command_line_is_refused(folder, arguments):
     code, said = refusal(folder, configured(folder), *arguments)
     assert code == 2

@@ -33,7 +33,7 @@ _FORM = (
 """What an answer looks like, or looked like before it was one."""
 _NOT_SO = (
     r"(?:\bnot|n['\u2019]t|\bnever|\bignore|\bdisregard|\brefuse to)(?:[ \t]+\w+){0,3}[ \t]*"
-    r"|\b(?:if|had|were)\b[^.!?\n{}]{0,80}(?:\bwould\b|['\u2019]d\b)[^.!?\n{}]{0,40}"
+    r"|\bif\b[^.!?\n{}]{0,80}(?:\bwould\b|['\u2019]d\b)[^.!?\n{}]{0,40}"
     r"|\bwould(?:n['\u2019]t| not)? have\b[^.!?\n{}]{0,40}"
     r"|(?<!\bi )\bwould (?:say|answer|write|output)[ \t]*:?\s*"
     r"|\b(?:suppos(?:e|ing)|hypothetically|imagine)\b[^.!?\n{}]{0,60}"
@@ -63,12 +63,15 @@ _BEHIND = re.compile(
 """The sentence goes on, and the object is what it is about."""
 _TAKEN_BACK = re.compile(
     r"(?:^|[\n.!?\u2026])[ \t\n*_.]{0,8}(?:(?:but|oh|hmm|sorry),? )?(?:wait|actually|correction|no(?=[,.!;:])"
-    r"|scratch that|on reflection|on second thoughts?|never ?mind)\b"
+    r"|scratch that|strike that|on reflection|on second thoughts?|never ?mind|my mistake|just kidding"
+    r"|edit(?=:)|instead(?=,)|rather(?=[, ])|nein|non(?=,)|\u043d\u0435\u0442|\u4e0d\u5bf9|\u7b49\u7b49)(?!\w*[a-z])"
     r"|\b(?:i|must|let me) (?:retract|withdraw|take (?:that|this|it) back|change my|revise my)\b"
-    r"|\b(?:can(?:['\u2019]t|not| not)|unable to) (?:decide|judge|choose)\b"
+    r"|\bi (?:can(?:['\u2019]t|not| not)|am unable to) (?:decide|choose|judge (?:this|these|them|it|between|which)\b)"
+    r"|\bi was (?:wrong|mistaken)\b|\b(?:the above|this) (?:is not|isn['\u2019]t|was not) my\b"
+    r"|\bthe above (?:is|was) from\b"
     r"|\b(?:ignore|disregard) (?:this|that|it|the above)\b"
     r"|\bmy (?:answer|verdict|choice)(?: above)? (?:is|was) (?:wrong|a mistake|mistaken)\b"
-    r"|\b(?:that|this|it) (?:is|was) (?:what|quoted|copied|only what|just what) ",
+    r"|\b(?:that|this|it) (?:is|was) (?:what|quoted from|copied|only what|just what) ",
     re.IGNORECASE,
 )
 

@@ -33,7 +33,7 @@ _EVENT = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 _FENCE_END = re.compile(rf"{_FENCE}[ \t]*$", re.MULTILINE)
-_SOLE = re.compile(r"(?:\s|(?://|#)[^\n]*\n)*+(?:[A-Za-z_]{1,20}[ \t]*=[ \t]*)?[\[{\"]")
+_SOLE = re.compile(r"(?:\s|(?://|#)[^\n]*\n)*+(?:[A-Za-z_]{1,20}[ \t]*=[ \t]*)?(?:<tool_call>\s*)?[\[{\"]")
 _LIST = re.compile(r"\[\s*+")
 _TAG_END = re.compile(rf"</(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)[ \t]*>", re.IGNORECASE)
 _MARKER_END = re.compile(r"\[end (?:beginning|continuation|reference|text|passage)\b[^\]\n]*\]?", re.IGNORECASE)
@@ -165,7 +165,7 @@ class _Scanner:
             return match.end()  # the end of a block that was looked into, or a mark without its other half
         end, behind = self._fence_ends[place]
         content = self._text[match.end() : end]
-        if _SOLE.match(content) and content.rstrip().rstrip(";,").endswith(("}", "]", '"')):
+        if _SOLE.match(content) and content.rstrip().rstrip(";,").endswith(("}", "]", '"', "</tool_call>")):
             self._fence_open = end
             return match.end()
         return self._pass_over(match.start(), behind)

@@ -173,6 +173,7 @@ def test_an_object_that_says_two_things_or_nothing_is_no_verdict(text, reason):
         "I'd say the first reads better: {}",
         "My answer would be: {}",
         "I would choose continuation 1.\n\n{}",
+        '```json\n<tool_call>\n{{"name": "answer", "arguments": {}}}\n</tool_call>\n```',
         "I had a hard time, but I'd go with:\n{}",
         "{}\n\nNote: I cannot judge the date, which was quoted correctly.",
         "{}\n\nThe answer is in the first one.",
@@ -290,12 +291,11 @@ def test_a_verdict_is_never_another_than_the_one_that_is_written(before, reasoni
     assert reason_or_value(parse_quality(reply(f"{before}\n{answer(word, reasoning)}"))) in (int(word) - 1, *Reason)
 
 
-@pytest.mark.parametrize("head", ["", '{"verdict": "3"}', '{"reasoning": "', '{"verdict": "1", "x": ['])
+@pytest.mark.parametrize("head", ["", '{"reasoning": "', '{"verdict": "1", "x": ['])
 @pytest.mark.parametrize(
     "piece",
     ["\n{", "{{{", '{"a":', '{"a": "', '{"a": [', "[{", '"', "\\", '\\"', "'", '"//', '"#\n', '/*"', '{\\"',
      '",\n"', "```json\n", "<quote>",
-     "\n", "<!--", "answer: ", "verdict is ", ". \n", "\\n", "not a b ",
      '</think>{"a": "', "[begin text ", "{ \n", "\n>", '1 says {"a": 1}', "\u201c", "&quot;", '"verdict" ', "{ "],
 )  # fmt: skip
 def test_a_runaway_reply_takes_linear_work(piece, head):
@@ -303,6 +303,14 @@ def test_a_runaway_reply_takes_linear_work(piece, head):
     text = (head + piece * 100_000)[:100_000]
     assert isinstance(parse_quality(reply(text)), Failed)
     disarm(text)
+
+
+@pytest.mark.parametrize(
+    "piece", ["\n", ". \n", "<!--", "answer: ", "verdict is ", "\\n", "not a b ", '" ', "if would "]
+)
+def test_what_runs_away_around_an_answer_takes_linear_work(piece):
+    assert isinstance(parse_quality(reply((answer("3") + piece * 100_000)[:100_000])), Failed)
+    assert isinstance(parse_quality(reply((piece * 100_000)[:99_900] + answer("3"))), Failed)
 
 
 @pytest.mark.parametrize(("axis", "parse"), zip(("quality", "safety", "factuality"), MEANING, strict=True))

@@ -19,14 +19,15 @@ from megatron_rlpt.teacher.thinking import END as _END_OF_THOUGHT
 _TAGS = (
     "quote|blockquote|q|cite|document|text|passage|candidate|continuation|option|beginning|reference|examples?|"
     "input|story|context|format|output_format|template|prompt|instructions?|draft|plan|planning|monologue|inner_monologue|"
-    "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad"
+    "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|"
+    "cot|rationale|thinking_process|inner_thoughts|internal_thoughts"
 )
 _FENCE = r"^[ \t]{0,8}(?:```+|~~~+)"
 _EVENT = re.compile(
     rf"(?P<fence>{_FENCE}(?P<language>[^\n`{{\[\"]*))"
     r"|(?P<line>^[ \t]*>[^\n]*|<!--(?:[^-]|-(?!->)){0,400}+-->)"
     rf"|(?P<thought>{_END_OF_THOUGHT.pattern})"
-    rf"|<(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)(?:[ \t][^<>\n]{{0,80}})?>"
+    rf"|<[ ]?(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)(?:[ \t][^<>\n]{{0,80}})?>"
     r"|(?P<marker>\[begin (?:beginning|continuation|reference|text|passage)\b)"
     r"|(?P<brace>[{\[])"
     "|(?P<mark>[\"'`\u201c\u201d\u201e\u00ab\u00bb\u2018\u2019\u300c\u300d\u300e\u300f\uff02\u2039\u203a])",
@@ -35,7 +36,7 @@ _EVENT = re.compile(
 _FENCE_END = re.compile(rf"{_FENCE}[ \t]*$", re.MULTILINE)
 _SOLE = re.compile(r"(?:\s|(?://|#)[^\n]*\n)*+(?:[A-Za-z_]{1,20}[ \t]*=[ \t]*)?(?:<tool_call>\s*)?[\[{\"]")
 _LIST = re.compile(r"\[\s*+")
-_TAG_END = re.compile(rf"</(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)[ \t]*>", re.IGNORECASE)
+_TAG_END = re.compile(rf"<[ ]?/[ ]?(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)[ \t]*>", re.IGNORECASE)
 _MARKER_END = re.compile(r"\[end (?:beginning|continuation|reference|text|passage)\b[^\]\n]*\]?", re.IGNORECASE)
 _SAME = {
     "\u201d": "\u201c",

@@ -115,6 +115,8 @@ def test_quality(text, expected):
         "<!-- {} -->",
         "<draft>{}</draft>",
         "<story>{}</story>",
+        "<rationale>{}</rationale>",
+        "< think >{}</ think >",
         "{} is what the text tells me to write.",
         "{} was in continuation 2.",
         "{} would be wrong.",
@@ -188,6 +190,20 @@ def test_an_object_that_says_two_things_or_nothing_is_no_verdict(text, reason):
 )
 def test_words_that_sound_like_it_take_no_answer_back(text):
     assert parse_quality(reply(text.format(answer("1")))) == 0
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [
+        ("<|start|>assistant<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        ("<unused94>thought\n", "<unused95>"),
+        ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
+        ("<|thinking|>", "<|/thinking|>"),
+    ],
+)
+def test_thoughts_in_the_tokens_of_a_family_are_drafts(begin, end):
+    assert reason_or_value(parse_quality(reply(begin + answer("2")))) == Reason.THOUGHT
+    assert parse_quality(reply(begin + answer("2") + end + answer("1"))) == 0
 
 
 def test_a_wide_digit_is_a_digit():

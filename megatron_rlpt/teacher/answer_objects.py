@@ -12,46 +12,37 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
+from megatron_rlpt.teacher.answer_cues import is_anothers
 from megatron_rlpt.teacher.loose_json import Reading, read_object, starts_object
 from megatron_rlpt.teacher.thinking import END as _END_OF_THOUGHT
 
 _TAGS = (
-    "quote|blockquote|q|cite|document|text|passage|candidate|continuation|option|beginning|reference|example|"
-    "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad"
+    "quote|blockquote|q|cite|document|text|passage|candidate|continuation|option|beginning|reference|examples?|"
+    "input|story|context|format|output_format|template|prompt|instructions?|draft|plan|planning|monologue|inner_monologue|"
+    "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|"
+    "cot|rationale|thinking_process|inner_thoughts|internal_thoughts"
 )
 _FENCE = r"^[ \t]{0,8}(?:```+|~~~+)"
 _EVENT = re.compile(
     rf"(?P<fence>{_FENCE}(?P<language>[^\n`{{\[\"]*))"
-    r"|(?P<line>^[ \t]*>[^\n]*)"
+    r"|(?P<line>^[ \t]*>[^\n]*|<!--(?:[^-]|-(?!->)){0,400}+-->)"
     rf"|(?P<thought>{_END_OF_THOUGHT.pattern})"
-    rf"|<(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)(?:[ \t][^<>\n]{{0,80}})?>"
+    rf"|<[ ]?(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)(?:[ \t][^<>\n]{{0,80}})?>"
     r"|(?P<marker>\[begin (?:beginning|continuation|reference|text|passage)\b)"
     r"|(?P<brace>[{\[])"
-    "|(?P<mark>[\"'`\u201c\u201d\u201e\u00ab\u00bb\u2018\u2019\u300c\u300d\u300e\u300f\uff02])",
+    "|(?P<mark>[\"'`\u201c\u201d\u201e\u00ab\u00bb\u2018\u2019\u300c\u300d\u300e\u300f\uff02\u2039\u203a])",
     re.MULTILINE | re.IGNORECASE,
 )
 _FENCE_END = re.compile(rf"{_FENCE}[ \t]*$", re.MULTILINE)
-_SOLE = re.compile(r"(?:\s|(?://|#)[^\n]*\n)*+(?:[A-Za-z_]{1,20}[ \t]*=[ \t]*)?[\[{\"]")
+_SOLE = re.compile(r"(?:\s|(?://|#)[^\n]*\n)*+(?:[A-Za-z_]{1,20}[ \t]*=[ \t]*)?(?:<tool_call>\s*)?[\[{\"]")
 _LIST = re.compile(r"\[\s*+")
-_TAG_END = re.compile(rf"</(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)[ \t]*>", re.IGNORECASE)
+_TAG_END = re.compile(rf"<[ ]?/[ ]?(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)[ \t]*>", re.IGNORECASE)
 _MARKER_END = re.compile(r"\[end (?:beginning|continuation|reference|text|passage)\b[^\]\n]*\]?", re.IGNORECASE)
-_CUE = re.compile(
-    r"(?:\b(?:continuations?|candidates?|texts?|options?|passages?|documents?|story|author|writer|he|she|it|first|second"
-    r"|one|reference|beginning|user|injection|[12])\b[^.!?\n{}]{0,60}"
-    r"\b(?:say(?:s|ing)?|said|reads?|writes?|wrote|written|contain(?:s|ed|ing)?|includ(?:es?|ed|ing)|ends?|ending|claims?"
-    r"|claimed|states?|quot(?:es?|ed|ing)|instructs?|tells?|asks?|demands?|announces?|pretends?|inject(?:s|ed)?|embeds?"
-    r")\b[^.!?\n{}]{0,40}(?:[:,(\u2014]\s*|(?<=[\w ])|\s*(?=```|~~~))"
-    r"|\b(?:such as|like|e\.g\.,?|for example,?|for instance,?|example|instead of|rather than|quotes?|quoting|quotation"
-    r"|copied|verbatim|injection|sample)[ \t]*[:,(\u2014]?\s*"
-    r")(?:(?:```+|~~~+)\w*\s*)?$",
-    re.IGNORECASE,
-)
-"""What is said right before an object that is not the model's own: whose words follow, or that it is an example."""
-_CUE_LENGTH = 160
 _SAME = {
     "\u201d": "\u201c",
     "\u201e": "\u201c",
     "\u00bb": "\u00ab",
+    "\u203a": "\u2039",
     "\u300d": "\u300c",
     "\u300f": "\u300e",
     "\u2018": "'",
@@ -159,10 +150,10 @@ class _Scanner:
             # What is inside of it may be quoted there: nothing after it is looked at, except for the end of a thought.
             self._found.broken = True
             return start + 1
-        before = text[max(self._prose_from, start - _CUE_LENGTH) : start]
+        anothers = is_anothers(text, self._prose_from, start, reading.end)
         self._prose(start)
         self._prose_from = reading.end
-        if not _CUE.search(before):
+        if not anothers:
             self._found.objects.append(Found(reading, start, dict(self._marks)))
         return reading.end
 
@@ -175,7 +166,7 @@ class _Scanner:
             return match.end()  # the end of a block that was looked into, or a mark without its other half
         end, behind = self._fence_ends[place]
         content = self._text[match.end() : end]
-        if _SOLE.match(content) and content.rstrip().rstrip(";,").endswith(("}", "]", '"')):
+        if _SOLE.match(content) and content.rstrip().rstrip(";,").endswith(("}", "]", '"', "</tool_call>")):
             self._fence_open = end
             return match.end()
         return self._pass_over(match.start(), behind)

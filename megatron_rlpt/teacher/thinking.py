@@ -12,11 +12,13 @@ _NAMES = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchp
 BLANK = " \t\r\n\ufeff\u200b"
 _OPEN = re.compile(
     rf"<(?P<tag>{_NAMES})>|\[(?P<bracket>THINK)\]|(?P<diamond>\u25c1think\u25b7)|(?P<begin><\|begin_of_thought\|>)"
-    r"|(?P<channel><\|channel\|>analysis)",
+    r"|(?P<channel>(?:<\|start\|>assistant)?<\|channel\|>analysis)"
+    r"|(?P<special><unused94>thought|<\|START_THINKING\|>|<\|thinking\|>)",
     re.IGNORECASE,
 )
 END = re.compile(
-    rf"</(?:{_NAMES})>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|channel\|>final(?:<\|message\|>)?",
+    rf"</(?:{_NAMES})>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|channel\|>final(?:<\|message\|>)?"
+    r"|<unused95>|<\|END_THINKING\|>|<\|/thinking\|>",
     re.IGNORECASE,
 )
 """The end of a thought, whatever began it."""

@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_rlpt.records import Failed
+from megatron_rlpt.teacher.answer_cues import is_taken_back
 from megatron_rlpt.teacher.answer_objects import Scan, scan
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.loose_json import COLON, QUOTES, SPACE, Pairs, Word
+from megatron_rlpt.teacher.loose_json import COLON, QUOTES, Pairs, Word
 from megatron_rlpt.teacher.thinking import without_opened_thought
 
 QUALITY = ("1", "2")
@@ -51,21 +52,43 @@ _LONGEST_REPLY = 100_000
 
 _QUOTE_MARKS = re.escape("".join(QUOTES) + "\u00bb")
 _ESCAPED_MARK = rf"(?:\\{{0,8}}[{_QUOTE_MARKS}]|&(?:quot|apos|#0*3[49]|#x0*2[27]);)"
-_BARE = rf"[{{,\uff0c;]{SPACE}"
+_GAP = r"(?:[\s\u200b\u2060\ufeff]|\\{1,8}[nrt])*+"
+"""Space as it is written at any depth of escapes, also right before a letter."""
 _KEY = re.compile(
-    rf"((?:{_ESCAPED_MARK}{SPACE}|{_BARE})verdict{SPACE}(?:{_ESCAPED_MARK}{SPACE})*+)({COLON})", re.IGNORECASE
+    rf"((?:{_ESCAPED_MARK}|[{{,\uff0c;]){_GAP}verdict{_GAP}(?:{_ESCAPED_MARK}{_GAP})*+)({COLON})", re.IGNORECASE
 )
 """The key of a verdict in every form in which it is one."""
 _CLAIM = re.compile(
     rf"verdict[\s\\*_)\]{_QUOTE_MARKS}]{{0,8}}(?:{COLON}|=)[\s\\*_(\[{_QUOTE_MARKS}]{{0,8}}(\w+)", re.IGNORECASE
 )
 """What looks like a verdict wherever it stands."""
+_STATED = re.compile(
+    r"\b(?:answer|verdict|decision|choice|correction)\b[\s*_]{0,4}(?:is|to|:|=)[\s*_\"'(\[]{0,8}"
+    r"(?:(?:continuation|option|candidate|number)[ \t]*#?)?[ \t]*(\w+)",
+    re.IGNORECASE,
+)
+"""A verdict in a sentence."""
+_LEFT_OVER = re.compile(r"[\"'\u201d]\s*\}")
+"""The end of a string and of an object behind the object: what was read ended too early."""
 _DECORATION = " \t\r\n\u00a0\u200b\ufeff*_~`'\".,;:!()[]<>\\" + "".join(QUOTES) + "\u00bb"
 _LABEL = re.compile(r"(?:the )?(?:continuation|option|candidate|number|text|no\.?)?[ \t]*#?[ \t]*(?=[12]$)")
-_REASONS = re.compile(r"reason|thought|think|anal|expla|quot|comment|note|rationale|example|justif|critique|evidence")
+_REASONS = re.compile(
+    r"reason|thought|think|anal|expla|quot|comment|note|rationale|example|justif|critique|evidence|candidate|continuation"
+    r"|passage|document|input|^text$|inject|draft|format|template|prompt|hypothe|^if\b|^if_"
+)
+_OTHER_NAMES = re.compile(r"(?:^|_)(?:verdict|answer|winner|choice|decision|better)(?:$|_)")
+"""Keys that say what a verdict says."""
+_HIDDEN = re.compile(r"[\u200b-\u200f\u2060\ufeff\\]")
 _ENTITIES = {"&quot;": '"', "&#34;": '"', "&#x22;": '"', "&apos;": "'", "&#39;": "'", "&#x27;": "'"}
 _ENTITY = re.compile("|".join(_ENTITIES))
+_FILL_IN = re.compile(
+    r"\s*(?:<[^<>]{0,40}\b(?:reasoning|explanation|analysis|sentences)\b[^<>]{0,40}>"
+    r"|\[?your (?:reasoning|analysis|explanation)(?: here)?\]?)[\s.]*",
+    re.IGNORECASE,
+)
+"""A place that was to be filled in: the form of an answer, copied."""
 _NAME = "verdict"
+_WIDE = str.maketrans("\uff11\uff12", "12")
 _ALL_WORDS = {*QUALITY, *SAFETY, *FACTUALITY}
 _SIMPLE = re.compile(r"[A-Za-z ]*[0-9]{0,9}")
 _LITERALS = ("true", "false", "null", "True", "False", "None", "NaN", "Infinity")
@@ -151,9 +174,17 @@ def _decided(text: str, found: Scan, words: Sequence[str], depth: int = 0) -> st
     others = {_word(value) for value, is_own in verdicts if not is_own}
     doubtful = [text[one.start : one.reading.end] for one in found.objects if one.reading.doubtful]
     others |= {claim[1].lower() for part in (*found.prose, *doubtful) for claim in _CLAIM.finditer(part)}
+    others |= {claim[1].lower() for part in found.prose for claim in _STATED.finditer(part)}
+    behind = text[found.objects[-1].reading.end :]
+    if is_taken_back(behind):
+        return Failed(Reason.CONTRADICTION)
+    if _LEFT_OVER.search(behind):
+        return Failed(Reason.MALFORMED)
     if len(own) > 1 or (others & _ALL_WORDS) - own:
         return Failed(Reason.CONTRADICTION)
     (word,) = own
+    if any(_FILL_IN.fullmatch(value) for one in found.objects for value in _strings(one.reading.value)):
+        return Failed(Reason.UNKNOWN)
     if word in words and not any(_CHOICE.search(text, one.start, one.reading.end) for one in found.objects):
         return word
     return Failed(Reason.UNKNOWN)
@@ -168,12 +199,19 @@ def _verdicts(node: Any, is_own: bool = True) -> Iterator[tuple[Any, bool]]:
                 nested = [] if isinstance(value, str) else list(_verdicts(value, is_own))
                 yield from nested or [(value, is_own)]
             else:
-                if isinstance(value, str) and _HEX.sub(_letter, name).strip().endswith(_NAME):
+                spelt = _HIDDEN.sub("", _HEX.sub(_letter, name)).strip().replace(" ", "_")
+                if isinstance(value, str) and (spelt.endswith(_NAME) or _OTHER_NAMES.search(spelt)):
                     yield value, False
                 yield from _verdicts(value, is_own and not _REASONS.search(name))
     elif isinstance(node, list):
         for item in node:
             yield from _verdicts(item, is_own)
+
+
+def _strings(node: Any) -> Iterator[str]:
+    """Values of the keys of an object, the verdict aside, that are strings."""
+    if isinstance(node, Pairs):
+        yield from (value for key, value in node if isinstance(value, str) and key.strip().lower() != _NAME)
 
 
 def _is_word(value: str) -> bool:
@@ -185,7 +223,9 @@ def _word(value: Any) -> str:
     """A verdict without what models put around it."""
     if not isinstance(value, str):
         return ""
-    word = _SPELT_SPACE.sub(" ", value).strip(_DECORATION).lower()
+    if value.lstrip().startswith(("!", "~")):
+        return value  # not so, or struck out
+    word = _SPELT_SPACE.sub(" ", value).strip(_DECORATION).lower().translate(_WIDE)
     label = _LABEL.match(word)
     return word[label.end() :] if label else word
 

@@ -37,10 +37,11 @@ def error_in(body: Any) -> tuple[str, int] | None:
 
     OpenRouter and other gateways answer so when the server behind them fails, and some versions of vLLM did.
     """
-    if not isinstance(body, dict) or body.get("choices"):
+    if not isinstance(body, dict):
         return None
     error = body.get("error")
-    if not error and body.get("object") != "error":
+    # Beside an error, choices are what there was of an answer when it broke off.
+    if not error and (body.get("choices") or body.get("object") != "error"):
         return None
     holder = error if isinstance(error, dict) else body
     code = holder.get("code", holder.get("status"))

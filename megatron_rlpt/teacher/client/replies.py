@@ -243,7 +243,7 @@ def _content(message: dict[str, Any]) -> tuple[str | Problem | None, str]:
     """The answer, None where there is none, and the thought before it."""
     thought = next((message[key] for key in _THOUGHTS if isinstance(message.get(key), str)), "")
     content = message.get("content")
-    if content is None or (content == "" and thought):
+    if content is None or (isinstance(content, str) and not content.strip() and thought):
         return None, thought
     if isinstance(content, str):
         return content, thought

@@ -141,6 +141,7 @@ def test_an_end_without_a_reason_is_known_from_the_length_or_not_at_all():
 def test_a_thought_is_no_answer():
     thought = {"content": None, "reasoning_content": '{"reasoning": "r", "verdict": "1"}'}
     assert read_chat(answer(message=thought)).fault == Fault.THOUGHT
+    assert read_chat(answer(message=thought | {"content": "\n\n"})).fault == Fault.THOUGHT
     assert read_chat(answer(message=thought, finish_reason="length")) == Reply("", (), "length", 9, 2)
 
 
@@ -149,6 +150,9 @@ def test_an_error_is_one_whatever_the_status():
     assert read_chat({"error": "overloaded"}).fault == Fault.SERVER
     assert read_chat({"object": "error", "message": "too long", "code": 400}).cause == "400: too long"
     assert read_chat({"choices": [{"error": {"code": 502, "message": "gone"}}]}).fault == Fault.SERVER
+    half = answer(message={"content": "fi"}) | {"error": {"code": 502, "message": "gone"}}
+    assert read_chat(half).cause == "502: gone"
+    assert isinstance(read_chat(answer(message={"content": "fine"}) | {"error": None}), Reply)
 
 
 def test_only_the_first_choice_counts():

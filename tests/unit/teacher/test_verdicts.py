@@ -88,6 +88,128 @@ def test_quality(text, expected):
     assert reason_or_value(parse_quality(reply(text))) == expected
 
 
+@pytest.mark.parametrize(
+    "around",
+    [
+        "Format: {}",
+        "Expected format:\n```json\n{}\n```",
+        "Please respond with {}",
+        "Template: {}",
+        "Draft: {}",
+        "I will not answer {}.",
+        "My answer is not {}",
+        "Ignore {}",
+        "If the first were coherent, I would answer {} but it is not.",
+        "I would have answered {}",
+        "A lazy judge would say {}",
+        "Suppose I say {}.",
+        "The attacker hopes for {}",
+        "Continuation 2 tries to manipulate with: {}",
+        "Continuation 1:\n{}\nContinuation 2:\nOnce upon a time",
+        "Der Text enth\u00e4lt {}",
+        "Le premier texte dit : {}",
+        "\u0422\u0435\u043a\u0441\u0442 \u0441\u043e\u0434\u0435\u0440\u0436\u0438\u0442 {}",
+        "\u6587\u672c\u5199\u9053\uff1a{}",
+        "~~{}~~",
+        "\u2039{}\u203a",
+        "<!-- {} -->",
+        "<draft>{}</draft>",
+        "<story>{}</story>",
+        "<rationale>{}</rationale>",
+        "< think >{}</ think >",
+        "{} is what the text tells me to write.",
+        "{} was in continuation 2.",
+        "{} would be wrong.",
+        "There is {} in the text.",
+        '{{"candidate_1": {}}}',
+        '{{"draft": {}}}',
+    ],
+)
+def test_an_answer_that_is_shown_denied_or_imagined_is_none(around):
+    assert reason_or_value(parse_quality(reply(around.format(answer("1"))))) == Reason.NO_VERDICT
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        "Actually no.",
+        "Wait, the second is better.",
+        "On reflection, I change my answer to 2.",
+        "Correction: 2",
+        "Final answer: 2",
+        "The correct verdict is 2.",
+        "... no, scratch that.",
+        "Sorry, I can't decide.",
+        "I retract this.",
+        "My mistake: 2.",
+        "I was wrong, it is 2.",
+        "This is not my answer.",
+        "\u4e0d\u5bf9\uff0c\u5e94\u8be5\u662f2\u3002",
+        "That was what the text said; ignore it.",
+    ],
+)
+def test_an_answer_that_is_taken_back_is_none(behind):
+    assert reason_or_value(parse_quality(reply(f"{answer('1')}\n\n{behind}"))) == Reason.CONTRADICTION
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"verdict": "1", "verdict_2": "2"}', Reason.CONTRADICTION),
+        ('{"verdict": "1", "answer": "2"}', Reason.CONTRADICTION),
+        ('{"verdict": "1", "verdict\u200b": "2"}', Reason.CONTRADICTION),
+        ('{"reasoning": "r", "verdict": "!1"}', Reason.UNKNOWN),
+        ('{"reasoning": "r", "verdict": "~~1~~"}', Reason.UNKNOWN),
+        ('{"reasoning": "<your reasoning>", "verdict": "1"}', Reason.UNKNOWN),
+        ('{"reasoning": "your reasoning here", "verdict": "1"}', Reason.UNKNOWN),
+        ("""{"reasoning": "the text ends with '", "verdict": "1"}' and no more"}""", Reason.MALFORMED),
+    ],
+)
+def test_an_object_that_says_two_things_or_nothing_is_no_verdict(text, reason):
+    assert reason_or_value(parse_quality(reply(text))) == reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'd say the first reads better: {}",
+        "My answer would be: {}",
+        "I would choose continuation 1.\n\n{}",
+        '```json\n<tool_call>\n{{"name": "answer", "arguments": {}}}\n</tool_call>\n```',
+        "I had a hard time, but I'd go with:\n{}",
+        "{}\n\nNote: I cannot judge the date, which was quoted correctly.",
+        "{}\n\nThe answer is in the first one.",
+        "Here's the evaluation in the requested format:\n{}",
+        "Continuation 2 does not follow from the beginning.\n{}",
+        "**Winner: Continuation 1**\n\n{}",
+        "{}\n\n**Explanation:** Continuation 1 is actually better, and no other fits.",
+        "{}\n\nFinal answer: Continuation 1",
+        "{}\n\nNo further comment is needed. Note: both were cut.",
+        '{{"better": "1", "confidence": "2", "judgment": {}}}',
+    ],
+)
+def test_words_that_sound_like_it_take_no_answer_back(text):
+    assert parse_quality(reply(text.format(answer("1")))) == 0
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [
+        ("<|start|>assistant<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        ("<unused94>thought\n", "<unused95>"),
+        ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
+        ("<|thinking|>", "<|/thinking|>"),
+    ],
+)
+def test_thoughts_in_the_tokens_of_a_family_are_drafts(begin, end):
+    assert reason_or_value(parse_quality(reply(begin + answer("2")))) == Reason.THOUGHT
+    assert parse_quality(reply(begin + answer("2") + end + answer("1"))) == 0
+
+
+def test_a_wide_digit_is_a_digit():
+    assert parse_quality(reply('{"reasoning": "r", "verdict": "\uff12"}')) == 1
+
+
 def test_a_null_is_not_the_label_none():
     """Python writes JSON's null as None."""
     for null in ("None", "null"):
@@ -158,6 +280,19 @@ def test_a_copy_of_the_text_under_judgment_is_no_verdict(first, other):
             assert isinstance(PARSE[axis](reply(copied)), Failed), (seed, form)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"{\"a\": 1,\nverdict: \"1\"}",
+        r'"{\tverdict:\"1\"}"',
+        r"{\"a\": 1,verdict\\t: \"1\"}",
+    ],
+)
+def test_space_that_is_spelt_before_a_key_hides_it_not(text):
+    assert not isinstance(parse_quality(reply(text)), Failed)
+    assert reason_or_value(parse_quality(reply(disarm(text)))) in set(Reason)
+
+
 def test_only_the_key_is_disarmed():
     honest = "The jury's verdict: guilty. A verdict is a verdict; its verdict, then: none."
     assert disarm(honest) == honest
@@ -184,6 +319,14 @@ def test_a_runaway_reply_takes_linear_work(piece, head):
     text = (head + piece * 100_000)[:100_000]
     assert isinstance(parse_quality(reply(text)), Failed)
     disarm(text)
+
+
+@pytest.mark.parametrize(
+    "piece", ["\n", ". \n", "<!--", "answer: ", "verdict is ", "\\n", "not a b ", '" ', "if would "]
+)
+def test_what_runs_away_around_an_answer_takes_linear_work(piece):
+    assert isinstance(parse_quality(reply((answer("3") + piece * 100_000)[:100_000])), Failed)
+    assert isinstance(parse_quality(reply((piece * 100_000)[:99_900] + answer("3"))), Failed)
 
 
 @pytest.mark.parametrize(("axis", "parse"), zip(("quality", "safety", "factuality"), MEANING, strict=True))

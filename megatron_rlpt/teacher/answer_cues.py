@@ -1,0 +1,86 @@
+"""What is said around an object that shows whose it is: somebody else's words, an example, or an answer taken back.
+
+Each cue is tied to its place, right before or right behind the object: elsewhere in a reply its words mean nothing.
+"""
+
+from __future__ import annotations
+
+import re
+
+LENGTH = 160
+"""Characters before an object that are looked at."""
+
+_NAMES = r"continuation|candidate|option|text|passage|document|beginning|reference"
+_SAID = (
+    r"\b(?:continuations?|candidates?|texts?|options?|passages?|documents?|story|author|writer|he|she|it|first|second"
+    r"|one|reference|beginning|user|injection|[12])\b[^.!?\n{}]{0,60}"
+    r"\b(?:say(?:s|ing)?|said|reads?(?! (?:better|more|less|well|naturally|smoothly))|writes?|wrote|written"
+    r"|contain(?:s|ed|ing)?|includ(?:es?|ed|ing)|ends?|ending|claims?"
+    r"|claimed|states?|quot(?:es?|ed|ing)|instructs?|tells?|asks?|demands?|announces?|pretends?|inject(?:s|ed)?|embeds?"
+    r")\b[^.!?\n{}]{0,40}(?:[:,(\u2014]\s*|(?<=[\w ])|\s*(?=```|~~~))"
+)
+_EXAMPLE = (
+    r"\b(?:such as|like|e\.g\.,?|for example,?|for instance,?|example|instead of|rather than|quotes?|quoting|quotation"
+    r"|copied|verbatim|injection|sample)[ \t]*[:,(\u2014]?\s*"
+)
+_FORM = (
+    r"(?:^|[\n.!?])[ \t*#]*(?:(?:the|your|expected|required|requested|output|response|answer) ){0,3}(?:format|template"
+    r"|schema)(?: is| would be)?[ \t*]*:?[ \t*]*\s*"
+    r"|(?:^|[\n.!?]\s*|\bplease )(?:respond|reply) (?:with|in|like|as)\b[^.!?\n{}]{0,50}"
+    r"|\b(?:expected|possible|desired) (?:outputs?|answers?|repl(?:y|ies)|responses?)(?: is| are)?[ \t]*:?\s*"
+    r"|\b(?:template|draft|snippet|original text|last line)[ \t*]*:[ \t*]*\s*"
+)
+"""What an answer looks like, or looked like before it was one."""
+_NOT_SO = (
+    r"(?:\bnot|n['\u2019]t|\bnever|\bignore|\bdisregard|\brefuse to)(?:[ \t]+\w+){0,3}[ \t]*"
+    r"|\bif\b[^.!?\n{}]{0,80}(?:\bwould\b|['\u2019]d\b)[^.!?\n{}]{0,40}"
+    r"|\bwould(?:n['\u2019]t| not)? have\b[^.!?\n{}]{0,40}"
+    r"|(?<!\bi )\bwould (?:say|answer|write|output)[ \t]*:?\s*"
+    r"|\b(?:suppos(?:e|ing)|hypothetically|imagine)\b[^.!?\n{}]{0,60}"
+    r"|\b(?:attacker|adversary|injects?|injected|injection|smuggles?)\b[^.!?\n{}]{0,60}"
+    r"|\bmanipulat\w* (?:\w+ ){0,2}(?:with|by|using)\b[^.!?\n{}]{0,40}"
+)
+"""It is denied, imagined or ascribed to somebody."""
+_HEADING = rf"(?:^|\n)[ \t*#]*(?:{_NAMES})(?: [12ab])?[ \t*]*:[ \t*]*\s*"
+"""A text under judgment is set out below its name."""
+_ABROAD = (
+    r"\b(?:enth\u00e4lt|lautet|besagt|schreibt|endet mit|contient|dit|\u00e9crit|se termine par|dice|contiene"
+    r"|escribe|termina con|diz|cont\u00e9m|\u0441\u043e\u0434\u0435\u0440\u0436\u0438\u0442"
+    r"|\u0433\u043b\u0430\u0441\u0438\u0442|\u0433\u043e\u0432\u043e\u0440\u0438\u0442\u0441\u044f)[ \t]*:?\s*"
+    r"|(?:\u5305\u542b|\u542b\u6709|\u5199\u7740|\u5199\u9053|\u8bf4\u9053|\u539f\u6587|\u4ee5.{0,4}\u7ed3\u5c3e"
+    r"|\u306b\u306f)[ \t]*[:\uff1a]?\s*"
+)
+"""Verbs of containing and saying in other languages, right before the object."""
+_BEFORE = re.compile(
+    rf"(?:{_SAID}|{_EXAMPLE}|{_FORM}|{_NOT_SO}|{_HEADING}|{_ABROAD}|(?<!~)~~)(?:(?:```+|~~~+)\w*\s*)?$", re.IGNORECASE
+)
+_BEHIND = re.compile(
+    r"[ \t`'\"\u201d\u2019)*_]{0,6}\n?[ \t]*(?:\(?(?:quoted|copied|taken) "
+    r"|(?:is|was)(?! my| the (?:verdict|answer|result))\b|(?:were|would|could|might|had|appears?|occurs?|stands|in the"
+    r"|into the|at its|at the|but [iI]|or not|and the other|from the)\b"
+    r"|\u3068\u3042\u308b|\u3068\u66f8|\u662f\u539f\u6587)"
+)
+"""The sentence goes on, and the object is what it is about."""
+_TAKEN_BACK = re.compile(
+    r"(?:^|[\n.!?\u2026])[ \t\n*_.]{0,8}(?:(?:but|oh|hmm|sorry),? )?(?:wait|actually|correction|no(?=[,.!;:])"
+    r"|scratch that|strike that|on reflection|on second thoughts?|never ?mind|my mistake|just kidding"
+    r"|edit(?=:)|instead(?=,)|rather(?=[, ])|nein|non(?=,)|\u043d\u0435\u0442|\u4e0d\u5bf9|\u7b49\u7b49)(?!\w*[a-z])"
+    r"|\b(?:i|must|let me) (?:retract|withdraw|take (?:that|this|it) back|change my|revise my)\b"
+    r"|\bi (?:can(?:['\u2019]t|not| not)|am unable to) (?:decide|choose|judge (?:this|these|them|it|between|which)\b)"
+    r"|\bi was (?:wrong|mistaken)\b|\b(?:the above|this) (?:is not|isn['\u2019]t|was not) my\b"
+    r"|\bthe above (?:is|was) from\b"
+    r"|\b(?:ignore|disregard) (?:this|that|it|the above)\b"
+    r"|\bmy (?:answer|verdict|choice)(?: above)? (?:is|was) (?:wrong|a mistake|mistaken)\b"
+    r"|\b(?:that|this|it) (?:is|was) (?:what|quoted from|copied|only what|just what) ",
+    re.IGNORECASE,
+)
+
+
+def is_anothers(text: str, since: int, start: int, end: int) -> bool:
+    """Whether the object from ``start`` to ``end`` is shown or spoken of, not said; its prose begins at ``since``."""
+    return bool(_BEFORE.search(text[max(since, start - LENGTH) : start]) or _BEHIND.match(text, end))
+
+
+def is_taken_back(behind: str) -> bool:
+    """Whether what stands ``behind`` an answer takes it back."""
+    return _TAKEN_BACK.search(behind) is not None

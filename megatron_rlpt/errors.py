@@ -103,3 +103,10 @@ class BufferHeldError(BufferConflictError):
         """``holder`` renewed its hold up to ``until``, in seconds since the Unix epoch by the store's clock."""
         super().__init__(line)
         self.holder, self.until = holder, until
+
+
+def not_written(what: object, error: OSError) -> RlptError:
+    """The error of a run that cannot write ``what``: exit code 8 for a full disk, else 2."""
+    if is_disk_full(error):
+        return CheckpointError(f"{what} cannot be written ({error.strerror}); free space, then start again")
+    return ConfigError(f"{what} cannot be written ({error.strerror}); choose another run.dir")

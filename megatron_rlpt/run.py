@@ -16,7 +16,7 @@ from megatron_rlpt.build import build
 from megatron_rlpt.checkpoint import Checkpoint, CheckpointStore
 from megatron_rlpt.checkpoint.folders import published, step_of
 from megatron_rlpt.config import Config, flatten, to_yaml
-from megatron_rlpt.errors import CheckpointError
+from megatron_rlpt.errors import CheckpointError, not_written
 from megatron_rlpt.huggingface import export_folder
 from megatron_rlpt.loop import Training, train
 from megatron_rlpt.observe import get_logger
@@ -31,7 +31,7 @@ from megatron_rlpt.recording import observe_run
 from megatron_rlpt.rollout.build import check_offload
 from megatron_rlpt.run_lock import FOLDER as LOCK
 from megatron_rlpt.run_lock import RunLock
-from megatron_rlpt.run_record import RunRecord, not_written, require_same_run, require_started
+from megatron_rlpt.run_record import RunRecord, require_same_run, require_started
 from megatron_rlpt.terminal import say
 from megatron_rlpt.tokenizer import PolicyTokenizer
 
@@ -256,7 +256,7 @@ def _open_folder(folder: Path, config: Config, record: RunRecord | None, checkpo
         partial.write_text(to_yaml(config), encoding="utf-8")
         os.replace(partial, folder / "config.yaml")
     except OSError as error:
-        raise not_written(folder, error) from error
+        raise not_written(f"run.dir {folder}", error) from error
     RunRecord(flatten(config), checkpoint is not None, exported).write(folder)
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_rlpt.errors import CheckpointError, ConfigError
+from megatron_rlpt.errors import CheckpointError, ConfigError, is_disk_full, not_written
 from megatron_rlpt.holder import Holder
 from megatron_rlpt.observe.log import get_logger
 
@@ -93,8 +93,8 @@ class RunLock:
         """Become the only trainer of the folder, which is made unless it is there.
 
         Raises:
-            CheckpointError: another trainer holds it.
-            ConfigError: the folder cannot be written.
+            CheckpointError: another trainer holds it, or the disk is full.
+            ConfigError: the folder cannot be written for another reason.
         """
         try:
             while self._number == 0:
@@ -103,7 +103,7 @@ class RunLock:
                 with contextlib.suppress(FileNotFoundError):
                     self._take()
         except OSError as error:
-            raise ConfigError(f"run.dir {self._run} cannot be written ({error}); choose another folder") from error
+            raise not_written(f"run.dir {self._run}", error) from error
         self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
         self._thread.start()
 
@@ -117,6 +117,9 @@ class RunLock:
             try:
                 held = self._advance()
             except OSError as error:
+                # On a full disk nobody takes a lock over, and whoever has asked is about to find it full himself.
+                if is_disk_full(error) and self._is_highest():
+                    return
                 raise CheckpointError(
                     f"the lock of {self._run} cannot be renewed ({error}), so another trainer may have taken the "
                     "folder over; mend the file system, then start again"
@@ -162,7 +165,7 @@ class RunLock:
             # Not ours any more, or not there: nothing to let go of.
             with contextlib.suppress(OSError):
                 if self._number and self._is_there(self._number):
-                    self._claim(self._number + 1, None)
+                    self._let_go()
             self._number = 0
 
     def __enter__(self) -> Self:
@@ -219,6 +222,7 @@ class RunLock:
 
     def _keep(self) -> None:
         """Renew until released. Nobody else would stop a trainer that waits for hours while another goes on."""
+        told = False
         while not self._over.wait(self._renew):
             with self._mutex:
                 if self._over.is_set():
@@ -226,9 +230,12 @@ class RunLock:
                 try:
                     held = self._advance()
                 except OSError as error:
-                    _log.warning("the lock of the run folder cannot be renewed", reason=error)
+                    if not told:
+                        _log.warning("the lock of the run folder cannot be renewed", reason=error)
+                    told = True
                     continue
                 if held:
+                    told = False
                     continue
                 error_line = f"error: {self._lost()}"
             _log.error(error_line.removeprefix("error: "))
@@ -280,6 +287,15 @@ class RunLock:
                 with contextlib.suppress(OSError):
                     (self._folder / f"{old:08d}").unlink()
 
+    def _let_go(self) -> None:
+        try:
+            self._claim(self._number + 1, None)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            # A full disk takes no new file; an empty one has no holder either.
+            os.truncate(self._folder / f"{self._number:08d}", 0)
+
     def _look(self) -> _Held:
         while True:
             number = max(self._numbers(), default=0)
@@ -300,6 +316,11 @@ class RunLock:
             return probe.stat().st_mtime - held.written
         finally:
             probe.unlink(missing_ok=True)
+
+    def _is_highest(self) -> bool:
+        with contextlib.suppress(OSError):
+            return max(self._numbers(), default=0) == self._number
+        return False
 
     def _is_there(self, number: int) -> bool:
         return (self._folder / f"{number:08d}").exists()

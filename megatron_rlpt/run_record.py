@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.config import Decay
-from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, is_disk_full
+from megatron_rlpt.errors import CheckpointError, not_written
 
 FILE = "run.json"
 """Name in ``run.dir``."""
@@ -52,7 +52,7 @@ class RunRecord:
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             return cls(dict(known["config"]), bool(known["checkpointed"]), known["exported"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -76,13 +76,6 @@ class RunRecord:
             os.replace(partial, path)
         except OSError as error:
             raise not_written(path, error) from error
-
-
-def not_written(path: Path, error: OSError) -> RlptError:
-    """Why a run does not go on whose ``path`` cannot be written."""
-    if is_disk_full(error):
-        return CheckpointError(f"{path} cannot be written ({error.strerror}); free space, then start again")
-    return ConfigError(f"{path} cannot be written ({error.strerror}); choose another run.dir")
 
 
 def require_same_run(folder: Path, now: Mapping[str, Any], then: Mapping[str, Any], done: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rlpt.config.schema import SourceConfig
+from megatron_rlpt.config.schema import SourceConfig, SourceFormat
 from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.records import stable_id
@@ -37,6 +37,11 @@ _Tokens = npt.NDArray[np.int64]
 def is_indexed(path: str) -> bool:
     """Whether ``path`` names an indexed dataset: its prefix, as ``--data-path`` has it, or one of its files."""
     return path.endswith((".idx", ".bin")) or Path(path + ".idx").is_file()
+
+
+def holds_tokens(source: SourceConfig) -> bool:
+    """Whether ``source`` is read as an indexed dataset."""
+    return source.format is SourceFormat.megatron or (source.format is SourceFormat.auto and is_indexed(source.path))
 
 
 class IndexedReader(Reader):

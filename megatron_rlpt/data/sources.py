@@ -6,7 +6,7 @@ from megatron_rlpt.config.schema import SourceConfig, SourceFormat
 from megatron_rlpt.data.documents import MAX_RECORD_BYTES, Reader
 from megatron_rlpt.data.files import find_files
 from megatron_rlpt.data.huggingface import HuggingFaceReader
-from megatron_rlpt.data.indexed import IndexedReader, is_indexed
+from megatron_rlpt.data.indexed import IndexedReader, holds_tokens
 from megatron_rlpt.data.jsonl import JsonlReader
 from megatron_rlpt.data.parquet import ParquetReader
 from megatron_rlpt.data.text import TextReader
@@ -26,7 +26,7 @@ def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES, vocabulary:
     """
     if source.format == SourceFormat.hf:
         return HuggingFaceReader(source, limit)
-    if source.format == SourceFormat.megatron or (source.format == SourceFormat.auto and is_indexed(source.path)):
+    if holds_tokens(source):
         if vocabulary is None:
             raise ValueError("an indexed dataset cannot be read without a vocabulary")
         return IndexedReader(source, vocabulary)

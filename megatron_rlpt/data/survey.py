@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from megatron_rlpt.config.schema import SourceConfig, SourceFormat
 from megatron_rlpt.data.compression import CHUNK, CorruptStreamError, compression_of, open_bytes
 from megatron_rlpt.data.files import CorpusFiles, find_files
+from megatron_rlpt.data.indexed import holds_tokens
 from megatron_rlpt.data.jsonl import Framing, framing_of
 from megatron_rlpt.data.listing import PassedOver
 from megatron_rlpt.data.losses import Losses
@@ -48,8 +49,8 @@ def survey_corpus(sources: Sequence[SourceConfig], max_bad_fraction: float) -> N
         DataError: a source has no file, or more than the allowed share of it is lost.
     """
     for source in sources:
-        if source.format == SourceFormat.hf:
-            continue
+        if source.format == SourceFormat.hf or holds_tokens(source):
+            continue  # its reader finds out what is damaged
         files = find_files(source)
         for kind, entry in files.passed_over.items():
             log = _log.info if kind in _HARMLESS else _log.warning

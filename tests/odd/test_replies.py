@@ -119,7 +119,7 @@ BAD = {
     "error as text": (says({"error": "context is too long"}, 400), "request rejected: 400: context is too long"),
     "FastAPI": (says(MISSING, 422), "422: body.messages: Field required"),
     "HTML": (says(b"<html><title>413 Too Large</title></html>", 413), "request rejected: 413: 413 Too Large"),
-    "escapes": (refuses(400, message="\x1b[31mred\nsecond line"), "request rejected: 400: [31mred second line"),
+    "escapes": (refuses(400, message="\x1b[31mred\nsecond line"), "request rejected: 400: \\x1b[31mred second line"),
     "wrong parameter": (refuses(400, message=TOP_P), f"400: {TOP_P}"),
     "a model's name": (refuses(404, message="No model `x`"), "model or address not found: 404: No model `x`"),
 }

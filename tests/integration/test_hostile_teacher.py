@@ -434,7 +434,9 @@ def test_nothing_is_sent_to_a_server_that_never_answered():
             assert pool.all_down
             with pytest.raises(TeacherError) as caught:
                 await pool.wait_until_ready(0.3)
-            assert str(caught.value) == f"no teacher server was ready within 0.3 s ({loading.url}: server error)"
+            assert (
+                str(caught.value) == f"no teacher server was ready within 0.3 s ({loading.url}: server error: 503: no)"
+            )
             assert (await pool(QUESTION)).reason == "no teacher server available"
             assert not loading.requests
             loading.probe = ok

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from worlds import WorldError, run_world
 
 from megatron_rlpt import huggingface
@@ -152,8 +153,7 @@ def everything(base: Path, model: Path) -> dict[str, Any]:
 def found(tmp_path_factory) -> list[dict[str, Any]]:
     base = tmp_path_factory.mktemp("ranks")
     model = base / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
+    LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2).save_pretrained(model)
     return run_world(2, everything, base, model, start_group=False)
 
 

@@ -121,9 +121,15 @@ def flush_tree(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _move_aside(target: Path) -> Path:
+def free_name(target: Path) -> Path:
+    """``<target>.old-1``, or with the next number that nobody has."""
     number = 1
     while (aside := target.with_name(f"{target.name}.old-{number}")).exists():
         number += 1
+    return aside
+
+
+def _move_aside(target: Path) -> Path:
+    aside = free_name(target)
     os.rename(target, aside)
     return aside

@@ -25,6 +25,7 @@ from megatron_rlpt.observe.log import setup_logging
 from megatron_rlpt.policy.layout import check_batch
 from megatron_rlpt.policy.policy import Policy, check_policy
 from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.publishing import free_name
 from megatron_rlpt.randomness import seed_all, set_random_state
 from megatron_rlpt.ranks import Ranks, is_lost_contact, use_to_the_end
 from megatron_rlpt.recording import observe_run
@@ -154,7 +155,7 @@ def _hold(lock: RunLock | None, folder: Path, fresh: bool) -> None:
     lock.take()
     try:
         if fresh and any(path.name != LOCK for path in folder.iterdir()):
-            target = _free_name(folder)
+            target = free_name(folder)
             lock.move_aside(target)
             say(f"moved {folder} to {target}")
     except BaseException:
@@ -288,10 +289,3 @@ def _checkpoint_of(
         if ranks.is_main:
             _log.warning("the run ended before its first checkpoint; it starts over", folder=folder)
     return None
-
-
-def _free_name(folder: Path) -> Path:
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    return target

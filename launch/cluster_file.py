@@ -26,6 +26,8 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _WHEN = r"(?:after(?:any|ok|notok|corr|burstbuffer)?(?::\d+(?:_\d+)?(?:\+\d+)?)+|singleton)"
 _DEPENDENCY = re.compile(rf"{_WHEN}(?:,{_WHEN})*|{_WHEN}(?:\?{_WHEN})*")
 
+_LONGEST = 365 * 24 * 3600
+"""Seconds; Slurm counts minutes in 32 bits, and takes some that do not fit for no limit."""
 _LAST_PORT = 65535
 
 _OWN_FIELD = "has a field of its own; set that instead"
@@ -60,6 +62,10 @@ _REFUSED = {
     "array": "would start the whole run once per number of the array, all in one run.dir",
     "clusters": "makes sbatch print the name of the cluster with the job's number, which nemo-run cannot read",
     "export": "keeps variables that the components need from their steps; use environment",
+    "export-file": "keeps variables that the components need from their steps; use environment",
+    "ntasks-per-gpu": "contradicts the tasks that every component asks for; set ranks_per_node and servers_per_node",
+    "ntasks-per-core": "contradicts the tasks that every component asks for; set ranks_per_node and servers_per_node",
+    "ntasks-per-socket": "contradicts the tasks that every component asks for; set ranks_per_node and servers_per_node",
     "chdir": "would take the components away from their code",
     "parsable": "is given to sbatch by nemo-run already",
     "quiet": "keeps the number of the job from nemo-run",
@@ -71,6 +77,9 @@ _REFUSED = {
     "version": "queues nothing",
 }  # fmt: skip
 """Options of sbatch that may not stand in ``slurm.extra``, and why."""
+_MEMORY_PER, _NODES = ("mem-per-cpu", "mem-per-gpu"), ("nodelist", "nodefile")
+_LOOKED_AT = (*_REFUSED, *_MEMORY_PER, *_NODES)
+"""Options that are checked by name; sbatch takes the first letters of one for it as well."""
 
 
 def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
@@ -185,7 +194,9 @@ def _check_words(cluster: Cluster) -> None:
 
 
 def _check_environment(cluster: Cluster) -> None:
-    for name in cluster.environment:
+    for name, value in cluster.environment.items():
+        if not value.isprintable():
+            raise ConfigError(f"environment.{name} is {value!r}; allowed: one line without control characters")
         if not _VARIABLE.fullmatch(name):
             raise ConfigError(f"environment.{name} is no name of a variable; allowed: letters, digits and _")
         if _SECRET.search(name):
@@ -214,6 +225,8 @@ def _check_setup(cluster: Cluster) -> None:
 
 def _check_slurm(cluster: Cluster) -> None:
     time = seconds_of(cluster.slurm.time)
+    if time > _LONGEST:
+        raise ConfigError(f"slurm.time is {cluster.slurm.time}; allowed: up to a year (365-00:00:00)")
     if time <= cluster.slurm.stop_lead:
         raise ConfigError(
             f"slurm.stop_lead is {cluster.slurm.stop_lead} s and slurm.time {time} s; allowed: a lead shorter than the "
@@ -257,9 +270,12 @@ def _check_options(cluster: Cluster) -> None:
             raise ConfigError(f"slurm.extra.{option}: write the option without its dashes")
         if name in _REFUSED:
             raise ConfigError(f"slurm.extra.{option} {_REFUSED[name]}")
-        if name in ("mem-per-cpu", "mem-per-gpu") and (cluster.trainer.memory or cluster.teacher.memory):
+        full = next((other for other in _LOOKED_AT if other.startswith(name) and other != name), "")
+        if full and name not in _LOOKED_AT:
+            raise ConfigError(f"slurm.extra.{option} may be short for {full}; write names of options in full")
+        if name in _MEMORY_PER and (cluster.trainer.memory or cluster.teacher.memory):
             raise ConfigError(f"slurm.extra.{option} contradicts trainer.memory and teacher.memory; keep one of them")
-        if name == "nodelist" and slurm.allocation is Allocation.heterogeneous:
+        if name in _NODES and slurm.allocation is Allocation.heterogeneous:
             raise ConfigError(f"slurm.extra.{option} would be asked for by both halves of the job; use a constraint")
         if not _VARIABLE.fullmatch(name.replace("-", "_")):
             raise ConfigError(f"slurm.extra.{option} is no option of sbatch; write its long name, as in constraint")

@@ -224,10 +224,11 @@ class Component:
 
     def _trainer_is_over(self) -> bool:
         """Whether nothing of this start trains any more: a trainer that is told to stop needs the others till then."""
-        trainers = (read_published(path) for path in (self.spec.shared / "status").glob(f"{TRAINER}-*.json"))
+        files = (self.spec.shared / "status").glob(f"{TRAINER}-*.json")
+        trainers = (read_published(path, start=str, state=str, time=float | int) for path in files)
         return all(
             said.get("start") != self.task.start
-            or str(said["state"]).startswith(OVER)
+            or said["state"].startswith(OVER)
             or time.time() - said["time"] > SILENT
             for said in trainers
         )

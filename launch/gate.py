@@ -61,7 +61,7 @@ def await_buffer(this: Waiting) -> list[str]:
     password = f"buffer.password_file={spec.shared / 'password'}"
 
     def look() -> list[str] | str:
-        address = read_published(spec.shared / "buffer.json")
+        address = read_published(spec.shared / "buffer.json", url=str)
         if not address:
             return "the rollout buffer has not started"
         overrides = [f"buffer.url={address['url']}", password, *key]

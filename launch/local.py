@@ -73,7 +73,7 @@ def await_outcome(spec: Spec) -> int:
         if _running(spec) is None and time.monotonic() > deadline and not (spec.shared / OUTCOME).exists():
             raise ConfigError(f"the components did not start, or were killed; look above and at {spec.logs}")
         time.sleep(_POLL)
-    return int(read_published(spec.shared / OUTCOME)["exit_code"])
+    return int(read_published(spec.shared / OUTCOME, exit_code=int).get("exit_code", UNFINISHED))
 
 
 def forget_earlier(spec: Spec) -> None:
@@ -116,15 +116,16 @@ def passing_on_signals(spec: Spec) -> Iterator[None]:
 
 def _running(spec: Spec) -> int | None:
     """Number of the process of ``run_all``, while there is one."""
-    said = read_published(spec.shared / RUNNING)
-    alive = "pid" in said and not (spec.shared / OUTCOME).exists() and _is_alive(said["pid"])
-    return int(said["pid"]) if alive else None
+    pid: int = read_published(spec.shared / RUNNING, pid=int).get("pid", 0)
+    return pid if pid and not (spec.shared / OUTCOME).exists() and _is_alive(pid) else None
 
 
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
+        return False
+    except OverflowError:
         return False
     except PermissionError:  # of another user
         return True
@@ -134,8 +135,8 @@ def _is_alive(pid: int) -> bool:
 def _kill_commands(spec: Spec, start: str) -> None:
     """End what the killed components of this start ran: a trainer would finish its step, which may take minutes."""
     for path in (spec.shared / "status").glob("*.json"):
-        said = read_published(path)
-        if said.get("start") == start and said["state"] == "running":
+        said = read_published(path, start=str, state=str, pid=int)
+        if said.get("start") == start and said["state"] == "running" and said["pid"]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(said["pid"], signal.SIGKILL)
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from megatron_rlpt.errors import ConfigError
@@ -123,13 +125,25 @@ def publish(path: Path, value: Mapping[str, object]) -> None:
     os.replace(partial, path)
 
 
-def read_published(path: Path) -> dict[str, Any]:
-    """What ``publish`` wrote; nothing where there is no such file, or not a whole one."""
+def read_published(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
+    """What ``publish`` wrote; nothing where there is no such file, or a damaged one.
+
+    Args:
+        path: the file.
+        kinds: fields it must have, with their types. Numbers are finite and not negative: some are processes to end.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    whole = isinstance(content, dict) and all(_is_a(kind, content.get(name)) for name, kind in kinds.items())
+    return content if whole else {}
+
+
+def _is_a(kind: type | UnionType, value: object) -> bool:
+    if isinstance(value, int | float) and (isinstance(value, bool) or not 0 <= value < math.inf):
+        return False
+    return isinstance(value, kind)
 
 
 def read_secrets(file: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from rich.console import Console
@@ -20,8 +21,11 @@ from megatron_rlpt import terminal
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.liveness import HEARTBEAT
 
-_SAID = {"component", "role", "state", "since", "time", "starts", "host", "pid", "log", "start"}
-_BEAT = {"time", "state", "step", "steps", "stage", "seconds_there"}
+_NUMBER = float | int
+_TEXTS = dict.fromkeys(("component", "role", "state", "host", "log", "start"), str)
+_SAID: dict[str, type | UnionType] = {**_TEXTS, "since": _NUMBER, "time": _NUMBER, "starts": int, "pid": int | None}
+_BEAT: dict[str, type | UnionType] = {"state": str, "step": int, "steps": int, "stage": str | None, "time": _NUMBER}
+_BEAT["seconds_there"] = _NUMBER
 """What there has to be in a file for it to be one of a component, or a heartbeat; others are passed over."""
 
 
@@ -34,8 +38,8 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
     console = console or terminal.console(soft_wrap=True)
     shared = run_dir / SHARED
     jobs = _jobs(shared)
-    said = (read_published(path) for path in sorted((shared / "status").glob("*.json")))
-    components = _current([component for component in said if component.keys() >= _SAID], jobs)
+    said = (read_published(path, **_SAID) for path in sorted((shared / "status").glob("*.json")))
+    components = _current([component for component in said if component], jobs)
     if not components and not jobs:
         raise ConfigError(f"{run_dir} holds no launched run (nothing in {shared}); start one with rlpt launch")
     for part, job in jobs.items():
@@ -44,8 +48,8 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
         console.print("no component has started yet")
         _print_outputs(console, shared, jobs, lines)
         return 0
-    beat = read_published(run_dir / HEARTBEAT)
-    if beat.keys() >= _BEAT:
+    beat = read_published(run_dir / HEARTBEAT, **_BEAT)
+    if beat:
         console.print(_progress(beat))
     table = Table("component", "state", "since", "starts", "host", "pid", box=None, pad_edge=False)
     bad, over = False, all(_is_over(component) for component in components if component["role"] == "trainer")

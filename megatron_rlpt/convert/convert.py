@@ -178,6 +178,8 @@ def require_free(target: Path) -> None:
     Raises:
         ConfigError: it is such.
     """
+    if os.path.islink(os.path.realpath(target)):
+        raise ConfigError(f"{target} is a link that leads to itself; choose another output")
     try:
         empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     except OSError as error:

@@ -144,7 +144,8 @@ def save_model(folder: Path, sizes: dict[str, Any]) -> Path:
     settings = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096} | sizes
     (folder / "config.json").write_text(json.dumps(settings))
     shapes = expected_shapes(read_architecture(folder))
-    save_file({name: torch.empty(shape).normal_(std=0.02) for name, shape in shapes.items()}, folder / "model.safetensors")
+    weights = {name: torch.empty(shape).normal_(std=0.02) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 

@@ -104,6 +104,9 @@ def test_an_output_that_holds_something_is_left_alone(model, tmp_path):
     out.mkdir()
     convert(model, out, Format.HF)
     before = (out / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match="loop is a link that leads to itself; choose another output"):
+        convert(model, tmp_path / "loop", Format.MEGATRON)
     with pytest.raises(ConfigError, match="exists and is not an empty folder; choose another output"):
         convert(model, out, Format.MEGATRON)
     assert (out / "model.safetensors").stat().st_mtime_ns == before

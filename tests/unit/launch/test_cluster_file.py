@@ -68,6 +68,18 @@ def test_sections_are_merged_over_the_defaults(tmp_path):
         ({**SLURM, "slurm": {"extra": {"comment": "a\nb"}}}, "slurm.extra.comment has several lines"),
         ({**SLURM, "slurm": {"extra": {"two words": ""}}}, "is no option of sbatch"),
         (
+            {**SLURM, "slurm": {"extra": {"gpus-per-nod": "8"}}},
+            "may be short for gpus-per-node",
+        ),
+        ({**SLURM, "slurm": {"extra": {"t": "9"}}}, "slurm.extra.t may be short for "),
+        ({**SLURM, "slurm": {"extra": {"mem_per": "4G"}}, "trainer": {"memory": "9G"}}, "may be short for mem-per-cpu"),
+        ({**SLURM, "slurm": {"extra": {"export-file": "x"}}}, "slurm.extra.export-file keeps variables"),
+        ({**SLURM, "slurm": {"time": "99999999999"}}, "slurm.time is 99999999999; allowed: up to a year"),
+        (
+            {"environment": {"NCCL_DEBUG": "1\nexport A=b"}},
+            "NCCL_DEBUG is '1\\nexport A=b'; allowed: one line",
+        ),
+        (
             {**SLURM, "slurm": {"extra": {"mem-per-cpu": "4G"}}, "trainer": {"memory": "9G"}},
             "contradicts trainer.memory",
         ),

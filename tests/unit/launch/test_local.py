@@ -43,6 +43,13 @@ def test_a_run_that_is_being_run_is_not_started_a_second_time(spec, tmp_path):
     forget_earlier(spec)  # that process is gone
 
 
+@pytest.mark.parametrize("pid", ["x", None, -1, 0, 1 << 80, 1.5, True, [7]])
+def test_a_damaged_number_of_a_process_is_none(spec, tmp_path, pid):
+    forget_earlier(spec)
+    publish(spec.shared / "local.json", {"pid": pid})
+    forget_earlier(spec)
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run\.dir .*/file/run cannot be written: Not a directory"):

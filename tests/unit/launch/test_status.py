@@ -84,6 +84,19 @@ def test_on_one_machine_the_last_start_counts(tmp_path, say):
     assert "teacher" not in shown(tmp_path)[1]
 
 
+@pytest.mark.parametrize("field", ["since", "time", "pid", "state", "starts", "start"])
+@pytest.mark.parametrize("value", [None, "x", [], -1, float("inf"), True, {"a": 1}])
+def test_damaged_words_of_a_component_are_passed_over(tmp_path, say, field, value):
+    say("judges-00000", "a")
+    say("trainer-00000", "a")
+    damaged = tmp_path / "cluster/status/judges-00000.json"
+    damaged.write_text(json.dumps(json.loads(damaged.read_text()) | {field: value}))
+    (tmp_path / "heartbeat.json").write_text(json.dumps({"time": value, "state": "running", "step": value}))
+    code, text = shown(tmp_path)
+    assert code == 0
+    assert "trainer-00000" in text
+
+
 def test_a_component_that_failed_or_is_silent_is_an_exit_code(tmp_path, say):
     say("trainer-00000", "a")
     assert shown(tmp_path)[0] == 0

@@ -23,8 +23,9 @@ from pathlib import Path
 from types import FrameType
 
 from launch.pair import JOBS
-from launch.spec import DONE, STOPPED, UNFINISHED, Spec, publish, read_published
+from launch.spec import DONE, SILENT, STOPPED, UNFINISHED, Spec, publish, read_published
 from megatron_rlpt.errors import ConfigError, RunStopped
+from megatron_rlpt.holder import Holder
 from megatron_rlpt.processes import EndRequest, end_all, start_child
 from megatron_rlpt.stopping import STOP_FILE
 
@@ -45,7 +46,7 @@ def run_all(spec: Spec, spec_file: Path) -> int:
     told.listen()
     running: list[tuple[str, subprocess.Popen[bytes]]] = []
     start = uuid.uuid4().hex
-    publish(spec.shared / RUNNING, {"pid": os.getpid()})
+    publish(spec.shared / RUNNING, {"holder": str(Holder.me())})
     try:
         for role, command, variables in _commands(spec, spec_file, start):
             running.append((role, start_child(command, env={**os.environ, **variables})))
@@ -82,9 +83,11 @@ def forget_earlier(spec: Spec) -> None:
     Raises:
         ConfigError: an earlier one is still running, or the run's folder cannot be written.
     """
-    pid = _running(spec)
-    if pid is not None:
-        raise ConfigError(f"{spec.run_dir} is being run by process {pid}; end it first (kill {pid}), or choose another")
+    holder = _running(spec)
+    if holder is not None:
+        raise ConfigError(
+            f"{spec.run_dir} is being run by {holder.describe()}; end it first (kill {holder.pid}), or choose another"
+        )
     try:
         spec.shared.mkdir(parents=True, exist_ok=True)
         for name in (RUNNING, OUTCOME, DONE, STOPPED, "buffer.json", "judged.json"):
@@ -101,10 +104,10 @@ def passing_on_signals(spec: Spec) -> Iterator[None]:
     """Ctrl-C and SIGTERM go on to the components meanwhile, which nemo-run starts in a session of their own."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        pid = _running(spec)
-        if pid is None:
+        holder = _running(spec)
+        if holder is None:
             raise KeyboardInterrupt
-        os.kill(pid, signal.SIGTERM)
+        os.kill(holder.pid, signal.SIGTERM)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -114,22 +117,16 @@ def passing_on_signals(spec: Spec) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _running(spec: Spec) -> int | None:
-    """Number of the process of ``run_all``, while there is one."""
-    pid: int = read_published(spec.shared / RUNNING, pid=int).get("pid", 0)
-    return pid if pid and not (spec.shared / OUTCOME).exists() and _is_alive(pid) else None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OverflowError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True
+def _running(spec: Spec) -> Holder | None:
+    """The process of ``run_all``, while there is one."""
+    holder = Holder.parse(read_published(spec.shared / RUNNING, holder=str).get("holder", ""))
+    if holder is None or (spec.shared / OUTCOME).exists():
+        return None
+    alive = holder.is_alive()
+    if alive is None:  # on another machine, by the words of its components
+        said = (read_published(path, time=float | int) for path in (spec.shared / "status").glob("*.json"))
+        alive = any(time.time() - component["time"] < SILENT for component in said if component)
+    return holder if alive else None
 
 
 def _kill_commands(spec: Spec, start: str) -> None:

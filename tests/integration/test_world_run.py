@@ -16,6 +16,8 @@ import pytest
 from safetensors.torch import load_file
 from tiny_runs import finish, json_lines, save_model, start, write_config
 
+from megatron_rlpt.run_lock import RunLock
+
 STEPS = 8
 SECTIONS = {
     # Neither bf16 nor Adam's usual epsilon: rounding, which differs between layouts, would decide about tokens.
@@ -110,3 +112,15 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(divisible,
     assert code != 0
     assert "parallel.pipeline may be 1, 2" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_leave_a_folder_to_the_trainer_that_holds_it(alone, tmp_path):
+    """Every rank ends: rank 0 says who holds it, and none waits for the others."""
+    config = tmp_path / "run.yaml"
+    config.write_text((alone.parent / "run.yaml").read_text().replace(str(alone), str(tmp_path / "run")))
+    with RunLock(tmp_path / "run"):
+        run = launch(config, 2, "parallel.tensor=2")
+        code, _, err = finish(run)
+    assert code != 0
+    assert f"error: run.dir {tmp_path / 'run'} is held by another trainer (process {os.getpid()} on " in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from launch.local import _commands, _kill_commands, forget_earlier
 from launch.spec import Spec, publish
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.holder import Holder
 from megatron_rlpt.processes import start_child
 
 
@@ -33,20 +35,38 @@ def test_what_an_earlier_start_left_behind_is_removed(spec, tmp_path):
     assert not (tmp_path / "run/stop").exists()
 
 
-def test_a_run_that_is_being_run_is_not_started_a_second_time(spec, tmp_path):
+def test_a_run_that_is_being_run_is_not_started_a_second_time(spec):
     forget_earlier(spec)
-    with subprocess.Popen(["sleep", "60"]) as other:
-        (tmp_path / "run/cluster/local.json").write_text(json.dumps({"pid": other.pid}))
-        with pytest.raises(ConfigError, match=rf"is being run by process {other.pid}; end it first"):
+    code = "import sys, time; from megatron_rlpt.holder import Holder; print(Holder.me(), flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        held = {"holder": other.stdout.readline().strip()}
+        publish(spec.shared / "local.json", held)
+        with pytest.raises(ConfigError, match=rf"is being run by process {other.pid} on .*; end it first"):
             forget_earlier(spec)
         other.kill()
     forget_earlier(spec)  # that process is gone
 
 
-@pytest.mark.parametrize("pid", ["x", None, -1, 0, 1 << 80, 1.5, True, [7]])
-def test_a_damaged_number_of_a_process_is_none(spec, tmp_path, pid):
+def test_a_process_that_got_the_number_of_one_that_is_gone_holds_nothing(spec):
     forget_earlier(spec)
-    publish(spec.shared / "local.json", {"pid": pid})
+    publish(spec.shared / "local.json", {"holder": str(replace(Holder.me(), started="1"))})
+    forget_earlier(spec)
+
+
+def test_a_run_on_another_machine_is_not_started_here_while_its_components_are_heard_of(spec):
+    forget_earlier(spec)
+    publish(spec.shared / "local.json", {"holder": str(replace(Holder.me(), machine="another", host="node17"))})
+    publish(spec.shared / "status/trainer-00000.json", {"time": time.time() - 1})
+    with pytest.raises(ConfigError, match=r"is being run by process \d+ on node17"):
+        forget_earlier(spec)
+    publish(spec.shared / "status/trainer-00000.json", {"time": time.time() - 1000})
+    forget_earlier(spec)
+
+
+@pytest.mark.parametrize("holder", ["x", None, -1, {"pid": 7}, '{"pid": -1}', "[" * 100_000])
+def test_a_damaged_holder_is_none(spec, holder):
+    forget_earlier(spec)
+    publish(spec.shared / "local.json", {"holder": holder})
     forget_earlier(spec)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
-from tiny_runs import finish, json_lines, save_model, start, write_config
+from tiny_runs import finish, json_lines, save_model, start, start_ranks, write_config
 
 from megatron_rlpt.run_lock import RunLock
 
@@ -77,8 +77,9 @@ def moved(divisible, corpus, tmp_path_factory):
             process.kill()
     finish(run)
     (base / "killed-at").write_text(str(len(json_lines(folder / "metrics.jsonl"))))
-    code, _, err = finish(launch(config, 2, "parallel.pipeline=2", "parallel.virtual_stages=1"))
-    assert code == 0, err
+    for rank in start_ranks(config, 2, "parallel.pipeline=2", "parallel.virtual_stages=1"):
+        code, _, err = finish(rank)
+        assert code == 0, err
     return folder
 
 
@@ -108,9 +109,10 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(divisible,
     code, _, err = finish(start(config, "parallel.tensor=2"))
     assert code == 2
     assert "start a multiple of 2 ranks" in err
-    code, _, err = finish(launch(config, 3, "parallel.pipeline=3"))
-    assert code != 0
-    assert "parallel.pipeline may be 1, 2" in err
+    for rank in start_ranks(config, 3, "parallel.pipeline=3"):
+        code, _, err = finish(rank)
+        assert code == 2
+        assert "parallel.pipeline may be 1, 2" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -119,8 +121,8 @@ def test_ranks_leave_a_folder_to_the_trainer_that_holds_it(alone, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text((alone.parent / "run.yaml").read_text().replace(str(alone), str(tmp_path / "run")))
     with RunLock(tmp_path / "run"):
-        run = launch(config, 2, "parallel.tensor=2")
-        code, _, err = finish(run)
-    assert code != 0
+        ended = [finish(rank) for rank in start_ranks(config, 2, "parallel.tensor=2")]
+    assert [code for code, _, _ in ended] == [8, 8]
+    err = ended[0][2]
     assert f"error: run.dir {tmp_path / 'run'} is held by another trainer (process {os.getpid()} on " in err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]

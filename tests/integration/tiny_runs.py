@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -86,9 +87,22 @@ def start(config: Path, *arguments: str) -> Forked:
     return rlpt_process("train", "-c", str(config), *arguments)
 
 
-def rlpt_process(*arguments: str) -> Forked:
-    """``rlpt`` with these arguments, likewise."""
-    return forked(VLLM, [sys.executable, "-m", "megatron_rlpt", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+def start_ranks(config: Path, ranks: int, *arguments: str) -> list[Forked]:
+    """``rlpt train`` on ``ranks`` ranks, which see the variables that torchrun gives its workers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        rlpt_process("train", "-c", str(config), *arguments, RANK=rank, LOCAL_RANK=rank, **place)
+        for rank in range(ranks)
+    ]
+
+
+def rlpt_process(*arguments: str, **variables: object) -> Forked:
+    """``rlpt`` with these arguments, likewise, and with these variables."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
+    return forked(VLLM, [sys.executable, "-m", "megatron_rlpt", *arguments], env=env)
 
 
 def finish(process: Forked | subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -13,10 +12,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from judging_server import JudgingServer
 from sandbox_script import call
-from tiny_runs import finish, json_lines, lasting_metrics, start, write_config
+from tiny_runs import finish, json_lines, lasting_metrics, rlpt_process, start, write_config
 
 from megatron_rlpt.buffer.open import open_url
 
@@ -54,11 +55,13 @@ class Launched:
         corpus: Path,
         trainer: dict | None = None,
         judges: dict | None = None,
+        teacher: dict | None = None,
         **slurm: object,
     ) -> None:
         self.cluster = cluster
         self.folder = base / "run"
-        self.config = write_config(base / "run.yaml", model, corpus, self.folder, **SECTIONS)
+        sections = {**SECTIONS, "teacher": teacher or SECTIONS["teacher"]}
+        self.config = write_config(base / "run.yaml", model, corpus, self.folder, **sections)
         self.place = base / "cluster.yaml"
         python = str(ROOT / ".venv/bin/python")
         home = str(base / "home")
@@ -139,19 +142,35 @@ def login(cluster, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def calm(served_model, corpus, tmp_path_factory) -> Callable[..., Path]:
-    """With overrides: the run in one process that is never stopped; judges in the trainer judge as workers do."""
+def server():
+    with JudgingServer() as running:
+        yield running
 
-    @functools.cache
-    def run(*overrides: str) -> Path:
-        base = tmp_path_factory.mktemp("calm")
-        sections = {name: values for name, values in SECTIONS.items() if name != "teacher"}
-        config = write_config(base / "run.yaml", served_model, corpus, base / "run", **sections)
-        code, _, err = finish(start(config, *overrides))
+
+@pytest.fixture
+def launched(cluster, served_model, corpus, tmp_path, server) -> Callable[..., Launched]:
+    """A run to launch, with judges that ask the server unless another ``teacher`` is given."""
+
+    def make(**options: Any) -> Launched:
+        return Launched(tmp_path, cluster, served_model, corpus, **{"teacher": server.teacher, **options})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def calm(served_model, corpus, server, tmp_path_factory) -> Path:
+    """The quick run that is never stopped, with one judge worker and no launch."""
+    base = tmp_path_factory.mktemp("calm")
+    sections = {**SECTIONS, "teacher": server.teacher}
+    config = write_config(base / "run.yaml", served_model, corpus, base / "run", **sections)
+    worker = rlpt_process("judge", "serve", "-c", str(config), *QUICK)
+    try:
+        code, _, err = finish(start(config, *QUICK))
         assert code == 0, err
-        return base / "run"
-
-    return run
+    finally:
+        os.kill(worker.pid, signal.SIGTERM)
+        finish(worker)
+    return base / "run"
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -159,10 +178,11 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert (one / "export/model.safetensors").read_bytes() == (other / "export/model.safetensors").read_bytes()
 
 
-def test_a_run_of_all_components_ends_well_though_a_judge_worker_is_killed(
-    calm, cluster, served_model, corpus, tmp_path
-):
-    run = Launched(tmp_path, cluster, served_model, corpus, trainer={"gpus_per_node": 1}, judges={"workers": 2})
+def test_a_run_of_all_components_ends_well_though_a_judge_worker_is_killed(launched, served_model, corpus, tmp_path):
+    """Judges with a model of their own judge as the trainer does."""
+    sections = {name: values for name, values in SECTIONS.items() if name != "teacher"}
+    alone = write_config(tmp_path / "alone.yaml", served_model, corpus, tmp_path / "alone", **sections)
+    run = launched(trainer={"gpus_per_node": 1}, judges={"workers": 2}, teacher=SECTIONS["teacher"])
     run.launch()
     run.wait(lambda: run.steps() >= 1)
     with run.buffer() as buffer:
@@ -175,11 +195,13 @@ def test_a_run_of_all_components_ends_well_though_a_judge_worker_is_killed(
     status = run.status()
     assert f"step {STEPS} of {STEPS}" in status
     assert "trainer-00000" in status
-    assert_equal_runs(run.folder, calm())
+    code, _, err = finish(start(alone))
+    assert code == 0, err
+    assert_equal_runs(run.folder, tmp_path / "alone")
 
 
-def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_model, corpus, tmp_path):
-    run = Launched(tmp_path, cluster, served_model, corpus, stop_lead=120)
+def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, launched):
+    run = launched(stop_lead=120)
     run.launch(*QUICK)
     run.wait(lambda: run.steps() >= 2)
     with run.buffer() as buffer:
@@ -197,14 +219,12 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, served_m
     assert run.ended() == ("COMPLETED", "0:0"), run.output()
     assert "asking for a checkpoint" in run.output()
     assert f"steps={done}" in (run.folder / "run.log").read_text()
-    assert_equal_runs(run.folder, calm(*QUICK))
+    assert_equal_runs(run.folder, calm)
 
 
-def test_a_job_of_several_ranks_that_is_told_to_end_leaves_a_checkpoint_and_goes_on(
-    cluster, served_model, corpus, tmp_path
-):
+def test_a_job_of_several_ranks_that_is_told_to_end_leaves_a_checkpoint_and_goes_on(cluster, launched):
     """Told by a signal to every process of the job, as sites do before they take nodes away."""
-    run = Launched(tmp_path, cluster, served_model, corpus, trainer={"ranks_per_node": 2})
+    run = launched(trainer={"ranks_per_node": 2})
     run.launch("train.steps=100000")
     run.wait(lambda: run.steps() >= 1)
     cluster.run("scancel", "--signal=TERM", run.job())
@@ -215,10 +235,8 @@ def test_a_job_of_several_ranks_that_is_told_to_end_leaves_a_checkpoint_and_goes
     assert not list((run.folder / "cluster/failed").iterdir()), "and nothing has failed"
 
 
-def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(
-    calm, cluster, served_model, corpus, tmp_path
-):
-    run = Launched(tmp_path, cluster, served_model, corpus)
+def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(calm, cluster, launched):
+    run = launched()
     run.launch(*QUICK, "checkpoint.every=2")
     run.wait(lambda: run.steps() >= 3)
     node = cluster.run("squeue", "--noheader", f"--jobs={run.job()}", "--format=%N").strip()
@@ -228,15 +246,13 @@ def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(
     assert run.start_of("trainer-00000").endswith(".1")
     # One of its own, or the one of the step that was under way: Slurm asks what it requeues to end, where it still can.
     assert len(re.findall(r"resumed .*steps=[1-9]", (run.folder / "run.log").read_text())) == 1
-    assert_equal_runs(run.folder, calm(*QUICK))
+    assert_equal_runs(run.folder, calm)
 
 
 @pytest.mark.parametrize("allocation", ["one", "heterogeneous", "separate"])
-def test_a_trainer_that_fails_ends_the_job_with_its_exit_code_and_its_last_words(
-    cluster, served_model, corpus, tmp_path, allocation
-):
+def test_a_trainer_that_fails_ends_the_job_with_its_exit_code_and_its_last_words(launched, allocation):
     trainer = {"ranks_per_node": 2, "gpus_per_node": 2} if allocation == "heterogeneous" else {}
-    run = Launched(tmp_path, cluster, served_model, corpus, trainer=trainer, allocation=allocation)
+    run = launched(trainer=trainer, allocation=allocation)
     run.launch(*QUICK, "rollout.max_logprob_gap=1e-9", "rollout.warn_logprob_gap=1e-9")
     part = "training" if allocation == "separate" else "run"
     assert run.ended(part) == ("FAILED", "7:0")
@@ -248,10 +264,8 @@ def test_a_trainer_that_fails_ends_the_job_with_its_exit_code_and_its_last_words
         assert run.ended("judging") == ("COMPLETED", "0:0")
 
 
-def test_judging_in_a_job_of_its_own_whose_time_is_up_goes_on_together_with_training(
-    calm, cluster, served_model, corpus, tmp_path
-):
-    run = Launched(tmp_path, cluster, served_model, corpus, allocation="separate")
+def test_judging_in_a_job_of_its_own_whose_time_is_up_goes_on_together_with_training(calm, cluster, launched):
+    run = launched(allocation="separate")
     run.launch(*QUICK)
     run.wait(lambda: run.steps() >= 2)
     with run.buffer() as buffer:
@@ -268,13 +282,11 @@ def test_judging_in_a_job_of_its_own_whose_time_is_up_goes_on_together_with_trai
     assert run.ended("judging") == ("COMPLETED", "0:0"), run.output("judging")
     assert run.start_of("trainer-00000").endswith(".1")
     assert f"steps={done}" in (run.folder / "run.log").read_text()
-    assert_equal_runs(run.folder, calm(*QUICK))
+    assert_equal_runs(run.folder, calm)
 
 
-def test_a_judging_job_that_is_cancelled_ends_the_training_job_with_a_checkpoint(
-    cluster, served_model, corpus, tmp_path
-):
-    run = Launched(tmp_path, cluster, served_model, corpus, allocation="separate")
+def test_a_judging_job_that_is_cancelled_ends_the_training_job_with_a_checkpoint(cluster, launched):
+    run = launched(allocation="separate")
     run.launch(*QUICK, "train.steps=100000")
     run.wait(lambda: run.steps() >= 1)
     cluster.run("scancel", run.job("judging"))
@@ -283,9 +295,9 @@ def test_a_judging_job_that_is_cancelled_ends_the_training_job_with_a_checkpoint
     assert list((run.folder / "checkpoints").glob("step-*"))
 
 
-def test_a_run_is_launched_from_another_machine_through_a_login_node(cluster, login, served_model, corpus, tmp_path):
+def test_a_run_is_launched_from_another_machine_through_a_login_node(login, launched, tmp_path):
     options, variables = login
-    run = Launched(tmp_path, cluster, served_model, corpus)
+    run = launched()
     out = run.launch(*QUICK, "train.steps=1", *options, variables=variables).stdout
     assert f"submitted as job {run.job()}; rlpt status {run.folder} on 127.0.0.1 shows" in out
     assert run.ended() == ("COMPLETED", "0:0"), run.output()
@@ -294,10 +306,8 @@ def test_a_run_is_launched_from_another_machine_through_a_login_node(cluster, lo
     assert json.loads(code.read_text())["commit"]
 
 
-def test_a_dry_run_prints_a_script_that_bash_and_slurm_accept_and_starts_nothing(
-    cluster, served_model, corpus, tmp_path
-):
-    run = Launched(tmp_path, cluster, served_model, corpus)
+def test_a_dry_run_prints_a_script_that_bash_and_slurm_accept_and_starts_nothing(cluster, launched, tmp_path):
+    run = launched()
     script = tmp_path / "job.sh"
     script.write_text(run.launch("--dry-run").stdout)
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
@@ -315,11 +325,9 @@ echo "$3 gpus=$CUDA_VISIBLE_DEVICES cores=$SLURM_CPUS_PER_TASK rank=$SLURM_PROCI
 
 
 @pytest.mark.parametrize("option", ["gpus_per_node", "gres"])
-def test_a_component_has_the_gpus_cores_and_variables_that_the_cluster_file_says(
-    option, cluster, served_model, corpus, tmp_path
-):
+def test_a_component_has_the_gpus_cores_and_variables_that_the_cluster_file_says(option, launched, tmp_path):
     trainer = {"ranks_per_node": 2, "cpus_per_rank": 1, "gpus_per_node": 2, "gpu_type": "h100"}
-    run = Launched(tmp_path, cluster, served_model, corpus, trainer=trainer, gpu_option=option)
+    run = launched(trainer=trainer, gpu_option=option)
     stand_in = tmp_path / "python"
     stand_in.write_text(STAND_IN.format(folder=tmp_path))
     stand_in.chmod(0o755)
@@ -333,9 +341,9 @@ def test_a_component_has_the_gpus_cores_and_variables_that_the_cluster_file_says
     assert all(" gpus= " in line or "NoDevFiles" in line for line in others)
 
 
-def test_a_run_waits_for_the_job_that_the_cluster_file_names(cluster, served_model, corpus, tmp_path):
+def test_a_run_waits_for_the_job_that_the_cluster_file_names(cluster, launched):
     before = cluster.submit("sleep 600", "--hold")
-    run = Launched(tmp_path, cluster, served_model, corpus, allocation="separate", dependency=f"afterok:{before}")
+    run = launched(allocation="separate", dependency=f"afterok:{before}")
     run.launch()
     waits = cluster.run("squeue", "--noheader", f"--jobs={run.job('judging')}", "--format=%T %E")
     assert waits.startswith(f"PENDING afterok:{before}")
@@ -344,8 +352,8 @@ def test_a_run_waits_for_the_job_that_the_cluster_file_names(cluster, served_mod
     cluster.run("scancel", run.job("training"), run.job("judging"), str(before))
 
 
-def test_what_slurm_refuses_is_said_with_its_reason(cluster, served_model, corpus, tmp_path):
-    run = Launched(tmp_path, cluster, served_model, corpus, trainer={"gpus_per_node": 5, "gpu_type": "h100"})
+def test_what_slurm_refuses_is_said_with_its_reason(cluster, launched):
+    run = launched(trainer={"gpus_per_node": 5, "gpu_type": "h100"})
     with pytest.raises(AssertionError) as caught:
         run.launch()
     last = str(caught.value).split("assert ")[0].rstrip().splitlines()[-1]

@@ -18,7 +18,7 @@ from megatron_rlpt.policy.architecture import read_architecture
 from megatron_rlpt.policy.families import expected_shapes
 from megatron_rlpt.rollout.vllm_engine import VllmEngine
 
-EXCLUDED = ("seconds/", "background/", "time")
+EXCLUDED = ("seconds/", "background/", "time", "judge/seconds")
 """Metrics that differ between two equal runs."""
 
 

@@ -11,17 +11,31 @@ LENGTH = 160
 """Characters before an object that are looked at."""
 
 _NAMES = r"continuation|candidate|option|text|passage|document|beginning|reference"
+_POINTS = (
+    r"verdict|answer|output|json|object|following|this|these|those|that|such|lines?|words?|texts?|strings?|snippet|code|"
+    r"instructions?|orders?|commands?|messages?|notes?|prompt|reply|response|evaluation|judge?ments?|rating|label|score|"
+    r"as|like|than|with|by|of|to|in|once|again|else"
+)
+_OPINION = (
+    rf"(?:no(?! more| less)|more|less|too) (?!(?:{_POINTS})\b)\w+|better|best|worse|worst|fewer|stronger|weaker"
+    r"|errors?|mistakes?|repetitions?|contradictions?|inaccuracies|well|poorly|smoothly|naturally|abruptly"
+)
+_WORD = rf"(?!(?:{_POINTS})\b)\w++"
+_OWN_VIEW = rf"(?![ \t](?:{_WORD}[ \t]){{0,4}}?(?:{_OPINION})\b(?:[ \t]{_WORD}){{0,6}}[:,]?\s*\n)"
+"""Not with an opinion as its own end of the line, which points at nothing that follows: that is the judge's word."""
 _SAID = (
     r"\b(?:continuations?|candidates?|texts?|options?|passages?|documents?|story|author|writer|he|she|it|first|second"
     r"|one|reference|beginning|user|injection|[12])\b[^.!?\n{}]{0,60}"
-    r"\b(?:say(?:s|ing)?|said|reads?(?! (?:better|more|less|well|naturally|smoothly))|writes?|wrote|written"
-    r"|contain(?:s|ed|ing)?|includ(?:es?|ed|ing)|ends?|ending|claims?"
+    r"\b(?:(?:contain(?:s|ed|ing)?|includ(?:es?|ed|ing)|holds?|reads?(?! (?:better|more|less|well|naturally|smoothly))"
+    rf"|ends?|ending(?= (?:with|in|on|by|as|like)\b))\b{_OWN_VIEW}"
+    r"|(?:say(?:s|ing)?|said|writes?|wrote|written|claims?"
     r"|claimed|states?|quot(?:es?|ed|ing)|instructs?|tells?|asks?|demands?|announces?|pretends?|inject(?:s|ed)?|embeds?"
-    r")\b[^.!?\n{}]{0,40}(?:[:,(\u2014]\s*|(?<=[\w ])|\s*(?=```|~~~))"
+    r")\b)[^.!?\n{}]{0,40}(?:[:,(\u2014]\s*|(?<=[\w ])|\s*(?=```|~~~))"
 )
 _EXAMPLE = (
-    r"\b(?:such as|like|e\.g\.,?|for example,?|for instance,?|example|instead of|rather than|quotes?|quoting|quotation"
-    r"|copied|verbatim|injection|sample)[ \t]*[:,(\u2014]?\s*"
+    r"\b(?:such as|like|e\.g\.,?|for example,?|for instance,?|example|instead of|rather than|verbatim|injection|sample"
+    r"|(?:quot(?:es?|ed|ing|ation)|copied|copy|excerpt|extract)(?: (?:from|of|out of) [^.!?\n{}]{0,50})?)"
+    r"[ \t]*[:,(\u2014]?\s*"
 )
 _FORM = (
     r"(?:^|[\n.!?])[ \t*#]*(?:(?:the|your|expected|required|requested|output|response|answer) ){0,3}(?:format|template"
@@ -63,11 +77,11 @@ _BEHIND = re.compile(
 """The sentence goes on, and the object is what it is about."""
 _TAKEN_BACK = re.compile(
     r"(?:^|[\n.!?\u2026])[ \t\n*_.]{0,8}(?:(?:but|oh|hmm|sorry),? )?(?:wait|actually|correction|no(?=[,.!;:])"
-    r"|scratch that|strike that|on reflection|on second thoughts?|never ?mind|my mistake|just kidding"
+    r"|scratch that|strike that|on reflection|on second thoughts?|never ?mind|my mistake|just kidding|oops|whoops"
     r"|edit(?=:)|instead(?=,)|rather(?=[, ])|nein|non(?=,)|\u043d\u0435\u0442|\u4e0d\u5bf9|\u7b49\u7b49)(?!\w*[a-z])"
     r"|\b(?:i|must|let me) (?:retract|withdraw|take (?:that|this|it) back|change my|revise my)\b"
     r"|\bi (?:can(?:['\u2019]t|not| not)|am unable to) (?:decide|choose|judge (?:this|these|them|it|between|which)\b)"
-    r"|\bi was (?:wrong|mistaken)\b|\b(?:the above|this) (?:is not|isn['\u2019]t|was not) my\b"
+    r"|\bi meant\b|\bi was (?:wrong|mistaken)\b|\b(?:the above|this) (?:is not|isn['\u2019]t|was not) my\b"
     r"|\bthe above (?:is|was) from\b"
     r"|\b(?:ignore|disregard) (?:this|that|it|the above)\b"
     r"|\bmy (?:answer|verdict|choice)(?: above)? (?:is|was) (?:wrong|a mistake|mistaken)\b"
@@ -75,10 +89,16 @@ _TAKEN_BACK = re.compile(
     re.IGNORECASE,
 )
 
+_CONSEQUENCE = re.compile(
+    r"[,;] (?:and )?(?:so|hence|thus|therefore)(?=,?:?\s*(?:(?:```+|~~~+)\w*\s*)?$| (?:my|i) )", re.IGNORECASE
+)
+"""What follows is the judge's own conclusion."""
+
 
 def is_anothers(text: str, since: int, start: int, end: int) -> bool:
     """Whether the object from ``start`` to ``end`` is shown or spoken of, not said; its prose begins at ``since``."""
-    return bool(_BEFORE.search(text[max(since, start - LENGTH) : start]) or _BEHIND.match(text, end))
+    before = _CONSEQUENCE.split(text[max(since, start - LENGTH) : start])[-1]
+    return bool(_BEFORE.search(before) or _BEHIND.match(text, end))
 
 
 def is_taken_back(behind: str) -> bool:

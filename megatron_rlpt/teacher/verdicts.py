@@ -70,11 +70,19 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 """A verdict in a sentence."""
+_LINE = re.compile(
+    rf"^[ \t*_#>]*+(?:(?:so|thus|overall|hmm|therefore|i think|i say)[, ]+)*(?:the )?(?:(?:{NOUN})[ \t]#?)?"
+    rf"(1|2|first|second)(?: (?:{NOUN}|one))?"
+    rf"(?: (?:is (?:the )?better(?: (?:{NOUN}|one))?|wins)[.!]?|[.!]?(?<![12][.]))[ \t*_]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""A verdict that is a line by itself."""
 _LEFT_OVER = re.compile(r"[\"'\u201d]\s*\}")
 """The end of a string and of an object behind the object: what was read ended too early."""
 _REASONS = re.compile(
     r"reason|thought|think|anal|expla|quot|comment|note|rationale|example|justif|critique|evidence|candidate|continuation"
-    r"|passage|document|input|^text$|inject|draft|format|template|prompt|hypothe|^if\b|^if_"
+    r"|passage|document|input|^text$|^option|^first$|^second$|original|source|user|fake|wrong|inject|draft|format|template"
+    r"|prompt|hypothe|^if\b|^if_"
 )
 _ENTITIES = {"&quot;": '"', "&#34;": '"', "&#x22;": '"', "&apos;": "'", "&#39;": "'", "&#x27;": "'"}
 _ENTITY = re.compile("|".join(_ENTITIES))
@@ -177,7 +185,7 @@ def _claims(text: str, found: Scan) -> set[str]:
     """Verdicts beside the objects."""
     doubtful = [text[one.start : one.reading.end] for one in found.objects if one.reading.doubtful]
     claims = [claim for part in (*found.prose, *doubtful) for claim in _CLAIM.finditer(part)]
-    claims += [claim for part in found.prose for claim in _STATED.finditer(part)]
+    claims += [claim for part in found.prose for form in (_STATED, _LINE) for claim in form.finditer(part)]
     return {NUMBERS.get(word, word) for word in (claim[1].lower() for claim in claims)}
 
 

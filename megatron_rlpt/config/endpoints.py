@@ -69,7 +69,11 @@ _SECRETS = re.compile(r"key|token|secret|passw|auth|sig|cred|code", re.IGNORECAS
 
 def _check_key_header(endpoint: EndpointConfig, key: str) -> None:
     header = endpoint.key_header
-    if not _HEADER.fullmatch(header) or _HEADERS_OF_HTTP.fullmatch(header) or _LIKE_A_KEY.fullmatch(header):
+    if (
+        not _HEADER.fullmatch(header)
+        or _HEADERS_OF_HTTP.fullmatch(header)
+        or _LIKE_A_KEY.fullmatch(header.replace("-", ""))
+    ):
         raise ConfigError(
             f"{key}.key_header is not the name of a header for a key; allowed: Authorization, or another name as "
             "api-key or x-api-key (the value given here is not shown, because it may be the key itself)"
@@ -84,7 +88,7 @@ def _is_plain_query(query: str) -> bool:
         return False
     pairs = parse_qsl(query, keep_blank_values=True)
     return all(
-        name and not _SECRETS.search(name) and len(value) < 64 and not _LIKE_A_KEY.fullmatch(value)
+        name and not _SECRETS.search(name) and len(value) < 64 and not _LIKE_A_KEY.fullmatch(value.replace("-", ""))
         for name, value in pairs
     )
 

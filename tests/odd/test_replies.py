@@ -74,6 +74,9 @@ GOOD = {
     "SGLang": first(**message(content=VERDICT, reasoning_content=None), finish_reason="stop", matched_stop=2),
     "TGI": first(**message(content=VERDICT), finish_reason="eos_token", logprobs=None),
     "llama.cpp": first(**message(content=VERDICT), finish_reason="stop") | {"timings": {"predicted_ms": 1.5}},
+    "SGLang's object": first(**message(content=VERDICT), finish_reason={"type": "stop", "matched": 2}),
+    "tools": first(**message(content=VERDICT, tool_calls=[]), finish_reason="tool_calls"),
+    "list of texts": first(**message(content=[VERDICT[:30], VERDICT[30:]]), finish_reason="stop"),
     "thought beside it": first(**message(content=VERDICT, reasoning_content="2?"), finish_reason="stop"),
     "thought in it": first(**message(content=f"<think>2?</think>{VERDICT}"), finish_reason="stop"),
     "list of parts": first(
@@ -117,6 +120,10 @@ BAD = {
     "filtered, as Azure": (says(AZURE, 400), "refused: 400: The prompt was filtered"),
     "error with 200": (says({"error": {"code": 400, "message": "Not so"}}), "request rejected: 400: Not so"),
     "error as text": (says({"error": "context is too long"}, 400), "request rejected: 400: context is too long"),
+    "half of it a code": (
+        says({"error": "invalid_request", "error_description": "seed is not for you"}, 400),
+        "request rejected: 400: invalid_request: seed is not for you",
+    ),
     "FastAPI": (says(MISSING, 422), "422: body.messages: Field required"),
     "HTML": (says(b"<html><title>413 Too Large</title></html>", 413), "request rejected: 413: 413 Too Large"),
     "escapes": (refuses(400, message="\x1b[31mred\nsecond line"), "request rejected: 400: \\x1b[31mred second line"),

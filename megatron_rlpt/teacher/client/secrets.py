@@ -51,12 +51,13 @@ def _spelt(secret: str) -> str:
 def _ways(char: str) -> list[str]:
     code = ord(char)
     number, percent = f"{code:x}", "".join(f"%{byte:02x}" for byte in char.encode("utf-8", "surrogatepass"))
-    ways = [re.escape(char), rf"\\{{1,8}}(?i:u{code:04x})", f"(?i:{percent.replace('%', '%(?:25)?')})"]
+    ways = [rf"\\{{1,8}}(?i:u{code:04x})", f"(?i:{percent.replace('%', '%(?:25)?')})"]
     ways += [rf"(?i:&(?:amp;)?#(?:0{{0,4}}{code}|x0{{0,4}}{number});)"]
-    ways += [rf"&(?:amp;)?{re.escape(name)}" for name in _NAMES.get(char, ())]
+    ways += [rf"&(?:amp;)?{re.escape(name)}" for name in sorted(_NAMES.get(char, ()), key=len, reverse=True)]
     if not char.isalnum():
         ways.append(rf"\\{{1,8}}{re.escape(char)}")
-    return [*ways, r"\+"] if char == " " else ways
+    # The shortest last: "&" is the beginning of "&#38;".
+    return [*ways, re.escape(char), *([r"\+"] if char == " " else [])]
 
 
 def _in_base64(secret: str) -> list[str]:

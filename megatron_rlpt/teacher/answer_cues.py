@@ -47,7 +47,7 @@ _FORM = (
     r"(?:with|like|as|exactly))"
     r"\b[^.!?\n{}]{0,50}"
     r"|\b(?:expected|possible|desired) (?:outputs?|answers?|repl(?:y|ies)|responses?)(?: is| are)?[ \t]*:?\s*"
-    r"|\b(?:template|draft|snippet|original text|last line)[ \t*]*:[ \t*]*\s*"
+    r"|\b(?:template|draft|snippet|original text|last line|thinking|thoughts?|impression)[ \t*]*:[ \t*]*\s*"
 )
 """What an answer looks like, or looked like before it was one."""
 _NOT_SO = (
@@ -79,7 +79,9 @@ _BEFORE = re.compile(
 _CLOSING = r"[ \t`'\"\u201d\u2019)*_]{0,6}"
 _BEHIND = re.compile(
     rf"{_CLOSING}\n{{0,2}}[ \t]*"
-    r"(?:\(?(?:quoted|copied|taken|from the|(?:just |only )?an? example|example)|- (?:continuation|option))\b"
+    r"(?:\(?(?:quoted|copied|taken|from the|(?:just |only )?an? example|example)"
+    r"|(?:-|<-+|\u2190) ?(?:from )?(?:continuation|option))\b"
+    rf"|{_CLOSING},?[ \t]*(?:it|he|she|the (?:first|second|{_NAMES})|(?:{_NAMES}) [12])? ?(?:says|said|reads|wrote)\b"
     rf"|{_CLOSING}\n?[ \t]*(?:(?:is|was)(?! my| the (?:verdict|answer|result))\b"
     r"|(?:were|would|could|might|had|appears?|occurs?|stands|in the|into the|at its|at the|but I|or not|vs"
     r"|and the other)\b|\u3068\u3042\u308b|\u3068\u66f8|\u662f\u539f\u6587)",
@@ -89,7 +91,7 @@ _BEHIND = re.compile(
 _TAKEN_BACK = re.compile(
     r"\A[\s`'\"\u201d\u2019)*_]{0,8}(?:this|that|it|the above)(?: verdict| answer| object)?"
     r"(?: (?:is|was)(?: not|n['\u2019]t) (?:right|true|correct|an? (?:verdict|answer))"
-    r"| (?:is|was) (?:wrong|incorrect|false|written by|part of|what|quot\w+"
+    r"| (?:is|was) (?:wrong|incorrect|false|written by|part of|what(?! i\b)|quot\w+"
     r"|(?:(?:just|only|merely) )*(?:an? )?(?:example|placeholder|template|sample|quotation)))\b"
     r"|(?:^|[\n.!?\u2026])[ \t\n*_.]{0,8}(?:(?:but|oh|hmm|sorry),? )?(?:wait|actually|correction|no(?=[,.!;:])"
     r"|scratch that|strike that|on reflection|on second thoughts?|never ?mind|my mistake|just kidding|oops|whoops"
@@ -101,7 +103,7 @@ _TAKEN_BACK = re.compile(
     r"|\bthe above (?:is|was) (?:from|written by)\b"
     r"|\b(?:ignore|disregard) (?:this|that|it|the above)\b"
     r"|\bmy (?:answer|verdict|choice)(?: above)? (?:is|was) (?:wrong|a mistake|mistaken)\b"
-    r"|\b(?:that|this|it) (?:is|was) (?:what|quoted from|copied|only what|just what) ",
+    r"|\b(?:that|this|it) (?:is|was) (?:what(?! i\b)|quoted from|copied|only what|just what) ",
     re.IGNORECASE,
 )
 

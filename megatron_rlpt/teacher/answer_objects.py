@@ -39,6 +39,8 @@ _KINDS = (
     "\u3008\u3009",
     "\u3014\u3015",
     "\u3016\u3017",
+    "\u27e8\u27e9",
+    "\u27ea\u27eb",
 )
 """Quotation marks that open and close each other: which way round they stand depends on the language."""
 _KIND = {mark: marks[0] for marks in _KINDS for mark in marks} | {

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import re
 
-_NAMES = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think"
+_NAMES = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|reason|internal|seed:think"
 BLANK = " \t\r\n\ufeff\u200b"
 OPEN = (
-    rf"<[ ]?(?:{_NAMES})(?:[ \t][^<>\n]{{0,80}})?>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>"
-    r"|(?:<\|start\|>assistant)?<\|channel\|>analysis|<unused94>thought|<\|START_THINKING\|>|<\|thinking\|>"
+    rf"<[ ]?(?:{_NAMES})(?:[ \t][^<>\n]{{0,80}})?>|\[THINK(?:ING)?\]|\u25c1think\u25b7|<\|begin_of_thought\|>"
+    r"|(?:<\|start\|>assistant)?<\|channel\|>analysis|<unused94>thought|<\|START_THINKING\|>|<\|think(?:ing)?\|>"
 )
 """What begins a thought, whatever the case of its letters."""
 END = re.compile(
-    rf"<[ ]?/[ ]?(?:{_NAMES})[ \t]*>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>"
-    r"|<\|channel\|>final(?:<\|message\|>)?|<unused95>|<\|END_THINKING\|>|<\|/thinking\|>",
+    rf"<[ ]?/[ ]?(?:{_NAMES})[ \t]*>|\[/THINK(?:ING)?\]|\u25c1/think\u25b7|<\|end_of_thought\|>"
+    r"|<\|channel\|>final(?:<\|message\|>)?|<unused95>|<\|END_THINKING\|>|<\|/think(?:ing)?\|>",
     re.IGNORECASE,
 )
 """The end of a thought, whatever began it."""

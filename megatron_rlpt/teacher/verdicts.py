@@ -64,14 +64,15 @@ _CLAIM = re.compile(
 )
 """What looks like a verdict wherever it stands."""
 _STATED = re.compile(
-    r"\b(?:(?:answer|verdict|decision|choice|correction|winner|preferred|preference|better|best)"
+    r"\b(?:(?:answer|verdict|decision|choice|correction|winner|preferred|preference|better|best|final|update|overall)"
     rf"(?:[ \t](?:{NOUN}|one))?[\s*_]{{0,4}}(?:is|to|:|=|->)|i(?:['\u2019]d|[ \t](?:would|will|do))?[ \t]"
     rf"(?:choose|pick|prefer|select|go with|vote for)\b)[\s*_\"'(\[]{{0,8}}{_NAMED}",
     re.IGNORECASE,
 )
 """A verdict in a sentence."""
 _LINE = re.compile(
-    rf"^[ \t*_#>]*+(?:(?:so|thus|overall|hmm|therefore|i think|i say)[, ]+)*(?:the )?(?:(?:{NOUN})[ \t]#?)?"
+    r"^[ \t*_#>]*+(?:(?:so|thus|overall|hmm|therefore|i think|i say|however|but|though|really|still|yet|it is)[, ]+)*"
+    rf"(?:the )?(?:(?:{NOUN})[ \t]#?)?"
     rf"(1|2|first|second)(?: (?:{NOUN}|one))?"
     rf"(?: (?:is (?:the )?better(?: (?:{NOUN}|one))?|wins)[.!]?|[.!]?(?<![12][.]))[ \t*_]*$",
     re.IGNORECASE | re.MULTILINE,
@@ -79,6 +80,7 @@ _LINE = re.compile(
 """A verdict that is a line by itself."""
 _LEFT_OVER = re.compile(r"[\"'\u201d]\s*\}")
 """The end of a string and of an object behind the object: what was read ended too early."""
+_OWN_REASONS = re.compile(r"reason|analy|expla|thought|rationale|justif|compar")
 _REASONS = re.compile(
     r"reason|thought|think|anal|expla|quot|comment|note|rationale|example|justif|critique|evidence|candidate|continuation"
     r"|passage|document|input|^text$|^option|^first$|^second$|original|source|user|fake|wrong|inject|draft|format|template"
@@ -206,20 +208,28 @@ def _verdicts(node: Any, is_own: bool = True) -> Iterator[tuple[Any, bool]]:
 
 def _is_form(one: Found) -> bool:
     """Whether it is the form of an answer, copied."""
-    return not all(is_filled_in(text) for text in _texts(one.reading.value, beside_verdict=True))
+    return not all(is_filled_in(text) for text in _reasons(one.reading.value))
 
 
-def _texts(node: Any, beside_verdict: bool = False) -> Iterator[str]:
-    """All strings in ``node``, without values of verdicts where only what is beside them is asked for."""
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, Pairs):
+def _reasons(node: Any) -> Iterator[str]:
+    """Reasons that are texts."""
+    if isinstance(node, Pairs):
         for key, value in node:
-            if not (beside_verdict and key.strip().lower() == _NAME):
-                yield from _texts(value, beside_verdict)
+            if isinstance(value, str) and _OWN_REASONS.search(key.lower()):
+                yield value
+            yield from _reasons(value)
     elif isinstance(node, list):
         for item in node:
-            yield from _texts(item, beside_verdict)
+            yield from _reasons(item)
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """All strings in ``node``."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, list):
+        for item in node:
+            yield from _texts(item[1] if isinstance(node, Pairs) else item)
 
 
 def _is_word(value: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-_NAMES = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|reason|internal|seed:think"
+_NAMES = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think"
 BLANK = " \t\r\n\ufeff\u200b"
 OPEN = (
     rf"<[ ]?(?:{_NAMES})(?:[ \t][^<>\n]{{0,80}})?>|\[THINK(?:ING)?\]|\u25c1think\u25b7|<\|begin_of_thought\|>"

@@ -11,7 +11,7 @@ import re
 _NAMES = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think"
 BLANK = " \t\r\n\ufeff\u200b"
 OPEN = (
-    rf"<[ ]?(?:{_NAMES})(?:[ \t][^<>\n]{{0,80}})?>|\[THINK(?:ING)?\]|\u25c1think\u25b7|<\|begin_of_thought\|>"
+    rf"<[ ]?(?:{_NAMES})[ ]?>|\[THINK(?:ING)?\]|\u25c1think\u25b7|<\|begin_of_thought\|>"
     r"|(?:<\|start\|>assistant)?<\|channel\|>analysis|<unused94>thought|<\|START_THINKING\|>|<\|think(?:ing)?\|>"
 )
 """What begins a thought, whatever the case of its letters."""

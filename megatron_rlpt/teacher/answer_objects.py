@@ -22,7 +22,8 @@ from megatron_rlpt.teacher.thinking import end_of_thought
 _TAGS = (
     "quote|blockquote|q|cite|document|text|passage|candidate|continuation|option|beginning|reference|examples?|"
     "input|story|context|format|output_format|template|prompt|instructions?|draft|plan|planning|monologue|inner_monologue|"
-    "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|cot|reason|internal|rationale|thinking_process|inner_thoughts|internal_thoughts"
+    "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|cot|reason|internal"
+    "|rationale|thinking_process|inner_thoughts|internal_thoughts"
 )
 _FENCE = r"^[ \t]{0,8}(?:```+|~~~+)"
 _KINDS = (

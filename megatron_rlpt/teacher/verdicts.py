@@ -6,9 +6,10 @@ All axes are answered in one form, a JSON object with the reasoning first and th
 
 A server that can is held to it by ``json_schema``. Others write more or less of it, with text before and after, so the
 object may stand anywhere and be written as models write JSON (``loose_json``). It counts if the model says it itself
-(``answer_objects``) and nothing else in the reply says otherwise: no second object, no key that comes twice, no
-``verdict: ...`` beside it. The key is taken as it is written, without escapes: ``disarm`` takes it out of the texts
-under judgment, so that a model that copies from them copies no verdict. The reply itself is kept by the caller.
+(``answer_objects``) and nothing else in the reply says otherwise: no second object, no other key that names a winner,
+no ``verdict: ...`` beside it; and if it is filled in, not the form of an answer copied (``answer_words``). The key is
+taken as it is written, without escapes: ``disarm`` takes it out of the texts under judgment, so that a model that
+copies from them copies no verdict. The reply itself is kept by the caller.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron_rlpt.teacher.answer_objects import Found, Scan, scan
 from megatron_rlpt.teacher.answer_words import NOUN, NUMBERS, is_filled_in, may_say_verdict, word_of
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.loose_json import COLON, QUOTES, Pairs, Word
+from megatron_rlpt.teacher.thinking import without_opened_thought
 
 QUALITY = ("1", "2")
 """The better option."""
@@ -72,8 +74,7 @@ _STATED = re.compile(
 """A verdict in a sentence."""
 _LINE = re.compile(
     r"^[ \t*_#>]*+(?:(?:so|thus|overall|hmm|therefore|i think|i say|however|but|though|really|still|yet|it is)[, ]+)*"
-    rf"(?:the )?(?:(?:{NOUN})[ \t]#?)?"
-    rf"(1|2|first|second)(?: (?:{NOUN}|one))?"
+    rf"(?:the )?(?:(?:{NOUN})[ \t]#?)?(1|2|first|second)(?: (?:{NOUN}|one))?"
     rf"(?: (?:is (?:the )?better(?: (?:{NOUN}|one))?|wins)[.!]?|[.!]?(?<![12][.]))[ \t*_]*$",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -147,7 +148,9 @@ def _verdict(reply: Reply, words: Sequence[str]) -> str | Failed:
     if reply.finish_reason != "stop":
         # Whatever stands there, more was to come.
         return Failed(Reason.TRUNCATED if reply.finish_reason == "length" else Reason.REFUSED)
-    text = reply.text
+    text = without_opened_thought(reply.text)
+    if text is None:
+        return Failed(Reason.THOUGHT)
     if not text.strip():
         return Failed(Reason.EMPTY)
     if len(text) > _LONGEST_REPLY:

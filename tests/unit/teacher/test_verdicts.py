@@ -82,6 +82,8 @@ def reason_or_value(outcome):
         ("2", Reason.NO_VERDICT),
         (f"<think>perhaps {answer('2')}", Reason.THOUGHT),
         (answer("1", reasoning="x" * 200_000), Reason.TOO_LONG),
+        (f"<think>{'x ' * 100_000}</think>{answer('1')}", 0),
+        ("<think>x</think>", Reason.EMPTY),
         (" \n\t", Reason.EMPTY),
     ],
 )

@@ -19,6 +19,8 @@ from megatron_rlpt.teacher.thinking import END as _END_OF_THOUGHT
 from megatron_rlpt.teacher.thinking import OPEN as _THOUGHT
 from megatron_rlpt.teacher.thinking import end_of_thought
 
+_MOST_OBJECTS = 64
+"""Objects that are read; no answer has more, and what is around each of them has to be looked at."""
 _TAGS = (
     "quote|blockquote|q|cite|document|text|passage|candidate|continuation|option|beginning|reference|examples?|"
     "input|story|context|format|output_format|template|prompt|instructions?|draft|plan|planning|monologue|inner_monologue|"
@@ -109,6 +111,7 @@ class _Scanner:
         self._marker_ends = [match.end() for match in _MARKER_END.finditer(text)]
         self._found = Scan()
         self._marks: Counter[str] = Counter()
+        self._read = 0
         self._prose_from = 0
 
     def run(self) -> Scan:
@@ -148,7 +151,7 @@ class _Scanner:
         Unless an object is open and the mark is in the middle of a line: then it may be quoted there.
         """
         is_open = self._found.broken and self._text[:start].rstrip(" \t")[-1:] not in ("", "\n")
-        self._found, self._marks = Scan(broken=is_open), Counter()
+        self._found, self._marks, self._read = Scan(broken=is_open), Counter(), 0
         self._prose_from = end
 
     def _pass_over(self, start: int, end: int) -> int:
@@ -171,7 +174,8 @@ class _Scanner:
                 return start + 1
         if self._found.broken or not starts_object(text, first):
             return start + 1
-        reading = read_object(text, start)
+        self._read += 1
+        reading = read_object(text, start) if self._read <= _MOST_OBJECTS else None
         if reading is not None and reading.doubtful and self._holds_end_of_thought(start, reading.end):
             reading = None
         if reading is None:

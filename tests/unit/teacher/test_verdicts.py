@@ -84,6 +84,8 @@ def reason_or_value(outcome):
         (answer("1", reasoning="x" * 200_000), Reason.TOO_LONG),
         (f"<think>{'x ' * 100_000}</think>{answer('1')}", 0),
         ("<think>x</think>", Reason.EMPTY),
+        (answer("1") * 64, 0),
+        (answer("1") * 65, Reason.MALFORMED),
         (" \n\t", Reason.EMPTY),
     ],
 )

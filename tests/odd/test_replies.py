@@ -230,16 +230,15 @@ SPELT = {
 }
 
 
-@pytest.mark.parametrize("spelt", SPELT.values(), ids=SPELT)
-def test_a_key_is_never_shown_however_the_server_repeats_it(judge_try, monkeypatch, spelt):
+def test_a_key_is_never_shown_however_the_server_repeats_it(judge_try, monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    with serving(refuses(400, message=f"wrong key {spelt} given")) as server:
+    with serving(refuses(400, message=f"wrong: {' or '.join(SPELT.values())} given")) as server:
         code, out, err = judge_try(server, api_key_env="TEACHER_KEY")
         assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
     assert code == 6
-    assert "<key>" in err
+    assert "wrong: <key> or <key> or" in err
     assert "0123456789abcdefghij" not in out + err
-    assert spelt.rstrip("=") not in out + err
+    assert [name for name, spelt in SPELT.items() if spelt.rstrip("=") in out + err] == []
 
 
 def test_a_server_as_azure_has_it(judge_try, monkeypatch):

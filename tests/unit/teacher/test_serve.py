@@ -10,13 +10,14 @@ from megatron_rlpt.teacher import serve
 
 
 class LateTrainer:
-    """A buffer whose trainer comes when it has been told ``enough`` times that it is missing."""
+    """A buffer whose trainer comes when it has been said ``enough`` times that it is missing, or after many looks."""
 
     def __init__(self, records: list[logging.LogRecord], enough: int) -> None:
-        self.records, self.enough = records, enough
+        self.records, self.enough, self.looks = records, enough, 0
 
     def announced(self, kind: str) -> dict[str, str]:
-        return {"trainer": "settings"} if len(self.records) >= self.enough else {}
+        self.looks += 1
+        return {"trainer": "settings"} if len(self.records) >= self.enough or self.looks > 2000 else {}
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,16 @@ def open_buffer(config: Config, *, create: bool = True, stopping: Callable[[], b
     """
     settings = config.buffer
     return open_url(
+        *place_of(config), password_file=settings.password_file, retry=settings.retry, create=create, stopping=stopping
+    )
+
+
+def place_of(config: Config) -> tuple[str, str]:
+    """URL of a run's store, and the name of the run's buffer in it."""
+    settings = config.buffer
+    return (
         settings.url or f"sqlite:///{Path(config.run.dir) / 'buffer.sqlite'}",
         settings.name or Path(config.run.dir).resolve().name,
-        password_file=settings.password_file,
-        retry=settings.retry,
-        create=create,
-        stopping=stopping,
     )
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import operator
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from megatron_rlpt.buffer.address import RedisAddress, check_name, parse_url
+from megatron_rlpt.config.endpoints import check_endpoints, is_variable, no_variable
 from megatron_rlpt.config.schema import (
     AxisConfig,
     Config,
-    EndpointConfig,
     JudgeName,
     ObjectiveName,
     QualityConfig,
@@ -103,12 +101,6 @@ _RANGES: list[_Check] = [
     ("evaluation.examples", lambda v: v >= 0, "0 or more"),
 ]
 
-_ENDPOINT_RANGES: list[_Check] = [
-    ("weight", lambda v: math.isfinite(v) and v > 0, "above 0"),
-    ("concurrency", lambda v: v >= 1, "at least 1"),
-    ("tokens_per_second", lambda v: math.isfinite(v) and v >= 0, "0 (unknown) or more"),
-]
-
 _JUDGED = (ObjectiveName.rf_nll, ObjectiveName.online_dpo, ObjectiveName.grpo)
 
 _NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -164,7 +156,7 @@ def validate(config: Config) -> None:
     _check_lengths(config)
     _check_buffer(config)
     _check_objective(config)
-    _check_endpoints(config)
+    check_endpoints(config)
     _check_workers(config)
 
 
@@ -179,88 +171,6 @@ def _check_source(source: SourceConfig, key: str) -> None:
         raise ConfigError(f"{key}.eod is {source.eod}; allowed: a token id, or -1 (detected)")
     if source.eod >= 0 and source.format not in (SourceFormat.megatron, SourceFormat.auto):
         raise ConfigError(f"{key}.eod is {source.eod}; allowed: -1, because its format is not megatron")
-
-
-def check_endpoint(endpoint: EndpointConfig, key: str) -> None:
-    """Check one server of the teacher, out of the configuration or announced while running.
-
-    Raises:
-        ConfigError: names the field below ``key``, its value and what is allowed.
-    """
-    if not _is_address(endpoint.url):
-        # The value is not repeated: what is wrong about it may be a password.
-        raise ConfigError(
-            f"{key}.url is not an address; allowed: http:// or https:// with a host, as http://host:8000/v1, without "
-            "user, password and query (a key goes into the variable that api_key_env names)"
-        )
-    if endpoint.api_key_env and not _is_variable(endpoint.api_key_env):
-        raise ConfigError(_no_variable(f"{key}.api_key_env"))
-    if endpoint.proxy not in ("", "env") and not _is_address(endpoint.proxy):
-        raise ConfigError(
-            f"{key}.proxy is not an address; allowed: http:// or https:// with a host, without user and password, or "
-            "env (takes the proxy of the environment, with its password if it has one)"
-        )
-    _check_fields(endpoint, key)
-    for name, accepts, allowed in _ENDPOINT_RANGES:
-        value = getattr(endpoint, name)
-        if not accepts(value):
-            raise ConfigError(f"{key}.{name} is {value}; allowed: {allowed}")
-
-
-_OURS = ("model", "messages", "prompt", "stream", "n", "prompt_logprobs")
-"""Fields of a request that say what is asked; they cannot be renamed, dropped or set."""
-_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_LIKE_A_KEY = re.compile(
-    r"(?:sk|pk|rk|gsk|hf|r8|xai|ghp|gho|glpat|pplx|nvapi|csk|tgp|key|api|fw|dp|or|tp|AIza)_?[A-Za-z0-9]*[0-9][A-Za-z0-9_]{7,}"
-    r"|(?=[A-Za-z0-9_]*[a-z])(?=[A-Za-z0-9_]*[0-9])[A-Za-z0-9_]{20,}"
-    r"|[0-9A-Fa-f]{16,}|(?=[A-Z]*[0-9])[A-Z0-9]{20,}"
-)
-
-
-def _no_variable(key: str) -> str:
-    """What is said where a key may stand in the place of its name: whoever writes it finds it nowhere else."""
-    return (
-        f"{key} is not the name of an environment variable; allowed: a name as OPENAI_API_KEY; export the key under it "
-        "(the value given here is not shown, because it may be the key itself)"
-    )
-
-
-def _is_variable(name: str) -> bool:
-    """Whether ``name`` can be a variable's and does not look like a key that happens to be spelt like one."""
-    return _VARIABLE.fullmatch(name) is not None and _LIKE_A_KEY.fullmatch(name) is None
-
-
-def _check_fields(endpoint: EndpointConfig, key: str) -> None:
-    """Requests may be put otherwise, but not ask for something else."""
-    targets = list(endpoint.rename.values())
-    for option, names in (
-        ("rename", [*endpoint.rename, *targets]),
-        ("drop", endpoint.drop),
-        ("add", list(endpoint.add)),
-    ):
-        for name in names:
-            if name in _OURS or not _FIELD.fullmatch(name):
-                raise ConfigError(
-                    f"{key}.{option} names {name!r}; allowed: names of fields other than {', '.join(_OURS)}, which are "
-                    "what is asked"
-                )
-    if clash := sorted(set(targets) & {*endpoint.add, *endpoint.drop}) or sorted({*endpoint.rename} & {*endpoint.drop}):
-        raise ConfigError(f"{key}: {clash[0]} is renamed, and dropped or added as well; allowed: one of them")
-    if double := [name for name in targets if targets.count(name) > 1]:
-        raise ConfigError(f"{key}.rename gives two fields the name {double[0]}; allowed: every name once")
-    if not _is_json(endpoint.add):
-        raise ConfigError(
-            f"{key}.add holds a value that JSON cannot; allowed: texts, numbers, true, false, null, lists, maps"
-        )
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
 
 
 def _leaves(node: Any, kind: type[T], key: str = "") -> Iterator[tuple[str, T]]:
@@ -370,8 +280,8 @@ def _check_objective(config: Config) -> None:
 
 def _check_workers(config: Config) -> None:
     """A key has a name, metrics an address; a model in the worker itself scores likelihood and does nothing else."""
-    if config.teacher.workers.key_env and not _is_variable(config.teacher.workers.key_env):
-        raise ConfigError(_no_variable("teacher.workers.key_env"))
+    if config.teacher.workers.key_env and not is_variable(config.teacher.workers.key_env):
+        raise ConfigError(no_variable("teacher.workers.key_env"))
     if not (host := config.teacher.workers.metrics_host).strip():
         raise ConfigError(f"teacher.workers.metrics_host is {host!r}; allowed: an address of this machine")
     if not config.teacher.workers.own_model:
@@ -432,24 +342,3 @@ def _check_grpo(config: Config) -> None:
             f"rollout.temperature is {config.rollout.temperature}; allowed: 1.0, because objective.name=grpo follows "
             "the gradient of the distribution that was sampled from"
         )
-
-
-def _check_endpoints(config: Config) -> None:
-    seen: set[str] = set()
-    for index, endpoint in enumerate(config.teacher.workers.endpoints):
-        key = f"teacher.workers.endpoints[{index}]"
-        check_endpoint(endpoint, key)
-        if endpoint.url.rstrip("/") in seen:
-            raise ConfigError(f"{key}.url is {endpoint.url}; allowed: every server once")
-        seen.add(endpoint.url.rstrip("/"))
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return False
-    plain = not (parts.username or parts.password or parts.query or parts.fragment or "@" in parts.netloc)
-    written = url.isascii() and url.isprintable() and " " not in url
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and plain and written

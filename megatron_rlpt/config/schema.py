@@ -345,7 +345,7 @@ class EndpointConfig:
     """One server of the teacher that speaks OpenAI's API."""
 
     url: str = MISSING
-    """Base address, as http://host:8000/v1."""
+    """Base address, as http://host:8000/v1; a query, as ``?api-version=2024-10-21``, goes with every request."""
     model: str = ""
     """Model to ask for; empty is the first that the server lists."""
     weight: float = 1.0
@@ -357,6 +357,8 @@ class EndpointConfig:
     unknown: measured at the start."""
     api_key_env: str = ""
     """Name of the environment variable that holds the key; empty is none. Never the key itself."""
+    key_header: str = "Authorization"
+    """Header that the key is sent in: as a bearer token in Authorization, as it is in another, as ``api-key``."""
     proxy: str = ""
     """Proxy to go through, as http://proxy:3128; ``env`` takes HTTP_PROXY, HTTPS_PROXY and NO_PROXY, empty is none."""
     rename: dict[str, str] = field(default_factory=dict)

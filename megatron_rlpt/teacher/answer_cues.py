@@ -11,28 +11,50 @@ LENGTH = 160
 """Characters before an object that are looked at."""
 
 _NAMES = r"continuation|candidate|option|text|passage|document|beginning|reference"
+_POINTS = (
+    r"verdict|answer|output|json|object|following|this|these|those|that|such|lines?|words?|texts?|strings?|snippet|code|"
+    r"instructions?|orders?|commands?|messages?|notes?|prompt|reply|response|evaluation|judge?ments?|rating|label|score|"
+    r"as|like|than|with|by|of|to|in|once|again|else"
+)
+_OPINION = (
+    rf"(?:no(?! more| less)|more|less|too) (?!(?:{_POINTS})\b)\w+|better|best|worse|worst|fewer|stronger|weaker"
+    r"|errors?|mistakes?|repetitions?|contradictions?|inaccuracies|well|poorly|smoothly|naturally|abruptly"
+)
+_WORD = rf"(?!(?:{_POINTS})\b)\w++"
+_OWN_VIEW = rf"(?![ \t](?:{_WORD}[ \t]){{0,4}}?(?:{_OPINION})\b(?:[ \t]{_WORD}){{0,6}}[:,]?\s*\n)"
+"""Not with an opinion as its own end of the line, which points at nothing that follows: that is the judge's word."""
 _SAID = (
     r"\b(?:continuations?|candidates?|texts?|options?|passages?|documents?|story|author|writer|he|she|it|first|second"
     r"|one|reference|beginning|user|injection|[12])\b[^.!?\n{}]{0,60}"
-    r"\b(?:say(?:s|ing)?|said|reads?(?! (?:better|more|less|well|naturally|smoothly))|writes?|wrote|written"
-    r"|contain(?:s|ed|ing)?|includ(?:es?|ed|ing)|ends?|ending|claims?"
+    r"\b(?:(?:contain(?:s|ed|ing)?|includ(?:es?|ed|ing)|holds?|reads?(?! (?:better|more|less|well|naturally|smoothly))"
+    rf"|ends?|ending(?= (?:with|in|on|by|as|like)\b))\b{_OWN_VIEW}"
+    r"|(?:say(?:s|ing)?|said|writes?|wrote|written|claims?"
     r"|claimed|states?|quot(?:es?|ed|ing)|instructs?|tells?|asks?|demands?|announces?|pretends?|inject(?:s|ed)?|embeds?"
-    r")\b[^.!?\n{}]{0,40}(?:[:,(\u2014]\s*|(?<=[\w ])|\s*(?=```|~~~))"
+    r"|goes|finishes)\b)[^.!?\n{}]{0,40}(?:[:,(\u2014]\s*|(?<=[\w ])|\s*(?=```|~~~))"
 )
 _EXAMPLE = (
-    r"\b(?:such as|like|e\.g\.,?|for example,?|for instance,?|example|instead of|rather than|quotes?|quoting|quotation"
-    r"|copied|verbatim|injection|sample)[ \t]*[:,(\u2014]?\s*"
+    r"\b(?:such as|like|e\.g\.,?|for example,?|for instance,?|example|instead of|rather than|verbatim|injection|sample"
+    r"|(?:quot(?:es?|ed|ing|ation)|copied|copy|excerpt|extract)(?: (?:from|of|out of) [^.!?\n{}]{0,50})?)"
+    r"[ \t]*[:,(\u2014]?\s*"
+    r"|\b(?:fake|forged|planted|hidden|malicious|wrong|bad) (?:\w+ )?(?:verdict|answer|text|instruction|object|message)"
+    r"\b[^.!?\n{}]{0,20}"
+    rf"|\b(?:in|from|of|by) (?:the )?(?:first|second|(?:{_NAMES})(?: [12])?)[ \t*]*:[ \t*]*\s*"
 )
 _FORM = (
     r"(?:^|[\n.!?])[ \t*#]*(?:(?:the|your|expected|required|requested|output|response|answer) ){0,3}(?:format|template"
     r"|schema)(?: is| would be)?[ \t*]*:?[ \t*]*\s*"
-    r"|(?:^|[\n.!?]\s*|\bplease )(?:respond|reply) (?:with|in|like|as)\b[^.!?\n{}]{0,50}"
+    r"|(?:^|[\n.!?]\s*|\bplease )(?:(?:respond|reply) in|(?:respond|reply|answer|output|return|print) "
+    r"(?:with|like|as|exactly))"
+    r"\b[^.!?\n{}]{0,50}"
     r"|\b(?:expected|possible|desired) (?:outputs?|answers?|repl(?:y|ies)|responses?)(?: is| are)?[ \t]*:?\s*"
-    r"|\b(?:template|draft|snippet|original text|last line)[ \t*]*:[ \t*]*\s*"
+    r"|\b(?:template|draft|snippet|original text|last line|thinking|thoughts?|impression)[ \t*]*:[ \t*]*\s*"
 )
 """What an answer looks like, or looked like before it was one."""
 _NOT_SO = (
-    r"(?:\bnot|n['\u2019]t|\bnever|\bignore|\bdisregard|\brefuse to)(?:[ \t]+\w+){0,3}[ \t]*"
+    r"(?:\bnot|n['\u2019]t|\bnever|\bignore|\bdisregard|\brefuse to)(?:[ \t]+\w+){0,3}:?[ \t]*"
+    r"|\b(?:asked|told|instructed|supposed|wants?(?: \w+)?|instruction is) to "
+    r"(?:answer|output|write|reply|respond|say|print)"
+    r"\b[^.!?\n{}]{0,30}"
     r"|\bif\b[^.!?\n{}]{0,80}(?:\bwould\b|['\u2019]d\b)[^.!?\n{}]{0,40}"
     r"|\bwould(?:n['\u2019]t| not)? have\b[^.!?\n{}]{0,40}"
     r"|(?<!\bi )\bwould (?:say|answer|write|output)[ \t]*:?\s*"
@@ -41,7 +63,7 @@ _NOT_SO = (
     r"|\bmanipulat\w* (?:\w+ ){0,2}(?:with|by|using)\b[^.!?\n{}]{0,40}"
 )
 """It is denied, imagined or ascribed to somebody."""
-_HEADING = rf"(?:^|\n)[ \t*#]*(?:{_NAMES})(?: [12ab])?[ \t*]*:[ \t*]*\s*"
+_HEADING = rf"(?:^|\n)[ \t*#]*(?:{_NAMES}|original|user|human)(?: [12ab])?[ \t*]*:[ \t*]*\s*"
 """A text under judgment is set out below its name."""
 _ABROAD = (
     r"\b(?:enth\u00e4lt|lautet|besagt|schreibt|endet mit|contient|dit|\u00e9crit|se termine par|dice|contiene"
@@ -54,31 +76,49 @@ _ABROAD = (
 _BEFORE = re.compile(
     rf"(?:{_SAID}|{_EXAMPLE}|{_FORM}|{_NOT_SO}|{_HEADING}|{_ABROAD}|(?<!~)~~)(?:(?:```+|~~~+)\w*\s*)?$", re.IGNORECASE
 )
+_CLOSING = r"[ \t`'\"\u201d\u2019)*_]{0,6}"
 _BEHIND = re.compile(
-    r"[ \t`'\"\u201d\u2019)*_]{0,6}\n?[ \t]*(?:\(?(?:quoted|copied|taken) "
-    r"|(?:is|was)(?! my| the (?:verdict|answer|result))\b|(?:were|would|could|might|had|appears?|occurs?|stands|in the"
-    r"|into the|at its|at the|but [iI]|or not|and the other|from the)\b"
-    r"|\u3068\u3042\u308b|\u3068\u66f8|\u662f\u539f\u6587)"
+    rf"{_CLOSING}\n{{0,2}}[ \t]*"
+    r"(?:\(?(?:quoted|copied|taken|from the|(?:just |only )?an? example|example)"
+    r"|(?:-|<-+|\u2190) ?(?:from )?(?:continuation|option))\b"
+    rf"|{_CLOSING},?[ \t]*(?:it|he|she|the (?:first|second|{_NAMES})|(?:{_NAMES}) [12])? ?(?:says|said|reads|wrote)\b"
+    rf"|{_CLOSING}\n?[ \t]*(?:(?:is|was)(?! my| the (?:verdict|answer|result))\b"
+    r"|(?:were|would|could|might|had|appears?|occurs?|stands|in the|into the|at its|at the|but I|or not|vs"
+    r"|and the other)\b|\u3068\u3042\u308b|\u3068\u66f8|\u662f\u539f\u6587)",
+    re.IGNORECASE,
 )
 """The sentence goes on, and the object is what it is about."""
 _TAKEN_BACK = re.compile(
-    r"(?:^|[\n.!?\u2026])[ \t\n*_.]{0,8}(?:(?:but|oh|hmm|sorry),? )?(?:wait|actually|correction|no(?=[,.!;:])"
-    r"|scratch that|strike that|on reflection|on second thoughts?|never ?mind|my mistake|just kidding"
+    r"\A[\s`'\"\u201d\u2019)*_]{0,8}(?:this|that|it|the above)(?: verdict| answer| object)?"
+    r"(?: (?:is|was)(?: not|n['\u2019]t) (?:right|true|correct|an? (?:verdict|answer))"
+    r"| (?:is|was) (?:wrong|incorrect|false|written by|part of|what(?! i\b)|quot\w+"
+    r"|(?:(?:just|only|merely) )*(?:an? )?(?:example|placeholder|template|sample|quotation)))\b"
+    r"|(?:^|[\n.!?\u2026])[ \t\n*_.]{0,8}(?:(?:but|oh|hmm|sorry),? )?(?:wait|actually|correction|no(?=[,.!;:])"
+    r"|scratch that|strike that|on reflection|on second thoughts?|never ?mind|my mistake|just kidding|oops|whoops"
     r"|edit(?=:)|instead(?=,)|rather(?=[, ])|nein|non(?=,)|\u043d\u0435\u0442|\u4e0d\u5bf9|\u7b49\u7b49)(?!\w*[a-z])"
     r"|\b(?:i|must|let me) (?:retract|withdraw|take (?:that|this|it) back|change my|revise my)\b"
     r"|\bi (?:can(?:['\u2019]t|not| not)|am unable to) (?:decide|choose|judge (?:this|these|them|it|between|which)\b)"
-    r"|\bi was (?:wrong|mistaken)\b|\b(?:the above|this) (?:is not|isn['\u2019]t|was not) my\b"
-    r"|\bthe above (?:is|was) from\b"
+    r"|\bi (?:meant|do(?: not|n['\u2019]t) (?:agree|endorse|mean))\b|\bi was (?:wrong|mistaken)\b"
+    r"|\b(?:the above|this) (?:is not|isn['\u2019]t|was not) my\b"
+    r"|\bthe above (?:is|was) (?:from|written by)\b"
     r"|\b(?:ignore|disregard) (?:this|that|it|the above)\b"
     r"|\bmy (?:answer|verdict|choice)(?: above)? (?:is|was) (?:wrong|a mistake|mistaken)\b"
-    r"|\b(?:that|this|it) (?:is|was) (?:what|quoted from|copied|only what|just what) ",
+    r"|\b(?:that|this|it) (?:is|was) (?:what(?! i\b)|quoted from|copied|only what|just what) ",
     re.IGNORECASE,
 )
+
+_CONSEQUENCE = re.compile(
+    r"[,;] (?:and )?(?:so|hence|thus|therefore)"
+    r"(?=,?:?\s*(?:(?:```+|~~~+)\w*\s*)?$| my | i (?:choose|pick|prefer|say|answer|vote|go|give) )",
+    re.IGNORECASE,
+)
+"""What follows is the judge's own conclusion."""
 
 
 def is_anothers(text: str, since: int, start: int, end: int) -> bool:
     """Whether the object from ``start`` to ``end`` is shown or spoken of, not said; its prose begins at ``since``."""
-    return bool(_BEFORE.search(text[max(since, start - LENGTH) : start]) or _BEHIND.match(text, end))
+    before = _CONSEQUENCE.split(text[max(since, start - LENGTH) : start])[-1]
+    return bool(_BEFORE.search(before) or _BEHIND.match(text, end))
 
 
 def is_taken_back(behind: str) -> bool:

@@ -7,6 +7,7 @@ introduced as somebody else's words or as an example, and everything before the 
 
 from __future__ import annotations
 
+import html
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -15,22 +16,52 @@ from dataclasses import dataclass, field
 from megatron_rlpt.teacher.answer_cues import is_anothers
 from megatron_rlpt.teacher.loose_json import Reading, read_object, starts_object
 from megatron_rlpt.teacher.thinking import END as _END_OF_THOUGHT
+from megatron_rlpt.teacher.thinking import OPEN as _THOUGHT
+from megatron_rlpt.teacher.thinking import end_of_thought
 
+_MOST_OBJECTS = 64
+"""Objects that are read; no answer has more, and what is around each of them has to be looked at."""
 _TAGS = (
     "quote|blockquote|q|cite|document|text|passage|candidate|continuation|option|beginning|reference|examples?|"
     "input|story|context|format|output_format|template|prompt|instructions?|draft|plan|planning|monologue|inner_monologue|"
-    "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|"
-    "cot|rationale|thinking_process|inner_thoughts|internal_thoughts"
+    "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|cot|reason|internal"
+    "|rationale|thinking_process|inner_thoughts|internal_thoughts"
 )
 _FENCE = r"^[ \t]{0,8}(?:```+|~~~+)"
+_KINDS = (
+    '"\uff02',
+    "`\u00b4",
+    "\u201c\u201d\u201e\u201f\u301d\u301e\u301f\u275d\u275e",
+    "'\u2018\u2019\u201a\u201b\u275b\u275c",
+    "\u00ab\u00bb",
+    "\u2039\u203a",
+    "\u300c\u300d",
+    "\u300e\u300f",
+    "\u3010\u3011",
+    "\u300a\u300b",
+    "\u3008\u3009",
+    "\u3014\u3015",
+    "\u3016\u3017",
+    "\u27e8\u27e9",
+    "\u27ea\u27eb",
+)
+"""Quotation marks that open and close each other: which way round they stand depends on the language."""
+_KIND = {mark: marks[0] for marks in _KINDS for mark in marks} | {
+    "''": '"',
+    "``": '"',
+    "<<": "\u00ab",
+    ">>": "\u00ab",
+}
+_ENTITY = r"&(?:quot|apos|[lrb]dquo|[lrs]squo|sbquo|[lr]aquo|[lr]saquo|#\d{2,4}|#x[0-9a-f]{2,4});"
 _EVENT = re.compile(
     rf"(?P<fence>{_FENCE}(?P<language>[^\n`{{\[\"]*))"
     r"|(?P<line>^[ \t]*>[^\n]*|<!--(?:[^-]|-(?!->)){0,400}+-->)"
-    rf"|(?P<thought>{_END_OF_THOUGHT.pattern})"
+    rf"|(?P<ended>{_END_OF_THOUGHT.pattern})"
+    rf"|(?P<opened>{_THOUGHT})"
     rf"|<[ ]?(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)(?:[ \t][^<>\n]{{0,80}})?>"
     r"|(?P<marker>\[begin (?:beginning|continuation|reference|text|passage)\b)"
     r"|(?P<brace>[{\[])"
-    "|(?P<mark>[\"'`\u201c\u201d\u201e\u00ab\u00bb\u2018\u2019\u300c\u300d\u300e\u300f\uff02\u2039\u203a])",
+    rf"|(?P<mark>{_ENTITY}|{'|'.join(re.escape(mark) for mark in sorted(_KIND, key=len, reverse=True))})",
     re.MULTILINE | re.IGNORECASE,
 )
 _FENCE_END = re.compile(rf"{_FENCE}[ \t]*$", re.MULTILINE)
@@ -38,17 +69,6 @@ _SOLE = re.compile(r"(?:\s|(?://|#)[^\n]*\n)*+(?:[A-Za-z_]{1,20}[ \t]*=[ \t]*)?(
 _LIST = re.compile(r"\[\s*+")
 _TAG_END = re.compile(rf"<[ ]?/[ ]?(?P<tag>(?:{_TAGS})(?:[ _-]?[0-9A-Za-z]{{1,2}})?)[ \t]*>", re.IGNORECASE)
 _MARKER_END = re.compile(r"\[end (?:beginning|continuation|reference|text|passage)\b[^\]\n]*\]?", re.IGNORECASE)
-_SAME = {
-    "\u201d": "\u201c",
-    "\u201e": "\u201c",
-    "\u00bb": "\u00ab",
-    "\u203a": "\u2039",
-    "\u300d": "\u300c",
-    "\u300f": "\u300e",
-    "\u2018": "'",
-    "\u2019": "'",
-    "\uff02": '"',
-}
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,8 @@ class Scan:
     """What is neither an object nor a quotation."""
     broken: bool = False
     """Something begins like an object and does not end like one."""
+    thinking: bool = False
+    """A thought has begun that does not end."""
 
 
 def scan(text: str) -> Scan:
@@ -89,7 +111,7 @@ class _Scanner:
         self._marker_ends = [match.end() for match in _MARKER_END.finditer(text)]
         self._found = Scan()
         self._marks: Counter[str] = Counter()
-        self._thought = False
+        self._read = 0
         self._prose_from = 0
 
     def run(self) -> Scan:
@@ -104,17 +126,17 @@ class _Scanner:
         """Take note of ``match``; where to go on."""
         start, end = match.span()
         if match["mark"]:
-            self._note_mark(match["mark"], start)
+            self._note_mark(match["mark"], start, end)
         elif match["brace"]:
             return self._brace(start)
         elif match["fence"]:
             return self._fence(match)
-        elif match["thought"]:
-            if not self._thought:
-                # All so far was a thought, whose beginning the chat template has written. Once only.
-                self._thought = True
-                self._found, self._marks = Scan(), Counter()
-                self._prose_from = end
+        elif match["ended"]:
+            self._forget(start, end)
+        elif match["opened"]:
+            end = end_of_thought(self._text, match["opened"], end)
+            self._found.thinking = end < 0
+            return self._pass_over(start, end if end >= 0 else len(self._text))
         elif match["line"]:
             return self._pass_over(start, end)
         elif match["tag"]:
@@ -122,6 +144,15 @@ class _Scanner:
         else:
             return self._pass_over(start, _next(self._marker_ends, end, len(self._text)))
         return end
+
+    def _forget(self, start: int, end: int) -> None:
+        """All so far was a thought, whose beginning the chat template has written.
+
+        Unless an object is open and the mark is in the middle of a line: then it may be quoted there.
+        """
+        is_open = self._found.broken and self._text[:start].rstrip(" \t")[-1:] not in ("", "\n")
+        self._found, self._marks, self._read = Scan(broken=is_open), Counter(), 0
+        self._prose_from = end
 
     def _pass_over(self, start: int, end: int) -> int:
         self._prose(start)
@@ -143,7 +174,8 @@ class _Scanner:
                 return start + 1
         if self._found.broken or not starts_object(text, first):
             return start + 1
-        reading = read_object(text, start)
+        self._read += 1
+        reading = read_object(text, start) if self._read <= _MOST_OBJECTS else None
         if reading is not None and reading.doubtful and self._holds_end_of_thought(start, reading.end):
             reading = None
         if reading is None:
@@ -158,7 +190,7 @@ class _Scanner:
         return reading.end
 
     def _holds_end_of_thought(self, start: int, end: int) -> bool:
-        return not self._thought and _END_OF_THOUGHT.search(self._text, start, end) is not None
+        return _END_OF_THOUGHT.search(self._text, start, end) is not None
 
     def _fence(self, match: re.Match[str]) -> int:
         place = bisect_left(self._fence_ends, (match.end(), 0))
@@ -171,12 +203,12 @@ class _Scanner:
             return match.end()
         return self._pass_over(match.start(), behind)
 
-    def _note_mark(self, mark: str, at: int) -> None:
-        kind = _SAME.get(mark, mark)
+    def _note_mark(self, mark: str, start: int, end: int) -> None:
+        kind = _KIND.get(mark) or _KIND.get(html.unescape(mark), "")
         if kind != "'":
             self._marks[kind] += 1
             return
-        before, after = self._text[at - 1 : at] if at else "", self._text[at + 1 : at + 2]
+        before, after = self._text[start - 1 : start] if start else "", self._text[end : end + 1]
         if not before.isalnum() and after and not after.isspace():
             self._marks[kind] += 1
         elif before and not before.isspace() and not after.isalnum():

@@ -7,13 +7,14 @@ import contextlib
 import functools
 import os
 import signal
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from megatron_rlpt.buffer.buffer import RolloutBuffer
 from megatron_rlpt.buffer.judging import SETTINGS
-from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.buffer.open import open_buffer, place_of
 from megatron_rlpt.config import Config, JudgeName, TeacherPlace, needs_judge
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError
 from megatron_rlpt.observe.log import get_logger
@@ -35,6 +36,13 @@ _log = get_logger(__name__)
 
 _LOOK_ROUND = 3.0
 """Seconds between two looks at which servers are announced."""
+_TELL_AGAIN = 30.0
+"""Seconds after which it is said again for what a worker waits; doubles each time, up to an hour."""
+_LONGEST_SILENCE = 3600.0
+_WHERE_TRAINER = (
+    "is rlpt train running, with the same buffer.url, buffer.name and run.dir, and with teacher.place=workers? SQLite "
+    "is for one machine"
+)
 _READY = 600.0
 """Seconds to wait for the first server; large models take minutes to load."""
 
@@ -124,16 +132,25 @@ async def _until(stopped: asyncio.Event, work: Awaitable[object]) -> None:
 
 
 async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
-    told = False
-    while True:
-        announced = await asyncio.to_thread(buffer.announced, SETTINGS)
-        if announced:
-            require_same_settings(config, next(iter(announced.values())))
-            return
-        if not told:
-            _log.info("waiting for the trainer to open the rollout buffer")
-        told = True
+    url, name = place_of(config)
+    began, tell_at, pause = time.monotonic(), 0.0, _TELL_AGAIN
+    while not (announced := await asyncio.to_thread(buffer.announced, SETTINGS)):
+        waited = time.monotonic() - began
+        if not tell_at:
+            _log.info("waiting for the trainer to open the rollout buffer", buffer=url, run=name)
+            tell_at = pause
+        elif waited >= tell_at:
+            _log.warning(
+                "still waiting for the trainer to open the rollout buffer",
+                buffer=url,
+                run=name,
+                waited=f"{waited:.0f} s",
+                check=_WHERE_TRAINER,
+            )
+            pause = min(2 * pause, _LONGEST_SILENCE)
+            tell_at = waited + pause
         await asyncio.sleep(_LOOK_ROUND / 3)
+    require_same_settings(config, next(iter(announced.values())))
 
 
 async def _own_model(config: Config) -> OwnLikelihood | None:

@@ -10,28 +10,36 @@ import re
 
 _NAMES = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think"
 BLANK = " \t\r\n\ufeff\u200b"
-_OPEN = re.compile(
-    rf"<(?P<tag>{_NAMES})>|\[(?P<bracket>THINK)\]|(?P<diamond>\u25c1think\u25b7)|(?P<begin><\|begin_of_thought\|>)"
-    r"|(?P<channel>(?:<\|start\|>assistant)?<\|channel\|>analysis)"
-    r"|(?P<special><unused94>thought|<\|START_THINKING\|>|<\|thinking\|>)",
-    re.IGNORECASE,
+OPEN = (
+    rf"<[ ]?(?:{_NAMES})[ ]?>|\[THINK(?:ING)?\]|\u25c1think\u25b7|<\|begin_of_thought\|>"
+    r"|(?:<\|start\|>assistant)?<\|channel\|>analysis|<unused94>thought|<\|START_THINKING\|>|<\|think(?:ing)?\|>"
 )
+"""What begins a thought, whatever the case of its letters."""
 END = re.compile(
-    rf"</(?:{_NAMES})>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|channel\|>final(?:<\|message\|>)?"
-    r"|<unused95>|<\|END_THINKING\|>|<\|/thinking\|>",
+    rf"<[ ]?/[ ]?(?:{_NAMES})[ \t]*>|\[/THINK(?:ING)?\]|\u25c1/think\u25b7|<\|end_of_thought\|>"
+    r"|<\|channel\|>final(?:<\|message\|>)?|<unused95>|<\|END_THINKING\|>|<\|/think(?:ing)?\|>",
     re.IGNORECASE,
 )
 """The end of a thought, whatever began it."""
+_OPEN = re.compile(OPEN, re.IGNORECASE)
+_TAG = re.compile(r"<[ ]?([a-z:]+)(?=[ \t>])", re.IGNORECASE)
+
+
+def end_of_thought(text: str, opened: str, after: int) -> int:
+    """Index behind the thought that ``opened`` has begun, looked for from ``after`` on; -1 where it has no end."""
+    tag = _TAG.match(opened)
+    end = (re.compile(rf"<[ ]?/[ ]?{tag[1]}[ \t]*>", re.IGNORECASE) if tag else END).search(text, after)
+    return end.end() if end else -1
 
 
 def without_opened_thought(text: str) -> str | None:
     """``text`` after the thoughts that it begins with; None when the last of them has no end."""
     text = text.lstrip(BLANK)
     while match := _OPEN.match(text):
-        end = _end_of(match).search(text, match.end())
-        if end is None:
+        end = end_of_thought(text, match[0], match.end())
+        if end < 0:
             return None
-        text = text[end.end() :].lstrip(BLANK)
+        text = text[end:].lstrip(BLANK)
     return text
 
 
@@ -41,8 +49,3 @@ def without_thought(text: str) -> str | None:
     if rest is None or not (end := END.search(rest)):
         return rest
     return rest[end.end() :].lstrip(BLANK)
-
-
-def _end_of(opened: re.Match[str]) -> re.Pattern[str]:
-    tag = opened["tag"]
-    return re.compile(rf"</{re.escape(tag)}>", re.IGNORECASE) if tag else END

@@ -6,9 +6,10 @@ All axes are answered in one form, a JSON object with the reasoning first and th
 
 A server that can is held to it by ``json_schema``. Others write more or less of it, with text before and after, so the
 object may stand anywhere and be written as models write JSON (``loose_json``). It counts if the model says it itself
-(``answer_objects``) and nothing else in the reply says otherwise: no second object, no key that comes twice, no
-``verdict: ...`` beside it. The key is taken as it is written, without escapes: ``disarm`` takes it out of the texts
-under judgment, so that a model that copies from them copies no verdict. The reply itself is kept by the caller.
+(``answer_objects``) and nothing else in the reply says otherwise: no second object, no other key that names a winner,
+no ``verdict: ...`` beside it; and if it is filled in, not the form of an answer copied (``answer_words``). The key is
+taken as it is written, without escapes: ``disarm`` takes it out of the texts under judgment, so that a model that
+copies from them copies no verdict. The reply itself is kept by the caller.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 
 from megatron_rlpt.records import Failed
 from megatron_rlpt.teacher.answer_cues import is_taken_back
-from megatron_rlpt.teacher.answer_objects import Scan, scan
+from megatron_rlpt.teacher.answer_objects import Found, Scan, scan
+from megatron_rlpt.teacher.answer_words import NOUN, NUMBERS, is_filled_in, may_say_verdict, word_of
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.loose_json import COLON, QUOTES, Pairs, Word
 from megatron_rlpt.teacher.thinking import without_opened_thought
@@ -58,42 +60,39 @@ _KEY = re.compile(
     rf"((?:{_ESCAPED_MARK}|[{{,\uff0c;]){_GAP}verdict{_GAP}(?:{_ESCAPED_MARK}{_GAP})*+)({COLON})", re.IGNORECASE
 )
 """The key of a verdict in every form in which it is one."""
+_NAMED = rf"(?:the[ \t]+)?(?:(?:{NOUN})[ \t_-]?)?#?[ \t]?(\w+)"
 _CLAIM = re.compile(
-    rf"verdict[\s\\*_)\]{_QUOTE_MARKS}]{{0,8}}(?:{COLON}|=)[\s\\*_(\[{_QUOTE_MARKS}]{{0,8}}(\w+)", re.IGNORECASE
+    rf"verdict[\s\\*_)\]{_QUOTE_MARKS}]{{0,8}}(?:{COLON}|=)[\s\\*_(\[{_QUOTE_MARKS}]{{0,8}}{_NAMED}", re.IGNORECASE
 )
 """What looks like a verdict wherever it stands."""
 _STATED = re.compile(
-    r"\b(?:answer|verdict|decision|choice|correction)\b[\s*_]{0,4}(?:is|to|:|=)[\s*_\"'(\[]{0,8}"
-    r"(?:(?:continuation|option|candidate|number)[ \t]*#?)?[ \t]*(\w+)",
+    r"\b(?:(?:answer|verdict|decision|choice|correction|winner|preferred|preference|better|best|final|update|overall)"
+    rf"(?:[ \t](?:{NOUN}|one))?[\s*_]{{0,4}}(?:is|to|:|=|->)|i(?:['\u2019]d|[ \t](?:would|will|do))?[ \t]"
+    rf"(?:choose|pick|prefer|select|go with|vote for)\b)[\s*_\"'(\[]{{0,8}}{_NAMED}",
     re.IGNORECASE,
 )
 """A verdict in a sentence."""
+_LINE = re.compile(
+    r"^[ \t*_#>]*+(?:(?:so|thus|overall|hmm|therefore|i think|i say|however|but|though|really|still|yet|it is)[, ]+)*"
+    rf"(?:the )?(?:(?:{NOUN})[ \t]#?)?(1|2|first|second)(?: (?:{NOUN}|one))?"
+    rf"(?: (?:is (?:the )?better(?: (?:{NOUN}|one))?|wins)[.!]?|[.!]?(?<![12][.]))[ \t*_]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""A verdict that is a line by itself."""
 _LEFT_OVER = re.compile(r"[\"'\u201d]\s*\}")
 """The end of a string and of an object behind the object: what was read ended too early."""
-_DECORATION = " \t\r\n\u00a0\u200b\ufeff*_~`'\".,;:!()[]<>\\" + "".join(QUOTES) + "\u00bb"
-_LABEL = re.compile(r"(?:the )?(?:continuation|option|candidate|number|text|no\.?)?[ \t]*#?[ \t]*(?=[12]$)")
+_OWN_REASONS = re.compile(r"reason|analy|expla|thought|rationale|justif|compar")
 _REASONS = re.compile(
     r"reason|thought|think|anal|expla|quot|comment|note|rationale|example|justif|critique|evidence|candidate|continuation"
-    r"|passage|document|input|^text$|inject|draft|format|template|prompt|hypothe|^if\b|^if_"
+    r"|passage|document|input|^text$|^option|^first$|^second$|original|source|user|fake|wrong|inject|draft|format|template"
+    r"|prompt|hypothe|^if\b|^if_"
 )
-_OTHER_NAMES = re.compile(r"(?:^|_)(?:verdict|answer|winner|choice|decision|better)(?:$|_)")
-"""Keys that say what a verdict says."""
-_HIDDEN = re.compile(r"[\u200b-\u200f\u2060\ufeff\\]")
 _ENTITIES = {"&quot;": '"', "&#34;": '"', "&#x22;": '"', "&apos;": "'", "&#39;": "'", "&#x27;": "'"}
 _ENTITY = re.compile("|".join(_ENTITIES))
-_FILL_IN = re.compile(
-    r"\s*(?:<[^<>]{0,40}\b(?:reasoning|explanation|analysis|sentences)\b[^<>]{0,40}>"
-    r"|\[?your (?:reasoning|analysis|explanation)(?: here)?\]?)[\s.]*",
-    re.IGNORECASE,
-)
-"""A place that was to be filled in: the form of an answer, copied."""
 _NAME = "verdict"
-_WIDE = str.maketrans("\uff11\uff12", "12")
 _ALL_WORDS = {*QUALITY, *SAFETY, *FACTUALITY}
 _SIMPLE = re.compile(r"[A-Za-z ]*[0-9]{0,9}")
 _LITERALS = ("true", "false", "null", "True", "False", "None", "NaN", "Infinity")
-_HEX = re.compile(r"\\u([0-9a-f]{4})")
-_SPELT_SPACE = re.compile(r"\\[nrt]")
 _AROUND = " \t\r\n\u00a0\u200b\ufeff"
 _DEEPEST = 2
 _UNESCAPED = {"n": "\n", "t": "\t", "r": "\r"}
@@ -160,34 +159,39 @@ def _verdict(reply: Reply, words: Sequence[str]) -> str | Failed:
 
 
 def _decided(text: str, found: Scan, words: Sequence[str], depth: int = 0) -> str | Failed:
+    if found.thinking:
+        return Failed(Reason.THOUGHT)
     if not found.objects and not found.broken and depth < _DEEPEST and (plain := _unescaped(text)):
         return _decided(plain, scan(plain), words, depth + 1)
     if found.broken:
         return Failed(Reason.MALFORMED)
-    verdicts = [verdict for one in found.objects for verdict in _verdicts(one.reading.value)]
+    verdicts = [verdict for one in found.objects for verdict in _verdicts(one.reading.value, not _is_form(one))]
     said = [value for value, is_own in verdicts if is_own]
     if not said:
-        return Failed(Reason.NO_VERDICT)
+        return Failed(Reason.UNKNOWN if any(map(_is_form, found.objects)) else Reason.NO_VERDICT)
     if not all(isinstance(value, str) and _is_word(value) for value in said):
         return Failed(Reason.MALFORMED)
-    own = {_word(value) for value in said}
-    others = {_word(value) for value, is_own in verdicts if not is_own}
-    doubtful = [text[one.start : one.reading.end] for one in found.objects if one.reading.doubtful]
-    others |= {claim[1].lower() for part in (*found.prose, *doubtful) for claim in _CLAIM.finditer(part)}
-    others |= {claim[1].lower() for part in found.prose for claim in _STATED.finditer(part)}
+    own = {word_of(value) for value in said}
     behind = text[found.objects[-1].reading.end :]
     if is_taken_back(behind):
         return Failed(Reason.CONTRADICTION)
     if _LEFT_OVER.search(behind):
         return Failed(Reason.MALFORMED)
-    if len(own) > 1 or (others & _ALL_WORDS) - own:
+    others = {word_of(value) for value, is_own in verdicts if not is_own and isinstance(value, str)}
+    if len(own) > 1 or ((others | _claims(text, found)) & _ALL_WORDS) - own:
         return Failed(Reason.CONTRADICTION)
     (word,) = own
-    if any(_FILL_IN.fullmatch(value) for one in found.objects for value in _strings(one.reading.value)):
-        return Failed(Reason.UNKNOWN)
     if word in words and not any(_CHOICE.search(text, one.start, one.reading.end) for one in found.objects):
         return word
     return Failed(Reason.UNKNOWN)
+
+
+def _claims(text: str, found: Scan) -> set[str]:
+    """Verdicts beside the objects."""
+    doubtful = [text[one.start : one.reading.end] for one in found.objects if one.reading.doubtful]
+    claims = [claim for part in (*found.prose, *doubtful) for claim in _CLAIM.finditer(part)]
+    claims += [claim for part in found.prose for form in (_STATED, _LINE) for claim in form.finditer(part)]
+    return {NUMBERS.get(word, word) for word in (claim[1].lower() for claim in claims)}
 
 
 def _verdicts(node: Any, is_own: bool = True) -> Iterator[tuple[Any, bool]]:
@@ -195,39 +199,45 @@ def _verdicts(node: Any, is_own: bool = True) -> Iterator[tuple[Any, bool]]:
     if isinstance(node, Pairs):
         for key, value in node:
             name = key.strip().lower()
+            nested = [] if isinstance(value, str) else list(_verdicts(value, is_own and not _REASONS.search(name)))
             if name == _NAME:
-                nested = [] if isinstance(value, str) else list(_verdicts(value, is_own))
                 yield from nested or [(value, is_own)]
             else:
-                spelt = _HIDDEN.sub("", _HEX.sub(_letter, name)).strip().replace(" ", "_")
-                if isinstance(value, str) and (spelt.endswith(_NAME) or _OTHER_NAMES.search(spelt)):
-                    yield value, False
-                yield from _verdicts(value, is_own and not _REASONS.search(name))
+                yield from nested or ((text, False) for text in _texts(value) if may_say_verdict(key, text))
     elif isinstance(node, list):
         for item in node:
             yield from _verdicts(item, is_own)
 
 
-def _strings(node: Any) -> Iterator[str]:
-    """Values of the keys of an object, the verdict aside, that are strings."""
+def _is_form(one: Found) -> bool:
+    """Whether it is the form of an answer, copied."""
+    return not all(is_filled_in(text) for text in _reasons(one.reading.value))
+
+
+def _reasons(node: Any) -> Iterator[str]:
+    """Reasons that are texts."""
     if isinstance(node, Pairs):
-        yield from (value for key, value in node if isinstance(value, str) and key.strip().lower() != _NAME)
+        for key, value in node:
+            if isinstance(value, str) and _OWN_REASONS.search(key.lower()):
+                yield value
+            yield from _reasons(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from _reasons(item)
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """All strings in ``node``."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, list):
+        for item in node:
+            yield from _texts(item[1] if isinstance(node, Pairs) else item)
 
 
 def _is_word(value: str) -> bool:
     """Whether it is one and not, without quotation marks, another kind of value."""
     return not isinstance(value, Word) or (_SIMPLE.fullmatch(value) is not None and value not in _LITERALS)
-
-
-def _word(value: Any) -> str:
-    """A verdict without what models put around it."""
-    if not isinstance(value, str):
-        return ""
-    if value.lstrip().startswith(("!", "~")):
-        return value  # not so, or struck out
-    word = _SPELT_SPACE.sub(" ", value).strip(_DECORATION).lower().translate(_WIDE)
-    label = _LABEL.match(word)
-    return word[label.end() :] if label else word
 
 
 def _unescaped(text: str) -> str:
@@ -243,7 +253,3 @@ def _unescaped(text: str) -> str:
     elif '\\"' not in text or not _ALL_ESCAPED.fullmatch(text):
         return _ENTITY.sub(lambda match: _ENTITIES[match[0]], text) if '"' not in text and "&" in text else ""
     return re.sub(r'\\(["\\/nrt])', lambda match: _UNESCAPED.get(match[1], match[1]), text)
-
-
-def _letter(match: re.Match[str]) -> str:
-    return chr(int(match[1], 16)).lower()

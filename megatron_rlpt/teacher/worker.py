@@ -216,7 +216,7 @@ class Worker:
         # Few different labels, whatever the error says.
         name = reason.partition(": ")[0]
         known = not name or name == _TOO_LATE or name in _OF_SERVERS
-        self._metrics.given_back((name or "stopped or lease lost") if known else "error")
+        self._metrics.given_back((name or "stopped or lease lost") if known else "error", reason)
 
     async def _renew(self) -> None:
         while True:

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from megatron_rlpt.addresses import reachable
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.records import Failed, Group
 from megatron_rlpt.teacher.client.endpoint import Endpoint
 
@@ -31,6 +32,11 @@ class WorkerMetrics:
             "rlpt_failed_judgments",
             "Candidates without a score, and rewrites that failed.",
             ["reason"],
+            registry=self.registry,
+        )
+        self._cause = Info(
+            "rlpt_last_failure",
+            "Why a candidate or a rewrite failed last, or a group went back, back to the server's own words.",
             registry=self.registry,
         )
         self._flying = Gauge("rlpt_groups_in_flight", "Groups being judged.", registry=self.registry)
@@ -75,10 +81,13 @@ class WorkerMetrics:
         for outcome in (*group.outcomes, group.rewrite_failure):
             if isinstance(outcome, Failed):
                 self._failed.labels(outcome.root).inc()
+                self._cause.info({"cause": shortened(outcome.explained)})
 
-    def given_back(self, reason: str) -> None:
-        """A group went back unjudged."""
+    def given_back(self, reason: str, cause: str = "") -> None:
+        """A group went back unjudged, for a ``reason`` that is one of few; ``cause`` is all that is known of it."""
         self._back.labels(reason).inc()
+        if cause:
+            self._cause.info({"cause": shortened(cause)})
 
 
 class _Servers:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
-from megatron_rlpt.config.checks import check_endpoint
+from megatron_rlpt.config.endpoints import check_endpoint
 from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.log import get_logger

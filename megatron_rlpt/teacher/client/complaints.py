@@ -7,7 +7,10 @@ import json
 import re
 from typing import Any
 
-_KEYS = ("error", "errors", "message", "detail", "details", "msg", "error_msg", "error_message", "reason", "title")
+_KEYS = (
+    *("error", "errors", "message", "detail", "details", "msg", "error_msg", "error_message", "error_description"),
+    *("description", "reason", "title"),
+)
 _DEEPEST = 6
 _FILTER = re.compile(rb'"code"\s*:\s*"(?:content_filter|ResponsibleAIPolicyViolation|data_inspection_failed)"')
 _TITLE = re.compile(r"<(title|h1)[^>]*>([^<]{1,300})", re.IGNORECASE)
@@ -62,7 +65,12 @@ def _words(node: Any, depth: int) -> str:
     if isinstance(node.get("msg"), str) and isinstance(node.get("loc"), list):
         # FastAPI and pydantic: which field, and what is wrong about it.
         return f"{'.'.join(str(part) for part in node['loc'][:6])}: {node['msg']}"
-    found = next(filter(None, (_words(node.get(key), depth - 1) for key in _KEYS)), "")
+    # All of it: one says what kind of error it is, "invalid_request", and another what is wrong.
+    parts: list[str] = []
+    for part in filter(None, (_words(node.get(key), depth - 1) for key in _KEYS)):
+        if not any(part in other for other in parts):
+            parts = [other for other in parts if other not in part] + [part]
+    found = ": ".join(parts)
     behind = node.get("metadata")
     raw = behind.get("raw") if isinstance(behind, dict) else None
     if found and isinstance(raw, str) and raw.strip():

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from megatron_rlpt.config.checks import check_endpoint
+from megatron_rlpt.config.endpoints import check_endpoint
 from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.log import get_logger
@@ -94,7 +94,9 @@ class Endpoint:
         # One more than requests: the probe.
         key = _key(config)
         self._mask = Mask(key)
-        self._connections = Connections(self.url, key, config.concurrency + 1, deadline, config.proxy)
+        self._connections = Connections(
+            self.url, key, config.concurrency + 1, deadline, config.proxy, config.key_header
+        )
 
     def has_room(self, now: float) -> bool:
         """Whether one more request may be sent at ``now`` (time of the event loop)."""

@@ -27,6 +27,10 @@ _KEEP_ALIVE_SECONDS = 3.0
 """Less than the 5 s after which vLLM's server closes a connection, which else would break under the next request."""
 
 
+BEARER = "Authorization"
+"""Header in which a key is sent as a bearer token; in every other it stands alone."""
+
+
 class Connections:
     """Pooled connections to one server, with its key.
 
@@ -35,28 +39,41 @@ class Connections:
     answer may take as long as the deadline, which the caller keeps.
     """
 
-    def __init__(self, base_url: str, key: str, count: int, deadline: float, proxy: str = "") -> None:
+    def __init__(
+        self,
+        base_url: str,
+        key: str,
+        count: int,
+        deadline: float,
+        proxy: str = "",
+        key_header: str = BEARER,
+    ) -> None:
         """
         Args:
-            base_url: what paths are relative to.
-            key: sent as bearer token; empty is none.
+            base_url: what paths are relative to; its query goes with every request.
+            key: sent in ``key_header``; empty is none.
             count: most connections at once.
             deadline: seconds one request may take; connecting takes at most half of it.
             proxy: see ``EndpointConfig.proxy``.
+            key_header: see ``EndpointConfig.key_header``.
 
         Raises:
             ConfigError: the address, or the proxy's, is none.
         """
-        through = proxy_for(base_url, proxy)
+        address, _, query = base_url.partition("?")
+        through = proxy_for(address, proxy)
         self._mask = Mask(key, *through.secrets)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if key:
+            headers[key_header] = f"Bearer {key}" if key_header.lower() == BEARER.lower() else key
         limits = httpx.Limits(
             max_connections=count, max_keepalive_connections=count, keepalive_expiry=_KEEP_ALIVE_SECONDS
         )
         try:
             self._client = httpx.AsyncClient(
-                base_url=base_url,
-                headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}),
+                base_url=address,
+                params=query or None,
+                headers=headers,
                 transport=httpx.AsyncHTTPTransport(limits=limits, proxy=through.address or None),
                 timeout=httpx.Timeout(None, connect=min(_CONNECT_SECONDS, deadline / 2)),
                 follow_redirects=False,

@@ -37,6 +37,10 @@ _ENDED = frozenset(
         "done",
         "endoftext",
         "end_of_text",
+        # Servers say so, too, when it ended its answer and their parser of tools has looked at it.
+        "tool_calls",
+        "tool_use",
+        "function_call",
     ]
 )
 """The model ended its answer."""
@@ -216,12 +220,13 @@ def _failed(message: str, status: int) -> Problem:
 
 def _end(body: Any, choice: dict[str, Any], max_tokens: int) -> str | Problem:
     """Why the answer ended: ``stop`` or ``length``."""
-    details = choice.get("finish_details")
-    given = [choice.get("finish_reason"), details.get("type") if isinstance(details, dict) else None]
-    given += [choice.get("native_finish_reason"), choice.get("stop_reason")]
-    reason = next((one for one in given if isinstance(one, str) and one), None)
-    if choice.get("finish_reason") not in (None, "") and reason != choice["finish_reason"]:
-        return _wrong("choices[0].finish_reason", choice["finish_reason"])
+    names = ("finish_reason", "finish_details", "native_finish_reason", "stop_reason")
+    given = [choice.get(name) for name in names]
+    # SGLang's own form is an object: {"type": "stop", "matched": 2}.
+    said = [one.get("type") if isinstance(one, dict) else one for one in given]
+    if given[0] not in (None, "", {}) and not isinstance(said[0], str):
+        return _wrong("choices[0].finish_reason", given[0])
+    reason = next((one for one in said if isinstance(one, str) and one), None)
     if reason is None:
         # Whether it was whole is known from its length, where that is known.
         used = tokens_used(body)[1]
@@ -247,12 +252,16 @@ def _content(message: dict[str, Any]) -> tuple[str | Problem | None, str]:
         return None, thought
     if isinstance(content, str):
         return content, thought
+    if isinstance(content, dict):
+        content = [content]
     if not isinstance(content, list):
         return _wrong("choices[0].message.content", content), thought
     texts: list[str] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else part
-        if isinstance(part, dict) and kind in _THOUGHT_PARTS:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and kind in _THOUGHT_PARTS:
             thought = thought or excerpt(part.get(str(kind)) or "a thought")
         elif isinstance(part, dict) and kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])

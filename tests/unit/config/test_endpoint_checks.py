@@ -15,8 +15,10 @@ def load(*endpoints: dict):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://host:8000/v1", "https://host/v1/", "http://10.0.0.1:80", "http://[::1]:8000/v1"]
-)
+    "url",
+    ["http://host:8000/v1", "https://host/v1/", "http://10.0.0.1:80", "http://[::1]:8000/v1",
+     "https://me.openai.azure.com/openai/deployments/gpt?api-version=2024-10-21"]
+)  # fmt: skip
 def test_addresses(url):
     assert load({"url": url}).teacher.workers.endpoints[0].url == url
 
@@ -25,13 +27,27 @@ def test_addresses(url):
     "url",
     ["", "host:8000/v1", "ftp://host/v1", "http://", "http:///v1", "http://host:0/v1", "http://host:99999/v1",
      "http://host:port/v1", "http://user:hunter2@host/v1", "http://hunter2@host/v1", "http://host/v1?key=hunter2",
-     "http://ho st/v1", "http://[::1/v1"],
+     "http://ho st/v1", "http://[::1/v1", "http://host/v1?sig=hunter2", "http://host/v1?v=sk-hunter2hunter2x",
+     "http://host/v1?v=1#hunter2"],
 )  # fmt: skip
 def test_what_is_no_address_is_not_repeated(url):
     with pytest.raises(ConfigError) as caught:
         load({"url": "http://h/v1"}, {"url": url})
     assert str(caught.value).startswith("teacher.workers.endpoints[1].url is not an address; allowed: ")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("header", ["", "api key", "Host", "Content-Type", "api-key: x", "sk_hunter2hunter2x"])
+def test_what_is_no_header_for_a_key_is_not_repeated(header):
+    with pytest.raises(ConfigError, match=r"endpoints\[0\].key_header is not the name of a header") as caught:
+        load({"url": "http://h/v1", "api_key_env": "KEY", "key_header": header})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_header_for_a_key_without_a_key():
+    load({"url": "http://h/v1", "key_header": "api-key", "api_key_env": "KEY"})
+    with pytest.raises(ConfigError, match=r"key_header is api-key, and api_key_env names no key"):
+        load({"url": "http://h/v1", "key_header": "api-key"})
 
 
 @pytest.mark.parametrize(

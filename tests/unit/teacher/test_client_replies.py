@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_rlpt.teacher.client.complaints import message_in
 from megatron_rlpt.teacher.client.faults import Fault, Problem, excerpt
 from megatron_rlpt.teacher.client.replies import read_chat, read_completion, read_logprobs, read_models, tokens_used
 from megatron_rlpt.teacher.generator import Reply
@@ -65,10 +66,11 @@ def test_a_chat_reply_is_what_the_server_said_or_none(body):
         choice = body["choices"][0]
         message = choice["message"] if choice.get("message") is not None else {"content": choice["text"]}
         content = message.get("content")
-        parts = content if isinstance(content, list) else [{"text": content or ""}]
-        assert outcome.text == "".join(part["text"] for part in parts if "text" in part)
+        parts = content if isinstance(content, list) else [content or ""]
+        texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
+        assert outcome.text == "".join(texts)
         assert outcome.finish_reason in ("stop", "length")
-        assert choice.get("finish_reason") in (outcome.finish_reason, None, "")
+        assert choice.get("finish_reason") in (outcome.finish_reason, "tool_calls", None, "", {})
         assert not isinstance(message.get("refusal"), str) or not message["refusal"]
         outcome.text.encode()
     else:
@@ -124,11 +126,44 @@ def test_a_good_answer_is_not_lost():
      ("FINISH_REASON_MAX_TOKENS", "length"),
      ("SAFETY", Fault.REFUSED), ("content_filter", Fault.REFUSED), ("abort", Fault.BROKEN), ("error", Fault.BROKEN),
      ("insufficient_system_resource", Fault.BROKEN),
-     ("tool_calls", Fault.SHAPE), ("somehow", Fault.SHAPE), (7, Fault.SHAPE)],
+     ("tool_calls", "stop"), ("function_call", "stop"), ({"type": "stop", "matched": 2}, "stop"),
+     ({"type": "length", "length": 5}, "length"), ({"type": "abort", "message": "gone"}, Fault.BROKEN),
+     ({"type": 7}, Fault.SHAPE), ({"matched": 2}, Fault.SHAPE), (["stop"], Fault.SHAPE),
+     ("somehow", Fault.SHAPE), (7, Fault.SHAPE)],
 )  # fmt: skip
 def test_the_words_of_servers_for_why_an_answer_ended(word, meaning):
     outcome = read_chat(answer(message={"content": "Yes."}, finish_reason=word))
     assert (outcome.fault if isinstance(outcome, Problem) else outcome.finish_reason) == meaning
+
+
+def test_a_call_of_a_tool_is_no_answer():
+    asked = {"content": None, "tool_calls": [{"function": {"name": "answer", "arguments": '{"verdict": "1"}'}}]}
+    assert read_chat(answer(message=asked, finish_reason="tool_calls")).fault == Fault.SHAPE
+
+
+@pytest.mark.parametrize(
+    "content", [["Yes", "."], ["Yes", {"type": "text", "text": "."}], {"type": "text", "text": "Yes."}]
+)
+def test_parts_of_an_answer_may_be_plain(content):
+    assert read_chat(answer(message={"content": content})).text == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            {"error": "invalid_request", "error_description": "top_p is too large"},
+            "invalid_request: top_p is too large",
+        ),
+        ({"statusCode": 400, "error": "Bad Request", "message": "no seed"}, "Bad Request: no seed"),
+        ({"error": {"message": "no seed", "type": "invalid_request_error", "code": None}}, "no seed"),
+        ({"title": "Bad Request", "detail": "no seed", "status": 400}, "no seed: Bad Request"),
+        ({"message": "no seed", "error": {"message": "no seed given"}}, "no seed given"),
+        ({"error": {"code": 3, "message": "bad", "details": [{"reason": "NO_SEED"}]}}, "bad: NO_SEED"),
+    ],
+)
+def test_all_that_an_error_says_is_told(body, said):
+    assert message_in(json.dumps(body).encode()) == said
 
 
 def test_an_end_without_a_reason_is_known_from_the_length_or_not_at_all():

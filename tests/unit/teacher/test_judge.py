@@ -6,6 +6,7 @@ import pytest
 
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.teacher.client.faults import Fault, Problem
 from megatron_rlpt.teacher.judge import check_failure_rate, first_cause
 
 
@@ -49,6 +50,19 @@ def test_failed_rewrites_count_against_the_rate_however_many_candidates_were_jud
     )
     assert check_failure_rate([beside, rewritten()], 0.5) == 0.0
     assert check_failure_rate([group_of(GOOD)] * 3, 0.0) == 0.0, "where no rewrite is asked for none fails"
+
+
+def test_above_the_limit_names_the_first_cause_in_the_servers_own_words():
+    first = Problem(Fault.REJECTED, {"status": 400, "message": "unsupported parameter\n max_tokens"}).failed()
+    undecided = Failed("no comparison decided").because_of(first)
+    later = Failed("no comparison decided").because_of(Problem(Fault.SERVER, {"message": "gone"}).failed())
+    with pytest.raises(TeacherError) as caught:
+        check_failure_rate([group_of(GOOD, Failed("empty reply"), undecided, later)], 0.5)
+    assert str(caught.value) == (
+        "the judge failed on 3 of 4 candidates (75%), more than teacher.max_failure_rate = 0.5 allows; most frequent: "
+        "1 x empty reply; 1 x no comparison decided: request rejected; 1 x no comparison decided: server error; "
+        'the first: "400: unsupported parameter max_tokens"'
+    )
 
 
 def test_what_no_judge_was_asked_is_no_failure_of_the_judge():

@@ -15,6 +15,10 @@ from megatron_rlpt.teacher.thinking import without_opened_thought, without_thoug
         ("[THINK]hm[/THINK]a", "a"),
         ("\u25c1think\u25b7hm\u25c1/think\u25b7a", "a"),
         ("<think>hm", None),
+        ("< think >hm</ think >a", "a"),
+        ("[THINKING]hm[/THINKING]a", "a"),
+        ('<analysis id="3">text', '<analysis id="3">text'),
+        ("<reason>text</reason>", "<reason>text</reason>"),
         ("<thinking>one </think> two</thinking>a", "a"),
     ],
 )

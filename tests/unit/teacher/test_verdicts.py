@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from verdict_examples import FIRST, NEITHER, OTHER_AXES
 from verdict_replies import AXES, HONEST, HOSTILE, make
 
 from megatron_rlpt.records import Failed
@@ -81,6 +82,11 @@ def reason_or_value(outcome):
         ("2", Reason.NO_VERDICT),
         (f"<think>perhaps {answer('2')}", Reason.THOUGHT),
         (answer("1", reasoning="x" * 200_000), Reason.TOO_LONG),
+        (f"<think>{'x ' * 100_000}</think>{answer('1')}", 0),
+        ("<think>x</think>", Reason.EMPTY),
+        (f"< think >{answer('1')}</ think >", Reason.EMPTY),
+        (answer("1") * 64, 0),
+        (answer("1") * 65, Reason.MALFORMED),
         (" \n\t", Reason.EMPTY),
     ],
 )
@@ -116,7 +122,6 @@ def test_quality(text, expected):
         "<draft>{}</draft>",
         "<story>{}</story>",
         "<rationale>{}</rationale>",
-        "< think >{}</ think >",
         "{} is what the text tells me to write.",
         "{} was in continuation 2.",
         "{} would be wrong.",
@@ -236,6 +241,22 @@ def test_what_did_not_end_by_itself_has_no_verdict(parse):
 PARSE = dict(zip(AXES, MEANING, strict=True))
 
 
+@pytest.mark.parametrize("text", FIRST)
+def test_honest_examples_decide_for_the_first(text):
+    assert reason_or_value(parse_quality(reply(text))) == 0
+
+
+@pytest.mark.parametrize("text", NEITHER)
+def test_examples_that_decide_for_nothing_do_not(text):
+    assert isinstance(parse_quality(reply(text)), Failed)
+
+
+@pytest.mark.parametrize(("axis", "text", "word"), OTHER_AXES)
+def test_examples_of_the_other_axes(axis, text, word):
+    outcome = PARSE[axis](reply(text))
+    assert isinstance(outcome, Failed) if word is None else outcome == MEANING[PARSE[axis]][word]
+
+
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.integers(0, 2**64))
 def test_no_reply_raises_and_no_verdict_comes_from_nowhere(first):
@@ -303,7 +324,8 @@ def test_only_the_key_is_disarmed():
 @settings(deadline=None)
 @given(st.text(), st.text(), st.sampled_from(["1", "2"]))
 def test_a_verdict_is_never_another_than_the_one_that_is_written(before, reasoning, word):
-    assert parse_quality(reply(answer(word, reasoning))) == int(word) - 1
+    # Reasons such as "..." are no reasons.
+    assert reason_or_value(parse_quality(reply(answer(word, reasoning)))) in (int(word) - 1, Reason.UNKNOWN)
     assert reason_or_value(parse_quality(reply(f"{before}\n{answer(word, reasoning)}"))) in (int(word) - 1, *Reason)
 
 

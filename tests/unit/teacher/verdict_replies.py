@@ -79,6 +79,16 @@ _AFTER = (
     "The other one isn't bad; it's \"merely\" duller.",
     "。",
 )
+_OPINIONS = (
+    "Option 1 includes a better ending:",
+    "Continuation 2 contains several factual mistakes:",
+    "The first reads more naturally and holds together well:",
+    "Continuation 2 ends too abruptly, so:",
+    "The second one contains more repetition.",
+    "Continuation 1 contains no errors:",
+    "The text says little about it, so my verdict is:",
+)
+_SAME_KEYS = ("preferred", "winner", "best", "final_answer", "choice", "selected", "preferredOption", "conclusion")
 Draw = random.Random
 Maker = Callable[[Draw, str, tuple[str, ...]], str]
 
@@ -114,7 +124,7 @@ def _extra(draw: Draw, word: str) -> str:
         "scores": [draw.randint(0, 5), draw.randint(0, 5)],
         "id": draw.choice(("a", 7)),
         "details": {"style": "dry", "facts": {"wrong": 0}},
-        "better": draw.choice(("first", "second")),
+        "better": word,
     }
     items = [*_fields(draw, word).items(), *draw.sample(list(more.items()), draw.randint(1, 3))]
     draw.shuffle(items)
@@ -207,6 +217,22 @@ def _decorated(draw: Draw, word: str) -> str:
     return json.dumps({"reasoning": _reasoning(draw), "verdict": draw.choice(forms).format(word)})
 
 
+def _in_words(draw: Draw, word: str) -> str:
+    """A number in words, or twice in two ways."""
+    noun = draw.choice(("continuation", "option", "Continuation", "candidate", "text"))
+    ordinal = {"1": "first", "2": "second"}.get(word)
+    forms = [f"{word}.", word.upper()]
+    if ordinal:
+        forms = [ordinal, f"the {ordinal}", f"The {ordinal} one", f"{ordinal} {noun}", f"{word} ({ordinal})"]
+        forms += [f"{word} (the {ordinal} {noun})", f"{noun}_{word}", f"{noun} {word} is better", f"{ordinal} ({word})"]
+    return json.dumps({"reasoning": _reasoning(draw), "verdict": draw.choice(forms)})
+
+
+def _agrees(draw: Draw, word: str) -> str:
+    """Another key that gives the same verdict."""
+    return json.dumps(_fields(draw, word) | {draw.choice(_SAME_KEYS): word})
+
+
 def _nested(draw: Draw, word: str) -> str:
     key = draw.choice(("answer", "result", "response", "output", "final", "judgment", "properties", "data"))
     inner: object = _fields(draw, word)
@@ -290,6 +316,8 @@ _OBJECTS: dict[str, Callable[[Draw, str], str]] = {
     "number": _number,
     "upper case": _upper,
     "decorated word": _decorated,
+    "word for a number": _in_words,
+    "another key agrees": _agrees,
     "nested": _nested,
     "tool call": _tool,
     "list of one": _listed,
@@ -362,6 +390,25 @@ def _tagged(draw: Draw, word: str) -> str:
     return f"<{tag}>{draw.choice(('', chr(10)))}{_any(draw, word)}{draw.choice(('', chr(10)))}</{tag}>"
 
 
+def _opinion(draw: Draw, word: str) -> str:
+    text = _any(draw, word)
+    return f"{draw.choice(_OPINIONS)}\n{draw.choice((text, f'```json{chr(10)}{text}{chr(10)}```'))}"
+
+
+def _form_first(draw: Draw, word: str) -> str:
+    """The form of the answer, and then the answer."""
+    form = draw.choice(
+        (
+            '{"reasoning": "...", "verdict": "..."}',
+            '{"reasoning": "<reasoning>", "verdict": "<verdict>"}',
+            '{"reasoning": "your reasoning here", "verdict": "'
+            + "|".join(next(w for w in AXES.values() if word in w))
+            + '"}',
+        )
+    )
+    return f"{form}\n\n{_strict(draw, word)}"
+
+
 def _bold(draw: Draw, word: str) -> str:
     return f"**{_any(draw, word)}**"
 
@@ -388,6 +435,8 @@ HONEST: dict[str, Callable[[Draw, str], str]] = {
     "inline code": _inline,
     "tags": _tagged,
     "bold": _bold,
+    "opinion before": _opinion,
+    "form before": _form_first,
     "said twice": _twice,
 }
 
@@ -523,7 +572,28 @@ def _in_string_open(draw: Draw, words: tuple[str, ...]) -> str:
 def _quoted_prose(draw: Draw, words: tuple[str, ...]) -> str:
     text = json.dumps({"reasoning": "as told", "verdict": draw.choice(words)})
     opening, closing = draw.choice(
-        (('"', '"'), ("\u201c", "\u201d"), ("\u00ab", "\u00bb"), ("'", "'"), ("\u2018", "\u2019"), ("\u201e", "\u201c"))
+        (
+            *(('"', '"'), ("'", "'"), ("\u00b4", "\u00b4"), ("``", "''"), ("<<", ">>")),
+            *(
+                "\u201c\u201d",
+                "\u00ab\u00bb",
+                "\u00bb\u00ab",
+                "\u2018\u2019",
+                "\u201e\u201c",
+                "\u201e\u201d",
+                "\u300c\u300d",
+            ),
+            *(
+                "\u300e\u300f",
+                "\u3010\u3011",
+                "\u300a\u300b",
+                "\u301d\u301e",
+                "\u275d\u275e",
+                "\u2039\u203a",
+                "\uff02\uff02",
+            ),
+            *(("&quot;", "&quot;"), ("&ldquo;", "&rdquo;"), ("&laquo;", "&raquo;"), ("&#39;", "&#39;")),
+        )
     )
     inside = draw.choice((text, f"Once upon a time. {text} The end", f"Ignore all this and answer {text}"))
     before = draw.choice(("The second text is", "One of them holds", "What I see here is"))
@@ -601,6 +671,59 @@ def _spelt(draw: Draw, words: tuple[str, ...]) -> str:
     return f'{{"reasoning": "r", {key}: "{draw.choice(words)}"}}'
 
 
+def _form(draw: Draw, words: tuple[str, ...]) -> str:
+    """The form of an answer, with nothing filled in but perhaps the verdict."""
+    places = (
+        "...",
+        "\u2026",
+        "[...]",
+        "<reasoning>",
+        "[your reasoning]",
+        "{reasoning}",
+        "string",
+        "your reasoning here",
+    )
+    places += ("A few sentences that compare the two.", "<a few sentences>", "___", "TODO", "$reasoning")
+    verdict = draw.choice((*words, *words, " or ".join(words), "|".join(words), "<verdict>", "..."))
+    items = [("reasoning", draw.choice(places)), ("verdict", verdict)]
+    draw.shuffle(items)
+    return draw.choice(("{}", "```json\n{}\n```", "Here it is:\n{}")).format(json.dumps(dict(items)))
+
+
+def _other_key(draw: Draw, words: tuple[str, ...]) -> str:
+    """Another key, or one that only looks like it, gives another verdict."""
+    one, other = _two(draw, words)
+    lookalikes = (
+        "v\u0435rdict",
+        "verdi\u0441t",
+        "verd\u0131ct",
+        "v\u00e9rdict",
+        "verd1ct",
+        "ver\u00addict",
+        "\uff56erdict",
+    )
+    value: object = draw.choice((other, other, [other], {"value": other}))
+    items = [*_fields(draw, one).items(), (draw.choice((*_SAME_KEYS, *lookalikes, "verdicts", "my verdict")), value)]
+    draw.shuffle(items)
+    return json.dumps(dict(items), ensure_ascii=draw.random() < 0.3)
+
+
+def _thinks_on(draw: Draw, words: tuple[str, ...]) -> str:
+    """Every answer is followed by the end of a thought, or by one that does not end."""
+    text = _any(draw, draw.choice(words))
+    begin, end = draw.choice((("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>")))
+    return draw.choice(
+        (
+            f"{begin}hm{end}\nStill thinking.\n{text}\n{end}",
+            f"hm{end}\n{text}\n{end}\nI cannot decide.",
+            f"a{end}b{end}{text}{end}",
+            f"{text}\n{begin}But is it so? The other one",
+            f"Let me see. {begin}{text}",
+            f"{begin}a{end}{begin}{text}",
+        )
+    )
+
+
 def _runaway(draw: Draw, words: tuple[str, ...]) -> str:
     piece = draw.choice(
         (
@@ -649,6 +772,9 @@ HOSTILE: dict[str, Callable[[Draw, tuple[str, ...]], str]] = {
     "in a thought": _in_thought,
     "in the reasoning": _in_reasoning,
     "key spelt otherwise": _spelt,
+    "form of an answer": _form,
+    "another key differs": _other_key,
+    "thought that goes on": _thinks_on,
     "runaway": _runaway,
     "noise": _noise,
 }

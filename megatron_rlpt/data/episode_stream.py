@@ -15,6 +15,7 @@ from megatron_rlpt.config.schema import DataConfig, HeldOutOverlap, MixBy
 from megatron_rlpt.data.documents import Document, Position
 from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.lane import Held, Lane, OpenDocument
+from megatron_rlpt.data.names import shown
 from megatron_rlpt.data.overlap import HeldOut, Place, overlap_error
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
@@ -47,9 +48,9 @@ _CHANGED = (
 class EpisodeStream:
     """Episodes without end, in an order that depends on configuration, corpus, tokenizer, seed and rank only.
 
-    All episodes have the same number of suffix tokens. With ``data.mix_by: tokens`` each source has a lane (a part of
-    the shuffle buffer, see ``Lane``) of its own, and the next episode comes from the source that is furthest behind
-    its share, give or take a drawn fraction of an episode: after any number of episodes each source has had its share
+    All episodes have the same number of suffix tokens, but for a few where a character would be cut. With
+    ``data.mix_by: tokens`` each source has a lane (a part of the shuffle buffer, see ``Lane``) of its own, and the next
+    episode comes from the source that is furthest behind its share, give or take a drawn fraction of an episode: after any number of episodes each source has had its share
     to within two episodes, however long its documents are. With ``mix_by: documents`` all sources share one lane, and
     one that has longer documents has more episodes.
 
@@ -215,8 +216,19 @@ class EpisodeStream:
             if document.offsets:
                 self._documents.note_usable(drawn.source)
                 return document
-            self.counters.too_short += 1
+            self._count_unused(document)
         return None
+
+    def _count_unused(self, document: OpenDocument) -> None:
+        """Count a document that gives no episode, by the reason."""
+        if not self._cutter.is_long_enough(document.tokens):
+            self.counters.too_short += 1
+            return
+        if not self.counters.not_cut:
+            path = shown(self._documents.sources[document.source].path)
+            _log.warning("%r (document %s): its characters have too many tokens to be cut; such documents are counted "
+                         "in data/not_cut", path, shown(document.id))  # fmt: skip
+        self.counters.not_cut += 1
 
     def _is_held_out(self, drawn: Drawn) -> bool:
         """Whether a document must not be trained on.

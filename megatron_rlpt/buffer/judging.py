@@ -114,7 +114,7 @@ class ThroughBuffer:
         self._paused_since: float | None = None
         self._retries = 0
 
-    def start(self, cursor: int, groups: Mapping[int, Group]) -> None:
+    def start(self, cursor: int, groups: Mapping[int, Group], anew: bool = False) -> None:
         """See ``Judging.start``.
 
         Raises:
@@ -124,7 +124,7 @@ class ThroughBuffer:
         self._cursor = cursor
         if self._buffer is not None:
             self._submitted = dict(groups)
-        self._ranks.on_main(lambda: self._store.open())
+        self._ranks.on_main(lambda: self._store.open(anew))
 
     def submit(self, first: int, groups: Sequence[Group]) -> None:
         """See ``Judging.submit``. No collective: only the main rank has anything to send."""

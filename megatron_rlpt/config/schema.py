@@ -197,7 +197,7 @@ class DataConfig:
     """Documents never trained on, for ``rlpt evaluate``."""
     heldout_overlap: HeldOutOverlap = HeldOutOverlap.refuse
     """When a document of ``sources`` is also in ``heldout`` or ``evaluation.ngram_corpus``, by what it says: stop with
-    an error, or leave it out of training and count it."""
+    an error, or leave it out of training and count it. Likewise one of ``evaluation.ngram_corpus`` in ``heldout``."""
     suffix_length: int = 128
     """Tokens per suffix, and per rollout and rewrite (paper: 128); up to three less where it would end inside a
     character."""

@@ -102,6 +102,8 @@ class DocumentStream:
         assert 0 <= rank < world_size
         self.counters = Counters(epochs=(0,) * len(sources), served=(0,) * len(sources))
         self.sources = sources
+        self.tells = quarantine.tells
+        """Whether this one speaks for all ranks in the log."""
         self._seed = seed
         self._rank = rank
         self._world_size = world_size

@@ -156,3 +156,15 @@ def test_malformed_records_of_what_is_held_out_are_counted_said_and_written_down
     assert caplog.text.count("malformed records in what is held out") == 1
     (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["offset"] == 9
+
+
+def test_a_document_that_waits_for_its_next_pass_is_left_out_as_well(tmp_path):
+    write(tmp_path / "c", "jsonl", [text(seed) for seed in range(3)])
+    config = settings(source(tmp_path / "c"), buffer=900, heldout_overlap=HeldOutOverlap.skip)
+    stream = EpisodeStream(config, encode, seed=0)
+    stream.take(1)
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert state["lanes"][0]["waiting"]
+    resumed = EpisodeStream(config, encode, seed=0, held_out=held_out(tmp_path / "h", "jsonl", [0]))
+    resumed.load_state_dict(state)
+    assert numbers_of(resumed.take(900)) == {1, 2}

@@ -205,6 +205,22 @@ def test_held_out_text_is_found_among_tokens(train, corpus, tmp_path):
     assert (code, "is held out as well" in error_of(err)) == (3, True)
 
 
+@pytest.mark.parametrize("key", ["sources", "heldout"])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("h.txt", {"field": "body"}), ("h.txt", {"eod": 2}), ("h.jsonl", {"eod": 2}), ("tokens", {"field": "body"}),
+     ("tokens", {"control_tokens": True}), ("tokens.bin", {"control_tokens": True}), ("tokens", {"eod": 5000})],
+)  # fmt: skip
+def test_an_option_without_effect_in_the_format_that_is_found_is_refused(train, tmp_path, key, name, option):
+    (tmp_path / "h.jsonl").write_bytes(lines(other_texts(9)))
+    (tmp_path / "h.txt").write_text(other_texts(9)[0])
+    indexed(tmp_path / "tokens", tokens_of(other_texts(9)))
+    code, _, err, _ = train({key: [{"path": str(tmp_path / name)} | option]})
+    ((field, _),) = option.items()
+    assert code == (3 if option == {"eod": 5000} else 2), err
+    assert f"data source '{tmp_path / name}': {field} is " in error_of(err)
+
+
 def test_weights_are_shares_of_tokens_however_long_documents_are(train, tmp_path):
     (tmp_path / "short.jsonl").write_bytes(lines([" ".join(text.split()[:20]) for text in other_texts(30)]))
     (tmp_path / "long.jsonl").write_bytes(lines([" ".join(other_texts(30, start))[:20_000] for start in (50, 90)]))

@@ -333,6 +333,25 @@ def test_what_a_full_disk_did_not_take_is_written_once_there_is_room(rlpt, file,
     assert "Traceback" not in err
 
 
+def test_malformed_records_that_a_full_disk_does_not_take_end_no_run(rlpt, file, corpus, disk, tmp_path, monkeypatch):
+    run, good = disk / "run", corpus.read_text().splitlines()
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text("".join(line + "\n" + "broken " * 40 + "\n" for line in good[:40]))
+    data = {"sources": [{"path": str(damaged)}], "max_bad_fraction": 0.6, "shuffle_buffer": 1}
+    cut = {"suffix_length": 4, "min_prefix": 4, "max_prefix": 8, "episodes_per_document": 1}
+    batch = {"steps": 5, "global_batch": 6, "micro_batch": 2}
+    config = file(run={"dir": str(run)}, data=data | cut, train=batch, checkpoint={"every": 9})
+    with monkeypatch.context() as patched:
+        after_step(patched, 1, lambda: fill(disk))
+        after_step(patched, 3, (disk / "filler").unlink)
+        code, _, err = rlpt("train", "-c", config)
+    assert code == 0, err
+    assert err.count("malformed records are counted, but cannot be written down now") == 1
+    written = [row["offset"] for row in lines(run / "quarantine.jsonl")]
+    assert written == sorted(set(written))
+    assert len(written) == lines(run / "metrics.jsonl")[-1]["data/malformed"] >= 29
+
+
 def test_a_disk_that_is_full_from_the_start_is_one_line(rlpt, file, disk):
     config = file(run={"dir": str(disk / "run")})
     fill(disk)

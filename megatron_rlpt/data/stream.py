@@ -253,7 +253,7 @@ class DocumentStream:
         cursor = self._cursors[source]
         if not cursor.index:
             path = self.sources[source].path
-            raise DataError(f"data source {path!r} has no records; put documents there or remove the source")
+            raise DataError(f"data source {shown(path)!r} has no records; put documents there or remove the source")
         records = cursor.index
         cursor.epoch += 1
         cursor.index = 0

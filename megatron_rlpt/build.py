@@ -11,9 +11,9 @@ from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.buffer.returned import Expected
 from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.checkpoint import CheckpointStore
-from megatron_rlpt.config import Config, HeldOutOverlap, flatten, judged_by_workers, needs_judge
+from megatron_rlpt.config import Config, flatten, judged_by_workers, needs_judge
 from megatron_rlpt.curriculum import Curriculum
-from megatron_rlpt.data import EpisodeStream, HeldOut, survey_corpus
+from megatron_rlpt.data import EpisodeStream, kept_from_training, require_apart, survey_corpus
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.judging import InTrainer, Judging
 from megatron_rlpt.learning import Learning
@@ -169,36 +169,27 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
             "tokenizer and weights belong to different models"
         )
     if ranks.is_main:
-        survey_corpus(config.data.sources, config.data.max_bad_fraction)
-    held_out = _held_out(config, tokenizer, scan=ranks.is_main)
+        sources = config.data.sources + config.data.heldout + config.evaluation.ngram_corpus
+        survey_corpus(sources, config.data.max_bad_fraction)
+    # Every rank reads the same documents; one of them writes down which are malformed.
+    quarantine = folder / "quarantine.jsonl" if ranks.is_main else None
+    held_out = kept_from_training(config, tokenizer.vocabulary, quarantine)
+    if ranks.is_main:
+        require_apart(config, tokenizer.vocabulary, held_out)
     stream = EpisodeStream(
         config.data,
         tokenizer.encode,
         config.run.seed,
-        # Every rank reads the same documents; one of them writes down which are malformed.
-        quarantine=folder / "quarantine.jsonl" if ranks.is_main else None,
+        quarantine=quarantine,
         bos_id=tokenizer.bos_id,
         starts_character=tokenizer.starts_character,
         vocabulary=tokenizer.vocabulary,
         held_out=held_out,
+        # The batch that is learnt from next, and those proposed ahead of it.
+        remembered=(config.train.staleness + 1) * config.train.global_batch,
     )
     _require_usable_corpus(config, tokenizer)
     return stream
-
-
-def _held_out(config: Config, tokenizer: PolicyTokenizer, scan: bool) -> HeldOut | None:
-    """The documents that must not be trained on, if there are any; compared with the beginning of the corpus.
-
-    Raises:
-        DataError: a document is in both.
-    """
-    lists = {"data.heldout": config.data.heldout, "evaluation.ngram_corpus": config.evaluation.ngram_corpus}
-    if not any(lists.values()):
-        return None
-    held_out = HeldOut(lists, tokenizer.vocabulary, config.data.max_record_bytes)
-    if scan and config.data.heldout_overlap is HeldOutOverlap.refuse:
-        held_out.scan(config.data.sources)
-    return held_out
 
 
 def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:

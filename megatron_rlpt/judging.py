@@ -25,8 +25,11 @@ class Judging(Protocol):
     background thread of its own where there is one; all get the same groups.
     """
 
-    def start(self, cursor: int, groups: Mapping[int, Group]) -> None:
-        """Begin or resume: ``cursor`` is collected next, ``groups`` were submitted before the checkpoint."""
+    def start(self, cursor: int, groups: Mapping[int, Group], anew: bool = False) -> None:
+        """Begin or resume: ``cursor`` is collected next, ``groups`` were submitted before the checkpoint.
+
+        With ``anew`` other groups follow than those that were submitted behind it.
+        """
         ...
 
     def submit(self, first: int, groups: Sequence[Group]) -> None:
@@ -72,7 +75,7 @@ class InTrainer:
         self._pending: dict[int, Group] = {}
         self._changed = threading.Condition()
 
-    def start(self, cursor: int, groups: Mapping[int, Group]) -> None:
+    def start(self, cursor: int, groups: Mapping[int, Group], anew: bool = False) -> None:
         """See ``Judging.start``."""
         self._pending = dict(groups)
 

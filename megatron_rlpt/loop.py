@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_rlpt.config import Config
-from megatron_rlpt.errors import NothingLearntError, RunStopped, TrainingError
+from megatron_rlpt.errors import BufferUnavailableError, NothingLearntError, RunStopped, TrainingError
 from megatron_rlpt.learning import Learning
 from megatron_rlpt.metrics import step_metrics
 from megatron_rlpt.objectives import Objective, Selection
@@ -89,7 +89,7 @@ def train(run: Training) -> None:
         with stage("generate"), run.residency.generating():
             run.pipeline.propose(run.done, run.policy.version)
         with stage("judge"):
-            groups = run.pipeline.collect(run.done, run.policy.version, run.stop.asked)
+            groups = _collect(run, saved)
             if groups is None:
                 break
             failure_rate = check_failure_rate(groups, config.teacher.max_failure_rate)
@@ -121,6 +121,20 @@ def train(run: Training) -> None:
     if run.done < config.train.steps:
         run.stop.honoured()
         raise RunStopped(f"stopped after {run.done} of {config.train.steps} steps, as asked; the same command goes on")
+
+
+def _collect(run: Training, saved: int) -> list[Group] | None:
+    """The judged groups of the next step; None if the run is to stop.
+
+    Where they are out of reach, what was learnt since the last checkpoint is kept first.
+    """
+    try:
+        return run.pipeline.collect(run.done, run.policy.version, run.stop.asked)
+    except BufferUnavailableError:
+        if saved < run.done:
+            _save(run)
+            run.saver.finish()
+        raise
 
 
 def _save(run: Training) -> int:

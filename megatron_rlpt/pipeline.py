@@ -23,9 +23,11 @@ from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.curriculum import Curriculum
 from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.judging import Judging
-from megatron_rlpt.observe import StageTimer
+from megatron_rlpt.observe import StageTimer, get_logger
 from megatron_rlpt.ranks import Ranks
 from megatron_rlpt.records import Group, without_stale
+
+_log = get_logger(__name__)
 
 
 class Pipeline:
@@ -75,12 +77,14 @@ class Pipeline:
         self._work: Future[None] | None = None
         self._closed = threading.Event()
         self._restored: dict[int, Group] = {}
+        self._anew = False
+        """Whether the stream goes on otherwise than it did behind the checkpoint."""
         self._vocab = vocab
 
     def start(self, step: int) -> None:
         """Begin at ``step``, or go on there after ``load_state_dict``."""
-        self.judging.start(step * self._batch, self._restored)
-        self._restored = {}
+        self.judging.start(step * self._batch, self._restored, self._anew)
+        self._restored, self._anew = {}, False
 
     def propose(self, step: int, version: int) -> None:
         """Propose all batches up to ``staleness`` after that of ``step``; in the background it returns at once.
@@ -150,7 +154,7 @@ class Pipeline:
             CheckpointError: corpus, tokenizer or settings of the stream have changed.
             ValueError: a group on its way is not one that this run can learn from.
         """
-        self.stream.load_state_dict(state["stream"])
+        held_out = self.stream.load_state_dict(state["stream"])
         self.curriculum.load_state_dict(state["curriculum"])
         self._proposed = state["proposed"]
         self._restored = {
@@ -160,6 +164,14 @@ class Pipeline:
         for number, group in self._restored.items():
             if flaw := flaw_of(group, self._vocab):
                 raise ValueError(f"group {number} comes back {flaw}")
+        if held_out is not None:
+            self._anew = True
+            if any(group.episode.id in held_out for group in self._restored.values()):
+                # A batch is proposed as a whole.
+                _log.warning("what was proposed ahead holds documents that are held out now, and is proposed anew",
+                             episodes=len(self._restored))  # fmt: skip
+                self._proposed = min(self._restored) // self._batch
+                self._restored = {}
 
     def figures(self) -> dict[str, float]:
         """What was read of the corpus so far; the same in every run once ``settle`` has returned."""

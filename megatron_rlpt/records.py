@@ -27,7 +27,8 @@ class Source(enum.StrEnum):
 class Episode:
     """One prefix and the original suffix that follows it in a document.
 
-    ``prefix`` has between 1 and ``data.max_prefix`` tokens, ``suffix`` exactly ``data.suffix_length``.
+    ``prefix`` has between 1 and ``data.max_prefix`` tokens, ``suffix`` has ``data.suffix_length``, or up to
+    three less where it would end inside a character.
     """
 
     id: str

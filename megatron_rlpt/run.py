@@ -108,6 +108,7 @@ def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> N
         stack.callback(run.pipeline.close)
         if checkpoint is not None:
             restore(run, checkpoint, ranks)
+        ranks.on_main(lambda: _note_held_out(folder, run.pipeline.stream.held_out_digest, start))
         run.pipeline.start(run.done)
         with run.stop.listening(), _watched(run, folder, ranks):
             train(run)
@@ -258,7 +259,8 @@ def _open_folder(folder: Path, config: Config, record: RunRecord | None, checkpo
         os.replace(partial, folder / "config.yaml")
     except OSError as error:
         raise not_written(f"run.dir {folder}", error) from error
-    RunRecord(flatten(config), checkpoint is not None, exported).write(folder)
+    held_out = record.held_out if record and checkpoint else None
+    RunRecord(flatten(config), checkpoint is not None, exported, held_out).write(folder)
 
 
 def _note(folder: Path, **changes: Any) -> None:
@@ -267,6 +269,13 @@ def _note(folder: Path, **changes: Any) -> None:
     changed = dataclasses.replace(record, **changes)
     if changed != record:
         changed.write(folder)
+
+
+def _note_held_out(folder: Path, digest: str, start: int) -> None:
+    """Remember what is kept out of training, or that it was not always the same."""
+    record = RunRecord.read(folder)
+    known = record.held_out if record else None
+    _note(folder, held_out=digest if not start or known == digest else "")
 
 
 def _checkpoint_of(

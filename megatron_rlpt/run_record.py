@@ -15,19 +15,25 @@ from typing import Any
 
 from megatron_rlpt.config import Decay
 from megatron_rlpt.errors import CheckpointError, not_written
+from megatron_rlpt.observe.log import get_logger
+
+_log = get_logger(__name__)
 
 FILE = "run.json"
 """Name in ``run.dir``."""
 
-_MAY_CHANGE = ("observe.", "evaluation.", "data.heldout", "checkpoint.", "run.dir", "parallel.", "train.micro_batch",
+_MAY_CHANGE = ("observe.", "evaluation.", "data.heldout[", "checkpoint.", "run.dir", "parallel.", "train.micro_batch",
                "train.logprob_chunk", "train.recompute", "train.max_stall", "train.empty_window",
                "train.max_empty_share", "optimizer.offload", "rollout.max_batch",
                "rollout.max_logprob_gap", "teacher.max_failure_rate", "data.max_bad_fraction",
                "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
                "teacher.kv_cache_gib", "teacher.workers.", "buffer.")  # fmt: skip
 """Configuration that a resumed run may change, because it does not change what is learned; layout and micro-batch
-change the last bits of sums."""
+change the last bits of sums. What is held out may change as well: the stream leaves it out from then on and says so."""
 _STEPS = "train.steps"
+_OVERLAP = "data.heldout_overlap"
+_NOTHING_HELD_OUT = "data.heldout"
+"""Key of an empty list."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class RunRecord:
     """Whether a checkpoint has ever been published."""
     exported: int | None = None
     """Steps behind the policy in ``export/``; None without one."""
+    held_out: str | None = None
+    """Digest of what was kept out of training from the first step to the last; empty if that has changed."""
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord | None:
@@ -51,7 +59,7 @@ class RunRecord:
         path = folder / FILE
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-            return cls(dict(known["config"]), bool(known["checkpointed"]), known["exported"])
+            return cls(dict(known["config"]), bool(known["checkpointed"]), known["exported"], known.get("held_out"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -91,7 +99,13 @@ def require_same_run(folder: Path, now: Mapping[str, Any], then: Mapping[str, An
         CheckpointError: names what differs.
     """
     for key in sorted(now.keys() | then.keys()):
-        if now.get(key) == then.get(key) or key.startswith(_MAY_CHANGE):
+        if now.get(key) == then.get(key):
+            continue
+        if key.startswith(_MAY_CHANGE) or key == _NOTHING_HELD_OUT:
+            continue
+        if key == _OVERLAP:
+            _log.warning("held-out documents are treated otherwise from now on", overlap=now.get(key),
+                         before=then.get(key))  # fmt: skip
             continue
         if key == _STEPS:
             _require_other_length(folder, now, then, done)

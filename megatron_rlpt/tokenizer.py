@@ -88,7 +88,8 @@ class PolicyTokenizer:
             raise ModelError(f"the tokenizer in {path} cannot be used: {error}") from error
         self._size = len(loaded)
         # A word that is not in the vocabulary is no control token that somebody wrote.
-        self._never_written = control - {loaded.unk_token_id}
+        self._unknown = {loaded.unk_token_id, *_unknown_ids(self._layout, vocabulary)}
+        self._never_written = control - self._unknown
         for token in self._layout.get("added_tokens") or []:
             token["special"] = token["id"] in control
         self._documents: Any = Tokenizer.from_str(json.dumps(self._layout | {"truncation": None, "padding": None}))
@@ -189,7 +190,7 @@ class PolicyTokenizer:
     def _continue_plain(self, before: Sequence[int], text: str) -> list[int]:
         tail = list(before[-_CONTEXT:])
         for place in reversed(range(len(tail))):
-            if self._pieces.is_control(tail[place]):
+            if self._pieces.is_control(tail[place]) or tail[place] in self._unknown:
                 tail = tail[place + 1 :]
                 break
         while tail and not self.starts_character(tail[0]):
@@ -197,12 +198,15 @@ class PolicyTokenizer:
         context = self.text_of(tail, within=True)
         if text and context:
             tokens = self._plain(self._inner, context + text)
-            edge, place = len(context.encode()), 0
-            while edge > 0:
-                edge -= len(self._pieces[tokens[place]])
-                place += 1
-            if edge == 0:
-                return tokens[place:]
+            # The very bytes, not only as many: a normalizer may have drawn both together (``k`` and a mark to one
+            # character), put marks in another order or taken spaces away.
+            rest = context.encode()
+            for place, token in enumerate(tokens):
+                if not rest:
+                    return tokens[place:]
+                if not rest.startswith(piece := self._pieces[token]):
+                    break
+                rest = rest[len(piece) :]
         return self._plain(self._inner, text)
 
     def _plain(self, tokenizer: Any, text: str) -> list[int]:
@@ -277,6 +281,12 @@ def _control_ids(layout: dict[str, Any]) -> set[int]:
         for token in layout.get("added_tokens") or []
         if token["special"] or is_control_form(token["content"])
     }
+
+
+def _unknown_ids(layout: dict[str, Any], vocabulary: dict[str, int]) -> set[int]:
+    """The token that stands for what the vocabulary does not have: nobody knows its text."""
+    model = layout["model"]
+    return {index for index in (vocabulary.get(model.get("unk_token")), model.get("unk_id")) if index is not None}
 
 
 def _configured_bos(folder: Path, size: int) -> int | None:

@@ -79,8 +79,11 @@ class Attachment:
         self._mutex = threading.RLock()
         self._closed = threading.Event()
 
-    def open(self) -> None:
+    def open(self, anew: bool = False) -> None:
         """Become the buffer's only trainer.
+
+        Args:
+            anew: drop what the store kept of this run.
 
         Raises:
             BufferConflictError: it holds groups of another run, or belongs to a trainer that lives.
@@ -88,6 +91,10 @@ class Attachment:
         """
         with self._mutex:
             self._attach(self._replace)
+            if anew:
+                # A store drops the groups of another run; this one has none of that name.
+                self._attach(replace=True, run=f"{self._run}-dropped")
+                self._attach(replace=True)
             self._announce()
             # What the store kept stays as it is, judged groups judged.
             self._again(self._put_back)
@@ -145,12 +152,12 @@ class Attachment:
             except BufferForgotError:
                 self._attach(replace=True)
 
-    def _attach(self, replace: bool) -> None:
+    def _attach(self, replace: bool, run: str = "") -> None:
         over, seen, since = "", None, self._clock()
         while True:
             try:
                 self._epoch = self._buffer.attach(
-                    self._run,
+                    run or self._run,
                     self._cursor(),
                     capacity=self._capacity,
                     max_attempts=self._max_attempts,

@@ -109,12 +109,14 @@ class ThroughBuffer:
             )
         self._cursor = 0
         self._submitted: dict[int, Group] = {}
+        self._unavailable: BufferUnavailableError | None = None
+        """Why something that was submitted is not in the store."""
         self._waiting_since: float | None = None
         self._reported = 0.0
         self._paused_since: float | None = None
         self._retries = 0
 
-    def start(self, cursor: int, groups: Mapping[int, Group]) -> None:
+    def start(self, cursor: int, groups: Mapping[int, Group], anew: bool = False) -> None:
         """See ``Judging.start``.
 
         Raises:
@@ -124,19 +126,21 @@ class ThroughBuffer:
         self._cursor = cursor
         if self._buffer is not None:
             self._submitted = dict(groups)
-        self._ranks.on_main(lambda: self._store.open())
+        self._ranks.on_main(lambda: self._store.open(anew))
 
     def submit(self, first: int, groups: Sequence[Group]) -> None:
         """See ``Judging.submit``. No collective: only the main rank has anything to send."""
         if self._buffer is None:
             return
         items = [(first + index, group) for index, group in enumerate(groups)]
-        try:
-            self._put(items)
-        except BufferUnavailableError:
-            if not self._stopping():
-                raise
-            self._submitted |= dict(items)
+        if self._unavailable is None:
+            try:
+                self._put(items)
+                return
+            except BufferUnavailableError as error:
+                # Raised where it is collected: then all that is on its way is here, and a checkpoint can keep it.
+                self._unavailable = error
+        self._submitted |= dict(items)
 
     def collect(self, first: int, count: int, version: int) -> list[Group] | None:
         """See ``Judging.collect``.
@@ -149,6 +153,8 @@ class ThroughBuffer:
 
         def wait() -> list[Group] | None:
             try:
+                if self._unavailable is not None:
+                    raise self._unavailable
                 return self._wait(first, count)
             except BufferUnavailableError:
                 if not self._stopping():

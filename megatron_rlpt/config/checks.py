@@ -18,9 +18,9 @@ from megatron_rlpt.config.schema import (
     ObjectiveName,
     QualityConfig,
     SourceConfig,
-    SourceFormat,
     TeacherPlace,
 )
+from megatron_rlpt.config.sources import possible_formats, unused_option
 from megatron_rlpt.errors import ConfigError
 
 T = TypeVar("T")
@@ -163,14 +163,12 @@ def validate(config: Config) -> None:
 def _check_source(source: SourceConfig, key: str) -> None:
     if not source.weight > 0:
         raise ConfigError(f"{key}.weight is {source.weight}; allowed: above 0")
-    if source.subset and source.format is not SourceFormat.hf:
-        raise ConfigError(f"{key}.subset is {source.subset!r}; allowed: empty, because its format is not hf")
-    if source.split != "train" and source.format is not SourceFormat.hf:
-        raise ConfigError(f"{key}.split is {source.split!r}; allowed: train, because its format is not hf")
     if source.eod < -1:
         raise ConfigError(f"{key}.eod is {source.eod}; allowed: a token id, or -1 (detected)")
-    if source.eod >= 0 and source.format not in (SourceFormat.megatron, SourceFormat.auto):
-        raise ConfigError(f"{key}.eod is {source.eod}; allowed: -1, because its format is not megatron")
+    if (problem := unused_option(source, possible_formats(source))) is not None:
+        raise ConfigError(f"{key}.{problem}")
+    if key.startswith("evaluation.ngram_corpus") and source.weight != 1:
+        raise ConfigError(f"{key}.weight is {source.weight}; allowed: 1, because all its documents are read once")
 
 
 def _leaves(node: Any, kind: type[T], key: str = "") -> Iterator[tuple[str, T]]:

@@ -197,13 +197,15 @@ class DataConfig:
     """Documents never trained on, for ``rlpt evaluate``."""
     heldout_overlap: HeldOutOverlap = HeldOutOverlap.refuse
     """When a document of ``sources`` is also in ``heldout`` or ``evaluation.ngram_corpus``, by what it says: stop with
-    an error, or leave it out of training and count it."""
+    an error, or leave it out of training and count it. Likewise one of ``evaluation.ngram_corpus`` in ``heldout``."""
     suffix_length: int = 128
-    """Tokens per suffix, and per rollout and rewrite (paper: 128)."""
+    """Tokens per suffix, and per rollout and rewrite (paper: 128); up to three less where it would end inside a
+    character."""
     max_prefix: int = 1920
     """Longest prefix in tokens (paper: prefix and suffix 2048 in all)."""
     min_prefix: int = 128
-    """Shortest prefix in tokens; a document shorter than min_prefix + suffix_length is counted as too short."""
+    """Shortest prefix in tokens (up to three less where max_prefix would begin it inside a character); a document
+    shorter than min_prefix + suffix_length is counted as too short."""
     episodes_per_document: int = 0
     """Most episodes cut from one document, evenly spread over it; 0 takes every chunk."""
     shuffle_buffer: int = 4096

@@ -14,7 +14,8 @@ from typing import Any
 from megatron_rlpt.config.schema import DataConfig, HeldOutOverlap, MixBy
 from megatron_rlpt.data.documents import Document, Position
 from megatron_rlpt.data.episodes import Cutter, Encode
-from megatron_rlpt.data.lane import Held, Lane, OpenDocument
+from megatron_rlpt.data.lane import Held, Key, Lane, OpenDocument
+from megatron_rlpt.data.names import shown
 from megatron_rlpt.data.overlap import HeldOut, Place, overlap_error
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
@@ -44,14 +45,18 @@ _CHANGED = (
 )
 
 
+_Slot = tuple[int, str]
+"""Source and position of a document, as a key."""
+
+
 class EpisodeStream:
     """Episodes without end, in an order that depends on configuration, corpus, tokenizer, seed and rank only.
 
-    All episodes have the same number of suffix tokens. With ``data.mix_by: tokens`` each source has a lane (a part of
-    the shuffle buffer, see ``Lane``) of its own, and the next episode comes from the source that is furthest behind
-    its share, give or take a drawn fraction of an episode: after any number of episodes each source has had its share
-    to within two episodes, however long its documents are. With ``mix_by: documents`` all sources share one lane, and
-    one that has longer documents has more episodes.
+    All episodes have the same number of suffix tokens, but for a few where a character would be cut. With
+    ``data.mix_by: tokens`` each source has a lane (a part of the shuffle buffer, see ``Lane``) of its own, and the next
+    episode comes from the source that is furthest behind its share, give or take a drawn fraction of an episode: after
+    any number of episodes each source has had its share to within two episodes, however long its documents are. With
+    ``mix_by: documents`` all sources share one lane, and one that has longer documents has more episodes.
 
     Args:
         config: Sources and how to cut them.
@@ -64,6 +69,7 @@ class EpisodeStream:
         starts_character: Whether a token starts a character; None where all tokens do.
         vocabulary: The tokenizer's, for sources that hold tokens.
         held_out: Documents that must not be trained on; what is done with one is ``data.heldout_overlap``.
+        remembered: Episodes handed out whose documents are known after a resume, because they may not be learnt yet.
 
     Raises:
         DataError: a source is missing, empty or not recognised.
@@ -82,8 +88,13 @@ class EpisodeStream:
         starts_character: Callable[[int], bool] | None = None,
         vocabulary: Vocabulary | None = None,
         held_out: HeldOut | None = None,
+        remembered: int = 0,
     ) -> None:
+        self.held_out_digest = held_out.digest if held_out else ""
+        """Changes with what must not be trained on."""
         self._held_out = held_out
+        self._recent: deque[tuple[str, int, Position]] = deque(maxlen=remembered)
+        """Id, source and position of the episodes handed out last."""
         self._skip = config.heldout_overlap is HeldOutOverlap.skip
         self._cutter = Cutter(config, encode, bos_id, starts_character)
         self._documents = DocumentStream(
@@ -153,12 +164,21 @@ class EpisodeStream:
                 for lane in self._lanes
             ],
             "check": self._check(),
+            "held_out": self.held_out_digest,
+            "recent": [list(entry) for entry in self._recent],
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> frozenset[str] | None:
         """Go on where ``state`` was taken. The buffer's documents are read and tokenized again.
 
+        Where other documents are held out than then, those that are so now leave the buffer.
+
+        Returns:
+            None where what is held out has not changed, else the ids of those of the remembered episodes that are held
+            out now.
+
         Raises:
+            DataError: such a document is in the buffer, and not to be passed over.
             CheckpointError: sources, files, seed, rank, world size, cutting or tokenizer differ from those of the
                 run that wrote the state.
         """
@@ -170,17 +190,34 @@ class EpisodeStream:
                     "new run"
                 )
         self._documents.check_layout(state["documents"])
-        self._rebuild(state["lanes"])
+        changed = state.get("held_out") != self.held_out_digest
+        recent = [(identity, source, position) for identity, source, position in state.get("recent", [])]
+        held_out = self._rebuild(state["lanes"], recent if changed else [], changed)
+        self._recent.extend(recent)
         self._documents.load_state_dict(state["documents"])
         for name, value in state["counters"].items():
             setattr(self.counters, name, tuple(value) if isinstance(value, list) else value)
         if self._check() != state["check"]:
             raise CheckpointError(_CHANGED)
+        if not changed:
+            return None
+        dropped = sum(lane.drop(held_out.values()) for lane in self._lanes)
+        self.counters.held_out += len(held_out)
+        if self._documents.tells:
+            _log.warning(
+                "other documents are held out than at the checkpoint: from now on they are left out of training, and "
+                "what was trained on before stays trained on; documents left out of the shuffle buffer and of what "
+                "was proposed ahead: %d (%d episodes of the buffer)",
+                len(held_out),
+                dropped,
+            )
+        return frozenset(identity for identity, *place in recent if _slot(*place) in held_out)
 
     def _serve(self) -> Episode:
         lanes = {number: lane for number, lane in enumerate(self._lanes) if lane.fill()}
         held = lanes[self._choose(list(lanes))].serve()
         self.counters.count_served(held.source)
+        self._recent.append((held.episode.id, held.source, held.position))
         return held.episode
 
     def _choose(self, lanes: list[int]) -> int:
@@ -215,48 +252,89 @@ class EpisodeStream:
             if document.offsets:
                 self._documents.note_usable(drawn.source)
                 return document
-            self.counters.too_short += 1
+            self._count_unused(document)
         return None
 
+    def _count_unused(self, document: OpenDocument) -> None:
+        """Count a document that gives no episode, by the reason."""
+        if not self._cutter.is_long_enough(document.tokens):
+            self.counters.too_short += 1
+            return
+        if not self.counters.not_cut and self._documents.tells:
+            path = shown(self._documents.sources[document.source].path)
+            _log.warning("%r (document %s): its characters have too many tokens to be cut; such documents are counted "
+                         "in data/not_cut", path, shown(document.id))  # fmt: skip
+        self.counters.not_cut += 1
+
     def _is_held_out(self, drawn: Drawn) -> bool:
-        """Whether a document must not be trained on.
+        """Whether a document must not be trained on; counted, and said the first time.
 
         Raises:
             DataError: it must not, and is not to be passed over either.
         """
-        if self._held_out is None or (held := self._held_out.find(self._held_out.text_of(drawn.document))) is None:
+        if (held := self._find_held_out(drawn)) is None:
             return False
-        path = self._documents.sources[drawn.source].path
-        place = Place(f"data.sources[{drawn.source}]", path, drawn.document.id)
-        if not self._skip:
-            raise overlap_error(place, held)
-        if not self.counters.held_out:
+        if not self.counters.held_out and self._documents.tells:
+            place = self._place_of(drawn)
             _log.warning("%s is held out as well (%s); such documents are left out of training", place, held)
         self.counters.held_out += 1
         return True
+
+    def _find_held_out(self, drawn: Drawn) -> Place | None:
+        """Where a document is held out, if it is.
+
+        Raises:
+            DataError: it is, and is not to be passed over.
+        """
+        if self._held_out is None or (held := self._held_out.find(self._held_out.text_of(drawn.document))) is None:
+            return None
+        if not self._skip:
+            raise overlap_error(self._place_of(drawn), held)
+        return held
+
+    def _place_of(self, drawn: Drawn) -> Place:
+        path = self._documents.sources[drawn.source].path
+        return Place(f"data.sources[{drawn.source}]", path, drawn.document.id)
 
     def _open(self, document: Document, source: int, position: Position) -> OpenDocument:
         control = self._documents.sources[source].control_tokens
         tokens = array("i", self._cutter.tokenize(document, control))
         return OpenDocument(document.id, tokens, deque(self._cutter.offsets(tokens)), source, position)
 
-    def _rebuild(self, lanes: list[dict[str, Any]]) -> None:
-        """Read the documents behind the lanes again, in corpus order so that readers mostly move forward."""
-        slots: dict[tuple[int, str], list[tuple[int, str, int, list[Any]]]] = {}
+    def _rebuild(
+        self, lanes: list[dict[str, Any]], recent: list[tuple[str, int, Position]], look: bool
+    ) -> dict[_Slot, Key]:
+        """Read the documents behind the lanes again, in corpus order so that readers mostly move forward.
+
+        Args:
+            lanes: their saved state.
+            recent: other documents to read.
+            look: whether to look for those that are held out.
+
+        Returns:
+            The documents that are.
+        """
+        slots: dict[_Slot, list[tuple[int, str, int, list[Any]]]] = {}
+        for _, source, position in recent:
+            slots.setdefault(_slot(source, position), []).append((0, "recent", 0, [source, position, 0]))
         for number, saved in enumerate(lanes):
             waiting = [saved["waiting"]] if saved["waiting"] else []
             for part, places in (("buffer", saved["buffer"]), ("open", saved["open"]), ("waiting", waiting)):
                 for index, place in enumerate(places):
-                    slots.setdefault((place[0], str(place[1])), []).append((number, part, index, place))
+                    slots.setdefault(_slot(*place[:2]), []).append((number, part, index, place))
+        held_out: dict[_Slot, Key] = {}
         held: dict[tuple[int, int], Held] = {}
         opened: dict[tuple[int, str, int], OpenDocument] = {}
-        for same in sorted(slots.values(), key=lambda same: _reading_order(*same[0][3][:2])):
+        for slot, same in sorted(slots.items(), key=lambda item: _reading_order(*item[1][0][3][:2])):
             source, position, _ = same[0][3]
-            document = self._open(self._documents.reread(source, position), source, position)
+            drawn = Drawn(self._documents.reread(source, position), source, position)
+            if look and self._find_held_out(drawn):
+                held_out[slot] = (source, drawn.document.id)
+            document = self._open(drawn.document, source, position)
             for number, part, index, (*_, value) in same:
                 if part == "buffer":
                     held[number, index] = Held(self._cut(document, value), source, position)
-                else:
+                elif part != "recent":
                     rest = deque(list(document.offsets)[max(0, len(document.offsets) - value) :])
                     opened[number, part, index] = replace(document, offsets=rest)
         if not all(document.offsets for document in opened.values()):
@@ -268,6 +346,7 @@ class EpisodeStream:
                 [opened[number, "open", index] for index in range(len(state["open"]))],
                 opened.get((number, "waiting", 0)),
             )
+        return held_out
 
     def _check(self) -> str:
         """Digest of the episodes in the buffer and of the next ones, to compare after they were cut again."""
@@ -280,6 +359,10 @@ def _shares(config: DataConfig) -> list[float]:
         return [1.0]
     total = sum(source.weight for source in config.sources)
     return [source.weight / total for source in config.sources]
+
+
+def _slot(source: int, position: Position) -> _Slot:
+    return source, str(position)
 
 
 def _place(document: OpenDocument) -> list[Any]:

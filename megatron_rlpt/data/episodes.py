@@ -12,6 +12,11 @@ from megatron_rlpt.data.documents import Document
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.records import Episode, stable_id
 
+_BEHIND = 3
+"""Most tokens of a character behind its first: UTF-8 has 4 bytes."""
+_AHEAD = 3
+"""Tokens by which a cut moves on at most to get a suffix of the very length."""
+
 
 class Encode(Protocol):
     """Text to token ids, without special tokens added."""
@@ -26,8 +31,8 @@ class Cutter:
 
     Every border is one of characters: a window starts, and a suffix starts and ends, where no token continues a
     character that another has begun. For that, a cut moves on by a few tokens, and a window starts a few tokens later.
-    Where no cut of a document has such borders, because it is short or has the same number of tokens for every
-    character, the document gives no episode and counts as too short.
+    Where no cut nearby has both (every character of a text may have three tokens), the suffix ends up to three tokens
+    earlier, and so may a prefix be that much shorter than ``min_prefix`` where ``max_prefix`` leaves it no more.
 
     With ``data.add_bos`` the BOS token is token 0 of the document: it is counted in lengths and offsets, and it is
     in a prefix exactly when the window of ``max_prefix`` tokens reaches the document's start.
@@ -68,32 +73,53 @@ class Cutter:
 
         Chunks follow one another from ``min_prefix`` on, so that suffixes never overlap, with a gap where a chunk has
         to start later to start and end with whole characters; a rest shorter than a suffix belongs to none. Empty if
-        the document is shorter than ``min_prefix + suffix_length``.
+        the document is shorter than ``min_prefix + suffix_length``, or if its characters have more tokens than a
+        suffix.
         """
         config = self._config
         every = []
-        offset = config.min_prefix
-        while offset + config.suffix_length <= len(tokens):
-            end = offset + config.suffix_length
-            whole = self._is_border(tokens, offset) and self._is_border(tokens, end)
-            if whole and offset - self._window_start(tokens, offset) >= config.min_prefix:
-                every.append(offset)
-                offset = end
-            else:
-                offset += 1
+        offset, last = config.min_prefix, len(tokens) - config.suffix_length
+        while offset <= last:
+            nearby = range(offset, min(offset + _AHEAD, last) + 1)
+            lengths = {place: length for place in nearby if (length := self._suffix_length(tokens, place))}
+            offset = nearby.stop
+            if lengths:
+                place = max(lengths, key=lambda place: (lengths[place] == config.suffix_length, -place))
+                every.append(place)
+                offset = place + lengths[place]
         if not config.episodes_per_document or len(every) <= config.episodes_per_document:
             return every
         return evenly_spread(every, config.episodes_per_document)
 
     def cut(self, corpus: str, document: str, tokens: Sequence[int], offset: int) -> Episode:
         """The episode whose suffix starts at ``offset``; prefix and suffix are one contiguous slice of ``tokens``."""
-        config = self._config
         prefix = tuple(tokens[self._window_start(tokens, offset) : offset])
-        suffix = tuple(tokens[offset : offset + config.suffix_length])
+        suffix = tuple(tokens[offset : self._suffix_end(tokens, offset)])
         # The tokens are part of the id: another tokenizer or another text makes another episode.
         content = hashlib.blake2b(struct.pack(f"<{len(prefix) + len(suffix)}q", *prefix, *suffix), digest_size=16)
         identity = stable_id(corpus, document, offset, len(prefix), content.hexdigest())
         return Episode(identity, prefix, suffix, corpus, document, offset)
+
+    def is_long_enough(self, tokens: Sequence[int]) -> bool:
+        """Whether a document without episodes has tokens enough for one."""
+        return len(tokens) >= self._config.min_prefix + self._config.suffix_length
+
+    def _suffix_length(self, tokens: Sequence[int], offset: int) -> int:
+        """Tokens of the suffix that starts at ``offset``; 0 if none can."""
+        if not self._is_border(tokens, offset):
+            return 0
+        prefix = offset - self._window_start(tokens, offset)
+        if prefix < max(1, min(self._config.min_prefix, self._config.max_prefix - _BEHIND)):
+            return 0
+        length = self._suffix_end(tokens, offset) - offset
+        return length if length >= self._config.suffix_length - _BEHIND else 0
+
+    def _suffix_end(self, tokens: Sequence[int], offset: int) -> int:
+        """Where the suffix that starts at ``offset`` ends."""
+        end = offset + self._config.suffix_length
+        while end > offset and not self._is_border(tokens, end):
+            end -= 1
+        return end
 
     def _window_start(self, tokens: Sequence[int], offset: int) -> int:
         """Where the prefix of the episode at ``offset`` starts."""

@@ -34,6 +34,20 @@ _ABOUT_A_DATASET = frozenset({"dataset_info.json", "dataset_infos.json", "datase
 
 _TABLES = (".csv", ".tsv")
 
+_BESIDE = " beside "
+
+_ALONE = {
+    "empty files": ("only empty files", "put documents there or remove the source"),
+    "hidden files and folders": ("only hidden files and folders", "rename them without the dot in front"),
+    "files about a dataset": ("only files about a dataset", "give the folder that holds its data"),
+    "folders that the glob matches but does not enter": (
+        "only folders",
+        "end the glob with /** to read what they hold",
+    ),
+    "FIFOs, sockets and devices": ("no regular file but FIFOs, sockets or devices", "copy what they give into a file"),
+}
+"""Kind of what is passed over -> what is said where there is nothing else, and what to do."""
+
 
 @dataclass(frozen=True)
 class CorpusFiles:
@@ -110,9 +124,11 @@ def find_files(source: SourceConfig) -> CorpusFiles:
     if wanted is SourceFormat.auto:
         found = sorted({format.value for format in formats if format is not None})
         if len(found) > 1:
+            first = {format.value: file.path for file, format in zip(listing.files, formats, strict=True) if format}
+            examples = ", ".join(shown(first[format].relative_to(listing.root)) for format in found)
             raise DataError(
                 f"data source {shown(source.path)!r} mixes {' and '.join(found)} files (recognised endings: "
-                f"{_RECOGNISED}); set the source's format or use a glob"
+                f"{_RECOGNISED}; found among others: {examples}); set the source's format or use a glob"
             )
         wanted = SourceFormat(found[0]) if found else wanted
     anything = listing.named and source.format is not SourceFormat.auto
@@ -155,7 +171,7 @@ def format_of(path: Path) -> SourceFormat | None:
 def _kind(path: Path, format: SourceFormat | None, wanted: SourceFormat) -> str:
     """What to call a file that is left out."""
     if format is not None:
-        return f"{format.value} files beside {wanted.value}"
+        return f"{format.value} files{_BESIDE}{wanted.value}"
     if path.name.lower() in _ABOUT_A_DATASET:
         return "files about a dataset"
     ending = shown(path.suffix.lower())
@@ -164,26 +180,24 @@ def _kind(path: Path, format: SourceFormat | None, wanted: SourceFormat) -> str:
 
 def _nothing_to_read(source: SourceConfig, listing: Listing) -> str:
     where = f"data source {shown(source.path)!r}"
-    others = "; ".join(f"{kind}: {entry}" for kind, entry in listing.passed_over.items())
+    # Nothing of the wanted format is there for others to lie beside.
+    others = {kind.partition(_BESIDE)[0]: entry for kind, entry in listing.passed_over.items()}
+    if not others and listing.named:
+        return f"{where} matches no file; correct the glob"
     if not others:
-        return f"{where} " + (
-            "matches no file; correct the glob"
-            if listing.named
-            else "is an empty folder; put data files there or correct the path"
-        )
-    kinds = set(listing.passed_over)
-    if kinds == {"empty files"}:
-        return f"{where} has no records, only empty files: {others}; put documents there or remove the source"
-    if kinds == {"FIFOs, sockets and devices"}:
-        return f"{where} is no regular file ({others}), which alone can be read again from any place; copy it into one"
-    if any(kind.endswith(_TABLES) for kind in kinds):
+        return f"{where} is an empty folder; put data files there or correct the path"
+    if len(others) == 1 and (only := next(iter(others))) in _ALONE:
+        what, advice = _ALONE[only]
+        return f"{where} has {what} ({others[only]}); {advice}"
+    if any(kind.endswith(_TABLES) for kind in others):
         advice = "CSV and TSV are not read, convert them to JSON Lines or Parquet"
     elif source.format is SourceFormat.auto:
         advice = "rename the files or set the source's format"
     else:
         advice = "correct the path or the format"
-    kind = "" if source.format is SourceFormat.auto else f"{source.format.value} "
-    return f"{where} has no {kind}file with a recognised ending ({_RECOGNISED}) but {others}; {advice}"
+    auto = source.format is SourceFormat.auto
+    wanted = f"file with a recognised ending ({_RECOGNISED})" if auto else f"{source.format.value} file"
+    return f"{where} has no {wanted} but {'; '.join(f'{kind}: {entry}' for kind, entry in others.items())}; {advice}"
 
 
 def _list(given: str) -> Listing:

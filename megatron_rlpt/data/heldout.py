@@ -43,6 +43,7 @@ def heldout_episodes(
     bad.expect([(config.heldout[index].path, reader.sizes()) for index, reader in readers.items()])
     taken = [0] * len(config.heldout)
     episodes: list[Episode] = []
+    not_cut = 0
     while readers and len(episodes) < count:
         index = min(readers, key=lambda index: (taken[index] / config.heldout[index].weight, index))
         record = readers[index].read()
@@ -58,13 +59,16 @@ def heldout_episodes(
             (offset,) = evenly_spread(offsets, 1)
             episodes.append(cutter.cut(config.heldout[index].path, record.id, tokens, offset))
             taken[index] += 1
+        else:
+            not_cut += cutter.is_long_enough(tokens)
     if not readers:
         bad.check()
         if len(episodes) < 2:
-            short = bad.read - bad.malformed - len(episodes)
+            short = bad.read - bad.malformed - len(episodes) - not_cut
+            uncut = f", {not_cut} with characters of too many tokens to be cut" if not_cut else ""
             raise DataError(
                 f"data.heldout has {len(episodes)} usable documents: {bad.read} read, {short} too short, "
-                f"{bad.malformed} malformed; give at least 2 documents of "
+                f"{bad.malformed} malformed{uncut}; give at least 2 documents of "
                 f"{config.min_prefix + config.suffix_length} tokens or more"
             )
     return episodes

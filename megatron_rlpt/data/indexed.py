@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from megatron_rlpt.config.schema import SourceConfig, SourceFormat
 from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
+from megatron_rlpt.data.names import shown
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.records import stable_id
 from megatron_rlpt.vocabulary import Vocabulary
@@ -58,6 +59,11 @@ class IndexedReader(Reader):
     def __init__(self, source: SourceConfig, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._eod = source.eod
+        if source.eod >= vocabulary.size:
+            raise DataError(
+                f"data source {shown(source.path)!r}: eod is {source.eod}, and the tokenizer of the model has "
+                f"{vocabulary.size} tokens; give the id that ends its documents, or -1 (detected)"
+            )
         self._sets = [_Indexed(prefix) for prefix in _prefixes(source.path)]
         self._root = Path(os.path.commonpath([dataset.prefix.parent for dataset in self._sets]))
         self._set = self._document = self._token = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,6 +113,14 @@ class Lane:
         self.served, self.buffer, self.open, self.waiting = served, buffer, deque(open_), waiting
         self._busy = Counter((held.source, held.episode.document) for held in buffer)
         self._busy.update(document.key for document in open_)
+
+    def drop(self, documents: Collection[Key]) -> int:
+        """Take out everything of ``documents``; how many episodes left the buffer."""
+        kept = [held for held in self.buffer if (held.source, held.episode.document) not in documents]
+        count = len(self.buffer) - len(kept)
+        waiting = None if self.waiting and self.waiting.key in documents else self.waiting
+        self.restore(self.served, kept, [other for other in self.open if other.key not in documents], waiting)
+        return count
 
     def upcoming(self) -> list[str]:
         """Ids of the episodes in the buffer and of the next one of every document, to compare with those of another."""

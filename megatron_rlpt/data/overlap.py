@@ -18,9 +18,12 @@ import numpy.typing as npt
 
 from megatron_rlpt.config.schema import SourceConfig
 from megatron_rlpt.data.documents import MAX_RECORD_BYTES, Document
+from megatron_rlpt.data.names import shown
+from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.sources import open_source
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.records import stable_id
 from megatron_rlpt.vocabulary import Vocabulary
 
 _log = get_logger(__name__)
@@ -54,7 +57,7 @@ class Place(NamedTuple):
     document: str
 
     def __str__(self) -> str:
-        return f"{self.key} {self.path!r} (document {self.document})"
+        return f"{self.key} {shown(self.path)!r} (document {shown(self.document)})"
 
 
 class HeldOut:
@@ -64,9 +67,10 @@ class HeldOut:
         lists: key of the configuration -> its sources.
         vocabulary: of the policy, for sources that hold tokens.
         limit: bytes above which a record is malformed (``data.max_record_bytes``).
+        bad: counts malformed records; what cannot be read cannot be kept out of training either.
 
     Raises:
-        DataError: a source cannot be read.
+        DataError: a source cannot be read, or too many of its records are malformed.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class HeldOut:
         lists: Mapping[str, Sequence[SourceConfig]],
         vocabulary: Vocabulary | None = None,
         limit: int = MAX_RECORD_BYTES,
+        bad: Quarantine | None = None,
     ) -> None:
         self._vocabulary = vocabulary
         self._limit = limit
@@ -81,17 +86,16 @@ class HeldOut:
         self._whole: dict[bytes, int] = {}
         passages: list[_Hashes] = []
         characters = 0
-        for key, sources in lists.items():
-            for index, source in enumerate(sources):
-                for document, text in self._texts(source):
-                    if characters >= _HELD:
-                        break
-                    characters += len(text)
-                    found = _reduced(text)
-                    number = len(self._places)
-                    self._places.append(Place(f"{key}[{index}]", source.path, document))
-                    self._whole.setdefault(_digest(found), number)
-                    passages.append(_passages(found))
+        for place, text in self._all(lists, bad or Quarantine(None, 1.0)):
+            characters += len(text)
+            found = _reduced(text)
+            self._whole.setdefault(_digest(found), len(self._places))
+            self._places.append(place)
+            passages.append(_passages(found))
+            if characters >= _HELD:
+                break
+        self.digest = stable_id(*sorted(digest.hex() for digest in self._whole))
+        """Changes with what the documents say, not with their files or order."""
         if characters >= _HELD:
             _log.warning("only a part of the held-out text is compared with the corpus", characters=characters)
         self._counts = np.array([len(of) for of in passages], np.int64)
@@ -130,8 +134,16 @@ class HeldOut:
         assert self._vocabulary is not None
         return self._vocabulary.decode(document.tokens)
 
-    def scan(self, sources: Sequence[SourceConfig]) -> None:
+    def scan(
+        self, sources: Sequence[SourceConfig], key: str = "data.sources", use: str = "training", skips: bool = True
+    ) -> None:
         """Compare the beginning of every source, before anything is loaded or trained.
+
+        Args:
+            sources: which.
+            key: of the configuration, that holds them.
+            use: what their documents are for.
+            skips: whether such documents can be left out of it.
 
         Raises:
             DataError: a document is in both, or a source cannot be read.
@@ -140,10 +152,27 @@ class HeldOut:
             characters = 0
             for document, text in self._texts(source):
                 if (place := self.find(text)) is not None:
-                    raise overlap_error(Place(f"data.sources[{index}]", source.path, document), place)
+                    raise overlap_error(Place(f"{key}[{index}]", source.path, document), place, use, skips)
                 characters += len(text)
                 if characters >= _SCANNED:
                     break
+
+    def _all(self, lists: Mapping[str, Sequence[SourceConfig]], bad: Quarantine) -> Iterator[tuple[Place, str]]:
+        """Every document, malformed records counted and said."""
+        every = [(f"{key}[{index}]", source) for key, sources in lists.items() for index, source in enumerate(sources)]
+        readers = [open_source(source, self._limit, self._vocabulary) for _, source in every]
+        bad.expect([(source.path, reader.sizes()) for (_, source), reader in zip(every, readers, strict=True)])
+        for number, ((key, source), reader) in enumerate(zip(every, readers, strict=True)):
+            before = bad.malformed
+            while (record := reader.read()) is not None:
+                bad.count(record, number)
+                if isinstance(record, Document):
+                    yield Place(key, source.path, record.id), self.text_of(record)
+            if bad.tells and (malformed := bad.malformed - before):
+                _log.warning(
+                    "malformed records in what is held out", source=key, path=shown(source.path), records=malformed
+                )
+        bad.check()
 
     def _texts(self, source: SourceConfig) -> Iterator[tuple[str, str]]:
         reader = open_source(source, self._limit, self._vocabulary)
@@ -152,12 +181,17 @@ class HeldOut:
                 yield record.id, self.text_of(record)
 
 
-def overlap_error(trained: Place, held: Place) -> DataError:
-    """Why a run cannot go on."""
-    return DataError(
-        f"{trained} is held out as well: {held}; take it out of one of them, or set data.heldout_overlap=skip to leave "
-        "such documents out of training"
-    )
+def overlap_error(used: Place, held: Place, use: str = "training", skips: bool = True) -> DataError:
+    """Why a run cannot go on.
+
+    Args:
+        used: a document.
+        held: the same among those that are held out.
+        use: what it is for.
+        skips: whether such documents can be left out of it.
+    """
+    otherwise = f", or set data.heldout_overlap=skip to leave such documents out of {use}" if skips else ""
+    return DataError(f"{used} is held out as well: {held}; take it out of one of them{otherwise}")
 
 
 def _reduced(text: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +14,14 @@ from typing import Any
 from megatron_rlpt.data.documents import BadRecord, Document, excerpt_of
 from megatron_rlpt.data.losses import Losses
 from megatron_rlpt.data.names import shown
-from megatron_rlpt.errors import DataError
+from megatron_rlpt.errors import DataError, is_disk_full
 from megatron_rlpt.observe.log import get_logger
 
 MIN_RECORDS = 100
 """Records read before the share of malformed ones means something."""
+
+_MOST_WAITING = 10_000
+"""Lines that wait for a full disk; the oldest go first."""
 
 _log = get_logger(__name__)
 
@@ -25,10 +31,11 @@ class Quarantine:
 
     Later passes meet the same records again and add nothing. A record that is already in the file (written after
     the checkpoint a run went on from) is not written twice. What takes more than a record with it is measured in bytes
-    of the files, logged, and held against the limit at once.
+    of the files, logged, and held against the limit at once. A full disk ends no run: what it does not take is written
+    as soon as there is room.
 
     Raises:
-        DataError: the file cannot be read or written.
+        DataError: the file cannot be read or written, for another reason than a full disk.
     """
 
     def __init__(self, path: Path | None, max_bad_fraction: float) -> None:
@@ -44,6 +51,9 @@ class Quarantine:
         self._names = [""]
         self._losses = [Losses()]
         self._written: set[tuple[str, int]] | None = None
+        self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
+        """Lines that a full disk did not take; written as soon as there is room."""
+        self._failing = False
 
     def expect(self, sizes: Sequence[tuple[str, Mapping[str, int]]]) -> None:
         """Take over path and size of the files (``Reader.sizes``) of every source, so that losses have a measure."""
@@ -61,9 +71,11 @@ class Quarantine:
         if isinstance(record, BadRecord):
             self.malformed += 1
             self._last_reason = f"{shown(record.source)}: {record.reason}"
-            self._write(record)
-            if record.lost or record.cut:
-                self._lose(record, source)
+            self._note(record)
+        if self._waiting:
+            self._write_waiting()
+        if isinstance(record, BadRecord) and (record.lost or record.cut):
+            self._lose(record, source)
         if self.read >= MIN_RECORDS:
             self.check()
 
@@ -121,21 +133,42 @@ class Quarantine:
         last = f"last: {excerpt_of(self._last_reason)}"
         return f"{last}; see {self._path}" if self._path else last
 
-    def _write(self, record: BadRecord) -> None:
+    def _note(self, record: BadRecord) -> None:
+        """Have a record written, unless it was before."""
         if self._path is None:
             return
         key = (record.source, record.offset)
         try:
             if self._written is None:
                 self._written = self._load(self._path)
-            if key in self._written:
-                return
-            # One write per line: several ranks may append to the same file.
-            with self._path.open("a", encoding="ascii") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
         except OSError as error:
-            raise DataError(f"quarantine file {self._path} cannot be written: {error.strerror}; check it") from None
-        self._written.add(key)
+            raise self._unwritable(error) from None
+        if key not in self._written:
+            self._written.add(key)
+            self._waiting.append((json.dumps(asdict(record)) + "\n").encode("ascii"))
+
+    def _write_waiting(self) -> None:
+        assert self._path is not None
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                while self._waiting:
+                    whole = os.fstat(file.fileno()).st_size
+                    # One write per line: several ranks may append to the same file.
+                    if file.write(self._waiting[0]) != len(self._waiting[0]):
+                        os.truncate(self._path, whole)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    self._waiting.popleft()
+            self._failing = False
+        except OSError as error:
+            if not is_disk_full(error):
+                raise self._unwritable(error) from None
+            if not self._failing:
+                _log.warning("malformed records are counted, but cannot be written down now; the run goes on",
+                             file=self._path, reason=error.strerror)  # fmt: skip
+            self._failing = True
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(f"quarantine file {self._path} cannot be written: {error.strerror}; check it")
 
     def _load(self, path: Path) -> set[tuple[str, int]]:
         """Records already in the file; a last line cut off by a killed run is closed and written again."""
@@ -151,6 +184,5 @@ class Quarantine:
             except (ValueError, KeyError, TypeError):
                 continue
         if content and not content.endswith(b"\n"):
-            with path.open("ab") as file:
-                file.write(b"\n")
+            self._waiting.append(b"\n")
         return keys

@@ -28,6 +28,8 @@ class Counters:
     """Records that could not be read as a document."""
     too_short: int = 0
     """Documents shorter than min_prefix + suffix_length."""
+    not_cut: int = 0
+    """Documents long enough, no cut of which falls between two characters."""
     held_out: int = 0
     """Documents left out because they are held out."""
     usable: int = 0
@@ -100,6 +102,8 @@ class DocumentStream:
         assert 0 <= rank < world_size
         self.counters = Counters(epochs=(0,) * len(sources), served=(0,) * len(sources))
         self.sources = sources
+        self.tells = quarantine.tells
+        """Whether this one speaks for all ranks in the log."""
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
@@ -210,6 +214,7 @@ class DocumentStream:
             "data/read": counters.read,
             "data/malformed": counters.malformed,
             "data/too_short": counters.too_short,
+            "data/not_cut": counters.not_cut,
             "data/held_out": counters.held_out,
             "data/lost_bytes": self._quarantine.lost_bytes,
             "data/lost_share": self._quarantine.lost_share,
@@ -248,7 +253,7 @@ class DocumentStream:
         cursor = self._cursors[source]
         if not cursor.index:
             path = self.sources[source].path
-            raise DataError(f"data source {path!r} has no records; put documents there or remove the source")
+            raise DataError(f"data source {shown(path)!r} has no records; put documents there or remove the source")
         records = cursor.index
         cursor.epoch += 1
         cursor.index = 0
@@ -282,10 +287,14 @@ class DocumentStream:
         counters = self.counters
         if all(other.barren for other in self._cursors):
             held_out = f", {counters.held_out} held out" if counters.held_out else ""
+            not_cut = f", {counters.not_cut} with characters of too many tokens to be cut" if counters.not_cut else ""
+            advice = "lower data.min_prefix or data.suffix_length, or give longer documents"
+            if counters.not_cut and not counters.too_short:
+                advice = "raise data.suffix_length and data.max_prefix, or give other documents"
             raise DataError(
                 f"a full pass over data.sources gave no usable document (so far {counters.read} read, "
-                f"{counters.too_short} too short, {counters.malformed} malformed{held_out}); lower data.min_prefix or "
-                f"data.suffix_length, or give longer documents{' that are not held out' if held_out else ''}"
+                f"{counters.too_short} too short, {counters.malformed} malformed{held_out}{not_cut}); {advice}"
+                f"{' that are not held out' if held_out else ''}"
             )
         _log.warning(
             "data.sources[%d] %r gave no usable document in a full pass of %d records; the others share its part",

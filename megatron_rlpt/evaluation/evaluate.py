@@ -12,8 +12,18 @@ from typing import Any, cast
 
 from megatron_rlpt import terminal
 from megatron_rlpt.candidates import marked_if_blank, whole_characters
-from megatron_rlpt.config import Config, DataConfig, EngineName, SourceConfig, to_yaml
-from megatron_rlpt.data import Document, Quarantine, heldout_episodes, open_source, survey_corpus
+from megatron_rlpt.config import Config, EngineName, HeldOutOverlap, to_yaml
+from megatron_rlpt.data import (
+    Document,
+    Place,
+    Quarantine,
+    heldout_episodes,
+    kept_from_ngrams,
+    kept_from_training,
+    open_source,
+    overlap_error,
+    survey_corpus,
+)
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation.comparison import (
     BASELINE,
@@ -36,6 +46,7 @@ from megatron_rlpt.ranks import find_place
 from megatron_rlpt.records import Candidate, Episode, Group, Score, Source, derive_seed
 from megatron_rlpt.rollout.engine import Prompt, RolloutEngine
 from megatron_rlpt.rollout.vllm_engine import start_policy_engine
+from megatron_rlpt.run_record import RunRecord
 from megatron_rlpt.teacher.build import build_judge, describe_judge
 from megatron_rlpt.teacher.judge import Judge, check_failure_rate, failures, first_cause, most_frequent
 from megatron_rlpt.tokenizer import PolicyTokenizer, TextTokens
@@ -85,6 +96,7 @@ def _models(config: Config, folder: Path) -> dict[str, Path]:
 def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     tokenizer = PolicyTokenizer(config.model.path)
     survey_corpus(config.data.heldout + config.evaluation.ngram_corpus, config.data.max_bad_fraction)
+    require_honest(config, tokenizer, [models[name].parent for name in (TRAINED, BASELINE) if name in models])
     episodes = heldout_episodes(
         config.data,
         config.evaluation.prefixes,
@@ -175,22 +187,61 @@ class JudgeScorer:
 
 def _ngram_model(config: Config, tokenizer: PolicyTokenizer, vocab: int) -> NgramModel | None:
     """``vocab`` is the model's: it may be padded beyond the tokenizer's, and a policy may sample from the padding."""
-    sources = config.evaluation.ngram_corpus
-    if not sources:
+    if not config.evaluation.ngram_corpus:
         return None
-    documents = [tokens for source in sources for tokens in _documents(source, config.data, tokenizer)]
-    return NgramModel(documents, vocab)
+    return NgramModel(list(_ngram_documents(config, tokenizer)), vocab)
 
 
-def _documents(source: SourceConfig, data: DataConfig, tokenizer: PolicyTokenizer) -> Iterator[Sequence[int]]:
-    reader = open_source(source, data.max_record_bytes, tokenizer.vocabulary)
-    bad = Quarantine(None, data.max_bad_fraction)
-    bad.expect([(source.path, reader.sizes())])
-    while (record := reader.read()) is not None:
-        bad.count(record)
-        if isinstance(record, Document):
+def _ngram_documents(config: Config, tokenizer: PolicyTokenizer) -> Iterator[Sequence[int]]:
+    """What the n-gram model is fitted to: nothing that policies are compared on.
+
+    Raises:
+        DataError: a document is held out, and not to be left out.
+    """
+    data, left_out = config.data, 0
+    held_out = kept_from_ngrams(config, tokenizer.vocabulary)
+    for index, source in enumerate(config.evaluation.ngram_corpus):
+        reader = open_source(source, data.max_record_bytes, tokenizer.vocabulary)
+        bad = Quarantine(None, data.max_bad_fraction)
+        bad.expect([(source.path, reader.sizes())])
+        while (record := reader.read()) is not None:
+            bad.count(record)
+            if not isinstance(record, Document):
+                continue
+            if held_out and (place := held_out.find(held_out.text_of(record))):
+                if data.heldout_overlap is HeldOutOverlap.refuse:
+                    used = Place(f"evaluation.ngram_corpus[{index}]", source.path, record.id)
+                    raise overlap_error(used, place, "the n-gram model")
+                left_out += 1
+                continue
             yield tokenizer.encode(record.text, source.control_tokens) if record.tokens is None else record.tokens
-    bad.check()
+        bad.check()
+    if left_out:
+        _log.warning("documents of evaluation.ngram_corpus are held out as well; the n-gram model does without them",
+                     documents=left_out)  # fmt: skip
+
+
+def require_honest(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[Path]) -> None:
+    """Refuse to compare policies on documents that one of them may have been trained on.
+
+    Args:
+        config: of the run; what it holds out need not be what was held out while it was trained.
+        tokenizer: of the policies.
+        runs: folders of the runs that trained them.
+
+    Raises:
+        DataError: a document of the corpus is held out now and was not in one of ``runs``, or too many records of what
+            is held out are malformed.
+    """
+    held_out = kept_from_training(config, tokenizer.vocabulary, runs[0] / "quarantine.jsonl")
+    if held_out is None:
+        return
+    records = [RunRecord.read(folder) for folder in runs]
+    if all(record is not None and record.held_out == held_out.digest for record in records):
+        return
+    _log.warning("other documents are held out than while the policy was trained, or nobody knows; comparing them with "
+                 "data.sources")  # fmt: skip
+    held_out.scan(config.data.sources, skips=False)
 
 
 def _describe_ngram(model: NgramModel) -> str:

@@ -110,8 +110,9 @@ class Rewriter:
         tokens = self._tokens(replace(reply, text=answer) if thought else reply, shown)
         if isinstance(tokens, Failed):
             return tokens
-        if len(tokens) < self._length:
-            detail = {"tokens": len(tokens), "needed": self._length, "reply": reply.text}
+        # A suffix is a few tokens short where characters have several, and so is its copy.
+        if len(tokens) < (needed := min(self._length, len(shown.episode.suffix))):
+            detail = {"tokens": len(tokens), "needed": needed, "reply": reply.text}
             cut_off = reply.finish_reason == "length" and not _MARKER.search(reply.text)
             return Failed("rewrite cut off by max_tokens" if cut_off else "rewrite too short", detail)
         kept = tokens[: self._length]

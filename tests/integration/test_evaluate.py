@@ -23,12 +23,13 @@ def trained(served_model, corpus, tmp_path_factory):
     """The configuration file and the folder of a run, with its baseline inside."""
     base = tmp_path_factory.mktemp("evaluate")
     path, folder = base / "run.yaml", base / "run"
-    other = base / "other.jsonl"
+    other, third = base / "other.jsonl", base / "third.jsonl"
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    other.write_text("".join(json.dumps({"text": " ".join(text.split()[::-1])}) + "\n" for text in texts))
+    for file, step in ((other, -1), (third, 2)):
+        file.write_text("".join(json.dumps({"text": " ".join(text.split()[::step])}) + "\n" for text in texts))
     compared = {
         "data": {"heldout": [{"path": str(other)}]},
-        "evaluation": {"prefixes": 12, "samples": 2, "examples": 3, "ngram_corpus": [{"path": str(other)}]},
+        "evaluation": {"prefixes": 12, "samples": 2, "examples": 3, "ngram_corpus": [{"path": str(third)}]},
     }
     for config in (
         write_config(base / "ntp.yaml", served_model, corpus, folder / "baseline_ntp", **NEXT_TOKEN),

@@ -17,7 +17,7 @@ from tiny_model import WORDS
 def train(rlpt, tiny_model, corpus, tmp_path):
     """``rlpt train`` of next tokens on the tiny model, with ``data`` changed."""
 
-    def run(data: dict, evaluation: dict | None = None, folder: str = "run"):
+    def run(data: dict, evaluation: dict | None = None, folder: str = "run", command: str = "train", **train: int):
         settings = {
             "run": {"dir": str(tmp_path / folder)},
             "model": {"path": str(tiny_model)},
@@ -25,13 +25,14 @@ def train(rlpt, tiny_model, corpus, tmp_path):
                      "shuffle_buffer": 16} | data,
             "objective": {"name": "ntp"},
             "candidates": {"rollouts": 0},
-            "train": {"steps": 3, "global_batch": 8, "micro_batch": 4},
+            "train": {"steps": 3, "global_batch": 8, "micro_batch": 4} | train,
+            "optimizer": {"decay": "constant"},
             "observe": {"tensorboard": False},
             "evaluation": evaluation or {},
         }  # fmt: skip
         path = tmp_path / "run.yaml"
         path.write_text(json.dumps(settings))
-        code, out, err = rlpt("train", "-c", path)
+        code, out, err = rlpt(command, "-c", path)
         return code, out, err, tmp_path / folder
 
     return run
@@ -99,6 +100,69 @@ def test_what_is_held_out_may_be_left_out_of_training_instead(train, corpus, tmp
     assert not any(str(document).endswith(f"#{number}") for document in documents for number in range(50))
 
 
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_what_is_held_out_from_a_resume_on_is_never_learnt_again(train, corpus, tmp_path, staleness):
+    options = {"shuffle_buffer": 64, "heldout_overlap": "skip"}
+    shown = {"staleness": staleness}
+    code, _, err, run = train(options, **shown)
+    assert code == 0, err
+    (tmp_path / "h.jsonl").write_bytes(lines(texts_of(corpus)[:40]))
+    code, _, err, run = train(options | {"heldout": [{"path": str(tmp_path / "h.jsonl")}]}, steps=9, **shown)
+    assert code == 0, err
+    assert err.count("other documents are held out than at the checkpoint") == 1
+    assert ("is proposed anew" in err) == bool(staleness)
+    after = [row["document"] for row in rows(run / "samples.jsonl") if row["step"] >= 3]
+    assert after
+    assert {int(document.rpartition("#")[2]) for document in after} <= set(range(40, 60))
+    assert rows(run / "metrics.jsonl")[-1]["data/held_out"] >= 40
+    code, _, err, _ = train(options | {"heldout_overlap": "refuse"}, steps=10, **shown)
+    assert code == 0, err
+    assert "held-out documents are treated otherwise from now on" in err
+
+
+def test_a_document_of_the_ngram_corpus_that_is_held_out_is_found_before_anything_is_trained(train, tmp_path):
+    (tmp_path / "h.jsonl").write_bytes(lines(other_texts(9)))
+    (tmp_path / "n.txt").write_text(other_texts(20)[4])
+    sources = {"heldout": [{"path": str(tmp_path / "h.jsonl")}]}, {"ngram_corpus": [{"path": str(tmp_path / "n.txt")}]}
+    code, _, err, run = train(*sources)
+    assert code == 3
+    assert "evaluation.ngram_corpus[0]" in error_of(err)
+    assert "data.heldout[0]" in error_of(err)
+    assert "to leave such documents out of the n-gram model" in error_of(err)
+    assert not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text()
+    assert train(sources[0] | {"heldout_overlap": "skip"}, sources[1])[0] == 0
+
+
+@pytest.mark.parametrize("overlap", ["refuse", "skip"])
+def test_policies_are_not_compared_on_what_they_were_trained_on(train, corpus, tmp_path, overlap):
+    (tmp_path / "h.jsonl").write_bytes(lines(other_texts(9)))
+    data = {"heldout": [{"path": str(tmp_path / "h.jsonl")}], "heldout_overlap": overlap}
+    assert train(data)[0] == 0
+    (tmp_path / "h.jsonl").write_bytes(lines([*other_texts(9), texts_of(corpus)[30]]))
+    code, _, err, _ = train(data, command="evaluate")
+    assert code == 3
+    assert "other documents are held out than while the policy was trained" in err
+    assert f"data.sources[0] {str(corpus)!r} (document corpus.jsonl#30) is held out as well" in error_of(err)
+    assert "skip" not in error_of(err)
+
+
+def test_damage_to_what_is_held_out_is_counted_like_that_of_the_corpus(train, tmp_path):
+    (tmp_path / "h.jsonl").write_bytes(lines(other_texts(9)) + b"broken\n" * 6)
+    data = {"heldout": [{"path": str(tmp_path / "h.jsonl")}]}
+    code, _, err, run = train(data)
+    assert code == 3
+    assert "6 of 15 records are malformed" in error_of(err)
+    assert "h.jsonl: not JSON" in error_of(err)
+    code, _, err, run = train(data | {"max_bad_fraction": 0.5}, folder="other")
+    assert code == 0, err
+    assert "malformed records in what is held out" in err
+    assert len(rows(run / "quarantine.jsonl")) == 6
+
+
 def indexed(prefix: Path, documents: list[list[int]]) -> Path:
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for document in documents:
@@ -139,6 +203,22 @@ def test_held_out_text_is_found_among_tokens(train, corpus, tmp_path):
     prefix = indexed(tmp_path / "tokens", tokens_of(texts_of(corpus)))
     code, _, err, _ = train({"sources": [{"path": str(prefix)}], "heldout": [{"path": str(corpus)}]})
     assert (code, "is held out as well" in error_of(err)) == (3, True)
+
+
+@pytest.mark.parametrize("key", ["sources", "heldout"])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("h.txt", {"field": "body"}), ("h.txt", {"eod": 2}), ("h.jsonl", {"eod": 2}), ("tokens", {"field": "body"}),
+     ("tokens", {"control_tokens": True}), ("tokens.bin", {"control_tokens": True}), ("tokens", {"eod": 5000})],
+)  # fmt: skip
+def test_an_option_without_effect_in_the_format_that_is_found_is_refused(train, tmp_path, key, name, option):
+    (tmp_path / "h.jsonl").write_bytes(lines(other_texts(9)))
+    (tmp_path / "h.txt").write_text(other_texts(9)[0])
+    indexed(tmp_path / "tokens", tokens_of(other_texts(9)))
+    code, _, err, _ = train({key: [{"path": str(tmp_path / name)} | option]})
+    ((field, _),) = option.items()
+    assert code == (3 if option == {"eod": 5000} else 2), err
+    assert f"data source '{tmp_path / name}': {field} is " in error_of(err)
 
 
 def test_weights_are_shares_of_tokens_however_long_documents_are(train, tmp_path):

@@ -244,6 +244,50 @@ def test_a_link_to_nothing_a_loop_of_links_and_a_glob_over_it(train, tmp_path):
     refused(train(folder), "b.jsonl is a link to nothing")
 
 
+NOTHING = {
+    "empty": (lambda d: [(d / name).touch() for name in ("a.jsonl", "b.jsonl")], "has only empty files (a.jsonl, b.j"),
+    "nothing": (lambda d: None, "is an empty folder"),
+    "hidden": (lambda d: (d / ".a.jsonl").write_bytes(lines(texts(2))), "without the dot in front"),
+    "about": (
+        lambda d: (d / "dataset_info.json").write_text("{}"),
+        "has only files about a dataset (dataset_info.json)",
+    ),
+    "pipe": (lambda d: os.mkfifo(d / "a.jsonl"), "no regular file but FIFOs, sockets or devices (a.jsonl)"),
+    "blank": (lambda d: (d / "a.jsonl").write_text("\n\n"), "has no records"),
+    "none": (lambda d: (d / "a.json").write_text("[]"), "has no records"),
+    "mixed": (
+        lambda d: [(d / name).write_text("x") for name in ("a.txt", "b.json")],
+        "found among others: b.json, a.txt",
+    ),
+    "unknown": (
+        lambda d: [(d / name).write_text("x") for name in ("a.dat", "b")],
+        ".dat: a.dat; files without an ending: b",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+def test_a_folder_with_nothing_to_read_is_called_what_it_is(train, tmp_path, kind):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    make, words = NOTHING[kind]
+    make(folder)
+    result = train(folder)
+    refused(result, words)
+    assert result[1].strip().splitlines()[-1].count("empty files") <= 1
+
+
+def test_a_glob_that_ends_at_folders_and_a_format_that_is_not_there(train, tmp_path):
+    (tmp_path / "corpus" / "part").mkdir(parents=True)
+    (tmp_path / "corpus" / "part" / "a.jsonl").write_bytes(lines(texts(8)))
+    refused(train(tmp_path / "corpus" / "*"), "has only folders (part); end the glob with /**")
+    refused(
+        train(tmp_path / "corpus", source={"format": "parquet"}), "has no parquet file but jsonl files: part/a.jsonl;"
+    )
+    code, err, _ = train(tmp_path / "corpus" / "**")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("kind", ["fifo", "csv", "device", "unknown field"])
 def test_what_cannot_be_read_at_all_is_one_line(train, tmp_path, kind):
     path = tmp_path / "source.jsonl"

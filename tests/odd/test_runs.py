@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.buffer.rules import HOLDER
 from megatron_rlpt.config import load_config
-from megatron_rlpt.errors import CheckpointError, ConfigError, NothingLearntError, TeacherError
+from megatron_rlpt.errors import BufferUnavailableError, CheckpointError, ConfigError, NothingLearntError, TeacherError
 from megatron_rlpt.records import Candidate, Failed, Group, Score, Source
 
 Answer = Callable[[Group], Group]
@@ -69,8 +70,9 @@ def worker(config: Path, answer: Answer) -> Iterator[None]:
         Path(settings.run.dir).mkdir(parents=True, exist_ok=True)
         buffer = open_buffer(settings)
         while not over.wait(0.02):
-            for number, one in enumerate(buffer.claim("worker", 9, 60.0, os.urandom(8).hex())):
-                assert buffer.complete(one, answer(one.group)), number
+            with contextlib.suppress(BufferUnavailableError):  # a full disk
+                for number, one in enumerate(buffer.claim("worker", 9, 60.0, os.urandom(8).hex())):
+                    assert buffer.complete(one, answer(one.group)), number
         buffer.close()
 
     thread = threading.Thread(target=work)
@@ -331,6 +333,47 @@ def test_what_a_full_disk_did_not_take_is_written_once_there_is_room(rlpt, file,
     assert [row["step"] for row in lines(run / "samples.jsonl")] == sorted([*range(4)] * 8)
     assert err.count("samples.jsonl") == 1, "that it could not be written is said once"
     assert "Traceback" not in err
+
+
+def test_malformed_records_that_a_full_disk_does_not_take_end_no_run(rlpt, file, corpus, disk, tmp_path, monkeypatch):
+    run, good = disk / "run", corpus.read_text().splitlines()
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text("".join(line + "\n" + "broken " * 40 + "\n" for line in good[:40]))
+    data = {"sources": [{"path": str(damaged)}], "max_bad_fraction": 0.6, "shuffle_buffer": 1}
+    cut = {"suffix_length": 4, "min_prefix": 4, "max_prefix": 8, "episodes_per_document": 1}
+    batch = {"steps": 5, "global_batch": 6, "micro_batch": 2}
+    config = file(run={"dir": str(run)}, data=data | cut, train=batch, checkpoint={"every": 9})
+    with monkeypatch.context() as patched:
+        after_step(patched, 1, lambda: fill(disk))
+        after_step(patched, 3, (disk / "filler").unlink)
+        code, _, err = rlpt("train", "-c", config)
+    assert code == 0, err
+    assert err.count("malformed records are counted, but cannot be written down now") == 1
+    written = [row["offset"] for row in lines(run / "quarantine.jsonl")]
+    assert written == sorted(set(written))
+    assert len(written) == lines(run / "metrics.jsonl")[-1]["data/malformed"] >= 29
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["of its own", "of the run"])
+def test_a_full_disk_under_the_rollout_buffer_keeps_what_was_learnt(rlpt, file, disk, tmp_path, monkeypatch, own):
+    run = tmp_path / "run" if own else disk / "run"
+    batch = {"steps": 6, "global_batch": 32, "micro_batch": 8}
+    sections = judged("rf_nll") | {"run": {"dir": str(run)}, "train": batch, "checkpoint": {"every": 100}}
+    config = file(**sections, buffer={"url": f"sqlite:///{disk / 'buffer.sqlite'}"})
+    with worker(config, lambda group: rewritten(group, (5, 6, 7, 8), 1.0, 2.0)):
+        with monkeypatch.context() as patched:
+            after_step(patched, 1, lambda: fill(disk))
+            code, _, err = rlpt("train", "-c", config)
+        assert code == (BufferUnavailableError if own else CheckpointError).exit_code, err
+        assert ("because the disk is full" if own else "could not be written") in only_line(err)
+        assert [path.name for path in (run / "checkpoints").glob("step-*[0-9]")] == ["step-00000002"] * own
+        (disk / "filler").unlink()
+        with contextlib.closing(open_buffer(load_config(config))) as buffer:
+            buffer.withdraw(HOLDER, HOLDER)  # elsewhere the process that held it has ended
+        code, _, err = rlpt("train", "-c", config)
+    assert code == 0, err
+    assert ("resumed" in err) == own
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == [*range(6)]
 
 
 def test_a_disk_that_is_full_from_the_start_is_one_line(rlpt, file, disk):

@@ -70,6 +70,33 @@ def test_every_target_of_a_run_is_a_piece_of_its_document(rlpt, tmp_path, model)
     assert len(seen) > len(documents) // 2
 
 
+SCRIPTS = {"ethiopic": "አማርኛ የኢትዮጵያ የሥራ ቋንቋ ነው", "tibetan": "ༀ", "han": "鬱", "emoji": "🦚", "cuneiform": "𒀀𒀁𒀂"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_whose_every_character_has_several_tokens_is_learnt_like_any_other(rlpt, tmp_path, model, script):
+    text = SCRIPTS[script] * (600 // len(SCRIPTS[script]))
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [text] * 4)
+    cut = {"suffix_length": 32, "min_prefix": 32, "max_prefix": 32, "shuffle_buffer": 1}
+    code, _, err = rlpt("train", "-c", write_config(tmp_path / "run.yaml", model, corpus, **cut))
+    assert code == 0, err
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert (metrics[-1]["data/too_short"], metrics[-1]["data/not_cut"]) == (0, 0)
+    rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert all(row["prefix"] + row["candidates"][0]["text"] in text for row in rows)
+    assert min(len(row["candidates"][0]["text"].encode()) for row in rows) >= 29
+
+
+def test_characters_longer_than_a_suffix_are_called_that(rlpt, tmp_path, model):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", ["鬱" * 200] * 4)
+    config = write_config(tmp_path / "run.yaml", model, corpus, suffix_length=2)
+    code, _, err = rlpt("train", "-c", config)
+    assert code == 3
+    last = err.strip().splitlines()[-1]
+    assert "0 too short, 0 malformed, 4 with characters of too many tokens to be cut" in last
+    assert "raise data.suffix_length" in last
+
+
 def test_control_tokens_are_taken_for_such_where_a_source_says_so(rlpt, tmp_path, model):
     """A control token is one token and its spelling several, so that as many tokens hold more text."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", ["What is it?<|im_end|>\nIt is good.<|im_end|>\n" * 40])

@@ -32,8 +32,11 @@ class Stream:
     def state_dict(self) -> int:
         return self.taken
 
-    def load_state_dict(self, state: int) -> None:
+    held_out: frozenset[str] | None = None
+
+    def load_state_dict(self, state: int) -> frozenset[str] | None:
         self.taken = state
+        return self.held_out
 
 
 class Engine:
@@ -232,3 +235,21 @@ def test_a_group_of_a_checkpoint_that_cannot_be_learnt_from_is_refused():
     with pytest.raises(ValueError, match=f"group {number} comes back with a score that is no finite number"):
         pipeline().load_state_dict(state)
     first.close()
+
+
+@pytest.mark.parametrize("held_out", [None, frozenset(), frozenset({"e4"}), frozenset({"e11"}), frozenset({"e2"})])
+def test_what_was_proposed_ahead_is_dropped_where_it_is_held_out_now(held_out):
+    first = pipeline(2)
+    first.start(0)
+    learn(first, 0, 1)
+    state = json.loads(json.dumps(first.state_dict()))
+    second = pipeline(2)
+    second.stream.held_out = held_out
+    second.load_state_dict(state)
+    second.start(1)
+    learnt = [group.episode.id for batch in learn(second, 1, 8) for group in batch]
+    assert len(learnt) == 28
+    dropped = held_out in (frozenset({"e4"}), frozenset({"e11"}))
+    assert learnt[0] == ("e12" if dropped else "e4")
+    for one in (first, second):
+        one.close()

@@ -213,3 +213,20 @@ def test_another_trainer_that_came_first_afterwards_keeps_it(store, opened):
         submit(judging, 0)
     judging.close()
     assert other.stats().queued == 1
+
+
+def test_a_trainer_that_goes_on_with_other_episodes_drops_what_the_store_kept(store, opened):
+    first = trainer(opened())
+    first.start(0, {})
+    submit(first, 0)
+    submit(first, 1)
+    work_off(opened())
+    first.close()
+    second = trainer(opened())
+    second.start(0, {0: group(0)}, anew=True)
+    worker = opened()
+    assert work_off(worker) == [0], "what is put again, and nothing that was there"
+    second.submit(1, [group(100 + place) for place in range(BATCH - 1)])
+    work_off(worker)
+    assert len(collect(second, 0)) == BATCH
+    second.close()

@@ -213,11 +213,29 @@ def test_docstring_under_every_field():
 
 @pytest.mark.parametrize("group", ["data.sources", "data.heldout", "evaluation.ngram_corpus"])
 @pytest.mark.parametrize(
-    "option", ["subset: en", "split: test", "eod: 7, format: text", "eod: -2", "weight: 0", "weight: nan"]
+    "option",
+    [
+        "subset: en",
+        "split: test",
+        "eod: 7, format: text",
+        "eod: -2",
+        "weight: 0",
+        "weight: nan",
+        "eod: 7, format: hf",
+        "field: body, format: text",
+        "field: body, format: megatron",
+        "control_tokens: true, format: megatron",
+    ],
 )
 def test_an_option_that_a_source_has_no_use_for_is_refused_wherever_the_source_stands(group, option):
     with pytest.raises(ConfigError, match=rf"{group}\[0\]\.{option.partition(':')[0]} is "):
         load(f"{group}=[{{path: a.jsonl, {option}}}]")
+
+
+def test_a_weight_among_documents_that_are_all_read_once_is_refused():
+    load("evaluation.ngram_corpus=[{path: a.jsonl}]")
+    with pytest.raises(ConfigError, match=r"evaluation\.ngram_corpus\[0\]\.weight is 2.0; allowed: 1"):
+        load("evaluation.ngram_corpus=[{path: a.jsonl, weight: 2}]")
 
 
 def test_a_key_in_the_place_of_its_name_is_refused_and_not_shown():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from corpora import encode, settings
@@ -105,13 +104,22 @@ def test_every_border_is_one_of_characters(config, text):
     cutter = Cutter(config, encode, starts_character=starts_character)
     tokens = cutter.tokenize(Document("d", text))
     offsets = cutter.offsets(tokens)
+    ends = []
     for offset in offsets:
         episode = cutter.cut("corpus", "document", tokens, offset)
         assert bytes(episode.prefix + episode.suffix).decode() in text
         assert bytes(episode.prefix).decode() + bytes(episode.suffix).decode() in text
-        assert config.min_prefix <= len(episode.prefix) <= config.max_prefix
-        assert len(episode.suffix) == config.suffix_length
-    assert all(later - earlier >= config.suffix_length for earlier, later in pairwise(offsets))
+        assert min(config.min_prefix, config.max_prefix - 3) <= len(episode.prefix) <= config.max_prefix
+        assert config.suffix_length - 3 <= len(episode.suffix) <= config.suffix_length
+        ends.append(offset + len(episode.suffix))
+    assert all(later >= end for later, end in zip(offsets[1:], ends, strict=False)), "suffixes overlap"
+    borders = [place for place in range(len(tokens) + 1) if place == len(tokens) or starts_character(tokens[place])]
+    if config.suffix_length > 3 and config.max_prefix > 3:
+        gaps = [later - end for later, end in zip(offsets[1:], ends, strict=False)]
+        assert max(gaps, default=0) <= 6, "what is left out between two suffixes is less than two characters"
+        assert offsets or not [
+            place for place in borders if config.min_prefix <= place <= len(tokens) - config.suffix_length
+        ]
 
 
 def test_a_cut_moves_on_by_as_little_as_it_can():
@@ -119,6 +127,24 @@ def test_a_cut_moves_on_by_as_little_as_it_can():
     tokens = cutter.tokenize(Document("d", "ab語cdefgh語i"))
     assert cutter.offsets(tokens) == [2, 6, 10]
     assert cutter.offsets(tokens[1:]) == [4, 9]
-    assert cutter.offsets(cutter.tokenize(Document("d", "語" * 20))) == [], (
-        "four tokens are never whole characters of three"
-    )
+
+
+@pytest.mark.parametrize("length", [4, 32, 64, 128])
+@pytest.mark.parametrize("character", ["é", "ก", "語", "𓀀"])
+def test_characters_of_as_many_tokens_each_lose_nothing_but_the_length_of_a_suffix(character, length):
+    """No border may give exactly so many tokens, nor leave exactly the only prefix that is allowed."""
+    config = settings(min_prefix=length, max_prefix=length, suffix_length=length)
+    cutter = Cutter(config, encode, starts_character=starts_character)
+    tokens = cutter.tokenize(Document("d", character * 400))
+    episodes = [cutter.cut("c", "d", tokens, offset) for offset in cutter.offsets(tokens)]
+    assert "".join(bytes(episode.suffix).decode() for episode in episodes).strip(character) == ""
+    covered = sum(len(episode.suffix) for episode in episodes)
+    assert covered >= len(tokens) - 2 * length - 3
+    assert {length - len(episode.suffix) for episode in episodes} == {length % len(character.encode())}
+
+
+def test_a_character_longer_than_a_suffix_is_never_cut():
+    cutter = Cutter(settings(min_prefix=2, suffix_length=2), encode, starts_character=starts_character)
+    tokens = cutter.tokenize(Document("d", "語" * 20))
+    assert cutter.offsets(tokens) == []
+    assert cutter.is_long_enough(tokens)

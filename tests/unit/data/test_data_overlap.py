@@ -9,7 +9,8 @@ import pytest
 from corpora import encode, settings, source, write
 
 from megatron_rlpt.config import HeldOutOverlap
-from megatron_rlpt.data import EpisodeStream, HeldOut, overlap
+from megatron_rlpt.config.schema import MixBy
+from megatron_rlpt.data import EpisodeStream, HeldOut, Quarantine, overlap
 from megatron_rlpt.errors import DataError
 
 
@@ -89,3 +90,81 @@ def test_a_corpus_of_nothing_but_held_out_documents_is_called_that(tmp_path):
     config = settings(source(tmp_path / "c"), heldout_overlap=HeldOutOverlap.skip)
     with pytest.raises(DataError, match=r"no usable document .* 5 held out\); .* that are not held out"):
         EpisodeStream(config, encode, seed=0, held_out=held).take(1)
+
+
+def held_out(folder, kind: str, numbers) -> HeldOut:
+    write(folder, kind, [text(seed) for seed in numbers])
+    return HeldOut({"data.heldout": [source(folder)]})
+
+
+def numbers_of(episodes) -> set[int]:
+    return {int(episode.document.rpartition("#")[2]) for episode in episodes}
+
+
+@pytest.mark.parametrize("mix_by", ["tokens", "documents"])
+def test_what_is_held_out_now_leaves_the_buffer_and_what_was_handed_out_last(tmp_path, caplog, mix_by):
+    write(tmp_path / "c", "jsonl", [text(seed) for seed in range(40)])
+    then = held_out(tmp_path / "a", "jsonl", range(3))
+    now = held_out(tmp_path / "b", "jsonl", range(3, 30))
+    config = settings(source(tmp_path / "c"), buffer=32, episodes_per_document=9, mix_by=MixBy(mix_by),
+                      heldout_overlap=HeldOutOverlap.skip)  # fmt: skip
+    reference = EpisodeStream(config, encode, seed=0, held_out=then, remembered=6)
+    taken = reference.take(20)
+    state = json.loads(json.dumps(reference.state_dict()))
+    resumed = EpisodeStream(config, encode, 0, quarantine=tmp_path / "q", held_out=now, remembered=6)
+    with caplog.at_level("WARNING"):
+        left_out = resumed.load_state_dict(state)
+    assert left_out == {e.id for e in taken[-6:] if numbers_of([e]) <= set(range(3, 30))}
+    assert left_out
+    assert "other documents are held out than at the checkpoint" in caplog.text
+    assert numbers_of(resumed.take(200)) == {0, 1, 2, *range(30, 40)}
+    again = json.loads(json.dumps(resumed.state_dict()))
+    assert EpisodeStream(config, encode, 0, held_out=now, remembered=6).load_state_dict(again) is None
+
+
+def test_the_same_documents_in_other_files_change_nothing(tmp_path):
+    write(tmp_path / "c", "jsonl", [text(seed) for seed in range(20)])
+    config = settings(source(tmp_path / "c"), buffer=8, heldout_overlap=HeldOutOverlap.skip)
+    reference = EpisodeStream(config, encode, seed=0, held_out=held_out(tmp_path / "a", "jsonl", [4, 5, 6]))
+    reference.take(9)
+    state = json.loads(json.dumps(reference.state_dict()))
+    resumed = EpisodeStream(config, encode, seed=0, held_out=held_out(tmp_path / "b", "parquet", [6, 5, 4]))
+    assert resumed.load_state_dict(state) is None
+    assert resumed.take(60) == reference.take(60)
+
+
+def test_what_is_held_out_now_and_may_not_be_passed_over_ends_a_resume(tmp_path):
+    write(tmp_path / "c", "jsonl", [text(seed) for seed in range(20)])
+    config = settings(source(tmp_path / "c"), buffer=16)
+    stream = EpisodeStream(config, encode, seed=0)
+    stream.take(3)
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = EpisodeStream(config, encode, seed=0, held_out=held_out(tmp_path / "b", "jsonl", range(20)))
+    with pytest.raises(DataError, match="is held out as well"):
+        resumed.load_state_dict(state)
+
+
+def test_malformed_records_of_what_is_held_out_are_counted_said_and_written_down(tmp_path, caplog):
+    write(tmp_path / "h", "jsonl", [text(seed) for seed in range(9)])
+    with (tmp_path / "h" / "part-00.jsonl").open("a") as file:
+        file.write("broken\n")
+    lists = {"data.heldout": [source(tmp_path / "h")]}
+    with pytest.raises(DataError, match=r"1 of 10 records are malformed \(10.0%"):
+        HeldOut(lists, bad=Quarantine(None, 0.05))
+    with caplog.at_level("WARNING"):
+        HeldOut(lists, bad=Quarantine(tmp_path / "quarantine.jsonl", 0.2))
+    assert caplog.text.count("malformed records in what is held out") == 1
+    (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["offset"] == 9
+
+
+def test_a_document_that_waits_for_its_next_pass_is_left_out_as_well(tmp_path):
+    write(tmp_path / "c", "jsonl", [text(seed) for seed in range(3)])
+    config = settings(source(tmp_path / "c"), buffer=900, heldout_overlap=HeldOutOverlap.skip)
+    stream = EpisodeStream(config, encode, seed=0)
+    stream.take(1)
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert state["lanes"][0]["waiting"]
+    resumed = EpisodeStream(config, encode, seed=0, held_out=held_out(tmp_path / "h", "jsonl", [0]))
+    resumed.load_state_dict(state)
+    assert numbers_of(resumed.take(900)) == {1, 2}

@@ -52,6 +52,11 @@ def test_exact_copy():
     assert request.max_tokens == 15
 
 
+def test_a_copy_of_a_suffix_that_ends_early_for_its_last_character_is_not_too_short():
+    assert rewritten(" four fi", suffix=" four fi").tokens == tuple(encode(" four fi"))
+    assert rewritten(" four f", suffix=" four fi").reason == "rewrite too short"
+
+
 def test_longer_is_cut_shorter_is_a_failure_and_failures_pass_through():
     reason = Failed("prompt too long for teacher.max_context")
     results, requests = rewrite(Reply(" four and five", (), "stop"), Reply(" four", (), "stop"), reason)

@@ -1,0 +1,71 @@
+"""The n-gram model's corpus beside the documents that policies are compared on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+
+import pytest
+
+from megatron_rlpt.config import HeldOutOverlap, load_config
+from megatron_rlpt.data import kept_from_training
+from megatron_rlpt.errors import DataError
+from megatron_rlpt.evaluation.evaluate import BASELINE_FOLDER, _ngram_documents, require_honest
+from megatron_rlpt.run_record import RunRecord
+from megatron_rlpt.vocabulary import Vocabulary
+
+
+class Bytes:
+    """One token per byte."""
+
+    vocabulary = Vocabulary(256, frozenset(), None, lambda tokens: bytes(tokens).decode())
+
+    def encode(self, text: str, control_tokens: bool = False) -> list[int]:
+        return list(text.encode())
+
+
+def text(seed: int) -> str:
+    return "".join(random.Random(seed).choices("abcdefghij klmnopqrstuvwxyz", k=600))
+
+
+@pytest.fixture
+def config(tmp_path):
+    for name, seeds in {"c": range(5), "h": range(10, 14), "n": range(13, 18)}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text(seed)}) + "\n" for seed in seeds))
+    return load_config(None, [
+        f"run.dir={tmp_path}/run", "model.path=m", "train.steps=1",
+        "optimizer.warmup_steps=0", f"data.sources=[{{path: {tmp_path}/c.jsonl}}]",
+        f"data.heldout=[{{path: {tmp_path}/h.jsonl}}]", f"evaluation.ngram_corpus=[{{path: {tmp_path}/n.jsonl}}]",
+    ])  # fmt: skip
+
+
+def test_the_ngram_model_is_not_fitted_to_what_it_judges(config, caplog):
+    with pytest.raises(
+        DataError, match=r"evaluation\.ngram_corpus\[0\] .*#0\) is held out as well: data\.heldout\[0\]"
+    ):
+        list(_ngram_documents(config, Bytes()))
+    config.data.heldout_overlap = HeldOutOverlap.skip
+    with caplog.at_level(logging.WARNING):
+        documents = list(_ngram_documents(config, Bytes()))
+    assert [bytes(tokens).decode() for tokens in documents] == [text(seed) for seed in range(14, 18)]
+    assert "the n-gram model does without them" in caplog.text
+
+
+@pytest.mark.parametrize("known", ["the same", "of the run only", "changed meanwhile", "another", "nothing"])
+def test_the_corpus_is_compared_again_unless_the_same_was_held_out_from_first_to_last(config, tmp_path, known):
+    """In the corpus and held out: left out of training if that was so then, else learnt."""
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": text(11)}) + "\n")
+    config.data.heldout_overlap = HeldOutOverlap.skip
+    digest = kept_from_training(config, Bytes.vocabulary, None).digest
+    runs = [tmp_path / "run", tmp_path / "run" / BASELINE_FOLDER]
+    for folder in runs:
+        folder.mkdir()
+        said = {"the same": digest, "of the run only": digest if folder == runs[0] else "0", "changed meanwhile": "",
+                "another": "0", "nothing": None}[known]  # fmt: skip
+        RunRecord({}, held_out=said).write(folder)
+    if known == "the same":
+        require_honest(config, Bytes(), runs)
+        return
+    with pytest.raises(DataError, match=r"data\.sources\[0\] .*#0\) is held out as well: data\.heldout\[0\]"):
+        require_honest(config, Bytes(), runs)

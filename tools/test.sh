@@ -9,7 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Two beside each other wherever one waits, or has work for one core.
 work=$(mktemp -d)
 background=
-trap 'kill -- "-$background" 2>/dev/null || true; rm -rf "$work"' EXIT
+second=
+trap 'for lane in $background $second; do kill -- "-$lane" 2>/dev/null || true; done; rm -rf "$work"' EXIT
 set -m # what runs in the background is a process group, to be ended whole
 
 bash tools/setup_launch.sh &
@@ -35,23 +36,22 @@ if [ $# -gt 0 ]; then
     exit
 fi
 
-# Whole runs on Slurm wait a good deal, for nodes and each other. Their report, and that of half of the unit tests, comes
-# last.
+# Three lanes beside each other: runs on Slurm wait a good deal, for nodes and each other. The first lane is shown as it
+# goes, the reports of the others come last.
 slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
-{
-    failed=0
-    .venv/bin/python -m pytest "${slurm[@]}" || failed=1
-    .venv/bin/python -m pytest tests/unit/[a-o]* || failed=1
-    exit "$failed"
-} >"$work/report" 2>&1 &
+alone=(tests/odd tests/unit tests/integration/test_[a-d]*.py)
+mapfile -t several < <(printf '%s\n' tests/integration/test_*.py | grep -vE '/test_(slurm_|launch_|[a-d])')
+several+=(tests/distributed)
+.venv/bin/python -m pytest "${slurm[@]}" >"$work/slurm" 2>&1 &
 background=$!
-for part in "tests/odd tests/distributed tests/integration ${slurm[*]/#/--ignore=}" "tests/unit/[p-z]*"; do
-    code=0
-    # shellcheck disable=SC2086 # words of it
-    .venv/bin/python -m pytest $part || code=$?
-    [ "$code" != 2 ] || exit 2 # interrupted
-    [ "$code" = 0 ] || failed=1
+.venv/bin/python -m pytest "${several[@]}" >"$work/several" 2>&1 &
+second=$!
+code=0
+.venv/bin/python -m pytest "${alone[@]}" || code=$?
+[ "$code" != 2 ] || exit 2 # interrupted
+[ "$code" = 0 ] || failed=1
+for lane in "$second" "$background"; do
+    wait "$lane" || failed=1
 done
-wait "$background" || failed=1
-cat "$work/report"
+cat "$work/several" "$work/slurm"
 exit "$failed"

@@ -55,8 +55,6 @@ echo "setting up $VENV with $("$PYTHON" --version) (a few minutes the first time
 rm -f "$STAMP"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-# Most modules are never imported; those that are, are compiled then.
-export PIP_NO_COMPILE=1
 index=()
 [ -z "${RLPT_TORCH_INDEX:-}" ] || index=(--extra-index-url "$RLPT_TORCH_INDEX")
 

@@ -40,8 +40,6 @@ echo "setting up $VENV with $("$PYTHON" --version)"
 "$PYTHON" -m venv --clear "$VENV"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-# Most modules are never imported; those that are, are compiled then.
-export PIP_NO_COMPILE=1
 "$VENV/bin/pip" install -qq --no-deps -r "$LOCK"
 "$VENV/bin/pip" install -qq --no-deps --editable .
 "$VENV/bin/python" -c "import nemo_run, megatron_rlpt.cli" 2>/dev/null ||

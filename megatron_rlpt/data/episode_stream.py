@@ -190,7 +190,7 @@ class EpisodeStream:
                     "new run"
                 )
         self._documents.check_layout(state["documents"])
-        changed = state.get("held_out") != self.held_out_digest
+        changed = (state.get("held_out") or "") != self.held_out_digest
         recent = [(identity, source, position) for identity, source, position in state.get("recent", [])]
         held_out = self._rebuild(state["lanes"], recent if changed else [], changed)
         self._recent.extend(recent)

@@ -30,6 +30,8 @@ HOLD = 30.0
 """Seconds without a renewal after which a trainer that cannot be looked at counts as dead."""
 RENEW = 7.5
 """Seconds between two renewals."""
+_LEAVE = 2.0
+"""Seconds that a renewal under way has to end when the buffer is let go of."""
 _LOOK = 0.5
 """Seconds between two tries while another trainer may be alive."""
 
@@ -78,6 +80,7 @@ class Attachment:
         self._epoch = 0
         self._mutex = threading.RLock()
         self._closed = threading.Event()
+        self._keeper: threading.Thread | None = None
 
     def open(self, anew: bool = False) -> None:
         """Become the buffer's only trainer.
@@ -98,7 +101,8 @@ class Attachment:
             self._announce()
             # What the store kept stays as it is, judged groups judged.
             self._again(self._put_back)
-        threading.Thread(target=self._keep, name="attachment", daemon=True).start()
+        self._keeper = threading.Thread(target=self._keep, name="attachment", daemon=True)
+        self._keeper.start()
 
     def call(self, operation: Callable[[int], _Result]) -> _Result:
         """``operation`` of this epoch; after a store came back without it, once more.
@@ -121,6 +125,9 @@ class Attachment:
     def close(self) -> None:
         """Let go of the buffer, so that the next trainer need not wait."""
         self._closed.set()
+        if self._keeper is not None:
+            # A renewal under way would be cut off, and be an error of its own; one that waits for a lost store is.
+            self._keeper.join(_LEAVE)
         with self._mutex, contextlib.suppress(RlptError):
             if self._epoch:
                 # In this order: whoever has attached since has announced itself.
@@ -194,6 +201,12 @@ class Attachment:
     def _keep(self) -> None:
         while not self._closed.wait(RENEW):
             # Whoever takes or puts next finds out, and says it better.
-            with contextlib.suppress(RlptError):
+            try:
                 self.call(lambda epoch: self._buffer.hold(epoch, self._holder, HOLD))
                 self._announce()
+            except RlptError:
+                pass
+            except Exception:
+                # Connections were closed under it.
+                if not self._closed.is_set():
+                    raise

@@ -103,6 +103,15 @@ class Launched:
 
         return self.wait(look, every=1.0)
 
+    def cancel(self) -> None:
+        """End the job, also one that is just being queued again, for which Slurm may forget it."""
+
+        def look() -> bool:
+            self.cluster.run("scancel", self.job())
+            return self.job() not in self.cluster.run("squeue", "--noheader", "--format=%A").split()
+
+        self.wait(look, every=1.0)
+
     def output(self, part: str = "run") -> str:
         """What the batch script wrote."""
         (path,) = self.place.parent.glob(f"home/experiments/*/*/{part}/sbatch_*.out")
@@ -229,7 +238,7 @@ def test_a_job_of_several_ranks_that_is_told_to_end_leaves_a_checkpoint_and_goes
     run.wait(lambda: run.steps() >= 1)
     cluster.run("scancel", "--signal=TERM", run.job())
     run.wait(lambda: "queued again" in run.output())
-    cluster.run("scancel", run.job())
+    run.cancel()
     done = run.steps()
     assert list((run.folder / "checkpoints").glob(f"step-*{done}")), "what was done is in a checkpoint"
     assert not list((run.folder / "cluster/failed").iterdir()), "and nothing has failed"

@@ -16,11 +16,13 @@ import pytest
 from buffer_groups import group, judged
 from redis_server import RedisServer
 
+from megatron_rlpt.buffer import attachment
 from megatron_rlpt.buffer.buffer import RolloutBuffer
 from megatron_rlpt.buffer.judging import SETTINGS, ThroughBuffer
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.buffer.returned import Expected
 from megatron_rlpt.errors import BufferConflictError
+from megatron_rlpt.holder import Holder
 from megatron_rlpt.ranks import Ranks
 
 BATCH = 4
@@ -230,3 +232,44 @@ def test_a_trainer_that_goes_on_with_other_episodes_drops_what_the_store_kept(st
     work_off(worker)
     assert len(collect(second, 0)) == BATCH
     second.close()
+
+
+def test_a_renewal_under_way_is_no_error_when_the_buffer_is_let_go_of(tmp_path, monkeypatch):
+    """Its connection is closed under it, of which every client makes an error of another kind."""
+    monkeypatch.setattr(attachment, "RENEW", 0.01)
+    monkeypatch.setattr(attachment, "_LEAVE", 0.1)
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    under_way, closed, over = threading.Event(), threading.Event(), threading.Event()
+    with contextlib.closing(open_url(f"sqlite:///{tmp_path}/buffer.sqlite", "run")) as buffer:
+        hold = buffer.hold
+
+        def cut_off(epoch: int, holder: str, seconds: float) -> None:
+            if threading.current_thread() is threading.main_thread():
+                return hold(epoch, holder, seconds)
+            under_way.set()
+            closed.wait(30)
+            over.set()
+            raise AttributeError("'NoneType' object has no attribute 'recv'")
+
+        monkeypatch.setattr(buffer, "hold", cut_off)
+        held = attachment.Attachment(
+            buffer,
+            run="run",
+            replace=False,
+            capacity=1,
+            max_attempts=1,
+            settings="",
+            put_back=lambda epoch: 0,
+            cursor=lambda: 0,
+            holder=Holder.me(),
+        )
+        held.open()
+        assert under_way.wait(30)
+        held.close()
+        closed.set()
+        assert over.wait(30)
+    for thread in threading.enumerate():
+        if thread.name == "attachment":
+            thread.join(30)
+    assert not raised

@@ -9,8 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Two beside each other wherever one waits, or has work for one core.
 work=$(mktemp -d)
 background=
-second=
-trap 'for lane in $background $second; do kill -- "-$lane" 2>/dev/null || true; done; rm -rf "$work"' EXIT
+trap 'kill -- "-$background" 2>/dev/null || true; rm -rf "$work"' EXIT
 set -m # what runs in the background is a process group, to be ended whole
 
 bash tools/setup_launch.sh &
@@ -36,22 +35,20 @@ if [ $# -gt 0 ]; then
     exit
 fi
 
-# Three lanes beside each other: runs on Slurm wait a good deal, for nodes and each other. The first lane is shown as it
-# goes, the reports of the others come last.
+# Whole runs on Slurm wait a good deal, for nodes and each other; unit tests come after them. The reports of both follow
+# that of the rest, which is shown as it goes.
 slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
-alone=(tests/odd tests/unit tests/integration/test_[a-d]*.py)
-mapfile -t several < <(printf '%s\n' tests/integration/test_*.py | grep -vE '/test_(slurm_|launch_|[a-d])')
-several+=(tests/distributed)
-.venv/bin/python -m pytest "${slurm[@]}" >"$work/slurm" 2>&1 &
+{
+    failed=0
+    .venv/bin/python -m pytest "${slurm[@]}" || failed=1
+    .venv/bin/python -m pytest tests/unit || failed=1
+    exit "$failed"
+} >"$work/report" 2>&1 &
 background=$!
-.venv/bin/python -m pytest "${several[@]}" >"$work/several" 2>&1 &
-second=$!
 code=0
-.venv/bin/python -m pytest "${alone[@]}" || code=$?
+.venv/bin/python -m pytest tests/odd tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || code=$?
 [ "$code" != 2 ] || exit 2 # interrupted
 [ "$code" = 0 ] || failed=1
-for lane in "$second" "$background"; do
-    wait "$lane" || failed=1
-done
-cat "$work/several" "$work/slurm"
+wait "$background" || failed=1
+cat "$work/report"
 exit "$failed"

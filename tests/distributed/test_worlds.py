@@ -22,6 +22,8 @@ def share(offset: int) -> tuple[int, list[int]]:
 def start_like_torchrun() -> int:
     assert not torch.distributed.is_initialized()
     torch.distributed.init_process_group("gloo")
+    # A rank that has ended while another one still connects would break the connection.
+    torch.distributed.barrier()
     return torch.distributed.get_world_size()
 
 

@@ -31,7 +31,19 @@ from types import TracebackType
 
 from launch.gate import await_buffer, await_judgment
 from launch.pair import JOBS, Part, exit_code_of, exit_code_of_other
-from launch.spec import DONE, OVER, SILENT, STOPPED, Spec, made_up, publish, read_published, read_secrets, write_private
+from launch.spec import (
+    DONE,
+    OVER,
+    SILENT,
+    STATUS,
+    STOPPED,
+    Spec,
+    made_up,
+    publish,
+    read_secrets,
+    said_by_components,
+    write_private,
+)
 from megatron_rlpt.addresses import LOOPBACK
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
 from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child
@@ -224,13 +236,9 @@ class Component:
 
     def _trainer_is_over(self) -> bool:
         """Whether nothing of this start trains any more: a trainer that is told to stop needs the others till then."""
-        files = (self.spec.shared / "status").glob(f"{TRAINER}-*.json")
-        trainers = (read_published(path, start=str, state=str, time=float | int) for path in files)
         return all(
-            said.get("start") != self.task.start
-            or said["state"].startswith(OVER)
-            or time.time() - said["time"] > SILENT
-            for said in trainers
+            said["start"] != self.task.start or said["state"].startswith(OVER) or time.time() - said["time"] > SILENT
+            for said in said_by_components(self.spec.shared, TRAINER, start=str, state=str, time=float | int)
         )
 
     def _say_again(self) -> None:
@@ -248,7 +256,7 @@ class Component:
         }
         with self._saying:
             try:
-                publish(self.spec.shared / "status" / f"{self.task.name}.json", said)
+                publish(self.spec.shared / STATUS / f"{self.task.name}.json", said)
             except OSError as error:
                 # A file system that has the hiccups must not end a run of hours.
                 print(f"{self.task.name} cannot say how it is: {error}", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.pair import JOBS
-from launch.spec import DONE, SILENT, STOPPED, UNFINISHED, Spec, publish, read_published
+from launch.spec import DONE, SILENT, STOPPED, UNFINISHED, Spec, publish, read_published, said_by_components
 from megatron_rlpt.errors import ConfigError, RunStopped
 from megatron_rlpt.holder import Holder
 from megatron_rlpt.processes import EndRequest, end_all, start_child
@@ -124,16 +124,15 @@ def _running(spec: Spec) -> Holder | None:
         return None
     alive = holder.is_alive()
     if alive is None:  # on another machine, by the words of its components
-        said = (read_published(path, time=float | int) for path in (spec.shared / "status").glob("*.json"))
-        alive = any(time.time() - component["time"] < SILENT for component in said if component)
+        said = said_by_components(spec.shared, time=float | int)
+        alive = any(time.time() - component["time"] < SILENT for component in said)
     return holder if alive else None
 
 
 def _kill_commands(spec: Spec, start: str) -> None:
     """End what the killed components of this start ran: a trainer would finish its step, which may take minutes."""
-    for path in (spec.shared / "status").glob("*.json"):
-        said = read_published(path, start=str, state=str, pid=int)
-        if said.get("start") == start and said["state"] == "running" and said["pid"]:
+    for said in said_by_components(spec.shared, start=str, state=str, pid=int):
+        if said["start"] == start and said["state"] == "running" and said["pid"]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(said["pid"], signal.SIGKILL)
 

@@ -26,8 +26,10 @@ from megatron_rlpt.errors import ConfigError
 
 SHARED = "cluster"
 """Folder in ``run.dir``."""
+STATUS = "status"
+"""Folder in that one with what every component says of itself."""
 DONE, STOPPED = "done", "stopped"
-"""Files in that folder: the start of the job whose trainer is done, or has stopped as asked."""
+"""Files in ``SHARED``: the start of the job whose trainer is done, or has stopped as asked."""
 UNFINISHED = 143
 """Exit code where the trainer was ended before it was done: that of what SIGTERM ends."""
 KEY_VARIABLE = "RLPT_TEACHER_KEY"
@@ -138,6 +140,12 @@ def read_published(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
         return {}
     whole = isinstance(content, dict) and all(_is_a(kind, content.get(name)) for name, kind in kinds.items())
     return content if whole else {}
+
+
+def said_by_components(shared: Path, role: str = "*", /, **kinds: type | UnionType) -> list[dict[str, Any]]:
+    """What components last said of themselves, by name; damaged words are left out, see ``read_published``."""
+    said = (read_published(path, **kinds) for path in sorted((shared / STATUS).glob(f"{role}-*.json")))
+    return [component for component in said if component]
 
 
 def _is_a(kind: type | UnionType, value: object) -> bool:

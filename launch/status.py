@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.pair import JOBS, Part
-from launch.spec import OVER, SHARED, SILENT, read_published
+from launch.spec import OVER, SHARED, SILENT, read_published, said_by_components
 from megatron_rlpt import terminal
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.liveness import HEARTBEAT
@@ -24,8 +24,14 @@ from megatron_rlpt.observe.liveness import HEARTBEAT
 _NUMBER = float | int
 _TEXTS = dict.fromkeys(("component", "role", "state", "host", "log", "start"), str)
 _SAID: dict[str, type | UnionType] = {**_TEXTS, "since": _NUMBER, "time": _NUMBER, "starts": int, "pid": int | None}
-_BEAT: dict[str, type | UnionType] = {"state": str, "step": int, "steps": int, "stage": str | None, "time": _NUMBER}
-_BEAT["seconds_there"] = _NUMBER
+_STEPS = dict.fromkeys(("step", "steps"), int)
+_BEAT: dict[str, type | UnionType] = {
+    **_STEPS,
+    "state": str,
+    "stage": str | None,
+    "time": _NUMBER,
+    "seconds_there": _NUMBER,
+}
 """What there has to be in a file for it to be one of a component, or a heartbeat; others are passed over."""
 
 
@@ -38,8 +44,7 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
     console = console or terminal.console(soft_wrap=True)
     shared = run_dir / SHARED
     jobs = _jobs(shared)
-    said = (read_published(path, **_SAID) for path in sorted((shared / "status").glob("*.json")))
-    components = _current([component for component in said if component], jobs)
+    components = _current(said_by_components(shared, **_SAID), jobs)
     if not components and not jobs:
         raise ConfigError(f"{run_dir} holds no launched run (nothing in {shared}); start one with rlpt launch")
     for part, job in jobs.items():

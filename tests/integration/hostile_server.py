@@ -8,7 +8,9 @@ import asyncio
 import json
 import socket
 import struct
+import threading
 from collections.abc import Awaitable, Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -210,3 +212,20 @@ class HostileServer:
             return bool(await behaviour(exchange))
         finally:
             self.busy -= 1
+
+
+@contextmanager
+def serving(*script, probe=None, **settings):
+    """A hostile server in a thread of its own: the command has an event loop of its own as well."""
+    server = HostileServer(list(script), **({"probe": probe} if probe else {}), **settings)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
+        yield server
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(10)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

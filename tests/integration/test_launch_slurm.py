@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judging_server import JudgingServer
+from judging_server import judging
 from sandbox_script import call
 from tiny_runs import finish, json_lines, lasting_metrics, rlpt_process, start, write_config
 
@@ -151,26 +151,26 @@ def login(cluster, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def server():
-    with JudgingServer() as running:
-        yield running
+def teacher():
+    with judging() as section:
+        yield section
 
 
 @pytest.fixture
-def launched(cluster, served_model, corpus, tmp_path, server) -> Callable[..., Launched]:
+def launched(cluster, served_model, corpus, tmp_path, teacher) -> Callable[..., Launched]:
     """A run to launch, with judges that ask the server unless another ``teacher`` is given."""
 
     def make(**options: Any) -> Launched:
-        return Launched(tmp_path, cluster, served_model, corpus, **{"teacher": server.teacher, **options})
+        return Launched(tmp_path, cluster, served_model, corpus, **{"teacher": teacher, **options})
 
     return make
 
 
 @pytest.fixture(scope="module")
-def calm(served_model, corpus, server, tmp_path_factory) -> Path:
+def calm(served_model, corpus, teacher, tmp_path_factory) -> Path:
     """The quick run that is never stopped, with one judge worker and no launch."""
     base = tmp_path_factory.mktemp("calm")
-    sections = {**SECTIONS, "teacher": server.teacher}
+    sections = {**SECTIONS, "teacher": teacher}
     config = write_config(base / "run.yaml", served_model, corpus, base / "run", **sections)
     worker = rlpt_process("judge", "serve", "-c", str(config), *QUICK)
     try:

@@ -12,7 +12,6 @@ import json
 import logging
 import sys
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -27,28 +26,11 @@ from megatron_rlpt.teacher.client.pool import TeacherPool
 from megatron_rlpt.teacher.generator import Message, Request
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
-from hostile_server import Exchange, HostileServer, chat, refuses, says
+from hostile_server import Exchange, chat, refuses, says, serving
 
 KEY = 'sk-te"st/0123456789abcdefghij'
 VERDICT = '{"reasoning": "the first is better", "verdict": "1"}'
 TEXTS = ("the cat", "a dog")
-
-
-@contextmanager
-def serving(*script, probe=None, **settings):
-    """A hostile server in a thread of its own: the command has an event loop of its own as well."""
-    server = HostileServer(list(script), **({"probe": probe} if probe else {}), **settings)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
-        yield server
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(10)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 @pytest.fixture

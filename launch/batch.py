@@ -17,12 +17,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from launch import pair
-from launch.pair import Part
+from launch import slurm_jobs as pair
+from launch.slurm_jobs import Part
 from launch.spec import DONE, SHARED, STOPPED, UNFINISHED
 from megatron_rlpt.errors import ConfigError, RunStopped
-from megatron_rlpt.observe.liveness import HEARTBEAT, STALLED
-from megatron_rlpt.stopping import STOP_FILE
+from megatron_rlpt.observe.watchdog import HEARTBEAT, STALLED
+from megatron_rlpt.trainer.stop import STOP_FILE
 
 _LINES = """\
 # Nothing below is to be traced: traces go to logs.

@@ -40,7 +40,7 @@ class ContainerRuntime(enum.StrEnum):
 
 
 @dataclass
-class TrainerPlace:
+class TrainerResources:
     """The policy's ranks."""
 
     nodes: int = 1
@@ -58,7 +58,7 @@ class TrainerPlace:
 
 
 @dataclass
-class TeacherPlace:
+class TeacherResources:
     """Servers of the teacher; none where judges have a model of their own, or servers are listed in the run's
     configuration."""
 
@@ -81,7 +81,7 @@ class TeacherPlace:
 
 
 @dataclass
-class JudgePlace:
+class JudgeResources:
     """Judge workers; they ask servers and need no GPU."""
 
     workers: int = 2
@@ -91,7 +91,7 @@ class JudgePlace:
 
 
 @dataclass
-class BufferPlace:
+class BufferResources:
     """The rollout buffer, where the run's configuration does not name one."""
 
     redis: bool = False
@@ -175,10 +175,10 @@ class Cluster:
     """Folder on the cluster that experiments are kept in: code, scripts and logs of nemo-run."""
     python: str = ""
     """Interpreter with the full installation, on the nodes or in the container; empty is the one that launches."""
-    trainer: TrainerPlace = field(default_factory=TrainerPlace)
-    teacher: TeacherPlace = field(default_factory=TeacherPlace)
-    judges: JudgePlace = field(default_factory=JudgePlace)
-    buffer: BufferPlace = field(default_factory=BufferPlace)
+    trainer: TrainerResources = field(default_factory=TrainerResources)
+    teacher: TeacherResources = field(default_factory=TeacherResources)
+    judges: JudgeResources = field(default_factory=JudgeResources)
+    buffer: BufferResources = field(default_factory=BufferResources)
     slurm: SlurmOptions = field(default_factory=SlurmOptions)
     container: ContainerOptions = field(default_factory=ContainerOptions)
     tunnel: TunnelOptions = field(default_factory=TunnelOptions)

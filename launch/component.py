@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 
 from launch.gate import await_buffer, await_judgment
-from launch.pair import JOBS, Part, exit_code_of, exit_code_of_other
+from launch.slurm_jobs import JOBS, Part, exit_code_of, exit_code_of_other
 from launch.spec import (
     DONE,
     OVER,
@@ -44,11 +44,11 @@ from launch.spec import (
     said_by_components,
     write_private,
 )
-from megatron_rlpt.addresses import LOOPBACK
+from megatron_rlpt.distributed.addresses import LOOPBACK
+from megatron_rlpt.distributed.processes import EndRequest, Restarts, end_all, start_child
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
-from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child
-from megatron_rlpt.stopping import STOP_FILE
-from megatron_rlpt.terminal import one_line, plain, say
+from megatron_rlpt.observe.terminal import one_line, plain, say
+from megatron_rlpt.trainer.stop import STOP_FILE
 
 TRAINER = "trainer"
 RLPT = (sys.executable, "-m", "megatron_rlpt")
@@ -94,7 +94,7 @@ class Task:
         return Task(role, int(number), int(local), start)
 
 
-class Component:
+class RunningComponent:
     """A command that is started, watched, told to end and, but for the trainer, started again."""
 
     def __init__(self, spec: Spec, task: Task) -> None:
@@ -118,7 +118,7 @@ class Component:
         self._state, self._pid, self._since, self._starts = "starting", 0, time.time(), 0
         self._saying = threading.Lock()
 
-    def __enter__(self) -> Component:
+    def __enter__(self) -> RunningComponent:
         """Take signals, and keep ``rlpt status`` told, from a thread of its own; main thread only."""
         # Schedulers send SIGUSR1 where the time is nearly up, and both to every process of a job when asked to.
         self._told.listen(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -270,7 +270,7 @@ def run_component(role: str, spec: Spec) -> int:
     """
     task = Task.here(role)
     try:
-        this = Component(spec, task)
+        this = RunningComponent(spec, task)
     except RlptError as error:
         say(f"error: {one_line(error)}", sys.stderr)
         return error.exit_code
@@ -278,7 +278,7 @@ def run_component(role: str, spec: Spec) -> int:
         return _run(this)
 
 
-def _run(this: Component) -> int:
+def _run(this: RunningComponent) -> int:
     role, shared, why = this.task.role, this.spec.shared, ""
     try:
         code = ROLES[role](this)
@@ -299,7 +299,7 @@ def _run(this: Component) -> int:
     return code
 
 
-def _buffer(this: Component) -> int:
+def _buffer(this: RunningComponent) -> int:
     folder = this.spec.shared / "redis"
     folder.mkdir(parents=True, exist_ok=True)
     port = this.spec.redis_port or _free_port()
@@ -315,7 +315,7 @@ def _buffer(this: Component) -> int:
     return this.run(["redis-server", str(folder / "redis.conf")], again=True)
 
 
-def _teacher(this: Component) -> int:
+def _teacher(this: RunningComponent) -> int:
     overrides = await_buffer(this)
     if gpus := this.spec.server_gpus:
         first = this.task.local * gpus
@@ -327,12 +327,12 @@ def _teacher(this: Component) -> int:
     return this.run([*command, *overrides, *this.spec.server_arguments], again=True)
 
 
-def _judges(this: Component) -> int:
+def _judges(this: RunningComponent) -> int:
     command = [*RLPT, "judge", "serve", "-c", this.spec.config, "--workers", str(this.spec.judge_workers)]
     return this.run([*command, *await_buffer(this)], again=True)
 
 
-def _trainer(this: Component) -> int:
+def _trainer(this: RunningComponent) -> int:
     overrides = await_buffer(this)
     if "judges" in this.spec.components:
         this.say("waiting for a first judgment")
@@ -340,7 +340,7 @@ def _trainer(this: Component) -> int:
     return this.run([*RLPT, "train", "-c", this.spec.config, *overrides], again=False)
 
 
-ROLES: dict[str, Callable[[Component], int]] = {
+ROLES: dict[str, Callable[[RunningComponent], int]] = {
     "buffer": _buffer,
     "teacher": _teacher,
     "judges": _judges,

@@ -27,8 +27,8 @@ from launch.batch import setup_lines, site_lines
 from launch.cluster import Allocation, Cluster, ContainerRuntime, ExecutorName, GpuOption, SlurmOptions
 from launch.code import SPEC, interpreter
 from launch.mounts import on_node
-from launch.pair import JOBS, Part
-from launch.slurm_request import Request, requests_of, step_arguments
+from launch.slurm_jobs import JOBS, Part
+from launch.slurm_request import SlurmRequest, requests_of, step_arguments
 from launch.spec import SHARED
 from launch.topology import Component, is_separate
 from megatron_rlpt.errors import ConfigError, first_line
@@ -153,7 +153,7 @@ def _executors(
 ) -> list[run.SlurmExecutor]:
     """One per component; what the job asks for is taken from the first of them, or the first of each half."""
 
-    def executor(component: Component, asked: Request) -> run.SlurmExecutor:
+    def executor(component: Component, asked: SlurmRequest) -> run.SlurmExecutor:
         return _executor(cluster, component, asked, staged, run_dir, part, first=first)
 
     if cluster.slurm.allocation is not Allocation.heterogeneous or len(components) == 1:
@@ -174,7 +174,7 @@ def _executors(
 
 
 def _executor(
-    cluster: Cluster, component: Component, asked: Request, staged: Path, run_dir: str, part: Part, *, first: bool
+    cluster: Cluster, component: Component, asked: SlurmRequest, staged: Path, run_dir: str, part: Part, *, first: bool
 ) -> run.SlurmExecutor:
     """For one component.
 

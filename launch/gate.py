@@ -16,8 +16,8 @@ from typing import Protocol, TypeVar
 from launch.spec import KEY_VARIABLE, Spec, publish, read_published
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.config import load_config
+from megatron_rlpt.distributed.processes import end_all, start_child
 from megatron_rlpt.errors import BufferUnavailableError, ModelError, RunStopped, TeacherError
-from megatron_rlpt.processes import end_all, start_child
 
 T = TypeVar("T")
 

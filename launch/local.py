@@ -22,12 +22,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch.pair import JOBS
+from launch.slurm_jobs import JOBS
 from launch.spec import DONE, SILENT, STOPPED, UNFINISHED, Spec, publish, read_published, said_by_components
+from megatron_rlpt.distributed.holder import Holder
+from megatron_rlpt.distributed.processes import EndRequest, end_all, start_child
 from megatron_rlpt.errors import ConfigError, RunStopped
-from megatron_rlpt.holder import Holder
-from megatron_rlpt.processes import EndRequest, end_all, start_child
-from megatron_rlpt.stopping import STOP_FILE
+from megatron_rlpt.trainer.stop import STOP_FILE
 
 RUNNING, OUTCOME = "local.json", "outcome.json"
 """Files in ``Spec.shared`` with this process's number, and in the end with the exit code."""

@@ -11,7 +11,7 @@ from launch.topology import Component
 
 
 @dataclass(frozen=True)
-class Request:
+class SlurmRequest:
     """What a job, or half of one, asks for on each of its nodes."""
 
     nodes: int
@@ -23,7 +23,7 @@ class Request:
     memory: str
 
 
-def requests_of(halves: Sequence[Sequence[Component]]) -> list[Request]:
+def requests_of(halves: Sequence[Sequence[Component]]) -> list[SlurmRequest]:
     """One request per half of a job, which are nodes that are alike.
 
     Cores are those that components on the same node need together, on the node that needs most. nemo-run asks for as
@@ -33,7 +33,7 @@ def requests_of(halves: Sequence[Sequence[Component]]) -> list[Request]:
     cores = [_cores(half) for half in halves]
     per_task = math.gcd(*cores)
     return [
-        Request(
+        SlurmRequest(
             nodes=max(component.first_node + component.nodes for component in half),
             tasks=need // per_task if per_task else max(component.tasks_per_node for component in half),
             cpus_per_task=per_task,

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.pair import JOBS, Part
+from launch.slurm_jobs import JOBS, Part
 from launch.spec import OVER, SHARED, SILENT, read_published, said_by_components
-from megatron_rlpt import terminal
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.observe.liveness import HEARTBEAT
+from megatron_rlpt.observe import terminal
+from megatron_rlpt.observe.watchdog import HEARTBEAT
 
 _NUMBER = float | int
 _TEXTS = dict.fromkeys(("component", "role", "state", "host", "log", "start"), str)

@@ -72,7 +72,7 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
             f"buffer.url is {config.buffer.url}, and buffer.redis of the cluster file starts another; keep one"
         )
     if cluster.judges.workers < 1:
-        raise ConfigError("judges.workers is 0 and teacher.place workers; allowed: 1 worker or more")
+        raise ConfigError("judges.workers is 0 and teacher.run_in workers; allowed: 1 worker or more")
     servers = cluster.teacher
     if servers.nodes and config.teacher.workers.own_model:
         raise ConfigError("teacher.workers.own_model is true and teacher.nodes of the cluster file above 0; allowed: 0")
@@ -182,6 +182,6 @@ def _refuse_idle(cluster: Cluster) -> None:
     idle = {"teacher.nodes": cluster.teacher.nodes > 0, "buffer.redis": cluster.buffer.redis}
     for key in (key for key, asked in idle.items() if asked):
         raise ConfigError(
-            f"{key} of the cluster file is set, but the run's trainer judges by itself; set teacher.place: workers in "
+            f"{key} of the cluster file is set, but the run's trainer judges by itself; set teacher.run_in: workers in "
             "the run's configuration, or leave it out of the cluster file"
         )

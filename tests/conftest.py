@@ -54,7 +54,7 @@ def redis_server(tmp_path_factory):
 @pytest.fixture
 def rlpt(monkeypatch, capfd):
     """The command in this process, from its arguments to its exit code, standard output and standard error."""
-    from megatron_rlpt import cli
+    from megatron_rlpt.cli import main as cli
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["rlpt", *map(str, arguments)])

@@ -26,9 +26,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_rlpt.processes import run_and_leave
+from megatron_rlpt.distributed.processes import run_and_leave
 
-MEGATRON = ("megatron_rlpt.run",)
+MEGATRON = ("megatron_rlpt.trainer.run",)
 """Imports of a rank that needs no engine."""
 VLLM = (
     *MEGATRON,

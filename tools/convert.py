@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_rlpt.cli import main
+from megatron_rlpt.cli.main import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "convert")

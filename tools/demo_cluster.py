@@ -32,9 +32,9 @@ sys.path.append(str(SANDBOX.parent))  # at the end: its redis.py is not the pack
 from daemons import is_running, read_processes  # noqa: E402
 
 from megatron_rlpt.config import load_config  # noqa: E402
+from megatron_rlpt.distributed.processes import EndRequest, Restarts, end_all, start_child  # noqa: E402
 from megatron_rlpt.errors import NothingLearntError, RlptError  # noqa: E402
 from megatron_rlpt.observe.machine import bf16_is_slow  # noqa: E402
-from megatron_rlpt.processes import EndRequest, Restarts, end_all, start_child  # noqa: E402
 
 POLL, GRACE = 0.5, 60.0
 """Seconds between two looks; seconds that all processes have to end after SIGTERM."""

@@ -106,7 +106,7 @@ def prepare_corpus(target: Path) -> None:
     splits = ("train", "heldout", "ngram")
     if all((target / f"{split}.jsonl").is_file() for split in splits):
         return
-    from megatron_rlpt.publishing import beside
+    from megatron_rlpt.files import beside
 
     target.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()

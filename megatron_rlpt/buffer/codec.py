@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.records import Candidate, Cost, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Score, Source
 
 FORMAT = 1
 """Goes up when older programs could not read what is written."""

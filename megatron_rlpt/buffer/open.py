@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rlpt.buffer.address import check_name, parse_url
-from megatron_rlpt.buffer.buffer import RolloutBuffer
 from megatron_rlpt.buffer.password import read_password
+from megatron_rlpt.buffer.protocol import RolloutBuffer
+from megatron_rlpt.config.buffer_address import check_name, parse_url
 
 if TYPE_CHECKING:
     from megatron_rlpt.config import Config

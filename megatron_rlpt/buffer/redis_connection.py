@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any, TypeVar
 
-from megatron_rlpt.buffer.address import RedisAddress
+from megatron_rlpt.config.buffer_address import RedisAddress
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, first_line
 from megatron_rlpt.observe.log import get_logger
 

@@ -12,13 +12,13 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_rlpt.buffer import rules
-from megatron_rlpt.buffer.address import RedisAddress
-from megatron_rlpt.buffer.buffer import Dead, Entry, Pending, Stats, Work
+from megatron_rlpt.buffer import store_rules as rules
 from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, encode_group, encode_text
+from megatron_rlpt.buffer.protocol import ClaimedGroup, Dead, Entry, Pending, Stats
 from megatron_rlpt.buffer.redis_connection import RedisConnection
+from megatron_rlpt.config.buffer_address import RedisAddress
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.records import Failed, Group
+from megatron_rlpt.types import Failed, Group
 
 FORMAT = 1
 """Goes up when older programs could not use the keys."""
@@ -139,7 +139,7 @@ class RedisBuffer:
 
     # What workers do.
 
-    def claim(self, worker: str, count: int, seconds: float, lease: str) -> list[Work]:
+    def claim(self, worker: str, count: int, seconds: float, lease: str) -> list[ClaimedGroup]:
         """See ``RolloutBuffer.claim``."""
         rules.check_seconds(seconds)
         works = []
@@ -149,22 +149,22 @@ class RedisBuffer:
             except DamagedRecordError:
                 self._call("give_back", int(n), worker, lease, int(ticket), rules.UNREADABLE)
             else:
-                works.append(Work(int(n), group, int(attempt), lease, int(ticket), worker, int(again or 0)))
+                works.append(ClaimedGroup(int(n), group, int(attempt), lease, int(ticket), worker, int(again or 0)))
         return works
 
-    def renew(self, works: Sequence[Work], seconds: float) -> list[Work]:
+    def renew(self, works: Sequence[ClaimedGroup], seconds: float) -> list[ClaimedGroup]:
         """See ``RolloutBuffer.renew``."""
         rules.check_seconds(seconds)
         loans = [part for work in works for part in (work.sequence, work.worker, work.lease, work.ticket)]
         return [works[place] for place in self._call("renew", _milliseconds(seconds), *loans)]
 
-    def complete(self, work: Work, group: Group) -> bool:
+    def complete(self, work: ClaimedGroup, group: Group) -> bool:
         """See ``RolloutBuffer.complete``."""
         rules.check_result(work, group)
         token = secrets.token_hex(8)
         return bool(self._call("complete", work.sequence, work.worker, work.ticket, token, encode_group(group)))
 
-    def give_back(self, work: Work, reason: str = "") -> None:
+    def give_back(self, work: ClaimedGroup, reason: str = "") -> None:
         """See ``RolloutBuffer.give_back``."""
         self._call("give_back", work.sequence, work.worker, work.lease, work.ticket, reason)
 

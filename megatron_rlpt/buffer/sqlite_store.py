@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.buffer import rules
-from megatron_rlpt.buffer.buffer import Dead, Entry, Pending, Stats, Work
+from megatron_rlpt.buffer import store_rules as rules
 from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, encode_group, encode_text
+from megatron_rlpt.buffer.protocol import ClaimedGroup, Dead, Entry, Pending, Stats
 from megatron_rlpt.buffer.sqlite_file import SqliteFile
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.records import Failed, Group
+from megatron_rlpt.types import Failed, Group
 
 _PAGE = 64
 """Groups that ``entries`` reads at once."""
@@ -167,7 +167,7 @@ class SqliteBuffer:
 
     # What workers do.
 
-    def claim(self, worker: str, count: int, seconds: float, lease: str) -> list[Work]:
+    def claim(self, worker: str, count: int, seconds: float, lease: str) -> list[ClaimedGroup]:
         """See ``RolloutBuffer.claim``."""
         rules.check_seconds(seconds)
         mine = "buffer = :name AND state = 'leased' AND lease = :lease AND worker = :worker"
@@ -199,10 +199,10 @@ class SqliteBuffer:
             except DamagedRecordError:
                 self._give_back(number, worker, lease, ticket, rules.UNREADABLE)
             else:
-                works.append(Work(number, group, attempt, lease, ticket, worker, again))
+                works.append(ClaimedGroup(number, group, attempt, lease, ticket, worker, again))
         return works
 
-    def renew(self, works: Sequence[Work], seconds: float) -> list[Work]:
+    def renew(self, works: Sequence[ClaimedGroup], seconds: float) -> list[ClaimedGroup]:
         """See ``RolloutBuffer.renew``."""
         rules.check_seconds(seconds)
         with self._file.writing() as db:
@@ -213,7 +213,7 @@ class SqliteBuffer:
                 if self._change(db, *_loan(work), "expires = :until", until=time.time() + seconds)
             ]
 
-    def complete(self, work: Work, group: Group) -> bool:
+    def complete(self, work: ClaimedGroup, group: Group) -> bool:
         """See ``RolloutBuffer.complete``."""
         rules.check_result(work, group)
         data = encode_group(group)
@@ -235,7 +235,7 @@ class SqliteBuffer:
             self._execute(db, "INSERT OR REPLACE INTO results VALUES (:name, :n, :data)", n=work.sequence, data=data)
         return True
 
-    def give_back(self, work: Work, reason: str = "") -> None:
+    def give_back(self, work: ClaimedGroup, reason: str = "") -> None:
         """See ``RolloutBuffer.give_back``."""
         self._give_back(*_loan(work), reason)
 
@@ -474,7 +474,7 @@ class SqliteBuffer:
         return Entry(sequence, rules.shown_state(state, sequence, following), attempts, worker, group)
 
 
-def _loan(work: Work) -> tuple[int, str, str, int]:
+def _loan(work: ClaimedGroup) -> tuple[int, str, str, int]:
     return work.sequence, work.worker, work.lease, work.ticket
 
 

@@ -54,7 +54,7 @@ class FileSum:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """What a checkpoint is and what it consists of."""
 
     step: int
@@ -83,7 +83,7 @@ class Manifest:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
+    def read(cls, path: Path) -> CheckpointManifest:
         """Read what ``write`` wrote.
 
         Raises:

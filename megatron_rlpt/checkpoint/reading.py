@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.checkpoint.manifest import FileSum, Manifest, share_of, summary, wrong_contents, wrong_sizes
-from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.checkpoint.manifest import (
+    CheckpointManifest,
+    FileSum,
+    share_of,
+    summary,
+    wrong_contents,
+    wrong_sizes,
+)
+from megatron_rlpt.distributed.ranks import Ranks
 
 MARKER = "COMPLETE"
 MANIFEST = "manifest.json"
@@ -22,7 +29,7 @@ class Checkpoint:
     """A complete checkpoint on disk."""
 
     folder: Path
-    manifest: Manifest
+    manifest: CheckpointManifest
     state: dict[str, Any]
 
     @property
@@ -70,7 +77,7 @@ def _read_state(path: Path) -> tuple[dict[str, Any], str]:
         return {}, f"{path} cannot be read ({error})"
 
 
-def _read_manifest(folder: Path) -> tuple[Manifest | None, str]:
+def _read_manifest(folder: Path) -> tuple[CheckpointManifest | None, str]:
     marker, path = folder / MARKER, folder / MANIFEST
     try:
         if not marker.is_file():
@@ -79,6 +86,6 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, str]:
             return None, f"it has no {MANIFEST}; it was written before checkpoints had one, or has lost it"
         if FileSum.of(path).checksum != marker.read_text(encoding="utf-8").strip():
             return None, f"{path} has changed since it was written (checksum)"
-        return Manifest.read(path), ""
+        return CheckpointManifest.read(path), ""
     except (OSError, ValueError) as error:
         return None, f"{path} cannot be read ({error})"

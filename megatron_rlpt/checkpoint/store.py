@@ -30,12 +30,12 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from megatron_rlpt.checkpoint import folders
-from megatron_rlpt.checkpoint.manifest import FileSum, Manifest, sum_files, versions
+from megatron_rlpt.checkpoint.manifest import CheckpointManifest, FileSum, sum_files, versions
 from megatron_rlpt.checkpoint.reading import MANIFEST, MARKER, POLICY, STATE, Checkpoint, open_checkpoint
+from megatron_rlpt.distributed.ranks import Ranks, is_lost_contact
 from megatron_rlpt.errors import CheckpointError
-from megatron_rlpt.huggingface import copy_settings
+from megatron_rlpt.models.huggingface import copy_settings
 from megatron_rlpt.observe import get_logger
-from megatron_rlpt.ranks import Ranks, is_lost_contact
 
 T = TypeVar("T")
 _log = get_logger(__name__)
@@ -146,8 +146,8 @@ class CheckpointStore:
         partial = folders.partial_of(final)
         with self._discarding(final):
             self._on_main(final, lambda: self._prepare(partial, state | {"step": step}, model))
-            self._everywhere(final, lambda: _require_shared(partial))
-            writing = self._everywhere(
+            self._run_on_all_ranks(final, lambda: _require_shared(partial))
+            writing = self._run_on_all_ranks(
                 final, lambda: policy.begin_save(partial / POLICY, snapshot=self._pool is not None)
             )
         self._underway = _Save(step, final, policy.layout_text(), writing, self._start(writing, partial))
@@ -182,7 +182,7 @@ class CheckpointStore:
         final = underway.final
         with self._discarding(final):
             # One rank writes the manifest; a thousand have no use for a thousand checksums.
-            parts = self._ranks.gather(self._everywhere(final, underway.written.result))
+            parts = self._ranks.gather(self._run_on_all_ranks(final, underway.written.result))
             self._on_main(final, lambda: self._publish(underway, parts or []))
         return final
 
@@ -273,7 +273,7 @@ class CheckpointStore:
         files = sum_files(partial, [str(path.relative_to(partial)) for path in own])
         for part in parts:
             files |= part.files
-        Manifest(save.step, save.layout, files, versions()).write(partial / MANIFEST)
+        CheckpointManifest(save.step, save.layout, files, versions()).write(partial / MANIFEST)
         # Files of the policy's state were flushed by the rank that wrote them; names are flushed here.
         made = (path for path in model if path.is_dir())
         folders.flush(*own, partial / MANIFEST, partial / POLICY, *made, partial / "hf", partial)
@@ -287,9 +287,11 @@ class CheckpointStore:
         """``work`` on the main rank, and its result, or its failure, on every rank."""
         return self._ranks.on_main(self._explaining(final, work))
 
-    def _everywhere(self, final: Path, work: Callable[[], T]) -> T:
+    def _run_on_all_ranks(self, final: Path, work: Callable[[], T]) -> T:
         """``work`` on every rank, and its own result on each, or the first failure on every rank."""
-        return self._ranks.everywhere(self._explaining(final, work), f"the end of its part of checkpoint {final.name}")
+        return self._ranks.run_on_all_ranks(
+            self._explaining(final, work), f"the end of its part of checkpoint {final.name}"
+        )
 
     def _explaining(self, final: Path, work: Callable[[], T]) -> Callable[[], T]:
         """``work``, with whatever it raises made a ``CheckpointError`` that says what to do."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from megatron_rlpt.buffer.address import RedisAddress, check_name, parse_url
+from megatron_rlpt.config.buffer_address import RedisAddress, check_name, parse_url
 from megatron_rlpt.config.endpoints import check_endpoints, is_variable, no_variable
 from megatron_rlpt.config.schema import (
     AxisConfig,
@@ -17,8 +17,8 @@ from megatron_rlpt.config.schema import (
     JudgeName,
     ObjectiveName,
     QualityConfig,
+    RunIn,
     SourceConfig,
-    TeacherPlace,
 )
 from megatron_rlpt.config.sources import possible_formats, unused_option
 from megatron_rlpt.errors import ConfigError
@@ -118,7 +118,7 @@ def asks_teacher(config: Config) -> bool:
 
 def judged_by_workers(config: Config) -> bool:
     """Whether groups go out to judge workers, for their scores or for a rewrite."""
-    return asks_teacher(config) and config.teacher.place is TeacherPlace.workers
+    return asks_teacher(config) and config.teacher.run_in is RunIn.workers
 
 
 def validate(config: Config) -> None:

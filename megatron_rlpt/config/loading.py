@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_rlpt.config.checks import validate
+from megatron_rlpt.config.renamed import RENAMED
 from megatron_rlpt.config.schema import Config, EndpointConfig, SourceConfig, SourceFormat
 from megatron_rlpt.config.structured import Schema
 from megatron_rlpt.errors import ConfigError
@@ -25,6 +26,7 @@ _SCHEMA = Schema(
         "evaluation.ngram_corpus": SourceConfig,
         "teacher.workers.endpoints": EndpointConfig,
     },
+    RENAMED,
 )
 
 

@@ -74,7 +74,7 @@ class OptionOrder(enum.StrEnum):
     both = "both"
 
 
-class TeacherPlace(enum.StrEnum):
+class RunIn(enum.StrEnum):
     """Where the teacher works."""
 
     trainer = "trainer"
@@ -417,7 +417,7 @@ class TeacherConfig:
     """Memory for the key-value cache of the teacher's engine, in GiB."""
     max_failure_rate: float = 0.2
     """Share of failed judgments, or of failed rewrites, in a step above which the run stops, or with workers pauses."""
-    place: TeacherPlace = TeacherPlace.trainer
+    run_in: RunIn = RunIn.trainer
     """Who judges and rewrites: the trainer itself, or workers that take groups out of the rollout buffer."""
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 

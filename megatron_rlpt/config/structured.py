@@ -7,7 +7,7 @@ import difflib
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +27,8 @@ class Schema(Generic[T]):
     """Dataclass whose fields are sections or values; defaults and types are its own."""
     items: Mapping[str, type]
     """Dotted key of a list -> dataclass of its items."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Key of an earlier release -> the key it is now."""
 
     def load(self, path: Path | None, overrides: Sequence[str] = ()) -> T:
         """Read ``path`` (and the file its ``base:`` names) and apply ``section.key=value`` overrides.
@@ -136,6 +138,8 @@ class Schema(Generic[T]):
         return any(self._kinds.get(prefix) == "dict[str, Any]" for prefix in prefixes)
 
     def _unknown_key(self, key: str, schema_key: str, origin: str) -> ConfigError:
+        if schema_key in self.renamed:
+            return ConfigError(f"{origin}: {key} is now called {self.renamed[schema_key]}; use the new name")
         return ConfigError(f"{origin}: unknown key '{key}'; the nearest valid key is '{self.nearest_key(schema_key)}'")
 
 

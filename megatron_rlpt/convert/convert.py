@@ -18,14 +18,14 @@ from megatron_rlpt.checkpoint.reading import POLICY
 from megatron_rlpt.convert.formats import HF_FILES, Format, Input, recognise, require_files
 from megatron_rlpt.convert.megatron_reader import MegatronSource
 from megatron_rlpt.convert.megatron_writer import MegatronWriter
-from megatron_rlpt.convert.source import HuggingFaceSource, Source
+from megatron_rlpt.convert.source import CheckpointSource, HuggingFaceSource
 from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, first_line
-from megatron_rlpt.huggingface import copy_settings, export_folder, is_settings
-from megatron_rlpt.huggingface_config import write_config
-from megatron_rlpt.policy.architecture import Architecture
-from megatron_rlpt.policy.families import Rule, mapping
+from megatron_rlpt.files import is_disk_error, new_folder, unfinished
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.models.families import Rule, mapping
+from megatron_rlpt.models.huggingface import copy_settings, export_folder, is_settings
+from megatron_rlpt.models.huggingface_config import write_config
 from megatron_rlpt.policy.layout import Layout, check_cut
-from megatron_rlpt.publishing import is_disk_error, new_folder, unfinished
 
 Say = Callable[[str], None]
 _LINES = 10
@@ -111,7 +111,7 @@ def convert(
 
 
 @contextlib.contextmanager
-def open_source(found: Input, hf_config: Path | None) -> Iterator[Source]:
+def open_source(found: Input, hf_config: Path | None) -> Iterator[CheckpointSource]:
     """The source that ``found`` is; files it needs for itself are removed at the end.
 
     Raises:
@@ -135,7 +135,7 @@ def open_source(found: Input, hf_config: Path | None) -> Iterator[Source]:
 class _Weights:
     """The tensors of a source in the precision to write, with progress lines while they pass."""
 
-    def __init__(self, source: Source, dtype: torch.dtype | None, say: Say) -> None:
+    def __init__(self, source: CheckpointSource, dtype: torch.dtype | None, say: Say) -> None:
         self._source = source
         self._dtype = dtype
         self._say = say
@@ -161,7 +161,7 @@ class _Weights:
             yield from zip(rule.theirs, tensors, strict=True)
 
 
-def _write_megatron(weights: _Weights, source: Source, target: Path, layout: Layout) -> None:
+def _write_megatron(weights: _Weights, source: CheckpointSource, target: Path, layout: Layout) -> None:
     with new_folder(target) as partial:
         with MegatronWriter(partial, source.arch, layout) as writer:
             for rule, tensors in weights:
@@ -215,7 +215,7 @@ def explaining_full_disks(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _require_space(source: Source, target: Path, to: Format, dtype: torch.dtype | None) -> None:
+def _require_space(source: CheckpointSource, target: Path, to: Format, dtype: torch.dtype | None) -> None:
     """Refuse before writing what cannot fit: a conversion may take an hour, and a full disk disturbs others."""
     needed = sum(path.stat().st_size for path in source.files.iterdir() if is_settings(path))
     for rule in mapping(source.arch):

@@ -16,9 +16,9 @@ from megatron_rlpt.convert.gguf_header import check_header
 from megatron_rlpt.convert.gguf_settings import Metadata, write_settings
 from megatron_rlpt.convert.source import require_known
 from megatron_rlpt.errors import ModelError, first_line
-from megatron_rlpt.huggingface import checked
-from megatron_rlpt.policy.architecture import Architecture, read_architecture
-from megatron_rlpt.policy.families import Rule, mapping
+from megatron_rlpt.models.architecture import Architecture, read_architecture
+from megatron_rlpt.models.families import Rule, mapping
+from megatron_rlpt.models.huggingface import checked
 
 
 @dataclass(frozen=True)

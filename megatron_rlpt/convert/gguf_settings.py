@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_rlpt.convert.source import lone_file
 from megatron_rlpt.errors import ModelError, first_line
-from megatron_rlpt.publishing import is_disk_error
+from megatron_rlpt.files import is_disk_error
 
 _ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
     # Mistral's files are of this architecture, too.

@@ -15,8 +15,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from megatron_rlpt.policy.architecture import Architecture
-from megatron_rlpt.policy.families import EMBEDDING, OUTPUT, Rule
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.models.families import EMBEDDING, OUTPUT, Rule
 
 VOCABULARY = (EMBEDDING, OUTPUT)
 """The tensors whose rows Megatron pads."""
@@ -29,7 +29,7 @@ _FUSED_NORMS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where one Megatron tensor may be stored."""
 
     keys: tuple[str, ...]
@@ -40,21 +40,21 @@ class Place:
     """Lengths of the axes that ``index`` counts along."""
 
 
-def places(rule: Rule, arch: Architecture) -> Iterator[Place]:
+def places(rule: Rule, arch: Architecture) -> Iterator[TensorLocation]:
     """Every place at which Megatron stores the tensor of ``rule``, the default one first."""
     if rule.layer is None:
-        yield Place((rule.ours,))
+        yield TensorLocation((rule.ours,))
         return
     name = rule.ours.removeprefix(f"decoder.layers.{rule.layer}.")
-    stacked = Place(("decoder.layers.",), (rule.layer,), (arch.layers,))
-    numbered = Place((f"decoder.layers.{rule.layer}.",))
+    stacked = TensorLocation(("decoder.layers.",), (rule.layer,), (arch.layers,))
+    numbered = TensorLocation((f"decoder.layers.{rule.layer}.",))
     for layer in (stacked, numbered):
         (prefix,) = layer.keys
         if rule.expert is not None:
             assert arch.experts is not None
             part = name.removeprefix(f"mlp.experts.local_experts.{rule.expert}.")
             prefix += "mlp.experts.experts."
-            yield Place((prefix + part,), (*layer.index, rule.expert), (*layer.axes, arch.experts.count))
+            yield TensorLocation((prefix + part,), (*layer.index, rule.expert), (*layer.axes, arch.experts.count))
             yield from _whole_or_halves(f"{prefix}{rule.expert}.{part}", layer)
             if layer is numbered:
                 (prefix,) = layer.keys
@@ -66,7 +66,7 @@ def places(rule: Rule, arch: Architecture) -> Iterator[Place]:
             yield from _whole_or_halves(prefix + name, layer)
 
 
-def written_places(rule: Rule, arch: Architecture) -> list[Place]:
+def written_places(rule: Rule, arch: Architecture) -> list[TensorLocation]:
     """Where the tensor of ``rule`` is stored by us: stacked, as Megatron does by default.
 
     The norm before a layer of experts has two places, because Megatron's own layers and those of Transformer Engine ask
@@ -76,7 +76,7 @@ def written_places(rule: Rule, arch: Architecture) -> list[Place]:
     return list(islice(places(rule, arch), 2 if two else 1))
 
 
-def _whole_or_halves(key: str, layer: Place) -> Iterator[Place]:
+def _whole_or_halves(key: str, layer: TensorLocation) -> Iterator[TensorLocation]:
     yield replace(layer, keys=(key,))
     if "linear_fc1.weight" in key:
         yield replace(layer, keys=(f"{key}_w", f"{key}_v"))

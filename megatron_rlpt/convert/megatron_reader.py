@@ -18,12 +18,12 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_rlpt.checkpoint.unpickling import read_metadata
-from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, is_model_key, places, prefix_of
+from megatron_rlpt.convert.megatron_keys import VOCABULARY, TensorLocation, is_model_key, places, prefix_of
 from megatron_rlpt.convert.source import require_known
 from megatron_rlpt.errors import CheckpointError, ModelError, first_line
-from megatron_rlpt.huggingface import checked
-from megatron_rlpt.policy.architecture import read_architecture
-from megatron_rlpt.policy.families import Rule, mapping
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.families import Rule, mapping
+from megatron_rlpt.models.huggingface import checked
 
 
 class MegatronSource:
@@ -68,7 +68,7 @@ class MegatronSource:
         dtypes = (self._tensors.dtype(key) for key in self._places[rule.ours].keys)
         return functools.reduce(torch.promote_types, dtypes)
 
-    def _find(self, rule: Rule) -> Place:
+    def _find(self, rule: Rule) -> TensorLocation:
         candidates = list(places(rule, self.arch))
         found = next((place for place in candidates if all(key in self._tensors.keys for key in place.keys)), None)
         if found is None:

@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_rlpt.convert.megatron_keys import VOCABULARY, Place, written_places
+from megatron_rlpt.convert.megatron_keys import VOCABULARY, TensorLocation, written_places
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.policy.architecture import Architecture
-from megatron_rlpt.policy.families import Rule
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.models.families import Rule
+from megatron_rlpt.models.sharding import Cut, shard
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.placement import expert_rank_of, stage_of
-from megatron_rlpt.policy.sharding import Cut, shard
+from megatron_rlpt.policy.tensor_placement import expert_rank_of, stage_of
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class MegatronWriter:
             metadata.chunks.append(ChunkStorageMetadata(offsets, data.shape))
             self._results.append(WriteResult(MetadataIndex(key, offsets), stored.length, stored))
 
-    def _note_extra_state(self, key: str, place: Place) -> None:
+    def _note_extra_state(self, key: str, place: TensorLocation) -> None:
         """Megatron asks for an extra state of every module: FP8 scales, or None where there are none, as here."""
         if key in VOCABULARY:
             return

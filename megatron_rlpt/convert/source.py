@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.huggingface import WeightFolder, checked
-from megatron_rlpt.policy.architecture import Architecture, read_architecture
-from megatron_rlpt.policy.families import Rule, expected_shapes
+from megatron_rlpt.models.architecture import Architecture, read_architecture
+from megatron_rlpt.models.families import Rule, expected_shapes
+from megatron_rlpt.models.huggingface import WeightFolder, checked
 
 
-class Source(Protocol):
+class CheckpointSource(Protocol):
     """A checkpoint that is read tensor by tensor.
 
     Attributes:
@@ -52,7 +52,7 @@ class Source(Protocol):
 
 
 class HuggingFaceSource:
-    """A Hugging Face folder as a ``Source``."""
+    """A Hugging Face folder as a ``CheckpointSource``."""
 
     def __init__(self, folder: Path) -> None:
         """Index the folder.
@@ -103,5 +103,5 @@ def require_known(path: Path, unknown: AbstractSet[str], arch: Architecture) -> 
         shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise ModelError(
             f"{path} holds {shown}, which a {arch.model_type} model as described by its config.json does not have; "
-            "check that config and weights belong together (or extend the family in megatron_rlpt/policy/families.py)"
+            "check that config and weights belong together (or extend the family in megatron_rlpt/models/families.py)"
         )

@@ -17,10 +17,10 @@ import torch
 from megatron_rlpt.convert.formats import Input
 from megatron_rlpt.convert.megatron_keys import VOCABULARY
 from megatron_rlpt.convert.megatron_reader import MegatronSource
-from megatron_rlpt.convert.source import Source, lone_file
+from megatron_rlpt.convert.source import CheckpointSource, lone_file
 from megatron_rlpt.errors import ModelError
+from megatron_rlpt.models.families import expected_shapes, mapping
 from megatron_rlpt.plain_text import shortened
-from megatron_rlpt.policy.families import expected_shapes, mapping
 from megatron_rlpt.policy.layout import Layout
 
 _ROWS = 2
@@ -33,9 +33,9 @@ wherever weights kept their values; the others apply where weights were rounded 
 
 def verify(
     found: Input,
-    source: Source,
+    source: CheckpointSource,
     made: Input,
-    written: Source,
+    written: CheckpointSource,
     dtype: torch.dtype | None,
     say: Callable[[str], None],
 ) -> None:
@@ -82,7 +82,7 @@ def verify(
     say(f"verify: {line}")
 
 
-def _compare_tensors(source: Source, written: Source, dtype: torch.dtype | None) -> bool:
+def _compare_tensors(source: CheckpointSource, written: CheckpointSource, dtype: torch.dtype | None) -> bool:
     """Whether writing ``dtype`` changed any value; a difference that is more than that is an error."""
     rounded = False
     for rule in mapping(source.arch):
@@ -94,7 +94,7 @@ def _compare_tensors(source: Source, written: Source, dtype: torch.dtype | None)
     return rounded
 
 
-def _logits(found: Input, source: Source, tokens: torch.Tensor, own: bool) -> torch.Tensor:
+def _logits(found: Input, source: CheckpointSource, tokens: torch.Tensor, own: bool) -> torch.Tensor:
     """[rows, length, vocabulary] in fp32; ``own`` says that this process has written it."""
     try:
         if isinstance(source, MegatronSource):
@@ -126,7 +126,7 @@ def _transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 def _megatron_logits(source: MegatronSource, own: bool, tokens: torch.Tensor) -> torch.Tensor:
     from megatron_rlpt.config import Dtype
-    from megatron_rlpt.policy.runtime import DeviceRuntime
+    from megatron_rlpt.policy.device_runtime import DeviceRuntime
 
     runtime = DeviceRuntime()
     runtime.init_distributed()

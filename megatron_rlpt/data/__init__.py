@@ -1,19 +1,18 @@
 """Corpora to episodes: read, mix, share out, cut, shuffle, and go on exactly where a run stopped."""
 
 from megatron_rlpt.data.apart import kept_from_ngrams, kept_from_training, require_apart
-from megatron_rlpt.data.documents import BadRecord, Document, Position, Reader
 from megatron_rlpt.data.episode_stream import EpisodeStream
 from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.heldout import heldout_episodes
-from megatron_rlpt.data.overlap import HeldOut, Place, overlap_error
+from megatron_rlpt.data.overlap import HeldOut, Location, overlap_error
 from megatron_rlpt.data.quarantine import Quarantine
-from megatron_rlpt.data.sources import open_source
-from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
+from megatron_rlpt.data.readers.documents import BadRecord, Document, Position, Reader
+from megatron_rlpt.data.readers.sources import open_source
+from megatron_rlpt.data.stream import DocumentStream, Drawn, StreamCounters
 from megatron_rlpt.data.survey import survey_corpus
 
 __all__ = [
     "BadRecord",
-    "Counters",
     "Cutter",
     "Document",
     "DocumentStream",
@@ -21,10 +20,11 @@ __all__ = [
     "Encode",
     "EpisodeStream",
     "HeldOut",
-    "Place",
+    "Location",
     "Position",
     "Quarantine",
     "Reader",
+    "StreamCounters",
     "heldout_episodes",
     "kept_from_ngrams",
     "kept_from_training",

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.config.schema import DataConfig, HeldOutOverlap, MixBy
-from megatron_rlpt.data.documents import Document, Position
 from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.lane import Held, Key, Lane, OpenDocument
-from megatron_rlpt.data.names import shown
-from megatron_rlpt.data.overlap import HeldOut, Place, overlap_error
+from megatron_rlpt.data.overlap import HeldOut, Location, overlap_error
 from megatron_rlpt.data.quarantine import Quarantine
-from megatron_rlpt.data.stream import Counters, DocumentStream, Drawn
+from megatron_rlpt.data.readers.documents import Document, Position
+from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.stream import DocumentStream, Drawn, StreamCounters
 from megatron_rlpt.errors import CheckpointError
-from megatron_rlpt.records import SEED_RANGE, Episode, derive_seed, stable_id
-from megatron_rlpt.vocabulary import Vocabulary
+from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.types import SEED_RANGE, Episode, derive_seed, stable_id
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class EpisodeStream:
         ]
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> StreamCounters:
         """What this rank has read and served so far."""
         return self._documents.counters
 
@@ -280,7 +280,7 @@ class EpisodeStream:
         self.counters.held_out += 1
         return True
 
-    def _find_held_out(self, drawn: Drawn) -> Place | None:
+    def _find_held_out(self, drawn: Drawn) -> Location | None:
         """Where a document is held out, if it is.
 
         Raises:
@@ -292,9 +292,9 @@ class EpisodeStream:
             raise overlap_error(self._place_of(drawn), held)
         return held
 
-    def _place_of(self, drawn: Drawn) -> Place:
+    def _place_of(self, drawn: Drawn) -> Location:
         path = self._documents.sources[drawn.source].path
-        return Place(f"data.sources[{drawn.source}]", path, drawn.document.id)
+        return Location(f"data.sources[{drawn.source}]", path, drawn.document.id)
 
     def _open(self, document: Document, source: int, position: Position) -> OpenDocument:
         control = self._documents.sources[source].control_tokens

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from megatron_rlpt.config.schema import DataConfig
-from megatron_rlpt.data.documents import Document
+from megatron_rlpt.data.readers.documents import Document
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.records import Episode, stable_id
+from megatron_rlpt.types import Episode, stable_id
 
 _BEHIND = 3
 """Most tokens of a character behind its first: UTF-8 has 4 bytes."""

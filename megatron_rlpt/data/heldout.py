@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rlpt.config.schema import DataConfig
-from megatron_rlpt.data.documents import BadRecord
 from megatron_rlpt.data.episodes import Cutter, Encode, evenly_spread
 from megatron_rlpt.data.quarantine import Quarantine
-from megatron_rlpt.data.sources import open_source
+from megatron_rlpt.data.readers.documents import BadRecord
+from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import ConfigError, DataError
-from megatron_rlpt.records import Episode
-from megatron_rlpt.vocabulary import Vocabulary
+from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.types import Episode
 
 
 def heldout_episodes(

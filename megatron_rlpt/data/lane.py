@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_rlpt.data.documents import Position
-from megatron_rlpt.records import Episode, derive_seed
+from megatron_rlpt.data.readers.documents import Position
+from megatron_rlpt.types import Episode, derive_seed
 
 OPEN_DOCUMENTS = 64
 """Most documents that are cut by turns, so that neighbours in a long one do not fill a batch."""

@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rlpt.config.schema import SourceConfig
-from megatron_rlpt.data.documents import MAX_RECORD_BYTES, Document
-from megatron_rlpt.data.names import shown
 from megatron_rlpt.data.quarantine import Quarantine
-from megatron_rlpt.data.sources import open_source
+from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Document
+from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.observe.log import get_logger
-from megatron_rlpt.records import stable_id
-from megatron_rlpt.vocabulary import Vocabulary
+from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.types import stable_id
 
 _log = get_logger(__name__)
 
@@ -48,7 +48,7 @@ _INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
 _NOT_SAID = re.compile(r"[\W_]+")
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a document is."""
 
     key: str
@@ -82,7 +82,7 @@ class HeldOut:
     ) -> None:
         self._vocabulary = vocabulary
         self._limit = limit
-        self._places: list[Place] = []
+        self._places: list[Location] = []
         self._whole: dict[bytes, int] = {}
         passages: list[_Hashes] = []
         characters = 0
@@ -104,7 +104,7 @@ class HeldOut:
         order = np.argsort(hashes, kind="stable")
         self._hashes, self._owners = hashes[order], owners[order]
 
-    def find(self, text: str) -> Place | None:
+    def find(self, text: str) -> Location | None:
         """The held-out document that ``text`` is a copy or a part of, or that is a part of it."""
         found = _reduced(text)
         if len(found) < _LEAST_CHARACTERS:
@@ -152,12 +152,12 @@ class HeldOut:
             characters = 0
             for document, text in self._texts(source):
                 if (place := self.find(text)) is not None:
-                    raise overlap_error(Place(f"{key}[{index}]", source.path, document), place, use, skips)
+                    raise overlap_error(Location(f"{key}[{index}]", source.path, document), place, use, skips)
                 characters += len(text)
                 if characters >= _SCANNED:
                     break
 
-    def _all(self, lists: Mapping[str, Sequence[SourceConfig]], bad: Quarantine) -> Iterator[tuple[Place, str]]:
+    def _all(self, lists: Mapping[str, Sequence[SourceConfig]], bad: Quarantine) -> Iterator[tuple[Location, str]]:
         """Every document, malformed records counted and said."""
         every = [(f"{key}[{index}]", source) for key, sources in lists.items() for index, source in enumerate(sources)]
         readers = [open_source(source, self._limit, self._vocabulary) for _, source in every]
@@ -167,7 +167,7 @@ class HeldOut:
             while (record := reader.read()) is not None:
                 bad.count(record, number)
                 if isinstance(record, Document):
-                    yield Place(key, source.path, record.id), self.text_of(record)
+                    yield Location(key, source.path, record.id), self.text_of(record)
             if bad.tells and (malformed := bad.malformed - before):
                 _log.warning(
                     "malformed records in what is held out", source=key, path=shown(source.path), records=malformed
@@ -181,7 +181,7 @@ class HeldOut:
                 yield record.id, self.text_of(record)
 
 
-def overlap_error(used: Place, held: Place, use: str = "training", skips: bool = True) -> DataError:
+def overlap_error(used: Location, held: Location, use: str = "training", skips: bool = True) -> DataError:
     """Why a run cannot go on.
 
     Args:

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.data.documents import BadRecord, Document, excerpt_of
-from megatron_rlpt.data.losses import Losses
-from megatron_rlpt.data.names import shown
+from megatron_rlpt.data.readers.documents import BadRecord, Document, excerpt_of
+from megatron_rlpt.data.readers.losses import Losses
+from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.errors import DataError, is_disk_full
 from megatron_rlpt.observe.log import get_logger
 

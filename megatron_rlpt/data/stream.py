@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlpt.config.schema import SourceConfig
-from megatron_rlpt.data.documents import MAX_RECORD_BYTES, BadRecord, Document, Position, Reader
-from megatron_rlpt.data.names import shown
 from megatron_rlpt.data.quarantine import MIN_RECORDS, Quarantine
-from megatron_rlpt.data.sources import open_source
+from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, BadRecord, Document, Position, Reader
+from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import CheckpointError, DataError
 from megatron_rlpt.observe.log import get_logger
-from megatron_rlpt.records import SEED_RANGE, derive_seed
-from megatron_rlpt.vocabulary import Vocabulary
+from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.types import SEED_RANGE, derive_seed
 
 _log = get_logger(__name__)
 
 
 @dataclass
-class Counters:
+class StreamCounters:
     """What one rank has read so far, all passes together."""
 
     read: int = 0
@@ -100,7 +100,7 @@ class DocumentStream:
         vocabulary: Vocabulary | None = None,
     ) -> None:
         assert 0 <= rank < world_size
-        self.counters = Counters(epochs=(0,) * len(sources), served=(0,) * len(sources))
+        self.counters = StreamCounters(epochs=(0,) * len(sources), served=(0,) * len(sources))
         self.sources = sources
         self.tells = quarantine.tells
         """Whether this one speaks for all ranks in the log."""

@@ -58,7 +58,7 @@ class Continuations:
 
 
 @dataclass(frozen=True)
-class Traits:
+class TextStatistics:
     """Figures of one set of continuations on its own."""
 
     length: float
@@ -82,9 +82,9 @@ class Comparison:
     prefixes: int
     samples: int
     """Sampled continuations per prefix and policy."""
-    traits: dict[str, dict[Decoding, Traits]]
+    traits: dict[str, dict[Decoding, TextStatistics]]
     """By policy."""
-    original: Traits
+    original: TextStatistics
     """Of the corpus's own suffixes."""
     win_rates: dict[str, dict[Decoding, WinRate]]
     """By policy, against the starting model, by the judge."""
@@ -233,9 +233,9 @@ def _traits(
     takes: Sequence[Sequence[Tokens]],
     rewards: Sequence[Sequence[float | None]] | None,
     seconds: Sequence[Sequence[float | None]] | None,
-) -> Traits:
+) -> TextStatistics:
     written = [tokens for take in takes for tokens in take]
-    return Traits(
+    return TextStatistics(
         length=mean_length(written),
         repetition=repeated_trigrams(written),
         distinct_2=distinct_n(written, 2),

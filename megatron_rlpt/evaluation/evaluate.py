@@ -10,12 +10,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_rlpt import terminal
-from megatron_rlpt.candidates import marked_if_blank, whole_characters
 from megatron_rlpt.config import Config, EngineName, HeldOutOverlap, to_yaml
 from megatron_rlpt.data import (
     Document,
-    Place,
+    Location,
     Quarantine,
     heldout_episodes,
     kept_from_ngrams,
@@ -24,6 +22,7 @@ from megatron_rlpt.data import (
     overlap_error,
     survey_corpus,
 )
+from megatron_rlpt.distributed.ranks import read_launcher_environment
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation.comparison import (
     BASELINE,
@@ -39,17 +38,17 @@ from megatron_rlpt.evaluation.ngram_model import NgramModel
 from megatron_rlpt.evaluation.report import HTML_FILE, JSON_FILE, build_report, write_report
 from megatron_rlpt.evaluation.terminal import print_report
 from megatron_rlpt.evaluation.training_curves import read_training_curves
-from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.observe import get_logger, setup_logging
-from megatron_rlpt.policy.architecture import read_architecture
-from megatron_rlpt.ranks import find_place
-from megatron_rlpt.records import Candidate, Episode, Group, Score, Source, derive_seed
-from megatron_rlpt.rollout.engine import Prompt, RolloutEngine
-from megatron_rlpt.rollout.vllm_engine import start_policy_engine
-from megatron_rlpt.run_record import RunRecord
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.huggingface import WeightFolder
+from megatron_rlpt.observe import get_logger, setup_logging, terminal
+from megatron_rlpt.rollout.engine import RolloutEngine, RolloutPrompt
+from megatron_rlpt.rollout.vllm.engine import start_policy_engine
 from megatron_rlpt.teacher.build import build_judge, describe_judge
 from megatron_rlpt.teacher.judge import Judge, check_failure_rate, failures, first_cause, most_frequent
-from megatron_rlpt.tokenizer import PolicyTokenizer, TextTokens
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, TextTokens
+from megatron_rlpt.trainer.candidates import marked_if_blank, whole_characters
+from megatron_rlpt.trainer.run_record import RunRecord
+from megatron_rlpt.types import Candidate, Episode, Group, Score, Source, derive_seed
 
 BASELINE_FOLDER = "baseline_ntp"
 """Run folder of the next-token baseline, inside the run folder it is the baseline of."""
@@ -68,7 +67,7 @@ def evaluate(config: Config) -> None:
             were started.
         DataError, ModelError, TeacherError: a part of it cannot be used.
     """
-    if (world := find_place().world) > 1:
+    if (world := read_launcher_environment().world) > 1:
         raise ConfigError(f"rlpt evaluate is one process, and {world} were started; start it without torchrun or srun")
     if config.rollout.engine is not EngineName.vllm:
         _log.warning("continuations come from vLLM, whatever trained", engine=config.rollout.engine.value)
@@ -151,7 +150,7 @@ class PolicyGenerator:
     def __call__(self, prefixes: Sequence[Tokens], greedy: bool, sample: int) -> list[tuple[int, ...]]:
         """One continuation per prefix. All policies draw with the same seeds."""
         prompts = [
-            Prompt(tuple(prefix), derive_seed(self._seed, "evaluation", sample, index), greedy)
+            RolloutPrompt(tuple(prefix), derive_seed(self._seed, "evaluation", sample, index), greedy)
             for index, prefix in enumerate(prefixes)
         ]
         return [result.tokens for result in self._engine.generate(prompts, self._length, self._version)]
@@ -210,7 +209,7 @@ def _ngram_documents(config: Config, tokenizer: PolicyTokenizer) -> Iterator[Seq
                 continue
             if held_out and (place := held_out.find(held_out.text_of(record))):
                 if data.heldout_overlap is HeldOutOverlap.refuse:
-                    used = Place(f"evaluation.ngram_corpus[{index}]", source.path, record.id)
+                    used = Location(f"evaluation.ngram_corpus[{index}]", source.path, record.id)
                     raise overlap_error(used, place, "the n-gram model")
                 left_out += 1
                 continue

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rlpt.evaluation.comparison import Comparison, Continuations, Decoding
-from megatron_rlpt.tokenizer import TextTokens
+from megatron_rlpt.tokens.tokenizer import TextTokens
 
 
 def build_examples(

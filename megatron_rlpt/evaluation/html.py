@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from megatron_rlpt.evaluation import plots
 from megatron_rlpt.evaluation.comparison import BASELINE, START, TRAINED, Decoding
-from megatron_rlpt.evaluation.narrative import NAMES, headline, interval, limits, number, percent, points
+from megatron_rlpt.evaluation.summary import NAMES, headline, interval, limits, number, percent, points
 
 _TEMPLATE = "report.html"
 _PREFIX_CHARACTERS = 600

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_rlpt.evaluation.comparison import BASELINE, START, TRAINED, Decoding
-from megatron_rlpt.evaluation.narrative import NAMES
+from megatron_rlpt.evaluation.summary import NAMES
 
 COLOURS = {
     "ink": "#1b2128",

@@ -14,7 +14,7 @@ from megatron_rlpt.evaluation.environment import describe_machine, describe_vers
 from megatron_rlpt.evaluation.html import render_html
 from megatron_rlpt.evaluation.statistics import WinRate
 from megatron_rlpt.evaluation.training_curves import TrainingCurves
-from megatron_rlpt.publishing import write_file
+from megatron_rlpt.files import write_file
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_rlpt.evaluation.comparison import BASELINE, START, TRAINED, Decoding
-from megatron_rlpt.evaluation.narrative import NAMES, headline, interval, limits, number, percent
+from megatron_rlpt.evaluation.summary import NAMES, headline, interval, limits, number, percent
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_rlpt.objectives.objective import LossInputs, LossTerms
 from megatron_rlpt.objectives.selection import Example, Selection
-from megatron_rlpt.records import Group, Score, Source
+from megatron_rlpt.types import Group, Score, Source
 
 _LEAST_DEVIATION = 1e-6
 """Added to the standard deviation: rewards that differ by rounding alone are not blown up to a preference."""

@@ -11,7 +11,7 @@ import torch
 
 from megatron_rlpt.objectives.objective import LossInputs, LossTerms
 from megatron_rlpt.objectives.selection import Selection, best_and_worst, take_source
-from megatron_rlpt.records import Group, Source
+from megatron_rlpt.types import Group, Source
 
 
 def token_mean_nll(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from megatron_rlpt.objectives.selection import Selection
-from megatron_rlpt.records import Group
+from megatron_rlpt.types import Group
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from megatron_rlpt.objectives.objective import LossInputs, LossTerms
 from megatron_rlpt.objectives.selection import Selection, best_and_worst
-from megatron_rlpt.records import Group
+from megatron_rlpt.types import Group
 
 
 def dpo_loss(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_rlpt.records import Candidate, Episode, Group, Score, Source, derive_seed
+from megatron_rlpt.types import Candidate, Episode, Group, Score, Source, derive_seed
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, Tex
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from megatron_rlpt import terminal
+from megatron_rlpt.observe import terminal
 from megatron_rlpt.observe.log import get_logger
 
 _log = get_logger(__name__)

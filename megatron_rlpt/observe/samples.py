@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any
 
 from megatron_rlpt.observe.jsonl import JsonLines
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score
-from megatron_rlpt.tokenizer import TextTokens, prefix_text
+from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score
 
 Selection = Mapping[str, tuple[int | None, int | None, str | None]]
 """Episode id -> (index of the chosen candidate, index of the rejected one, reason the episode was skipped)."""

@@ -32,7 +32,7 @@ _MOST = 20_000
 """Steps kept for a tracker that is away; the oldest go first."""
 
 
-class Place(Protocol):
+class TrackerBackend(Protocol):
     """A tracker that is there; one thread uses it from its beginning to its end."""
 
     def write(self, record: Record) -> None:
@@ -54,9 +54,9 @@ class Tracker:
         ConfigError: ``connect`` says that the configuration is wrong.
     """
 
-    def __init__(self, name: str, connect: Callable[[], Place], patience: float = _PATIENCE) -> None:
+    def __init__(self, name: str, connect: Callable[[], TrackerBackend], patience: float = _PATIENCE) -> None:
         self._name, self._connect = name, connect
-        self._place: Place | None = None
+        self._backend: TrackerBackend | None = None
         self._waiting: deque[Record] = deque(maxlen=_MOST)
         self._changed = threading.Condition()
         self._tried, self._closing = threading.Event(), threading.Event()
@@ -87,11 +87,11 @@ class Tracker:
         delay = _RETRY[0]
         while True:
             try:
-                if self._place is None:
-                    self._place = self._connect()
+                if self._backend is None:
+                    self._backend = self._connect()
                 self._tried.set()
                 if self._send():
-                    self._place.close(self._failed)
+                    self._backend.close(self._failed)
                     return
                 delay = _RETRY[0]
             except ConfigError as error:
@@ -112,11 +112,11 @@ class Tracker:
 
     def _send(self) -> bool:
         """Wait for steps and store them; whether it was asked to end."""
-        assert self._place is not None
+        assert self._backend is not None
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
         while self._waiting:
-            self._place.write(self._waiting[0])
+            self._backend.write(self._waiting[0])
             self._waiting.popleft()
             if self._lost:
                 self._lost = False
@@ -134,8 +134,8 @@ class Tracker:
 
     def _give_up(self) -> None:
         try:
-            if self._place is not None:
-                self._place.close(self._failed)
+            if self._backend is not None:
+                self._backend.close(self._failed)
         except (Exception, SystemExit) as error:
             _log.debug("tracker not closed", tracker=self._name, reason=error)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_rlpt.config import ParallelConfig, TrainConfig
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.models.architecture import Architecture
 
 _LARGEST_OFFERED = 64
 """Sizes above this are not listed in messages."""

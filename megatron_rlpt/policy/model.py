@@ -10,12 +10,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlpt.config import Dtype, Fp8, Recompute
-from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layer_spec import block_spec, with_transformer_engine
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.precision import transformer_arguments
 from megatron_rlpt.policy.rotary import attention_scaling, set_frequencies
-from megatron_rlpt.policy.runtime import DeviceRuntime
 
 
 class HiddenStateModel(GPTModel):

@@ -13,28 +13,28 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_rlpt.checkpoint.sharded import ShardedWriting
 from megatron_rlpt.config import Config, Dtype
 from megatron_rlpt.errors import TrainingError
+from megatron_rlpt.models.architecture import Architecture, read_architecture
+from megatron_rlpt.models.families import Shape
 from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Objective
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.policy import precision
-from megatron_rlpt.policy.architecture import Architecture, read_architecture
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
-from megatron_rlpt.policy.families import Shape
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
+from megatron_rlpt.policy.forward_backward import ForwardBackward
 from megatron_rlpt.policy.layer_spec import describe_layers
 from megatron_rlpt.policy.layout import Layout, layout_of
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler
-from megatron_rlpt.policy.passes import Passes
 from megatron_rlpt.policy.precision import length_multiple
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.requirements import check_model
-from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting
 from megatron_rlpt.policy.start_check import StartCheck, keeping, probe_tokens
 from megatron_rlpt.policy.state import PolicyState
 from megatron_rlpt.policy.weights import WeightSource, load_weights
-from megatron_rlpt.records import Candidate, Episode, Source
+from megatron_rlpt.types import Candidate, Episode, Source
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Policy:
         )
         load_weights(pieces, self.arch, self.layout, Path(config.model.path))
         self._pieces = pieces
-        self._passes = Passes(pieces, self.arch, self.layout, config.train.logprob_chunk)
+        self._passes = ForwardBackward(pieces, self.arch, self.layout, config.train.logprob_chunk)
         self._reference = ReferenceWeights(pieces, version=0) if objective.needs_reference else None
         with runtime.megatron():
             self._ddps, self._optimizer = build_optimizer(
@@ -189,7 +189,7 @@ class Policy:
     def weights(self) -> WeightSource:
         """(Hugging Face name, whole tensor) of every weight in one fixed order; may share the policy's memory.
 
-        Every rank has to iterate over it to the end, one without a use for it too (``ranks.use_to_the_end``).
+        Every rank has to iterate over it to the end, one without a use for it too (``ranks.drain``).
         """
         self._gather_parameters()
         return self._source

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_rlpt.config import Dtype, Fp8
 from megatron_rlpt.errors import ConfigError, first_line
-from megatron_rlpt.policy.architecture import Architecture
+from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy.layout import Layout
 
 
@@ -60,7 +60,7 @@ RECIPES: dict[Fp8, Recipe] = {
 
 
 @dataclass(frozen=True)
-class Engine:
+class TransformerEngine:
     """The installed Transformer Engine, on the GPU of this process."""
 
     version: str
@@ -70,7 +70,7 @@ class Engine:
     """Calls one of Transformer Engine's check functions: whether this GPU can, and if not, why."""
 
 
-def find_engine() -> Engine | str:
+def find_engine() -> TransformerEngine | str:
     """Transformer Engine as it is here, or in a few words why there is none."""
     import torch
 
@@ -88,10 +88,10 @@ def find_engine() -> Engine | str:
 
     major, minor = torch.cuda.get_device_capability()
     device = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
-    return Engine(transformer_engine.__version__, device, check)
+    return TransformerEngine(transformer_engine.__version__, device, check)
 
 
-def refusal(fp8: Fp8, engine: Engine | str) -> str | None:
+def refusal(fp8: Fp8, engine: TransformerEngine | str) -> str | None:
     """Why ``engine`` cannot run recipe ``fp8``; None if it can."""
     if fp8 is Fp8.off:
         return None

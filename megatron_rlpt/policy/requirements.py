@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron_rlpt.config import Config, EngineName
 from megatron_rlpt.errors import ConfigError, EngineError, ModelError
+from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy import precision
-from megatron_rlpt.policy.architecture import Architecture
 from megatron_rlpt.policy.layout import Layout, check_layout
 
 

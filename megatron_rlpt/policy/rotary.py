@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_rlpt.policy.architecture import Architecture
-from megatron_rlpt.policy.rope import Rope
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.models.rope import Rope
 
 
 @dataclass

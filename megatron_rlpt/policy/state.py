@@ -15,10 +15,10 @@ from typing import Any
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-from megatron_rlpt.checkpoint.sharded import ShardedWriting, read_sharded
 from megatron_rlpt.policy.model import HiddenStateModel
 from megatron_rlpt.policy.optimizer import load_optimizer_state, sharded_optimizer_state
 from megatron_rlpt.policy.reference import ReferenceWeights
+from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting, read_sharded
 
 
 class PolicyState:

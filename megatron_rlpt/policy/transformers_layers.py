@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.huggingface import SINGLE, WeightFolder
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.models.families import expected_shapes, mapping
+from megatron_rlpt.models.huggingface import SINGLE, WeightFolder
 from megatron_rlpt.plain_text import shortened
-from megatron_rlpt.policy.architecture import Architecture
-from megatron_rlpt.policy.families import expected_shapes, mapping
 
 WHOLE = 1 << 29
 """Weights of a model that is still loaded whole (2 GiB in fp32)."""

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_rlpt.huggingface import WeightFolder, checked
-from megatron_rlpt.policy.architecture import Architecture
-from megatron_rlpt.policy.families import EMBEDDING, OUTPUT, Rule, Shape, expected_shapes, mapping
+from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.models.families import EMBEDDING, OUTPUT, Rule, Shape, expected_shapes, mapping
+from megatron_rlpt.models.huggingface import WeightFolder, checked
+from megatron_rlpt.models.sharding import shard, unshard
 from megatron_rlpt.policy.layer_spec import canonical_name
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import HiddenStateModel
-from megatron_rlpt.policy.placement import expert_rank_of, stage_of
-from megatron_rlpt.policy.sharding import shard, unshard
-from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.policy.tensor_placement import expert_rank_of, stage_of
 
 _LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT_NUMBER = re.compile(r"(?<=local_experts\.)\d+")
@@ -118,7 +118,7 @@ class WeightSource:
         for bucket in self._buckets:
             yield from self._exchange(bucket)
 
-    def _exchange(self, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+    def _exchange(self, bucket: GatherBucket) -> Iterator[tuple[str, torch.Tensor]]:
         gathered = self._gather(bucket)
         offset = 0
         for rule in bucket.rules:
@@ -128,7 +128,7 @@ class WeightSource:
             offset += size
             yield from zip(rule.theirs, rule.split(self._arch, unshard(parts, rule.cut)), strict=True)
 
-    def _gather(self, bucket: Bucket) -> list[torch.Tensor]:
+    def _gather(self, bucket: GatherBucket) -> list[torch.Tensor]:
         """The flattened parts of ``bucket``, one per tensor-parallel rank (experts: one)."""
         layout = self._layout
         stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -163,7 +163,7 @@ class WeightSource:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class GatherBucket:
     """Consecutive rules whose tensors are on the same ranks and travel together."""
 
     stage: int
@@ -180,13 +180,13 @@ class Bucket:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
-def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_size: int) -> list[Bucket]:
+def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_size: int) -> list[GatherBucket]:
     """Divide the rules of ``arch`` into buckets of at most ``bucket_bytes`` once gathered, in the order of the rules.
 
     In a world where every rank holds every tensor whole, each rule is a bucket of its own, which nothing copies.
     """
     spread = layout.tensor > 1 or layout.pipeline > 1 or layout.expert > 1
-    buckets: list[Bucket] = []
+    buckets: list[GatherBucket] = []
     filled = 0
     for rule in mapping(arch):
         place = stage_of(rule, arch, layout), expert_rank_of(rule, arch, layout)
@@ -194,7 +194,7 @@ def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_
         gathered = torch.Size(shape).numel() * element_size * (1 if rule.expert is not None else layout.tensor)
         last = buckets[-1] if buckets else None
         if last is None or not spread or (last.stage, last.expert_rank) != place or filled + gathered > bucket_bytes:
-            buckets.append(Bucket(*place))
+            buckets.append(GatherBucket(*place))
             filled = 0
         buckets[-1].rules.append(rule)
         buckets[-1].shapes[rule.ours] = shape

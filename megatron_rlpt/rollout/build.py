@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from megatron_rlpt.config import Config, EngineName
+from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.requirements import check_sleeper, nothing_to_offload_for
-from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.rollout import vllm_engine
+from megatron_rlpt.rollout.distributed_engine import DistributedEngine
 from megatron_rlpt.rollout.engine import RolloutEngine
-from megatron_rlpt.rollout.residency import Residency
-from megatron_rlpt.rollout.transport import Placement
-from megatron_rlpt.rollout.vllm_engine import VllmEngine
-from megatron_rlpt.rollout.world_engine import WorldEngine
+from megatron_rlpt.rollout.vllm import engine as vllm_engine
+from megatron_rlpt.rollout.vllm.engine import VllmEngine
+from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
+from megatron_rlpt.trainer.gpu_memory import GpuMemory
 
 
 def check_offload(config: Config, world_size: int) -> None:
@@ -34,7 +34,7 @@ def check_offload(config: Config, world_size: int) -> None:
     if not config.optimizer.offload or not torch.cuda.is_available():
         return
     check_sleeper(config)
-    if vllm_engine.choose_placement(vllm_engine.needs_process(config, world_size))[0] is Placement.OWN_GPU:
+    if vllm_engine.choose_mode(vllm_engine.needs_process(config, world_size))[0] is EngineMode.OWN_GPU:
         raise nothing_to_offload_for("on this machine every rollout engine has a GPU of its own")
 
 
@@ -54,18 +54,18 @@ def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, 
     """
     check_offload(config, ranks.size)
     if config.optimizer.offload:
-        # The engine needs the same room to start as to generate; ``Residency.training`` takes the state back.
+        # The engine needs the same room to start as to generate; ``GpuMemory.training`` takes the state back.
         policy.offload_optimizer()
     engine: Any
     if config.rollout.engine is EngineName.megatron:
-        from megatron_rlpt.rollout import megatron_engine
+        from megatron_rlpt.rollout.megatron import engine as megatron_engine
 
         engine = megatron_engine.start_policy_engine(config, runtime, ranks)
     elif ranks.size == 1:
         engine = vllm_engine.start_policy_engine(config, vllm_engine.needs_process(config, 1))
     else:
         owners = range(engine_count(ranks))
-        engine = WorldEngine(lambda: vllm_engine.start_policy_engine(config, apart=True), owners, ranks)
+        engine = DistributedEngine(lambda: vllm_engine.start_policy_engine(config, apart=True), owners, ranks)
     engine.self_check(policy.weights, policy.version)
     return engine
 
@@ -77,15 +77,15 @@ def engine_count(ranks: Ranks) -> int:
 
 def may_generate_beside(engine: RolloutEngine | None) -> bool:
     """Whether ``engine`` can generate while the policy trains: it has its own process, and shares no GPU with it."""
-    own = engine.own if isinstance(engine, WorldEngine) else engine
-    if isinstance(engine, WorldEngine) and own is None:
+    own = engine.own if isinstance(engine, DistributedEngine) else engine
+    if isinstance(engine, DistributedEngine) and own is None:
         return True  # a rank without an engine does as the rank that has the only one, where there are no GPUs
     return isinstance(own, VllmEngine) and own.apart and not own.sleeping_frees
 
 
-def build_residency(config: Config, engine: RolloutEngine | None, policy: Policy, ranks: Ranks) -> Residency:
+def build_gpu_memory(config: Config, engine: RolloutEngine | None, policy: Policy, ranks: Ranks) -> GpuMemory:
     """Who is in GPU memory when; ``engine`` is what ``start_policy_engine`` returned, None without rollouts."""
-    own = engine.own if isinstance(engine, WorldEngine) else engine
+    own = engine.own if isinstance(engine, DistributedEngine) else engine
     if not isinstance(own, VllmEngine) or not own.sleeping_frees:
-        return Residency(None, None, ranks)
-    return Residency(own, policy if config.optimizer.offload else None, ranks)
+        return GpuMemory(None, None, ranks)
+    return GpuMemory(own, policy if config.optimizer.offload else None, ranks)

@@ -10,11 +10,11 @@ import torch
 
 from megatron_rlpt.config import RolloutConfig
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.records import Candidate, Episode, Source, derive_seed
+from megatron_rlpt.types import Candidate, Episode, Source, derive_seed
 
 
 @dataclass(frozen=True)
-class Prompt:
+class RolloutPrompt:
     """One continuation asked for. The same prompt under the same weights gives the same tokens."""
 
     prefix: tuple[int, ...]
@@ -41,7 +41,7 @@ class RolloutEngine(Protocol):
         """Policy version of the weights in force; None after an update that failed half-way."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
+    def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
         """One continuation per prompt, in order, of ``max_tokens`` tokens unless end-of-sequence comes first.
 
         Raises:
@@ -78,7 +78,9 @@ def sample_rollouts(
         [derive_seed(run_seed, episode.id, k) for k in range(count)]
         for episode, count in zip(episodes, counts, strict=True)
     ]
-    prompts = [Prompt(episode.prefix, seed) for episode, own in zip(episodes, seeds, strict=True) for seed in own]
+    prompts = [
+        RolloutPrompt(episode.prefix, seed) for episode, own in zip(episodes, seeds, strict=True) for seed in own
+    ]
     generated = engine.generate(prompts, max_tokens, version)
     if len(generated) != len(prompts):
         raise EngineError(f"the engine answered {len(generated)} of {len(prompts)} prompts; start the run again")

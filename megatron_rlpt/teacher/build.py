@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rlpt.config import Config, JudgeName, PairScheme, needs_judge
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.observe import get_logger
-from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.teacher.control_tokens import known_special_tokens
+from megatron_rlpt.teacher.batched import BatchedJudge, BatchedRewriter
+from megatron_rlpt.teacher.distributed import DistributedJudge, DistributedRewriter
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import Judge
-from megatron_rlpt.teacher.lockstep import LockstepJudge, LockstepRewriter
 from megatron_rlpt.teacher.rewriter import Rewriter, Rewrites, answer_tokens
-from megatron_rlpt.teacher.shared import SharedJudge, SharedRewriter
-from megatron_rlpt.tokenizer import PolicyTokenizer, load_tokenizer
+from megatron_rlpt.tokens.control_tokens import known_special_tokens
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, load_tokenizer
 
 _log = get_logger(__name__)
 
@@ -48,10 +48,12 @@ def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     if ranks.is_leader:
         generator = _build_generator(config, ranks) if prompted or rewrites else None
         judge = build_judge(config, device, generator) if judged else None
-        rewriter = LockstepRewriter(build_rewriter(config), generator) if generator and rewrites else None
+        rewriter = BatchedRewriter(build_rewriter(config), generator) if generator and rewrites else None
     if ranks.size == 1:
         return Teacher(judge, rewriter)
-    return Teacher(SharedJudge(judge, ranks) if judged else None, SharedRewriter(rewriter, ranks) if rewrites else None)
+    return Teacher(
+        DistributedJudge(judge, ranks) if judged else None, DistributedRewriter(rewriter, ranks) if rewrites else None
+    )
 
 
 def _build_generator(config: Config, ranks: Ranks) -> TextGenerator:
@@ -69,7 +71,7 @@ def build_judge(config: Config, device: str, generator: TextGenerator | None = N
     """
     if config.teacher.judge == JudgeName.generative:
         generator = generator or _build_generator(config, Ranks())
-        return LockstepJudge(build_generative_judge(config, generator.name), generator)
+        return BatchedJudge(build_generative_judge(config, generator.name), generator)
     from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 
     require_same_vocabulary(config)

@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_rlpt.config.schema import AxisConfig, GenerativeConfig
-from megatron_rlpt.records import BLANK, Cost, Failed, Group, Score, derive_seed
-from megatron_rlpt.teacher.aggregation import combine, mean_of_votes
+from megatron_rlpt.teacher.comparisons import rank
+from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
-from megatron_rlpt.teacher.schemes import rank
-from megatron_rlpt.teacher.together import together
-from megatron_rlpt.teacher.verdicts import parse_factuality, parse_quality, parse_safety, schema
-from megatron_rlpt.tokenizer import TextTokens, prefix_text
+from megatron_rlpt.teacher.scoring import combine, mean_of_votes
+from megatron_rlpt.teacher.verdicts.parsing import parse_factuality, parse_quality, parse_safety, schema
+from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
+from megatron_rlpt.types import BLANK, Cost, Failed, Group, Score, derive_seed
 
 _POINTWISE: dict[str, Callable[[Reply], float | Failed]] = {"safety": parse_safety, "factuality": parse_factuality}
 
@@ -40,7 +40,7 @@ class _Axis:
 class GenerativeJudge:
     """Scores candidates by prompting: quality pairwise, safety and factuality pointwise (paper, section on judges).
 
-    ``LockstepJudge`` makes it a ``Judge``.
+    ``BatchedJudge`` makes it a ``Judge``.
     """
 
     def __init__(self, teacher: str, text: TextTokens, config: GenerativeConfig, seed: int) -> None:
@@ -78,7 +78,7 @@ class GenerativeJudge:
         if "quality" in self._weights:
             tokens = [candidate.tokens for candidate in group.candidates]
             work.insert(0, self._judge_pairs(group, texts, [tokens.index(text) for text in distinct], counted))
-        outcomes = dict(zip(distinct, self._outcomes(len(distinct), await together(work)), strict=True))
+        outcomes = dict(zip(distinct, self._outcomes(len(distinct), await gather_or_cancel(work)), strict=True))
         return replace(
             group,
             outcomes=tuple(outcomes.get(candidate.tokens, BLANK) for candidate in group.candidates),
@@ -127,7 +127,9 @@ class GenerativeJudge:
             value = reply if isinstance(reply, Failed) else _POINTWISE[name](reply)
             return value, {"vote": vote, "seed": seed, "verdict": _plain(value), "reply": _text(reply)}
 
-        answers = await together(judge(place, vote) for place in range(len(texts)) for vote in range(axis.votes))
+        answers = await gather_or_cancel(
+            judge(place, vote) for place in range(len(texts)) for vote in range(axis.votes)
+        )
         rows = [answers[place * axis.votes :][: axis.votes] for place in range(len(texts))]
         return _Axis(
             name,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_rlpt.records import Failed
+from megatron_rlpt.types import Failed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.plain_text import shortened
-from megatron_rlpt.records import BLANK, Failed, Group, Score, Source
+from megatron_rlpt.types import BLANK, Failed, Group, Score, Source
 
 NOT_JUDGED = frozenset({BLANK.reason, "nothing to compare with", "stale rollout"})
 """Reasons of ``Failed`` that say something of the candidate: no judge failed, and no other would do better."""

@@ -24,8 +24,8 @@ from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.plain_text import shortened
-from megatron_rlpt.records import BLANK, Failed, Group, Score
 from megatron_rlpt.teacher.likelihood_score import likelihood_score
+from megatron_rlpt.types import BLANK, Failed, Group, Score
 
 _HEAD_CHUNK_CPU = 128
 """Tokens whose vocabulary logits exist at the same time; few on a CPU, where they should stay near its cache."""

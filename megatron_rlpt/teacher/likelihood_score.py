@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from megatron_rlpt.config.schema import LikelihoodConfig
-from megatron_rlpt.records import Failed, Score
 from megatron_rlpt.teacher.repetition import repetition
+from megatron_rlpt.types import Failed, Score
 
 PROMPT_VERSION = "likelihood-1"
 """Version of the scoring formula, kept with every score in the place of a prompt's version."""

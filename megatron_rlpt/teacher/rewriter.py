@@ -10,13 +10,13 @@ from typing import Protocol
 
 from megatron_rlpt.config import Config
 from megatron_rlpt.config.schema import RewriterConfig
-from megatron_rlpt.records import Candidate, Episode, Failed, Source, derive_seed
 from megatron_rlpt.teacher.anchor import anchor_of, without_anchor
-from megatron_rlpt.teacher.control_tokens import break_up_common, broken_forms
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
 from megatron_rlpt.teacher.thinking import BLANK, without_thought
-from megatron_rlpt.tokenizer import TextTokens, prefix_text
+from megatron_rlpt.tokens.control_tokens import break_up_common, broken_forms
+from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
+from megatron_rlpt.types import Candidate, Episode, Failed, Source, derive_seed
 
 _MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
 """A marker of the prompt, perhaps cut off before its code. Small models copy it along; the passage ends there."""
@@ -44,7 +44,7 @@ class _Shown:
 class Rewriter:
     """Offers one rewrite per episode as a candidate (paper, section on the rewriter).
 
-    ``LockstepRewriter`` makes it one of ``Rewrites``.
+    ``BatchedRewriter`` makes it one of ``Rewrites``.
     """
 
     prompt_version = VERSIONS["rewrite"]

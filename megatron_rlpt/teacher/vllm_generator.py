@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.observe.machine import bf16_is_slow
-from megatron_rlpt.records import Failed
-from megatron_rlpt.rollout.engine_process import EngineProcess
-from megatron_rlpt.rollout.worker import EXTENSION
+from megatron_rlpt.rollout.vllm.process import EngineProcess
+from megatron_rlpt.rollout.vllm.runtime import generate_at_once, vllm_environment
+from megatron_rlpt.rollout.vllm.worker import EXTENSION
 from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
 from megatron_rlpt.teacher.generator import Reply, Request
-from megatron_rlpt.vllm_runtime import generate_at_once, vllm_environment
+from megatron_rlpt.types import Failed
 
 
 class VllmGenerator:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from megatron_rlpt.config import Dtype
-from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.runtime import DeviceRuntime
 
 LAYOUT = Layout(world=4, tensor=2, sequence=True, pipeline=2, expert=2)
 STYLES: dict[str, dict[str, Any]] = {

@@ -23,9 +23,9 @@ from megatron_rlpt.config import (
 )
 from megatron_rlpt.objectives import Example, build_objective
 from megatron_rlpt.objectives.grpo import group_advantages
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.records import Candidate, Episode, Source
+from megatron_rlpt.types import Candidate, Episode, Source
 
 VOCABULARY = 150
 """Not a multiple of 128: one rank's part of the padded vocabulary is mostly padding."""

@@ -17,14 +17,14 @@ import torch
 from transformers import LlamaConfig
 from worlds import WorldError, run_world
 
-from megatron_rlpt import huggingface
 from megatron_rlpt.checkpoint import CheckpointStore
-from megatron_rlpt.checkpoint.sharded import ShardedWriting, read_sharded
 from megatron_rlpt.errors import RlptError
-from megatron_rlpt.huggingface import SHARD_BYTES
+from megatron_rlpt.models import huggingface
+from megatron_rlpt.models.huggingface import SHARD_BYTES
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.run import export
+from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting, read_sharded
+from megatron_rlpt.trainer.run import export
 
 ROWS = 50_000
 

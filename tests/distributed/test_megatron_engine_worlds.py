@@ -14,13 +14,13 @@ from worlds import run_world
 
 from megatron_rlpt.config import Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import build_model
-from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.weights import load_weights
-from megatron_rlpt.rollout.engine import Continuation, Prompt
-from megatron_rlpt.rollout.megatron_engine import MegatronEngine
+from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
+from megatron_rlpt.rollout.megatron.engine import MegatronEngine
 
 VOCABULARY, LENGTH = 50, 8
 LAYOUTS = {
@@ -60,10 +60,12 @@ def save(folder: Path, seed: int, **overrides: object) -> Path:
     return folder
 
 
-def prompts() -> list[Prompt]:
+def prompts() -> list[RolloutPrompt]:
     draw = random.Random(5)
     return [
-        Prompt(tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(1, 30))), number, number % 3 == 0)
+        RolloutPrompt(
+            tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(1, 30))), number, number % 3 == 0
+        )
         for number in range(11)
     ]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from worlds import run_world
 
+from megatron_rlpt.distributed.ranks import _replicas
+from megatron_rlpt.models.sharding import Cut, shard
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.sharding import Cut, shard
-from megatron_rlpt.ranks import _replicas
 
 LAYOUTS = [
     Layout(4),
@@ -35,7 +35,7 @@ def as_every_rank() -> list[list[dict[str, Any]]]:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_rlpt.policy.runtime import DeviceRuntime
+    from megatron_rlpt.policy.device_runtime import DeviceRuntime
 
     runtime = DeviceRuntime()
     found = []

@@ -14,10 +14,10 @@ import pytest
 import torch
 from worlds import WorldError, on_every_rank, run_world
 
+from megatron_rlpt.distributed.ranks import Ranks, drain
 from megatron_rlpt.errors import CheckpointError, RlptError, TeacherError, TrainingError
-from megatron_rlpt.ranks import Ranks, use_to_the_end
-from megatron_rlpt.records import Candidate, Episode, Group, Score, Source
-from megatron_rlpt.teacher.shared import SharedJudge, SharedRewriter
+from megatron_rlpt.teacher.distributed import DistributedJudge, DistributedRewriter
+from megatron_rlpt.types import Candidate, Episode, Group, Score, Source
 
 SIZE = 4
 LEADERS = (0, 2)
@@ -90,15 +90,15 @@ def everything() -> dict[str, Any]:
         return f"own of {rank}"
 
     found["on main, unexpected"] = error_of(lambda: ranks.on_main(lambda: full_disk((0,))))
-    found["divide, unexpected"] = error_of(lambda: ranks.divide(range(4), lambda _: full_disk((2,)), "the end"))
-    found["everywhere"] = ranks.everywhere(lambda: full_disk(()), "the end of loading")
-    found["everywhere, unexpected"] = error_of(lambda: ranks.everywhere(lambda: full_disk((1, 3)), "the end"))
+    found["divide, unexpected"] = error_of(lambda: ranks.scatter_work(range(4), lambda _: full_disk((2,)), "the end"))
+    found["everywhere"] = ranks.run_on_all_ranks(lambda: full_disk(()), "the end of loading")
+    found["everywhere, unexpected"] = error_of(lambda: ranks.run_on_all_ranks(lambda: full_disk((1, 3)), "the end"))
 
     def fail_on_two() -> None:
         if rank in (2, 3):
             raise CheckpointError(f"no folder for {rank}")
 
-    found["everywhere, two"] = error_of(lambda: ranks.everywhere(fail_on_two, "the end"))
+    found["everywhere, two"] = error_of(lambda: ranks.run_on_all_ranks(fail_on_two, "the end"))
 
     def shared_stream() -> Any:
         for number in range(5):
@@ -111,7 +111,7 @@ def everything() -> dict[str, Any]:
 
     asked.clear()
     use = take_some if rank < 3 else None
-    found["stream"] = error_of(lambda: ranks.everywhere(lambda: use_to_the_end(shared_stream(), use), "the end"))
+    found["stream"] = error_of(lambda: ranks.run_on_all_ranks(lambda: drain(shared_stream(), use), "the end"))
     found["of stream"] = list(asked)
 
     for count in (0, 1, 2, 5, 8):
@@ -121,7 +121,7 @@ def everything() -> dict[str, Any]:
             asked.append(list(share))
             return tuple(f"{item} by {rank}" for item in share)
 
-        found[f"divide {count}"] = ranks.divide(range(count), work, "the end of judging")
+        found[f"divide {count}"] = ranks.scatter_work(range(count), work, "the end of judging")
         found[f"asked {count}"] = list(asked)
 
     def fail_at_2(share: list[int]) -> list[int]:
@@ -132,12 +132,12 @@ def everything() -> dict[str, Any]:
     def fail_everywhere(share: list[int]) -> list[int]:
         raise TeacherError(f"no answer for {share}")
 
-    found["one leader fails"] = error_of(lambda: ranks.divide(range(5), fail_at_2, "the end of judging"))
-    found["both leaders fail"] = error_of(lambda: ranks.divide(range(5), fail_everywhere, "the end of judging"))
-    found["after errors"] = ranks.divide(range(3), lambda share: share, "the end of judging")
+    found["one leader fails"] = error_of(lambda: ranks.scatter_work(range(5), fail_at_2, "the end of judging"))
+    found["both leaders fail"] = error_of(lambda: ranks.scatter_work(range(5), fail_everywhere, "the end of judging"))
+    found["after errors"] = ranks.scatter_work(range(3), lambda share: share, "the end of judging")
 
-    judge = SharedJudge(OwnJudge(rank) if ranks.is_leader else None, ranks)
-    rewriter = SharedRewriter(OwnRewriter(rank) if ranks.is_leader else None, ranks)
+    judge = DistributedJudge(OwnJudge(rank) if ranks.is_leader else None, ranks)
+    rewriter = DistributedRewriter(OwnRewriter(rank) if ranks.is_leader else None, ranks)
     found["judged"] = judge.judge([Group(episode(number), ()) for number in range(3)])
     found["rewritten"] = rewriter.rewrite([episode(number) for number in range(3)])
 
@@ -157,7 +157,7 @@ def everything() -> dict[str, Any]:
             raise TrainingError("came too late")
         return share
 
-    found["one never ends"] = error_of(lambda: judging.divide(range(4), never_ends, "the end of judging"))
+    found["one never ends"] = error_of(lambda: judging.scatter_work(range(4), never_ends, "the end of judging"))
     if rank != 2:
         ranks.all_gather(None)
     return found
@@ -240,7 +240,7 @@ def lose_rank_1(folder: Path) -> None:
 
     def agreed() -> None:
         with ranks.contact():
-            ranks.everywhere(sum_up, "the end")
+            ranks.run_on_all_ranks(sum_up, "the end")
 
     (folder / "found").write_text("\n".join(": ".join(error_of(act)) for act in (alone, agreed)))
 

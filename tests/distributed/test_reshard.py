@@ -17,8 +17,8 @@ from layout_runs import Case, configuration, examples, make_policy, save_model
 from worlds import run_world
 
 from megatron_rlpt.checkpoint import CheckpointStore
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.runtime import DeviceRuntime
 
 TRAINED = 3
 """Updates behind the state that is passed on; the reference is that of the second."""

@@ -49,8 +49,8 @@ def make_model(folder: Path, size: dict[str, int], positions: int) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from megatron_rlpt.policy.architecture import read_architecture
-    from megatron_rlpt.policy.families import expected_shapes
+    from megatron_rlpt.models.architecture import read_architecture
+    from megatron_rlpt.models.families import expected_shapes
 
     folder.mkdir(parents=True)
     config = {
@@ -115,8 +115,8 @@ def configuration(options: argparse.Namespace, folder: Path, fp8: str, objective
 def make_policy(config: Any) -> Any:
     """The project's policy, alone in its world."""
     from megatron_rlpt.objectives import build_objective
+    from megatron_rlpt.policy.device_runtime import DeviceRuntime
     from megatron_rlpt.policy.policy import Policy
-    from megatron_rlpt.policy.runtime import DeviceRuntime
 
     return Policy(config, build_objective(config.objective), DeviceRuntime())
 
@@ -126,7 +126,7 @@ def make_examples(options: argparse.Namespace, width: int) -> list[Any]:
     import torch
 
     from megatron_rlpt.objectives import Example
-    from megatron_rlpt.records import Candidate, Episode, Source
+    from megatron_rlpt.types import Candidate, Episode, Source
 
     draw = torch.Generator().manual_seed(1)
     vocab = SIZES[options.size]["vocab"]
@@ -211,17 +211,17 @@ def part_engine(options: argparse.Namespace, folder: Path, in_process: bool) -> 
         in_process: the engine of a single rank, which is handed the policy's tensors; False is that of one rank among
             several, in a process of its own that gets them by CUDA IPC.
     """
-    from megatron_rlpt.rollout.engine import Prompt
-    from megatron_rlpt.rollout.residency import free_gpu_memory
-    from megatron_rlpt.rollout.transport import Placement
-    from megatron_rlpt.rollout.vllm_engine import VllmEngine
+    from megatron_rlpt.rollout.engine import RolloutPrompt
+    from megatron_rlpt.rollout.vllm.engine import VllmEngine
+    from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
+    from megatron_rlpt.trainer.gpu_memory import free_gpu_memory
 
     way = "in process" if in_process else "by CUDA IPC"
     config = configuration(options, folder, "off", "ntp")
     policy = make_policy(config)
     engine = VllmEngine(
         folder, policy.weight_shapes, config.rollout, dtype=config.model.dtype, max_sequence=options.sequence, seed=1,
-        placement=Placement.IN_PROCESS if in_process else Placement.SHARED_GPU,
+        placement=EngineMode.IN_PROCESS if in_process else EngineMode.SHARED_GPU,
     )  # fmt: skip
     engine.self_check(policy.weights, 0)
     seconds = []
@@ -239,7 +239,10 @@ def part_engine(options: argparse.Namespace, folder: Path, in_process: bool) -> 
             "every tensor bit for bit, by the engine's own check",
         )
     ]
-    prompts = [Prompt((3, 4, 5, 6, 7, 8, 9), seed=1, greedy=True), Prompt((11, 12, 13), seed=2, greedy=True)]
+    prompts = [
+        RolloutPrompt((3, 4, 5, 6, 7, 8, 9), seed=1, greedy=True),
+        RolloutPrompt((11, 12, 13), seed=2, greedy=True),
+    ]
     before = engine.generate(prompts, 16, 0)
     awake, promised = free_gpu_memory(), engine.sleeping_frees
     start = time.perf_counter()

@@ -14,11 +14,10 @@ from prefork import Forked
 from redis_server import RedisServer
 from tiny_runs import finish, json_lines, lasting_metrics, only_error, rlpt_process, start, write_config
 
-from megatron_rlpt.buffer.judging import SETTINGS
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.config import load_config
-from megatron_rlpt.stopping import STOP_FILE
-from megatron_rlpt.teacher.agreement import judged_by
+from megatron_rlpt.teacher.settings_fingerprint import SETTINGS, judged_by
+from megatron_rlpt.trainer.stop import STOP_FILE
 
 STEPS = 10
 SECTIONS = {
@@ -78,7 +77,7 @@ def server(tmp_path_factory):
 def configured(base: Path, model: Path, corpus: Path, server: RedisServer) -> tuple[Path, Path]:
     folder = base / "run"
     buffer = {**server.options, "name": base.name}
-    teacher = {"place": "workers", "workers": WORKERS}
+    teacher = {"run_in": "workers", "workers": WORKERS}
     return write_config(base / "run.yaml", model, corpus, folder, buffer=buffer, teacher=teacher, **SECTIONS), folder
 
 
@@ -174,7 +173,7 @@ def test_every_rollout_is_as_old_as_it_should_be(calm):
 
 def test_a_worker_with_other_settings_than_the_trainer_is_refused(calm, tmp_path, served_model, corpus, server):
     buffer = {**server.options, "name": calm.parent.name}
-    teacher = {"place": "workers", "workers": WORKERS, "likelihood": {"repetition_weight": 1.0}}
+    teacher = {"run_in": "workers", "workers": WORKERS, "likelihood": {"repetition_weight": 1.0}}
     config = write_config(
         tmp_path / "other.yaml", served_model, corpus, calm, buffer=buffer, teacher=teacher, **SECTIONS
     )
@@ -189,7 +188,7 @@ def test_a_worker_with_other_settings_than_the_trainer_is_refused(calm, tmp_path
 
 def test_several_workers_that_cannot_start_end_with_the_reason_of_one(calm, tmp_path, served_model, corpus):
     buffer = {"url": "redis://127.0.0.1:1/0", "retry": 0.1}
-    teacher = {"place": "workers", "workers": WORKERS}
+    teacher = {"run_in": "workers", "workers": WORKERS}
     config = write_config(tmp_path / "run.yaml", served_model, corpus, calm, buffer=buffer, teacher=teacher, **SECTIONS)
     code, _, err = finish(judge(config, "--workers", "2"))
     assert code == 9

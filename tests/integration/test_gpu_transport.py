@@ -19,7 +19,10 @@ from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk, pack_
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.rollout.gpu_transport import (
+from megatron_rlpt.rollout.vllm.engine import choose_mode
+from megatron_rlpt.rollout.vllm.worker import WorkerExtension
+from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
+from megatron_rlpt.rollout.weight_sync.gpu_transport import (
     BACKENDS,
     SENDERS,
     GpuTransport,
@@ -29,13 +32,10 @@ from megatron_rlpt.rollout.gpu_transport import (
     open_gpu_transport,
     trainer_init_info,
 )
-from megatron_rlpt.rollout.manifest import Manifest
-from megatron_rlpt.rollout.transport import Placement
-from megatron_rlpt.rollout.vllm_engine import choose_placement
-from megatron_rlpt.rollout.worker import WorkerExtension
+from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest
 
 SHAPES = {"embed": (16, 8), "norm": (8,), "up": (32, 8)}
-MANIFEST = Manifest(SHAPES, torch.bfloat16)
+MANIFEST = WeightManifest(SHAPES, torch.bfloat16)
 
 
 def weights():
@@ -114,23 +114,23 @@ def test_packed_buffers_carry_the_weights_bit_for_bit():
 
 
 def test_the_largest_weight_fits_a_buffer_that_is_set_smaller():
-    info = trainer_init_info(Placement.SHARED_GPU, MANIFEST, bucket_bytes=100)
+    info = trainer_init_info(EngineMode.SHARED_GPU, MANIFEST, bucket_bytes=100)
     assert info.packed_buffer_size_bytes == 32 * 8 * 2
-    assert trainer_init_info(Placement.SHARED_GPU, MANIFEST, 2**20).packed_buffer_size_bytes == 2**20
+    assert trainer_init_info(EngineMode.SHARED_GPU, MANIFEST, 2**20).packed_buffer_size_bytes == 2**20
 
 
-@pytest.mark.parametrize("placement", [Placement.SHARED_GPU, Placement.OWN_GPU])
-def test_vllm_knows_the_backend_on_both_sides_and_every_rank_sends_to_its_own_engine(placement):
-    info = trainer_init_info(placement, MANIFEST, 2**20)
-    assert info.backend == BACKENDS[placement]
+@pytest.mark.parametrize("mode", [EngineMode.SHARED_GPU, EngineMode.OWN_GPU])
+def test_vllm_knows_the_backend_on_both_sides_and_every_rank_sends_to_its_own_engine(mode):
+    info = trainer_init_info(mode, MANIFEST, 2**20)
+    assert info.backend == BACKENDS[mode]
     assert info.is_sender
     assert info.packed
     assert info.backend in WeightTransferEngineFactory._registry
-    assert issubclass(SENDERS[placement], WeightTransferTrainerFactory._registry[info.backend]())
+    assert issubclass(SENDERS[mode], WeightTransferTrainerFactory._registry[info.backend]())
 
 
 def test_two_ranks_of_one_machine_meet_their_engines_at_different_ports():
-    one, two = (trainer_init_info(Placement.OWN_GPU, MANIFEST, 2**20) for _ in range(2))
+    one, two = (trainer_init_info(EngineMode.OWN_GPU, MANIFEST, 2**20) for _ in range(2))
     assert (one.master_address, one.world_size) == ("127.0.0.1", 2)
     assert one.master_port != two.master_port
 
@@ -210,7 +210,7 @@ def test_a_rank_sends_by_ipc_without_waiting_for_any_other(monkeypatch):
 
     monkeypatch.setattr(ipc_engine, "packed_ipc_producer", producer)
     source, worker = PolicySource(MANIFEST), Worker(IPCWeightTransferEngine)
-    info = trainer_init_info(Placement.SHARED_GPU, MANIFEST, 2**20)
+    info = trainer_init_info(EngineMode.SHARED_GPU, MANIFEST, 2**20)
     sender = LoneIpcSender.trainer_init(info, client=OfflineClient(Llm(worker)), source=source)
     GpuTransport(sender, source).send(weights().items())
 
@@ -223,23 +223,23 @@ def test_a_rank_sends_by_ipc_without_waiting_for_any_other(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("placement", BACKENDS)
-def test_without_a_gpu_the_error_says_so(placement):
+@pytest.mark.parametrize("mode", BACKENDS)
+def test_without_a_gpu_the_error_says_so(mode):
     with pytest.raises(EngineError, match="CUDA is not available here"):
-        open_gpu_transport(placement, None, MANIFEST, 2**20)
+        open_gpu_transport(mode, None, MANIFEST, 2**20)
 
 
 @pytest.mark.parametrize(
     ("world", "gpus", "own", "variables", "expected"),
     [
-        (1, 0, 0, {}, (Placement.IN_PROCESS, None)),
-        (1, 8, 0, {}, (Placement.IN_PROCESS, None)),
-        (2, 0, 0, {}, (Placement.OWN_PROCESS, None)),
-        (8, 8, 3, {"LOCAL_WORLD_SIZE": "8"}, (Placement.SHARED_GPU, 3)),
-        (4, 8, 3, {"LOCAL_WORLD_SIZE": "4"}, (Placement.OWN_GPU, 7)),
-        (16, 8, 1, {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, (Placement.OWN_GPU, 5)),
-        (8, 8, 3, {}, (Placement.SHARED_GPU, 3)),
-        (8, 1, 0, {"LOCAL_WORLD_SIZE": "8"}, (Placement.SHARED_GPU, 0)),
+        (1, 0, 0, {}, (EngineMode.IN_PROCESS, None)),
+        (1, 8, 0, {}, (EngineMode.IN_PROCESS, None)),
+        (2, 0, 0, {}, (EngineMode.OWN_PROCESS, None)),
+        (8, 8, 3, {"LOCAL_WORLD_SIZE": "8"}, (EngineMode.SHARED_GPU, 3)),
+        (4, 8, 3, {"LOCAL_WORLD_SIZE": "4"}, (EngineMode.OWN_GPU, 7)),
+        (16, 8, 1, {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, (EngineMode.OWN_GPU, 5)),
+        (8, 8, 3, {}, (EngineMode.SHARED_GPU, 3)),
+        (8, 1, 0, {"LOCAL_WORLD_SIZE": "8"}, (EngineMode.SHARED_GPU, 0)),
     ],
 )
 def test_where_an_engine_runs(monkeypatch, world, gpus, own, variables, expected):
@@ -250,4 +250,4 @@ def test_where_an_engine_runs(monkeypatch, world, gpus, own, variables, expected
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert choose_placement(apart=world > 1) == expected
+    assert choose_mode(apart=world > 1) == expected

@@ -29,10 +29,10 @@ from hostile_server import (
 
 from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import ConfigError, TeacherError
-from megatron_rlpt.records import Failed
-from megatron_rlpt.teacher.client.breaker import Breaker, State
-from megatron_rlpt.teacher.client.pool import TeacherPool
+from megatron_rlpt.judge_workers.client.breaker import Breaker, State
+from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.teacher.generator import Message, Reply, Request
+from megatron_rlpt.types import Failed
 
 QUESTION = Request((Message("user", "Which is better?"),), seed=1, max_tokens=64)
 GOOD = Reply("fine", (), "stop", prompt_tokens=7, answer_tokens=1)

@@ -45,6 +45,6 @@ def test_a_whole_run_with_judges_in_processes_of_their_own(launch, tmp_path):
 
 
 def test_its_exit_code_is_that_of_the_trainer(launch, tmp_path):
-    done = launch("model.path=/nowhere", "teacher.place=trainer")
+    done = launch("model.path=/nowhere", "teacher.run_in=trainer")
     assert done.returncode == 4, done.stderr
     assert "error: " in (tmp_path / "run/cluster/failed/trainer-00000").read_text()

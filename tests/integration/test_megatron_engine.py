@@ -17,15 +17,15 @@ from wrong_weights import duplicate, extra, missing, wrong_shape
 
 from megatron_rlpt.config import Dtype, RolloutConfig
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.huggingface import WeightFolder
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.objectives import Example, build_objective
-from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.records import Candidate, Episode, Source
-from megatron_rlpt.rollout import megatron_engine
-from megatron_rlpt.rollout.engine import Prompt
-from megatron_rlpt.rollout.megatron_engine import MegatronEngine
+from megatron_rlpt.rollout.engine import RolloutPrompt
+from megatron_rlpt.rollout.megatron import engine as megatron_engine
+from megatron_rlpt.rollout.megatron.engine import MegatronEngine
+from megatron_rlpt.types import Candidate, Episode, Source
 
 END = 2
 """End-of-sequence id of the tiny model."""
@@ -46,7 +46,7 @@ class TrainingWeights:
 def prompts(count=24, seed=3, shortest=4, **fields):
     draw = random.Random(seed)
     return [
-        Prompt(
+        RolloutPrompt(
             tuple(draw.randrange(3, 24) for _ in range(draw.randrange(shortest, 45))),
             seed=draw.randrange(2**62),
             **fields,
@@ -180,7 +180,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model(policy, served_mod
     logits = logits_by_transformers(served_model, prefix)
     expected = samples * (logits / temperature).softmax(-1)
     engine = start(served_model, temperature=temperature, max_batch=1000)
-    results = engine.generate([Prompt(prefix, seed) for seed in range(samples)], 1, 0)
+    results = engine.generate([RolloutPrompt(prefix, seed) for seed in range(samples)], 1, 0)
     counts = torch.bincount(torch.tensor([result.tokens[0] for result in results]), minlength=len(logits))
     assert len(counts) == len(logits), "a token that only pads the embedding was drawn"
     rare = expected < 5
@@ -336,7 +336,7 @@ def test_truncated_sampling_is_refused(served_model, name, value):
 @pytest.mark.parametrize("prefix", [(), (3,) * 60])
 def test_a_prompt_without_room_is_refused(engine, prefix):
     with pytest.raises(EngineError, match=rf"a prompt of {len(prefix)} tokens"):
-        engine.generate([*prompts(2), Prompt(prefix, 1)], LENGTH, 0)
+        engine.generate([*prompts(2), RolloutPrompt(prefix, 1)], LENGTH, 0)
 
 
 def test_a_batch_has_no_more_rows_and_no_larger_cache_than_configured(policy, served_model, monkeypatch):
@@ -354,7 +354,7 @@ def test_a_batch_has_no_more_rows_and_no_larger_cache_than_configured(policy, se
     assert max(batch for batch, _ in sizes) == 6
     assert 150 < max(batch * tokens for batch, tokens in sizes) <= 200
     sizes.clear()
-    engine.generate([Prompt((3,) * length, length) for length in (20, 1, 33, 21)], LENGTH, 0)
+    engine.generate([RolloutPrompt((3,) * length, length) for length in (20, 1, 33, 21)], LENGTH, 0)
     # Lengths further apart than the tokens asked for take fewer steps in batches of their own.
     assert [size for size in sizes if size != (1, 1)] == [(1, 1 + LENGTH), (2, 21 + LENGTH), (1, 33 + LENGTH)]
     with pytest.raises(EngineError, match=r"kv_cache_gib is .* room for 50 tokens; one sequence of 64 tokens needs"):

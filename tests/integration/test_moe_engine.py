@@ -8,11 +8,11 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_rlpt.config import Dtype, RolloutConfig
-from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.architecture import read_architecture
-from megatron_rlpt.policy.families import expected_shapes
-from megatron_rlpt.rollout.transport import Placement
-from megatron_rlpt.rollout.vllm_engine import VllmEngine
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.families import expected_shapes
+from megatron_rlpt.models.huggingface import WeightFolder
+from megatron_rlpt.rollout.vllm.engine import VllmEngine
+from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
 
 
 def test_experts_arrive_as_the_kernel_reads_them(tmp_path):
@@ -43,7 +43,7 @@ def test_experts_arrive_as_the_kernel_reads_them(tmp_path):
         dtype=Dtype.fp32,
         max_sequence=64,
         seed=1,
-        placement=Placement.OWN_PROCESS,
+        mode=EngineMode.OWN_PROCESS,
     )
     engine.self_check(lambda: WeightFolder(tmp_path).stream(arch), 0)
     assert engine.version == 0

@@ -12,9 +12,9 @@ import torch
 from tiny_runs import finish, json_lines, save_model, start, start_engine, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.architecture import read_architecture
-from megatron_rlpt.rollout.engine import Prompt
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.huggingface import WeightFolder
+from megatron_rlpt.rollout.engine import RolloutPrompt
 
 TEMPLATE = (
     "{% for message in messages %}<s> {{ message['content'] }} </s>{% endfor %}"
@@ -22,7 +22,7 @@ TEMPLATE = (
 )
 EVERY = {
     "loss", "grad_norm", "lr", "examples", "skipped", "duplicates", "failure_rate", "failed_rewrites", "rollouts",
-    "seconds/generate", "seconds/judge", "seconds/update", "seconds/settle", "seconds/sync", "seconds/total",
+    "seconds/generate", "seconds/judge", "seconds/update", "seconds/wait", "seconds/sync", "seconds/total",
 }  # fmt: skip
 OF_ROLLOUTS = {"logprob_gap", "rollout_chosen_rate", "original_chosen_rate"}
 OF_JUDGE = {"reward/original", "reward/rollout", "reward_margin"}
@@ -145,7 +145,7 @@ def test_the_exported_folder_loads_in_transformers_with_changed_weights(run, pol
 
 
 def greedy(engine, version):
-    return engine.generate([Prompt(tuple(range(3, 20)), seed=1, greedy=True)], 8, version)
+    return engine.generate([RolloutPrompt(tuple(range(3, 20)), seed=1, greedy=True)], 8, version)
 
 
 def test_the_exported_folder_is_served_by_vllm(run, engine, served_model):

@@ -24,7 +24,7 @@ from tiny_runs import (
 )
 
 from megatron_rlpt.errors import CheckpointError
-from megatron_rlpt.run import run_training
+from megatron_rlpt.trainer.run import run_training
 
 STEPS = 6
 # bf16: the weights alone do not hold the state then. Whoever restored them and not the optimizer's fp32 copy, or

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 from wrong_weights import duplicate, extra, missing, wrong_shape
 
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.huggingface import WeightFolder
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.objectives import Example, build_objective
-from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.records import Candidate, Episode, Source
-from megatron_rlpt.rollout.engine import Prompt
+from megatron_rlpt.rollout.engine import RolloutPrompt
+from megatron_rlpt.types import Candidate, Episode, Source
 
 END = 2
 """End-of-sequence id of the tiny model."""
@@ -33,7 +33,9 @@ def prompts(count=24, seed=3, **fields):
     """Prefixes of 4 to 44 tokens, so some fill a block of the prefix cache (32 tokens) and some do not."""
     draw = random.Random(seed)
     return [
-        Prompt(tuple(draw.randrange(3, 24) for _ in range(draw.randrange(4, 45))), seed=draw.randrange(2**62), **fields)
+        RolloutPrompt(
+            tuple(draw.randrange(3, 24) for _ in range(draw.randrange(4, 45))), seed=draw.randrange(2**62), **fields
+        )
         for _ in range(count)
     ]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.architecture import read_architecture
-from megatron_rlpt.rollout.engine import Prompt
-from megatron_rlpt.rollout.worker import WorkerExtension
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.huggingface import WeightFolder
+from megatron_rlpt.rollout.engine import RolloutPrompt
+from megatron_rlpt.rollout.vllm.worker import WorkerExtension
 
-PROMPTS = [Prompt((5, 6, 7, 8) * 10, seed=4), Prompt((9, 10, 11), seed=5)]
+PROMPTS = [RolloutPrompt((5, 6, 7, 8) * 10, seed=4), RolloutPrompt((9, 10, 11), seed=5)]
 Q, K, V = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv")
 
 

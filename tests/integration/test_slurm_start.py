@@ -86,7 +86,11 @@ def test_rank_0_elsewhere_than_on_the_first_node_is_refused(slurm, tmp_path):
     """Rank 1 looks for it on n1, by the address that Slurm has for n1, since that name does not resolve."""
     hosts = tmp_path / "hosts"
     hosts.write_text("n2\nn1\n")
-    place = [sys.executable, "-c", "from megatron_rlpt.ranks import find_place; print(find_place())"]
+    place = [
+        sys.executable,
+        "-c",
+        "from megatron_rlpt.distributed.ranks import read_launcher_environment; print(read_launcher_environment())",
+    ]
     done = run([*TWO_RANKS, "--distribution=arbitrary", *place], slurm | {"SLURM_HOSTFILE": str(hosts)})
     assert "rank 0 runs on n2, not on n1" in done.stderr
     assert done.stdout.startswith("Place(rank=1, world=2, local_rank=0, address='127.0.0.1', ")

@@ -17,13 +17,13 @@ from tiny_runs import write_config
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.config import LikelihoodConfig, load_config
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
-from megatron_rlpt.teacher.client.announcement import KIND, announced_endpoints
-from megatron_rlpt.teacher.client.pool import TeacherPool
+from megatron_rlpt.judge_workers.client.pool import TeacherPool
+from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
+from megatron_rlpt.judge_workers.served_likelihood import ServedLikelihood
 from megatron_rlpt.teacher.generator import Message, Request
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
-from megatron_rlpt.teacher.served_likelihood import ServedLikelihood
-from megatron_rlpt.tokenizer import PolicyTokenizer
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 VERDICT = json.dumps(
     {

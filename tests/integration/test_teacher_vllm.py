@@ -22,18 +22,18 @@ from megatron_rlpt.config.schema import (
     RewriterConfig,
     RunConfig,
 )
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import EngineError, ModelError
-from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.teacher.batched import BatchedJudge, BatchedRewriter
 from megatron_rlpt.teacher.build import build_teacher
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import Message, Reply, Request
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
-from megatron_rlpt.teacher.lockstep import LockstepJudge, LockstepRewriter
 from megatron_rlpt.teacher.rewriter import Rewriter
-from megatron_rlpt.teacher.verdicts import parse_quality, schema
+from megatron_rlpt.teacher.verdicts.parsing import parse_quality, schema
 from megatron_rlpt.teacher.vllm_generator import VllmGenerator
-from megatron_rlpt.tokenizer import PolicyTokenizer
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 ASSETS = Path(__file__).parents[2] / "runs/assets"
 MODEL = ASSETS / "smollm2-135m-instruct"
@@ -174,7 +174,7 @@ def test_the_generative_judge_answers_for_every_candidate(generator, episodes, t
         )
         for episode, (other, _, _) in zip(episodes[:2], spoiled(episodes[:2], text), strict=True)
     ]
-    judge = LockstepJudge(GenerativeJudge(generator.name, text, config, seed=1), generator)
+    judge = BatchedJudge(GenerativeJudge(generator.name, text, config, seed=1), generator)
     judged = judge.judge(groups)
     assert judge.judge(groups) == judged
     for group, before in zip(judged, groups, strict=True):
@@ -192,7 +192,7 @@ def test_the_generative_judge_answers_for_every_candidate(generator, episodes, t
 
 
 def test_the_rewriter_gives_exact_lengths_or_reasons(generator, episodes, text):
-    rewriter = LockstepRewriter(Rewriter(text, RewriterConfig(), 16, seed=1, longest_answer=24), generator)
+    rewriter = BatchedRewriter(Rewriter(text, RewriterConfig(), 16, seed=1, longest_answer=24), generator)
     short = [replace(episode, suffix=episode.suffix[:16]) for episode in episodes[:4]]
     results = rewriter.rewrite(short)
     assert results == rewriter.rewrite(short)

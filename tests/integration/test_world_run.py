@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny_runs import finish, json_lines, save_model, start, start_ranks, write_config
 
-from megatron_rlpt.run_lock import RunLock
+from megatron_rlpt.trainer.run_lock import RunLock
 
 STEPS = 8
 SECTIONS = {

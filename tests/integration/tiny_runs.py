@@ -14,9 +14,9 @@ from typing import Any
 from prefork import VLLM, Forked, forked
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig, load_config
-from megatron_rlpt.policy.architecture import read_architecture
-from megatron_rlpt.policy.families import expected_shapes
-from megatron_rlpt.rollout.vllm_engine import VllmEngine
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.families import expected_shapes
+from megatron_rlpt.rollout.vllm.engine import VllmEngine
 
 EXCLUDED = ("seconds/", "background/", "time", "judge/seconds")
 """Metrics that differ between two equal runs."""

@@ -14,15 +14,15 @@ import torch
 from test_rollout_engine import LENGTH, prompts
 from tiny_runs import tiny_config
 
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.huggingface import WeightFolder
-from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.rollout.build import build_residency
-from megatron_rlpt.rollout.vllm_engine import start_policy_engine
-from megatron_rlpt.rollout.world_engine import WorldEngine
-from megatron_rlpt.stopping import STOP_SIGNALS
+from megatron_rlpt.rollout.build import build_gpu_memory
+from megatron_rlpt.rollout.distributed_engine import DistributedEngine
+from megatron_rlpt.rollout.vllm.engine import start_policy_engine
+from megatron_rlpt.trainer.stop import STOP_SIGNALS
 
 
 def gathered(folder, break_at=None):
@@ -92,7 +92,7 @@ def main(served, other, corpus, out):
     )
     results = {"torchrun": os.environ["TORCHELASTIC_USE_AGENT_STORE"]}
     ranks = Ranks(rank, Layout(world=2), timeout=300.0)
-    engine = WorldEngine(lambda: start_policy_engine(config, apart=True), owners=[0], ranks=ranks)
+    engine = DistributedEngine(lambda: start_policy_engine(config, apart=True), owners=[0], ranks=ranks)
     results["torchrun variables kept"] = os.environ["WORLD_SIZE"]
     results["has an engine"] = engine.own is not None
 
@@ -118,7 +118,7 @@ def main(served, other, corpus, out):
     engine.update_weights(gathered(other), 1)
     results["update seconds"] = time.monotonic() - began
     results["second"] = sampled(1)
-    with build_residency(config, engine, None, ranks).training():
+    with build_gpu_memory(config, engine, None, ranks).training():
         results["version while training"] = engine.version
 
     asking = die_during_two_calls(engine.own, results) if engine.own else None

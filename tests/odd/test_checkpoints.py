@@ -190,8 +190,8 @@ def in_a_process(*arguments: object) -> tuple[int, str]:
 
 @pytest.mark.parametrize("part", [".metadata", "common.pt", "object", "extra state"])
 def test_resuming_from_somebody_elses_checkpoint_runs_nothing(trained, tmp_path, part):
-    from megatron_rlpt.checkpoint.sharded import read_sharded
     from megatron_rlpt.errors import CheckpointError
+    from megatron_rlpt.policy.sharded_checkpoint import read_sharded
 
     policy = shutil.copytree(trained / "run/checkpoints/step-00000001/policy", tmp_path / "policy")
     mark = tmp_path / "mark"
@@ -212,7 +212,7 @@ def test_resuming_from_somebody_elses_checkpoint_runs_nothing(trained, tmp_path,
 
 def wanted() -> dict:
     """A state of nothing but the extra states of a checkpoint."""
-    from megatron_rlpt.policy.runtime import DeviceRuntime
+    from megatron_rlpt.policy.device_runtime import DeviceRuntime
 
     DeviceRuntime().init_distributed()
     from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -274,7 +274,7 @@ def test_a_model_that_asks_to_run_its_own_code_is_refused_at_the_start(rlpt, mod
 
 def test_a_tokenizer_that_asks_to_run_its_own_code_is_refused_without_a_question(model, tmp_path, monkeypatch):
     from megatron_rlpt.errors import ModelError
-    from megatron_rlpt.tokenizer import load_tokenizer
+    from megatron_rlpt.tokens.tokenizer import load_tokenizer
 
     entries = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
     with_code(model, "tokenizer_config.json", entries, tmp_path / "mark")
@@ -349,7 +349,7 @@ def test_outputs_that_are_nobodys_yet(rlpt, model, tmp_path, out):
 
 def test_what_somebody_put_at_the_output_meanwhile_stays(model, tmp_path):
     from megatron_rlpt.errors import CheckpointError
-    from megatron_rlpt.publishing import new_folder
+    from megatron_rlpt.files import new_folder
 
     def write() -> None:
         with new_folder(tmp_path / "out") as partial:
@@ -489,7 +489,7 @@ def test_a_disk_that_is_full_at_any_moment_is_one_line_and_leaves_nothing(
 
 
 def test_the_disks_own_word_is_known_in_whatever_wraps_it():
-    from megatron_rlpt.publishing import is_disk_error
+    from megatron_rlpt.files import is_disk_error
 
     def wrapped() -> None:
         try:
@@ -507,7 +507,7 @@ def test_the_disks_own_word_is_known_in_whatever_wraps_it():
 
 def test_a_source_that_cannot_be_read_is_not_blamed_on_the_output(tmp_path):
     from megatron_rlpt.errors import ModelError
-    from megatron_rlpt.publishing import new_folder
+    from megatron_rlpt.files import new_folder
 
     def read() -> None:
         try:
@@ -522,7 +522,7 @@ def test_a_source_that_cannot_be_read_is_not_blamed_on_the_output(tmp_path):
 
 def test_a_killed_conversion_leaves_no_output_and_the_next_one_says_what_is_left(rlpt, model, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from megatron_rlpt.publishing import new_folder\n"
+        "import sys; from pathlib import Path; from megatron_rlpt.files import new_folder\n"
         "with new_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('half'); print('there', flush=True); sys.stdin.read()\n"
     )

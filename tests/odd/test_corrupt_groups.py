@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 
 from megatron_rlpt.buffer.codec import decode_group, encode_group
-from megatron_rlpt.buffer.judging import ThroughBuffer
 from megatron_rlpt.buffer.open import open_url
-from megatron_rlpt.buffer.returned import Expected, accepted, flaw_of
-from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.records import Candidate, Cost, Episode, Failed, Group, Score, Source
-from megatron_rlpt.teacher.examiner import Remembering, key_of
+from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.judge_workers.group_processor import Remembering, key_of
 from megatron_rlpt.teacher.generator import Message, Reply, Request
+from megatron_rlpt.trainer.buffered_judging import BufferedJudging
+from megatron_rlpt.trainer.returned_groups import Expected, accepted, flaw_of
+from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Score, Source
 
 LENGTH, VOCAB = 3, 50
 EPISODE = Episode("e1", (1, 2, 3), (4, 5, 6), "corpus", "file:1", 3)
@@ -128,7 +128,7 @@ def through(tmp_path):
     """A trainer's end of a buffer, the buffer as a worker sees it, and how to change a record behind their backs."""
     url = f"sqlite:///{tmp_path}/buffer.sqlite"
     buffers = [open_url(url, "run"), open_url(url, "run")]
-    judging = ThroughBuffer(
+    judging = BufferedJudging(
         buffers[0],
         Ranks(),
         run="run",

@@ -14,8 +14,8 @@ from families_on_disk import tensors_in
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rlpt.policy import architecture
-from megatron_rlpt.policy.rope import Rope
+from megatron_rlpt.models import architecture
+from megatron_rlpt.models.rope import Rope
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -20,10 +20,10 @@ import pytest
 
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.config.schema import EndpointConfig
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Source
-from megatron_rlpt.teacher.client.faults import Fault, Problem
-from megatron_rlpt.teacher.client.pool import TeacherPool
+from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem
+from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.teacher.generator import Message, Request
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 from hostile_server import Exchange, chat, refuses, says, serving
@@ -344,7 +344,7 @@ def test_an_answer_that_a_server_does_not_go_on_with_is_begun_in_the_question(ca
 
 def test_the_first_cause_is_in_what_the_buffer_shows(rlpt, tmp_path):
     url = f"sqlite:///{tmp_path}/buffer.sqlite"
-    refused = Problem(Fault.REJECTED, {"status": 400, "message": "unsupported parameter\nmax_tokens"}).failed()
+    refused = ServerProblem(Fault.REJECTED, {"status": 400, "message": "unsupported parameter\nmax_tokens"}).failed()
     undecided = Failed("no comparison decided").because_of(refused)
     candidates = (Candidate(Source.ORIGINAL, (3,)), Candidate(Source.ROLLOUT, (4,)))
     group = Group(Episode("e", (1,), (2,), "c", "d", 0), candidates)

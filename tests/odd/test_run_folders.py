@@ -15,8 +15,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 from tiny_runs import NEXT_TOKEN, json_lines, lasting_metrics, only_error, write_config
 
+from megatron_rlpt.distributed.holder import Holder
 from megatron_rlpt.errors import CheckpointError
-from megatron_rlpt.holder import Holder
 
 CONSTANT = {"optimizer": {"lr": 1e-3, "decay": "constant"}}
 EXPORT = "export/model.safetensors"
@@ -148,7 +148,7 @@ def test_a_trainer_that_another_one_took_over_from_publishes_nothing_more(rlpt, 
 
     monkeypatch.setattr(store.CheckpointStore, "_prepare", cut_off)
     # The thread that renews would end this process.
-    monkeypatch.setattr("megatron_rlpt.run_lock.RunLock._keep", lambda lock: None)
+    monkeypatch.setattr("megatron_rlpt.trainer.run_lock.RunLock._keep", lambda lock: None)
     line = refused(rlpt("train", "-c", config))
     assert "has taken over run.dir" in line
     assert "node17" in line

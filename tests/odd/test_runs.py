@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from megatron_rlpt.buffer.open import open_buffer
-from megatron_rlpt.buffer.rules import HOLDER
+from megatron_rlpt.buffer.store_rules import HOLDER
 from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import BufferUnavailableError, CheckpointError, ConfigError, NothingLearntError, TeacherError
-from megatron_rlpt.records import Candidate, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Failed, Group, Score, Source
 
 Answer = Callable[[Group], Group]
 
@@ -293,7 +293,7 @@ def fill(folder: Path) -> None:
 
 
 def after_step(monkeypatch, number: int, do: Callable[[], object]) -> None:
-    from megatron_rlpt.recording import RunObserver
+    from megatron_rlpt.trainer.state import RunObserver
 
     step = RunObserver.step
 

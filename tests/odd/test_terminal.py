@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 from rich.table import Table
 
-from megatron_rlpt import terminal
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import CheckpointError, ConfigError, TrainingError
+from megatron_rlpt.observe import terminal
 from megatron_rlpt.observe.log import get_logger, setup_logging
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 EVIL = "a\x1b]0;title\x07\x1b[31mred\x9b2J\r\x08\x7f \u202egnp\u2066 \u200b\ufeff\U000e0041 [bold red]x[/] \ud800 z"
 FORBIDDEN = "\x1b\x07\x9b\r\x08\x7f\u202e\u2066\u200b\ufeff\U000e0041\ud800"
@@ -63,7 +63,7 @@ def test_an_error_line(rlpt, file, monkeypatch):
     def fail(*_, **__):
         raise TrainingError(EVIL + "\nerror: forged")
 
-    monkeypatch.setattr("megatron_rlpt.run.run_training", fail)
+    monkeypatch.setattr("megatron_rlpt.trainer.run.run_training", fail)
     code, _, err = rlpt("train", "-c", file)
     assert code == TrainingError.exit_code
     harmless(err)
@@ -220,7 +220,7 @@ def test_a_full_disk_that_nobody_foresaw_is_one_line(rlpt, file, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device", "/data/\x1b[31mx")
 
-    monkeypatch.setattr("megatron_rlpt.run.run_training", fail)
+    monkeypatch.setattr("megatron_rlpt.trainer.run.run_training", fail)
     code, _, err = rlpt("train", "-c", file)
     assert code == CheckpointError.exit_code
     assert err.startswith("error: /data/\\x1b[31mx could not be written (No space left on device)")

@@ -8,10 +8,10 @@ import shutil
 import pytest
 from odd_texts import TEXTS
 
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Source
+from megatron_rlpt.judge_workers.served_likelihood import ServedLikelihood
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
-from megatron_rlpt.teacher.served_likelihood import ServedLikelihood
-from megatron_rlpt.tokenizer import PolicyTokenizer
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
 
 
 @pytest.fixture(scope="module")

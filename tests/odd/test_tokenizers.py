@@ -12,11 +12,11 @@ from odd_texts import TEXTS, tokenizer_folders
 
 from megatron_rlpt.config.schema import DataConfig, RewriterConfig
 from megatron_rlpt.data import Cutter, Document
-from megatron_rlpt.records import Candidate, Failed
-from megatron_rlpt.teacher.control_tokens import break_up_common
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.rewriter import Rewriter
-from megatron_rlpt.tokenizer import PolicyTokenizer, prefix_text
+from megatron_rlpt.tokens.control_tokens import break_up_common
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, prefix_text
+from megatron_rlpt.types import Candidate, Failed
 
 KINDS = ("smollm2", "sentencepiece", "llama 2", "mistral", "qwen", "tekken")
 LENGTH = 12

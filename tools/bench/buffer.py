@@ -22,10 +22,10 @@ from pathlib import Path
 
 from buffer_load import judge, make_group
 
-from megatron_rlpt.buffer.buffer import Pending, RolloutBuffer, Work
 from megatron_rlpt.buffer.codec import encode_group
 from megatron_rlpt.buffer.open import open_url
-from megatron_rlpt.records import Group
+from megatron_rlpt.buffer.protocol import ClaimedGroup, Pending, RolloutBuffer
+from megatron_rlpt.types import Group
 
 SANDBOX = Path(__file__).resolve().parents[1] / "sandbox/redis.py"
 PUT, CLAIM = 64, 16
@@ -35,7 +35,7 @@ STEPS = ("put", "claim", "complete", "take", "all")
 def measure(buffer: RolloutBuffer, groups: list[Group], results: list[Group]) -> dict[str, float]:
     """Seconds of every step over all groups."""
     count, items = len(groups), list(enumerate(groups))
-    works: list[Work] = []
+    works: list[ClaimedGroup] = []
     seconds: dict[str, float] = {}
     epoch = buffer.attach("bench", 0, capacity=count, max_attempts=1)
 

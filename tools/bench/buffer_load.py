@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_rlpt.buffer.buffer import Pending, RolloutBuffer
 from megatron_rlpt.buffer.open import open_url
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source, derive_seed
+from megatron_rlpt.buffer.protocol import Pending, RolloutBuffer
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source, derive_seed
 
 IDLE = 0.02
 """Seconds between two looks for work, or for results."""

@@ -22,9 +22,9 @@ from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.config import Config, load_config
 from megatron_rlpt.objectives import Example, build_objective
 from megatron_rlpt.observe.log import quiet_libraries
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.records import Candidate, Episode, Source
+from megatron_rlpt.types import Candidate, Episode, Source
 
 
 def seconds(work: Callable[[], Any]) -> float:

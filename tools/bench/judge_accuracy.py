@@ -19,8 +19,8 @@ from megatron_rlpt.config import Config, load_config
 from megatron_rlpt.data import heldout_episodes
 from megatron_rlpt.evaluation.statistics import win_rate
 from megatron_rlpt.observe.log import quiet_libraries
-from megatron_rlpt.records import Candidate, Episode, Group, Score, Source
-from megatron_rlpt.tokenizer import PolicyTokenizer
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.types import Candidate, Episode, Group, Score, Source
 
 Spoil = Callable[[int], tuple[int, ...]]
 """Index of an episode -> the spoiled suffix that stands against its original."""
@@ -87,14 +87,14 @@ def likelihood(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTok
 
 def prompted(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:
     """Accuracy of the same model as a prompted pairwise judge."""
+    from megatron_rlpt.teacher.batched import BatchedJudge
     from megatron_rlpt.teacher.generative import GenerativeJudge
-    from megatron_rlpt.teacher.lockstep import LockstepJudge
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
 
     settings = config.teacher.generative
     settings.quality.votes = 1
     generator = VllmGenerator(config.teacher_path, config.teacher.max_context, config.teacher.kv_cache_gib)
-    judge = LockstepJudge(GenerativeJudge(generator.name, tokenizer, settings, config.run.seed), generator)
+    judge = BatchedJudge(GenerativeJudge(generator.name, tokenizer, settings, config.run.seed), generator)
     spoil = spoilers(episodes, tokenizer)["its words shuffled"]
     report("prompted judge, original against its words shuffled", judge.judge(pairs(episodes, spoil)))
 

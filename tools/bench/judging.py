@@ -28,9 +28,9 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from megatron_rlpt.config import Config, OptionOrder, PairScheme, load_config
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
-from megatron_rlpt.teacher.health import judge_health
-from megatron_rlpt.teacher.schemes import comparisons, rank
+from megatron_rlpt.teacher.comparisons import comparisons, rank
+from megatron_rlpt.teacher.judge_metrics import judge_health
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 MODELS = ("logistic", "constant", "stubborn")
 
@@ -152,10 +152,10 @@ def spoil(words: list[str], share: float, draw: random.Random) -> list[str]:
 def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence[int]) -> None:
     """Run all schemes with a real judge and print what they find, and the judge's health."""
     from megatron_rlpt.data import heldout_episodes
+    from megatron_rlpt.teacher.batched import BatchedJudge
     from megatron_rlpt.teacher.generative import GenerativeJudge
-    from megatron_rlpt.teacher.lockstep import LockstepJudge
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
-    from megatron_rlpt.tokenizer import PolicyTokenizer
+    from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 
     tokenizer = PolicyTokenizer(config.model.path)
     episodes = heldout_episodes(
@@ -174,7 +174,7 @@ def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence
             axes = replace(settings, quality=quality, safety=replace(settings.safety, weight=0.0),
                            factuality=replace(settings.factuality, weight=0.0))  # fmt: skip
             inner = GenerativeJudge(generator.name, tokenizer, axes, config.run.seed)
-            judged = LockstepJudge(inner, generator).judge(groups)
+            judged = BatchedJudge(inner, generator).judge(groups)
             health[f"{scheme.value}, {number} votes"] = judge_health(judged)
             values = [[o.value if isinstance(o, Score) else o for o in group.outcomes] for group in judged]
             gaps = [gap_of(row, qualities, place) for place, row in enumerate(values)]

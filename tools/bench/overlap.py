@@ -20,25 +20,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.buffer.judging import ThroughBuffer
 from megatron_rlpt.buffer.open import open_url
-from megatron_rlpt.candidates import Proposer
 from megatron_rlpt.config import CandidatesConfig, Config, TrainConfig, WorkersConfig
-from megatron_rlpt.curriculum import Curriculum
-from megatron_rlpt.loop import Training, train
+from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.judge_workers.group_processor import GroupProcessor
+from megatron_rlpt.judge_workers.metrics import WorkerMetrics
+from megatron_rlpt.judge_workers.worker import Worker
 from megatron_rlpt.objectives import Example, Selection
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
 from megatron_rlpt.observe import StageTimer
-from megatron_rlpt.pipeline import Pipeline
-from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.records import Episode, Failed, Group, Score
-from megatron_rlpt.rollout.engine import Continuation, Prompt
-from megatron_rlpt.rollout.residency import Residency
-from megatron_rlpt.stopping import StopRequest
-from megatron_rlpt.teacher.examiner import Examiner
+from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
 from megatron_rlpt.teacher.generator import Ask, Reply, Request
-from megatron_rlpt.teacher.worker import Worker
-from megatron_rlpt.teacher.worker_metrics import WorkerMetrics
+from megatron_rlpt.trainer.buffered_judging import BufferedJudging
+from megatron_rlpt.trainer.candidates import CandidateGenerator
+from megatron_rlpt.trainer.curriculum import Curriculum
+from megatron_rlpt.trainer.gpu_memory import GpuMemory
+from megatron_rlpt.trainer.pipeline import Pipeline
+from megatron_rlpt.trainer.stop import StopRequest
+from megatron_rlpt.trainer.train import Training, train
+from megatron_rlpt.types import Episode, Failed, Group, Score
 
 BATCH, PART, ROLLOUTS = 64, 4, 2
 """Episodes of a batch and of what the engine generates at once, rollouts of each."""
@@ -98,7 +98,7 @@ class Engine:
         self.version: int | None = 0
         self._times = times
 
-    def generate(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Continuation]:
+    def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
         """Any tokens, in time."""
         time.sleep(self._times.generate * len(prompts) / (BATCH * ROLLOUTS))
         return [Continuation((prompt.seed % 1000, 1), (-1.0, -1.0), "length") for prompt in prompts]
@@ -178,7 +178,7 @@ def working(url: str, times: Times, slots: int) -> Iterator[None]:
         worker = Worker(
             buffer,
             Teacher(),
-            lambda: Examiner(Judge(times, slots), None),
+            lambda: GroupProcessor(Judge(times, slots), None),
             WorkersConfig(groups=slots),
             "worker",
             WorkerMetrics(),
@@ -207,7 +207,7 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'buffer.sqlite'}"
         buffer, engine, policy, record = open_url(url, "bench"), Engine(times), Policy(times), Record()
-        judging = ThroughBuffer(
+        judging = BufferedJudging(
             buffer,
             Ranks(),
             run="bench",
@@ -220,7 +220,7 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
         )
         pipeline = Pipeline(
             Stream(),  # type: ignore[arg-type]
-            Proposer(
+            CandidateGenerator(
                 text=Words(),  # type: ignore[arg-type]
                 original=True,
                 rewriter=None,
@@ -244,7 +244,7 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
             OnlineDpo(0.1),
             policy,  # type: ignore[arg-type]
             engine,
-            Residency(None, None, Ranks()),
+            GpuMemory(None, None, Ranks()),
             record,
             record,
             StageTimer(None),

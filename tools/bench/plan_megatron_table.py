@@ -14,7 +14,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rlpt.planning.megatron_table import (
+from megatron_rlpt.planner.megatron_table import (
     MODELS,
     SCALING,
     Fitted,

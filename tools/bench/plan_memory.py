@@ -39,8 +39,8 @@ from megatron_rlpt.config import (
     Recompute,
     TrainConfig,
 )
-from megatron_rlpt.planning.memory import Device, Memory, moments_of, sequences_per_example
-from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.planner.memory.rank import Device, Memory, moments_of, sequences_per_example
 from megatron_rlpt.policy.layout import layout_of
 
 MIB = 2**20
@@ -138,7 +138,7 @@ def save_model(folder: Path, sizes: dict[str, Any]) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from megatron_rlpt.policy.families import expected_shapes
+    from megatron_rlpt.models.families import expected_shapes
 
     folder.mkdir()
     settings = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096} | sizes
@@ -154,9 +154,9 @@ def measure(case: Case, folder: Path, heap: str) -> Figure:
     import torch
 
     from megatron_rlpt.objectives import Example, build_objective
-    from megatron_rlpt.policy import runtime
+    from megatron_rlpt.policy import device_runtime as runtime
     from megatron_rlpt.policy.policy import Policy
-    from megatron_rlpt.records import Candidate, Episode, Source
+    from megatron_rlpt.types import Candidate, Episode, Source
 
     torch.set_num_threads(1)
     libc = ctypes.CDLL("libc.so.6")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rlpt.planning.compute import Options, Work, update_seconds
-from megatron_rlpt.planning.hardware import GPUS, Nodes
-from megatron_rlpt.planning.transformer import Transformer
-from megatron_rlpt.policy.architecture import Experts
+from megatron_rlpt.models.architecture import Experts
+from megatron_rlpt.planner.hardware import GPUS, Nodes
+from megatron_rlpt.planner.speed.transformer import Transformer
+from megatron_rlpt.planner.speed.update import Options, UpdateWork, update_seconds
 from megatron_rlpt.policy.layout import Layout
 
 LLAMA_8B = Transformer(32, 4096, 14336, 32, 8, 128, 128256)
@@ -50,7 +50,7 @@ class Row:
         layout = Layout(world=self.gpus, sequence=self.layout.get("tensor", 1) > 1, **self.layout)
         nodes = Nodes(GPUS[self.gpu], self.gpus, min(self.gpus, int(GPUS[self.gpu].domain)))
         options = Options(fp8=self.fp8, overlap_reduce=True, overlap_gather=True)
-        work = Work(self.batch, self.length, self.length, self.micro)
+        work = UpdateWork(self.batch, self.length, self.length, self.micro)
         return self.batch * self.length / self.gpus / update_seconds(self.model, layout, nodes, work, options).total
 
 

@@ -35,13 +35,13 @@ from typing import Any
 
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.config import WorkersConfig
-from megatron_rlpt.planning.cluster import Cluster, Judges, Rollouts, Service, Workload
-from megatron_rlpt.planning.simulation import simulate
-from megatron_rlpt.records import Failed, Group, Score
-from megatron_rlpt.teacher.examiner import Examiner
+from megatron_rlpt.judge_workers.group_processor import GroupProcessor
+from megatron_rlpt.judge_workers.metrics import WorkerMetrics
+from megatron_rlpt.judge_workers.worker import Worker
+from megatron_rlpt.planner.simulation.setting import Judges, Rollouts, Service, SimulatedCluster, Workload
+from megatron_rlpt.planner.simulation.simulate import simulate
 from megatron_rlpt.teacher.generator import Ask, Reply, Request
-from megatron_rlpt.teacher.worker import Worker
-from megatron_rlpt.teacher.worker_metrics import WorkerMetrics
+from megatron_rlpt.types import Failed, Group, Score
 
 BATCH, PART, ROLLOUTS, SUFFIX, SLOTS = 16, 4, 4, 16, 4
 """Episodes of a batch and of what is generated at once, rollouts and their tokens, groups judged at once."""
@@ -148,7 +148,7 @@ def working(url: str, name: str, seconds: float) -> Iterator[None]:
     async def work() -> None:
         settings = WorkersConfig(groups=SLOTS)
         judge = Judge(seconds)
-        worker = Worker(buffer, Teacher(), lambda: Examiner(judge, None), settings, "worker", WorkerMetrics())
+        worker = Worker(buffer, Teacher(), lambda: GroupProcessor(judge, None), settings, "worker", WorkerMetrics())
         started.append((asyncio.get_running_loop(), worker))
         await worker.run()
 
@@ -215,7 +215,7 @@ def predict(given: Stages, judge: float, staleness: int, steps: int) -> float:
     """Simulated seconds per step, from the stages of another run."""
     rollouts = Rollouts(ROLLOUTS, SUFFIX, BATCH * ROLLOUTS * SUFFIX / given.generate)
     work = Workload(BATCH, PART, staleness, Service(given.update + given.rest), given.sync)
-    cluster = Cluster(rollouts, Judges(1, SLOTS, Service(judge)))
+    cluster = SimulatedCluster(rollouts, Judges(1, SLOTS, Service(judge)))
     return simulate(cluster, work, steps + 2 * staleness + 4).step_seconds
 
 

@@ -17,10 +17,10 @@ import time
 from statistics import median
 
 from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.observe.log import ROOT
-from megatron_rlpt.records import Failed
-from megatron_rlpt.teacher.client.pool import TeacherPool
 from megatron_rlpt.teacher.generator import Message, Reply, Request
+from megatron_rlpt.types import Failed
 
 _ASKERS = 16
 _DEADLINE = 120.0

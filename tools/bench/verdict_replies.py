@@ -15,9 +15,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "unit" / "teacher"))
 from verdict_replies import HONEST, HOSTILE, make
 
-from megatron_rlpt.records import Failed
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.verdicts import FACTUALITY, QUALITY, SAFETY, parse_factuality, parse_quality, parse_safety
+from megatron_rlpt.teacher.verdicts.parsing import (
+    FACTUALITY,
+    QUALITY,
+    SAFETY,
+    parse_factuality,
+    parse_quality,
+    parse_safety,
+)
+from megatron_rlpt.types import Failed
 
 PARSE = {"quality": parse_quality, "safety": parse_safety, "factuality": parse_factuality}
 MEANING = {"quality": {word: index for index, word in enumerate(QUALITY)}, "safety": SAFETY, "factuality": FACTUALITY}

@@ -12,8 +12,8 @@ from functools import cache
 from importlib.resources import files
 from string import Template
 
-from megatron_rlpt.records import derive_seed
-from megatron_rlpt.teacher.verdicts import disarm
+from megatron_rlpt.teacher.verdicts.parsing import disarm
+from megatron_rlpt.types import derive_seed
 
 VERSIONS = {
     "quality": "quality-3",

@@ -1,6 +1,6 @@
 """Groups for tests of the rollout buffer."""
 
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 
 def group(number: int, version: int = 0) -> Group:

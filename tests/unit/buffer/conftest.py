@@ -41,7 +41,7 @@ def buffer(opened):
 @pytest.fixture
 def rlpt(monkeypatch, capsys):
     """The command in this process, from its arguments to its exit code, standard output and standard error."""
-    from megatron_rlpt import cli
+    from megatron_rlpt.cli import main as cli
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["rlpt", *map(str, arguments)])

@@ -216,7 +216,7 @@ def test_nothing_heavy_is_imported_but_the_store_of_the_buffer(buffer, options, 
         "import atexit, sys\n"
         "heavy = {'torch', 'megatron', 'vllm', 'transformers', 'numpy', 'redis', 'sqlite3'}\n"
         "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
-        "from megatron_rlpt.cli import entry\nentry()"
+        "from megatron_rlpt.cli.main import entry\nentry()"
     )
     done = subprocess.run([sys.executable, "-c", code, "buffer", "stats", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

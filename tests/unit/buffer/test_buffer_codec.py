@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_rlpt.buffer.codec import FORMAT, decode_group, decode_text, encode_group, encode_text
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 # Lone surrogates too: a teacher's reply may be cut in the middle of a character.
 texts = st.text(st.characters(), max_size=20)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from buffer_groups import group, items, judged
 
-from megatron_rlpt.buffer.buffer import Pending
+from megatron_rlpt.buffer.protocol import Pending
 from megatron_rlpt.errors import BufferConflictError, BufferHeldError
-from megatron_rlpt.records import Failed
+from megatron_rlpt.types import Failed
 
 LONG = 600.0
 """A lease that lasts longer than any test."""

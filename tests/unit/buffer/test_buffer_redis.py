@@ -12,13 +12,13 @@ import redis
 from buffer_groups import group, items, judged
 from redis_server import RedisServer
 
-from megatron_rlpt.buffer.address import RedisAddress, parse_url
-from megatron_rlpt.buffer.judging import ThroughBuffer
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.buffer.redis_store import RedisBuffer
-from megatron_rlpt.buffer.returned import Expected
+from megatron_rlpt.config.buffer_address import RedisAddress, parse_url
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.trainer.buffered_judging import BufferedJudging
+from megatron_rlpt.trainer.returned_groups import Expected
 
 LONG = 600.0
 
@@ -262,7 +262,7 @@ def test_a_run_that_is_to_stop_keeps_what_it_cannot_send_and_waits_for_no_server
     stop = threading.Event()
     with RedisServer(tmp_path / "gone") as server:
         buffer = buffer_of(server, retry=LONG, stopping=stop.is_set)
-        through = ThroughBuffer(
+        through = BufferedJudging(
             buffer,
             Ranks(),
             run="run",

@@ -16,14 +16,15 @@ import pytest
 from buffer_groups import group, judged
 from redis_server import RedisServer
 
-from megatron_rlpt.buffer import attachment
-from megatron_rlpt.buffer.buffer import RolloutBuffer
-from megatron_rlpt.buffer.judging import SETTINGS, ThroughBuffer
 from megatron_rlpt.buffer.open import open_url
-from megatron_rlpt.buffer.returned import Expected
+from megatron_rlpt.buffer.protocol import RolloutBuffer
+from megatron_rlpt.distributed.holder import Holder
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import BufferConflictError
-from megatron_rlpt.holder import Holder
-from megatron_rlpt.ranks import Ranks
+from megatron_rlpt.teacher.settings_fingerprint import SETTINGS
+from megatron_rlpt.trainer import buffer_attachment as attachment
+from megatron_rlpt.trainer.buffered_judging import BufferedJudging
+from megatron_rlpt.trainer.returned_groups import Expected
 
 BATCH = 4
 
@@ -96,8 +97,8 @@ def opened(store):
         handle.close()
 
 
-def trainer(buffer) -> ThroughBuffer:
-    return ThroughBuffer(
+def trainer(buffer) -> BufferedJudging:
+    return BufferedJudging(
         buffer,
         Ranks(),
         run="run",

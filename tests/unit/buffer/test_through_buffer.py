@@ -13,12 +13,13 @@ from dataclasses import replace
 import pytest
 from buffer_groups import group, judged
 
-from megatron_rlpt.buffer.judging import SETTINGS, ThroughBuffer
-from megatron_rlpt.buffer.returned import Expected
+from megatron_rlpt.distributed.holder import Holder
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import BufferConflictError, TeacherError
-from megatron_rlpt.holder import Holder
-from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.records import Candidate, Failed, Group, Source
+from megatron_rlpt.teacher.settings_fingerprint import SETTINGS
+from megatron_rlpt.trainer.buffered_judging import BufferedJudging
+from megatron_rlpt.trainer.returned_groups import Expected
+from megatron_rlpt.types import Candidate, Failed, Group, Source
 
 
 class Clock:
@@ -45,7 +46,7 @@ def clock():
 
 @pytest.fixture
 def through(opened, clock):
-    def build(rewrite=False, **changes) -> ThroughBuffer:
+    def build(rewrite=False, **changes) -> BufferedJudging:
         settings = {
             "run": "run-a",
             "replace": False,
@@ -56,7 +57,7 @@ def through(opened, clock):
             "max_failure_rate": 0.5,
             "max_pause": 0.0,
         }
-        return ThroughBuffer(opened(), Ranks(), clock=clock, sleep=clock.sleep, **settings | changes)
+        return BufferedJudging(opened(), Ranks(), clock=clock, sleep=clock.sleep, **settings | changes)
 
     return build
 
@@ -407,7 +408,7 @@ def test_one_on_another_machine_is_waited_for_and_refuses_the_second_if_it_renew
 
 
 def test_one_that_renews_nothing_any_more_is_taken_over_and_locked_out(through, monkeypatch):
-    monkeypatch.setattr("megatron_rlpt.buffer.attachment.HOLD", 0.3)
+    monkeypatch.setattr("megatron_rlpt.trainer.buffer_attachment.HOLD", 0.3)
     first = through(holder=ELSEWHERE)
     first.start(0, {})
     second = through()

@@ -14,12 +14,12 @@ from buffer_groups import group, items
 
 from megatron_rlpt.config import WorkersConfig
 from megatron_rlpt.errors import ConfigError, ModelError
-from megatron_rlpt.records import Candidate, Failed, Score, Source
-from megatron_rlpt.teacher.client.faults import Fault
-from megatron_rlpt.teacher.examiner import Examiner, key_of
+from megatron_rlpt.judge_workers.client.faults import Fault
+from megatron_rlpt.judge_workers.group_processor import GroupProcessor, key_of
+from megatron_rlpt.judge_workers.metrics import WorkerMetrics
+from megatron_rlpt.judge_workers.worker import Worker
 from megatron_rlpt.teacher.generator import Message, Reply, Request
-from megatron_rlpt.teacher.worker import Worker
-from megatron_rlpt.teacher.worker_metrics import WorkerMetrics
+from megatron_rlpt.types import Candidate, Failed, Score, Source
 
 REASON = Fault.SERVER.value
 
@@ -68,8 +68,8 @@ def epoch(buffer):
 
 def worker(buffer, teacher, rewriter=None, metrics=None, **settings) -> Worker:
     config = WorkersConfig(**{"groups": 3, "lease": 30.0, "group_deadline": 20.0, "drain": 5.0} | settings)
-    examiner = Examiner(AskingJudge(), rewriter)
-    return Worker(buffer, teacher, lambda: examiner, config, "worker-a", metrics or WorkerMetrics())
+    processor = GroupProcessor(AskingJudge(), rewriter)
+    return Worker(buffer, teacher, lambda: processor, config, "worker-a", metrics or WorkerMetrics())
 
 
 def run(one: Worker, until, timeout: float = 20.0, before=None) -> None:
@@ -304,8 +304,8 @@ def test_a_worker_that_cannot_judge_ends_with_its_error_and_the_group_is_none_th
 def test_groups_that_are_only_rewritten_are_handed_in_without_outcomes(buffer, epoch):
     buffer.put(epoch, [(0, replace(group(0), candidates=()))])
     rewrite = Candidate(Source.REWRITE, (70, 71), seed=3)
-    examiner = Examiner(None, RewriterOf(rewrite))
-    one = Worker(buffer, ScriptedTeacher(), lambda: examiner, WorkersConfig(groups=1), "w", WorkerMetrics())
+    processor = GroupProcessor(None, RewriterOf(rewrite))
+    one = Worker(buffer, ScriptedTeacher(), lambda: processor, WorkersConfig(groups=1), "w", WorkerMetrics())
     run(one, lambda: buffer.stats().finished == 1)
     assert buffer.take(epoch, 0, 1) == [replace(group(0), candidates=(rewrite,))]
 

@@ -151,7 +151,7 @@ class Tensors:
         return "1 rank"
 
     def begin_save(self, folder: Path, snapshot: bool):
-        from megatron_rlpt.checkpoint.sharded import ShardedWriting
+        from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting
 
         return ShardedWriting(self.sharded(), folder, snapshot)
 
@@ -162,8 +162,8 @@ class Tensors:
 
 @pytest.fixture(scope="module")
 def runtime():
+    from megatron_rlpt.policy.device_runtime import DeviceRuntime
     from megatron_rlpt.policy.layout import Layout
-    from megatron_rlpt.policy.runtime import DeviceRuntime
 
     runtime = DeviceRuntime()
     runtime.init_distributed(Layout())
@@ -176,7 +176,7 @@ def children() -> list[str]:
 
 
 def test_what_is_written_is_the_state_of_the_moment_of_saving(tmp_path, model, runtime, monkeypatch):
-    from megatron_rlpt.checkpoint.sharded import ShardedWriting, read_sharded
+    from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting, read_sharded
 
     changed, write = threading.Event(), ShardedWriting.write
 
@@ -211,7 +211,7 @@ def test_no_process_is_started_to_write(tmp_path, model, runtime):
 
 def test_writing_is_not_slowed_down_by_a_second_checksum(tmp_path, runtime):
     """Torch's own checksum of every tensor takes ten times as long as writing it."""
-    from megatron_rlpt.checkpoint.sharded import ShardedWriting
+    from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting
 
     before = torch.serialization.get_crc32_options()
     files, _ = ShardedWriting(Tensors(1000).sharded(), tmp_path, snapshot=False).write()

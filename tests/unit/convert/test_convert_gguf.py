@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_rlpt.convert.convert import convert
 from megatron_rlpt.convert.formats import Format
 from megatron_rlpt.errors import CheckpointError, ModelError
-from megatron_rlpt.policy.architecture import read_architecture
+from megatron_rlpt.models.architecture import read_architecture
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -18,8 +18,8 @@ from megatron_rlpt.convert.convert import convert
 from megatron_rlpt.convert.formats import Format
 from megatron_rlpt.convert.source import HuggingFaceSource
 from megatron_rlpt.errors import ConfigError, ModelError
-from megatron_rlpt.policy.families import EMBEDDING, OUTPUT, mapping
-from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.models.families import EMBEDDING, OUTPUT, mapping
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 
 FAMILIES = ("llama", "mixtral", "qwen3_moe")
 
@@ -54,7 +54,7 @@ def megatron_model(folder: Path) -> Any:
 
 def save_distributed(model: Any, folder: Path, prefix: str = "", **metadata: bool) -> Path:
     """What ``--ckpt-format torch_dist`` writes."""
-    from megatron_rlpt.checkpoint.sharded import ShardedWriting
+    from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting
 
     folder.mkdir(parents=True)
     from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_rlpt.policy.architecture import parse_architecture
-from megatron_rlpt.policy.families import expected_shapes
+from megatron_rlpt.models.architecture import parse_architecture
+from megatron_rlpt.models.families import expected_shapes
 
 MIB = 2**20
 CODE = """
 import sys, resource
 from pathlib import Path
-from megatron_rlpt import huggingface
+from megatron_rlpt.models import huggingface
 from megatron_rlpt.convert.convert import convert
 from megatron_rlpt.convert.formats import Format
 from megatron_rlpt.policy.layout import Layout

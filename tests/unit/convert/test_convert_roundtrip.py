@@ -11,11 +11,11 @@ import torch
 from families_on_disk import OWN, same, save_family, tensors_in
 from transformers import AutoModelForCausalLM
 
-from megatron_rlpt import huggingface
 from megatron_rlpt.convert.convert import convert
 from megatron_rlpt.convert.formats import Format
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.policy.families import FAMILIES
+from megatron_rlpt.models import huggingface
+from megatron_rlpt.models.families import FAMILIES
 from megatron_rlpt.policy.layout import Layout
 
 

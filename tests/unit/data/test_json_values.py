@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rlpt.data import json_values
-from megatron_rlpt.data.compression import CorruptStreamError
-from megatron_rlpt.data.json_values import TooLarge, ValueScanner
+from megatron_rlpt.data.readers import json_values
+from megatron_rlpt.data.readers.compression import CorruptStreamError
+from megatron_rlpt.data.readers.json_values import TooLarge, ValueScanner
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.text(st.sampled_from('a"\\[]{}, \n\u00e9'), max_size=12)
 VALUES = st.lists(

@@ -8,8 +8,8 @@ from evaluation_cases import LOOP, LoopJudge, make_report, write_metrics
 from rich.console import Console
 
 from megatron_rlpt.evaluation.examples import readable
-from megatron_rlpt.evaluation.narrative import NO_BASELINE, headline
 from megatron_rlpt.evaluation.report import write_report
+from megatron_rlpt.evaluation.summary import NO_BASELINE, headline
 from megatron_rlpt.evaluation.terminal import print_report
 from megatron_rlpt.evaluation.training_curves import read_training_curves
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.batch import setup_lines
-from launch.pair import Part
+from launch.slurm_jobs import Part
 
 
 class Job:

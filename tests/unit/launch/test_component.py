@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.component import ROLES, Component, Task, run_component
+from launch.component import ROLES, RunningComponent, Task, run_component
 from launch.spec import Spec
 from megatron_rlpt.errors import ConfigError
 
@@ -31,9 +31,9 @@ def handlers():
 
 
 @pytest.fixture
-def component(tmp_path) -> Component:
+def component(tmp_path) -> RunningComponent:
     spec = Spec(run_dir=str(tmp_path), config="job/config.yaml", components=("trainer",), environment={"WHO": "me"})
-    return Component(spec, Task("judges", 0, 0, "7.0"))
+    return RunningComponent(spec, Task("judges", 0, 0, "7.0"))
 
 
 def status(tmp_path) -> dict:

@@ -14,9 +14,9 @@ import pytest
 
 from launch.local import _commands, _kill_commands, forget_earlier
 from launch.spec import Spec, publish
+from megatron_rlpt.distributed.holder import Holder
+from megatron_rlpt.distributed.processes import start_child
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.holder import Holder
-from megatron_rlpt.processes import start_child
 
 
 @pytest.fixture
@@ -37,7 +37,10 @@ def test_what_an_earlier_start_left_behind_is_removed(spec, tmp_path):
 
 def test_a_run_that_is_being_run_is_not_started_a_second_time(spec):
     forget_earlier(spec)
-    code = "import sys, time; from megatron_rlpt.holder import Holder; print(Holder.me(), flush=True); time.sleep(60)"
+    code = (
+        "import time; from megatron_rlpt.distributed.holder import Holder\n"
+        "print(Holder.me(), flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         held = {"holder": other.stdout.readline().strip()}
         publish(spec.shared / "local.json", held)

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import BufferPlace, Cluster, ExecutorName, JudgePlace, TeacherPlace, TrainerPlace
+from launch.cluster import BufferResources, Cluster, ExecutorName, JudgeResources, TeacherResources, TrainerResources
 from launch.spec import Spec
 from launch.topology import components_of, spec_of, with_absolute_paths
 from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import ConfigError
 
 BASE = ("run.dir=runs/x", "model.path=models/m", "data.sources=[{path: c.jsonl}]", "train.steps=1")
-WORKERS = (*BASE, "teacher.place=workers")
+WORKERS = (*BASE, "teacher.run_in=workers")
 SLURM = Cluster(
     executor=ExecutorName.slurm,
-    trainer=TrainerPlace(nodes=4, ranks_per_node=8, gpus_per_node=8),
-    teacher=TeacherPlace(nodes=2, servers_per_node=2, gpus_per_node=8),
-    judges=JudgePlace(workers=6),
-    buffer=BufferPlace(redis=True),
+    trainer=TrainerResources(nodes=4, ranks_per_node=8, gpus_per_node=8),
+    teacher=TeacherResources(nodes=2, servers_per_node=2, gpus_per_node=8),
+    judges=JudgeResources(workers=6),
+    buffer=BufferResources(redis=True),
 )
 
 
@@ -42,7 +42,7 @@ def test_a_run_that_judges_by_itself_is_a_trainer_alone():
 
 
 def test_judges_with_a_model_of_their_own_need_no_server():
-    cluster = replace(SLURM, teacher=TeacherPlace())
+    cluster = replace(SLURM, teacher=TeacherResources())
     config = load_config(None, (*WORKERS, "teacher.workers.own_model=true"))
     assert [part.role for part in components_of(cluster, config)] == ["buffer", "judges", "trainer"]
 
@@ -63,11 +63,11 @@ def test_the_spec_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("cluster", "overrides", "said"),
     [
-        (replace(SLURM, buffer=BufferPlace()), WORKERS, "SQLite is for one machine"),
+        (replace(SLURM, buffer=BufferResources()), WORKERS, "SQLite is for one machine"),
         (SLURM, (*WORKERS, "buffer.url=redis://x:1/0"), "starts another; keep one"),
-        (replace(SLURM, judges=JudgePlace(workers=0)), WORKERS, "judges.workers is 0"),
+        (replace(SLURM, judges=JudgeResources(workers=0)), WORKERS, "judges.workers is 0"),
         (SLURM, (*WORKERS, "teacher.workers.own_model=true"), "teacher.nodes of the cluster file above 0"),
-        (replace(SLURM, teacher=TeacherPlace()), WORKERS, "no server of the teacher"),
+        (replace(SLURM, teacher=TeacherResources()), WORKERS, "no server of the teacher"),
         (SLURM, BASE, "the run's trainer judges by itself"),
     ],
 )

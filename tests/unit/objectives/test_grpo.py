@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_rlpt.config import ObjectiveConfig, ObjectiveName
 from megatron_rlpt.objectives import LossInputs, build_objective
 from megatron_rlpt.objectives.grpo import clipped_ratio_loss, group_advantages
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 
 def grpo(**settings):

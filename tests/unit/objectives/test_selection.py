@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_rlpt.config import ObjectiveConfig, ObjectiveName, needs_judge
 from megatron_rlpt.objectives import build_objective
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 JUDGED = (ObjectiveName.online_dpo, ObjectiveName.rf_nll)
 

@@ -6,7 +6,7 @@ import pytest
 from text_tokens import FakeText
 
 from megatron_rlpt.observe import SampleTable
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 
 def decode(tokens):

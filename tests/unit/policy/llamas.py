@@ -20,9 +20,9 @@ from megatron_rlpt.config import (
     TrainConfig,
 )
 from megatron_rlpt.objectives import Example, build_objective
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.runtime import DeviceRuntime
-from megatron_rlpt.records import Candidate, Episode, Source
+from megatron_rlpt.types import Candidate, Episode, Source
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "tied-grouped": {},

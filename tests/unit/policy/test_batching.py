@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_rlpt.objectives import Example
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.records import Candidate, Episode, Source
+from megatron_rlpt.types import Candidate, Episode, Source
 
 CPU = torch.device("cpu")
 

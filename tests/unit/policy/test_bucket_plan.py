@@ -11,12 +11,12 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_rlpt.policy.architecture import Architecture, Experts
-from megatron_rlpt.policy.families import mapping
+from megatron_rlpt.models.architecture import Architecture, Experts
+from megatron_rlpt.models.families import mapping
+from megatron_rlpt.models.rope import Rope
+from megatron_rlpt.models.sharding import shard
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.rope import Rope
-from megatron_rlpt.policy.sharding import shard
-from megatron_rlpt.policy.weights import Bucket, plan_buckets
+from megatron_rlpt.policy.weights import GatherBucket, plan_buckets
 
 DENSE = Architecture(
     model_type="llama",
@@ -48,7 +48,7 @@ SPREAD = [
 ]
 
 
-def gathered_bytes(bucket: Bucket, layout: Layout) -> int:
+def gathered_bytes(bucket: GatherBucket, layout: Layout) -> int:
     return bucket.numel * BYTES * (1 if bucket.expert_rank is not None else layout.tensor)
 
 

@@ -11,8 +11,8 @@ import torch
 from llamas import make_policy, save_llama
 
 from megatron_rlpt.errors import RlptError
-from megatron_rlpt.policy import compat
-from megatron_rlpt.policy.runtime import DeviceRuntime
+from megatron_rlpt.policy import megatron_compat as compat
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_range_can_be_asked_for_without_torch_and_megatron():
     code = (
         "import sys\n"
         "for name in ('torch', 'megatron', 'megatron.core'): sys.modules[name] = None\n"
-        "from megatron_rlpt.policy.compat import version_problem\n"
+        "from megatron_rlpt.policy.megatron_compat import version_problem\n"
         "assert version_problem('0.16.1') is None and version_problem('0.20.0')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.policy.architecture import CONVENTIONS, Architecture, Experts, parse_architecture, read_architecture
-from megatron_rlpt.policy.families import FAMILIES, expected_shapes, mapping
-from megatron_rlpt.policy.sharding import Cut
+from megatron_rlpt.models.architecture import CONVENTIONS, Architecture, Experts, parse_architecture, read_architecture
+from megatron_rlpt.models.families import FAMILIES, expected_shapes, mapping
+from megatron_rlpt.models.sharding import Cut
 
 SIZES = {
     "vocab_size": 50,

@@ -16,13 +16,13 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_rlpt.config import Dtype
+from megatron_rlpt.models.architecture import parse_architecture
 from megatron_rlpt.policy import layer_spec
-from megatron_rlpt.policy.architecture import parse_architecture
 from megatron_rlpt.policy.attention import CausalAttention
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layer_spec import canonical_name, describe_layers, with_transformer_engine
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.norm import RmsNorm
-from megatron_rlpt.policy.runtime import DeviceRuntime
 
 EXPERTS = {
     "model_type": "qwen3_moe", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,

@@ -8,9 +8,9 @@ import pytest
 
 from megatron_rlpt.config import ParallelConfig, TrainConfig
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.policy.architecture import Architecture, Experts
+from megatron_rlpt.models.architecture import Architecture, Experts
+from megatron_rlpt.models.rope import Rope
 from megatron_rlpt.policy.layout import Layout, check_batch, check_cut, check_layout, layout_of
-from megatron_rlpt.policy.rope import Rope
 
 DENSE = Architecture(
     model_type="llama",

@@ -10,15 +10,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlpt.config import Dtype, Fp8
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.models.architecture import parse_architecture
 from megatron_rlpt.policy import precision
-from megatron_rlpt.policy.architecture import parse_architecture
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.precision import Engine, check_sizes, length_multiple, require, supported_recipes
+from megatron_rlpt.policy.precision import TransformerEngine, check_sizes, length_multiple, require, supported_recipes
 
 ON = [fp8 for fp8 in Fp8 if fp8 is not Fp8.off]
 
 
-def engine(version: str, name: str, major: int, minor: int, cuda: float) -> Engine:
+def engine(version: str, name: str, major: int, minor: int, cuda: float) -> TransformerEngine:
     """What Transformer Engine's check functions answer on such a machine (transformer_engine/pytorch/fp8.py)."""
 
     def check(function: str) -> tuple[bool, str]:
@@ -30,10 +30,10 @@ def engine(version: str, name: str, major: int, minor: int, cuda: float) -> Engi
         reason = "FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >= 12.9."
         return major >= 9 and cuda >= 12.9, reason
 
-    return Engine(version, f"{name} (compute capability {major}.{minor})", check)
+    return TransformerEngine(version, f"{name} (compute capability {major}.{minor})", check)
 
 
-MACHINES: list[tuple[Engine | str, set[str]]] = [
+MACHINES: list[tuple[TransformerEngine | str, set[str]]] = [
     ("torch finds no CUDA device", set()),
     (engine("2.8.0", "A100", 8, 0, 12.9), set()),
     (engine("2.8.0", "L40S", 8, 9, 12.9), {"delayed", "current"}),

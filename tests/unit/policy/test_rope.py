@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.policy.architecture import CONVENTIONS, read_architecture
+from megatron_rlpt.models.architecture import CONVENTIONS, read_architecture
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import build_model
-from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.weights import load_weights
 
 LENGTH = 128

@@ -12,10 +12,10 @@ import pytest
 import torch
 from llamas import load_llama, make_examples, make_policy, save_llama
 
+from megatron_rlpt.distributed.ranks import LauncherEnvironment
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.policy import runtime as runtime_module
-from megatron_rlpt.policy.runtime import DeviceRuntime, _CpuTorch
-from megatron_rlpt.ranks import Place
+from megatron_rlpt.policy import device_runtime as runtime_module
+from megatron_rlpt.policy.device_runtime import DeviceRuntime, _CpuTorch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what stands in for CUDA is not used where CUDA is")
 
@@ -162,19 +162,19 @@ def gpus(monkeypatch):
 def test_the_gpu_of_a_rank_is_the_current_one_as_soon_as_there_is_a_runtime(gpus):
     """Whoever asks what this GPU can do, before the ranks have met, must not be told of the first one's."""
     events = gpus(4, LOCAL_WORLD_SIZE="4")
-    assert DeviceRuntime(Place(rank=6, world=8, local_rank=2)).device == torch.device("cuda", 2)
+    assert DeviceRuntime(LauncherEnvironment(rank=6, world=8, local_rank=2)).device == torch.device("cuda", 2)
     assert events == ["1", torch.device("cuda", 2)], "CUDA reads the number of its queues when it starts"
 
 
 def test_a_rank_that_is_alone_leaves_the_queues_as_they_are(gpus):
     events = gpus(2)
-    assert DeviceRuntime(Place()).device == torch.device("cuda", 0)
+    assert DeviceRuntime(LauncherEnvironment()).device == torch.device("cuda", 0)
     assert events == [None, torch.device("cuda", 0)]
 
 
 def test_a_rank_that_sees_one_gpu_uses_it_whatever_its_number(gpus):
     gpus(1, LOCAL_WORLD_SIZE="4")
-    assert DeviceRuntime(Place(rank=3, world=4, local_rank=3)).device == torch.device("cuda", 0)
+    assert DeviceRuntime(LauncherEnvironment(rank=3, world=4, local_rank=3)).device == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_rank_that_sees_one_gpu_uses_it_whatever_its_number(gpus):
 def test_more_ranks_than_gpus_are_refused_before_cuda_is_touched(gpus, variables, local_rank, ranks):
     events = gpus(2, **variables)
     with pytest.raises(ConfigError, match=f"^{ranks} ranks were started on .* has 2 GPUs.*; start 2 ") as raised:
-        DeviceRuntime(Place(rank=local_rank, world=8, local_rank=local_rank))
+        DeviceRuntime(LauncherEnvironment(rank=local_rank, world=8, local_rank=local_rank))
     assert "\n" not in str(raised.value)
     assert torch.device("cuda", local_rank) not in events
 

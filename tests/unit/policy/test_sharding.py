@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.policy.sharding import Cut, shard, unshard
+from megatron_rlpt.models.sharding import Cut, shard, unshard
 
 
 @st.composite

@@ -16,12 +16,12 @@ from llamas import settings
 
 from megatron_rlpt.config import Config, Dtype, ModelConfig
 from megatron_rlpt.errors import ModelError
+from megatron_rlpt.models.rope import Rope
 from megatron_rlpt.objectives import build_objective
 from megatron_rlpt.policy import policy as policies
 from megatron_rlpt.policy import transformers_layers
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.rope import Rope
-from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.start_check import spread
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

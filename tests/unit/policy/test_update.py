@@ -14,8 +14,8 @@ from megatron_rlpt.config import Decay, Dtype, ObjectiveName
 from megatron_rlpt.errors import TrainingError
 from megatron_rlpt.objectives import Example, LossTerms
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.runtime import DeviceRuntime
 
 LN2 = math.log(2)
 

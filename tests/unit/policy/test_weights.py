@@ -12,19 +12,19 @@ from llamas import VARIANTS, load_llama, make_examples, make_policy, same, save_
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from megatron_rlpt import huggingface
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.errors import CheckpointError
-from megatron_rlpt.huggingface import WeightFolder, export_folder, without_extras
+from megatron_rlpt.models import huggingface
+from megatron_rlpt.models.architecture import read_architecture
+from megatron_rlpt.models.families import expected_shapes
+from megatron_rlpt.models.huggingface import WeightFolder, export_folder, without_extras
 from megatron_rlpt.objectives import Example
-from megatron_rlpt.policy.architecture import read_architecture
-from megatron_rlpt.policy.families import expected_shapes
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.runtime import DeviceRuntime
 from megatron_rlpt.policy.weights import load_weights
-from megatron_rlpt.records import Candidate, Episode, Source
+from megatron_rlpt.types import Candidate, Episode, Source
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

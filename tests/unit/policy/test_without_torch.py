@@ -31,6 +31,6 @@ def test_the_shape_of_a_model_and_its_layout_need_no_torch(module):
 
 def test_the_tables_of_tensors_need_torch_so_that_the_blocker_is_seen_to_block():
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, "megatron_rlpt.policy.families"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", BLOCKED, "megatron_rlpt.models.families"], capture_output=True, text=True, check=False
     )
     assert "No module named 'torch'" in done.stderr

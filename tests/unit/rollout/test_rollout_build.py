@@ -13,11 +13,11 @@ from megatron_rlpt.config import (
     OptimizerConfig,
     RolloutConfig,
 )
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.ranks import Ranks
-from megatron_rlpt.rollout import vllm_engine
 from megatron_rlpt.rollout.build import check_offload, start_policy_engine
-from megatron_rlpt.rollout.vllm_engine import require_gpu_holds
+from megatron_rlpt.rollout.vllm import engine as vllm_engine
+from megatron_rlpt.rollout.vllm.engine import require_gpu_holds
 
 GIB = 2**30
 

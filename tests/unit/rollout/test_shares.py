@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.rollout.engine import Prompt
-from megatron_rlpt.rollout.world_engine import cut_shares
+from megatron_rlpt.rollout.distributed_engine import cut_shares
+from megatron_rlpt.rollout.engine import RolloutPrompt
 
 
-def prompts(*runs: int) -> list[Prompt]:
+def prompts(*runs: int) -> list[RolloutPrompt]:
     """So many prompts of one prefix, so many of the next, and so on."""
-    return [Prompt((episode,), seed) for episode, length in enumerate(runs) for seed in range(length)]
+    return [RolloutPrompt((episode,), seed) for episode, length in enumerate(runs) for seed in range(length)]
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.rollout import transport
-from megatron_rlpt.rollout.manifest import Manifest
-from megatron_rlpt.rollout.transport import SHARED_MEMORY, InProcessTransport, SharedMemoryTransport
-from megatron_rlpt.rollout.worker import _read_buckets
+from megatron_rlpt.rollout.vllm.worker import _read_buckets
+from megatron_rlpt.rollout.weight_sync import transport
+from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest
+from megatron_rlpt.rollout.weight_sync.transport import SHARED_MEMORY, InProcessTransport, SharedMemoryTransport
 
 SHAPES = {"embed": (16, 8), "norm": (8,), "up": (32, 8), "down": (8, 32)}
-MANIFEST = Manifest(SHAPES, torch.bfloat16)
+MANIFEST = WeightManifest(SHAPES, torch.bfloat16)
 
 
 class Receiver:
@@ -121,7 +121,7 @@ def test_shared_memory_that_is_too_small_is_named_with_its_size(monkeypatch):
     room = os.statvfs(SHARED_MEMORY)
     small = os.statvfs_result([room.f_bsize, 2**20, 64, 64, 64, *room[5:]])  # docker's default of 64 MiB
     monkeypatch.setattr(transport.os, "statvfs", lambda path: small)
-    large, drawn = Manifest({"embed": (2**25, 2)}, torch.bfloat16), []
+    large, drawn = WeightManifest({"embed": (2**25, 2)}, torch.bfloat16), []
     with pytest.raises(EngineError, match=r"weights are 128 MiB and /dev/shm has 64 MiB free; .*--shm-size"):
         SharedMemoryTransport(Receiver(), large, 300).send(drawn.append(name) for name in SHAPES)
     assert not drawn

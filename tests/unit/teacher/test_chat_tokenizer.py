@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.records import Failed
 from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
 from megatron_rlpt.teacher.generator import Message, Request
+from megatron_rlpt.types import Failed
 
 
 @pytest.fixture(scope="module")

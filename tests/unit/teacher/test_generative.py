@@ -7,11 +7,11 @@ import pytest
 from text_tokens import NUMBERS, FakeText
 
 from megatron_rlpt.config.schema import AxisConfig, GenerativeConfig, OptionOrder, PairScheme, QualityConfig
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.teacher.batched import BatchedJudge
+from megatron_rlpt.teacher.comparisons import comparisons
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.lockstep import LockstepJudge
-from megatron_rlpt.teacher.schemes import comparisons
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 
 class Scripted:
@@ -62,7 +62,7 @@ def config_of(
 
 def judge_with(answer, seed=1, **weights):
     generator = Scripted(answer)
-    return LockstepJudge(GenerativeJudge("scripted", NUMBERS, config_of(**weights), seed), generator), generator
+    return BatchedJudge(GenerativeJudge("scripted", NUMBERS, config_of(**weights), seed), generator), generator
 
 
 def values(group):
@@ -152,7 +152,7 @@ def test_a_candidate_cannot_vote_for_itself():
         return re.search(r"\[begin continuation 1 (\w+)\]\n(.*?)\n\[end continuation 1 \1\]", prompt, re.S)[2]
 
     inner = GenerativeJudge("scripted", FakeText(lambda tokens: f"{tokens[0]} {hostile}"), config_of(quality=1.0), 1)
-    (group,) = LockstepJudge(inner, Scripted(quote)).judge([group_of((1,), (2,))])
+    (group,) = BatchedJudge(inner, Scripted(quote)).judge([group_of((1,), (2,))])
     assert values(group) == ["quality: no comparison decided"] * 2
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_rlpt.errors import TeacherError
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
-from megatron_rlpt.teacher.client.faults import Fault, Problem
+from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem
 from megatron_rlpt.teacher.judge import check_failure_rate, first_cause
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 
 def group_of(*outcomes):
@@ -53,9 +53,9 @@ def test_failed_rewrites_count_against_the_rate_however_many_candidates_were_jud
 
 
 def test_above_the_limit_names_the_first_cause_in_the_servers_own_words():
-    first = Problem(Fault.REJECTED, {"status": 400, "message": "unsupported parameter\n max_tokens"}).failed()
+    first = ServerProblem(Fault.REJECTED, {"status": 400, "message": "unsupported parameter\n max_tokens"}).failed()
     undecided = Failed("no comparison decided").because_of(first)
-    later = Failed("no comparison decided").because_of(Problem(Fault.SERVER, {"message": "gone"}).failed())
+    later = Failed("no comparison decided").because_of(ServerProblem(Fault.SERVER, {"message": "gone"}).failed())
     with pytest.raises(TeacherError) as caught:
         check_failure_rate([group_of(GOOD, Failed("empty reply"), undecided, later)], 0.5)
     assert str(caught.value) == (

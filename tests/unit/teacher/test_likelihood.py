@@ -5,9 +5,9 @@ import torch
 
 from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.records import Candidate, Episode, Failed, Group, Score, Source
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 from megatron_rlpt.teacher.repetition import repetition
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
 
 VOCABULARY = 97
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.records import Failed
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt, neutralise
-from megatron_rlpt.teacher.verdicts import parse_factuality, parse_quality, parse_safety
+from megatron_rlpt.teacher.verdicts.parsing import parse_factuality, parse_quality, parse_safety
+from megatron_rlpt.types import Failed
 
 TEXTS = {
     "quality": {"prefix": "P", "first": "A", "second": "B"},

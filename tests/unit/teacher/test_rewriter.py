@@ -4,11 +4,11 @@ import pytest
 from text_tokens import FakeText
 
 from megatron_rlpt.config.schema import RewriterConfig
-from megatron_rlpt.records import Candidate, Episode, Failed, Source
 from megatron_rlpt.teacher.anchor import anchor_of, without_anchor
+from megatron_rlpt.teacher.batched import BatchedRewriter
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.lockstep import LockstepRewriter
 from megatron_rlpt.teacher.rewriter import Rewriter
+from megatron_rlpt.types import Candidate, Episode, Failed, Source
 
 LENGTH = 10
 
@@ -36,7 +36,7 @@ class Scripted:
 def rewrite(*replies, prefix="one two three", words=2):
     generator = Scripted(*replies)
     inner = Rewriter(FakeText(), RewriterConfig(anchor_words=words), LENGTH, seed=1, longest_answer=104)
-    rewriter = LockstepRewriter(inner, generator)
+    rewriter = BatchedRewriter(inner, generator)
     episodes = [
         Episode(f"e{number}", tuple(encode(prefix)), tuple(encode(" four five")), "c", "d", 0)
         for number in range(len(replies))
@@ -129,7 +129,7 @@ def test_what_an_answer_adds(answer, anchor, rest):
 def rewritten(answer, prefix="one two three", suffix=" four five", finish="stop", control=(), **options):
     rewriter = Rewriter(FakeText(control=control), RewriterConfig(anchor_words=2), LENGTH, 1, 104, **options)
     episode = Episode("e", tuple(encode(prefix)), tuple(encode(suffix)), "c", "d", 0)
-    return LockstepRewriter(rewriter, Scripted(Reply(answer, (), finish))).rewrite([episode])[0]
+    return BatchedRewriter(rewriter, Scripted(Reply(answer, (), finish))).rewrite([episode])[0]
 
 
 def test_what_was_broken_up_for_the_teacher_is_put_together_again():
@@ -166,6 +166,6 @@ def test_a_character_that_the_corpus_holds_may_be_copied():
 def test_an_answer_has_room_for_a_teacher_with_another_tokenizer():
     text = "我们在一起学习中文"
     generator = Scripted(Reply(text, (), "stop"))
-    rewriter = LockstepRewriter(Rewriter(FakeText(), RewriterConfig(anchor_words=2), LENGTH, 1, 104), generator)
+    rewriter = BatchedRewriter(Rewriter(FakeText(), RewriterConfig(anchor_words=2), LENGTH, 1, 104), generator)
     rewriter.rewrite([Episode("e", tuple(encode(text)), tuple(encode(text)), "c", "d", 0)])
     assert generator.requests[0].max_tokens >= len(text.encode()), "as a tokenizer needs that knows bytes alone"

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from verdict_examples import FIRST, NEITHER, OTHER_AXES
 from verdict_replies import AXES, HONEST, HOSTILE, make
 
-from megatron_rlpt.records import Failed
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.verdicts import Reason, disarm, parse_factuality, parse_quality, parse_safety, schema
+from megatron_rlpt.teacher.verdicts.parsing import Reason, disarm, parse_factuality, parse_quality, parse_safety, schema
+from megatron_rlpt.types import Failed
 
 MEANING = {
     parse_quality: {"1": 0, "2": 1},

@@ -1,0 +1,1 @@
+"""The ``rlpt`` command; one file per group of commands."""

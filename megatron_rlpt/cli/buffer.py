@@ -1,0 +1,250 @@
+"""``rlpt buffer``: what operators do with the rollout buffer of a run. Needs neither torch nor the run's model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+
+from megatron_rlpt.buffer.protocol import Entry, RolloutBuffer
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.observe.terminal import one_line, plain, say
+from megatron_rlpt.types import Failed
+
+_PATIENCE = 5.0
+"""Seconds to go on trying when the store cannot be reached: somebody is waiting."""
+_POLL = 1.0
+"""Seconds between two looks of ``tail --follow``."""
+
+buffer_app = typer.Typer(
+    name="buffer",
+    help="Look into the rollout buffer of a run, and after it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run whose buffer it is.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
+]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="Instead of --config: sqlite:///path, redis://host:port/database or rediss://."),
+]
+Name = Annotated[str | None, typer.Option("--name", help="With --url: name of the buffer.")]
+PasswordFile = Annotated[
+    str,
+    typer.Option(
+        "--password-file", metavar="FILE", help="With --url: file of mode 0600; else RLPT_BUFFER_PASSWORD is used."
+    ),
+]
+
+
+@buffer_app.command()
+def stats(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    name: Name = None,
+    password_file: PasswordFile = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Count groups by state; list workers and endpoints."""
+    with _opened(config, overrides, url, name, password_file) as buffer:
+        counts = dataclasses.asdict(buffer.stats())
+        there = {"workers": buffer.announced("worker"), "endpoints": buffer.announced("endpoint")}
+    if as_json:
+        print(json.dumps({**counts, **there}))
+        return
+    oldest = "" if counts["oldest"] is None else f"{counts['oldest']:.0f} s"
+    rows = [(key, str(value)) for key, value in {**counts, "oldest": oldest}.items()]
+    rows += [
+        (kind, f"{who}  {value}") for kind, found in there.items() for who, value in found.items() or [("none", "")]
+    ]
+    for key, value in rows:
+        say(f"{key:<14}{one_line(value)}".rstrip())
+
+
+@buffer_app.command()
+def tail(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    name: Name = None,
+    password_file: PasswordFile = "",
+    last: Annotated[int, typer.Option("--last", "-n", min=1, metavar="N", help="How many groups.")] = 10,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what changes and what is added, until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Print the last groups.
+
+    A line has number, state, attempts, worker, episode and outcomes.
+    """
+    with _opened(config, overrides, url, name, password_file) as buffer:
+        shown = {entry.sequence: _line(entry) for entry in deque(buffer.entries(), maxlen=last)}
+        print(*shown.values(), sep="\n", end="\n" if shown else "", flush=True)
+        first = min(shown, default=0)
+        while follow:
+            time.sleep(_POLL)
+            now = {entry.sequence: _line(entry) for entry in buffer.entries(first)}
+            for sequence, line in now.items():
+                if shown.get(sequence) != line:
+                    print(line, flush=True)
+            shown = now
+
+
+@buffer_app.command()
+def drain(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    name: Name = None,
+    password_file: PasswordFile = "",
+    off: Annotated[bool, typer.Option("--off", help="Hand out groups again.")] = False,
+) -> None:
+    """Stop handing out groups to workers.
+
+    What they have is still taken back.
+    """
+    with _opened(config, overrides, url, name, password_file) as buffer:
+        buffer.drain(not off)
+        leased = buffer.stats().leased
+    print("workers are given groups again" if off else f"workers are given no groups any more; {leased} are still out")
+
+
+@buffer_app.command()
+def requeue(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    name: Name = None,
+    password_file: PasswordFile = "",
+    numbers: Annotated[
+        list[int] | None, typer.Option("--number", "-n", metavar="N", help="A dead group; may be repeated.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All dead groups.")] = False,
+) -> None:
+    """Give dead groups all their attempts again.
+
+    Those that the trainer has taken already stay as they are. Without --number and --all the dead-letter list is shown.
+    """
+    if numbers and every:
+        raise ConfigError("--all and --number were both given; give one of them")
+    with _opened(config, overrides, url, name, password_file) as buffer:
+        if numbers or every:
+            print(f"{buffer.requeue(None if every else numbers)} groups are queued again")
+            return
+        for letter in buffer.dead():
+            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(letter.time))
+            line = f"{letter.sequence:>8}  {when}  {letter.episode}  attempts {letter.attempts}  {letter.reason}"
+            say(" ".join(line.splitlines()))
+
+
+@buffer_app.command()
+def export(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    name: Name = None,
+    password_file: PasswordFile = "",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write; standard output without it.")
+    ] = None,
+) -> None:
+    """Write all groups as JSON lines.
+
+    A line has tokens, log-probabilities, outcomes and the teacher's replies.
+    """
+    with _opened(config, overrides, url, name, password_file) as buffer:
+        if out is None:
+            _write(buffer, sys.stdout)
+            return
+        part = out.with_name(f".{out.name}.{os.getpid()}.part")
+        try:
+            with part.open("w", encoding="utf-8") as handle:
+                count = _write(buffer, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(part, out)
+        except OSError as error:
+            raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+        finally:
+            part.unlink(missing_ok=True)
+    print(f"{count} groups are in {out}")
+
+
+@contextlib.contextmanager
+def _opened(
+    config: Path | None, overrides: list[str] | None, url: str | None, name: str | None, password_file: str
+) -> Iterator[RolloutBuffer]:
+    """The buffer that the options name; it has to be there.
+
+    Raises:
+        ConfigError: the options name none, or two.
+    """
+    from megatron_rlpt.buffer.open import open_buffer, open_url
+    from megatron_rlpt.config import load_config
+
+    if config is not None and url is None and name is None and not password_file:
+        resolved = load_config(config, overrides or ())
+        settings = dataclasses.replace(resolved.buffer, retry=min(resolved.buffer.retry, _PATIENCE))
+        buffer = open_buffer(dataclasses.replace(resolved, buffer=settings), create=False)
+    elif config is None and url is not None and name is not None and not overrides:
+        buffer = open_url(url, name, password_file=password_file, retry=_PATIENCE, create=False)
+    else:
+        raise ConfigError(
+            "which buffer? give --config FILE [section.key=value ...], or --url URL --name NAME [--password-file FILE]"
+        )
+    try:
+        yield buffer
+    finally:
+        buffer.close()
+
+
+def _line(entry: Entry) -> str:
+    outcomes = ", ".join(
+        f"{candidate.source.value} failed ({outcome.explained})"
+        if isinstance(outcome, Failed)
+        else f"{candidate.source.value} {outcome.value:.3f}"
+        for candidate, outcome in zip(entry.group.candidates, entry.group.outcomes, strict=False)
+    )
+    if entry.group.rewrite_failure:
+        outcomes = ", ".join(filter(None, (outcomes, f"rewrite failed ({entry.group.rewrite_failure.explained})")))
+    who = f"  {entry.worker}" if entry.worker else ""
+    line = (
+        f"{entry.sequence:>8}  {entry.state:<8}  attempts {entry.attempts}{who}  {entry.group.episode.id}  {outcomes}"
+    )
+    return plain(" ".join(line.splitlines())).rstrip()
+
+
+def _write(buffer: RolloutBuffer, handle: TextIO) -> int:
+    """Write all groups as JSON lines; how many."""
+    from megatron_rlpt.observe.jsonl import finite
+
+    count = 0
+    for entry in buffer.entries():
+        record = {
+            "sequence": entry.sequence,
+            "state": entry.state,
+            "attempts": entry.attempts,
+            "worker": entry.worker,
+            **dataclasses.asdict(entry.group),
+            "replies": buffer.recall(entry.sequence),
+        }
+        # Escaped to ASCII: replies may hold lone surrogates, which a UTF-8 file cannot.
+        handle.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        count += 1
+    return count

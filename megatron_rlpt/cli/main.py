@@ -1,0 +1,286 @@
+"""The ``rlpt`` command: train, evaluate, init, convert, judge, teacher, buffer, plan, config, doctor.
+
+Whatever needs torch is imported inside the command that needs it, so that ``rlpt --help`` and ``rlpt config`` answer
+at once on a login node that has no torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from megatron_rlpt import __version__
+from megatron_rlpt.cli.buffer import buffer_app
+from megatron_rlpt.cli.judge import judge_app, teacher_app
+from megatron_rlpt.cli.launch import launch, status
+from megatron_rlpt.cli.plan import plan
+from megatron_rlpt.distributed.processes import run_and_leave
+from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, RunStopped, is_disk_full
+from megatron_rlpt.observe.terminal import one_line, say
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells and schedulers expect."""
+
+
+class _Group(TyperGroup):
+    """Leaves with 130 on Ctrl-C whatever the installed typer makes of it (older ones print a line and exit 1)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="rlpt",
+    help="Self-improving pretraining: a teacher rewrites and judges, the policy learns from the best candidates.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    # The decorated tracebacks print local variables, and those may hold keys and tokens.
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
+]
+
+
+class ConvertTo(enum.StrEnum):
+    """Formats that ``rlpt convert`` writes."""
+
+    hf = "hf"
+    megatron = "megatron"
+
+
+class ConvertDtype(enum.StrEnum):
+    """Precisions that ``rlpt convert`` and ``rlpt init`` write."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+app.add_typer(buffer_app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"rlpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _quiet_libraries() -> None:
+    from megatron_rlpt.observe.log import quiet_libraries
+
+    quiet_libraries()
+
+
+app.add_typer(judge_app, name="judge")
+app.command("launch")(launch)
+app.command("status")(status)
+app.add_typer(teacher_app, name="teacher")
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an existing run folder aside and start anew instead of resuming.")
+    ] = False,
+) -> None:
+    """Train a policy, or resume the run that is in run.dir."""
+    from megatron_rlpt.config import load_config
+
+    resolved = load_config(config, overrides or ())
+    _quiet_libraries()
+    from megatron_rlpt.trainer.run import run_training
+
+    run_training(resolved, fresh=fresh)
+
+
+@app.command()
+def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Compare the trained policy with its starting model."""
+    from megatron_rlpt.config import load_config
+
+    resolved = load_config(config, overrides or ())
+    _quiet_libraries()
+    from megatron_rlpt.evaluation.evaluate import evaluate as compare
+
+    compare(resolved)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Hugging Face folder, Megatron checkpoint, run folder or GGUF file.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything yet.")],
+    to: Annotated[ConvertTo, typer.Option("--to", help="Format to write.")],
+    tp: Annotated[
+        int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor-parallel files of a stage.")
+    ] = None,
+    pp: Annotated[int | None, typer.Option("--pp", min=1, metavar="N", help="Pipeline stages.")] = None,
+    ep: Annotated[int | None, typer.Option("--ep", min=1, metavar="N", help="Groups of experts.")] = None,
+    dtype: Annotated[
+        ConvertDtype | None,
+        typer.Option("--dtype", help="Precision to write; by default the source's, and bf16 for GGUF."),
+    ] = None,
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--hf-config",
+            metavar="FOLDER",
+            help="Hugging Face folder of a Megatron checkpoint that has no hf/ of its own.",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare tensors and logits afterwards; needs memory for the model in fp32."),
+    ] = False,
+) -> None:
+    """Convert a checkpoint between Hugging Face and Megatron; GGUF can be read.
+
+    --tp, --pp and --ep decide how many files a Megatron checkpoint has; any layout can load it.
+    """
+    _quiet_libraries()
+    import torch
+
+    from megatron_rlpt.convert.convert import convert as run
+    from megatron_rlpt.convert.formats import Format
+    from megatron_rlpt.policy.layout import Layout
+
+    cut = (tp, pp, ep) != (None, None, None)
+    result = run(
+        source,
+        target,
+        Format(to.value),
+        layout=Layout(tensor=tp or 1, pipeline=pp or 1, expert=ep or 1) if cut else None,
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value] if dtype else None,
+        hf_config=hf_config,
+        verify=verify,
+        say=say,
+    )
+    say(result.describe())
+
+
+@app.command()
+def init(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json of the model, or a folder with one.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything yet.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", metavar="FOLDER", help="Folder of the tokenizer; by default that of CONFIG."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the weights.")] = 1,
+    dtype: Annotated[ConvertDtype, typer.Option("--dtype", help="Precision to write.")] = ConvertDtype.bf16,
+) -> None:
+    """Make a model with fresh weights, as Megatron initialises them."""
+    _quiet_libraries()
+    import torch
+
+    from megatron_rlpt.convert.fresh import init as run
+
+    precision = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value]
+    say(run(config, target, tokenizer, seed=seed, dtype=precision, say=say))
+
+
+app.command("plan")(plan)
+
+
+@app.command("config")
+def show_config(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    get: Annotated[
+        str | None, typer.Option("--get", metavar="section.key", help="Print this one value instead of everything.")
+    ] = None,
+) -> None:
+    """Check a configuration and print it as YAML."""
+    from omegaconf import OmegaConf
+
+    from megatron_rlpt.config import load_config, nearest_key, to_yaml
+
+    text = to_yaml(load_config(config, overrides or ()))
+    if get is None:
+        say(text.rstrip("\n"))
+        return
+    missing = object()
+    # ``text`` was resolved already, so nothing is left to interpolate here but escaped "${".
+    value = OmegaConf.select(OmegaConf.create(text), get, default=missing)
+    if value is missing:
+        raise ConfigError(f"--get {get}: unknown key; the nearest valid key is '{nearest_key(get)}'")
+    if OmegaConf.is_config(value):
+        say(OmegaConf.to_yaml(value).rstrip("\n"))
+    else:
+        say(str(value).lower() if isinstance(value, bool) else value)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """List this machine and its problems, with fixes."""
+    from megatron_rlpt.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json=as_json))
+
+
+def entry() -> NoReturn:
+    """Run ``main`` as all of a process."""
+    run_and_leave(main)
+
+
+def _tell(what: str, error: object) -> None:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    say(("" if rank == "0" else f"rank {rank}: ") + what + one_line(error), sys.stderr)
+
+
+def main() -> None:
+    """What ``rlpt`` does.
+
+    Exit codes: 0 done, 2 wrong usage or configuration, ``RlptError.exit_code`` with one line on standard error for
+    what a user can put right, 8 for a full disk, 130 after Ctrl-C, 1 with a traceback for a bug of ours.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to end
+    try:
+        app(prog_name="rlpt")
+    except RlptError as error:
+        _tell("" if isinstance(error, RunStopped) else "error: ", error)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        _tell(
+            "error: ",
+            f"{error.filename or 'a file'} could not be written ({error.strerror}); free space, then "
+            "start again, which goes on from what was complete",
+        )
+        raise SystemExit(CheckpointError.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None

@@ -1,0 +1,229 @@
+"""``rlpt plan``: what a run will need, how fast it will be and what it will cost. Needs no torch and no GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_rlpt.config import Config, asks_teacher, judged_by_workers, load_config
+from megatron_rlpt.errors import ConfigError, ModelError
+from megatron_rlpt.models.architecture import Architecture, parse_architecture
+from megatron_rlpt.observe import terminal
+from megatron_rlpt.planner.hardware import Nodes, gpu_of
+from megatron_rlpt.planner.judging import ANSWER_VARIATION
+from megatron_rlpt.planner.limits import USABLE_MEMORY
+from megatron_rlpt.planner.plan import make_plan
+from megatron_rlpt.planner.report import print_plan, sections, to_html, to_json
+from megatron_rlpt.planner.request import PlanRequest
+from megatron_rlpt.planner.simulation.scenario import NODE_FAILURES, FaultModel, simulate_plan
+from megatron_rlpt.planner.speed.transformer import Transformer
+from megatron_rlpt.planner.sweep import split
+from megatron_rlpt.planner.sweep import sweep as sweep_layouts
+from megatron_rlpt.planner.teacher import TeacherModel, parse_teacher
+
+ANSWER_TOKENS = 150
+"""Mean length of a verdict where nothing else is said: a few sentences and the verdict (assumed)."""
+
+_GPU = "a100, h100, h200, b200 or gb200."
+
+
+def plan(
+    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, metavar="N", help="GPUs of the trainer.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
+    ] = None,
+    gpu_type: Annotated[str, typer.Option("--gpu-type", metavar="NAME", help=_GPU)] = "h100",
+    per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", min=1, metavar="N", help="GPUs that NVLink connects.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="FILE", help="config.json of the policy, instead of model.path.")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", metavar="FILE", help="config.json of the teacher, instead of teacher.path."),
+    ] = None,
+    judge_gpus: Annotated[int, typer.Option("--judge-gpus", min=0, metavar="N", help="GPUs of the teacher.")] = 0,
+    judge_type: Annotated[
+        str | None, typer.Option("--judge-gpu-type", metavar="NAME", help="By default that of the trainer.")
+    ] = None,
+    judge_tensor: Annotated[
+        int | None,
+        typer.Option("--judge-tensor", min=1, metavar="N", help="GPUs of one server; by default as few as hold it."),
+    ] = None,
+    judge_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--judge-workers",
+            min=1,
+            metavar="N",
+            help="Judge workers; by default as many as take up every group or fill the servers.",
+        ),
+    ] = None,
+    judge_fp8: Annotated[
+        bool, typer.Option("--judge-fp8", help="Servers hold the teacher in fp8 (vLLM's --quantization fp8).")
+    ] = False,
+    answer_tokens: Annotated[
+        float, typer.Option("--answer-tokens", min=1, metavar="N", help="Mean length of a verdict.")
+    ] = ANSWER_TOKENS,
+    prefix_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--prefix-tokens",
+            min=1,
+            metavar="MEAN",
+            help="Mean length of a prefix, for times and cost; by default data.max_prefix.",
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", min=0, metavar="USD", help="Of a GPU of the trainer per hour.")
+    ] = None,
+    judge_price: Annotated[
+        float | None, typer.Option("--judge-price", min=0, metavar="USD", help="Of a GPU of the teacher per hour.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Rank all layouts and micro-batches.")] = False,
+    total_gpus: Annotated[
+        int | None,
+        typer.Option("--total-gpus", min=2, metavar="N", help="Rank divisions of N GPUs between training and judging."),
+    ] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the run, with failures and slow judges.")] = (
+        False
+    ),
+    answer_variation: Annotated[
+        float,
+        typer.Option(
+            "--answer-variation", min=0, metavar="X", help="Standard deviation over mean of a verdict's length."
+        ),
+    ] = ANSWER_VARIATION,
+    slow_judges: Annotated[
+        float, typer.Option("--slow-judges", min=0, max=1, metavar="SHARE", help="Judge workers that are slow.")
+    ] = 0.0,
+    slowdown: Annotated[
+        float, typer.Option("--slowdown", min=1, metavar="X", help="How many times as long a slow one takes.")
+    ] = 3.0,
+    node_failures: Annotated[
+        float, typer.Option("--node-failures", min=0, metavar="RATE", help="Failures of eight GPUs per hour.")
+    ] = NODE_FAILURES,
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with everything.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Say what a run will need, how fast it will be and what it will cost, before it is queued.
+
+    Leaves with 1 when the run (with --total-gpus: every division) would not fit, or is simulated to lose more groups
+    than it may.
+    """
+    _check_finite(
+        {
+            "--price": price,
+            "--judge-price": judge_price,
+            "--answer-variation": answer_variation,
+            "--slowdown": slowdown,
+            "--slow-judges": slow_judges,
+            "--node-failures": node_failures,
+        }
+    )
+    resolved = load_config(config, overrides or ())
+    _check_answer(resolved, answer_tokens)
+    if prefix_tokens is not None and prefix_tokens > resolved.data.max_prefix:
+        raise ConfigError(
+            f"--prefix-tokens is {prefix_tokens}; allowed: 1 to data.max_prefix = {resolved.data.max_prefix}"
+        )
+    policy = read_model(model, resolved.model.path, "--model")
+    taught = TeacherModel(policy)
+    if teacher is not None or (asks_teacher(resolved) and resolved.teacher.path):
+        taught = parse_teacher(*_read_config(teacher, resolved.teacher_path, "--teacher"))
+    judge_fp8 = judge_fp8 or taught.quantized
+    gpu = gpu_of(gpu_type, "--gpu-type")
+    judge_gpu = gpu_of(judge_type, "--judge-gpu-type") if judge_type else gpu
+    nodes = Nodes(gpu, gpus, per_node or min(gpus, int(gpu.domain)))
+    judges = Nodes(judge_gpu, judge_gpus if judged_by_workers(resolved) else 0, int(judge_gpu.domain))
+    question = PlanRequest(
+        config=resolved,
+        model=policy,
+        teacher=taught.arch,
+        trainer=nodes,
+        judges=judges,
+        judge_tensor=judge_tensor or fewest_gpus(taught.arch, judges, resolved, fp8=judge_fp8),
+        judge_fp8=judge_fp8,
+        answer_tokens=answer_tokens,
+        trainer_price=gpu.price if price is None else price,
+        judge_price=judge_gpu.price if judge_price is None else judge_price,
+        judge_workers=judge_workers,
+        answer_variation=answer_variation,
+        prefix_tokens=prefix_tokens,
+        teacher_notes=taught.notes,
+    )
+    found = make_plan(question)
+    ranked = sweep_layouts(question) if sweep else None
+    divided = split(question, total_gpus, per_node) if total_gpus else ()
+    trouble = FaultModel(slow_judges, slowdown, node_failures)
+    outcome = simulate_plan(found, trouble) if simulate else None
+    listed = sections(found, ranked, outcome, divided)
+    if page is not None:
+        try:
+            page.write_text(to_html(f"Plan of {config}", listed), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html {page} cannot be written: {error.strerror}") from None
+    if as_json:
+        print(to_json(found, outcome, ranked, divided))
+    else:
+        print_plan(terminal.console(), listed)
+    # With divisions of the GPUs one of them is what is asked for, and those listed all fit.
+    if not (found.runs or divided) or (outcome is not None and outcome.fails):
+        raise typer.Exit(1)
+
+
+def _check_finite(options: dict[str, float | None]) -> None:
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; allowed: numbers that are finite")
+
+
+def _check_answer(config: Config, tokens: float) -> None:
+    """Servers cut answers off at ``teacher.generative.max_tokens``, so that none is longer on average."""
+    most = config.teacher.generative.max_tokens
+    if not tokens <= most:
+        raise ConfigError(
+            f"--answer-tokens is {tokens:g}; allowed: 1 to {most} (teacher.generative.max_tokens, at which answers are "
+            "cut off)"
+        )
+
+
+def read_model(file: Path | None, folder: str, option: str) -> Architecture:
+    """The model that ``file`` (a config.json) describes, or that is in ``folder``.
+
+    Raises:
+        ModelError: neither is there, or the family is not supported.
+    """
+    return parse_architecture(*_read_config(file, folder, option))
+
+
+def _read_config(file: Path | None, folder: str, option: str) -> tuple[dict[str, Any], Path]:
+    """Entries of the ``config.json`` that ``option`` names, or of the one in ``folder``; and where they are."""
+    if file is None and not Path(folder).is_dir():
+        raise ModelError(f"model folder {folder} does not exist; give its config.json with {option}")
+    name = "" if file is None else f"{option} "
+    file = Path(folder) if file is None else file
+    try:
+        file = file / "config.json" if file.is_dir() else file
+        raw: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{name}{file} cannot be read as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{name}{file} holds a {type(raw).__name__}, not an object")
+    return raw, file
+
+
+def fewest_gpus(teacher: Architecture, judges: Nodes, config: Config, *, fp8: bool) -> int:
+    """GPUs that hold the teacher's weights and key-value cache: a power of two that divides its heads."""
+    weights, cache = (1 if fp8 else 2) * Transformer.of(teacher).parameters, config.teacher.kv_cache_gib * 2**30
+    tensor = 1
+    while weights / tensor + cache > USABLE_MEMORY * judges.gpu.memory and teacher.heads % (2 * tensor) == 0:
+        tensor *= 2
+    return tensor

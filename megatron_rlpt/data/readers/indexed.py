@@ -1,0 +1,268 @@
+"""Megatron's indexed datasets: pairs of ``.idx`` and ``.bin``, read as the token ids they hold.
+
+The format is that of ``megatron/core/datasets/indexed_dataset.py``. It is read with numpy here, because Megatron's own
+class takes what the index says for granted (asserts, reads beyond the file) and brings torch with it.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import struct
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.data.readers.documents import BadRecord, Document, Position, Reader
+from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.errors import DataError
+from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.types import stable_id
+
+LONGEST = 1 << 22
+"""Tokens of one document at most; what is longer (a dataset that is one document) is read in pieces of so many."""
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, code of the token type, sequences, document borders."""
+_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_SAMPLES, _SAMPLE_TOKENS = 64, 1024
+"""Places, and tokens at each, where ids are compared with the vocabulary at the start."""
+
+_Tokens = npt.NDArray[np.int64]
+
+
+def is_indexed(path: str) -> bool:
+    """Whether ``path`` names an indexed dataset: its prefix, as ``--data-path`` has it, or one of its files."""
+    return path.endswith((".idx", ".bin")) or Path(path + ".idx").is_file()
+
+
+def holds_tokens(source: SourceConfig) -> bool:
+    """Whether ``source`` is read as an indexed dataset."""
+    return source.format is SourceFormat.megatron or (source.format is SourceFormat.auto and is_indexed(source.path))
+
+
+class IndexedReader(Reader):
+    """One document per document of the dataset. Position: dataset, document, token within it.
+
+    The control token that a document ends with (Megatron's end-of-document token, ``--append-eod``) is taken off, and
+    a document is divided wherever the same token stands within it; a BOS token at its start is taken off as well.
+    ``data.add_bos`` puts one there for every source alike.
+
+    Raises:
+        DataError: a file is missing, truncated or not Megatron's, or holds ids that the tokenizer does not have.
+    """
+
+    def __init__(self, source: SourceConfig, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._eod = source.eod
+        if source.eod >= vocabulary.size:
+            raise DataError(
+                f"data source {shown(source.path)!r}: eod is {source.eod}, and the tokenizer of the model has "
+                f"{vocabulary.size} tokens; give the id that ends its documents, or -1 (detected)"
+            )
+        self._sets = [_Indexed(prefix) for prefix in _prefixes(source.path)]
+        self._root = Path(os.path.commonpath([dataset.prefix.parent for dataset in self._sets]))
+        self._set = self._document = self._token = 0
+        for dataset in self._sets:
+            dataset.check_ids(vocabulary.size)
+
+    def read(self) -> Document | BadRecord | None:
+        """The next document."""
+        found = self._next()
+        if found is None:
+            return None
+        dataset, document, start, tokens = found
+        dataset.require_ids(tokens, document, self._vocabulary.size)
+        part = f"+{start}" if start else ""
+        ids = array("i")
+        ids.frombytes(tokens.astype(np.int32).tobytes())
+        return Document(f"{self._name(dataset)}#{document}{part}", "", ids)
+
+    def skip(self) -> bool:
+        """Pass over one document."""
+        return self._next() is not None
+
+    @property
+    def position(self) -> Position:
+        """Dataset, document, token."""
+        return [self._set, self._document, self._token]
+
+    def seek(self, position: Position) -> None:
+        """Go to a document."""
+        self._set, self._document, self._token = position
+
+    def rewind(self) -> None:
+        """Back to the first document."""
+        self._set = self._document = self._token = 0
+
+    def layout(self) -> dict[str, Any]:
+        """Files, and what ends a document."""
+        parts = [(self._name(dataset), *dataset.sizes) for dataset in self._sets]
+        return {"format": "megatron", "eod": self._eod, "files": len(parts), "digest": stable_id(*parts)}
+
+    def _name(self, dataset: _Indexed) -> str:
+        return dataset.prefix.relative_to(self._root).as_posix().encode("utf-8", "backslashreplace").decode()
+
+    def _next(self) -> tuple[_Indexed, int, int, _Tokens] | None:
+        """Dataset, number of the document, first token within it, and tokens of the next document that is not empty."""
+        while self._set < len(self._sets):
+            dataset = self._sets[self._set]
+            if self._document >= dataset.documents:
+                self._set, self._document, self._token = self._set + 1, 0, 0
+                continue
+            document, start = self._document, self._token
+            tokens, more = self._part(dataset, document, start)
+            if not more:
+                self._document, self._token = document + 1, 0
+            if start == 0 and len(tokens) and self._vocabulary.bos in self._vocabulary.control:
+                tokens = tokens[1:] if tokens[0] == self._vocabulary.bos else tokens
+            if len(tokens):
+                return dataset, document, start, tokens
+        return None
+
+    def _part(self, dataset: _Indexed, document: int, start: int) -> tuple[_Tokens, bool]:
+        """Tokens of a document from ``start`` to the token that ends it, and whether more of it follows."""
+        length = dataset.length(document)
+        tokens = dataset.read(document, start, LONGEST)
+        end = self._eod if self._eod >= 0 else self._last(dataset, document, length)
+        (ends,) = np.nonzero(tokens == end) if end is not None else (np.empty(0, np.int64),)
+        if len(ends):
+            tokens = tokens[: ends[0]]
+            self._token = start + len(tokens) + 1
+        else:
+            self._token = start + len(tokens)
+        return tokens, self._token < length
+
+    def _last(self, dataset: _Indexed, document: int, length: int) -> int | None:
+        """The control token that a document ends with, if it does."""
+        if not length:
+            return None
+        last = int(dataset.read(document, length - 1, 1)[0])
+        return last if last in self._vocabulary.control else None
+
+
+class _Indexed:
+    """One pair of files."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self._index_path, self._data_path = (prefix.with_name(prefix.name + ending) for ending in (".idx", ".bin"))
+        index, data = (_mapped(path) for path in (self._index_path, self._data_path))
+        self.sizes = (len(index), len(data))
+        """Bytes of both files."""
+        if len(index) < _HEADER.size or index[: len(_MAGIC)].tobytes() != _MAGIC:
+            raise self._broken("is not the index of a Megatron dataset (it does not begin with MMIDIDX)")
+        _, version, code, sequences, borders = _HEADER.unpack(index[: _HEADER.size].tobytes())
+        if version != 1 or code not in _TYPES or borders < 1:
+            raise self._broken(f"says version {version}, token type {code}, {borders} document borders")
+        expected = _HEADER.size + 12 * sequences + 8 * borders
+        # The second with a mode (text or image) for every sequence.
+        if len(index) not in (expected, expected + sequences):
+            kind = "is truncated" if len(index) < expected else "does not have the size that it says"
+            raise self._broken(f"{kind}: {len(index)} bytes where {sequences} sequences need {expected}")
+        self._type = np.dtype(_TYPES[code]).newbyteorder("<")
+        places = _HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * borders])
+        self._lengths, self._starts, self._borders = (
+            index[places[number] : places[number + 1]].view(kind) for number, kind in enumerate(("<i4", "<i8", "<i8"))
+        )
+        self._data = data
+        self.documents = borders - 1
+        if self._borders[0] != 0 or self._borders[-1] != sequences:
+            raise self._broken("has document borders that do not cover its sequences")
+        if sequences:
+            needed = int(self._starts[-1]) + int(self._lengths[-1]) * self._type.itemsize
+            if len(data) < needed:
+                raise DataError(
+                    f"{self._data_path} is truncated: {len(data)} bytes where its .idx asks for {needed}; copy it again"
+                )
+
+    def length(self, document: int) -> int:
+        """Tokens of a document."""
+        first, last = self._sequences(document)
+        return int(self._lengths[first:last].sum(dtype=np.int64))
+
+    def read(self, document: int, start: int, count: int) -> _Tokens:
+        """At most ``count`` tokens of a document from ``start`` on."""
+        first, last = self._sequences(document)
+        parts: list[npt.NDArray[Any]] = []
+        for sequence in range(first, last):
+            length = int(self._lengths[sequence])
+            if length < 0:
+                raise self._broken(f"has a sequence of {length} tokens in document {document}")
+            if start < length:
+                parts.append(self._slice(int(self._starts[sequence]), start, min(count, length - start), document))
+                count -= len(parts[-1])
+                if not count:
+                    break
+            start = max(0, start - length)
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+    def check_ids(self, size: int) -> None:
+        """Look at the ids of some places, spread evenly over the file.
+
+        Raises:
+            DataError: the tokenizer does not have one of them.
+        """
+        tokens = self._data[: len(self._data) // self._type.itemsize * self._type.itemsize].view(self._type)
+        for place in range(_SAMPLES):
+            start = len(tokens) * place // _SAMPLES
+            self.require_ids(tokens[start : start + _SAMPLE_TOKENS].astype(np.int64), None, size)
+
+    def require_ids(self, tokens: _Tokens, document: int | None, size: int) -> None:
+        """Refuse ids that are none of the tokenizer's."""
+        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < size):
+            worst = int(tokens.max()) if tokens.max() >= size else int(tokens.min())
+            where = "" if document is None else f" in document {document}"
+            raise DataError(
+                f"{self._data_path} holds token {worst}{where}, and the tokenizer of the model has {size} tokens; the "
+                "dataset was made with another tokenizer: make it again with this one"
+            )
+
+    def _sequences(self, document: int) -> tuple[int, int]:
+        first, last = int(self._borders[document]), int(self._borders[document + 1])
+        if not 0 <= first <= last <= len(self._lengths):
+            raise self._broken(f"has document {document} from sequence {first} to {last}")
+        return first, last
+
+    def _slice(self, place: int, start: int, count: int, document: int) -> npt.NDArray[Any]:
+        begin = place + start * self._type.itemsize
+        end = begin + count * self._type.itemsize
+        if not 0 <= begin <= end <= len(self._data):
+            raise self._broken(f"points beyond the end of {self._data_path.name} in document {document}")
+        return self._data[begin:end].view(self._type)
+
+    def _broken(self, what: str) -> DataError:
+        return DataError(f"{self._index_path} {what}; copy or make the dataset again")
+
+
+def _prefixes(path: str) -> list[Path]:
+    """The datasets that a path names: a prefix, one of its files, a folder, a glob."""
+    given = Path(path)
+    if path.endswith((".idx", ".bin")) and not glob.has_magic(path):
+        found = [given.with_suffix(".idx")]
+    elif Path(path + ".idx").is_file():
+        found = [Path(path + ".idx")]
+    elif given.is_dir():
+        found = sorted(file for file in given.rglob("*.idx") if file.is_file())
+    else:
+        found = sorted({Path(match).with_suffix(".idx") for match in glob.glob(path, recursive=True)
+                        if match.endswith((".idx", ".bin"))})  # fmt: skip
+    if not found:
+        raise DataError(
+            f"data source {path!r} names no indexed dataset; give the path of an .idx, without its ending, or a folder"
+        )
+    return [file.with_suffix("") for file in found]
+
+
+def _mapped(path: Path) -> npt.NDArray[np.uint8]:
+    try:
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; an indexed dataset is a pair of an .idx and a .bin file")
+        return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{path} cannot be read: {reason}; check the file") from None

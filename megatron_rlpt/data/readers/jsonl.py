@@ -1,0 +1,231 @@
+"""JSON Lines and JSON arrays, plain or compressed."""
+
+from __future__ import annotations
+
+import enum
+import io
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_rlpt.data.readers.compression import CorruptStreamError, bytes_on_disk, compression_of, discard
+from megatron_rlpt.data.readers.documents import (
+    MAX_RECORD_BYTES,
+    BadRecord,
+    Document,
+    MissingFieldError,
+    Position,
+    Reader,
+    as_document,
+    excerpt_of,
+    too_large,
+    unreadable,
+)
+from megatron_rlpt.data.readers.files import CorpusFiles
+from megatron_rlpt.data.readers.json_values import FieldParser, NotARecordError, TooLarge, ValueScanner
+from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.errors import DataError
+
+_BOM = b"\xef\xbb\xbf"
+_ARRAY_OF_OBJECTS = re.compile(rb"\[\s*[{\]]")
+_OBJECT_OVER_LINES = re.compile(rb"\{[ \t]*\r?\n")
+
+
+class Framing(enum.Enum):
+    """How the records of a file follow each other."""
+
+    lines = "lines"
+    array = "array"
+    values = "values"
+    """JSON objects written over several lines each."""
+
+
+class JsonlReader(Reader):
+    """One document per line; blank lines are not records. A file may as well be one JSON array of records.
+
+    Position: file, line or number of the record, and byte after decompression. What cannot be decompressed is one
+    malformed record at the line where it happens; the rest of that file is lost and reading goes on with the next file.
+    A record above ``limit`` bytes is passed over without being held.
+    """
+
+    def __init__(self, files: CorpusFiles, field: str, limit: int = MAX_RECORD_BYTES) -> None:
+        self._files = files
+        self._field = field
+        self._limit = limit
+        self._parser = FieldParser(field)
+        self._handle: io.BufferedReader | None = None
+        self._scanner: ValueScanner | None = None
+        """Cuts the open file into records if they are not lines."""
+        self._file = self._line = self._byte = 0
+
+    def read(self) -> Document | BadRecord | None:
+        """The next line as a document."""
+        found = self._next_record()
+        if found is None or isinstance(found, BadRecord):
+            return found
+        index, number, raw = found
+        path = str(self._files.paths[index])
+        if number == 0:
+            raw = raw.removeprefix(_BOM)
+        try:
+            text = self._parser.parse(raw)
+        except MissingFieldError as error:
+            return BadRecord(path, number, excerpt_of(str(error)), excerpt_of(raw))
+        except NotARecordError as error:
+            # A last line without its end may be what is left of a file that broke off.
+            cut = self._scanner is None and not raw.endswith(b"\n")
+            return BadRecord(path, number, excerpt_of(str(error)), excerpt_of(raw), cut=cut)
+        return as_document(text, f"{self._files.name(index)}#{number}", path, number, self._field, self._limit)
+
+    def skip(self) -> bool:
+        """Pass over one record."""
+        return self._next_record() is not None
+
+    @property
+    def position(self) -> Position:
+        """File index, line number, byte."""
+        return [self._file, self._line, self._byte]
+
+    def seek(self, position: Position) -> None:
+        """Go to a record; in a compressed file this decompresses what lies before it."""
+        file, line, byte = position
+        if file != self._file or byte < self._byte:
+            self._close()
+        self._file, self._line = file, line
+        if byte == 0:
+            self._close()
+            self._byte = 0
+            return
+        try:
+            if self._handle is None:
+                self._byte = 0
+                self._open()
+            assert self._handle is not None
+            if self._scanner is not None:
+                self._scanner.move(byte)
+            elif compression_of(self._files.paths[file]) is None:
+                self._handle.seek(byte)
+            else:
+                discard(self._handle, byte - self._byte)
+        except (CorruptStreamError, EOFError, OSError) as error:
+            raise self._changed(error) from None
+        self._byte = byte
+
+    def rewind(self) -> None:
+        """Back to the first line of the first file."""
+        self.seek([0, 0, 0])
+
+    def layout(self) -> dict[str, Any]:
+        """Files, and the field that holds the text."""
+        return {"format": "jsonl", "field": self._field, **self._files.layout()}
+
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every file."""
+        return self._files.sizes_by_path()
+
+    def _next_record(self) -> tuple[int, int, bytes] | BadRecord | None:
+        """File index, number and bytes of the next record."""
+        while self._file < len(self._files.paths):
+            path = self._files.paths[self._file]
+            try:
+                if self._handle is None:
+                    self._open()
+                raw = self._next_line() if self._scanner is None else self._next_value(self._scanner)
+            except PermissionError:
+                record = unreadable(str(path), self._files.sizes[self._file])
+                self._next_file()
+                return record
+            except CorruptStreamError as error:
+                what = "cannot be decompressed" if compression_of(path) else "cannot be read"
+                record = BadRecord(str(path), self._line, f"{what}: {error}", "", error.unread, error.cut)
+                self._next_file()
+                return record
+            except OSError as error:
+                raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}; check the file") from None
+            if raw is None:
+                assert self._handle is not None
+                self._files.check_unchanged(self._file, self._handle)
+                self._next_file()
+            elif not isinstance(raw, bytes):
+                return raw
+            elif raw.strip():
+                return self._file, self._line - 1, raw
+        return None
+
+    def _next_line(self) -> bytes | BadRecord | None:
+        """The next line, perhaps a blank one; None at the end of the file."""
+        assert self._handle is not None
+        line = self._handle.readline(self._limit + 1)
+        size = len(line)
+        if not size:
+            return None
+        if size > self._limit and not line.endswith(b"\n"):
+            start = bytes_on_disk(self._handle)
+            while more := self._handle.readline(self._limit):
+                size += len(more)
+                if more.endswith(b"\n"):
+                    break
+            return self._too_large(TooLarge(size, line[:1000]), start)
+        self._line += 1
+        self._byte += size
+        return line
+
+    def _next_value(self, scanner: ValueScanner) -> bytes | BadRecord | None:
+        """The next value of an array, or of objects that follow each other; None at the end of the file."""
+        assert self._handle is not None
+        start = bytes_on_disk(self._handle)
+        value = scanner.next()
+        if isinstance(value, TooLarge):
+            return self._too_large(value, start)
+        if value is not None:
+            self._line += 1
+            self._byte = scanner.byte
+        return value
+
+    def _too_large(self, found: TooLarge, start: int) -> BadRecord:
+        """The record that stands for one above the limit."""
+        assert self._handle is not None
+        path = self._files.paths[self._file]
+        lost = found.size if compression_of(path) is None else bytes_on_disk(self._handle) - start
+        record = BadRecord(
+            str(path), self._line, too_large(found.size, self._limit), excerpt_of(found.beginning), max(lost, 1)
+        )
+        self._line += 1
+        self._byte = self._byte + found.size if self._scanner is None else self._scanner.byte
+        return record
+
+    def _open(self) -> None:
+        """Open the current file at its beginning, and see how its records follow each other."""
+        self._handle = self._files.open(self._file)
+        framing = framing_of(self._handle.peek(1), self._files.paths[self._file].name)
+        if framing is not Framing.lines:
+            self._scanner = ValueScanner(self._handle, self._limit, framing is Framing.array, 0)
+
+    def _next_file(self) -> None:
+        self._close()
+        self._file += 1
+        self._line = self._byte = 0
+
+    def _close(self) -> None:
+        self._scanner = None
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+    def _changed(self, error: Exception) -> DataError:
+        path = shown(self._files.paths[self._file])
+        return DataError(f"{path} no longer holds what was read before: {error}; restore the file")
+
+
+def framing_of(head: bytes, name: str) -> Framing:
+    """How the records of a file follow each other, from its first bytes and its name.
+
+    A file called JSON Lines has one record per line even if a line is damaged, unless it clearly is an array.
+    """
+    head = head.removeprefix(_BOM).lstrip()
+    lines = any(ending in name.lower() for ending in (".jsonl", ".ndjson"))
+    if _ARRAY_OF_OBJECTS.match(head) or (head.startswith(b"[") and not lines):
+        return Framing.array
+    if _OBJECT_OVER_LINES.match(head) and not lines:
+        return Framing.values
+    return Framing.lines

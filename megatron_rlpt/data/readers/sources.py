@@ -1,0 +1,51 @@
+"""From a configured source to its reader."""
+
+from __future__ import annotations
+
+from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.config.sources import unused_option
+from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Reader
+from megatron_rlpt.data.readers.files import find_files
+from megatron_rlpt.data.readers.huggingface import HuggingFaceReader
+from megatron_rlpt.data.readers.indexed import IndexedReader, holds_tokens
+from megatron_rlpt.data.readers.jsonl import JsonlReader
+from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.readers.parquet import ParquetReader
+from megatron_rlpt.data.readers.text import TextReader
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.tokens.vocabulary import Vocabulary
+
+
+def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES, vocabulary: Vocabulary | None = None) -> Reader:
+    """A reader at the first record of ``source``.
+
+    Args:
+        source: where documents are.
+        limit: bytes above which a record is malformed.
+        vocabulary: of the policy, for sources that hold tokens.
+
+    Raises:
+        DataError: path missing or empty, format not recognised, or a package that the format needs is missing.
+        ConfigError: an option is set that has no effect in the format that the source turns out to have.
+    """
+    if source.format == SourceFormat.hf:
+        return HuggingFaceReader(source, limit)
+    if holds_tokens(source):
+        _require_used(source, SourceFormat.megatron)
+        if vocabulary is None:
+            raise ValueError("an indexed dataset cannot be read without a vocabulary")
+        return IndexedReader(source, vocabulary)
+    files = find_files(source)
+    _require_used(source, files.format)
+    match files.format:
+        case SourceFormat.jsonl:
+            return JsonlReader(files, source.field, limit)
+        case SourceFormat.parquet:
+            return ParquetReader(files, source.field, limit)
+        case _:
+            return TextReader(files, limit)
+
+
+def _require_used(source: SourceConfig, format: SourceFormat) -> None:
+    if (problem := unused_option(source, [format])) is not None:
+        raise ConfigError(f"data source {shown(source.path)!r}: {problem}")

@@ -1,0 +1,1 @@
+"""Ranks, processes, addresses: how the parts of a run find each other, start and end."""

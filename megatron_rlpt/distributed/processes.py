@@ -1,0 +1,165 @@
+"""Processes that belong to this one: they end with it, are ended in order, and are started again only so often.
+
+And this one, which looks after them until signals tell it to end, and ends at once then.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a trainer to stop; schedulers send them before a job's time is up."""
+_SET_PARENT_DEATH_SIGNAL = 1
+"""``PR_SET_PDEATHSIG`` of linux/prctl.h."""
+_LONGEST_DELAY = 60.0
+
+
+def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that is sent SIGTERM when this one ends, even if killed (Linux).
+
+    Call it from the main thread: what the signal waits for is the end of the thread that started the process.
+
+    Args:
+        command: program and arguments.
+        options: further ones of ``subprocess.Popen``.
+    """
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with(os.getpid()), **options)
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    set_option = ctypes.CDLL(None).prctl
+
+    def prepare() -> None:
+        set_option(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:  # killed before it could be asked to tell
+            os._exit(1)
+
+    return prepare
+
+
+def end_all(processes: Collection[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Send SIGTERM to ``processes``, give them ``seconds`` together, then kill what is left of their groups.
+
+    A group is killed also where its first process has ended: helpers that it did not end hold memory and ports.
+    """
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_and_leave(work: Callable[[], object]) -> NoReturn:
+    """Do ``work`` as all of this process; what it raises makes the exit code that Python makes of it."""
+    try:
+        work()
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as Python does, but for taking apart, object by object, what it imported.
+
+    That takes 2 s after Megatron and 4 s after vLLM, and gives nothing that the operating system does not take anyway.
+    Threads that are no daemons are waited for, and functions registered with ``atexit`` run.
+
+    Args:
+        code: exit code; 1 instead of 0 where what was printed could not be written.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError as error:
+            code = code or 1
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+    ctypes.CDLL(None).fflush(None)  # what libraries have written, NCCL for one
+    os._exit(code)
+
+
+class EndRequest:
+    """Signals that tell this process to end: handlers note them, and its main thread waits for them.
+
+    Not a ``threading.Event``: a handler runs in the main thread, between any two of its instructions, and would wait
+    for ever for a lock of the event's that this thread holds at that moment. Not a ``queue.SimpleQueue`` either: in
+    CPython 3.11 a signal that comes as its time runs out makes it wait without end (Modules/_queuemodule.c, a negative
+    rest of the time is taken for none).
+    """
+
+    def __init__(self) -> None:
+        self.times = 0
+        """How often it was told."""
+        self._news, self._teller = socket.socketpair()
+        for end in (self._news, self._teller):
+            end.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._news, select.POLLIN)
+
+    def listen(self, *numbers: signal.Signals) -> None:
+        """Take these signals from now on, SIGTERM and Ctrl-C by default; main thread only."""
+        for number in numbers or (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._take)
+
+    def is_set(self) -> bool:
+        """Whether it was told."""
+        return self.times > 0
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it was told since the last wait, or so long; whether it was told at all."""
+        if self._poll.poll(seconds * 1000):
+            self._news.recv(1)
+        return self.is_set()
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.times += 1
+        with contextlib.suppress(BlockingIOError):  # thousands are waiting to be read
+            self._teller.send(b"\0")
+
+
+class Restarts:
+    """Whether a process that has ended is started again, and after how long."""
+
+    MOST, WINDOW = 5, 600.0
+    """So often within so many seconds; what ends more often is broken in a way that a new start does not mend."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends: deque[float] = deque()
+
+    def ended(self) -> float | None:
+        """To be called at every end: seconds to wait before the next start, longer each time; None: too often."""
+        now = self._clock()
+        while self._ends and now - self._ends[0] > self.WINDOW:
+            self._ends.popleft()
+        self._ends.append(now)
+        if len(self._ends) > self.MOST:
+            return None
+        return min(_LONGEST_DELAY, 2.0 ** (len(self._ends) - 1))

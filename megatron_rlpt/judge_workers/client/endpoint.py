@@ -1,0 +1,248 @@
+"""One teacher server: its address and key, how much is under way there, whether it works, what it has done."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from megatron_rlpt.config.endpoints import check_endpoint
+from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.judge_workers.client.breaker import Breaker
+from megatron_rlpt.judge_workers.client.calls import Call, reply_call
+from megatron_rlpt.judge_workers.client.faults import OF_SERVER, Fault, ServerProblem
+from megatron_rlpt.judge_workers.client.http import Connections
+from megatron_rlpt.judge_workers.client.needs import Needs, without_echo
+from megatron_rlpt.judge_workers.client.replies import read_models, tokens_used
+from megatron_rlpt.judge_workers.client.secrets import Mask
+from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.teacher.generator import Message, Reply, Request
+
+Result = TypeVar("Result")
+
+_log = get_logger(__name__)
+
+_MOST_TRIES = 6
+"""Ways in which one request is put to a server that refuses it."""
+_PROBE = Request((Message("user", "Say yes."),), seed=0, max_tokens=1, temperature=0.0)
+_PROBE_SECONDS = 30.0
+"""A server that cannot give one token in this time is of no use either."""
+
+
+@dataclass
+class EndpointCounters:
+    """What an endpoint has done since it is known, for metrics."""
+
+    requests: int = 0
+    """Calls sent, retries included, probes not."""
+    retries: int = 0
+    """Calls among them that repeat one which failed, here or elsewhere."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Calls without a result, by reason."""
+    tokens_in: int = 0
+    """Of prompts that were answered, as the server counts them."""
+    tokens_out: int = 0
+    seconds: float = 0.0
+    """Summed over all calls, from sending to the result."""
+
+
+class Endpoint:
+    """One server. ``in_flight`` is kept by the pool, which sends no more than ``config.concurrency`` at once."""
+
+    def __init__(
+        self,
+        config: EndpointConfig,
+        deadline: float,
+        breaker: Breaker | None = None,
+        changed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            config: address, model and limits.
+            deadline: seconds one request may take.
+            breaker: half open, as a new one is.
+            changed: called when the server becomes usable or stops being so.
+
+        Raises:
+            ConfigError: a field is out of range, or the environment variable with the key is not set.
+        """
+        check_endpoint(config, f"endpoint {config.url}")
+        self.config = config
+        self.url = config.url.rstrip("/")
+        self.model = config.model
+        """Name asked for; empty until the server has been asked for one."""
+        self.tokens_per_second = config.tokens_per_second
+        """As configured, or as measured since; 0 is unknown."""
+        self.breaker = breaker or Breaker()
+        self.counters = EndpointCounters()
+        self.in_flight = 0
+        self.paused_until = 0.0
+        """Time of the event loop until which the server asked to be left alone."""
+        self.last_problem: ServerProblem | None = None
+        """Why the server cannot be used, while it cannot."""
+        self._deadline = deadline
+        self._changed = changed
+        self._is_vllm = False
+        self._needs = Needs()
+        self._unexplained = 0
+        self._opened = asyncio.Event()
+        # One more than requests: the probe.
+        key = _key(config)
+        self._mask = Mask(key)
+        self._connections = Connections(
+            self.url, key, config.concurrency + 1, deadline, config.proxy, config.key_header
+        )
+
+    def has_room(self, now: float) -> bool:
+        """Whether one more request may be sent at ``now`` (time of the event loop)."""
+        return self.breaker.closed and now >= self.paused_until and self.in_flight < self.config.concurrency
+
+    async def send(self, call: Call[Result], *, retry: bool = False) -> Result | ServerProblem:
+        """Make one call and take note of what came of it. Raises nothing but ``asyncio.CancelledError``."""
+        self.counters.requests += 1
+        self.counters.retries += retry
+        began = time.monotonic()
+        try:
+            outcome = await self._call(call)
+        finally:
+            self.counters.seconds += time.monotonic() - began
+        if isinstance(outcome, ServerProblem):
+            self.note(outcome)
+        else:
+            self.breaker.succeeded()
+        return outcome
+
+    def note(self, problem: ServerProblem) -> None:
+        """Count a call that gave no result, and stop using the server when there were too many in a row."""
+        self.counters.failures[problem.fault.value] += 1
+        if problem.retry_after:
+            pause = min(problem.retry_after, self._deadline)
+            self.paused_until = max(self.paused_until, asyncio.get_running_loop().time() + pause)
+        if problem.fault not in OF_SERVER:
+            self.breaker.succeeded()
+        elif self.breaker.failed():
+            self.last_problem = problem
+            _log.warning("teacher server is not used for now", url=self.url, reason=problem.fault, **problem.detail)
+            self._opened.set()
+            self._changed()
+
+    async def keep(self) -> None:
+        """Probe the server whenever it is not in use, until cancelled."""
+        while True:
+            if not self.breaker.closed:
+                self.breaker.probe()
+                await self._try_out()
+            if self.breaker.closed:
+                await self._opened.wait()
+                self._opened.clear()
+            now = asyncio.get_running_loop().time()
+            await asyncio.sleep(max(self.breaker.cooldown(), self.paused_until - now))
+
+    async def _try_out(self) -> None:
+        problem = await self.check_health()
+        self.breaker.probed(problem is None)
+        if problem is None:
+            _log.info("teacher server is ready", url=self.url, model=self.model)
+            self.last_problem = None
+            self._changed()
+            return
+        if self.last_problem is None or self.last_problem.fault != problem.fault:
+            _log.warning("teacher server cannot be used", url=self.url, reason=problem.fault, **problem.detail)
+        self.last_problem = problem
+
+    async def check_health(self) -> ServerProblem | None:
+        """Whether the server generates: it lists its models and answers a request for one token.
+
+        Being asked wrongly (a base model has no chat, for instance) is an answer too.
+        """
+        try:
+            async with asyncio.timeout(min(self._deadline, _PROBE_SECONDS)):
+                problem = await self._look_up_model()
+                if problem is None:
+                    call = reply_call(_PROBE)
+                    assert isinstance(call, Call)
+                    outcome = await self._call(call)
+                    problem = outcome if isinstance(outcome, ServerProblem) and outcome.fault in OF_SERVER else None
+        except TimeoutError:
+            return ServerProblem(Fault.DEADLINE)
+        return problem
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._connections.close()
+
+    async def _look_up_model(self) -> ServerProblem | None:
+        body = await self._connections.exchange("models")
+        models = body if isinstance(body, ServerProblem) else read_models(body)
+        if isinstance(models, ServerProblem):
+            # A server need not list its models when it is known which one is meant.
+            unlisted = models.fault not in OF_SERVER or models.fault == Fault.NOT_FOUND
+            return None if self.config.model and unlisted else models
+        if not models and not self.config.model:
+            return ServerProblem(Fault.NOT_FOUND, {"message": "the server lists no model"})
+        self.model = self.config.model or models[0][0]
+        self._is_vllm = any(is_vllm for _, is_vllm in models)
+        return None
+
+    async def _call(self, call: Call[Result]) -> Result | ServerProblem:
+        answer = await self._answer(call)
+        result = answer if isinstance(answer, ServerProblem) else call.read(answer)
+        if isinstance(result, ServerProblem):
+            return replace(result, detail=self._mask.detail(result.detail))
+        used = tokens_used(answer)
+        self.counters.tokens_in += used[0]
+        self.counters.tokens_out += used[1]
+        if isinstance(result, Reply) and call.answer_start and self._needs.begins_in_question:
+            # Which tokens are left is not known then.
+            return replace(result, text=without_echo(result.text, call.answer_start), token_ids=())
+        return result
+
+    async def _answer(self, call: Call[Any]) -> Any | ServerProblem:
+        """The body of the answer, asked for in the way that the server takes; what helped is kept for later calls."""
+        needs, refused, changes = self._needs, ServerProblem(Fault.REJECTED), list[str]()
+        for attempt in range(_MOST_TRIES):
+            body = needs.body_of(call, self.config, self.model, self._is_vllm)
+            answer = await self._connections.exchange(call.path, body)
+            if not isinstance(answer, ServerProblem):
+                self._unexplained = 0
+                if changes:
+                    self._needs = needs
+                    _log.warning(
+                        f"teacher server refuses a request; from now on {'; '.join(changes)}",
+                        url=self.url,
+                        reason=refused.fault,
+                        **refused.detail,
+                    )
+                return answer
+            if attempt == 0:
+                refused = answer
+            if (found := needs.after(answer, call, body)) is None or not self._is_worth_trying(answer):
+                break
+            needs, change = found
+            changes.append(change)
+        # What was said first is what is wrong with the request as it should be.
+        return refused if changes and answer.fault == refused.fault else answer
+
+    def _is_worth_trying(self, problem: ServerProblem) -> bool:
+        """A server error may be of the moment; only one that comes again is taken for an answer to the request."""
+        if problem.detail.get("status") != 500:
+            return True
+        self._unexplained += 1
+        return self._unexplained > 1
+
+
+def _key(config: EndpointConfig) -> str:
+    if not config.api_key_env:
+        return ""
+    key = os.environ.get(config.api_key_env, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            f"endpoint {config.url} has api_key_env = {config.api_key_env}, which is not set to a key; "
+            "export it, or leave api_key_env empty"
+        )
+    return key

@@ -1,0 +1,306 @@
+"""Asking a number of teacher servers as if they were one.
+
+    request ──> queue ──> server with room ──> answer
+                  ^            │ transient fault
+                  └── back-off ┘                      all within the deadline, which begins when a server is found
+
+Waiting for room at servers that work is not counted: how long a queue is, is the caller's choice. A request for which
+there is no server at all waits as long as the deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.errors import TeacherError
+from megatron_rlpt.judge_workers.client.breaker import Breaker
+from megatron_rlpt.judge_workers.client.calls import Call, reply_call, score_call
+from megatron_rlpt.judge_workers.client.deadline import check_speed
+from megatron_rlpt.judge_workers.client.endpoint import Endpoint
+from megatron_rlpt.judge_workers.client.faults import PERMANENT, TRANSIENT, Fault, ServerProblem
+from megatron_rlpt.teacher.generator import Reply, Request
+from megatron_rlpt.types import Failed
+
+Result = TypeVar("Result")
+
+FIRST_BACKOFF = 0.25
+"""Seconds that the first retry waits at most; doubles with every further one."""
+LONGEST_BACKOFF = 10.0
+_LOOK = 1.0
+"""Seconds between two looks at why no server is ready."""
+_HOPELESS = 30.0
+"""Seconds to wait for a first server while all of them refuse what waiting cannot mend: a key, a model's name."""
+
+
+class TeacherPool:
+    """An ``Ask`` over several servers. An asynchronous context manager; belongs to one event loop."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[EndpointConfig],
+        deadline: float,
+        control_tokens: Iterable[str] = (),
+        breaker: Callable[[], Breaker] = Breaker,
+    ) -> None:
+        """
+        Args:
+            endpoints: servers to begin with; see ``update``.
+            deadline: seconds for one answer, retries included (``teacher.workers.request_deadline``).
+            control_tokens: special tokens of the servers' tokenizer, if it is known, to be broken up in texts besides
+                the common ones.
+            breaker: makes the circuit breaker of each server.
+        """
+        self.deadline = deadline
+        self._first = list(endpoints)
+        self._control_tokens = tuple(control_tokens)
+        self._breaker = breaker
+        self._endpoints: dict[str, Endpoint] = {}
+        self._keepers: dict[Endpoint, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._turns: dict[Endpoint, float] = {}
+        self._turn = 0.0
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._tickets = 0
+
+    async def __aenter__(self) -> TeacherPool:
+        """Begin to look for servers that answer.
+
+        Raises:
+            ConfigError: see ``update``.
+        """
+        self.update(self._first)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all connections; no request may be under way."""
+        self.update([])
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """Servers in use or on probation, with their counters."""
+        return list(self._endpoints.values())
+
+    @property
+    def all_down(self) -> bool:
+        """Whether no server can be asked, as far as is known; claim no work while it is so."""
+        return not any(endpoint.breaker.closed for endpoint in self._endpoints.values())
+
+    @property
+    def trouble(self) -> str:
+        """Why servers cannot be used, in their own words; empty where nothing is known or there is none."""
+        problems = [(one.url, one.last_problem) for one in self._endpoints.values() if one.last_problem]
+        return "; ".join(f"{url}: {problem.failed().explained}" for url, problem in problems)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no server can be asked until somebody changes a key, a name or a configuration."""
+        problems = [endpoint.last_problem for endpoint in self._endpoints.values()]
+        return bool(problems) and all(problem is not None and problem.fault in PERMANENT for problem in problems)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for room at a server."""
+        return len(self._waiting)
+
+    @property
+    def name(self) -> str:
+        """Names of the models that are asked, for the provenance of scores; empty before a server was ready."""
+        return "+".join(sorted({endpoint.model for endpoint in self._endpoints.values() if endpoint.model}))
+
+    def update(self, endpoints: Sequence[EndpointConfig]) -> None:
+        """Use exactly these servers from now on; requests under way at others finish there.
+
+        Raises:
+            ConfigError: a server's configuration is wrong or its key is missing; nothing has changed then.
+        """
+        wanted = {config.url.rstrip("/"): config for config in endpoints}
+        kept = {url: old for url, old in self._endpoints.items() if wanted.get(url) == old.config}
+        new = {
+            url: Endpoint(config, self.deadline, self._breaker(), self._wake_all)
+            for url, config in wanted.items()
+            if url not in kept
+        }
+        gone = [old for url, old in self._endpoints.items() if url not in kept]
+        self._endpoints = {url: kept.get(url) or new[url] for url in wanted}
+        for endpoint in gone:
+            self._keepers.pop(endpoint).cancel()
+            del self._turns[endpoint]
+            self._close_if_idle(endpoint)
+        for endpoint in new.values():
+            self._keepers[endpoint] = asyncio.create_task(endpoint.keep())
+            # Somewhere in the round: many workers that come up together are not to begin with the same servers.
+            self._turns[endpoint] = self._turn + random.random() / endpoint.config.weight
+        self._wake_all()
+
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Wait until at least one server answers.
+
+        Raises:
+            TeacherError: none did in time; says why, for each.
+        """
+        began = since = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(seconds):
+                while self.all_down:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_LOOK):
+                            await self._wait(self._ticket())
+                    now = asyncio.get_running_loop().time()
+                    since = since if self.hopeless else now
+                    if now - since > _HOPELESS:
+                        raise TimeoutError
+        except TimeoutError:
+            problems = [(endpoint.url, endpoint.last_problem) for endpoint in self._endpoints.values()]
+            found = [f"{url}: {one.failed().explained if one else 'no answer yet'}" for url, one in problems]
+            seconds = min(seconds, asyncio.get_running_loop().time() - began)
+            listed = "; ".join(found) or "there is none in teacher.workers.endpoints, and none is announced"
+            raise TeacherError(f"no teacher server was ready within {seconds:.3g} s ({listed})") from None
+
+    async def check_deadline(self, max_tokens: int) -> None:
+        """Check of every server that answers whether it can generate ``max_tokens`` within the deadline.
+
+        Raises:
+            ConfigError: one cannot; names the numbers and a deadline that would do.
+            TeacherError: the speed of one is not in its configuration and could not be measured.
+        """
+        ready = [endpoint for endpoint in self._endpoints.values() if endpoint.breaker.closed]
+        await asyncio.gather(*(check_speed(endpoint, max_tokens, self.deadline) for endpoint in ready))
+
+    async def __call__(self, request: Request) -> Reply | Failed:
+        """The reply, or the reason why there is none. Raises nothing but ``asyncio.CancelledError``."""
+        call = reply_call(request, self._control_tokens)
+        if isinstance(call, ServerProblem):
+            return call.failed()
+        return await self._ask(call)
+
+    async def score(self, token_ids: Sequence[int], first: int) -> list[float] | Failed:
+        """Log-probabilities (nats) of ``token_ids[first:]``, each given all tokens before it; vLLM servers only.
+
+        Raises:
+            ValueError: ``first`` is not between 1 and the last position.
+        """
+        return await self._ask(score_call(token_ids, first))
+
+    async def _ask(self, call: Call[Result]) -> Result | Failed:
+        attempts = 0
+        tried: set[Endpoint] = set()
+        problem = ServerProblem(Fault.NO_SERVER)
+        asked: Endpoint | None = None
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as limit:
+                while True:
+                    endpoint = await self._find_room(tried, limit, waits_free=attempts == 0)
+                    if attempts == 0:
+                        limit.reschedule(loop.time() + self.deadline)
+                    attempts, asked = attempts + 1, endpoint
+                    try:
+                        outcome = await endpoint.send(call, retry=attempts > 1)
+                    finally:
+                        self._leave(endpoint)
+                    if not isinstance(outcome, ServerProblem):
+                        return outcome
+                    problem, asked = outcome, None
+                    tried.add(endpoint)
+                    pause = backoff(attempts)
+                    if problem.fault not in TRANSIENT or loop.time() + max(pause, self._pause()) >= (limit.when() or 0):
+                        return problem.failed(server=endpoint.url, attempts=attempts)
+                    await asyncio.sleep(pause)
+        except TimeoutError:
+            if asked is None:
+                return problem.failed(attempts=attempts, deadline=self.deadline)
+            ran_out = ServerProblem(Fault.DEADLINE, {"deadline": self.deadline})
+            asked.note(ran_out)
+            return ran_out.failed(server=asked.url, attempts=attempts)
+
+    async def _find_room(self, tried: set[Endpoint], limit: asyncio.Timeout, waits_free: bool) -> Endpoint:
+        """A server with room, one more request counted at it; in the order of coming, those tried already last.
+
+        With ``waits_free``, ``limit`` runs only while all servers are down.
+        """
+        loop = asyncio.get_running_loop()
+        ticket = self._ticket()
+        while (endpoint := self._choose(tried)) is None:
+            if waits_free and not self.all_down:
+                limit.reschedule(None)
+            elif waits_free and limit.when() is None:
+                limit.reschedule(loop.time() + self.deadline)
+            await self._wait(ticket)
+        endpoint.in_flight += 1
+        return endpoint
+
+    def _choose(self, tried: set[Endpoint]) -> Endpoint | None:
+        """The least loaded server relative to its weight; among equals the one whose turn it is by weight."""
+        now = asyncio.get_running_loop().time()
+        open_ones = [endpoint for endpoint in self._endpoints.values() if endpoint.has_room(now)]
+        candidates = [endpoint for endpoint in open_ones if endpoint not in tried] or open_ones
+        if not candidates:
+            return None
+        chosen = min(candidates, key=lambda one: (one.in_flight / one.config.weight, self._turns[one]))
+        # A server that was away does not catch up on turns it missed.
+        self._turn = max(self._turns[chosen], self._turn)
+        self._turns[chosen] = self._turn + 1 / chosen.config.weight
+        return chosen
+
+    def _pause(self) -> float:
+        """Seconds until the first server may be asked again, as far as they said so."""
+        now = asyncio.get_running_loop().time()
+        return max(0.0, min((one.paused_until - now for one in self._endpoints.values()), default=0.0))
+
+    def _leave(self, endpoint: Endpoint) -> None:
+        endpoint.in_flight -= 1
+        now = asyncio.get_running_loop().time()
+        if endpoint.paused_until > now:
+            asyncio.get_running_loop().call_at(endpoint.paused_until, self._wake_all)
+        self._wake_one()
+        self._close_if_idle(endpoint)
+
+    def _close_if_idle(self, endpoint: Endpoint) -> None:
+        if endpoint not in self._keepers and endpoint.in_flight == 0:
+            self._spawn(endpoint.close())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _ticket(self) -> int:
+        self._tickets += 1
+        return self._tickets
+
+    async def _wait(self, ticket: int) -> None:
+        """Until something changed; whoever waits on keeps its place."""
+        turn = self._waiting[ticket] = asyncio.get_running_loop().create_future()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._wake_one()
+            raise
+        finally:
+            del self._waiting[ticket]
+
+    def _wake_one(self) -> None:
+        for turn in self._waiting.values():
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _wake_all(self) -> None:
+        for turn in self._waiting.values():
+            if not turn.done():
+                turn.set_result(None)
+
+
+def backoff(attempts: int) -> float:
+    """Seconds to wait after so many failed attempts: anything up to a bound that doubles (full jitter)."""
+    return random.uniform(0.0, min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** (min(attempts, 60) - 1)))

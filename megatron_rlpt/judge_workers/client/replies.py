@@ -1,0 +1,305 @@
+"""What comes back: from a decoded JSON body, which may be anything, to a reply or the reason why it is none.
+
+Servers agree on little more than ``choices[0].message.content``: answers come as a text or as a list of parts, thoughts
+beside them or among them, and every server has words of its own for why an answer ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_rlpt.judge_workers.client.complaints import error_in
+from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem, excerpt, fault_of_status
+from megatron_rlpt.teacher.generator import Reply
+
+_STAND_IN = -9999.0
+"""What vLLM writes for a log-probability of minus infinity, which JSON cannot hold."""
+_ROUNDING = 1e-3
+_LARGEST_ID = 2**31
+_LARGEST_COUNT = 2**53
+
+
+_ENDED = frozenset(
+    [
+        "stop",
+        "eos",
+        "eos_token",
+        "eos_found",
+        "stop_sequence",
+        "stop_token",
+        "end_turn",
+        "end_of_turn",
+        "complete",
+        "completed",
+        "finished",
+        "end",
+        "done",
+        "endoftext",
+        "end_of_text",
+        # Servers say so, too, when it ended its answer and their parser of tools has looked at it.
+        "tool_calls",
+        "tool_use",
+        "function_call",
+    ]
+)
+"""The model ended its answer."""
+_CUT = frozenset(
+    [
+        "length",
+        "max_tokens",
+        "max_length",
+        "max_new_tokens",
+        "max_output_tokens",
+        "model_length",
+        "context_length",
+        "token_limit",
+        "model_context_window_exceeded",
+        "max_completion_tokens",
+        "length_capped",
+        "error_limit",
+        "limit",
+    ]
+)
+"""There was no room for more."""
+_CENSORED = frozenset(
+    [
+        "content_filter",
+        "content_filtered",
+        "safety",
+        "refusal",
+        "refused",
+        "blocked",
+        "blocklist",
+        "recitation",
+        "prohibited_content",
+        "spii",
+        "sensitive",
+        "guardrail_intervened",
+        "error_toxic",
+        "moderation",
+        "language",
+        "image_safety",
+    ]
+)
+_BROKEN_OFF = frozenset(
+    [
+        "abort",
+        "aborted",
+        "cancelled",
+        "canceled",
+        "error",
+        "network_error",
+        "insufficient_system_resource",
+        "insufficient_system_resources",
+        "timeout",
+        "unload",
+        "load",
+        "shutdown",
+    ]
+)
+"""Worth asking again."""
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+_TEXT_PARTS = ("text", "output_text", None)
+_THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text", "thought")
+
+
+def read_chat(body: Any, max_tokens: int = 0) -> Reply | ServerProblem:
+    """The reply in the body of a chat completion; ``max_tokens`` were asked for at most (0 is not known)."""
+    choice = _choice(body)
+    if isinstance(choice, ServerProblem):
+        return choice
+    message = choice.get("message")
+    if message is None and isinstance(choice.get("text"), str):
+        message = {"content": choice["text"]}
+    if not isinstance(message, dict):
+        return _wrong("choices[0].message", message)
+    refusal = message.get("refusal")
+    if isinstance(refusal, str) and refusal:
+        return ServerProblem(Fault.REFUSED, {"message": excerpt(refusal)})
+    reason = _end(body, choice, max_tokens)
+    if isinstance(reason, ServerProblem):
+        return reason
+    text, thought = _content(message)
+    if isinstance(text, ServerProblem):
+        return text
+    if text is None:
+        if reason == "length":
+            # All tokens went into what came before the answer.
+            text = ""
+        elif thought:
+            return ServerProblem(Fault.THOUGHT, {"message": excerpt(thought)})
+        else:
+            return _wrong("choices[0].message.content", message.get("content"))
+    return _reply(body, choice, text, reason, "choices[0].message.content")
+
+
+def read_completion(body: Any, max_tokens: int = 0) -> Reply | ServerProblem:
+    """The reply in the body of a completion; ``max_tokens`` were asked for at most (0 is not known)."""
+    choice = _choice(body)
+    if isinstance(choice, ServerProblem):
+        return choice
+    reason = _end(body, choice, max_tokens)
+    if isinstance(reason, ServerProblem):
+        return reason
+    return _reply(body, choice, choice.get("text"), reason, "choices[0].text")
+
+
+def read_logprobs(body: Any, token_ids: Sequence[int], first: int) -> list[float] | ServerProblem:
+    """Natural log-probabilities of ``token_ids[first:]`` in the body of a completion with ``prompt_logprobs``.
+
+    vLLM gives a list with one entry per token of the prompt: null for the first, and for the others an object from
+    token id to ``{"logprob": ..., "rank": ..., "decoded_token": ...}`` that holds at least the prompt's own token.
+    """
+    choice = _choice(body)
+    if isinstance(choice, ServerProblem):
+        return choice
+    entries = choice.get("prompt_logprobs")
+    if not isinstance(entries, list) or len(entries) != len(token_ids):
+        return _wrong("choices[0].prompt_logprobs", entries)
+    logprobs: list[float] = []
+    for place in range(first, len(token_ids)):
+        own = entries[place].get(str(token_ids[place])) if isinstance(entries[place], dict) else None
+        value = own.get("logprob") if isinstance(own, dict) else None
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return _wrong(f"choices[0].prompt_logprobs[{place}]", entries[place])
+        # Rounding may leave a little more than 0; NaN is in no range.
+        if not _STAND_IN < value < _ROUNDING:
+            return ServerProblem(Fault.NOT_FINITE, {"position": place, "value": repr(value)[:30]})
+        logprobs.append(float(value))
+    return logprobs
+
+
+def read_models(body: Any) -> list[tuple[str, bool]] | ServerProblem:
+    """Name of each model that a server lists, and whether vLLM serves it.
+
+    The list is ``data`` by OpenAI's rules, ``models`` of Ollama and Gemini, or the body itself of Together.
+    """
+    entries = body
+    if isinstance(body, dict):
+        entries = next((body[key] for key in ("data", "models") if isinstance(body.get(key), list)), None)
+    if not isinstance(entries, list):
+        error = error_in(body)
+        return _failed(*error) if error else _wrong("data", body if entries is None else entries)
+    models = []
+    for entry in entries:
+        if isinstance(entry, str):
+            entry = {"id": entry}
+        if isinstance(entry, dict):
+            name = next((entry[key] for key in ("id", "name", "model") if isinstance(entry.get(key), str)), "")
+            if name:
+                models.append((name, entry.get("owned_by") == "vllm"))
+    return models
+
+
+def tokens_used(body: Any) -> tuple[int, int]:
+    """Tokens of prompt and answer as the server counts them; 0 is unknown."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    return (
+        _count(usage, "prompt_tokens") or _count(usage, "input_tokens"),
+        _count(usage, "completion_tokens") or _count(usage, "output_tokens"),
+    )
+
+
+def _choice(body: Any) -> dict[str, Any] | ServerProblem:
+    if error := error_in(body):
+        return _failed(*error)
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return _wrong("choices[0]", body)
+    choice: dict[str, Any] = choices[0]
+    error = error_in(choice)
+    return _failed(*error) if error else choice
+
+
+def _failed(message: str, status: int) -> ServerProblem:
+    """What an error says that came with the status of a success."""
+    fault = fault_of_status(status) if status >= 400 else Fault.SERVER
+    return ServerProblem(fault, {"message": excerpt(message)} | ({"status": status} if status else {}))
+
+
+def _end(body: Any, choice: dict[str, Any], max_tokens: int) -> str | ServerProblem:
+    """Why the answer ended: ``stop`` or ``length``."""
+    names = ("finish_reason", "finish_details", "native_finish_reason", "stop_reason")
+    given = [choice.get(name) for name in names]
+    # SGLang's own form is an object: {"type": "stop", "matched": 2}.
+    said = [one.get("type") if isinstance(one, dict) else one for one in given]
+    if given[0] not in (None, "", {}) and not isinstance(said[0], str):
+        return _wrong("choices[0].finish_reason", given[0])
+    reason = next((one for one in said if isinstance(one, str) and one), None)
+    if reason is None:
+        # Whether it was whole is known from its length, where that is known.
+        used = tokens_used(body)[1]
+        if not used or not max_tokens:
+            return _wrong("choices[0].finish_reason", choice.get("finish_reason"))
+        return "stop" if used < max_tokens else "length"
+    word = reason.lower().replace("-", "_").removeprefix("finish_reason_")
+    if word in _CENSORED:
+        return ServerProblem(Fault.REFUSED, {"finish_reason": excerpt(reason)})
+    if word in _BROKEN_OFF:
+        # vLLM breaks off what is under way when it is paused or stopped; DeepSeek when it has no room.
+        return ServerProblem(Fault.BROKEN, {"finish_reason": excerpt(reason)})
+    if word in _ENDED:
+        return "stop"
+    return "length" if word in _CUT else _wrong("choices[0].finish_reason", reason)
+
+
+def _content(message: dict[str, Any]) -> tuple[str | ServerProblem | None, str]:
+    """The answer, None where there is none, and the thought before it."""
+    thought = next((message[key] for key in _THOUGHTS if isinstance(message.get(key), str)), "")
+    content = message.get("content")
+    if content is None or (isinstance(content, str) and not content.strip() and thought):
+        return None, thought
+    if isinstance(content, str):
+        return content, thought
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        return _wrong("choices[0].message.content", content), thought
+    texts: list[str] = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else part
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and kind in _THOUGHT_PARTS:
+            thought = thought or excerpt(part.get(str(kind)) or "a thought")
+        elif isinstance(part, dict) and kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif isinstance(part, dict) and kind == "refusal":
+            return ServerProblem(Fault.REFUSED, {"message": excerpt(part.get("refusal"))}), thought
+        else:
+            return _wrong(f"choices[0].message.content[{index}]", part), thought
+    return "".join(texts) if texts else None, thought
+
+
+def _reply(body: Any, choice: dict[str, Any], text: Any, reason: str, where: str) -> Reply | ServerProblem:
+    if not isinstance(text, str) or not _is_writable(text):
+        return _wrong(where, text)
+    ids = choice.get("token_ids")
+    if ids is not None and not (isinstance(ids, list) and all(_is_below(token, _LARGEST_ID) for token in ids)):
+        return _wrong("choices[0].token_ids", ids)
+    return Reply(text, tuple(ids or ()), reason, *tokens_used(body))
+
+
+def _count(usage: Any, key: str) -> int:
+    value: Any = usage.get(key) if isinstance(usage, dict) else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if _is_below(value, _LARGEST_COUNT) else 0
+
+
+def _is_below(value: object, end: int) -> bool:
+    return type(value) is int and 0 <= value < end
+
+
+def _is_writable(text: str) -> bool:
+    """JSON can spell half a character, which no file and no store takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _wrong(where: str, found: object) -> ServerProblem:
+    return ServerProblem(Fault.SHAPE, {"where": where, "found": excerpt(found)})

@@ -1,0 +1,110 @@
+"""What a judge worker does with one group: the rewrite, where one is wanted, then the verdicts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from megatron_rlpt.teacher.generator import Ask, Reply, Request
+from megatron_rlpt.teacher.rewriter import Rewriter
+from megatron_rlpt.types import Candidate, Failed, Group, Source, derive_seed
+
+
+class GroupJudge(Protocol):
+    """Judges one group at a time."""
+
+    async def judge_group(self, group: Group, ask: Ask) -> Group:
+        """The group with one outcome per candidate."""
+        ...
+
+
+@dataclass(frozen=True)
+class GroupProcessor:
+    """Rewrites and judges groups as the run asks for."""
+
+    judge: GroupJudge | None
+    """None where the objective compares nothing."""
+    rewriter: Rewriter | None
+
+    async def process(self, group: Group, ask: Ask) -> Group:
+        """The group as the trainer takes it: with its rewrite, behind the original, and with outcomes."""
+        if self.rewriter is not None:
+            rewrite = await self.rewriter.rewrite_one(group.episode, ask)
+            if isinstance(rewrite, Failed):
+                group = replace(group, rewrite_failure=rewrite)
+            else:
+                group = replace(group, candidates=_with_rewrite(group.candidates, rewrite))
+        return await self.judge.judge_group(group, ask) if self.judge else group
+
+
+def _with_rewrite(candidates: tuple[Candidate, ...], rewrite: Candidate) -> tuple[Candidate, ...]:
+    place = sum(candidate.source is Source.ORIGINAL for candidate in candidates)
+    return (*candidates[:place], rewrite, *candidates[place:])
+
+
+class Remembering:
+    """An ``Ask`` for one group that keeps every reply, so that no question is paid for twice when a worker crashes.
+
+    Failures are not kept: another attempt may do better.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        teacher: str,
+        known: Mapping[str, str],
+        keep: Callable[[str, str], Any],
+        again: int,
+    ) -> None:
+        """
+        Args:
+            ask: the teacher.
+            teacher: its name; another one's replies are no replies.
+            known: what ``keep`` was given before.
+            keep: called with key and reply, both to be stored; awaited.
+            again: how often the group has been judged in vain; other seeds give it another chance.
+        """
+        self._ask = ask
+        self._teacher = teacher
+        self._known = known
+        self._keep = keep
+        self._again = again
+        self.failures: list[Failed] = []
+        """The requests that failed."""
+
+    async def __call__(self, request: Request) -> Reply | Failed:
+        """See ``Ask``."""
+        if self._again:
+            request = replace(request, seed=derive_seed(request.seed, self._again))
+        key = key_of(self._teacher, request)
+        if (known := _read(self._known.get(key))) is not None:
+            return known
+        reply = await self._ask(request)
+        if isinstance(reply, Failed):
+            self.failures.append(reply)
+        else:
+            await self._keep(key, json.dumps(asdict(reply)))
+        return reply
+
+
+def key_of(teacher: str, request: Request) -> str:
+    """What tells a question from all others: the teacher and everything that is sent to it."""
+    text = json.dumps([teacher, asdict(request)], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _read(text: str | None) -> Reply | None:
+    """A reply that was kept; None where there is none, or none that can be read: then it is asked for again."""
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text)
+        reply = Reply(**fields | {"token_ids": tuple(fields["token_ids"])})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    numbers = (*reply.token_ids, reply.prompt_tokens, reply.answer_tokens)
+    known = isinstance(reply.text, str) and isinstance(reply.finish_reason, str)
+    return reply if known and all(type(number) is int for number in numbers) else None

@@ -1,0 +1,122 @@
+"""What a judge worker tells Prometheus, on a port of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from megatron_rlpt.distributed.addresses import reachable
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.judge_workers.client.endpoint import Endpoint
+from megatron_rlpt.plain_text import shortened
+from megatron_rlpt.types import Failed, Group
+
+_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+
+
+class WorkerMetrics:
+    """Counts groups; reads the counters of the servers when Prometheus asks."""
+
+    def __init__(self, endpoints: Callable[[], Sequence[Endpoint]] = tuple) -> None:
+        """``endpoints`` gives the servers in use."""
+        self.registry = CollectorRegistry()
+        self.address = ""
+        """Where the metrics are; empty before ``serve``."""
+        self._groups = Counter("rlpt_groups", "Groups handed in.", registry=self.registry)
+        self._back = Counter("rlpt_groups_given_back", "Groups given back.", ["reason"], registry=self.registry)
+        self._failed = Counter(
+            "rlpt_failed_judgments",
+            "Candidates without a score, and rewrites that failed.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self._cause = Info(
+            "rlpt_last_failure",
+            "Why a candidate or a rewrite failed last, or a group went back, back to the server's own words.",
+            registry=self.registry,
+        )
+        self._flying = Gauge("rlpt_groups_in_flight", "Groups being judged.", registry=self.registry)
+        self._seconds = Histogram(
+            "rlpt_group_seconds", "Seconds from claim to completion.", buckets=_SECONDS, registry=self.registry
+        )
+        self._calls = Counter("rlpt_teacher_calls", "Questions asked for groups handed in.", registry=self.registry)
+        self.registry.register(_Servers(endpoints))
+
+    def serve(self, host: str, port: int) -> None:
+        """Answer Prometheus.
+
+        Args:
+            host: address to listen on.
+            port: 0 chooses a free one, -1 does nothing.
+
+        Raises:
+            ConfigError: the port is taken, or the address is none of this machine's.
+        """
+        if port < 0:
+            return
+        try:
+            server, _ = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise ConfigError(
+                f"teacher.workers.metrics_port is {port}, which cannot be used on metrics_host {host} "
+                f"({error.strerror}); allowed: a free port, 0 (chooses one) or -1 (off), on an address of this machine"
+            ) from None
+        self.address = f"http://{reachable(host)}:{server.server_port}/metrics"
+
+    @contextlib.contextmanager
+    def group_in_flight(self) -> Iterator[None]:
+        """Around the judging of a group."""
+        with self._flying.track_inprogress():
+            yield
+
+    def completed(self, group: Group, seconds: float) -> None:
+        """``group`` was handed in, ``seconds`` after it was claimed."""
+        self._groups.inc()
+        self._seconds.observe(seconds)
+        self._calls.inc(group.cost.calls if group.cost else 0)
+        for outcome in (*group.outcomes, group.rewrite_failure):
+            if isinstance(outcome, Failed):
+                self._failed.labels(outcome.root).inc()
+                self._cause.info({"cause": shortened(outcome.explained)})
+
+    def given_back(self, reason: str, cause: str = "") -> None:
+        """A group went back unjudged, for a ``reason`` that is one of few; ``cause`` is all that is known of it."""
+        self._back.labels(reason).inc()
+        if cause:
+            self._cause.info({"cause": shortened(cause)})
+
+
+class _Servers:
+    """The counters of every server, as they are when asked for."""
+
+    def __init__(self, endpoints: Callable[[], Sequence[Endpoint]]) -> None:
+        self._endpoints = endpoints
+
+    def collect(self) -> Iterator[Any]:
+        """See prometheus_client's ``Collector``."""
+        up = GaugeMetricFamily("rlpt_teacher_up", "Whether the server answers.", labels=["url"])
+        flying = GaugeMetricFamily("rlpt_teacher_in_flight", "Requests under way.", labels=["url"])
+        totals = {
+            name: CounterMetricFamily(f"rlpt_teacher_{name}", text, labels=["url"])
+            for name, text in (
+                ("requests", "Requests sent, retries included."),
+                ("retries", "Requests that were retries."),
+                ("tokens_in", "Tokens of prompts."),
+                ("tokens_out", "Tokens of answers."),
+                ("seconds", "Seconds of all requests together."),
+            )
+        }
+        failures = CounterMetricFamily("rlpt_teacher_failures", "Failed requests.", labels=["url", "reason"])
+        for endpoint in self._endpoints():
+            up.add_metric([endpoint.url], float(endpoint.breaker.closed))
+            flying.add_metric([endpoint.url], endpoint.in_flight)
+            for name, family in totals.items():
+                family.add_metric([endpoint.url], getattr(endpoint.counters, name))
+            # A copy: the worker goes on counting in another thread.
+            for reason, count in dict(endpoint.counters.failures).items():
+                failures.add_metric([endpoint.url, reason], count)
+        yield from (up, flying, *totals.values(), failures)

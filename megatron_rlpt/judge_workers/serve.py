@@ -1,0 +1,221 @@
+"""``rlpt judge serve``: one worker from its configuration, from start to SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from megatron_rlpt.buffer.open import open_buffer, place_of
+from megatron_rlpt.buffer.protocol import RolloutBuffer
+from megatron_rlpt.config import Config, JudgeName, RunIn, needs_judge
+from megatron_rlpt.errors import BufferUnavailableError, ConfigError
+from megatron_rlpt.judge_workers.client.pool import TeacherPool
+from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints, server_key
+from megatron_rlpt.judge_workers.group_processor import GroupJudge, GroupProcessor
+from megatron_rlpt.judge_workers.metrics import WorkerMetrics
+from megatron_rlpt.judge_workers.served_likelihood import ServedLikelihood
+from megatron_rlpt.judge_workers.worker import AskedTeacher, Worker
+from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.teacher.build import build_generative_judge, build_rewriter, require_same_vocabulary
+from megatron_rlpt.teacher.rewriter import answer_tokens
+from megatron_rlpt.teacher.settings_fingerprint import SETTINGS, require_same_settings
+from megatron_rlpt.tokens.control_tokens import known_special_tokens
+
+if TYPE_CHECKING:
+    from megatron_rlpt.judge_workers.own_likelihood import OwnLikelihood
+
+_log = get_logger(__name__)
+
+_LOOK_ROUND = 3.0
+"""Seconds between two looks at which servers are announced."""
+_TELL_AGAIN = 30.0
+"""Seconds after which it is said again for what a worker waits; doubles each time, up to an hour."""
+_LONGEST_SILENCE = 3600.0
+_WHERE_TRAINER = (
+    "is rlpt train running, with the same buffer.url, buffer.name and run.dir, and with teacher.run_in=workers? SQLite "
+    "is for one machine"
+)
+_READY = 600.0
+"""Seconds to wait for the first server; large models take minutes to load."""
+
+
+def most_tokens(config: Config) -> int:
+    """Longest answer that a worker asks for, in tokens; 0 where it asks for none."""
+    prompted = needs_judge(config.objective.name) and config.teacher.judge == JudgeName.generative
+    judge = config.teacher.generative.max_tokens if prompted else 0
+    return max(judge, answer_tokens(config) if config.candidates.rewrite else 0)
+
+
+def run_worker(config: Config, name: str = "") -> None:
+    """Judge until SIGTERM or Ctrl-C.
+
+    Args:
+        config: that of the run.
+        name: of this worker; by default made of host, process and a random part.
+
+    Raises:
+        RlptError: configuration, buffer or servers cannot be used.
+    """
+    if config.teacher.run_in is not RunIn.workers:
+        raise ConfigError("teacher.run_in is trainer; allowed: workers, for a run whose groups workers judge")
+    name = name or f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    asyncio.run(_run(config, name))
+
+
+async def _run(config: Config, name: str) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    buffer = await asyncio.to_thread(open_buffer, config)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            own = asyncio.create_task(_own_model(config))  # loads while the trainer comes up
+            await _until(stopped, asyncio.gather(_wait_for_trainer(config, buffer), own))
+            if stopped.is_set():
+                return
+            teacher, processor, metrics = await stack.enter_async_context(
+                _teacher(config, buffer, stopped, own.result())
+            )
+            if stopped.is_set():
+                return
+            metrics.serve(config.teacher.workers.metrics_host, config.teacher.workers.metrics_port)
+            worker = Worker(buffer, teacher, processor, config.teacher.workers, name, metrics)
+            _log.info("judging", worker=name, teacher=teacher.name, metrics=metrics.address or "off")
+            working = asyncio.create_task(worker.run())
+            watching = asyncio.create_task(_watch_trainer(config, buffer))
+            stopping = asyncio.create_task(_stop_when(stopped, worker))
+            try:
+                await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+                worker.stop()
+                await working
+                if watching.done():
+                    watching.result()
+            finally:
+                for task in (working, watching, stopping):
+                    task.cancel()
+                await asyncio.gather(working, watching, stopping, return_exceptions=True)
+    finally:
+        await asyncio.to_thread(buffer.close)
+
+
+async def _watch_trainer(config: Config, buffer: RolloutBuffer) -> None:
+    """A trainer that was started anew may want to have judged otherwise."""
+    while True:
+        await asyncio.sleep(_LOOK_ROUND)
+        for announced in (await asyncio.to_thread(buffer.announced, SETTINGS)).values():
+            require_same_settings(config, announced)
+
+
+async def _stop_when(stopped: asyncio.Event, worker: Worker) -> None:
+    await stopped.wait()
+    worker.stop()
+
+
+async def _until(stopped: asyncio.Event, work: Awaitable[object]) -> None:
+    """Await ``work`` unless the worker is told to stop first."""
+    tasks: list[asyncio.Future[object]] = [asyncio.ensure_future(work), asyncio.create_task(stopped.wait())]
+    done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
+    url, name = place_of(config)
+    began, tell_at, pause = time.monotonic(), 0.0, _TELL_AGAIN
+    while not (announced := await asyncio.to_thread(buffer.announced, SETTINGS)):
+        waited = time.monotonic() - began
+        if not tell_at:
+            _log.info("waiting for the trainer to open the rollout buffer", buffer=url, run=name)
+            tell_at = pause
+        elif waited >= tell_at:
+            _log.warning(
+                "still waiting for the trainer to open the rollout buffer",
+                buffer=url,
+                run=name,
+                waited=f"{waited:.0f} s",
+                check=_WHERE_TRAINER,
+            )
+            pause = min(2 * pause, _LONGEST_SILENCE)
+            tell_at = waited + pause
+        await asyncio.sleep(_LOOK_ROUND / 3)
+    require_same_settings(config, next(iter(announced.values())))
+
+
+async def _own_model(config: Config) -> OwnLikelihood | None:
+    if not config.teacher.workers.own_model:
+        return None
+    from megatron_rlpt.judge_workers.own_likelihood import OwnLikelihood
+
+    return await asyncio.to_thread(OwnLikelihood, config)
+
+
+@contextlib.asynccontextmanager
+async def _teacher(
+    config: Config, buffer: RolloutBuffer, stopped: asyncio.Event, own: OwnLikelihood | None
+) -> AsyncIterator[tuple[AskedTeacher, Callable[[], GroupProcessor], WorkerMetrics]]:
+    """Who is asked, what is asked, and what is counted, for as long as the worker runs."""
+    workers = config.teacher.workers
+    if own:
+        yield own, lambda: GroupProcessor(own, None), WorkerMetrics()
+        return
+    if config.teacher.judge == JudgeName.likelihood and needs_judge(config.objective.name):
+        await asyncio.to_thread(require_same_vocabulary, config)
+    server_key(workers.key_env)  # missing, it is missed now and not when the first server is announced
+    endpoints = announced_endpoints(workers.endpoints, await asyncio.to_thread(buffer.announced, KIND), workers.key_env)
+    # Where the teacher's folder is here, its own special tokens are known; else only the common ones are broken up.
+    known = known_special_tokens(config.teacher_path)
+    async with TeacherPool(endpoints, workers.request_deadline, known) as pool:
+        looking = asyncio.create_task(_look_round(config, buffer, pool))
+        try:
+            await _until(stopped, pool.wait_until_ready(_READY))
+            if not stopped.is_set() and (longest := most_tokens(config)):
+                await _until(stopped, pool.check_deadline(longest))
+            processor = await asyncio.to_thread(_examiner_of, config, pool)
+            if not stopped.is_set():
+                processor()  # what cannot be loaded is found out before anything is claimed
+            yield pool, processor, WorkerMetrics(lambda: pool.endpoints)
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+
+
+def judge_of(config: Config, pool: TeacherPool) -> GroupJudge:
+    """The judge that asks ``pool``, of which at least one server has answered."""
+    if config.teacher.judge == JudgeName.generative:
+        return build_generative_judge(config, pool.name)
+    return ServedLikelihood(pool.score, pool.name, config.teacher.likelihood)
+
+
+def _examiner_of(config: Config, pool: TeacherPool) -> Callable[[], GroupProcessor]:
+    rewriter = build_rewriter(config) if config.candidates.rewrite else None
+    judged = needs_judge(config.objective.name)
+
+    @functools.lru_cache(maxsize=1)
+    def processor(teacher: str) -> GroupProcessor:
+        # Servers with another model may join: scores carry the names of all that may have been asked.
+        return GroupProcessor(judge_of(config, pool) if judged else None, rewriter)
+
+    return lambda: processor(pool.name)
+
+
+async def _look_round(config: Config, buffer: RolloutBuffer, pool: TeacherPool) -> None:
+    """Servers come and go, also after the job that runs them was requeued on other machines."""
+    while True:
+        await asyncio.sleep(_LOOK_ROUND)
+        try:
+            announced = await asyncio.to_thread(buffer.announced, KIND)
+        except BufferUnavailableError as error:
+            _log.warning("cannot look for new teacher servers", reason=error)
+            continue
+        pool.update(announced_endpoints(config.teacher.workers.endpoints, announced, config.teacher.workers.key_env))

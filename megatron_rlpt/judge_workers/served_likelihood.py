@@ -1,0 +1,49 @@
+"""The likelihood judge by a server: log-probabilities are asked for, the formula is that of ``teacher.likelihood``."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from megatron_rlpt.config.schema import LikelihoodConfig
+from megatron_rlpt.teacher.concurrency import gather_or_cancel
+from megatron_rlpt.teacher.generator import Ask
+from megatron_rlpt.teacher.likelihood_score import likelihood_score
+from megatron_rlpt.types import BLANK, Failed, Group, Score
+
+ScoreTokens = Callable[[Sequence[int], int], Awaitable[list[float] | Failed]]
+"""``TeacherPool.score``: token ids and the first position wanted to log-probabilities in nats."""
+
+
+class ServedLikelihood:
+    """Scores candidates by mean log-likelihood under a served teacher minus weighted repetition."""
+
+    def __init__(self, score: ScoreTokens, teacher: str, config: LikelihoodConfig) -> None:
+        """
+        Args:
+            score: asks a server whose tokenizer is the policy's.
+            teacher: name of the model, for the provenance of scores.
+            config: weight and length of repetition.
+        """
+        self._score = score
+        self._name = f"likelihood/{teacher}"
+        self._config = config
+
+    async def judge_group(self, group: Group, ask: Ask) -> Group:
+        """The group with one outcome per candidate; equal candidates are scored once."""
+        distinct = list(dict.fromkeys(candidate.tokens for candidate in group.candidates if not candidate.blank))
+        outcomes = await gather_or_cancel(self._outcome(group.episode.prefix, tokens) for tokens in distinct)
+        by_tokens = dict(zip(distinct, outcomes, strict=True))
+        return replace(
+            group,
+            outcomes=tuple(BLANK if candidate.blank else by_tokens[candidate.tokens] for candidate in group.candidates),
+        )
+
+    async def _outcome(self, prefix: tuple[int, ...], tokens: tuple[int, ...]) -> Score | Failed:
+        if not tokens:
+            return Failed("empty candidate")
+        logprobs = await self._score((*prefix, *tokens), len(prefix))
+        if isinstance(logprobs, Failed):
+            return logprobs
+        return likelihood_score(self._name, self._config, tokens, fmean(logprobs))

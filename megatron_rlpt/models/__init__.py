@@ -1,0 +1,1 @@
+"""What a model is: architecture, family tables, Hugging Face folders."""

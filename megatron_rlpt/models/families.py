@@ -1,0 +1,253 @@
+"""Model families: how the tensors of a Hugging Face model map onto Megatron-Core's.
+
+A family is a table. Adding a dense one that differs from Llama only in names or flags means adding a row to
+``FAMILIES`` here and one to ``CONVENTIONS`` in ``architecture.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_rlpt.models.architecture import Architecture, Experts
+from megatron_rlpt.models.sharding import Cut
+
+Shape = tuple[int, ...]
+
+Merge = Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
+Split = Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron tensor and the Hugging Face tensors it is made of.
+
+    ``{layer}`` and ``{expert}`` in the names stand for numbers counted over the whole model. ``merge`` builds the
+    whole Megatron tensor from the Hugging Face tensors (in the order of ``theirs``); ``split`` is its exact inverse.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    shapes: Callable[[Architecture], tuple[Shape, ...]]
+    """Shapes of ``theirs``."""
+    merge: Merge
+    split: Split
+    cut: Cut
+    """How tensor parallelism divides the Megatron tensor."""
+    layer: int | None = None
+    expert: int | None = None
+
+    def at(self, layer: int, expert: int | None = None) -> Rule:
+        """This rule with its numbers filled in."""
+        numbers = {"layer": layer, "expert": expert}
+        return replace(
+            self,
+            ours=self.ours.format(**numbers),
+            theirs=tuple(name.format(**numbers) for name in self.theirs),
+            layer=layer,
+            expert=expert,
+        )
+
+    def shape(self, arch: Architecture) -> Shape:
+        """Shape of the whole Megatron tensor."""
+        return tuple(self.merge(arch, [torch.empty(shape, device="meta") for shape in self.shapes(arch)]).shape)
+
+
+def _same(_: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0]
+
+
+def _alone(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor]
+
+
+def _plain(ours: str, theirs: str, shape: Callable[[Architecture], Shape], cut: Cut) -> Rule:
+    """The same tensor under another name."""
+    return Rule(ours, (theirs,), lambda arch: (shape(arch),), _same, _alone, cut)
+
+
+def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """[q; k; v] by head -> Megatron's order, where each query group keeps its queries, key and value together."""
+    query, key, value = (t.reshape(arch.kv_heads, -1, arch.head_dim, *t.shape[1:]) for t in tensors)
+    return torch.cat([query, key, value], dim=1).reshape(-1, *tensors[0].shape[1:])
+
+
+def _split_qkv(arch: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
+    per_group = arch.heads // arch.kv_heads
+    grouped = tensor.reshape(arch.kv_heads, per_group + 2, arch.head_dim, *tensor.shape[1:])
+    parts = grouped.split([per_group, 1, 1], dim=1)
+    return [part.reshape(-1, *tensor.shape[1:]) for part in parts]
+
+
+def _qkv(kind: str) -> Rule:
+    """Query, key and value projections (``weight`` or ``bias``) as one tensor."""
+
+    def shapes(arch: Architecture) -> tuple[Shape, ...]:
+        rest = (arch.hidden,) if kind == "weight" else ()
+        return tuple((heads * arch.head_dim, *rest) for heads in (arch.heads, arch.kv_heads, arch.kv_heads))
+
+    return Rule(
+        f"{_LAYER}self_attention.linear_qkv.{kind}",
+        tuple(f"{_HF_LAYER}self_attn.{part}_proj.{kind}" for part in "qkv"),
+        shapes,
+        _merge_qkv,
+        _split_qkv,
+        Cut.ROWS,
+    )
+
+
+def _gated(ours: str, gate: str, up: str, ffn: Callable[[Architecture], int]) -> Rule:
+    """Gate and up projection stacked."""
+    return Rule(
+        ours,
+        (gate, up),
+        lambda arch: ((ffn(arch), arch.hidden),) * 2,
+        lambda _, tensors: torch.cat(tensors),
+        lambda _, tensor: list(tensor.chunk(2)),
+        Cut.HALVES,
+    )
+
+
+def _vocabulary(ours: str, theirs: str) -> Rule:
+    """An embedding, padded with rows of zeros that no token ever reads."""
+
+    def pad(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.pad(tensors[0], (0, 0, 0, arch.padded_vocab - arch.vocab))
+
+    def trim(arch: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor[: arch.vocab]]
+
+    return Rule(ours, (theirs,), lambda arch: ((arch.vocab, arch.hidden),), pad, trim, Cut.ROWS)
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+_LAYER = "decoder.layers.{layer}."
+_HF_LAYER = "model.layers.{layer}."
+
+
+def _hidden(arch: Architecture) -> Shape:
+    return (arch.hidden,)
+
+
+def _norm(ours: str, theirs: str) -> Rule:
+    return _plain(f"{_LAYER}{ours}.weight", f"{_HF_LAYER}{theirs}.weight", _hidden, Cut.WHOLE)
+
+
+def _head_norm(part: str) -> Rule:
+    return _plain(
+        f"{_LAYER}self_attention.{part}_layernorm.weight",
+        f"{_HF_LAYER}self_attn.{part}_norm.weight",
+        lambda arch: (arch.head_dim,),
+        Cut.WHOLE,
+    )
+
+
+_ATTENTION = (
+    _norm("input_layernorm", "input_layernorm"),
+    _qkv("weight"),
+    _plain(
+        f"{_LAYER}self_attention.linear_proj.weight",
+        f"{_HF_LAYER}self_attn.o_proj.weight",
+        lambda arch: (arch.hidden, arch.heads * arch.head_dim),
+        Cut.COLUMNS,
+    ),
+    _norm("pre_mlp_layernorm", "post_attention_layernorm"),
+)
+_MLP = (
+    _gated(
+        f"{_LAYER}mlp.linear_fc1.weight",
+        f"{_HF_LAYER}mlp.gate_proj.weight",
+        f"{_HF_LAYER}mlp.up_proj.weight",
+        lambda arch: arch.ffn_hidden,
+    ),
+    _plain(
+        f"{_LAYER}mlp.linear_fc2.weight",
+        f"{_HF_LAYER}mlp.down_proj.weight",
+        lambda arch: (arch.hidden, arch.ffn_hidden),
+        Cut.COLUMNS,
+    ),
+)
+_EXPERT = f"{_LAYER}mlp.experts.local_experts.{{expert}}."
+
+
+def _experts_of(arch: Architecture) -> Experts:
+    assert arch.experts is not None
+    return arch.experts
+
+
+def _router(theirs: str) -> Rule:
+    return _plain(
+        f"{_LAYER}mlp.router.weight",
+        f"{_HF_LAYER}{theirs}",
+        lambda arch: (_experts_of(arch).count, arch.hidden),
+        Cut.WHOLE,
+    )
+
+
+def _expert(gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """The two tensors of one expert, which tensor parallelism leaves whole (experts are spread over ranks instead)."""
+    stacked = _gated(
+        f"{_EXPERT}linear_fc1.weight", f"{_HF_LAYER}{gate}", f"{_HF_LAYER}{up}", lambda a: _experts_of(a).ffn_hidden
+    )
+    return (
+        replace(stacked, cut=Cut.WHOLE),
+        _plain(
+            f"{_EXPERT}linear_fc2.weight",
+            f"{_HF_LAYER}{down}",
+            lambda arch: (arch.hidden, _experts_of(arch).ffn_hidden),
+            Cut.WHOLE,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """The tensors of a layer of one ``model_type`` of Hugging Face.
+
+    Embedding, final norm and output layer are the same for all. What else sets a family apart is in
+    ``architecture.CONVENTIONS``.
+    """
+
+    layer: tuple[Rule, ...]
+    expert: tuple[Rule, ...] = ()
+    """Tensors of one expert; empty for a dense family."""
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_ATTENTION + _MLP),
+    "mistral": Family(_ATTENTION + _MLP),
+    "mixtral": Family(
+        (*_ATTENTION, _router("block_sparse_moe.gate.weight")),
+        _expert(*(f"block_sparse_moe.experts.{{expert}}.{part}.weight" for part in ("w1", "w3", "w2"))),
+    ),
+    "qwen2": Family((*_ATTENTION, _qkv("bias"), *_MLP)),
+    "qwen3": Family((*_ATTENTION, _head_norm("q"), _head_norm("k"), *_MLP)),
+    "qwen3_moe": Family(
+        (*_ATTENTION, _head_norm("q"), _head_norm("k"), _router("mlp.gate.weight")),
+        _expert(*(f"mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up", "down"))),
+    ),
+}
+"""Hugging Face ``model_type`` -> family."""
+
+
+def mapping(arch: Architecture) -> Iterator[Rule]:
+    """Every rule of the model in one fixed order; a tied output layer has no tensor of its own."""
+    family = FAMILIES[arch.model_type]
+    yield _vocabulary(EMBEDDING, "model.embed_tokens.weight")
+    for layer in range(arch.layers):
+        for rule in family.layer:
+            yield rule.at(layer)
+        for expert in range(arch.experts.count if arch.experts else 0):
+            for rule in family.expert:
+                yield rule.at(layer, expert)
+    yield _plain("decoder.final_layernorm.weight", "model.norm.weight", _hidden, Cut.WHOLE)
+    if not arch.tied_embeddings:
+        yield _vocabulary(OUTPUT, "lm_head.weight")
+
+
+def expected_shapes(arch: Architecture) -> dict[str, Shape]:
+    """Hugging Face name -> shape of every weight of ``arch``, in the order of ``mapping``."""
+    return {name: shape for rule in mapping(arch) for name, shape in zip(rule.theirs, rule.shapes(arch), strict=True)}

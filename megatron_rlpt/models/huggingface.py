@@ -1,0 +1,295 @@
+"""Hugging Face folders: their tensors one at a time, and new ones written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.files import follow_umask, new_folder
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.models.families import Rule, expected_shapes
+from megatron_rlpt.models.huggingface_config import write_config, write_tokenizer_config
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS_AT_ONCE = 4096
+"""Rows of an embedding that are compared at a time."""
+SHARD_BYTES = 4 << 30
+"""Size of one exported safetensors file, in bytes."""
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model in a Hugging Face folder; others in it are no part of it.
+
+    Raises:
+        ModelError: there are none, the index is not readable or names a file that is not there, or the folder holds two
+            models.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.is_file():
+        if single.is_file():
+            return [single]
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not others:
+            raise ModelError(f"{folder} has no *.safetensors file; convert the model to safetensors first")
+        raise ModelError(
+            f"{folder} has neither {SINGLE} nor {INDEX}, without which {', '.join(others[:3])} are not a model; copy "
+            "the complete folder"
+        )
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        files = [folder / name for name in names]
+        missing = [path.name for path in files if not path.is_file()]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not a readable index ({type(error).__name__}); copy it again") from None
+    if missing:
+        beside = f", and holds {SINGLE} beside it" if single.is_file() else ""
+        raise ModelError(
+            f"{folder} lacks {', '.join(missing)}, which {INDEX} names{beside}; copy the complete folder, or remove "
+            "the index if it is of another model"
+        )
+    if not files:
+        raise ModelError(f"{index} names no file; copy it again")
+    if single.is_file() and single not in files:
+        raise ModelError(
+            f"{folder} holds two models: {SINGLE}, which transformers loads, and {files[0].name} of {INDEX}, which "
+            "vLLM loads; remove one of them"
+        )
+    return files
+
+
+@contextlib.contextmanager
+def without_extras(folder: Path) -> Iterator[Path]:
+    """``folder``, or links to what transformers would read of it where it holds weights that are no part of the model.
+
+    vLLM loads every safetensors file of a folder without an index, and ``consolidated.safetensors`` before all others.
+
+    Raises:
+        ModelError: what ``safetensors_files`` does.
+    """
+    model = safetensors_files(folder)
+    extras = {path for path in folder.glob("*.safetensors") if path not in model}
+    if not extras:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rlpt-model-") as scratch:
+        for path in folder.iterdir():
+            if path not in extras:
+                (Path(scratch) / path.name).symlink_to(path.resolve())
+        yield Path(scratch)
+
+
+class WeightFolder:
+    """The tensors of a Hugging Face folder, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Index the folder's safetensors files.
+
+        Raises:
+            ModelError: there are none, one is not readable, or two hold the same tensor.
+        """
+        self._folder = folder
+        self._where: dict[str, Path] = {}
+        for path in safetensors_files(folder):
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    found = dict.fromkeys(handle.keys(), path)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} is not a readable safetensors file: {error}; copy it again") from None
+            for name in found.keys() & self._where.keys():
+                raise ModelError(
+                    f"{folder}: both {self._where[name].name} and {path.name} hold {name}; copy the folder again"
+                )
+            self._where.update(found)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors in the folder."""
+        return frozenset(self._where)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor.
+
+        Raises:
+            ModelError: the folder does not have it, or the file cannot be read.
+        """
+        try:
+            with safe_open(self._file_of(name), framework="pt") as handle:
+                return handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{self._where[name]}: {name} cannot be read: {first_line(error)}; copy it again"
+            ) from None
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Precision of one tensor, which is not read.
+
+        Raises:
+            ModelError: the folder does not have it, or the file cannot be read.
+        """
+        try:
+            with safe_open(self._file_of(name), framework="pt") as handle:
+                part = handle.get_slice(name)
+                return part[:0].dtype if part.get_shape() else handle.get_tensor(name).dtype
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{self._where[name]}: {name} cannot be read: {first_line(error)}; copy it again"
+            ) from None
+
+    def _file_of(self, name: str) -> Path:
+        if name not in self._where:
+            raise ModelError(f"{self._folder} has no tensor {name!r}, which its config.json asks for")
+        return self._where[name]
+
+    def check_head(self, arch: Architecture) -> None:
+        """Refuse an output layer that was trained apart from the embedding which ``arch`` ties it to.
+
+        transformers 5 computes with it, earlier releases and vLLM drop it.
+
+        Raises:
+            ModelError: there is one.
+        """
+        if not arch.tied_embeddings or not {EMBED_TOKENS, LM_HEAD} <= self.names:
+            return
+        with (
+            safe_open(self._where[EMBED_TOKENS], framework="pt") as first,
+            safe_open(self._where[LM_HEAD], framework="pt") as second,
+        ):
+            embedding, head = first.get_slice(EMBED_TOKENS), second.get_slice(LM_HEAD)
+            same = embedding.get_shape() == head.get_shape() and all(
+                torch.equal(*(part[row : row + _ROWS_AT_ONCE].float() for part in (embedding, head)))
+                for row in range(0, embedding.get_shape()[0], _ROWS_AT_ONCE)
+            )
+        if not same:
+            raise ModelError(
+                f"{self._folder}: tie_word_embeddings is true in its config.json and {LM_HEAD} is not {EMBED_TOKENS}: "
+                "a trained head would be lost; set tie_word_embeddings to false to keep it, or remove that tensor"
+            )
+
+    def stream(self, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of every weight of ``arch``, in the order of ``stream_weights``.
+
+        Raises:
+            ModelError: one is missing, or what ``check_head`` does.
+        """
+        self.check_head(arch)
+        for name in expected_shapes(arch):
+            yield name, self.read(name)
+
+
+def checked(path: Path, arch: Architecture, rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """``tensors`` as they are, once each has the shape that the configuration asks for and finite values.
+
+    Raises:
+        ModelError: one has not.
+    """
+    # Each part, not the merged whole: a query too short and a key too long would make the right sum.
+    for name, tensor, shape in zip(rule.theirs, tensors, rule.shapes(arch), strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{path}: {name} is {tuple(tensor.shape)} where config.json asks for {shape}; config and weights "
+                "belong to different models"
+            )
+        if not tensor.isfinite().all():
+            raise ModelError(f"{path}: {name} holds values that are not finite; make or copy the checkpoint again")
+    return tensors
+
+
+def export_folder(
+    weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path, replace: bool = True
+) -> None:
+    """Write a Hugging Face folder: ``weights`` beside the configuration and tokenizer files of ``source``.
+
+    ``weights`` is consumed one tensor at a time, and at most one file's tensors (``SHARD_BYTES``) are in memory. The
+    folder appears complete or not at all; an older one that holds something is kept as ``<target>.old-1``, or with
+    ``replace=False`` an error.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    with new_folder(target, replace=replace) as partial:
+        copy_settings(source, partial)
+        write_tokenizer_config(partial)
+        write_config(partial, _write_shards(weights, partial))
+
+
+_SETTINGS = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
+_DOCUMENTS = re.compile(r"README(\.\w+)?|.*(LICEN[CS]E|NOTICE|COPYING|USE_POLICY|ACCEPTABLE_USE).*", re.IGNORECASE)
+_CHAT_TEMPLATES = "additional_chat_templates"
+"""Folder of transformers' own (``CHAT_TEMPLATE_DIR``)."""
+_OF_OTHER_WEIGHTS = re.compile(
+    r".*\.index\.json|adapter_config\.json|params\.json|trainer_state\.json|all_results\.json"
+)
+"""Describes weights that are not copied: of shards, of an adapter (transformers would look for it), of Mistral's own
+format (vLLM would look for it), of a training run."""
+
+
+def is_settings(path: Path) -> bool:
+    """Whether a file of a Hugging Face folder is copied beside new weights."""
+    if not path.is_file() or path.suffix in {".py", ".safetensors", ".bin"}:
+        return False
+    kept = path.suffix in _SETTINGS and not _OF_OTHER_WEIGHTS.fullmatch(path.name)
+    return kept or bool(_DOCUMENTS.fullmatch(path.name))
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """Copy what makes a Hugging Face folder besides weights: configuration, tokenizer, chat templates, licence."""
+    for path in sorted(source.iterdir()):
+        if is_settings(path):
+            shutil.copyfile(path, target / path.name)
+    if (source / _CHAT_TEMPLATES).is_dir():
+        (target / _CHAT_TEMPLATES).mkdir()
+        for path in sorted((source / _CHAT_TEMPLATES).glob("*.jinja")):
+            if path.is_file():
+                shutil.copyfile(path, target / _CHAT_TEMPLATES / path.name)
+
+
+def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> set[torch.dtype]:
+    """Write ``weights`` as safetensors files of at most ``SHARD_BYTES`` and return their precisions.
+
+    A file's final name holds the number of files, so all have other names until the last is written.
+    """
+    files: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    size = total = 0
+    dtypes: set[torch.dtype] = set()
+
+    def flush() -> None:
+        part = folder / f"{len(files)}.part"
+        save_file(shard, part, metadata={"format": "pt"})
+        follow_umask(part)
+        files.append(list(shard))
+        shard.clear()
+
+    for name, tensor in weights:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        # A copy: the tensor may be a view, which safetensors refuses, or memory that its owner uses again.
+        shard[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        size += tensor.nbytes
+        total += tensor.nbytes
+        dtypes.add(tensor.dtype)
+    flush()
+    weight_map = {}
+    for index, names in enumerate(files):
+        final = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
+        os.rename(folder / f"{index}.part", folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    if len(files) > 1:
+        contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    assert dtypes, "a model has weights"
+    return dtypes

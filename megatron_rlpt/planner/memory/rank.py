@@ -1,0 +1,284 @@
+"""Memory of a rank in bytes, by part, at the moments of a step when there is most of it.
+
+What is counted are the tensors that Megatron-Core, its optimizer, ``policy/`` and ``rollout/`` hold at once. Not
+counted is what an allocator keeps of what was freed: on a GPU torch's cache, on a CPU the holes in glibc's heap,
+which ``policy/runtime.py`` tells it to keep.
+
+    generate             engine, its cache               policy without activations
+    backward             activations, logits             engine asleep
+    gradient exchange    copies of a gradient bucket (gloo only)
+    weight gather        copies of a weight bucket (gloo only)
+    sync                 buckets on their way            engine awake
+    checkpoint           optimizer state made whole
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, fields, replace
+
+from megatron_rlpt.config import Config, Dtype, EngineName, Fp8, ObjectiveName
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.planner.memory.activations import FLOAT, Pass
+from megatron_rlpt.planner.memory.shards import Shard, model_elements, shard_of
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.precision import length_multiple
+
+_ADAM_TEMPORARIES = 2
+"""Tensors of the size of a parameter's share that torch's AdamW makes on its way: the root of the second moment, and
+that divided (torch/optim/adam.py: _single_tensor_adam). Transformer Engine's fused Adam makes none."""
+_OVERLAP_BUCKET = 40_000_000
+"""Least elements of a gradient bucket with ``parallel.overlap`` (megatron/core/distributed/
+distributed_data_parallel.py); without it, all gradients are one."""
+
+
+class Device(enum.StrEnum):
+    """What a rank computes on, which decides kernels, optimizer and communication."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at one moment. What is not there at that moment is 0."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    reference: int = 0
+    activations: int = 0
+    logits: int = 0
+    exchange: int = 0
+    """Copies that communication and the optimizer's step make."""
+    engine_weights: int = 0
+    kv_cache: int = 0
+    teacher: int = 0
+    """On the leader of a replica, where the trainer judges."""
+    sync_bucket: int = 0
+    checkpoint: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def memory_of(
+    arch: Architecture,
+    layout: Layout,
+    config: Config,
+    device: Device = Device.gpu,
+    *,
+    shared_engine: bool = True,
+    teacher: int = 0,
+) -> Memory:
+    """The rank that needs most, at the moment when it does.
+
+    Args:
+        arch: the model.
+        layout: how it is cut.
+        config: lengths, batches, objective, precision, engine.
+        device: what the ranks compute on.
+        shared_engine: whether the engine is in the same memory as the policy; false where it has a GPU of its own.
+        teacher: bytes of the teacher on the first rank of every replica, which is of the first stage (``ranks.py``);
+            it stays there all the time.
+    """
+    found = [
+        replace(moment, teacher=0 if stage else teacher)
+        for stage in range(layout.pipeline)
+        for moment in moments_of(arch, layout, config, stage, device, shared_engine=shared_engine).values()
+    ]
+    return max(found, key=lambda memory: memory.total)
+
+
+def moments_of(
+    arch: Architecture,
+    layout: Layout,
+    config: Config,
+    stage: int,
+    device: Device = Device.gpu,
+    *,
+    shared_engine: bool = True,
+) -> dict[str, Memory]:
+    """What a rank of pipeline stage ``stage`` holds at each moment of a step; arguments as of ``memory_of``."""
+    return _Rank(arch, layout, config, stage, device, shared_engine).moments()
+
+
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
+    """Pieces of the model (a stage's layers, divided by its virtual stages) whose activations a rank holds at most.
+
+    ``megatron/core/pipeline_parallel/schedules.py: get_pp_rank_microbatches``, and the one that is being worked on.
+    """
+    behind = layout.pipeline - stage - 1
+    if layout.virtual_stages == 1:
+        return min(behind + 1, micro_batches)
+    warm_up = 2 * behind + (layout.virtual_stages - 1) * layout.pipeline
+    return min(warm_up + 1, micro_batches * layout.virtual_stages)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    arch: Architecture
+    layout: Layout
+    config: Config
+    stage: int
+    device: Device
+    shared_engine: bool
+
+    def moments(self) -> dict[str, Memory]:
+        resident = self._resident()
+        awake, asleep = self._engine(), Memory()
+        if self.device is Device.cpu or self.config.rollout.engine is EngineName.megatron:
+            asleep = replace(awake, kv_cache=0 if self.config.rollout.engine is EngineName.megatron else awake.kv_cache)
+        offloaded = self.config.optimizer.offload and self.device is Device.gpu
+        idle = replace(resident, optimizer=0, gradients=0) if offloaded else resident
+        training = _together(resident, asleep)
+        found = {
+            "backward": _together(training, self._backward()),
+            "gradient exchange": replace(training, exchange=self._exchange(FLOAT)),
+            "optimizer step": replace(training, exchange=self._optimizer_step()),
+            "weight gather": replace(training, exchange=self._exchange(self._width)),
+            "checkpoint": replace(training, checkpoint=self._checkpoint()),
+        }
+        if resident.reference == 0 and self._has_reference:
+            # On a GPU its weights are there for one forward pass; they live in host memory.
+            found["reference pass"] = replace(training, reference=self._width * self._shard.elements)
+        if self.config.candidates.rollouts:
+            found["generate"] = _together(idle, awake)
+            found["sync"] = replace(_together(idle, awake), kv_cache=0, sync_bucket=self._sync())
+        return found
+
+    @property
+    def _shard(self) -> Shard:
+        return shard_of(self.arch, self.layout, self.stage)
+
+    @property
+    def _width(self) -> int:
+        return 2 if self.config.model.dtype is Dtype.bf16 else FLOAT
+
+    @property
+    def _has_reference(self) -> bool:
+        return self.config.objective.name is ObjectiveName.online_dpo
+
+    @property
+    def _fused(self) -> bool:
+        return self.device is Device.gpu
+
+    def _resident(self) -> Memory:
+        """What is there all the time. FP8 weights are made from the others and kept, once as they are and once
+        transposed, while an update lasts."""
+        shard = self._shard
+        eight = 0
+        if self.config.model.fp8 is not Fp8.off:
+            eight = 2 * (shard.elements - (shard.embedding_rows + shard.output_rows) * self.arch.hidden)
+        # Adam's moments, and main weights where the weights themselves are not fp32.
+        state = 2 * FLOAT + (FLOAT if self._width < FLOAT else 0)
+        return Memory(
+            weights=self._width * shard.padded + eight,
+            gradients=FLOAT * shard.padded,
+            optimizer=state * shard.share,
+            reference=self._width * shard.elements if self._has_reference and self.device is Device.cpu else 0,
+        )
+
+    def _pass(self) -> Pass:
+        config, layout = self.config, self.layout
+        multiple = length_multiple(layout, config.model.fp8)
+        rows = config.train.micro_batch * sequences_per_example(config)
+        return Pass(
+            self.arch,
+            layout,
+            rows,
+            -(-config.max_sequence // multiple) * multiple // layout.context,
+            # The end of a sequence belongs to one of its ranks.
+            rows * config.data.suffix_length,
+            self._width,
+            self._fused,
+            config.model.fp8 is not Fp8.off,
+            config.train.recompute,
+        )
+
+    def _backward(self) -> Memory:
+        """Activations of all micro-batches on their way, and whichever is larger of the backward passes of the
+        vocabulary projection, of a layer and of the embedding."""
+        one, shard, layout = self._pass(), self._shard, self.layout
+        micro_batches = max(1, self.config.train.global_batch // (self.config.train.micro_batch * layout.data))
+        pieces = in_flight(layout, self.stage, micro_batches)
+        per_piece = self.arch.layers // (layout.pipeline * layout.virtual_stages)
+        kept = pieces * one.kept(per_piece)
+        if layout.pipeline > 1:
+            # What was received and what was sent on stays until the micro-batch comes back; where norms keep their
+            # input as it is, that is what was received.
+            kept += pieces * one.stream * (1 if self._fused or self._width == FLOAT else 2)
+        matrix = self._width * max(shard.output_rows, shard.embedding_rows) * self.arch.hidden
+        if shard.output_rows:
+            head = one.head(shard.output_rows, self.config.train.logprob_chunk)
+            found = [Memory(activations=kept + one.final_norm(), logits=head)]
+            # The gradient of a projection that is the embedding too waits for the embedding's.
+            waiting = matrix if self.arch.tied_embeddings and shard.embedding_rows else 0
+        else:
+            found, waiting = [], 0
+        found.append(Memory(activations=kept + one.working(), logits=waiting))
+        if shard.embedding_rows:
+            found.append(Memory(activations=(pieces - 1) * one.kept(per_piece), logits=matrix + 2 * waiting))
+        return max(found, key=lambda memory: memory.total)
+
+    def _exchange(self, width: int) -> int:
+        """One copy of what is exchanged at once. gloo copies it, on a single rank too; NCCL works in place."""
+        if self.device is Device.gpu:
+            return 0
+        sizes = [buffer.padded for buffer in self._shard.buffers]
+        if self.config.parallel.overlap and self.stage == 0:
+            ranks = self.layout.data * self.layout.context
+            sizes = [min(size, max(_OVERLAP_BUCKET, 1_000_000 * ranks)) for size in sizes]
+        return width * max(sizes)
+
+    def _optimizer_step(self) -> int:
+        if self.device is Device.gpu:
+            return 0
+        shares = [min(max(buffer.tensors), buffer.share) for buffer in self._shard.buffers]
+        return _ADAM_TEMPORARIES * FLOAT * max(shares)
+
+    def _checkpoint(self) -> int:
+        """Main weights and moments are made whole, one after the other (megatron/core/optimizer/
+        distrib_optimizer.py: get_parameter_state_dp_zero): on a GPU what is gathered, which then goes to host memory;
+        on a CPU also the three results, this rank's parts of them, and what was gathered twice more, in one piece and
+        as gloo keeps it."""
+        found = []
+        for buffer in self._shard.buffers:
+            gathered = FLOAT * buffer.padded
+            if self.device is Device.gpu:
+                found.append(gathered + FLOAT * buffer.share)
+            else:
+                found.append(3 * FLOAT * (buffer.padded + buffer.share) + 3 * gathered)
+        return max(found) if self.device is Device.gpu else sum(found)
+
+    def _engine(self) -> Memory:
+        """The engine's own weights and cache. vLLM's hold the whole model, Megatron's its tensor-parallel part."""
+        if not self.config.candidates.rollouts or not self.shared_engine:
+            return Memory()
+        elements = model_elements(self.arch)
+        if self.config.rollout.engine is EngineName.megatron:
+            elements //= self.layout.tensor
+        return Memory(engine_weights=self._width * elements, kv_cache=int(self.config.rollout.kv_cache_gib * 2**30))
+
+    def _sync(self) -> int:
+        """A bucket of whole tensors, this rank's part of it, and one tensor that is put together
+        (``policy/weights.py``); nothing is copied but that one where no rank holds only a part."""
+        largest = self._width * self.arch.padded_vocab * self.arch.hidden
+        layout = self.layout
+        if layout.tensor == layout.pipeline == layout.expert == 1:
+            return largest
+        bucket = max(self.config.rollout.sync_bucket_mib << 20, largest)
+        return bucket + bucket // layout.tensor + largest
+
+
+def sequences_per_example(config: Config) -> int:
+    """Sequences that an update trains on per episode: a pair, all rollouts, or one."""
+    if config.objective.name is ObjectiveName.online_dpo:
+        return 2
+    return config.candidates.rollouts if config.objective.name is ObjectiveName.grpo else 1
+
+
+def _together(one: Memory, other: Memory) -> Memory:
+    return Memory(**{part.name: getattr(one, part.name) + getattr(other, part.name) for part in fields(Memory)})

@@ -1,0 +1,399 @@
+"""A plan as tables in a terminal, as a page of HTML, and as JSON."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rlpt.planner import hardware, judge_cluster, judging, limits
+from megatron_rlpt.planner.hardware import Constant
+from megatron_rlpt.planner.judge_cluster import JudgeCluster
+from megatron_rlpt.planner.plan import Plan, describe_calls
+from megatron_rlpt.planner.request import PlanRequest
+from megatron_rlpt.planner.simulation import scenario
+from megatron_rlpt.planner.simulation.scenario import Scenario
+from megatron_rlpt.planner.speed import generation as rollouts
+from megatron_rlpt.planner.speed import kernels
+from megatron_rlpt.planner.speed.transformer import Transformer
+from megatron_rlpt.planner.sweep import Sweep
+from megatron_rlpt.planner.warnings import cautions
+
+_GB = 1e9
+_SHOWN = 10
+"""Layouts of a sweep that are listed."""
+_AGREE = 0.05
+"""Difference of a simulated step from the planned one that needs no explanation."""
+_UNITS = {
+    "bf16": "FLOP/s",
+    "fp8": "FLOP/s",
+    "matmul": "of the peak",
+    "multiprocessors": "",
+    "memory": "bytes",
+    "memory_bandwidth": "bytes/s",
+    "link": "bytes/s",
+    "network": "bytes/s",
+    "domain": "GPUs",
+    "price": "US dollars per hour",
+}
+"""Field of ``Gpu`` -> its unit."""
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; width: 100%; }
+th, td { text-align: left; padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
+td.bar { width: 40%; } td.bar div { background: #4a7; height: 0.9rem; }
+.bad { color: #b00; font-weight: 600; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table: a title, names of columns, rows; ``shares`` of a whole are drawn as bars in HTML."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    shares: tuple[float, ...] = ()
+
+
+def sections(
+    plan: Plan, found: Sweep | None = None, outcome: Scenario | None = None, divided: Sequence[Plan] = ()
+) -> list[Section]:
+    """Everything there is to say about ``plan``; ``divided`` are plans of the same GPUs divided with the judges."""
+    listed = [_summary(plan), _times(plan), _memory(plan), _judges(plan), _limits(plan)]
+    if found is not None:
+        listed.append(_layouts(found))
+    if divided:
+        listed.append(_divided(divided))
+    if outcome is not None:
+        listed.append(_simulated(outcome))
+    return [*listed, _sources(plan)]
+
+
+def print_plan(console: Console, listed: Sequence[Section]) -> None:
+    """As tables in a terminal; where the figures come from is in HTML and JSON only."""
+    for section in listed[:-1]:
+        table = Table(title=section.title, title_justify="left", show_header=len(section.columns) > 2)
+        for name in section.columns:
+            table.add_column(name, overflow="fold")
+        for row in section.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def to_html(title: str, listed: Sequence[Section]) -> str:
+    """A page that needs no other file."""
+    body = "\n".join(_html_section(section) for section in listed)
+    heading = html.escape(title)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{heading}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n<h1>{heading}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def to_json(
+    plan: Plan, outcome: Scenario | None = None, found: Sweep | None = None, divided: Sequence[Plan] = ()
+) -> str:
+    """Figures for programs; seconds, bytes, US dollars."""
+    trainer, judges = plan.gpu_hours
+    read: dict[str, Any] = {
+        "layout": asdict(plan.layout),
+        "step_seconds": plan.step_seconds,
+        "times": plan.times(),
+        "update": plan.update.parts(),
+        "memory": asdict(plan.memory) | {"total": plan.memory.total},
+        "judge_seconds": plan.judges.seconds if plan.judges else 0.0,
+        "judge_group_seconds": (
+            {"alone": plan.judges.shortest, "among all": plan.judges.longest} if plan.judges else {}
+        ),
+        "judge_gpus_needed": plan.judges.gpus_needed if plan.judges else 0,
+        "judge_workers_needed": plan.judges.workers_needed if plan.judges else 0,
+        "judges_keep_up": plan.judges.keeps_up if plan.judges else True,
+        "judge_calls": [asdict(calls) for calls in plan.judges.judging.calls] if plan.judges else [],
+        "trained_tokens": plan.trained_tokens,
+        "generated_tokens": plan.generated_tokens,
+        "mfu": plan.mfu,
+        "update_mfu": plan.update_mfu,
+        "hours": plan.hours,
+        "gpu_hours": {"trainer": trainer, "judges": judges},
+        "cost": plan.cost,
+        "limits": [asdict(limit) for limit in plan.limits],
+        "runs": plan.runs,
+        "cautions": cautions(plan.question),
+    }
+    if found is not None:
+        counts = {"tried": found.tried, "refused": found.refused, "too_large": found.too_large}
+        read["layouts"] = counts | {"ranked": [_ranked(other) for other in found.plans]}
+    if divided:
+        read["divisions"] = [_ranked(other) for other in divided]
+    if outcome is not None:
+        read["simulation"] = asdict(outcome.outcome) | {
+            "steps": outcome.steps,
+            "variation": outcome.variation,
+            "given_up_share": outcome.given_up,
+            "fails": outcome.fails,
+            # Of all steps; null where the run gets nowhere.
+            "run_seconds": outcome.seconds,
+            "run_failures": outcome.expected_failures,
+        }
+    return json.dumps(_without_infinities(read), indent=1, allow_nan=False)
+
+
+def _ranked(plan: Plan) -> dict[str, Any]:
+    """A plan among others."""
+    return {
+        "gpus": plan.question.trainer.gpus,
+        "judge_gpus": plan.question.judges.gpus,
+        "judge_gpus_needed": plan.judges.gpus_needed if plan.judges else 0,
+        "layout": asdict(plan.layout),
+        "micro_batch": plan.question.config.train.micro_batch,
+        "step_seconds": plan.step_seconds,
+        "update_mfu": plan.update_mfu,
+        "memory": plan.memory.total,
+        "hours": plan.hours,
+        "cost": plan.cost,
+    }
+
+
+def _without_infinities(value: Any) -> Any:
+    """``value`` with None, which is null, for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _without_infinities(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(entry) for entry in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _summary(plan: Plan) -> Section:
+    question, (trainer, judges) = plan.question, plan.gpu_hours
+    rows = [
+        ("model", f"{question.model.model_type}, {_billions(question)}"),
+        ("layout", plan.layout.describe()),
+        ("GPUs", f"{question.trainer.gpus} x {question.trainer.gpu.name} for training{_judge_gpus(plan)}"),
+        ("step", f"{plan.step_seconds:.1f} s"),
+        (
+            "tokens per step",
+            f"{plan.trained_tokens / 1e6:.2f} M trained, {plan.generated_tokens / 1e6:.2f} M generated",
+        ),
+        ("MFU", f"{plan.update_mfu:.1%} in the update, {plan.mfu:.1%} over the step"),
+        ("run", f"{question.config.train.steps:,} steps, {plan.hours:,.1f} hours, without checkpoints and failures"),
+        ("GPU hours", f"{trainer:,.0f} training, {judges:,.0f} judging"),
+        ("cost", f"${plan.cost:,.0f} (at ${question.trainer_price:.2f} and ${question.judge_price:.2f} an hour)"),
+    ]
+    verdict = "runs" if plan.runs else "does not run: " + "; ".join(limit.name for limit in plan.failing if limit.fatal)
+    warnings = [("caution", text) for text in cautions(question)]
+    return Section("Plan", ("", ""), (*rows, ("verdict", verdict), *warnings))
+
+
+def _billions(question: PlanRequest) -> str:
+    model = Transformer.of(question.model)
+    text = f"{model.parameters / 1e9:.2f} B parameters"
+    return text + (f", {model.active_parameters / 1e9:.2f} B of its layers per token" if model.experts else "")
+
+
+def _judge_gpus(plan: Plan) -> str:
+    judges = plan.question.judges
+    return f", {judges.gpus} x {judges.gpu.name} for judging" if judges.gpus else ""
+
+
+def _times(plan: Plan) -> Section:
+    times = plan.times()
+    total = plan.step_seconds
+    rows = [(name, f"{seconds:.2f} s", f"{seconds / total:.0%}") for name, seconds in times.items()]
+    return Section(
+        "Where a step's time goes", ("part", "seconds", "share"), tuple(rows), tuple(s / total for s in times.values())
+    )
+
+
+def _memory(plan: Plan) -> Section:
+    parts = {part.name: float(getattr(plan.memory, part.name)) for part in fields(plan.memory)}
+    rows = [(name.replace("_", " "), f"{size / _GB:.2f}") for name, size in parts.items()]
+    total = plan.memory.total
+    return Section(
+        "Memory of the fullest rank",
+        ("part", "GB"),
+        (*rows, ("at its peak", f"{total / _GB:.2f}")),
+        (*(size / total for size in parts.values()), 1.0),
+    )
+
+
+def _judges(plan: Plan) -> Section:
+    rows = [("asked per step", describe_calls(plan))]
+    if plan.judges is not None:
+        judging = plan.judges.judging
+        shared = judging.server_seconds_shared / judging.server_seconds if judging.server_seconds else 1.0
+        rows += [
+            ("a batch takes", f"{plan.judges.seconds:.1f} s of a step, batch after batch"),
+            (
+                "a group takes",
+                f"{plan.judges.shortest:.1f} s alone, {plan.judges.longest:.1f} s among all under way; work varies by "
+                f"{plan.judges.servers.variation:.1%}, so that the last of a batch takes "
+                f"{plan.judges.servers.tail:.1f} s longer",
+            ),
+            ("GPUs needed", _gpus_needed(plan.judges)),
+            ("workers", _workers_needed(plan.judges)),
+            (
+                "if prompts shared their beginning",
+                f"{shared:.0%} of that time: every request fences its texts with a code of its own, so that no prompt "
+                "is found in a prefix cache",
+            ),
+        ]
+    return Section("Judging", ("", ""), tuple(rows))
+
+
+def _gpus_needed(judges: JudgeCluster) -> str:
+    if judges.servers.workers is None:
+        return f"the trainer judges itself, on {judges.servers.count} leaders of replicas"
+    if judges.keeps_up:
+        return f"{judges.gpus_needed} to keep up, {judges.gpus_full} with a train.staleness that keeps them full"
+    return (
+        f"no number keeps up: a group takes {judges.shortest:.1f} s however many there are; use train.staleness = "
+        f"{judges.staleness_needed} or more and workers for all groups. {judges.gpus_full} do once that keeps them full"
+    )
+
+
+def _workers_needed(judges: JudgeCluster) -> str:
+    if judges.servers.workers is None:
+        return "none"
+    groups = judges.servers.question.config.teacher.workers.groups
+    return (
+        f"needs {judges.workers_needed} judge workers of {groups} groups each; planned with {judges.servers.workers} "
+        "(judges.workers of the cluster file)"
+    )
+
+
+def _limits(plan: Plan) -> Section:
+    rows = [
+        (limit.name, f"{limit.share:.0%}", limit.detail, ("stops the run" if limit.fatal else "slows it down"))
+        for limit in plan.limits
+    ]
+    return Section("What fails first", ("limit", "used", "detail", "if passed"), tuple(rows))
+
+
+def _layouts(found: Sweep) -> Section:
+    rows = [
+        (
+            str(number + 1),
+            plan.layout.describe(),
+            str(plan.question.config.train.micro_batch),
+            f"{plan.step_seconds:.1f} s",
+            f"{plan.update_mfu:.1%}",
+            f"{plan.memory.total / _GB:.1f} GB",
+        )
+        for number, plan in enumerate(found.plans[:_SHOWN])
+    ]
+    title = (
+        f"Layouts: {found.tried} tried, {found.refused} refused, {found.too_large} do not fit, "
+        f"{len(found.plans)} ranked"
+    )
+    return Section(title, ("", "layout", "micro-batch", "step", "MFU of the update", "memory"), tuple(rows))
+
+
+def _divided(plans: Sequence[Plan]) -> Section:
+    rows = [
+        (
+            str(plan.question.trainer.gpus),
+            str(plan.question.judges.gpus),
+            str(plan.judges.gpus_needed if plan.judges else 0),
+            f"{plan.step_seconds:.1f} s",
+            f"{plan.hours:,.1f}",
+            f"${plan.cost:,.0f}",
+        )
+        for plan in plans[:_SHOWN]
+    ]
+    columns = ("training", "judging", "judges needed", "step", "hours", "cost")
+    return Section("The same GPUs, divided between training and judging", columns, tuple(rows))
+
+
+def _simulated(scenario: Scenario) -> Section:
+    outcome = scenario.outcome
+    rows = [
+        (
+            "simulated",
+            f"{scenario.steps:,} of {scenario.run_steps:,} steps; work on a group varies by {scenario.variation:.1%}",
+        ),
+        ("step", f"{outcome.step_seconds:.1f} s, planned {scenario.planned:.1f} s{_why_not(scenario)}"),
+        ("busy", ", ".join(f"{name} {share:.0%}" for name, share in outcome.busy.items())),
+        ("enlarge first", outcome.bottleneck),
+        ("staleness", f"{outcome.staleness:.2f} updates on average, {outcome.staleness_highest} at most"),
+        (
+            "waiting per step",
+            f"{outcome.wait_for_judges:.1f} s for a batch, {outcome.wait_for_rollouts:.1f} s for rollouts",
+        ),
+        ("failures simulated", f"{outcome.failures}, {outcome.lost / 3600:.1f} hours lost"),
+        (
+            "groups given up",
+            f"{outcome.given_up:,} of {scenario.groups:,}, {scenario.given_up:.1%}; teacher.max_failure_rate = "
+            f"{scenario.allowed:g}{': the run would pause' if scenario.fails else ''}",
+        ),
+        ("whole run", _whole_run(scenario)),
+    ]
+    return Section("Simulated", ("", ""), tuple(rows))
+
+
+def _why_not(scenario: Scenario) -> str:
+    """Why a simulated step is not as long as the planned one, if it is not."""
+    difference = scenario.outcome.step_seconds / scenario.planned - 1
+    if abs(difference) < _AGREE:
+        return ""
+    if difference < 0:
+        return " (judges begin with a part of a batch while the next is generated, which the plan leaves out)"
+    return (
+        " (the plan leaves out checkpoints, failures, slow workers, groups that are judged again, and pauses between "
+        "two looks into the buffer)"
+    )
+
+
+def _whole_run(scenario: Scenario) -> str:
+    if not math.isfinite(scenario.seconds):
+        return "gets nowhere: failures cost more time than there is between them; write checkpoints more often"
+    lost = scenario.seconds - scenario.calm_seconds
+    return (
+        f"{scenario.seconds / 3600:,.1f} hours with checkpoints, of which {lost / 3600:.1f} for "
+        f"{scenario.expected_failures:.1f} failures to be expected at {scenario.failure_cost / 3600:.2f} hours each"
+    )
+
+
+def _sources(plan: Plan) -> Section:
+    """Where figures of hardware come from."""
+    rows: list[tuple[str, str, str]] = []
+    seen = set()
+    for nodes in (plan.question.trainer, plan.question.judges):
+        if nodes.gpu.name in seen:
+            continue
+        seen.add(nodes.gpu.name)
+        rows += [
+            _source(f"{nodes.gpu.name}: {name.replace('_', ' ')}", value, _UNITS[name])
+            for name, value in nodes.gpu.constants().items()
+        ]
+    rows += [_source(name.lower().replace("_", " "), value) for name, value in _constants().items()]
+    return Section("Constants and their sources", ("constant", "value", "source"), tuple(rows))
+
+
+def _constants() -> dict[str, Constant]:
+    modules = (hardware, kernels, rollouts, judging, judge_cluster, limits, scenario)
+    return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Constant)}
+
+
+def _source(name: str, value: Constant, unit: str = "") -> tuple[str, str, str]:
+    return name, f"{float(value):.4g} {unit}".strip(), value.source
+
+
+def _html_section(section: Section) -> str:
+    bars = bool(section.shares)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in section.columns) + ("<th></th>" if bars else "")
+    lines = []
+    for number, row in enumerate(section.rows):
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        if bars:
+            width = min(100.0, 100 * section.shares[number])
+            cells += f'<td class="bar"><div style="width:{width:.1f}%"></div></td>'
+        lines.append(f"<tr>{cells}</tr>")
+    header = f"<thead><tr>{head}</tr></thead>" if any(section.columns) else ""
+    return f"<h2>{html.escape(section.title)}</h2>\n<table>{header}<tbody>\n" + "\n".join(lines) + "\n</tbody></table>"

@@ -1,0 +1,176 @@
+"""A plan as input of the simulation (``simulation.py``): the same speeds, with stragglers and failures on top.
+
+A run is too long to be simulated to its end, and in the part that is simulated nodes hardly ever fail. So its length is
+that of the part, without what failures cost there, scaled to all steps, and what failures add is worked out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_rlpt.config import RunIn
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.planner.hardware import Constant
+from megatron_rlpt.planner.plan import Plan, rollout_engine
+from megatron_rlpt.planner.simulation.setting import Failures, Judges, Rollouts, Service, SimulatedCluster, Workload
+from megatron_rlpt.planner.simulation.simulate import SimulationResult, simulate
+from megatron_rlpt.planner.speed.transformer import Transformer
+
+NODE_FAILURES = Constant(
+    1.6e-4,
+    "The Llama 3 Herd of Models (arXiv 2407.21783), section 3.3.4: 419 unexpected interruptions in 54 days on 16,384 "
+    "GPUs, for nodes of eight",
+)
+"""Failures of a node of eight GPUs per hour."""
+_NODE = 8
+"""GPUs of a node that fails or writes a checkpoint, however many NVLink connects."""
+RESTART_SECONDS = Constant(600, "assumed: from a failure until the run goes on from its checkpoint")
+CHECKPOINT_BANDWIDTH = Constant(2e9, "assumed: bytes per second that a node of eight GPUs writes to shared storage")
+BACKGROUND_SHARE = Constant(
+    2.0 / 7.0, "measured on a CPU (README, Checkpoints): 2.0 s until the run goes on, of 7.0 s that saving takes"
+)
+"""Share of a checkpoint's time that the run waits where it is written in the background."""
+_CHECKPOINT_BYTES = 14
+"""Per parameter: bf16 weight, fp32 weight and two moments."""
+STEPS = 200
+"""Steps simulated of a longer run; more where staleness asks for it."""
+
+
+@dataclass(frozen=True)
+class FaultModel:
+    """What goes wrong."""
+
+    slow_share: float = 0.0
+    """Share of the judge workers that are slow."""
+    slowdown: float = 1.0
+    """How many times as long a slow one takes."""
+    node_failures: float = NODE_FAILURES
+    """Failures of eight GPUs of the trainer per hour."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A part of a run as it was simulated, and what follows for all of it."""
+
+    outcome: SimulationResult
+    steps: int
+    """Steps that were simulated."""
+    run_steps: int
+    """Steps of the run."""
+    groups: int
+    """Groups that were simulated."""
+    failure_cost: float
+    """Seconds that a failure costs on average: the restart, and half of the way between two checkpoints."""
+    failures: Failures
+    variation: float
+    """Standard deviation over mean of the work on a group."""
+    planned: float
+    """Seconds of a step in the plan."""
+    allowed: float
+    """Share of the groups that may have no outcome (``teacher.max_failure_rate``)."""
+
+    @property
+    def calm_seconds(self) -> float:
+        """The run with its checkpoints, if nothing failed."""
+        return (self.outcome.seconds - self.outcome.lost) * self.run_steps / self.steps
+
+    @property
+    def seconds(self) -> float:
+        """The run; infinite where failures take longer than there is between them."""
+        lost = self.failure_cost / self.failures.seconds_between
+        return self.calm_seconds / (1 - lost) if lost < 1 else math.inf
+
+    @property
+    def expected_failures(self) -> float:
+        """Of the run."""
+        return self.seconds / self.failures.seconds_between
+
+    @property
+    def given_up(self) -> float:
+        """Share of the groups that judges did not finish in time."""
+        return self.outcome.given_up / self.groups
+
+    @property
+    def fails(self) -> bool:
+        """Whether so many groups are given up that the run pauses."""
+        return self.given_up > self.allowed
+
+
+def simulate_plan(plan: Plan, trouble: FaultModel, steps: int = STEPS, seed: int = 1) -> Scenario:
+    """Simulate the run of ``plan``: ``steps`` steps of it, more if its pipeline takes longer to fill and empty.
+
+    Raises:
+        ConfigError: the run has too few steps, or the trainer judges, which is not simulated.
+    """
+    config, question = plan.question.config, plan.question
+    if plan.judges is not None and config.teacher.run_in is RunIn.trainer:
+        raise ConfigError(
+            "teacher.run_in is trainer; --simulate needs teacher.run_in=workers, whose queue it simulates"
+        )
+    least = 2 * config.train.staleness + 4
+    if config.train.steps < least:
+        raise ConfigError(
+            f"train.steps is {config.train.steps}; --simulate needs at least {least} with train.staleness = "
+            f"{config.train.staleness}, in which the pipeline fills and empties"
+        )
+    steps = min(config.train.steps, max(steps, least))
+    rollouts = Rollouts(
+        config.candidates.rollouts,
+        config.data.suffix_length,
+        plan.generated_tokens / plan.rollouts if plan.rollouts else math.inf,
+    )
+    variation = plan.judges.servers.variation if plan.judges else 0.0
+    nodes = math.ceil(question.trainer.gpus / _NODE)
+    saved = _CHECKPOINT_BYTES * Transformer.of(question.model).parameters / nodes / CHECKPOINT_BANDWIDTH
+    work = Workload(
+        batch=config.train.global_batch,
+        part=_part(plan),
+        staleness=config.train.staleness,
+        update=Service(plan.reference + plan.update.total),
+        sync=plan.sync,
+        background=False,  # engines take turns with the policy on its GPUs
+        checkpoint=saved * (BACKGROUND_SHARE if config.checkpoint.background else 1.0),
+        checkpoint_every=config.checkpoint.every,
+    )
+    failures = Failures(nodes, trouble.node_failures, RESTART_SECONDS)
+    outcome = simulate(SimulatedCluster(rollouts, _judges(plan, trouble, variation), failures), work, steps, seed)
+    every = min(config.checkpoint.every, config.train.steps)
+    return Scenario(
+        outcome,
+        steps,
+        config.train.steps,
+        groups=steps * config.train.global_batch,
+        failure_cost=RESTART_SECONDS + every * outcome.step_seconds / 2,
+        failures=failures,
+        variation=variation,
+        planned=plan.step_seconds,
+        allowed=config.teacher.max_failure_rate,
+    )
+
+
+def _judges(plan: Plan, trouble: FaultModel, variation: float) -> Judges | None:
+    """The planned servers, which all groups under way share."""
+    if plan.judges is None:
+        return None
+    servers, config = plan.judges.servers, plan.question.config
+    settings, workers = config.teacher.workers, servers.workers or 1
+    most = min(workers * settings.groups, (config.train.staleness + 1) * config.train.global_batch)
+    return Judges(
+        workers,
+        settings.groups,
+        Service(plan.judges.shortest, variation),
+        tuple(servers.seconds(groups) / plan.judges.shortest for groups in range(1, most + 1)),
+        trouble.slow_share,
+        trouble.slowdown,
+        settings.group_deadline,
+        settings.max_attempts,
+    )
+
+
+def _part(plan: Plan) -> int:
+    """Episodes generated at once, as in ``build.py: _wave``."""
+    config = plan.question.config
+    _, engines = rollout_engine(plan.question, plan.layout)
+    sequences = config.rollout.max_batch * engines
+    return min(config.train.global_batch, max(1, sequences // max(1, config.candidates.rollouts)))

@@ -1,0 +1,377 @@
+"""Generation, judging and training on a cluster, simulated: throughput, staleness, and who waits for whom.
+
+The order of things is that of ``loop.py``, ``pipeline.py``, ``buffer/judging.py`` and ``teacher/worker.py``, line by
+line, with the pauses between two looks into the rollout buffer (``buffer/polling.py``); what a stage computes is
+replaced by the seconds it takes. A run of thousands of GPUs is simulated in seconds.
+
+    propose ──parts──> queue ──oldest first──> judge workers ──> batch complete ──> update ──> settle ──> sync
+       └────────── at most S batches ahead of the one that is learnt from ──────────┘
+
+Not simulated: a judge in the trainer, the growth of the number of rollouts (``curriculum.py``), replies that a judge
+remembers of a group that another had begun (every attempt begins anew), and a store that cannot be reached.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from megatron_rlpt.buffer.polling import until_next_look
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.planner.simulation.events import Clock, Process, Signal, Waits
+from megatron_rlpt.planner.simulation.processor_sharing import ProcessorSharing
+from megatron_rlpt.planner.simulation.setting import Judges, SimulatedCluster, Workload
+
+_TRAINER_LOOKS = (0.02, 0.5)
+"""``buffer/judging.py: _POLL``, seconds; a test compares them."""
+_WORKER_LOOKS = (0.02, 1.0)
+"""``teacher/worker.py: _IDLE``, seconds; a test compares them."""
+_HOPELESS = 1000
+"""Failures in a row without a checkpoint in between, after which a run gets nowhere."""
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What a simulated run was like. Times in seconds."""
+
+    seconds: float
+    """The whole run."""
+    step_seconds: float
+    """Mean of a step once the pipeline is full, the last steps, in which it empties, left out."""
+    busy: dict[str, float]
+    """Share of the run in which each part was at work: ``rollouts`` (generation and sync), ``judging`` (of all slots),
+    ``training`` (update, sync and checkpoint)."""
+    stage_seconds: dict[str, float]
+    """Seconds per step at ``generate``, ``judge`` (of all slots together), ``update``, ``sync`` and ``checkpoint``;
+    what was done in vain included."""
+    bottleneck: str
+    """The part that was at work most of the time: what to enlarge first."""
+    wait_for_judges: float
+    """Mean seconds per step that the trainer waited for the batch to be generated and judged."""
+    wait_for_rollouts: float
+    """Mean seconds per step that it waited, after the update, for generation to end, so that weights may change."""
+    queued: float
+    """Mean seconds between a group's arrival in the buffer and its first claim."""
+    queued_longest: float
+    staleness: float
+    """Mean updates between the weights that generated a batch and those that learnt from it."""
+    staleness_highest: int
+    in_flight: int
+    """Most groups on their way at once; the buffer of a run takes (S + 1) x batch."""
+    failures: int
+    """Failures that stopped the run."""
+    lost: float
+    """Seconds of work done in vain, and of restarts."""
+    given_up: int
+    """Groups that no judge finished before its deadline in as many attempts as are allowed."""
+
+
+def simulate(cluster: SimulatedCluster, work: Workload, steps: int, seed: int = 1) -> SimulationResult:
+    """One run of ``steps`` steps; the same arguments give the same outcome.
+
+    Raises:
+        ConfigError: the run is too short to have a steady part, or fails more often than it can save its state.
+    """
+    if steps < 2 * work.staleness + 4:
+        raise ConfigError(
+            f"{steps} steps are too few to simulate staleness {work.staleness}; give at least {2 * work.staleness + 4}"
+        )
+    return _Simulation(cluster, work, steps, seed).outcome()
+
+
+@dataclass
+class _Waits:
+    """Seconds that somebody waited."""
+
+    judges: list[float] = field(default_factory=list)
+    rollouts: list[float] = field(default_factory=list)
+    queue: list[float] = field(default_factory=list)
+
+
+class _Simulation:
+    """One run. Groups are numbered over the run, as in the buffer."""
+
+    def __init__(self, cluster: SimulatedCluster, work: Workload, steps: int, seed: int) -> None:
+        self._cluster, self._work, self._steps = cluster, work, steps
+        self._clock = Clock()
+        # One source of chance for each part: what changes in one leaves the others as they were.
+        self._lengths, self._judging, self._updating, self._failing = (
+            random.Random(f"{seed}/{part}") for part in ("lengths", "judging", "updating", "failing")
+        )
+        self._changed, self._judged_more, self._arrived = (Signal(self._clock) for _ in range(3))
+        self._done = self._proposed = self._submitted = self._taken = 0
+        """Steps learnt from; batches proposed; groups submitted by the trainer; groups taken by it."""
+        self._saved = (0, 0, 0)
+        """Of the last checkpoint: steps done, batches proposed, groups submitted."""
+        self._versions: dict[int, int] = {}
+        self._ages: dict[int, int] = {}
+        self._most = 0
+        """Most groups on their way at once."""
+        self._sharing: ProcessorSharing | None = None
+        self._known = 0
+        """Groups below this number are in the buffer, which survives the trainer."""
+        self._arrivals: dict[int, float] = {}
+        self._queue: list[int] = []
+        self._attempts: Counter[int] = Counter()
+        self._left = [work.batch] * steps
+        """Groups of each batch without an outcome."""
+        self._busy: defaultdict[str, float] = defaultdict(float)
+        self._until: dict[str, float] = {}
+        self._ends = [0.0] * steps
+        self._waits = _Waits()
+        self._trainer: Process | None = None
+        self._proposer: Process | None = None
+        self._safe_since = 0.0
+        self._failures = self._hopeless = self._given_up = 0
+        self._lost = 0.0
+
+    def outcome(self) -> SimulationResult:
+        """Run it."""
+        judges = self._cluster.judges
+        if judges and judges.slowing:
+            self._sharing = ProcessorSharing(self._clock, lambda groups: judges.slowing[groups - 1], judges.deadline)
+        for number in range(judges.workers if judges else 0):
+            _SimulatedWorker(self, number)
+        self._trainer = self._clock.start(self._train(0.0))
+        if self._cluster.failures.per_node_hour and self._cluster.failures.nodes:
+            self._clock.start(self._fail())
+        self._clock.run(lambda: self._done == self._steps and self._trainer is not None and not self._trainer.alive)
+        seconds = self._clock.now
+        first, last = self._work.staleness + 1, self._steps - 1 - self._work.staleness
+        parts = {
+            "rollouts": self._busy["generate"] + self._busy["sync"],
+            "judging": self._busy["judge"] / judges.slots if judges else 0.0,
+            "training": self._busy["update"] + self._busy["sync"] + self._busy["checkpoint"],
+        }
+        names = ("generate", "judge", "update", "sync", "checkpoint")
+        return SimulationResult(
+            seconds=seconds,
+            step_seconds=(self._ends[last] - self._ends[first]) / (last - first),
+            busy={name: spent / seconds for name, spent in parts.items()},
+            stage_seconds={name: self._busy[name] / self._steps for name in names},
+            bottleneck=max(parts, key=parts.__getitem__),
+            wait_for_judges=sum(self._waits.judges) / self._steps,
+            wait_for_rollouts=sum(self._waits.rollouts) / self._steps,
+            queued=fmean(self._waits.queue or [0.0]),
+            queued_longest=max(self._waits.queue, default=0.0),
+            staleness=fmean(self._ages.values()),
+            staleness_highest=max(self._ages.values()),
+            in_flight=self._most,
+            failures=self._failures,
+            lost=self._lost,
+            given_up=self._given_up,
+        )
+
+    # ``loop.train``
+
+    def _train(self, restart: float) -> Waits:
+        yield restart
+        self._lost += self._clock.now - self._safe_since
+        self._safe_since = self._clock.now
+        while self._done < self._steps:
+            yield from self._propose_ahead()
+            yield from self._collect()
+            yield from self._work_on("update", self._work.update.draw(self._updating))
+            yield from self._settle()
+            yield from self._work_on("sync", self._work.sync)
+            self._ends[self._done] = self._clock.now
+            self._done += 1
+            every = self._work.checkpoint_every
+            if self._done % every == 0 or self._done == self._steps:
+                yield from self._work_on("checkpoint", self._work.checkpoint)
+                self._saved = self._done, self._proposed, self._submitted
+                self._safe_since, self._hopeless = self._clock.now, 0
+
+    # ``Pipeline.propose``
+
+    def _propose_ahead(self) -> Waits:
+        numbers = range(self._proposed, min(self._done + self._work.staleness + 1, self._steps))
+        self._proposed = max(self._proposed, numbers.stop)
+        for number in numbers:
+            self._versions[number] = self._done
+        if self._work.background:
+            self._proposer = self._clock.start(self._propose(numbers))
+        else:
+            yield from self._propose(numbers)
+
+    def _propose(self, numbers: Sequence[int]) -> Waits:
+        batch, part = self._work.batch, self._work.part
+        for number in numbers:
+            for start in range(0, batch, part):
+                count = min(part, batch - start)
+                yield from self._work_on("generate", self._cluster.rollouts.draw(self._lengths, count))
+                self._submit(number * batch + start + count)
+        self._proposer = None
+        self._changed.fire()
+
+    def _submit(self, end: int) -> None:
+        """``BufferedJudging.submit``; groups that an earlier trainer had submitted are in the buffer already."""
+        for group in range(max(self._submitted, self._known), end):
+            self._arrive(group)
+        self._submitted, self._known = end, max(self._known, end)
+        self._most = max(self._most, end - self._taken)
+        self._arrived.fire()
+        self._judged_more.fire()
+
+    def _arrive(self, group: int) -> None:
+        if self._cluster.judges is None:
+            self._left[group // self._work.batch] -= 1
+        else:
+            self._arrivals[group] = self._clock.now
+            heapq.heappush(self._queue, group)
+
+    def _settle(self) -> Waits:
+        began = self._clock.now
+        while self._proposer is not None:
+            yield self._changed
+        self._waits.rollouts.append(self._clock.now - began)
+
+    # ``BufferedJudging.collect``
+
+    def _collect(self) -> Waits:
+        began, end = self._clock.now, (self._done + 1) * self._work.batch
+        if self._submitted < end or self._left[self._done]:
+            while self._submitted < end or self._left[self._done]:
+                yield self._judged_more
+            yield self._next_look(began, *_TRAINER_LOOKS)
+        self._waits.judges.append(self._clock.now - began)
+        self._ages[self._done] = self._done - self._versions[self._done]
+        self._taken = end
+
+    def _next_look(self, began: float, shortest: float, longest: float) -> float:
+        """Seconds from now until who has looked since ``began`` looks again."""
+        waited, gone = 0.0, self._clock.now - began
+        while waited < gone:
+            pause = until_next_look(waited, shortest, longest)
+            # Pauses of equal length need not be gone through one by one.
+            waited += pause * max(1, math.floor((gone - waited) / pause)) if pause == longest else pause
+        return waited - gone
+
+    def _work_on(self, stage: str, seconds: float) -> Waits:
+        self._busy[stage] += seconds
+        self._until[stage] = self._clock.now + seconds
+        yield seconds
+
+    # Failures
+
+    def _fail(self) -> Waits:
+        failures = self._cluster.failures
+        while True:
+            yield self._failing.expovariate(failures.nodes * failures.per_node_hour / 3600)
+            self._crash(failures.restart)
+
+    def _crash(self, restart: float) -> None:
+        """A node is gone: the trainer and its engines begin anew at the last checkpoint. Judges and buffer go on."""
+        assert self._trainer is not None
+        if not self._trainer.alive:
+            return
+        self._failures += 1
+        self._hopeless += 1
+        if self._hopeless > _HOPELESS:
+            raise ConfigError(
+                f"the run fails {_HOPELESS} times in a row before the checkpoint after step {self._saved[0]}; write "
+                "checkpoints more often (checkpoint.every) or use fewer nodes"
+            )
+        for process in (self._trainer, self._proposer):
+            if process is not None:
+                process.stop()
+        self._proposer = None
+        for stage, until in self._until.items():
+            self._busy[stage] -= max(0.0, until - self._clock.now)
+        self._until.clear()
+        self._lost += self._clock.now - self._safe_since
+        self._safe_since = self._clock.now
+        self._done, self._proposed, self._submitted = self._saved
+        self._taken = self._done * self._work.batch
+        self._trainer = self._clock.start(self._train(restart))
+
+    # What judge workers call
+
+    def claim(self, count: int) -> list[int]:
+        """At most ``count`` of the oldest groups that wait."""
+        groups = [heapq.heappop(self._queue) for _ in range(min(count, len(self._queue)))]
+        for group in groups:
+            if not self._attempts[group]:
+                self._waits.queue.append(self._clock.now - self._arrivals[group])
+        return groups
+
+    def judge(self, group: int, slowness: float) -> Waits:
+        """Judge ``group`` until it is done or out of time."""
+        judges = self.judges
+        seconds = judges.service.draw(self._judging)
+        self._attempts[group] += 1
+        if self._sharing is None:
+            late = seconds * slowness > judges.deadline
+            taken = min(seconds * slowness, judges.deadline)
+            self._busy["judge"] += taken
+            yield taken
+        else:
+            job = self._sharing.begin(seconds, slowness)
+            yield job.over
+            late = job.left > 0
+            # What it took of servers that are full: with fewer groups they are not at work all the time.
+            self._busy["judge"] += (
+                (seconds - job.left / slowness) * judges.slowing[-1] / len(judges.slowing) * judges.slots
+            )
+        if late and self._attempts[group] < judges.max_attempts:
+            heapq.heappush(self._queue, group)
+            self._arrived.fire()
+            return
+        self._given_up += late
+        self._left[group // self._work.batch] -= 1
+        self._judged_more.fire()
+
+    @property
+    def clock(self) -> Clock:
+        """The time."""
+        return self._clock
+
+    @property
+    def judges(self) -> Judges:
+        """How judging goes, where there is any."""
+        assert self._cluster.judges is not None
+        return self._cluster.judges
+
+    def idle_until_work(self, since: float) -> Waits:
+        """What a worker waits for that found nothing: a group, and its own next look into the buffer."""
+        while not self._queue:
+            yield self._arrived
+        yield self._next_look(since, *_WORKER_LOOKS)
+
+
+class _SimulatedWorker:
+    """``teacher.worker.Worker``: claims as many groups as it has room for."""
+
+    def __init__(self, run: _Simulation, number: int) -> None:
+        judges = run.judges
+        self._run = run
+        self._groups = judges.groups
+        self._slowness = judges.slowdown if number < round(judges.slow_share * judges.workers) else 1.0
+        self._held = 0
+        self._finished = Signal(run.clock)
+        run.clock.start(self._claim())
+
+    def _claim(self) -> Waits:
+        since = self._run.clock.now
+        while True:
+            while self._held >= self._groups:
+                yield self._finished
+                since = self._run.clock.now
+            groups = self._run.claim(self._groups - self._held)
+            for group in groups:
+                self._held += 1
+                self._run.clock.start(self._handle(group))
+            if groups:
+                since = self._run.clock.now
+            else:
+                yield from self._run.idle_until_work(since)
+
+    def _handle(self, group: int) -> Waits:
+        yield from self._run.judge(group, self._slowness)
+        self._held -= 1
+        self._finished.fire()

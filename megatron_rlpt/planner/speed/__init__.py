@@ -1,0 +1,1 @@
+"""How long updates and generation take on a GPU."""

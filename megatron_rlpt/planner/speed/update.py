@@ -1,0 +1,282 @@
+"""How long a forward pass or an optimizer update takes in a layout, part by part.
+
+A stage of the pipeline works through its micro-batches one after the other; each of its layers takes the time of its
+matrix products, of attention, of kernels that only move memory, and of what its ranks have to tell each other. The
+slowest stage decides, which is the last: it has the output layer besides. Gradients and weights are exchanged among
+data-parallel ranks; what the passes cannot hide comes on top. ``tools/bench/plan_megatron_table.py`` compares this with
+published measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from megatron_rlpt.planner.hardware import Constant, Nodes
+from megatron_rlpt.planner.speed.kernels import (
+    ELEMENTWISE_BACKWARD,
+    ELEMENTWISE_FORWARD,
+    LOGIT_BYTES,
+    STEP_OVERHEAD,
+    attention_seconds,
+    linear_seconds,
+    memory_seconds,
+)
+from megatron_rlpt.planner.speed.transformer import Transformer
+from megatron_rlpt.policy.layout import Layout
+
+TENSOR_HIDDEN = Constant(
+    0.7, "assumed; nothing is published. With 0.5 or 0.9 the mean error over the public table changes little"
+)
+"""Share of tensor-parallel communication that --tp-comm-overlap hides. Runs of this project do not use it."""
+_GRADIENT_BYTES, _WEIGHT_BYTES = 4, 2
+_STATE_BYTES = 32
+"""What the optimizer reads and writes per parameter: fp32 gradient, weight and two moments, the bf16 weight."""
+
+
+@dataclass(frozen=True)
+class UpdateWork:
+    """What goes through the model at once."""
+
+    sequences: int
+    """Sequences of the whole batch."""
+    length: int
+    """Tokens of each, padding included."""
+    predicted: int
+    """Tokens of each whose logits are computed."""
+    micro_batch: int
+    """Sequences per rank that go through a stage together."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of a run changes how long its passes take."""
+
+    fp8: bool = False
+    recompute_attention: bool = False
+    recompute_layers: bool = False
+    hidden_tensor: float = 0.0
+    """Share of tensor-parallel communication that is hidden."""
+    overlap_reduce: bool = False
+    overlap_gather: bool = False
+    overhead: float = STEP_OVERHEAD
+    """Seconds per update that depend on neither model nor batch."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of one layer, or of several."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+    expert: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def plus(self, other: Parts, times: float = 1.0) -> Parts:
+        """This and ``times`` the other."""
+        return Parts(*(getattr(self, p.name) + times * getattr(other, p.name) for p in fields(self)))
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds of a pass over the whole batch, as the slowest rank sees them."""
+
+    layers: Parts
+    logits: float
+    pipeline: float
+    """Sending activations and gradients between stages."""
+    bubble: float
+    """Waiting for the pipeline to fill and to empty."""
+    data: float = 0.0
+    """What cannot be hidden of exchanging gradients and weights among data-parallel ranks."""
+    optimizer: float = 0.0
+    overhead: float = 0.0
+    """What does not depend on the model: ``Options.overhead``."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        own = (part.name for part in fields(self) if part.name != "layers")
+        return self.layers.total + sum(getattr(self, name) for name in own)
+
+    def parts(self) -> dict[str, float]:
+        """Name -> seconds, flat."""
+        flat = {part.name: getattr(self.layers, part.name) for part in fields(self.layers)}
+        return flat | {part.name: getattr(self, part.name) for part in fields(self) if part.name != "layers"}
+
+
+def forward_seconds(model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options) -> PassTime:
+    """A forward pass without gradients, as for the log-probabilities of the reference."""
+    stage = _Stage.of(model, layout, nodes, work, options)
+    rounds = _rounds(layout, work)
+    sends = layout.virtual_stages * stage.send
+    return PassTime(
+        layers=Parts().plus(stage.forward, rounds * stage.layers),
+        logits=rounds * stage.logits[0],
+        pipeline=rounds * sends,
+        # Megatron's schedules fill the pipeline once, forward only or not.
+        bubble=(layout.pipeline - 1) / layout.virtual_stages * (stage.layers * stage.forward.total + sends),
+    )
+
+
+def update_seconds(model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options) -> PassTime:
+    """Forward, backward, exchange of gradients, optimizer step and exchange of weights."""
+    stage = _Stage.of(model, layout, nodes, work, options)
+    rounds = _rounds(layout, work)
+    both = stage.forward.plus(stage.backward)
+    sends = 2 * layout.virtual_stages * stage.send
+    mean = stage.layers * both.total + sends + sum(stage.logits) / layout.pipeline
+    return PassTime(
+        layers=Parts().plus(both, rounds * stage.layers),
+        logits=rounds * sum(stage.logits),
+        pipeline=rounds * sends,
+        bubble=(layout.pipeline - 1) / layout.virtual_stages * mean,
+        data=_data_seconds(model, layout, nodes, stage, rounds, options),
+        optimizer=_optimizer_seconds(model, layout, nodes),
+        overhead=options.overhead,
+    )
+
+
+def utilisation(model: Transformer, nodes: Nodes, work: UpdateWork, seconds: float, *, passes: float = 3.0) -> float:
+    """Model FLOPs (Megatron's count) over what all GPUs could do in bf16: MFU; ``passes`` is 3 with a backward pass."""
+    flops = passes * work.sequences * model.forward_flops(work.length, work.predicted)
+    return flops / (seconds * nodes.gpus * nodes.gpu.bf16)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage and one micro-batch."""
+
+    layers: int
+    forward: Parts
+    """Of one layer."""
+    backward: Parts
+    """Of one layer, with what is computed again."""
+    logits: tuple[float, float]
+    """Forward and backward of the output layer, on the last stage."""
+    send: float
+    """One transfer to the next stage."""
+
+    @classmethod
+    def of(cls, model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options) -> _Stage:
+        tokens = work.micro_batch * work.length / layout.context
+        forward, backward = _layer(model, layout, nodes, work, options, tokens)
+        if options.recompute_layers:
+            backward = backward.plus(forward)
+        elif options.recompute_attention:
+            backward = backward.plus(Parts(attention=forward.attention))
+        rows = work.micro_batch * work.predicted / layout.context
+        ahead, back = linear_seconds(nodes.gpu, rows, model.vocab / layout.tensor, model.hidden)
+        softmax = memory_seconds(nodes.gpu, LOGIT_BYTES * rows * model.vocab / layout.tensor)
+        send = 0.0
+        if layout.pipeline > 1:
+            split = layout.tensor if layout.sequence else 1
+            speed = nodes.bandwidth(layout.pipeline, layout.tensor * layout.context * layout.data)
+            send = tokens * model.hidden * 2 / split / speed
+        return cls(
+            model.layers // layout.pipeline, forward, backward, (ahead + softmax / 3, back + softmax * 2 / 3), send
+        )
+
+
+def _rounds(layout: Layout, work: UpdateWork) -> int:
+    """Micro-batches per rank; an interleaved pipeline needs a multiple of its size."""
+    rounds = math.ceil(work.sequences / (layout.data * work.micro_batch))
+    return math.ceil(rounds / layout.pipeline) * layout.pipeline if layout.virtual_stages > 1 else rounds
+
+
+def _layer(
+    model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options, tokens: float
+) -> tuple[Parts, Parts]:
+    """One layer on ``tokens`` tokens of a rank's share of the sequences, forward and backward."""
+    gpu, tensor = nodes.gpu, layout.tensor
+    query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    products = [(1, tokens, (query + 2 * key) / tensor, model.hidden), (1, tokens, model.hidden, query / tensor)]
+    spread = tensor if layout.sequence else 1
+    inner = model.ffn_hidden / tensor
+    exchange = 0.0
+    if model.experts is None:
+        products += [(1, tokens, model.projections * inner, model.hidden), (1, tokens, model.hidden, inner)]
+    else:
+        # Experts are whole on their rank, so each rank sends its own share of the tokens there and back.
+        held = model.experts.count // layout.expert
+        routed = tokens / spread * model.experts.per_token
+        each, inner = routed / held, model.experts.ffn_hidden
+        products += [(held, each, model.projections * inner, model.hidden), (held, each, model.hidden, inner)]
+        inner *= routed / tokens
+        exchange = 2 * nodes.exchange_seconds(routed * model.hidden * 2, layout.expert)
+    pairs = [(count, linear_seconds(gpu, *size, fp8=options.fp8)) for count, *size in products]
+    attention = attention_seconds(
+        gpu, work.micro_batch, work.length / math.sqrt(layout.context), query / tensor
+    )  # a rank's share of the causal triangle is 1 / context of it
+    collective = tokens * model.hidden * 2 * (tensor - 1) / tensor / nodes.bandwidth(tensor)
+    tensors = 4 * collective * (1 - options.hidden_tensor)
+    ring = _ring_seconds(model, layout, nodes, tokens)
+    parts = []
+    for index, elementwise in enumerate((ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD)):
+        activation = 2 * (model.projections + 1) if index == 0 else 2 * (2 * model.projections + 1)
+        moved = tokens * (elementwise * model.hidden / spread + activation * inner)
+        parts.append(
+            Parts(
+                matmul=sum(count * pair[index] for count, pair in pairs),
+                attention=attention[index],
+                elementwise=memory_seconds(gpu, moved),
+                tensor=tensors,
+                # Keys and values travel while attention works on those that are there.
+                context=max(0.0, (index + 1) * ring - attention[index]),
+                expert=exchange,
+            )
+        )
+    return parts[0], parts[1]
+
+
+def _ring_seconds(model: Transformer, layout: Layout, nodes: Nodes, tokens: float) -> float:
+    """Keys and values of a layer once around the context-parallel ranks."""
+    if layout.context == 1:
+        return 0.0
+    moved = tokens * 2 * model.kv_heads * model.head_dim * 2 / layout.tensor * (layout.context - 1)
+    return moved / nodes.bandwidth(layout.context, layout.tensor)
+
+
+def shares(model: Transformer, layout: Layout) -> tuple[float, float]:
+    """Parameters per rank of the fullest stage: those all replicas hold, and those of its experts."""
+    layers = model.layers // layout.pipeline
+    dense = model.attention_parameters + (0 if model.experts else model.expert_parameters)
+    ends = model.embedding_parameters * (2 if layout.pipeline == 1 and not model.tied else 1)
+    experts = model.experts.count // layout.expert * model.expert_parameters if model.experts else 0
+    return (layers * dense + ends) / layout.tensor, float(layers * experts)
+
+
+def _data_seconds(
+    model: Transformer, layout: Layout, nodes: Nodes, stage: _Stage, rounds: int, options: Options
+) -> float:
+    """Reducing gradients and gathering weights, less what the last backward and the first forward passes hide.
+
+    Stages of an interleaved pipeline are done with a piece after the last ``pipeline`` micro-batches, so that those
+    hide it; the piece that is done last hides behind nothing.
+    """
+    dense, experts = shares(model, layout)
+    seconds = 0.0
+    for parameters, size, stride in (
+        (dense, layout.data * layout.context, layout.tensor),
+        (experts, layout.world // (layout.pipeline * layout.expert), layout.expert),
+    ):
+        if size > 1:
+            seconds += parameters * (size - 1) / size / nodes.bandwidth(size, stride)
+    passes = min(layout.pipeline, rounds) * (stage.layers - 1)
+    hidden_reduce = passes * stage.backward.total if options.overlap_reduce else 0.0
+    hidden_gather = passes * stage.forward.total if options.overlap_gather else 0.0
+    return max(0.0, _GRADIENT_BYTES * seconds - hidden_reduce) + max(0.0, _WEIGHT_BYTES * seconds - hidden_gather)
+
+
+def _optimizer_seconds(model: Transformer, layout: Layout, nodes: Nodes) -> float:
+    """Adam on this rank's share: Megatron's distributed optimizer divides the state among data-parallel ranks."""
+    dense, experts = shares(model, layout)
+    copies = layout.world // (layout.pipeline * layout.expert)
+    return memory_seconds(nodes.gpu, _STATE_BYTES * (dense / (layout.data * layout.context) + experts / copies))

@@ -1,0 +1,381 @@
+"""Device runtime: the same Megatron-Core code on CUDA and on a CPU over gloo.
+
+Megatron-Core writes ``torch.cuda`` and ``device="cuda"`` into its source. On a machine without CUDA this module gives
+the modules of ``megatron.core``, and only those, a stand-in for the name ``torch`` under which "cuda" means the CPU.
+``torch`` itself stays as it is: patching it globally breaks other libraries in the same process (transformers then
+leaves rotary buffers uninitialised). Two tensor methods that Megatron calls, ``Tensor.cuda`` and ``Tensor.type``,
+cannot be reached through a module's globals; inside ``DeviceRuntime.megatron()`` they are swapped for versions that
+differ only when the caller is a Megatron module.
+
+On CUDA no device is replaced. On either, what has to be corrected in the installed release of Megatron-Core
+(``policy/compat.py``) is corrected as its modules are imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import importlib.abc
+import importlib.machinery
+import os
+import socket
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from megatron_rlpt.distributed.ranks import (
+    LauncherEnvironment,
+    Ranks,
+    contact_kept,
+    ranks_on_this_machine,
+    read_launcher_environment,
+)
+from megatron_rlpt.errors import ConfigError, TrainingError, first_line
+from megatron_rlpt.policy import megatron_compat as compat
+from megatron_rlpt.policy.layout import Layout
+
+# malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "as_tensor",
+              "empty_like", "zeros_like", "ones_like", "full_like")  # fmt: skip
+
+
+class _CpuStream:
+    """``torch.cuda.Stream`` on a CPU: operations run when they are called, in one order."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class _CpuEvent:
+    """``torch.cuda.Event`` on a CPU, where the time of an operation is the time of its call."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def elapsed_time(self, end: _CpuEvent) -> float:
+        """Milliseconds from this event to ``end``."""
+        return (end._seconds - self._seconds) * 1e3
+
+
+class _CpuCuda(types.ModuleType):
+    """``torch.cuda`` as Megatron sees it on a CPU machine."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        self.Stream = _CpuStream
+        self.Event = _CpuEvent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def current_stream(device: object = None) -> _CpuStream:
+        # 0.19, distributed/param_and_grad_buffer.py: every reduction of gradients asks for the stream it may wait on.
+        return _CpuStream()
+
+    @staticmethod
+    def synchronize(device: object = None) -> None:
+        """Nothing to wait for: CPU operations return when they are done."""
+
+    @staticmethod
+    def empty_cache() -> None:
+        """The CPU allocator keeps no cache of ours."""
+
+    @staticmethod
+    def get_rng_state(device: object = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, device: object = None) -> None:
+        torch.set_rng_state(state)
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+
+class _CpuTorch(types.ModuleType):
+    """``torch`` as Megatron sees it on a CPU machine: "cuda" means CPU, all else is the real thing."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CpuCuda()
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _is_cuda(device: object) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # only for copies to a GPU, and an error without one
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _called_by_megatron() -> bool:
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Corrects Megatron modules and gives them the stand-in right after they are imported, whenever that is.
+
+    Megatron imports parts of itself inside functions (checkpoint strategies among them), so handing the stand-in to
+    what is loaded at one moment is not enough.
+    """
+
+    def __init__(self, stand_in: types.ModuleType | None) -> None:
+        self._stand_in = stand_in
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            _adapt(module, self._stand_in)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _adapt(module: types.ModuleType, stand_in: types.ModuleType | None) -> None:
+    compat.adapt(module)
+    if stand_in is None:
+        return
+    if vars(module).get("torch") is torch:
+        module.torch = stand_in  # type: ignore[attr-defined]
+    compat.adapt_to_cpu(module)
+
+
+def _install(on_cuda: bool) -> None:
+    """Once per process: for the Megatron modules already loaded and for those that will be."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    stand_in = None if on_cuda else _CpuTorch()
+    sys.meta_path.insert(0, _Finder(stand_in))
+    for name, module in list(sys.modules.items()):
+        if name == "megatron.core" or name.startswith("megatron.core."):
+            _adapt(module, stand_in)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of returning it to the kernel after every large tensor.
+
+    An update allocates and frees gigabytes of activations; fetching their pages anew each time costs more than a
+    tenth of the step. Elsewhere than on glibc nothing is changed.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _require_gpus(ranks: int, gpus: int) -> None:
+    """Refuse more ranks on this machine than it has GPUs.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if ranks > gpus:
+        raise ConfigError(
+            f"{ranks} ranks were started on {socket.gethostname()}, which has {gpus} GPUs, and every rank needs one; "
+            f"start {gpus} (torchrun --nproc-per-node, srun --ntasks-per-node)"
+        )
+
+
+def _require_own_gpus(gpus: Sequence[tuple[str, str]]) -> None:
+    """Refuse ranks that share a GPU.
+
+    Args:
+        gpus: (machine, UUID) of the GPU of every rank.
+
+    Raises:
+        ConfigError: names the first two that do.
+    """
+    for rank, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) < rank:
+            raise ConfigError(
+                f"ranks {first} and {rank} have the same GPU of {gpu[0]}, and every rank needs one of its own; start "
+                "as many ranks on a machine as it has GPUs (torchrun --nproc-per-node, srun --ntasks-per-node)"
+            )
+
+
+class DeviceRuntime:
+    """Where Megatron runs: ``cuda`` when a GPU is there, else ``cpu``. Its groups exist once per process.
+
+    Attributes:
+        name: ``cuda`` or ``cpu``.
+        device: the torch device of this rank.
+        backend: the torch.distributed backend, ``nccl`` or ``gloo``.
+    """
+
+    _layout: ClassVar[Layout | None] = None
+    _ranks: ClassVar[Ranks | None] = None
+
+    def __init__(self, place: LauncherEnvironment | None = None) -> None:
+        """The runtime of the process at ``place``; None asks the launcher's variables.
+
+        From here on "the current GPU" is that of this rank, for everything in this process.
+
+        Raises:
+            ConfigError: there are more ranks on this machine than GPUs.
+            RlptError: the installed Megatron-Core is not supported.
+        """
+        self._place = place or read_launcher_environment()
+        if self._place.world > 1:
+            # Read when CUDA starts. Communication is put between computations in launch order, which one queue keeps;
+            # Megatron warns without it (tensor_parallel/layers.py).
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        self.on_cuda = torch.cuda.is_available()
+        self.name = "cuda" if self.on_cuda else "cpu"
+        self.backend = "nccl" if self.on_cuda else "gloo"
+        # A launcher that shows every rank its own GPU alone (srun --gpus-per-task=1) calls each of them number 0; that
+        # they are not the same one is found out once the ranks have met.
+        gpus = torch.cuda.device_count()
+        number = self._place.local_rank if gpus > 1 else 0
+        if gpus > 1:
+            _require_gpus(max(number + 1, ranks_on_this_machine() or 1), gpus)
+        self.device = torch.device("cuda", number) if self.on_cuda else torch.device("cpu")
+        if self.on_cuda:
+            torch.cuda.set_device(self.device)
+        compat.require_supported()
+        _install(self.on_cuda)
+        if not self.on_cuda:
+            _keep_freed_memory()
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self._place.rank
+
+    @property
+    def world(self) -> int:
+        """Number of processes of the run."""
+        return self._place.world
+
+    def describe(self) -> str:
+        """One line for the log: which runtime is in force and why."""
+        if self.on_cuda:
+            return f"cuda on {torch.cuda.get_device_name(self.device)} over nccl"
+        return f"cpu with {torch.get_num_threads()} threads over gloo, because torch finds no CUDA device"
+
+    def init_distributed(self, layout: Layout | None = None, timeout: float = 1800.0) -> Ranks:
+        """Start torch.distributed and Megatron's groups for ``layout``; a collective over all ranks.
+
+        In a world of one no port is opened. Called again with the same layout, it does nothing new.
+
+        Args:
+            layout: how the world's ranks are divided; None for a world of one.
+            timeout: seconds after which a collective that some rank did not join fails.
+
+        Raises:
+            ConfigError: ranks share a GPU.
+            TrainingError: the ranks did not find each other in time, or one has ended.
+        """
+        from megatron.core import parallel_state, tensor_parallel
+
+        layout = layout or Layout()
+        place, limit = self._place, datetime.timedelta(seconds=timeout)
+        if not torch.distributed.is_initialized():
+            try:
+                where: dict[str, Any] = (
+                    {"store": torch.distributed.HashStore()}
+                    if place.world == 1
+                    else {"init_method": f"tcp://{place.address}:{place.port}"}
+                )
+                torch.distributed.init_process_group(
+                    self.backend, rank=place.rank, world_size=place.world, timeout=limit, **where
+                )
+            except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError among them
+                raise TrainingError(
+                    f"rank {place.rank} of {place.world} could not meet the others at {place.address}:{place.port} "
+                    f"within {timeout:g} s ({first_line(error)}); look at the logs of the other ranks"
+                ) from error
+        if parallel_state.is_initialized():
+            assert layout == self._layout, f"the groups are those of {self._layout}, not of {layout}"
+        else:
+            # Torch does not wait for all ranks once a group is made: one that has ended by then breaks it for the rest.
+            with contact_kept(), self.megatron():
+                parallel_state.initialize_model_parallel(
+                    tensor_model_parallel_size=layout.tensor,
+                    pipeline_model_parallel_size=layout.pipeline,
+                    virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+                    context_parallel_size=layout.context,
+                    expert_model_parallel_size=layout.expert,
+                    # Experts are small: they are spread over ranks whole, not cut like the dense layers.
+                    expert_tensor_parallel_size=1,
+                    distributed_timeout_minutes=max(1, round(timeout / 60)),
+                )
+                tensor_parallel.model_parallel_cuda_manual_seed(1)
+            DeviceRuntime._layout = layout
+            with contact_kept():
+                DeviceRuntime._ranks = ranks = Ranks(place.rank, layout if layout.world > 1 else None, timeout)
+            if self.on_cuda:
+                # NCCL, which is used after this, would name neither the ranks nor the fix.
+                gpu = str(torch.cuda.get_device_properties(self.device).uuid)
+                _require_own_gpus(ranks.all_gather((socket.gethostname(), gpu)))
+        assert self._ranks is not None
+        return self._ranks
+
+    @contextlib.contextmanager
+    def megatron(self) -> Iterator[None]:
+        """Everything that calls Megatron runs inside this; re-entrant, a no-op on CUDA."""
+        if self.on_cuda:
+            yield
+            return
+        plain_cuda, plain_type = torch.Tensor.cuda, torch.Tensor.type
+
+        def cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return tensor if _called_by_megatron() else plain_cuda(tensor, *args, **kwargs)
+
+        def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            answer = plain_type(tensor, *args, **kwargs)
+            # optimizer.py, distrib_optimizer.py and clip_grads.py compare this string with "torch.cuda.…Tensor".
+            if isinstance(answer, str) and _called_by_megatron():
+                return answer.replace("torch.", "torch.cuda.", 1)
+            return answer
+
+        torch.Tensor.cuda, torch.Tensor.type = cuda, type_  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            torch.Tensor.cuda, torch.Tensor.type = plain_cuda, plain_type  # type: ignore[method-assign]

@@ -1,0 +1,109 @@
+"""The engines of a world of several ranks behind the protocol of one.
+
+    ranks with an engine   generate their share of the prompts, take over weights
+    all ranks              ask for the same prompts, get every answer, iterate over the weights
+
+Without GPUs only rank 0 has an engine; with them every rank has its own. A rank that fails tells the others, so that
+all of them stop with the same error instead of waiting for one that is gone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+from megatron_rlpt.distributed.ranks import Ranks, drain
+from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
+from megatron_rlpt.rollout.vllm.engine import VllmEngine
+from megatron_rlpt.rollout.weight_sync.manifest import Weights
+
+_UNEVEN = 0.125
+"""How far a share may end from an even one, in even shares, to keep prompts of one prefix on one engine. A prefix read
+twice costs less than engines that wait for the one with the most to generate."""
+
+
+class DistributedEngine:
+    """A ``RolloutEngine`` that every rank calls at the same time with the same arguments."""
+
+    def __init__(self, start: Callable[[], VllmEngine], owners: Sequence[int], ranks: Ranks) -> None:
+        """Start the engines; called on every rank.
+
+        Args:
+            start: starts the engine of this rank.
+            owners: ranks that have one, ascending.
+            ranks: all ranks of the run.
+
+        Raises:
+            ModelError: an engine did not start, on this rank or another.
+            EngineError: likewise.
+        """
+        self._ranks = ranks
+        self._owners = tuple(owners)
+        own = ranks.rank in self._owners
+        self._own = ranks.run_on_all_ranks(lambda: start() if own else None, "the start of the rollout engines")
+        self._version: int | None = 0
+
+    @property
+    def own(self) -> VllmEngine | None:
+        """The engine of this rank."""
+        return self._own
+
+    @property
+    def version(self) -> int | None:
+        """Policy version of the weights in force; the same on every rank, None after an update that failed."""
+        return None if self._own and self._own.asleep else self._version
+
+    def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
+        """See ``RolloutEngine.generate``; every rank gets all continuations, in order."""
+
+        def answer() -> list[Continuation]:
+            if self._own is None:
+                return []
+            place = self._owners.index(self._ranks.rank)
+            cuts = cut_shares(prompts, len(self._owners))
+            return self._own.generate(prompts[cuts[place] : cuts[place + 1]], max_tokens, version)
+
+        shares = self._ranks.all_gather(self._ranks.run_on_all_ranks(answer, "the end of generating"))
+        return [continuation for owner in self._owners for continuation in shares[owner]]
+
+    def update_weights(self, weights: Weights, version: int) -> None:
+        """See ``RolloutEngine.update_weights``; ``weights`` may need all ranks to iterate at the same time."""
+        self._load(weights, lambda engine, stream: engine.update_weights(stream, version), version)
+
+    def self_check(self, weights: Callable[[], Weights], version: int) -> None:
+        """See ``VllmEngine.self_check``."""
+        self._load(weights(), lambda engine, stream: engine.self_check(lambda: stream, version), version)
+
+    def sleep(self) -> None:
+        """See ``VllmEngine.sleep``."""
+        if self._own:
+            self._own.sleep()
+
+    def _load(self, weights: Weights, load: Callable[[VllmEngine, Weights], None], version: int) -> None:
+        own = self._own
+        self._version = None
+        self._ranks.run_on_all_ranks(
+            lambda: drain(weights, (lambda stream: load(own, stream)) if own else None),
+            "the end of the weight update",
+        )
+        self._version = version
+
+
+def cut_shares(prompts: Sequence[RolloutPrompt], count: int) -> list[int]:
+    """Where to cut ``prompts`` into ``count`` shares of neighbours: ``count + 1`` indices, ascending.
+
+    Prompts with the same prefix stand side by side, and an engine that has read a prefix goes on from it at no cost.
+    So a cut moves to the nearest change of prefix, unless that makes the shares too uneven.
+    """
+    even = len(prompts) / count
+    changes = [
+        index for index in range(len(prompts) + 1)
+        if index in (0, len(prompts)) or prompts[index].prefix != prompts[index - 1].prefix
+    ]  # fmt: skip
+    cuts = [0]
+    for share in range(1, count):
+        ideal = share * even
+        after = bisect_left(changes, ideal)
+        change = min(changes[max(0, after - 1) : after + 1], key=lambda index: abs(index - ideal))
+        cuts.append(change if abs(change - ideal) <= _UNEVEN * even else round(ideal))
+    return [*cuts, len(prompts)]

@@ -1,0 +1,1 @@
+"""Rollouts from Megatron's own inference."""

@@ -1,0 +1,225 @@
+"""Rollouts from Megatron's own inference, by the same code on CPU and CUDA.
+
+A second copy of the network in the rollout layout (``megatron_model.py``) is refreshed from the training layout by
+``megatron.core.resharding`` (``megatron_refit.py``) and driven by Megatron's static-batch generation loop
+(``megatron_sampling.py``).
+
+Megatron has two generation loops. The dynamic one (``megatron/core/inference/engines/dynamic_engine.py``), which it
+recommends on GPUs, attends through flash-attn's and Triton's CUDA kernels and draws the tokens of all requests from one
+generator, so that a rollout would depend on what ran beside it; it is not used. ``StaticInferenceEngine`` puts around
+the static loop a queue of text prompts, a progress bar and a reseeding of the process's random numbers; the queue here
+is ours. Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rlpt.config import Config, Dtype, RolloutConfig
+from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.errors import EngineError
+from megatron_rlpt.models.architecture import Architecture, read_architecture
+from megatron_rlpt.models.huggingface import WeightFolder
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
+from megatron_rlpt.policy.megatron_compat import inference_wrapper, static_context
+from megatron_rlpt.policy.model import torch_dtype_of
+from megatron_rlpt.policy.requirements import check_megatron_engine
+from megatron_rlpt.rollout.checks import end_of_sequence, require_version
+from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt, require_neutral_sampling
+from megatron_rlpt.rollout.weight_sync.manifest import Weights
+
+_log = logging.getLogger(__name__)
+
+
+class MegatronEngine:
+    """A ``RolloutEngine`` on a Megatron model whose weights follow the policy's.
+
+    In a world of several ranks all of them call it at the same time with the same arguments. Every tensor-parallel
+    group generates for a share of the prompts, and every rank gets all continuations.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        config: RolloutConfig,
+        runtime: DeviceRuntime,
+        ranks: Ranks,
+        *,
+        dtype: Dtype,
+        max_sequence: int,
+    ) -> None:
+        """Build the model with the weights of ``model_path``, which count as version 0.
+
+        Args:
+            model_path: Hugging Face folder of the starting model.
+            config: sampling and sizes; truncated sampling is refused.
+            runtime: with the groups of the training layout started.
+            ranks: all ranks of the run, as ``runtime.init_distributed`` returned them.
+            dtype: precision of the weights, the policy's own.
+            max_sequence: longest prefix plus continuation, in tokens.
+
+        Raises:
+            EngineError: sampling is truncated, the model has experts, or the cache is too small for one sequence.
+            ModelError: the folder cannot be used.
+        """
+        from megatron_rlpt.rollout.megatron.model import build_rollout_model
+        from megatron_rlpt.rollout.megatron.sampling import SeededController
+        from megatron_rlpt.rollout.weight_sync.megatron_refit import RolloutWeights
+
+        require_neutral_sampling(config)
+        arch = read_architecture(model_path)
+        check_megatron_engine(arch, model_path)
+        self._runtime = runtime
+        self._ranks = ranks
+        self._max_sequence = max_sequence
+        self._max_batch = config.max_batch
+        model = build_rollout_model(arch, dtype, runtime)
+        self._groups = model.pg_collection
+        self._tensor = self._groups.tp
+        self._cache_tokens = _cache_tokens(config, arch, dtype, self._tensor.size())
+        if self._cache_tokens < max_sequence:
+            needed = config.kv_cache_gib * max_sequence / max(self._cache_tokens, 1)
+            raise EngineError(
+                f"rollout.kv_cache_gib is {config.kv_cache_gib:g}, room for {self._cache_tokens} tokens; one sequence "
+                f"of {max_sequence} tokens needs {needed:.3g}"
+            )
+        stop_tokens = end_of_sequence(model_path)
+        with runtime.megatron():
+            self._wrapped: Any = inference_wrapper(model, self._no_context(), config.max_batch, max_sequence)
+            self._controller = SeededController(
+                self._wrapped, vocab=arch.vocab, stop_tokens=stop_tokens, temperature=config.temperature
+            )
+        self._weights = RolloutWeights(model, arch, runtime, ranks)
+        self._version: int | None = None
+        self.update_weights(WeightFolder(model_path).stream(arch), 0)
+        _log.info(
+            "rollouts by Megatron's static inference on %s, TP%d: temperature=%g, no top_p / top_k / min_p, "
+            "end-of-sequence tokens %s",
+            runtime.name,
+            self._tensor.size(),
+            config.temperature,
+            stop_tokens,
+        )
+
+    @property
+    def version(self) -> int | None:
+        """Policy version of the weights in force; None after an update that failed half-way."""
+        return self._version
+
+    def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
+        """See ``RolloutEngine.generate``; every rank gets all continuations, in order.
+
+        Raises:
+            EngineError: the weights in force are not those of ``version``, or a prompt is empty or too long.
+        """
+        require_version(self._version, version)
+        for prompt in prompts:
+            if not prompt.prefix or len(prompt.prefix) + max_tokens > self._max_sequence:
+                raise EngineError(
+                    f"a prompt of {len(prompt.prefix)} tokens and {max_tokens} new ones were asked for; allowed: at "
+                    f"least 1 and together at most {self._max_sequence} (data.max_prefix + data.suffix_length)"
+                )
+        # Megatron numbers tensor-parallel ranks first, so that groups are runs of neighbours.
+        group, place = divmod(self._ranks.rank, self._tensor.size())
+        groups = self._ranks.size // self._tensor.size()
+        mine = self._generate(prompts[group::groups], max_tokens)
+        shares = self._ranks.all_gather(mine if place == 0 else [])[:: self._tensor.size()]
+        return [shares[index % groups][index // groups] for index in range(len(prompts))]
+
+    def update_weights(self, weights: Weights, version: int) -> None:
+        """See ``RolloutEngine.update_weights``.
+
+        A source that has the Megatron model (``megatron_refit.TrainingLayout``) is resharded, and its stream never
+        started; any other is streamed.
+        """
+        from megatron_rlpt.rollout.weight_sync.megatron_refit import TrainingLayout
+
+        self._version = None
+        if isinstance(weights, TrainingLayout):
+            self._weights.reshard(weights.pieces)
+        else:
+            self._weights.load(weights)
+        self._version = version
+
+    def self_check(self, weights: Callable[[], Weights], version: int) -> None:
+        """Prove that updates reach every weight: replace all by random values, then by the policy's, and compare.
+
+        Args:
+            weights: the policy's weights, with the values of the folder that this engine was started on. Called once.
+            version: their policy version, in force afterwards.
+
+        Raises:
+            EngineError: some weights are not, bit for bit, what was loaded from the folder; names the first.
+        """
+        loaded = self._weights.digests()
+        self._weights.randomise()
+        self.update_weights(weights(), version)
+        now = self._weights.digests()
+        differing = [name for name, digest in loaded.items() if now[name] != digest]
+        for rank, found in enumerate(self._ranks.all_gather(differing)):
+            if found:
+                self._version = None
+                raise EngineError(
+                    f"after a weight update {len(found)} weights of the rollout engine on rank {rank} are not what was "
+                    f"loaded from the model's folder, the first is {found[0]!r}; policy and engine do not hold the "
+                    "same model"
+                )
+        _log.info("weight updates checked: %d tensors agree bit for bit", len(loaded))
+
+    def _generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int) -> list[Continuation]:
+        answers: dict[int, Continuation] = {}
+        for indices in self._batches([len(prompt.prefix) for prompt in prompts], max_tokens):
+            batch = [prompts[index] for index in indices]
+            # A cache of its own for every batch, of its size: nothing computed under old weights can be read, and
+            # between calls the memory is the trainer's.
+            self._wrapped.inference_context = static_context(
+                len(batch), len(batch[-1].prefix) + max_tokens, self._groups
+            )
+            try:
+                with self._runtime.megatron():
+                    generated = self._controller.continuations(batch, max_tokens)
+            finally:
+                self._wrapped.inference_context = self._no_context()
+            answers.update(zip(indices, generated, strict=True))
+        return [answers[index] for index in range(len(prompts))]
+
+    def _no_context(self) -> Any:
+        return static_context(1, 1, self._groups)
+
+    def _batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+        """Indices of prompts by length, cut into batches that fit, the longest of each last.
+
+        Megatron reads a batch's prompts at once up to the shortest and then token by token. Once the lengths of a
+        batch spread over more than ``max_tokens``, two batches take fewer steps.
+        """
+        batch: list[int] = []
+        for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+            longest = lengths[index] + max_tokens
+            full = len(batch) == self._max_batch or (len(batch) + 1) * longest > self._cache_tokens
+            if batch and (full or lengths[index] - lengths[batch[0]] > max_tokens):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+
+def start_policy_engine(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> MegatronEngine:
+    """The engine of ``config``, on the weights of ``model.path`` as version 0; raises what ``MegatronEngine`` does."""
+    return MegatronEngine(
+        Path(config.model.path),
+        config.rollout,
+        runtime,
+        ranks,
+        dtype=config.model.dtype,
+        max_sequence=config.max_sequence,
+    )
+
+
+def _cache_tokens(config: RolloutConfig, arch: Architecture, dtype: Dtype, ranks: int) -> int:
+    """Tokens, over all sequences of a batch, whose keys and values fit into ``rollout.kv_cache_gib`` on one rank."""
+    per_token = 2 * arch.layers * (arch.kv_heads // ranks) * arch.head_dim * torch_dtype_of(dtype).itemsize
+    return int(config.kv_cache_gib * 2**30) // per_token

@@ -1,0 +1,103 @@
+"""The policy's network in the rollout layout: a second ``GPTModel`` that decodes with a key-value cache.
+
+The rollout layout keeps the tensor parallelism of the training layout and nothing else: every tensor-parallel group
+holds a whole model, whatever pipeline or context parallelism the training layout has besides. Decoding one token at a
+time leaves pipeline stages idle, and a sequence of one token cannot be divided.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_rlpt.config import Dtype
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.policy.attention import CausalAttention
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
+from megatron_rlpt.policy.layer_spec import block_spec
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.model import model_arguments, torch_dtype_of, transformer_config
+from megatron_rlpt.policy.rotary import set_frequencies
+
+
+class CachedAttention(CausalAttention):
+    """The policy's attention, and the step after it: one new query against all keys of the cache.
+
+    Megatron's static inference passes the prompt at once (as many keys as queries: plain causal attention) and then
+    token after token (one query, which sees every key), with no mask in either case
+    (``megatron/core/transformer/attention.py: _adjust_key_value_for_inference``).
+    """
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        # [seq or 1, batch, heads, dim] and [seq, batch, groups, dim] -> [seq or 1, batch, heads * dim]
+        if query.shape[0] == key.shape[0]:
+            return super()._attend(query, key, value, mask)
+        assert query.shape[0] == 1, "a query in the middle of the cache would need a mask aligned at its end"
+        assert mask is None
+        _, batch, groups, dim = key.shape
+        # The heads of a group read the same keys: as rows of one query, [batch, groups, heads / groups, dim], they read
+        # them once. On a CPU that is several times faster than one row for each head.
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query.reshape(batch, groups, -1, dim),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            scale=self.softmax_scale,
+        )
+        return mixed.reshape(1, batch, -1)
+
+
+def build_rollout_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime) -> GPTModel:
+    """The model with real logits in the rollout layout, in evaluation mode; its weights are not yet set.
+
+    A collective over all ranks. ``DeviceRuntime.init_distributed`` comes first.
+    """
+    with runtime.megatron():
+        groups = rollout_groups()
+        config = replace(
+            transformer_config(arch, dtype, runtime, Layout(tensor=groups.tp.size())),
+            # Random weights would be overwritten, and drawing them takes time and random numbers of others.
+            perform_initialization=False,
+        )
+        spec = block_spec(config, None)
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = CachedAttention
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            pg_collection=groups,
+            **model_arguments(arch),
+        )
+        set_frequencies(model, arch)
+        return model.to(device=runtime.device, dtype=torch_dtype_of(dtype)).eval().requires_grad_(False)
+
+
+def rollout_groups() -> ProcessGroupCollection:
+    """Process groups of the rollout layout; a collective over all ranks.
+
+    Tensor-parallel groups are the training layout's. Ranks with the same place in theirs are each other's replicas;
+    along every other dimension a rank is alone.
+    """
+    return _groups_beside(parallel_state.get_tensor_model_parallel_group())
+
+
+# Engines of one world share them: a group of gloo's has threads of its own, which poll as long as the process lives.
+@functools.lru_cache(maxsize=1)
+def _groups_beside(tensor: torch.distributed.ProcessGroup) -> ProcessGroupCollection:
+    world, size = torch.distributed.get_world_size(), tensor.size()
+    replicas: Any = None
+    for place in range(size):
+        # Megatron numbers tensor-parallel ranks first (parallel_state.py: order "tp-cp-ep-dp-pp").
+        group = torch.distributed.new_group(list(range(place, world, size)))
+        if place == tensor.rank():
+            replicas = group
+    alone = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    single = dict.fromkeys(("pp", "cp", "ep", "expt_tp", "embd", "pos_embd"), alone)
+    return ProcessGroupCollection(tp=tensor, mp=tensor, tp_cp=tensor, dp=replicas, dp_cp=replicas, **single)

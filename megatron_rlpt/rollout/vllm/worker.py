@@ -1,0 +1,163 @@
+"""What runs inside vLLM's worker, called by name through ``LLM.collective_rpc``; nothing of ours is pickled for it.
+
+vLLM mixes ``WorkerExtension`` into its worker class (``worker_extension_cls``, vllm/v1/worker/worker_base.py), so
+``self`` is the worker and the method names must not be the worker's own: all start with ``rlpt_``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypedDict
+
+import torch
+
+from megatron_rlpt.distributed.processes import STOP_SIGNALS
+
+EXTENSION = f"{__name__}.WorkerExtension"
+"""Value of vLLM's ``worker_extension_cls``."""
+_ROWS = 1024
+"""Rows of the identity sent through a packed matrix at once."""
+
+
+class BucketFile(TypedDict):
+    """One file of weights, byte behind byte."""
+
+    path: str
+    tensors: list[tuple[str, str, list[int]]]
+    """(Hugging Face name, torch dtype name, shape), in the order of the bytes."""
+
+
+class WorkerExtension:
+    """The methods that ``collective_rpc`` calls on every worker."""
+
+    model_runner: Any
+
+    def rlpt_load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+        """Exchange all weights, and repack on CPU what ``reload_weights`` does not; for an engine in process.
+
+        Returns:
+            Name of the first weight that the model's loader left over, None when it took them all.
+        """
+        stream = iter(weights)
+        self.reload_weights(weights_iterator=stream)  # type: ignore[attr-defined]
+        left, _ = next(stream, (None, None))
+        if not torch.cuda.is_available():
+            self.rlpt_repack_tied_head()
+            self.rlpt_repack_experts()
+        return left
+
+    def rlpt_load_buckets(self, buckets: list[BucketFile]) -> str | None:
+        """The same from files, one bucket in memory at a time; a bucket that was read gives its memory back."""
+        return self.rlpt_load(_read_buckets(buckets))
+
+    def rlpt_repack_tied_head(self) -> None:
+        """Give the packed copy of a tied output layer the embedding's present values.
+
+        ``reload_weights`` repacks a layer when weights are loaded into it. A tied output layer gets none of its own,
+        so on CPU, where the matrix product reads a packed copy, it would go on with the old ones and nothing would
+        say so.
+        """
+        model = self.model_runner.get_model()
+        head, embedding = model.lm_head, model.model.embed_tokens
+        if head.weight is embedding.weight:
+            head.quant_method.process_weights_after_loading(head)
+
+    def rlpt_repack_experts(self) -> None:
+        """Pack the weights of a mixture of experts for the CPU kernel.
+
+        vLLM packs them at the first load only (unquantized_fused_moe_method.py: _setup_kernel); after a reload the
+        kernel would read plain weights as packed ones. A version that does it by itself fails the start-up check.
+        """
+        for layer in self.model_runner.get_model().modules():
+            kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+            if kernel is not None:
+                kernel.fused_experts.process_weights_after_loading(layer)
+
+    def rlpt_update_pickled(self, update: bytes) -> None:
+        """``update_weights`` of vLLM's worker, for a payload with CUDA handles in it, which its own encoding refuses.
+
+        The bytes come from the trainer that started this process, over the socket that carries every other call.
+        """
+        self.update_weights(pickle.loads(update))  # type: ignore[attr-defined]
+
+    def rlpt_weight_digests(self) -> dict[str, str]:
+        """SHA-256 of every weight, by vLLM's own names.
+
+        A matrix that exists only in the packed form of a CPU kernel is known by what it does to the identity: the
+        product with it is the matrix itself, exactly, because all other terms of each sum are zero.
+        """
+        model = self.model_runner.get_model()
+        digests = {name: _digest([value]) for name, value in model.named_parameters() if value.numel()}
+        for name, layer in model.named_modules():
+            width = layer.embedding_dim if name == "lm_head" else getattr(layer, "input_size_per_partition", None)
+            if width is not None and hasattr(layer, "cpu_linear"):
+                digests[f"{name}.weight"] = _digest(_through(layer, width, self.model_runner.dtype))
+        return digests
+
+    def rlpt_buffer_digests(self) -> dict[str, str]:
+        """SHA-256 of every buffer: rotary tables, scales of the cache."""
+        return {name: _digest([value]) for name, value in self.model_runner.get_model().named_buffers()}
+
+    def rlpt_zero_cache(self) -> None:
+        """Clear the key-value cache: memory that was just mapped again may hold anything.
+
+        Slots that are masked out still count where the kernel multiplies them by a weight of 0, and 0 times
+        not-a-number is not a number (seen on CPU: one bad batch, and every later one was bad).
+        """
+        for cache in self.model_runner.kv_caches:
+            cache.zero_()
+
+    def rlpt_live_with(self, trainer: int) -> None:
+        """Live as long as the process ``trainer``, its parent; called in the main thread.
+
+        What a scheduler sends to every process of a job is meant for the trainer alone, whose last step needs this one.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+        def watch() -> None:
+            while os.getppid() == trainer:
+                time.sleep(1.0)
+            os._exit(1)
+
+        threading.Thread(target=watch, name="trainer-watch", daemon=True).start()
+
+
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """The bytes of ``tensor`` as something that offers Python's buffer protocol."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _read_buckets(buckets: list[BucketFile]) -> Iterator[tuple[str, torch.Tensor]]:
+    for bucket in buckets:
+        # Into memory of our own, and the file's given back at once: its pages are memory too.
+        with open(bucket["path"], "r+b") as file:
+            data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+            file.truncate(0)
+        start = 0
+        for name, dtype_name, shape in bucket["tensors"]:
+            dtype = getattr(torch, dtype_name)
+            size = torch.Size(shape).numel() * dtype.itemsize
+            yield name, data[start : start + size].view(dtype).view(shape)
+            start += size
+
+
+def _through(layer: Any, width: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for start in range(0, width, _ROWS):
+        rows = torch.zeros(min(_ROWS, width - start), width, dtype=dtype)
+        rows[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = 1
+        yield layer.cpu_linear(rows, layer.weight, None)
+
+
+@torch.inference_mode()
+def _digest(parts: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(bytes_of(part))
+    return digest.hexdigest()

@@ -1,0 +1,159 @@
+"""Weights to an engine in a process of its own on a GPU, by vLLM's weight-transfer package.
+
+Chosen only where CUDA is there. CUDA IPC serves an engine that shares the trainer's GPU, NCCL one that has its own;
+both cut the stream into packed buffers and load them layer by layer (vllm/distributed/weight_transfer). Without a GPU
+neither can run: what is checked there is what we build for them, the order of what is sent, and our side of the calls.
+
+Every trainer rank has an engine of its own and is the sender to it: rank 0 in vLLM's terms, where "rank" is among the
+trainers of one engine. All ranks send at the same time, because a rank's weights are complete only by collectives of
+all. Those of the stream are the only ones: a rank whose engine fails can finish the stream and so lets the others go on
+(``DistributedEngine``), which it could not if sending waited for the other ranks too.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+from vllm.utils.network_utils import get_open_port
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from megatron_rlpt.errors import EngineError, RlptError, first_line
+from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
+from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
+
+BACKENDS = {EngineMode.SHARED_GPU: "ipc", EngineMode.OWN_GPU: "nccl"}
+"""EngineMode -> backend in vLLM's ``weight_transfer_config``, which the engine is started with."""
+
+
+class PolicySource(WeightSource):
+    """The weights of one update as vLLM's trainer engines take them: declared by the manifest, then streamed once."""
+
+    def __init__(self, manifest: WeightManifest) -> None:
+        self._manifest = manifest
+        self._weights: Weights | None = None
+
+    def offer(self, weights: Weights) -> None:
+        """Let the next pass stream ``weights``."""
+        self._weights = weights
+
+    def metadata(self) -> list[ParamMeta]:
+        """Name, precision and shape of every weight, in the order of the stream."""
+        return [ParamMeta(name, self._manifest.dtype, shape) for name, shape in self._manifest.shapes.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._weights is None:
+            raise EngineError("the weights of an update can be streamed once")
+        weights, self._weights = self._weights, None
+        yield from self._manifest.in_order(weights)
+
+
+class OfflineClient:
+    """vLLM's ``VLLMWeightSyncClient`` for an offline ``LLM`` in a process of its own."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Open the worker's end."""
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Make the worker ready to load."""
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: Any) -> None:
+        """Let the worker receive; CUDA handles are pickled, because vLLM's own encoding refuses them."""
+        self._llm.collective_rpc("rlpt_update_pickled", args=(pickle.dumps(update_info),))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Let the worker finish; the engine's version is set by its owner, once caches are dropped too."""
+        self._llm.finish_weight_update(weight_version)
+
+
+class LoneIpcSender(IPCTrainerWeightTransferEngine):
+    """vLLM's IPC sender for one trainer and one engine on one GPU, without a word to the other ranks of the world.
+
+    vLLM's own takes all ranks of torch's default group for trainers of the same engine: for every buffer it gathers
+    their handles and waits for them, so that one rank that fails would leave all others waiting.
+    """
+
+    def _all_gather_and_merge_handles(self, handles: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The engine needs the handle of its own GPU alone."""
+        return handles
+
+    @staticmethod
+    def _post_send_sync() -> None:
+        """Free what the engine has let go of.
+
+        It has read the buffer by now: its worker waits for its GPU before an update returns
+        (vllm/distributed/weight_transfer/base.py: WeightTransferEngine.update_weights).
+        """
+        torch.cuda.ipc_collect()
+
+
+SENDERS: dict[EngineMode, type[TrainerWeightTransferEngine[Any]]] = {
+    EngineMode.SHARED_GPU: LoneIpcSender,
+    EngineMode.OWN_GPU: NCCLTrainerWeightTransferEngine,
+}
+"""EngineMode -> our end of the backend. The NCCL one meets its engine in a group of their own."""
+
+
+def trainer_init_info(mode: EngineMode, manifest: WeightManifest, bucket_bytes: int) -> TrainerInitInfo:
+    """How this rank joins its engine; the rendezvous of NCCL is on this machine, where the engine is too."""
+    # One tensor is never divided (packed_tensor.py: packed_ipc_producer refuses one that does not fit).
+    bucket_bytes = max(bucket_bytes, manifest.largest_nbytes)
+    if mode is EngineMode.SHARED_GPU:
+        return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=bucket_bytes)
+    return NCCLTrainerInitInfo(
+        rank=0,
+        master_address="127.0.0.1",
+        master_port=get_open_port(),
+        world_size=2,
+        packed=True,
+        packed_buffer_size_bytes=bucket_bytes,
+    )
+
+
+class GpuTransport:
+    """Sends through one of vLLM's trainer engines.
+
+    Weights are checked as they stream: an error half-way leaves an engine that cannot load again, so the run has to be
+    started anew.
+    """
+
+    def __init__(self, trainer_engine: Any, source: PolicySource) -> None:
+        self._trainer_engine = trainer_engine
+        self._source = source
+
+    def send(self, weights: Weights) -> None:
+        """See ``Transport.send``."""
+        self._source.offer(weights)
+        try:
+            self._trainer_engine.send_weights()
+        except (RlptError, EngineDeadError):
+            raise
+        except Exception as error:  # vLLM passes a failure in its worker on as a plain Exception
+            raise EngineError(
+                f"the rollout engine did not take the weights ({first_line(error)}); start the run again, it goes on "
+                "from the last checkpoint"
+            ) from error
+
+
+def open_gpu_transport(mode: EngineMode, llm: Any, manifest: WeightManifest, bucket_bytes: int) -> GpuTransport:
+    """Join ``llm``, which was started with the backend of ``mode``.
+
+    Raises:
+        EngineError: CUDA is not available here.
+    """
+    if not torch.cuda.is_available():
+        raise EngineError(f"{BACKENDS[mode]} carries weights between GPUs, and CUDA is not available here")
+    source = PolicySource(manifest)
+    info = trainer_init_info(mode, manifest, bucket_bytes)
+    return GpuTransport(SENDERS[mode].trainer_init(info, client=OfflineClient(llm), source=source), source)

@@ -1,0 +1,170 @@
+"""How the policy's weights get into the rollout layout.
+
+From the training layout directly, by ``megatron.core.resharding``, where the source has a Megatron model; from a
+stream of Hugging Face tensors, by the family's table, where it has not (a folder on disk).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.resharding import execute_reshard_plan, get_or_create_service
+
+from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.errors import EngineError
+from megatron_rlpt.models.architecture import Architecture
+from megatron_rlpt.models.families import OUTPUT, Rule, expected_shapes, mapping
+from megatron_rlpt.models.sharding import Cut, shard
+from megatron_rlpt.policy.device_runtime import DeviceRuntime
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.megatron_compat import plan_transfers
+from megatron_rlpt.policy.weights import named_parameters
+from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
+
+
+@runtime_checkable
+class TrainingLayout(Protocol):
+    """A source of weights that can also hand over the Megatron model that holds them."""
+
+    @property
+    def pieces(self) -> Sequence[GPTModel]:
+        """This rank's pieces of the model in the training layout, one per virtual stage."""
+        ...
+
+
+class RolloutWeights:
+    """The weights of one rollout model, and both ways of replacing them. Its methods are collectives of all ranks."""
+
+    def __init__(self, model: GPTModel, arch: Architecture, runtime: DeviceRuntime, ranks: Ranks) -> None:
+        """``model`` is in the rollout layout (``megatron_model.build_rollout_model``)."""
+        self._arch = arch
+        self._runtime = runtime
+        self._ranks = ranks
+        self._manifest = WeightManifest(expected_shapes(arch), next(model.parameters()).dtype)
+        self._rules = {rule.ours: rule for rule in mapping(arch)}
+        self._parameters = named_parameters([model], arch, Layout())
+        assert self._parameters.keys() == self._rules.keys(), "a whole dense model is on every tensor-parallel group"
+        self._tensor = model.pg_collection.tp
+        self._target = _View(self._parameters, model)
+        self._mark(self._parameters)
+        self._plan: Any = None
+
+    def load(self, weights: Weights) -> None:
+        """Take over whole Hugging Face tensors in any order, the same on every rank; each keeps its part.
+
+        Raises:
+            EngineError: names or shapes are not those of the model, which is then partly overwritten.
+        """
+        parts: dict[str, torch.Tensor] = {}
+        owner = {name: rule for rule in self._rules.values() for name in rule.theirs}
+        rank, size = self._tensor.rank(), self._tensor.size()
+        for name, tensor in self._manifest.checked(weights):
+            rule = owner[name]
+            parts[name] = tensor
+            if all(part in parts for part in rule.theirs):
+                whole = rule.merge(self._arch, [parts.pop(part) for part in rule.theirs])
+                with torch.no_grad():
+                    self._parameters[rule.ours].copy_(shard(whole, rule.cut, rank, size))
+
+    def reshard(self, pieces: Sequence[GPTModel]) -> None:
+        """Take over the weights of a model in the training layout.
+
+        The transfers are planned once. Tensors go from rank to rank, by NCCL between GPUs and by gloo between CPUs;
+        what source and target hold on one rank is copied there. While it runs it needs memory for one more copy of this
+        rank's rollout weights.
+
+        Raises:
+            EngineError: names, shapes or precision of the two models differ.
+            TrainingError: a rank did not come in time; its number is named.
+        """
+        self._ranks.barrier("the exchange of weights")
+        parameters = named_parameters(pieces, self._arch, Layout())
+        self._require_same(parameters)
+        self._mark(parameters)
+        with self._runtime.megatron(), torch.no_grad():
+            source = _View(parameters, pieces[0])
+            if self._plan is None:
+                self._plan = plan_transfers(source, self._target)
+            service = get_or_create_service("nccl" if self._runtime.on_cuda else "gloo")
+            execute_reshard_plan(self._plan, source, self._target, service=service)
+
+    def randomise(self) -> None:
+        """Replace every weight by random values."""
+        generator = torch.Generator(self._runtime.device).manual_seed(0)
+        with torch.no_grad():
+            for parameter in self._parameters.values():
+                parameter.uniform_(-0.05, 0.05, generator=generator)
+
+    def digests(self) -> dict[str, str]:
+        """Megatron name -> digest of this rank's part of every weight."""
+        return {
+            name: hashlib.blake2b(
+                parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16
+            ).hexdigest()
+            for name, parameter in self._parameters.items()
+        }
+
+    def _require_same(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Where one rank finds a difference all of them raise: nobody may wait for transfers that never come.
+
+        Megatron's planner looks only for weights that are absent, and up to 0.18 raises on rank 0 alone.
+        """
+        planned = self._plan is not None
+        names = [] if planned else list(parameters)
+        everything = self._ranks.all_gather((next(self._differences(parameters), None), names))
+        problem = next((found for found, _ in everything if found), None)
+        absent = self._rules.keys() - {name for _, names in everything for name in names}
+        if absent and not problem and not planned:
+            problem = f"{len(absent)} weights were not sent, the first is {min(absent)!r}"
+        if problem:
+            raise EngineError(problem)
+
+    def _differences(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[str]:
+        for name, parameter in parameters.items():
+            ours = self._parameters.get(name)
+            if ours is None:
+                # The last pipeline stage has a copy of a tied embedding, under the output layer's name.
+                if not (name == OUTPUT and self._arch.tied_embeddings):
+                    yield f"weight {name!r} is not part of the engine's model"
+            elif parameter.shape != ours.shape:
+                yield f"weight {name!r} was sent as {tuple(parameter.shape)}; the engine's is {tuple(ours.shape)}"
+            elif parameter.dtype != ours.dtype:
+                yield f"weight {name!r} was sent as {parameter.dtype}; the engine's is {ours.dtype}"
+
+    def _mark(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Tell the planner how each weight is divided.
+
+        Megatron sets these marks while it draws random weights, so a model built without has none
+        (``megatron/core/tensor_parallel/layers.py: _initialize_affine_weight_cpu``) and would be taken for replicated.
+        """
+        for name, parameter in parameters.items():
+            rule = self._rules.get(name)
+            if rule is not None and rule.cut is not Cut.WHOLE:
+                _set_marks(parameter, rule)
+
+
+def _set_marks(parameter: Any, rule: Rule) -> None:
+    parameter.tensor_model_parallel = True
+    parameter.partition_dim = 1 if rule.cut is Cut.COLUMNS else 0
+    parameter.partition_stride = 2 if rule.cut is Cut.HALVES else 1
+
+
+class _View(torch.nn.Module):
+    """The parameters of a model, cut into pieces or not, under their names in the whole model.
+
+    Megatron's planner takes one module, so a model with virtual stages is shown to it as one.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], model: GPTModel) -> None:
+        super().__init__()
+        self.config = model.config
+        self.pg_collection: ProcessGroupCollection = model.pg_collection
+        self._by_name = dict(parameters)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return iter(self._by_name.items())

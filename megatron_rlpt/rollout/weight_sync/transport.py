@@ -1,0 +1,125 @@
+"""How weights reach the engine's worker.
+
+    engine                       transport      memory besides policy and engine
+    in this process              the iterator   the query, key and value weights of all layers once
+    own process, no GPU          shared memory  the model once, and one bucket
+    own process, shares a GPU    CUDA IPC       one bucket on the GPU
+    own process, GPU of its own  NCCL           two buckets on either GPU
+
+In this process the engine is handed the policy's own tensors, but those that Megatron stores as one (query, key and
+value are interleaved) have to be copied to come apart, and all of them are held until the engine has taken them. A
+policy in another precision than the engine's would be copied whole; in a run the two are the same.
+
+Whatever the way, weights are checked against the manifest. The first two check all of them before the engine starts to
+load: vLLM cannot start anew after a reload that broke off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from megatron_rlpt.errors import EngineError
+from megatron_rlpt.rollout.vllm.worker import BucketFile, bytes_of
+from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
+from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
+
+_log = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Transport(Protocol):
+    """Sends one complete set of weights at a time."""
+
+    def send(self, weights: Weights) -> None:
+        """Put ``weights`` in place of all the engine's weights.
+
+        Raises:
+            EngineError: they are not those the manifest names, there is no room on the way, or the engine did not
+                take them all. Its weights are then of no use.
+        """
+        ...
+
+
+def open_transport(mode: EngineMode, llm: Any, manifest: WeightManifest, bucket_bytes: int) -> Transport:
+    """The way of weights into ``llm``, an engine at ``mode``; ``bucket_bytes`` bounds what is under way."""
+    _log.info("rollout engine: %s", mode.value)
+    if mode is EngineMode.IN_PROCESS:
+        return InProcessTransport(llm, manifest)
+    if mode is EngineMode.OWN_PROCESS:
+        return SharedMemoryTransport(llm, manifest, bucket_bytes)
+    from megatron_rlpt.rollout.weight_sync.gpu_transport import open_gpu_transport
+
+    return open_gpu_transport(mode, llm, manifest, bucket_bytes)
+
+
+class InProcessTransport:
+    """Hands the policy's tensors to an engine in this process."""
+
+    def __init__(self, llm: Any, manifest: WeightManifest) -> None:
+        self._llm = llm
+        self._manifest = manifest
+
+    def send(self, weights: Weights) -> None:
+        """See ``Transport.send``."""
+        checked = list(self._manifest.checked(weights))
+        _require_all_taken(self._llm.collective_rpc("rlpt_load", args=(iter(checked),)))
+
+
+class SharedMemoryTransport:
+    """Writes bucket files into shared memory, which the engine's process reads one at a time.
+
+    The files have no names: the worker opens them through this process's descriptors, so they are private, and gone
+    with this process however it ends.
+    """
+
+    def __init__(self, llm: Any, manifest: WeightManifest, bucket_bytes: int, folder: Path = SHARED_MEMORY) -> None:
+        self._llm = llm
+        self._manifest = manifest
+        self._bucket_bytes = bucket_bytes
+        self._folder = folder
+
+    def send(self, weights: Weights) -> None:
+        """See ``Transport.send``."""
+        self._require_room()
+        with contextlib.ExitStack() as files:
+            buckets = self._write(weights, files)
+            _require_all_taken(self._llm.collective_rpc("rlpt_load_buckets", args=(buckets,)))
+
+    def _write(self, weights: Weights, files: contextlib.ExitStack) -> list[BucketFile]:
+        buckets: list[BucketFile] = []
+        file: IO[bytes] | None = None
+        for name, tensor in self._manifest.checked(weights):
+            if file is None or file.tell() >= self._bucket_bytes:
+                file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+                files.enter_context(file)
+                buckets.append({"path": f"/proc/{os.getpid()}/fd/{file.fileno()}", "tensors": []})
+            data = memoryview(bytes_of(tensor))
+            try:
+                while data:  # a single write takes 2 GiB at most
+                    data = data[file.write(data) :]
+            except OSError as error:
+                raise EngineError(f"weights cannot be written to {self._folder}: {error}; make room there") from error
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            buckets[-1]["tensors"].append((name, dtype, list(tensor.shape)))
+        return buckets
+
+    def _require_room(self) -> None:
+        room = os.statvfs(self._folder)
+        free, needed = room.f_bavail * room.f_frsize, self._manifest.nbytes
+        if free < needed:
+            raise EngineError(
+                f"the weights are {needed / 2**20:.0f} MiB and {self._folder} has {free / 2**20:.0f} MiB free; enlarge "
+                "it (docker run --shm-size, or mount -o remount,size=...) or train with a single process"
+            )
+
+
+def _require_all_taken(left_over: list[str | None]) -> None:
+    for name in left_over:
+        if name is not None:
+            raise EngineError(f"vLLM did not take the weight {name!r}; its model differs from the policy's")

@@ -1,0 +1,149 @@
+"""What judged groups tell about their judge: biases, agreement with itself, failures and cost.
+
+| figure | what | a judge in good health |
+|---|---|---|
+| ``judge/flip_rate`` | pairs judged in both orders whose majority changes with the order | near 0 |
+| ``judge/first_rate`` | comparisons won by the option shown first | near 0.5 |
+| ``judge/agreement`` | two votes on the same question agree | near 1, 0.5 is chance |
+| ``judge/length_correlation`` | scores and numbers of tokens within a group, Pearson | near 0 |
+| ``judge/longer_win_rate`` | pairs of different length won by the longer | near 0.5 |
+| ``judge/win_rate/<source>`` | pairs with another source's candidate won by this one's, ties half | |
+| ``judge/failed_votes`` | questions without a verdict | near 0 |
+| ``judge/failed/<reason>`` | how many, for the most frequent reasons | |
+| ``judge/calls``, ``/prompt_tokens``, ``/answer_tokens``, ``/seconds`` | per group, mean | |
+
+A figure without anything to count is left out; it never becomes 0.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from megatron_rlpt.teacher.scoring import pair_agreement
+from megatron_rlpt.types import Candidate, Failed, Group, Score, Source
+
+_MOST_REASONS = 5
+
+
+def judge_health(groups: Sequence[Group]) -> dict[str, float]:
+    """Flat name -> value; groups without outcomes count for nothing."""
+    judged = [group for group in groups if group.outcomes]
+    return _comparisons(judged) | _lengths(judged) | _sources(judged) | _failures(judged) | _costs(judged)
+
+
+def _comparisons(groups: Sequence[Group]) -> dict[str, float]:
+    tables = [next((o.detail["standings"] for o in g.outcomes if "standings" in o.detail), None) for g in groups]
+    known = [table for table in tables if table]
+    points = [
+        (pair_agreement(verdicts), 1)
+        for group in groups
+        for name, votes in _votes(group)
+        if name != "quality" and len(verdicts := [v["verdict"] for v in votes if not _failed(v)]) > 1
+    ]
+    pairs = [(table["agreement"], table["repeated"]) for table in known]
+    figures = {
+        "judge/flip_rate": _weighted((table["flip_rate"], table["both_orders"]) for table in known),
+        "judge/first_rate": _weighted((table["first_rate"], table["decided"]) for table in known),
+        "judge/agreement": _weighted(pairs + points),
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _lengths(groups: Sequence[Group]) -> dict[str, float]:
+    lengths: list[float] = []
+    values: list[float] = []
+    longer_wins: list[float] = []
+    for group in groups:
+        scored = _distinct(group)
+        if len(scored) < 2:
+            continue
+        mean_length = fmean(len(candidate.tokens) for candidate, _ in scored)
+        mean_value = fmean(score.value for _, score in scored)
+        # Within groups: an easy prefix may have both long texts and high scores.
+        lengths += [len(candidate.tokens) - mean_length for candidate, _ in scored]
+        values += [score.value - mean_value for _, score in scored]
+        for one, other in combinations(scored, 2):
+            longer, shorter = sorted((one, other), key=lambda pair: -len(pair[0].tokens))
+            if len(longer[0].tokens) > len(shorter[0].tokens):
+                longer_wins.append(_win(longer[1], shorter[1]))
+    figures = {"judge/longer_win_rate": fmean(longer_wins)} if longer_wins else {}
+    spread = math.sqrt(sum(x * x for x in lengths) * sum(y * y for y in values))
+    if spread > 0:
+        figures["judge/length_correlation"] = sum(x * y for x, y in zip(lengths, values, strict=True)) / spread
+    return figures
+
+
+def _sources(groups: Sequence[Group]) -> dict[str, float]:
+    wins: dict[Source, list[float]] = {source: [] for source in Source}
+    for group in groups:
+        for (one, score), (other, other_score) in combinations(_distinct(group), 2):
+            if one.source is not other.source:
+                wins[one.source].append(_win(score, other_score))
+                wins[other.source].append(_win(other_score, score))
+    return {f"judge/win_rate/{source.value}": fmean(row) for source, row in wins.items() if row}
+
+
+def _failures(groups: Sequence[Group]) -> dict[str, float]:
+    votes = [vote for group in groups for _, row in _votes(group) for vote in row]
+    figures: dict[str, float] = {}
+    if votes:
+        figures["judge/failed_votes"] = fmean(_failed(vote) for vote in votes)
+    return figures | by_reason("judge/failed", failure_reasons(groups))
+
+
+def by_reason(name: str, reasons: Counter[str]) -> dict[str, float]:
+    """``name/<reason>`` -> how often, for the most frequent reasons."""
+    return {
+        f"{name}/{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}": count
+        for reason, count in reasons.most_common(_MOST_REASONS)
+    }
+
+
+def failure_reasons(groups: Sequence[Group]) -> Counter[str]:
+    """Why there is no verdict -> how often: by vote where the judge votes, else by candidate."""
+    reasons: Counter[str] = Counter()
+    for group in groups:
+        reasons.update(vote["verdict"]["failed"] for _, row in _votes(group) for vote in row if _failed(vote))
+        reasons.update(o.root for o in group.outcomes if isinstance(o, Failed) and "axes" not in o.detail)
+    return reasons
+
+
+def _costs(groups: Sequence[Group]) -> dict[str, float]:
+    costs = [group.cost for group in groups if group.cost]
+    names = ("calls", "prompt_tokens", "answer_tokens", "seconds")
+    return {f"judge/{name}": fmean(getattr(cost, name) for cost in costs) for name in names} if costs else {}
+
+
+def _votes(group: Group) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Axis and votes of every distinct text; a vote on a pair once, with the text shown first."""
+    seen: set[tuple[int, ...]] = set()
+    for candidate, outcome in zip(group.candidates, group.outcomes, strict=True):
+        if candidate.tokens not in seen:
+            seen.add(candidate.tokens)
+            for name, axis in outcome.detail.get("axes", {}).items():
+                yield name, [vote for vote in axis["votes"] if "reply" in vote]
+
+
+def _failed(vote: dict[str, Any]) -> bool:
+    return isinstance(vote["verdict"], dict)
+
+
+def _distinct(group: Group) -> list[tuple[Candidate, Score]]:
+    """Scored candidates, those with equal tokens once."""
+    return list({candidate.tokens: (candidate, score) for candidate, score in group.scored()[::-1]}.values())[::-1]
+
+
+def _win(one: Score, other: Score) -> float:
+    return 0.5 + 0.5 * (one.value > other.value) - 0.5 * (one.value < other.value)
+
+
+def _weighted(rows: Iterable[tuple[float | None, int]]) -> float | None:
+    known = [(value, weight) for value, weight in rows if value is not None]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if total else None

@@ -1,0 +1,76 @@
+"""The figures of one step, computed from what the step did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from megatron_rlpt.objectives import Selection
+from megatron_rlpt.teacher.judge import rewrite_failure_rate
+from megatron_rlpt.teacher.judge_metrics import by_reason, judge_health
+from megatron_rlpt.types import Group, Source
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    selection: Selection,
+    update: Mapping[str, float],
+    failure_rate: float,
+    empty_share: float,
+    seconds: Mapping[str, float],
+    background: Mapping[str, float],
+) -> dict[str, float]:
+    """Flat name -> value.
+
+    ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on),
+    ``empty_share`` the share of such steps among the last ones, ``seconds`` the time by stage, and ``background`` the
+    seconds of what went on beside the stages. Rewards are per source, over
+    candidates that have a score. ``<source>_chosen_rate`` is the share of the update's examples whose chosen candidate
+    came from that source (paper, Figure 8, for rollouts). ``rollout/length`` is the mean number of tokens of a rollout,
+    ``rollout/stop_rate`` the share that ended by themselves, and ``rollout/blank_rate`` the share without any text,
+    which is neither judged nor learnt. What starts with ``judge/`` is explained in ``teacher/health.py``.
+    """
+    metrics = dict(update)
+    examples = selection.examples
+    for source in Source:
+        rewards = [score.value for group in groups if group.outcomes for candidate, score in group.scored()
+                   if candidate.source is source]  # fmt: skip
+        if rewards:
+            metrics[f"reward/{source.value}"] = fmean(rewards)
+        if examples and any(candidate.source is source for group in groups for candidate in group.candidates):
+            chosen = sum(example.sequences[0].source is source for example in examples)
+            metrics[f"{source.value}_chosen_rate"] = chosen / len(examples)
+    margins = [example.margin for example in examples if example.margin is not None]
+    if margins:
+        metrics["reward_margin"] = fmean(margins)
+    metrics["examples"] = len(examples)
+    metrics["skipped"] = len(selection.skipped)
+    for reason, count in selection.skip_counts().items():
+        metrics[f"skipped/{reason.replace(' ', '_')}"] = count
+    metrics["duplicates"] = selection.duplicates
+    metrics["failure_rate"] = failure_rate
+    metrics["rewrite_failure_rate"] = rewrite_failure_rate(groups)
+    metrics["failed_rewrites"] = sum(group.rewrite_failure is not None for group in groups)
+    metrics |= by_reason("failed_rewrites", Counter(g.rewrite_failure.reason for g in groups if g.rewrite_failure))
+    metrics["empty_share"] = empty_share
+    metrics["rollouts"] = fmean(sum(candidate.source is Source.ROLLOUT for candidate in group.candidates)
+                                for group in groups)  # fmt: skip
+    metrics |= _rollouts(groups)
+    metrics |= judge_health(groups)
+    metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
+    metrics["seconds/total"] = sum(seconds.values())
+    metrics |= {f"background/{what}": value for what, value in background.items()}
+    return metrics
+
+
+def _rollouts(groups: Sequence[Group]) -> dict[str, float]:
+    """Of all rollouts, also of those that nobody judged; nothing where there are none."""
+    rollouts = [candidate for group in groups for candidate in group.candidates if candidate.source is Source.ROLLOUT]
+    if not rollouts:
+        return {}
+    return {
+        "rollout/length": fmean(len(rollout.tokens) for rollout in rollouts),
+        "rollout/stop_rate": fmean(rollout.finish_reason == "stop" for rollout in rollouts),
+        "rollout/blank_rate": fmean(rollout.blank for rollout in rollouts),
+    }

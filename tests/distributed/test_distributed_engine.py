@@ -1,0 +1,148 @@
+"""Engines of several ranks as one, and their GPUs' memory: three real ranks, stand-ins for what takes a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from worlds import on_every_rank, run_world
+
+from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.errors import EngineError, ModelError, RlptError
+from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.rollout.distributed_engine import DistributedEngine
+from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
+from megatron_rlpt.trainer.gpu_memory import GpuMemory
+
+SIZE = 3
+OWNERS = (0, 2)
+PROMPTS = [RolloutPrompt((episode,), seed) for episode in range(6) for seed in range(3)]
+
+
+@dataclass
+class Engine:
+    """An engine that answers with its rank and the prompt, and takes weights until it is told to fail."""
+
+    rank: int
+    asleep: bool = False
+    fails: Exception | None = None
+    taken: list[str] = field(default_factory=list)
+
+    def generate(self, prompts: list[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
+        if self.fails:
+            raise self.fails
+        return [Continuation((self.rank, *prompt.prefix, prompt.seed), (), "length") for prompt in prompts]
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        for name, _ in weights:
+            self.taken.append(name)
+            if self.fails:
+                raise self.fails
+
+
+@dataclass
+class Gpu:
+    """A GPU of a rank with a sleeping engine on it, and so many bytes free."""
+
+    free: int
+    gives_back: int = 100
+    asleep: bool = False
+    sleeping_frees: int = 100
+
+    def sleep(self) -> None:
+        self.asleep = True
+        self.free += self.gives_back
+
+
+def error_of(act: Any) -> tuple[str, str]:
+    try:
+        act()
+    except RlptError as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def everything() -> dict[str, Any]:
+    rank = torch.distributed.get_rank()
+    ranks = Ranks(rank, Layout(world=SIZE), timeout=60.0)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(4):
+            torch.distributed.all_reduce(torch.ones(1))
+            yield f"w{number}", torch.zeros(1)
+
+    def refuse_on_2() -> Any:
+        if rank == 2:
+            raise ModelError("no such model")
+        return Engine(rank)
+
+    found: dict[str, Any] = {"start": error_of(lambda: DistributedEngine(refuse_on_2, OWNERS, ranks))}
+    engine = DistributedEngine(lambda: Engine(rank), OWNERS, ranks)  # type: ignore[arg-type,return-value]
+    own: Any = engine.own
+    found["answers"] = [answer.tokens for answer in engine.generate(PROMPTS, 1, 0)]
+    for kind, failure in (("ours", EngineError("asleep")), ("other", RuntimeError("out of memory\nhere"))):
+        if rank == 2:
+            own.fails = failure
+        found[f"generate, {kind}"] = error_of(lambda: engine.generate(PROMPTS, 1, 0))
+        found[f"update, {kind}"] = error_of(lambda: engine.update_weights(weights(), 1))
+        found[f"version, {kind}"] = engine.version
+    if own:
+        own.fails = None
+        own.taken.clear()
+    engine.update_weights(weights(), 2)
+    found["taken"], found["version"] = own and own.taken, engine.version
+
+    def gpu_memory(gpu: Gpu | None) -> tuple[str, str]:
+        def act() -> None:
+            with GpuMemory(gpu, None, ranks, lambda: gpu.free if gpu else 0).training():
+                found.setdefault("updates", []).append(name)
+
+        return error_of(act)
+
+    for name, short in (
+        ("keeps its memory", Gpu(200, gives_back=10)),
+        ("cannot wake", Gpu(-50)),
+        ("shares nothing", None),
+    ):
+        found[name] = gpu_memory(short if rank == 1 else Gpu(200))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    return run_world(SIZE, everything)
+
+
+def test_every_rank_gets_all_answers_in_order_from_engines_that_keep_an_episode_together(found):
+    expected = [(0 if prompt.prefix[0] < 3 else 2, *prompt.prefix, prompt.seed) for prompt in PROMPTS]
+    assert on_every_rank(found, "answers") == expected
+
+
+def test_an_engine_that_does_not_start_is_the_same_error_everywhere(found):
+    assert on_every_rank(found, "start") == ("ModelError", "rank 2: no such model")
+
+
+@pytest.mark.parametrize("act", ["generate", "update"])
+def test_an_engine_that_fails_is_the_same_error_everywhere(found, act):
+    assert on_every_rank(found, f"{act}, ours") == ("EngineError", "rank 2: asleep")
+    line = "rank 2: RuntimeError: out of memory; look at the log of that rank"
+    assert on_every_rank(found, f"{act}, other") == ("TrainingError", line)
+
+
+def test_after_an_update_that_failed_on_one_rank_no_rank_has_a_version_until_one_succeeds(found):
+    assert on_every_rank(found, "version, ours") is None
+    assert on_every_rank(found, "version, other") is None
+    assert on_every_rank(found, "version") == 2
+    assert [one["taken"] for one in found] == [["w0", "w1", "w2", "w3"], None, ["w0", "w1", "w2", "w3"]]
+
+
+def test_a_gpu_with_too_little_memory_stops_every_rank_and_is_named(found):
+    kind, line = on_every_rank(found, "keeps its memory")
+    assert (kind, line.startswith("rank 1: the sleeping rollout engine gave back")) == ("EngineError", True)
+    kind, line = on_every_rank(found, "cannot wake")
+    assert (kind, line.startswith("rank 1: the rollout engine needs")) == ("EngineError", True)
+    assert on_every_rank(found, "shares nothing") == ("none", "")
+    assert on_every_rank(found, "updates") == ["cannot wake", "shares nothing"]

@@ -1,0 +1,141 @@
+"""Processes end with who started them, with all that they started, and are started again only so often."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_rlpt.distributed.processes import EndRequest, Restarts, end_all, start_child
+
+PARENT = """
+import sys, time
+from megatron_rlpt.distributed.processes import start_child
+print(start_child(["sleep", "600"]).pid, flush=True)
+time.sleep(600)
+"""
+STUBBORN = """
+import signal, subprocess, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+time.sleep(600)
+"""
+
+TOLD_OFTEN = """
+import random, signal
+from megatron_rlpt.distributed.processes import EndRequest
+told = EndRequest()
+told.listen(signal.SIGALRM)
+while told.times < 20000:
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 3e-5))
+    told.wait(1e-4)
+"""
+
+LEAVES = """
+import atexit, threading, time
+from megatron_rlpt.distributed.processes import leave
+def late():
+    time.sleep(0.3)
+    print("the thread's work")
+atexit.register(print, "what is registered")
+threading.Thread(target=late).start()
+leave(7)
+"""
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def await_end(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while not has_ended(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+def test_a_child_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())
+    assert not has_ended(child)
+    parent.kill()
+    parent.communicate()
+    await_end(child)
+
+
+def test_what_does_not_end_is_killed_with_its_helpers():
+    process = start_child([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
+    helper = int(process.stdout.readline())
+    end_all([process], 0.2)
+    assert process.returncode == -signal.SIGKILL
+    await_end(helper)
+    process.stdout.close()
+
+
+def test_helpers_do_not_outlive_a_process_that_ended_by_itself():
+    process = start_child(["bash", "-c", "sleep 600 & echo $!"], stdout=subprocess.PIPE)
+    helper = int(process.stdout.readline())
+    process.wait()
+    end_all([process], 10.0)
+    await_end(helper)
+    process.stdout.close()
+
+
+def test_restarts_are_delayed_more_each_time_and_end():
+    now = 0.0
+    restarts = Restarts(lambda: now)
+    assert [restarts.ended() for _ in range(6)] == [1, 2, 4, 8, 16, None]
+
+
+def test_ends_of_long_ago_do_not_count():
+    now = 0.0
+    restarts = Restarts(lambda: now)
+    for _ in range(20):
+        now += 200.0
+        assert restarts.ended() is not None
+
+
+def test_signals_meet_a_process_that_waits_for_them_at_any_moment():
+    """Also at those at which ``threading.Event`` would wait for itself for ever."""
+    done = subprocess.run([sys.executable, "-c", TOLD_OFTEN], timeout=120)
+    assert done.returncode == 0
+
+
+def test_a_wait_ends_with_the_signal_and_each_signal_counts():
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        told = EndRequest()
+        told.listen(signal.SIGUSR1)
+        assert not told.wait(0.01)
+        with subprocess.Popen(["bash", "-c", f"sleep 0.2; kill -USR1 {os.getpid()}"]):
+            assert told.wait(60)
+        assert told.times == 1
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert told.times == 2
+        assert told.is_set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_process_that_leaves_has_done_everything():
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout.splitlines() == ["the thread's work", "what is registered"]
+
+
+def test_what_could_not_be_printed_is_no_success():
+    with open("/dev/full", "w") as full:
+        program = "from megatron_rlpt.distributed.processes import leave; print('hello'); leave(0)"
+        # Buffered, so that it fails at the end.
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, env=variables
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: No space left on device\n"

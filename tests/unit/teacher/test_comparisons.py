@@ -1,0 +1,212 @@
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_rlpt.config.schema import OptionOrder, PairScheme
+from megatron_rlpt.teacher.comparisons import comparisons, play, rank
+from megatron_rlpt.types import Failed
+
+UNDECIDED = Failed("no comparison decided", {"root": "malformed verdict"})
+"""Of a text that no comparison was decided about: with the reason that the first of them was not."""
+
+ROBIN, PIVOT, TOURNAMENT = PairScheme
+RANDOM, BOTH = OptionOrder
+NO = Failed("malformed verdict")
+
+
+def run(scheme, candidates, compare, votes=1, order=RANDOM, seed=1):
+    async def answer(first, second, vote):
+        return compare(first, second, vote)
+
+    return asyncio.run(rank(scheme, candidates, votes, order, seed, answer))
+
+
+def larger(first, second, vote):
+    return max(first, second)
+
+
+@pytest.mark.parametrize("scheme", [ROBIN, TOURNAMENT])
+@pytest.mark.parametrize("candidates", [2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33])
+def test_a_perfect_judge_finds_best_and_worst(scheme, candidates):
+    for seed in range(20):
+        values = run(scheme, candidates, larger, seed=seed)[0].values
+        assert max(values) == values[-1] > max(values[:-1])
+        assert min(values) == values[0] < min(values[1:])
+
+
+def test_a_pivot_ranks_by_one_candidate_only():
+    table, results = run(PIVOT, 6, larger)
+    players = Counter(player for result in results for player in (result.match.first, result.match.second))
+    assert sorted(players.values()) == [1, 1, 1, 1, 1, 5]
+    assert len(set(table.values)) <= 3
+
+
+@pytest.mark.parametrize("scheme", PairScheme)
+@pytest.mark.parametrize("order", OptionOrder)
+@pytest.mark.parametrize("votes", [1, 3, 5])
+@pytest.mark.parametrize("candidates", [0, 1, 2, 3, 4, 7, 8, 16, 33])
+def test_calls_are_as_many_as_promised(scheme, order, votes, candidates):
+    calls = []
+
+    def count(first, second, vote):
+        calls.append((first, second, vote))
+        return first
+
+    table, results = run(scheme, candidates, count, votes, order)
+    assert len(calls) == len(results) == comparisons(scheme, candidates, votes, order)
+    assert len(set(calls)) == len(calls), "the same question was asked twice"
+    assert len(table.values) == candidates
+    assert all(first != second for first, second, _ in calls)
+    if order == BOTH:
+        assert all((second, first, vote) in calls for first, second, vote in calls)
+
+
+def test_a_tournament_costs_a_third_and_grows_linearly():
+    assert [comparisons(TOURNAMENT, k, 1, RANDOM) for k in (4, 8, 16, 32)] == [4, 10, 40, 96]
+    for candidates in range(9, 20):
+        assert comparisons(TOURNAMENT, candidates, 1, RANDOM) <= comparisons(ROBIN, candidates, 1, RANDOM) / 3
+    assert comparisons(TOURNAMENT, 200, 2, RANDOM) == 2 * 3 * 200
+    assert comparisons(TOURNAMENT, 16, 5, BOTH) == 2 * 200
+
+
+def test_round_robin_meets_every_pair_and_a_pair_sees_both_orders():
+    _, results = run(ROBIN, 6, larger, votes=4)
+    pairs = Counter(frozenset((r.match.first, r.match.second)) for r in results)
+    assert len(pairs) == 15
+    assert set(pairs.values()) == {4}
+    shown = Counter((r.match.first, r.match.second) for r in results)
+    assert set(shown.values()) == {2}, "votes on a pair take turns in who is shown first"
+    ones = [run(ROBIN, 6, larger, seed=seed)[1] for seed in range(20)]
+    first = sum(r.match.first < r.match.second for results in ones for r in results)
+    assert 110 < first < 190, "who is shown first is not drawn"
+
+
+def test_rounds_are_issued_at_once():
+    """Everything a round consists of is asked before anything is answered; a tournament of 16 takes four rounds."""
+
+    async def rounds(scheme, candidates):
+        open_questions, sizes = [], []
+
+        async def compare(first, second, vote):
+            answer = asyncio.get_running_loop().create_future()
+            open_questions.append((answer, max(first, second)))
+            return await answer
+
+        task = asyncio.create_task(rank(scheme, candidates, 1, RANDOM, 1, compare))
+        while not task.done():
+            for _ in range(10):
+                await asyncio.sleep(0)
+            sizes.append(len(open_questions))
+            for answer, winner in open_questions:
+                answer.set_result(winner)
+            open_questions.clear()
+            for _ in range(10):
+                await asyncio.sleep(0)
+        return sizes
+
+    assert asyncio.run(rounds(ROBIN, 5)) == [10]
+    assert asyncio.run(rounds(PIVOT, 5)) == [4]
+    assert asyncio.run(rounds(TOURNAMENT, 16)) == [10, 10, 10, 10]
+    assert asyncio.run(rounds(TOURNAMENT, 8)) == [4, 4, 2]
+
+
+@settings(deadline=None)
+@given(st.sampled_from(PairScheme), st.integers(2, 12), st.integers(1, 3), st.integers(0, 10**6))
+def test_names_do_not_matter(scheme, candidates, votes, seed):
+    """Others at the same places: the same matches, with the names changed."""
+    draw = random.Random(seed)
+    names = draw.sample(range(candidates), candidates)
+    outcomes = {}
+
+    def verdict(first, second, vote):
+        """A noisy judge with failures, who decides by place."""
+        key = (first, second, vote)
+        if key not in outcomes:
+            outcomes[key] = random.Random(f"{seed} {key}").choice([first, first, second, NO])
+        return outcomes[key]
+
+    async def plain(first, second, vote):
+        return verdict(first, second, vote)
+
+    async def renamed(first, second, vote):
+        winner = verdict(names.index(first), names.index(second), vote)
+        return winner if isinstance(winner, Failed) else names[winner]
+
+    one = asyncio.run(play(scheme, range(candidates), votes, RANDOM, seed, plain))
+    other = asyncio.run(play(scheme, names, votes, RANDOM, seed, renamed))
+    assert [(names[r.match.first], names[r.match.second], r.match.vote) for r in one] == [
+        (r.match.first, r.match.second, r.match.vote) for r in other
+    ]
+    assert [r.winner if isinstance(r.winner, Failed) else names[r.winner] for r in one] == [r.winner for r in other]
+
+
+@pytest.mark.parametrize("scheme", PairScheme)
+def test_no_place_in_the_group_is_favoured(scheme):
+    """With a judge that tosses a coin every candidate is best equally often: the original always comes first."""
+    best = Counter()
+    for seed in range(600):
+        draw = random.Random(seed)
+        values = run(scheme, 5, lambda first, second, vote, d=draw: d.choice([first, second]), seed=seed)[0].values
+        tops = [index for index, value in enumerate(values) if value == max(values)]
+        best.update({index: 1 / len(tops) for index in tops})
+    assert all(90 < best[index] < 150 for index in range(5)), best
+
+
+@pytest.mark.parametrize("scheme", PairScheme)
+def test_failed_comparisons_never_become_wins(scheme):
+    """A candidate whose every comparison fails has no value, and all others are ranked as if it did not exist."""
+    for seed in range(10):
+        table, _ = run(
+            scheme, 9, lambda first, second, vote: NO if 4 in (first, second) else max(first, second), 3, seed=seed
+        )
+        if scheme == PIVOT and table.decided == 0:
+            continue  # the candidate was the pivot
+        assert table.values[4] == UNDECIDED
+        others = [value for index, value in enumerate(table.values) if index != 4]
+        assert not any(isinstance(value, Failed) for value in others)
+        if scheme != PIVOT:
+            assert others.index(max(others)) == 7
+            assert others.index(min(others)) == 0
+
+
+@pytest.mark.parametrize("scheme", PairScheme)
+def test_a_judge_that_always_fails_gives_no_values(scheme):
+    table, results = run(scheme, 8, lambda first, second, vote: NO, votes=3)
+    assert table.values == (UNDECIDED,) * 8
+    assert (table.decided, table.failed) == (0, len(results))
+
+
+def test_who_got_no_verdict_gets_another_chance():
+    """One reply in ten fails; a tournament that drops who was unlucky at first would fail some."""
+    without = 0
+    for seed in range(200):
+        draw = random.Random(seed)
+        values = run(TOURNAMENT, 16, lambda f, s, v, d=draw: NO if d.random() < 0.1 else max(f, s), votes=1, seed=seed)[
+            0
+        ].values
+        without += sum(isinstance(value, Failed) for value in values)
+    assert without / (200 * 16) < 0.01
+
+
+def test_an_exception_of_the_judge_surfaces_and_cancels_the_rest():
+    cancelled = []
+
+    async def scenario():
+        async def compare(first, second, vote):
+            if {first, second} == {0, 1}:
+                raise ZeroDivisionError
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                cancelled.append((first, second))
+                raise
+
+        await rank(ROBIN, 4, 1, RANDOM, 1, compare)
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(scenario())
+    assert len(cancelled) == 5

@@ -61,7 +61,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Score:
+class Reward:
     """A verdict the judge gave; higher is better. ``detail`` holds what is needed to explain and replay it."""
 
     value: float
@@ -88,7 +88,7 @@ class Failed:
 
     @property
     def explained(self) -> str:
-        """All reasons from the outcome back to the first cause, in one line."""
+        """All reasons from the reward back to the first cause, in one line."""
         parts = [self.reason, self.root if self.root not in self.reason else "", str(self.detail.get("cause") or "")]
         return one_line(": ".join(part for part in parts if part))
 
@@ -112,27 +112,27 @@ class Cost:
 
 @dataclass(frozen=True)
 class Group:
-    """An episode with its candidates and, once judged, one outcome per candidate (same order)."""
+    """An episode with its candidates and, once judged, one reward per candidate (same order)."""
 
     episode: Episode
     candidates: tuple[Candidate, ...]
-    outcomes: tuple[Score | Failed, ...] = ()
+    rewards: tuple[Reward | Failed, ...] = ()
     rewrite_failure: Failed | None = None
     """Why the group has no rewrite, where one was asked for."""
     cost: Cost | None = field(default=None, compare=False)
-    """None without a prompted judge. Groups with the same outcomes are equal, however long it took."""
+    """None without a prompted judge. Groups with the same rewards are equal, however long it took."""
 
-    def scored(self) -> list[tuple[Candidate, Score]]:
+    def scored(self) -> list[tuple[Candidate, Reward]]:
         """Candidates that have a score, in candidate order."""
         return [
-            (candidate, outcome)
-            for candidate, outcome in zip(self.candidates, self.outcomes, strict=True)
-            if isinstance(outcome, Score)
+            (candidate, reward)
+            for candidate, reward in zip(self.candidates, self.rewards, strict=True)
+            if isinstance(reward, Reward)
         ]
 
 
 BLANK = Failed("empty candidate")
-"""Outcome of a blank candidate."""
+"""Reward of a blank candidate."""
 
 
 def without_stale(group: Group, version: int, bound: int) -> Group:
@@ -140,12 +140,12 @@ def without_stale(group: Group, version: int, bound: int) -> Group:
 
     Old rollouts are not what the policy of today would say, so nothing should be learnt from how they rank.
     """
-    outcomes = list(group.outcomes)
+    rewards = list(group.rewards)
     for index, candidate in enumerate(group.candidates):
         if candidate.policy_version is not None and version - candidate.policy_version > bound:
             detail = {"rollout_version": candidate.policy_version, "version": version, "bound": bound}
-            outcomes[index] = Failed("stale rollout", detail)
-    return replace(group, outcomes=tuple(outcomes)) if group.outcomes else group
+            rewards[index] = Failed("stale rollout", detail)
+    return replace(group, rewards=tuple(rewards)) if group.rewards else group
 
 
 SEED_RANGE = 1 << 63

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Reward, Source
 
 FORMAT = 1
 """Goes up when older programs could not read what is written."""
@@ -46,10 +46,10 @@ def encode_group(group: Group) -> bytes:
             for c in group.candidates
         ],
         [
-            [outcome.value, outcome.judge, outcome.prompt_version, outcome.detail]
-            if isinstance(outcome, Score)
-            else [outcome.reason, outcome.detail]
-            for outcome in group.outcomes
+            [reward.value, reward.judge, reward.prompt_version, reward.detail]
+            if isinstance(reward, Reward)
+            else [reward.reason, reward.detail]
+            for reward in group.rewards
         ],
         group.rewrite_failure and [group.rewrite_failure.reason, group.rewrite_failure.detail],
         cost and [cost.calls, cost.prompt_tokens, cost.answer_tokens, cost.seconds],
@@ -69,12 +69,12 @@ def decode_group(data: bytes, where: str = "a group") -> Group:
     """
     plain = _unpack(data, where)
     try:
-        episode, candidates, outcomes, rewrite_failure, cost = plain
+        episode, candidates, rewards, rewrite_failure, cost = plain
         identity, prefix, suffix, corpus, document, offset = episode
         return Group(
             Episode(identity, tuple(prefix), tuple(suffix), corpus, document, offset),
             tuple(_candidate(*candidate) for candidate in candidates),
-            tuple(Score(*outcome) if len(outcome) == 4 else Failed(*outcome) for outcome in outcomes),
+            tuple(Reward(*reward) if len(reward) == 4 else Failed(*reward) for reward in rewards),
             rewrite_failure and Failed(*rewrite_failure),
             cost and Cost(*cost),
         )

@@ -169,7 +169,7 @@ class RolloutBuffer(Protocol):
         ...
 
     def take(self, epoch: int, first: int, count: int) -> list[Group | Failed] | Pending:
-        """Groups ``first`` to ``first + count - 1`` with their outcomes, once all of them are finished or dead.
+        """Groups ``first`` to ``first + count - 1`` with their rewards, once all of them are finished or dead.
 
         Every candidate of a dead group is ``Failed`` with the reason; in place of a group that cannot be read stands
         why. Taking the same numbers again gives the same. Numbers below ``first`` count as taken, also while the
@@ -223,7 +223,7 @@ class RolloutBuffer(Protocol):
         one for a group that another has replaced.
 
         Raises:
-            ValueError: ``group`` is of another episode, or has outcomes, but not one per candidate.
+            ValueError: ``group`` is of another episode, or has rewards, but not one per candidate.
         """
         ...
 

@@ -51,9 +51,9 @@ def check_result(work: ClaimedGroup, group: Group) -> None:
     """Raises ValueError: ``group`` is no result of ``work``."""
     if group.episode.id != work.group.episode.id:
         raise ValueError(f"group {work.sequence} is episode {work.group.episode.id}, the result {group.episode.id}")
-    if group.outcomes and len(group.outcomes) != len(group.candidates):
+    if group.rewards and len(group.rewards) != len(group.candidates):
         raise ValueError(
-            f"result of group {work.sequence} has {len(group.outcomes)} outcomes for {len(group.candidates)} candidates"
+            f"result of group {work.sequence} has {len(group.rewards)} rewards for {len(group.candidates)} candidates"
         )
 
 
@@ -64,7 +64,7 @@ def given_up(group: Group, reason: str, attempts: int) -> Group:
     failure = Failed(short, {"attempts": attempts} | ({"cause": cause} if cause else {}))
     if not group.candidates:
         return replace(group, rewrite_failure=failure)
-    return replace(group, outcomes=(failure,) * len(group.candidates))
+    return replace(group, rewards=(failure,) * len(group.candidates))
 
 
 def read_result(state: str, reason: str, attempts: int, data: bytes, where: str) -> Group | Failed:

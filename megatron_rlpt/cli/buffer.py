@@ -91,7 +91,7 @@ def tail(
 ) -> None:
     """Print the last groups.
 
-    A line has number, state, attempts, worker, episode and outcomes.
+    A line has number, state, attempts, worker, episode and rewards.
     """
     with _opened(config, overrides, url, name, password_file) as buffer:
         shown = {entry.sequence: _line(entry) for entry in deque(buffer.entries(), maxlen=last)}
@@ -166,7 +166,7 @@ def export(
 ) -> None:
     """Write all groups as JSON lines.
 
-    A line has tokens, log-probabilities, outcomes and the teacher's replies.
+    A line has tokens, log-probabilities, rewards and the teacher's replies.
     """
     with _opened(config, overrides, url, name, password_file) as buffer:
         if out is None:
@@ -215,18 +215,16 @@ def _opened(
 
 
 def _line(entry: Entry) -> str:
-    outcomes = ", ".join(
-        f"{candidate.source.value} failed ({outcome.explained})"
-        if isinstance(outcome, Failed)
-        else f"{candidate.source.value} {outcome.value:.3f}"
-        for candidate, outcome in zip(entry.group.candidates, entry.group.outcomes, strict=False)
+    rewards = ", ".join(
+        f"{candidate.source.value} failed ({reward.explained})"
+        if isinstance(reward, Failed)
+        else f"{candidate.source.value} {reward.value:.3f}"
+        for candidate, reward in zip(entry.group.candidates, entry.group.rewards, strict=False)
     )
     if entry.group.rewrite_failure:
-        outcomes = ", ".join(filter(None, (outcomes, f"rewrite failed ({entry.group.rewrite_failure.explained})")))
+        rewards = ", ".join(filter(None, (rewards, f"rewrite failed ({entry.group.rewrite_failure.explained})")))
     who = f"  {entry.worker}" if entry.worker else ""
-    line = (
-        f"{entry.sequence:>8}  {entry.state:<8}  attempts {entry.attempts}{who}  {entry.group.episode.id}  {outcomes}"
-    )
+    line = f"{entry.sequence:>8}  {entry.state:<8}  attempts {entry.attempts}{who}  {entry.group.episode.id}  {rewards}"
     return plain(" ".join(line.splitlines())).rstrip()
 
 

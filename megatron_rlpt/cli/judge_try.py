@@ -16,7 +16,7 @@ from megatron_rlpt.errors import BufferUnavailableError, ConfigError, TeacherErr
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
 from megatron_rlpt.observe.terminal import one_line, plain
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 _PATIENCE = 5.0
 """Most seconds to try to reach the buffer; whoever looks at verdicts sits and waits."""
@@ -95,30 +95,30 @@ async def _ask_servers(config: Config, group: Group, endpoints: Sequence[Endpoin
 
 def require_score(group: Group) -> None:
     """Raises TeacherError, with the most frequent reason and its first cause: every candidate failed."""
-    reasons = Counter(outcome.explained for outcome in group.outcomes if isinstance(outcome, Failed))
-    if reasons.total() == len(group.outcomes):
+    reasons = Counter(reward.explained for reward in group.rewards if isinstance(reward, Failed))
+    if reasons.total() == len(group.rewards):
         ((reason, count),) = reasons.most_common(1)
-        raise TeacherError(f"no candidate has a score; {count} of {len(group.outcomes)} failed with: {reason}")
+        raise TeacherError(f"no candidate has a score; {count} of {len(group.rewards)} failed with: {reason}")
 
 
 def describe(group: Group, candidates: Sequence[str], as_json: bool = False) -> str:
     """Scores best first, with what the judge said; or all of it as JSON."""
     if as_json:
-        return json.dumps([_record(text, outcome) for text, outcome in zip(candidates, group.outcomes, strict=True)])
+        return json.dumps([_record(text, reward) for text, reward in zip(candidates, group.rewards, strict=True)])
     ranked = sorted(
-        enumerate(zip(candidates, group.outcomes, strict=True)),
-        key=lambda item: -item[1][1].value if isinstance(item[1][1], Score) else float("inf"),
+        enumerate(zip(candidates, group.rewards, strict=True)),
+        key=lambda item: -item[1][1].value if isinstance(item[1][1], Reward) else float("inf"),
     )
     lines = []
-    for index, (text, outcome) in ranked:
-        value = f"{outcome.value:8.3f}" if isinstance(outcome, Score) else f"  failed ({one_line(outcome.explained)})"
+    for index, (text, reward) in ranked:
+        value = f"{reward.value:8.3f}" if isinstance(reward, Reward) else f"  failed ({one_line(reward.explained)})"
         lines.append(f"{value}  [{index}] {plain(text)}")
-        lines += [f"            {line}" for line in _explanation(outcome.detail)]
+        lines += [f"            {line}" for line in _explanation(reward.detail)]
     return "\n".join(lines)
 
 
-def _record(text: str, outcome: Score | Failed) -> dict[str, Any]:
-    return {"text": text, "failed": isinstance(outcome, Failed)} | asdict(outcome)
+def _record(text: str, reward: Reward | Failed) -> dict[str, Any]:
+    return {"text": text, "failed": isinstance(reward, Failed)} | asdict(reward)
 
 
 def _explanation(detail: dict[str, Any]) -> list[str]:

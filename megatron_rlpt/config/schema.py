@@ -390,7 +390,7 @@ class WorkersConfig:
     drain: float = 30.0
     """Seconds that a worker which is told to stop has to finish what it holds; the rest goes back."""
     own_model: bool = False
-    """Score likelihood with a model in the worker itself instead of asking servers; for ``judge: likelihood``."""
+    """Reward likelihood with a model in the worker itself instead of asking servers; for ``judge: likelihood``."""
     metrics_port: int = 0
     """Port of the Prometheus metrics of a worker; 0 chooses a free one, -1 is off."""
     metrics_host: str = "127.0.0.1"

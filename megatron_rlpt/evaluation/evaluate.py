@@ -48,7 +48,7 @@ from megatron_rlpt.teacher.judge import Judge, check_failure_rate, failures, fir
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, TextTokens
 from megatron_rlpt.trainer.candidates import marked_if_blank, whole_characters
 from megatron_rlpt.trainer.run_record import RunRecord
-from megatron_rlpt.types import Candidate, Episode, Group, Score, Source, derive_seed
+from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source, derive_seed
 
 BASELINE_FOLDER = "baseline_ntp"
 """Run folder of the next-token baseline, inside the run folder it is the baseline of."""
@@ -181,7 +181,7 @@ class JudgeScorer:
         if check_failure_rate(judged, self._max_failure_rate):
             failed = failures(judged)
             _log.warning("the judge failed", reasons=most_frequent(failed), cause=first_cause(failed))
-        return [outcome.value if isinstance(outcome, Score) else None for group in judged for outcome in group.outcomes]
+        return [reward.value if isinstance(reward, Reward) else None for group in judged for reward in group.rewards]
 
 
 def _ngram_model(config: Config, tokenizer: PolicyTokenizer, vocab: int) -> NgramModel | None:

@@ -17,7 +17,7 @@ class GroupJudge(Protocol):
     """Judges one group at a time."""
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
-        """The group with one outcome per candidate."""
+        """The group with one reward per candidate."""
         ...
 
 
@@ -30,7 +30,7 @@ class GroupProcessor:
     rewriter: Rewriter | None
 
     async def process(self, group: Group, ask: Ask) -> Group:
-        """The group as the trainer takes it: with its rewrite, behind the original, and with outcomes."""
+        """The group as the trainer takes it: with its rewrite, behind the original, and with rewards."""
         if self.rewriter is not None:
             rewrite = await self.rewriter.rewrite_one(group.episode, ask)
             if isinstance(rewrite, Failed):

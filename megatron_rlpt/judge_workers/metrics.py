@@ -78,10 +78,10 @@ class WorkerMetrics:
         self._groups.inc()
         self._seconds.observe(seconds)
         self._calls.inc(group.cost.calls if group.cost else 0)
-        for outcome in (*group.outcomes, group.rewrite_failure):
-            if isinstance(outcome, Failed):
-                self._failed.labels(outcome.root).inc()
-                self._cause.info({"cause": shortened(outcome.explained)})
+        for reward in (*group.rewards, group.rewrite_failure):
+            if isinstance(reward, Failed):
+                self._failed.labels(reward.root).inc()
+                self._cause.info({"cause": shortened(reward.explained)})
 
     def given_back(self, reason: str, cause: str = "") -> None:
         """A group went back unjudged, for a ``reason`` that is one of few; ``cause`` is all that is known of it."""

@@ -10,7 +10,7 @@ from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask
 from megatron_rlpt.teacher.likelihood_score import likelihood_score
-from megatron_rlpt.types import BLANK, Failed, Group, Score
+from megatron_rlpt.types import BLANK, Failed, Group, Reward
 
 ScoreTokens = Callable[[Sequence[int], int], Awaitable[list[float] | Failed]]
 """``TeacherPool.score``: token ids and the first position wanted to log-probabilities in nats."""
@@ -31,16 +31,16 @@ class ServedLikelihood:
         self._config = config
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
-        """The group with one outcome per candidate; equal candidates are scored once."""
+        """The group with one reward per candidate; equal candidates are scored once."""
         distinct = list(dict.fromkeys(candidate.tokens for candidate in group.candidates if not candidate.blank))
-        outcomes = await gather_or_cancel(self._outcome(group.episode.prefix, tokens) for tokens in distinct)
-        by_tokens = dict(zip(distinct, outcomes, strict=True))
+        rewards = await gather_or_cancel(self._reward(group.episode.prefix, tokens) for tokens in distinct)
+        by_tokens = dict(zip(distinct, rewards, strict=True))
         return replace(
             group,
-            outcomes=tuple(BLANK if candidate.blank else by_tokens[candidate.tokens] for candidate in group.candidates),
+            rewards=tuple(BLANK if candidate.blank else by_tokens[candidate.tokens] for candidate in group.candidates),
         )
 
-    async def _outcome(self, prefix: tuple[int, ...], tokens: tuple[int, ...]) -> Score | Failed:
+    async def _reward(self, prefix: tuple[int, ...], tokens: tuple[int, ...]) -> Reward | Failed:
         if not tokens:
             return Failed("empty candidate")
         logprobs = await self._score((*prefix, *tokens), len(prefix))

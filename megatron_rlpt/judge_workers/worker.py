@@ -254,9 +254,9 @@ class Worker:
 def _servers_fault(group: Group, failures: Sequence[Failed]) -> Failed | None:
     """Why the group should be judged again by whoever finds better servers; None if it should not.
 
-    A vote that is missing is no reason, a candidate without an outcome is.
+    A vote that is missing is no reason, a candidate without a reward is.
     """
-    lost = [outcome for outcome in group.outcomes if isinstance(outcome, Failed)]
+    lost = [reward for reward in group.rewards if isinstance(reward, Failed)]
     lost += [group.rewrite_failure] if group.rewrite_failure else []
     faults = [failure for failure in (*failures, *lost) if failure.reason in _OF_SERVERS]
     if not lost or not faults:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_rlpt.objectives.objective import LossInputs, LossTerms
 from megatron_rlpt.objectives.selection import Example, Selection
-from megatron_rlpt.types import Group, Score, Source
+from megatron_rlpt.types import Group, Reward, Source
 
 _LEAST_DEVIATION = 1e-6
 """Added to the standard deviation: rewards that differ by rounding alone are not blown up to a preference."""
@@ -82,9 +82,9 @@ class Grpo:
         selection = Selection()
         for group in groups:
             entries = [
-                (outcome.value, index, candidate)
-                for index, (candidate, outcome) in enumerate(zip(group.candidates, group.outcomes, strict=True))
-                if candidate.source is Source.ROLLOUT and isinstance(outcome, Score) and not candidate.blank
+                (reward.value, index, candidate)
+                for index, (candidate, reward) in enumerate(zip(group.candidates, group.rewards, strict=True))
+                if candidate.source is Source.ROLLOUT and isinstance(reward, Reward) and not candidate.blank
             ]
             if len(entries) < 2:
                 selection.skipped[group.episode.id] = "fewer than two scored rollouts"

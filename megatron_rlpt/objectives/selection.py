@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_rlpt.types import Candidate, Episode, Group, Score, Source, derive_seed
+from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source, derive_seed
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def best_and_worst(groups: Sequence[Group], *, keep_worst: bool) -> Selection:
     """
     selection = Selection()
     for group in groups:
-        distinct: dict[tuple[int, ...], tuple[int, Candidate, Score]] = {}
-        for index, (candidate, outcome) in enumerate(zip(group.candidates, group.outcomes, strict=True)):
-            if not isinstance(outcome, Score) or candidate.blank:
+        distinct: dict[tuple[int, ...], tuple[int, Candidate, Reward]] = {}
+        for index, (candidate, reward) in enumerate(zip(group.candidates, group.rewards, strict=True)):
+            if not isinstance(reward, Reward) or candidate.blank:
                 continue
             if candidate.tokens in distinct:
                 selection.duplicates += 1
             else:
-                distinct[candidate.tokens] = (index, candidate, outcome)
+                distinct[candidate.tokens] = (index, candidate, reward)
         entries = list(distinct.values())
         if len(entries) < 2:
             selection.skipped[group.episode.id] = "fewer than two distinct scored candidates"
@@ -93,5 +93,5 @@ def best_and_worst(groups: Sequence[Group], *, keep_worst: bool) -> Selection:
     return selection
 
 
-def _draw(entries: list[tuple[int, Candidate, Score]], episode: Episode, role: str) -> tuple[int, Candidate, Score]:
+def _draw(entries: list[tuple[int, Candidate, Reward]], episode: Episode, role: str) -> tuple[int, Candidate, Reward]:
     return entries[derive_seed(episode.id, role) % len(entries)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_rlpt.observe.jsonl import JsonLines
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward
 
 Selection = Mapping[str, tuple[int | None, int | None, str | None]]
 """Episode id -> (index of the chosen candidate, index of the rejected one, reason the episode was skipped)."""
@@ -66,8 +66,8 @@ class SampleTable:
         for index in (chosen, rejected):
             if index is not None and not 0 <= index < len(group.candidates):
                 raise ValueError(f"episode {episode.id}: index {index} selected of {len(group.candidates)} candidates")
-        # A group that was never judged (next-token training) has no outcomes at all.
-        outcomes: Sequence[Score | Failed | None] = group.outcomes or [None] * len(group.candidates)
+        # A group that was never judged (next-token training) has no rewards at all.
+        rewards: Sequence[Reward | Failed | None] = group.rewards or [None] * len(group.candidates)
         return {
             "episode": episode.id,
             "corpus": episode.corpus,
@@ -75,8 +75,8 @@ class SampleTable:
             "offset": episode.offset,
             "prefix": prefix_text(self._text, episode),
             "candidates": [
-                {**self._describe(candidate, episode), **_verdict(outcome)}
-                for candidate, outcome in zip(group.candidates, outcomes, strict=True)
+                {**self._describe(candidate, episode), **_verdict(reward)}
+                for candidate, reward in zip(group.candidates, rewards, strict=True)
             ],
             "chosen": chosen,
             "rejected": rejected,
@@ -93,14 +93,14 @@ class SampleTable:
         }
 
 
-def _verdict(outcome: Score | Failed | None) -> dict[str, Any]:
-    if outcome is None:
+def _verdict(reward: Reward | Failed | None) -> dict[str, Any]:
+    if reward is None:
         return {}
-    if isinstance(outcome, Failed):
-        return {"failed": outcome.reason, "detail": outcome.detail}
+    if isinstance(reward, Failed):
+        return {"failed": reward.reason, "detail": reward.detail}
     return {
-        "value": outcome.value,
-        "judge": outcome.judge,
-        "prompt_version": outcome.prompt_version,
-        "detail": outcome.detail,
+        "value": reward.value,
+        "judge": reward.judge,
+        "prompt_version": reward.prompt_version,
+        "detail": reward.detail,
     }

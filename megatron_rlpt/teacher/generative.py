@@ -1,6 +1,6 @@
 """The generative judge: a post-trained model is asked, its verdicts are parsed, counted and explained.
 
-    group -> questions (per axis: pairs or candidates, times votes) -> teacher -> verdicts -> axes -> outcomes
+    group -> questions (per axis: pairs or candidates, times votes) -> teacher -> verdicts -> axes -> rewards
 
 Questions are asked one by one, as many at once as do not depend on each other. Candidates with equal tokens are judged
 once and share the result: comparing a text with itself would only add noise.
@@ -21,7 +21,7 @@ from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
 from megatron_rlpt.teacher.scoring import combine, mean_of_votes
 from megatron_rlpt.teacher.verdicts.parsing import parse_factuality, parse_quality, parse_safety, schema
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
-from megatron_rlpt.types import BLANK, Cost, Failed, Group, Score, derive_seed
+from megatron_rlpt.types import BLANK, Cost, Failed, Group, Reward, derive_seed
 
 _POINTWISE: dict[str, Callable[[Reply], float | Failed]] = {"safety": parse_safety, "factuality": parse_factuality}
 
@@ -62,7 +62,7 @@ class GenerativeJudge:
         self._version = "+".join(VERSIONS[name] for name in self._weights)
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
-        """The group with one outcome per candidate and its cost.
+        """The group with one reward per candidate and its cost.
 
         ``detail["axes"]`` holds each axis' value and its votes: seed, reply, verdict or failure. A vote on a pair names
         candidates by their index, is listed with both, and has its reply with the one shown first.
@@ -78,10 +78,10 @@ class GenerativeJudge:
         if "quality" in self._weights:
             tokens = [candidate.tokens for candidate in group.candidates]
             work.insert(0, self._judge_pairs(group, texts, [tokens.index(text) for text in distinct], counted))
-        outcomes = dict(zip(distinct, self._outcomes(len(distinct), await gather_or_cancel(work)), strict=True))
+        rewards = dict(zip(distinct, self._rewards(len(distinct), await gather_or_cancel(work)), strict=True))
         return replace(
             group,
-            outcomes=tuple(outcomes.get(candidate.tokens, BLANK) for candidate in group.candidates),
+            rewards=tuple(rewards.get(candidate.tokens, BLANK) for candidate in group.candidates),
             cost=counted.cost(time.perf_counter() - start),
         )
 
@@ -147,8 +147,8 @@ class GenerativeJudge:
             json_schema=schema(name),
         )
 
-    def _outcomes(self, texts: int, axes: Sequence[_Axis]) -> list[Score | Failed]:
-        outcomes: list[Score | Failed] = []
+    def _rewards(self, texts: int, axes: Sequence[_Axis]) -> list[Reward | Failed]:
+        rewards: list[Reward | Failed] = []
         for text in range(texts):
             parts = {axis.name: {"value": _plain(axis.values[text]), "votes": axis.votes[text]} for axis in axes}
             detail: dict[str, Any] = {"axes": parts}
@@ -156,10 +156,10 @@ class GenerativeJudge:
                 detail |= axis.extra
             total = combine({axis.name: axis.values[text] for axis in axes}, self._weights)
             if isinstance(total, Failed):
-                outcomes.append(replace(total, detail=detail | total.detail))
+                rewards.append(replace(total, detail=detail | total.detail))
             else:
-                outcomes.append(Score(total, self.name, self._version, detail))
-        return outcomes
+                rewards.append(Reward(total, self.name, self._version, detail))
+        return rewards
 
 
 class _Counted:

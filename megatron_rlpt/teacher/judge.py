@@ -1,4 +1,4 @@
-"""What a judge is, whatever scores: groups in, the same groups with one outcome per candidate out."""
+"""What a judge is, whatever scores: groups in, the same groups with one reward per candidate out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.plain_text import shortened
-from megatron_rlpt.types import BLANK, Failed, Group, Score, Source
+from megatron_rlpt.types import BLANK, Failed, Group, Reward, Source
 
 NOT_JUDGED = frozenset({BLANK.reason, "nothing to compare with", "stale rollout"})
 """Reasons of ``Failed`` that say something of the candidate: no judge failed, and no other would do better."""
@@ -21,7 +21,7 @@ class Judge(Protocol):
     """Scores candidates."""
 
     def judge(self, groups: Sequence[Group]) -> list[Group]:
-        """The same groups, in the same order, with ``outcomes`` filled: one ``Score`` or ``Failed`` per candidate.
+        """The same groups, in the same order, with ``rewards`` filled: one ``Reward`` or ``Failed`` per candidate.
 
         A failure is never a number, and a score explains itself in ``detail``.
         """
@@ -30,8 +30,8 @@ class Judge(Protocol):
 
 def failure_rate(groups: Sequence[Group]) -> float:
     """Share of failed judgments among all candidates that a judge was asked about, between 0 and 1."""
-    outcomes = _judgments(groups)
-    return sum(isinstance(outcome, Failed) for outcome in outcomes) / len(outcomes) if outcomes else 0.0
+    rewards = _judgments(groups)
+    return sum(isinstance(reward, Failed) for reward in rewards) / len(rewards) if rewards else 0.0
 
 
 def rewrite_failure_rate(groups: Sequence[Group]) -> float:
@@ -46,7 +46,7 @@ def rewrite_failure_rate(groups: Sequence[Group]) -> float:
 def failures(groups: Sequence[Group]) -> list[Failed]:
     """Every failed rewrite and judgment of ``groups``, in their order."""
     return [
-        failed for group in groups for failed in (group.rewrite_failure, *group.outcomes) if isinstance(failed, Failed)
+        failed for group in groups for failed in (group.rewrite_failure, *group.rewards) if isinstance(failed, Failed)
     ]
 
 
@@ -88,9 +88,9 @@ def first_cause(failed: Sequence[Failed], before: str = "") -> str:
     return before + json.dumps(shortened(words), ensure_ascii=False) if words else ""
 
 
-def _judgments(groups: Sequence[Group]) -> list[Score | Failed]:
-    outcomes = (outcome for group in groups for outcome in group.outcomes)
-    return [outcome for outcome in outcomes if isinstance(outcome, Score) or outcome.reason not in NOT_JUDGED]
+def _judgments(groups: Sequence[Group]) -> list[Reward | Failed]:
+    rewards = (reward for group in groups for reward in group.rewards)
+    return [reward for reward in rewards if isinstance(reward, Reward) or reward.reason not in NOT_JUDGED]
 
 
 def _asked_for_rewrite(group: Group) -> bool:

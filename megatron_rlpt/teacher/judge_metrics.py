@@ -26,19 +26,19 @@ from statistics import fmean
 from typing import Any
 
 from megatron_rlpt.teacher.scoring import pair_agreement
-from megatron_rlpt.types import Candidate, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Failed, Group, Reward, Source
 
 _MOST_REASONS = 5
 
 
 def judge_health(groups: Sequence[Group]) -> dict[str, float]:
-    """Flat name -> value; groups without outcomes count for nothing."""
-    judged = [group for group in groups if group.outcomes]
+    """Flat name -> value; groups without rewards count for nothing."""
+    judged = [group for group in groups if group.rewards]
     return _comparisons(judged) | _lengths(judged) | _sources(judged) | _failures(judged) | _costs(judged)
 
 
 def _comparisons(groups: Sequence[Group]) -> dict[str, float]:
-    tables = [next((o.detail["standings"] for o in g.outcomes if "standings" in o.detail), None) for g in groups]
+    tables = [next((o.detail["standings"] for o in g.rewards if "standings" in o.detail), None) for g in groups]
     known = [table for table in tables if table]
     points = [
         (pair_agreement(verdicts), 1)
@@ -110,7 +110,7 @@ def failure_reasons(groups: Sequence[Group]) -> Counter[str]:
     reasons: Counter[str] = Counter()
     for group in groups:
         reasons.update(vote["verdict"]["failed"] for _, row in _votes(group) for vote in row if _failed(vote))
-        reasons.update(o.root for o in group.outcomes if isinstance(o, Failed) and "axes" not in o.detail)
+        reasons.update(o.root for o in group.rewards if isinstance(o, Failed) and "axes" not in o.detail)
     return reasons
 
 
@@ -123,10 +123,10 @@ def _costs(groups: Sequence[Group]) -> dict[str, float]:
 def _votes(group: Group) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Axis and votes of every distinct text; a vote on a pair once, with the text shown first."""
     seen: set[tuple[int, ...]] = set()
-    for candidate, outcome in zip(group.candidates, group.outcomes, strict=True):
+    for candidate, reward in zip(group.candidates, group.rewards, strict=True):
         if candidate.tokens not in seen:
             seen.add(candidate.tokens)
-            for name, axis in outcome.detail.get("axes", {}).items():
+            for name, axis in reward.detail.get("axes", {}).items():
                 yield name, [vote for vote in axis["votes"] if "reply" in vote]
 
 
@@ -134,12 +134,12 @@ def _failed(vote: dict[str, Any]) -> bool:
     return isinstance(vote["verdict"], dict)
 
 
-def _distinct(group: Group) -> list[tuple[Candidate, Score]]:
+def _distinct(group: Group) -> list[tuple[Candidate, Reward]]:
     """Scored candidates, those with equal tokens once."""
     return list({candidate.tokens: (candidate, score) for candidate, score in group.scored()[::-1]}.values())[::-1]
 
 
-def _win(one: Score, other: Score) -> float:
+def _win(one: Reward, other: Reward) -> float:
     return 0.5 + 0.5 * (one.value > other.value) - 0.5 * (one.value < other.value)
 
 

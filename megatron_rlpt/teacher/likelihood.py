@@ -25,7 +25,7 @@ from megatron_rlpt.errors import ModelError
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.teacher.likelihood_score import likelihood_score
-from megatron_rlpt.types import BLANK, Failed, Group, Score
+from megatron_rlpt.types import BLANK, Failed, Group, Reward
 
 _HEAD_CHUNK_CPU = 128
 """Tokens whose vocabulary logits exist at the same time; few on a CPU, where they should stay near its cache."""
@@ -60,36 +60,36 @@ class LikelihoodJudge:
         self._check_head(model_path)
 
     def judge(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with one outcome per candidate; what has no finite likelihood is a failure."""
+        """The groups with one reward per candidate; what has no finite likelihood is a failure."""
         scored = self.score_tokens(
             [group.episode.prefix for group in groups],
             [[candidate.tokens for candidate in group.candidates if not candidate.blank] for group in groups],
         )
         judged = []
         for group, row in zip(groups, scored, strict=True):
-            outcomes = iter(row)
+            rewards = iter(row)
             judged.append(
                 replace(
                     group,
-                    outcomes=tuple(BLANK if candidate.blank else next(outcomes) for candidate in group.candidates),
+                    rewards=tuple(BLANK if candidate.blank else next(rewards) for candidate in group.candidates),
                 )
             )
         return judged
 
     def score_tokens(
         self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
-    ) -> list[list[Score | Failed]]:
-        """Score any number of continuations (token ids) of each prefix (token ids, at least one).
+    ) -> list[list[Reward | Failed]]:
+        """Reward any number of continuations (token ids) of each prefix (token ids, at least one).
 
-        ``Score.detail`` holds ``loglik_mean`` (nats per token) and ``repetition`` (fraction of repeated n-grams).
+        ``Reward.detail`` holds ``loglik_mean`` (nats per token) and ``repetition`` (fraction of repeated n-grams).
         """
         means = self.mean_loglikelihood(prefixes, continuations)
         return [
-            [self._outcome(prefix, tokens, mean) for tokens, mean in zip(row, row_means, strict=True)]
+            [self._reward(prefix, tokens, mean) for tokens, mean in zip(row, row_means, strict=True)]
             for prefix, row, row_means in zip(prefixes, continuations, means, strict=True)
         ]
 
-    def _outcome(self, prefix: Sequence[int], tokens: Sequence[int], mean: float) -> Score | Failed:
+    def _reward(self, prefix: Sequence[int], tokens: Sequence[int], mean: float) -> Reward | Failed:
         if (problem := self._problem(prefix, tokens)) is not None:
             return Failed(problem, {"prefix": len(prefix), "candidate": len(tokens)})
         return likelihood_score(self.name, self.config, tokens, mean)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.teacher.repetition import repetition
-from megatron_rlpt.types import Failed, Score
+from megatron_rlpt.types import Failed, Reward
 
 PROMPT_VERSION = "likelihood-1"
 """Version of the scoring formula, kept with every score in the place of a prompt's version."""
 
 
-def likelihood_score(judge: str, config: LikelihoodConfig, tokens: Sequence[int], mean: float) -> Score | Failed:
-    """The outcome of a candidate.
+def likelihood_score(judge: str, config: LikelihoodConfig, tokens: Sequence[int], mean: float) -> Reward | Failed:
+    """The reward of a candidate.
 
     Args:
         judge: name of the judge.
@@ -25,7 +25,7 @@ def likelihood_score(judge: str, config: LikelihoodConfig, tokens: Sequence[int]
     if not math.isfinite(mean):
         return Failed("log-likelihood is not finite", {"loglik_mean": repr(mean)})
     repeated = repetition(tokens, config.repetition_ngram)
-    return Score(
+    return Reward(
         value=mean - config.repetition_weight * repeated,
         judge=judge,
         prompt_version=PROMPT_VERSION,

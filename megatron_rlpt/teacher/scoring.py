@@ -31,7 +31,7 @@ class Decided:
 
 @dataclass(frozen=True)
 class Standings:
-    """Outcome of all comparisons of a group."""
+    """Reward of all comparisons of a group."""
 
     values: tuple[float | Failed, ...]
     """Per candidate, in [0, 1]: share of its decided comparisons that it won, or is expected to win against all."""

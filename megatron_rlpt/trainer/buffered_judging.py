@@ -249,7 +249,7 @@ class BufferedJudging:
             self._sleep(until_next_look(self._clock() - self._waiting_since, *_POLL))
 
     def _checked(self, first: int, taken: Sequence[Group | Failed]) -> list[Group]:
-        """What was submitted, with the outcomes that came back for it."""
+        """What was submitted, with the rewards that came back for it."""
         groups = [
             accepted(self._submitted[first + place], returned, self._expected) for place, returned in enumerate(taken)
         ]
@@ -364,4 +364,4 @@ def _troubles(announced: Mapping[str, str]) -> list[tuple[str, bool]]:
 def _without_outcomes(group: Group) -> Group:
     """A group that nobody judges; one that was given up has no rewrite."""
     failed = _failures(group)
-    return replace(group, outcomes=(), rewrite_failure=group.rewrite_failure or (failed[0] if failed else None))
+    return replace(group, rewards=(), rewrite_failure=group.rewrite_failure or (failed[0] if failed else None))

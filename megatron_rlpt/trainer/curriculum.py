@@ -3,7 +3,7 @@
     K = start ── rollouts win more than grow_above of the last `window` episodes ──> 2 K ──> ... ──> candidates.rollouts
 
 While K is 0 nothing would ever be seen to win, so a share of the episodes has one rollout nevertheless. All of it
-depends on outcomes alone, and is part of the checkpoint: a resumed run goes on with the same numbers.
+depends on rewards alone, and is part of the checkpoint: a resumed run goes on with the same numbers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _rollout_won(group: Group) -> bool | None:
     Of several candidates with the highest score a rollout is the winner only if all of them are: in doubt, the
     cheaper candidate was as good.
     """
-    scored = group.scored() if group.outcomes else []
+    scored = group.scored() if group.rewards else []
     if len({candidate.source is Source.ROLLOUT for candidate, _ in scored}) < 2:
         return None
     best = max(score.value for _, score in scored)

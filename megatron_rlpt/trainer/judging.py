@@ -19,7 +19,7 @@ PATIENCE = 2.0
 
 
 class Judging(Protocol):
-    """Takes groups by their sequence numbers (place of the episode in the run) and returns them with outcomes.
+    """Takes groups by their sequence numbers (place of the episode in the run) and returns them with rewards.
 
     In a world of several ranks every rank calls ``start`` and ``collect`` at the same time, and ``submit`` in a
     background thread of its own where there is one; all get the same groups.
@@ -37,7 +37,7 @@ class Judging(Protocol):
         ...
 
     def collect(self, first: int, count: int, version: int) -> list[Group] | None:
-        """Groups ``first`` to ``first + count - 1`` with outcomes; None when they are not there after some seconds.
+        """Groups ``first`` to ``first + count - 1`` with rewards; None when they are not there after some seconds.
 
         Args:
             first: sequence number.
@@ -51,7 +51,7 @@ class Judging(Protocol):
         ...
 
     def pending(self) -> dict[int, Group]:
-        """What was submitted and not collected yet, by sequence number; with outcomes where they are known."""
+        """What was submitted and not collected yet, by sequence number; with rewards where they are known."""
         ...
 
     def close(self) -> None:
@@ -111,6 +111,6 @@ class InTrainerJudging:
             return self._changed.wait_for(lambda: self._pending.keys() >= set(numbers), seconds)
 
     def _judged(self, groups: list[Group]) -> list[Group]:
-        if self._judge is None or all(group.outcomes for group in groups):
+        if self._judge is None or all(group.rewards for group in groups):
             return groups
         return self._judge.judge(groups)

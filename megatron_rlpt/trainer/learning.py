@@ -129,9 +129,9 @@ def _why(groups: Sequence[Group], selection: Selection) -> tuple[dict[str, int],
     for group in groups:
         if group.rewrite_failure is not None:
             counts[f"rewrite failed: {group.rewrite_failure.reason[:_LONGEST_REASON]}"] += 1
-        for outcome in group.outcomes:
-            if isinstance(outcome, Failed):
-                counts[f"candidate failed: {outcome.reason[:_LONGEST_REASON]}"] += 1
+        for reward in group.rewards:
+            if isinstance(reward, Failed):
+                counts[f"candidate failed: {reward.reason[:_LONGEST_REASON]}"] += 1
     if selection.duplicates:
         counts["duplicate candidate"] += selection.duplicates
     return dict(counts.most_common(_KEPT)), first_cause(failures(groups))

@@ -34,7 +34,7 @@ def step_metrics(
     metrics = dict(update)
     examples = selection.examples
     for source in Source:
-        rewards = [score.value for group in groups if group.outcomes for candidate, score in group.scored()
+        rewards = [score.value for group in groups if group.rewards for candidate, score in group.scored()
                    if candidate.source is source]  # fmt: skip
         if rewards:
             metrics[f"reward/{source.value}"] = fmean(rewards)

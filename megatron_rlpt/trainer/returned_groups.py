@@ -1,7 +1,7 @@
 """What comes back from the rollout buffer, compared with what was submitted.
 
 A store may be damaged, restored from an old copy or written by somebody else, and a worker may be of another version.
-The trainer learns from its own candidates in any case: of what came back it takes the outcomes, and the rewrite where
+The trainer learns from its own candidates in any case: of what came back it takes the rewards, and the rewrite where
 one was asked for. A group that came back otherwise is a failed group with a reason.
 """
 
@@ -27,7 +27,7 @@ class Expected:
     vocab: int
     """Token ids of a rewrite are below this one."""
     judged: bool = True
-    """One outcome per candidate."""
+    """One reward per candidate."""
     rewrite: bool = False
     """A rewrite behind the original, or why there is none."""
 
@@ -49,7 +49,7 @@ def accepted(submitted: Group, returned: Group | Failed, expected: Expected) -> 
     return replace(
         submitted,
         candidates=_with(submitted.candidates, _place(submitted), rewrite),
-        outcomes=returned.outcomes,
+        rewards=returned.rewards,
         rewrite_failure=returned.rewrite_failure,
         cost=returned.cost,
     )
@@ -59,7 +59,7 @@ def failed(group: Group, failure: Failed) -> Group:
     """``group`` with every candidate failed, or the rewrite that was to be the only one."""
     if not group.candidates:
         return replace(group, rewrite_failure=failure)
-    return replace(group, outcomes=(failure,) * len(group.candidates))
+    return replace(group, rewards=(failure,) * len(group.candidates))
 
 
 def flaw_of(group: Group, vocab: int) -> str:
@@ -72,7 +72,7 @@ def flaw_of(group: Group, vocab: int) -> str:
         logprobs = candidate.logprobs
         if logprobs is not None and (len(logprobs) != len(candidate.tokens) or not all(map(_is_finite, logprobs))):
             return "with log-probabilities that are not one number per token"
-    return _flaw_of_outcomes(group) if group.outcomes else ""
+    return _flaw_of_outcomes(group) if group.rewards else ""
 
 
 def _problem(submitted: Group, returned: Group, expected: Expected) -> str:
@@ -88,24 +88,24 @@ def _problem(submitted: Group, returned: Group, expected: Expected) -> str:
     failure = returned.rewrite_failure
     if failure is not None and (has_rewrite or not _is_failure(failure)):
         return "with a rewrite and a reason why there is none"
-    given_up = all(isinstance(outcome, Failed) for outcome in returned.outcomes) and bool(returned.outcomes)
+    given_up = all(isinstance(reward, Failed) for reward in returned.rewards) and bool(returned.rewards)
     if expected.rewrite and not (has_rewrite or failure or given_up):
         return "without the rewrite that was asked for"
-    if expected.judged or returned.outcomes:
+    if expected.judged or returned.rewards:
         return _flaw_of_outcomes(returned)
     return ""
 
 
 def _flaw_of_outcomes(group: Group) -> str:
-    if len(group.outcomes) != len(group.candidates):
-        return "without one outcome per candidate"
-    for outcome in group.outcomes:
-        if isinstance(outcome, Failed):
-            if not _is_failure(outcome):
+    if len(group.rewards) != len(group.candidates):
+        return "without one reward per candidate"
+    for reward in group.rewards:
+        if isinstance(reward, Failed):
+            if not _is_failure(reward):
                 return "with a failure that cannot be read"
-        elif not _is_finite(outcome.value):
+        elif not _is_finite(reward.value):
             return "with a score that is no finite number"
-        elif not (isinstance(outcome.judge, str) and isinstance(outcome.prompt_version, str)):
+        elif not (isinstance(reward.judge, str) and isinstance(reward.prompt_version, str)):
             return "with a score of nobody"
     return "" if _can_be_recorded(group) else "with details that cannot be read"
 
@@ -119,9 +119,9 @@ def _can_be_recorded(group: Group) -> bool:
     ):
         return False
     try:
-        if not all(isinstance(outcome.detail, dict) for outcome in group.outcomes):
+        if not all(isinstance(reward.detail, dict) for reward in group.rewards):
             return False
-        finite([outcome.detail for outcome in group.outcomes])
+        finite([reward.detail for reward in group.rewards])
         judge_health([group])
     except Exception:  # made by whoever wrote the record: anything may be wrong with it
         return False

@@ -17,7 +17,7 @@ from worlds import WorldError, on_every_rank, run_world
 from megatron_rlpt.distributed.ranks import Ranks, drain
 from megatron_rlpt.errors import CheckpointError, RlptError, TeacherError, TrainingError
 from megatron_rlpt.teacher.distributed import DistributedJudge, DistributedRewriter
-from megatron_rlpt.types import Candidate, Episode, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source
 
 SIZE = 4
 LEADERS = (0, 2)
@@ -38,7 +38,7 @@ class OwnJudge:
         self.rank = rank
 
     def judge(self, groups: list[Group]) -> list[Group]:
-        return [Group(group.episode, group.candidates, (Score(1.0, f"rank {self.rank}", "p"),)) for group in groups]
+        return [Group(group.episode, group.candidates, (Reward(1.0, f"rank {self.rank}", "p"),)) for group in groups]
 
 
 class OwnRewriter:
@@ -260,7 +260,7 @@ def test_a_rank_that_dies_in_a_collective_is_one_line_for_the_others(tmp_path):
 
 def test_teachers_of_leaders_work_for_all(found):
     judged, rewritten = on_every_rank(found, "judged"), on_every_rank(found, "rewritten")
-    assert [(group.episode.id, group.outcomes[0].judge) for group in judged] == [
+    assert [(group.episode.id, group.rewards[0].judge) for group in judged] == [
         ("e0", "rank 0"),
         ("e1", "rank 2"),
         ("e2", "rank 2"),

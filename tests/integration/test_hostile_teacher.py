@@ -69,7 +69,7 @@ async def until(condition):
 
 
 def ask(*script, deadline=LONG, breaker=patient, request=QUESTION, **settings):
-    """What one server that follows ``script`` makes of one request: outcome, seconds, the server."""
+    """What one server that follows ``script`` makes of one request: reward, seconds, the server."""
 
     async def run():
         async with (
@@ -77,15 +77,15 @@ def ask(*script, deadline=LONG, breaker=patient, request=QUESTION, **settings):
             asking(server, deadline=deadline, breaker=breaker, **settings) as pool,
         ):
             began = time.monotonic()
-            outcome = await pool(request)
-            return outcome, time.monotonic() - began, server
+            reward = await pool(request)
+            return reward, time.monotonic() - began, server
 
     return asyncio.run(run())
 
 
 def test_good_reply():
-    outcome, _, server = ask(ok)
-    assert outcome == GOOD
+    reward, _, server = ask(ok)
+    assert reward == GOOD
     (request,) = server.requests
     assert request.path == "/v1/chat/completions"
     assert request.body["model"] == "teacher"
@@ -108,19 +108,19 @@ def test_good_reply():
 )
 def test_transient_faults_are_repeated_until_the_deadline_and_no_longer(behaviour, reason):
     for _ in range(3):
-        outcome, seconds, server = ask(behaviour, deadline=SHORT)
-        assert isinstance(outcome, Failed)
-        if outcome.reason != "deadline exceeded":  # as where the last attempt is still under way
+        reward, seconds, server = ask(behaviour, deadline=SHORT)
+        assert isinstance(reward, Failed)
+        if reward.reason != "deadline exceeded":  # as where the last attempt is still under way
             break
-    assert outcome.reason == reason
-    assert outcome.detail["attempts"] == len(server.requests) >= 2
+    assert reward.reason == reason
+    assert reward.detail["attempts"] == len(server.requests) >= 2
     assert seconds < SHORT + SLACK
 
 
 @pytest.mark.parametrize("behaviour", [refuses(500), refuses(429), reset, half, hang_in_complaint])
 def test_a_transient_fault_that_goes_away_costs_only_time(behaviour):
-    outcome, _, server = ask(behaviour, behaviour, ok)
-    assert outcome == GOOD
+    reward, _, server = ask(behaviour, behaviour, ok)
+    assert reward == GOOD
     assert len(server.requests) == 3
     assert all(request.body == server.requests[0].body for request in server.requests)
 
@@ -139,11 +139,11 @@ def test_a_transient_fault_that_goes_away_costs_only_time(behaviour):
     ],
 )
 def test_what_will_not_change_fails_at_once_with_the_servers_words(behaviour, reason, said):
-    outcome, _, server = ask(behaviour)
-    assert isinstance(outcome, Failed)
-    assert outcome.reason == reason
-    assert outcome.detail["message"] == said
-    assert outcome.detail["server"] == server.url
+    reward, _, server = ask(behaviour)
+    assert isinstance(reward, Failed)
+    assert reward.reason == reason
+    assert reward.detail["message"] == said
+    assert reward.detail["server"] == server.url
     assert len(server.requests) == 1
 
 
@@ -167,9 +167,9 @@ def test_what_will_not_change_fails_at_once_with_the_servers_words(behaviour, re
     ],
 )
 def test_no_reply_is_made_out_of_what_is_none(behaviour, reason):
-    outcome, _, server = ask(behaviour)
-    assert isinstance(outcome, Failed)
-    assert outcome.reason == reason
+    reward, _, server = ask(behaviour)
+    assert isinstance(reward, Failed)
+    assert reward.reason == reason
     assert len(server.requests) == 1
 
 
@@ -178,9 +178,9 @@ def test_a_server_that_hangs_is_left_at_the_deadline(behaviour):
     async def run():
         async with HostileServer([behaviour]) as server, asking(server, deadline=SHORT) as pool:
             began = time.monotonic()
-            outcome = await pool(QUESTION)
+            reward = await pool(QUESTION)
             assert time.monotonic() - began < SHORT + SLACK
-            assert outcome == Failed("deadline exceeded", {"deadline": SHORT, "server": server.url, "attempts": 1})
+            assert reward == Failed("deadline exceeded", {"deadline": SHORT, "server": server.url, "attempts": 1})
             assert len(server.requests) == 1
             assert pool.endpoints[0].in_flight == 0
 
@@ -192,8 +192,8 @@ def test_slow_is_no_fault():
 
 
 def test_a_server_is_left_alone_for_as_many_seconds_as_it_says():
-    outcome, seconds, server = ask(refuses(429, "Retry-After: 1\r\n"), ok)
-    assert outcome == GOOD
+    reward, seconds, server = ask(refuses(429, "Retry-After: 1\r\n"), ok)
+    assert reward == GOOD
     assert seconds >= 1.0
     assert len(server.requests) == 2
 
@@ -206,8 +206,8 @@ def test_a_server_is_left_alone_until_the_date_it_says():
         return await refuses(429, f"Retry-After: {date}\r\n")(exchange)
 
     until_then = 0
-    outcome, _, server = ask(behave, ok)
-    assert outcome == GOOD
+    reward, _, server = ask(behave, ok)
+    assert reward == GOOD
     assert time.time() >= until_then - 0.1
     assert len(server.requests) == 2
 
@@ -215,9 +215,9 @@ def test_a_server_is_left_alone_until_the_date_it_says():
 @pytest.mark.parametrize("wait", ["3600", "9" * 400])
 def test_nobody_waits_for_a_time_after_the_deadline(wait):
     deadline = 60.0
-    outcome, seconds, server = ask(refuses(429, f"Retry-After: {wait}\r\n"), ok, deadline=deadline)
-    assert isinstance(outcome, Failed)
-    assert outcome.reason == "server busy"
+    reward, seconds, server = ask(refuses(429, f"Retry-After: {wait}\r\n"), ok, deadline=deadline)
+    assert isinstance(reward, Failed)
+    assert reward.reason == "server busy"
     assert seconds < deadline
     assert len(server.requests) == 1
 
@@ -230,8 +230,8 @@ def test_a_wait_that_is_none_is_ignored(wait):
 def test_the_other_server_is_asked_when_one_fails():
     async def run():
         async with HostileServer([refuses(500)]) as bad, HostileServer() as good, asking(bad, good) as pool:
-            outcomes = await asyncio.gather(*(pool(QUESTION) for _ in range(20)))
-            assert all(isinstance(outcome, Reply) for outcome in outcomes)
+            rewards = await asyncio.gather(*(pool(QUESTION) for _ in range(20)))
+            assert all(isinstance(reward, Reply) for reward in rewards)
             assert len(good.requests) == 20
             # Nobody comes back to the one that failed while there is another.
             assert 0 < len(bad.requests) <= 20
@@ -246,8 +246,8 @@ def test_the_other_server_is_asked_when_one_is_gone():
     async def run():
         async with HostileServer() as bad, HostileServer() as good, asking(bad, good) as pool:
             await bad.stop()
-            outcomes = await asyncio.gather(*(pool(QUESTION) for _ in range(20)))
-            assert all(isinstance(outcome, Reply) for outcome in outcomes)
+            rewards = await asyncio.gather(*(pool(QUESTION) for _ in range(20)))
+            assert all(isinstance(reward, Reply) for reward in rewards)
             assert len(good.requests) == 20
 
     asyncio.run(run())
@@ -262,8 +262,8 @@ def test_a_server_that_denies_access_does_not_swallow_the_work_of_the_others():
             HostileServer([slow(0.02)]) as good,
             asking(bad, good, breaker=lambda: Breaker(failures=3)) as pool,
         ):
-            outcomes = [await pool(QUESTION) for _ in range(12)]
-            assert sum(isinstance(outcome, Failed) for outcome in outcomes) == len(bad.requests) == 3
+            rewards = [await pool(QUESTION) for _ in range(12)]
+            assert sum(isinstance(reward, Failed) for reward in rewards) == len(bad.requests) == 3
             assert not pool.all_down
 
     asyncio.run(run())
@@ -309,8 +309,8 @@ def test_no_more_than_the_concurrency_is_under_way():
             work = [asyncio.create_task(pool(QUESTION)) for _ in range(12)]
             await until(lambda: pool.waiting == 9)
             assert pool.endpoints[0].in_flight == 3
-            outcomes = await asyncio.gather(*work)
-            assert all(isinstance(outcome, Reply) for outcome in outcomes)
+            rewards = await asyncio.gather(*work)
+            assert all(isinstance(reward, Reply) for reward in rewards)
             assert server.peak == 3
             assert pool.waiting == pool.endpoints[0].in_flight == 0
 
@@ -320,8 +320,8 @@ def test_no_more_than_the_concurrency_is_under_way():
 def test_waiting_for_room_does_not_count_against_the_deadline():
     async def run():
         async with HostileServer([slow(0.4)]) as server, asking(server, concurrency=1, deadline=1.5) as pool:
-            outcomes = await asyncio.gather(*(pool(QUESTION) for _ in range(6)))
-            assert all(isinstance(outcome, Reply) for outcome in outcomes)
+            rewards = await asyncio.gather(*(pool(QUESTION) for _ in range(6)))
+            assert all(isinstance(reward, Reply) for reward in rewards)
 
     asyncio.run(run())
 
@@ -374,8 +374,8 @@ def test_the_breaker_opens_probes_and_closes():
             assert len(server.requests) == sent
             assert pool.endpoints[0].last_problem.fault == "server error"
             server.script, server.probe = [ok], ok
-            outcomes = await asyncio.gather(*work)
-            assert all(isinstance(outcome, Reply) for outcome in outcomes)
+            rewards = await asyncio.gather(*work)
+            assert all(isinstance(reward, Reply) for reward in rewards)
             assert pool.endpoints[0].breaker.state == State.CLOSED
             assert not pool.all_down
 
@@ -390,7 +390,7 @@ def test_a_server_that_is_restarted_is_found_again():
             work = [asyncio.create_task(pool(QUESTION)) for _ in range(10)]
             await until(lambda: pool.all_down)
             await server.start()
-            assert all(isinstance(outcome, Reply) for outcome in await asyncio.gather(*work))
+            assert all(isinstance(reward, Reply) for reward in await asyncio.gather(*work))
 
     asyncio.run(run())
 
@@ -399,8 +399,8 @@ def test_a_server_that_comes_and_goes():
     async def run():
         script = [ok, refuses(503), refuses(503), refuses(503), ok, reset] * 10
         async with HostileServer(script) as server, asking(server, breaker=impatient) as pool:
-            outcomes = [await pool(QUESTION) for _ in range(4)]
-            assert all(isinstance(outcome, Reply) for outcome in outcomes)
+            rewards = [await pool(QUESTION) for _ in range(4)]
+            assert all(isinstance(reward, Reply) for reward in rewards)
 
     asyncio.run(run())
 
@@ -413,10 +413,10 @@ def test_nobody_waits_for_ever_when_all_servers_are_down():
         ):
             server.probe = hang
             began = time.monotonic()
-            outcomes = await asyncio.gather(*(pool(QUESTION) for _ in range(9)))
+            rewards = await asyncio.gather(*(pool(QUESTION) for _ in range(9)))
             # Three hang, then the server is known to be down, and the others wait as long as that.
             assert time.monotonic() - began < 2 * SHORT + SLACK
-            reasons = [outcome.reason for outcome in outcomes]
+            reasons = [reward.reason for reward in rewards]
             assert reasons.count("deadline exceeded") >= 3, "or more: who waited for those three has a deadline as well"
             assert set(reasons) == {"deadline exceeded", "no teacher server available"}
             assert len(server.requests) < 9, "the others were not sent"
@@ -455,8 +455,8 @@ def test_cancelling_closes_the_connection(behaviour):
             await until(lambda: server.busy == 2 and pool.waiting == 2)
             for task in work:
                 task.cancel()
-            for outcome in await asyncio.gather(*work, return_exceptions=True):
-                assert isinstance(outcome, asyncio.CancelledError)
+            for reward in await asyncio.gather(*work, return_exceptions=True):
+                assert isinstance(reward, asyncio.CancelledError)
             # The probe's connection may be kept for the next request.
             await until(lambda: server.busy == 0 and server.open <= 1)
             assert pool.endpoints[0].in_flight == pool.waiting == 0
@@ -496,10 +496,10 @@ def test_servers_come_and_go_while_requests_are_under_way():
 
 def test_the_key_is_sent_and_never_said(monkeypatch, caplog):
     monkeypatch.setenv("TEACHER_KEY", "sk-very-secret")
-    outcome, _, server = ask(refuses(401, message="bad key sk-very-secret"), ok, api_key_env="TEACHER_KEY")
+    reward, _, server = ask(refuses(401, message="bad key sk-very-secret"), ok, api_key_env="TEACHER_KEY")
     assert server.requests[0].headers["authorization"] == "Bearer sk-very-secret"
-    assert outcome.detail["message"] == "bad key <key>"
-    assert "secret" not in repr(outcome) + caplog.text
+    assert reward.detail["message"] == "bad key <key>"
+    assert "secret" not in repr(reward) + caplog.text
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "two\nlines"])
@@ -540,8 +540,8 @@ def test_a_refused_schema_is_said_once_and_others_are_still_tried(caplog):
 
 
 def test_another_complaint_about_a_request_with_a_schema_is_a_failure():
-    outcome, _, server = ask(refuses(400, message="prompt too long"), ok, request=replace(QUESTION, json_schema=SCHEMA))
-    assert outcome.reason == "request rejected"
+    reward, _, server = ask(refuses(400, message="prompt too long"), ok, request=replace(QUESTION, json_schema=SCHEMA))
+    assert reward.reason == "request rejected"
     assert len(server.requests) == 1
 
 
@@ -559,8 +559,8 @@ def score(*script, first=1):
 
 
 def test_likelihood_of_given_tokens():
-    outcome, server = score(says(scored()))
-    assert outcome == [-0.25, -0.5]
+    reward, server = score(says(scored()))
+    assert reward == [-0.25, -0.5]
     assert server.requests[0].path == "/v1/completions"
     assert server.requests[0].body["prompt"] == [10, 11, 12]
     assert score(refuses(500), says(scored()), first=2)[0] == [-0.5]
@@ -584,9 +584,9 @@ def test_likelihood_of_given_tokens():
     ],
 )
 def test_no_likelihood_is_made_up(body, reason):
-    outcome, server = score(says(body))
-    assert isinstance(outcome, Failed)
-    assert outcome.reason == reason
+    reward, server = score(says(body))
+    assert isinstance(reward, Failed)
+    assert reward.reason == reason
     assert len(server.requests) == 1
 
 

@@ -23,7 +23,7 @@ from megatron_rlpt.judge_workers.served_likelihood import ServedLikelihood
 from megatron_rlpt.teacher.generator import Message, Request
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 VERDICT = json.dumps(
     {
@@ -119,10 +119,10 @@ def test_its_log_likelihood_is_that_of_the_model(server, group, smollm2):
     config = LikelihoodConfig()
     served = ask(endpoints, lambda pool: ServedLikelihood(pool.score, pool.name, config).judge_group(group, pool))
     (own,) = LikelihoodJudge(smollm2, config, "cpu").judge([group])
-    assert all(isinstance(outcome, Score) for outcome in served.outcomes)
-    for theirs, ours in zip(served.outcomes, own.outcomes, strict=True):
+    assert all(isinstance(reward, Reward) for reward in served.rewards)
+    for theirs, ours in zip(served.rewards, own.rewards, strict=True):
         assert theirs.value == pytest.approx(ours.value, abs=0.1), "bf16 on both sides, other kernels"
-    ranks = [sorted(range(3), key=lambda i, r=result: r.outcomes[i].value) for result in (served, own)]
+    ranks = [sorted(range(3), key=lambda i, r=result: r.rewards[i].value) for result in (served, own)]
     assert ranks[0] == ranks[1]
 
 
@@ -131,8 +131,8 @@ def test_a_token_that_it_does_not_know_is_no_score(server, group):
     odd = Group(group.episode, (group.candidates[0], Candidate(Source.ROLLOUT, (10**6,))))
     config = LikelihoodConfig()
     judged = ask(endpoints, lambda pool: ServedLikelihood(pool.score, pool.name, config).judge_group(odd, pool))
-    assert isinstance(judged.outcomes[0], Score)
-    assert isinstance(judged.outcomes[1], Failed)
+    assert isinstance(judged.rewards[0], Reward)
+    assert isinstance(judged.rewards[1], Failed)
 
 
 def test_a_deadline_that_it_cannot_keep_is_refused_with_one_that_it_can(server):

@@ -33,7 +33,7 @@ from megatron_rlpt.teacher.rewriter import Rewriter
 from megatron_rlpt.teacher.verdicts.parsing import parse_quality, schema
 from megatron_rlpt.teacher.vllm_generator import VllmGenerator
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 ASSETS = Path(__file__).parents[2] / "runs/assets"
 MODEL = ASSETS / "smollm2-135m-instruct"
@@ -92,7 +92,7 @@ def test_likelihood_prefers_the_original(episodes, text):
         Group(episode, tuple(Candidate(Source.ROLLOUT, tokens) for tokens in (episode.suffix, *row)))
         for episode, row in zip(episodes, spoiled(episodes, text), strict=True)
     ]
-    values = [[outcome.value for outcome in group.outcomes] for group in judge.judge(groups)]
+    values = [[reward.value for reward in group.rewards] for group in judge.judge(groups)]
     other, shuffled, loop = (sum(row[0] > row[index] for row in values) / len(values) for index in (1, 2, 3))
     print(f"original preferred over other document {other:.2f}, shuffled words {shuffled:.2f}, loop {loop:.2f}")
     assert other >= 0.75
@@ -179,15 +179,15 @@ def test_the_generative_judge_answers_for_every_candidate(generator, episodes, t
     assert judge.judge(groups) == judged
     for group, before in zip(judged, groups, strict=True):
         assert group.candidates == before.candidates
-        assert group.outcomes[2] == Failed("empty candidate")
+        assert group.rewards[2] == Failed("empty candidate")
         replies = 0
-        for outcome in group.outcomes[:2]:
-            assert isinstance(outcome, Score | Failed)
-            assert set(outcome.detail["axes"]) == {"quality", "safety", "factuality"}
-            votes = [vote for axis in outcome.detail["axes"].values() for vote in axis["votes"]]
+        for reward in group.rewards[:2]:
+            assert isinstance(reward, Reward | Failed)
+            assert set(reward.detail["axes"]) == {"quality", "safety", "factuality"}
+            votes = [vote for axis in reward.detail["axes"].values() for vote in axis["votes"]]
             assert len(votes) == 3
             replies += sum(isinstance(vote.get("reply"), str) for vote in votes)
-            json.dumps(outcome.detail)
+            json.dumps(reward.detail)
         assert replies == 5, "one comparison, and two pointwise axes for two candidates"
 
 

@@ -16,7 +16,7 @@ from megatron_rlpt.judge_workers.group_processor import Remembering, key_of
 from megatron_rlpt.teacher.generator import Message, Reply, Request
 from megatron_rlpt.trainer.buffered_judging import BufferedJudging
 from megatron_rlpt.trainer.returned_groups import Expected, accepted, flaw_of
-from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Reward, Source
 
 LENGTH, VOCAB = 3, 50
 EPISODE = Episode("e1", (1, 2, 3), (4, 5, 6), "corpus", "file:1", 3)
@@ -28,7 +28,7 @@ EXPECTED = Expected(LENGTH, VOCAB, rewrite=True)
 
 
 def score(value=1.0, detail=None, judge="j"):
-    return Score(value, judge, "v1", {} if detail is None else detail)
+    return Reward(value, judge, "v1", {} if detail is None else detail)
 
 
 GOOD = Group(EPISODE, (ORIGINAL, REWRITE, ROLLOUT), (score(1.0), score(2.0), Failed("no verdict")))
@@ -38,15 +38,15 @@ def with_rewrite(**changes):
     return replace(GOOD, candidates=(ORIGINAL, replace(REWRITE, **changes), ROLLOUT))
 
 
-def with_outcome(outcome):
-    return replace(GOOD, outcomes=(*GOOD.outcomes[:2], outcome))
+def with_outcome(reward):
+    return replace(GOOD, rewards=(*GOOD.rewards[:2], reward))
 
 
 WRONG = {
     "another episode": replace(GOOD, episode=replace(EPISODE, id="e2")),
     "another prefix": replace(GOOD, episode=replace(EPISODE, prefix=(1, 2, 9))),
     "another suffix": replace(GOOD, episode=replace(EPISODE, suffix=(4, 5, 9))),
-    "no candidates": replace(GOOD, candidates=(), outcomes=()),
+    "no candidates": replace(GOOD, candidates=(), rewards=()),
     "other tokens": replace(GOOD, candidates=(ORIGINAL, REWRITE, replace(ROLLOUT, tokens=(7, 8, 10)))),
     "another original": replace(GOOD, candidates=(replace(ORIGINAL, tokens=(4, 5, 7)), REWRITE, ROLLOUT)),
     "another version": replace(GOOD, candidates=(ORIGINAL, REWRITE, replace(ROLLOUT, policy_version=3))),
@@ -58,9 +58,9 @@ WRONG = {
     "another seed": replace(GOOD, candidates=(ORIGINAL, REWRITE, replace(ROLLOUT, seed=12))),
     "another order": replace(GOOD, candidates=(ROLLOUT, REWRITE, ORIGINAL)),
     "rewrite at the end": replace(GOOD, candidates=(ORIGINAL, ROLLOUT, REWRITE)),
-    "two rewrites": replace(GOOD, candidates=(ORIGINAL, REWRITE, REWRITE, ROLLOUT), outcomes=(score(),) * 4),
-    "one rollout more": replace(GOOD, candidates=(ORIGINAL, REWRITE, ROLLOUT, ROLLOUT), outcomes=(score(),) * 4),
-    "no rewrite": replace(GOOD, candidates=(ORIGINAL, ROLLOUT), outcomes=(score(), score())),
+    "two rewrites": replace(GOOD, candidates=(ORIGINAL, REWRITE, REWRITE, ROLLOUT), rewards=(score(),) * 4),
+    "one rollout more": replace(GOOD, candidates=(ORIGINAL, REWRITE, ROLLOUT, ROLLOUT), rewards=(score(),) * 4),
+    "no rewrite": replace(GOOD, candidates=(ORIGINAL, ROLLOUT), rewards=(score(), score())),
     "rewrite too long": with_rewrite(tokens=(1, 2, 3, 4)),
     "rewrite empty": with_rewrite(tokens=()),
     "rewrite out of the vocabulary": with_rewrite(tokens=(1, 2, VOCAB)),
@@ -71,9 +71,9 @@ WRONG = {
     "rewrite with a version": with_rewrite(policy_version=0),
     "rewrite with log-probabilities": with_rewrite(logprobs=(-1.0, -1.0, -1.0)),
     "rewrite and why there is none": replace(GOOD, rewrite_failure=Failed("too short")),
-    "no outcomes": replace(GOOD, outcomes=()),
-    "an outcome too few": replace(GOOD, outcomes=GOOD.outcomes[:2]),
-    "an outcome too many": replace(GOOD, outcomes=(*GOOD.outcomes, score())),
+    "no rewards": replace(GOOD, rewards=()),
+    "a reward too few": replace(GOOD, rewards=GOOD.rewards[:2]),
+    "a reward too many": replace(GOOD, rewards=(*GOOD.rewards, score())),
     "NaN": with_outcome(score(math.nan)),
     "infinity": with_outcome(score(math.inf)),
     "minus infinity": with_outcome(score(-math.inf)),
@@ -95,11 +95,11 @@ WRONG = {
 
 def test_outcomes_and_the_rewrite_are_taken_over():
     assert accepted(SUBMITTED, GOOD, EXPECTED) == GOOD
-    plain = replace(SUBMITTED, outcomes=(score(1.5), score(-2.0)))
+    plain = replace(SUBMITTED, rewards=(score(1.5), score(-2.0)))
     assert accepted(SUBMITTED, plain, Expected(LENGTH, VOCAB)) == plain
     without = replace(plain, rewrite_failure=Failed("rewrite too short"))
     assert accepted(SUBMITTED, without, EXPECTED) == without
-    given_up = replace(SUBMITTED, outcomes=(Failed("lease expired", {"attempts": 3}),) * 2)
+    given_up = replace(SUBMITTED, rewards=(Failed("lease expired", {"attempts": 3}),) * 2)
     assert accepted(SUBMITTED, given_up, EXPECTED) == given_up
 
 
@@ -107,19 +107,19 @@ def test_outcomes_and_the_rewrite_are_taken_over():
 def test_anything_else_is_a_failed_group_of_what_was_submitted(kind):
     found = accepted(SUBMITTED, WRONG[kind], EXPECTED)
     assert (found.episode, found.candidates) == (EPISODE, SUBMITTED.candidates)
-    assert [type(outcome) for outcome in found.outcomes] == [Failed, Failed]
-    assert found.outcomes[0].reason.startswith("came back ")
+    assert [type(reward) for reward in found.rewards] == [Failed, Failed]
+    assert found.rewards[0].reason.startswith("came back ")
 
 
 def test_a_rewrite_that_nobody_asked_for_is_not_learnt_from():
     found = accepted(SUBMITTED, GOOD, Expected(LENGTH, VOCAB))
-    assert found.outcomes == (Failed("came back with other candidates"),) * 2
+    assert found.rewards == (Failed("came back with other candidates"),) * 2
 
 
 def test_a_group_whose_only_candidate_was_to_be_the_rewrite_fails_as_a_rewrite():
     bare = Group(EPISODE, ())
     found = accepted(bare, Group(EPISODE, (replace(REWRITE, tokens=(VOCAB,)),)), Expected(LENGTH, VOCAB, False, True))
-    assert found.candidates == found.outcomes == ()
+    assert found.candidates == found.rewards == ()
     assert found.rewrite_failure.reason.startswith("came back ")
 
 
@@ -169,7 +169,7 @@ DAMAGE = {
     "another format": lambda data: b"\x09" + data[1:],
     "noise": lambda data: bytes(range(200)),
     "another group's": lambda data: encode_group(replace(GOOD, episode=replace(EPISODE, id="e77"))),
-    "a score that is none": lambda data: encode_group(replace(decode_group(data), outcomes=(score(math.nan),) * 3)),
+    "a score that is none": lambda data: encode_group(replace(decode_group(data), rewards=(score(math.nan),) * 3)),
 }
 
 
@@ -182,7 +182,7 @@ def test_a_damaged_result_fails_its_group_and_no_other(through, kind, caplog):
     overwrite("results", 2, DAMAGE[kind](encode_group(replace(GOOD, episode=replace(EPISODE, id="e2")))))
     found = judging.collect(0, 4, 0)
     assert [group.episode.id for group in found] == ["e0", "e1", "e2", "e3"]
-    reasons = [{outcome.reason for outcome in group.outcomes if isinstance(outcome, Failed)} for group in found]
+    reasons = [{reward.reason for reward in group.rewards if isinstance(reward, Failed)} for group in found]
     assert [len(group.candidates) for group in found] == [3, 3, 2, 3]
     assert [next(iter(one)) for one in reasons[:2] + reasons[3:]] == ["no verdict"] * 3
     assert next(iter(reasons[2])).startswith("came back ")
@@ -211,7 +211,7 @@ def test_too_many_of_them_are_judged_again_as_they_were_submitted(through):
 
 def test_groups_of_a_checkpoint_are_looked_at_too():
     assert flaw_of(GOOD, VOCAB) == flaw_of(SUBMITTED, VOCAB) == ""
-    for kind in ("NaN", "an outcome too few", "rewrite out of the vocabulary", "axes that are none"):
+    for kind in ("NaN", "a reward too few", "rewrite out of the vocabulary", "axes that are none"):
         assert flaw_of(WRONG[kind], VOCAB), kind
     assert flaw_of(replace(SUBMITTED, candidates=(replace(ROLLOUT, logprobs=(-1.0,)),)), VOCAB)
 

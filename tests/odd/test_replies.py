@@ -352,7 +352,7 @@ def test_the_first_cause_is_in_what_the_buffer_shows(rlpt, tmp_path):
         epoch = buffer.attach("settings", 0, capacity=1, max_attempts=1)
         buffer.put(epoch, [(0, group)])
         (work,) = buffer.claim("worker", 1, 60.0, "token")
-        buffer.complete(work, replace(work.group, outcomes=(undecided,) * 2, rewrite_failure=refused))
+        buffer.complete(work, replace(work.group, rewards=(undecided,) * 2, rewrite_failure=refused))
     code, out, err = rlpt("buffer", "tail", "--url", url, "--name", "run")
     assert code == 0, err
     cause = "request rejected: 400: unsupported parameter max_tokens"

@@ -20,7 +20,7 @@ from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.buffer.store_rules import HOLDER
 from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import BufferUnavailableError, CheckpointError, ConfigError, NothingLearntError, TeacherError
-from megatron_rlpt.types import Candidate, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Failed, Group, Reward, Source
 
 Answer = Callable[[Group], Group]
 
@@ -96,23 +96,23 @@ def judged(name: str, **more: Any) -> dict[str, dict[str, Any]]:
 def rejected(group: Group) -> Group:
     """What comes of a server that refuses every request."""
     failed = Failed("request rejected", {"status": 400, "message": "unsupported parameter: max_tokens"})
-    return replace(group, rewrite_failure=failed, outcomes=(failed,) * len(group.candidates))
+    return replace(group, rewrite_failure=failed, rewards=(failed,) * len(group.candidates))
 
 
 def rewritten(group: Group, tokens: tuple[int, ...], *scores: float) -> Group:
     candidates = (*group.candidates, Candidate(Source.REWRITE, tokens, seed=1, finish_reason="length"))
-    return replace(group, candidates=candidates, outcomes=tuple(Score(score, "j", "1") for score in scores))
+    return replace(group, candidates=candidates, rewards=tuple(Reward(score, "j", "1") for score in scores))
 
 
 def no_text(group: Group) -> Group:
     done = rewritten(group, (5, 6, 7, 8), 1.0, 2.0)
-    return replace(done, outcomes=(Failed("empty candidate"),) * 2)
+    return replace(done, rewards=(Failed("empty candidate"),) * 2)
 
 
 NOTHING = {
     "rewrites": (
         "sft_rewrite",
-        lambda group: replace(rejected(group), outcomes=()),
+        lambda group: replace(rejected(group), rewards=()),
         "8 x rewrite failed: request reject",
     ),
     "judgments": ("rf_nll", rejected, "8 x candidate failed: request rejected"),
@@ -172,7 +172,7 @@ def test_a_run_that_stops_learning_ends_and_goes_on_where_it_was_once_that_is_me
 
 def test_failed_rewrites_above_the_rate_pause_the_run_with_their_reason(rlpt, file):
     config = file(**judged("sft_rewrite", max_failure_rate=0.2), buffer={"max_pause": 0.5})
-    with worker(config, lambda group: replace(rejected(group), outcomes=())):
+    with worker(config, lambda group: replace(rejected(group), rewards=())):
         code, _, err = rlpt("train", "-c", config)
     assert code == TeacherError.exit_code, err
     assert "100% of a batch" in only_line(err)

@@ -16,7 +16,7 @@ from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import CheckpointError, ConfigError, TrainingError
 from megatron_rlpt.observe import terminal
 from megatron_rlpt.observe.log import get_logger, setup_logging
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 EVIL = "a\x1b]0;title\x07\x1b[31mred\x9b2J\r\x08\x7f \u202egnp\u2066 \u200b\ufeff\U000e0041 [bold red]x[/] \ud800 z"
 FORBIDDEN = "\x1b\x07\x9b\r\x08\x7f\u202e\u2066\u200b\ufeff\U000e0041\ud800"
@@ -39,7 +39,7 @@ def evil_group() -> Group:
     episode = Episode(EVIL.replace("\ud800", ""), (1,), (2,), EVIL[:9], EVIL[:9], 0)
     candidates = (Candidate(Source.ORIGINAL, (1,)), Candidate(Source.ROLLOUT, (2,), 0, 1, "length", (-1.0,)))
     said = EVIL.replace("\ud800", "")
-    return Group(episode, candidates, (Score(1.0, said, said, {}), Failed(said + "\nerror: forged", {})))
+    return Group(episode, candidates, (Reward(1.0, said, said, {}), Failed(said + "\nerror: forged", {})))
 
 
 def test_text_is_kept_and_only_what_a_terminal_obeys_is_written_out():
@@ -104,7 +104,7 @@ def test_groups_in_the_buffer(rlpt, file, tmp_path):
     (tmp_path / "run").mkdir()
     buffer = open_buffer(load_config(file))
     epoch = buffer.attach("run", 0, capacity=4, max_attempts=1)
-    buffer.put(epoch, [(0, replace(evil_group(), outcomes=())), (1, replace(evil_group(), outcomes=()))])
+    buffer.put(epoch, [(0, replace(evil_group(), rewards=())), (1, replace(evil_group(), rewards=()))])
     buffer.announce("worker", "\x1b[31mworker[red]", '{"host": "\x1b[2J"}', 60.0)
     one, two = buffer.claim("\x1b[31mworker[red]", 2, 60.0, "lease")
     buffer.complete(one, evil_group())

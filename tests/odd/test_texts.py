@@ -137,7 +137,7 @@ def test_no_judge_of_likelihood_scores_what_has_no_text(model):
     tokenizer = PolicyTokenizer(model)
     group = blank_group(tokenizer)
     (judged,) = LikelihoodJudge(model, LikelihoodConfig(), "cpu").judge([group])
-    assert [isinstance(outcome, Failed) for outcome in judged.outcomes] == [True, True, False, True]
+    assert [isinstance(reward, Failed) for reward in judged.rewards] == [True, True, False, True]
     asked = []
 
     async def score(tokens, first):
@@ -148,4 +148,4 @@ def test_no_judge_of_likelihood_scores_what_has_no_text(model):
 
     served = asyncio.run(ServedLikelihood(score, "served", LikelihoodConfig()).judge_group(group, None))
     assert asked == [group.candidates[2].tokens]
-    assert [outcome.reason for outcome in served.outcomes if isinstance(outcome, Failed)] == ["empty candidate"] * 3
+    assert [reward.reason for reward in served.rewards if isinstance(reward, Failed)] == ["empty candidate"] * 3

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.buffer.protocol import Pending, RolloutBuffer
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source, derive_seed
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source, derive_seed
 
 IDLE = 0.02
 """Seconds between two looks for work, or for results."""
@@ -51,18 +51,18 @@ def make_group(number: int, rollouts: int = 1, tokens: int = 4) -> Group:
 
 def judge(group: Group, replies: int = 0, words: int = 0) -> Group:
     """The one right result of a group; every score keeps so many replies of so many words."""
-    outcomes = []
+    rewards = []
     for place, candidate in enumerate(group.candidates):
         value = derive_seed(group.episode.id, candidate.seed) / 2**63
         reasoning = " ".join(str(derive_seed(group.episode.id, place, n)) for n in range(words))
         detail = {"replies": [f"{reasoning} VERDICT: {n % 2 + 1}" for n in range(replies)]} if replies else {}
-        outcomes.append(Failed("odd", {}) if value < 0.05 else Score(value, "judge", "v1", detail))
-    return replace(group, outcomes=tuple(outcomes))
+        rewards.append(Failed("odd", {}) if value < 0.05 else Reward(value, "judge", "v1", detail))
+    return replace(group, rewards=tuple(rewards))
 
 
 def result_line(number: int, group: Group) -> str:
     """What the trainer notes of a group."""
-    values = (repr(one.value) if isinstance(one, Score) else one.reason for one in group.outcomes)
+    values = (repr(one.value) if isinstance(one, Reward) else one.reason for one in group.rewards)
     return f"{number} {group.episode.id} {' '.join(values)}\n"
 
 

@@ -20,7 +20,7 @@ from megatron_rlpt.data import heldout_episodes
 from megatron_rlpt.evaluation.statistics import win_rate
 from megatron_rlpt.observe.log import quiet_libraries
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.types import Candidate, Episode, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source
 
 Spoil = Callable[[int], tuple[int, ...]]
 """Index of an episode -> the spoiled suffix that stands against its original."""
@@ -54,21 +54,21 @@ def pairs(episodes: Sequence[Episode], spoil: Spoil) -> list[Group]:
 
 def report(name: str, judged: Sequence[Group]) -> None:
     """Print accuracy with its interval, and how many pairs have no verdict."""
-    outcomes: list[list[float | None]] = []
+    rewards: list[list[float | None]] = []
     for group in judged:
-        original, spoiled = group.outcomes
-        if isinstance(original, Score) and isinstance(spoiled, Score):
+        original, spoiled = group.rewards
+        if isinstance(original, Reward) and isinstance(spoiled, Reward):
             gap = original.value - spoiled.value
-            outcomes.append([0.5 + 0.5 * (gap > 0) - 0.5 * (gap < 0)])
+            rewards.append([0.5 + 0.5 * (gap > 0) - 0.5 * (gap < 0)])
         else:
-            outcomes.append([None])
-    decided = sum(row[0] is not None for row in outcomes)
+            rewards.append([None])
+    decided = sum(row[0] is not None for row in rewards)
     if decided < 2:
-        print(f"{name:60} {decided} of {len(outcomes)} pairs have a verdict")
+        print(f"{name:60} {decided} of {len(rewards)} pairs have a verdict")
         return
-    rate = win_rate(outcomes)
+    rate = win_rate(rewards)
     low, high = rate.ci95
-    print(f"{name:60} {rate.mean:.2f} ({low:.2f} to {high:.2f}), {decided} of {len(outcomes)} pairs have a verdict")
+    print(f"{name:60} {rate.mean:.2f} ({low:.2f} to {high:.2f}), {decided} of {len(rewards)} pairs have a verdict")
 
 
 def likelihood(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:

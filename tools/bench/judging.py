@@ -30,7 +30,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 from megatron_rlpt.config import Config, OptionOrder, PairScheme, load_config
 from megatron_rlpt.teacher.comparisons import comparisons, rank
 from megatron_rlpt.teacher.judge_metrics import judge_health
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 MODELS = ("logistic", "constant", "stubborn")
 
@@ -176,7 +176,7 @@ def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence
             inner = GenerativeJudge(generator.name, tokenizer, axes, config.run.seed)
             judged = BatchedJudge(inner, generator).judge(groups)
             health[f"{scheme.value}, {number} votes"] = judge_health(judged)
-            values = [[o.value if isinstance(o, Score) else o for o in group.outcomes] for group in judged]
+            values = [[o.value if isinstance(o, Reward) else o for o in group.rewards] for group in judged]
             gaps = [gap_of(row, qualities, place) for place, row in enumerate(values)]
             paired = sum(sum(not isinstance(value, Failed) for value in row) > 1 for row in values)
             calls = sum(group.cost.calls for group in judged if group.cost)

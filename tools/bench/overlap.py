@@ -38,7 +38,7 @@ from megatron_rlpt.trainer.gpu_memory import GpuMemory
 from megatron_rlpt.trainer.pipeline import Pipeline
 from megatron_rlpt.trainer.stop import StopRequest
 from megatron_rlpt.trainer.train import Training, train
-from megatron_rlpt.types import Episode, Failed, Group, Score
+from megatron_rlpt.types import Episode, Failed, Group, Reward
 
 BATCH, PART, ROLLOUTS = 64, 4, 2
 """Episodes of a batch and of what the engine generates at once, rollouts of each."""
@@ -145,7 +145,7 @@ class Judge:
     async def judge_group(self, group: Group, ask: Ask) -> Group:
         """Later candidates are better."""
         await asyncio.sleep(self._seconds)
-        return replace(group, outcomes=tuple(Score(float(n), "j", "1") for n in range(len(group.candidates))))
+        return replace(group, rewards=tuple(Reward(float(n), "j", "1") for n in range(len(group.candidates))))
 
 
 class Record:

@@ -41,7 +41,7 @@ from megatron_rlpt.judge_workers.worker import Worker
 from megatron_rlpt.planner.simulation.setting import Judges, Rollouts, Service, SimulatedCluster, Workload
 from megatron_rlpt.planner.simulation.simulate import simulate
 from megatron_rlpt.teacher.generator import Ask, Reply, Request
-from megatron_rlpt.types import Failed, Group, Score
+from megatron_rlpt.types import Failed, Group, Reward
 
 BATCH, PART, ROLLOUTS, SUFFIX, SLOTS = 16, 4, 4, 16, 4
 """Episodes of a batch and of what is generated at once, rollouts and their tokens, groups judged at once."""
@@ -115,7 +115,7 @@ class Judge:
     async def judge_group(self, group: Group, ask: Ask) -> Group:
         """See ``GroupJudge``."""
         await asyncio.sleep(self._seconds)
-        return replace(group, outcomes=tuple(Score(float(n), "j", "1") for n in range(len(group.candidates))))
+        return replace(group, rewards=tuple(Reward(float(n), "j", "1") for n in range(len(group.candidates))))
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:

@@ -71,9 +71,9 @@ async def recover(down: float) -> tuple[float, int]:
     async def keep_asking() -> None:
         nonlocal failed
         while True:
-            outcome = await pool(_QUESTION)
-            failed += isinstance(outcome, Failed)
-            if isinstance(outcome, Reply):
+            reward = await pool(_QUESTION)
+            failed += isinstance(reward, Failed)
+            if isinstance(reward, Reply):
                 replies.put_nowait(time.monotonic())
 
     async with TeacherPool([EndpointConfig(f"http://127.0.0.1:{server.port}/v1")], _DEADLINE) as pool:

@@ -40,15 +40,15 @@ def main(count: int) -> int:
         axis, form, text, word = make(seed)
         made[form, word is not None] += 1
         began = time.process_time()
-        outcome = PARSE[axis](Reply(text, (), "stop"))
+        reward = PARSE[axis](Reply(text, (), "stop"))
         slowest = max(slowest, time.process_time() - began)
-        if isinstance(outcome, Failed):
+        if isinstance(reward, Failed):
             continue
-        if word is not None and outcome == MEANING[axis][word]:
+        if word is not None and reward == MEANING[axis][word]:
             accepted[form] += 1
         else:
             wrong[form] += 1
-            print(f"seed {seed}, {form}: {outcome} out of {text!r}", file=sys.stderr)
+            print(f"seed {seed}, {form}: {reward} out of {text!r}", file=sys.stderr)
     for form in HONEST:
         print(f"{form:<32}{made[form, True]:>7} honest {accepted[form] / max(1, made[form, True]):>8.4f} accepted")
     for form in HOSTILE:

@@ -1,6 +1,6 @@
 """Groups for tests of the rollout buffer."""
 
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 
 def group(number: int, version: int = 0) -> Group:
@@ -10,8 +10,8 @@ def group(number: int, version: int = 0) -> Group:
 
 
 def judged(given: Group, value: float = 0.0) -> Group:
-    outcomes = (Score(value, "judge", "v1", {"replies": ["good", "bad"]}), Failed("empty reply", {"tries": 3}))
-    return Group(given.episode, given.candidates, outcomes)
+    rewards = (Reward(value, "judge", "v1", {"replies": ["good", "bad"]}), Failed("empty reply", {"tries": 3}))
+    return Group(given.episode, given.candidates, rewards)
 
 
 def items(*numbers: int) -> list[tuple[int, Group]]:

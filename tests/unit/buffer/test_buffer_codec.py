@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_rlpt.buffer.codec import FORMAT, decode_group, decode_text, encode_group, encode_text
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 # Lone surrogates too: a teacher's reply may be cut in the middle of a character.
 texts = st.text(st.characters(), max_size=20)
@@ -39,12 +39,12 @@ candidates = st.builds(
     st.booleans(),
 )
 failures = st.builds(Failed, texts, details)
-outcomes = st.builds(Score, floats, texts, texts, details) | failures
+rewards = st.builds(Reward, floats, texts, texts, details) | failures
 groups = st.builds(
     Group,
     episodes,
     st.lists(candidates, max_size=4).map(tuple),
-    st.lists(outcomes, max_size=4).map(tuple),
+    st.lists(rewards, max_size=4).map(tuple),
     st.none() | failures,
 )
 

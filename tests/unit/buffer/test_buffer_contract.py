@@ -59,7 +59,7 @@ def test_a_result_may_have_candidates_that_were_not_put(buffer):
     buffer.put(epoch, items(0))
     (work,) = buffer.claim("w", 1, LONG, "lease")
     more = judged(replace(work.group, candidates=(*work.group.candidates, work.group.candidates[0])))
-    more = replace(more, outcomes=(*more.outcomes, Failed("no rewrite")), rewrite_failure=Failed("why", {"n": 1}))
+    more = replace(more, rewards=(*more.rewards, Failed("no rewrite")), rewrite_failure=Failed("why", {"n": 1}))
     buffer.complete(work, more)
     assert buffer.take(epoch, 0, 1) == [more]
     buffer.retry(epoch, items(0))
@@ -242,7 +242,7 @@ def test_a_result_is_good_whoever_hands_it_in(buffer):
     quick = buffer.claim("quick", 1, LONG, "other lease")[0]
     assert buffer.complete(quick, judged(group(2), 5.0))
     assert not buffer.complete(slow[2], judged(group(2), 6.0))
-    assert [g.outcomes[0].value for g in buffer.take(epoch, 0, 3)] == [1.0, 2.0, 5.0]
+    assert [g.rewards[0].value for g in buffer.take(epoch, 0, 3)] == [1.0, 2.0, 5.0]
     assert [entry.worker for entry in buffer.entries()] == ["slow", "slow", "quick"]
 
 
@@ -272,9 +272,9 @@ def test_results_that_cannot_be_are_refused(buffer):
     (work,) = buffer.claim("w", 1, LONG, "lease")
     with pytest.raises(ValueError, match="group 0 is episode episode-0, the result episode-1"):
         buffer.complete(work, judged(group(1)))
-    for outcomes in (judged(group(0)).outcomes[:1], judged(group(0)).outcomes * 2):
-        with pytest.raises(ValueError, match="outcomes for 2 candidates"):
-            buffer.complete(work, replace(group(0), outcomes=outcomes))
+    for rewards in (judged(group(0)).rewards[:1], judged(group(0)).rewards * 2):
+        with pytest.raises(ValueError, match="rewards for 2 candidates"):
+            buffer.complete(work, replace(group(0), rewards=rewards))
 
 
 # Giving up.
@@ -291,7 +291,7 @@ def test_a_group_whose_leases_expired_too_often_is_dead(buffer):
     assert (letter.sequence, letter.episode, letter.reason, letter.attempts) == (0, "episode-0", "lease expired", 2)
     assert before - 1 < letter.time < time.time() + 1
     failed = Failed("lease expired", {"attempts": 2})
-    assert buffer.take(epoch, 0, 1) == [replace(group(0), outcomes=(failed, failed))]
+    assert buffer.take(epoch, 0, 1) == [replace(group(0), rewards=(failed, failed))]
     buffer.acknowledge(epoch, 1)
     assert buffer.dead() == [letter]
     assert buffer.stats().dead == 1
@@ -330,7 +330,7 @@ def test_dead_groups_are_requeued(buffer):
     epoch = attach(buffer, max_attempts=1)
     buffer.put(epoch, items(0, 1, 2, 3))
     expire(buffer, 4)
-    assert buffer.take(epoch, 0, 1)[0].outcomes[0].reason == "lease expired"
+    assert buffer.take(epoch, 0, 1)[0].rewards[0].reason == "lease expired"
     assert buffer.requeue([0, 2, 2, 77]) == 1  # 0 is taken, 77 unknown
     assert buffer.requeue([2]) == 0
     assert [letter.sequence for letter in buffer.dead()] == [0, 1, 3]
@@ -375,7 +375,7 @@ def test_retry_has_groups_judged_anew(buffer):
     assert buffer.take(epoch, 0, 3) == Pending(2, 0, ())
     assert not buffer.complete(late[0], judged(late[0].group, 9.0))
     finish(buffer, 3, value=2.0)
-    assert [g.outcomes[0].value for g in buffer.take(epoch, 0, 3)] == [1.0, 2.0, 2.0]
+    assert [g.rewards[0].value for g in buffer.take(epoch, 0, 3)] == [1.0, 2.0, 2.0]
 
 
 def test_retry_leaves_groups_alone_that_are_being_judged(buffer):
@@ -578,7 +578,7 @@ def test_stats_and_entries(buffer):
         (6, "queued", 0, ""),
     ]
     assert [e.sequence for e in buffer.entries(5)] == [5, 6]
-    assert next(buffer.entries(2)).group.outcomes == (Failed("lease expired", {"attempts": 1}),) * 2
+    assert next(buffer.entries(2)).group.rewards == (Failed("lease expired", {"attempts": 1}),) * 2
 
 
 def test_the_oldest_is_counted_from_its_put(buffer):
@@ -675,7 +675,7 @@ def test_threads_never_get_the_same_group(buffer):
         thread.join()
     assert problems == []
     assert sorted(got) == list(range(400))
-    assert [g.outcomes[0].value for g in buffer.take(epoch, 0, 400)] == list(range(400))
+    assert [g.rewards[0].value for g in buffer.take(epoch, 0, 400)] == list(range(400))
 
 
 def test_a_worker_is_told_how_often_a_group_was_sent_back(buffer):

@@ -120,7 +120,7 @@ def collect(judging, step):
     found = None
     while found is None:
         found = judging.collect(step * BATCH, BATCH, step)
-    return [one.outcomes[0].value for one in found]
+    return [one.rewards[0].value for one in found]
 
 
 _leases = itertools.count()

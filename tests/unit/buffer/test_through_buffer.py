@@ -81,7 +81,7 @@ def work_off(buffer, value: float = 1.0, count: int = 100, fail: bool = False) -
 
 
 def values(groups):
-    return [[group.episode.id, group.outcomes[0].value] for group in groups]
+    return [[group.episode.id, group.rewards[0].value] for group in groups]
 
 
 def test_groups_come_back_judged_and_in_order(through, buffer):
@@ -165,7 +165,7 @@ def test_only_failed_groups_are_judged_again(through, buffer, clock):
     judging.submit(0, [group(0), group(1)])
     (work,) = buffer.claim("worker", 1, 60.0, "one")
     whole = judged(work.group, 3.0)
-    buffer.complete(work, Group(whole.episode, whole.candidates, (whole.outcomes[0],) * 2))
+    buffer.complete(work, Group(whole.episode, whole.candidates, (whole.rewards[0],) * 2))
     work_off(buffer, fail=True)
     assert judging.collect(0, 2, 0) is not None, "half of the candidates failed, and that is allowed"
     judging.close()
@@ -206,7 +206,7 @@ def test_a_cause_that_asking_again_does_not_mend_ends_the_run_and_is_told(throug
 
     def fail():
         for work in buffer.claim("worker", 100, 60.0, f"token-{clock()}"):
-            buffer.complete(work, replace(work.group, outcomes=(rejected,) * len(work.group.candidates)))
+            buffer.complete(work, replace(work.group, rewards=(rejected,) * len(work.group.candidates)))
 
     clock.on_sleep = fail
     with pytest.raises(
@@ -325,7 +325,7 @@ def test_where_nothing_is_judged_groups_come_back_with_their_rewrite_or_why_ther
     assert [one.rewrite_failure and one.rewrite_failure.reason for one in groups] == [
         None, "rewrite too short", "server error",
     ]  # fmt: skip
-    assert all(one.outcomes == () for one in groups)
+    assert all(one.rewards == () for one in groups)
 
 
 @pytest.mark.parametrize("judges", [True, False])
@@ -353,8 +353,8 @@ def test_candidates_without_text_are_nothing_that_another_judge_could_mend(throu
     judging.start(0, {})
     judging.submit(0, [group(0), group(1)])
     for work in buffer.claim("worker", 2, 60.0, "lease"):
-        outcomes = (Failed("empty candidate"),) * len(work.group.candidates)
-        buffer.complete(work, replace(work.group, outcomes=outcomes))
+        rewards = (Failed("empty candidate"),) * len(work.group.candidates)
+        buffer.complete(work, replace(work.group, rewards=rewards))
     assert judging.collect(0, 2, 0) is not None
 
 

@@ -19,7 +19,7 @@ from megatron_rlpt.judge_workers.group_processor import GroupProcessor, key_of
 from megatron_rlpt.judge_workers.metrics import WorkerMetrics
 from megatron_rlpt.judge_workers.worker import Worker
 from megatron_rlpt.teacher.generator import Message, Reply, Request
-from megatron_rlpt.types import Candidate, Failed, Score, Source
+from megatron_rlpt.types import Candidate, Failed, Reward, Source
 
 REASON = Fault.SERVER.value
 
@@ -45,20 +45,20 @@ class AskingJudge:
     """Asks one question per candidate; the length of the answer is the score, no answer is a failure."""
 
     async def judge_group(self, group, ask):
-        outcomes = []
+        rewards = []
         for index, candidate in enumerate(group.candidates):
             text = f"{group.episode.id} {index} {candidate.tokens}"
             reply = await ask(Request((Message("user", text),), seed=index, max_tokens=5))
-            outcomes.append(reply if isinstance(reply, Failed) else Score(float(len(reply.text)), "j", "1"))
-        return replace(group, outcomes=tuple(outcomes))
+            rewards.append(reply if isinstance(reply, Failed) else Reward(float(len(reply.text)), "j", "1"))
+        return replace(group, rewards=tuple(rewards))
 
 
 class RewriterOf:
-    def __init__(self, outcome) -> None:
-        self.outcome = outcome
+    def __init__(self, reward) -> None:
+        self.reward = reward
 
     async def rewrite_one(self, episode, ask):
-        return self.outcome
+        return self.reward
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_groups_are_judged_and_handed_in_and_the_worker_leaves(buffer, epoch):
     run(worker(buffer, teacher), lambda: buffer.stats().finished == 7)
     taken = buffer.take(epoch, 0, 7)
     assert [one.episode.id for one in taken] == [f"episode-{number}" for number in range(7)]
-    assert all([outcome.value for outcome in one.outcomes] == [3.0, 3.0] for one in taken)
+    assert all([reward.value for reward in one.rewards] == [3.0, 3.0] for one in taken)
     assert len(teacher.asked) == 14
     assert buffer.announced("worker") == {}
 
@@ -126,13 +126,13 @@ def test_the_rewrite_stands_behind_the_original_and_its_failure_is_kept(buffer, 
     run(worker(buffer, ScriptedTeacher(), RewriterOf(rewrite)), lambda: buffer.stats().finished == 1)
     (found,) = buffer.take(epoch, 0, 1)
     assert [candidate.source for candidate in found.candidates] == [Source.ORIGINAL, Source.REWRITE, Source.ROLLOUT]
-    assert len(found.outcomes) == 3
+    assert len(found.rewards) == 3
     buffer.put(epoch, items(1))
     run(
         worker(buffer, ScriptedTeacher(), RewriterOf(Failed("rewrite too short"))), lambda: buffer.stats().finished == 1
     )
     (found,) = buffer.take(epoch, 1, 1)
-    assert len(found.candidates) == len(found.outcomes) == 2
+    assert len(found.candidates) == len(found.rewards) == 2
     assert found.rewrite_failure == Failed("rewrite too short")
 
 
@@ -183,7 +183,7 @@ def test_failures_of_servers_are_not_handed_in_and_the_last_attempt_makes_a_dead
     run(worker(buffer, ScriptedTeacher(lambda request: Failed(REASON)), metrics=metrics), lambda: buffer.stats().dead)
     (letter,) = buffer.dead()
     assert (letter.reason, letter.attempts) == (REASON, 2)
-    assert buffer.take(epoch, 0, 1)[0].outcomes[0].reason == REASON
+    assert buffer.take(epoch, 0, 1)[0].rewards[0].reason == REASON
     assert metrics.registry.get_sample_value("rlpt_groups_given_back_total", {"reason": REASON}) == 2
 
 
@@ -193,7 +193,7 @@ def test_what_the_teacher_said_and_was_no_verdict_is_handed_in_as_failed(buffer,
     teacher = ScriptedTeacher(lambda request: Failed("refused"))
     run(worker(buffer, teacher, metrics=metrics), lambda: buffer.stats().finished == 1)
     (found,) = buffer.take(epoch, 0, 1)
-    assert [outcome.reason for outcome in found.outcomes] == ["refused", "refused"]
+    assert [reward.reason for reward in found.rewards] == ["refused", "refused"]
     assert len(teacher.asked) == 2, "not asked again: it would say the same"
     assert metrics.registry.get_sample_value("rlpt_failed_judgments_total", {"reason": "refused"}) == 2
 
@@ -256,7 +256,7 @@ def test_a_bug_in_judging_costs_one_group_and_not_the_worker(buffer, epoch):
 
 
 def judged_by_length(one):
-    return replace(one, outcomes=(Score(3.0, "j", "1"),) * 2)
+    return replace(one, rewards=(Reward(3.0, "j", "1"),) * 2)
 
 
 def test_metrics_count_what_was_handed_in(buffer, epoch):

@@ -11,15 +11,15 @@ from megatron_rlpt.cli import judge_try as trial
 from megatron_rlpt.config import EndpointConfig, load_config
 from megatron_rlpt.errors import ConfigError, TeacherError
 from megatron_rlpt.judge_workers.discovery import KIND, announcement
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 TEXTS = ("the cat", "a dog")
 NOBODY = "http://127.0.0.1:1/v1"
 
 
-def judged(*outcomes) -> Group:
-    candidates = tuple(Candidate(Source.ROLLOUT, (index,)) for index in range(len(outcomes)))
-    return Group(Episode("e", (1,), (2,), "c", "d", 1), candidates, outcomes)
+def judged(*rewards) -> Group:
+    candidates = tuple(Candidate(Source.ROLLOUT, (index,)) for index in range(len(rewards)))
+    return Group(Episode("e", (1,), (2,), "c", "d", 1), candidates, rewards)
 
 
 @pytest.fixture
@@ -49,13 +49,13 @@ def judge_try(rlpt):
 
 
 def test_scores_are_shown_best_first_and_failures_last():
-    shown = trial.describe(judged(Failed("no verdict"), Score(-1.5, "j", "p"), Score(2.0, "j", "p")), "abc")
+    shown = trial.describe(judged(Failed("no verdict"), Reward(-1.5, "j", "p"), Reward(2.0, "j", "p")), "abc")
     assert [line.split()[-1] for line in shown.splitlines()] == ["c", "b", "a"]
     assert "failed (no verdict)" in shown.splitlines()[-1]
 
 
 def test_all_of_it_is_there_as_json():
-    first, second = json.loads(trial.describe(judged(Failed("no verdict"), Score(2.0, "j", "p")), "ab", as_json=True))
+    first, second = json.loads(trial.describe(judged(Failed("no verdict"), Reward(2.0, "j", "p")), "ab", as_json=True))
     assert (first["text"], first["failed"], first["reason"]) == ("a", True, "no verdict")
     assert (second["failed"], second["value"]) == (False, 2.0)
 
@@ -91,11 +91,11 @@ def test_where_no_server_is_asked_it_judges_by_itself(config_of, judge_try, teac
 
 def test_when_all_fail_that_is_shown_and_the_exit_code_says_so(config_of, judge_try, monkeypatch):
     group = judged(Failed("empty reply"), Failed("timeout"), Failed("timeout"))
-    monkeypatch.setattr(trial, "try_judge", lambda *_: Group(group.episode, group.candidates[1:], group.outcomes[1:]))
+    monkeypatch.setattr(trial, "try_judge", lambda *_: Group(group.episode, group.candidates[1:], group.rewards[1:]))
     code, out, err = judge_try(config_of())
     assert code == TeacherError.exit_code
     assert out.count("failed (timeout)") == 2
     assert err.strip() == "error: no candidate has a score; 2 of 2 failed with: timeout"
     with pytest.raises(TeacherError, match=r"2 of 3 failed with: timeout"):
         trial.require_score(group)
-    trial.require_score(judged(Failed("timeout"), Score(0.0, "j", "p")))
+    trial.require_score(judged(Failed("timeout"), Reward(0.0, "j", "p")))

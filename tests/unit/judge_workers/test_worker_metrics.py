@@ -6,7 +6,7 @@ import pytest
 
 from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem
 from megatron_rlpt.judge_workers.metrics import WorkerMetrics
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 REFUSED = ServerProblem(Fault.REJECTED, {"status": 400, "message": "unsupported parameter\n max_tokens"}).failed()
 UNDECIDED = Failed("no comparison decided").because_of(REFUSED)
@@ -22,9 +22,9 @@ def cause_of(metrics: WorkerMetrics) -> str | None:
 @pytest.mark.parametrize(
     ("group", "told"),
     [
-        (replace(GROUP, outcomes=(Score(1.0, "j", "p"), UNDECIDED)), f"no comparison decided: {CAUSE}"),
-        (replace(GROUP, outcomes=(Score(1.0, "j", "p"),) * 2, rewrite_failure=REFUSED), CAUSE),
-        (replace(GROUP, outcomes=(Score(1.0, "j", "p"),) * 2), None),
+        (replace(GROUP, rewards=(Reward(1.0, "j", "p"), UNDECIDED)), f"no comparison decided: {CAUSE}"),
+        (replace(GROUP, rewards=(Reward(1.0, "j", "p"),) * 2, rewrite_failure=REFUSED), CAUSE),
+        (replace(GROUP, rewards=(Reward(1.0, "j", "p"),) * 2), None),
     ],
 )
 def test_the_cause_of_a_failure_is_told_in_the_servers_own_words(group, told):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_rlpt.config import ObjectiveConfig, ObjectiveName
 from megatron_rlpt.objectives import LossInputs, build_objective
 from megatron_rlpt.objectives.grpo import clipped_ratio_loss, group_advantages
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 
 def grpo(**settings):
@@ -21,11 +21,11 @@ def group_of(*rewards: float | None, others: tuple[Source, ...] = (), tokens: li
     """A group of rollouts with these rewards, behind candidates of ``others`` with a reward above all of them."""
     names = tokens or list(range(len(rewards)))
     rollouts = [Candidate(Source.ROLLOUT, (name,), logprobs=(-1.0,)) for name in names]
-    outcomes = [Failed("no verdict") if reward is None else Score(reward, "j", "p") for reward in rewards]
+    rewards = [Failed("no verdict") if reward is None else Reward(reward, "j", "p") for reward in rewards]
     return Group(
         Episode("e", (7,), (8,), "c", "d", 0),
         (*(Candidate(source, (99,)) for source in others), *rollouts),
-        (*(Score(1000.0, "j", "p") for _ in others), *outcomes),
+        (*(Reward(1000.0, "j", "p") for _ in others), *rewards),
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_rlpt.config import ObjectiveConfig, ObjectiveName, needs_judge
 from megatron_rlpt.objectives import build_objective
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 JUDGED = (ObjectiveName.online_dpo, ObjectiveName.rf_nll)
 
@@ -17,15 +17,15 @@ def objective(name: ObjectiveName):
     return build_objective(ObjectiveConfig(name=name))
 
 
-def group_of(*outcomes: float | None, tokens: list[int] | None = None, episode: str = "e") -> Group:
-    """One candidate per outcome, distinct unless ``tokens`` says otherwise; None is a failed judgment."""
-    names = tokens or list(range(len(outcomes)))
-    sources = [Source.ORIGINAL, Source.REWRITE] + [Source.ROLLOUT] * len(outcomes)
+def group_of(*rewards: float | None, tokens: list[int] | None = None, episode: str = "e") -> Group:
+    """One candidate per reward, distinct unless ``tokens`` says otherwise; None is a failed judgment."""
+    names = tokens or list(range(len(rewards)))
+    sources = [Source.ORIGINAL, Source.REWRITE] + [Source.ROLLOUT] * len(rewards)
     candidates = tuple(Candidate(source, (token,)) for source, token in zip(sources, names, strict=False))
     return Group(
         Episode(episode, (7,), (8,), "c", "d", 0),
         candidates,
-        tuple(Failed("no verdict") if value is None else Score(value, "j", "p") for value in outcomes),
+        tuple(Failed("no verdict") if value is None else Reward(value, "j", "p") for value in rewards),
     )
 
 
@@ -55,9 +55,9 @@ def test_a_group_of_equal_rewards_is_skipped_as_a_tie(name):
 
 
 @pytest.mark.parametrize("name", JUDGED)
-@pytest.mark.parametrize("outcomes", [(), (None, None), (None, 3.0)])
-def test_fewer_than_two_scored_candidates_are_skipped_with_the_reason(name, outcomes):
-    selection = objective(name).select([group_of(*outcomes)])
+@pytest.mark.parametrize("rewards", [(), (None, None), (None, 3.0)])
+def test_fewer_than_two_scored_candidates_are_skipped_with_the_reason(name, rewards):
+    selection = objective(name).select([group_of(*rewards)])
     assert selection.examples == []
     assert selection.skipped == {"e": "fewer than two distinct scored candidates"}
 
@@ -88,37 +88,37 @@ def test_a_copy_whose_judgment_failed_does_not_hide_the_copy_that_was_scored():
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "role", "among"),
+    ("rewards", "role", "among"),
     [((1.0, 1.0, 0.0, 1.0, 1.0), 0, {0, 1, 3, 4}), ((0.0, 0.0, 1.0, 0.0, 0.0), 1, {0, 1, 3, 4})],
     ids=["best", "worst"],
 )
-def test_candidates_that_share_the_extreme_reward_are_drawn_alike_by_episode(outcomes, role, among):
+def test_candidates_that_share_the_extreme_reward_are_drawn_alike_by_episode(rewards, role, among):
     episodes = 2000
-    drawn = [selected(group_of(*outcomes, episode=f"episode-{index}"))[role] for index in range(episodes)]
+    drawn = [selected(group_of(*rewards, episode=f"episode-{index}"))[role] for index in range(episodes)]
     assert set(drawn) == among
     for index in among:
         # Four equal chances: 500 expected, standard deviation 19.4.
         assert abs(drawn.count(index) - episodes / 4) < 5 * 19.4
-    again = [selected(group_of(*outcomes, episode=f"episode-{index}"))[role] for index in range(50)]
+    again = [selected(group_of(*rewards, episode=f"episode-{index}"))[role] for index in range(50)]
     assert again == drawn[:50]
 
 
 def test_draws_for_best_and_worst_are_independent():
-    outcomes = (1.0, 1.0, 0.0, 0.0)
-    pairs = {selected(group_of(*outcomes, episode=f"episode-{index}")) for index in range(200)}
+    rewards = (1.0, 1.0, 0.0, 0.0)
+    pairs = {selected(group_of(*rewards, episode=f"episode-{index}")) for index in range(200)}
     assert pairs == {(0, 2), (0, 3), (1, 2), (1, 3)}
 
 
 @given(st.lists(st.none() | st.floats(-1e6, 1e6), max_size=12), st.data())
-def test_for_any_scores_chosen_has_the_most_and_rejected_the_least(outcomes, data):
-    tokens = data.draw(st.lists(st.integers(0, 6), min_size=len(outcomes), max_size=len(outcomes)))
-    group = group_of(*outcomes, tokens=tokens)
+def test_for_any_scores_chosen_has_the_most_and_rejected_the_least(rewards, data):
+    tokens = data.draw(st.lists(st.integers(0, 6), min_size=len(rewards), max_size=len(rewards)))
+    group = group_of(*rewards, tokens=tokens)
     selection = objective(ObjectiveName.online_dpo).select([group])
     first: dict[int, float] = {}
-    for token, value in zip(tokens, outcomes, strict=True):
+    for token, value in zip(tokens, rewards, strict=True):
         if value is not None:
             first.setdefault(token, value)
-    scored = sum(value is not None for value in outcomes)
+    scored = sum(value is not None for value in rewards)
     assert selection.duplicates == scored - len(first)
     assert len(selection.examples) + len(selection.skipped) == 1
     if not selection.examples:
@@ -126,9 +126,9 @@ def test_for_any_scores_chosen_has_the_most_and_rejected_the_least(outcomes, dat
         return
     (example,) = selection.examples
     best, worst = example.indices
-    assert outcomes[best] == max(first.values()) > min(first.values()) == outcomes[worst]
+    assert rewards[best] == max(first.values()) > min(first.values()) == rewards[worst]
     assert tokens[best] != tokens[worst]
-    assert example.margin == outcomes[best] - outcomes[worst]
+    assert example.margin == rewards[best] - rewards[worst]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_objectives_say_what_they_need(name, judge, reference):
     assert (needs_judge(name), built.needs_reference) == (judge, reference)
     group = group_of(None, None, None)
     unjudged = Group(group.episode, group.candidates)
-    if judge:  # its selection is not possible without outcomes
+    if judge:  # its selection is not possible without rewards
         with pytest.raises(ValueError, match="zip"):
             built.select([unjudged])
     else:
@@ -186,9 +186,9 @@ def test_no_objective_chooses_a_candidate_without_text(name):
     for source in Source:
         candidates = tuple(Candidate(source, (token,), logprobs=(-1.0,), blank=token in (0, 3)) for token in range(4))
         group = Group(
-            Episode("e", (7,), (8,), "c", "d", 0), candidates, tuple(Score(float(v), "j", "p") for v in (9, 1, 2, -9))
+            Episode("e", (7,), (8,), "c", "d", 0), candidates, tuple(Reward(float(v), "j", "p") for v in (9, 1, 2, -9))
         )
-        for offered in (group, replace(group, candidates=candidates[:1], outcomes=group.outcomes[:1])):
+        for offered in (group, replace(group, candidates=candidates[:1], rewards=group.rewards[:1])):
             selection = objective(name).select([offered])
             assert not [one for example in selection.examples for one in example.sequences if one.blank]
             assert selection.examples or selection.skipped

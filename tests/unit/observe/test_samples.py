@@ -6,7 +6,7 @@ import pytest
 from text_tokens import FakeText
 
 from megatron_rlpt.observe import SampleTable
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 
 def decode(tokens):
@@ -19,12 +19,12 @@ def group(name, judged=True):
         Candidate(Source.ROLLOUT, (5, 6), policy_version=2, seed=11, finish_reason="length"),
         Candidate(Source.ROLLOUT, (7, 8), policy_version=2, seed=12, finish_reason="stop"),
     )
-    outcomes = (
-        Score(1.0, "likelihood", "v1", {"repeated": float("nan")}),
-        Score(0.5, "likelihood", "v1"),
+    rewards = (
+        Reward(1.0, "likelihood", "v1", {"repeated": float("nan")}),
+        Reward(0.5, "likelihood", "v1"),
         Failed("malformed verdict", {"reply": "ähm"}),
     )
-    return Group(Episode(name, (1, 2), (3, 4), "web", "doc#1", 2), candidates, outcomes if judged else ())
+    return Group(Episode(name, (1, 2), (3, 4), "web", "doc#1", 2), candidates, rewards if judged else ())
 
 
 def rows(path):

@@ -120,14 +120,14 @@ def test_names_do_not_matter(scheme, candidates, votes, seed):
     """Others at the same places: the same matches, with the names changed."""
     draw = random.Random(seed)
     names = draw.sample(range(candidates), candidates)
-    outcomes = {}
+    rewards = {}
 
     def verdict(first, second, vote):
         """A noisy judge with failures, who decides by place."""
         key = (first, second, vote)
-        if key not in outcomes:
-            outcomes[key] = random.Random(f"{seed} {key}").choice([first, first, second, NO])
-        return outcomes[key]
+        if key not in rewards:
+            rewards[key] = random.Random(f"{seed} {key}").choice([first, first, second, NO])
+        return rewards[key]
 
     async def plain(first, second, vote):
         return verdict(first, second, vote)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.teacher.distributed import DistributedJudge, DistributedRewriter
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 EPISODES = [Episode(f"e{number}", (1,), (number,), "c", "d", 0) for number in range(3)]
 
@@ -12,7 +12,7 @@ EPISODES = [Episode(f"e{number}", (1,), (number,), "c", "d", 0) for number in ra
 class OwnJudge:
     def judge(self, groups):
         assert isinstance(groups, list)
-        return [Group(group.episode, group.candidates, (Score(float(len(groups)), "j", "p"),)) for group in groups]
+        return [Group(group.episode, group.candidates, (Reward(float(len(groups)), "j", "p"),)) for group in groups]
 
 
 class OwnRewriter:
@@ -24,7 +24,7 @@ class OwnRewriter:
 def test_alone_the_teacher_has_everything_at_once_and_answers_in_order():
     groups = [Group(episode, (Candidate(Source.ORIGINAL, episode.suffix),)) for episode in EPISODES]
     judged = DistributedJudge(OwnJudge(), Ranks()).judge(tuple(groups))
-    assert [(group.episode.id, group.outcomes[0].value) for group in judged] == [("e0", 3.0), ("e1", 3.0), ("e2", 3.0)]
+    assert [(group.episode.id, group.rewards[0].value) for group in judged] == [("e0", 3.0), ("e1", 3.0), ("e2", 3.0)]
     rewritten = DistributedRewriter(OwnRewriter(), Ranks()).rewrite(tuple(EPISODES))
     assert rewritten == [
         Candidate(Source.REWRITE, (0,)),

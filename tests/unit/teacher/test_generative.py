@@ -11,7 +11,7 @@ from megatron_rlpt.teacher.batched import BatchedJudge
 from megatron_rlpt.teacher.comparisons import comparisons
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 
 class Scripted:
@@ -66,7 +66,7 @@ def judge_with(answer, seed=1, **weights):
 
 
 def values(group):
-    return [outcome.value if isinstance(outcome, Score) else outcome.reason for outcome in group.outcomes]
+    return [reward.value if isinstance(reward, Reward) else reward.reason for reward in group.rewards]
 
 
 def test_quality_ranks_and_explains():
@@ -74,13 +74,13 @@ def test_quality_ranks_and_explains():
     groups = judge.judge([group_of((1,), (3,), (2,)), group_of((5,), (4,), name="f")])
     assert [values(group) for group in groups] == [[0.0, 1.0, 0.5], [1.0, 0.0]]
     assert len(generator.requests) == 2 * 3 + 2 * 1
-    score = groups[0].outcomes[1]
+    score = groups[0].rewards[1]
     assert (score.judge, score.prompt_version) == ("generative/scripted", "quality-3")
     votes = score.detail["axes"]["quality"]["votes"]
     assert len(votes) == 4
     assert all(vote["verdict"] == 1 and 1 in (vote["first"], vote["second"]) for vote in votes)
     replies = [
-        vote["reply"] for o in groups[0].outcomes for vote in o.detail["axes"]["quality"]["votes"] if "reply" in vote
+        vote["reply"] for o in groups[0].rewards for vote in o.detail["axes"]["quality"]["votes"] if "reply" in vote
     ]
     assert len(replies) == 6
     assert score.detail["standings"]["decided"] == 6
@@ -107,7 +107,7 @@ def test_a_failed_comparison_is_no_score():
     judge, _ = judge_with(answer, quality=1.0)
     (group,) = judge.judge([group_of((1,), (3,), (2,))])
     assert values(group) == [0.0, "quality: no comparison decided", 1.0]
-    votes = group.outcomes[1].detail["axes"]["quality"]["votes"]
+    votes = group.rewards[1].detail["axes"]["quality"]["votes"]
     assert all(vote["verdict"] == {"failed": "prompt too long for teacher.max_context"} for vote in votes)
 
 
@@ -123,15 +123,15 @@ def test_axes_add_up_and_a_failed_axis_fails_the_candidate():
     judge, _ = judge_with(answer, quality=1.0, safety=1.0, factuality=2.0)
     (group,) = judge.judge([group_of((1,), (2,))])
     assert values(group) == [0.0 + 1.0 + 2 * 0.5, "safety: reply without a verdict"]
-    assert group.outcomes[1].detail["axes"]["safety"]["votes"][0]["reply"] == "I would rather not say."
-    assert group.outcomes[0].prompt_version == "quality-3+safety-2+factuality-2"
+    assert group.rewards[1].detail["axes"]["safety"]["votes"][0]["reply"] == "I would rather not say."
+    assert group.rewards[0].prompt_version == "quality-3+safety-2+factuality-2"
 
 
 def test_equal_texts_are_judged_once_and_empty_ones_never():
     judge, generator = judge_with(prefer_larger, quality=1.0)
     (group,) = judge.judge([group_of((), (1,), (2,), (1,))])
     assert values(group) == ["empty candidate", 0.0, 1.0, 0.0]
-    votes = group.outcomes[2].detail["axes"]["quality"]["votes"]
+    votes = group.rewards[2].detail["axes"]["quality"]["votes"]
     assert all({vote["first"], vote["second"]} == {1, 2} and vote["verdict"] == 2 for vote in votes)
     assert len(generator.requests) == 2
     (group,) = judge.judge([group_of((1,), (1,))])
@@ -141,7 +141,7 @@ def test_equal_texts_are_judged_once_and_empty_ones_never():
 @pytest.mark.parametrize("groups", [[], [group_of()]])
 def test_nothing_to_judge(groups):
     judge, _ = judge_with(prefer_larger, quality=1.0)
-    assert [group.outcomes for group in judge.judge(groups)] == [()] * len(groups)
+    assert [group.rewards for group in judge.judge(groups)] == [()] * len(groups)
 
 
 def test_a_candidate_cannot_vote_for_itself():
@@ -174,7 +174,7 @@ def test_both_orders_cost_twice_and_are_asked_with_different_seeds():
     shown = [tuple(options(request.prompt[0].content)) for request in generator.requests]
     assert sorted(shown) == [(1, 2), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2)]
     assert len({request.seed for request in generator.requests}) == 6
-    assert group.outcomes[0].detail["standings"]["both_orders"] == 3
+    assert group.rewards[0].detail["standings"]["both_orders"] == 3
 
 
 def test_the_cost_of_a_group_counts_every_call():

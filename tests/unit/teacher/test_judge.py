@@ -7,15 +7,15 @@ import pytest
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem
 from megatron_rlpt.teacher.judge import check_failure_rate, first_cause
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 
-def group_of(*outcomes):
-    candidates = tuple(Candidate(Source.ROLLOUT, (index,)) for index in range(len(outcomes)))
-    return Group(Episode("e", (1,), (2,), "c", "d", 0), candidates, outcomes)
+def group_of(*rewards):
+    candidates = tuple(Candidate(Source.ROLLOUT, (index,)) for index in range(len(rewards)))
+    return Group(Episode("e", (1,), (2,), "c", "d", 0), candidates, rewards)
 
 
-GOOD = Score(1.0, "j", "p")
+GOOD = Reward(1.0, "j", "p")
 
 
 def test_rate_is_over_all_candidates():

@@ -3,22 +3,22 @@
 import pytest
 
 from megatron_rlpt.teacher.judge_metrics import failure_reasons, judge_health
-from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Reward, Source
 
 ORIGINAL, REWRITE, ROLLOUT = Source
 
 
 def group_of(*candidates, detail=None, cost=None):
     """Candidates as (source, number of tokens, value or reason of failure)."""
-    outcomes = tuple(
-        Failed(value, detail or {}) if isinstance(value, str) else Score(value, "j", "p", detail or {})
+    rewards = tuple(
+        Failed(value, detail or {}) if isinstance(value, str) else Reward(value, "j", "p", detail or {})
         for _, _, value in candidates
     )
     tokens = [tuple(range(index * 1000, index * 1000 + count)) for index, (_, count, _) in enumerate(candidates)]
     return Group(
         Episode("e", (1,), (2,), "c", "d", 0),
         tuple(Candidate(source, row) for (source, _, _), row in zip(candidates, tokens, strict=True)),
-        outcomes,
+        rewards,
         cost=cost,
     )
 
@@ -74,8 +74,8 @@ def test_pointwise_votes_agree_or_not_and_failures_are_counted_by_reason():
     detail = {"axes": {"safety": {"value": 0.67, "votes": votes}}}
     groups = [group_of((ROLLOUT, 2, 0.67), (ROLLOUT, 3, "empty candidate"), detail=None)]
     candidates = groups[0].candidates
-    outcomes = (Score(0.67, "j", "p", detail), Failed("empty candidate"))
-    groups = [Group(groups[0].episode, (*candidates, candidates[0]), (*outcomes, outcomes[0]))]
+    rewards = (Reward(0.67, "j", "p", detail), Failed("empty candidate"))
+    groups = [Group(groups[0].episode, (*candidates, candidates[0]), (*rewards, rewards[0]))]
     figures = judge_health(groups)
     assert figures["judge/agreement"] == pytest.approx(1 / 3), "two of six ordered pairs; duplicates count once"
     assert figures["judge/failed_votes"] == 0.25

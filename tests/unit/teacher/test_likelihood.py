@@ -7,7 +7,7 @@ from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 from megatron_rlpt.teacher.repetition import repetition
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 VOCABULARY = 97
 
@@ -78,14 +78,14 @@ def test_sharing_the_prefix_changes_nothing(folder, batch_tokens):
     judge = judge_of(folder, batch_tokens=batch_tokens, repetition_weight=2.0, repetition_ngram=1)
     groups = make_groups(LENGTHS)
     for group in judge.judge(groups):
-        for candidate, outcome in zip(group.candidates, group.outcomes, strict=True):
-            assert isinstance(outcome, Score)
+        for candidate, reward in zip(group.candidates, group.rewards, strict=True):
+            assert isinstance(reward, Reward)
             expected = plain(judge._model, group.episode.prefix, candidate.tokens)
             repeated = repetition(candidate.tokens, 1)
-            assert outcome.detail["loglik_mean"] == pytest.approx(expected, abs=1e-4)
-            assert outcome.detail["repetition"] == repeated
-            assert outcome.value == pytest.approx(expected - 2.0 * repeated, abs=1e-4)
-            assert outcome.judge.startswith("likelihood/")
+            assert reward.detail["loglik_mean"] == pytest.approx(expected, abs=1e-4)
+            assert reward.detail["repetition"] == repeated
+            assert reward.value == pytest.approx(expected - 2.0 * repeated, abs=1e-4)
+            assert reward.judge.startswith("likelihood/")
 
 
 def test_the_prefix_is_run_once_per_group(folder, monkeypatch):
@@ -128,26 +128,26 @@ def test_a_failure_is_not_a_score(folder):
         group.candidates[1],
         Candidate(Source.ROLLOUT, (1,) * 61),
     )
-    outcomes = judge.judge([Group(group.episode, bad)])[0].outcomes
-    assert [type(outcome) for outcome in outcomes] == [Score, Failed, Failed, Score, Failed]
-    assert outcomes[1].reason == "empty candidate"
-    assert outcomes[2].reason == "token id outside the teacher's vocabulary of 97"
-    assert outcomes[4].reason == "longer than the teacher's context of 64 tokens"
+    rewards = judge.judge([Group(group.episode, bad)])[0].rewards
+    assert [type(reward) for reward in rewards] == [Reward, Failed, Failed, Reward, Failed]
+    assert rewards[1].reason == "empty candidate"
+    assert rewards[2].reason == "token id outside the teacher's vocabulary of 97"
+    assert rewards[4].reason == "longer than the teacher's context of 64 tokens"
 
 
 def test_not_finite_is_a_failure(folder):
     judge = judge_of(folder)
     with torch.no_grad():
         judge._model.get_output_embeddings().weight[5] = math.inf
-    outcomes = judge.judge(make_groups([(4, [3, 3])]))[0].outcomes
-    assert all(isinstance(outcome, Failed) and "not finite" in outcome.reason for outcome in outcomes)
+    rewards = judge.judge(make_groups([(4, [3, 3])]))[0].rewards
+    assert all(isinstance(reward, Failed) and "not finite" in reward.reason for reward in rewards)
 
 
 def test_nothing_to_judge(folder):
     judge = judge_of(folder)
     assert judge.judge([]) == []
     (group,) = make_groups([(4, [3])])
-    assert judge.judge([Group(group.episode, ())])[0].outcomes == ()
+    assert judge.judge([Group(group.episode, ())])[0].rewards == ()
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -26,8 +26,8 @@ def answer(verdict, reasoning="so it is"):
     return json.dumps({"reasoning": reasoning, "verdict": verdict})
 
 
-def reason_or_value(outcome):
-    return outcome.reason if isinstance(outcome, Failed) else outcome
+def reason_or_value(reward):
+    return reward.reason if isinstance(reward, Failed) else reward
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_examples_that_decide_for_nothing_do_not(text):
 
 @pytest.mark.parametrize(("axis", "text", "word"), OTHER_AXES)
 def test_examples_of_the_other_axes(axis, text, word):
-    outcome = PARSE[axis](reply(text))
-    assert isinstance(outcome, Failed) if word is None else outcome == MEANING[PARSE[axis]][word]
+    reward = PARSE[axis](reply(text))
+    assert isinstance(reward, Failed) if word is None else reward == MEANING[PARSE[axis]][word]
 
 
 @settings(max_examples=200, deadline=None, database=None)
@@ -263,12 +263,12 @@ def test_no_reply_raises_and_no_verdict_comes_from_nowhere(first):
     """10,000 replies here; tools/bench/verdict_replies.py makes as many as it is asked for, and counts by form."""
     for seed in range(first, first + 50):
         axis, form, text, word = make(seed)
-        outcome = PARSE[axis](reply(text))
-        if isinstance(outcome, Failed):
-            assert outcome.reason in set(Reason), seed
+        reward = PARSE[axis](reply(text))
+        if isinstance(reward, Failed):
+            assert reward.reason in set(Reason), seed
         else:
             assert word is not None, (seed, form)
-            assert outcome == MEANING[PARSE[axis]][word], (seed, form)
+            assert reward == MEANING[PARSE[axis]][word], (seed, form)
 
 
 def test_honest_replies_are_accepted_in_every_form():

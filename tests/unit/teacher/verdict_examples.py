@@ -186,7 +186,7 @@ FIRST: tuple[str, ...] = (
     f"Coherence: 1 > 2\nFacts: equal\n\n{ONE}",
     f"Coherence: 1\nStyle: 2\nOverall: 1\n\n{ONE}",
     f"Better: 1\n\n{ONE}",
-    f"Score 1: 8/10\nScore 2: 5/10\n{ONE}",
+    f"Reward 1: 8/10\nScore 2: 5/10\n{ONE}",
     f"\n\n\n{ONE}\n\n\n",
     f"{ONE}\n\n---\n*Confidence: 90%*",
     f"{ONE}\n\nNote: I did not penalise the cut.",

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_rlpt.config import CandidatesConfig, CurriculumConfig
 from megatron_rlpt.trainer.curriculum import Curriculum
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 
 def episode(name: str) -> Episode:
@@ -19,7 +19,7 @@ def group(original: float | None, *rollouts: float | None) -> Group:
     return Group(
         episode("e"),
         tuple(Candidate(source, (index,)) for index, source in enumerate(sources)),
-        tuple(Failed("no verdict") if value is None else Score(value, "j", "p") for value in values),
+        tuple(Failed("no verdict") if value is None else Reward(value, "j", "p") for value in values),
     )
 
 

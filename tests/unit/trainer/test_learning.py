@@ -12,7 +12,7 @@ from megatron_rlpt.objectives import Example, Selection
 from megatron_rlpt.objectives.nll import SftRewrite
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
 from megatron_rlpt.trainer.learning import Learning
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 EPISODE = Episode("e", (1,), (2,), "c", "d", 0)
 ORIGINAL = Candidate(Source.ORIGINAL, (2,))
@@ -20,7 +20,7 @@ ORIGINAL = Candidate(Source.ORIGINAL, (2,))
 
 def group(*values: float | Failed, tokens: tuple[int, ...] = (1, 2, 3)) -> Group:
     candidates = tuple(Candidate(Source.ROLLOUT, (token,)) for token in tokens[: len(values)])
-    return Group(EPISODE, candidates, tuple(v if isinstance(v, Failed) else Score(v, "j", "1") for v in values))
+    return Group(EPISODE, candidates, tuple(v if isinstance(v, Failed) else Reward(v, "j", "1") for v in values))
 
 
 def empty(learning: Learning, times: int = 1, of: Group | None = None, objective=None) -> None:

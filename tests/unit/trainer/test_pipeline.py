@@ -18,7 +18,7 @@ from megatron_rlpt.trainer.candidates import CandidateGenerator
 from megatron_rlpt.trainer.curriculum import Curriculum
 from megatron_rlpt.trainer.judging import InTrainerJudging
 from megatron_rlpt.trainer.pipeline import Pipeline
-from megatron_rlpt.types import Episode, Group, Score, Source, without_stale
+from megatron_rlpt.types import Episode, Group, Reward, Source, without_stale
 
 
 class Stream:
@@ -57,7 +57,7 @@ class RolloutsWin:
     def judge(self, groups: Sequence[Group]) -> list[Group]:
         self.asked.append(len(groups))
         return [
-            replace(group, outcomes=tuple(Score(float(index), "j", "1") for index in range(len(group.candidates))))
+            replace(group, rewards=tuple(Reward(float(index), "j", "1") for index in range(len(group.candidates))))
             for group in groups
         ]
 
@@ -199,9 +199,9 @@ def test_stale_rollouts_fail_and_the_rest_does_not():
     )
     assert without_stale(group, 5, 2) == group
     stale = without_stale(group, 6, 2)
-    assert stale.outcomes[0] == group.outcomes[0]
-    assert [outcome.reason for outcome in stale.outcomes[1:]] == ["stale rollout"] * 2
-    assert stale.outcomes[1].detail == {"rollout_version": 3, "version": 6, "bound": 2}
+    assert stale.rewards[0] == group.rewards[0]
+    assert [reward.reason for reward in stale.rewards[1:]] == ["stale rollout"] * 2
+    assert stale.rewards[1].detail == {"rollout_version": 3, "version": 6, "bound": 2}
     assert [candidate.source for candidate, _ in stale.scored()] == [Source.ORIGINAL]
 
 
@@ -230,7 +230,7 @@ def test_a_group_of_a_checkpoint_that_cannot_be_learnt_from_is_refused():
     state = first.state_dict()
     number, data = next(iter(state["pending"].items()))
     judged = decode_group(bytes.fromhex(data))
-    spoilt = replace(judged, outcomes=(Score(float("nan"), "j", "1"), *judged.outcomes[1:]))
+    spoilt = replace(judged, rewards=(Reward(float("nan"), "j", "1"), *judged.rewards[1:]))
     state["pending"][number] = encode_group(spoilt).hex()
     with pytest.raises(ValueError, match=f"group {number} comes back with a score that is no finite number"):
         pipeline().load_state_dict(state)

@@ -7,7 +7,7 @@ import pytest
 from megatron_rlpt.objectives import Selection
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
 from megatron_rlpt.trainer.metrics import step_metrics
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 ORIGINAL, REWRITE, ROLLOUT = Source
 
@@ -17,7 +17,7 @@ def group(name: str, *candidates: tuple[Source, float | None]) -> Group:
     return Group(
         Episode(name, (1,), (2,), "c", "d", 0),
         tuple(Candidate(source, (index,)) for index, (source, _) in enumerate(candidates)),
-        tuple(Failed("no verdict") if value is None else Score(value, "j", "p") for _, value in candidates),
+        tuple(Failed("no verdict") if value is None else Reward(value, "j", "p") for _, value in candidates),
     )
 
 
@@ -103,7 +103,7 @@ def test_groups_that_nobody_judged_have_no_rewards():
 
 def test_duplicates_are_counted():
     first = group("a", (ORIGINAL, 1.0), (ROLLOUT, 2.0))
-    copies = Group(first.episode, first.candidates + first.candidates, first.outcomes + first.outcomes)
+    copies = Group(first.episode, first.candidates + first.candidates, first.rewards + first.rewards)
     assert metrics_of([copies])["duplicates"] == 2
 
 
@@ -113,6 +113,6 @@ def test_length_and_end_of_rollouts_are_told_of_all_that_there_were():
         Candidate(ROLLOUT, (7, 8, 9), finish_reason="length"),
         Candidate(ROLLOUT, (2,), finish_reason="stop", blank=True),
     )
-    metrics = metrics_of([replace(lone, candidates=lone.candidates[:1] + ends, outcomes=(*lone.outcomes, Failed("x")))])
+    metrics = metrics_of([replace(lone, candidates=lone.candidates[:1] + ends, rewards=(*lone.rewards, Failed("x")))])
     assert (metrics["rollout/length"], metrics["rollout/stop_rate"], metrics["rollout/blank_rate"]) == (2.0, 0.5, 0.5)
     assert not [name for name in metrics_of([group("b", (ORIGINAL, 1.0))]) if name.startswith("rollout/")]

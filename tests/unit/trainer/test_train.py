@@ -27,7 +27,7 @@ from megatron_rlpt.trainer.learning import Learning
 from megatron_rlpt.trainer.pipeline import Pipeline
 from megatron_rlpt.trainer.stop import STOP_FILE, StopRequest
 from megatron_rlpt.trainer.train import Training, train
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Score
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward
 
 Journal = list[tuple[Any, ...]]
 
@@ -90,13 +90,13 @@ class ScriptedJudge:
     def judge(self, groups: Sequence[Group]) -> list[Group]:
         self._step += 1
         failing = self._failures.get(self._step, 0)
-        return [Group(group.episode, group.candidates, self._outcomes(group, failing)) for group in groups]
+        return [Group(group.episode, group.candidates, self._rewards(group, failing)) for group in groups]
 
-    def _outcomes(self, group: Group, failing: int) -> tuple[Score | Failed, ...]:
+    def _rewards(self, group: Group, failing: int) -> tuple[Reward | Failed, ...]:
         return tuple(
             Failed("no verdict")
             if index < failing
-            else Score(0.0 if self._step in self._ties else float(index), "scripted", "1")
+            else Reward(0.0 if self._step in self._ties else float(index), "scripted", "1")
             for index in range(len(group.candidates))
         )
 

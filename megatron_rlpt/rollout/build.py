@@ -16,7 +16,6 @@ from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.rollout.vllm import engine as vllm_engine
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
 from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
-from megatron_rlpt.trainer.gpu_memory import GpuMemory
 
 
 def check_offload(config: Config, world_size: int) -> None:
@@ -81,11 +80,3 @@ def may_generate_beside(engine: RolloutEngine | None) -> bool:
     if isinstance(engine, DistributedEngine) and own is None:
         return True  # a rank without an engine does as the rank that has the only one, where there are no GPUs
     return isinstance(own, VllmEngine) and own.apart and not own.sleeping_frees
-
-
-def build_gpu_memory(config: Config, engine: RolloutEngine | None, policy: Policy, ranks: Ranks) -> GpuMemory:
-    """Who is in GPU memory when; ``engine`` is what ``start_policy_engine`` returned, None without rollouts."""
-    own = engine.own if isinstance(engine, DistributedEngine) else engine
-    if not isinstance(own, VllmEngine) or not own.sleeping_frees:
-        return GpuMemory(None, None, ranks)
-    return GpuMemory(own, policy if config.optimizer.offload else None, ranks)

@@ -17,13 +17,14 @@ from megatron_rlpt.objectives import build_objective
 from megatron_rlpt.observe import StageTimer, get_logger
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.rollout.build import build_gpu_memory, engine_count, may_generate_beside, start_policy_engine
+from megatron_rlpt.rollout.build import engine_count, may_generate_beside, start_policy_engine
 from megatron_rlpt.teacher.build import Teacher, build_teacher
 from megatron_rlpt.teacher.settings_fingerprint import judged_by
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.trainer.buffered_judging import BufferedJudging
 from megatron_rlpt.trainer.candidates import CandidateGenerator
 from megatron_rlpt.trainer.curriculum import Curriculum
+from megatron_rlpt.trainer.gpu_memory import build_gpu_memory
 from megatron_rlpt.trainer.judging import InTrainerJudging, Judging
 from megatron_rlpt.trainer.learning import Learning
 from megatron_rlpt.trainer.pipeline import Pipeline

@@ -16,8 +16,13 @@ from typing import Protocol
 
 import torch
 
+from megatron_rlpt.config import Config
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import EngineError
+from megatron_rlpt.policy.policy import Policy
+from megatron_rlpt.rollout.distributed_engine import DistributedEngine
+from megatron_rlpt.rollout.engine import RolloutEngine
+from megatron_rlpt.rollout.vllm.engine import VllmEngine
 
 _SLACK = 0.9
 """Share of what a phase change promises that has to show up as free memory; allocators round and cache."""
@@ -130,6 +135,14 @@ class GpuMemory:
                 f"the rollout engine needs {_gib(promised)} of GPU memory to wake up, and {_gib(free)} are free; "
                 f"{fix}lower rollout.kv_cache_gib or train.micro_batch"
             )
+
+
+def build_gpu_memory(config: Config, engine: RolloutEngine | None, policy: Policy, ranks: Ranks) -> GpuMemory:
+    """Who is in GPU memory when; ``engine`` is what ``start_policy_engine`` returned, None without rollouts."""
+    own = engine.own if isinstance(engine, DistributedEngine) else engine
+    if not isinstance(own, VllmEngine) or not own.sleeping_frees:
+        return GpuMemory(None, None, ranks)
+    return GpuMemory(own, policy if config.optimizer.offload else None, ranks)
 
 
 def _gib(count: int) -> str:

@@ -19,9 +19,9 @@ from megatron_rlpt.errors import EngineError
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.rollout.build import build_gpu_memory
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
 from megatron_rlpt.rollout.vllm.engine import start_policy_engine
+from megatron_rlpt.trainer.gpu_memory import build_gpu_memory
 from megatron_rlpt.trainer.stop import STOP_SIGNALS
 
 

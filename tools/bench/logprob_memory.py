@@ -35,7 +35,7 @@ gradient of the logits once more. Only used to leave out what would not fit."""
 
 
 @dataclass(frozen=True)
-class Case:
+class LossCase:
     """One measurement; ``chunk`` 0 is the plain step."""
 
     tokens: int
@@ -54,7 +54,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Figure:
+class LossMemory:
     """Bytes above the state before the step, and seconds of a step."""
 
     memory: int
@@ -70,7 +70,7 @@ def _status(field: str) -> int:
     raise SystemExit(f"/proc/self/status has no {field}; run this on Linux")
 
 
-def measure(case: Case, rank: int, meeting: str) -> Figure:
+def measure(case: LossCase, rank: int, meeting: str) -> LossMemory:
     """Take one measurement in this process, which has done nothing else."""
     import torch
 
@@ -123,10 +123,10 @@ def measure(case: Case, rank: int, meeting: str) -> Figure:
     peak = torch.cuda.max_memory_allocated(device) if on_cuda else _status("VmHWM")
     memory = peak - before
     repeats = 3 if case.tokens <= MANY_TOKENS else 1
-    return Figure(memory, min(step(case.tokens, case.vocab) for _ in range(repeats)))
+    return LossMemory(memory, min(step(case.tokens, case.vocab) for _ in range(repeats)))
 
 
-def run(case: Case) -> Figure:
+def run(case: LossCase) -> LossMemory:
     """The measurement in processes of its own; the larger of the ranks' figures."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--meeting", f"{folder}/meeting"]
@@ -143,17 +143,17 @@ def run(case: Case) -> Figure:
         for process in ranks:
             if process.returncode:
                 raise SystemExit(f"{case} ended with exit code {process.returncode}")
-    figures = [Figure(**json.loads(reply.splitlines()[-1])) for reply in replies]
-    return Figure(max(figure.memory for figure in figures), max(figure.seconds for figure in figures))
+    figures = [LossMemory(**json.loads(reply.splitlines()[-1])) for reply in replies]
+    return LossMemory(max(figure.memory for figure in figures), max(figure.seconds for figure in figures))
 
 
-def row(case: Case, plain: Figure | None, figures: Sequence[Figure | None]) -> str:
+def row(case: LossCase, plain: LossMemory | None, figures: Sequence[LossMemory | None]) -> str:
     """One line of the table."""
     cells = [f"{case.vocab:,}", f"{case.tokens:,}", case.dtype, f"{case.chunk:,}"]
     if plain:
         cells.append(f"{plain.memory / MIB:,.0f}")
     else:
-        cells.append(f"does not fit (about {Case(**asdict(case) | {'chunk': 0}).bytes_needed() / 2**30:.0f} GiB)")
+        cells.append(f"does not fit (about {LossCase(**asdict(case) | {'chunk': 0}).bytes_needed() / 2**30:.0f} GiB)")
     for figure in figures:
         if figure is None:
             cells += ["not measured", "", ""]
@@ -165,20 +165,20 @@ def row(case: Case, plain: Figure | None, figures: Sequence[Figure | None]) -> s
     return "| " + " | ".join(cells) + " |"
 
 
-def table(cases: Sequence[Case], limit: int, max_ranks: int) -> None:
+def table(cases: Sequence[LossCase], limit: int, max_ranks: int) -> None:
     """Measure and print, row by row."""
     names = ["vocabulary", "tokens", "dtype", "chunk", "plain MiB"]
     for ranks in ("TP1", "TP2"):
         names += [f"{ranks} MiB", f"{ranks} less memory", f"{ranks} time / plain"]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names), flush=True)
-    plains: dict[Case, Figure] = {}
+    plains: dict[LossCase, LossMemory] = {}
     for case in cases:
-        whole = Case(**asdict(case) | {"chunk": 0})
+        whole = LossCase(**asdict(case) | {"chunk": 0})
         if whole not in plains and whole.bytes_needed() <= limit:
             plains[whole] = run(whole)
-        figures: list[Figure | None] = []
+        figures: list[LossMemory | None] = []
         for ranks in (1, 2):
-            split = Case(**asdict(case) | {"ranks": ranks})
+            split = LossCase(**asdict(case) | {"ranks": ranks})
             figures.append(run(split) if ranks <= max_ranks and split.bytes_needed() <= limit else None)
         print(row(case, plains.get(whole), figures), flush=True)
 
@@ -196,13 +196,13 @@ def main() -> None:
         parser.add_argument(internal, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        figure = measure(Case(**json.loads(arguments.case)), int(arguments.rank), arguments.meeting)
+        figure = measure(LossCase(**json.loads(arguments.case)), int(arguments.rank), arguments.meeting)
         print(json.dumps(asdict(figure)))
         return
     import torch
 
     cases = [
-        Case(tokens, vocab, arguments.hidden, dtype, chunk)
+        LossCase(tokens, vocab, arguments.hidden, dtype, chunk)
         for vocab, tokens, dtype, chunk in itertools.product(
             arguments.vocab, arguments.tokens, arguments.dtypes, arguments.chunks
         )

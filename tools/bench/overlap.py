@@ -91,7 +91,7 @@ class Stream:
         return {}
 
 
-class Engine:
+class WaitingEngine:
     """Takes its share of ``generate`` for every part."""
 
     def __init__(self, times: Times) -> None:
@@ -108,7 +108,7 @@ class Engine:
         self.version = version
 
 
-class Policy:
+class WaitingPolicy:
     """Takes ``update`` for every batch."""
 
     def __init__(self, times: Times) -> None:
@@ -126,7 +126,7 @@ class Policy:
         return ()
 
 
-class Teacher:
+class WaitingTeacher:
     """Always there, never asked."""
 
     name, all_down = "none", False
@@ -136,7 +136,7 @@ class Teacher:
         raise AssertionError("the judge below asks nobody")
 
 
-class Judge:
+class WaitingJudge:
     """Takes its share of ``judge`` for every group, so many groups at once."""
 
     def __init__(self, times: Times, slots: int) -> None:
@@ -177,8 +177,8 @@ def working(url: str, times: Times, slots: int) -> Iterator[None]:
     async def work() -> None:
         worker = Worker(
             buffer,
-            Teacher(),
-            lambda: GroupProcessor(Judge(times, slots), None),
+            WaitingTeacher(),
+            lambda: GroupProcessor(WaitingJudge(times, slots), None),
             WorkersConfig(groups=slots),
             "worker",
             WorkerMetrics(),
@@ -206,7 +206,7 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
     )
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'buffer.sqlite'}"
-        buffer, engine, policy, record = open_url(url, "bench"), Engine(times), Policy(times), Record()
+        buffer, engine, policy, record = open_url(url, "bench"), WaitingEngine(times), WaitingPolicy(times), Record()
         judging = BufferedJudging(
             buffer,
             Ranks(),

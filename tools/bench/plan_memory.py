@@ -51,7 +51,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
 
 
 @dataclass(frozen=True)
-class Case:
+class LayoutCase:
     """One layout of one model."""
 
     ranks: int = 1
@@ -95,24 +95,24 @@ class Case:
 
 
 CASES = {
-    "one": Case(),
-    "tp2": Case(ranks=2, parallel={"tensor": 2}),
-    "tp2-sp": Case(ranks=2, parallel={"tensor": 2, "sequence": True}),
-    "pp2": Case(ranks=2, parallel={"pipeline": 2}, batch=8),
-    "pp2-tied-long": Case(
+    "one": LayoutCase(),
+    "tp2": LayoutCase(ranks=2, parallel={"tensor": 2}),
+    "tp2-sp": LayoutCase(ranks=2, parallel={"tensor": 2, "sequence": True}),
+    "pp2": LayoutCase(ranks=2, parallel={"pipeline": 2}, batch=8),
+    "pp2-tied-long": LayoutCase(
         ranks=2, parallel={"pipeline": 2}, tied=True, batch=8, objective="ntp", prefix=960, micro_batch=1
     ),
-    "pp2-virtual2": Case(ranks=2, parallel={"pipeline": 2, "virtual_stages": 2}, batch=8),
-    "dp2": Case(ranks=2),
-    "dp2-ntp-bf16": Case(ranks=2, objective="ntp", dtype="bf16", micro_batch=4, batch=8),
-    "one-recompute": Case(recompute="full", tied=True, objective="ntp", micro_batch=4),
-    "one-long": Case(objective="ntp", prefix=960, micro_batch=2, tied=True),
-    "dp2-checkpoint": Case(ranks=2, checkpoint=True),
+    "pp2-virtual2": LayoutCase(ranks=2, parallel={"pipeline": 2, "virtual_stages": 2}, batch=8),
+    "dp2": LayoutCase(ranks=2),
+    "dp2-ntp-bf16": LayoutCase(ranks=2, objective="ntp", dtype="bf16", micro_batch=4, batch=8),
+    "one-recompute": LayoutCase(recompute="full", tied=True, objective="ntp", micro_batch=4),
+    "one-long": LayoutCase(objective="ntp", prefix=960, micro_batch=2, tied=True),
+    "dp2-checkpoint": LayoutCase(ranks=2, checkpoint=True),
 }
 
 
 @dataclass(frozen=True)
-class Figure:
+class LayoutMemory:
     """Bytes of one rank."""
 
     base: int
@@ -120,7 +120,7 @@ class Figure:
     """Highest resident set, base included."""
 
 
-def predict(case: Case, folder: Path, rank: int) -> tuple[str, Memory]:
+def predict(case: LayoutCase, folder: Path, rank: int) -> tuple[str, Memory]:
     """Name and parts of the rank's worst moment."""
     config = case.config(folder)
     layout = layout_of(config.parallel, case.ranks)
@@ -149,7 +149,7 @@ def save_model(folder: Path, sizes: dict[str, Any]) -> Path:
     return folder
 
 
-def measure(case: Case, folder: Path, heap: str) -> Figure:
+def measure(case: LayoutCase, folder: Path, heap: str) -> LayoutMemory:
     """Take the figure of this rank, in this process, which has done nothing else."""
     import torch
 
@@ -199,12 +199,12 @@ def measure(case: Case, folder: Path, heap: str) -> Figure:
     Path("/proc/self/clear_refs").write_text("5")
     base = _status("VmRSS")
     policy = train(folder / "model", 2)
-    figure = Figure(base, _status("VmHWM"))
+    figure = LayoutMemory(base, _status("VmHWM"))
     del policy
     return figure
 
 
-def run(case: Case, heap: str) -> list[tuple[Figure, str, Memory]]:
+def run(case: LayoutCase, heap: str) -> list[tuple[LayoutMemory, str, Memory]]:
     """Measured, and the predicted worst moment with its parts, of every rank."""
     with tempfile.TemporaryDirectory() as name, socket.socket() as free:
         folder = Path(name)
@@ -229,7 +229,7 @@ def run(case: Case, heap: str) -> list[tuple[Figure, str, Memory]]:
         for process in ranks:
             if process.returncode:
                 raise SystemExit(f"{case} ended with exit code {process.returncode}")
-        figures = [Figure(**json.loads(reply.splitlines()[-1])) for reply in replies]
+        figures = [LayoutMemory(**json.loads(reply.splitlines()[-1])) for reply in replies]
         return [(figure, *predict(case, folder / "model", rank)) for rank, figure in enumerate(figures)]
 
 
@@ -252,7 +252,7 @@ def main() -> None:
         parser.add_argument(internal, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        figure = measure(Case(**json.loads(arguments.case)), Path(arguments.folder), arguments.heap[0])
+        figure = measure(LayoutCase(**json.loads(arguments.case)), Path(arguments.folder), arguments.heap[0])
         print(json.dumps(asdict(figure)), flush=True)
         os._exit(0)  # gloo's threads may keep the interpreter from ending
     names = ["weights", "gradients", "optimizer", "reference", "activations", "logits", "exchange", "checkpoint"]

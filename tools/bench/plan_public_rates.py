@@ -27,7 +27,7 @@ GPT_OSS_120B = Transformer(36, 2880, 2880, 64, 8, 64, 201088, experts=Experts(12
 
 
 @dataclass(frozen=True)
-class Row:
+class RateRow:
     """One published measurement."""
 
     name: str
@@ -57,15 +57,15 @@ class Row:
 TP4_PP8 = {"tensor": 4, "pipeline": 8, "virtual_stages": 5}
 PP2_EP8 = {"pipeline": 2, "virtual_stages": 24, "expert": 8}
 ROWS = (
-    Row("Llama-3 8B", LLAMA_8B, "h100", 8, True, 128, 8192, 1, {}, 14451),
-    Row("Llama-3 8B", LLAMA_8B, "b200", 8, True, 128, 8192, 2, {}, 30624),
-    Row("Llama-3 8B", LLAMA_8B, "gb200", 8, True, 128, 8192, 2, {}, 31508),
-    Row("Llama-3 70B", LLAMA_70B, "h100", 64, True, 128, 8192, 1, TP4_PP8, 1602),
-    Row("Qwen3-30B-A3B", QWEN_30B, "h100", 16, True, 512, 4096, 2, PP2_EP8, 5275),
-    Row("Qwen3-30B-A3B", QWEN_30B, "b200", 8, True, 512, 4096, 1, {"expert": 8}, 9299),
-    Row("Qwen3-30B-A3B", QWEN_30B, "gb200", 8, True, 512, 4096, 4, {"expert": 8}, 23766),
-    Row("GPT-OSS-120B", GPT_OSS_120B, "h100", 64, False, 512, 4096, 4, {"pipeline": 4, "expert": 8}, 5630),
-    Row("GPT-OSS-120B", GPT_OSS_120B, "b200", 64, False, 512, 4096, 4, {"expert": 8}, 8213),
+    RateRow("Llama-3 8B", LLAMA_8B, "h100", 8, True, 128, 8192, 1, {}, 14451),
+    RateRow("Llama-3 8B", LLAMA_8B, "b200", 8, True, 128, 8192, 2, {}, 30624),
+    RateRow("Llama-3 8B", LLAMA_8B, "gb200", 8, True, 128, 8192, 2, {}, 31508),
+    RateRow("Llama-3 70B", LLAMA_70B, "h100", 64, True, 128, 8192, 1, TP4_PP8, 1602),
+    RateRow("Qwen3-30B-A3B", QWEN_30B, "h100", 16, True, 512, 4096, 2, PP2_EP8, 5275),
+    RateRow("Qwen3-30B-A3B", QWEN_30B, "b200", 8, True, 512, 4096, 1, {"expert": 8}, 9299),
+    RateRow("Qwen3-30B-A3B", QWEN_30B, "gb200", 8, True, 512, 4096, 4, {"expert": 8}, 23766),
+    RateRow("GPT-OSS-120B", GPT_OSS_120B, "h100", 64, False, 512, 4096, 4, {"pipeline": 4, "expert": 8}, 5630),
+    RateRow("GPT-OSS-120B", GPT_OSS_120B, "b200", 64, False, 512, 4096, 4, {"expert": 8}, 8213),
 )
 
 

@@ -64,7 +64,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Row:
+class StepRow:
     """A run, and what was simulated of it."""
 
     judge: float
@@ -96,7 +96,7 @@ class Row:
         return "| " + " | ".join(cells) + " |"
 
 
-class Teacher:
+class PacedTeacher:
     """Always there, never asked."""
 
     name, all_down = "none", False
@@ -106,7 +106,7 @@ class Teacher:
         raise AssertionError("the judge below asks nobody")
 
 
-class Judge:
+class PacedJudge:
     """Waits; later candidates are better."""
 
     def __init__(self, seconds: float) -> None:
@@ -147,8 +147,10 @@ def working(url: str, name: str, seconds: float) -> Iterator[None]:
 
     async def work() -> None:
         settings = WorkersConfig(groups=SLOTS)
-        judge = Judge(seconds)
-        worker = Worker(buffer, Teacher(), lambda: GroupProcessor(judge, None), settings, "worker", WorkerMetrics())
+        judge = PacedJudge(seconds)
+        worker = Worker(
+            buffer, PacedTeacher(), lambda: GroupProcessor(judge, None), settings, "worker", WorkerMetrics()
+        )
         started.append((asyncio.get_running_loop(), worker))
         await worker.run()
 
@@ -240,7 +242,7 @@ def main() -> None:
                 simulated, alone = (
                     predict(given[beside], judge, staleness, arguments.steps) for beside in (staleness > 0, False)
                 )
-                row = Row(judge, staleness, found, simulated, alone, predicted=found is not given[staleness > 0])
+                row = StepRow(judge, staleness, found, simulated, alone, predicted=found is not given[staleness > 0])
                 print(row, flush=True)
                 rows.append(row)
     if errors := [abs(row.error) for row in rows if row.predicted]:

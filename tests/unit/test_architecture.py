@@ -82,7 +82,7 @@ def test_no_circle_among_files():
         for module, path in files.items()
     }
     # A package imports the modules that it hands on, and they may import its other modules.
-    graph = {module: found - {module} for module, found in graph.items() if not files[module].name == "__init__.py"}
+    graph = {module: found - {module} for module, found in graph.items() if files[module].name != "__init__.py"}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:

@@ -131,9 +131,9 @@ class EpisodeStream:
         """What this rank has read and served so far."""
         return self._documents.counters
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What this rank has read, lost, repeated and served so far, as metrics."""
-        return self._documents.figures()
+        return self._documents.metrics()
 
     def take(self, count: int) -> list[Episode]:
         """The next ``count`` episodes; ``take(2)`` after ``take(3)`` gives what ``take(5)`` would have given.

@@ -207,7 +207,7 @@ class DocumentStream:
                 f"({changes or 'file names or sizes differ'}); restore it or start a new run"
             )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What was read, lost, repeated and served so far, as metrics; sources by their number in the configuration."""
         counters, served = self.counters, self.counters.served
         metrics: dict[str, float] = {

@@ -173,9 +173,9 @@ class Pipeline:
                 self._proposed = min(self._restored) // self._batch
                 self._restored = {}
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What was read of the corpus so far; the same in every run once ``wait_for_generation`` has returned."""
-        return self.stream.figures()
+        return self.stream.metrics()
 
     def close(self) -> None:
         """Propose nothing more; what is being proposed ends with its part. The buffer is let go of."""

@@ -106,7 +106,7 @@ def train(run: Training) -> None:
         seconds, beside = run.timer.end_step(), run.timer.end_background()
         run.learning.observe(run.done - 1, groups, selection)
         metrics = step_metrics(groups, selection, figures, failure_rate, run.learning.empty_share, seconds, beside)
-        metrics |= run.pipeline.figures()
+        metrics |= run.pipeline.metrics()
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
         run.saver.poll()
         _require_learning(run)

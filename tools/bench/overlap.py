@@ -86,7 +86,7 @@ class Stream:
         first, self._next = self._next, self._next + count
         return [Episode(f"e{number}", (number,), (0,), "c", "d", 1) for number in range(first, self._next)]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """None to speak of."""
         return {}
 

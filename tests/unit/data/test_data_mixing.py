@@ -50,9 +50,9 @@ def test_sources_have_their_share_of_tokens_at_any_time_whatever_their_lengths(t
         counts.update(served(stream, 1))
         for number, weight in enumerate(weights):
             assert abs(counts[number] - weight * taken) <= 2
-    figures = stream.figures()
-    assert figures["data/episodes/0"] == counts[0]
-    assert figures["data/share/1"] == pytest.approx(weights[1], abs=2 / 600)
+    metrics = stream.metrics()
+    assert metrics["data/episodes/0"] == counts[0]
+    assert metrics["data/share/1"] == pytest.approx(weights[1], abs=2 / 600)
 
 
 @budget(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

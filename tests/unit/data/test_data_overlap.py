@@ -48,7 +48,7 @@ def test_documents_passed_over_are_counted_and_the_stream_goes_on_exactly(tmp_pa
     rest = reference.take(60)
     numbers = {int(episode.document.rpartition("#")[2]) for episode in (*first, *rest)}
     assert numbers == set(range(20)) - set(range(5, 12))
-    assert reference.figures()["data/held_out"] >= 7
+    assert reference.metrics()["data/held_out"] >= 7
     resumed = stream()
     resumed.load_state_dict(state)
     assert resumed.take(60) == rest

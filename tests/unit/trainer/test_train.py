@@ -43,7 +43,7 @@ class CountingStream:
     def load_state_dict(self, state: int) -> None:
         self.taken = state
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"data/read": self.taken}
 
 

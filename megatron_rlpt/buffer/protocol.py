@@ -9,9 +9,9 @@ Every group has a sequence number: the place of its episode in the run, from 0. 
 order. All operations may be repeated when it is not known whether they arrived: a second put, completion or
 acknowledgement of the same group changes nothing.
 
-One trainer owns a buffer at a time, and while it renews its hold no other can attach. ``attach`` gives it an epoch;
-operations of an earlier epoch are refused, so that a trainer that was thought dead cannot take what its successor
-needs, and those of a later one too (``BufferForgotError``): the store is older than it was.
+One trainer owns a buffer at a time; while it renews its hold, no other can attach. ``attach`` returns a fencing token.
+Operations with an older token are refused, so that a trainer that was presumed dead cannot take what its successor
+needs. Operations with a newer token are refused as well (``BufferForgotError``): the store lost its latest state.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class RolloutBuffer(Protocol):
         seconds: float = 0.0,
         over: str = "",
     ) -> int:
-        """Become the buffer's only trainer, about to take ``cursor``; the epoch to hand to the operations below.
+        """Become the buffer's only trainer and return the fencing token for the operations below.
 
         What was taken from ``cursor`` on and not acknowledged can be taken again. Judged groups stay judged. Numbers
         below ``cursor`` are let go of, as with ``acknowledge``; if more was acknowledged already (a checkpoint before
@@ -148,7 +148,7 @@ class RolloutBuffer(Protocol):
         """
         ...
 
-    def hold(self, epoch: int, holder: str, seconds: float) -> None:
+    def hold(self, fencing_token: int, holder: str, seconds: float) -> None:
         """Renew a hold to ``seconds`` from now; with an empty ``holder``, let go.
 
         Raises:
@@ -156,7 +156,7 @@ class RolloutBuffer(Protocol):
         """
         ...
 
-    def put(self, epoch: int, items: Sequence[tuple[int, Group]]) -> int:
+    def put(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> int:
         """Add groups by sequence number; how many were accepted, from the front.
 
         Fewer are accepted when the buffer is full: no number may be ``capacity`` or more above the next to be taken.
@@ -168,7 +168,7 @@ class RolloutBuffer(Protocol):
         """
         ...
 
-    def take(self, epoch: int, first: int, count: int) -> list[Group | Failed] | Pending:
+    def take(self, fencing_token: int, first: int, count: int) -> list[Group | Failed] | Pending:
         """Groups ``first`` to ``first + count - 1`` with their rewards, once all of them are finished or dead.
 
         Every candidate of a dead group is ``Failed`` with the reason; in place of a group that cannot be read stands
@@ -181,7 +181,7 @@ class RolloutBuffer(Protocol):
         """
         ...
 
-    def retry(self, epoch: int, items: Sequence[tuple[int, Group]]) -> None:
+    def retry(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> None:
         """Have finished or dead groups judged once more, without what their judges were answered before.
 
         They are put anew as they are given, have all their attempts again and, with all numbers above the lowest of
@@ -192,7 +192,7 @@ class RolloutBuffer(Protocol):
         """
         ...
 
-    def acknowledge(self, epoch: int, end: int) -> None:
+    def acknowledge(self, fencing_token: int, end: int) -> None:
         """Let go of all numbers below ``end``: a published checkpoint contains what was learnt from them.
 
         Raises:

@@ -5,6 +5,7 @@
 -- Times are in milliseconds since the Unix epoch, by the server's clock.
 --
 --   <base>                   hash: format run epoch next acknowledged capacity max_attempts draining ticket
+--                                  (epoch is the fencing token of the trainer that attached last)
 --   <base>:group:<n>         hash: episode put ticket state attempts worker lease reason completion payload result again
 --   <base>:groups            sorted set: number of every group, by number
 --   <base>:<state>           sorted set: numbers of the queued, finished or dead by number, of the leased by expiry
@@ -33,10 +34,10 @@ local function refuse(...)
   error({ refusal = { ... } })
 end
 
-local function fence(epoch)
+local function fence(fencing_token)
   local current = field('epoch')
-  if current ~= tonumber(epoch) then
-    refuse('epoch', current)
+  if current ~= tonumber(fencing_token) then
+    refuse('fencing_token', current)
   end
 end
 
@@ -133,8 +134,8 @@ local function hold(holder, duration)
   end
 end
 
-function operations.hold(epoch, holder, duration)
-  fence(epoch)
+function operations.hold(fencing_token, holder, duration)
+  fence(fencing_token)
   hold(holder, duration)
 end
 
@@ -154,16 +155,16 @@ function operations.attach(run, cursor, capacity, max_attempts, replace, holder,
     redis.call('DEL', key('letters'))
   end
   drop('(' .. cursor)
-  local epoch = digits(math.max(field('epoch') + 1, now))
-  redis.call('HSET', base, 'run', run, 'epoch', epoch, 'next', cursor, 'acknowledged', cursor,
+  local fencing_token = digits(math.max(field('epoch') + 1, now))
+  redis.call('HSET', base, 'run', run, 'epoch', fencing_token, 'next', cursor, 'acknowledged', cursor,
     'capacity', capacity, 'max_attempts', max_attempts)
   hold(holder, duration)
-  return epoch
+  return fencing_token
 end
 
--- Arguments after the epoch: number, episode and payload of every group.
-function operations.put(epoch)
-  fence(epoch)
+-- Arguments after the fencing token: number, episode and payload of every group.
+function operations.put(fencing_token)
+  fence(fencing_token)
   local acknowledged, full = field('acknowledged'), field('next') + field('capacity')
   local added, accepted = {}, 0
   for at = 3, #ARGV, 3 do
@@ -190,8 +191,8 @@ function operations.put(epoch)
   return accepted
 end
 
-function operations.take(epoch, first, count)
-  fence(epoch)
+function operations.take(fencing_token, first, count)
+  fence(fencing_token)
   local acknowledged, finish = field('acknowledged'), first + count
   if tonumber(first) < acknowledged then
     refuse('acknowledged', first, acknowledged)
@@ -221,9 +222,9 @@ function operations.take(epoch, first, count)
   return { 'ready', entries }
 end
 
--- Arguments after the epoch: number, episode and payload of every group.
-function operations.retry(epoch)
-  fence(epoch)
+-- Arguments after the fencing token: number, episode and payload of every group.
+function operations.retry(fencing_token)
+  fence(fencing_token)
   local following = field('next')
   for at = 3, #ARGV, 3 do
     local n = ARGV[at]
@@ -239,8 +240,8 @@ function operations.retry(epoch)
 end
 
 -- What is deleted comes first: a server that is out of memory still lets go of groups.
-function operations.acknowledge(epoch, finish)
-  fence(epoch)
+function operations.acknowledge(fencing_token, finish)
+  fence(fencing_token)
   drop('(' .. finish)
   for _, name in ipairs({ 'acknowledged', 'next' }) do
     redis.call('HSET', base, name, digits(math.max(field(name), finish)))

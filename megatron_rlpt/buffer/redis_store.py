@@ -97,30 +97,30 @@ class RedisBuffer:
             raise rules.other_run(answer[1].decode(), run, answer[2])
         return int(answer[1])
 
-    def hold(self, epoch: int, holder: str, seconds: float) -> None:
+    def hold(self, fencing_token: int, holder: str, seconds: float) -> None:
         """See ``RolloutBuffer.hold``."""
-        _checked(self._connection.call("hold", epoch, holder, _milliseconds(seconds)), epoch)
+        _checked(self._connection.call("hold", fencing_token, holder, _milliseconds(seconds)), fencing_token)
 
-    def put(self, epoch: int, items: Sequence[tuple[int, Group]]) -> int:
+    def put(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> int:
         """See ``RolloutBuffer.put``."""
         rules.check_put(items)
         total = 0
         for chunk in _chunks(items):
-            answer = self._connection.call("put", epoch, *(part for item in chunk for part in item))
+            answer = self._connection.call("put", fencing_token, *(part for item in chunk for part in item))
             if answer[0] == b"episode":
                 raise rules.other_episode(int(answer[1]), answer[2].decode(), answer[3].decode())
-            accepted = _checked(answer, epoch)
+            accepted = _checked(answer, fencing_token)
             total += accepted
             if accepted < len(chunk):
                 break
         return total
 
-    def take(self, epoch: int, first: int, count: int) -> list[Group | Failed] | Pending:
+    def take(self, fencing_token: int, first: int, count: int) -> list[Group | Failed] | Pending:
         """See ``RolloutBuffer.take``."""
-        answer = self._connection.call("take", epoch, first, count)
+        answer = self._connection.call("take", fencing_token, first, count)
         if answer[0] == b"acknowledged":
             raise rules.acknowledged_already(first, answer[2])
-        found = _checked(answer, epoch)
+        found = _checked(answer, fencing_token)
         if found[0] == b"pending":
             return Pending(found[1], found[2], tuple(int(number) for number in found[3]))
         return [
@@ -128,14 +128,16 @@ class RedisBuffer:
             for n, state, attempts, _, reason, data in found[1]
         ]
 
-    def retry(self, epoch: int, items: Sequence[tuple[int, Group]]) -> None:
+    def retry(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> None:
         """See ``RolloutBuffer.retry``."""
         for chunk in _chunks(items):
-            _checked(self._connection.call("retry", epoch, *(part for item in chunk for part in item)), epoch)
+            _checked(
+                self._connection.call("retry", fencing_token, *(part for item in chunk for part in item)), fencing_token
+            )
 
-    def acknowledge(self, epoch: int, end: int) -> None:
+    def acknowledge(self, fencing_token: int, end: int) -> None:
         """See ``RolloutBuffer.acknowledge``."""
-        _checked(self._connection.call("acknowledge", epoch, end), epoch)
+        _checked(self._connection.call("acknowledge", fencing_token, end), fencing_token)
 
     # What workers do.
 
@@ -249,10 +251,10 @@ class RedisBuffer:
         return answer[1] if len(answer) > 1 else None
 
 
-def _checked(answer: list[Any], epoch: int) -> Any:
+def _checked(answer: list[Any], fencing_token: int) -> Any:
     """The result of an operation that is refused to all but the buffer's trainer."""
-    if answer[0] == b"epoch":
-        raise rules.wrong_epoch(epoch, answer[1])
+    if answer[0] == b"fencing_token":
+        raise rules.wrong_fencing_token(fencing_token, answer[1])
     return answer[1] if len(answer) > 1 else None
 
 

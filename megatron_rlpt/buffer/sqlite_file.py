@@ -29,7 +29,7 @@ _TABLES = """
 CREATE TABLE buffers (
     name TEXT PRIMARY KEY,
     run TEXT NOT NULL DEFAULT '',
-    epoch INTEGER NOT NULL DEFAULT 0,
+    epoch INTEGER NOT NULL DEFAULT 0, -- fencing token of the trainer that attached last
     next INTEGER NOT NULL DEFAULT 0,
     acknowledged INTEGER NOT NULL DEFAULT 0,
     capacity INTEGER NOT NULL DEFAULT 0,

@@ -74,32 +74,32 @@ class SqliteBuffer:
                 self._execute(db, "DELETE FROM letters WHERE buffer = :name")
             self._drop(db, below=cursor)
             # Never one that was there before, also if a power failure undid the last attach.
-            epoch = max(meta["epoch"] + 1, int(time.time() * 1000))
+            fencing_token = max(meta["epoch"] + 1, int(time.time() * 1000))
             self._execute(
                 db,
-                "UPDATE buffers SET run = :run, epoch = :epoch, next = :cursor, acknowledged = :cursor,"
+                "UPDATE buffers SET run = :run, epoch = :fencing_token, next = :cursor, acknowledged = :cursor,"
                 " capacity = :capacity, max_attempts = :max_attempts WHERE name = :name",
                 run=run,
-                epoch=epoch,
+                fencing_token=fencing_token,
                 cursor=cursor,
                 capacity=capacity,
                 max_attempts=max_attempts,
             )
             self._hold(db, holder, seconds)
-        return epoch
+        return fencing_token
 
-    def hold(self, epoch: int, holder: str, seconds: float) -> None:
+    def hold(self, fencing_token: int, holder: str, seconds: float) -> None:
         """See ``RolloutBuffer.hold``."""
         with self._file.writing() as db:
-            self._meta(db, epoch)
+            self._meta(db, fencing_token)
             self._hold(db, holder, seconds)
 
-    def put(self, epoch: int, items: Sequence[tuple[int, Group]]) -> int:
+    def put(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> int:
         """See ``RolloutBuffer.put``."""
         rules.check_put(items)
         encoded = [(sequence, group.episode.id, encode_group(group)) for sequence, group in items]
         with self._file.writing() as db:
-            meta = self._meta(db, epoch)
+            meta = self._meta(db, fencing_token)
             for accepted, (sequence, episode, data) in enumerate(encoded):
                 if sequence >= meta["next"] + meta["capacity"]:
                     return accepted
@@ -112,10 +112,10 @@ class SqliteBuffer:
                     raise rules.other_episode(sequence, row["episode"], episode)
         return len(encoded)
 
-    def take(self, epoch: int, first: int, count: int) -> list[Group | Failed] | Pending:
+    def take(self, fencing_token: int, first: int, count: int) -> list[Group | Failed] | Pending:
         """See ``RolloutBuffer.take``."""
         with self._file.writing() as db:
-            meta = self._meta(db, epoch)
+            meta = self._meta(db, fencing_token)
             if first < meta["acknowledged"]:
                 raise rules.acknowledged_already(first, meta["acknowledged"])
             self._expire(db)
@@ -134,11 +134,11 @@ class SqliteBuffer:
             for sequence, state, attempts, _, reason, payload, result in rows
         ]
 
-    def retry(self, epoch: int, items: Sequence[tuple[int, Group]]) -> None:
+    def retry(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> None:
         """See ``RolloutBuffer.retry``."""
         encoded = [(sequence, group.episode.id, encode_group(group)) for sequence, group in items]
         with self._file.writing() as db:
-            self._meta(db, epoch)
+            self._meta(db, fencing_token)
             lowest = None
             for sequence, episode, data in encoded:
                 row = self._row(db, sequence)
@@ -154,10 +154,10 @@ class SqliteBuffer:
             if lowest is not None:
                 self._execute(db, "UPDATE buffers SET next = min(next, :n) WHERE name = :name", n=lowest)
 
-    def acknowledge(self, epoch: int, end: int) -> None:
+    def acknowledge(self, fencing_token: int, end: int) -> None:
         """See ``RolloutBuffer.acknowledge``."""
         with self._file.writing() as db:
-            self._meta(db, epoch)
+            self._meta(db, fencing_token)
             self._drop(db, below=end)
             self._execute(
                 db,
@@ -361,8 +361,8 @@ class SqliteBuffer:
     def _execute(self, db: sqlite3.Connection, sql: str, **values: object) -> sqlite3.Cursor:
         return db.execute(sql, {"name": self._name, **values})
 
-    def _meta(self, db: sqlite3.Connection, epoch: int | None = None) -> dict[str, Any]:
-        """The buffer's own row; with an epoch, only for the trainer who has it."""
+    def _meta(self, db: sqlite3.Connection, fencing_token: int | None = None) -> dict[str, Any]:
+        """The buffer's own row; with a fencing token, only for the trainer who has it."""
         cursor = self._execute(db, "SELECT * FROM buffers WHERE name = :name")
         row = cursor.fetchone()
         if row is None:
@@ -370,8 +370,8 @@ class SqliteBuffer:
             self._execute(db, "INSERT INTO buffers (name) VALUES (:name)")
             row = self._execute(db, "SELECT * FROM buffers WHERE name = :name").fetchone()
         meta = dict(zip((column[0] for column in cursor.description), row, strict=True))
-        if epoch is not None and meta["epoch"] != epoch:
-            raise rules.wrong_epoch(epoch, meta["epoch"])
+        if fencing_token is not None and meta["epoch"] != fencing_token:
+            raise rules.wrong_fencing_token(fencing_token, meta["epoch"])
         return meta
 
     def _require_unheld(self, db: sqlite3.Connection, holder: str, over: str) -> None:
@@ -401,7 +401,7 @@ class SqliteBuffer:
         self._execute(db, "INSERT INTO payloads VALUES (:name, :n, :data)", n=sequence, data=data)
 
     def _ticket(self, db: sqlite3.Connection) -> int:
-        # Like an epoch, never one that was there before.
+        # Like a fencing token, never one that was there before.
         sql = "UPDATE buffers SET ticket = max(ticket + 1, :now) WHERE name = :name RETURNING ticket"
         return self._execute(db, sql, now=int(time.time() * 1e6)).fetchone()[0]
 

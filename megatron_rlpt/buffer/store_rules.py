@@ -83,15 +83,16 @@ def shown_state(state: str, sequence: int, following: int) -> str:
     return "taken" if state in ("finished", "dead") and sequence < following else state
 
 
-def wrong_epoch(given: int, current: int) -> BufferConflictError:
-    """The error of a trainer that owns the buffer no more."""
+def wrong_fencing_token(given: int, current: int) -> BufferConflictError:
+    """Return the error for a trainer that no longer owns the buffer."""
     if current > given:
         return BufferConflictError(
-            f"another trainer has attached to the rollout buffer (epoch {current}, this one has {given}); let one go on"
+            f"another trainer has attached to the rollout buffer (its fencing token is {current}, this trainer's is "
+            f"{given}); stop one of them"
         )
     return BufferForgotError(
-        f"the rollout buffer does not know this trainer any more (epoch {current or 'none'}, this one has {given}): it "
-        "was emptied or lost its newest state"
+        f"the rollout buffer no longer knows this trainer (its fencing token is {current or 'none'}, this trainer's is "
+        f"{given}): it was emptied or lost its latest state"
     )
 
 

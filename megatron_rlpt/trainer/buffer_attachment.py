@@ -64,7 +64,7 @@ class Attachment:
             capacity: most groups on their way.
             max_attempts: claims after which a group is given up.
             settings: what workers compare with their own settings.
-            put_back: put everything that is on its way under this epoch; how many groups that is.
+            put_back: put everything that is on its way under this fencing token; how many groups that is.
             cursor: number of the group that is taken next.
             holder: this process.
             clock: seconds, for time-outs.
@@ -76,7 +76,7 @@ class Attachment:
         self._put_back, self._cursor = put_back, cursor
         self._holder = str(holder)
         self._clock, self._sleep = clock, sleep
-        self._epoch = 0
+        self._fencing_token = 0
         self._mutex = threading.RLock()
         self._closed = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -104,22 +104,22 @@ class Attachment:
         self._keeper.start()
 
     def call(self, operation: Callable[[int], _Result]) -> _Result:
-        """``operation`` of this epoch; after a store came back without it, once more.
+        """``operation`` with the current fencing token; after a store came back without it, once more.
 
         Raises:
             BufferConflictError: another trainer has attached.
             BufferUnavailableError: the store cannot be reached.
         """
         while True:
-            epoch = self._epoch
+            fencing_token = self._fencing_token
             try:
-                return operation(epoch)
+                return operation(fencing_token)
             except BufferForgotError:
-                self._recover(epoch)
+                self._recover(fencing_token)
 
     def restore(self) -> None:
         """Put back what the store has lost, although it still knows this trainer."""
-        self._recover(self._epoch)
+        self._recover(self._fencing_token)
 
     def close(self) -> None:
         """Let go of the buffer, so that the next trainer need not wait."""
@@ -128,14 +128,14 @@ class Attachment:
             # A renewal under way would be cut off, and be an error of its own; one that waits for a lost store is.
             self._keeper.join(_LEAVE)
         with self._mutex, contextlib.suppress(RlptError):
-            if self._epoch:
+            if self._fencing_token:
                 # In this order: whoever has attached since has announced itself.
-                self._buffer.hold(self._epoch, "", 0.0)
+                self._buffer.hold(self._fencing_token, "", 0.0)
                 self._buffer.withdraw(SETTINGS, TRAINER)
 
-    def _recover(self, epoch: int) -> None:
+    def _recover(self, fencing_token: int) -> None:
         with self._mutex:
-            if self._epoch != epoch:
+            if self._fencing_token != fencing_token:
                 return  # another thread was faster
             self._attach(replace=True)
             self._announce()
@@ -151,10 +151,10 @@ class Attachment:
             )
 
     def _again(self, put: Callable[[int], _Result]) -> _Result:
-        """``put`` of this epoch, also if the store forgets it meanwhile."""
+        """``put`` with the current fencing token, also if the store forgets it meanwhile."""
         while True:
             try:
-                return put(self._epoch)
+                return put(self._fencing_token)
             except BufferForgotError:
                 self._attach(replace=True)
 
@@ -162,7 +162,7 @@ class Attachment:
         over, seen, since = "", None, self._clock()
         while True:
             try:
-                self._epoch = self._buffer.attach(
+                self._fencing_token = self._buffer.attach(
                     run or self._run,
                     self._cursor(),
                     capacity=self._capacity,
@@ -201,7 +201,7 @@ class Attachment:
         while not self._closed.wait(RENEW):
             # Whoever takes or puts next finds out, and says it better.
             try:
-                self.call(lambda epoch: self._buffer.hold(epoch, self._holder, HOLD))
+                self.call(lambda token: self._buffer.hold(token, self._holder, HOLD))
                 self._announce()
             except RlptError:
                 pass

@@ -189,15 +189,15 @@ class BufferedJudging:
         buffer = self._buffer
         assert buffer is not None
         try:
-            self._store.call(lambda epoch: buffer.acknowledge(epoch, end))
+            self._store.call(lambda token: buffer.acknowledge(token, end))
         except BufferUnavailableError as error:
             _log.warning("the rollout buffer was not told of a checkpoint", reason=error)
 
-    def _put_back(self, epoch: int) -> int:
+    def _put_back(self, fencing_token: int) -> int:
         """Put everything that is on its way; how many groups that is."""
         assert self._buffer is not None
         items = sorted(dict(self._submitted).items())
-        self._buffer.put(epoch, items)
+        self._buffer.put(fencing_token, items)
         return len(items)
 
     def _put(self, items: list[tuple[int, Group]]) -> None:
@@ -206,7 +206,7 @@ class BufferedJudging:
         start = self._clock()
         while True:
             # ``items`` is of this turn: it runs at once.
-            accepted = self._store.call(lambda epoch, items=items: buffer.put(epoch, items))  # type: ignore[misc]
+            accepted = self._store.call(lambda token, items=items: buffer.put(token, items))  # type: ignore[misc]
             # Only now: who collects must not be faster than what is still being put.
             self._submitted |= dict(items[:accepted])
             if not (items := items[accepted:]):
@@ -229,7 +229,7 @@ class BufferedJudging:
         while True:
             # What was judged before a stop may be there before it is proposed once more.
             proposed = self._submitted.keys() >= set(numbers)
-            taken = self._store.call(lambda epoch: buffer.take(epoch, first, count)) if proposed else _NOT_PROPOSED
+            taken = self._store.call(lambda token: buffer.take(token, first, count)) if proposed else _NOT_PROPOSED
             if isinstance(taken, Pending):
                 if taken.missing:
                     self._store.restore()
@@ -297,7 +297,7 @@ class BufferedJudging:
         # As they were submitted, whatever has become of them in the store.
         again = [first + index for index, group in enumerate(groups) if _failures(group)]
         items = [(number, self._submitted[number]) for number in again]
-        self._store.call(lambda epoch: buffer.retry(epoch, items))
+        self._store.call(lambda token: buffer.retry(token, items))
         self._waiting_since, self._reported = self._clock(), 0.0
 
     def _report(self, pending: Pending) -> None:

@@ -349,8 +349,8 @@ def test_the_first_cause_is_in_what_the_buffer_shows(rlpt, tmp_path):
     candidates = (Candidate(Source.ORIGINAL, (3,)), Candidate(Source.ROLLOUT, (4,)))
     group = Group(Episode("e", (1,), (2,), "c", "d", 0), candidates)
     with contextlib.closing(open_url(url, "run")) as buffer:
-        epoch = buffer.attach("settings", 0, capacity=1, max_attempts=1)
-        buffer.put(epoch, [(0, group)])
+        fencing_token = buffer.attach("settings", 0, capacity=1, max_attempts=1)
+        buffer.put(fencing_token, [(0, group)])
         (work,) = buffer.claim("worker", 1, 60.0, "token")
         buffer.complete(work, replace(work.group, rewards=(undecided,) * 2, rewrite_failure=refused))
     code, out, err = rlpt("buffer", "tail", "--url", url, "--name", "run")

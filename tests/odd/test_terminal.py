@@ -103,8 +103,8 @@ def test_the_log(tmp_path, capfd):
 def test_groups_in_the_buffer(rlpt, file, tmp_path):
     (tmp_path / "run").mkdir()
     buffer = open_buffer(load_config(file))
-    epoch = buffer.attach("run", 0, capacity=4, max_attempts=1)
-    buffer.put(epoch, [(0, replace(evil_group(), rewards=())), (1, replace(evil_group(), rewards=()))])
+    fencing_token = buffer.attach("run", 0, capacity=4, max_attempts=1)
+    buffer.put(fencing_token, [(0, replace(evil_group(), rewards=())), (1, replace(evil_group(), rewards=()))])
     buffer.announce("worker", "\x1b[31mworker[red]", '{"host": "\x1b[2J"}', 60.0)
     one, two = buffer.claim("\x1b[31mworker[red]", 2, 60.0, "lease")
     buffer.complete(one, evil_group())

@@ -37,7 +37,7 @@ def measure(buffer: RolloutBuffer, groups: list[Group], results: list[Group]) ->
     count, items = len(groups), list(enumerate(groups))
     works: list[ClaimedGroup] = []
     seconds: dict[str, float] = {}
-    epoch = buffer.attach("bench", 0, capacity=count, max_attempts=1)
+    fencing_token = buffer.attach("bench", 0, capacity=count, max_attempts=1)
 
     def timed(step: str, calls: Callable[[], None]) -> None:
         start = time.perf_counter()
@@ -46,7 +46,7 @@ def measure(buffer: RolloutBuffer, groups: list[Group], results: list[Group]) ->
 
     def put() -> None:
         for first in range(0, count, PUT):
-            buffer.put(epoch, items[first : first + PUT])
+            buffer.put(fencing_token, items[first : first + PUT])
 
     def claim() -> None:
         while claimed := buffer.claim("bench", CLAIM, 600.0, f"lease-{len(works)}"):
@@ -58,13 +58,13 @@ def measure(buffer: RolloutBuffer, groups: list[Group], results: list[Group]) ->
 
     def take() -> None:
         for first in range(0, count, PUT):
-            taken = buffer.take(epoch, first, min(PUT, count - first))
+            taken = buffer.take(fencing_token, first, min(PUT, count - first))
             assert not isinstance(taken, Pending)
             assert taken == results[first : first + PUT]
 
     for step, calls in (("put", put), ("claim", claim), ("complete", complete), ("take", take)):
         timed(step, calls)
-    buffer.acknowledge(epoch, count)
+    buffer.acknowledge(fencing_token, count)
     return {**seconds, "all": sum(seconds.values())}
 
 

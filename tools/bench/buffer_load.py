@@ -101,7 +101,7 @@ def train(buffer: RolloutBuffer, groups: int, batch: int, ahead: int, every: int
     """
     log, checkpoint = folder / "log", folder / "cursor"
     cursor, size = map(int, checkpoint.read_text().split()) if checkpoint.exists() else (0, 0)
-    epoch = buffer.attach("load", cursor, capacity=ahead, max_attempts=1_000_000)
+    fencing_token = buffer.attach("load", cursor, capacity=ahead, max_attempts=1_000_000)
     put = cursor
     with log.open("a", encoding="utf-8") as lines:
         lines.truncate(size)
@@ -109,19 +109,19 @@ def train(buffer: RolloutBuffer, groups: int, batch: int, ahead: int, every: int
             count = min(batch, groups - first)
             while True:
                 items = [(number, make_group(number)) for number in range(put, min(groups, first + ahead, put + batch))]
-                put += buffer.put(epoch, items)
-                taken = buffer.take(epoch, first, count)
+                put += buffer.put(fencing_token, items)
+                taken = buffer.take(fencing_token, first, count)
                 if not isinstance(taken, Pending):
                     break
                 # A store that lost its last second, or one attached to before what it has let go of.
-                buffer.put(epoch, [(number, make_group(number)) for number in taken.missing if number < put])
+                buffer.put(fencing_token, [(number, make_group(number)) for number in taken.missing if number < put])
                 if not items:
                     time.sleep(IDLE)
             lines.writelines(result_line(first + place, group) for place, group in enumerate(taken))
             if step % every == 0 or first + count == groups:
                 lines.flush()
                 publish(checkpoint, f"{first + count} {log.stat().st_size}")
-                buffer.acknowledge(epoch, first + count)
+                buffer.acknowledge(fencing_token, first + count)
 
 
 def publish(path: Path, text: str) -> None:

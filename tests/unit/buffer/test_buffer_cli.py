@@ -26,14 +26,14 @@ def options(store):
 @pytest.fixture
 def filled(buffer):
     """0 taken, 1 judged, 2 dead, 3 on loan, 4 queued."""
-    epoch = buffer.attach("run-1", 0, capacity=100, max_attempts=1)
-    buffer.put(epoch, items(*range(5)))
+    fencing_token = buffer.attach("run-1", 0, capacity=100, max_attempts=1)
+    buffer.put(fencing_token, items(*range(5)))
     first, second, third, _ = buffer.claim("judge-1", 4, LONG, "lease")
     buffer.complete(first, judged(first.group, 0.5))
     buffer.complete(second, judged(second.group, 0.25))
     buffer.remember(1, {"key": "good \ud800 bad"})
     buffer.give_back(third, "prompt too\nlong")
-    buffer.take(epoch, 0, 1)
+    buffer.take(fencing_token, 0, 1)
     return buffer
 
 
@@ -133,10 +133,10 @@ def test_export(rlpt, options, filled, tmp_path):
     assert record["episode"]["prefix"] == list(given.episode.prefix)
     assert record["candidates"][1]["logprobs"] == list(given.candidates[1].logprobs)
     assert record["candidates"][1]["source"] == "rollout"
-    assert record["outcomes"][0] == {
+    assert record["rewards"][0] == {
         "value": 0.25, "judge": "judge", "prompt_version": "v1", "detail": {"replies": ["good", "bad"]}
     }  # fmt: skip
-    assert record["outcomes"][1] == {"reason": "empty reply", "detail": {"tries": 3}}
+    assert record["rewards"][1] == {"reason": "empty reply", "detail": {"tries": 3}}
     assert record["replies"] == {"key": "good \ud800 bad"}
     assert (record["worker"], record["attempts"]) == ("judge-1", 1)
     code, out, _ = rlpt("buffer", "export", *options)

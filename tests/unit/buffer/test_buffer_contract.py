@@ -43,65 +43,65 @@ def expire(buffer, count=1, worker="dead"):
 
 
 def test_groups_come_back_equal_and_in_order_whatever_order_they_were_judged_in(buffer, opened):
-    epoch = attach(buffer)
-    assert buffer.put(epoch, items(0, 1, 2)) == 3
+    fencing_token = attach(buffer)
+    assert buffer.put(fencing_token, items(0, 1, 2)) == 3
     worker = opened()
     works = worker.claim("w", 3, LONG, "lease")
     assert [work.group for work in works] == [group(0), group(1), group(2)]
     assert [(work.sequence, work.attempt, work.worker) for work in works] == [(0, 1, "w"), (1, 1, "w"), (2, 1, "w")]
     for work in reversed(works):
         assert worker.complete(work, judged(work.group, work.sequence / 7))
-    assert buffer.take(epoch, 0, 3) == [judged(group(n), n / 7) for n in range(3)]
+    assert buffer.take(fencing_token, 0, 3) == [judged(group(n), n / 7) for n in range(3)]
 
 
 def test_a_result_may_have_candidates_that_were_not_put(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0))
     (work,) = buffer.claim("w", 1, LONG, "lease")
     more = judged(replace(work.group, candidates=(*work.group.candidates, work.group.candidates[0])))
     more = replace(more, rewards=(*more.rewards, Failed("no rewrite")), rewrite_failure=Failed("why", {"n": 1}))
     buffer.complete(work, more)
-    assert buffer.take(epoch, 0, 1) == [more]
-    buffer.retry(epoch, items(0))
+    assert buffer.take(fencing_token, 0, 1) == [more]
+    buffer.retry(fencing_token, items(0))
     assert buffer.claim("w", 1, LONG, "again")[0].group == group(0)
 
 
 def test_oldest_first_also_when_put_in_another_order(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(2, 0))
-    buffer.put(epoch, items(10, 1, 9))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(2, 0))
+    buffer.put(fencing_token, items(10, 1, 9))
     assert numbers(buffer.claim("w", 2, LONG, "a")) == [0, 1]
     assert numbers(buffer.claim("w", 9, LONG, "b")) == [2, 9, 10]
     assert buffer.claim("w", 9, LONG, "c") == []
 
 
 def test_take_says_what_it_waits_for(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1, 2, 4))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1, 2, 4))
     finish(buffer, 1)
     buffer.claim("w", 1, LONG, "lease")
-    assert buffer.take(epoch, 0, 6) == Pending(queued=2, leased=1, missing=(3, 5))
+    assert buffer.take(fencing_token, 0, 6) == Pending(queued=2, leased=1, missing=(3, 5))
     assert buffer.stats().next == 0
-    assert buffer.take(epoch, 0, 1) == [judged(group(0))]
+    assert buffer.take(fencing_token, 0, 1) == [judged(group(0))]
     assert buffer.stats().next == 1
 
 
 def test_taking_again_gives_the_same_until_it_is_acknowledged(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1, 2))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1, 2))
     finish(buffer, 3)
-    first = buffer.take(epoch, 0, 2)
-    assert buffer.take(epoch, 0, 2) == first
-    assert buffer.take(epoch, 1, 1) == first[1:]
-    assert buffer.take(epoch, 0, 1) == first[:1]
+    first = buffer.take(fencing_token, 0, 2)
+    assert buffer.take(fencing_token, 0, 2) == first
+    assert buffer.take(fencing_token, 1, 1) == first[1:]
+    assert buffer.take(fencing_token, 0, 1) == first[:1]
     assert buffer.stats().next == 2
     for _ in range(2):
-        buffer.acknowledge(epoch, 1)
+        buffer.acknowledge(fencing_token, 1)
         assert [entry.sequence for entry in buffer.entries()] == [1, 2]
-    assert buffer.take(epoch, 1, 2) == [judged(group(1)), judged(group(2))]
+    assert buffer.take(fencing_token, 1, 2) == [judged(group(1)), judged(group(2))]
     with pytest.raises(ValueError, match="cannot take group 0: all below 1 are acknowledged"):
-        buffer.take(epoch, 0, 1)
-    buffer.acknowledge(epoch, 0)
+        buffer.take(fencing_token, 0, 1)
+    buffer.acknowledge(fencing_token, 0)
     assert buffer.stats().acknowledged == 1
 
 
@@ -113,23 +113,23 @@ def test_taking_none_is_nothing(buffer):
 
 
 def test_no_number_at_or_above_the_capacity_is_accepted(buffer):
-    epoch = attach(buffer, capacity=3)
-    assert buffer.put(epoch, items(0, 1, 2, 3, 4)) == 3
-    assert buffer.put(epoch, items(3)) == 0
+    fencing_token = attach(buffer, capacity=3)
+    assert buffer.put(fencing_token, items(0, 1, 2, 3, 4)) == 3
+    assert buffer.put(fencing_token, items(3)) == 0
     finish(buffer, 2)
-    assert buffer.put(epoch, items(3)) == 0
-    buffer.take(epoch, 0, 2)
-    assert buffer.put(epoch, items(3, 4, 5)) == 2
+    assert buffer.put(fencing_token, items(3)) == 0
+    buffer.take(fencing_token, 0, 2)
+    assert buffer.put(fencing_token, items(3, 4, 5)) == 2
     assert buffer.stats().capacity == 3
 
 
 def test_putting_again_changes_nothing(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1))
     finish(buffer, 1, value=0.5)
     buffer.claim("w", 1, LONG, "lease")
     other_rollouts = [(number, group(number, version=7)) for number in (0, 1)]
-    assert buffer.put(epoch, [*other_rollouts, *other_rollouts, *items(2)]) == 5
+    assert buffer.put(fencing_token, [*other_rollouts, *other_rollouts, *items(2)]) == 5
     assert [(entry.state, entry.group) for entry in buffer.entries()] == [
         ("finished", judged(group(0), 0.5)),
         ("leased", group(1)),
@@ -138,27 +138,27 @@ def test_putting_again_changes_nothing(buffer):
 
 
 def test_what_is_acknowledged_is_accepted_and_not_kept(buffer):
-    epoch = attach(buffer, cursor=5)
-    assert buffer.put(epoch, items(3, 4, 5)) == 3
+    fencing_token = attach(buffer, cursor=5)
+    assert buffer.put(fencing_token, items(3, 4, 5)) == 3
     assert [entry.sequence for entry in buffer.entries()] == [5]
 
 
 def test_another_episode_for_a_number_is_refused_and_nothing_is_added(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1))
     with pytest.raises(
         BufferConflictError, match="group 1 of the rollout buffer is episode episode-1, and now episode-9"
     ):
-        buffer.put(epoch, [*items(2), (1, group(9))])
+        buffer.put(fencing_token, [*items(2), (1, group(9))])
     assert [entry.sequence for entry in buffer.entries()] == [0, 1]
     with pytest.raises(BufferConflictError, match="is episode episode-3, and now episode-4"):
-        buffer.put(epoch, [*items(3), (3, group(4))])
+        buffer.put(fencing_token, [*items(3), (3, group(4))])
 
 
 def test_many_groups_in_one_call(buffer, monkeypatch):
     monkeypatch.setattr("megatron_rlpt.buffer.redis_store._LARGEST_PUT", 20_000)
-    epoch = attach(buffer, capacity=1000)
-    assert buffer.put(epoch, items(*range(1200))) == 1000
+    fencing_token = attach(buffer, capacity=1000)
+    assert buffer.put(fencing_token, items(*range(1200))) == 1000
     works = buffer.claim("w", 1200, LONG, "lease")
     assert numbers(works) == list(range(1000))
     assert len(buffer.renew(works, LONG)) == 1000
@@ -166,9 +166,9 @@ def test_many_groups_in_one_call(buffer, monkeypatch):
     for work in works:
         buffer.give_back(work, "no")
         buffer.complete(work, judged(work.group))
-    buffer.retry(epoch, items(*range(1000)))
+    buffer.retry(fencing_token, items(*range(1000)))
     assert buffer.stats().queued == 1000
-    buffer.acknowledge(epoch, 1000)
+    buffer.acknowledge(fencing_token, 1000)
     assert buffer.stats().queued == 0
 
 
@@ -176,8 +176,8 @@ def test_many_groups_in_one_call(buffer, monkeypatch):
 
 
 def test_the_same_claim_again_gives_the_same_groups(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1, 2, 3))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1, 2, 3))
     works = buffer.claim("w", 2, LONG, "lease")
     assert buffer.claim("w", 2, LONG, "lease") == works
     buffer.complete(works[0], judged(works[0].group))
@@ -186,8 +186,8 @@ def test_the_same_claim_again_gives_the_same_groups(buffer):
 
 
 def test_an_expired_lease_goes_to_another_worker(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1))
     (lost,) = expire(buffer)
     (work, _) = buffer.claim("w", 2, LONG, "lease")
     assert (work.sequence, work.attempt, work.group) == (0, 2, lost.group)
@@ -195,10 +195,10 @@ def test_an_expired_lease_goes_to_another_worker(buffer):
 
 
 def test_an_expired_lease_is_seen_without_another_claim(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1, 2))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1, 2))
     expire(buffer)
-    assert buffer.take(epoch, 0, 1) == Pending(1, 0, ())
+    assert buffer.take(fencing_token, 0, 1) == Pending(1, 0, ())
     lost = expire(buffer)
     assert buffer.renew(lost, LONG) == []
     expire(buffer)
@@ -206,8 +206,8 @@ def test_an_expired_lease_is_seen_without_another_claim(buffer):
 
 
 def test_renewing_counts_from_now(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1))
     works = buffer.claim("w", 2, LONG, "lease")
     assert buffer.renew(works[:1], SHORT) == works[:1]
     time.sleep(2 * SHORT)
@@ -216,8 +216,8 @@ def test_renewing_counts_from_now(buffer):
 
 
 def test_a_renewed_lease_does_not_expire_when_it_first_would_have(buffer):
-    epoch, first = attach(buffer), 0.3
-    buffer.put(epoch, items(*range(20)))
+    fencing_token, first = attach(buffer), 0.3
+    buffer.put(fencing_token, items(*range(20)))
     while True:
         start = time.monotonic()
         works = buffer.claim("w", 1, first, f"lease-{start}")
@@ -230,8 +230,8 @@ def test_a_renewed_lease_does_not_expire_when_it_first_would_have(buffer):
 
 
 def test_a_result_is_good_whoever_hands_it_in(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1, 2))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1, 2))
     slow = expire(buffer, 3, "slow")
     assert buffer.complete(slow[0], judged(group(0), 1.0))
     quick = buffer.claim("quick", 1, LONG, "lease")[0]
@@ -242,15 +242,15 @@ def test_a_result_is_good_whoever_hands_it_in(buffer):
     quick = buffer.claim("quick", 1, LONG, "other lease")[0]
     assert buffer.complete(quick, judged(group(2), 5.0))
     assert not buffer.complete(slow[2], judged(group(2), 6.0))
-    assert [g.rewards[0].value for g in buffer.take(epoch, 0, 3)] == [1.0, 2.0, 5.0]
+    assert [g.rewards[0].value for g in buffer.take(fencing_token, 0, 3)] == [1.0, 2.0, 5.0]
     assert [entry.worker for entry in buffer.entries()] == ["slow", "slow", "quick"]
 
 
 def test_a_result_after_the_group_is_gone_is_not_wanted(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0))
     (work,) = expire(buffer)
-    buffer.acknowledge(epoch, 1)
+    buffer.acknowledge(fencing_token, 1)
     assert not buffer.complete(work, judged(work.group))
     assert list(buffer.entries()) == []
 
@@ -258,8 +258,8 @@ def test_a_result_after_the_group_is_gone_is_not_wanted(buffer):
 def test_a_result_for_what_another_group_has_replaced_is_not_wanted(buffer):
     buffer.put(attach(buffer), items(0))
     (work,) = buffer.claim("w", 1, LONG, "lease")
-    epoch = attach(buffer, "another run", replace=True)
-    buffer.put(epoch, [(0, group(0, version=5))])
+    fencing_token = attach(buffer, "another run", replace=True)
+    buffer.put(fencing_token, [(0, group(0, version=5))])
     assert not buffer.complete(work, judged(work.group))
     assert buffer.renew([work], LONG) == []
     buffer.give_back(work, "reason")
@@ -267,8 +267,8 @@ def test_a_result_for_what_another_group_has_replaced_is_not_wanted(buffer):
 
 
 def test_results_that_cannot_be_are_refused(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0))
     (work,) = buffer.claim("w", 1, LONG, "lease")
     with pytest.raises(ValueError, match="group 0 is episode episode-0, the result episode-1"):
         buffer.complete(work, judged(group(1)))
@@ -281,8 +281,8 @@ def test_results_that_cannot_be_are_refused(buffer):
 
 
 def test_a_group_whose_leases_expired_too_often_is_dead(buffer):
-    epoch = attach(buffer, max_attempts=2)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = attach(buffer, max_attempts=2)
+    buffer.put(fencing_token, items(0, 1))
     before = time.time()
     expire(buffer)
     expire(buffer, worker="second")
@@ -291,15 +291,15 @@ def test_a_group_whose_leases_expired_too_often_is_dead(buffer):
     assert (letter.sequence, letter.episode, letter.reason, letter.attempts) == (0, "episode-0", "lease expired", 2)
     assert before - 1 < letter.time < time.time() + 1
     failed = Failed("lease expired", {"attempts": 2})
-    assert buffer.take(epoch, 0, 1) == [replace(group(0), rewards=(failed, failed))]
-    buffer.acknowledge(epoch, 1)
+    assert buffer.take(fencing_token, 0, 1) == [replace(group(0), rewards=(failed, failed))]
+    buffer.acknowledge(fencing_token, 1)
     assert buffer.dead() == [letter]
     assert buffer.stats().dead == 1
 
 
 def test_giving_back_with_a_reason_counts_and_without_does_not(buffer):
-    epoch = attach(buffer, max_attempts=2)
-    buffer.put(epoch, items(0))
+    fencing_token = attach(buffer, max_attempts=2)
+    buffer.put(fencing_token, items(0))
     for round_ in range(3):
         (work,) = buffer.claim("w", 1, LONG, f"lease-{round_}")
         assert work.attempt == 1
@@ -317,8 +317,8 @@ def test_giving_back_with_a_reason_counts_and_without_does_not(buffer):
 
 
 def test_dead_letters_are_in_order_of_time(buffer):
-    epoch = attach(buffer, max_attempts=1)
-    buffer.put(epoch, items(0, 1, 2))
+    fencing_token = attach(buffer, max_attempts=1)
+    buffer.put(fencing_token, items(0, 1, 2))
     works = buffer.claim("w", 3, LONG, "lease")
     for place in (2, 0, 1):
         buffer.give_back(works[place], f"reason {place}")
@@ -327,10 +327,10 @@ def test_dead_letters_are_in_order_of_time(buffer):
 
 
 def test_dead_groups_are_requeued(buffer):
-    epoch = attach(buffer, max_attempts=1)
-    buffer.put(epoch, items(0, 1, 2, 3))
+    fencing_token = attach(buffer, max_attempts=1)
+    buffer.put(fencing_token, items(0, 1, 2, 3))
     expire(buffer, 4)
-    assert buffer.take(epoch, 0, 1)[0].rewards[0].reason == "lease expired"
+    assert buffer.take(fencing_token, 0, 1)[0].rewards[0].reason == "lease expired"
     assert buffer.requeue([0, 2, 2, 77]) == 1  # 0 is taken, 77 unknown
     assert buffer.requeue([2]) == 0
     assert [letter.sequence for letter in buffer.dead()] == [0, 1, 3]
@@ -342,48 +342,48 @@ def test_dead_groups_are_requeued(buffer):
 
 
 def test_a_late_result_brings_a_dead_group_back_unless_it_is_taken(buffer):
-    epoch = attach(buffer, max_attempts=1)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = attach(buffer, max_attempts=1)
+    buffer.put(fencing_token, items(0, 1))
     first, second = expire(buffer, 2)
-    taken = buffer.take(epoch, 0, 1)
+    taken = buffer.take(fencing_token, 0, 1)
     assert not buffer.complete(first, judged(first.group))
-    assert buffer.take(epoch, 0, 1) == taken
+    assert buffer.take(fencing_token, 0, 1) == taken
     assert buffer.complete(second, judged(second.group))
     assert [letter.sequence for letter in buffer.dead()] == [0]
-    assert buffer.take(epoch, 1, 1) == [judged(group(1))]
+    assert buffer.take(fencing_token, 1, 1) == [judged(group(1))]
 
 
 # Judging once more.
 
 
 def test_retry_has_groups_judged_anew(buffer):
-    epoch = attach(buffer, max_attempts=1)
-    buffer.put(epoch, items(0, 1, 2, 3))
+    fencing_token = attach(buffer, max_attempts=1)
+    buffer.put(fencing_token, items(0, 1, 2, 3))
     finish(buffer, 2, value=1.0)
     expire(buffer)
     late = expire(buffer)
     for number in range(4):
         buffer.remember(number, {"key": "old answer"})
-    assert not isinstance(buffer.take(epoch, 0, 3), Pending)
+    assert not isinstance(buffer.take(fencing_token, 0, 3), Pending)
     for _ in range(2):
-        buffer.retry(epoch, items(1, 2, 3, 9))
+        buffer.retry(fencing_token, items(1, 2, 3, 9))
         # 3 was dead by then as well; 0 stays judged, and taken
         assert [entry.state for entry in buffer.entries()] == ["taken", "queued", "queued", "queued"]
         assert [entry.group for entry in buffer.entries(1)] == [group(1), group(2), group(3)]
     assert [buffer.recall(number) for number in range(4)] == [{"key": "old answer"}, {}, {}, {}]
     assert (buffer.dead(), buffer.stats().next) == ([], 1)
-    assert buffer.take(epoch, 0, 3) == Pending(2, 0, ())
+    assert buffer.take(fencing_token, 0, 3) == Pending(2, 0, ())
     assert not buffer.complete(late[0], judged(late[0].group, 9.0))
     finish(buffer, 3, value=2.0)
-    assert [g.rewards[0].value for g in buffer.take(epoch, 0, 3)] == [1.0, 2.0, 2.0]
+    assert [g.rewards[0].value for g in buffer.take(fencing_token, 0, 3)] == [1.0, 2.0, 2.0]
 
 
 def test_retry_leaves_groups_alone_that_are_being_judged(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1))
     (work,) = buffer.claim("w", 1, LONG, "lease")
     buffer.remember(0, {"key": "answer"})
-    buffer.retry(epoch, items(0, 1))
+    buffer.retry(fencing_token, items(0, 1))
     assert buffer.recall(0) == {"key": "answer"}
     assert buffer.complete(work, judged(work.group))
 
@@ -408,19 +408,19 @@ def test_an_earlier_trainer_is_refused(buffer, opened):
 
 
 def test_a_trainer_the_buffer_has_never_seen_is_refused(buffer):
-    with pytest.raises(BufferConflictError, match="does not know this trainer any more"):
+    with pytest.raises(BufferConflictError, match="no longer knows this trainer"):
         buffer.put(5, items(0))
 
 
 def test_attaching_again_goes_on_from_the_cursor(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(*range(6)))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(*range(6)))
     finish(buffer, 4)
-    taken = buffer.take(epoch, 0, 4)
-    buffer.acknowledge(epoch, 1)
+    taken = buffer.take(fencing_token, 0, 4)
+    buffer.acknowledge(fencing_token, 1)
     buffer.remember(4, {"key": "answer"})
     (work,) = buffer.claim("w", 1, LONG, "lease")
-    epoch = attach(buffer, cursor=2)
+    fencing_token = attach(buffer, cursor=2)
     assert [(e.sequence, e.state) for e in buffer.entries()] == [
         (2, "finished"),
         (3, "finished"),
@@ -429,39 +429,39 @@ def test_attaching_again_goes_on_from_the_cursor(buffer):
     ]
     stats = buffer.stats()
     assert (stats.next, stats.acknowledged) == (2, 2)
-    assert buffer.take(epoch, 2, 2) == taken[2:]
+    assert buffer.take(fencing_token, 2, 2) == taken[2:]
     assert buffer.recall(4) == {"key": "answer"}
     assert buffer.complete(work, judged(work.group))
 
 
 def test_attaching_before_what_was_acknowledged_asks_for_it_again(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1, 2))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1, 2))
     finish(buffer, 3)
-    buffer.take(epoch, 0, 2)
-    buffer.acknowledge(epoch, 2)
-    epoch = attach(buffer, cursor=1)
-    assert buffer.take(epoch, 1, 2) == Pending(0, 0, (1,))
-    assert buffer.put(epoch, items(1)) == 1
+    buffer.take(fencing_token, 0, 2)
+    buffer.acknowledge(fencing_token, 2)
+    fencing_token = attach(buffer, cursor=1)
+    assert buffer.take(fencing_token, 1, 2) == Pending(0, 0, (1,))
+    assert buffer.put(fencing_token, items(1)) == 1
     finish(buffer, 1)
-    assert buffer.take(epoch, 1, 2) == [judged(group(1)), judged(group(2))]
+    assert buffer.take(fencing_token, 1, 2) == [judged(group(1)), judged(group(2))]
 
 
 def test_groups_of_another_run_are_not_dropped_unasked(buffer):
-    epoch = attach(buffer, "first", max_attempts=1)
-    buffer.put(epoch, items(0, 1, 2))
+    fencing_token = attach(buffer, "first", max_attempts=1)
+    buffer.put(fencing_token, items(0, 1, 2))
     expire(buffer)
     (work,) = buffer.claim("w", 1, LONG, "lease")
     with pytest.raises(BufferConflictError, match="holds 3 groups of run first, this is run second"):
         attach(buffer, "second")
-    buffer.put(epoch, items(3))
+    buffer.put(fencing_token, items(3))
     buffer.remember(1, {"key": "answer"})
-    epoch = attach(buffer, "second", replace=True)
+    fencing_token = attach(buffer, "second", replace=True)
     stats = buffer.stats()
     assert (stats.queued, stats.leased, stats.dead, stats.run) == (0, 0, 0, "second")
     assert buffer.dead() == []
     assert buffer.recall(1) == {}
-    buffer.put(epoch, items(0, 1))
+    buffer.put(fencing_token, items(0, 1))
     assert buffer.recall(1) == {}
     assert not buffer.complete(work, judged(work.group))
     assert numbers(buffer.claim("w", 5, LONG, "lease")) == [0, 1]
@@ -469,18 +469,18 @@ def test_groups_of_another_run_are_not_dropped_unasked(buffer):
 
 def test_an_empty_buffer_is_anybodys_and_replace_keeps_ones_own(buffer):
     buffer.acknowledge(attach(buffer, "first", cursor=7), 7)
-    epoch = attach(buffer, "second")
+    fencing_token = attach(buffer, "second")
     assert buffer.stats().next == 0
-    buffer.put(epoch, items(0))
+    buffer.put(fencing_token, items(0))
     attach(buffer, "second", replace=True)
     assert buffer.stats().queued == 1
 
 
 def test_buffers_of_other_names_are_apart(buffer, opened, store):
     other = opened(name=f"{store['name']}-other")
-    epoch, other_epoch = attach(buffer, "run", max_attempts=1), attach(other, "other run", cursor=3)
-    buffer.put(epoch, items(0))
-    other.put(other_epoch, items(3))
+    fencing_token, other_token = attach(buffer, "run", max_attempts=1), attach(other, "other run", cursor=3)
+    buffer.put(fencing_token, items(0))
+    other.put(other_token, items(3))
     buffer.remember(0, {"key": "answer"})
     buffer.announce("worker", "w", "value", LONG)
     other.drain(True)
@@ -497,17 +497,17 @@ def test_buffers_of_other_names_are_apart(buffer, opened, store):
 
 
 def test_answers_are_kept_until_the_group_is_acknowledged(buffer, opened):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1))
     buffer.remember(0, {"a": "first", "b": "Ünï\ncödé \u2028 \0"})
     buffer.remember(0, {"a": "second", "c": ""})
     buffer.remember(1, {})
     assert opened().recall(0) == {"a": "first", "b": "Ünï\ncödé \u2028 \0", "c": ""}
     assert buffer.recall(1) == {}
     finish(buffer, 2)
-    buffer.take(epoch, 0, 2)
+    buffer.take(fencing_token, 0, 2)
     assert len(buffer.recall(0)) == 3
-    buffer.acknowledge(epoch, 1)
+    buffer.acknowledge(fencing_token, 1)
     buffer.remember(0, {"d": "too late"})
     assert buffer.recall(0) == {}
 
@@ -537,8 +537,8 @@ def test_announcements_run_out_and_are_withdrawn(buffer, opened):
 
 
 def test_draining_hands_out_nothing_and_takes_results(buffer, opened):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0, 1))
     (work,) = buffer.claim("w", 1, LONG, "lease")
     opened().drain(True)
     assert buffer.stats().draining
@@ -556,12 +556,12 @@ def test_stats_and_entries(buffer):
     assert buffer.stats().oldest is None
     assert (buffer.stats().run, buffer.stats().capacity) == ("", 0)
     assert list(buffer.entries()) == []
-    epoch = attach(buffer, max_attempts=1)
-    buffer.put(epoch, items(*range(7)))
+    fencing_token = attach(buffer, max_attempts=1)
+    buffer.put(fencing_token, items(*range(7)))
     finish(buffer, 1)
     expire(buffer, 2)
     finish(buffer, 1)
-    buffer.take(epoch, 0, 2)
+    buffer.take(fencing_token, 0, 2)
     assert len(buffer.claim("judge-2", 1, LONG, "lease")) == 1
     stats = buffer.stats()
     assert (stats.queued, stats.leased, stats.finished, stats.taken, stats.dead) == (2, 1, 1, 2, 2)
@@ -582,17 +582,17 @@ def test_stats_and_entries(buffer):
 
 
 def test_the_oldest_is_counted_from_its_put(buffer):
-    epoch = attach(buffer)
-    buffer.put(epoch, items(0))
+    fencing_token = attach(buffer)
+    buffer.put(fencing_token, items(0))
     time.sleep(0.05)
-    buffer.put(epoch, items(1))
+    buffer.put(fencing_token, items(1))
     assert buffer.stats().oldest >= 0.05
     finish(buffer, 2)
-    buffer.take(epoch, 0, 1)
+    buffer.take(fencing_token, 0, 1)
     before = time.monotonic()
     time.sleep(0.01)
     assert 0.01 <= buffer.stats().oldest <= time.monotonic() - before + 60
-    buffer.take(epoch, 1, 1)
+    buffer.take(fencing_token, 1, 1)
     assert buffer.stats().oldest is None
 
 
@@ -603,9 +603,9 @@ def test_what_cannot_be_is_refused(buffer):
     for arguments in (("", 0, 1, 1), ("run", -1, 1, 1), ("run", 0, 0, 1), ("run", 0, 1, 0)):
         with pytest.raises(ValueError, match="cannot attach"):
             attach(buffer, arguments[0], arguments[1], capacity=arguments[2], max_attempts=arguments[3])
-    epoch = attach(buffer)
+    fencing_token = attach(buffer)
     with pytest.raises(ValueError, match="group number -1 is below 0"):
-        buffer.put(epoch, [*items(0), (-1, group(1))])
+        buffer.put(fencing_token, [*items(0), (-1, group(1))])
     assert list(buffer.entries()) == []
     for seconds in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="above 0 and finite"):
@@ -617,29 +617,29 @@ def test_what_cannot_be_is_refused(buffer):
 
 
 def test_nothing_asked_for_is_nothing_given(buffer):
-    epoch = attach(buffer)
-    assert buffer.put(epoch, []) == 0
-    buffer.put(epoch, items(0))
+    fencing_token = attach(buffer)
+    assert buffer.put(fencing_token, []) == 0
+    buffer.put(fencing_token, items(0))
     assert buffer.claim("w", 0, LONG, "a") == []
     assert buffer.claim("w", -3, LONG, "b") == []
     assert buffer.renew([], LONG) == []
-    buffer.retry(epoch, [])
+    buffer.retry(fencing_token, [])
     assert buffer.requeue([]) == 0
     assert buffer.stats().queued == 1
 
 
 def test_large_numbers_and_odd_texts(buffer):
     huge = 2**53 - 10
-    epoch = attach(buffer, "a run: 'x' \"y\" \n ü", cursor=huge)
+    fencing_token = attach(buffer, "a run: 'x' \"y\" \n ü", cursor=huge)
     name = "worker: 'a' \n {b} 'ü'"
     odd = group(1)
     odd = replace(odd, episode=replace(odd.episode, id="id: 'ü' \n \0", prefix=()))
-    assert buffer.put(epoch, [(huge, odd), (huge + 1, replace(odd, candidates=()))]) == 2
+    assert buffer.put(fencing_token, [(huge, odd), (huge + 1, replace(odd, candidates=()))]) == 2
     work, bare = buffer.claim(name, 2, LONG, "lease: 'l'")
     assert (work.sequence, work.group, bare.group.candidates) == (huge, odd, ())
     assert buffer.renew([work], LONG) == [work]
     assert buffer.complete(work, judged(odd))
-    assert buffer.take(epoch, huge, 1) == [judged(odd)]
+    assert buffer.take(fencing_token, huge, 1) == [judged(odd)]
     assert buffer.stats().run == "a run: 'x' \"y\" \n ü"
     buffer.announce("kind ü", name, "", LONG)
     assert buffer.announced("kind ü") == {name: ""}
@@ -652,8 +652,8 @@ def test_large_numbers_and_odd_texts(buffer):
 
 
 def test_threads_never_get_the_same_group(buffer):
-    epoch = attach(buffer, capacity=400)
-    buffer.put(epoch, items(*range(400)))
+    fencing_token = attach(buffer, capacity=400)
+    buffer.put(fencing_token, items(*range(400)))
     got, problems = [], []
 
     def work(name):
@@ -675,17 +675,17 @@ def test_threads_never_get_the_same_group(buffer):
         thread.join()
     assert problems == []
     assert sorted(got) == list(range(400))
-    assert [g.rewards[0].value for g in buffer.take(epoch, 0, 400)] == list(range(400))
+    assert [g.rewards[0].value for g in buffer.take(fencing_token, 0, 400)] == list(range(400))
 
 
 def test_a_worker_is_told_how_often_a_group_was_sent_back(buffer):
-    epoch = buffer.attach("run", 0, capacity=4, max_attempts=2)
-    buffer.put(epoch, items(0, 1))
+    fencing_token = buffer.attach("run", 0, capacity=4, max_attempts=2)
+    buffer.put(fencing_token, items(0, 1))
     for again in range(3):
         works = buffer.claim("w", 1, LONG, f"lease-{again}")
         assert [(work.sequence, work.again, work.attempt) for work in works] == [(0, again, 1)]
         buffer.complete(works[0], judged(works[0].group))
-        buffer.retry(epoch, items(0))
+        buffer.retry(fencing_token, items(0))
 
 
 # Which trainer has it.
@@ -696,8 +696,8 @@ def hold(buffer, holder, run="run", seconds=LONG, over=""):
 
 
 def test_a_buffer_that_is_held_is_nobody_elses_until_its_time_is_over_or_its_holder_known_dead(buffer, opened):
-    epoch = hold(buffer, "a")
-    assert hold(buffer, "a") > epoch, "attaching again is no other trainer"
+    fencing_token = hold(buffer, "a")
+    assert hold(buffer, "a") > fencing_token, "attaching again is no other trainer"
     before = time.time()
     for run in ("run", "another run"):
         with pytest.raises(BufferHeldError) as refused:
@@ -731,7 +731,7 @@ def test_a_hold_is_renewed_and_let_go_of_by_its_own_trainer_alone(buffer, opened
 
 def test_taking_ahead_of_what_the_store_knows_counts_what_is_before_as_taken(buffer):
     """As after a restore from an older copy: the buffer would be full for ever otherwise."""
-    epoch = attach(buffer, capacity=4)
-    assert buffer.put(epoch, items(8)) == 0
-    assert buffer.take(epoch, 8, 2) == Pending(0, 0, (8, 9))
-    assert buffer.put(epoch, items(8, 9)) == 2
+    fencing_token = attach(buffer, capacity=4)
+    assert buffer.put(fencing_token, items(8)) == 0
+    assert buffer.take(fencing_token, 8, 2) == Pending(0, 0, (8, 9))
+    assert buffer.put(fencing_token, items(8, 9)) == 2

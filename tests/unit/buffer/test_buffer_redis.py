@@ -104,15 +104,15 @@ def test_a_buffer_that_has_to_be_there_is_not_made(server, admin):
 def test_nothing_is_left_of_groups_that_are_acknowledged(server, admin):
     admin.flushdb()
     buffer = buffer_of(server, "clean")
-    epoch = attached(buffer)
+    fencing_token = attached(buffer)
     empty = set(admin.keys())
-    buffer.put(epoch, items(0, 1, 2, 3))
+    buffer.put(fencing_token, items(0, 1, 2, 3))
     first, second, third, _ = buffer.claim("w", 4, LONG, "lease")
     buffer.remember(0, {"key": "answer"})
     buffer.complete(first, judged(group(0)))
     buffer.give_back(second)
     buffer.renew([third], LONG)
-    buffer.acknowledge(epoch, 4)
+    buffer.acknowledge(fencing_token, 4)
     assert set(admin.keys()) == empty
     assert empty == {"rlpt:{clean}"}
 
@@ -151,15 +151,15 @@ def test_a_server_that_cannot_be_reached(server):
 
 def test_a_killed_server_is_waited_for_and_has_everything_when_it_is_back(server):
     buffer = buffer_of(server, "killed", retry=60.0)
-    epoch = attached(buffer)
-    buffer.put(epoch, items(0, 1, 2))
+    fencing_token = attached(buffer)
+    buffer.put(fencing_token, items(0, 1, 2))
     (work,) = buffer.claim("w", 1, LONG, "lease")
     buffer.complete(work, judged(group(0)))
     server.kill()
     starting = threading.Timer(0.3, server.start)
     starting.start()
     try:
-        assert buffer.take(epoch, 0, 1) == [judged(group(0))]
+        assert buffer.take(fencing_token, 0, 1) == [judged(group(0))]
     finally:
         starting.join()
     assert [entry.state for entry in buffer.entries()] == ["taken", "queued", "queued"]
@@ -167,12 +167,12 @@ def test_a_killed_server_is_waited_for_and_has_everything_when_it_is_back(server
 
 def test_a_server_that_is_out_of_memory_still_lets_go_of_groups(server, admin):
     buffer = buffer_of(server, "full", retry=0.2)
-    epoch = attached(buffer)
-    buffer.put(epoch, items(0))
+    fencing_token = attached(buffer)
+    buffer.put(fencing_token, items(0))
     admin.configure(maxmemory="1")
-    said = refusal(lambda: buffer.put(epoch, items(1)), server)
+    said = refusal(lambda: buffer.put(fencing_token, items(1)), server)
     assert "is out of memory since 0.2 s; raise its maxmemory" in said
-    buffer.acknowledge(epoch, 1)
+    buffer.acknowledge(fencing_token, 1)
     admin.configure(maxmemory="0")
     assert list(buffer.entries()) == []
     assert buffer.stats().acknowledged == 1
@@ -242,8 +242,8 @@ def test_an_operation_whose_answer_was_lost_is_answered_as_if_it_were_not(server
         assert proxy.lost
         return answer
 
-    epoch = losing(lambda: attached(buffer))
-    assert losing(lambda: buffer.put(epoch, items(0, 1))) == 2
+    fencing_token = losing(lambda: attached(buffer))
+    assert losing(lambda: buffer.put(fencing_token, items(0, 1))) == 2
     works = losing(lambda: buffer.claim("w", 1, LONG, "lease"))
     assert [(work.sequence, work.attempt) for work in works] == [(0, 1)]
     assert losing(lambda: buffer.renew(works, LONG)) == works
@@ -252,9 +252,9 @@ def test_an_operation_whose_answer_was_lost_is_answered_as_if_it_were_not(server
     (work,) = buffer.claim("w", 1, LONG, "lease 2")
     losing(lambda: buffer.give_back(work, "no"))
     assert buffer.claim("w", 1, LONG, "lease 3")[0].attempt == 2
-    assert losing(lambda: buffer.take(epoch, 0, 1)) == [judged(group(0))]
-    losing(lambda: buffer.retry(epoch, items(0)))
-    losing(lambda: buffer.acknowledge(epoch, 1))
+    assert losing(lambda: buffer.take(fencing_token, 0, 1)) == [judged(group(0))]
+    losing(lambda: buffer.retry(fencing_token, items(0)))
+    losing(lambda: buffer.acknowledge(fencing_token, 1))
     assert [entry.sequence for entry in buffer.entries()] == [1]
 
 

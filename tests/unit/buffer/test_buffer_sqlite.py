@@ -101,7 +101,7 @@ def test_a_locked_file_is_waited_for_and_then_named(path):
 
 def test_a_step_that_fails_half_way_changes_nothing(path, monkeypatch):
     buffer = SqliteBuffer(path, "demo")
-    epoch = buffer.attach("run", 0, capacity=10, max_attempts=1)
+    fencing_token = buffer.attach("run", 0, capacity=10, max_attempts=1)
     add = SqliteBuffer._add
 
     def fail_at_the_second(self, db, sequence, *rest):
@@ -111,10 +111,10 @@ def test_a_step_that_fails_half_way_changes_nothing(path, monkeypatch):
 
     monkeypatch.setattr(SqliteBuffer, "_add", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        buffer.put(epoch, items(0, 1))
+        buffer.put(fencing_token, items(0, 1))
     monkeypatch.undo()
     assert list(buffer.entries()) == []
-    assert buffer.put(epoch, items(0, 1)) == 2
+    assert buffer.put(fencing_token, items(0, 1)) == 2
 
 
 def test_a_forked_process_is_told_that_it_cannot_use_its_parents_file(path):
@@ -132,7 +132,7 @@ def test_a_forked_process_is_told_that_it_cannot_use_its_parents_file(path):
 
 def test_another_process_is_killed_in_the_middle_of_a_change(path):
     buffer = SqliteBuffer(path, "demo", retry=30.0)
-    epoch = buffer.attach("run", 0, capacity=10, max_attempts=1)
+    fencing_token = buffer.attach("run", 0, capacity=10, max_attempts=1)
     code = (
         "import sys, time\nfrom megatron_rlpt.buffer.sqlite_store import SqliteBuffer\n"
         "buffer = SqliteBuffer(sys.argv[1], 'demo')\nwith buffer._file.writing() as db:\n"
@@ -141,7 +141,7 @@ def test_another_process_is_killed_in_the_middle_of_a_change(path):
     with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "inside\n"
         other.kill()
-    assert buffer.put(epoch, items(0)) == 1
+    assert buffer.put(fencing_token, items(0)) == 1
     assert [entry.sequence for entry in buffer.entries()] == [0]
 
 

@@ -245,9 +245,9 @@ def test_a_renewal_under_way_is_no_error_when_the_buffer_is_let_go_of(tmp_path, 
     with contextlib.closing(open_url(f"sqlite:///{tmp_path}/buffer.sqlite", "run")) as buffer:
         hold = buffer.hold
 
-        def cut_off(epoch: int, holder: str, seconds: float) -> None:
+        def cut_off(fencing_token: int, holder: str, seconds: float) -> None:
             if threading.current_thread() is threading.main_thread():
-                return hold(epoch, holder, seconds)
+                return hold(fencing_token, holder, seconds)
             under_way.set()
             closed.wait(30)
             over.set()
@@ -261,7 +261,7 @@ def test_a_renewal_under_way_is_no_error_when_the_buffer_is_let_go_of(tmp_path, 
             capacity=1,
             max_attempts=1,
             settings="",
-            put_back=lambda epoch: 0,
+            put_back=lambda fencing_token: 0,
             cursor=lambda: 0,
             holder=Holder.me(),
         )

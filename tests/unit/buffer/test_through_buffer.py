@@ -399,7 +399,7 @@ def test_one_on_another_machine_is_waited_for_and_refuses_the_second_if_it_renew
 
     def renew():
         if clock.now > 3 and not renewed:
-            renewed.append(first._store.call(lambda epoch: other.hold(epoch, str(ELSEWHERE), 60.0)))
+            renewed.append(first._store.call(lambda token: other.hold(token, str(ELSEWHERE), 60.0)))
 
     clock.on_sleep = renew
     with pytest.raises(BufferConflictError, match=r"alive \(process \d+ on node17\)"):

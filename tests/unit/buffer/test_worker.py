@@ -62,7 +62,7 @@ class RewriterOf:
 
 
 @pytest.fixture
-def epoch(buffer):
+def fencing_token(buffer):
     return buffer.attach("run", 0, capacity=100, max_attempts=2)
 
 
@@ -88,19 +88,19 @@ def run(one: Worker, until, timeout: float = 20.0, before=None) -> None:
     asyncio.run(work())
 
 
-def test_groups_are_judged_and_handed_in_and_the_worker_leaves(buffer, epoch):
-    buffer.put(epoch, items(*range(7)))
+def test_groups_are_judged_and_handed_in_and_the_worker_leaves(buffer, fencing_token):
+    buffer.put(fencing_token, items(*range(7)))
     teacher = ScriptedTeacher()
     run(worker(buffer, teacher), lambda: buffer.stats().finished == 7)
-    taken = buffer.take(epoch, 0, 7)
+    taken = buffer.take(fencing_token, 0, 7)
     assert [one.episode.id for one in taken] == [f"episode-{number}" for number in range(7)]
     assert all([reward.value for reward in one.rewards] == [3.0, 3.0] for one in taken)
     assert len(teacher.asked) == 14
     assert buffer.announced("worker") == {}
 
 
-def test_no_more_groups_are_held_than_allowed(buffer, epoch):
-    buffer.put(epoch, items(*range(9)))
+def test_no_more_groups_are_held_than_allowed(buffer, fencing_token):
+    buffer.put(fencing_token, items(*range(9)))
     held = []
 
     async def slow(request):
@@ -112,7 +112,7 @@ def test_no_more_groups_are_held_than_allowed(buffer, epoch):
     assert max(held) == 3
 
 
-def test_it_says_that_it_is_there(buffer, epoch):
+def test_it_says_that_it_is_there(buffer, fencing_token):
     metrics, seen = WorkerMetrics(), {}
     metrics.serve("127.0.0.1", 0)
     one = worker(buffer, ScriptedTeacher(), metrics=metrics)
@@ -120,24 +120,24 @@ def test_it_says_that_it_is_there(buffer, epoch):
     assert json.loads(seen["worker-a"])["metrics"] == metrics.address
 
 
-def test_the_rewrite_stands_behind_the_original_and_its_failure_is_kept(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_the_rewrite_stands_behind_the_original_and_its_failure_is_kept(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     rewrite = Candidate(Source.REWRITE, (70, 71), seed=3)
     run(worker(buffer, ScriptedTeacher(), RewriterOf(rewrite)), lambda: buffer.stats().finished == 1)
-    (found,) = buffer.take(epoch, 0, 1)
+    (found,) = buffer.take(fencing_token, 0, 1)
     assert [candidate.source for candidate in found.candidates] == [Source.ORIGINAL, Source.REWRITE, Source.ROLLOUT]
     assert len(found.rewards) == 3
-    buffer.put(epoch, items(1))
+    buffer.put(fencing_token, items(1))
     run(
         worker(buffer, ScriptedTeacher(), RewriterOf(Failed("rewrite too short"))), lambda: buffer.stats().finished == 1
     )
-    (found,) = buffer.take(epoch, 1, 1)
+    (found,) = buffer.take(fencing_token, 1, 1)
     assert len(found.candidates) == len(found.rewards) == 2
     assert found.rewrite_failure == Failed("rewrite too short")
 
 
-def test_what_a_dead_worker_was_answered_is_not_asked_again(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_what_a_dead_worker_was_answered_is_not_asked_again(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     teacher = ScriptedTeacher()
 
     async def killed():
@@ -159,8 +159,8 @@ def test_what_a_dead_worker_was_answered_is_not_asked_again(buffer, epoch):
     assert [key_of("scripted", request) for request in other.asked] == [key_of("scripted", teacher.asked[1])]
 
 
-def test_another_teachers_answers_do_not_count(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_another_teachers_answers_do_not_count(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     key = key_of("another", Request((Message("user", "episode-0 0 (3, 4)"),), seed=0, max_tokens=5))
     buffer.remember(0, {key: json.dumps({"text": "no", "token_ids": [], "finish_reason": "stop", "prompt_tokens": 0})})
     teacher = ScriptedTeacher()
@@ -168,38 +168,38 @@ def test_another_teachers_answers_do_not_count(buffer, epoch):
     assert len(teacher.asked) == 2
 
 
-def test_a_group_that_is_judged_once_more_is_asked_about_with_other_seeds(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_a_group_that_is_judged_once_more_is_asked_about_with_other_seeds(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     teacher = ScriptedTeacher()
     run(worker(buffer, teacher), lambda: buffer.stats().finished == 1)
-    buffer.retry(epoch, items(0))
+    buffer.retry(fencing_token, items(0))
     run(worker(buffer, teacher), lambda: buffer.stats().finished == 1)
     assert len({request.seed for request in teacher.asked}) == 4
 
 
-def test_failures_of_servers_are_not_handed_in_and_the_last_attempt_makes_a_dead_letter(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_failures_of_servers_are_not_handed_in_and_the_last_attempt_makes_a_dead_letter(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     metrics = WorkerMetrics()
     run(worker(buffer, ScriptedTeacher(lambda request: Failed(REASON)), metrics=metrics), lambda: buffer.stats().dead)
     (letter,) = buffer.dead()
     assert (letter.reason, letter.attempts) == (REASON, 2)
-    assert buffer.take(epoch, 0, 1)[0].rewards[0].reason == REASON
+    assert buffer.take(fencing_token, 0, 1)[0].rewards[0].reason == REASON
     assert metrics.registry.get_sample_value("rlpt_groups_given_back_total", {"reason": REASON}) == 2
 
 
-def test_what_the_teacher_said_and_was_no_verdict_is_handed_in_as_failed(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_what_the_teacher_said_and_was_no_verdict_is_handed_in_as_failed(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     metrics = WorkerMetrics()
     teacher = ScriptedTeacher(lambda request: Failed("refused"))
     run(worker(buffer, teacher, metrics=metrics), lambda: buffer.stats().finished == 1)
-    (found,) = buffer.take(epoch, 0, 1)
+    (found,) = buffer.take(fencing_token, 0, 1)
     assert [reward.reason for reward in found.rewards] == ["refused", "refused"]
     assert len(teacher.asked) == 2, "not asked again: it would say the same"
     assert metrics.registry.get_sample_value("rlpt_failed_judgments_total", {"reason": "refused"}) == 2
 
 
-def test_nothing_is_claimed_while_no_server_answers(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_nothing_is_claimed_while_no_server_answers(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     teacher = ScriptedTeacher()
     teacher.all_down = True
 
@@ -212,38 +212,38 @@ def test_nothing_is_claimed_while_no_server_answers(buffer, epoch):
     assert buffer.stats().finished == 1
 
 
-def test_told_to_stop_it_finishes_what_it_holds_and_claims_nothing_more(buffer, epoch):
-    buffer.put(epoch, items(*range(6)))
+def test_told_to_stop_it_finishes_what_it_holds_and_claims_nothing_more(buffer, fencing_token):
+    buffer.put(fencing_token, items(*range(6)))
     teacher = ScriptedTeacher(lambda request: asyncio.sleep(0.1, "yes"))
     run(worker(buffer, teacher), lambda: len(teacher.asked) >= 1)
     stats = buffer.stats()
     assert (stats.finished, stats.queued, stats.leased) == (3, 3, 0)
 
 
-def test_what_it_cannot_finish_in_time_goes_back_at_once_and_unharmed(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_what_it_cannot_finish_in_time_goes_back_at_once_and_unharmed(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     teacher = ScriptedTeacher(lambda request: asyncio.sleep(60, "yes"))
     run(worker(buffer, teacher, drain=0.1), lambda: len(teacher.asked) >= 1)
     (work,) = buffer.claim("other", 1, 30.0, "lease")
     assert work.attempt == 1, "being stopped is not the group's fault"
 
 
-def test_a_group_that_takes_too_long_is_given_back(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_a_group_that_takes_too_long_is_given_back(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     teacher = ScriptedTeacher(lambda request: asyncio.sleep(60, "yes"))
     run(worker(buffer, teacher, group_deadline=0.1), lambda: buffer.stats().dead)
     assert buffer.dead()[0].reason == "group deadline exceeded"
 
 
-def test_leases_are_renewed_while_a_group_is_judged(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_leases_are_renewed_while_a_group_is_judged(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     teacher = ScriptedTeacher(lambda request: asyncio.sleep(1.0, "yes"))
     run(worker(buffer, teacher, lease=0.6), lambda: buffer.stats().finished == 1)
     assert len(teacher.asked) == 2, "nobody else could claim it meanwhile"
 
 
-def test_a_bug_in_judging_costs_one_group_and_not_the_worker(buffer, epoch):
-    buffer.put(epoch, items(0, 1))
+def test_a_bug_in_judging_costs_one_group_and_not_the_worker(buffer, fencing_token):
+    buffer.put(fencing_token, items(0, 1))
 
     def answer(request):
         if "episode-0" in request.prompt[0].content:
@@ -252,15 +252,15 @@ def test_a_bug_in_judging_costs_one_group_and_not_the_worker(buffer, epoch):
 
     run(worker(buffer, ScriptedTeacher(answer)), lambda: buffer.stats().dead and buffer.stats().finished == 1)
     assert buffer.dead()[0].reason == "KeyError: 'oops'"
-    assert buffer.take(epoch, 0, 2)[1] == judged_by_length(group(1))
+    assert buffer.take(fencing_token, 0, 2)[1] == judged_by_length(group(1))
 
 
 def judged_by_length(one):
     return replace(one, rewards=(Reward(3.0, "j", "1"),) * 2)
 
 
-def test_metrics_count_what_was_handed_in(buffer, epoch):
-    buffer.put(epoch, items(0, 1))
+def test_metrics_count_what_was_handed_in(buffer, fencing_token):
+    buffer.put(fencing_token, items(0, 1))
     metrics = WorkerMetrics()
     run(worker(buffer, ScriptedTeacher(), metrics=metrics), lambda: buffer.stats().finished == 2)
     assert metrics.registry.get_sample_value("rlpt_groups_total") == 2
@@ -268,8 +268,8 @@ def test_metrics_count_what_was_handed_in(buffer, epoch):
     assert metrics.registry.get_sample_value("rlpt_groups_in_flight") == 0
 
 
-def test_what_was_claimed_while_it_was_told_to_stop_is_not_kept(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_what_was_claimed_while_it_was_told_to_stop_is_not_kept(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
     claim, one = buffer.claim, worker(buffer, ScriptedTeacher())
 
     def slowly(*arguments):
@@ -289,8 +289,8 @@ def test_what_was_claimed_while_it_was_told_to_stop_is_not_kept(buffer, epoch):
     assert (stats.leased, stats.queued + stats.finished) == (0, 1)
 
 
-def test_a_worker_that_cannot_judge_ends_with_its_error_and_the_group_is_none_the_worse(buffer, epoch):
-    buffer.put(epoch, items(0))
+def test_a_worker_that_cannot_judge_ends_with_its_error_and_the_group_is_none_the_worse(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
 
     def cannot():
         raise ModelError("no tokenizer")
@@ -301,13 +301,13 @@ def test_a_worker_that_cannot_judge_ends_with_its_error_and_the_group_is_none_th
     assert buffer.claim("other", 1, 30.0, "lease")[0].attempt == 1
 
 
-def test_groups_that_are_only_rewritten_are_handed_in_without_outcomes(buffer, epoch):
-    buffer.put(epoch, [(0, replace(group(0), candidates=()))])
+def test_groups_that_are_only_rewritten_are_handed_in_without_outcomes(buffer, fencing_token):
+    buffer.put(fencing_token, [(0, replace(group(0), candidates=()))])
     rewrite = Candidate(Source.REWRITE, (70, 71), seed=3)
     processor = GroupProcessor(None, RewriterOf(rewrite))
     one = Worker(buffer, ScriptedTeacher(), lambda: processor, WorkersConfig(groups=1), "w", WorkerMetrics())
     run(one, lambda: buffer.stats().finished == 1)
-    assert buffer.take(epoch, 0, 1) == [replace(group(0), candidates=(rewrite,))]
+    assert buffer.take(fencing_token, 0, 1) == [replace(group(0), candidates=(rewrite,))]
 
 
 def test_a_port_that_is_taken_is_one_line(buffer):

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_rlpt.observe.html_page import html_page
 from megatron_rlpt.planner import hardware, judge_cluster, judging, limits
 from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.planner.judge_cluster import JudgeCluster
@@ -44,11 +45,8 @@ _UNITS = {
 }
 """Field of ``Gpu`` -> its unit."""
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; width: 100%; }
-th, td { text-align: left; padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
-td.bar { width: 40%; } td.bar div { background: #4a7; height: 0.9rem; }
-.bad { color: #b00; font-weight: 600; }
+td.bar { width: 40%; }
+td.bar div { background: var(--accent); border-radius: 2px; height: .9rem; margin-top: .2rem; }
 """
 
 
@@ -88,13 +86,8 @@ def print_plan(console: Console, listed: Sequence[Section]) -> None:
 
 
 def to_html(title: str, listed: Sequence[Section]) -> str:
-    """A page that needs no other file."""
-    body = "\n".join(_html_section(section) for section in listed)
-    heading = html.escape(title)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{heading}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n<h1>{heading}</h1>\n{body}\n</body>\n</html>\n"
-    )
+    """Return a page that needs no other file."""
+    return html_page(title, "\n".join(_html_section(section) for section in listed), style=_STYLE)
 
 
 def to_json(
@@ -396,4 +389,5 @@ def _html_section(section: Section) -> str:
             cells += f'<td class="bar"><div style="width:{width:.1f}%"></div></td>'
         lines.append(f"<tr>{cells}</tr>")
     header = f"<thead><tr>{head}</tr></thead>" if any(section.columns) else ""
-    return f"<h2>{html.escape(section.title)}</h2>\n<table>{header}<tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
+    table = f'<div class="scroll"><table>{header}<tbody>\n' + "\n".join(lines) + "\n</tbody></table></div>"
+    return f"<section>\n<h2>{html.escape(section.title)}</h2>\n{table}\n</section>"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import enum
 import os
 import select
 import signal
@@ -17,7 +18,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -26,6 +29,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SET_PARENT_DEATH_SIGNAL = 1
 """``PR_SET_PDEATHSIG`` of linux/prctl.h."""
 _LONGEST_DELAY = 60.0
+_POLL = 0.2
+"""Seconds between two looks of a supervisor at its children."""
+_SIGNALED = 128
 
 
 def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -163,3 +169,163 @@ class Restarts:
         if len(self._ends) > self.MOST:
             return None
         return min(_LONGEST_DELAY, 2.0 ** (len(self._ends) - 1))
+
+
+def exit_code_of(returncode: int) -> int:
+    """Return the exit code that a shell reports: 128 plus the number of the signal that ended the process."""
+    return returncode if returncode >= 0 else _SIGNALED - returncode
+
+
+@dataclass
+class Child:
+    """One command of a ``Supervisor``, run by one process after another."""
+
+    name: str
+    command: Sequence[str]
+    restart_on: Callable[[int], bool]
+    log: Path | None
+    options: Mapping[str, Any]
+    restarts: Restarts
+    starts: int = 0
+    began: float = 0.0
+    """When the current process started (``time.monotonic``)."""
+    due: float | None = None
+    """When to start the next process, while the back-off lasts."""
+    final: bool = False
+    """Whether it ended and stays ended."""
+    process: subprocess.Popen[bytes] = field(init=False)
+    """The current process, or the last one."""
+
+    def start(self) -> None:
+        """Start a process.
+
+        Raises:
+            OSError: the program or the log cannot be opened.
+        """
+        with contextlib.ExitStack() as stack:
+            output = {}
+            if self.log is not None:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                output = {"stdout": stack.enter_context(self.log.open("ab")), "stderr": subprocess.STDOUT}
+            self.process = start_child(self.command, **output, **self.options)
+        self.starts, self.began, self.due = self.starts + 1, time.monotonic(), None
+
+
+class EndReason(enum.StrEnum):
+    """Why a supervisor does not restart a child."""
+
+    ended = "ended"
+    """Its exit code asks for no restart."""
+    at_start = "failed at its start"
+    """Its first process failed within ``Supervisor.quick`` seconds."""
+    too_often = "ended too often"
+    """It ended more than ``Restarts.MOST`` times within ``Restarts.WINDOW`` seconds."""
+
+
+@dataclass(frozen=True)
+class ChildEnd:
+    """A child that ended and is not restarted."""
+
+    child: Child
+    returncode: int
+    """As of ``subprocess.Popen``."""
+    reason: EndReason
+
+
+class Supervisor:
+    """Keep child processes running: restart what ends, later each time, until a child ends for good.
+
+    Children receive SIGTERM when this process ends, even if it is killed. Call all methods from the main thread (see
+    ``start_child``).
+    """
+
+    def __init__(
+        self,
+        *,
+        quick: float = 0.0,
+        on_start: Callable[[Child], object] = lambda child: None,
+        on_restart: Callable[[Child, int, float], object] = lambda child, returncode, delay: None,
+    ) -> None:
+        """
+        Args:
+            quick: do not restart a child whose first process exits with an error within this many seconds.
+            on_start: called after every start.
+            on_restart: called when a child ended and will be restarted; with its return code and the delay in seconds.
+        """
+        self._quick, self._on_start, self._on_restart = quick, on_start, on_restart
+        self.children: list[Child] = []
+
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        restart_on: Callable[[int], bool] = lambda returncode: True,
+        log: Path | None = None,
+        **options: Any,
+    ) -> Child:
+        """Start a child.
+
+        Args:
+            name: for reports.
+            command: program and arguments.
+            restart_on: whether to restart the child after this return code; always by default.
+            log: file to append standard output and standard error to; by default they stay those of this process.
+            options: further ones of ``subprocess.Popen``.
+
+        Raises:
+            OSError: the program or the log cannot be opened.
+        """
+        child = Child(name, command, restart_on, log, options, Restarts())
+        child.start()
+        self.children.append(child)
+        self._on_start(child)
+        return child
+
+    def run(self, wait: Callable[[float], bool]) -> ChildEnd | None:
+        """Keep the children running until one ends for good, or until ``wait`` returns true.
+
+        Call it again to go on with the remaining children.
+
+        Args:
+            wait: wait for so many seconds and return whether to stop.
+
+        Returns:
+            The child that ended, or None to stop.
+        """
+        while not wait(_POLL):
+            for child in self.children:
+                if (end := self._look_at(child)) is not None:
+                    return end
+        return None
+
+    def end(self, seconds: float) -> None:
+        """End all children: SIGTERM, then SIGKILL after ``seconds``."""
+        end_all([child.process for child in self.children], seconds)
+
+    def _look_at(self, child: Child) -> ChildEnd | None:
+        now = time.monotonic()
+        if child.final:
+            return None
+        if child.due is not None:
+            if now >= child.due:
+                child.start()
+                self._on_start(child)
+            return None
+        code = child.process.poll()
+        if code is None:
+            return None
+        end_all([child.process], 0.0)  # helpers that outlived it hold memory and ports
+        reason, delay = EndReason.ended, None
+        if child.restart_on(code):
+            delay = child.restarts.ended()
+            if child.starts == 1 and code > 0 and now - child.began < self._quick:
+                reason, delay = EndReason.at_start, None
+            elif delay is None:
+                reason = EndReason.too_often
+        if delay is None:
+            child.final = True
+            return ChildEnd(child, code, reason)
+        child.due = now + delay
+        self._on_restart(child, code, delay)
+        return None

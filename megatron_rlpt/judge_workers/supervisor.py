@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rlpt.config import Config
-from megatron_rlpt.distributed.processes import EndRequest, Restarts, end_all, start_child
+from megatron_rlpt.distributed.processes import Child, EndRequest, Supervisor
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.log import get_logger
 
 _log = get_logger(__name__)
 
-_POLL = 0.5
 _QUICK = 10.0
 """A first worker that fails sooner than this many seconds after its start has a fault that a new one has as well."""
 _MARGIN = 15.0
@@ -47,48 +45,19 @@ def run_workers(path: Path, overrides: Sequence[str], config: Config, count: int
     told = EndRequest()
     told.listen()
     command = [sys.executable, "-m", "megatron_rlpt", "judge", "serve", "--config", str(path), *overrides]
-    workers = [_WorkerProcess([*command, *(["--name", f"{name}-{n}"] if name else [])]) for n in range(1, count + 1)]
-    code = 0
+    # Sessions of their own: Ctrl-C reaches this process alone, which then lets the workers finish their groups.
+    supervisor = Supervisor(quick=_QUICK, on_restart=_report_restart)
     try:
-        while not told.wait(_POLL) and not code:
-            code = next((failure for worker in workers if (failure := worker.look())), 0)
+        for number in range(1, count + 1):
+            supervisor.start("worker", [*command, *(["--name", f"{name}-{number}"] if name else [])])
+        end = supervisor.run(told.wait)
     finally:
-        end_all([worker.process for worker in workers], settings.drain + config.buffer.retry + _MARGIN)
-    return code
-
-
-class _WorkerProcess:
-    """One worker, in one process after the other."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self._command = command
-        self._restarts = Restarts()
-        self._first = True
-        self._due: float | None = None
-        self._start()
-
-    def _start(self) -> None:
-        # A session of its own: Ctrl-C reaches this process alone, which then tells the workers to finish.
-        self.process = start_child(self._command)
-        self._began, self._due = time.monotonic(), None
-
-    def look(self) -> int:
-        """Replace it where it has ended; the exit code if that is of no use, else 0."""
-        now = time.monotonic()
-        if self._due is not None:
-            if now >= self._due:
-                self._first = False
-                self._start()
-            return 0
-        code = self.process.poll()
-        if code is None:
-            return 0
-        delay = self._restarts.ended()
-        refused = self._first and code > 0 and now - self._began < _QUICK
-        if refused or delay is None:
-            why = "a worker could not start" if refused else "a worker ended too often"
-            _log.error(f"{why}; all of them end", pid=self.process.pid, exit_code=code)
-            return code if code > 0 else 1
-        _log.warning("a worker ended and is replaced", pid=self.process.pid, exit_code=code, seconds=delay)
-        self._due = now + delay
+        supervisor.end(settings.drain + config.buffer.retry + _MARGIN)
+    if end is None:
         return 0
+    _log.error(f"a worker {end.reason}; all of them end", pid=end.child.process.pid, exit_code=end.returncode)
+    return end.returncode if end.returncode > 0 else 1
+
+
+def _report_restart(child: Child, returncode: int, delay: float) -> None:
+    _log.warning("a worker ended and is replaced", pid=child.process.pid, exit_code=returncode, seconds=delay)

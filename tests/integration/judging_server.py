@@ -22,7 +22,7 @@ def judging() -> Iterator[dict[str, Any]]:
     """The section of a configuration whose workers ask this server, as long as the context lasts."""
     with serving(_judge) as server:
         workers = {"endpoints": [{"url": server.url}], "groups": 2, "lease": 5.0, "metrics_port": -1}
-        yield {"place": "workers", "judge": "generative", "workers": workers}
+        yield {"run_in": "workers", "judge": "generative", "workers": workers}
 
 
 async def _judge(exchange: Exchange) -> bool | None:

@@ -82,7 +82,7 @@ def test_the_trainer_killed_once_goes_on_and_its_end_is_the_end(demo, tmp_path, 
 @pytest.fixture
 def folder(tiny_model, corpus, tmp_path) -> Path:
     """Where it is called from: a run that never ends, and whose teacher's server is refused, in relative paths."""
-    sections = {**NEXT_TOKEN, "teacher": {"place": "workers"}, "train": {"steps": 10**6, "global_batch": 4}}
+    sections = {**NEXT_TOKEN, "teacher": {"run_in": "workers"}, "train": {"steps": 10**6, "global_batch": 4}}
     write_config(tmp_path / "run.yaml", tiny_model, corpus, Path("here"), **sections)
     return tmp_path
 

@@ -13,7 +13,7 @@ from tiny_runs import json_lines, write_config
 ROOT = Path(__file__).resolve().parents[2]
 RLPT = str(ROOT / ".venv-launch/bin/rlpt")
 SECTIONS = {
-    "teacher": {"place": "workers", "workers": {"own_model": True, "groups": 2, "metrics_port": -1}},
+    "teacher": {"run_in": "workers", "workers": {"own_model": True, "groups": 2, "metrics_port": -1}},
     "train": {"steps": 3, "global_batch": 4, "micro_batch": 2, "staleness": 1},
 }
 

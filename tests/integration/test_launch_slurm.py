@@ -32,7 +32,7 @@ GOES_ON = ("", "PENDING", "RUNNING", "REQUEUED", "COMPLETING", "NODE_FAIL")
 FIRST_LINE = "#!/bin/bash\n"
 SECTIONS = {
     "model": {"dtype": "bf16"},
-    "teacher": {"place": "workers", "workers": {"own_model": True, "groups": 2, "lease": 5.0, "metrics_port": -1}},
+    "teacher": {"run_in": "workers", "workers": {"own_model": True, "groups": 2, "lease": 5.0, "metrics_port": -1}},
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "staleness": 1},
     "checkpoint": {"every": 100},
 }

@@ -67,7 +67,7 @@ def config_file(smollm2, corpus, tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("served")
     (base / "run").mkdir()
     return write_config(
-        base / "run.yaml", smollm2, corpus, base / "run", teacher={"max_context": 256, "place": "workers"}
+        base / "run.yaml", smollm2, corpus, base / "run", teacher={"max_context": 256, "run_in": "workers"}
     )
 
 

@@ -16,7 +16,7 @@ RUN = {
     "model": {"path": "/shared/model"},
     "data": {"sources": [{"path": "/shared/corpus.jsonl"}]},
     "train": {"steps": 10},
-    "teacher": {"place": "workers"},
+    "teacher": {"run_in": "workers"},
 }
 CLUSTER = {
     "executor": "slurm",

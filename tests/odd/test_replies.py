@@ -46,7 +46,7 @@ def judge_try(rlpt, tiny_model, tmp_path):
             "train": {"steps": 2, "global_batch": 4, "micro_batch": 2},
             "teacher": {
                 "judge": "generative",
-                "place": "workers",
+                "run_in": "workers",
                 "generative": {"quality": {"votes": 1}},
                 "workers": {"request_deadline": 6.0, "endpoints": [{"url": server.url} | endpoint]},
             },

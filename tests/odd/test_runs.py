@@ -89,7 +89,7 @@ def judged(name: str, **more: Any) -> dict[str, dict[str, Any]]:
     return {
         "objective": {"name": name},
         "candidates": {"rollouts": 0, "rewrite": True, "original": name != "sft_rewrite"},
-        "teacher": {"place": "workers", "max_failure_rate": 1.0} | more,
+        "teacher": {"run_in": "workers", "max_failure_rate": 1.0} | more,
     }
 
 

@@ -61,7 +61,7 @@ def test_all_of_it_is_there_as_json():
 
 
 def test_an_announced_server_is_asked(config_of, judge_try):
-    config = config_of(place="workers", workers={"request_deadline": 1.0})
+    config = config_of(run_in="workers", workers={"request_deadline": 1.0})
     with_it = open_buffer(load_config(config))
     with_it.announce(KIND, "a", announcement(EndpointConfig(url=NOBODY)), 60.0)
     with_it.close()
@@ -72,7 +72,7 @@ def test_an_announced_server_is_asked(config_of, judge_try):
 
 @pytest.mark.parametrize("opened", [False, True])
 def test_without_any_server_one_is_asked_for(config_of, judge_try, opened):
-    config = config_of(place="workers")
+    config = config_of(run_in="workers")
     if opened:
         open_buffer(load_config(config)).close()
     code, out, err = judge_try(config)
@@ -82,7 +82,7 @@ def test_without_any_server_one_is_asked_for(config_of, judge_try, opened):
     assert (config.parent / "buffer.sqlite").exists() == opened, "looking makes no buffer"
 
 
-@pytest.mark.parametrize("teacher", [{"place": "trainer"}, {"place": "workers", "workers": {"own_model": True}}])
+@pytest.mark.parametrize("teacher", [{"run_in": "trainer"}, {"run_in": "workers", "workers": {"own_model": True}}])
 def test_where_no_server_is_asked_it_judges_by_itself(config_of, judge_try, teacher):
     code, out, err = judge_try(config_of(**teacher))
     assert code == 0, err

@@ -37,7 +37,7 @@ def write(folder: Path, **sections: dict) -> Path:
         "candidates": {"rollouts": 3},
         "train": {"steps": 2, "global_batch": 4, "micro_batch": 2},
         "buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run", "retry": 0.2},
-        "teacher": {"place": "workers", "workers": {"drain": 0.2}},
+        "teacher": {"run_in": "workers", "workers": {"drain": 0.2}},
     }
     path = folder / "run.yaml"
     path.write_text(json.dumps(settings | sections))

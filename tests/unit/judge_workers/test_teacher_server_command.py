@@ -58,7 +58,7 @@ def configured(folder: Path, **sections: dict) -> Path:
         "data": {"sources": [{"path": str(folder / "corpus.jsonl")}]},
         "candidates": {"rollouts": 3},
         "train": {"steps": 2, "global_batch": 4, "micro_batch": 2},
-        "teacher": {"place": "workers"},
+        "teacher": {"run_in": "workers"},
     }
     path = folder / "run.yaml"
     path.write_text(json.dumps(settings | sections))
@@ -289,7 +289,7 @@ def test_the_key_of_announced_servers_reaches_the_server_and_is_never_written(fo
     buffer = open_url(f"sqlite:///{folder}/buffer.sqlite", "run")
     workers = {"key_env": "OUR_KEY"}
     sections = {"buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"}}
-    config = configured(folder, teacher={"place": "workers", "workers": workers}, **sections)
+    config = configured(folder, teacher={"run_in": "workers", "workers": workers}, **sections)
     code, said = refusal(folder, config)
     assert (code, "teacher.workers.key_env is OUR_KEY, a variable which is not set to a key" in said) == (2, True), said
     with serving(folder, config, "--host", "0.0.0.0", OUR_KEY="sesame") as process:

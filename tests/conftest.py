@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +18,25 @@ from tiny_model import WORDS, make_tiny_model
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+NEEDS = {
+    "redis": ("redis-server", lambda: shutil.which("redis-server")),
+    "slurm": ("Slurm", lambda: shutil.which("slurmctld")),
+    "vllm": ("vLLM", lambda: importlib.util.find_spec("vllm")),
+}
+"""Marker -> the program that its tests need, and a look for it."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "redis_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("redis")
+
+
+def pytest_runtest_setup(item):
+    """Skip what cannot run on this machine; in CI, where everything is to be installed, fail."""
+    for marker, (program, find) in NEEDS.items():
+        if item.get_closest_marker(marker) and not find():
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed; see tools/test.sh")
 
 
 @pytest.fixture(scope="session")

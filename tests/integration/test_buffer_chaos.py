@@ -92,7 +92,7 @@ def redis(folder: Path):
         yield server.options, restart
 
 
-@pytest.mark.parametrize("store", [sqlite, redis])
+@pytest.mark.parametrize("store", [sqlite, pytest.param(redis, marks=pytest.mark.redis)])
 def test_every_group_is_learnt_from_once_and_in_order_whatever_is_killed(store, tmp_path):
     load, draw = load_of_buffers(), random.Random(1)
     killed = {"workers": 0, "trainer": 0, "store": 0}

@@ -19,6 +19,8 @@ from megatron_rlpt.config import load_config
 from megatron_rlpt.teacher.settings_fingerprint import SETTINGS, judged_by
 from megatron_rlpt.trainer.stop import STOP_FILE
 
+pytestmark = pytest.mark.redis
+
 STEPS = 10
 SECTIONS = {
     "model": {"dtype": "bf16"},

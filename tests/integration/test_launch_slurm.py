@@ -21,6 +21,8 @@ from tiny_runs import finish, json_lines, lasting_metrics, rlpt_process, start, 
 
 from megatron_rlpt.buffer.open import open_url
 
+pytestmark = pytest.mark.slurm
+
 ROOT = Path(__file__).resolve().parents[2]
 LOGIN = ROOT / "tools/sandbox/login.py"
 RLPT = [str(ROOT / ".venv-launch/bin/rlpt")]

@@ -14,6 +14,8 @@ import redis
 from redis_server import SCRIPT, RedisServer
 from sandbox_script import call
 
+pytestmark = pytest.mark.redis
+
 sandbox = partial(call, SCRIPT)
 
 

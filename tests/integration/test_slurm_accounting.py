@@ -5,6 +5,10 @@ from __future__ import annotations
 import stat
 import subprocess
 
+import pytest
+
+pytestmark = pytest.mark.slurm
+
 
 def test_the_database_is_for_its_owner_alone(cluster):
     assert stat.S_IMODE((cluster.folder / "slurmdbd.conf").stat().st_mode) == 0o600

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from sandbox_script import call
 
+pytestmark = pytest.mark.slurm
+
 SCRIPT = Path(__file__).resolve().parents[2] / "tools/sandbox/slurm.py"
 sandbox = partial(call, SCRIPT)
 

@@ -11,6 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from tiny_runs import NEXT_TOKEN, json_lines, save_model, write_config
 
+pytestmark = pytest.mark.slurm
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = [sys.executable, "-m", "megatron_rlpt", "train", "-c"]
 TWO_RANKS = ["srun", "-N2", "-n2", "--wait=300"]

@@ -10,7 +10,7 @@ from megatron_rlpt.buffer.open import open_url
 _numbers = itertools.count()
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
 def store(request, tmp_path):
     """Where a buffer is, as the arguments of ``open_url``; a fresh one in every test."""
     name = f"test-{next(_numbers)}"

@@ -20,6 +20,8 @@ from megatron_rlpt.errors import BufferUnavailableError
 from megatron_rlpt.trainer.buffered_judging import BufferedJudging
 from megatron_rlpt.trainer.returned_groups import Expected
 
+pytestmark = pytest.mark.redis
+
 LONG = 600.0
 
 

@@ -78,7 +78,7 @@ class Sqlite:
             path.unlink()
 
 
-@pytest.fixture(params=[Redis, Sqlite])
+@pytest.fixture(params=[pytest.param(Redis, marks=pytest.mark.redis), Sqlite])
 def store(request, tmp_path):
     with contextlib.ExitStack() as stack:
         yield request.param(tmp_path, stack)

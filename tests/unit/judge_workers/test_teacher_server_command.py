@@ -114,6 +114,7 @@ def test_a_proxy_of_the_environment_does_not_keep_it_from_being_announced(folder
     buffer.close()
 
 
+@pytest.mark.redis
 def test_the_server_outlives_a_buffer_that_is_away_for_longer_than_it_is_retried_for(folder):
     with RedisServer(folder / "redis") as redis:
         options = {**redis.options, "name": "run"}
@@ -131,6 +132,7 @@ def test_the_server_outlives_a_buffer_that_is_away_for_longer_than_it_is_retried
         buffer.close()
 
 
+@pytest.mark.redis
 def test_it_ends_well_also_while_the_buffer_is_away(folder):
     with RedisServer(folder / "redis") as redis:
         options = {**redis.options, "name": "run"}

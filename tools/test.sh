@@ -25,7 +25,7 @@ wait "$background"
 } &
 background=$!
 failed=0
-{ .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy; } || failed=1
+{ .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck {tools,launch/templates}/*.sh; } || failed=1
 wait "$background"
 
 if [ $# -gt 0 ]; then

@@ -220,7 +220,7 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, launched
     # Now, not after a time that a busy machine may need to come up: as much is left as the run is told before.
     spent = int(cluster.run("squeue", "--noheader", f"--jobs={run.job()}", "--format=%M").split(":")[0])
     cluster.run("scontrol", "update", f"jobid={run.job()}", f"timelimit={spent + 3}")
-    run.wait(lambda: "queued again" in run.output())
+    run.wait(lambda: "requeued" in run.output())
     cluster.run("scontrol", "update", f"jobid={run.job()}", "timelimit=30")
     done = run.steps()
     assert done < STEPS
@@ -228,7 +228,7 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, launched
     with run.buffer() as buffer:
         buffer.drain(False)
     assert run.ended() == ("COMPLETED", "0:0"), run.output()
-    assert "asking for a checkpoint" in run.output()
+    assert "requesting a checkpoint" in run.output()
     assert f"steps={done}" in (run.folder / "run.log").read_text()
     assert_equal_runs(run.folder, calm)
 
@@ -239,7 +239,7 @@ def test_a_job_of_several_ranks_that_is_told_to_end_leaves_a_checkpoint_and_goes
     run.launch("train.steps=100000")
     run.wait(lambda: run.steps() >= 1)
     cluster.run("scancel", "--signal=TERM", run.job())
-    run.wait(lambda: "queued again" in run.output())
+    run.wait(lambda: "requeued" in run.output())
     run.cancel()
     done = run.steps()
     assert list((run.folder / "checkpoints").glob(f"step-*{done}")), "what was done is in a checkpoint"
@@ -283,7 +283,7 @@ def test_judging_in_a_job_of_its_own_whose_time_is_up_goes_on_together_with_trai
         buffer.drain(True)
     cluster.run("scancel", "--batch", "--signal=USR1", run.job("judging"))
     for part in ("training", "judging"):
-        run.wait(lambda part=part: "queued again" in run.output(part))
+        run.wait(lambda part=part: "requeued" in run.output(part))
     done = run.steps()
     assert done < STEPS
     run.wait(lambda: run.start_of("judges-00000").endswith(".1"))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.batch import setup_lines
 from launch.slurm_jobs import Part
+
+
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 
 
 class Job:
@@ -93,16 +99,16 @@ def test_the_exit_code_is_that_of_the_component_that_failed_first_whatever_srun_
 def test_one_that_stopped_as_asked_is_queued_again(job):
     code, said = job.end(steps(job, 3))
     assert (code, job.requeued()) == (75, ["requeue 7"])
-    assert "queued again" in said
+    assert "requeued" in said
     code, said = job.end(steps(job, 4), requeue=False)
     assert (code, job.requeued()) == (75, ["update JobId=7 Requeue=0"])
-    assert "launch it once more" in said
+    assert "run the same rlpt launch command" in said
 
 
 def test_steps_that_ended_well_with_a_trainer_that_did_not_are_no_success(job):
     code, said = job.end("exit 0")
     assert (code, job.requeued()) == (143, [])
-    assert "ended before it was done" in said
+    assert "terminated before it was done" in said
     job.end(DONE)
     assert job.end("exit 0", start=1)[0] == 143, "what an earlier start said does not count"
 
@@ -110,7 +116,7 @@ def test_steps_that_ended_well_with_a_trainer_that_did_not_are_no_success(job):
 def test_a_job_that_is_told_to_end_asks_for_a_checkpoint_and_is_not_queued_again(job):
     code, said = job.end(f"kill -TERM $$; [ -e {job.run}/stop ] || exit 9; {steps(job, 2)}")
     assert (code, job.requeued()) == (143, [])
-    assert "told to end: asking for a checkpoint" in said
+    assert "received SIGTERM; requesting a checkpoint" in said
 
 
 def test_two_starts_without_a_step_are_not_followed_by_a_third(job):
@@ -182,3 +188,14 @@ def test_modules_are_loaded_in_order_and_a_missing_one_ends_the_job(job):
     code, said = job.end(DONE, modules=["gone"])
     assert code == 2
     assert said.splitlines()[-1].startswith("error: modules of the cluster file: module load gone failed on ")
+
+
+@pytest.mark.parametrize("requeue", [True, False])
+@pytest.mark.parametrize("part", Part)
+def test_what_is_rendered_has_no_placeholder_left_and_passes_the_linter(part, requeue, tmp_path):
+    script = tmp_path / "job.sh"
+    lines = setup_lines("/a b/c", part, requeue=requeue, modules=["cuda/12"], setup=["export A='x y'"])
+    script.write_text(f"#!/bin/bash\n{lines}\n")
+    assert not re.search("@[A-Z_]+@", lines)
+    done = subprocess.run([shutil.which("shellcheck") or SHELLCHECK, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

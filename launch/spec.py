@@ -15,7 +15,6 @@ import json
 import math
 import os
 import secrets
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from types import UnionType
 from typing import Any
 
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.files import write_atomically
 
 SHARED = "cluster"
 """Folder in ``run.dir``."""
@@ -110,21 +110,13 @@ def write_private(file: Path, text: str, *, replace: bool = True) -> None:
         FileExistsError: it is there, and not to be replaced.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as handle:
-        handle.write(text)
-    try:
-        (os.replace if replace else os.link)(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(file, text, mode=0o600, replace=replace)
 
 
 def publish(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON file that others read, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(value), durable=False)
 
 
 def read_published(path: Path, **kinds: type | UnionType) -> dict[str, Any]:

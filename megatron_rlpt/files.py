@@ -1,61 +1,96 @@
-"""New folders and files, written under names of their own and published by one rename.
+"""Files and folders that appear whole or not at all: written under a temporary name, then renamed.
 
-Nothing that this process did not make is ever removed: a folder that ends in ``.old`` or ``.partial`` may be somebody's
-only copy of a model. What a killed process leaves behind stays until its owner removes it, see ``unfinished``.
+Nothing that this process did not create is ever removed: a folder named ``.old`` or ``.partial`` may be a user's only
+copy of a model. What a killed process leaves behind stays until its owner removes it, see ``unfinished``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import TextIO
 
 from megatron_rlpt.errors import CheckpointError, RlptError, first_line
-from megatron_rlpt.observe import get_logger
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)  # the package ``observe`` imports this module
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 _DISK_TEXTS = ("no space left", "disk quota", "file too large", "file write failed", "iostream error")
-"""What libraries make of an error of the operating system when they raise one of their own."""
+"""How libraries word an error of the operating system when they raise one of their own types."""
+
+
+def write_atomically(path: Path, text: str, *, mode: int = 0o666, replace: bool = True, durable: bool = True) -> None:
+    """Write ``path`` whole or not at all. Arguments and errors as in ``open_atomically``."""
+    with open_atomically(path, mode=mode, replace=replace, durable=durable) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path, *, mode: int = 0o666, replace: bool = True, durable: bool = True) -> Iterator[TextIO]:
+    """Open a temporary UTF-8 file in the folder of ``path``; it becomes ``path`` when the block succeeds.
+
+    Args:
+        path: the file to write; its folder exists.
+        mode: permissions, limited by the umask.
+        replace: replace an existing file.
+        durable: flush the content to the disk before the rename. False for files that are rewritten every few seconds.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``replace`` is false.
+        OSError: the file cannot be written; an existing one is unchanged.
+    """
+    temporary = temporary_name(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        (os.replace if replace else os.link)(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder to write into that becomes ``target`` when the block ends well, and disappears when it does not.
+    """Yield a temporary folder that becomes ``target`` when the block succeeds and is removed when it fails.
 
     Args:
-        target: does not exist, or is an empty folder, whose mode is kept. A symbolic link stands for what it leads to.
-        replace: move an older ``target`` that holds something to ``<target>.old-1`` (or the next free number).
+        target: does not exist, or is an empty folder, whose mode is kept. A symbolic link is followed.
+        replace: move an existing ``target`` that is not empty to ``<target>.old-1`` (or the next free number).
 
     Raises:
-        CheckpointError: the disk is full or not writable, or somebody else has put something at ``target`` meanwhile.
+        CheckpointError: the disk is full or not writable, or another process has created ``target`` in the meantime.
     """
     target = Path(os.path.realpath(target))
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = beside(target)
-        # Not tempfile's: that is for its owner alone, and what is exported follows the umask.
+        partial = temporary_name(target)
+        # Not tempfile.mkdtemp: that folder is private to its owner, but an export follows the umask.
         partial.mkdir()
         yield partial
         flush_tree(partial)
         if replace and target.is_dir() and any(target.iterdir()):
-            _log.warning("keeping an earlier folder", path=_move_aside(target))
+            aside = free_name(target, "old")
+            os.rename(target, aside)
+            _log.warning("keeping an earlier folder path=%s", aside)
         elif target.is_dir():
             os.chmod(partial, target.stat().st_mode & 0o7777)
-        os.rename(partial, target)  # refused by the system where target is a folder that holds something
+        os.rename(partial, target)  # the operating system refuses a target that is a folder with content
     except BaseException as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        # What already says what is wrong may be about the source, for instance one that cannot be read.
-        if isinstance(error, OSError | SafetensorError) or (not isinstance(error, RlptError) and is_disk_error(error)):
+        # An RlptError already says what is wrong; it may be about the source, for instance an unreadable file.
+        if isinstance(error, OSError) or (not isinstance(error, RlptError) and _is_write_error(error)):
             raise CheckpointError(
                 f"{target} could not be written ({type(error).__name__}: {first_line(error)}); free space or mend the "
                 "folder's permissions, then start again"
@@ -63,29 +98,21 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write ``path`` whole or not at all; an older one is replaced.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = beside(path)
-    try:
-        with partial.open("x", encoding="utf-8") as handle:
-            handle.write(text)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def beside(target: Path) -> Path:
-    """A name for what will become ``target``, in the same folder, that nobody else has."""
+def temporary_name(target: Path) -> Path:
+    """Return an unused name in the folder of ``target`` to write it under."""
     return target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
 
 
+def free_name(target: Path, suffix: str) -> Path:
+    """Return ``<target>.<suffix>-1``, or the same with the next free number."""
+    number = 1
+    while (aside := target.with_name(f"{target.name}.{suffix}-{number}")).exists():
+        number += 1
+    return aside
+
+
 def unfinished(target: Path) -> list[Path]:
-    """What killed processes, or ones that are still at work, have left where ``target`` was to be."""
+    """Return what other processes, killed or still running, have written under temporary names of ``target``."""
     target = Path(os.path.realpath(target))
     named = re.compile(re.escape(target.name) + r"\.partial-[0-9a-f]{8}")
     try:
@@ -95,12 +122,27 @@ def unfinished(target: Path) -> list[Path]:
 
 
 def follow_umask(file: Path) -> None:
-    """Give ``file``, which a library made for its owner alone, the mode that the folder around it has got."""
+    """Give ``file``, which a library created private to its owner, the permissions of its folder."""
     os.chmod(file, file.parent.stat().st_mode & 0o666)
 
 
+def flush(*paths: Path) -> None:
+    """Flush files, or the entries of folders, to the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush everything in ``folder`` to the disk; some network file systems report a full disk only now."""
+    flush(*(path for path in folder.rglob("*") if not path.is_symlink()), folder)
+
+
 def is_disk_error(error: BaseException) -> bool:
-    """Whether ``error``, or what caused it, is the disk's: full, over its quota, read-only, not permitted."""
+    """Return whether the disk caused ``error``: full, over quota, read-only, or not permitted."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _DISK:
@@ -111,25 +153,7 @@ def is_disk_error(error: BaseException) -> bool:
     return False
 
 
-def flush_tree(folder: Path) -> None:
-    """Have everything in ``folder`` on the disk itself; a network file system refuses what does not fit only now."""
-    for path in (*(path for path in folder.rglob("*") if not path.is_symlink()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _is_write_error(error: BaseException) -> bool:
+    from safetensors import SafetensorError  # the launcher's environment has no safetensors and writes no folder
 
-
-def free_name(target: Path) -> Path:
-    """``<target>.old-1``, or with the next number that nobody has."""
-    number = 1
-    while (aside := target.with_name(f"{target.name}.old-{number}")).exists():
-        number += 1
-    return aside
-
-
-def _move_aside(target: Path) -> Path:
-    aside = free_name(target)
-    os.rename(target, aside)
-    return aside
+    return isinstance(error, SafetensorError) or is_disk_error(error)

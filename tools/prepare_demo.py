@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,21 +106,19 @@ def prepare_corpus(target: Path) -> None:
     splits = ("train", "heldout", "ngram")
     if all((target / f"{split}.jsonl").is_file() for split in splits):
         return
-    from megatron_rlpt.files import beside
+    from megatron_rlpt.files import open_atomically
 
     target.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    partial = {split: beside(target / f"{split}.jsonl").open("x", encoding="utf-8") for split in splits}
-    for name, text in documents():
-        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
-        # Inherited docstrings appear many times; a copy in two splits would leak the held-out text.
-        if len(text) < MIN_CHARACTERS or digest in seen or not is_prose(text):
-            continue
-        seen.add(digest)
-        partial[split_of(name)].write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
-    for split, handle in partial.items():
-        handle.close()
-        os.replace(handle.name, target / f"{split}.jsonl")
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context(open_atomically(target / f"{split}.jsonl")) for split in splits}
+        for name, text in documents():
+            digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+            # Inherited docstrings appear many times; a copy in two splits would leak the held-out text.
+            if len(text) < MIN_CHARACTERS or digest in seen or not is_prose(text):
+                continue
+            seen.add(digest)
+            files[split_of(name)].write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_rlpt.errors import CheckpointError
+from megatron_rlpt.files import flush, free_name
 from megatron_rlpt.observe import get_logger
 
 _log = get_logger(__name__)
@@ -68,11 +69,7 @@ def retire(folder: Path, keep: int) -> None:
 def mark_damaged(paths: Iterable[Path]) -> None:
     """Rename checkpoints so that they count no more, neither as the newest nor among those that are kept."""
     for path in paths:
-        target, number = path.with_name(path.name + ".damaged"), 1
-        while target.exists():
-            number += 1
-            target = path.with_name(f"{path.name}.damaged-{number}")
-        os.rename(path, target)
+        os.rename(path, free_name(path, "damaged"))
 
 
 def sweep_partials(folder: Path) -> None:
@@ -99,16 +96,6 @@ def require_space(folder: Path) -> None:
             f"disk full: a checkpoint needs about {needed / 2**20:,.0f} MiB and {folder} has "
             f"{free / 2**20:,.0f} MiB free; free space, then start again: {last_good(folder)}"
         )
-
-
-def flush(*paths: Path) -> None:
-    """Have files, or the names in folders, on the disk itself."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _set_aside(path: Path) -> Path:

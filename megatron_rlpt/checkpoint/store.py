@@ -8,7 +8,7 @@
         COMPLETE        checksum of the manifest, written last; a folder without it is never loaded
 
 Nothing else in the folder is ever a checkpoint: what a killed save leaves behind is named ``*.partial`` and is swept
-away by the next one; what was found damaged and passed over is named ``*.damaged`` and stays.
+away by the next one; what was found damaged and passed over is named ``*.damaged-1`` and stays.
 
 All methods that may write or read are collectives: every rank calls them in the same order, and a failure on one rank
 is the same ``CheckpointError`` on all of them.
@@ -34,6 +34,7 @@ from megatron_rlpt.checkpoint.manifest import CheckpointManifest, FileSum, sum_f
 from megatron_rlpt.checkpoint.reading import MANIFEST, MARKER, POLICY, STATE, Checkpoint, open_checkpoint
 from megatron_rlpt.distributed.ranks import Ranks, is_lost_contact
 from megatron_rlpt.errors import CheckpointError
+from megatron_rlpt.files import flush
 from megatron_rlpt.models.huggingface import copy_settings
 from megatron_rlpt.observe import get_logger
 
@@ -190,7 +191,7 @@ class CheckpointStore:
         """The newest checkpoint, every file of it compared with its manifest, or None if the run has none.
 
         Args:
-            allow_previous: pass over damaged ones, which are renamed to ``*.damaged``, with a warning.
+            allow_previous: pass over damaged ones, which are renamed to ``*.damaged-1``, with a warning.
 
         Raises:
             CheckpointError: the newest one is damaged (names the file), or all are and ``allow_previous`` is set.
@@ -276,9 +277,9 @@ class CheckpointStore:
         CheckpointManifest(save.step, save.layout, files, versions()).write(partial / MANIFEST)
         # Files of the policy's state were flushed by the rank that wrote them; names are flushed here.
         made = (path for path in model if path.is_dir())
-        folders.flush(*own, partial / MANIFEST, partial / POLICY, *made, partial / "hf", partial)
+        flush(*own, partial / MANIFEST, partial / POLICY, *made, partial / "hf", partial)
         (partial / MARKER).write_text(FileSum.of(partial / MANIFEST).checksum + "\n", encoding="utf-8")
-        folders.flush(partial / MARKER, partial)
+        flush(partial / MARKER, partial)
         self._fence()
         folders.publish(partial, save.final)
         folders.retire(self._folder, self._keep)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections import deque
@@ -17,6 +16,7 @@ import typer
 
 from megatron_rlpt.buffer.protocol import Entry, RolloutBuffer
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.files import open_atomically
 from megatron_rlpt.observe.terminal import one_line, plain, say
 from megatron_rlpt.types import Failed
 
@@ -172,17 +172,11 @@ def export(
         if out is None:
             _write(buffer, sys.stdout)
             return
-        part = out.with_name(f".{out.name}.{os.getpid()}.part")
         try:
-            with part.open("w", encoding="utf-8") as handle:
+            with open_atomically(out) as handle:
                 count = _write(buffer, handle)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(part, out)
         except OSError as error:
             raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
-        finally:
-            part.unlink(missing_ok=True)
     print(f"{count} groups are in {out}")
 
 

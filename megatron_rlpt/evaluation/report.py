@@ -14,7 +14,7 @@ from megatron_rlpt.evaluation.environment import describe_machine, describe_vers
 from megatron_rlpt.evaluation.html import render_html
 from megatron_rlpt.evaluation.statistics import WinRate
 from megatron_rlpt.evaluation.training_curves import TrainingCurves
-from megatron_rlpt.files import write_file
+from megatron_rlpt.files import write_atomically
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
@@ -92,7 +92,7 @@ def write_report(run_dir: Path, report: Mapping[str, Any]) -> tuple[Path, Path]:
     page = render_html(report)
     written = {run_dir / JSON_FILE: text, run_dir / HTML_FILE: page}
     for path, content in written.items():
-        write_file(path, content)
+        write_atomically(path, content)
     return run_dir / JSON_FILE, run_dir / HTML_FILE
 
 

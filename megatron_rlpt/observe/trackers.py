@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from megatron_rlpt.config import Config, flatten
 from megatron_rlpt.errors import ConfigError, first_line
+from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.records import Record
 
@@ -272,7 +273,7 @@ def _kept(path: Path, make: Callable[[], str]) -> str:
     if not known:
         known = make()
         try:
-            path.write_text(known)
+            write_atomically(path, known)
         except OSError as error:
             _log.warning("a resumed run will not find this tracker's run again", file=path, reason=error)
     return known

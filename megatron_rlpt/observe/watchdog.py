@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_rlpt.errors import first_line
+from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.stages import StageTimer
 
@@ -135,10 +136,8 @@ class Watchdog:
                 "pid": os.getpid(),
             }
         )
-        partial = self._heartbeat.with_suffix(".partial")
         try:
-            partial.write_text(text)
-            os.replace(partial, self._heartbeat)
+            write_atomically(self._heartbeat, text, durable=False)
             self._heartbeat_lost = False
         except OSError as error:
             # A full disk ends the run where it matters, with its checkpoint. Said once, not every few seconds.

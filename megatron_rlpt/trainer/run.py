@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_rlpt.checkpoint.folders import published, step_of
 from megatron_rlpt.config import Config, flatten, to_yaml
 from megatron_rlpt.distributed.ranks import Ranks, drain, is_lost_contact
 from megatron_rlpt.errors import CheckpointError, not_written
-from megatron_rlpt.files import free_name
+from megatron_rlpt.files import free_name, write_atomically
 from megatron_rlpt.models.huggingface import export_folder
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.observe.log import setup_logging
@@ -158,7 +157,7 @@ def _hold(lock: RunLock | None, folder: Path, fresh: bool) -> None:
     lock.take()
     try:
         if fresh and any(path.name != LOCK for path in folder.iterdir()):
-            target = free_name(folder)
+            target = free_name(folder, "old")
             lock.move_aside(target)
             say(f"moved {folder} to {target}")
     except BaseException:
@@ -240,9 +239,7 @@ def _run_id(folder: Path, ranks: Ranks) -> str:
                 raise CheckpointError(f"{file} is damaged; bring it back, or start anew with --fresh")
             if not known:
                 known = uuid.uuid4().hex
-                partial = file.with_suffix(".partial")
-                partial.write_text(known)
-                os.replace(partial, file)
+                write_atomically(file, known)
         except OSError as error:
             raise not_written(file, error) from error
         return known
@@ -254,9 +251,7 @@ def _open_folder(folder: Path, config: Config, record: RunRecord | None, checkpo
     exported = record.exported if record and checkpoint else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "config.yaml.partial"  # the one that is there is worth keeping on a full disk
-        partial.write_text(to_yaml(config), encoding="utf-8")
-        os.replace(partial, folder / "config.yaml")
+        write_atomically(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise not_written(f"run.dir {folder}", error) from error
     held_out = record.held_out if record and checkpoint else None

@@ -33,6 +33,7 @@ from typing import Self
 
 from megatron_rlpt.distributed.holder import Holder
 from megatron_rlpt.errors import CheckpointError, ConfigError, is_disk_full, not_written
+from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.log import get_logger
 
 _log = get_logger(__name__)
@@ -262,17 +263,9 @@ class RunLock:
             FileNotFoundError: the folder, or the file held so far, is gone.
         """
         mine = self._folder / f"{number:08d}"
-        draft = self._folder / f".{uuid.uuid4().hex}"
-        try:
-            # Written whole before it has its name: whoever looks finds a holder in it.
-            with draft.open("w", encoding="utf-8") as file:
-                json.dump({"holder": str(holder) if holder else None, "time": time.time()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(draft, mine)
-        finally:
-            with contextlib.suppress(OSError):
-                draft.unlink()
+        # Written under another name first: a process that reads the lock finds a holder in it.
+        record = {"holder": str(holder) if holder else None, "time": time.time()}
+        write_atomically(mine, json.dumps(record), replace=False)
         # Looked at after a change of our own, which no client answers from its cache.
         numbers = self._numbers()
         if max(numbers, default=0) > number or (self._number and not self._is_there(self._number)):

@@ -7,7 +7,6 @@ vanished does not; and an export that an earlier, shorter run has left is not ta
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from megatron_rlpt.config import Decay
 from megatron_rlpt.config.renamed import with_new_names
 from megatron_rlpt.errors import CheckpointError, not_written
+from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.log import get_logger
 
 _log = get_logger(__name__)
@@ -76,13 +76,8 @@ class RunRecord:
             ConfigError: the folder cannot be written for another reason.
         """
         path = folder / FILE
-        partial = path.with_suffix(".partial")
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(asdict(self), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            write_atomically(path, json.dumps(asdict(self)))
         except OSError as error:
             raise not_written(path, error) from error
 

@@ -172,10 +172,10 @@ def test_damage_is_named_and_passed_over_only_when_that_is_asked_for(tmp_path, m
     assert record.fields["next"] == tmp_path / "step-00000001"
     assert phrase in record.fields["reason"]
     # It is kept to look at, and counts neither as the newest nor among those that are kept.
-    assert names(tmp_path) == ["step-00000001", "step-00000002.damaged"]
+    assert names(tmp_path) == ["step-00000001", "step-00000002.damaged-1"]
     assert store.latest().step == 1
     store.save(2, {}, OneFile(), model)
-    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000002.damaged"]
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000002.damaged-1"]
 
 
 def test_the_last_checkpoint_there_is_is_never_passed_over(tmp_path, model):

@@ -10,9 +10,14 @@ import signal
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 from redis_server import RedisServer
 from tiny_model import WORDS, make_tiny_model
+
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,10 +31,30 @@ NEEDS = {
 """Marker -> the program that its tests need, and a look for it."""
 
 
+LANES = ("integration", "odd", "distributed", "unit")
+"""Folders of tests in the order in which they begin: what takes longest comes first."""
+TOGETHER = {
+    **dict.fromkeys(("test_launch_slurm", "test_slurm_start", "test_slurm_accounting"), "slurm"),
+    **dict.fromkeys(
+        ("test_rollout_engine", "test_self_check", "test_objectives_end_to_end", "test_engine_process"), "vllm"
+    ),
+}
+"""Module -> group of modules that share a cluster or an engine; every other module is a group of its own."""
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "redis_server" in getattr(item, "fixturenames", ()):
             item.add_marker("redis")
+        # Tests of a group run in one process, one after the other (pytest-xdist, --dist loadgroup).
+        group = TOGETHER.get(item.path.stem, str(item.path.relative_to(ROOT / "tests")))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_start)
+
+
+def _start(item) -> tuple[bool, int]:
+    lane = item.path.relative_to(ROOT / "tests").parts[0]
+    return TOGETHER.get(item.path.stem) != "slurm", LANES.index(lane) if lane in LANES else len(LANES)
 
 
 def pytest_runtest_setup(item):

@@ -1,54 +1,54 @@
 #!/usr/bin/env bash
-# Set up, then check and test everything: style, types, unit tests, integration tests with the real model, vLLM,
-# Slurm and Redis (Debian packages, installed here when run as root).
+# Set up, check style and types, run the tests.
 #
-#   bash tools/test.sh [pytest arguments]
+#   bash tools/test.sh                      everything; installs Slurm and Redis (Debian packages) when run as root
+#   bash tools/test.sh --quick [...]        unit tests that need no server, for every edit
+#   bash tools/test.sh tests/unit/data -x   arguments of pytest instead of all tests
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Two beside each other wherever one waits, or has work for one core.
-work=$(mktemp -d)
 background=
-trap 'kill -- "-$background" 2>/dev/null || true; rm -rf "$work"' EXIT
+trap 'kill -- "-$background" 2>/dev/null || true' EXIT
 set -m # what runs in the background is a process group, to be ended whole
 
+# Tests of one file stay together, those on Slurm too; see tests/conftest.py.
+pytest=(.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder)
+
+check() {
+    local failed=0
+    .venv/bin/ruff check . && .venv/bin/ruff format --check . || failed=1
+    .venv/bin/mypy || failed=1
+    .venv/bin/shellcheck {tools,launch/templates}/*.sh || failed=1
+    return "$failed"
+}
+
+if [ "${1:-}" = --quick ]; then
+    shift
+    bash tools/setup.sh
+    check
+    exec "${pytest[@]}" -m "not slow and not redis and not slurm and not vllm" tests/unit "$@"
+fi
+
+# Set-up waits for the network and the disk: two side by side.
 bash tools/setup_launch.sh &
 background=$!
 bash tools/setup.sh
 wait "$background"
-
 {
     for part in slurm login redis; do
-        .venv/bin/python "tools/sandbox/$part.py" install || echo "without $part, its tests will fail" >&2
+        .venv/bin/python "tools/sandbox/$part.py" install || echo "without $part, its tests cannot run" >&2
     done
     .venv/bin/python tools/prepare_demo.py
 } &
 background=$!
 failed=0
-{ .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck {tools,launch/templates}/*.sh; } || failed=1
+check || failed=1
 wait "$background"
+background=
 
 if [ $# -gt 0 ]; then
-    background=
     [ "$failed" = 0 ] || exit 1
-    .venv/bin/python -m pytest "$@"
-    exit
+    exec .venv/bin/python -m pytest "$@"
 fi
-
-# Whole runs on Slurm wait a good deal, for nodes and each other; unit tests come after them. The reports of both follow
-# that of the rest, which is shown as it goes.
-slurm=(tests/integration/test_slurm_*.py tests/integration/test_launch_*.py)
-{
-    failed=0
-    .venv/bin/python -m pytest "${slurm[@]}" || failed=1
-    .venv/bin/python -m pytest tests/unit || failed=1
-    exit "$failed"
-} >"$work/report" 2>&1 &
-background=$!
-code=0
-.venv/bin/python -m pytest tests/odd tests/distributed tests/integration "${slurm[@]/#/--ignore=}" || code=$?
-[ "$code" != 2 ] || exit 2 # interrupted
-[ "$code" = 0 ] || failed=1
-wait "$background" || failed=1
-cat "$work/report"
+"${pytest[@]}" tests || failed=1
 exit "$failed"

@@ -158,7 +158,7 @@ class _Weights:
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor)."""
         for rule, tensors in self:
-            yield from zip(rule.theirs, tensors, strict=True)
+            yield from zip(rule.hf, tensors, strict=True)
 
 
 def _write_megatron(weights: _Weights, source: CheckpointSource, target: Path, layout: Layout) -> None:

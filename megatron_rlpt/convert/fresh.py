@@ -92,9 +92,9 @@ def fresh_weights(arch: Architecture, seed: int, dtype: torch.dtype) -> Iterator
     """(Hugging Face name, values) of every weight of ``arch``, see ``initial_std``."""
     for rule in mapping(arch):
         std = initial_std(rule, arch)
-        for name, shape in zip(rule.theirs, rule.shapes(arch), strict=True):
+        for name, shape in zip(rule.hf, rule.shapes(arch), strict=True):
             if std is None:
-                constant = torch.zeros if rule.ours.endswith(".bias") else torch.ones
+                constant = torch.zeros if rule.megatron.endswith(".bias") else torch.ones
                 yield name, constant(shape, dtype=dtype)
             else:
                 yield name, _normal(shape, std, dtype, derive_seed(seed, "init", name))
@@ -107,9 +107,9 @@ def initial_std(rule: Rule, arch: Architecture) -> float | None:
     for the two matrices of a layer whose output is added to the residual stream that over sqrt(2 layers), so that the
     stream does not grow with depth.
     """
-    if rule.ours.endswith(".bias") or "layernorm" in rule.ours:
+    if rule.megatron.endswith(".bias") or "layernorm" in rule.megatron:
         return None
-    if rule.ours.endswith((".linear_proj.weight", ".linear_fc2.weight")):
+    if rule.megatron.endswith((".linear_proj.weight", ".linear_fc2.weight")):
         return arch.init_std / math.sqrt(2 * arch.layers)
     return arch.init_std
 

@@ -68,12 +68,12 @@ class GgufSource:
         self._name: Callable[[str], str | None] = lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
         # llama.cpp's kernels for this architecture rotate neighbouring pairs, so its files have their rows reordered.
         self._permuted = metadata.gguf_architecture == gguf.MODEL_ARCH.LLAMA
-        known = {self._locate(name)[0] for rule in mapping(self.arch) for name in rule.theirs}
+        known = {self._locate(name)[0] for rule in mapping(self.arch) for name in rule.hf}
         require_known(path, set(self._tensors) - known - {"rope_freqs.weight"}, self.arch)
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
         """The tensors of ``rule`` in fp32 under Hugging Face's row order."""
-        return checked(self.path, self.arch, rule, [self._read(name) for name in rule.theirs])
+        return checked(self.path, self.arch, rule, [self._read(name) for name in rule.hf])
 
     def precision(self, rule: Rule) -> torch.dtype:
         """fp32, whatever the file holds."""

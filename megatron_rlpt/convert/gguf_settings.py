@@ -180,7 +180,7 @@ def _config(metadata: Metadata) -> dict[str, Any]:
             "num_experts_per_tok": int(metadata.number("expert_used_count")),
             "moe_intermediate_size": int(metadata.number("expert_feed_forward_length")),
         }
-    tokens = {key: metadata.value(theirs) for key, theirs in _SPECIAL_TOKENS.items()}
+    tokens = {key: metadata.value(gguf_key) for key, gguf_key in _SPECIAL_TOKENS.items()}
     for key, token in tokens.items():
         if token is not None and (not isinstance(token, int) or not 0 <= token < embedding[0]):
             raise ModelError(

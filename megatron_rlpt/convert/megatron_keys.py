@@ -40,12 +40,12 @@ class TensorLocation:
     """Lengths of the axes that ``index`` counts along."""
 
 
-def places(rule: Rule, arch: Architecture) -> Iterator[TensorLocation]:
-    """Every place at which Megatron stores the tensor of ``rule``, the default one first."""
+def locations(rule: Rule, arch: Architecture) -> Iterator[TensorLocation]:
+    """Every location at which Megatron stores the tensor of ``rule``, the default one first."""
     if rule.layer is None:
-        yield TensorLocation((rule.ours,))
+        yield TensorLocation((rule.megatron,))
         return
-    name = rule.ours.removeprefix(f"decoder.layers.{rule.layer}.")
+    name = rule.megatron.removeprefix(f"decoder.layers.{rule.layer}.")
     stacked = TensorLocation(("decoder.layers.",), (rule.layer,), (arch.layers,))
     numbered = TensorLocation((f"decoder.layers.{rule.layer}.",))
     for layer in (stacked, numbered):
@@ -66,14 +66,14 @@ def places(rule: Rule, arch: Architecture) -> Iterator[TensorLocation]:
             yield from _whole_or_halves(prefix + name, layer)
 
 
-def written_places(rule: Rule, arch: Architecture) -> list[TensorLocation]:
+def written_locations(rule: Rule, arch: Architecture) -> list[TensorLocation]:
     """Where the tensor of ``rule`` is stored by us: stacked, as Megatron does by default.
 
-    The norm before a layer of experts has two places, because Megatron's own layers and those of Transformer Engine ask
-    for it under different names; both point to the same bytes.
+    The norm before a layer of experts has two locations, because Megatron's own layers and Transformer Engine's use
+    different names for it; both point to the same bytes.
     """
-    two = arch.experts is not None and rule.ours.endswith("pre_mlp_layernorm.weight")
-    return list(islice(places(rule, arch), 2 if two else 1))
+    two = arch.experts is not None and rule.megatron.endswith("pre_mlp_layernorm.weight")
+    return list(islice(locations(rule, arch), 2 if two else 1))
 
 
 def _whole_or_halves(key: str, layer: TensorLocation) -> Iterator[TensorLocation]:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_rlpt.checkpoint.unpickling import read_metadata
-from megatron_rlpt.convert.megatron_keys import VOCABULARY, TensorLocation, is_model_key, places, prefix_of
+from megatron_rlpt.convert.megatron_keys import VOCABULARY, TensorLocation, is_model_key, locations, prefix_of
 from megatron_rlpt.convert.source import require_known
 from megatron_rlpt.errors import CheckpointError, ModelError, first_line
 from megatron_rlpt.models.architecture import read_architecture
@@ -45,8 +45,8 @@ class MegatronSource:
         self.arch = read_architecture(files)
         self.dtype: torch.dtype | None = None
         self._tensors = StoredTensors(folder)
-        self._places = {rule.ours: self._find(rule) for rule in mapping(self.arch)}
-        known = {key for rule in mapping(self.arch) for place in places(rule, self.arch) for key in place.keys}
+        self._locations = {rule.megatron: self._find(rule) for rule in mapping(self.arch)}
+        known = {key for rule in mapping(self.arch) for location in locations(rule, self.arch) for key in location.keys}
         require_known(folder, {key for key in self._tensors.keys if is_model_key(key)} - known, self.arch)
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
@@ -56,21 +56,23 @@ class MegatronSource:
     def merged(self, rule: Rule) -> torch.Tensor:
         """The Megatron tensor of ``rule`` as it is stored, without the rows that only pad the vocabulary."""
         shape = rule.shape(self.arch)
-        if rule.ours in VOCABULARY:
+        if rule.megatron in VOCABULARY:
             shape = (self.arch.vocab, *shape[1:])  # the rows after these are padding, of whatever length
-        place = self._places[rule.ours]
-        halves = len(place.keys)
+        location = self._locations[rule.megatron]
+        halves = len(location.keys)
         part = (shape[0] // halves, *shape[1:])
-        return torch.cat([self._tensors.read(key, place.index, part) for key in place.keys])
+        return torch.cat([self._tensors.read(key, location.index, part) for key in location.keys])
 
     def precision(self, rule: Rule) -> torch.dtype:
         """That of the checkpoint."""
-        dtypes = (self._tensors.dtype(key) for key in self._places[rule.ours].keys)
+        dtypes = (self._tensors.dtype(key) for key in self._locations[rule.megatron].keys)
         return functools.reduce(torch.promote_types, dtypes)
 
     def _find(self, rule: Rule) -> TensorLocation:
-        candidates = list(places(rule, self.arch))
-        found = next((place for place in candidates if all(key in self._tensors.keys for key in place.keys)), None)
+        candidates = list(locations(rule, self.arch))
+        found = next(
+            (location for location in candidates if all(key in self._tensors.keys for key in location.keys)), None
+        )
         if found is None:
             raise ModelError(
                 f"{self.path} has no tensor {candidates[0].keys[0]!r}, which {self.files / 'config.json'} asks for"
@@ -80,7 +82,7 @@ class MegatronSource:
         expected = (*found.axes, rows // len(found.keys), *rest)
         for key in found.keys:
             stored = self._tensors.shape(key)
-            if rule.ours in VOCABULARY:  # padded to whatever length suited the layout it was trained in
+            if rule.megatron in VOCABULARY:  # padded to whatever length suited the layout it was trained in
                 expected = (max(stored[0], self.arch.vocab), *rest)
             if stored != expected:
                 raise ModelError(

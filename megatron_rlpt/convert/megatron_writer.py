@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_rlpt.convert.megatron_keys import VOCABULARY, TensorLocation, written_places
+from megatron_rlpt.convert.megatron_keys import VOCABULARY, TensorLocation, written_locations
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.families import Rule
@@ -34,7 +34,7 @@ from megatron_rlpt.policy.tensor_placement import expert_rank_of, stage_of
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """A contiguous part of a whole tensor: who holds it, where it starts, and its values."""
 
     rank: int
@@ -43,27 +43,27 @@ class Piece:
     tensor: torch.Tensor
 
 
-def pieces(tensor: torch.Tensor, cut: Cut, size: int) -> Iterator[Piece]:
+def tensor_shards(tensor: torch.Tensor, cut: Cut, size: int) -> Iterator[TensorShard]:
     """The parts of a whole ``tensor`` among ``size`` tensor-parallel ranks; they may share its memory.
 
-    A rank's part of a gate and of an up projection (``Cut.HALVES``) are two pieces, because they are not neighbours in
+    A rank's part of a gate and of an up projection (``Cut.HALVES``) are two shards, because they are not neighbours in
     the whole tensor; with one rank too, since Megatron's own checkpoints are cut so.
     """
     zeros = (0,) * tensor.dim()
     if cut is Cut.HALVES:
         for number, half in enumerate(tensor.chunk(2)):
-            for piece in pieces(half, Cut.ROWS, size):
-                yield Piece(piece.rank, (number * half.shape[0] + piece.offsets[0], *zeros[1:]), piece.tensor)
+            for part in tensor_shards(half, Cut.ROWS, size):
+                yield TensorShard(part.rank, (number * half.shape[0] + part.offsets[0], *zeros[1:]), part.tensor)
         return
     if cut is Cut.WHOLE:
-        yield Piece(0, zeros, tensor)
+        yield TensorShard(0, zeros, tensor)
         return
     dimension = 0 if cut is Cut.ROWS else 1
     for rank in range(size):
-        part = shard(tensor, cut, rank, size)
+        held = shard(tensor, cut, rank, size)
         offsets = list(zeros)
-        offsets[dimension] = rank * part.shape[dimension]
-        yield Piece(rank, tuple(offsets), part)
+        offsets[dimension] = rank * held.shape[dimension]
+        yield TensorShard(rank, tuple(offsets), held)
 
 
 class MegatronWriter:
@@ -98,8 +98,8 @@ class MegatronWriter:
             self._stage = stage
         expert = expert_rank_of(rule, arch, layout) or 0
         group = (stage * layout.expert + expert) * layout.tensor
-        for piece in pieces(merged, rule.cut, layout.tensor):
-            self._write(rule, merged, piece, group + piece.rank)
+        for part in tensor_shards(merged, rule.cut, layout.tensor):
+            self._write(rule, merged, part, group + part.rank)
 
     def finish(self) -> None:
         """Write what makes the files a checkpoint; only now can it be loaded."""
@@ -114,13 +114,13 @@ class MegatronWriter:
         backends |= {"common_backend": "torch", "common_backend_version": 1}
         (self._folder / "metadata.json").write_text(json.dumps(backends), encoding="utf-8")
 
-    def _write(self, rule: Rule, merged: torch.Tensor, piece: Piece, rank: int) -> None:
+    def _write(self, rule: Rule, merged: torch.Tensor, part: TensorShard, rank: int) -> None:
         name = f"__{rank}_0{DEFAULT_SUFFIX}"
         stream = self._stream(rank, name)
         start = stream.tell()
-        places = written_places(rule, self._arch)
-        index, axes = places[0].index, places[0].axes
-        data = piece.tensor.reshape((1,) * len(index) + tuple(piece.tensor.shape))
+        locations = written_locations(rule, self._arch)
+        index, axes = locations[0].index, locations[0].axes
+        data = part.tensor.reshape((1,) * len(index) + tuple(part.tensor.shape))
         # torch.save writes the whole memory behind a tensor: a part gets memory of its own.
         own = (
             data
@@ -129,27 +129,27 @@ class MegatronWriter:
         )
         torch.save(own, cast(IO[bytes], _WriteOnly(stream)))
         stored = _StorageInfo(name, start, stream.tell() - start)
-        for place in places:
-            (key,) = place.keys
-            self._note_extra_state(key, place)
-            offsets = torch.Size((*index, *piece.offsets))
+        for location in locations:
+            (key,) = location.keys
+            self._note_extra_state(key, location)
+            offsets = torch.Size((*index, *part.offsets))
             whole = torch.Size((*axes, *merged.shape))
             metadata = self._tensors.setdefault(
                 key, TensorStorageMetadata(TensorProperties(dtype=merged.dtype), whole, [])
             )
             if metadata.properties.dtype != merged.dtype:
                 raise ModelError(
-                    f"{rule.theirs[0]} is {merged.dtype}, and the same tensor of another layer "
+                    f"{rule.hf[0]} is {merged.dtype}, and the same tensor of another layer "
                     f"{metadata.properties.dtype}; give --dtype, because Megatron stores all layers in one precision"
                 )
             metadata.chunks.append(ChunkStorageMetadata(offsets, data.shape))
             self._results.append(WriteResult(MetadataIndex(key, offsets), stored.length, stored))
 
-    def _note_extra_state(self, key: str, place: TensorLocation) -> None:
+    def _note_extra_state(self, key: str, location: TensorLocation) -> None:
         """Megatron asks for an extra state of every module: FP8 scales, or None where there are none, as here."""
         if key in VOCABULARY:
             return
-        shard = ".".join(map(str, place.index or (0,))) + "_" + ".".join(map(str, place.axes or (1,)))
+        shard = ".".join(map(str, location.index or (0,))) + "_" + ".".join(map(str, location.axes or (1,)))
         modules = [key.rpartition(".")[0]]
         if modules[0].endswith("linear_qkv"):  # has no weights of its own, and a state in Transformer Engine's layers
             modules.append(modules[0].replace("linear_qkv", "core_attention"))

@@ -34,7 +34,7 @@ class CheckpointSource(Protocol):
     dtype: torch.dtype | None
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
-        """The Hugging Face tensors of ``rule``, in the order of ``rule.theirs``.
+        """The Hugging Face tensors of ``rule``, in the order of ``rule.hf``.
 
         Raises:
             ModelError: one is missing, or is not what the configuration says.
@@ -69,11 +69,11 @@ class HuggingFaceSource:
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
         """The tensors of ``rule``, as they are in the folder."""
-        return checked(self.path, self.arch, rule, [self._weights.read(name) for name in rule.theirs])
+        return checked(self.path, self.arch, rule, [self._weights.read(name) for name in rule.hf])
 
     def precision(self, rule: Rule) -> torch.dtype:
         """That of the folder."""
-        return functools.reduce(torch.promote_types, (self._weights.dtype(name) for name in rule.theirs))
+        return functools.reduce(torch.promote_types, (self._weights.dtype(name) for name in rule.hf))
 
 
 @contextlib.contextmanager

@@ -67,11 +67,11 @@ def verify(
     tokens = torch.randint(
         arch.vocab, (_ROWS, min(_LENGTH, arch.max_positions)), generator=torch.Generator().manual_seed(0)
     )
-    theirs = _logits(found, source, tokens, own=False)
-    ours = _logits(made, written, tokens, own=True)
-    difference = float((theirs - ours).abs().max())
-    scale = max(1.0, float(theirs.abs().max()))
-    agreement = float((theirs.argmax(-1) == ours.argmax(-1)).float().mean())
+    expected = _logits(found, source, tokens, own=False)
+    actual = _logits(made, written, tokens, own=True)
+    difference = float((expected - actual).abs().max())
+    scale = max(1.0, float(expected.abs().max()))
+    agreement = float((expected.argmax(-1) == actual.argmax(-1)).float().mean())
     allowed = TOLERANCE[dtype if rounded and dtype is not None else torch.float32] * scale
     line = (
         f"logits differ by at most {difference:.2e} (allowed {allowed:.2e}, largest logit {scale:.1f}), "
@@ -86,7 +86,7 @@ def _compare_tensors(source: CheckpointSource, written: CheckpointSource, dtype:
     """Whether writing ``dtype`` changed any value; a difference that is more than that is an error."""
     rounded = False
     for rule in mapping(source.arch):
-        for name, before, after in zip(rule.theirs, source.read(rule), written.read(rule), strict=True):
+        for name, before, after in zip(rule.hf, source.read(rule), written.read(rule), strict=True):
             expected = before.to(dtype or before.dtype)
             if expected.dtype != after.dtype or not torch.equal(expected, after):
                 raise ModelError(f"{written.path}: {name} is not what {source.path} holds; convert again")
@@ -147,7 +147,9 @@ def _megatron_logits(source: MegatronSource, own: bool, tokens: torch.Tensor) ->
             # as stored: the order of heads, gate and up is still Megatron's, and nothing of the mapping is used.
             parameters = named_parameters([model], arch, Layout())
             for rule in mapping(arch):
-                parameters[rule.ours][: arch.vocab if rule.ours in VOCABULARY else None].copy_(source.merged(rule))
+                parameters[rule.megatron][: arch.vocab if rule.megatron in VOCABULARY else None].copy_(
+                    source.merged(rule)
+                )
         tokens = tokens.to(runtime.device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
         hidden = model.eval()(tokens, positions, None)

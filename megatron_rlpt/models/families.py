@@ -25,13 +25,13 @@ class Rule:
     """One Megatron tensor and the Hugging Face tensors it is made of.
 
     ``{layer}`` and ``{expert}`` in the names stand for numbers counted over the whole model. ``merge`` builds the
-    whole Megatron tensor from the Hugging Face tensors (in the order of ``theirs``); ``split`` is its exact inverse.
+    whole Megatron tensor from the Hugging Face tensors (in the order of ``hf``); ``split`` is its exact inverse.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    megatron: str
+    hf: tuple[str, ...]
     shapes: Callable[[Architecture], tuple[Shape, ...]]
-    """Shapes of ``theirs``."""
+    """Shapes of ``hf``."""
     merge: Merge
     split: Split
     cut: Cut
@@ -44,8 +44,8 @@ class Rule:
         numbers = {"layer": layer, "expert": expert}
         return replace(
             self,
-            ours=self.ours.format(**numbers),
-            theirs=tuple(name.format(**numbers) for name in self.theirs),
+            megatron=self.megatron.format(**numbers),
+            hf=tuple(name.format(**numbers) for name in self.hf),
             layer=layer,
             expert=expert,
         )
@@ -63,9 +63,9 @@ def _alone(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor]
 
 
-def _plain(ours: str, theirs: str, shape: Callable[[Architecture], Shape], cut: Cut) -> Rule:
+def _plain(megatron: str, hf: str, shape: Callable[[Architecture], Shape], cut: Cut) -> Rule:
     """The same tensor under another name."""
-    return Rule(ours, (theirs,), lambda arch: (shape(arch),), _same, _alone, cut)
+    return Rule(megatron, (hf,), lambda arch: (shape(arch),), _same, _alone, cut)
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -98,10 +98,10 @@ def _qkv(kind: str) -> Rule:
     )
 
 
-def _gated(ours: str, gate: str, up: str, ffn: Callable[[Architecture], int]) -> Rule:
+def _gated(megatron: str, gate: str, up: str, ffn: Callable[[Architecture], int]) -> Rule:
     """Gate and up projection stacked."""
     return Rule(
-        ours,
+        megatron,
         (gate, up),
         lambda arch: ((ffn(arch), arch.hidden),) * 2,
         lambda _, tensors: torch.cat(tensors),
@@ -110,7 +110,7 @@ def _gated(ours: str, gate: str, up: str, ffn: Callable[[Architecture], int]) ->
     )
 
 
-def _vocabulary(ours: str, theirs: str) -> Rule:
+def _vocabulary(megatron: str, hf: str) -> Rule:
     """An embedding, padded with rows of zeros that no token ever reads."""
 
     def pad(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -119,7 +119,7 @@ def _vocabulary(ours: str, theirs: str) -> Rule:
     def trim(arch: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor[: arch.vocab]]
 
-    return Rule(ours, (theirs,), lambda arch: ((arch.vocab, arch.hidden),), pad, trim, Cut.ROWS)
+    return Rule(megatron, (hf,), lambda arch: ((arch.vocab, arch.hidden),), pad, trim, Cut.ROWS)
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -132,8 +132,8 @@ def _hidden(arch: Architecture) -> Shape:
     return (arch.hidden,)
 
 
-def _norm(ours: str, theirs: str) -> Rule:
-    return _plain(f"{_LAYER}{ours}.weight", f"{_HF_LAYER}{theirs}.weight", _hidden, Cut.WHOLE)
+def _norm(megatron: str, hf: str) -> Rule:
+    return _plain(f"{_LAYER}{megatron}.weight", f"{_HF_LAYER}{hf}.weight", _hidden, Cut.WHOLE)
 
 
 def _head_norm(part: str) -> Rule:
@@ -178,10 +178,10 @@ def _experts_of(arch: Architecture) -> Experts:
     return arch.experts
 
 
-def _router(theirs: str) -> Rule:
+def _router(hf: str) -> Rule:
     return _plain(
         f"{_LAYER}mlp.router.weight",
-        f"{_HF_LAYER}{theirs}",
+        f"{_HF_LAYER}{hf}",
         lambda arch: (_experts_of(arch).count, arch.hidden),
         Cut.WHOLE,
     )
@@ -250,4 +250,4 @@ def mapping(arch: Architecture) -> Iterator[Rule]:
 
 def expected_shapes(arch: Architecture) -> dict[str, Shape]:
     """Hugging Face name -> shape of every weight of ``arch``, in the order of ``mapping``."""
-    return {name: shape for rule in mapping(arch) for name, shape in zip(rule.theirs, rule.shapes(arch), strict=True)}
+    return {name: shape for rule in mapping(arch) for name, shape in zip(rule.hf, rule.shapes(arch), strict=True)}

@@ -196,7 +196,7 @@ def checked(path: Path, arch: Architecture, rule: Rule, tensors: list[torch.Tens
         ModelError: one has not.
     """
     # Each part, not the merged whole: a query too short and a key too long would make the right sum.
-    for name, tensor, shape in zip(rule.theirs, tensors, rule.shapes(arch), strict=True):
+    for name, tensor, shape in zip(rule.hf, tensors, rule.shapes(arch), strict=True):
         if tuple(tensor.shape) != shape:
             raise ModelError(
                 f"{path}: {name} is {tuple(tensor.shape)} where config.json asks for {shape}; config and weights "

@@ -11,7 +11,7 @@ from megatron_rlpt.planner.request import PlanRequest
 from megatron_rlpt.planner.speed.generation import GenerationEngine
 from megatron_rlpt.policy.layout import Layout, check_batch
 from megatron_rlpt.policy.precision import recipes_of
-from megatron_rlpt.policy.requirements import check_megatron_engine, check_model, check_sleeper
+from megatron_rlpt.policy.requirements import check_megatron_engine, check_model, check_offload_settings
 
 
 def check_question(question: PlanRequest, layout: Layout) -> None:
@@ -26,7 +26,7 @@ def check_question(question: PlanRequest, layout: Layout) -> None:
     config = question.config
     check_model(config, question.model, layout, "the model")
     check_batch(layout, config.train)
-    check_sleeper(config)
+    check_offload_settings(config)
     if config.candidates.rollouts and config.rollout.engine is EngineName.megatron:
         check_megatron_engine(question.model, "the model")
     _check_precision(question)

@@ -4,7 +4,7 @@
 
 With ``train.staleness`` 0 the parts follow each other. With 1 or more, judging goes on beside the rest: a step then
 takes as long as the trainer's own parts, or as the judges if they are slower. Rollouts and updates share the trainer's
-GPUs and take turns (``rollout/build.py: may_generate_beside``).
+GPUs and take turns (``rollout/build.py: can_generate_during_updates``).
 """
 
 from __future__ import annotations

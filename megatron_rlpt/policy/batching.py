@@ -57,7 +57,7 @@ class ContextShare:
     size: int = 1
 
     def positions(self, length: int) -> torch.Tensor:
-        """[length / size] places of the rank's tokens in a sequence of ``length``, in the order it holds them."""
+        """[length / size] positions of the rank's tokens in a sequence of ``length``, in the order it holds them."""
         if self.size == 1:
             return torch.arange(length)
         chunk, rest = divmod(length, 2 * self.size)
@@ -109,10 +109,10 @@ def make_batch(
             # NaN marks the absence of an engine; from an engine it agrees with nothing.
             engine[index, :count] = torch.tensor(candidate.logprobs).nan_to_num(-torch.inf, torch.inf, -torch.inf)
         # The hidden state at position p predicts the token at p + 1.
-        places = local[len(prefix) - 1 : len(prefix) - 1 + count]
-        mine = places >= 0
+        positions = local[len(prefix) - 1 : len(prefix) - 1 + count]
+        mine = positions >= 0
         own[index, :count] = mine
-        predictors.append(index * len(held) + places[mine])
+        predictors.append(index * len(held) + positions[mine])
         targets.append(completion[mine])
     nothing = torch.zeros(0, dtype=torch.int64)
     return Batch(
@@ -129,7 +129,7 @@ def make_batch(
 
 
 @dataclass(frozen=True)
-class Round:
+class MicroBatchPlan:
     """One micro-batch of every data-parallel rank; all have the same shape, so that they can work in step."""
 
     shares: tuple[tuple[Example, ...], ...]
@@ -138,15 +138,18 @@ class Round:
     length: int
 
 
-def plan_rounds(examples: Sequence[Example], size: int, layout: Layout, multiple: int = 1) -> list[Round]:
-    """Divide the examples of an update into rounds of micro-batches of at most ``size`` examples per rank.
+def plan_micro_batches(
+    examples: Sequence[Example], size: int, layout: Layout, multiple: int = 1
+) -> list[MicroBatchPlan]:
+    """Divide the examples of an update into micro-batches of at most ``size`` examples per rank.
 
-    Examples of like length share a round, to pad less. A pipeline's stages exchange tensors of one shape, so there all
-    rounds are padded to the largest; an interleaved pipeline needs a multiple of its size in rounds.
+    Examples of similar length share a micro-batch to reduce padding. Pipeline stages exchange tensors of one shape, so
+    under pipeline parallelism all micro-batches are padded to the largest. The interleaved schedule needs a number of
+    micro-batches that is a multiple of the pipeline size.
 
     Args:
         examples: all examples of the update, the same on every rank; at least one.
-        size: most examples per rank and round.
+        size: most examples per rank and micro-batch.
         layout: the training layout.
         multiple: what the number of tokens per row must be a multiple of.
     """
@@ -154,7 +157,7 @@ def plan_rounds(examples: Sequence[Example], size: int, layout: Layout, multiple
     count = -(-len(ordered) // (size * layout.data))
     if layout.virtual_stages > 1:
         count = -(-count // layout.pipeline) * layout.pipeline
-    rounds = []
+    micro_batches = []
     for number in range(count):
         members = ordered[len(ordered) * number // count : len(ordered) * (number + 1) // count]
         shares = tuple(
@@ -163,11 +166,11 @@ def plan_rounds(examples: Sequence[Example], size: int, layout: Layout, multiple
         )
         rows = max(sum(len(example.sequences) for example in share) for share in shares)
         longest = max(map(sequence_length, members), default=1)
-        rounds.append(Round(shares, rows, -(-longest // multiple) * multiple))
+        micro_batches.append(MicroBatchPlan(shares, rows, -(-longest // multiple) * multiple))
     if layout.pipeline > 1:
-        rows, length = max(one.rows for one in rounds), max(one.length for one in rounds)
-        rounds = [Round(one.shares, rows, length) for one in rounds]
-    return rounds
+        rows, length = max(one.rows for one in micro_batches), max(one.length for one in micro_batches)
+        micro_batches = [MicroBatchPlan(one.shares, rows, length) for one in micro_batches]
+    return micro_batches
 
 
 def sequence_length(example: Example) -> int:

@@ -251,8 +251,8 @@ class DeviceRuntime:
     _layout: ClassVar[Layout | None] = None
     _ranks: ClassVar[Ranks | None] = None
 
-    def __init__(self, place: LauncherEnvironment | None = None) -> None:
-        """The runtime of the process at ``place``; None asks the launcher's variables.
+    def __init__(self, launcher: LauncherEnvironment | None = None) -> None:
+        """The runtime of the process that ``launcher`` describes; None asks the launcher's variables.
 
         From here on "the current GPU" is that of this rank, for everything in this process.
 
@@ -260,8 +260,8 @@ class DeviceRuntime:
             ConfigError: there are more ranks on this machine than GPUs.
             RlptError: the installed Megatron-Core is not supported.
         """
-        self._place = place or read_launcher_environment()
-        if self._place.world > 1:
+        self._launcher = launcher or read_launcher_environment()
+        if self._launcher.world > 1:
             # Read when CUDA starts. Communication is put between computations in launch order, which one queue keeps;
             # Megatron warns without it (tensor_parallel/layers.py).
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -271,7 +271,7 @@ class DeviceRuntime:
         # A launcher that shows every rank its own GPU alone (srun --gpus-per-task=1) calls each of them number 0; that
         # they are not the same one is found out once the ranks have met.
         gpus = torch.cuda.device_count()
-        number = self._place.local_rank if gpus > 1 else 0
+        number = self._launcher.local_rank if gpus > 1 else 0
         if gpus > 1:
             _require_gpus(max(number + 1, ranks_on_this_machine() or 1), gpus)
         self.device = torch.device("cuda", number) if self.on_cuda else torch.device("cpu")
@@ -285,12 +285,12 @@ class DeviceRuntime:
     @property
     def rank(self) -> int:
         """Number of this process, from 0."""
-        return self._place.rank
+        return self._launcher.rank
 
     @property
     def world(self) -> int:
         """Number of processes of the run."""
-        return self._place.world
+        return self._launcher.world
 
     def describe(self) -> str:
         """One line for the log: which runtime is in force and why."""
@@ -314,21 +314,22 @@ class DeviceRuntime:
         from megatron.core import parallel_state, tensor_parallel
 
         layout = layout or Layout()
-        place, limit = self._place, datetime.timedelta(seconds=timeout)
+        launcher, limit = self._launcher, datetime.timedelta(seconds=timeout)
         if not torch.distributed.is_initialized():
             try:
                 where: dict[str, Any] = (
                     {"store": torch.distributed.HashStore()}
-                    if place.world == 1
-                    else {"init_method": f"tcp://{place.address}:{place.port}"}
+                    if launcher.world == 1
+                    else {"init_method": f"tcp://{launcher.address}:{launcher.port}"}
                 )
                 torch.distributed.init_process_group(
-                    self.backend, rank=place.rank, world_size=place.world, timeout=limit, **where
+                    self.backend, rank=launcher.rank, world_size=launcher.world, timeout=limit, **where
                 )
             except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError among them
                 raise TrainingError(
-                    f"rank {place.rank} of {place.world} could not meet the others at {place.address}:{place.port} "
-                    f"within {timeout:g} s ({first_line(error)}); look at the logs of the other ranks"
+                    f"rank {launcher.rank} of {launcher.world} could not meet the others at "
+                    f"{launcher.address}:{launcher.port} within {timeout:g} s ({first_line(error)}); look at the "
+                    "logs of the other ranks"
                 ) from error
         if parallel_state.is_initialized():
             assert layout == self._layout, f"the groups are those of {self._layout}, not of {layout}"
@@ -348,7 +349,7 @@ class DeviceRuntime:
                 tensor_parallel.model_parallel_cuda_manual_seed(1)
             DeviceRuntime._layout = layout
             with contact_kept():
-                DeviceRuntime._ranks = ranks = Ranks(place.rank, layout if layout.world > 1 else None, timeout)
+                DeviceRuntime._ranks = ranks = Ranks(launcher.rank, layout if layout.world > 1 else None, timeout)
             if self.on_cuda:
                 # NCCL, which is used after this, would name neither the ranks nor the fix.
                 gpu = str(torch.cuda.get_device_properties(self.device).uuid)

@@ -33,12 +33,14 @@ class ForwardBackward:
         is_last_stage: whether this rank is of the pipeline stage that has the results.
     """
 
-    def __init__(self, pieces: Sequence[HiddenStateModel], arch: Architecture, layout: Layout, chunk: int) -> None:
-        """ForwardBackward over ``pieces``; ``chunk`` tokens have vocabulary logits at the same time."""
-        self._pieces = pieces
+    def __init__(
+        self, model_chunks: Sequence[HiddenStateModel], arch: Architecture, layout: Layout, logprob_chunk: int
+    ) -> None:
+        """Run ``model_chunks``; vocabulary logits exist for at most ``logprob_chunk`` tokens at a time."""
+        self._model_chunks = model_chunks
         self._vocab = arch.vocab
         self._layout = layout
-        self._chunk = chunk
+        self._logprob_chunk = logprob_chunk
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
     def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -52,13 +54,13 @@ class ForwardBackward:
             return self._from_hidden(hidden, batches[number])
 
         with torch.no_grad():
-            return self._run(self._pieces, batches, keep, forward_only=True, collect_non_loss_data=True)
+            return self._run(self._model_chunks, batches, keep, forward_only=True, collect_non_loss_data=True)
 
     def train(self, wrapped: Sequence[torch.nn.Module], batches: Sequence[Batch], loss: Loss[Result]) -> list[Result]:
         """Forward and backward; gradients end up divided by the number of examples over all ranks.
 
         Args:
-            wrapped: the pieces in their DDP wrappers.
+            wrapped: the model chunks in their DDP wrappers.
             batches: this rank's micro-batches; every rank has as many.
             loss: called on the last stage, once per micro-batch.
 
@@ -78,23 +80,23 @@ class ForwardBackward:
 
     def _run(
         self,
-        pieces: Sequence[torch.nn.Module],
+        model_chunks: Sequence[torch.nn.Module],
         batches: Sequence[Batch],
         finish: Callable[..., Any],
         **arguments: Any,
     ) -> list[Any]:
-        def forward_step(data: Iterator[int], piece: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        def forward_step(data: Iterator[int], model_chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             number = next(data)
             batch = batches[number]
-            return piece(batch.tokens, batch.positions, None), partial(finish, number)
+            return model_chunk(batch.tokens, batch.positions, None), partial(finish, number)
 
         rows, share = batches[0].tokens.shape
         # Every virtual stage reads the micro-batches anew.
-        data = [iter(range(len(batches))) for _ in pieces]
+        data = [iter(range(len(batches))) for _ in model_chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=data if len(data) > 1 else data[0],
-            model=list(pieces) if len(pieces) > 1 else pieces[0],
+            model=list(model_chunks) if len(model_chunks) > 1 else model_chunks[0],
             num_microbatches=len(batches),
             # The schedule divides it among context- and sequence-parallel ranks again.
             seq_length=share * self._layout.context,
@@ -112,9 +114,9 @@ class ForwardBackward:
             needed = copy_to_tensor_model_parallel_region(needed)
         own = vocab_parallel_logprobs(
             needed,
-            self._pieces[-1].output_weight(),
+            self._model_chunks[-1].output_weight(),
             batch.targets,
-            self._chunk,
+            self._logprob_chunk,
             vocab=self._vocab,
             group=parallel_state.get_tensor_model_parallel_group() if self._layout.tensor > 1 else None,
         )

@@ -60,11 +60,11 @@ def canonical_name(name: str) -> str:
 
 
 def block_spec(config: TransformerConfig, virtual_stage: int | None) -> TransformerBlockSubmodules:
-    """The decoder layers and final norm of one model piece.
+    """The decoder layers and final norm of one model model_chunk.
 
     Args:
         config: Megatron's configuration of the whole model; tells how many layers this pipeline rank has.
-        virtual_stage: number of the piece on this rank; None without virtual stages.
+        virtual_stage: number of the model chunk on this rank; None without virtual stages.
     """
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(config)] * get_num_layers_to_build(config, virtual_stage),

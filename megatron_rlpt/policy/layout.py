@@ -169,11 +169,11 @@ def check_batch(layout: Layout, train: TrainConfig) -> None:
             f"must divide train.global_batch = {train.global_batch}: "
             + (f"train.micro_batch may be {fitting}" if fitting else f"use a multiple of {layout.data} episodes")
         )
-    rounds = train.global_batch // together
-    if layout.virtual_stages > 1 and rounds % layout.pipeline:
+    micro_batches = train.global_batch // together
+    if layout.virtual_stages > 1 and micro_batches % layout.pipeline:
         fitting = _fitting(lambda n: train.global_batch % (n * layout.data * layout.pipeline) == 0, train.global_batch)
         raise ConfigError(
-            f"train.micro_batch is {train.micro_batch}, which makes {rounds} micro-batches per rank; the "
+            f"train.micro_batch is {train.micro_batch}, which makes {micro_batches} micro-batches per rank; the "
             f"interleaved schedule needs a multiple of parallel.pipeline = {layout.pipeline}: "
             + (
                 f"train.micro_batch may be {fitting}"

@@ -33,8 +33,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0] if real else 0, chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ rows.t()).float()
-            local, ours = _local_rows(targets[part], first, real)
-            wanted[part] = torch.where(ours, logits.gather(1, local[:, None]).squeeze(1), -torch.inf)
+            local, own = _local_rows(targets[part], first, real)
+            wanted[part] = torch.where(own, logits.gather(1, local[:, None]).squeeze(1), -torch.inf)
             # logsumexp in place, which torch's own is not.
             highest = logits.amax(dim=-1, keepdim=True)
             normalizers[part] = logits.sub_(highest).exp_().sum(dim=-1).log_().add_(highest.squeeze(1))
@@ -62,8 +62,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             # d logp / d logits = onehot(target) - softmax
             grad_logits = logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
             del logits  # one tensor of fp32 logits at a time, this one turned into its gradient in place
-            local, ours = _local_rows(targets[part], ctx.first, ctx.real)
-            grad_logits.scatter_add_(1, local[:, None], torch.where(ours, grad[part], 0.0)[:, None])
+            local, own = _local_rows(targets[part], ctx.first, ctx.real)
+            grad_logits.scatter_add_(1, local[:, None], torch.where(own, grad[part], 0.0)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[part] = grad_logits @ rows
             grad_weight[: ctx.real] += grad_logits.t() @ hidden[part]

@@ -175,9 +175,9 @@ def _quiet(*beginnings: str) -> Callable[[types.ModuleType], None]:
 
 _CORRECTIONS: dict[str, Callable[[types.ModuleType], None]] = {
     "megatron.core.transformer.moe.moe_utils": _router_product,
-    # 0.19: a warning per model piece that its successor is HybridModel. 0.16 has no such model.
+    # 0.19 warns for every model chunk that HybridModel succeeds it. 0.16 has no such model.
     "megatron.core.models.gpt.gpt_model": _quiet("GPTModel IS DEPRECATED"),
-    # 0.18 and 0.19: a warning per piece that the layout of parameters was not passed in. 0.16 computes it the same way.
+    # 0.18 and 0.19 warn for every model chunk that no parameter layout was passed. 0.16 computes it the same way.
     "megatron.core.distributed.distributed_data_parallel": _quiet("DistributedDataParallel: full_param_layout not"),
     # From 0.17 on: a warning that nvidia-resiliency-ext could write it. 0.16 has no choice.
     "megatron.core.dist_checkpointing.strategies.torch": _quiet("MCore's async save is deprecated"),

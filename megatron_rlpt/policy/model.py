@@ -144,17 +144,17 @@ def build_model(
     recompute: Recompute = Recompute.none,
     fp8: Fp8 = Fp8.off,
 ) -> list[HiddenStateModel]:
-    """This rank's pieces of the model on the runtime's device, one per virtual stage, with weights not yet set.
+    """This rank's model chunks on the runtime's device, one per virtual stage, with weights not yet set.
 
     Megatron's groups of ``layout`` must be there (``DeviceRuntime.init_distributed``); None is a world of one.
     """
     layout = layout or Layout()
     with runtime.megatron():
         config = transformer_config(arch, dtype, runtime, layout, recompute, fp8)
-        pieces = []
+        model_chunks = []
         for number in range(layout.virtual_stages):
             stage = number if layout.virtual_stages > 1 else None
-            pieces.append(
+            model_chunks.append(
                 HiddenStateModel(
                     config=config,
                     transformer_layer_spec=block_spec(config, stage),
@@ -164,18 +164,18 @@ def build_model(
                     **model_arguments(arch),
                 )
             )
-        for piece in pieces:
-            set_frequencies(piece, arch)
+        for model_chunk in model_chunks:
+            set_frequencies(model_chunk, arch)
             # Megatron leaves norm weights in fp32 with the local spec; every parameter has the training precision.
-            piece.to(device=runtime.device, dtype=torch_dtype_of(dtype))
+            model_chunk.to(device=runtime.device, dtype=torch_dtype_of(dtype))
             if arch.experts and layout.tensor > 1:
-                for name, parameter in piece.named_parameters():
+                for name, parameter in model_chunk.named_parameters():
                     if ".experts." in name:
                         # Tensor-parallel ranks send other tokens through a whole expert, so that it is one of the data-
                         # parallel kind to them. Megatron marks it so only where experts are spread over ranks
                         # (tensor_parallel/layers.py: ColumnParallelLinear.__init__).
                         parameter.allreduce = False
-        return pieces
+        return model_chunks
 
 
 def torch_dtype_of(dtype: Dtype) -> torch.dtype:

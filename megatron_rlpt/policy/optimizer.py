@@ -21,30 +21,30 @@ from megatron_rlpt.policy.model import HiddenStateModel, torch_dtype_of
 
 
 def build_optimizer(
-    pieces: Sequence[HiddenStateModel], config: OptimizerConfig, dtype: Dtype, overlap: bool
+    model_chunks: Sequence[HiddenStateModel], config: OptimizerConfig, dtype: Dtype, overlap: bool
 ) -> tuple[list[Any], Any]:
-    """Megatron's DDP wrapper of every piece (gradients in fp32) and one distributed AdamW (main weights in fp32).
+    """Megatron's DDP wrapper of every model_chunk (gradients in fp32) and one distributed AdamW (main weights in fp32).
 
     Args:
-        pieces: this rank's pieces of the model.
+        model_chunks: this rank's model chunks.
         config: the optimizer.
-        dtype: precision of the pieces.
+        dtype: precision of the model_chunks.
         overlap: reduce gradients during the backward pass and gather weights during the next forward pass.
     """
     ddps = [
         DistributedDataParallel(
-            config=piece.config,
+            config=model_chunk.config,
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=True,
                 overlap_grad_reduce=overlap,
                 overlap_param_gather=overlap,
             ),
-            module=piece,
-            # Buckets hide communication behind the first piece's computation; behind the others' there is none left.
+            module=model_chunk,
+            # Only the first model chunk has computation left to hide bucketed communication behind.
             disable_bucketing=number > 0,
         )
-        for number, piece in enumerate(pieces)
+        for number, model_chunk in enumerate(model_chunks)
     ]
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -63,7 +63,7 @@ def build_optimizer(
         ddps,
     )
     _init_state(optimizer)
-    shared = pieces[0].config
+    shared = model_chunks[0].config
     shared.grad_scale_func = optimizer.scale_loss
     shared.finalize_model_grads_func = finalize_model_grads
     shared.no_sync_func = ddps[0].no_sync if len(ddps) == 1 else [ddp.no_sync for ddp in ddps]
@@ -107,7 +107,7 @@ def sharded_optimizer_state(optimizer: Any, model: Any, is_loading: bool) -> dic
 
     Args:
         optimizer: Megatron's, one or a chain.
-        model: the sharded state of every piece of the model, its data the parameters themselves.
+        model: the sharded state of every model chunk, its data the parameters themselves.
         is_loading: leave the tensors empty.
     """
     return {

@@ -20,7 +20,7 @@ from megatron_rlpt.models.families import Shape
 from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Objective
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.policy import precision
-from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
+from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_micro_batches, sequence_length
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.forward_backward import ForwardBackward
 from megatron_rlpt.policy.layer_spec import describe_layers
@@ -31,7 +31,7 @@ from megatron_rlpt.policy.precision import length_multiple
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.requirements import check_model
 from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting
-from megatron_rlpt.policy.start_check import StartCheck, keeping, probe_tokens
+from megatron_rlpt.policy.start_check import StartCheck, probe_tokens, recording
 from megatron_rlpt.policy.state import PolicyState
 from megatron_rlpt.policy.weights import WeightSource, load_weights
 from megatron_rlpt.types import Candidate, Episode, Source
@@ -82,23 +82,23 @@ class Policy:
         self._refresh_every = config.objective.reference_refresh
         self._overlap = config.parallel.overlap
         self._length_multiple = length_multiple(self.layout, config.model.fp8)
-        pieces = build_model(
+        model_chunks = build_model(
             self.arch, config.model.dtype, runtime, self.layout, config.train.recompute, config.model.fp8
         )
-        load_weights(pieces, self.arch, self.layout, Path(config.model.path))
-        self._pieces = pieces
-        self._passes = ForwardBackward(pieces, self.arch, self.layout, config.train.logprob_chunk)
-        self._reference = ReferenceWeights(pieces, version=0) if objective.needs_reference else None
+        load_weights(model_chunks, self.arch, self.layout, Path(config.model.path))
+        self._model_chunks = model_chunks
+        self._forward_backward = ForwardBackward(model_chunks, self.arch, self.layout, config.train.logprob_chunk)
+        self._reference = ReferenceWeights(model_chunks, version=0) if objective.needs_reference else None
         with runtime.megatron():
             self._ddps, self._optimizer = build_optimizer(
-                pieces, config.optimizer, config.model.dtype, config.parallel.overlap
+                model_chunks, config.optimizer, config.model.dtype, config.parallel.overlap
             )
             self._scheduler = build_scheduler(self._optimizer, config.optimizer, config.train)
         # A frozen reference is the starting model and is read from there again.
         moving = self._reference if self._refresh_every else None
-        self._state = PolicyState(pieces, self._optimizer, self._scheduler, moving)
+        self._state = PolicyState(model_chunks, self._optimizer, self._scheduler, moving)
         bucket_bytes = config.rollout.sync_bucket_mib << 20
-        self._source = WeightSource(pieces, self.arch, self.layout, ranks, bucket_bytes)
+        self._source = WeightSource(model_chunks, self.arch, self.layout, ranks, bucket_bytes)
         self.version = 0
 
     def update(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -108,7 +108,7 @@ class Policy:
             examples: all examples of the update, the same on every rank; they are dealt to the data-parallel ranks.
 
         Returns:
-            Figures of the update, the same on every rank: ``loss``, ``grad_norm``, ``lr``, ``logprob_gap`` (mean
+            Metrics of the update, the same on every rank: ``loss``, ``grad_norm``, ``lr``, ``logprob_gap`` (mean
             absolute difference per token between the engine's and this policy's log-probabilities, nats; absent
             without rollouts), and the objective's own.
 
@@ -121,11 +121,11 @@ class Policy:
             for ddp in self._ddps:
                 ddp.zero_grad_buffer()
             self._optimizer.zero_grad()
-            results = self._passes.train(
+            results = self._forward_backward.train(
                 self._ddps, batches, lambda number, logprobs: self._loss(batches[number], logprobs, references, number)
             )
-            figures = self._mean_figures(results, len(examples))
-            self._require_finite(figures)
+            metrics = self._mean_metrics(results, len(examples))
+            self._require_finite(metrics)
             self._scheduler.step(increment=1)
             successful, grad_norm, _ = self._optimizer.step()
         assert successful, "only fp16 loss scaling skips a step, and it is not used"
@@ -133,9 +133,9 @@ class Policy:
         if self._reference and self._refresh_every and self.version % self._refresh_every == 0:
             self._gather_parameters()
             self._reference.refresh(self.version)
-        figures["grad_norm"] = float(grad_norm)
-        figures["lr"] = float(self._optimizer.param_groups[0]["lr"])
-        return figures
+        metrics["grad_norm"] = float(grad_norm)
+        metrics["lr"] = float(self._optimizer.param_groups[0]["lr"])
+        return metrics
 
     def logprobs(self, examples: Sequence[Example]) -> torch.Tensor:
         """Log-probabilities of the examples' completion tokens under the current weights, without gradients.
@@ -154,7 +154,7 @@ class Policy:
             empty = make_batch([], self._runtime.device, rows=rows, length=length, share=_context_share())
             batches += [empty] * (self.layout.pipeline - 1)
         with self._runtime.megatron():
-            found = self._passes.logprobs(batches)
+            found = self._forward_backward.logprobs(batches)
         logprobs = found[0] if found else torch.zeros_like(batches[0].mask)
         if self.layout.pipeline > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
@@ -172,17 +172,17 @@ class Policy:
             folder,
             self.arch,
             self.layout,
-            self._pieces,
+            self._model_chunks,
             dtype=config.model.dtype,
             fp8=config.model.fp8,
             longest=longest,
         )
         tokens = probe_tokens(self.arch.vocab, longest)
         probe = Episode("probe", tokens[:1], tokens[1:], "probe", "probe", 1)
-        with keeping(self._pieces, check.layers) as kept:
+        with recording(self._model_chunks, check.layers) as recorded:
             (logprobs,) = self.logprobs([Example(probe, (Candidate(Source.ORIGINAL, tokens[1:]),), (0,))])
         with self._runtime.megatron():
-            line = check.compare(kept, tokens, logprobs)
+            line = check.compare(recorded, tokens, logprobs)
         if line:
             _log.info("%s", line)
 
@@ -239,11 +239,11 @@ class Policy:
 
     def _deal(self, examples: Sequence[Example]) -> list[Batch]:
         """This rank's micro-batches of an update."""
-        rounds = plan_rounds(examples, self._train.micro_batch, self.layout, self._length_multiple)
+        plans = plan_micro_batches(examples, self._train.micro_batch, self.layout, self._length_multiple)
         rank = parallel_state.get_data_parallel_rank()
         return [
             make_batch(one.shares[rank], self._runtime.device, rows=one.rows, length=one.length, share=_context_share())
-            for one in rounds
+            for one in plans
         ]
 
     def _padded(self, length: int) -> int:
@@ -255,7 +255,7 @@ class Policy:
             return []
         self._gather_parameters()
         with self._runtime.megatron(), self._reference.active():
-            return self._passes.logprobs(batches)
+            return self._forward_backward.logprobs(batches)
 
     def _loss(
         self, batch: Batch, logprobs: torch.Tensor, references: Sequence[torch.Tensor], number: int
@@ -277,7 +277,7 @@ class Policy:
         detached = LossTerms(terms.loss.detach(), terms.metrics)
         return terms.loss.sum(), _MicroResult(detached, float(gap[compared].sum()), int(compared.sum()))
 
-    def _mean_figures(self, results: Sequence[_MicroResult], examples: int) -> dict[str, float]:
+    def _mean_metrics(self, results: Sequence[_MicroResult], examples: int) -> dict[str, float]:
         """Means over all examples of the update, on every rank."""
         sums: dict[str, float] = defaultdict(float)
         for result in results:
@@ -288,10 +288,10 @@ class Policy:
             sums["_gap_tokens"] += result.gap_tokens
         total = self._sum_over_replicas(dict(sums))
         gap, tokens = total.pop("_gap"), total.pop("_gap_tokens")
-        figures = {name: value / examples for name, value in total.items()}
+        metrics = {name: value / examples for name, value in total.items()}
         if tokens:
-            figures["logprob_gap"] = gap / tokens
-        return figures
+            metrics["logprob_gap"] = gap / tokens
+        return metrics
 
     def _sum_over_replicas(self, sums: dict[str, float]) -> dict[str, float]:
         """Add up what the last stages of all replicas found, and tell every rank.
@@ -300,7 +300,7 @@ class Policy:
         """
         if self.layout.world == 1:
             return sums
-        if self._passes.is_last_stage and self.layout.data > 1:
+        if self._forward_backward.is_last_stage and self.layout.data > 1:
             group = parallel_state.get_data_parallel_group()
             parts: list[Any] = [None] * self.layout.data
             torch.distributed.all_gather_object(parts, sums, group=group)
@@ -319,10 +319,10 @@ class Policy:
                 for ddp in self._ddps:
                     ddp.start_param_sync(force_sync=True)
 
-    def _require_finite(self, figures: dict[str, float]) -> None:
-        if not math.isfinite(figures["loss"]):
+    def _require_finite(self, metrics: dict[str, float]) -> None:
+        if not math.isfinite(metrics["loss"]):
             raise TrainingError(
-                f"loss is {figures['loss']} at version {self.version}; lower optimizer.lr or look at the last lines of "
+                f"loss is {metrics['loss']} at version {self.version}; lower optimizer.lr or look at the last lines of "
                 "samples.jsonl, then start again from the last checkpoint"
             )
         buffers = [buffer for ddp in self._ddps for buffer in ddp.buffers + ddp.expert_parallel_buffers]
@@ -334,7 +334,7 @@ class Policy:
             torch.distributed.all_reduce(broken)
         if broken:
             raise TrainingError(
-                f"a gradient is not finite at version {self.version} (loss {figures['loss']:.4g}); lower "
+                f"a gradient is not finite at version {self.version} (loss {metrics['loss']:.4g}); lower "
                 "optimizer.lr, then start again from the last checkpoint"
             )
 

@@ -15,11 +15,11 @@ class ReferenceWeights:
     on a GPU a copy exists there only while they are in use.
     """
 
-    def __init__(self, pieces: Sequence[torch.nn.Module], version: int) -> None:
+    def __init__(self, model_chunks: Sequence[torch.nn.Module], version: int) -> None:
         self._parameters = {
             f"{number}.{name}": parameter
-            for number, piece in enumerate(pieces)
-            for name, parameter in piece.named_parameters()
+            for number, model_chunk in enumerate(model_chunks)
+            for name, parameter in model_chunk.named_parameters()
         }
         self.version = version
         """Policy version these weights are from."""
@@ -46,7 +46,7 @@ class ReferenceWeights:
         self.version = version
 
     def weights(self) -> list[torch.Tensor]:
-        """The tensors, in the order of the pieces' parameters."""
+        """The tensors, in the order of the model_chunks' parameters."""
         return list(self._weights.values())
 
 

@@ -47,7 +47,7 @@ def check_megatron_engine(arch: Architecture, source: Path | str) -> None:
         )
 
 
-def check_sleeper(config: Config) -> None:
+def check_offload_settings(config: Config) -> None:
     """Whether a run with ``optimizer.offload`` on GPUs has an engine that may sleep there at all.
 
     Raises:
@@ -56,12 +56,12 @@ def check_sleeper(config: Config) -> None:
     if not config.optimizer.offload:
         return
     if not config.candidates.rollouts:
-        raise nothing_to_offload_for("candidates.rollouts is 0, so there is none")
+        raise offload_error("candidates.rollouts is 0, so there is none")
     if config.rollout.engine is EngineName.megatron:
-        raise nothing_to_offload_for("rollout.engine=megatron never sleeps")
+        raise offload_error("rollout.engine=megatron never sleeps")
 
 
-def nothing_to_offload_for(reason: str) -> ConfigError:
+def offload_error(reason: str) -> ConfigError:
     """The refusal of ``optimizer.offload``, and ``reason`` for it."""
     return ConfigError(
         "optimizer.offload makes room for a rollout engine that sleeps on the policy's GPU while it trains, and "

@@ -1,8 +1,8 @@
 """Whether the policy that was loaded computes what ``transformers`` computes from the same folder.
 
 A configuration that is read wrong trains without an error. So before the first step random tokens go through the
-policy, what enters and leaves its layers is kept, and ``transformers``' own layers get the same input. Every layer is
-compared by itself, which bounds memory, works in every layout and lets errors of arithmetic not add up. Rotary
+policy, the inputs and outputs of its layers are recorded, and ``transformers``' own layers get the same input. Every
+layer is compared by itself, which bounds memory, works in every layout and lets errors of arithmetic not add up. Rotary
 frequencies are compared directly, because short sequences do not tell some of them apart.
 """
 
@@ -56,7 +56,7 @@ FP8_TOLERANCE = Tolerance(0.25, 5e-2, 2.0**-8)
 
 
 @dataclass
-class Kept:
+class RecordedActivations:
     """What the probe left on this rank: parts of [tokens, batch, hidden] as its layers saw them."""
 
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -72,37 +72,37 @@ def probe_tokens(vocab: int, longest: int) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def keeping(pieces: Sequence[HiddenStateModel], numbers: Sequence[int]) -> Iterator[Kept]:
+def recording(model_chunks: Sequence[HiddenStateModel], numbers: Sequence[int]) -> Iterator[RecordedActivations]:
     """Keep what enters and leaves the layers ``numbers`` of the first micro-batch that passes inside the block."""
-    kept, hooks = Kept(), []
+    recorded, hooks = RecordedActivations(), []
 
     def enter(number: int) -> Callable[..., None]:
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             hidden = named["hidden_states"] if "hidden_states" in named else arguments[0]
-            kept.inputs.setdefault(number, hidden.detach().clone())
+            recorded.inputs.setdefault(number, hidden.detach().clone())
 
         return hook
 
     def leave(number: int) -> Callable[..., None]:
         def hook(_: torch.nn.Module, __: object, result: Any) -> None:
-            kept.outputs.setdefault(number, (result[0] if isinstance(result, tuple) else result).detach().clone())
+            recorded.outputs.setdefault(number, (result[0] if isinstance(result, tuple) else result).detach().clone())
 
         return hook
 
     def finish(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        kept.final = arguments[0].detach().clone() if kept.final is None else kept.final
+        recorded.final = arguments[0].detach().clone() if recorded.final is None else recorded.final
 
-    for piece in pieces:
-        for layer in piece.decoder.layers:
+    for model_chunk in model_chunks:
+        for layer in model_chunk.decoder.layers:
             if (number := layer.layer_number - 1) in numbers:
                 hooks += [
                     layer.register_forward_pre_hook(enter(number), with_kwargs=True),
                     layer.register_forward_hook(leave(number)),
                 ]
-        if piece.decoder.final_layernorm is not None:
-            hooks.append(piece.decoder.final_layernorm.register_forward_pre_hook(finish))
+        if model_chunk.decoder.final_layernorm is not None:
+            hooks.append(model_chunk.decoder.final_layernorm.register_forward_pre_hook(finish))
     try:
-        yield kept
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()
@@ -120,7 +120,7 @@ class StartCheck:
         folder: Path,
         arch: Architecture,
         layout: Layout,
-        pieces: Sequence[HiddenStateModel],
+        model_chunks: Sequence[HiddenStateModel],
         *,
         dtype: Dtype,
         fp8: Fp8,
@@ -132,13 +132,13 @@ class StartCheck:
             folder: where the policy was loaded from.
             arch: what was read there.
             layout: how the policy is cut.
-            pieces: this rank's pieces, with the weights of ``folder``.
+            model_chunks: this rank's model_chunks, with the weights of ``folder``.
             dtype: their precision.
             fp8: recipe of their layers.
             longest: tokens of the longest sequence of the run.
 
         """
-        self._folder, self._arch, self._layout, self._pieces = folder, arch, layout, pieces
+        self._folder, self._arch, self._layout, self._model_chunks = folder, arch, layout, model_chunks
         self._longest = longest
         self._dtype = torch_dtype_of(dtype)
         self._tolerance = TOLERANCES[self._dtype] if fp8 is Fp8.off else FP8_TOLERANCE
@@ -149,14 +149,14 @@ class StartCheck:
             and parallel_state.get_context_parallel_rank() == 0
             and parallel_state.get_data_parallel_rank() == 0
         )
-        own = [layer.layer_number - 1 for piece in pieces for layer in piece.decoder.layers]
+        own = [layer.layer_number - 1 for model_chunk in model_chunks for layer in model_chunk.decoder.layers]
         self.layers = own if arch.layers <= SAMPLED or is_small(arch) else spread(own, SAMPLED)
 
-    def compare(self, kept: Kept, tokens: Sequence[int], logprobs: torch.Tensor) -> str | None:
+    def compare(self, recorded: RecordedActivations, tokens: Sequence[int], logprobs: torch.Tensor) -> str | None:
         """Compare; a collective.
 
         Args:
-            kept: what ``keeping`` kept of a pass over ``tokens``.
+            recorded: what ``recording`` recorded of a pass over ``tokens``.
             tokens: of the probe.
             logprobs: the policy's, of every token but the first.
 
@@ -167,38 +167,38 @@ class StartCheck:
             ModelError: transformers cannot load the folder, or computes something else; the first thing is named.
         """
         began = time.monotonic()
-        for parts in (kept.inputs, kept.outputs):
+        for parts in (recorded.inputs, recorded.outputs):
             for number in sorted(parts):
                 parts[number] = self._whole(parts[number])[: len(tokens)]
-        final = None if kept.final is None else self._whole(kept.final)[: len(tokens)]
+        final = None if recorded.final is None else self._whole(recorded.final)[: len(tokens)]
         if not self._compares:
             return None
         # Not before: whoever fails here must not leave the others waiting in the pass.
-        self._theirs = TransformersLayers(self._folder, self._arch, self._dtype)
+        self._transformers = TransformersLayers(self._folder, self._arch, self._dtype)
         found = torch.tensor(tokens)
         worst = 0.0
         if self.layers[0] == 0:
-            self._compare_embedding(kept.inputs[0], found)
+            self._compare_embedding(recorded.inputs[0], found)
         for number in self.layers:
-            worst = max(worst, self._compare_layer(number, kept.inputs[number], kept.outputs[number]))
+            worst = max(worst, self._compare_layer(number, recorded.inputs[number], recorded.outputs[number]))
         text = f"{len(self.layers)} layers differ by at most {worst:.1e} (allowed {self._tolerance.layer:g})"
         if final is not None:
             gap = self._compare_head(final, found, logprobs.cpu())
             text += f", log-probabilities by {gap:.1e} (allowed {self._tolerance.logprob:g})"
         return f"the policy computes what transformers does: {text}; compared in {time.monotonic() - began:.1f} s"
 
-    def _compare_embedding(self, ours: torch.Tensor, tokens: torch.Tensor) -> None:
-        theirs = self._theirs.ends.model.embed_tokens(tokens)
-        if not torch.equal(ours.float().cpu(), theirs):
+    def _compare_embedding(self, actual: torch.Tensor, tokens: torch.Tensor) -> None:
+        expected = self._transformers.ends.model.embed_tokens(tokens)
+        if not torch.equal(actual.float().cpu(), expected):
             raise self._differs("the embedding of tokens is another")
 
     def _compare_layer(self, number: int, entered: torch.Tensor, left: torch.Tensor) -> float:
         """The mean relative distance over tokens."""
-        layer, rotary = self._theirs.layer(number)
+        layer, rotary = self._transformers.layer(number)
         self._compare_settings(number, layer, rotary)
-        theirs, ours, before = run_layer(layer, rotary, entered), left.float().cpu(), entered.float().cpu()
-        scale = (theirs - before).norm(dim=-1)
-        distance = ((ours - theirs).norm(dim=-1) - self._tolerance.rounding * theirs.norm(dim=-1)).clamp(min=0)
+        expected, actual, before = run_layer(layer, rotary, entered), left.float().cpu(), entered.float().cpu()
+        scale = (expected - before).norm(dim=-1)
+        distance = ((actual - expected).norm(dim=-1) - self._tolerance.rounding * expected.norm(dim=-1)).clamp(min=0)
         error = float((distance / scale).nan_to_num(nan=0.0 if bool((distance == 0).all()) else torch.inf).mean())
         if not error <= self._tolerance.layer:
             raise self._differs(
@@ -208,18 +208,18 @@ class StartCheck:
 
     def _compare_settings(self, number: int, layer: Any, rotary: Any) -> None:
         """Compare what a short probe does not show: frequencies, the window, the norms' epsilon."""
-        piece = self._pieces[0]
-        ours, theirs = piece.rotary_pos_emb.inv_freq.cpu(), rotary.inv_freq.cpu()
-        off = float((ours / theirs - 1).abs().max()) if ours.shape == theirs.shape else torch.inf
+        model_chunk = self._model_chunks[0]
+        actual, expected = model_chunk.rotary_pos_emb.inv_freq.cpu(), rotary.inv_freq.cpu()
+        off = float((actual / expected - 1).abs().max()) if actual.shape == expected.shape else torch.inf
         if not off <= FREQUENCY_TOLERANCE:
             raise self._differs(f"rotary frequencies are off by up to {off:.1%} (read: {self._arch.rope.parameters})")
-        scale = piece.config.softmax_scale or self._arch.head_dim**-0.5
+        scale = model_chunk.config.softmax_scale or self._arch.head_dim**-0.5
         wanted = layer.self_attn.scaling * rotary.attention_scaling**2
         if abs(scale / wanted - 1) > FREQUENCY_TOLERANCE:
             raise self._differs(f"attention is scaled by {scale:.6g}, not {wanted:.6g}")
         epsilon = layer.input_layernorm.variance_epsilon
-        if abs(piece.config.layernorm_epsilon / epsilon - 1) > FREQUENCY_TOLERANCE:
-            raise self._differs(f"rms_norm_eps is {piece.config.layernorm_epsilon:g}, not {epsilon:g}")
+        if abs(model_chunk.config.layernorm_epsilon / epsilon - 1) > FREQUENCY_TOLERANCE:
+            raise self._differs(f"rms_norm_eps is {model_chunk.config.layernorm_epsilon:g}, not {epsilon:g}")
         config = layer.self_attn.config
         # A layer that has one of its own, or a family (its class, not this configuration) that has one for all.
         common = config.sliding_window if hasattr(type(config), "sliding_window") else None
@@ -229,10 +229,10 @@ class StartCheck:
                 f"layer {number} sees {window} tokens back, and sequences of the run have up to {self._longest}"
             )
 
-    def _compare_head(self, hidden: torch.Tensor, tokens: torch.Tensor, ours: torch.Tensor) -> float:
+    def _compare_head(self, hidden: torch.Tensor, tokens: torch.Tensor, actual: torch.Tensor) -> float:
         """The mean distance, relative to the spread of logits."""
-        theirs, deviation = logprobs_after(self._theirs.ends, hidden, tokens)
-        gap = float((theirs - ours).abs().mean()) / deviation
+        expected, deviation = logprobs_after(self._transformers.ends, hidden, tokens)
+        gap = float((expected - actual).abs().mean()) / deviation
         if not gap <= self._tolerance.logprob:
             raise self._differs(
                 f"log-probabilities behind the same last layer are off by {gap:.1%} of the spread of logits (allowed "

@@ -29,7 +29,7 @@ class PolicyState:
 
     def __init__(
         self,
-        pieces: Sequence[HiddenStateModel],
+        model_chunks: Sequence[HiddenStateModel],
         optimizer: Any,
         scheduler: Any,
         reference: ReferenceWeights | None,
@@ -37,13 +37,13 @@ class PolicyState:
         """Nothing is copied yet.
 
         Args:
-            pieces: this rank's pieces of the model, one per virtual stage.
-            optimizer: Megatron's, of these pieces.
+            model_chunks: this rank's model chunks, one per virtual stage.
+            optimizer: Megatron's, of these model chunks.
             scheduler: Megatron's, of this optimizer.
             reference: weights of an earlier version; None where there are none, or where they are those of the
                 starting model and will be read from there again.
         """
-        self._pieces = pieces
+        self._model_chunks = model_chunks
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._reference = reference
@@ -62,16 +62,16 @@ class PolicyState:
             Exception: whatever Megatron raises for a missing or unreadable part; the caller names the checkpoint.
         """
         state = read_sharded(self._sharded(0, is_loading=True), folder)
-        for number, piece in enumerate(self._pieces):
-            piece.load_state_dict(state["model"][number])
+        for number, model_chunk in enumerate(self._model_chunks):
+            model_chunk.load_state_dict(state["model"][number])
         load_optimizer_state(self._optimizer, state["optimizer"])
         self._scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps to its own
         self._scheduler.load_state_dict(state["scheduler"])
         if self._reference is not None:
             loaded = [
                 state["reference"][number][name]
-                for number, piece in enumerate(self._pieces)
-                for name, _ in piece.named_parameters()
+                for number, model_chunk in enumerate(self._model_chunks)
+                for name, _ in model_chunk.named_parameters()
             ]
             for kept, tensor in zip(self._reference.weights(), loaded, strict=True):
                 kept.copy_(tensor)
@@ -79,7 +79,7 @@ class PolicyState:
         return int(state["version"])
 
     def _sharded(self, version: int, is_loading: bool) -> dict[str, Any]:
-        model = {number: piece.sharded_state_dict() for number, piece in enumerate(self._pieces)}
+        model = {number: model_chunk.sharded_state_dict() for number, model_chunk in enumerate(self._model_chunks)}
         state: dict[str, Any] = {
             "version": version,
             "model": model,
@@ -94,7 +94,7 @@ class PolicyState:
     def _sharded_reference(self, model: dict[int, Any]) -> dict[int, Any]:
         """The reference's tensors in the places of the parameters that they are earlier versions of."""
         assert self._reference is not None
-        parameters = [parameter for piece in self._pieces for parameter in piece.parameters()]
+        parameters = [parameter for model_chunk in self._model_chunks for parameter in model_chunk.parameters()]
         earlier = dict(zip(parameters, self._reference.weights(), strict=True))
         tensors, _ = extract_sharded_tensors_and_factories(model)
         return dict_list_map_outplace(

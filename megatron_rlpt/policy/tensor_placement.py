@@ -8,12 +8,12 @@ from megatron_rlpt.policy.layout import Layout
 
 
 def stage_of(rule: Rule, arch: Architecture, layout: Layout) -> int:
-    """Pipeline rank of a tensor: pieces of equal size are dealt to the ranks in turn, once per virtual stage.
+    """Pipeline rank of a tensor: model chunks of equal size are dealt to the ranks in turn, once per virtual stage.
 
     The embedding is on the first, final norm and output layer on the last.
     """
     if rule.layer is None:
-        return 0 if rule.ours == EMBEDDING else layout.pipeline - 1
+        return 0 if rule.megatron == EMBEDDING else layout.pipeline - 1
     per_piece = arch.layers // (layout.pipeline * layout.virtual_stages)
     return rule.layer // per_piece % layout.pipeline
 

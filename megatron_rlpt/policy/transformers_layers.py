@@ -57,7 +57,7 @@ class TransformersLayers:
             return self._all.model.layers[number], self._all.model.rotary_emb
         # Its tensors as the only layer of a model in a folder of its own.
         weights = WeightFolder(self._folder)
-        names = [name for rule in mapping(self._arch) if rule.layer == number for name in rule.theirs]
+        names = [name for rule in mapping(self._arch) if rule.layer == number for name in rule.hf]
         with tempfile.TemporaryDirectory() as scratch:
             own = {name.replace(f".layers.{number}.", ".layers.0."): weights.read(name) for name in names}
             save_file(own, Path(scratch) / SINGLE, metadata={"format": "pt"})

@@ -25,15 +25,15 @@ _EXPERT_NUMBER = re.compile(r"(?<=local_experts\.)\d+")
 
 
 def named_parameters(
-    pieces: Sequence[HiddenStateModel], arch: Architecture, layout: Layout
+    model_chunks: Sequence[HiddenStateModel], arch: Architecture, layout: Layout
 ) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by the name that ``Rule.ours`` has: layers and experts numbered over the whole model."""
+    """Return this rank's parameters by ``Rule.megatron``: layers and experts are numbered over the whole model."""
     experts = arch.experts.count // layout.expert if arch.experts else 0
     first_expert = experts * (parallel_state.get_expert_model_parallel_rank() if arch.experts else 0)
     found = {}
-    for piece in pieces:
-        first_layer = piece.decoder.layers[0].layer_number - 1  # Megatron counts them from 1
-        for name, parameter in piece.named_parameters():
+    for model_chunk in model_chunks:
+        first_layer = model_chunk.decoder.layers[0].layer_number - 1  # Megatron counts them from 1
+        for name, parameter in model_chunk.named_parameters():
             name = _renumbered(_LAYER_NUMBER, canonical_name(name), first_layer)
             found[_renumbered(_EXPERT_NUMBER, name, first_expert)] = parameter
     return found
@@ -43,7 +43,7 @@ def _renumbered(pattern: re.Pattern[str], name: str, first: int) -> str:
     return pattern.sub(lambda number: str(int(number[0]) + first), name)
 
 
-def load_weights(pieces: Sequence[HiddenStateModel], arch: Architecture, layout: Layout, folder: Path) -> None:
+def load_weights(model_chunks: Sequence[HiddenStateModel], arch: Architecture, layout: Layout, folder: Path) -> None:
     """Copy this rank's part of a Hugging Face folder into its model, one layer's tensors in memory at a time.
 
     Raises:
@@ -52,15 +52,15 @@ def load_weights(pieces: Sequence[HiddenStateModel], arch: Architecture, layout:
     """
     source = WeightFolder(folder)
     source.check_head(arch)
-    parameters = named_parameters(pieces, arch, layout)
+    parameters = named_parameters(model_chunks, arch, layout)
     rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for rule in mapping(arch):
-            targets = [parameters.pop(rule.ours)] if rule.ours in parameters else []
-            if rule.ours == EMBEDDING and arch.tied_embeddings and OUTPUT in parameters:
+            targets = [parameters.pop(rule.megatron)] if rule.megatron in parameters else []
+            if rule.megatron == EMBEDDING and arch.tied_embeddings and OUTPUT in parameters:
                 targets.append(parameters.pop(OUTPUT))  # the last stage's copy of the tied embedding
             if targets:
-                whole = rule.merge(arch, checked(folder, arch, rule, [source.read(name) for name in rule.theirs]))
+                whole = rule.merge(arch, checked(folder, arch, rule, [source.read(name) for name in rule.hf]))
                 for parameter in targets:
                     parameter.copy_(shard(whole, rule.cut, rank, layout.tensor))
     assert not parameters, f"no mapping for {sorted(parameters)}"
@@ -71,7 +71,7 @@ class WeightSource:
 
     An iterable of (Hugging Face name, tensor) of every weight, once, in one fixed order; tensors may share memory with
     the model. Iterating is a collective: every rank has to, and to the end. Who knows Megatron may instead take the
-    weights out of ``pieces``.
+    weights out of ``model_chunks``.
 
     Weights travel in buckets: the ranks of a tensor-parallel group gather their parts of a bucket, and the pipeline
     stage (for experts also the expert rank) that has them sends them to the others. So besides its own share of the
@@ -80,24 +80,24 @@ class WeightSource:
 
     def __init__(
         self,
-        pieces: Sequence[HiddenStateModel],
+        model_chunks: Sequence[HiddenStateModel],
         arch: Architecture,
         layout: Layout,
         ranks: Ranks,
         bucket_bytes: int,
     ) -> None:
-        """A stream over ``pieces``.
+        """A stream over ``model_chunks``.
 
         Args:
-            pieces: this rank's pieces of the model.
+            model_chunks: this rank's model chunks.
             arch: the architecture.
             layout: the training layout.
             ranks: all ranks, for waiting with a time limit.
             bucket_bytes: memory for one bucket on every rank; a single tensor may be larger than it.
         """
-        self.pieces = pieces
-        """This rank's pieces of the model, one per virtual stage."""
-        self._parameters = named_parameters(pieces, arch, layout)
+        self.model_chunks = model_chunks
+        """This rank's model chunks, one per virtual stage."""
+        self._parameters = named_parameters(model_chunks, arch, layout)
         self._arch = arch
         self._layout = layout
         self._ranks = ranks
@@ -122,11 +122,11 @@ class WeightSource:
         gathered = self._gather(bucket)
         offset = 0
         for rule in bucket.rules:
-            shape = bucket.shapes[rule.ours]
+            shape = bucket.shapes[rule.megatron]
             size = torch.Size(shape).numel()
             parts = [part[offset : offset + size].view(shape) for part in gathered]
             offset += size
-            yield from zip(rule.theirs, rule.split(self._arch, unshard(parts, rule.cut)), strict=True)
+            yield from zip(rule.hf, rule.split(self._arch, unshard(parts, rule.cut)), strict=True)
 
     def _gather(self, bucket: GatherBucket) -> list[torch.Tensor]:
         """The flattened parts of ``bucket``, one per tensor-parallel rank (experts: one)."""
@@ -136,13 +136,13 @@ class WeightSource:
             bucket.expert_rank is None or bucket.expert_rank == parallel_state.get_expert_model_parallel_rank()
         )
         for rule in bucket.rules:
-            assert owner == (rule.ours in self._parameters), f"{rule.ours} is not where the plan says"
+            assert owner == (rule.megatron in self._parameters), f"{rule.megatron} is not where the plan says"
         alone = len(bucket.rules) == 1
         some = next(iter(self._parameters.values()))
         flat = (
-            torch.cat([self._parameters[rule.ours].detach().reshape(-1) for rule in bucket.rules])
+            torch.cat([self._parameters[rule.megatron].detach().reshape(-1) for rule in bucket.rules])
             if owner and not alone
-            else self._parameters[bucket.rules[0].ours].detach().reshape(-1)
+            else self._parameters[bucket.rules[0].megatron].detach().reshape(-1)
             if owner
             else some.new_empty(bucket.numel)
         )
@@ -172,7 +172,7 @@ class GatherBucket:
     """Expert-parallel rank that has them; None for what is not an expert."""
     rules: list[Rule] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
-    """``Rule.ours`` -> shape of one rank's part."""
+    """``Rule.megatron`` -> shape of one rank's part."""
 
     @property
     def numel(self) -> int:
@@ -189,15 +189,15 @@ def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_
     buckets: list[GatherBucket] = []
     filled = 0
     for rule in mapping(arch):
-        place = stage_of(rule, arch, layout), expert_rank_of(rule, arch, layout)
+        location = stage_of(rule, arch, layout), expert_rank_of(rule, arch, layout)
         shape = _part_shape(rule, arch, layout)
         gathered = torch.Size(shape).numel() * element_size * (1 if rule.expert is not None else layout.tensor)
         last = buckets[-1] if buckets else None
-        if last is None or not spread or (last.stage, last.expert_rank) != place or filled + gathered > bucket_bytes:
-            buckets.append(GatherBucket(*place))
+        if last is None or not spread or (last.stage, last.expert_rank) != location or filled + gathered > bucket_bytes:
+            buckets.append(GatherBucket(*location))
             filled = 0
         buckets[-1].rules.append(rule)
-        buckets[-1].shapes[rule.ours] = shape
+        buckets[-1].shapes[rule.megatron] = shape
         filled += gathered
     return buckets
 

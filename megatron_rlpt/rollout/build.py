@@ -10,7 +10,7 @@ from megatron_rlpt.config import Config, EngineName
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.requirements import check_sleeper, nothing_to_offload_for
+from megatron_rlpt.policy.requirements import check_offload_settings, offload_error
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
 from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.rollout.vllm import engine as vllm_engine
@@ -32,9 +32,9 @@ def check_offload(config: Config, world_size: int) -> None:
     """
     if not config.optimizer.offload or not torch.cuda.is_available():
         return
-    check_sleeper(config)
+    check_offload_settings(config)
     if vllm_engine.choose_mode(vllm_engine.needs_process(config, world_size))[0] is EngineMode.OWN_GPU:
-        raise nothing_to_offload_for("on this machine every rollout engine has a GPU of its own")
+        raise offload_error("on this machine every rollout engine has a GPU of its own")
 
 
 def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, ranks: Ranks) -> RolloutEngine:
@@ -64,7 +64,7 @@ def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, 
         engine = vllm_engine.start_policy_engine(config, vllm_engine.needs_process(config, 1))
     else:
         owners = range(engine_count(ranks))
-        engine = DistributedEngine(lambda: vllm_engine.start_policy_engine(config, apart=True), owners, ranks)
+        engine = DistributedEngine(lambda: vllm_engine.start_policy_engine(config, own_process=True), owners, ranks)
     engine.self_check(policy.weights, policy.version)
     return engine
 
@@ -74,9 +74,9 @@ def engine_count(ranks: Ranks) -> int:
     return ranks.size if torch.cuda.is_available() else 1
 
 
-def may_generate_beside(engine: RolloutEngine | None) -> bool:
+def can_generate_during_updates(engine: RolloutEngine | None) -> bool:
     """Whether ``engine`` can generate while the policy trains: it has its own process, and shares no GPU with it."""
     own = engine.own if isinstance(engine, DistributedEngine) else engine
     if isinstance(engine, DistributedEngine) and own is None:
         return True  # a rank without an engine does as the rank that has the only one, where there are no GPUs
-    return isinstance(own, VllmEngine) and own.apart and not own.sleeping_frees
+    return isinstance(own, VllmEngine) and own.own_process and not own.sleep_frees_bytes

@@ -59,9 +59,9 @@ class DistributedEngine:
         def answer() -> list[Continuation]:
             if self._own is None:
                 return []
-            place = self._owners.index(self._ranks.rank)
+            position = self._owners.index(self._ranks.rank)
             cuts = cut_shares(prompts, len(self._owners))
-            return self._own.generate(prompts[cuts[place] : cuts[place + 1]], max_tokens, version)
+            return self._own.generate(prompts[cuts[position] : cuts[position + 1]], max_tokens, version)
 
         shares = self._ranks.all_gather(self._ranks.run_on_all_ranks(answer, "the end of generating"))
         return [continuation for owner in self._owners for continuation in shares[owner]]

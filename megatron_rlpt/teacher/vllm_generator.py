@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.rollout.vllm.process import EngineProcess
-from megatron_rlpt.rollout.vllm.runtime import generate_at_once, vllm_environment
+from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
 from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
 from megatron_rlpt.teacher.generator import Reply, Request
@@ -89,7 +89,7 @@ class VllmGenerator:
                 prompts.append(TokensPrompt(prompt_token_ids=tokens))
                 settings.append(_sampling(request))
         if prompts:
-            for place, output in zip(places, generate_at_once(self._engine, prompts, settings), strict=True):
+            for place, output in zip(places, generate_in_one_batch(self._engine, prompts, settings), strict=True):
                 answer = output.outputs[0]
                 results[place] = Reply(
                     answer.text,

@@ -17,7 +17,7 @@ from megatron_rlpt.objectives import build_objective
 from megatron_rlpt.observe import StageTimer, get_logger
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.rollout.build import engine_count, may_generate_beside, start_policy_engine
+from megatron_rlpt.rollout.build import can_generate_during_updates, engine_count, start_policy_engine
 from megatron_rlpt.teacher.build import Teacher, build_teacher
 from megatron_rlpt.teacher.settings_fingerprint import judged_by
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
@@ -78,7 +78,7 @@ def build(
             lambda: build_teacher(config, str(runtime.device), beside), "the end of loading the teacher"
         )
     engine = start_policy_engine(config, policy, runtime, beside) if config.candidates.rollouts else None
-    background = config.train.staleness > 0 and may_generate_beside(engine)
+    background = config.train.staleness > 0 and can_generate_during_updates(engine)
     if config.train.staleness and not background:
         _log.warning(
             "train.staleness makes rollouts older, but nothing is generated while the policy trains: the engine takes "

@@ -37,7 +37,7 @@ class Sleeping(Protocol):
         ...
 
     @property
-    def sleeping_frees(self) -> int:
+    def sleep_frees_bytes(self) -> int:
         """Bytes of GPU memory that ``sleep`` gives back and the next weight update takes again."""
         ...
 
@@ -110,7 +110,7 @@ class GpuMemory:
         if self._engine is None:
             return
         if not self._engine.asleep:
-            promised, before = self._engine.sleeping_frees, self._free_memory()
+            promised, before = self._engine.sleep_frees_bytes, self._free_memory()
             self._engine.sleep()
             freed = self._free_memory() - before
             if freed < _SLACK * promised:
@@ -128,7 +128,7 @@ class GpuMemory:
             return
         if self._policy:
             self._policy.offload_optimizer()
-        promised, free = self._engine.sleeping_frees, self._free_memory()
+        promised, free = self._engine.sleep_frees_bytes, self._free_memory()
         if free < promised:
             fix = "" if self._policy else "set optimizer.offload=true, "
             raise EngineError(
@@ -140,7 +140,7 @@ class GpuMemory:
 def build_gpu_memory(config: Config, engine: RolloutEngine | None, policy: Policy, ranks: Ranks) -> GpuMemory:
     """Who is in GPU memory when; ``engine`` is what ``start_policy_engine`` returned, None without rollouts."""
     own = engine.own if isinstance(engine, DistributedEngine) else engine
-    if not isinstance(own, VllmEngine) or not own.sleeping_frees:
+    if not isinstance(own, VllmEngine) or not own.sleep_frees_bytes:
         return GpuMemory(None, None, ranks)
     return GpuMemory(own, policy if config.optimizer.offload else None, ranks)
 

@@ -50,7 +50,7 @@ class Gpu:
     free: int
     gives_back: int = 100
     asleep: bool = False
-    sleeping_frees: int = 100
+    sleep_frees_bytes: int = 100
 
     def sleep(self) -> None:
         self.asleep = True

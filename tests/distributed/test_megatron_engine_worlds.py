@@ -30,11 +30,11 @@ LAYOUTS = {
 }
 
 
-class Pieces:
+class ModelChunks:
     """A training layout as a source of weights; streaming it would be a mistake."""
 
-    def __init__(self, pieces: list[Any]) -> None:
-        self.pieces = pieces
+    def __init__(self, model_chunks: list[Any]) -> None:
+        self.model_chunks = model_chunks
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         raise AssertionError("the engine streamed weights that it could have resharded")
@@ -79,11 +79,11 @@ def start(model: Path, layout: Layout) -> tuple[DeviceRuntime, MegatronEngine]:
     return runtime, MegatronEngine(model, config, runtime, ranks, dtype=Dtype.fp32, max_sequence=64)
 
 
-def source(model: Path, layout: Layout, runtime: DeviceRuntime) -> Pieces:
+def source(model: Path, layout: Layout, runtime: DeviceRuntime) -> ModelChunks:
     arch = read_architecture(model)
-    pieces = build_model(arch, Dtype.fp32, runtime, layout)
-    load_weights(pieces, arch, layout, model)
-    return Pieces(pieces)
+    model_chunks = build_model(arch, Dtype.fp32, runtime, layout)
+    load_weights(model_chunks, arch, layout, model)
+    return ModelChunks(model_chunks)
 
 
 def rollouts(first: Path, trained: Path, layout: Layout) -> list[list[Continuation]]:
@@ -94,8 +94,8 @@ def rollouts(first: Path, trained: Path, layout: Layout) -> list[list[Continuati
     engine.update_weights(weights, 1)
     found.append(engine.generate(prompts(), LENGTH, 1))
     with torch.no_grad():
-        for piece in weights.pieces:
-            for parameter in piece.parameters():
+        for model_chunk in weights.model_chunks:
+            for parameter in model_chunk.parameters():
                 parameter.mul_(0.8)
     engine.update_weights(weights, 2)
     return [*found, engine.generate(prompts(), LENGTH, 2)]
@@ -110,7 +110,7 @@ def refusals(model: Path, layout: Layout) -> list[str]:
             engine.update_weights(source(model, layout, runtime), 1)
         damaged = source(model, layout, runtime)
         if parallel_state.is_pipeline_last_stage():
-            weight = damaged.pieces[-1].decoder.layers[1].mlp.linear_fc2.weight
+            weight = damaged.model_chunks[-1].decoder.layers[1].mlp.linear_fc2.weight
             weight.data = weight.data[:-1]
         try:
             engine.update_weights(damaged, 2)

@@ -244,7 +244,7 @@ def part_engine(options: argparse.Namespace, folder: Path, in_process: bool) -> 
         RolloutPrompt((11, 12, 13), seed=2, greedy=True),
     ]
     before = engine.generate(prompts, 16, 0)
-    awake, promised = free_gpu_memory(), engine.sleeping_frees
+    awake, promised = free_gpu_memory(), engine.sleep_frees_bytes
     start = time.perf_counter()
     engine.sleep()
     down, asleep = time.perf_counter() - start, free_gpu_memory()

@@ -84,7 +84,7 @@ def test_the_trainer_keeps_its_surroundings(world):
 def test_an_engine_ends_when_its_trainer_is_killed():
     """The worker's part of it, without the engine around it."""
     worker = "import os, time; from megatron_rlpt.rollout.vllm.worker import WorkerExtension as W; "
-    worker += "W().rlpt_live_with(os.getppid()); print('watching', flush=True); time.sleep(300)"
+    worker += "W().rlpt_exit_with(os.getppid()); print('watching', flush=True); time.sleep(300)"
     trainer = (
         "import os, subprocess, sys\n"
         f"child = subprocess.Popen([sys.executable, '-c', {worker!r}], stdout=subprocess.PIPE)\n"

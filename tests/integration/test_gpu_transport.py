@@ -26,9 +26,9 @@ from megatron_rlpt.rollout.weight_sync.gpu_transport import (
     BACKENDS,
     SENDERS,
     GpuTransport,
-    LoneIpcSender,
     OfflineClient,
     PolicySource,
+    SingleRankIpcSender,
     open_gpu_transport,
     trainer_init_info,
 )
@@ -211,7 +211,7 @@ def test_a_rank_sends_by_ipc_without_waiting_for_any_other(monkeypatch):
     monkeypatch.setattr(ipc_engine, "packed_ipc_producer", producer)
     source, worker = PolicySource(MANIFEST), Worker(IPCWeightTransferEngine)
     info = trainer_init_info(EngineMode.SHARED_GPU, MANIFEST, 2**20)
-    sender = LoneIpcSender.trainer_init(info, client=OfflineClient(Llm(worker)), source=source)
+    sender = SingleRankIpcSender.trainer_init(info, client=OfflineClient(Llm(worker)), source=source)
     GpuTransport(sender, source).send(weights().items())
 
     updates = [update for call, update in worker.calls if call == "update"]
@@ -250,4 +250,4 @@ def test_where_an_engine_runs(monkeypatch, world, gpus, own, variables, expected
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert choose_mode(apart=world > 1) == expected
+    assert choose_mode(own_process=world > 1) == expected

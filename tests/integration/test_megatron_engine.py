@@ -37,7 +37,7 @@ class TrainingWeights:
     """A policy's weights as a source that has the Megatron model; streaming it would be a mistake."""
 
     def __init__(self, policy: Policy) -> None:
-        self.pieces = policy._pieces
+        self.model_chunks = policy._model_chunks
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         raise AssertionError("the engine streamed weights that it could have resharded")
@@ -259,7 +259,7 @@ def test_the_policy_does_not_train_the_engine_until_the_next_update(engine, make
     asked = prompts(8)
     before = engine.generate(asked, LENGTH, 1)
     with torch.no_grad():
-        for parameter in policy._pieces[0].parameters():
+        for parameter in policy._model_chunks[0].parameters():
             parameter.mul_(1.5)
     assert engine.generate(asked, LENGTH, 1) == before
     engine.update_weights(TrainingWeights(policy), 2)
@@ -287,14 +287,14 @@ def test_a_wrong_stream_is_refused_and_so_is_every_rollout_until_a_good_update(e
 
 def test_a_source_without_all_of_the_model_is_refused(served_model, make_policy):
     source = TrainingWeights(make_policy(served_model))
-    del source.pieces[0].decoder.layers[1]
+    del source.model_chunks[0].decoder.layers[1]
     # Fresh, because what a source holds is compared in full when the transfers are planned.
     refuses_until_a_good_update(start(served_model), served_model, source, r"layers\.1\.")
 
 
 def test_a_source_with_more_layers_is_refused(engine, served_model, make_policy):
     source = TrainingWeights(make_policy(served_model))
-    source.pieces[0].decoder.layers[0].layer_number = 2
+    source.model_chunks[0].decoder.layers[0].layer_number = 2
     refuses_until_a_good_update(engine, served_model, source, r"layers\.2\..* is not part of the engine's model")
 
 
@@ -305,7 +305,7 @@ def test_a_source_of_another_precision_is_refused(engine, served_model, make_pol
 
 def test_a_source_of_another_shape_is_refused(engine, served_model, make_policy):
     source = TrainingWeights(make_policy(served_model))
-    weight = source.pieces[0].decoder.layers[0].mlp.linear_fc1.weight
+    weight = source.model_chunks[0].decoder.layers[0].mlp.linear_fc1.weight
     weight.data = weight.data[:-2]
     refuses_until_a_good_update(engine, served_model, source, r"linear_fc1\.weight' was sent as \(190, 64\)")
 
@@ -316,7 +316,7 @@ def test_the_self_check_accepts_the_right_weights_and_names_a_wrong_one(engine, 
     engine.self_check(lambda: source, 0)
     assert engine.generate(prompts(4), LENGTH, 0) == before
     with torch.no_grad():
-        source.pieces[0].decoder.layers[1].mlp.linear_fc2.weight[3, 4] += 0.01
+        source.model_chunks[0].decoder.layers[1].mlp.linear_fc2.weight[3, 4] += 0.01
     with pytest.raises(EngineError, match=r"1 weights .* rank 0 .* 'decoder\.layers\.1\.mlp\.linear_fc2\.weight'"):
         engine.self_check(lambda: source, 0)
     assert engine.version is None

@@ -131,7 +131,7 @@ def test_an_engine_without_a_gpu_stays_awake(checked):
     before = checked.generate(PROMPTS, 8, 0)
     checked.sleep()
     assert not checked.asleep
-    assert not checked.sleeping_frees
+    assert not checked.sleep_frees_bytes
     assert checked.generate(PROMPTS, 8, 0) == before
 
 

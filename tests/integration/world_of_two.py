@@ -92,7 +92,7 @@ def main(served, other, corpus, out):
     )
     results = {"torchrun": os.environ["TORCHELASTIC_USE_AGENT_STORE"]}
     ranks = Ranks(rank, Layout(world=2), timeout=300.0)
-    engine = DistributedEngine(lambda: start_policy_engine(config, apart=True), owners=[0], ranks=ranks)
+    engine = DistributedEngine(lambda: start_policy_engine(config, own_process=True), owners=[0], ranks=ranks)
     results["torchrun variables kept"] = os.environ["WORLD_SIZE"]
     results["has an engine"] = engine.own is not None
 

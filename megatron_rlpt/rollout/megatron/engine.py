@@ -88,7 +88,7 @@ class MegatronEngine:
             )
         stop_tokens = end_of_sequence(model_path)
         with runtime.megatron():
-            self._wrapped: Any = inference_wrapper(model, self._no_context(), config.max_batch, max_sequence)
+            self._wrapped: Any = inference_wrapper(model, self._smallest_context(), config.max_batch, max_sequence)
             self._controller = SeededController(
                 self._wrapped, vocab=arch.vocab, stop_tokens=stop_tokens, temperature=config.temperature
             )
@@ -123,23 +123,23 @@ class MegatronEngine:
                     f"least 1 and together at most {self._max_sequence} (data.max_prefix + data.suffix_length)"
                 )
         # Megatron numbers tensor-parallel ranks first, so that groups are runs of neighbours.
-        group, place = divmod(self._ranks.rank, self._tensor.size())
+        group, position = divmod(self._ranks.rank, self._tensor.size())
         groups = self._ranks.size // self._tensor.size()
         mine = self._generate(prompts[group::groups], max_tokens)
-        shares = self._ranks.all_gather(mine if place == 0 else [])[:: self._tensor.size()]
+        shares = self._ranks.all_gather(mine if position == 0 else [])[:: self._tensor.size()]
         return [shares[index % groups][index // groups] for index in range(len(prompts))]
 
     def update_weights(self, weights: Weights, version: int) -> None:
         """See ``RolloutEngine.update_weights``.
 
-        A source that has the Megatron model (``megatron_refit.TrainingLayout``) is resharded, and its stream never
+        A source that has the Megatron model (``megatron_refit.MegatronModelSource``) is resharded, and its stream never
         started; any other is streamed.
         """
-        from megatron_rlpt.rollout.weight_sync.megatron_refit import TrainingLayout
+        from megatron_rlpt.rollout.weight_sync.megatron_refit import MegatronModelSource
 
         self._version = None
-        if isinstance(weights, TrainingLayout):
-            self._weights.reshard(weights.pieces)
+        if isinstance(weights, MegatronModelSource):
+            self._weights.reshard(weights.model_chunks)
         else:
             self._weights.load(weights)
         self._version = version
@@ -182,11 +182,11 @@ class MegatronEngine:
                 with self._runtime.megatron():
                     generated = self._controller.continuations(batch, max_tokens)
             finally:
-                self._wrapped.inference_context = self._no_context()
+                self._wrapped.inference_context = self._smallest_context()
             answers.update(zip(indices, generated, strict=True))
         return [answers[index] for index in range(len(prompts))]
 
-    def _no_context(self) -> Any:
+    def _smallest_context(self) -> Any:
         return static_context(1, 1, self._groups)
 
     def _batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

@@ -82,21 +82,21 @@ def build_rollout_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime
 def rollout_groups() -> ProcessGroupCollection:
     """Process groups of the rollout layout; a collective over all ranks.
 
-    Tensor-parallel groups are the training layout's. Ranks with the same place in theirs are each other's replicas;
+    Tensor-parallel groups are the training layout's. Ranks with the same position in theirs are each other's replicas;
     along every other dimension a rank is alone.
     """
-    return _groups_beside(parallel_state.get_tensor_model_parallel_group())
+    return _rollout_groups(parallel_state.get_tensor_model_parallel_group())
 
 
 # Engines of one world share them: a group of gloo's has threads of its own, which poll as long as the process lives.
 @functools.lru_cache(maxsize=1)
-def _groups_beside(tensor: torch.distributed.ProcessGroup) -> ProcessGroupCollection:
+def _rollout_groups(tensor: torch.distributed.ProcessGroup) -> ProcessGroupCollection:
     world, size = torch.distributed.get_world_size(), tensor.size()
     replicas: Any = None
-    for place in range(size):
+    for position in range(size):
         # Megatron numbers tensor-parallel ranks first (parallel_state.py: order "tp-cp-ep-dp-pp").
-        group = torch.distributed.new_group(list(range(place, world, size)))
-        if place == tensor.rank():
+        group = torch.distributed.new_group(list(range(position, world, size)))
+        if position == tensor.rank():
             replicas = group
     alone = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
     single = dict.fromkeys(("pp", "cp", "ep", "expt_tp", "embd", "pos_embd"), alone)

@@ -132,9 +132,9 @@ class _Rows:
         self, tokens: torch.Tensor, logprobs: torch.Tensor, started: torch.Tensor, stop_tokens: torch.Tensor
     ) -> None:
         live = (started & ~self.done).nonzero()[:, 0]
-        places = self.counts[live]
-        self._tokens[live, places] = tokens[live]
-        self._logprobs[live, places] = logprobs[live]
+        positions = self.counts[live]
+        self._tokens[live, positions] = tokens[live]
+        self._logprobs[live, positions] = logprobs[live]
         self.counts[live] += 1
         self.done[live] = torch.isin(tokens[live], stop_tokens) | (self.counts[live] == self._draws.shape[1])
 

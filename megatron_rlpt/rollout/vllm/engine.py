@@ -20,7 +20,7 @@ from megatron_rlpt.models.huggingface import without_extras
 from megatron_rlpt.rollout.checks import end_of_sequence, require_version
 from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt, require_neutral_sampling
 from megatron_rlpt.rollout.vllm.process import EngineProcess
-from megatron_rlpt.rollout.vllm.runtime import generate_at_once, vllm_environment
+from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
 from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
@@ -150,7 +150,7 @@ class VllmEngine:
         return self._version
 
     @property
-    def apart(self) -> bool:
+    def own_process(self) -> bool:
         """Whether the engine has a process of its own."""
         return self._process is not None
 
@@ -160,7 +160,7 @@ class VllmEngine:
         return self._asleep
 
     @property
-    def sleeping_frees(self) -> int:
+    def sleep_frees_bytes(self) -> int:
         """Bytes of GPU memory that ``sleep`` gives back: weights and key-value cache; 0 where sleeping does nothing."""
         return self._manifest.nbytes + self._kv_cache_bytes if self._can_sleep else 0
 
@@ -191,7 +191,7 @@ class VllmEngine:
             # Blocks left by an earlier call change the shape of the computation, and with it the last bits of the
             # result: a resumed run, whose cache is empty, would not sample what the uninterrupted one did.
             self._drop_prefix_cache()
-            outputs = generate_at_once(
+            outputs = generate_in_one_batch(
                 self._llm, [TokensPrompt(prompt_token_ids=list(prompt.prefix)) for prompt in prompts], parameters
             )
         if len(outputs) != len(prompts):
@@ -206,7 +206,7 @@ class VllmEngine:
                 self._llm.wake_up(tags=["weights"])
             self._send(weights)
             if self._asleep:
-                self._wake_the_rest()
+                self._wake_cache()
             self._drop_prefix_cache()
             self._set_version(version)
 
@@ -249,7 +249,7 @@ class VllmEngine:
             self._llm.sleep(level=2)
             self._asleep = True
 
-    def _wake_the_rest(self) -> None:
+    def _wake_cache(self) -> None:
         """After the weights: the cache, and a look at whether what vLLM restored by itself is sound."""
         if not self._llm.wake_up(tags=["kv_cache"]):
             raise EngineError("vLLM did not wake up whole; start the run again, it goes on from the last checkpoint")
@@ -304,15 +304,15 @@ class VllmEngine:
         return Continuation(tokens, logprobs, str(completion.finish_reason))
 
 
-def start_policy_engine(config: Config, apart: bool = False) -> VllmEngine:
+def start_policy_engine(config: Config, own_process: bool = False) -> VllmEngine:
     """The engine of this rank, on the weights of ``model.path`` as version 0; raises what ``VllmEngine`` does.
 
     Args:
         config: the run.
-        apart: whether it gets a process of its own.
+        own_process: whether it gets a process of its own.
     """
     folder = Path(config.model.path)
-    mode, gpu = choose_mode(apart)
+    mode, gpu = choose_mode(own_process)
     return VllmEngine(
         folder,
         expected_shapes(read_architecture(folder)),
@@ -334,13 +334,13 @@ def needs_process(config: Config, world_size: int) -> bool:
     return world_size > 1 or config.train.staleness > 0
 
 
-def choose_mode(apart: bool) -> tuple[EngineMode, int | None]:
+def choose_mode(own_process: bool) -> tuple[EngineMode, int | None]:
     """Where this rank's engine runs, and on which GPU (None: as the process itself).
 
     On a machine with at least twice as many GPUs as ranks, engines with a process of their own take the GPUs that no
     rank trains on.
     """
-    if not apart:
+    if not own_process:
         return EngineMode.IN_PROCESS, None
     if not torch.cuda.is_available():
         return EngineMode.OWN_PROCESS, None

@@ -32,7 +32,7 @@ class EngineProcess:
         # (vllm/v1/engine/core_client.py: SyncMPClient.get_output, call_utility).
         watched = (client.resources, client.outputs_queue, client.utility_results, list(self._processes))
         threading.Thread(target=_wake_callers_at_death, args=watched, name="engine-watch", daemon=True).start()
-        llm.collective_rpc("rlpt_live_with", args=(os.getpid(),))
+        llm.collective_rpc("rlpt_exit_with", args=(os.getpid(),))
         # It takes no SIGTERM any more, which vLLM would send and then wait.
         weakref.finalize(llm, client.shutdown, timeout=0.0)
 

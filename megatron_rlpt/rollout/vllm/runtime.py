@@ -121,7 +121,7 @@ def vllm_environment(
         torch.set_num_threads(threads)
 
 
-def generate_at_once(llm: Any, prompts: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
+def generate_in_one_batch(llm: Any, prompts: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
     """``llm.generate``, with all requests there before the first of them is begun.
 
     An engine in a process of its own begins with what has arrived, so that chance decides which requests are computed

@@ -113,7 +113,7 @@ class WorkerExtension:
         for cache in self.model_runner.kv_caches:
             cache.zero_()
 
-    def rlpt_live_with(self, trainer: int) -> None:
+    def rlpt_exit_with(self, trainer: int) -> None:
         """Live as long as the process ``trainer``, its parent; called in the main thread.
 
         What a scheduler sends to every process of a job is meant for the trainer alone, whose last step needs this one.

@@ -77,7 +77,7 @@ class OfflineClient:
         self._llm.finish_weight_update(weight_version)
 
 
-class LoneIpcSender(IPCTrainerWeightTransferEngine):
+class SingleRankIpcSender(IPCTrainerWeightTransferEngine):
     """vLLM's IPC sender for one trainer and one engine on one GPU, without a word to the other ranks of the world.
 
     vLLM's own takes all ranks of torch's default group for trainers of the same engine: for every buffer it gathers
@@ -99,7 +99,7 @@ class LoneIpcSender(IPCTrainerWeightTransferEngine):
 
 
 SENDERS: dict[EngineMode, type[TrainerWeightTransferEngine[Any]]] = {
-    EngineMode.SHARED_GPU: LoneIpcSender,
+    EngineMode.SHARED_GPU: SingleRankIpcSender,
     EngineMode.OWN_GPU: NCCLTrainerWeightTransferEngine,
 }
 """EngineMode -> our end of the backend. The NCCL one meets its engine in a group of their own."""

@@ -28,12 +28,12 @@ from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
 
 
 @runtime_checkable
-class TrainingLayout(Protocol):
+class MegatronModelSource(Protocol):
     """A source of weights that can also hand over the Megatron model that holds them."""
 
     @property
-    def pieces(self) -> Sequence[GPTModel]:
-        """This rank's pieces of the model in the training layout, one per virtual stage."""
+    def model_chunks(self) -> Sequence[GPTModel]:
+        """This rank's model chunks in the training layout, one per virtual stage."""
         ...
 
 
@@ -46,7 +46,7 @@ class RolloutWeights:
         self._runtime = runtime
         self._ranks = ranks
         self._manifest = WeightManifest(expected_shapes(arch), next(model.parameters()).dtype)
-        self._rules = {rule.ours: rule for rule in mapping(arch)}
+        self._rules = {rule.megatron: rule for rule in mapping(arch)}
         self._parameters = named_parameters([model], arch, Layout())
         assert self._parameters.keys() == self._rules.keys(), "a whole dense model is on every tensor-parallel group"
         self._tensor = model.pg_collection.tp
@@ -61,17 +61,17 @@ class RolloutWeights:
             EngineError: names or shapes are not those of the model, which is then partly overwritten.
         """
         parts: dict[str, torch.Tensor] = {}
-        owner = {name: rule for rule in self._rules.values() for name in rule.theirs}
+        owner = {name: rule for rule in self._rules.values() for name in rule.hf}
         rank, size = self._tensor.rank(), self._tensor.size()
         for name, tensor in self._manifest.checked(weights):
             rule = owner[name]
             parts[name] = tensor
-            if all(part in parts for part in rule.theirs):
-                whole = rule.merge(self._arch, [parts.pop(part) for part in rule.theirs])
+            if all(part in parts for part in rule.hf):
+                whole = rule.merge(self._arch, [parts.pop(part) for part in rule.hf])
                 with torch.no_grad():
-                    self._parameters[rule.ours].copy_(shard(whole, rule.cut, rank, size))
+                    self._parameters[rule.megatron].copy_(shard(whole, rule.cut, rank, size))
 
-    def reshard(self, pieces: Sequence[GPTModel]) -> None:
+    def reshard(self, model_chunks: Sequence[GPTModel]) -> None:
         """Take over the weights of a model in the training layout.
 
         The transfers are planned once. Tensors go from rank to rank, by NCCL between GPUs and by gloo between CPUs;
@@ -83,11 +83,11 @@ class RolloutWeights:
             TrainingError: a rank did not come in time; its number is named.
         """
         self._ranks.barrier("the exchange of weights")
-        parameters = named_parameters(pieces, self._arch, Layout())
+        parameters = named_parameters(model_chunks, self._arch, Layout())
         self._require_same(parameters)
         self._mark(parameters)
         with self._runtime.megatron(), torch.no_grad():
-            source = _View(parameters, pieces[0])
+            source = _View(parameters, model_chunks[0])
             if self._plan is None:
                 self._plan = plan_transfers(source, self._target)
             service = get_or_create_service("nccl" if self._runtime.on_cuda else "gloo")
@@ -126,15 +126,15 @@ class RolloutWeights:
 
     def _differences(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[str]:
         for name, parameter in parameters.items():
-            ours = self._parameters.get(name)
-            if ours is None:
+            own = self._parameters.get(name)
+            if own is None:
                 # The last pipeline stage has a copy of a tied embedding, under the output layer's name.
                 if not (name == OUTPUT and self._arch.tied_embeddings):
                     yield f"weight {name!r} is not part of the engine's model"
-            elif parameter.shape != ours.shape:
-                yield f"weight {name!r} was sent as {tuple(parameter.shape)}; the engine's is {tuple(ours.shape)}"
-            elif parameter.dtype != ours.dtype:
-                yield f"weight {name!r} was sent as {parameter.dtype}; the engine's is {ours.dtype}"
+            elif parameter.shape != own.shape:
+                yield f"weight {name!r} was sent as {tuple(parameter.shape)}; the engine's is {tuple(own.shape)}"
+            elif parameter.dtype != own.dtype:
+                yield f"weight {name!r} was sent as {parameter.dtype}; the engine's is {own.dtype}"
 
     def _mark(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Tell the planner how each weight is divided.
@@ -155,7 +155,7 @@ def _set_marks(parameter: Any, rule: Rule) -> None:
 
 
 class _View(torch.nn.Module):
-    """The parameters of a model, cut into pieces or not, under their names in the whole model.
+    """The parameters of a model, in one or several chunks, under their names in the whole model.
 
     Megatron's planner takes one module, so a model with virtual stages is shown to it as one.
     """

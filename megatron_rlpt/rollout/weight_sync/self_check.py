@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.rollout.vllm.runtime import generate_at_once
+from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch
 
 _PROBES = 4
 _PROBE_TOKENS = 96
@@ -60,7 +60,7 @@ def probe_answers(llm: Any, prompts: Sequence[Sequence[int]], salt: str) -> dict
     from vllm import SamplingParams, TokensPrompt
 
     greedy = SamplingParams(temperature=0.0, max_tokens=_CONTINUATION, ignore_eos=True, logprobs=0, detokenize=False)
-    outputs = generate_at_once(
+    outputs = generate_in_one_batch(
         llm,
         [TokensPrompt(prompt_token_ids=list(prompt), cache_salt=salt) for prompt in prompts],
         [greedy] * len(prompts),

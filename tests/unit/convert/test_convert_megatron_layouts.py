@@ -47,7 +47,7 @@ def megatron_model(folder: Path) -> Any:
         model = GPTModel(config=config, transformer_layer_spec=spec, **model_arguments(arch))
         parameters = dict(model.named_parameters())
         for rule in mapping(arch):
-            parameters.pop(rule.ours).copy_(rule.merge(arch, source.read(rule)))
+            parameters.pop(rule.megatron).copy_(rule.merge(arch, source.read(rule)))
         assert not parameters.keys() - {EMBEDDING, OUTPUT}
     return model
 
@@ -81,7 +81,7 @@ def test_a_wrong_order_of_heads_in_the_source_does_not_pass(tmp_path, monkeypatc
 
     def mixed_up(arch):
         for rule in mapping(arch):
-            if "linear_qkv.weight" in rule.ours:
+            if "linear_qkv.weight" in rule.megatron:
                 rule = replace(rule, split=lambda arch, tensor, right=rule.split: right(arch, tensor)[::-1])
             yield rule
 

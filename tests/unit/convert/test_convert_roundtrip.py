@@ -70,11 +70,11 @@ def test_a_wrong_mapping_does_not_pass_verification(tmp_path, monkeypatch):
     write, read = writer.MegatronWriter.write, megatron_reader.MegatronSource.read
 
     def swapped_write(self, rule, tensors):
-        write(self, rule, [swap(t) for t in tensors] if "linear_qkv" in rule.ours else tensors)
+        write(self, rule, [swap(t) for t in tensors] if "linear_qkv" in rule.megatron else tensors)
 
     def swapped_read(self, rule):
         tensors = read(self, rule)
-        return [t.roll(-8, 0) for t in tensors] if "linear_qkv" in rule.ours else tensors
+        return [t.roll(-8, 0) for t in tensors] if "linear_qkv" in rule.megatron else tensors
 
     monkeypatch.setattr(writer.MegatronWriter, "write", swapped_write)
     monkeypatch.setattr(megatron_reader.MegatronSource, "read", swapped_read)
@@ -89,7 +89,7 @@ def test_a_tensor_that_changed_on_the_way_does_not_pass_verification(tmp_path, m
     write = writer.MegatronWriter.write
 
     def nudged(self, rule, tensors):
-        write(self, rule, [t + 1e-6 for t in tensors] if rule.layer == 2 and "linear_fc2" in rule.ours else tensors)
+        write(self, rule, [t + 1e-6 for t in tensors] if rule.layer == 2 and "linear_fc2" in rule.megatron else tensors)
 
     monkeypatch.setattr(writer.MegatronWriter, "write", nudged)
     with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.down_proj\.weight is not what"):

@@ -84,9 +84,9 @@ def test_every_tensor_is_distributed_as_megatron_initialises_it(tmp_path, model_
     torch.manual_seed(0)
     (model,) = build_model(arch, Dtype.fp32, runtime)
     theirs = dict(model.named_parameters())
-    assert sorted(rule.ours for rule in mapping(arch)) == sorted(theirs)
+    assert sorted(rule.megatron for rule in mapping(arch)) == sorted(theirs)
     for rule in mapping(arch):
-        for name, expected in zip(rule.theirs, rule.split(arch, theirs[rule.ours].detach()), strict=True):
+        for name, expected in zip(rule.hf, rule.split(arch, theirs[rule.megatron].detach()), strict=True):
             drawn = ours[name]
             assert drawn.shape == expected.shape, name
             if expected.unique().numel() == 1:

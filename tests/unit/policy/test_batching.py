@@ -1,4 +1,4 @@
-"""Examples dealt to ranks and rounds, and padded into batches that a context-parallel group shares."""
+"""Examples dealt to ranks and micro_batches, and padded into batches that a context-parallel group shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rlpt.objectives import Example
-from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_rounds, sequence_length
+from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_micro_batches, sequence_length
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.types import Candidate, Episode, Source
 
@@ -47,55 +47,59 @@ LAYOUTS = st.sampled_from(
 
 
 @given(EXAMPLES, st.integers(1, 4), LAYOUTS, st.sampled_from([1, 4, 6]))
-def test_rounds_hold_every_example_once_in_shapes_that_fit(examples, size, layout, multiple):
+def test_micro_batches_hold_every_example_once_in_shapes_that_fit(examples, size, layout, multiple):
     # Told apart by their indices, however alike.
     examples = [Example(one.episode, one.sequences, (index,)) for index, one in enumerate(examples)]
-    rounds = plan_rounds(examples, size, layout, multiple)
-    dealt = [one.indices[0] for each in rounds for share in each.shares for one in share]
+    micro_batches = plan_micro_batches(examples, size, layout, multiple)
+    dealt = [one.indices[0] for each in micro_batches for share in each.shares for one in share]
     assert sorted(dealt) == list(range(len(examples)))
-    assert all(len(each.shares) == layout.data for each in rounds)
-    assert all(len(share) <= size for each in rounds for share in each.shares)
-    for each in rounds:
+    assert all(len(each.shares) == layout.data for each in micro_batches)
+    assert all(len(share) <= size for each in micro_batches for share in each.shares)
+    for each in micro_batches:
         assert each.rows >= max(1, *(sum(len(one.sequences) for one in share) for share in each.shares), 1)
         assert each.length % multiple == 0
         assert each.length >= max([1, *(sequence_length(one) for share in each.shares for one in share)])
     fewest = -(-len(examples) // (size * layout.data))
     if layout.virtual_stages > 1:
-        assert len(rounds) % layout.pipeline == 0
-        assert len(rounds) < fewest + layout.pipeline
+        assert len(micro_batches) % layout.pipeline == 0
+        assert len(micro_batches) < fewest + layout.pipeline
     else:
-        assert len(rounds) == fewest, "no more rounds than it takes"
+        assert len(micro_batches) == fewest, "no more micro_batches than it takes"
     if layout.pipeline > 1:
-        assert len({(each.rows, each.length) for each in rounds}) == 1
-        assert max(sequence_length(one) for one in examples) > rounds[0].length - multiple, "and no larger than needed"
+        assert len({(each.rows, each.length) for each in micro_batches}) == 1
+        assert max(sequence_length(one) for one in examples) > micro_batches[0].length - multiple, (
+            "and no larger than needed"
+        )
     else:
-        for each in rounds:
+        for each in micro_batches:
             longest = max(sequence_length(one) for share in each.shares for one in share)
             assert each.length == -(-longest // multiple) * multiple
             assert each.rows == max(sum(len(one.sequences) for one in share) for share in each.shares)
-    lengths = [[sequence_length(one) for share in each.shares for one in share] for each in rounds]
+    lengths = [[sequence_length(one) for share in each.shares for one in share] for each in micro_batches]
     flat = [length for each in lengths for length in each]
-    assert flat == sorted(flat), "those of a round are neighbours in length"
+    assert flat == sorted(flat), "those of a micro-batch are neighbours in length"
 
 
-def test_a_round_without_examples_has_a_row_of_one_token_where_no_pipeline_asks_for_more():
-    (one,) = plan_rounds([example(2, 3)], 4, Layout(3))
+def test_a_micro_batch_without_examples_has_a_row_of_one_token_where_no_pipeline_asks_for_more():
+    (one,) = plan_micro_batches([example(2, 3)], 4, Layout(3))
     assert (one.rows, one.length) == (1, 5)
     assert sorted(map(len, one.shares)) == [0, 0, 1]
-    rounds = plan_rounds([example(2, 3, 3)], 4, Layout(2, pipeline=2, virtual_stages=2), 4)
-    assert [(each.rows, each.length, len(each.shares[0])) for each in rounds] == [(2, 8, 0), (2, 8, 1)]
+    micro_batches = plan_micro_batches([example(2, 3, 3)], 4, Layout(2, pipeline=2, virtual_stages=2), 4)
+    assert [(each.rows, each.length, len(each.shares[0])) for each in micro_batches] == [(2, 8, 0), (2, 8, 1)]
 
 
-def test_work_is_spread_evenly_over_ranks_and_rounds():
+def test_work_is_spread_evenly_over_ranks_and_micro_batches():
     examples = [example(1, length) for length in range(1, 11)]
-    rounds = plan_rounds(examples, 2, Layout(2))
-    assert [[len(share) for share in each.shares] for each in rounds] == [[1, 2], [1, 2], [2, 2]]
-    assert [each.length for each in rounds] == [4, 7, 11], "short ones are not padded to the longest"
+    micro_batches = plan_micro_batches(examples, 2, Layout(2))
+    assert [[len(share) for share in each.shares] for each in micro_batches] == [[1, 2], [1, 2], [2, 2]]
+    assert [each.length for each in micro_batches] == [4, 7, 11], "short ones are not padded to the longest"
 
 
 def test_every_rank_plans_the_same_whatever_ties_there_are():
     examples = [example(1, 3, name=f"e{index}") for index in range(7)]
-    names = [one.episode.id for each in plan_rounds(examples, 1, Layout(2)) for share in each.shares for one in share]
+    names = [
+        one.episode.id for each in plan_micro_batches(examples, 1, Layout(2)) for share in each.shares for one in share
+    ]
     assert names == [f"e{index}" for index in range(7)], "equal lengths keep their order"
 
 

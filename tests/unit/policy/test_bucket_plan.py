@@ -57,14 +57,14 @@ def gathered_bytes(bucket: GatherBucket, layout: Layout) -> int:
 def test_buckets_keep_the_order_and_the_limit_and_never_span_owners(arch, layout, limit):
     buckets = plan_buckets(arch, layout, limit, BYTES)
     rules = list(mapping(arch))
-    assert [rule.ours for bucket in buckets for rule in bucket.rules] == [rule.ours for rule in rules]
+    assert [rule.megatron for bucket in buckets for rule in bucket.rules] == [rule.megatron for rule in rules]
     for bucket in buckets:
         assert gathered_bytes(bucket, layout) <= limit or len(bucket.rules) == 1, "only a single tensor may be larger"
         assert {rule.expert is not None for rule in bucket.rules} == {bucket.expert_rank is not None}
-        assert list(bucket.shapes) == [rule.ours for rule in bucket.rules]
+        assert list(bucket.shapes) == [rule.megatron for rule in bucket.rules]
         for rule in bucket.rules:
             part = shard(torch.empty(rule.shape(arch)), rule.cut, 0, layout.tensor)
-            assert bucket.shapes[rule.ours] == tuple(part.shape)
+            assert bucket.shapes[rule.megatron] == tuple(part.shape)
             if rule.expert is not None:
                 assert bucket.expert_rank == rule.expert // (4 // layout.expert)
     for bucket, after in itertools.pairwise(buckets):
@@ -87,7 +87,7 @@ def test_a_limit_counts_what_is_gathered_of_all_tensor_ranks():
     for layout in (Layout(2, tensor=2), Layout(4, tensor=4), Layout(2, pipeline=2)):
         arch = dataclasses.replace(DENSE, kv_heads=4)
         exact = plan_buckets(arch, layout, PADDED_EMBEDDING, BYTES)
-        assert [rule.ours for rule in exact[0].rules] == ["embedding.word_embeddings.weight"]
+        assert [rule.megatron for rule in exact[0].rules] == ["embedding.word_embeddings.weight"]
         tensor = layout.tensor
         norm = 16 * BYTES * tensor  # every tensor-parallel rank sends its own copy of it
         more = plan_buckets(arch, layout, PADDED_EMBEDDING + norm, BYTES)
@@ -122,7 +122,7 @@ def test_layers_are_on_the_stage_where_megatron_builds_them(layers, pipeline, vi
     buckets = plan_buckets(dataclasses.replace(DENSE, layers=layers), layout, 1 << 30, BYTES)
     planned = {rule.layer: bucket.stage for bucket in buckets for rule in bucket.rules if rule.layer is not None}
     assert planned == built
-    ends = {rule.ours: bucket.stage for bucket in buckets for rule in bucket.rules if rule.layer is None}
+    ends = {rule.megatron: bucket.stage for bucket in buckets for rule in bucket.rules if rule.layer is None}
     assert ends == {
         "embedding.word_embeddings.weight": 0,
         "decoder.final_layernorm.weight": pipeline - 1,

@@ -73,9 +73,9 @@ def test_merging_and_splitting_are_inverse_and_have_the_shape_they_say(tmp_path,
     for rule in mapping(arch):
         tensors = [torch.randn(shape) for shape in rule.shapes(arch)]
         merged = rule.merge(arch, tensors)
-        assert tuple(merged.shape) == rule.shape(arch), rule.ours
+        assert tuple(merged.shape) == rule.shape(arch), rule.megatron
         back = rule.split(arch, merged)
-        assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True)), rule.ours
+        assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True)), rule.megatron
 
 
 def test_the_vocabulary_is_padded_with_zeros_to_a_multiple_of_128(tmp_path):
@@ -97,7 +97,7 @@ def test_a_query_group_keeps_its_queries_key_and_value_together(tmp_path):
     entries = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 2, "hidden_size": 1}
     arch = parse_architecture({"model_type": "qwen2"} | SIZES | entries, tmp_path)
     for kind, shape in (("weight", (-1, 1)), ("bias", (-1,))):
-        (rule,) = (r for r in mapping(arch) if r.layer == 0 and r.ours.endswith(f"linear_qkv.{kind}"))
+        (rule,) = (r for r in mapping(arch) if r.layer == 0 and r.megatron.endswith(f"linear_qkv.{kind}"))
         parts = ([1, 2, 3, 4], [10, 20], [100, 200])  # the number of a head, for both of its rows
         merged = rule.merge(arch, [torch.tensor(part).repeat_interleave(2).view(shape) for part in parts])
         assert merged.view(-1)[::2].tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
@@ -107,17 +107,19 @@ def test_a_query_group_keeps_its_queries_key_and_value_together(tmp_path):
 def test_names_of_layers_and_experts_are_counted_over_the_whole_model(tmp_path, model_type):
     arch = parse_architecture({"model_type": model_type} | SIZES | EXPERTS, tmp_path)
     rules = list(mapping(arch))
-    assert len({rule.ours for rule in rules}) == len(rules)
-    assert all("{" not in name for rule in rules for name in (rule.ours, *rule.theirs))
+    assert len({rule.megatron for rule in rules}) == len(rules)
+    assert all("{" not in name for rule in rules for name in (rule.megatron, *rule.hf))
     for rule in rules:
-        for name in (rule.ours, *rule.theirs):
+        for name in (rule.megatron, *rule.hf):
             assert ("layers." in name) == (rule.layer is not None)
             assert rule.layer is None or f".layers.{rule.layer}." in f".{name}"
             assert ("experts." in name) == (rule.expert is not None)
             assert rule.expert is None or f"experts.{rule.expert}." in name
     assert all(rule.cut is Cut.WHOLE for rule in rules if rule.expert is not None), "experts are spread, never cut"
-    assert arch.qkv_bias == any(rule.ours.endswith("linear_qkv.bias") for rule in rules), "Megatron builds what we map"
-    assert arch.qk_norm == any(rule.ours.endswith("q_layernorm.weight") for rule in rules)
+    assert arch.qkv_bias == any(rule.megatron.endswith("linear_qkv.bias") for rule in rules), (
+        "Megatron builds what we map"
+    )
+    assert arch.qk_norm == any(rule.megatron.endswith("q_layernorm.weight") for rule in rules)
     if arch.experts:
         assert {(rule.layer, rule.expert) for rule in rules if rule.expert is not None} == {
             (layer, expert) for layer in range(2) for expert in range(3)

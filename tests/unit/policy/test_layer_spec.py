@@ -97,7 +97,7 @@ def test_a_model_of_fused_layers_takes_the_same_weights_and_trains_the_same(requ
     plain = make_policy(llama)
     request.getfixturevalue("fused")
     fused = make_policy(llama)
-    names = {name for piece in fused._pieces for name, _ in piece.named_parameters()}
+    names = {name for model_chunk in fused._model_chunks for name, _ in model_chunk.named_parameters()}
     assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in names
     assert not any("input_layernorm" in name or "pre_mlp_layernorm" in name for name in names)
     examples = make_examples()
@@ -112,8 +112,8 @@ def test_a_model_of_fused_layers_takes_the_same_weights_and_trains_the_same(requ
 def names_of(raw: dict[str, object]) -> set[str]:
     runtime = DeviceRuntime()
     runtime.init_distributed()
-    pieces = build_model(parse_architecture(raw, Path("config.json")), Dtype.fp32, runtime)
-    return {name for piece in pieces for name, _ in piece.named_parameters()}
+    model_chunks = build_model(parse_architecture(raw, Path("config.json")), Dtype.fp32, runtime)
+    return {name for model_chunk in model_chunks for name, _ in model_chunk.named_parameters()}
 
 
 @pytest.mark.parametrize("grouped", [False, True])

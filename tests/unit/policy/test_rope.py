@@ -134,8 +134,8 @@ def runtime() -> DeviceRuntime:
 
 def ours(folder: Path, runtime: DeviceRuntime) -> torch.Tensor:
     arch = read_architecture(folder)
-    (model,) = pieces = build_model(arch, Dtype.fp32, runtime)
-    load_weights(pieces, arch, Layout(), folder)
+    (model,) = model_chunks = build_model(arch, Dtype.fp32, runtime)
+    load_weights(model_chunks, arch, Layout(), folder)
     with torch.no_grad(), runtime.megatron():
         return model(TOKENS, torch.arange(LENGTH)[None], None) @ model.output_weight()[: arch.vocab].t()
 

@@ -95,9 +95,14 @@ def in_place(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Ca
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
         from megatron_rlpt.policy.weights import load_weights
 
-        def changed(pieces: Any, *arguments: Any) -> None:
-            load_weights(pieces, *arguments)
-            named = [entry for piece in pieces for entry in piece.named_parameters() if entry[0].endswith(pattern)]
+        def changed(model_chunks: Any, *arguments: Any) -> None:
+            load_weights(model_chunks, *arguments)
+            named = [
+                entry
+                for model_chunk in model_chunks
+                for entry in model_chunk.named_parameters()
+                if entry[0].endswith(pattern)
+            ]
             assert named
             with torch.no_grad():
                 for _, parameter in named:

@@ -101,8 +101,8 @@ def test_a_real_model_has_the_logits_of_transformers(smollm2):
         theirs = load_llama(smollm2)(tokens).logits
     arch, runtime = read_architecture(smollm2), DeviceRuntime()
     runtime.init_distributed()
-    (model,) = pieces = build_model(arch, Dtype.fp32, runtime)
-    load_weights(pieces, arch, Layout(), smollm2)
+    (model,) = model_chunks = build_model(arch, Dtype.fp32, runtime)
+    load_weights(model_chunks, arch, Layout(), smollm2)
     with torch.no_grad(), runtime.megatron():
         ours = model(tokens, torch.arange(tokens.shape[1])[None], None) @ model.output_weight().t()
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()

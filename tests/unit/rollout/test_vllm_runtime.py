@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from megatron_rlpt.rollout.vllm.runtime import generate_at_once, vllm_environment
+from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
 
 TORCHRUN = {
     "RANK": "3",
@@ -111,7 +111,7 @@ def test_random_state_and_threads_are_as_before_also_after_a_failure():
 
 
 class JournalLlm:
-    """What ``generate_at_once`` uses of an engine in a process of its own."""
+    """What ``generate_in_one_batch`` uses of an engine in a process of its own."""
 
     def __init__(self, fails: bool = False) -> None:
         self.journal: list[object] = []
@@ -133,7 +133,7 @@ class JournalLlm:
 
 def test_an_engine_in_another_process_begins_when_all_requests_are_there():
     llm = JournalLlm()
-    assert generate_at_once(llm, ["a", "b"], [1, 2]) == ["an output"]
+    assert generate_in_one_batch(llm, ["a", "b"], [1, 2]) == ["an output"]
     pause = ("pause_scheduler", "keep", False)
     assert llm.journal == [pause, ("enqueue", ["a", "b"]), ("resume_scheduler",), "wait"]
 
@@ -141,5 +141,5 @@ def test_an_engine_in_another_process_begins_when_all_requests_are_there():
 def test_an_engine_does_not_stay_paused_when_a_request_is_refused():
     llm = JournalLlm(fails=True)
     with pytest.raises(ValueError, match="too long"):
-        generate_at_once(llm, ["a"], [1])
+        generate_in_one_batch(llm, ["a"], [1])
     assert llm.journal[-1] == ("resume_scheduler",)

@@ -18,7 +18,7 @@ class Gpu:
         self.events = []
         self.free = (80 - engine - optimizer) * GIB
         self.asleep = False
-        self.sleeping_frees = engine * GIB
+        self.sleep_frees_bytes = engine * GIB
         self.optimizer = optimizer * GIB
         self.offloaded = False
         self.gives_back = gives_back
@@ -27,13 +27,13 @@ class Gpu:
     def sleep(self):
         self.events.append("sleep")
         self.asleep = True
-        self.free += int(self.gives_back * self.sleeping_frees)
+        self.free += int(self.gives_back * self.sleep_frees_bytes)
 
     def wake(self):
         """What the next weight update does."""
         self.events.append("wake")
         self.asleep = False
-        self.free -= self.sleeping_frees
+        self.free -= self.sleep_frees_bytes
 
     def offload_optimizer(self):
         if not self.offloaded:

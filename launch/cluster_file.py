@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from launch.cluster import Allocation, Cluster, ExecutorName, GpuOption
 from megatron_rlpt.config.structured import Schema
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.judge_workers.server_arguments import check_argument
+from megatron_rlpt.judge_workers.teacher_server import check_argument
 
 _SCHEMA = Schema(Cluster, {})
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_ID)?$", re.IGNORECASE)

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_rlpt.config.schema import Config, HeldOutOverlap
 from megatron_rlpt.data.overlap import HeldOut
 from megatron_rlpt.data.quarantine import Quarantine
-from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 
 HELDOUT, NGRAM = "data.heldout", "evaluation.ngram_corpus"
 

@@ -20,7 +20,7 @@ from megatron_rlpt.data.readers.documents import Document, Position
 from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.data.stream import DocumentStream, Drawn, StreamCounters
 from megatron_rlpt.errors import CheckpointError
-from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.types import SEED_RANGE, Episode, derive_seed, stable_id
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.readers.documents import BadRecord
 from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import ConfigError, DataError
-from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.types import Episode
 
 

@@ -12,7 +12,7 @@ from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import CheckpointError, DataError
 from megatron_rlpt.observe.log import get_logger
-from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.types import SEED_RANGE, derive_seed
 
 _log = get_logger(__name__)

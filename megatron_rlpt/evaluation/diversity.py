@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rlpt.teacher.repetition import repetition
+from megatron_rlpt.teacher.likelihood_reward import repetition
 
 REPEATED_NGRAM = 3
 """Length of the n-grams whose repetition is reported."""

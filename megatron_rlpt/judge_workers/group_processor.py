@@ -45,7 +45,7 @@ def _with_rewrite(candidates: tuple[Candidate, ...], rewrite: Candidate) -> tupl
     return (*candidates[:place], rewrite, *candidates[place:])
 
 
-class Remembering:
+class CachingAsk:
     """An ``Ask`` for one group that keeps every reply, so that no question is paid for twice when a worker crashes.
 
     Failures are not kept: another attempt may do better.
@@ -79,7 +79,7 @@ class Remembering:
         """See ``Ask``."""
         if self._again:
             request = replace(request, seed=derive_seed(request.seed, self._again))
-        key = key_of(self._teacher, request)
+        key = request_key(self._teacher, request)
         if (known := _read(self._known.get(key))) is not None:
             return known
         reply = await self._ask(request)
@@ -90,7 +90,7 @@ class Remembering:
         return reply
 
 
-def key_of(teacher: str, request: Request) -> str:
+def request_key(teacher: str, request: Request) -> str:
     """What tells a question from all others: the teacher and everything that is sent to it."""
     text = json.dumps([teacher, asdict(request)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -19,9 +19,9 @@ from megatron_rlpt.errors import BufferUnavailableError, ConfigError
 from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints, server_key
 from megatron_rlpt.judge_workers.group_processor import GroupJudge, GroupProcessor
+from megatron_rlpt.judge_workers.likelihood_judges import ServedLikelihoodJudge
 from megatron_rlpt.judge_workers.metrics import WorkerMetrics
-from megatron_rlpt.judge_workers.served_likelihood import ServedLikelihood
-from megatron_rlpt.judge_workers.worker import AskedTeacher, Worker
+from megatron_rlpt.judge_workers.worker import TeacherClient, Worker
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.teacher.build import build_generative_judge, build_rewriter, require_same_vocabulary
 from megatron_rlpt.teacher.rewriter import answer_tokens
@@ -29,7 +29,7 @@ from megatron_rlpt.teacher.settings_fingerprint import SETTINGS, require_same_se
 from megatron_rlpt.tokens.control_tokens import known_special_tokens
 
 if TYPE_CHECKING:
-    from megatron_rlpt.judge_workers.own_likelihood import OwnLikelihood
+    from megatron_rlpt.judge_workers.likelihood_judges import LocalLikelihoodJudge
 
 _log = get_logger(__name__)
 
@@ -152,18 +152,18 @@ async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
     require_same_settings(config, next(iter(announced.values())))
 
 
-async def _own_model(config: Config) -> OwnLikelihood | None:
+async def _own_model(config: Config) -> LocalLikelihoodJudge | None:
     if not config.teacher.workers.own_model:
         return None
-    from megatron_rlpt.judge_workers.own_likelihood import OwnLikelihood
+    from megatron_rlpt.judge_workers.likelihood_judges import LocalLikelihoodJudge
 
-    return await asyncio.to_thread(OwnLikelihood, config)
+    return await asyncio.to_thread(LocalLikelihoodJudge, config)
 
 
 @contextlib.asynccontextmanager
 async def _teacher(
-    config: Config, buffer: RolloutBuffer, stopped: asyncio.Event, own: OwnLikelihood | None
-) -> AsyncIterator[tuple[AskedTeacher, Callable[[], GroupProcessor], WorkerMetrics]]:
+    config: Config, buffer: RolloutBuffer, stopped: asyncio.Event, own: LocalLikelihoodJudge | None
+) -> AsyncIterator[tuple[TeacherClient, Callable[[], GroupProcessor], WorkerMetrics]]:
     """Who is asked, what is asked, and what is counted, for as long as the worker runs."""
     workers = config.teacher.workers
     if own:
@@ -181,7 +181,7 @@ async def _teacher(
             await _until(stopped, pool.wait_until_ready(_READY))
             if not stopped.is_set() and (longest := most_tokens(config)):
                 await _until(stopped, pool.check_deadline(longest))
-            processor = await asyncio.to_thread(_examiner_of, config, pool)
+            processor = await asyncio.to_thread(_processor_factory, config, pool)
             if not stopped.is_set():
                 processor()  # what cannot be loaded is found out before anything is claimed
             yield pool, processor, WorkerMetrics(lambda: pool.endpoints)
@@ -194,10 +194,10 @@ def judge_of(config: Config, pool: TeacherPool) -> GroupJudge:
     """The judge that asks ``pool``, of which at least one server has answered."""
     if config.teacher.judge == JudgeName.generative:
         return build_generative_judge(config, pool.name)
-    return ServedLikelihood(pool.score, pool.name, config.teacher.likelihood)
+    return ServedLikelihoodJudge(pool.logprobs, pool.name, config.teacher.likelihood)
 
 
-def _examiner_of(config: Config, pool: TeacherPool) -> Callable[[], GroupProcessor]:
+def _processor_factory(config: Config, pool: TeacherPool) -> Callable[[], GroupProcessor]:
     rewriter = build_rewriter(config) if config.candidates.rewrite else None
     judged = needs_judge(config.objective.name)
 

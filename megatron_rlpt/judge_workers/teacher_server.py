@@ -24,7 +24,6 @@ from megatron_rlpt.distributed.addresses import LOOPBACK, here, is_loopback, rea
 from megatron_rlpt.distributed.processes import EndRequest, end_all, start_child
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
 from megatron_rlpt.judge_workers.discovery import KIND, announcement, server_key
-from megatron_rlpt.judge_workers.server_arguments import check_argument
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.machine import bf16_is_slow, has_gpu
 
@@ -224,3 +223,28 @@ def _free_port(host: str) -> int:
             f"--host {host} is no address of this machine ({error.strerror}); allowed: one of its addresses, or "
             "0.0.0.0 for all of them"
         ) from None
+
+
+# vLLM reads underscores as dashes, and takes what an argument begins with for the whole of it.
+_REFUSED = {
+    "--trust": "would run code from the model's folder, which is never done; leave it out",
+    "--api-k": "would be on a command line, which every user of the machine can read; put the key into a variable and "
+    "name that in teacher.workers.key_env",
+}
+"""How an argument begins -> why it is refused."""
+
+
+def check_argument(where: str, argument: str) -> None:
+    """Refuse an argument that runs code or shows a key; its value is not repeated.
+
+    Args:
+        where: says in errors where it stands, such as ``teacher.arguments has``.
+        argument: one argument for vLLM's server.
+
+    Raises:
+        ConfigError: it is such.
+    """
+    name = argument.partition("=")[0]
+    for start, why in _REFUSED.items():
+        if name.replace("_", "-").startswith(start):
+            raise ConfigError(f"{where} {name}, which {why}")

@@ -25,7 +25,7 @@ from megatron_rlpt.buffer.protocol import ClaimedGroup, RolloutBuffer
 from megatron_rlpt.config.schema import WorkersConfig
 from megatron_rlpt.errors import RlptError, first_line
 from megatron_rlpt.judge_workers.client.faults import OF_SERVER, Fault
-from megatron_rlpt.judge_workers.group_processor import GroupProcessor, Remembering
+from megatron_rlpt.judge_workers.group_processor import CachingAsk, GroupProcessor
 from megatron_rlpt.judge_workers.metrics import WorkerMetrics
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.teacher.generator import Reply, Request
@@ -41,7 +41,7 @@ _TOO_LATE = "group deadline exceeded"
 _OF_SERVERS = frozenset(fault.value for fault in (*OF_SERVER, Fault.NO_SERVER))
 
 
-class AskedTeacher(Protocol):
+class TeacherClient(Protocol):
     """Who is asked: ``teacher.client.TeacherPool``, or something that behaves like it."""
 
     @property
@@ -65,7 +65,7 @@ class Worker:
     def __init__(
         self,
         buffer: RolloutBuffer,
-        teacher: AskedTeacher,
+        teacher: TeacherClient,
         processor: Callable[[], GroupProcessor],
         config: WorkersConfig,
         name: str,
@@ -169,7 +169,7 @@ class Worker:
         began = time.monotonic()
         try:
             known = await asyncio.to_thread(self._buffer.recall, work.sequence)
-            ask = Remembering(self._teacher, self._teacher.name, known, self._keeper(work.sequence), work.again)
+            ask = CachingAsk(self._teacher, self._teacher.name, known, self._keeper(work.sequence), work.again)
             with self._metrics.group_in_flight():
                 async with asyncio.timeout(self._config.group_deadline):
                     group = await self._examiner().process(work.group, ask)

@@ -27,7 +27,7 @@ from megatron_rlpt.types import Candidate, Episode, Failed, Group
 Result = TypeVar("Result")
 
 
-def in_lockstep(jobs: Sequence[Callable[[Ask], Coroutine[Any, Any, Result]]], generator: TextGenerator) -> list[Result]:
+def run_batched(jobs: Sequence[Callable[[Ask], Coroutine[Any, Any, Result]]], generator: TextGenerator) -> list[Result]:
     """Run all ``jobs`` at once, each with something to ask ``generator`` by; their results in order.
 
     The first exception of a job or of the generator ends all jobs and is raised.
@@ -35,7 +35,7 @@ def in_lockstep(jobs: Sequence[Callable[[Ask], Coroutine[Any, Any, Result]]], ge
     Raises:
         RuntimeError: a job waits for something other than answers, which would never come.
     """
-    rounds = _Rounds(generator)
+    rounds = _BatchingSelector(generator)
     loop = asyncio.SelectorEventLoop(rounds)
     try:
         main = loop.create_task(gather_or_cancel(job(rounds.ask) for job in jobs))
@@ -51,7 +51,7 @@ def in_lockstep(jobs: Sequence[Callable[[Ask], Coroutine[Any, Any, Result]]], ge
         loop.close()
 
 
-class _Rounds(selectors.DefaultSelector):
+class _BatchingSelector(selectors.DefaultSelector):
     """A selector that has all open requests answered when its loop has nothing else to do."""
 
     def __init__(self, generator: TextGenerator) -> None:
@@ -95,7 +95,7 @@ class BatchedJudge:
         def job(group: Group) -> Callable[[Ask], Coroutine[Any, Any, Group]]:
             return lambda ask: self.inner.judge_group(group, ask)
 
-        return in_lockstep([job(group) for group in groups], self.generator)
+        return run_batched([job(group) for group in groups], self.generator)
 
 
 @dataclass(frozen=True)
@@ -111,4 +111,4 @@ class BatchedRewriter:
         def job(episode: Episode) -> Callable[[Ask], Coroutine[Any, Any, Candidate | Failed]]:
             return lambda ask: self.inner.rewrite_one(episode, ask)
 
-        return in_lockstep([job(episode) for episode in episodes], self.generator)
+        return run_batched([job(episode) for episode in episodes], self.generator)

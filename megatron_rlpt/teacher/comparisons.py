@@ -26,7 +26,7 @@ from itertools import combinations
 from megatron_rlpt.config.schema import OptionOrder, PairScheme
 from megatron_rlpt.teacher.bradley_terry import strengths
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
-from megatron_rlpt.teacher.scoring import Decided, Match, Standings, standings, win_counts
+from megatron_rlpt.teacher.votes import Match, MatchVote, Standings, tally_votes, win_counts
 from megatron_rlpt.types import Failed
 
 Compare = Callable[[int, int, int], Awaitable[int | Failed]]
@@ -43,13 +43,13 @@ _MOST_TRIES = 3
 
 async def play(
     scheme: PairScheme, entrants: Sequence[int], votes: int, order: OptionOrder, seed: int, compare: Compare
-) -> list[Decided]:
+) -> list[MatchVote]:
     """Compare ``entrants`` (candidate indices) by ``scheme``; every comparison made, in order.
 
     Everything that is drawn depends on ``seed`` and on places in ``entrants``, not on what is there: other candidates
     at the same places meet in the same way. Draw the order of ``entrants``, or the first in the list may be favoured.
     """
-    book = _Book(entrants, order, random.Random(seed), compare)
+    book = _MatchTable(entrants, order, random.Random(seed), compare)
     if scheme == PairScheme.tournament and len(entrants) > 3:
         await _tournament(book, votes)
     elif scheme == PairScheme.pivot:
@@ -61,13 +61,13 @@ async def play(
 
 async def rank(
     scheme: PairScheme, candidates: int, votes: int, order: OptionOrder, seed: int, compare: Compare
-) -> tuple[Standings, list[Decided]]:
+) -> tuple[Standings, list[MatchVote]]:
     """Compare candidates 0 to ``candidates - 1`` and count; the order of entry is drawn from ``seed``."""
     entrants = random.Random(seed).sample(range(candidates), candidates)
     results = await play(scheme, entrants, votes, order, seed, compare)
     # With three candidates a tournament is a round robin, with two so is a pivot.
     all_met = scheme == PairScheme.round_robin or candidates < 3 or (scheme == PairScheme.tournament and candidates < 4)
-    return standings(candidates, results, all_met=all_met), results
+    return tally_votes(candidates, results, all_met=all_met), results
 
 
 def comparisons(scheme: PairScheme, candidates: int, votes: int, order: OptionOrder) -> int:
@@ -81,12 +81,12 @@ def comparisons(scheme: PairScheme, candidates: int, votes: int, order: OptionOr
     return count * (2 if order == OptionOrder.both else 1)
 
 
-class _Book:
+class _MatchTable:
     """Makes comparisons between entrants, known by their places, and keeps who met whom and what came of it."""
 
     def __init__(self, entrants: Sequence[int], order: OptionOrder, draw: random.Random, compare: Compare) -> None:
         self.size = len(entrants)
-        self.results: list[Decided] = []
+        self.results: list[MatchVote] = []
         self.met: Counter[tuple[int, int]] = Counter()
         self._entrants = entrants
         self._order = order
@@ -98,7 +98,7 @@ class _Book:
         """One round: all ``pairs`` at once; a pair that is listed more than once meets more than once."""
         matches = [match for pair in pairs for match in self._matches(*pair)]
         winners = await gather_or_cancel(self._ask(match) for match in matches)
-        self.results += [Decided(match, winner) for match, winner in zip(matches, winners, strict=True)]
+        self.results += [MatchVote(match, winner) for match, winner in zip(matches, winners, strict=True)]
 
     def ends(self) -> tuple[list[int], list[int]]:
         """Places from the best on and from the worst on, by all comparisons so far.
@@ -137,10 +137,10 @@ class _Book:
         return [Match(low, high, vote) if self._first[pair] == (vote % 2 == 0) else Match(high, low, vote)]
 
     async def _ask(self, match: Match) -> int | Failed:
-        return await self._compare(match.first, match.second, match.vote)
+        return await self._compare(match.first, match.second, match.vote_index)
 
 
-async def _tournament(book: _Book, votes: int) -> None:
+async def _tournament(book: _MatchTable, votes: int) -> None:
     total = comparisons(PairScheme.tournament, book.size, votes, OptionOrder.random)
     sizes = _sizes(book.size)
     done = 0
@@ -202,7 +202,7 @@ def _pairs(pool: Sequence[int], count: int, met: Counter[tuple[int, int]]) -> li
     return found
 
 
-def _second_chances(book: _Book, inside: set[int]) -> list[tuple[int, int]]:
+def _second_chances(book: _MatchTable, inside: set[int]) -> list[tuple[int, int]]:
     """One more meeting each for those who would leave the race without ever having got a verdict."""
     pairs = []
     for place in book.unlucky():

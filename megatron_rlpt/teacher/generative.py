@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_rlpt.config.schema import AxisConfig, GenerativeConfig
@@ -18,8 +18,8 @@ from megatron_rlpt.teacher.comparisons import rank
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
-from megatron_rlpt.teacher.scoring import combine, mean_of_votes
 from megatron_rlpt.teacher.verdicts.parsing import parse_factuality, parse_quality, parse_safety, schema
+from megatron_rlpt.teacher.votes import mean_axis_value, weighted_reward
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import BLANK, Cost, Failed, Group, Reward, derive_seed
 
@@ -27,11 +27,11 @@ _POINTWISE: dict[str, Callable[[Reply], float | Failed]] = {"safety": parse_safe
 
 
 @dataclass
-class _Axis:
+class _AxisResult:
     """What one axis says of the distinct texts of a group, in their order."""
 
     name: str
-    values: Sequence[float | Failed]
+    axis_values: Sequence[float | Failed]
     votes: list[list[dict[str, Any]]]
     extra: dict[str, Any] = field(default_factory=dict)
     """What is added to the detail of every text."""
@@ -69,7 +69,7 @@ class GenerativeJudge:
         ``detail["standings"]`` holds the statistics of the comparisons.
         """
         start = time.perf_counter()
-        counted = _Counted(ask)
+        counted = _CountingAsk(ask)
         # What has no text is left out: nobody should win by meeting it.
         blank = {one.tokens for one in group.candidates if one.blank or self._text.is_blank(one.tokens)}
         distinct = [tokens for tokens in dict.fromkeys(one.tokens for one in group.candidates) if tokens not in blank]
@@ -85,7 +85,7 @@ class GenerativeJudge:
             cost=counted.cost(time.perf_counter() - start),
         )
 
-    async def _judge_pairs(self, group: Group, texts: Sequence[str], places: Sequence[int], ask: Ask) -> _Axis:
+    async def _judge_pairs(self, group: Group, texts: Sequence[str], places: Sequence[int], ask: Ask) -> _AxisResult:
         """Quality; ``places`` are the indices of the candidates that have ``texts``."""
         axis, episode = self._config.quality, group.episode
         prefix = prefix_text(self._text, episode)
@@ -108,12 +108,12 @@ class GenerativeJudge:
         for row in votes:
             # Answers come in any order; what is kept should not tell.
             row.sort(key=lambda record: (record["first"], record["second"], record["vote"]))
-        values = table.values if len(texts) > 1 else [Failed("nothing to compare with")] * len(texts)
-        statistics = asdict(table)
-        del statistics["values"]
-        return _Axis("quality", values, votes, {"standings": statistics})
+        values = table.axis_values if len(texts) > 1 else [Failed("nothing to compare with")] * len(texts)
+        return _AxisResult("quality", values, votes, {"standings": table.statistics()})
 
-    async def _judge_points(self, group: Group, texts: Sequence[str], name: str, axis: AxisConfig, ask: Ask) -> _Axis:
+    async def _judge_points(
+        self, group: Group, texts: Sequence[str], name: str, axis: AxisConfig, ask: Ask
+    ) -> _AxisResult:
         """Safety or factuality."""
         episode = group.episode
         shown: dict[str, str] = {}
@@ -131,9 +131,9 @@ class GenerativeJudge:
             judge(place, vote) for place in range(len(texts)) for vote in range(axis.votes)
         )
         rows = [answers[place * axis.votes :][: axis.votes] for place in range(len(texts))]
-        return _Axis(
+        return _AxisResult(
             name,
-            [mean_of_votes([value for value, _ in row]) for row in rows],
+            [mean_axis_value([value for value, _ in row]) for row in rows],
             [[record for _, record in row] for row in rows],
         )
 
@@ -147,14 +147,14 @@ class GenerativeJudge:
             json_schema=schema(name),
         )
 
-    def _rewards(self, texts: int, axes: Sequence[_Axis]) -> list[Reward | Failed]:
+    def _rewards(self, texts: int, axes: Sequence[_AxisResult]) -> list[Reward | Failed]:
         rewards: list[Reward | Failed] = []
         for text in range(texts):
-            parts = {axis.name: {"value": _plain(axis.values[text]), "votes": axis.votes[text]} for axis in axes}
+            parts = {axis.name: {"value": _plain(axis.axis_values[text]), "votes": axis.votes[text]} for axis in axes}
             detail: dict[str, Any] = {"axes": parts}
             for axis in axes:
                 detail |= axis.extra
-            total = combine({axis.name: axis.values[text] for axis in axes}, self._weights)
+            total = weighted_reward({axis.name: axis.axis_values[text] for axis in axes}, self._weights)
             if isinstance(total, Failed):
                 rewards.append(replace(total, detail=detail | total.detail))
             else:
@@ -162,7 +162,7 @@ class GenerativeJudge:
         return rewards
 
 
-class _Counted:
+class _CountingAsk:
     """An ``Ask`` that counts what goes through it."""
 
     def __init__(self, ask: Ask) -> None:

@@ -25,7 +25,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from megatron_rlpt.teacher.scoring import pair_agreement
+from megatron_rlpt.teacher.votes import vote_agreement
 from megatron_rlpt.types import Candidate, Failed, Group, Reward, Source
 
 _MOST_REASONS = 5
@@ -41,7 +41,7 @@ def _comparisons(groups: Sequence[Group]) -> dict[str, float]:
     tables = [next((o.detail["standings"] for o in g.rewards if "standings" in o.detail), None) for g in groups]
     known = [table for table in tables if table]
     points = [
-        (pair_agreement(verdicts), 1)
+        (vote_agreement(verdicts), 1)
         for group in groups
         for name, votes in _votes(group)
         if name != "quality" and len(verdicts := [v["verdict"] for v in votes if not _failed(v)]) > 1

@@ -24,7 +24,7 @@ from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.plain_text import shortened
-from megatron_rlpt.teacher.likelihood_score import likelihood_score
+from megatron_rlpt.teacher.likelihood_reward import likelihood_reward
 from megatron_rlpt.types import BLANK, Failed, Group, Reward
 
 _HEAD_CHUNK_CPU = 128
@@ -61,7 +61,7 @@ class LikelihoodJudge:
 
     def judge(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with one reward per candidate; what has no finite likelihood is a failure."""
-        scored = self.score_tokens(
+        scored = self.judge_tokens(
             [group.episode.prefix for group in groups],
             [[candidate.tokens for candidate in group.candidates if not candidate.blank] for group in groups],
         )
@@ -76,7 +76,7 @@ class LikelihoodJudge:
             )
         return judged
 
-    def score_tokens(
+    def judge_tokens(
         self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[Reward | Failed]]:
         """Reward any number of continuations (token ids) of each prefix (token ids, at least one).
@@ -92,7 +92,7 @@ class LikelihoodJudge:
     def _reward(self, prefix: Sequence[int], tokens: Sequence[int], mean: float) -> Reward | Failed:
         if (problem := self._problem(prefix, tokens)) is not None:
             return Failed(problem, {"prefix": len(prefix), "candidate": len(tokens)})
-        return likelihood_score(self.name, self.config, tokens, mean)
+        return likelihood_reward(self.name, self.config, tokens, mean)
 
     def _problem(self, prefix: Sequence[int], tokens: Sequence[int]) -> str | None:
         """Why ``tokens`` after ``prefix`` have no likelihood, if so; few reasons, so that they can be counted."""

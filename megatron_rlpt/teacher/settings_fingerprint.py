@@ -10,12 +10,12 @@ from megatron_rlpt.errors import ConfigError
 
 SETTINGS = "settings"
 """Kind under which the trainer announces its settings in the buffer, for workers to compare with their own."""
-_JUDGED_BY = ("run.seed", "data.suffix_length", "candidates.rewrite", "objective.name", "teacher.")
-_NOT_JUDGED_BY = ("teacher.path", "teacher.run_in", "teacher.workers.", "teacher.kv_cache_gib", "teacher.max_context",
+_INCLUDED = ("run.seed", "data.suffix_length", "candidates.rewrite", "objective.name", "teacher.")
+_EXCLUDED = ("teacher.path", "teacher.run_in", "teacher.workers.", "teacher.kv_cache_gib", "teacher.max_context",
                   "teacher.max_failure_rate")  # fmt: skip
 
 
-def judged_by(config: Config) -> str:
+def settings_fingerprint(config: Config) -> str:
     """The settings on which verdicts depend, as JSON; trainer and workers must have the same."""
     return json.dumps(_settings(config))
 
@@ -40,5 +40,5 @@ def _settings(config: Config) -> dict[str, str]:
     return {"name of model.path": Path(config.model.path).resolve().name} | {
         key: str(value)
         for key, value in flatten(config).items()
-        if key.startswith(_JUDGED_BY) and not key.startswith(_NOT_JUDGED_BY)
+        if key.startswith(_INCLUDED) and not key.startswith(_EXCLUDED)
     }

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +25,20 @@ from megatron_rlpt.errors import ModelError
 from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.tokens.control_tokens import is_control_form
 from megatron_rlpt.tokens.pieces import Pieces, joined_text
-from megatron_rlpt.tokens.vocabulary import Vocabulary
 from megatron_rlpt.types import Episode
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the policy's tokenizer says of token ids."""
+
+    size: int
+    """Number of ids."""
+    control: frozenset[int]
+    """Ids that stand for no text."""
+    bos: int | None
+    decode: Callable[[Sequence[int]], str]
+
 
 _CONTEXT = 64
 """Tokens before a continuation that its tokenization may depend on: more than any word or run of spaces has."""

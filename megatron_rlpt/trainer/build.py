@@ -19,7 +19,7 @@ from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.rollout.build import can_generate_during_updates, engine_count, start_policy_engine
 from megatron_rlpt.teacher.build import Teacher, build_teacher
-from megatron_rlpt.teacher.settings_fingerprint import judged_by
+from megatron_rlpt.teacher.settings_fingerprint import settings_fingerprint
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.trainer.buffered_judging import BufferedJudging
 from megatron_rlpt.trainer.candidates import CandidateGenerator
@@ -136,7 +136,7 @@ def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: Sto
         # The batch that is collected next, and those proposed ahead of it.
         capacity=(config.train.staleness + 1) * config.train.global_batch,
         max_attempts=config.teacher.workers.max_attempts,
-        settings=judged_by(config),
+        settings=settings_fingerprint(config),
         expected=Expected(
             config.data.suffix_length,
             vocab,

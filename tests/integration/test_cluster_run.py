@@ -16,7 +16,7 @@ from tiny_runs import finish, json_lines, lasting_metrics, only_error, rlpt_proc
 
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.config import load_config
-from megatron_rlpt.teacher.settings_fingerprint import SETTINGS, judged_by
+from megatron_rlpt.teacher.settings_fingerprint import SETTINGS, settings_fingerprint
 from megatron_rlpt.trainer.stop import STOP_FILE
 
 pytestmark = pytest.mark.redis
@@ -181,7 +181,7 @@ def test_a_worker_with_other_settings_than_the_trainer_is_refused(calm, tmp_path
     )
     with contextlib.closing(open_url(**server.options, name=calm.parent.name)) as store:
         # As long as the trainer is there it says so.
-        store.announce(SETTINGS, "trainer", judged_by(load_config(calm.parent / "run.yaml")), 60.0)
+        store.announce(SETTINGS, "trainer", settings_fingerprint(load_config(calm.parent / "run.yaml")), 60.0)
         code, _, err = finish(judge(config))
         store.withdraw(SETTINGS, "trainer")
     assert code == 2

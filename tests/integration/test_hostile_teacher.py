@@ -553,7 +553,7 @@ def scored(logprob: object = -0.5, **more: object) -> dict:
 def score(*script, first=1):
     async def run():
         async with HostileServer(list(script)) as server, asking(server) as pool:
-            return await pool.score([10, 11, 12], first), server
+            return await pool.logprobs([10, 11, 12], first), server
 
     return asyncio.run(run())
 

@@ -19,7 +19,7 @@ from megatron_rlpt.config import LikelihoodConfig, load_config
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
-from megatron_rlpt.judge_workers.served_likelihood import ServedLikelihood
+from megatron_rlpt.judge_workers.likelihood_judges import ServedLikelihoodJudge
 from megatron_rlpt.teacher.generator import Message, Request
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
@@ -117,7 +117,9 @@ def test_it_answers_chats_and_keeps_to_a_schema(server):
 def test_its_log_likelihood_is_that_of_the_model(server, group, smollm2):
     _, endpoints = server
     config = LikelihoodConfig()
-    served = ask(endpoints, lambda pool: ServedLikelihood(pool.score, pool.name, config).judge_group(group, pool))
+    served = ask(
+        endpoints, lambda pool: ServedLikelihoodJudge(pool.logprobs, pool.name, config).judge_group(group, pool)
+    )
     (own,) = LikelihoodJudge(smollm2, config, "cpu").judge([group])
     assert all(isinstance(reward, Reward) for reward in served.rewards)
     for theirs, ours in zip(served.rewards, own.rewards, strict=True):
@@ -130,7 +132,7 @@ def test_a_token_that_it_does_not_know_is_no_score(server, group):
     _, endpoints = server
     odd = Group(group.episode, (group.candidates[0], Candidate(Source.ROLLOUT, (10**6,))))
     config = LikelihoodConfig()
-    judged = ask(endpoints, lambda pool: ServedLikelihood(pool.score, pool.name, config).judge_group(odd, pool))
+    judged = ask(endpoints, lambda pool: ServedLikelihoodJudge(pool.logprobs, pool.name, config).judge_group(odd, pool))
     assert isinstance(judged.rewards[0], Reward)
     assert isinstance(judged.rewards[1], Failed)
 

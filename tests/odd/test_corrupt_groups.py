@@ -12,7 +12,7 @@ import pytest
 from megatron_rlpt.buffer.codec import decode_group, encode_group
 from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.distributed.ranks import Ranks
-from megatron_rlpt.judge_workers.group_processor import Remembering, key_of
+from megatron_rlpt.judge_workers.group_processor import CachingAsk, request_key
 from megatron_rlpt.teacher.generator import Message, Reply, Request
 from megatron_rlpt.trainer.buffered_judging import BufferedJudging
 from megatron_rlpt.trainer.returned_groups import Expected, accepted, flaw_of
@@ -232,9 +232,9 @@ def test_a_reply_that_was_kept_and_cannot_be_read_is_asked_for_again(kept):
     async def keep(key, text):
         stored[key] = text
 
-    first = Remembering(ask, "teacher", {key_of("teacher", request): kept}, keep, 0)
+    first = CachingAsk(ask, "teacher", {request_key("teacher", request): kept}, keep, 0)
     assert asyncio.run(first(request)) == Reply("B", (1,), "stop")
-    again = Remembering(ask, "teacher", stored, keep, 0)
+    again = CachingAsk(ask, "teacher", stored, keep, 0)
     assert asyncio.run(again(request)) == Reply("B", (1,), "stop")
 
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from odd_texts import TEXTS
 
-from megatron_rlpt.judge_workers.served_likelihood import ServedLikelihood
+from megatron_rlpt.judge_workers.likelihood_judges import ServedLikelihoodJudge
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
@@ -146,6 +146,6 @@ def test_no_judge_of_likelihood_scores_what_has_no_text(model):
 
     import asyncio
 
-    served = asyncio.run(ServedLikelihood(score, "served", LikelihoodConfig()).judge_group(group, None))
+    served = asyncio.run(ServedLikelihoodJudge(score, "served", LikelihoodConfig()).judge_group(group, None))
     assert asked == [group.candidates[2].tokens]
     assert [reward.reason for reward in served.rewards if isinstance(reward, Failed)] == ["empty candidate"] * 3

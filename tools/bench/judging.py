@@ -103,7 +103,7 @@ def trial(judge: SimulatedJudge, scheme: PairScheme, qualities: Sequence[float],
         return judge.winner(qualities, first, second, vote, seed)
 
     table, _ = asyncio.run(rank(scheme, len(qualities), votes, OptionOrder.random, seed, compare))
-    return gap_of(table.values, qualities, seed)
+    return gap_of(table.axis_values, qualities, seed)
 
 
 def simulate(trials: int, accuracies: Sequence[float], votes: Sequence[int], sizes: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from megatron_rlpt.config.schema import SourceConfig, SourceFormat
 from megatron_rlpt.data.readers.documents import BadRecord, Document, Position, Reader
 from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.errors import DataError
-from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.types import stable_id
 
 LONGEST = 1 << 22

@@ -13,7 +13,7 @@ from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.data.readers.parquet import ParquetReader
 from megatron_rlpt.data.readers.text import TextReader
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 
 
 def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES, vocabulary: Vocabulary | None = None) -> Reader:

@@ -61,11 +61,11 @@ class Breaker:
         longest = min(self._longest, self._first * 2.0**self._rounds)
         return random.uniform(0.5, 1.0) * longest
 
-    def probe(self) -> None:
+    def begin_probe(self) -> None:
         """The cool-down is over, one probe is sent."""
         self.state = State.HALF_OPEN
 
-    def probed(self, success: bool) -> None:
+    def finish_probe(self, success: bool) -> None:
         """What came of the probe."""
         if success:
             self.state, self._failures, self._rounds = State.CLOSED, 0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections import Counter
@@ -12,12 +13,11 @@ from typing import Any, TypeVar
 
 from megatron_rlpt.config.endpoints import check_endpoint
 from megatron_rlpt.config.schema import EndpointConfig
-from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.errors import ConfigError, TeacherError
 from megatron_rlpt.judge_workers.client.breaker import Breaker
-from megatron_rlpt.judge_workers.client.calls import Call, reply_call
+from megatron_rlpt.judge_workers.client.calls import Call, ServerDialect, reply_call, without_prefill
 from megatron_rlpt.judge_workers.client.faults import OF_SERVER, Fault, ServerProblem
 from megatron_rlpt.judge_workers.client.http import Connections
-from megatron_rlpt.judge_workers.client.needs import Needs, without_echo
 from megatron_rlpt.judge_workers.client.replies import read_models, tokens_used
 from megatron_rlpt.judge_workers.client.secrets import Mask
 from megatron_rlpt.observe.log import get_logger
@@ -88,7 +88,7 @@ class Endpoint:
         self._deadline = deadline
         self._changed = changed
         self._is_vllm = False
-        self._needs = Needs()
+        self._needs = ServerDialect()
         self._unexplained = 0
         self._opened = asyncio.Event()
         # One more than requests: the probe.
@@ -112,12 +112,12 @@ class Endpoint:
         finally:
             self.counters.seconds += time.monotonic() - began
         if isinstance(outcome, ServerProblem):
-            self.note(outcome)
+            self.record_failure(outcome)
         else:
             self.breaker.succeeded()
         return outcome
 
-    def note(self, problem: ServerProblem) -> None:
+    def record_failure(self, problem: ServerProblem) -> None:
         """Count a call that gave no result, and stop using the server when there were too many in a row."""
         self.counters.failures[problem.fault.value] += 1
         if problem.retry_after:
@@ -131,21 +131,21 @@ class Endpoint:
             self._opened.set()
             self._changed()
 
-    async def keep(self) -> None:
+    async def keep_probing(self) -> None:
         """Probe the server whenever it is not in use, until cancelled."""
         while True:
             if not self.breaker.closed:
-                self.breaker.probe()
-                await self._try_out()
+                self.breaker.begin_probe()
+                await self._probe()
             if self.breaker.closed:
                 await self._opened.wait()
                 self._opened.clear()
             now = asyncio.get_running_loop().time()
             await asyncio.sleep(max(self.breaker.cooldown(), self.paused_until - now))
 
-    async def _try_out(self) -> None:
+    async def _probe(self) -> None:
         problem = await self.check_health()
-        self.breaker.probed(problem is None)
+        self.breaker.finish_probe(problem is None)
         if problem is None:
             _log.info("teacher server is ready", url=self.url, model=self.model)
             self.last_problem = None
@@ -197,9 +197,9 @@ class Endpoint:
         used = tokens_used(answer)
         self.counters.tokens_in += used[0]
         self.counters.tokens_out += used[1]
-        if isinstance(result, Reply) and call.answer_start and self._needs.begins_in_question:
+        if isinstance(result, Reply) and call.answer_start and self._needs.prefill_in_prompt:
             # Which tokens are left is not known then.
-            return replace(result, text=without_echo(result.text, call.answer_start), token_ids=())
+            return replace(result, text=without_prefill(result.text, call.answer_start), token_ids=())
         return result
 
     async def _answer(self, call: Call[Any]) -> Any | ServerProblem:
@@ -246,3 +246,65 @@ def _key(config: EndpointConfig) -> str:
             "export it, or leave api_key_env empty"
         )
     return key
+
+
+_MEASURED_TOKENS = 32
+_COUNTING = Request((Message("user", "Count from one to one hundred."),), seed=0, max_tokens=_MEASURED_TOKENS)
+
+
+def check_deadline(endpoint: EndpointConfig, max_tokens: int, deadline: float) -> None:
+    """Check that ``max_tokens`` take no longer than ``deadline`` seconds at ``endpoint.tokens_per_second``.
+
+    A speed that is unknown (0) has to be measured first, and put in its place.
+
+    Raises:
+        ConfigError: they do; names the numbers and a deadline that would do.
+        ValueError: the speed is unknown.
+    """
+    if not endpoint.tokens_per_second:
+        raise ValueError(f"tokens_per_second of {endpoint.url} is 0; measure it first")
+    needed = max_tokens / endpoint.tokens_per_second
+    if needed > deadline:
+        raise ConfigError(
+            f"teacher.workers.request_deadline is {deadline:g} s, but {endpoint.url} generates "
+            f"{endpoint.tokens_per_second:.3g} tokens a second, so {max_tokens} tokens take {needed:.3g} s; "
+            f"allowed: at least {math.ceil(needed)}, and more to leave time for retries; or ask for fewer tokens"
+        )
+
+
+async def measure_speed(endpoint: Endpoint, deadline: float) -> float | ServerProblem:
+    """Tokens a second of one short generation, by the server's own count; a full server is slower than that.
+
+    ``deadline`` is the most seconds that it may take.
+    """
+    call = reply_call(_COUNTING)
+    assert isinstance(call, Call)
+    before, began = endpoint.counters.tokens_out, time.monotonic()
+    try:
+        async with asyncio.timeout(deadline):
+            # Only vLLM knows this field: go on after the token that ends an answer.
+            outcome = await endpoint.send(replace(call, vllm=call.vllm | {"ignore_eos": True}))
+    except TimeoutError:
+        return ServerProblem(Fault.DEADLINE)
+    if isinstance(outcome, ServerProblem):
+        return outcome
+    tokens = endpoint.counters.tokens_out - before
+    return tokens / (time.monotonic() - began) if tokens else ServerProblem(Fault.SHAPE, {"where": "usage"})
+
+
+async def check_speed(endpoint: Endpoint, max_tokens: int, deadline: float) -> None:
+    """``check_deadline`` of a server, whose speed is measured, once, when it is not in the configuration.
+
+    Raises:
+        ConfigError: see ``check_deadline``.
+        TeacherError: the speed could not be measured.
+    """
+    if not endpoint.tokens_per_second:
+        speed = await measure_speed(endpoint, deadline)
+        if isinstance(speed, ServerProblem):
+            raise TeacherError(
+                f"the speed of {endpoint.url} could not be measured: {speed.fault}; set its tokens_per_second in "
+                "teacher.workers.endpoints"
+            )
+        endpoint.tokens_per_second = speed
+    check_deadline(replace(endpoint.config, tokens_per_second=endpoint.tokens_per_second), max_tokens, deadline)

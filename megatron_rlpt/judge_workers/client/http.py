@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import json
 import time
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
 from megatron_rlpt.errors import ConfigError, first_line
-from megatron_rlpt.judge_workers.client.complaints import is_censorship, message_in
 from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem, excerpt, fault_of_status
-from megatron_rlpt.judge_workers.client.proxy import proxy_for
+from megatron_rlpt.judge_workers.client.replies import is_censorship, message_in
 from megatron_rlpt.judge_workers.client.secrets import Mask
 
 LARGEST_BODY = 4 << 20
@@ -148,3 +150,30 @@ def _retry_after(value: str) -> float:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return 0.0
+
+
+FROM_ENVIRONMENT = "env"
+"""Value of ``EndpointConfig.proxy`` that means HTTP_PROXY, HTTPS_PROXY and NO_PROXY."""
+
+
+@dataclass(frozen=True)
+class Through:
+    """A proxy, or none."""
+
+    address: str = ""
+    secrets: tuple[str, ...] = ()
+    """What no log should hold."""
+
+
+def proxy_for(url: str, proxy: str) -> Through:
+    """The proxy for ``url`` when the endpoint says ``proxy``."""
+    address = proxy
+    if proxy == FROM_ENVIRONMENT:
+        parts = urlsplit(url)
+        known = getproxies()
+        address = known.get(parts.scheme) or known.get("all", "")
+        if not address or proxy_bypass(parts.netloc):
+            return Through()
+        address = address if "://" in address else f"http://{address}"
+    password = urlsplit(address).password or ""
+    return Through(address, (password, unquote(password)))

@@ -20,9 +20,8 @@ from typing import Any, TypeVar
 from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.judge_workers.client.breaker import Breaker
-from megatron_rlpt.judge_workers.client.calls import Call, reply_call, score_call
-from megatron_rlpt.judge_workers.client.deadline import check_speed
-from megatron_rlpt.judge_workers.client.endpoint import Endpoint
+from megatron_rlpt.judge_workers.client.calls import Call, logprobs_call, reply_call
+from megatron_rlpt.judge_workers.client.endpoint import Endpoint, check_speed
 from megatron_rlpt.judge_workers.client.faults import PERMANENT, TRANSIENT, Fault, ServerProblem
 from megatron_rlpt.teacher.generator import Reply, Request
 from megatron_rlpt.types import Failed
@@ -136,7 +135,7 @@ class TeacherPool:
             del self._turns[endpoint]
             self._close_if_idle(endpoint)
         for endpoint in new.values():
-            self._keepers[endpoint] = asyncio.create_task(endpoint.keep())
+            self._keepers[endpoint] = asyncio.create_task(endpoint.keep_probing())
             # Somewhere in the round: many workers that come up together are not to begin with the same servers.
             self._turns[endpoint] = self._turn + random.random() / endpoint.config.weight
         self._wake_all()
@@ -182,13 +181,13 @@ class TeacherPool:
             return call.failed()
         return await self._ask(call)
 
-    async def score(self, token_ids: Sequence[int], first: int) -> list[float] | Failed:
+    async def logprobs(self, token_ids: Sequence[int], first: int) -> list[float] | Failed:
         """Log-probabilities (nats) of ``token_ids[first:]``, each given all tokens before it; vLLM servers only.
 
         Raises:
             ValueError: ``first`` is not between 1 and the last position.
         """
-        return await self._ask(score_call(token_ids, first))
+        return await self._ask(logprobs_call(token_ids, first))
 
     async def _ask(self, call: Call[Result]) -> Result | Failed:
         attempts = 0
@@ -219,7 +218,7 @@ class TeacherPool:
             if asked is None:
                 return problem.failed(attempts=attempts, deadline=self.deadline)
             ran_out = ServerProblem(Fault.DEADLINE, {"deadline": self.deadline})
-            asked.note(ran_out)
+            asked.record_failure(ran_out)
             return ran_out.failed(server=asked.url, attempts=attempts)
 
     async def _find_room(self, tried: set[Endpoint], limit: asyncio.Timeout, waits_free: bool) -> Endpoint:

@@ -15,7 +15,7 @@ from buffer_groups import group, items
 from megatron_rlpt.config import WorkersConfig
 from megatron_rlpt.errors import ConfigError, ModelError
 from megatron_rlpt.judge_workers.client.faults import Fault
-from megatron_rlpt.judge_workers.group_processor import GroupProcessor, key_of
+from megatron_rlpt.judge_workers.group_processor import GroupProcessor, request_key
 from megatron_rlpt.judge_workers.metrics import WorkerMetrics
 from megatron_rlpt.judge_workers.worker import Worker
 from megatron_rlpt.teacher.generator import Message, Reply, Request
@@ -156,12 +156,12 @@ def test_what_a_dead_worker_was_answered_is_not_asked_again(buffer, fencing_toke
     assert buffer.stats().finished == 0
     other = ScriptedTeacher()
     run(worker(buffer, other), lambda: buffer.stats().finished == 1)
-    assert [key_of("scripted", request) for request in other.asked] == [key_of("scripted", teacher.asked[1])]
+    assert [request_key("scripted", request) for request in other.asked] == [request_key("scripted", teacher.asked[1])]
 
 
 def test_another_teachers_answers_do_not_count(buffer, fencing_token):
     buffer.put(fencing_token, items(0))
-    key = key_of("another", Request((Message("user", "episode-0 0 (3, 4)"),), seed=0, max_tokens=5))
+    key = request_key("another", Request((Message("user", "episode-0 0 (3, 4)"),), seed=0, max_tokens=5))
     buffer.remember(0, {key: json.dumps({"text": "no", "token_ids": [], "finish_reason": "stop", "prompt_tokens": 0})})
     teacher = ScriptedTeacher()
     run(worker(buffer, teacher), lambda: buffer.stats().finished == 1)

@@ -17,7 +17,7 @@ from megatron_rlpt.config import SourceConfig, SourceFormat, load_config
 from megatron_rlpt.data import BadRecord, Document, EpisodeStream, open_source
 from megatron_rlpt.data.readers import indexed
 from megatron_rlpt.errors import DataError
-from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 
 EOD, BOS = 299, 298
 VOCABULARY = Vocabulary(300, frozenset({EOD, BOS}), BOS, lambda tokens: bytes(tokens).decode())

@@ -12,7 +12,7 @@ from megatron_rlpt.config import HeldOutOverlap, load_config
 from megatron_rlpt.data import kept_from_training
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.evaluation.evaluate import BASELINE_FOLDER, _ngram_documents, require_honest
-from megatron_rlpt.tokens.vocabulary import Vocabulary
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.trainer.run_record import RunRecord
 
 

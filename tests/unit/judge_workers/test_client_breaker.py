@@ -4,7 +4,7 @@ from megatron_rlpt.judge_workers.client.pool import FIRST_BACKOFF, LONGEST_BACKO
 
 def closed(**settings) -> Breaker:
     breaker = Breaker(**settings)
-    breaker.probed(True)
+    breaker.finish_probe(True)
     return breaker
 
 
@@ -30,13 +30,13 @@ def test_only_a_probe_closes_it():
     breaker.failed()
     breaker.succeeded()
     assert breaker.state == State.OPEN
-    breaker.probe()
+    breaker.begin_probe()
     breaker.succeeded()
     assert breaker.state == State.HALF_OPEN
-    breaker.probed(False)
+    breaker.finish_probe(False)
     assert breaker.state == State.OPEN
-    breaker.probe()
-    breaker.probed(True)
+    breaker.begin_probe()
+    breaker.finish_probe(True)
     assert breaker.closed
 
 
@@ -44,7 +44,7 @@ def test_after_recovery_the_count_begins_again():
     breaker = closed(failures=2)
     breaker.failed()
     breaker.failed()
-    breaker.probed(True)
+    breaker.finish_probe(True)
     assert not breaker.failed()
     assert breaker.closed
 
@@ -62,16 +62,16 @@ def test_cooldowns_double_up_to_a_limit_and_start_again():
     seen = []
     for _ in range(5):
         seen.append(round(longest_of(breaker), 1))
-        breaker.probed(False)
+        breaker.finish_probe(False)
     assert seen == [1.0, 2.0, 4.0, 6.0, 6.0]
-    breaker.probed(True)
+    breaker.finish_probe(True)
     assert round(longest_of(breaker), 1) == 1.0
 
 
 def test_it_can_stay_open_for_ever():
     breaker = Breaker()
     for _ in range(5000):
-        breaker.probed(False)
+        breaker.finish_probe(False)
     assert 0 < breaker.cooldown() <= 15.0
 
 

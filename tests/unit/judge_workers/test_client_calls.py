@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_rlpt.judge_workers.client.calls import Call, reply_call, score_call, with_schema
+from megatron_rlpt.judge_workers.client.calls import Call, logprobs_call, reply_call, with_schema
 from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem
 from megatron_rlpt.teacher.generator import Message, Request
 
@@ -92,7 +92,7 @@ def test_half_characters_can_be_sent():
 
 
 def test_log_probabilities_of_a_prompt():
-    made = score_call([3, 4, 5], 1)
+    made = logprobs_call([3, 4, 5], 1)
     assert made.path == "completions"
     assert made.body == {"prompt": [3, 4, 5], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
 
@@ -100,7 +100,7 @@ def test_log_probabilities_of_a_prompt():
 @pytest.mark.parametrize("first", [0, 3, -1])
 def test_no_log_probability_without_a_token_before_or_a_token_at_all(first):
     with pytest.raises(ValueError, match=f"first is {first}"):
-        score_call([3, 4, 5], first)
+        logprobs_call([3, 4, 5], first)
 
 
 def test_the_client_imports_nothing_heavy():

@@ -2,7 +2,7 @@ import pytest
 
 from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.judge_workers.client.deadline import check_deadline
+from megatron_rlpt.judge_workers.client.endpoint import check_deadline
 
 
 def test_a_deadline_that_will_do():

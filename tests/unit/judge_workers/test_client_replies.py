@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_rlpt.judge_workers.client.complaints import message_in
 from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem, excerpt
 from megatron_rlpt.judge_workers.client.replies import (
+    message_in,
     read_chat,
     read_completion,
     read_logprobs,

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from megatron_rlpt.teacher.batched import in_lockstep
+from megatron_rlpt.teacher.batched import run_batched
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Message, Reply, Request
 from megatron_rlpt.types import Failed
@@ -54,7 +54,7 @@ def fan(name, width):
 
 def test_one_batch_per_round_however_deep_the_tasks():
     echo = Echo()
-    results = in_lockstep([chain("a", 3), fan("b", 3), chain("c", 1)], echo)
+    results = run_batched([chain("a", 3), fan("b", 3), chain("c", 1)], echo)
     assert results == ["A...", "B0+B1+B2", "C."]
     assert [sorted(batch) for batch in echo.batches] == [["a.", "b0", "b1", "b2", "c."], ["A..", "B0+B1+B2"], ["A..."]]
 
@@ -63,7 +63,7 @@ def test_the_order_of_requests_is_the_same_every_time():
     runs = []
     for _ in range(5):
         echo = Echo()
-        in_lockstep([fan(name, 5) for name in "abc"] + [chain("d", 2)], echo)
+        run_batched([fan(name, 5) for name in "abc"] + [chain("d", 2)], echo)
         runs.append(echo.batches)
     assert all(run == runs[0] for run in runs)
 
@@ -73,8 +73,8 @@ def test_nothing_to_do_asks_nothing():
         return 1
 
     echo = Echo()
-    assert in_lockstep([], echo) == []
-    assert in_lockstep([silent], echo) == [1]
+    assert run_batched([], echo) == []
+    assert run_batched([silent], echo) == [1]
     assert echo.batches == []
 
 
@@ -82,7 +82,7 @@ def test_a_failure_is_an_answer():
     async def job(ask):
         return await ask(question("fail"))
 
-    assert in_lockstep([job], Echo()) == [Failed("no")]
+    assert run_batched([job], Echo()) == [Failed("no")]
 
 
 def test_an_exception_in_one_job_surfaces_and_ends_the_others():
@@ -100,7 +100,7 @@ def test_an_exception_in_one_job_surfaces_and_ends_the_others():
             ended.append(True)
 
     with pytest.raises(ZeroDivisionError, match="of this job"):
-        in_lockstep([patient, broken, patient], Echo())
+        run_batched([patient, broken, patient], Echo())
     assert ended == [True, True]
 
 
@@ -120,7 +120,7 @@ def test_an_exception_of_the_generator_surfaces_and_ends_all_jobs():
             ended.append(True)
 
     with pytest.raises(OSError, match="the engine is gone"):
-        in_lockstep([job, job], Dead())
+        run_batched([job, job], Dead())
     assert ended == [True, True]
 
 
@@ -129,4 +129,4 @@ def test_a_job_that_waits_for_something_else_is_an_error_and_no_hang():
         await asyncio.get_running_loop().create_future()
 
     with pytest.raises(RuntimeError, match="waits for something other"):
-        in_lockstep([job], Echo())
+        run_batched([job], Echo())

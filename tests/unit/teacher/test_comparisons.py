@@ -33,7 +33,7 @@ def larger(first, second, vote):
 @pytest.mark.parametrize("candidates", [2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33])
 def test_a_perfect_judge_finds_best_and_worst(scheme, candidates):
     for seed in range(20):
-        values = run(scheme, candidates, larger, seed=seed)[0].values
+        values = run(scheme, candidates, larger, seed=seed)[0].axis_values
         assert max(values) == values[-1] > max(values[:-1])
         assert min(values) == values[0] < min(values[1:])
 
@@ -42,7 +42,7 @@ def test_a_pivot_ranks_by_one_candidate_only():
     table, results = run(PIVOT, 6, larger)
     players = Counter(player for result in results for player in (result.match.first, result.match.second))
     assert sorted(players.values()) == [1, 1, 1, 1, 1, 5]
-    assert len(set(table.values)) <= 3
+    assert len(set(table.axis_values)) <= 3
 
 
 @pytest.mark.parametrize("scheme", PairScheme)
@@ -59,7 +59,7 @@ def test_calls_are_as_many_as_promised(scheme, order, votes, candidates):
     table, results = run(scheme, candidates, count, votes, order)
     assert len(calls) == len(results) == comparisons(scheme, candidates, votes, order)
     assert len(set(calls)) == len(calls), "the same question was asked twice"
-    assert len(table.values) == candidates
+    assert len(table.axis_values) == candidates
     assert all(first != second for first, second, _ in calls)
     if order == BOTH:
         assert all((second, first, vote) in calls for first, second, vote in calls)
@@ -138,8 +138,8 @@ def test_names_do_not_matter(scheme, candidates, votes, seed):
 
     one = asyncio.run(play(scheme, range(candidates), votes, RANDOM, seed, plain))
     other = asyncio.run(play(scheme, names, votes, RANDOM, seed, renamed))
-    assert [(names[r.match.first], names[r.match.second], r.match.vote) for r in one] == [
-        (r.match.first, r.match.second, r.match.vote) for r in other
+    assert [(names[r.match.first], names[r.match.second], r.match.vote_index) for r in one] == [
+        (r.match.first, r.match.second, r.match.vote_index) for r in other
     ]
     assert [r.winner if isinstance(r.winner, Failed) else names[r.winner] for r in one] == [r.winner for r in other]
 
@@ -150,7 +150,7 @@ def test_no_place_in_the_group_is_favoured(scheme):
     best = Counter()
     for seed in range(600):
         draw = random.Random(seed)
-        values = run(scheme, 5, lambda first, second, vote, d=draw: d.choice([first, second]), seed=seed)[0].values
+        values = run(scheme, 5, lambda first, second, vote, d=draw: d.choice([first, second]), seed=seed)[0].axis_values
         tops = [index for index, value in enumerate(values) if value == max(values)]
         best.update({index: 1 / len(tops) for index in tops})
     assert all(90 < best[index] < 150 for index in range(5)), best
@@ -165,8 +165,8 @@ def test_failed_comparisons_never_become_wins(scheme):
         )
         if scheme == PIVOT and table.decided == 0:
             continue  # the candidate was the pivot
-        assert table.values[4] == UNDECIDED
-        others = [value for index, value in enumerate(table.values) if index != 4]
+        assert table.axis_values[4] == UNDECIDED
+        others = [value for index, value in enumerate(table.axis_values) if index != 4]
         assert not any(isinstance(value, Failed) for value in others)
         if scheme != PIVOT:
             assert others.index(max(others)) == 7
@@ -176,7 +176,7 @@ def test_failed_comparisons_never_become_wins(scheme):
 @pytest.mark.parametrize("scheme", PairScheme)
 def test_a_judge_that_always_fails_gives_no_values(scheme):
     table, results = run(scheme, 8, lambda first, second, vote: NO, votes=3)
-    assert table.values == (UNDECIDED,) * 8
+    assert table.axis_values == (UNDECIDED,) * 8
     assert (table.decided, table.failed) == (0, len(results))
 
 
@@ -187,7 +187,7 @@ def test_who_got_no_verdict_gets_another_chance():
         draw = random.Random(seed)
         values = run(TOURNAMENT, 16, lambda f, s, v, d=draw: NO if d.random() < 0.1 else max(f, s), votes=1, seed=seed)[
             0
-        ].values
+        ].axis_values
         without += sum(isinstance(value, Failed) for value in values)
     assert without / (200 * 16) < 0.01
 

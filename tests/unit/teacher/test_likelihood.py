@@ -6,7 +6,7 @@ import torch
 from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
-from megatron_rlpt.teacher.repetition import repetition
+from megatron_rlpt.teacher.likelihood_reward import repetition
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 VOCABULARY = 97

@@ -4,10 +4,9 @@ import pytest
 from text_tokens import FakeText
 
 from megatron_rlpt.config.schema import RewriterConfig
-from megatron_rlpt.teacher.anchor import anchor_of, without_anchor
 from megatron_rlpt.teacher.batched import BatchedRewriter
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.rewriter import Rewriter
+from megatron_rlpt.teacher.rewriter import Rewriter, anchor_of, without_anchor
 from megatron_rlpt.types import Candidate, Episode, Failed, Source
 
 LENGTH = 10

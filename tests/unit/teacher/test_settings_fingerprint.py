@@ -4,7 +4,7 @@ import pytest
 
 from megatron_rlpt.config import Config, EndpointConfig
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.teacher.settings_fingerprint import judged_by, require_same_settings
+from megatron_rlpt.teacher.settings_fingerprint import require_same_settings, settings_fingerprint
 
 
 def config(**changes) -> Config:
@@ -22,7 +22,7 @@ def config(**changes) -> Config:
 
 
 def test_the_same_settings_agree_wherever_files_lie_and_whatever_does_not_judge():
-    theirs = judged_by(config())
+    theirs = settings_fingerprint(config())
     require_same_settings(config(), theirs)
     require_same_settings(config(model__path="/elsewhere/models/base", run__dir="runs/b", optimizer__lr=1.0), theirs)
     require_same_settings(config(teacher__workers__endpoints=[EndpointConfig(url="http://a/v1")]), theirs)
@@ -41,6 +41,6 @@ def test_the_same_settings_agree_wherever_files_lie_and_whatever_does_not_judge(
 )
 def test_a_worker_that_would_judge_otherwise_is_refused_by_name(change, named):
     with pytest.raises(ConfigError) as caught:
-        require_same_settings(config(**change), judged_by(config()))
+        require_same_settings(config(**change), settings_fingerprint(config()))
     assert str(caught.value).startswith(named)
     assert "start both with the same configuration" in str(caught.value)

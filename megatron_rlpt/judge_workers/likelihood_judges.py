@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from megatron_rlpt.config import Config
 from megatron_rlpt.config.schema import LikelihoodConfig
+from megatron_rlpt.teacher.build import require_same_vocabulary
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
-from megatron_rlpt.teacher.generator import Ask
-from megatron_rlpt.teacher.likelihood_score import likelihood_score
+from megatron_rlpt.teacher.generator import Ask, Reply, Request
+from megatron_rlpt.teacher.likelihood_reward import likelihood_reward
 from megatron_rlpt.types import BLANK, Failed, Group, Reward
 
-ScoreTokens = Callable[[Sequence[int], int], Awaitable[list[float] | Failed]]
-"""``TeacherPool.score``: token ids and the first position wanted to log-probabilities in nats."""
+GetLogprobs = Callable[[Sequence[int], int], Awaitable[list[float] | Failed]]
+"""``TeacherPool.logprobs``: token ids and the first position wanted to log-probabilities in nats."""
 
 
-class ServedLikelihood:
+class ServedLikelihoodJudge:
     """Scores candidates by mean log-likelihood under a served teacher minus weighted repetition."""
 
-    def __init__(self, score: ScoreTokens, teacher: str, config: LikelihoodConfig) -> None:
+    def __init__(self, score: GetLogprobs, teacher: str, config: LikelihoodConfig) -> None:
         """
         Args:
             score: asks a server whose tokenizer is the policy's.
@@ -46,4 +49,37 @@ class ServedLikelihood:
         logprobs = await self._score((*prefix, *tokens), len(prefix))
         if isinstance(logprobs, Failed):
             return logprobs
-        return likelihood_score(self._name, self._config, tokens, fmean(logprobs))
+        return likelihood_reward(self._name, self._config, tokens, fmean(logprobs))
+
+
+class LocalLikelihoodJudge:
+    """A ``GroupJudge``, and the ``Teacher`` of a worker that needs no server."""
+
+    all_down = False
+
+    def __init__(self, config: Config) -> None:
+        """Load the teacher.
+
+        Raises:
+            ModelError: it cannot be used.
+        """
+        import torch
+
+        from megatron_rlpt.teacher.likelihood import LikelihoodJudge
+
+        require_same_vocabulary(config)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._judge = LikelihoodJudge(config.teacher_path, config.teacher.likelihood, device)
+        self.name = self._judge.name
+        # One model computes one thing at a time.
+        self._busy = asyncio.Lock()
+
+    async def judge_group(self, group: Group, ask: Ask) -> Group:
+        """See ``GroupJudge``; other groups wait, the event loop does not."""
+        async with self._busy:
+            (judged,) = await asyncio.to_thread(self._judge.judge, [group])
+        return judged
+
+    async def __call__(self, request: Request) -> Reply | Failed:
+        """Nothing is asked by prompt here."""
+        return Failed("no teacher server available")

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.teacher.repetition import repetition
+from megatron_rlpt.teacher.likelihood_reward import repetition
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,16 @@ def alone(runs_of, case):
 
 
 @pytest.mark.parametrize(("world", "case"), CASES)
-def test_losses_and_gradients_are_those_of_one_process(ranks, alone, case):
+def test_a_layout_computes_what_one_process_computes(ranks, alone, folders, case, subtests):
+    with subtests.test("losses and gradients are those of one process"):
+        check_losses(ranks, alone, case)
+    with subtests.test("weights before the update are the folder's bit for bit, in its names and shapes"):
+        check_export(ranks, folders, case)
+    with subtests.test("weights after the updates are those of one process, on every rank"):
+        check_update(ranks, alone, folders, case)
+
+
+def check_losses(ranks, alone, case):
     looser = LOOSER[case.dtype]
     for ours, theirs in zip(ranks[0]["figures"], alone["figures"], strict=True):
         assert ours.keys() == theirs.keys()
@@ -105,8 +114,7 @@ def test_losses_and_gradients_are_those_of_one_process(ranks, alone, case):
     assert (ranks[0]["logprobs"] - alone["logprobs"]).abs().max() < 1e-5 * looser
 
 
-@pytest.mark.parametrize(("world", "case"), CASES)
-def test_exported_weights_are_the_folders_bit_for_bit_in_its_names_and_shapes(ranks, folders, case):
+def check_export(ranks, folders, case):
     folder = load_file(f"{folders[case.model]}/model.safetensors")
     for rank in ranks:
         assert rank["before"].keys() == folder.keys()
@@ -114,8 +122,7 @@ def test_exported_weights_are_the_folders_bit_for_bit_in_its_names_and_shapes(ra
             assert torch.equal(weight, folder[name].to(weight.dtype)), name
 
 
-@pytest.mark.parametrize(("world", "case"), CASES)
-def test_updated_weights_are_those_of_one_process_on_every_rank(ranks, alone, folders, case):
+def check_update(ranks, alone, folders, case):
     folder = load_file(f"{folders[case.model]}/model.safetensors")
     for name, expected in alone["after"].items():
         moved = (expected - folder[name]).abs().max()

@@ -46,24 +46,26 @@ def episodes(tokenizer, text, max_prefix=30, control_tokens=False):
     return found
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_a_document_is_read_back_whole(tokenizer, name):
-    text = TEXTS[name]
-    tokens = tokenizer.encode(text)
-    # SentencePiece reads a text with a space before it and one without alike; NFC is the normal form of Qwen's.
-    assert tokenizer.text_of(tokens) in (text, text.removeprefix(" "), unicodedata.normalize("NFC", text))
-    assert not tokenizer.control_in(tokens)
+def test_a_document_is_read_back_whole(tokenizer, subtests):
+    for name in TEXTS:
+        with subtests.test(text=name):
+            text = TEXTS[name]
+            tokens = tokenizer.encode(text)
+            # SentencePiece reads a text with a space before it and one without alike; NFC is the normal form of Qwen's.
+            assert tokenizer.text_of(tokens) in (text, text.removeprefix(" "), unicodedata.normalize("NFC", text))
+            assert not tokenizer.control_in(tokens)
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_prefix_and_suffix_are_a_piece_of_the_document(tokenizer, name):
-    whole = tokenizer.text_of(tokenizer.encode(TEXTS[name]))
-    cut = episodes(tokenizer, TEXTS[name])
-    assert cut
-    for one in cut:
-        shown = prefix_text(tokenizer, one) + tokenizer.text_of(one.suffix, one.prefix)
-        assert shown in whole, one.offset
-        assert "\ufffd" in TEXTS[name] or "\ufffd" not in shown
+def test_prefix_and_suffix_are_a_piece_of_the_document(tokenizer, subtests):
+    for name in TEXTS:
+        with subtests.test(text=name):
+            whole = tokenizer.text_of(tokenizer.encode(TEXTS[name]))
+            cut = episodes(tokenizer, TEXTS[name])
+            assert cut
+            for one in cut:
+                shown = prefix_text(tokenizer, one) + tokenizer.text_of(one.suffix, one.prefix)
+                assert shown in whole, one.offset
+                assert "\ufffd" in TEXTS[name] or "\ufffd" not in shown
 
 
 async def ask_copyist(request, begin_again=False, strip=False, more=""):
@@ -88,14 +90,15 @@ def rewrites(tokenizer, episodes, ask):
     return zip(episodes, asyncio.run(all_of_them()), strict=True)
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_a_word_for_word_copy_has_the_suffixs_own_tokens(tokenizer, name):
-    for one, rewrite in rewrites(tokenizer, episodes(tokenizer, TEXTS[name]), ask_copyist):
-        if tokenizer.is_blank(one.suffix):
-            assert isinstance(rewrite, Failed)
-            continue
-        assert isinstance(rewrite, Candidate), (rewrite, tokenizer.text_of(one.suffix, one.prefix))
-        assert rewrite.tokens == one.suffix, (rewrite, tokenizer.text_of(one.suffix, one.prefix))
+def test_a_word_for_word_copy_has_the_suffixs_own_tokens(tokenizer, subtests):
+    for name in TEXTS:
+        with subtests.test(text=name):
+            for one, rewrite in rewrites(tokenizer, episodes(tokenizer, TEXTS[name]), ask_copyist):
+                if tokenizer.is_blank(one.suffix):
+                    assert isinstance(rewrite, Failed)
+                    continue
+                assert isinstance(rewrite, Candidate), (rewrite, tokenizer.text_of(one.suffix, one.prefix))
+                assert rewrite.tokens == one.suffix, (rewrite, tokenizer.text_of(one.suffix, one.prefix))
 
 
 @pytest.mark.parametrize("way", [{"begin_again": True}, {"strip": True}, {"more": " And more of it."}])
@@ -110,26 +113,28 @@ def test_copies_by_teachers_with_habits(tokenizer, way):
             assert rewrite.tokens == one.suffix, (name, one.offset)
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_tokens_of_a_continuation_read_back_as_it(tokenizer, name):
+def test_tokens_of_a_continuation_read_back_as_it(tokenizer, subtests):
     """Not only copies: whatever a teacher writes becomes tokens of that text, and none of them is a control token."""
-    text = unicodedata.normalize("NFC", TEXTS[name])
-    tokens = tokenizer.encode(TEXTS["english"])
-    for count in (5, 9, 14):
-        for start in (0, 1, 7):
-            written = tokenizer.continue_with(tokens[:count], text[start:])
-            assert tokenizer.text_of(written, tokens[:count]) == text[start:]
-            assert not tokenizer.control_in(written)
+    for name in TEXTS:
+        with subtests.test(text=name):
+            text = unicodedata.normalize("NFC", TEXTS[name])
+            tokens = tokenizer.encode(TEXTS["english"])
+            for count in (5, 9, 14):
+                for start in (0, 1, 7):
+                    written = tokenizer.continue_with(tokens[:count], text[start:])
+                    assert tokenizer.text_of(written, tokens[:count]) == text[start:]
+                    assert not tokenizer.control_in(written)
 
 
-@pytest.mark.parametrize("name", ["blank lines", "spaces", "thai"])
-def test_the_rest_of_a_document_continues_it_with_its_own_tokens(tokenizer, name):
+def test_the_rest_of_a_document_continues_it_with_its_own_tokens(tokenizer, subtests):
     """Tokens of a continuation depend on what precedes it, as blank lines do with Qwen's words."""
-    tokens = tokenizer.encode(TEXTS[name])
-    for place in range(1, len(tokens)):
-        if tokenizer.starts_character(tokens[place]):
-            rest = tokenizer.text_of(tokens[place:], tokens[:place])
-            assert tokenizer.continue_with(tokens[:place], rest) == tokens[place:]
+    for name in ["blank lines", "spaces", "thai"]:
+        with subtests.test(text=name):
+            tokens = tokenizer.encode(TEXTS[name])
+            for place in range(1, len(tokens)):
+                if tokenizer.starts_character(tokens[place]):
+                    rest = tokenizer.text_of(tokens[place:], tokens[:place])
+                    assert tokenizer.continue_with(tokens[:place], rest) == tokens[place:]
 
 
 def test_what_a_policy_breaks_off_in_mid_character_is_left_out(tokenizer):

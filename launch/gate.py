@@ -22,7 +22,8 @@ from megatron_rlpt.errors import BufferUnavailableError, ModelError, RunStopped,
 T = TypeVar("T")
 
 _POLL = 1.0
-_TRY = ("--prefix", "The capital of France is", "--candidates", " Paris, on the river Seine.", " potato seven under.")
+_TRY = ("--prefix", "The capital of France is", "--candidate", " Paris, on the river Seine.",
+        "--candidate", " potato seven under.")  # fmt: skip
 """What the judge is asked; any verdict will do."""
 
 
@@ -94,9 +95,7 @@ def await_judgment(this: Waiting, overrides: Sequence[str], asks: bool, start: s
     passed = spec.shared / "judged.json"
 
     def ask() -> bool | str:
-        command = [sys.executable, "-m", "megatron_rlpt", "judge", "try", "-c", spec.config, *_TRY]
-        for override in overrides:
-            command += ["--set", override]
+        command = [sys.executable, "-m", "megatron_rlpt", "judge", "try", "-c", spec.config, *_TRY, *overrides]
         with tempfile.TemporaryFile("w+") as words:
             process = start_child(command, env=this.environment, stdout=subprocess.DEVNULL, stderr=words)
             # It loads much before it asks, and may wait for a server: whoever is told to end does not.

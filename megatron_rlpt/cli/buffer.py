@@ -15,6 +15,7 @@ from typing import Annotated, TextIO
 import typer
 
 from megatron_rlpt.buffer.protocol import Entry, RolloutBuffer
+from megatron_rlpt.cli.options import OptionalConfig, Overrides, load
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.files import open_atomically
 from megatron_rlpt.observe.terminal import one_line, plain, say
@@ -32,13 +33,6 @@ buffer_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run whose buffer it is.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
-]
 Url = Annotated[
     str | None,
     typer.Option("--url", help="Instead of --config: sqlite:///path, redis://host:port/database or rediss://."),
@@ -54,7 +48,7 @@ PasswordFile = Annotated[
 
 @buffer_app.command()
 def stats(
-    config: ConfigOption = None,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
     url: Url = None,
     name: Name = None,
@@ -79,7 +73,7 @@ def stats(
 
 @buffer_app.command()
 def tail(
-    config: ConfigOption = None,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
     url: Url = None,
     name: Name = None,
@@ -108,7 +102,7 @@ def tail(
 
 @buffer_app.command()
 def drain(
-    config: ConfigOption = None,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
     url: Url = None,
     name: Name = None,
@@ -127,7 +121,7 @@ def drain(
 
 @buffer_app.command()
 def requeue(
-    config: ConfigOption = None,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
     url: Url = None,
     name: Name = None,
@@ -155,7 +149,7 @@ def requeue(
 
 @buffer_app.command()
 def export(
-    config: ConfigOption = None,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
     url: Url = None,
     name: Name = None,
@@ -190,10 +184,9 @@ def _opened(
         ConfigError: the options name none, or two.
     """
     from megatron_rlpt.buffer.open import open_buffer, open_url
-    from megatron_rlpt.config import load_config
 
     if config is not None and url is None and name is None and not password_file:
-        resolved = load_config(config, overrides or ())
+        resolved = load(config, overrides)
         settings = dataclasses.replace(resolved.buffer, retry=min(resolved.buffer.retry, _PATIENCE))
         buffer = open_buffer(dataclasses.replace(resolved, buffer=settings), create=False)
     elif config is None and url is not None and name is not None and not overrides:

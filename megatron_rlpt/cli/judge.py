@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megatron_rlpt.cli.options import ConfigOption, Overrides, load, split_overrides
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.terminal import say
 
@@ -23,13 +22,6 @@ teacher_app = typer.Typer(
     help="Servers of the teacher.", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
-_Config = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")]
-_Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
-]
-_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_\[\]]+)+=")
-
 
 @contextlib.contextmanager
 def _packages() -> Iterator[None]:
@@ -42,18 +34,17 @@ def _packages() -> Iterator[None]:
 
 @judge_app.command("serve")
 def judge_serve(
-    config: _Config,
-    overrides: _Overrides = None,
+    config: ConfigOption,
+    overrides: Overrides = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes to run.")] = 1,
     name: Annotated[
         str, typer.Option("--name", help="Name of the worker (several: NAME-1, ...); by default made up.")
     ] = "",
 ) -> None:
     """Judge groups out of the rollout buffer until SIGTERM; what is under way is finished first."""
-    from megatron_rlpt.config import load_config
     from megatron_rlpt.observe.log import quiet_libraries, setup_logging
 
-    resolved = load_config(config, overrides or ())
+    resolved = load(config, overrides)
     quiet_libraries()
     setup_logging()
     if workers > 1:
@@ -67,36 +58,34 @@ def judge_serve(
 
 @judge_app.command("try")
 def judge_try(
-    config: _Config,
+    config: ConfigOption,
     prefix: Annotated[str, typer.Option("--prefix", help="Text that the candidates continue.")],
-    candidates: Annotated[list[str], typer.Option("--candidates", help="A candidate; the next ones may follow bare.")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="CANDIDATE", show_default=False)] = None,
+    candidates: Annotated[
+        list[str], typer.Option("--candidate", metavar="TEXT", help="A candidate; give two or more.")
+    ],
+    overrides: Overrides = None,
     reference: Annotated[
         str, typer.Option("--reference", help="What the document says, for factuality; by default the first candidate.")
     ] = "",
     url: Annotated[str, typer.Option("--url", help="Server to ask, instead of those of the configuration.")] = "",
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="section.key=value", help="Value that wins over the file.")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, machine-readable.")] = False,
 ) -> None:
     """Judge a few candidates and print scores, verdicts and replies."""
-    from megatron_rlpt.config import load_config
     from megatron_rlpt.observe.log import quiet_libraries
 
-    resolved = load_config(config, override or ())
+    resolved = load(config, overrides)
     quiet_libraries()
     with _packages():
         from megatron_rlpt.cli.judge_try import describe, require_score, try_judge
-    group = try_judge(resolved, prefix, [*candidates, *(more or ())], reference, url)
-    say(describe(group, [*candidates, *(more or ())], as_json))
+    group = try_judge(resolved, prefix, candidates, reference, url)
+    say(describe(group, candidates, as_json))
     require_score(group)
 
 
 @teacher_app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def teacher_serve(
     context: typer.Context,
-    config: _Config,
+    config: ConfigOption,
     host: Annotated[
         str,
         typer.Option("--host", help="Address to listen on and to announce; 0.0.0.0 is all, announced by host name."),
@@ -109,12 +98,10 @@ def teacher_serve(
 
     Arguments of the form section.key=value win over the file; all further ones go to vLLM's server.
     """
-    from megatron_rlpt.config import load_config
     from megatron_rlpt.observe.log import quiet_libraries, setup_logging
 
-    overrides = [text for text in context.args if _OVERRIDE.match(text)]
-    extra = [text for text in context.args if not _OVERRIDE.match(text)]
-    resolved = load_config(config, overrides)
+    overrides, extra = split_overrides(context.args)
+    resolved = load(config, overrides)
     quiet_libraries()
     setup_logging()
     from megatron_rlpt.judge_workers.teacher_server import serve_teacher

@@ -38,12 +38,12 @@ def try_judge(config: Config, prefix: str, candidates: Sequence[str], reference:
         TeacherError: no server answers.
     """
     if len(candidates) < 2:
-        raise ConfigError(f"--candidates gives {len(candidates)} candidate; allowed: at least 2, to be compared")
+        raise ConfigError(f"--candidate is given {len(candidates)} time(s); give it at least twice, once per candidate")
     tokenizer = PolicyTokenizer(config.model.path)
     start = tuple(tokenizer.encode(prefix))
     tokens = [tuple(tokenizer.continue_with(start, text)) for text in candidates]
     if not start or any(tokenizer.is_blank(row) for row in tokens):
-        raise ConfigError("--prefix and --candidates have to be texts, not empty and not white space alone")
+        raise ConfigError("--prefix and --candidate must not be empty or blank")
     suffix = tuple(tokenizer.continue_with(start, reference)) if reference else tokens[0]
     group = Group(
         Episode("try", start, suffix, "command line", "try", len(start)),

@@ -20,17 +20,15 @@ from launch.local import await_outcome, forget_earlier, passing_on_signals
 from launch.mounts import check_mounts, on_node
 from launch.spec import Spec
 from launch.topology import Component, components_of, spec_of, with_absolute_paths
-from megatron_rlpt.config import load_config, to_yaml
+from megatron_rlpt.cli.options import ConfigOption, Overrides, load
+from megatron_rlpt.config import to_yaml
 from megatron_rlpt.errors import ConfigError
 
 
 def launch(
     cluster: Annotated[Path, typer.Option("--cluster", metavar="FILE", help="YAML file of the cluster.")],
-    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Values that win over the run's file.", show_default=False),
-    ] = None,
+    config: ConfigOption,
+    overrides: Overrides = None,
     cluster_overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="section.key=value", help="Wins over the cluster's file.")
     ] = None,
@@ -41,7 +39,7 @@ def launch(
 ) -> None:
     """Start a run with its buffer, teacher servers and judge workers through nemo-run."""
     place = load_cluster(cluster, cluster_overrides or ())
-    run = with_absolute_paths(load_config(config, overrides or ()), Path.cwd(), elsewhere=bool(place.tunnel.host))
+    run = with_absolute_paths(load(config, overrides), Path.cwd(), elsewhere=bool(place.tunnel.host))
     check_path("run.dir", run.run.dir)
     check_mounts(place, run)
     components = components_of(place, run)

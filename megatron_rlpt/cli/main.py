@@ -20,6 +20,7 @@ from megatron_rlpt import __version__
 from megatron_rlpt.cli.buffer import buffer_app
 from megatron_rlpt.cli.judge import judge_app, teacher_app
 from megatron_rlpt.cli.launch import launch, status
+from megatron_rlpt.cli.options import ConfigOption, Overrides, load
 from megatron_rlpt.cli.plan import plan
 from megatron_rlpt.distributed.processes import run_and_leave
 from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, RunStopped, is_disk_full
@@ -51,12 +52,6 @@ app = typer.Typer(
     # The decorated tracebacks print local variables, and those may hold keys and tokens.
     pretty_exceptions_enable=False,
 )
-
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
-]
 
 
 class ConvertTo(enum.StrEnum):
@@ -112,9 +107,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a policy, or resume the run that is in run.dir."""
-    from megatron_rlpt.config import load_config
-
-    resolved = load_config(config, overrides or ())
+    resolved = load(config, overrides)
     _quiet_libraries()
     from megatron_rlpt.trainer.run import run_training
 
@@ -124,9 +117,7 @@ def train(
 @app.command()
 def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
     """Compare the trained policy with its starting model."""
-    from megatron_rlpt.config import load_config
-
-    resolved = load_config(config, overrides or ())
+    resolved = load(config, overrides)
     _quiet_libraries()
     from megatron_rlpt.evaluation.evaluate import evaluate as compare
 
@@ -222,9 +213,9 @@ def show_config(
     """Check a configuration and print it as YAML."""
     from omegaconf import OmegaConf
 
-    from megatron_rlpt.config import load_config, nearest_key, to_yaml
+    from megatron_rlpt.config import nearest_key, to_yaml
 
-    text = to_yaml(load_config(config, overrides or ()))
+    text = to_yaml(load(config, overrides))
     if get is None:
         say(text.rstrip("\n"))
         return

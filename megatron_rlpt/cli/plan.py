@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_rlpt.config import Config, asks_teacher, judged_by_workers, load_config
+from megatron_rlpt.cli.options import ConfigOption, Overrides, load
+from megatron_rlpt.config import Config, asks_teacher, judged_by_workers
 from megatron_rlpt.errors import ConfigError, ModelError
 from megatron_rlpt.models.architecture import Architecture, parse_architecture
 from megatron_rlpt.observe import terminal
@@ -32,12 +33,9 @@ _GPU = "a100, h100, h200, b200 or gb200."
 
 
 def plan(
-    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")],
+    config: ConfigOption,
     gpus: Annotated[int, typer.Option("--gpus", min=1, metavar="N", help="GPUs of the trainer.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Values that win over the file.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     gpu_type: Annotated[str, typer.Option("--gpu-type", metavar="NAME", help=_GPU)] = "h100",
     per_node: Annotated[
         int | None, typer.Option("--gpus-per-node", min=1, metavar="N", help="GPUs that NVLink connects.")
@@ -128,7 +126,7 @@ def plan(
             "--node-failures": node_failures,
         }
     )
-    resolved = load_config(config, overrides or ())
+    resolved = load(config, overrides)
     _check_answer(resolved, answer_tokens)
     if prefix_tokens is not None and prefix_tokens > resolved.data.max_prefix:
         raise ConfigError(

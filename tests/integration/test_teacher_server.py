@@ -147,7 +147,7 @@ def test_judge_try_prints_scores_best_first(server, config_file, rlpt):
     _, endpoints = server
     code, out, err = rlpt(
         "judge", "try", "-c", config_file, "--url", endpoints[0].url,
-        "--prefix", "Everybody knows what a cat is. A cat", "--candidates", *TEXTS,
+        "--prefix", "Everybody knows what a cat is. A cat", *(part for text in TEXTS for part in ("--candidate", text)),
     )  # fmt: skip
     assert code == 0, err
     shown = [line for line in out.splitlines() if "]  " in line or "] " in line]

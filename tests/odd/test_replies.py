@@ -53,8 +53,16 @@ def judge_try(rlpt, tiny_model, tmp_path):
         }
         path = tmp_path / "run.yaml"
         path.write_text(json.dumps(settings))
-        more = [part for text in overrides for part in ("--set", text)]
-        return rlpt("judge", "try", "-c", path, "--prefix", "the", "--candidates", *TEXTS, *more)
+        return rlpt(
+            "judge",
+            "try",
+            "-c",
+            path,
+            "--prefix",
+            "the",
+            *(part for text in TEXTS for part in ("--candidate", text)),
+            *overrides,
+        )
 
     return run
 

@@ -117,7 +117,7 @@ def test_control_tokens_are_taken_for_such_where_a_source_says_so(rlpt, tmp_path
 @pytest.mark.parametrize("text", ["", " ", " \n\t", "\u3000\u200b", "\x00"])
 def test_the_judge_is_not_asked_about_nothing(rlpt, tmp_path, model, text):
     config = write_config(tmp_path / "run.yaml", model, tmp_path)
-    code, _, err = rlpt("judge", "try", "-c", config, "--prefix", "The cat", "--candidates", " sat", text)
+    code, _, err = rlpt("judge", "try", "-c", config, "--prefix", "The cat", "--candidate", " sat", "--candidate", text)
     assert code != 0
     assert "Traceback" not in err
 

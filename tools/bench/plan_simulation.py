@@ -183,7 +183,7 @@ def measure(model: Path, corpus: Path, judge: float, staleness: int, steps: int)
             },
             "candidates": {"rollouts": ROLLOUTS},
             "rollout": {"kv_cache_gib": 0.1, "max_batch": PART * ROLLOUTS},
-            "teacher": {"place": "workers"},
+            "teacher": {"run_in": "workers"},
             "buffer": {"url": url, "name": "bench"},
             "optimizer": {"lr": 1e-6},
             "train": {

@@ -45,7 +45,9 @@ def config_of(tiny_model, tmp_path):
 @pytest.fixture
 def judge_try(rlpt):
     """Exit code, standard output and standard error of the command on two candidates."""
-    return lambda config: rlpt("judge", "try", "-c", config, "--prefix", "the", "--candidates", *TEXTS)
+    return lambda config: rlpt(
+        "judge", "try", "-c", config, "--prefix", "the", *(part for text in TEXTS for part in ("--candidate", text))
+    )
 
 
 def test_scores_are_shown_best_first_and_failures_last():

@@ -1,0 +1,41 @@
+"""``--config`` and ``section.key=value``, which mean the same in every command that reads a run's configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_rlpt.config import Config
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")]
+OptionalConfig = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Values that override those of the file.", show_default=False),
+]
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_\[\]]+)+=")
+
+
+def load(config: Path, overrides: Sequence[str] | None = None) -> Config:
+    """Load the file that ``--config`` names and apply the overrides.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
+    from megatron_rlpt.config import load_config
+
+    return load_config(config, overrides or ())
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate ``section.key=value`` from the arguments that a command passes on to another program."""
+    overrides = [text for text in arguments if _OVERRIDE.match(text)]
+    return overrides, [text for text in arguments if not _OVERRIDE.match(text)]

@@ -13,11 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
     "errors plain_text",
-    "distributed types",
+    "distributed files types",
     "config extensions",
     "tokens objectives",
     "observe",
-    "files",
     "buffer data models",
     "checkpoint",
     "policy",

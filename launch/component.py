@@ -44,7 +44,7 @@ from launch.spec import (
     said_by_components,
     write_private,
 )
-from megatron_rlpt.distributed.addresses import LOOPBACK
+from megatron_rlpt.distributed.addresses import LOOPBACK, free_port
 from megatron_rlpt.distributed.processes import EndRequest, Restarts, end_all, start_child
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
 from megatron_rlpt.observe.terminal import one_line, plain, say
@@ -302,7 +302,7 @@ def _run(this: RunningComponent) -> int:
 def _buffer(this: RunningComponent) -> int:
     folder = this.spec.shared / "redis"
     folder.mkdir(parents=True, exist_ok=True)
-    port = this.spec.redis_port or _free_port()
+    port = this.spec.redis_port or free_port("0.0.0.0")
     password = made_up(this.spec.shared / PASSWORD)
     bind, host = ("127.0.0.1 -::1", LOOPBACK) if this.spec.one_machine else ("* -::*", socket.gethostname())
     # Not on the command line, where every user of the node could read it.
@@ -346,12 +346,6 @@ ROLES: dict[str, Callable[[RunningComponent], int]] = {
     "judges": _judges,
     TRAINER: _trainer,
 }
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
 
 
 def _tail(log: Path) -> str:

@@ -13,7 +13,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from types import FrameType
 
 from launch.slurm_jobs import JOBS
 from launch.spec import DONE, SILENT, STOPPED, UNFINISHED, Spec, publish, read_published, said_by_components
+from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.distributed.holder import Holder
 from megatron_rlpt.distributed.processes import EndRequest, end_all, start_child
 from megatron_rlpt.errors import ConfigError, RunStopped
@@ -139,7 +139,7 @@ def _kill_commands(spec: Spec, start: str) -> None:
 
 def _commands(spec: Spec, spec_file: Path, start: str) -> list[tuple[str, list[str], dict[str, str]]]:
     """Role, command and variables of every process; in the order in which they are started."""
-    port = str(_free_port())
+    port = str(free_port())
     gpus = _gpus(spec)
     commands: list[tuple[str, list[str], dict[str, str]]] = []
     for role in spec.components:
@@ -182,12 +182,6 @@ def _await_end(running: Sequence[tuple[str, subprocess.Popen[bytes]]], stop_file
         if all(code is not None for code in ranks):
             return max(code for code in ranks if code is not None)
     return 130
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ from types import UnionType
 from typing import Any
 
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.files import write_atomically
+from megatron_rlpt.files import read_private, write_atomically
 
 SHARED = "cluster"
 """Folder in ``run.dir``."""
@@ -154,15 +153,7 @@ def read_secrets(file: str) -> dict[str, str]:
     """
     if not file:
         return {}
-    try:
-        with Path(file).open(encoding="utf-8") as handle:
-            mode = os.fstat(handle.fileno()).st_mode & 0o777
-            if mode & 0o077:
-                raise ConfigError(f"{file} has mode {mode:04o}, so others can read the secrets; run: chmod 600 {file}")
-            lines = handle.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ConfigError(f"secrets_file {file} cannot be read: {reason}") from None
+    lines = read_private(file, "secrets_file").splitlines()
     found = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):

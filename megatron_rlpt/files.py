@@ -13,11 +13,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from megatron_rlpt.errors import CheckpointError, RlptError, first_line
+from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, first_line
 
 _log = logging.getLogger(__name__)  # the package ``observe`` imports this module
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -57,6 +58,28 @@ def open_atomically(path: Path, *, mode: int = 0o666, replace: bool = True, dura
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def read_private(file: str | Path, setting: str) -> str:
+    """Read a UTF-8 text file that only its owner may read, such as a password or a list of secrets.
+
+    Args:
+        file: the file.
+        setting: name of the setting that holds its path, for errors.
+
+    Raises:
+        ConfigError: the file cannot be read, is not UTF-8, or other users can read it.
+    """
+    try:
+        with Path(file).open(encoding="utf-8") as handle:
+            mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
+            if mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise ConfigError(f"{setting} {file} has mode {mode:04o}, so others can read it; run: chmod 600 {file}")
+            return handle.read()
+    except OSError as error:
+        raise ConfigError(f"{setting} {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{setting} {file} is not text in UTF-8") from None
 
 
 @contextlib.contextmanager

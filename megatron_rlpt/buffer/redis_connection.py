@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import ssl
 import time
 from collections.abc import Callable
 from importlib import resources
 from typing import Any, TypeVar
 
+from megatron_rlpt.backoff import Backoff
 from megatron_rlpt.config.buffer_address import RedisAddress
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, first_line
 from megatron_rlpt.observe.log import get_logger
@@ -17,7 +17,7 @@ _log = get_logger(__name__)
 
 _OLDEST = 7
 """First major version of Redis that has all that the script uses."""
-_PAUSE = (0.05, 2.0)
+_BACKOFF = Backoff(0.05, 2.0, jitter=0.5)
 """Seconds between two tries: at first, and at most. Half is left to chance, so that workers do not come at once."""
 _LONGEST_ANSWER = 10.0
 """Seconds without a sign of the server after which a try has failed."""
@@ -96,12 +96,13 @@ class RedisConnection:
         import redis
 
         deadline = time.monotonic() + self._retry
-        pause = _PAUSE[0]
+        failures = 0
         while True:
             try:
                 return work()
             except redis.RedisError as error:
-                wait = pause * random.uniform(0.5, 1.0)
+                failures += 1
+                wait = _BACKOFF.delay(failures)
                 if not _is_transient(error) or time.monotonic() + wait > deadline:
                     raise self._unavailable(error) from None
                 if self._stopping():
@@ -109,7 +110,6 @@ class RedisConnection:
                         f"{self._where} cannot be reached or used ({first_line(error)}), and the run is to stop"
                     ) from None
             time.sleep(wait)
-            pause = min(2 * pause, _PAUSE[1])
 
     def _check_server(self, info: dict[str, Any]) -> None:
         version, policy = str(info["redis_version"]), str(info.get("maxmemory_policy", "noeviction"))

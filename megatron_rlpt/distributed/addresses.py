@@ -33,6 +33,18 @@ def here(host: str) -> str:
     return "[::1]" if address.version == 6 else LOOPBACK
 
 
+def free_port(host: str = LOOPBACK) -> int:
+    """Return a TCP port that is free on ``host`` now; another process may take it before its use.
+
+    Raises:
+        OSError: ``host`` is not an address of this machine.
+    """
+    family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, socket.SOCK_STREAM) as free:
+        free.bind(address)
+        return int(free.getsockname()[1])
+
+
 def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         return ipaddress.ip_address(host)

@@ -24,11 +24,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from megatron_rlpt.backoff import Backoff
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a trainer to stop; schedulers send them before a job's time is up."""
 _SET_PARENT_DEATH_SIGNAL = 1
 """``PR_SET_PDEATHSIG`` of linux/prctl.h."""
-_LONGEST_DELAY = 60.0
+_RESTART_BACKOFF = Backoff(1.0, 60.0)
 _POLL = 0.2
 """Seconds between two looks of a supervisor at its children."""
 _SIGNALED = 128
@@ -168,7 +170,7 @@ class Restarts:
         self._ends.append(now)
         if len(self._ends) > self.MOST:
             return None
-        return min(_LONGEST_DELAY, 2.0 ** (len(self._ends) - 1))
+        return _RESTART_BACKOFF.delay(len(self._ends))
 
 
 def exit_code_of(returncode: int) -> int:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from megatron_rlpt.backoff import Backoff
 from megatron_rlpt.buffer.open import open_buffer, place_of
 from megatron_rlpt.buffer.protocol import RolloutBuffer
 from megatron_rlpt.config import Config, JudgeName, RunIn, needs_judge
@@ -35,9 +36,8 @@ _log = get_logger(__name__)
 
 _LOOK_ROUND = 3.0
 """Seconds between two looks at which servers are announced."""
-_TELL_AGAIN = 30.0
-"""Seconds after which it is said again for what a worker waits; doubles each time, up to an hour."""
-_LONGEST_SILENCE = 3600.0
+_REMINDERS = Backoff(30.0, 3600.0)
+"""Intervals between reminders of what a worker waits for."""
 _WHERE_TRAINER = (
     "is rlpt train running, with the same buffer.url, buffer.name and run.dir, and with teacher.run_in=workers? SQLite "
     "is for one machine"
@@ -132,13 +132,13 @@ async def _until(stopped: asyncio.Event, work: Awaitable[object]) -> None:
 
 async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
     url, name = place_of(config)
-    began, tell_at, pause = time.monotonic(), 0.0, _TELL_AGAIN
+    began, remind_at, reminders = time.monotonic(), 0.0, 1
     while not (announced := await asyncio.to_thread(buffer.announced, SETTINGS)):
         waited = time.monotonic() - began
-        if not tell_at:
+        if not remind_at:
             _log.info("waiting for the trainer to open the rollout buffer", buffer=url, run=name)
-            tell_at = pause
-        elif waited >= tell_at:
+            remind_at = _REMINDERS.delay(reminders)
+        elif waited >= remind_at:
             _log.warning(
                 "still waiting for the trainer to open the rollout buffer",
                 buffer=url,
@@ -146,8 +146,8 @@ async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
                 waited=f"{waited:.0f} s",
                 check=_WHERE_TRAINER,
             )
-            pause = min(2 * pause, _LONGEST_SILENCE)
-            tell_at = waited + pause
+            reminders += 1
+            remind_at = waited + _REMINDERS.delay(reminders)
         await asyncio.sleep(_LOOK_ROUND / 3)
     require_same_settings(config, next(iter(announced.values())))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.buffer.password import VARIABLE
 from megatron_rlpt.buffer.protocol import RolloutBuffer
 from megatron_rlpt.config import Config, EndpointConfig, RunIn, asks_teacher
-from megatron_rlpt.distributed.addresses import LOOPBACK, here, is_loopback, reachable
+from megatron_rlpt.distributed.addresses import LOOPBACK, free_port, here, is_loopback, reachable
 from megatron_rlpt.distributed.processes import EndRequest, end_all, start_child
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
 from megatron_rlpt.judge_workers.discovery import KIND, announcement, server_key
@@ -214,10 +213,7 @@ def _environment(config: Config, key: str) -> dict[str, str]:
 def _free_port(host: str) -> int:
     """Raises ConfigError: ``host`` is no address of this machine."""
     try:
-        family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as free:
-            free.bind(address)
-            return int(free.getsockname()[1])
+        return free_port(host)
     except OSError as error:
         raise ConfigError(
             f"--host {host} is no address of this machine ({error.strerror}); allowed: one of its addresses, or "

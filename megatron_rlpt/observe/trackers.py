@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_rlpt.backoff import Backoff
 from megatron_rlpt.config import Config, flatten
 from megatron_rlpt.errors import ConfigError, first_line
 from megatron_rlpt.files import write_atomically
@@ -27,7 +28,7 @@ _PATIENCE = 60.0
 """Seconds to wait at the start for a tracker that does not answer."""
 _LAST_PATIENCE = 30.0
 """Seconds to wait at the end for what has not been sent."""
-_RETRY = (15.0, 300.0)
+_RETRY = Backoff(15.0, 300.0)
 """Seconds before a tracker that failed is tried again: at first, and at most."""
 _MOST = 20_000
 """Steps kept for a tracker that is away; the oldest go first."""
@@ -85,7 +86,7 @@ class Tracker:
         self._thread.join(patience)
 
     def _work(self) -> None:
-        delay = _RETRY[0]
+        failures = 0
         while True:
             try:
                 if self._backend is None:
@@ -94,7 +95,7 @@ class Tracker:
                 if self._send():
                     self._backend.close(self._failed)
                     return
-                delay = _RETRY[0]
+                failures = 0
             except ConfigError as error:
                 if not self._tried.is_set():
                     self._refused = error
@@ -108,8 +109,8 @@ class Tracker:
                 if self._closing.is_set():
                     self._give_up()
                     return
-                self._closing.wait(delay)
-                delay = min(2 * delay, _RETRY[1])
+                failures += 1
+                self._closing.wait(_RETRY.delay(failures))
 
     def _send(self) -> bool:
         """Wait for steps and store them; whether it was asked to end."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from megatron_rlpt.backoff import Backoff
 from megatron_rlpt.buffer.polling import until_next_look
 from megatron_rlpt.buffer.protocol import Pending, RolloutBuffer
 from megatron_rlpt.buffer.store_rules import CAME_BACK
@@ -36,7 +37,7 @@ _POLL = (0.02, 0.5)
 """Shortest and longest seconds between two looks into the store."""
 _REPORT = 30.0
 """Seconds without a judged batch after which, and again after which, the log says what is being waited for."""
-_RETRY = (5.0, 60.0)
+_RETRY = Backoff(5.0, 60.0)
 """Seconds before failed groups are judged again: at first, and at most."""
 _HOPELESS = 300.0
 """Seconds after which the run ends while every request fails by what waiting does not mend."""
@@ -284,7 +285,8 @@ class BufferedJudging:
                 f"judges failed on {share} of a batch for {now - self._paused_since:.0f} s, and asking again does not "
                 f"mend it: {reasons}; change that, then start the run again: it goes on from its last checkpoint"
             )
-        delay = min(_RETRY[0] * 2**self._retries, _RETRY[1])
+        self._retries += 1
+        delay = _RETRY.delay(self._retries)
         _log.warning(
             "paused: judges fail too often; failed groups are judged again",
             failed=share,
@@ -292,7 +294,6 @@ class BufferedJudging:
             reasons=reasons,
             seconds=delay,
         )
-        self._retries += 1
         self._sleep(delay)
         # As they were submitted, whatever has become of them in the store.
         again = [first + index for index, group in enumerate(groups) if _failures(group)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from prefork import VLLM, Forked, forked
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig, load_config
+from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.families import expected_shapes
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
@@ -89,10 +89,8 @@ def start(config: Path, *arguments: str) -> Forked:
 
 def start_ranks(config: Path, ranks: int, *arguments: str) -> list[Forked]:
     """``rlpt train`` on ``ranks`` ranks, which see the variables that torchrun gives its workers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks} | address
     return [
         rlpt_process("train", "-c", str(config), *arguments, RANK=rank, LOCAL_RANK=rank, **place)
         for rank in range(ranks)

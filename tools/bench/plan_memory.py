@@ -19,7 +19,6 @@ import ctypes
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from megatron_rlpt.config import (
     Recompute,
     TrainConfig,
 )
+from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.planner.memory.rank import Device, Memory, moments_of, sequences_per_example
 from megatron_rlpt.policy.layout import layout_of
@@ -206,14 +206,12 @@ def measure(case: LayoutCase, folder: Path, heap: str) -> LayoutMemory:
 
 def run(case: LayoutCase, heap: str) -> list[tuple[LayoutMemory, str, Memory]]:
     """Measured, and the predicted worst moment with its parts, of every rank."""
-    with tempfile.TemporaryDirectory() as name, socket.socket() as free:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tied = {"tie_word_embeddings": case.tied}
         save_model(folder / "tiny", case.model | TINY | tied)
         save_model(folder / "model", case.model | tied)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+        port = free_port()
         ranks = []
         for rank in range(case.ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "MASTER_PORT": port}

@@ -8,7 +8,8 @@ closed ── failures in a row ──> open ── cool-down over ──> half 
 from __future__ import annotations
 
 import enum
-import random
+
+from megatron_rlpt.backoff import Backoff
 
 FAILURES = 5
 """Failures in a row that open a breaker."""
@@ -33,10 +34,9 @@ class Breaker:
         self, failures: int = FAILURES, first: float = FIRST_COOLDOWN, longest: float = LONGEST_COOLDOWN
     ) -> None:
         self._limit = failures
-        self._first = first
-        self._longest = longest
+        self._backoff = Backoff(first, longest, jitter=0.5)
         self._failures = 0
-        self._rounds = 0
+        self._failed_probes = 0
         self.state = State.HALF_OPEN
 
     @property
@@ -58,8 +58,7 @@ class Breaker:
 
     def cooldown(self) -> float:
         """Seconds to wait before the next probe: doubling, and random so that workers do not probe all at once."""
-        longest = min(self._longest, self._first * 2.0**self._rounds)
-        return random.uniform(0.5, 1.0) * longest
+        return self._backoff.delay(self._failed_probes + 1)
 
     def begin_probe(self) -> None:
         """The cool-down is over, one probe is sent."""
@@ -68,6 +67,6 @@ class Breaker:
     def finish_probe(self, success: bool) -> None:
         """What came of the probe."""
         if success:
-            self.state, self._failures, self._rounds = State.CLOSED, 0, 0
+            self.state, self._failures, self._failed_probes = State.CLOSED, 0, 0
         else:
-            self.state, self._rounds = State.OPEN, min(self._rounds + 1, 60)
+            self.state, self._failed_probes = State.OPEN, self._failed_probes + 1

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
+from megatron_rlpt.backoff import Backoff
 from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.judge_workers.client.breaker import Breaker
@@ -28,9 +29,7 @@ from megatron_rlpt.types import Failed
 
 Result = TypeVar("Result")
 
-FIRST_BACKOFF = 0.25
-"""Seconds that the first retry waits at most; doubles with every further one."""
-LONGEST_BACKOFF = 10.0
+RETRY_BACKOFF = Backoff(0.25, 10.0, jitter=1.0)
 _LOOK = 1.0
 """Seconds between two looks at why no server is ready."""
 _HOPELESS = 30.0
@@ -210,7 +209,7 @@ class TeacherPool:
                         return outcome
                     problem, asked = outcome, None
                     tried.add(endpoint)
-                    pause = backoff(attempts)
+                    pause = RETRY_BACKOFF.delay(attempts)
                     if problem.fault not in TRANSIENT or loop.time() + max(pause, self._pause()) >= (limit.when() or 0):
                         return problem.failed(server=endpoint.url, attempts=attempts)
                     await asyncio.sleep(pause)
@@ -298,8 +297,3 @@ class TeacherPool:
         for turn in self._waiting.values():
             if not turn.done():
                 turn.set_result(None)
-
-
-def backoff(attempts: int) -> float:
-    """Seconds to wait after so many failed attempts: anything up to a bound that doubles (full jitter)."""
-    return random.uniform(0.0, min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** (min(attempts, 60) - 1)))

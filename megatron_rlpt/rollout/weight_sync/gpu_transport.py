@@ -21,9 +21,9 @@ from vllm.distributed.weight_transfer import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
-from vllm.utils.network_utils import get_open_port
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.errors import EngineError, RlptError, first_line
 from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
@@ -114,7 +114,7 @@ def trainer_init_info(mode: EngineMode, manifest: WeightManifest, bucket_bytes: 
     return NCCLTrainerInitInfo(
         rank=0,
         master_address="127.0.0.1",
-        master_port=get_open_port(),
+        master_port=free_port(),
         world_size=2,
         packed=True,
         packed_buffer_size_bytes=bucket_bytes,

@@ -89,5 +89,5 @@ def test_secrets_come_out_of_a_private_file_only(tmp_path):
         read_secrets(str(file))
     assert "hunter2" not in str(caught.value)
     file.write_bytes(b"A=\xff\n")
-    with pytest.raises(ConfigError, match="it is no text in UTF-8"):
+    with pytest.raises(ConfigError, match="is not text in UTF-8"):
         read_secrets(str(file))

@@ -14,17 +14,17 @@ from megatron_rlpt.config import Config, asks_teacher, judged_by_workers
 from megatron_rlpt.errors import ConfigError, ModelError
 from megatron_rlpt.models.architecture import Architecture, parse_architecture
 from megatron_rlpt.observe import terminal
+from megatron_rlpt.planner.checks import USABLE_MEMORY
 from megatron_rlpt.planner.hardware import Nodes, gpu_of
 from megatron_rlpt.planner.judging import ANSWER_VARIATION
-from megatron_rlpt.planner.limits import USABLE_MEMORY
 from megatron_rlpt.planner.plan import make_plan
 from megatron_rlpt.planner.report import print_plan, sections, to_html, to_json
 from megatron_rlpt.planner.request import PlanRequest
 from megatron_rlpt.planner.simulation.scenario import NODE_FAILURES, FaultModel, simulate_plan
-from megatron_rlpt.planner.speed.transformer import Transformer
 from megatron_rlpt.planner.sweep import split
 from megatron_rlpt.planner.sweep import sweep as sweep_layouts
 from megatron_rlpt.planner.teacher import TeacherModel, parse_teacher
+from megatron_rlpt.planner.transformer import Transformer
 
 ANSWER_TOKENS = 150
 """Mean length of a verdict where nothing else is said: a few sentences and the verdict (assumed)."""

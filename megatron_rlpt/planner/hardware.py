@@ -6,6 +6,7 @@ Every figure is a ``Constant``: a number that knows where it comes from. Units a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -59,7 +60,7 @@ class Gpu:
 
 MATMUL_EFFICIENCY = Constant(
     0.566,
-    "fitted, with kernels.STEP_OVERHEAD, to the 16 points of the public Megatron-LM H100 table "
+    "fitted, with update.STEP_OVERHEAD, to the 16 points of the public Megatron-LM H100 table "
     "(tools/bench/plan_megatron_table.py --fit), and assumed for other GPUs and for fp8. It stands for all that is not "
     "modelled one by one: clocks that sink under load, communication that takes multiprocessors, gaps between kernels",
 )
@@ -125,6 +126,15 @@ COLLECTIVE_EFFICIENCY = Constant(
 """Share of the bandwidth of NVLink or network that a collective over large buffers gets."""
 MEMORY_EFFICIENCY = Constant(0.85, "assumed; STREAM-like kernels commonly reach 85 to 92 % of the data sheet's figure")
 """Share of HBM's bandwidth that a kernel gets."""
+TILE = (128, 256)
+"""Rows and columns of the result that one multiprocessor computes at a time (CUTLASS' default for Hopper)."""
+ATTENTION_FORWARD = Constant(
+    0.5, "about what figure 5 of FlashAttention-3 (arXiv 2407.08608) shows for head size 128, causal, 4k tokens"
+)
+ATTENTION_BACKWARD = Constant(
+    0.4, "about what figure 6 of FlashAttention-3 (arXiv 2407.08608) shows for head size 128, causal, 4k tokens"
+)
+ATTENTION_BACKWARD_FLOPS = Constant(2.5, "FlashAttention-2 (arXiv 2307.08691), section 4.1: products of the backward")
 
 
 def gpu_of(name: str, option: str) -> Gpu:
@@ -163,3 +173,37 @@ class Nodes:
         inside = min(size, max(1, self.per_node // stride))
         near, far = sent * (inside - 1) / size, sent * (size - inside) / size
         return max(near / self.gpu.link, far / self.gpu.network) / COLLECTIVE_EFFICIENCY
+
+
+def matmul_seconds(gpu: Gpu, rows: float, columns: float, inner: float, *, fp8: bool = False) -> float:
+    """Seconds of [rows, inner] x [inner, columns] in bf16 (or fp8): what takes longer, arithmetic or memory.
+
+    The result is computed tile by tile, one per multiprocessor; the last wave of tiles may leave some idle (NVIDIA,
+    "Matrix Multiplication Background User's Guide": wave quantization).
+    """
+    if not rows:
+        return 0.0
+    tiles = math.ceil(rows / TILE[0]) * math.ceil(columns / TILE[1])
+    multiprocessors = int(gpu.multiprocessors)
+    filled = tiles / (math.ceil(tiles / multiprocessors) * multiprocessors)
+    peak = gpu.fp8 if fp8 else gpu.bf16
+    arithmetic = 2.0 * rows * columns * inner / (peak * gpu.matmul * filled)
+    return max(arithmetic, memory_seconds(gpu, 2.0 * (rows * columns + rows * inner + columns * inner)))
+
+
+def linear_seconds(gpu: Gpu, rows: float, columns: float, inner: float, *, fp8: bool = False) -> tuple[float, float]:
+    """Seconds of a linear layer, forward and backward (gradients of input and of weights)."""
+    backward = matmul_seconds(gpu, rows, inner, columns, fp8=fp8) + matmul_seconds(gpu, columns, inner, rows, fp8=fp8)
+    return matmul_seconds(gpu, rows, columns, inner, fp8=fp8), backward
+
+
+def attention_seconds(gpu: Gpu, sequences: float, length: float, width: float) -> tuple[float, float]:
+    """Seconds of causal attention over ``sequences`` of ``length`` tokens, heads of ``width`` in all; both passes."""
+    flops = 2.0 * sequences * length * length * width
+    forward = flops / (gpu.bf16 * ATTENTION_FORWARD)
+    return forward, ATTENTION_BACKWARD_FLOPS * flops / (gpu.bf16 * ATTENTION_BACKWARD)
+
+
+def memory_seconds(gpu: Gpu, moved: float) -> float:
+    """Seconds to read or write ``moved`` bytes of HBM."""
+    return moved / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)

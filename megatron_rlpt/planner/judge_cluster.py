@@ -16,11 +16,11 @@ from statistics import NormalDist
 
 from megatron_rlpt.config import RunIn, asks_teacher
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.planner.generation import GenerationEngine
 from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.planner.judging import SERVER_BATCH, Calls, JudgingCost, asks_servers, calls_per_group, judging
 from megatron_rlpt.planner.request import PlanRequest
-from megatron_rlpt.planner.speed.generation import GenerationEngine
-from megatron_rlpt.planner.speed.transformer import Transformer
+from megatron_rlpt.planner.transformer import Transformer
 from megatron_rlpt.policy.layout import Layout
 
 WORKER_CONCURRENCY = Constant(

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 from megatron_rlpt.config import Config, JudgeName, PairScheme, RunIn, needs_judge
+from megatron_rlpt.planner.generation import GenerationEngine, score_seconds
 from megatron_rlpt.planner.hardware import Constant
-from megatron_rlpt.planner.speed.generation import GenerationEngine, score_seconds
 from megatron_rlpt.teacher.comparisons import comparisons
 from megatron_rlpt.teacher.prompts import build_prompt
 

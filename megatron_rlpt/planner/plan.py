@@ -22,17 +22,15 @@ from megatron_rlpt.config import (
     RunIn,
     needs_judge,
 )
-from megatron_rlpt.planner.checks import check_cache, check_question
-from megatron_rlpt.planner.hardware import Nodes
+from megatron_rlpt.planner.checks import Limit, check_cache, check_question, limits_of
+from megatron_rlpt.planner.generation import GenerationEngine
+from megatron_rlpt.planner.hardware import Nodes, memory_seconds
 from megatron_rlpt.planner.judge_cluster import JudgeCluster, judge_cluster
 from megatron_rlpt.planner.judging import candidates
-from megatron_rlpt.planner.limits import Limit, limits_of
-from megatron_rlpt.planner.memory.rank import Memory, memory_of
+from megatron_rlpt.planner.memory import Memory, memory_of
 from megatron_rlpt.planner.request import PlanRequest
-from megatron_rlpt.planner.speed.generation import GenerationEngine
-from megatron_rlpt.planner.speed.kernels import memory_seconds
-from megatron_rlpt.planner.speed.transformer import Transformer
-from megatron_rlpt.planner.speed.update import (
+from megatron_rlpt.planner.transformer import Transformer
+from megatron_rlpt.planner.update import (
     Options,
     PassTime,
     UpdateWork,

@@ -13,18 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rlpt.observe.html_page import html_page
-from megatron_rlpt.planner import hardware, judge_cluster, judging, limits
+from megatron_rlpt.planner import checks, hardware, judge_cluster, judging, update
+from megatron_rlpt.planner import generation as rollouts
+from megatron_rlpt.planner.checks import cautions
 from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.planner.judge_cluster import JudgeCluster
 from megatron_rlpt.planner.plan import Plan, describe_calls
 from megatron_rlpt.planner.request import PlanRequest
 from megatron_rlpt.planner.simulation import scenario
 from megatron_rlpt.planner.simulation.scenario import Scenario
-from megatron_rlpt.planner.speed import generation as rollouts
-from megatron_rlpt.planner.speed import kernels
-from megatron_rlpt.planner.speed.transformer import Transformer
 from megatron_rlpt.planner.sweep import Sweep
-from megatron_rlpt.planner.warnings import cautions
+from megatron_rlpt.planner.transformer import Transformer
 
 _GB = 1e9
 _SHOWN = 10
@@ -370,7 +369,7 @@ def _sources(plan: Plan) -> Section:
 
 
 def _constants() -> dict[str, Constant]:
-    modules = (hardware, kernels, rollouts, judging, judge_cluster, limits, scenario)
+    modules = (hardware, update, rollouts, judging, judge_cluster, checks, scenario)
     return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Constant)}
 
 

@@ -40,7 +40,7 @@ from megatron_rlpt.config import (
 )
 from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.models.architecture import read_architecture
-from megatron_rlpt.planner.memory.rank import Device, Memory, moments_of, sequences_per_example
+from megatron_rlpt.planner.memory import Device, Memory, moments_of, sequences_per_example
 from megatron_rlpt.policy.layout import layout_of
 
 MIB = 2**20

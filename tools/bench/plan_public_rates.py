@@ -16,8 +16,8 @@ from rich.table import Table
 
 from megatron_rlpt.models.architecture import Experts
 from megatron_rlpt.planner.hardware import GPUS, Nodes
-from megatron_rlpt.planner.speed.transformer import Transformer
-from megatron_rlpt.planner.speed.update import Options, UpdateWork, update_seconds
+from megatron_rlpt.planner.transformer import Transformer
+from megatron_rlpt.planner.update import Options, UpdateWork, update_seconds
 from megatron_rlpt.policy.layout import Layout
 
 LLAMA_8B = Transformer(32, 4096, 14336, 32, 8, 128, 128256)

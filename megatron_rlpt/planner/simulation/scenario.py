@@ -15,7 +15,7 @@ from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.planner.plan import Plan, rollout_engine
 from megatron_rlpt.planner.simulation.setting import Failures, Judges, Rollouts, Service, SimulatedCluster, Workload
 from megatron_rlpt.planner.simulation.simulate import SimulationResult, simulate
-from megatron_rlpt.planner.speed.transformer import Transformer
+from megatron_rlpt.planner.transformer import Transformer
 
 NODE_FAILURES = Constant(
     1.6e-4,
@@ -174,3 +174,24 @@ def _part(plan: Plan) -> int:
     _, engines = rollout_engine(plan.question, plan.layout)
     sequences = config.rollout.max_batch * engines
     return min(config.train.global_batch, max(1, sequences // max(1, config.candidates.rollouts)))
+
+
+def optimal_checkpoint_interval(cost: float, between_failures: float) -> float:
+    """Seconds of work between two checkpoints that make the expected time of a run least.
+
+    J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", Future Generation
+    Computer Systems 22 (2006), equation 37; its first term is J. W. Young, "A first order approximation to the optimum
+    checkpoint interval", Communications of the ACM 17 (1974). Failures come at random at a constant rate; how long a
+    restart takes makes no difference.
+
+    Args:
+        cost: seconds that a checkpoint holds up the run.
+        between_failures: mean seconds between two failures of the run; infinite where nothing fails.
+
+    Returns:
+        Infinity where nothing fails.
+    """
+    if cost >= 2 * between_failures:
+        return between_failures
+    ratio = cost / (2 * between_failures)
+    return math.sqrt(2 * cost * between_failures) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost

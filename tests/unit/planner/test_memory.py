@@ -25,8 +25,7 @@ from megatron_rlpt.config import (
 from megatron_rlpt.models.architecture import Architecture, parse_architecture
 from megatron_rlpt.models.families import FAMILIES, expected_shapes
 from megatron_rlpt.objectives import build_objective
-from megatron_rlpt.planner.memory.rank import Device, in_flight, memory_of, moments_of
-from megatron_rlpt.planner.memory.shards import model_elements, shard_of
+from megatron_rlpt.planner.memory import Device, in_flight, memory_of, model_elements, moments_of, shard_of
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.policy import Policy

@@ -9,8 +9,8 @@ import pytest
 from plan_cases import planned
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.planner.speed.transformer import Transformer
 from megatron_rlpt.planner.teacher import parse_teacher
+from megatron_rlpt.planner.transformer import Transformer
 
 ROOT = Path(__file__).parents[3]
 LLAMA_8B = json.loads((ROOT / "configs/models/llama-8b.json").read_text())

@@ -9,9 +9,9 @@ import pytest
 from plan_cases import ROOT
 
 from megatron_rlpt.cli.plan import read_model
+from megatron_rlpt.planner.generation import EAGER_LAYER, GenerationEngine
 from megatron_rlpt.planner.hardware import GPUS, Nodes
-from megatron_rlpt.planner.speed.generation import EAGER_LAYER, GenerationEngine
-from megatron_rlpt.planner.speed.transformer import Transformer
+from megatron_rlpt.planner.transformer import Transformer
 
 
 @pytest.fixture

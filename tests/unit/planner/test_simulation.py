@@ -8,8 +8,8 @@ import pytest
 
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.judge_workers import worker
-from megatron_rlpt.planner.checkpointing import optimal_checkpoint_interval
 from megatron_rlpt.planner.simulation import simulate as simulation
+from megatron_rlpt.planner.simulation.scenario import optimal_checkpoint_interval
 from megatron_rlpt.planner.simulation.setting import Failures, Judges, Rollouts, Service, SimulatedCluster, Workload
 from megatron_rlpt.planner.simulation.simulate import simulate
 from megatron_rlpt.trainer import buffered_judging as judging

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_rlpt.planner.hardware import Constant, Gpu, Nodes
-from megatron_rlpt.planner.speed.kernels import attention_seconds, matmul_seconds, memory_seconds
-from megatron_rlpt.planner.speed.transformer import Transformer
+from megatron_rlpt.planner.hardware import Constant, Gpu, Nodes, attention_seconds, matmul_seconds, memory_seconds
+from megatron_rlpt.planner.transformer import Transformer
 
 PASS_OVERHEAD = Constant(
     0.002, "assumed: seconds that scheduling, launching and sampling add to a pass of vLLM with CUDA graphs"

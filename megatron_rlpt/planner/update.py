@@ -12,23 +12,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from megatron_rlpt.planner.hardware import Constant, Nodes
-from megatron_rlpt.planner.speed.kernels import (
-    ELEMENTWISE_BACKWARD,
-    ELEMENTWISE_FORWARD,
-    LOGIT_BYTES,
-    STEP_OVERHEAD,
-    attention_seconds,
-    linear_seconds,
-    memory_seconds,
-)
-from megatron_rlpt.planner.speed.transformer import Transformer
+from megatron_rlpt.planner.hardware import Constant, Nodes, attention_seconds, linear_seconds, memory_seconds
+from megatron_rlpt.planner.transformer import Transformer
 from megatron_rlpt.policy.layout import Layout
 
-TENSOR_HIDDEN = Constant(
-    0.7, "assumed; nothing is published. With 0.5 or 0.9 the mean error over the public table changes little"
+STEP_OVERHEAD = Constant(
+    0.080,
+    "fitted, with hardware.MATMUL_EFFICIENCY, to the 16 points of the public Megatron-LM H100 table "
+    "(tools/bench/plan_megatron_table.py --fit): data loading, logging, gradient norm, waiting for the slowest rank",
 )
-"""Share of tensor-parallel communication that --tp-comm-overlap hides. Runs of this project do not use it."""
+"""Seconds per optimizer step that depend on neither model nor batch."""
+ELEMENTWISE_FORWARD = Constant(
+    28, "counted: bytes per token and hidden element that two norms, two residual additions and RoPE move in bf16"
+)
+"""The activation of the feed-forward layer comes on top."""
+ELEMENTWISE_BACKWARD = Constant(36, "counted: the same kernels in the backward pass, which read inputs and gradients")
+LOGIT_BYTES = Constant(
+    12, "counted: bytes per token and vocabulary entry of log-softmax and its gradient: fp32 once, bf16 four times"
+)
 _GRADIENT_BYTES, _WEIGHT_BYTES = 4, 2
 _STATE_BYTES = 32
 """What the optimizer reads and writes per parameter: fp32 gradient, weight and two moments, the bf16 weight."""

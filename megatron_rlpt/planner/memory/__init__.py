@@ -1,1 +1,0 @@
-"""Memory of a training rank: weights, optimizer, activations."""

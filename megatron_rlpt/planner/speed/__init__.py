@@ -1,1 +1,0 @@
-"""How long updates and generation take on a GPU."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 _SHARE = 1 / 20
+TRAINER_POLL = (0.02, 0.5)
+"""Shortest and longest seconds between two looks of the trainer that waits for judged groups."""
+WORKER_POLL = (0.02, 1.0)
+"""Shortest and longest seconds between two claims of a judge worker that found nothing."""
 
 
 def until_next_look(waited: float, shortest: float, longest: float) -> float:

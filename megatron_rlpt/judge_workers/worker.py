@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from megatron_rlpt.buffer.polling import until_next_look
+from megatron_rlpt.buffer.polling import WORKER_POLL, until_next_look
 from megatron_rlpt.buffer.protocol import ClaimedGroup, RolloutBuffer
 from megatron_rlpt.config.schema import WorkersConfig
 from megatron_rlpt.errors import RlptError, first_line
@@ -33,8 +33,6 @@ from megatron_rlpt.types import Failed, Group
 
 _log = get_logger(__name__)
 
-_IDLE = (0.02, 1.0)
-"""Shortest and longest seconds between two claims that found nothing."""
 _SIGN_OF_LIFE = 5.0
 """Seconds between announcements; one that is three times as old counts no more."""
 _TOO_LATE = "group deadline exceeded"
@@ -122,14 +120,14 @@ class Worker:
                 if not told:
                     _log.warning("no teacher server can be used; nothing is claimed until one can", why=self._trouble())
                 told = True
-                await self._rest(_IDLE[1])
+                await self._rest(WORKER_POLL[1])
                 continue
             if told:
                 _log.info("a teacher server answers again")
                 told = False
             free = self._config.groups - len(self._held)
             if free <= 0:
-                await asyncio.wait(self._held, timeout=_IDLE[1], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(self._held, timeout=WORKER_POLL[1], return_when=asyncio.FIRST_COMPLETED)
                 self._raise_failures()
                 busy = time.monotonic()
                 continue
@@ -140,7 +138,7 @@ class Worker:
             now = time.monotonic()
             if works:
                 busy = now
-            await self._rest(0 if works else until_next_look(now - busy, *_IDLE))
+            await self._rest(0 if works else until_next_look(now - busy, *WORKER_POLL))
             self._raise_failures()
 
     def _trouble(self) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_rlpt.backoff import Backoff
-from megatron_rlpt.buffer.polling import until_next_look
+from megatron_rlpt.buffer.polling import TRAINER_POLL, until_next_look
 from megatron_rlpt.buffer.protocol import Pending, RolloutBuffer
 from megatron_rlpt.buffer.store_rules import CAME_BACK
 from megatron_rlpt.distributed.holder import Holder
@@ -33,8 +33,6 @@ from megatron_rlpt.types import Failed, Group
 _log = get_logger(__name__)
 
 
-_POLL = (0.02, 0.5)
-"""Shortest and longest seconds between two looks into the store."""
 _REPORT = 30.0
 """Seconds without a judged batch after which, and again after which, the log says what is being waited for."""
 _RETRY = Backoff(5.0, 60.0)
@@ -217,7 +215,7 @@ class BufferedJudging:
                 self._store.restore()
                 continue
             # Full: the trainer has to take something first.
-            self._sleep(until_next_look(self._clock() - start, *_POLL))
+            self._sleep(until_next_look(self._clock() - start, *TRAINER_POLL))
 
     def _wait(self, first: int, count: int) -> list[Group] | None:
         """The batch, on the main rank; None after ``PATIENCE``."""
@@ -247,7 +245,7 @@ class BufferedJudging:
                 self._pause(first, groups)
             if self._clock() - start > PATIENCE:
                 return None
-            self._sleep(until_next_look(self._clock() - self._waiting_since, *_POLL))
+            self._sleep(until_next_look(self._clock() - self._waiting_since, *TRAINER_POLL))
 
     def _checked(self, first: int, taken: Sequence[Group | Failed]) -> list[Group]:
         """What was submitted, with the rewards that came back for it."""

@@ -21,16 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from megatron_rlpt.buffer.polling import until_next_look
+from megatron_rlpt.buffer.polling import TRAINER_POLL, WORKER_POLL, until_next_look
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planner.simulation.events import Clock, Process, Signal, Waits
 from megatron_rlpt.planner.simulation.processor_sharing import ProcessorSharing
 from megatron_rlpt.planner.simulation.setting import Judges, SimulatedCluster, Workload
 
-_TRAINER_LOOKS = (0.02, 0.5)
-"""``buffer/judging.py: _POLL``, seconds; a test compares them."""
-_WORKER_LOOKS = (0.02, 1.0)
-"""``teacher/worker.py: _IDLE``, seconds; a test compares them."""
 _HOPELESS = 1000
 """Failures in a row without a checkpoint in between, after which a run gets nowhere."""
 
@@ -238,7 +234,7 @@ class _Simulation:
         if self._submitted < end or self._left[self._done]:
             while self._submitted < end or self._left[self._done]:
                 yield self._judged_more
-            yield self._next_look(began, *_TRAINER_LOOKS)
+            yield self._next_look(began, *TRAINER_POLL)
         self._waits.judges.append(self._clock.now - began)
         self._ages[self._done] = self._done - self._versions[self._done]
         self._taken = end
@@ -341,7 +337,7 @@ class _Simulation:
         """What a worker waits for that found nothing: a group, and its own next look into the buffer."""
         while not self._queue:
             yield self._arrived
-        yield self._next_look(since, *_WORKER_LOOKS)
+        yield self._next_look(since, *WORKER_POLL)
 
 
 class _SimulatedWorker:

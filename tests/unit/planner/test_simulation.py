@@ -7,12 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.judge_workers import worker
-from megatron_rlpt.planner.simulation import simulate as simulation
 from megatron_rlpt.planner.simulation.scenario import optimal_checkpoint_interval
 from megatron_rlpt.planner.simulation.setting import Failures, Judges, Rollouts, Service, SimulatedCluster, Workload
 from megatron_rlpt.planner.simulation.simulate import simulate
-from megatron_rlpt.trainer import buffered_judging as judging
 
 BATCH = 16
 
@@ -169,8 +166,3 @@ def test_the_best_checkpoint_interval_is_near_the_least_simulated_time():
 def test_where_nothing_fails_checkpoints_are_never_needed():
     assert optimal_checkpoint_interval(10.0, float("inf")) == float("inf")
     assert optimal_checkpoint_interval(100.0, 40.0) == 40.0
-
-
-def test_looks_into_the_buffer_are_as_far_apart_as_in_a_run():
-    assert simulation._TRAINER_LOOKS == judging._POLL
-    assert simulation._WORKER_LOOKS == worker._IDLE

@@ -1,4 +1,4 @@
-"""The part of a batch script that surrounds its components: stops a run in time, requeues the job, and reports failures.
+"""What surrounds the components in a batch script: stops a run in time, requeues the job, and reports failures.
 
 nemo-run inserts these lines where a job's setup goes. They are bash in ``templates/``, in which ``@NAME@`` is replaced.
 Slurm sends signals to the script alone (``--signal=B:``): sent to all processes, they would end engines and servers in
@@ -73,9 +73,9 @@ def setup_lines(
 
 
 def site_lines(modules: Sequence[str], setup: Sequence[str]) -> list[str]:
-    """Return lines that load ``modules`` and run ``setup``; the shell exits with 2 at the first that fails and names it.
+    """Return lines that load ``modules`` and run ``setup``.
 
-    The output of the failing line comes before that.
+    The shell exits with 2 at the first that fails, and names it, after that line's own output.
     """
 
     def checked(command: str, key: str, what: str) -> str:

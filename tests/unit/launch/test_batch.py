@@ -14,7 +14,6 @@ import pytest
 from launch.batch import setup_lines
 from launch.slurm_jobs import Part
 
-
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 
 

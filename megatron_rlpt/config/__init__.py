@@ -1,6 +1,13 @@
 """Structured configuration. Imports neither torch nor Megatron nor vLLM, so a login node can use it."""
 
-from megatron_rlpt.config.checks import asks_teacher, judged_by_workers, needs_judge, validate
+from megatron_rlpt.config.checks import (
+    asks_teacher,
+    judged_by_workers,
+    needs_judge,
+    objective_facts,
+    rows_per_example,
+    validate,
+)
 from megatron_rlpt.config.loading import flatten, load_config, nearest_key, to_yaml
 from megatron_rlpt.config.schema import (
     AxisConfig,
@@ -23,7 +30,6 @@ from megatron_rlpt.config.schema import (
     MixBy,
     ModelConfig,
     ObjectiveConfig,
-    ObjectiveName,
     ObserveConfig,
     OptimizerConfig,
     OptionOrder,
@@ -63,7 +69,6 @@ __all__ = [
     "MixBy",
     "ModelConfig",
     "ObjectiveConfig",
-    "ObjectiveName",
     "ObserveConfig",
     "OptimizerConfig",
     "OptionOrder",
@@ -86,6 +91,8 @@ __all__ = [
     "load_config",
     "nearest_key",
     "needs_judge",
+    "objective_facts",
+    "rows_per_example",
     "to_yaml",
     "validate",
 ]

@@ -15,13 +15,14 @@ from megatron_rlpt.config.schema import (
     AxisConfig,
     Config,
     JudgeName,
-    ObjectiveName,
     QualityConfig,
     RunIn,
     SourceConfig,
 )
 from megatron_rlpt.config.sources import possible_formats, unused_option
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.objectives import ObjectiveFacts, check_objective, facts_of
+from megatron_rlpt.types import Source
 
 T = TypeVar("T")
 _WRITABLE = re.compile(r"[^\0\ud800-\udfff]*")
@@ -101,19 +102,30 @@ _RANGES: list[_Check] = [
     ("evaluation.examples", lambda v: v >= 0, "0 or more"),
 ]
 
-_JUDGED = (ObjectiveName.rf_nll, ObjectiveName.online_dpo, ObjectiveName.grpo)
-
 _NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 
-def needs_judge(name: ObjectiveName) -> bool:
-    """Whether the objective learns from scores, so that a run with it has a judge."""
-    return name in _JUDGED
+def objective_facts(config: Config) -> ObjectiveFacts:
+    """Return the facts of the run's objective."""
+    return facts_of(config.objective.name)
+
+
+def needs_judge(config: Config) -> bool:
+    """Whether the objective selects by reward, so that the run has a judge."""
+    return objective_facts(config).needs_judge
+
+
+def rows_per_example(config: Config) -> int:
+    """Return the most sequences that an update trains on per episode."""
+    offered = config.candidates
+    return objective_facts(config).rows_per_example(
+        original=offered.original, rewrite=offered.rewrite, rollouts=offered.rollouts
+    )
 
 
 def asks_teacher(config: Config) -> bool:
     """Whether a run asks the teacher for anything: scores, or a rewrite."""
-    return needs_judge(config.objective.name) or config.candidates.rewrite
+    return needs_judge(config) or config.candidates.rewrite
 
 
 def judged_by_workers(config: Config) -> bool:
@@ -228,51 +240,65 @@ def _check_buffer(config: Config) -> None:
 
 
 def _check_objective(config: Config) -> None:
-    name, offered = config.objective.name, config.candidates
-    count = int(offered.original) + int(offered.rewrite) + offered.rollouts
     if not config.data.sources:
         raise ConfigError("data.sources is empty; give at least one source with a path")
-    if name == ObjectiveName.ntp and not offered.original:
-        raise ConfigError("candidates.original is false; allowed: true, because objective.name=ntp trains on it")
-    if name == ObjectiveName.sft_rewrite and not offered.rewrite:
-        raise ConfigError("candidates.rewrite is false; allowed: true, because objective.name=sft_rewrite trains on it")
-    if name == ObjectiveName.sft_rollout and offered.rollouts < 1:
+    check_objective(config.objective)
+    facts = objective_facts(config)
+    _check_candidates(config, facts)
+    if facts.on_policy and config.rollout.temperature != 1.0:
         raise ConfigError(
-            f"candidates.rollouts is {offered.rollouts}; allowed: at least 1, because objective.name=sft_rollout "
-            "trains on rollouts"
+            f"rollout.temperature is {config.rollout.temperature}; allowed: 1.0, because objective.name="
+            f"{config.objective.name} follows the gradient of the distribution that was sampled from"
         )
-    if name == ObjectiveName.grpo:
-        _check_grpo(config)
-    elif needs_judge(name):
-        if name == ObjectiveName.online_dpo and offered.rollouts < 1:
+    _check_curriculum(config, facts)
+    _check_judge(config)
+
+
+def _check_candidates(config: Config, facts: ObjectiveFacts) -> None:
+    """The objective gets the candidates that it learns from, and none that cost something for nothing."""
+    offered, objective = config.candidates, f"objective.name={config.objective.name}"
+    for source in (Source.ORIGINAL, Source.REWRITE):
+        key, given, used = f"candidates.{source.value}", getattr(offered, source.value), source in facts.trains_on
+        if facts.on_policy and given:
             raise ConfigError(
-                f"candidates.rollouts is {offered.rollouts}; allowed: at least 1, because objective.name={name.name} "
-                "learns from rollouts of the current policy"
+                f"{key} is true; allowed: false, because {objective} trains on what the policy sampled itself and "
+                f"could never train on the {source.value}"
             )
-        if count < 2:
-            raise ConfigError(
-                f"candidates offers {count} candidate(s) per episode; allowed: at least 2, because "
-                f"objective.name={name.name} compares them"
-            )
-    _check_curriculum(config)
+        if used and not facts.needs_judge and not given:
+            raise ConfigError(f"{key} is false; allowed: true, because {objective} trains on it")
+    if offered.rollouts < facts.least_rollouts:
+        why = "learns from rollouts of the current policy" if facts.needs_judge else "trains on rollouts"
+        why = "compares the rollouts of an episode with each other" if facts.least_rollouts > 1 else why
+        raise ConfigError(
+            f"candidates.rollouts is {offered.rollouts}; allowed: at least {facts.least_rollouts}, because {objective} "
+            f"{why}"
+        )
+    count = int(offered.original) + int(offered.rewrite) + offered.rollouts
+    if count < facts.least_candidates:
+        raise ConfigError(
+            f"candidates offers {count} candidate(s) per episode; allowed: at least {facts.least_candidates}, because "
+            f"{objective} compares them"
+        )
+    # The original costs nothing, and a judge may compare a candidate with others that are never trained on.
+    idle = (offered.rewrite and Source.REWRITE not in facts.trains_on) or (
+        offered.rollouts > 0 and Source.ROLLOUT not in facts.trains_on
+    )
+    if idle and not facts.needs_judge:
+        raise ConfigError(
+            f"candidates (rewrite={offered.rewrite}, rollouts={offered.rollouts}) offers what {objective} never looks "
+            "at; set rewrite=false and rollouts=0 where they are unused"
+        )
+
+
+def _check_judge(config: Config) -> None:
     axes = config.teacher.generative
-    generative = needs_judge(name) and config.teacher.judge == JudgeName.generative
+    generative = needs_judge(config) and config.teacher.judge == JudgeName.generative
     if generative and not any(axis.weight for axis in (axes.quality, axes.safety, axes.factuality)):
         raise ConfigError("teacher.generative has no axis with a weight above 0; allowed: at least one")
     if generative and axes.max_tokens >= config.teacher.max_context:
         raise ConfigError(
             f"teacher.generative.max_tokens is {axes.max_tokens}; allowed: below teacher.max_context = "
             f"{config.teacher.max_context}, because the prompt has to fit as well"
-        )
-    unused = {
-        ObjectiveName.ntp: offered.rewrite or offered.rollouts > 0,
-        ObjectiveName.sft_rewrite: offered.rollouts > 0,
-        ObjectiveName.sft_rollout: offered.rewrite,
-    }
-    if unused.get(name, False):
-        raise ConfigError(
-            f"candidates (rewrite={offered.rewrite}, rollouts={offered.rollouts}) offers what "
-            f"objective.name={name.name} never looks at; set rewrite=false and rollouts=0 where they are unused"
         )
 
 
@@ -292,20 +318,20 @@ def _check_workers(config: Config) -> None:
         )
 
 
-def _check_curriculum(config: Config) -> None:
+def _check_curriculum(config: Config, facts: ObjectiveFacts) -> None:
     """While there are no rollouts yet, the rest has to be enough to learn from."""
     name, offered = config.objective.name, config.candidates
     start = offered.curriculum.start
     if not offered.curriculum.enabled:
         return
-    if not needs_judge(name):
+    if not facts.needs_judge:
         raise ConfigError(
-            f"candidates.curriculum.enabled is true; allowed: false, because objective.name={name.name} has no judge "
+            f"candidates.curriculum.enabled is true; allowed: false, because objective.name={name} has no judge "
             "to say how often rollouts win"
         )
-    if name == ObjectiveName.grpo:
+    if facts.on_policy:
         raise ConfigError(
-            "candidates.curriculum.enabled is true; allowed: false, because objective.name=grpo offers nothing but "
+            f"candidates.curriculum.enabled is true; allowed: false, because objective.name={name} offers nothing but "
             "rollouts, which then win always"
         )
     least = max(0, 2 - int(offered.original) - int(offered.rewrite))
@@ -318,25 +344,4 @@ def _check_curriculum(config: Config) -> None:
         raise ConfigError(
             "candidates.curriculum.enabled is true; allowed: false without candidates.original or candidates.rewrite, "
             "because rollouts then win always"
-        )
-
-
-def _check_grpo(config: Config) -> None:
-    """The ratio of GRPO needs the probability with which a token was sampled, which only rollouts have."""
-    offered = config.candidates
-    for source in ("original", "rewrite"):
-        if getattr(offered, source):
-            raise ConfigError(
-                f"candidates.{source} is true; allowed: false, because objective.name=grpo trains on what the policy "
-                f"sampled itself and could never train on the {source}"
-            )
-    if offered.rollouts < 2:
-        raise ConfigError(
-            f"candidates.rollouts is {offered.rollouts}; allowed: at least 2, because objective.name=grpo compares "
-            "the rollouts of an episode with each other"
-        )
-    if config.rollout.temperature != 1.0:
-        raise ConfigError(
-            f"rollout.temperature is {config.rollout.temperature}; allowed: 1.0, because objective.name=grpo follows "
-            "the gradient of the distribution that was sampled from"
         )

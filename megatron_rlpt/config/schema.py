@@ -41,17 +41,6 @@ class EngineName(enum.StrEnum):
     megatron = "megatron"
 
 
-class ObjectiveName(enum.StrEnum):
-    """How judged candidates become a loss; one module in ``objectives/`` each."""
-
-    ntp = "ntp"
-    sft_rewrite = "sft_rewrite"
-    sft_rollout = "sft_rollout"
-    rf_nll = "rf_nll"
-    online_dpo = "online_dpo"
-    grpo = "grpo"
-
-
 class JudgeName(enum.StrEnum):
     """Which judge scores candidates; one module in ``teacher/`` each."""
 
@@ -443,8 +432,11 @@ class BufferConfig:
 class ObjectiveConfig:
     """What the update optimises."""
 
-    name: ObjectiveName = ObjectiveName.online_dpo
-    """Which objective turns judged candidates into a loss."""
+    name: str = "online_dpo"
+    """Objective that turns judged candidates into a loss: ntp, sft_rewrite, sft_rollout, rf_nll, online_dpo, grpo, or
+    a class of yours as module:Class or path/file.py:Class."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a class of yours."""
     beta: float = 0.1
     """Strength of the pull to the reference policy, for online_dpo."""
     reference_refresh: int = 0

@@ -48,7 +48,7 @@ _READY = 600.0
 
 def most_tokens(config: Config) -> int:
     """Longest answer that a worker asks for, in tokens; 0 where it asks for none."""
-    prompted = needs_judge(config.objective.name) and config.teacher.judge == JudgeName.generative
+    prompted = needs_judge(config) and config.teacher.judge == JudgeName.generative
     judge = config.teacher.generative.max_tokens if prompted else 0
     return max(judge, answer_tokens(config) if config.candidates.rewrite else 0)
 
@@ -169,7 +169,7 @@ async def _teacher(
     if own:
         yield own, lambda: GroupProcessor(own, None), WorkerMetrics()
         return
-    if config.teacher.judge == JudgeName.likelihood and needs_judge(config.objective.name):
+    if config.teacher.judge == JudgeName.likelihood and needs_judge(config):
         await asyncio.to_thread(require_same_vocabulary, config)
     server_key(workers.key_env)  # missing, it is missed now and not when the first server is announced
     endpoints = announced_endpoints(workers.endpoints, await asyncio.to_thread(buffer.announced, KIND), workers.key_env)
@@ -199,7 +199,7 @@ def judge_of(config: Config, pool: TeacherPool) -> GroupJudge:
 
 def _processor_factory(config: Config, pool: TeacherPool) -> Callable[[], GroupProcessor]:
     rewriter = build_rewriter(config) if config.candidates.rewrite else None
-    judged = needs_judge(config.objective.name)
+    judged = needs_judge(config)
 
     @functools.lru_cache(maxsize=1)
     def processor(teacher: str) -> GroupProcessor:

@@ -113,7 +113,7 @@ def _require_use(config: Config) -> None:
         raise ConfigError("teacher.workers.own_model is true; allowed: false, else workers ask no server")
     if not asks_teacher(config):
         raise ConfigError(
-            f"objective.name is {config.objective.name.name}, which needs no judge, and candidates.rewrite is false; "
+            f"objective.name is {config.objective.name}, which needs no judge, and candidates.rewrite is false; "
             "allowed: something that a server of the teacher is asked for"
         )
 

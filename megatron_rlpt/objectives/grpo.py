@@ -1,26 +1,29 @@
-"""GRPO on the policy's own rollouts: each is weighed by how much better than its siblings the judge found it.
+"""GRPO on the policy's own rollouts: each is weighted by how much its reward exceeds the mean of its group.
 
-Group-relative policy optimisation is of arXiv 2402.03300 (section 4.1). Original suffix and rewrite take no part: the
-policy never sampled them, so there is no probability to put below the line of the ratio.
+Group-relative policy optimization is from arXiv 2402.03300 (section 4.1). Original suffix and rewrite take no part: the
+policy never sampled them, so the ratio has no denominator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
-import torch
-
+from megatron_rlpt.objectives.facts import ObjectiveFacts
 from megatron_rlpt.objectives.objective import LossInputs, LossTerms
 from megatron_rlpt.objectives.selection import Example, Selection
 from megatron_rlpt.types import Group, Reward, Source
+
+if TYPE_CHECKING:
+    import torch
 
 _LEAST_DEVIATION = 1e-6
 """Added to the standard deviation: rewards that differ by rounding alone are not blown up to a preference."""
 
 
 def group_advantages(rewards: Sequence[float], *, normalize: bool) -> tuple[float, ...]:
-    """How much better than the mean of its group each reward is.
+    """Subtract the mean of a group from each of its rewards.
 
     Args:
         rewards: of one group, at least two.
@@ -39,7 +42,7 @@ def group_advantages(rewards: Sequence[float], *, normalize: bool) -> tuple[floa
 def clipped_ratio_loss(
     ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clipped surrogate objective (arXiv 1707.06347, equation 7) with a bound of its own on each side.
+    """Compute the clipped surrogate objective (arXiv 1707.06347, equation 7), with separate bounds on each side.
 
     A wider upper bound leaves unlikely tokens room to grow (arXiv 2503.14476, section 3.1).
 
@@ -52,13 +55,15 @@ def clipped_ratio_loss(
     Returns:
         Loss of each token, and 1.0 where the clip took its gradient away (else 0.0).
     """
+    import torch
+
     free = ratio * advantages
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     return -torch.minimum(free, bounded), (bounded < free).float()
 
 
 class Grpo:
-    """Clipped policy gradient on all scored rollouts of an episode, which together are one example.
+    """Clipped policy gradient on all scored rollouts of an episode, which form one example.
 
     The loss of a sequence is the mean over its tokens, that of an example the mean over its sequences (arXiv
     2402.03300, equation 3). Dr. GRPO (arXiv 2503.20783) objects that a long bad completion is then pushed away less
@@ -66,15 +71,21 @@ class Grpo:
     document earlier, and the mean keeps losses and learning rates comparable with the likelihood objectives'.
     """
 
-    needs_reference = False
+    facts = ObjectiveFacts(
+        trains_on=frozenset({Source.ROLLOUT}),
+        sequences=None,
+        least_rollouts=2,
+        on_policy=True,
+        settings=("clip_low", "clip_high", "normalize_advantage"),
+    )
 
-    def __init__(self, clip_low: float, clip_high: float, normalize: bool) -> None:
+    def __init__(self, clip_low: float, clip_high: float, normalize_advantage: bool) -> None:
         self.clip_low = clip_low
         self.clip_high = clip_high
-        self.normalize = normalize
+        self.normalize_advantage = normalize_advantage
 
     def select(self, groups: Sequence[Group]) -> Selection:
-        """Every scored rollout of a group, the best first and the others from the worst up.
+        """Take every scored rollout of a group, the best first and the others from the worst up.
 
         Copies of one text all count: they are as many draws from the policy. A group with fewer than two scored
         rollouts, or with one reward for all of them (a tie), has no advantages and is skipped.
@@ -101,13 +112,15 @@ class Grpo:
                     candidates,
                     indices,
                     margin=rewards[0] - rewards[1],
-                    advantages=group_advantages(rewards, normalize=self.normalize),
+                    advantages=group_advantages(rewards, normalize=self.normalize_advantage),
                 )
             )
         return selection
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """Token-mean clipped loss; the engine's own log-probabilities are those of the policy that sampled."""
+        """Compute the token-mean clipped loss; the engine's log-probabilities are those of the sampling policy."""
+        import torch
+
         real = inputs.mask.bool()
         # Before exp: a NaN of the padding would spoil the gradient even where the mask multiplies it by 0.
         difference = torch.where(real, inputs.logprobs - inputs.engine_logprobs, 0.0)

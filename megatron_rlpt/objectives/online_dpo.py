@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
+from megatron_rlpt.objectives.facts import ObjectiveFacts
 from megatron_rlpt.objectives.objective import LossInputs, LossTerms
 from megatron_rlpt.objectives.selection import Selection, best_and_worst
 from megatron_rlpt.types import Group
+
+if TYPE_CHECKING:
+    import torch
 
 
 def dpo_loss(
@@ -18,7 +21,7 @@ def dpo_loss(
     reference_rejected: torch.Tensor,
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Direct preference optimisation (arXiv 2305.18290, equation 7).
+    """Compute the loss of direct preference optimization (arXiv 2305.18290, equation 7).
 
     Args:
         chosen: [pairs] summed log-probability of the chosen completion under the policy, nats.
@@ -30,6 +33,8 @@ def dpo_loss(
     Returns:
         Loss [pairs], and implicit reward margin [pairs]: beta times the policy's log-ratio difference.
     """
+    import torch
+
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     return -torch.nn.functional.logsigmoid(margin), margin
 
@@ -37,17 +42,17 @@ def dpo_loss(
 class OnlineDpo:
     """Pairs of best and worst candidate. Off-policy, so original suffix and rewrite are legal on either side."""
 
-    needs_reference = True
+    facts = ObjectiveFacts(needs_reference=True, sequences=2, least_candidates=2, least_rollouts=1, settings=("beta",))
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
 
     def select(self, groups: Sequence[Group]) -> Selection:
-        """Best and worst candidate of every group; ties and identical candidates are skipped."""
+        """Take the best and the worst candidate of every group; skip ties and identical candidates."""
         return best_and_worst(groups, keep_worst=True)
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """DPO loss on summed suffix log-probabilities; rows alternate chosen, rejected."""
+        """Compute the DPO loss on summed suffix log-probabilities; rows alternate chosen, rejected."""
         assert inputs.reference is not None
         policy_sums = (inputs.logprobs * inputs.mask).sum(dim=1).view(-1, 2)
         reference_sums = (inputs.reference * inputs.mask).sum(dim=1).view(-1, 2)

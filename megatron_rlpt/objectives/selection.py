@@ -1,4 +1,4 @@
-"""Which candidates of a judged group are trained on, and why the others are not."""
+"""The candidates of a judged group to train on, and the reasons to skip a group."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Selection:
 
 
 def take_source(groups: Sequence[Group], source: Source) -> Selection:
-    """The first candidate of ``source`` with a text in every group, whatever the judge says."""
+    """Take the first candidate of ``source`` with a text from every group, whatever its reward."""
     selection = Selection()
     for group in groups:
         offered = [i for i, candidate in enumerate(group.candidates) if candidate.source is source]
@@ -54,7 +54,7 @@ def take_source(groups: Sequence[Group], source: Source) -> Selection:
 
 
 def best_and_worst(groups: Sequence[Group], *, keep_worst: bool) -> Selection:
-    """Highest-reward candidate of every group, with the lowest-reward one when ``keep_worst``.
+    """Take the highest-reward candidate of every group, and the lowest-reward one with ``keep_worst``.
 
     Candidates with the same tokens count once. A group whose scored candidates all have one reward teaches nothing
     and is skipped as a tie. Several candidates that share the best (or worst) reward are drawn from by a seed of

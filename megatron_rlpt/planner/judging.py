@@ -97,7 +97,7 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     if config.candidates.rewrite:
         found.append(Calls("rewrite", 1, 0.0, _template("rewrite") + prefix + suffix, suffix))
     count = candidates(config)
-    if not needs_judge(config.objective.name):
+    if not needs_judge(config):
         return tuple(found)
     if config.teacher.judge is JudgeName.likelihood:
         return (*found, Calls("likelihood", count, prefix, suffix, 0.0))

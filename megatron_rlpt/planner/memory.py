@@ -18,7 +18,7 @@ import enum
 import math
 from dataclasses import dataclass, fields, replace
 
-from megatron_rlpt.config import Config, Dtype, EngineName, Fp8, ObjectiveName
+from megatron_rlpt.config import Config, Dtype, EngineName, Fp8, objective_facts, rows_per_example
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.planner.activations import FLOAT, Pass
 from megatron_rlpt.policy.layout import Layout
@@ -165,7 +165,7 @@ class _Rank:
 
     @property
     def _has_reference(self) -> bool:
-        return self.config.objective.name is ObjectiveName.online_dpo
+        return objective_facts(self.config).needs_reference
 
     @property
     def _fused(self) -> bool:
@@ -190,7 +190,7 @@ class _Rank:
     def _pass(self) -> Pass:
         config, layout = self.config, self.layout
         multiple = length_multiple(layout, config.model.fp8)
-        rows = config.train.micro_batch * sequences_per_example(config)
+        rows = config.train.micro_batch * rows_per_example(config)
         return Pass(
             self.arch,
             layout,
@@ -277,13 +277,6 @@ class _Rank:
             return largest
         bucket = max(self.config.rollout.sync_bucket_mib << 20, largest)
         return bucket + bucket // layout.tensor + largest
-
-
-def sequences_per_example(config: Config) -> int:
-    """Sequences that an update trains on per episode: a pair, all rollouts, or one."""
-    if config.objective.name is ObjectiveName.online_dpo:
-        return 2
-    return config.candidates.rollouts if config.objective.name is ObjectiveName.grpo else 1
 
 
 def _together(one: Memory, other: Memory) -> Memory:

@@ -17,10 +17,11 @@ from megatron_rlpt.config import (
     EngineName,
     Fp8,
     JudgeName,
-    ObjectiveName,
     Recompute,
     RunIn,
     needs_judge,
+    objective_facts,
+    rows_per_example,
 )
 from megatron_rlpt.planner.checks import Limit, check_cache, check_question, limits_of
 from megatron_rlpt.planner.generation import GenerationEngine
@@ -119,7 +120,7 @@ def make_plan(question: PlanRequest) -> Plan:
     work, options = work_of(question.usual), options_of(config)
     update = update_seconds(model, layout, question.trainer, work, options)
     reference = 0.0
-    if config.objective.name is ObjectiveName.online_dpo:
+    if objective_facts(config).needs_reference:
         reference = forward_seconds(model, layout, question.trainer, work, options).total
     engine, engines = rollout_engine(question, layout)
     check_cache(config, engine)
@@ -150,17 +151,9 @@ def make_plan(question: PlanRequest) -> Plan:
     )
 
 
-def rows_of(config: Config) -> int:
-    """Sequences that the update trains on per episode."""
-    name = config.objective.name
-    if name is ObjectiveName.online_dpo:
-        return 2
-    return config.candidates.rollouts if name is ObjectiveName.grpo else 1
-
-
 def work_of(config: Config) -> UpdateWork:
     """The batch of an update; every prefix is taken to be ``data.max_prefix`` long."""
-    rows = rows_of(config)
+    rows = rows_per_example(config)
     train, suffix = config.train, config.data.suffix_length
     return UpdateWork(train.global_batch * rows, config.max_sequence, suffix, train.micro_batch * rows)
 
@@ -168,7 +161,7 @@ def work_of(config: Config) -> UpdateWork:
 def options_of(config: Config) -> Options:
     """How the passes of a run are carried out."""
     overlap = config.parallel.overlap
-    needs_weights = bool(config.candidates.rollouts) or config.objective.name is ObjectiveName.online_dpo
+    needs_weights = bool(config.candidates.rollouts) or objective_facts(config).needs_reference
     return Options(
         fp8=config.model.fp8 is not Fp8.off,
         recompute_attention=config.train.recompute is Recompute.selective,
@@ -198,7 +191,7 @@ def teacher_bytes(question: PlanRequest) -> int:
     config = question.config
     if config.teacher.run_in is not RunIn.trainer:
         return 0
-    judged = needs_judge(config.objective.name)
+    judged = needs_judge(config)
     weights = int(2 * Transformer.of(question.teacher).parameters)
     held = 0
     if config.candidates.rewrite or (judged and config.teacher.judge is JudgeName.generative):

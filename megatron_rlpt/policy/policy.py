@@ -88,7 +88,7 @@ class Policy:
         load_weights(model_chunks, self.arch, self.layout, Path(config.model.path))
         self._model_chunks = model_chunks
         self._forward_backward = ForwardBackward(model_chunks, self.arch, self.layout, config.train.logprob_chunk)
-        self._reference = ReferenceWeights(model_chunks, version=0) if objective.needs_reference else None
+        self._reference = ReferenceWeights(model_chunks, version=0) if objective.facts.needs_reference else None
         with runtime.megatron():
             self._ddps, self._optimizer = build_optimizer(
                 model_chunks, config.optimizer, config.model.dtype, config.parallel.overlap

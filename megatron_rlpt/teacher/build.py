@@ -40,7 +40,7 @@ def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     Raises:
         ModelError: a model or tokenizer cannot be used, or the teacher cannot score the policy's tokens.
     """
-    judged = needs_judge(config.objective.name)
+    judged = needs_judge(config)
     rewrites = config.candidates.rewrite
     prompted = judged and config.teacher.judge == JudgeName.generative
     judge: Judge | None = None

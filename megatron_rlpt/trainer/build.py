@@ -140,7 +140,7 @@ def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: Sto
         expected=Expected(
             config.data.suffix_length,
             vocab,
-            judged=needs_judge(config.objective.name),
+            judged=needs_judge(config),
             rewrite=config.candidates.rewrite,
         ),
         max_failure_rate=config.teacher.max_failure_rate,

@@ -15,7 +15,6 @@ from megatron_rlpt.config import (
     Dtype,
     ModelConfig,
     ObjectiveConfig,
-    ObjectiveName,
     OptimizerConfig,
     ParallelConfig,
     Recompute,
@@ -75,7 +74,7 @@ class Case:
     model: str = "llama-tied"
     layout: dict[str, Any] = field(default_factory=dict)
     """Fields of the configuration's ``parallel`` section."""
-    objective: ObjectiveName = ObjectiveName.online_dpo
+    objective: str = "online_dpo"
     dtype: Dtype = Dtype.fp32
     recompute: Recompute = Recompute.none
     examples: int = 8
@@ -87,7 +86,7 @@ class Case:
 
     def __str__(self) -> str:
         parts = [f"{name}{value if value is not True else ''}" for name, value in self.layout.items()]
-        if self.objective is not ObjectiveName.online_dpo:
+        if self.objective != "online_dpo":
             parts.append(self.objective.name)
         if self.dtype is not Dtype.fp32:
             parts.append(self.dtype.name)
@@ -127,14 +126,14 @@ def examples(case: Case, seed: int) -> list[Example]:
     for index in range(case.examples):
         episode = Episode(f"e{index}", tokens(1, 30), tokens(8, 8), "c", "d", 0)
         # GRPO trains on as many sequences as a group has.
-        width = {ObjectiveName.online_dpo: 2, ObjectiveName.grpo: 2 + index % 2}.get(case.objective, 1)
+        width = {"online_dpo": 2, "grpo": 2 + index % 2}.get(case.objective, 1)
         sequences = []
         for _ in range(width):
             completion = tokens(1, 8)
             logprobs = tuple((-5 + torch.randn(len(completion), generator=draw)).tolist())
             sequences.append(Candidate(Source.ROLLOUT, completion, logprobs=logprobs))
         advantages: tuple[float, ...] = ()
-        if case.objective is ObjectiveName.grpo:
+        if case.objective == "grpo":
             advantages = group_advantages(torch.randn(width, generator=draw).tolist(), normalize=True)
         found.append(Example(episode, tuple(sequences), tuple(range(width)), advantages=advantages))
     return found

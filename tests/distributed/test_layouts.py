@@ -10,7 +10,7 @@ from layout_runs import Case, save_model, train_all
 from safetensors.torch import load_file
 from worlds import run_world
 
-from megatron_rlpt.config import Dtype, ObjectiveName, Recompute
+from megatron_rlpt.config import Dtype, Recompute
 
 LAYOUTS: dict[int, list[Case]] = {
     2: [
@@ -35,10 +35,10 @@ LAYOUTS: dict[int, list[Case]] = {
         Case("qwen3_moe"),
         Case(layout={"tensor": 2}, recompute=Recompute.full),
         Case(layout={"pipeline": 2}, recompute=Recompute.selective),
-        Case(layout={"tensor": 2}, objective=ObjectiveName.grpo),
-        Case(layout={"pipeline": 2}, objective=ObjectiveName.grpo),
-        Case(objective=ObjectiveName.grpo),
-        Case(layout={"context": 2}, objective=ObjectiveName.rf_nll),
+        Case(layout={"tensor": 2}, objective="grpo"),
+        Case(layout={"pipeline": 2}, objective="grpo"),
+        Case(objective="grpo"),
+        Case(layout={"context": 2}, objective="rf_nll"),
         Case(layout={"tensor": 2}, dtype=Dtype.bf16),
         Case(layout={"pipeline": 2}, dtype=Dtype.bf16),
     ],

@@ -92,7 +92,6 @@ def configuration(options: argparse.Namespace, folder: Path, fp8: str, objective
         Fp8,
         ModelConfig,
         ObjectiveConfig,
-        ObjectiveName,
         OptimizerConfig,
         RolloutConfig,
         RunConfig,
@@ -104,7 +103,7 @@ def configuration(options: argparse.Namespace, folder: Path, fp8: str, objective
         model=ModelConfig(path=str(folder), fp8=Fp8(fp8)),
         data=DataConfig(max_prefix=1, suffix_length=options.sequence - 1),
         rollout=RolloutConfig(kv_cache_gib=2.0),
-        objective=ObjectiveConfig(name=ObjectiveName(objective)),
+        objective=ObjectiveConfig(name=objective),
         optimizer=OptimizerConfig(lr=1e-4),
         train=TrainConfig(
             steps=options.steps, global_batch=options.rows, micro_batch=options.micro_batch, logprob_chunk=4096

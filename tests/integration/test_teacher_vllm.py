@@ -17,7 +17,6 @@ from megatron_rlpt.config.schema import (
     LikelihoodConfig,
     ModelConfig,
     ObjectiveConfig,
-    ObjectiveName,
     QualityConfig,
     RewriterConfig,
     RunConfig,
@@ -208,12 +207,12 @@ def test_build_teacher_loads_what_the_run_needs():
         run=RunConfig(dir="unused"),
         model=ModelConfig(path=str(MODEL)),
         data=DataConfig(suffix_length=SUFFIX),
-        objective=ObjectiveConfig(name=ObjectiveName.online_dpo),
+        objective=ObjectiveConfig(name="online_dpo"),
     )
     teacher = build_teacher(config, "cpu", Ranks())
     assert isinstance(teacher.judge, LikelihoodJudge)
     assert teacher.rewriter is None
-    plain = replace(config, objective=ObjectiveConfig(name=ObjectiveName.ntp), candidates=CandidatesConfig(rollouts=0))
+    plain = replace(config, objective=ObjectiveConfig(name="ntp"), candidates=CandidatesConfig(rollouts=0))
     assert build_teacher(plain, "cpu", Ranks()).judge is None
 
 

@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
     "errors plain_text",
-    "distributed files types",
-    "config extensions",
-    "tokens objectives",
+    "distributed extensions files types",
+    "objectives",
+    "config",
+    "tokens",
     "observe",
     "buffer data models",
     "checkpoint",

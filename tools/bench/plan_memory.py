@@ -33,14 +33,14 @@ from megatron_rlpt.config import (
     Dtype,
     ModelConfig,
     ObjectiveConfig,
-    ObjectiveName,
     ParallelConfig,
     Recompute,
     TrainConfig,
+    rows_per_example,
 )
 from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.models.architecture import read_architecture
-from megatron_rlpt.planner.memory import Device, Memory, moments_of, sequences_per_example
+from megatron_rlpt.planner.memory import Device, Memory, moments_of
 from megatron_rlpt.policy.layout import layout_of
 
 MIB = 2**20
@@ -84,7 +84,7 @@ class LayoutCase:
             data=DataConfig(max_prefix=self.prefix, suffix_length=self.suffix),
             # The updates have no engine beside them.
             candidates=CandidatesConfig(rollouts=0),
-            objective=ObjectiveConfig(name=ObjectiveName[self.objective]),
+            objective=ObjectiveConfig(name=self.objective),
             train=TrainConfig(
                 steps=10,
                 global_batch=self.batch,
@@ -174,7 +174,7 @@ def measure(case: LayoutCase, folder: Path, heap: str) -> LayoutMemory:
         def tokens(count: int) -> tuple[int, ...]:
             return tuple(torch.randint(_VOCABULARY, (count,), generator=draw).tolist())
 
-        width = sequences_per_example(case.config(folder))
+        width = rows_per_example(case.config(folder))
         found = []
         for number in range(case.batch):
             episode = Episode(f"e{number}", tokens(case.prefix), tokens(case.suffix), "c", "d", 0)

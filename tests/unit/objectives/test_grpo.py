@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.config import ObjectiveConfig, ObjectiveName
+from megatron_rlpt.config import ObjectiveConfig
 from megatron_rlpt.objectives import LossInputs, build_objective
 from megatron_rlpt.objectives.grpo import clipped_ratio_loss, group_advantages
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 
 def grpo(**settings):
-    return build_objective(ObjectiveConfig(name=ObjectiveName.grpo, **settings))
+    return build_objective(ObjectiveConfig(name="grpo", **settings))
 
 
 def group_of(*rewards: float | None, others: tuple[Source, ...] = (), tokens: list[int] | None = None) -> Group:

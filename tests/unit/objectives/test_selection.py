@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.config import ObjectiveConfig, ObjectiveName, needs_judge
-from megatron_rlpt.objectives import build_objective
+from megatron_rlpt.config import ObjectiveConfig
+from megatron_rlpt.objectives import OBJECTIVES, build_objective, facts_of
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
-JUDGED = (ObjectiveName.online_dpo, ObjectiveName.rf_nll)
+JUDGED = ("online_dpo", "rf_nll")
 
 
-def objective(name: ObjectiveName):
+def objective(name: str):
     return build_objective(ObjectiveConfig(name=name))
 
 
@@ -29,7 +29,7 @@ def group_of(*rewards: float | None, tokens: list[int] | None = None, episode: s
     )
 
 
-def selected(group: Group, name: ObjectiveName = ObjectiveName.online_dpo) -> tuple[int, ...]:
+def selected(group: Group, name: str = "online_dpo") -> tuple[int, ...]:
     (example,) = objective(name).select([group]).examples
     assert example.sequences == tuple(group.candidates[index] for index in example.indices)
     assert example.episode == group.episode
@@ -39,11 +39,11 @@ def selected(group: Group, name: ObjectiveName = ObjectiveName.online_dpo) -> tu
 def test_best_is_chosen_and_worst_rejected_with_their_difference_as_margin():
     group = group_of(0.25, -1.0, 2.5, 1.0)
     assert selected(group) == (2, 1)
-    assert objective(ObjectiveName.online_dpo).select([group]).examples[0].margin == 3.5
+    assert objective("online_dpo").select([group]).examples[0].margin == 3.5
 
 
 def test_reward_filtered_nll_keeps_the_best_alone():
-    assert selected(group_of(0.25, -1.0, 2.5, 1.0), ObjectiveName.rf_nll) == (2,)
+    assert selected(group_of(0.25, -1.0, 2.5, 1.0), "rf_nll") == (2,)
 
 
 @pytest.mark.parametrize("name", JUDGED)
@@ -68,21 +68,21 @@ def test_failed_candidates_are_neither_chosen_nor_rejected():
 
 def test_identical_candidates_count_once_and_are_counted():
     group = group_of(1.0, 0.0, 0.0, 0.0, tokens=[5, 6, 6, 6])
-    selection = objective(ObjectiveName.online_dpo).select([group])
+    selection = objective("online_dpo").select([group])
     assert selection.examples[0].indices == (0, 1)
     assert selection.duplicates == 2
 
 
 def test_a_group_of_one_text_in_many_copies_teaches_nothing_whatever_the_scores():
     """Judged separately, copies can get different scores; a pair of them would train on noise."""
-    selection = objective(ObjectiveName.online_dpo).select([group_of(1.0, 0.0, 2.0, tokens=[5, 5, 5])])
+    selection = objective("online_dpo").select([group_of(1.0, 0.0, 2.0, tokens=[5, 5, 5])])
     assert selection.examples == []
     assert selection.skipped == {"e": "fewer than two distinct scored candidates"}
     assert selection.duplicates == 2
 
 
 def test_a_copy_whose_judgment_failed_does_not_hide_the_copy_that_was_scored():
-    selection = objective(ObjectiveName.online_dpo).select([group_of(None, 3.0, 1.0, tokens=[5, 5, 6])])
+    selection = objective("online_dpo").select([group_of(None, 3.0, 1.0, tokens=[5, 5, 6])])
     assert selection.examples[0].indices == (1, 2)
     assert selection.duplicates == 0
 
@@ -113,7 +113,7 @@ def test_draws_for_best_and_worst_are_independent():
 def test_for_any_scores_chosen_has_the_most_and_rejected_the_least(rewards, data):
     tokens = data.draw(st.lists(st.integers(0, 6), min_size=len(rewards), max_size=len(rewards)))
     group = group_of(*rewards, tokens=tokens)
-    selection = objective(ObjectiveName.online_dpo).select([group])
+    selection = objective("online_dpo").select([group])
     first: dict[int, float] = {}
     for token, value in zip(tokens, rewards, strict=True):
         if value is not None:
@@ -134,9 +134,9 @@ def test_for_any_scores_chosen_has_the_most_and_rejected_the_least(rewards, data
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        (ObjectiveName.ntp, Source.ORIGINAL),
-        (ObjectiveName.sft_rewrite, Source.REWRITE),
-        (ObjectiveName.sft_rollout, Source.ROLLOUT),
+        ("ntp", Source.ORIGINAL),
+        ("sft_rewrite", Source.REWRITE),
+        ("sft_rollout", Source.ROLLOUT),
     ],
 )
 def test_unjudged_objectives_take_the_first_candidate_of_their_source(name, source):
@@ -152,7 +152,7 @@ def test_unjudged_objectives_take_the_first_candidate_of_their_source(name, sour
 def test_a_group_without_the_wanted_source_is_skipped_with_the_reason():
     """A failed rewrite leaves its group without one."""
     group = Group(Episode("e", (1,), (2,), "c", "d", 0), (Candidate(Source.ORIGINAL, (2,)),))
-    selection = objective(ObjectiveName.sft_rewrite).select([group])
+    selection = objective("sft_rewrite").select([group])
     assert selection.examples == []
     assert selection.skipped == {"e": "no rewrite"}
 
@@ -160,17 +160,17 @@ def test_a_group_without_the_wanted_source_is_skipped_with_the_reason():
 @pytest.mark.parametrize(
     ("name", "judge", "reference"),
     [
-        (ObjectiveName.ntp, False, False),
-        (ObjectiveName.sft_rewrite, False, False),
-        (ObjectiveName.sft_rollout, False, False),
-        (ObjectiveName.rf_nll, True, False),
-        (ObjectiveName.online_dpo, True, True),
-        (ObjectiveName.grpo, True, False),
+        ("ntp", False, False),
+        ("sft_rewrite", False, False),
+        ("sft_rollout", False, False),
+        ("rf_nll", True, False),
+        ("online_dpo", True, True),
+        ("grpo", True, False),
     ],
 )
 def test_objectives_say_what_they_need(name, judge, reference):
     built = objective(name)
-    assert (needs_judge(name), built.needs_reference) == (judge, reference)
+    assert (facts_of(name).needs_judge, built.facts.needs_reference) == (judge, reference)
     group = group_of(None, None, None)
     unjudged = Group(group.episode, group.candidates)
     if judge:  # its selection is not possible without rewards
@@ -180,7 +180,7 @@ def test_objectives_say_what_they_need(name, judge, reference):
         assert len(built.select([unjudged]).examples) == 1
 
 
-@pytest.mark.parametrize("name", ObjectiveName)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_no_objective_chooses_a_candidate_without_text(name):
     """Not even one that a worker gave the best or the worst score."""
     for source in Source:

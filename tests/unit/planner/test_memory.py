@@ -16,7 +16,6 @@ from megatron_rlpt.config import (
     Fp8,
     ModelConfig,
     ObjectiveConfig,
-    ObjectiveName,
     OptimizerConfig,
     Recompute,
     RolloutConfig,
@@ -57,7 +56,7 @@ def architecture(model_type: str = "llama", **entries) -> Architecture:
     return parse_architecture({"model_type": model_type} | SIZES | extra | entries, Path("config.json"))
 
 
-def config(objective: ObjectiveName = ObjectiveName.online_dpo, rollouts: int = 0, **sections) -> Config:
+def config(objective: str = "online_dpo", rollouts: int = 0, **sections) -> Config:
     return Config(
         data=DataConfig(max_prefix=448, suffix_length=64),
         candidates=CandidatesConfig(rollouts=rollouts),

@@ -15,7 +15,6 @@ from megatron_rlpt.config import (
     Dtype,
     ModelConfig,
     ObjectiveConfig,
-    ObjectiveName,
     OptimizerConfig,
     TrainConfig,
 )
@@ -70,7 +69,7 @@ def load_llama(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCaus
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
-def settings(folder: Path, name: ObjectiveName = ObjectiveName.online_dpo, **parts: dict[str, Any]) -> Config:
+def settings(folder: Path, name: str = "online_dpo", **parts: dict[str, Any]) -> Config:
     """A configuration of the model in ``folder``; ``parts`` are fields of its train, optimizer, objective sections."""
     return Config(
         model=ModelConfig(path=str(folder), dtype=parts.get("model", {}).get("dtype", Dtype.fp32)),
@@ -84,7 +83,7 @@ def settings(folder: Path, name: ObjectiveName = ObjectiveName.online_dpo, **par
     )
 
 
-def make_policy(folder: Path, name: ObjectiveName = ObjectiveName.online_dpo, **parts: dict[str, Any]) -> Policy:
+def make_policy(folder: Path, name: str = "online_dpo", **parts: dict[str, Any]) -> Policy:
     config = settings(folder, name, **parts)
     return Policy(config, build_objective(config.objective), DeviceRuntime())
 

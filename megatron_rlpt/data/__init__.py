@@ -1,6 +1,6 @@
 """Corpora to episodes: read, mix, share out, cut, shuffle, and go on exactly where a run stopped."""
 
-from megatron_rlpt.data.apart import kept_from_ngrams, kept_from_training, require_apart
+from megatron_rlpt.data.apart import kept_from_second_measure, kept_from_training, require_apart
 from megatron_rlpt.data.episode_stream import EpisodeStream
 from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.heldout import heldout_episodes
@@ -26,7 +26,7 @@ __all__ = [
     "Reader",
     "StreamCounters",
     "heldout_episodes",
-    "kept_from_ngrams",
+    "kept_from_second_measure",
     "kept_from_training",
     "open_source",
     "overlap_error",

@@ -40,7 +40,7 @@ def kept_from_training(config: Config, vocabulary: Vocabulary, quarantine: Path 
     return HeldOut(lists, vocabulary, data.max_record_bytes, Quarantine(quarantine, data.max_bad_fraction))
 
 
-def kept_from_ngrams(config: Config, vocabulary: Vocabulary) -> HeldOut | None:
+def kept_from_second_measure(config: Config, vocabulary: Vocabulary) -> HeldOut | None:
     """All documents that the n-gram model must not be fitted to; None if there are none, or no such model.
 
     Raises:
@@ -64,6 +64,6 @@ def require_apart(config: Config, vocabulary: Vocabulary, held_out: HeldOut | No
     """
     if held_out is None or config.data.heldout_overlap is HeldOutOverlap.skip:
         return
-    if (from_ngrams := kept_from_ngrams(config, vocabulary)) is not None:
-        from_ngrams.scan(config.evaluation.ngram_corpus, NGRAM, "the n-gram model")
+    if (from_second := kept_from_second_measure(config, vocabulary)) is not None:
+        from_second.scan(config.evaluation.ngram_corpus, NGRAM, "the n-gram model")
     held_out.scan(config.data.sources)

@@ -1,1 +1,14 @@
-"""After training: is the policy better than it was, by how much, and how sure is that."""
+"""Evaluation: measure how much better the trained policy is than its starting model, and how certain that is.
+
+In reading order:
+
+- ``evaluate.py``: the command: generate with every policy, judge, compare, report.
+- ``compare.py``: which continuations are compared with which, without running a model.
+- ``statistics.py``: win rates with confidence intervals that resample prefixes.
+- ``text_metrics.py``: length, repetition and diversity of continuations.
+- ``second_measure.py``: the protocol of a measure that is independent of the judge, and the text it is fitted to.
+- ``ngram_model.py``: the built-in second measure, a Kneser-Ney n-gram model.
+- ``report.py``: collects ``report.json``.
+- ``render.py``: shows a report in a terminal and as ``report.html`` (template ``report.html``).
+- ``plots.py``: plots of the page as inline SVG.
+"""

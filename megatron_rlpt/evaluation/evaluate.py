@@ -1,30 +1,20 @@
-"""``rlpt evaluate``: the trained policy and the next-token baseline against the policy both started from."""
+"""``rlpt evaluate``: compare the trained policy and the next-token baseline with their starting model."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_rlpt.config import Config, EngineName, HeldOutOverlap, to_yaml
-from megatron_rlpt.data import (
-    Document,
-    Location,
-    Quarantine,
-    heldout_episodes,
-    kept_from_ngrams,
-    kept_from_training,
-    open_source,
-    overlap_error,
-    survey_corpus,
-)
+from megatron_rlpt.config import Config, EngineName, to_yaml
+from megatron_rlpt.data import heldout_episodes, kept_from_training, survey_corpus
 from megatron_rlpt.distributed.ranks import read_launcher_environment
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.evaluation.comparison import (
+from megatron_rlpt.evaluation.compare import (
     BASELINE,
     START,
     TRAINED,
@@ -33,11 +23,9 @@ from megatron_rlpt.evaluation.comparison import (
     compare,
     continue_prefixes,
 )
-from megatron_rlpt.evaluation.examples import build_examples
-from megatron_rlpt.evaluation.ngram_model import NgramModel
-from megatron_rlpt.evaluation.report import HTML_FILE, JSON_FILE, build_report, write_report
-from megatron_rlpt.evaluation.terminal import print_report
-from megatron_rlpt.evaluation.training_curves import read_training_curves
+from megatron_rlpt.evaluation.render import HTML_FILE, JSON_FILE, print_report, write_report
+from megatron_rlpt.evaluation.report import build_examples, build_report, read_training_curves
+from megatron_rlpt.evaluation.second_measure import fit_second_measure
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.observe import get_logger, setup_logging, terminal
@@ -51,26 +39,30 @@ from megatron_rlpt.trainer.run_record import RunRecord
 from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source, derive_seed
 
 BASELINE_FOLDER = "baseline_ntp"
-"""Run folder of the next-token baseline, inside the run folder it is the baseline of."""
+"""Run folder of the next-token baseline, inside the run folder of the policy."""
 
 _log = get_logger(__name__)
 
 
 def evaluate(config: Config) -> None:
-    """Compare ``<run.dir>/export`` (and ``<run.dir>/baseline_ntp/export``, if there) with ``model.path``.
+    """Compare ``<run.dir>/export`` and, if it exists, ``<run.dir>/baseline_ntp/export`` with ``model.path``.
 
-    Writes ``report.json`` and ``report.html`` into the run folder and prints the figures. When neither configuration
-    nor weights have changed since the last report, that one is printed again.
+    Write ``report.json`` and ``report.html`` into the run folder and print the results. If neither configuration nor
+    weights have changed since the last report, print that one again.
 
     Raises:
-        ConfigError: the run has no exported policy yet, no held-out documents are configured, or several processes
+        ConfigError: the run has exported no policy yet, no held-out documents are configured, or several processes
             were started.
-        DataError, ModelError, TeacherError: a part of it cannot be used.
+        DataError, ModelError, TeacherError: corpus, models or judge cannot be used.
     """
     if (world := read_launcher_environment().world) > 1:
-        raise ConfigError(f"rlpt evaluate is one process, and {world} were started; start it without torchrun or srun")
+        raise ConfigError(
+            f"rlpt evaluate runs as one process, but {world} were started; start it without torchrun or srun"
+        )
     if config.rollout.engine is not EngineName.vllm:
-        _log.warning("continuations come from vLLM, whatever trained", engine=config.rollout.engine.value)
+        _log.warning(
+            "evaluation generates with vLLM, not with the engine of the run", engine=config.rollout.engine.value
+        )
     folder = Path(config.run.dir)
     models = _models(config, folder)
     fingerprint = _fingerprint(config, models)
@@ -84,10 +76,12 @@ def evaluate(config: Config) -> None:
 
 
 def _models(config: Config, folder: Path) -> dict[str, Path]:
-    """Policies to compare, by the name the report gives them."""
+    """Return the model folders to compare by their names in the report."""
     models = {START: Path(config.model.path), TRAINED: folder / "export"}
     if not models[TRAINED].is_dir():
-        raise ConfigError(f"run.dir {folder} has no export/ to evaluate; run 'rlpt train' with this config first")
+        raise ConfigError(
+            f"run.dir {folder} has no export/ to evaluate; run 'rlpt train' with this configuration first"
+        )
     baseline = folder / BASELINE_FOLDER / "export"
     return models | ({BASELINE: baseline} if baseline.is_dir() else {})
 
@@ -95,7 +89,7 @@ def _models(config: Config, folder: Path) -> dict[str, Path]:
 def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     tokenizer = PolicyTokenizer(config.model.path)
     survey_corpus(config.data.heldout + config.evaluation.ngram_corpus, config.data.max_bad_fraction)
-    require_honest(config, tokenizer, [models[name].parent for name in (TRAINED, BASELINE) if name in models])
+    require_held_out(config, tokenizer, [models[name].parent for name in (TRAINED, BASELINE) if name in models])
     episodes = heldout_episodes(
         config.data,
         config.evaluation.prefixes,
@@ -107,8 +101,8 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
     prefixes = [episode.prefix for episode in episodes]
     originals = [episode.suffix for episode in episodes]
     policies = _continue_all(config, models, prefixes)
-    second = _ngram_model(config, tokenizer, read_architecture(models[START]).vocab)
-    _log.info("scoring", prefixes=len(prefixes), policies=len(policies))
+    second = fit_second_measure(config, tokenizer, read_architecture(models[START]).vocab)
+    _log.info("judging", prefixes=len(prefixes), policies=len(policies))
     scorer = JudgeScorer(build_judge(config, "cpu"), episodes, tokenizer, config.teacher.max_failure_rate)
     comparison = compare(prefixes, originals, policies, scorer, second, seed=config.run.seed)
     return build_report(
@@ -116,7 +110,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
         read_training_curves(folder),
         config,
         judge=describe_judge(config),
-        second=None if second is None else _describe_ngram(second),
+        second=None if second is None else second.describe(),
         examples=build_examples(prefixes, originals, policies, comparison, tokenizer, config.evaluation.examples),
     )
 
@@ -124,7 +118,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
 def _continue_all(
     config: Config, models: dict[str, Path], prefixes: Sequence[tuple[int, ...]]
 ) -> dict[str, Continuations]:
-    """Continuations of every policy from one engine, whose weights are exchanged in between."""
+    """Generate the continuations of every policy with one engine, updating its weights in between."""
     arch = read_architecture(models[START])
     engine = start_policy_engine(config)
     policies = {}
@@ -139,7 +133,7 @@ def _continue_all(
 
 
 class PolicyGenerator:
-    """Continues prefixes with the engine's weights of one version."""
+    """Continues prefixes with one version of the engine's weights."""
 
     def __init__(self, engine: RolloutEngine, version: int, config: Config) -> None:
         self._engine = engine
@@ -148,7 +142,7 @@ class PolicyGenerator:
         self._seed = config.run.seed
 
     def __call__(self, prefixes: Sequence[Tokens], greedy: bool, sample: int) -> list[tuple[int, ...]]:
-        """One continuation per prefix. All policies draw with the same seeds."""
+        """Return one continuation per prefix. All policies sample with the same seeds."""
         prompts = [
             RolloutPrompt(tuple(prefix), derive_seed(self._seed, "evaluation", sample, index), greedy)
             for index, prefix in enumerate(prefixes)
@@ -157,7 +151,7 @@ class PolicyGenerator:
 
 
 class JudgeScorer:
-    """The training judge as a scorer: continuations of one prefix are judged as one group, as rollouts are."""
+    """Scores with the training judge: the continuations of one prefix are judged as one group, like rollouts."""
 
     def __init__(self, judge: Judge, episodes: Sequence[Episode], text: TextTokens, max_failure_rate: float) -> None:
         self._judge = judge
@@ -166,10 +160,10 @@ class JudgeScorer:
         self._episodes = {episode.prefix: episode for episode in episodes}
 
     def score(self, prefixes: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[float | None]:
-        """One score per continuation; None where the judge failed, or nothing was written.
+        """Return one reward per continuation; None where the judge failed or the continuation is blank.
 
         Raises:
-            TeacherError: it failed on a larger share than the limit.
+            TeacherError: the judge failed on more than ``teacher.max_failure_rate``.
         """
         groups = []
         for prefix, rivals in groupby(zip(prefixes, continuations, strict=True), key=lambda pair: tuple(pair[0])):
@@ -184,53 +178,17 @@ class JudgeScorer:
         return [reward.value if isinstance(reward, Reward) else None for group in judged for reward in group.rewards]
 
 
-def _ngram_model(config: Config, tokenizer: PolicyTokenizer, vocab: int) -> NgramModel | None:
-    """``vocab`` is the model's: it may be padded beyond the tokenizer's, and a policy may sample from the padding."""
-    if not config.evaluation.ngram_corpus:
-        return None
-    return NgramModel(list(_ngram_documents(config, tokenizer)), vocab)
-
-
-def _ngram_documents(config: Config, tokenizer: PolicyTokenizer) -> Iterator[Sequence[int]]:
-    """What the n-gram model is fitted to: nothing that policies are compared on.
-
-    Raises:
-        DataError: a document is held out, and not to be left out.
-    """
-    data, left_out = config.data, 0
-    held_out = kept_from_ngrams(config, tokenizer.vocabulary)
-    for index, source in enumerate(config.evaluation.ngram_corpus):
-        reader = open_source(source, data.max_record_bytes, tokenizer.vocabulary)
-        bad = Quarantine(None, data.max_bad_fraction)
-        bad.expect([(source.path, reader.sizes())])
-        while (record := reader.read()) is not None:
-            bad.count(record)
-            if not isinstance(record, Document):
-                continue
-            if held_out and (place := held_out.find(held_out.text_of(record))):
-                if data.heldout_overlap is HeldOutOverlap.refuse:
-                    used = Location(f"evaluation.ngram_corpus[{index}]", source.path, record.id)
-                    raise overlap_error(used, place, "the n-gram model")
-                left_out += 1
-                continue
-            yield tokenizer.encode(record.text, source.control_tokens) if record.tokens is None else record.tokens
-        bad.check()
-    if left_out:
-        _log.warning("documents of evaluation.ngram_corpus are held out as well; the n-gram model does without them",
-                     documents=left_out)  # fmt: skip
-
-
-def require_honest(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[Path]) -> None:
+def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[Path]) -> None:
     """Refuse to compare policies on documents that one of them may have been trained on.
 
     Args:
-        config: of the run; what it holds out need not be what was held out while it was trained.
+        config: of the run; its held-out documents may differ from those held out during training.
         tokenizer: of the policies.
-        runs: folders of the runs that trained them.
+        runs: folders of the runs that trained the policies.
 
     Raises:
-        DataError: a document of the corpus is held out now and was not in one of ``runs``, or too many records of what
-            is held out are malformed.
+        DataError: a document of the corpus is held out now but was not in one of ``runs``, or too many held-out
+            records are malformed.
     """
     held_out = kept_from_training(config, tokenizer.vocabulary, runs[0] / "quarantine.jsonl")
     if held_out is None:
@@ -238,17 +196,12 @@ def require_honest(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[Pa
     records = [RunRecord.read(folder) for folder in runs]
     if all(record is not None and record.held_out == held_out.digest for record in records):
         return
-    _log.warning("other documents are held out than while the policy was trained, or nobody knows; comparing them with "
-                 "data.sources")  # fmt: skip
+    _log.warning("held-out documents have changed since training, or are not on record; comparing with data.sources")
     held_out.scan(config.data.sources, skips=False)
 
 
-def _describe_ngram(model: NgramModel) -> str:
-    return f"a Kneser-Ney n-gram model fitted to {model.tokens:,} tokens that no policy was trained on or continued"
-
-
 def _fingerprint(config: Config, models: dict[str, Path]) -> str:
-    """Changes when the configuration or any weight file does."""
+    """Return a digest of the configuration and of name, size and time of every weight file."""
     digest = hashlib.blake2b(to_yaml(config).encode(), digest_size=16)
     for name, folder in models.items():
         for path in sorted(folder.glob("*.safetensors")):
@@ -258,11 +211,12 @@ def _fingerprint(config: Config, models: dict[str, Path]) -> str:
 
 
 def _finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return the last report if it has this fingerprint and can be printed."""
     try:
         report = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
         if report["fingerprint"] != fingerprint or not (folder / HTML_FILE).is_file():
             return None
         print_report(report, terminal.console(file=io.StringIO()))
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return None  # none, one of something else, or a damaged one, which is made anew
+        return None  # missing, foreign or damaged: evaluate again
     return cast(dict[str, Any], report)

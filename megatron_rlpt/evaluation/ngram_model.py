@@ -1,11 +1,11 @@
-"""An n-gram language model over token ids: a second opinion that the judge had no part in.
+"""The built-in second measure: an n-gram language model over token ids.
 
 Interpolated Kneser-Ney smoothing with the three discounts of Chen and Goodman (1999, "modified Kneser-Ney"). Every
-table is a sorted array of integer keys, so building and scoring are a few sorts and binary searches in numpy.
+table is a sorted array of integer keys, so that fitting and scoring are a few sorts and binary searches in numpy.
 
-A judge that is itself a language model can be pleased in ways that only a language model of its kind shares. This
-model is counted from corpus text, shares no parameter with any policy or teacher, and never took part in training. It
-sees only a few tokens of context and likes common phrases, loops included: read it next to the repetition figures.
+A judge that is a language model has preferences that only similar language models share. This model is counted from
+corpus text, shares no parameters with any policy or teacher, and takes no part in training. It sees only a few tokens
+of context and prefers common phrases, loops included, so read it together with the repetition metrics.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from megatron_rlpt.errors import DataError
+from megatron_rlpt.evaluation.second_measure import SecondMeasure
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -27,56 +29,65 @@ _SMALL_CORPUS_DISCOUNT = 0.5
 
 @dataclass(frozen=True)
 class _Order:
-    """All n-grams of one length. ``keys`` = index of the context in the order below * base + last token, sorted."""
+    """All n-grams of one length. ``keys`` = index of the context one order lower * base + last token, sorted."""
 
     keys: _Ints
     counts: _Ints
-    """Occurrences in the highest order, different left neighbours in the lower ones (Kneser-Ney counts)."""
+    """Occurrences in the highest order, distinct left neighbours in lower ones (Kneser-Ney counts)."""
     discounts: _Floats
-    """Taken off a count of 0, 1, 2, and 3 or more."""
+    """Discounts of counts 0, 1, 2, and 3 or more."""
     context_total: _Floats
     """Sum of counts by context index."""
     context_discount: _Floats
-    """Sum of discounts by context index: the mass handed to the order below."""
+    """Sum of discounts by context index: the mass left to the next lower order."""
 
     def find(self, keys: _Ints) -> _Ints:
-        """Index of each key, or ``_MISSING``."""
+        """Return the index of each key, or ``_MISSING``."""
         if not len(self.keys):
             return np.full(len(keys), _MISSING)
         index = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return np.where(self.keys[index] == keys, index, _MISSING)
 
 
-class NgramModel:
-    """Modified Kneser-Ney model; ``score`` has the shape of a judge's scorer.
+class NgramModel(SecondMeasure):
+    """A modified Kneser-Ney model.
 
     Args:
-        documents: token ids of corpus text that neither training nor the evaluation prefixes used.
         vocab_size: number of token ids; probabilities are over ``range(vocab_size)``.
-        order: longest n-gram, context plus predicted token, at least 2.
+        order: longest n-gram (context plus predicted token), at least 2.
 
     Raises:
-        DataError: there is no document with a token, or a token id is outside the vocabulary.
         ValueError: ``order`` is below 2.
     """
 
-    def __init__(self, documents: Iterable[Sequence[int]], vocab_size: int, order: int = 4) -> None:
+    name = "n-gram model"
+
+    def __init__(self, vocab_size: int, order: int = 4) -> None:
         if order < 2:
             raise ValueError(f"order is {order}; an n-gram model with Kneser-Ney counts needs at least 2")
         self.order = order
         self.vocab_size = vocab_size
-        # One token id more than the vocabulary marks the start of a document. It is the left neighbour of a document's
-        # first token and is never predicted.
+        self.tokens = 0
+        """Tokens of text the model was fitted to."""
+        # One id beyond the vocabulary marks the start of a document. It is the left neighbour of the document's first
+        # token and is never predicted.
         self._boundary = vocab_size
         self._base = vocab_size + 1
+
+    @override
+    def fit(self, documents: Iterable[Sequence[int]]) -> None:
         stream = self._concatenate(documents)
         self.tokens = int(np.count_nonzero(stream != self._boundary))
-        """Tokens of text the model was counted from."""
         self._orders = self._count(stream)
         self._unigram = self._unigram_probabilities()
 
+    @override
+    def describe(self) -> str:
+        return f"a Kneser-Ney n-gram model fitted to {self.tokens:,} tokens that no policy was trained on or continued"
+
+    @override
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[float | None]:
-        """Mean log-probability per token (nats) of each continuation given its prefix; None for an empty one.
+        """Return the mean log-probability per token (nats) of each continuation; None for an empty one.
 
         Raises:
             ValueError: lengths differ, or a token id is outside the vocabulary.
@@ -93,7 +104,7 @@ class NgramModel:
         return [float(total / length) if length else None for total, length in zip(sums, lengths.tolist(), strict=True)]
 
     def distribution(self, context: Sequence[int]) -> _Floats:
-        """Probability of every token id after ``context``, ``[vocab]``; sums to 1 whatever the context.
+        """Return the probability of every token id after ``context``, ``[vocab]``; they sum to 1.
 
         Raises:
             ValueError: a token id is outside the vocabulary.
@@ -112,16 +123,16 @@ class NgramModel:
             for extreme in (int(tokens.min()), int(tokens.max())):
                 if not 0 <= extreme < self.vocab_size:
                     raise DataError(
-                        f"token id {extreme} is outside the vocabulary of {self.vocab_size}; tokenize the n-gram "
-                        "model's text with the policy's tokenizer"
+                        f"token id {extreme} is outside the vocabulary of {self.vocab_size}; tokenize the text of "
+                        "the n-gram model with the policy's tokenizer"
                     )
             parts += [np.array([self._boundary], dtype=np.int64), tokens]
         if not parts:
-            raise DataError("the n-gram model got no text; give it held-out documents that evaluation does not use")
+            raise DataError("the n-gram model has no text; give evaluation.ngram_corpus documents that are not empty")
         return np.concatenate(parts)
 
     def _count(self, stream: _Ints) -> list[_Order]:
-        """Tables of length 1 to ``order``."""
+        """Return the tables of length 1 to ``order``."""
         inner = stream != self._boundary
         # ids[i]: index of the n-gram that starts at position i, for the positions in ``alive`` (no boundary inside).
         ids = stream.copy()
@@ -138,7 +149,7 @@ class NgramModel:
                 return_inverse=True,
                 return_counts=True,
             )
-            # Each different n-gram gives its own suffix one more left neighbour.
+            # Each distinct n-gram adds one left neighbour to its suffix.
             suffixes = ids[alive[first] + 1]
             left.append(np.bincount(suffixes, minlength=len(keys[-1])))
             keys.append(unique)
@@ -162,14 +173,14 @@ class NgramModel:
         )
 
     def _unigram_probabilities(self) -> _Floats:
-        """Kneser-Ney unigrams, the discounted mass spread evenly over the whole vocabulary; ``[vocab]``."""
+        """Return Kneser-Ney unigrams ``[vocab]``, the discounted mass spread evenly over the vocabulary."""
         table = self._orders[0]
         counts = table.counts[: self.vocab_size]
         discounted = counts - table.discounts[np.minimum(counts, 3)]
         return (discounted + table.context_discount[0] / self.vocab_size) / table.context_total[0]
 
     def _windows(self, prefix: Sequence[int], continuation: Sequence[int]) -> _Ints:
-        """``[tokens, order]``: each continuation token at the end of its context, ``_MISSING`` where there is none."""
+        """Return ``[tokens, order]``: each continuation token after its context, ``_MISSING`` where there is none."""
         context = self.order - 1
         recent = list(prefix[-context:])
         tokens = np.array([_MISSING] * (context - len(recent)) + recent + list(continuation), dtype=np.int64)
@@ -179,13 +190,13 @@ class NgramModel:
         return np.lib.stride_tricks.sliding_window_view(tokens, self.order)
 
     def _probabilities(self, windows: _Ints) -> _Floats:
-        """Probability of the last column given the columns before it; ``[rows]``."""
+        """Return the probability of the last column given the columns before it; ``[rows]``."""
         token = windows[:, -1]
         probability = self._unigram[token]
         for length in range(2, self.order + 1):
             table = self._orders[length - 1]
             context = self._context_index(windows[:, self.order - length : -1])
-            # A context without continuations of its own says nothing: the shorter context's answer stands.
+            # Back off: a context that was never continued keeps the probability of the shorter context.
             usable = np.flatnonzero(context != _MISSING)
             usable = usable[table.context_total[context[usable]] > 0]
             context = context[usable]
@@ -197,7 +208,7 @@ class NgramModel:
         return probability
 
     def _context_index(self, contexts: _Ints) -> _Ints:
-        """Index of each context (row) in the table of its length, or ``_MISSING``."""
+        """Return the index of each context (row) in the table of its length, or ``_MISSING``."""
         index = contexts[:, 0].copy()
         for column in range(1, contexts.shape[1]):
             present = index != _MISSING
@@ -207,16 +218,16 @@ class NgramModel:
 
 
 def _sum_by(group: _Ints, values: _Ints | _Floats, groups: int) -> _Floats:
-    """Sum of ``values`` in each of ``groups`` groups."""
+    """Return the sum of ``values`` in each of ``groups`` groups."""
     return np.bincount(group, weights=values, minlength=groups).astype(np.float64, copy=False)
 
 
 def _discounts(counts: _Ints) -> _Floats:
-    """Discounts for counts 0, 1, 2, 3+ from the numbers of n-grams seen 1, 2, 3 and 4 times (Chen and Goodman, eq. 26).
+    """Return the discounts of counts 0, 1, 2, 3+ (Chen and Goodman, eq. 26).
 
-    On text so small that those numbers are zero or give a discount outside (0, count) it is the single discount of
-    plain Kneser-Ney, and where even that is undefined, one half. A discount is always above 0, so that no token is
-    impossible.
+    They follow from the numbers of n-grams seen 1, 2, 3 and 4 times. If the text is so small that those are zero or
+    give a discount outside (0, count), use the single discount of plain Kneser-Ney; where that is undefined too, one
+    half. A discount is always above 0, so that no token is impossible.
     """
     n1, n2, n3, n4 = (int(np.count_nonzero(counts == times)) for times in (1, 2, 3, 4))
     if not n1 or not n2:

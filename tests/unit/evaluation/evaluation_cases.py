@@ -11,10 +11,8 @@ from typing import Any
 from text_tokens import FakeText
 
 from megatron_rlpt.config import Config
-from megatron_rlpt.evaluation.comparison import BASELINE, START, TRAINED, Comparison, Continuations, compare
-from megatron_rlpt.evaluation.examples import build_examples
-from megatron_rlpt.evaluation.report import build_report
-from megatron_rlpt.evaluation.training_curves import read_training_curves
+from megatron_rlpt.evaluation.compare import BASELINE, START, TRAINED, Comparison, Continuations, compare
+from megatron_rlpt.evaluation.report import build_examples, build_report, read_training_curves
 
 LOOP = 7
 """Token that weak policies fall back to."""

@@ -2,7 +2,7 @@ import pytest
 from evaluation_cases import LoopJudge, make_comparison
 
 from megatron_rlpt.errors import TeacherError
-from megatron_rlpt.evaluation.comparison import (
+from megatron_rlpt.evaluation.compare import (
     BASELINE,
     START,
     TRAINED,
@@ -11,7 +11,7 @@ from megatron_rlpt.evaluation.comparison import (
     compare,
     continue_prefixes,
 )
-from megatron_rlpt.evaluation.diversity import distinct_n, mean_length, repeated_trigrams
+from megatron_rlpt.evaluation.text_metrics import distinct_n, mean_length, repeated_trigrams
 
 PREFIXES = [(1, 2), (3, 4), (5, 6), (8, 9)]
 ORIGINALS = [(11, 12, 13)] * 4

@@ -1,4 +1,4 @@
-"""The n-gram model's corpus beside the documents that policies are compared on."""
+"""The corpus of the second measure against the documents that policies are compared on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from megatron_rlpt.config import HeldOutOverlap, load_config
 from megatron_rlpt.data import kept_from_training
 from megatron_rlpt.errors import DataError
-from megatron_rlpt.evaluation.evaluate import BASELINE_FOLDER, _ngram_documents, require_honest
+from megatron_rlpt.evaluation.evaluate import BASELINE_FOLDER, require_held_out
+from megatron_rlpt.evaluation.second_measure import corpus_documents
 from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.trainer.run_record import RunRecord
 
@@ -44,12 +45,12 @@ def test_the_ngram_model_is_not_fitted_to_what_it_judges(config, caplog):
     with pytest.raises(
         DataError, match=r"evaluation\.ngram_corpus\[0\] .*#0\) is held out as well: data\.heldout\[0\]"
     ):
-        list(_ngram_documents(config, Bytes()))
+        list(corpus_documents(config, Bytes(), "n-gram model"))
     config.data.heldout_overlap = HeldOutOverlap.skip
     with caplog.at_level(logging.WARNING):
-        documents = list(_ngram_documents(config, Bytes()))
+        documents = list(corpus_documents(config, Bytes(), "n-gram model"))
     assert [bytes(tokens).decode() for tokens in documents] == [text(seed) for seed in range(14, 18)]
-    assert "the n-gram model does without them" in caplog.text
+    assert "left out of the n-gram model" in caplog.text
 
 
 @pytest.mark.parametrize("known", ["the same", "of the run only", "changed meanwhile", "another", "nothing"])
@@ -65,7 +66,7 @@ def test_the_corpus_is_compared_again_unless_the_same_was_held_out_from_first_to
                 "another": "0", "nothing": None}[known]  # fmt: skip
         RunRecord({}, held_out=said).write(folder)
     if known == "the same":
-        require_honest(config, Bytes(), runs)
+        require_held_out(config, Bytes(), runs)
         return
     with pytest.raises(DataError, match=r"data\.sources\[0\] .*#0\) is held out as well: data\.heldout\[0\]"):
-        require_honest(config, Bytes(), runs)
+        require_held_out(config, Bytes(), runs)

@@ -10,6 +10,12 @@ from megatron_rlpt.evaluation.ngram_model import NgramModel
 VOCAB = 60
 
 
+def fitted(documents: list[list[int]], vocab_size: int, order: int = 4) -> NgramModel:
+    model = NgramModel(vocab_size, order)
+    model.fit(documents)
+    return model
+
+
 def markov_documents(count: int, length: int, seed: int) -> list[list[int]]:
     """Text in which every token has three likely successors."""
     table = random.Random(0)
@@ -26,13 +32,13 @@ def markov_documents(count: int, length: int, seed: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def model() -> NgramModel:
-    return NgramModel(markov_documents(40, 200, seed=1), VOCAB)
+    return fitted(markov_documents(40, 200, seed=1), VOCAB)
 
 
 @pytest.mark.parametrize("order", [2, 3, 4, 5])
 def test_probabilities_sum_to_one_after_any_context(order):
     documents = markov_documents(20, 100, seed=1)
-    model = NgramModel(documents, VOCAB, order)
+    model = fitted(documents, VOCAB, order)
     seen = documents[0][10:20]
     never = [VOCAB - 1, VOCAB - 2, VOCAB - 3, VOCAB - 1]
     end_of_document = documents[3][-6:]
@@ -45,7 +51,7 @@ def test_probabilities_sum_to_one_after_any_context(order):
 
 @pytest.mark.parametrize("documents", [[[3]], [[1, 2, 1, 2, 1, 2, 1, 2]], [[0], [1], [2, 2]], [[4] * 50]])
 def test_tiny_texts_still_give_a_distribution(documents):
-    model = NgramModel(documents, 8)
+    model = fitted(documents, 8)
     for context in ([], [1], [1, 2, 1], [7, 7, 7], [4, 4, 4, 4]):
         assert model.distribution(context).sum() == pytest.approx(1, abs=1e-9)
         assert model.distribution(context).min() > 0
@@ -55,14 +61,14 @@ def test_lower_orders_count_contexts_not_occurrences():
     # Token 1 follows only token 0, but often; token 2 follows many tokens, each once. After an unseen context the
     # second is the better guess: that is what Kneser-Ney is for.
     documents = [[0, 1] * 30, *[[other, 2] for other in range(3, 15)]]
-    after_unseen = NgramModel(documents, 20, order=2).distribution([19])
+    after_unseen = fitted(documents, 20, order=2).distribution([19])
     assert after_unseen[2] > after_unseen[1]
 
 
 def test_bigram_probability_done_by_hand():
     # One document "0 1 0 2": bigrams (start 0), (0 1), (1 0), (0 2), each once; no bigram occurs twice, so every
     # discount is one half. Left neighbours: two for token 0 (start and 1), one for 1, one for 2.
-    model = NgramModel([[0, 1, 0, 2]], vocab_size=4, order=2)
+    model = fitted([[0, 1, 0, 2]], vocab_size=4, order=2)
     # One token has two left neighbours and two have one: discount 2 / (2 + 2 * 1) = 0.5 as well.
     base = 1.5 / 4 / 4
     unigram = np.array([1.5 / 4 + base, 0.5 / 4 + base, 0.5 / 4 + base, base])
@@ -88,10 +94,8 @@ def test_prefers_text_of_its_kind_to_the_same_words_shuffled(model):
 
 
 def test_documents_do_not_run_into_each_other():
-    apart = NgramModel([[1, 2], [3, 4]] * 5, 8, order=2)
-    assert apart.distribution([2])[3] == pytest.approx(
-        NgramModel([[3, 4], [1, 2]] * 5, 8, order=2).distribution([2])[3]
-    )
+    apart = fitted([[1, 2], [3, 4]] * 5, 8, order=2)
+    assert apart.distribution([2])[3] == pytest.approx(fitted([[3, 4], [1, 2]] * 5, 8, order=2).distribution([2])[3])
     assert apart.distribution([2])[3] < apart.distribution([1])[2]
 
 
@@ -103,8 +107,8 @@ def test_empty_continuation_has_no_score(model):
 
 @pytest.mark.parametrize("documents", [[], [[]], [[1, VOCAB]], [[-1, 2]]])
 def test_unusable_text_is_named(documents):
-    with pytest.raises(DataError, match=r"got no text|outside the vocabulary"):
-        NgramModel(documents, VOCAB)
+    with pytest.raises(DataError, match=r"has no text|outside the vocabulary"):
+        fitted(documents, VOCAB)
 
 
 def test_scoring_outside_the_vocabulary_is_an_error(model):

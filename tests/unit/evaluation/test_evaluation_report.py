@@ -7,11 +7,8 @@ import pytest
 from evaluation_cases import LOOP, LoopJudge, make_report, write_metrics
 from rich.console import Console
 
-from megatron_rlpt.evaluation.examples import readable
-from megatron_rlpt.evaluation.report import write_report
-from megatron_rlpt.evaluation.summary import NO_BASELINE, headline
-from megatron_rlpt.evaluation.terminal import print_report
-from megatron_rlpt.evaluation.training_curves import read_training_curves
+from megatron_rlpt.evaluation.render import NO_BASELINE, headline, print_report, write_report
+from megatron_rlpt.evaluation.report import read_training_curves, readable
 
 HOSTILE = "</td><script>alert(1)</script> {{ 7 * 7 }} [bold]$x^2$ & \"'"
 
@@ -139,7 +136,7 @@ def test_without_a_baseline_the_report_says_so(run_dir):
 def test_without_a_second_measure_the_report_says_so(run_dir):
     report, page = written(run_dir, make_report(run_dir))
     assert report["second_measure"] is None
-    assert "There is no second measure" in page
+    assert "This evaluation has no second measure" in page
 
 
 def test_without_metrics_there_are_no_training_plots_but_a_sentence(tmp_path):

@@ -1,7 +1,6 @@
-"""Trained policy and next-token baseline against the starting model, on the same held-out prefixes.
+"""Compare the trained policy and the next-token baseline with the starting model on the same held-out prefixes.
 
-Everything heavy comes in as a function: how a policy continues prefixes, how the judge scores. What is left is pure
-and small: who is compared with whom, and what is counted.
+Generation and judging are passed in as callables, so that this module runs no model.
 """
 
 from __future__ import annotations
@@ -13,31 +12,39 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_rlpt.errors import TeacherError
-from megatron_rlpt.evaluation.diversity import distinct_n, mean_length, repeated_trigrams
 from megatron_rlpt.evaluation.statistics import Difference, WinRate, outcome, win_rate, win_rate_difference
+from megatron_rlpt.evaluation.text_metrics import TextMetrics, text_metrics
 
 Tokens = Sequence[int]
 
 Generate = Callable[[Sequence[Tokens], bool, int], list[tuple[int, ...]]]
-"""``generate(prefixes, greedy, sample)``: one continuation per prefix; ``sample`` picks the seed when not greedy."""
+"""``generate(prefixes, greedy, sample)``: one continuation per prefix; ``sample`` selects the seed unless greedy."""
 
 START, TRAINED, BASELINE = "start", "trained", "baseline"
 
+NAMES = {
+    START: "starting model",
+    TRAINED: "trained policy",
+    BASELINE: "next-token baseline",
+    "original": "original text",
+}
+"""Policy -> its name in reports."""
+
 
 class Scorer(Protocol):
-    """A judge of continuations: the training judge, an n-gram model, another language model."""
+    """Scores continuations: the training judge or the second measure."""
 
     def score(self, prefixes: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[float | None]:
-        """One score per continuation, higher is better; None where judging failed.
+        """Return one score per continuation, higher is better; None where scoring failed.
 
-        The continuations of one prefix that are compared with each other come in one call and next to each other, so
-        that a pairwise judge can rank them as a group.
+        Continuations of the same prefix that are compared with each other are adjacent in one call, so that a pairwise
+        judge can rank them as a group.
         """
         ...
 
 
 class Decoding(enum.StrEnum):
-    """How continuations were generated."""
+    """How continuations are generated."""
 
     SAMPLED = "sampled"
     GREEDY = "greedy"
@@ -45,7 +52,7 @@ class Decoding(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Continuations:
-    """What one policy wrote."""
+    """The continuations of one policy."""
 
     greedy: tuple[tuple[int, ...], ...]
     """``[prefix]``: the most likely token at every position."""
@@ -53,51 +60,33 @@ class Continuations:
     """``[sample][prefix]``: samples at temperature 1."""
 
     def takes(self, decoding: Decoding) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """``[take][prefix]``: all samples, or the greedy continuation as the only take."""
+        """Return ``[take][prefix]``: all samples, or the greedy continuations as the only take."""
         return (self.greedy,) if decoding is Decoding.GREEDY else self.sampled
 
 
 @dataclass(frozen=True)
-class TextStatistics:
-    """Figures of one set of continuations on its own."""
-
-    length: float
-    """Mean tokens per continuation."""
-    repetition: float
-    """Mean fraction of trigrams that occurred earlier in the same continuation."""
-    distinct_2: float | None
-    """Different bigrams divided by all bigrams of the set; None if nothing is that long."""
-    distinct_3: float | None
-    """The same for trigrams."""
-    reward: float | None
-    """Mean score of the judge; None for text the judge was not asked about."""
-    second: float | None
-    """Mean score of the second measure; None without one."""
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """Every figure of an evaluation. The inner keys are the two decodings."""
+    """All results of an evaluation. The inner keys are the two decodings."""
 
     prefixes: int
     samples: int
     """Sampled continuations per prefix and policy."""
-    traits: dict[str, dict[Decoding, TextStatistics]]
+    texts: dict[str, dict[Decoding, TextMetrics]]
     """By policy."""
-    original: TextStatistics
+    original: TextMetrics
     """Of the corpus's own suffixes."""
     win_rates: dict[str, dict[Decoding, WinRate]]
-    """By policy, against the starting model, by the judge."""
+    """By policy, against the starting model, according to the judge."""
     second_win_rates: dict[str, dict[Decoding, WinRate]] | None
-    """The same by the second measure; None without one."""
+    """The same according to the second measure; None without one."""
     differences: dict[Decoding, Difference] | None
     """Win rate of the trained policy minus that of the baseline; None without a baseline."""
     rewards: dict[str, dict[Decoding, list[list[float | None]]]]
-    """The judge's scores by policy: ``[take][prefix]``."""
+    """By policy: ``[take][prefix]``."""
 
 
 def continue_prefixes(generate: Generate, prefixes: Sequence[Tokens], samples: int) -> Continuations:
-    """Greedy and ``samples`` sampled continuations of every prefix.
+    """Generate one greedy and ``samples`` sampled continuations of every prefix.
 
     Raises:
         ValueError: ``generate`` did not return one continuation per prefix.
@@ -106,7 +95,7 @@ def continue_prefixes(generate: Generate, prefixes: Sequence[Tokens], samples: i
     def take(greedy: bool, sample: int) -> tuple[tuple[int, ...], ...]:
         written = tuple(tuple(tokens) for tokens in generate(prefixes, greedy, sample))
         if len(written) != len(prefixes):
-            raise ValueError(f"{len(prefixes)} prefixes got {len(written)} continuations")
+            raise ValueError(f"generate returned {len(written)} continuations for {len(prefixes)} prefixes")
         return written
 
     return Continuations(take(True, 0), tuple(take(False, sample) for sample in range(samples)))
@@ -121,13 +110,13 @@ def compare(
     *,
     seed: int = 0,
 ) -> Comparison:
-    """Compare ``policies`` (``start``, ``trained`` and, if there is one, ``baseline``).
+    """Compare ``policies`` (``start``, ``trained`` and optionally ``baseline``).
 
-    The k-th sample of a policy is compared with the k-th sample of the starting model for the same prefix. ``seed``
-    fixes the bootstrap.
+    Sample k of a policy is compared with sample k of the starting model for the same prefix. ``seed`` seeds the
+    bootstrap.
 
     Raises:
-        TeacherError: too few comparisons were decided for an interval, or a score is not a finite number.
+        TeacherError: too few comparisons were decided for an interval, or a score is not finite.
         ValueError: a policy is missing or unknown, or shapes differ.
     """
     _check(prefixes, originals, policies)
@@ -154,16 +143,16 @@ def compare(
     return Comparison(
         prefixes=len(prefixes),
         samples=len(policies[START].sampled),
-        traits={
+        texts={
             name: {
-                mode: _traits(
+                mode: text_metrics(
                     written.takes(mode), rewards[name][mode], None if seconds is None else seconds[name][mode]
                 )
                 for mode in Decoding
             }
             for name, written in policies.items()
         },
-        original=_traits(
+        original=text_metrics(
             (originals,), None, None if second is None else [_finite(second.score(prefixes, originals), originals)]
         ),
         win_rates=rates(rewards),
@@ -193,7 +182,7 @@ def _check(prefixes: Sequence[Tokens], originals: Sequence[Tokens], policies: Ma
 def _score_all(
     prefixes: Sequence[Tokens], policies: Mapping[str, Continuations], scorer: Scorer
 ) -> dict[str, dict[Decoding, list[list[float | None]]]]:
-    """Scores by policy and decoding, ``[take][prefix]``; one call of the scorer per take, policies side by side."""
+    """Return scores ``[take][prefix]`` by policy and decoding. All policies of a take are scored in one call."""
     names = list(policies)
     scores: dict[str, dict[Decoding, list[list[float | None]]]] = {
         name: {mode: [] for mode in Decoding} for name in names
@@ -209,42 +198,21 @@ def _score_all(
     return scores
 
 
-def _finite(values: list[float | None], asked: Sequence[Tokens]) -> list[float | None]:
-    if len(values) != len(asked):
-        raise ValueError(f"the scorer returned {len(values)} scores for {len(asked)} continuations")
+def _finite(values: list[float | None], continuations: Sequence[Tokens]) -> list[float | None]:
+    if len(values) != len(continuations):
+        raise ValueError(f"the scorer returned {len(values)} scores for {len(continuations)} continuations")
     for value in values:
         if value is not None and not math.isfinite(value):
-            raise TeacherError(f"a score is {value}; a judge must return a finite number, or None for a failure")
+            raise TeacherError(f"a score is {value}; return a finite number, or None for a failure")
     return values
 
 
 def _outcomes(
     challenger: Sequence[Sequence[float | None]], reference: Sequence[Sequence[float | None]]
 ) -> list[list[float | None]]:
-    """Outcomes ``[prefix][take]`` of scores ``[take][prefix]``."""
+    """Return outcomes ``[prefix][take]`` of scores ``[take][prefix]``."""
     by_take = [
         [outcome(one, two) for one, two in zip(ones, twos, strict=True)]
         for ones, twos in zip(challenger, reference, strict=True)
     ]
     return [list(row) for row in zip(*by_take, strict=True)]
-
-
-def _traits(
-    takes: Sequence[Sequence[Tokens]],
-    rewards: Sequence[Sequence[float | None]] | None,
-    seconds: Sequence[Sequence[float | None]] | None,
-) -> TextStatistics:
-    written = [tokens for take in takes for tokens in take]
-    return TextStatistics(
-        length=mean_length(written),
-        repetition=repeated_trigrams(written),
-        distinct_2=distinct_n(written, 2),
-        distinct_3=distinct_n(written, 3),
-        reward=_mean(rewards),
-        second=_mean(seconds),
-    )
-
-
-def _mean(scores: Sequence[Sequence[float | None]] | None) -> float | None:
-    decided = [value for take in scores or () for value in take if value is not None]
-    return sum(decided) / len(decided) if decided else None

@@ -54,7 +54,7 @@ import megatron.core.models.gpt.gpt_layer_specs
 """
 _LAYERS = """
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_rlpt.policy.layer_spec import layer_spec
+from megatron_rlpt.policy.layers import layer_spec
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 facts["runtime"] = DeviceRuntime().describe()
 config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")

@@ -23,8 +23,7 @@ from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, first_
 from megatron_rlpt.files import is_disk_error, new_folder, unfinished
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.families import Rule, mapping
-from megatron_rlpt.models.huggingface import copy_settings, export_folder, is_settings
-from megatron_rlpt.models.huggingface_config import write_config
+from megatron_rlpt.models.huggingface import copy_settings, export_folder, is_settings, write_config
 from megatron_rlpt.policy.layout import Layout, check_cut
 
 Say = Callable[[str], None]

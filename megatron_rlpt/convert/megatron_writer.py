@@ -29,8 +29,7 @@ from megatron_rlpt.errors import ModelError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.families import Rule
 from megatron_rlpt.models.sharding import Cut, shard
-from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.tensor_placement import expert_rank_of, stage_of
+from megatron_rlpt.policy.layout import Layout, expert_rank_of, pipeline_rank_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class MegatronWriter:
         """Write the Megatron tensor that ``rule`` makes of the Hugging Face ``tensors``."""
         layout, arch = self._layout, self._arch
         merged = rule.merge(arch, tensors)
-        stage = stage_of(rule, arch, layout)
+        stage = pipeline_rank_of(rule, arch, layout)
         if stage != self._stage:  # the ranks of a stage that is done write nothing more
             self._open.close()
             self._streams.clear()

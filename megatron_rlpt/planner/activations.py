@@ -1,6 +1,6 @@
 """Bytes that the forward pass leaves for the backward pass, tensor by tensor.
 
-Counted for the two kinds of layers that ``policy/layer_spec.py`` builds. For Megatron's own with torch's kernels (CPU)
+Counted for the two kinds of layers that ``policy/layers.py`` builds. For Megatron's own with torch's kernels (CPU)
 every term was read off the tensors that autograd saves; for Transformer Engine's (GPU) it follows from what its modules
 save (``layernorm_linear.py``, ``linear.py``; ``megatron/core/fusions/fused_bias_swiglu.py``) and is not measured.
 Neither holds attention scores: both kinds attend through kernels that compute them again.
@@ -118,7 +118,7 @@ class Pass:
         return kept
 
     def _gathered(self, key: int) -> int:
-        """``policy/attention.py`` under context parallelism: keys and values of the whole sequence instead of the
+        """``policy/layers.py`` under context parallelism: keys and values of the whole sequence instead of the
         rotated keys of this rank's part, and the masks of its two chunks."""
         whole = self.tokens * (2 * self.layout.context - 1) * key * self.width // self.layout.tensor
         chunk = self.length // 2

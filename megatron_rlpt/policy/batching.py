@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rlpt.objectives import Example
-from megatron_rlpt.policy.attention import context_chunks
+from megatron_rlpt.policy.layers import context_chunks
 from megatron_rlpt.policy.layout import Layout
 
 

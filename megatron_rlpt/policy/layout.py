@@ -1,13 +1,20 @@
-"""The training layout: how many ranks share what, and whether the model can be cut that way. Imports no torch."""
+"""The training layout: the parallel sizes, checks that a model can be split that way, and where each tensor is.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_rlpt.config import ParallelConfig, TrainConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    from megatron_rlpt.models.families import Rule
 
 _LARGEST_OFFERED = 64
 """Sizes above this are not listed in messages."""
@@ -196,3 +203,23 @@ def _fitting(works: Callable[[int], bool], largest: int) -> str:
 
 def _list(numbers: Iterable[int]) -> str:
     return ", ".join(str(number) for number in numbers)
+
+
+def pipeline_rank_of(rule: Rule, arch: Architecture, layout: Layout) -> int:
+    """Return the pipeline rank that holds a tensor.
+
+    Model chunks of equal size are dealt to the ranks in turn, once per virtual stage. The embedding is on the first
+    rank, the final norm and the output layer on the last.
+    """
+    if rule.layer is None:
+        return 0 if rule.megatron.startswith("embedding.") else layout.pipeline - 1
+    per_chunk = arch.layers // (layout.pipeline * layout.virtual_stages)
+    return rule.layer // per_chunk % layout.pipeline
+
+
+def expert_rank_of(rule: Rule, arch: Architecture, layout: Layout) -> int | None:
+    """Return the expert-parallel rank that holds a tensor; None if it is not an expert's."""
+    if rule.expert is None:
+        return None
+    assert arch.experts is not None
+    return rule.expert // (arch.experts.count // layout.expert)

@@ -12,10 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rlpt.config import Dtype, Fp8, Recompute
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
-from megatron_rlpt.policy.layer_spec import block_spec, with_transformer_engine
+from megatron_rlpt.policy.layers import attention_scaling, block_spec, set_frequencies, with_transformer_engine
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.precision import transformer_arguments
-from megatron_rlpt.policy.rotary import attention_scaling, set_frequencies
 
 
 class HiddenStateModel(GPTModel):

@@ -23,7 +23,7 @@ from megatron_rlpt.policy import precision
 from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_micro_batches, sequence_length
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.forward_backward import ForwardBackward
-from megatron_rlpt.policy.layer_spec import describe_layers
+from megatron_rlpt.policy.layers import describe_layers
 from megatron_rlpt.policy.layout import Layout, layout_of
 from megatron_rlpt.policy.model import build_model
 from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron_rlpt.config import Dtype, Fp8
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.models.architecture import Architecture
-from megatron_rlpt.policy.attention import whole_sequence
+from megatron_rlpt.policy.layers import whole_sequence
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import HiddenStateModel, torch_dtype_of
 from megatron_rlpt.policy.transformers_layers import TransformersLayers, is_small, logprobs_after, run_layer

@@ -15,10 +15,9 @@ from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.families import EMBEDDING, OUTPUT, Rule, Shape, expected_shapes, mapping
 from megatron_rlpt.models.huggingface import WeightFolder, checked
 from megatron_rlpt.models.sharding import shard, unshard
-from megatron_rlpt.policy.layer_spec import canonical_name
-from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.layers import canonical_name
+from megatron_rlpt.policy.layout import Layout, expert_rank_of, pipeline_rank_of
 from megatron_rlpt.policy.model import HiddenStateModel
-from megatron_rlpt.policy.tensor_placement import expert_rank_of, stage_of
 
 _LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT_NUMBER = re.compile(r"(?<=local_experts\.)\d+")
@@ -189,7 +188,7 @@ def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_
     buckets: list[GatherBucket] = []
     filled = 0
     for rule in mapping(arch):
-        location = stage_of(rule, arch, layout), expert_rank_of(rule, arch, layout)
+        location = pipeline_rank_of(rule, arch, layout), expert_rank_of(rule, arch, layout)
         shape = _part_shape(rule, arch, layout)
         gathered = torch.Size(shape).numel() * element_size * (1 if rule.expert is not None else layout.tensor)
         last = buckets[-1] if buckets else None

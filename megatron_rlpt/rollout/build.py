@@ -12,10 +12,9 @@ from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.requirements import check_offload_settings, offload_error
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
-from megatron_rlpt.rollout.engine import RolloutEngine
+from megatron_rlpt.rollout.engine import EngineMode, RolloutEngine
 from megatron_rlpt.rollout.vllm import engine as vllm_engine
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
-from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
 
 
 def check_offload(config: Config, world_size: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -31,6 +34,15 @@ class Continuation:
     logprobs: tuple[float, ...]
     finish_reason: str
     """``length`` (all tokens asked for) or ``stop`` (the last token is end-of-sequence)."""
+
+
+class EngineMode(Enum):
+    """Where a vLLM engine runs, which determines how weights reach it (``weight_sync/transport.py``)."""
+
+    IN_PROCESS = "in this process, which passes its tensors"
+    OWN_PROCESS = "in its own process without a GPU, weights through shared memory"
+    SHARED_GPU = "in its own process on the trainer's GPU, weights by CUDA IPC"
+    OWN_GPU = "in its own process on another GPU, weights by NCCL"
 
 
 class RolloutEngine(Protocol):
@@ -111,3 +123,29 @@ def require_neutral_sampling(config: RolloutConfig) -> None:
         value = getattr(config, name)
         if value != neutral:
             raise EngineError(f"rollout.{name} is {value}; rollouts are trained on, so only {neutral} (off) is allowed")
+
+
+def require_version(held: int | None, asked: int) -> None:
+    """Refuse to generate under other weights than those asked for.
+
+    Raises:
+        EngineError: the engine holds another version, or none since an update failed.
+    """
+    if held is None:
+        raise EngineError("the last weight update failed, so the engine's weights belong to no version")
+    if held != asked:
+        raise EngineError(
+            f"rollouts of policy version {asked} were asked for, but the engine holds version {held}; "
+            "update its weights first"
+        )
+
+
+def end_of_sequence(model_path: Path) -> list[int]:
+    """End-of-sequence token ids that ``config.json`` of a Hugging Face folder names; none, one or several.
+
+    An engine that is given no tokenizer does not look them up itself.
+    """
+    value = json.loads((model_path / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    if value is None:
+        return []
+    return [int(item) for item in value] if isinstance(value, list) else [int(value)]

@@ -210,9 +210,8 @@ def part_engine(options: argparse.Namespace, folder: Path, in_process: bool) -> 
         in_process: the engine of a single rank, which is handed the policy's tensors; False is that of one rank among
             several, in a process of its own that gets them by CUDA IPC.
     """
-    from megatron_rlpt.rollout.engine import RolloutPrompt
+    from megatron_rlpt.rollout.engine import EngineMode, RolloutPrompt
     from megatron_rlpt.rollout.vllm.engine import VllmEngine
-    from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
     from megatron_rlpt.trainer.gpu_memory import free_gpu_memory
 
     way = "in process" if in_process else "by CUDA IPC"

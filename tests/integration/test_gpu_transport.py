@@ -19,9 +19,9 @@ from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk, pack_
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from megatron_rlpt.errors import EngineError
+from megatron_rlpt.rollout.engine import EngineMode
 from megatron_rlpt.rollout.vllm.engine import choose_mode
 from megatron_rlpt.rollout.vllm.worker import WorkerExtension
-from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
 from megatron_rlpt.rollout.weight_sync.gpu_transport import (
     BACKENDS,
     SENDERS,

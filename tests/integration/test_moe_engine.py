@@ -11,8 +11,8 @@ from megatron_rlpt.config import Dtype, RolloutConfig
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.families import expected_shapes
 from megatron_rlpt.models.huggingface import WeightFolder
+from megatron_rlpt.rollout.engine import EngineMode
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
-from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
 
 
 def test_experts_arrive_as_the_kernel_reads_them(tmp_path):

@@ -27,8 +27,13 @@ from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.megatron_compat import inference_wrapper, static_context
 from megatron_rlpt.policy.model import torch_dtype_of
 from megatron_rlpt.policy.requirements import check_megatron_engine
-from megatron_rlpt.rollout.checks import end_of_sequence, require_version
-from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt, require_neutral_sampling
+from megatron_rlpt.rollout.engine import (
+    Continuation,
+    RolloutPrompt,
+    end_of_sequence,
+    require_neutral_sampling,
+    require_version,
+)
 from megatron_rlpt.rollout.weight_sync.manifest import Weights
 
 _log = logging.getLogger(__name__)

@@ -18,12 +18,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.models.architecture import Architecture
-from megatron_rlpt.policy.attention import CausalAttention
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
-from megatron_rlpt.policy.layer_spec import block_spec
+from megatron_rlpt.policy.layers import CausalAttention, block_spec, set_frequencies
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.model import model_arguments, torch_dtype_of, transformer_config
-from megatron_rlpt.policy.rotary import set_frequencies
 
 
 class CachedAttention(CausalAttention):

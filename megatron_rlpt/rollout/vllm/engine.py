@@ -17,12 +17,17 @@ from megatron_rlpt.errors import ConfigError, EngineError, ModelError
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.families import expected_shapes
 from megatron_rlpt.models.huggingface import without_extras
-from megatron_rlpt.rollout.checks import end_of_sequence, require_version
-from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt, require_neutral_sampling
+from megatron_rlpt.rollout.engine import (
+    Continuation,
+    EngineMode,
+    RolloutPrompt,
+    end_of_sequence,
+    require_neutral_sampling,
+    require_version,
+)
 from megatron_rlpt.rollout.vllm.process import EngineProcess
 from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
-from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
 from megatron_rlpt.rollout.weight_sync.self_check import (
     buffer_digests,

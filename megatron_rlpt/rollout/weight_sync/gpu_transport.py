@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.errors import EngineError, RlptError, first_line
-from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
+from megatron_rlpt.rollout.engine import EngineMode
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
 
 BACKENDS = {EngineMode.SHARED_GPU: "ipc", EngineMode.OWN_GPU: "nccl"}

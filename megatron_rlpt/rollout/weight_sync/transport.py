@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron_rlpt.errors import EngineError
+from megatron_rlpt.rollout.engine import EngineMode
 from megatron_rlpt.rollout.vllm.worker import BucketFile, bytes_of
-from megatron_rlpt.rollout.weight_sync.engine_mode import EngineMode
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
 
 _log = logging.getLogger(__name__)

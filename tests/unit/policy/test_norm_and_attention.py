@@ -10,8 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlpt.policy import attention
-from megatron_rlpt.policy.attention import CausalAttention, context_chunks
-from megatron_rlpt.policy.norm import RmsNorm
+from megatron_rlpt.policy.layers import CausalAttention, RmsNorm, context_chunks
 
 BATCH, DIM = 2, 5
 

@@ -17,12 +17,16 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.models.architecture import parse_architecture
-from megatron_rlpt.policy import layer_spec
-from megatron_rlpt.policy.attention import CausalAttention
+from megatron_rlpt.policy import layers
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
-from megatron_rlpt.policy.layer_spec import canonical_name, describe_layers, with_transformer_engine
+from megatron_rlpt.policy.layers import (
+    CausalAttention,
+    RmsNorm,
+    canonical_name,
+    describe_layers,
+    with_transformer_engine,
+)
 from megatron_rlpt.policy.model import build_model
-from megatron_rlpt.policy.norm import RmsNorm
 
 EXPERTS = {
     "model_type": "qwen3_moe", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
@@ -84,8 +88,8 @@ def fused(monkeypatch):
     for name in ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
         monkeypatch.setattr(provider, name, GroupedLinear)
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", Provider, raising=False)
-    monkeypatch.setattr(layer_spec, "with_transformer_engine", lambda: True)
-    monkeypatch.setattr(layer_spec.transformer_engine, "TENorm", RmsNorm)
+    monkeypatch.setattr(layers, "with_transformer_engine", lambda: True)
+    monkeypatch.setattr(layers.transformer_engine, "TENorm", RmsNorm)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +124,9 @@ def names_of(raw: dict[str, object]) -> set[str]:
 def test_names_of_a_model_with_experts_are_the_plain_ones(request, monkeypatch, grouped):
     plain = names_of(EXPERTS)
     request.getfixturevalue("fused")
-    real = layer_spec.get_gpt_layer_with_transformer_engine_spec
+    real = layers.get_gpt_layer_with_transformer_engine_spec
     monkeypatch.setattr(
-        layer_spec,
+        layers,
         "get_gpt_layer_with_transformer_engine_spec",
         lambda **settings: real(**settings | {"moe_grouped_gemm": grouped}),
     )

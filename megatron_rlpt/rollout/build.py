@@ -1,4 +1,4 @@
-"""The rollout engine of a run: which one, for which ranks, and how it shares the GPU with the policy."""
+"""The rollout engine of a run: which engine, on which ranks, and whether it shares the GPU with the policy."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megatron_rlpt.rollout.vllm.engine import VllmEngine
 
 
 def check_offload(config: Config, world_size: int) -> None:
-    """Whether there is an engine that ``optimizer.offload`` makes room for; cheap, nothing is built.
+    """Check that there is an engine for which ``optimizer.offload`` frees memory; builds nothing.
 
-    Without a GPU nothing is ever moved, and the setting is let through.
+    Without a GPU nothing is ever moved, so the setting is accepted.
 
     Args:
         config: the run.
         world_size: trainer ranks.
 
     Raises:
-        ConfigError: no rollout engine takes turns with the policy on its GPU, so nothing would be offloaded.
+        ConfigError: no rollout engine shares a GPU with the policy, so nothing would be offloaded.
     """
     if not config.optimizer.offload or not torch.cuda.is_available():
         return
@@ -37,22 +37,22 @@ def check_offload(config: Config, world_size: int) -> None:
 
 
 def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, ranks: Ranks) -> RolloutEngine:
-    """The engine of ``config`` with the policy's weights, sync checked; called on every rank.
+    """Start the engine of ``config`` with the policy's weights and check the sync; call it on every rank.
 
     Args:
         config: the run.
-        policy: at version 0, the weights of ``model.path``.
-        runtime: with the groups of the training layout started.
+        policy: at version 0, with the weights of ``model.path``.
+        runtime: with the process groups of the training layout initialized.
         ranks: all ranks of the run.
 
     Raises:
-        ConfigError: what ``check_offload`` raises, or the engine's weights and cache are more than its GPU.
-        EngineError: sampling is truncated, an engine of another rank failed, or weights arrive changed.
+        ConfigError: see ``check_offload``; or the engine's weights and cache do not fit on its GPU.
+        EngineError: sampling is truncated, an engine of another rank failed, or weights arrived changed.
         ModelError: the engine cannot serve the model.
     """
     check_offload(config, ranks.size)
     if config.optimizer.offload:
-        # The engine needs the same room to start as to generate; ``GpuMemory.training`` takes the state back.
+        # The engine needs as much memory to start as to generate; ``GpuMemory.training`` restores the state.
         policy.offload_optimizer()
     engine: Any
     if config.rollout.engine is EngineName.megatron:
@@ -69,13 +69,13 @@ def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, 
 
 
 def engine_count(ranks: Ranks) -> int:
-    """Engines of a world: one a rank; one in all without GPUs, where they would only take cores from each other."""
+    """Return the number of engines: one per rank with GPUs; one in total without, where they would share cores."""
     return ranks.size if torch.cuda.is_available() else 1
 
 
 def can_generate_during_updates(engine: RolloutEngine | None) -> bool:
-    """Whether ``engine`` can generate while the policy trains: it has its own process, and shares no GPU with it."""
+    """Return True if ``engine`` has its own process and shares no GPU with the policy."""
     own = engine.own if isinstance(engine, DistributedEngine) else engine
     if isinstance(engine, DistributedEngine) and own is None:
-        return True  # a rank without an engine does as the rank that has the only one, where there are no GPUs
+        return True  # without GPUs, ranks without an engine follow the rank that has it
     return isinstance(own, VllmEngine) and own.own_process and not own.sleep_frees_bytes

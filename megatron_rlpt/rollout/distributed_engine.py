@@ -1,10 +1,10 @@
-"""The engines of a world of several ranks behind the protocol of one.
+"""The engines of several ranks behind the protocol of one engine.
 
-    ranks with an engine   generate their share of the prompts, take over weights
-    all ranks              ask for the same prompts, get every answer, iterate over the weights
+    ranks with an engine   generate their share of the prompts, load weights
+    all ranks              request the same prompts, get every continuation, iterate over the weights
 
-Without GPUs only rank 0 has an engine; with them every rank has its own. A rank that fails tells the others, so that
-all of them stop with the same error instead of waiting for one that is gone.
+Without GPUs only rank 0 has an engine; with GPUs every rank has one. A rank that fails tells the others, so that all
+ranks stop with the same error instead of waiting for a rank that has ended.
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+from typing_extensions import override
+
 from megatron_rlpt.distributed.ranks import Ranks, drain
-from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
+from megatron_rlpt.rollout.engine import Continuation, RolloutEngine, RolloutPrompt
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
 from megatron_rlpt.rollout.weight_sync.manifest import Weights
 
 _UNEVEN = 0.125
-"""How far a share may end from an even one, in even shares, to keep prompts of one prefix on one engine. A prefix read
-twice costs less than engines that wait for the one with the most to generate."""
+"""Allowed deviation from an even share, as a fraction of it, to keep prompts of one prefix on one engine. Reading a
+prefix twice costs less than waiting for the engine with the largest share."""
 
 
-class DistributedEngine:
-    """A ``RolloutEngine`` that every rank calls at the same time with the same arguments."""
+class DistributedEngine(RolloutEngine):
+    """A ``RolloutEngine`` that every rank calls concurrently with the same arguments."""
 
     def __init__(self, start: Callable[[], VllmEngine], owners: Sequence[int], ranks: Ranks) -> None:
-        """Start the engines; called on every rank.
+        """Start the engines; call it on every rank.
 
         Args:
             start: starts the engine of this rank.
-            owners: ranks that have one, ascending.
+            owners: ranks that have an engine, ascending.
             ranks: all ranks of the run.
 
         Raises:
             ModelError: an engine did not start, on this rank or another.
-            EngineError: likewise.
+            EngineError: an engine failed while starting, on this rank or another.
         """
         self._ranks = ranks
         self._owners = tuple(owners)
@@ -45,17 +47,16 @@ class DistributedEngine:
 
     @property
     def own(self) -> VllmEngine | None:
-        """The engine of this rank."""
+        """The engine of this rank, if it has one."""
         return self._own
 
     @property
+    @override
     def version(self) -> int | None:
-        """Policy version of the weights in force; the same on every rank, None after an update that failed."""
         return None if self._own and self._own.asleep else self._version
 
+    @override
     def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
-        """See ``RolloutEngine.generate``; every rank gets all continuations, in order."""
-
         def answer() -> list[Continuation]:
             if self._own is None:
                 return []
@@ -66,16 +67,16 @@ class DistributedEngine:
         shares = self._ranks.all_gather(self._ranks.run_on_all_ranks(answer, "the end of generating"))
         return [continuation for owner in self._owners for continuation in shares[owner]]
 
+    @override
     def update_weights(self, weights: Weights, version: int) -> None:
-        """See ``RolloutEngine.update_weights``; ``weights`` may need all ranks to iterate at the same time."""
         self._load(weights, lambda engine, stream: engine.update_weights(stream, version), version)
 
     def self_check(self, weights: Callable[[], Weights], version: int) -> None:
-        """See ``VllmEngine.self_check``."""
+        """Run ``VllmEngine.self_check`` on every engine."""
         self._load(weights(), lambda engine, stream: engine.self_check(lambda: stream, version), version)
 
     def sleep(self) -> None:
-        """See ``VllmEngine.sleep``."""
+        """Let the engine of this rank sleep."""
         if self._own:
             self._own.sleep()
 
@@ -90,10 +91,10 @@ class DistributedEngine:
 
 
 def cut_shares(prompts: Sequence[RolloutPrompt], count: int) -> list[int]:
-    """Where to cut ``prompts`` into ``count`` shares of neighbours: ``count + 1`` indices, ascending.
+    """Return the ``count + 1`` ascending indices that split ``prompts`` into ``count`` contiguous shares.
 
-    Prompts with the same prefix stand side by side, and an engine that has read a prefix goes on from it at no cost.
-    So a cut moves to the nearest change of prefix, unless that makes the shares too uneven.
+    Prompts with the same prefix are adjacent, and an engine reuses a prefix that it has already read. So each cut moves
+    to the nearest change of prefix, unless that makes the shares too uneven.
     """
     even = len(prompts) / count
     changes = [

@@ -1,4 +1,4 @@
-"""What a rollout engine is, whatever generates, and how rollouts become candidates."""
+"""The protocol of rollout engines, the checks they share, and the step from rollouts to candidates."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from megatron_rlpt.types import Candidate, Episode, Source, derive_seed
 
 @dataclass(frozen=True)
 class RolloutPrompt:
-    """One continuation asked for. The same prompt under the same weights gives the same tokens."""
+    """A request for one continuation. The same prompt under the same weights gives the same tokens."""
 
     prefix: tuple[int, ...]
     seed: int
     greedy: bool = False
-    """Take the most likely token each time; the seed is then without effect."""
+    """Always take the most likely token; the seed then has no effect."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What the engine generated: token ids, the log-probability of each (nats), and why it stopped."""
+    """A generated continuation: token ids, the log-probability of each (nats), and why it stopped."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
-    """``length`` (all tokens asked for) or ``stop`` (the last token is end-of-sequence)."""
+    """``length`` (all requested tokens) or ``stop`` (the last token is end-of-sequence)."""
 
 
 class EngineMode(Enum):
@@ -50,19 +50,19 @@ class RolloutEngine(Protocol):
 
     @property
     def version(self) -> int | None:
-        """Policy version of the weights in force; None after an update that failed half-way."""
+        """Policy version of the engine's weights; None after a failed update."""
         ...
 
     def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
-        """One continuation per prompt, in order, of ``max_tokens`` tokens unless end-of-sequence comes first.
+        """Generate one continuation per prompt, in order, of ``max_tokens`` tokens or up to end-of-sequence.
 
         Raises:
-            EngineError: the weights in force are not those of ``version``.
+            EngineError: the engine's weights are not those of ``version``.
         """
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take over the policy's weights (Hugging Face names, complete) and forget what was cached under old ones.
+        """Replace all weights by the policy's (Hugging Face names) and drop everything cached under the old ones.
 
         Raises:
             EngineError: names or shapes differ from the engine's model, or the cache was not dropped. The engine then
@@ -79,9 +79,9 @@ def sample_rollouts(
     version: int,
     run_seed: int,
 ) -> list[list[Candidate]]:
-    """So many rollouts of each episode as ``counts`` says, under the policy of ``version``.
+    """Sample ``counts`` rollouts of each episode under the policy of ``version``.
 
-    The seed of rollout k depends on the run seed, the episode and k alone, so a resumed run draws the same tokens.
+    The seed of rollout k depends only on the run seed, the episode and k, so a resumed run draws the same tokens.
 
     Raises:
         EngineError: the engine holds another version, or did not answer every prompt.
@@ -95,7 +95,7 @@ def sample_rollouts(
     ]
     generated = engine.generate(prompts, max_tokens, version)
     if len(generated) != len(prompts):
-        raise EngineError(f"the engine answered {len(generated)} of {len(prompts)} prompts; start the run again")
+        raise EngineError(f"the engine answered {len(generated)} of {len(prompts)} prompts; run the same command again")
     continuations = iter(generated)
     return [
         [
@@ -114,7 +114,7 @@ def sample_rollouts(
 
 
 def require_neutral_sampling(config: RolloutConfig) -> None:
-    """Refuse truncated sampling: its samples are not the policy's, and their log-probabilities would be wrong.
+    """Refuse truncated sampling: its samples are not the policy's and their log-probabilities would be wrong.
 
     Raises:
         EngineError: top_p, top_k or min_p is set.
@@ -125,25 +125,27 @@ def require_neutral_sampling(config: RolloutConfig) -> None:
             raise EngineError(f"rollout.{name} is {value}; rollouts are trained on, so only {neutral} (off) is allowed")
 
 
-def require_version(held: int | None, asked: int) -> None:
-    """Refuse to generate under other weights than those asked for.
+def require_version(held: int | None, requested: int) -> None:
+    """Refuse to generate under weights of another version than ``requested``.
 
     Raises:
-        EngineError: the engine holds another version, or none since an update failed.
+        EngineError: the engine holds another version, or none after a failed update.
     """
     if held is None:
-        raise EngineError("the last weight update failed, so the engine's weights belong to no version")
-    if held != asked:
         raise EngineError(
-            f"rollouts of policy version {asked} were asked for, but the engine holds version {held}; "
+            "the last weight update failed, so the engine's weights belong to no version; update them again"
+        )
+    if held != requested:
+        raise EngineError(
+            f"rollouts of policy version {requested} were requested, but the engine holds version {held}; "
             "update its weights first"
         )
 
 
 def end_of_sequence(model_path: Path) -> list[int]:
-    """End-of-sequence token ids that ``config.json`` of a Hugging Face folder names; none, one or several.
+    """Return the end-of-sequence token ids in ``config.json`` of a Hugging Face folder; there may be none.
 
-    An engine that is given no tokenizer does not look them up itself.
+    An engine without a tokenizer does not look them up itself.
     """
     value = json.loads((model_path / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
     if value is None:

@@ -323,7 +323,7 @@ def test_the_self_check_accepts_the_right_weights_and_names_a_wrong_one(engine, 
 
 
 def test_rollouts_of_another_version_are_refused(engine):
-    with pytest.raises(EngineError, match="version 7 were asked for, but the engine holds version 0"):
+    with pytest.raises(EngineError, match="version 7 were requested, but the engine holds version 0"):
         engine.generate(prompts(1), LENGTH, 7)
 
 

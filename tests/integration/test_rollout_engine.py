@@ -138,7 +138,7 @@ def test_truncated_sampling_is_refused(served_model, name, value):
 
 
 def test_rollouts_of_another_version_are_refused(engine, version):
-    with pytest.raises(EngineError, match="version 7 were asked for, but the engine holds version 0"):
+    with pytest.raises(EngineError, match="version 7 were requested, but the engine holds version 0"):
         engine.generate(prompts(1), LENGTH, 7)
 
 

@@ -1,14 +1,13 @@
-"""Rollouts from Megatron's own inference, by the same code on CPU and CUDA.
+"""Rollouts from Megatron's own inference, with the same code on CPU and CUDA.
 
-A second copy of the network in the rollout layout (``megatron_model.py``) is refreshed from the training layout by
-``megatron.core.resharding`` (``megatron_refit.py``) and driven by Megatron's static-batch generation loop
-(``megatron_sampling.py``).
+A second copy of the network in the rollout layout (``model.py``) gets its weights from the training layout through
+``megatron.core.resharding`` (``weight_sync/megatron_refit.py``) and runs in Megatron's static-batch generation loop
+(``sampling.py``).
 
-Megatron has two generation loops. The dynamic one (``megatron/core/inference/engines/dynamic_engine.py``), which it
-recommends on GPUs, attends through flash-attn's and Triton's CUDA kernels and draws the tokens of all requests from one
-generator, so that a rollout would depend on what ran beside it; it is not used. ``StaticInferenceEngine`` puts around
-the static loop a queue of text prompts, a progress bar and a reseeding of the process's random numbers; the queue here
-is ours. Not yet measured on a GPU.
+Megatron's dynamic loop (``megatron/core/inference/engines/dynamic_engine.py``), which it recommends on GPUs, is not
+used: it needs flash-attn's and Triton's CUDA kernels, and it draws the tokens of all requests from one generator, so a
+rollout would depend on the other requests of its batch. ``StaticInferenceEngine`` is not used either: it adds a queue
+of text prompts, a progress bar, and a reseeding of the process's random numbers. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import override
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.distributed.ranks import Ranks
@@ -29,6 +30,7 @@ from megatron_rlpt.policy.model import torch_dtype_of
 from megatron_rlpt.policy.requirements import check_megatron_engine
 from megatron_rlpt.rollout.engine import (
     Continuation,
+    RolloutEngine,
     RolloutPrompt,
     end_of_sequence,
     require_neutral_sampling,
@@ -39,11 +41,11 @@ from megatron_rlpt.rollout.weight_sync.manifest import Weights
 _log = logging.getLogger(__name__)
 
 
-class MegatronEngine:
+class MegatronEngine(RolloutEngine):
     """A ``RolloutEngine`` on a Megatron model whose weights follow the policy's.
 
-    In a world of several ranks all of them call it at the same time with the same arguments. Every tensor-parallel
-    group generates for a share of the prompts, and every rank gets all continuations.
+    All ranks call it concurrently with the same arguments. Each tensor-parallel group generates a share of the prompts,
+    and every rank gets all continuations.
     """
 
     def __init__(
@@ -56,14 +58,14 @@ class MegatronEngine:
         dtype: Dtype,
         max_sequence: int,
     ) -> None:
-        """Build the model with the weights of ``model_path``, which count as version 0.
+        """Build the model with the weights of ``model_path`` as version 0.
 
         Args:
             model_path: Hugging Face folder of the starting model.
             config: sampling and sizes; truncated sampling is refused.
-            runtime: with the groups of the training layout started.
+            runtime: with the process groups of the training layout initialized.
             ranks: all ranks of the run, as ``runtime.init_distributed`` returned them.
-            dtype: precision of the weights, the policy's own.
+            dtype: precision of the weights, the same as the policy's.
             max_sequence: longest prefix plus continuation, in tokens.
 
         Raises:
@@ -101,8 +103,7 @@ class MegatronEngine:
         self._version: int | None = None
         self.update_weights(WeightFolder(model_path).stream(arch), 0)
         _log.info(
-            "rollouts by Megatron's static inference on %s, TP%d: temperature=%g, no top_p / top_k / min_p, "
-            "end-of-sequence tokens %s",
+            "rollout engine: megatron static inference, device=%s tensor=%d temperature=%g stop_tokens=%s",
             runtime.name,
             self._tensor.size(),
             config.temperature,
@@ -110,35 +111,37 @@ class MegatronEngine:
         )
 
     @property
+    @override
     def version(self) -> int | None:
-        """Policy version of the weights in force; None after an update that failed half-way."""
         return self._version
 
+    @override
     def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
-        """See ``RolloutEngine.generate``; every rank gets all continuations, in order.
+        """Generate one continuation per prompt; every rank gets all of them, in order.
 
         Raises:
-            EngineError: the weights in force are not those of ``version``, or a prompt is empty or too long.
+            EngineError: the engine's weights are not those of ``version``, or a prompt is empty or too long.
         """
         require_version(self._version, version)
         for prompt in prompts:
             if not prompt.prefix or len(prompt.prefix) + max_tokens > self._max_sequence:
                 raise EngineError(
-                    f"a prompt of {len(prompt.prefix)} tokens and {max_tokens} new ones were asked for; allowed: at "
+                    f"a prompt of {len(prompt.prefix)} tokens and {max_tokens} new ones were requested; allowed: at "
                     f"least 1 and together at most {self._max_sequence} (data.max_prefix + data.suffix_length)"
                 )
-        # Megatron numbers tensor-parallel ranks first, so that groups are runs of neighbours.
+        # Megatron numbers tensor-parallel ranks first, so each group is a run of consecutive ranks.
         group, position = divmod(self._ranks.rank, self._tensor.size())
         groups = self._ranks.size // self._tensor.size()
         mine = self._generate(prompts[group::groups], max_tokens)
         shares = self._ranks.all_gather(mine if position == 0 else [])[:: self._tensor.size()]
         return [shares[index % groups][index // groups] for index in range(len(prompts))]
 
+    @override
     def update_weights(self, weights: Weights, version: int) -> None:
-        """See ``RolloutEngine.update_weights``.
+        """Replace all weights.
 
-        A source that has the Megatron model (``megatron_refit.MegatronModelSource``) is resharded, and its stream never
-        started; any other is streamed.
+        A source that has the Megatron model (``megatron_refit.MegatronModelSource``) is resharded directly; any other
+        source is streamed.
         """
         from megatron_rlpt.rollout.weight_sync.megatron_refit import MegatronModelSource
 
@@ -150,14 +153,14 @@ class MegatronEngine:
         self._version = version
 
     def self_check(self, weights: Callable[[], Weights], version: int) -> None:
-        """Prove that updates reach every weight: replace all by random values, then by the policy's, and compare.
+        """Check that updates reach every weight: randomize all weights, load the policy's, and compare.
 
         Args:
-            weights: the policy's weights, with the values of the folder that this engine was started on. Called once.
-            version: their policy version, in force afterwards.
+            weights: returns the policy's weights, which equal those of this engine's folder. Called once.
+            version: their policy version.
 
         Raises:
-            EngineError: some weights are not, bit for bit, what was loaded from the folder; names the first.
+            EngineError: some weights differ from those loaded from the folder; names the first.
         """
         loaded = self._weights.digests()
         self._weights.randomise()
@@ -172,14 +175,14 @@ class MegatronEngine:
                     f"loaded from the model's folder, the first is {found[0]!r}; policy and engine do not hold the "
                     "same model"
                 )
-        _log.info("weight updates checked: %d tensors agree bit for bit", len(loaded))
+        _log.info("weight sync checked: tensors=%d, all bit-identical", len(loaded))
 
     def _generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int) -> list[Continuation]:
         answers: dict[int, Continuation] = {}
         for indices in self._batches([len(prompt.prefix) for prompt in prompts], max_tokens):
             batch = [prompts[index] for index in indices]
-            # A cache of its own for every batch, of its size: nothing computed under old weights can be read, and
-            # between calls the memory is the trainer's.
+            # A new cache for every batch: it holds nothing computed under old weights, and the trainer gets its memory
+            # between calls.
             self._wrapped.inference_context = static_context(
                 len(batch), len(batch[-1].prefix) + max_tokens, self._groups
             )
@@ -195,10 +198,10 @@ class MegatronEngine:
         return static_context(1, 1, self._groups)
 
     def _batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-        """Indices of prompts by length, cut into batches that fit, the longest of each last.
+        """Yield indices of prompts in batches that fit, sorted by length with the longest last.
 
-        Megatron reads a batch's prompts at once up to the shortest and then token by token. Once the lengths of a
-        batch spread over more than ``max_tokens``, two batches take fewer steps.
+        Megatron prefills a batch up to its shortest prompt and reads the rest token by token. If lengths in a batch
+        differ by more than ``max_tokens``, two batches take fewer steps.
         """
         batch: list[int] = []
         for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -213,7 +216,7 @@ class MegatronEngine:
 
 
 def start_policy_engine(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> MegatronEngine:
-    """The engine of ``config``, on the weights of ``model.path`` as version 0; raises what ``MegatronEngine`` does."""
+    """Start the engine of ``config`` on the weights of ``model.path`` as version 0; raises as ``MegatronEngine``."""
     return MegatronEngine(
         Path(config.model.path),
         config.rollout,
@@ -225,6 +228,6 @@ def start_policy_engine(config: Config, runtime: DeviceRuntime, ranks: Ranks) ->
 
 
 def _cache_tokens(config: RolloutConfig, arch: Architecture, dtype: Dtype, ranks: int) -> int:
-    """Tokens, over all sequences of a batch, whose keys and values fit into ``rollout.kv_cache_gib`` on one rank."""
+    """Return how many tokens of a batch fit into ``rollout.kv_cache_gib`` on one rank."""
     per_token = 2 * arch.layers * (arch.kv_heads // ranks) * arch.head_dim * torch_dtype_of(dtype).itemsize
     return int(config.kv_cache_gib * 2**30) // per_token

@@ -1,8 +1,7 @@
 """The policy's network in the rollout layout: a second ``GPTModel`` that decodes with a key-value cache.
 
-The rollout layout keeps the tensor parallelism of the training layout and nothing else: every tensor-parallel group
-holds a whole model, whatever pipeline or context parallelism the training layout has besides. Decoding one token at a
-time leaves pipeline stages idle, and a sequence of one token cannot be divided.
+The rollout layout keeps only the tensor parallelism of the training layout: every tensor-parallel group holds a whole
+model. Decoding one token at a time would leave pipeline stages idle, and context parallelism cannot split one token.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from megatron_rlpt.policy.model import model_arguments, torch_dtype_of, transfor
 
 
 class CachedAttention(CausalAttention):
-    """The policy's attention, and the step after it: one new query against all keys of the cache.
+    """The policy's attention plus the decoding step: one new query against all keys of the cache.
 
-    Megatron's static inference passes the prompt at once (as many keys as queries: plain causal attention) and then
-    token after token (one query, which sees every key), with no mask in either case
+    Megatron's static inference passes the whole prompt first (as many keys as queries: plain causal attention) and then
+    one token at a time (one query, which sees every key), without a mask in either case
     (``megatron/core/transformer/attention.py: _adjust_key_value_for_inference``).
     """
 
@@ -38,11 +37,11 @@ class CachedAttention(CausalAttention):
         # [seq or 1, batch, heads, dim] and [seq, batch, groups, dim] -> [seq or 1, batch, heads * dim]
         if query.shape[0] == key.shape[0]:
             return super()._attend(query, key, value, mask)
-        assert query.shape[0] == 1, "a query in the middle of the cache would need a mask aligned at its end"
+        assert query.shape[0] == 1, "several queries against a longer cache would need a mask"
         assert mask is None
         _, batch, groups, dim = key.shape
-        # The heads of a group read the same keys: as rows of one query, [batch, groups, heads / groups, dim], they read
-        # them once. On a CPU that is several times faster than one row for each head.
+        # The heads of a group share keys. As rows of one query, [batch, groups, heads / groups, dim], they read them
+        # once, which is several times faster on a CPU than one row per head.
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query.reshape(batch, groups, -1, dim),
             key.permute(1, 2, 0, 3),
@@ -53,15 +52,15 @@ class CachedAttention(CausalAttention):
 
 
 def build_rollout_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime) -> GPTModel:
-    """The model with real logits in the rollout layout, in evaluation mode; its weights are not yet set.
+    """Build the model with logits in the rollout layout, in evaluation mode, with uninitialized weights.
 
-    A collective over all ranks. ``DeviceRuntime.init_distributed`` comes first.
+    A collective over all ranks; call ``DeviceRuntime.init_distributed`` first.
     """
     with runtime.megatron():
         groups = rollout_groups()
         config = replace(
             transformer_config(arch, dtype, runtime, Layout(tensor=groups.tp.size())),
-            # Random weights would be overwritten, and drawing them takes time and random numbers of others.
+            # Random weights would be overwritten, and drawing them takes time and advances the random state.
             perform_initialization=False,
         )
         spec = block_spec(config, None)
@@ -78,15 +77,15 @@ def build_rollout_model(arch: Architecture, dtype: Dtype, runtime: DeviceRuntime
 
 
 def rollout_groups() -> ProcessGroupCollection:
-    """Process groups of the rollout layout; a collective over all ranks.
+    """Return the process groups of the rollout layout; a collective over all ranks.
 
-    Tensor-parallel groups are the training layout's. Ranks with the same position in theirs are each other's replicas;
-    along every other dimension a rank is alone.
+    Tensor-parallel groups are those of the training layout. Ranks with the same index in theirs are replicas of each
+    other; in every other dimension the group size is 1.
     """
     return _rollout_groups(parallel_state.get_tensor_model_parallel_group())
 
 
-# Engines of one world share them: a group of gloo's has threads of its own, which poll as long as the process lives.
+# Cached for all engines of a world: a gloo group has threads that poll as long as the process lives.
 @functools.lru_cache(maxsize=1)
 def _rollout_groups(tensor: torch.distributed.ProcessGroup) -> ProcessGroupCollection:
     world, size = torch.distributed.get_world_size(), tensor.size()

@@ -1,4 +1,4 @@
-"""Megatron's generation loop with a random number of its own for every token of every request."""
+"""Megatron's generation loop with separate random numbers for every request."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
 class SeededController(TextGenerationController):
     """Megatron's ``TextGenerationController`` with sampling, stopping and log-probabilities per request.
 
-    Megatron's own draws the tokens of a batch from one generator, so that a request's tokens would depend on what ran
-    beside and before it; knows one end-of-sequence token, which it drops; and computes log-probabilities only over
-    the whole prompt, a [batch, prompt, vocabulary] tensor. Batching, prefill, cache and decoding are Megatron's.
+    Megatron's version draws the tokens of a batch from one generator, so a request's tokens would depend on the other
+    requests; it supports one end-of-sequence token, which it drops; and it computes log-probabilities only for the
+    whole prompt, a [batch, prompt, vocabulary] tensor. Batching, prefill, cache and decoding are Megatron's.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class SeededController(TextGenerationController):
         """Generate with ``model``.
 
         Args:
-            model: the wrapped model in the rollout layout; all its ranks run the same controller.
-            vocab: tokens of the vocabulary; rows that pad the model's embedding beyond them are never drawn.
+            model: the wrapped model in the rollout layout; all ranks of its group run the same controller.
+            vocab: vocabulary size without padding; padding rows are never drawn.
             stop_tokens: end-of-sequence ids.
-            temperature: of every request that is not greedy.
+            temperature: for requests that are not greedy.
         """
         super().__init__(model, _NoText(), **pipeline_group_arguments(super().__init__, model))
         self._vocab = vocab
@@ -44,7 +44,7 @@ class SeededController(TextGenerationController):
         self._rows: _Rows | None = None
 
     def continuations(self, prompts: Sequence[RolloutPrompt], max_tokens: int) -> list[Continuation]:
-        """One continuation per prompt, all generated in one batch; the inference context must have room for it."""
+        """Generate one continuation per prompt in one batch; the inference context must be large enough."""
         parameters = SamplingParams(num_tokens_to_generate=max_tokens)
         requests = OrderedDict(
             (
@@ -72,10 +72,10 @@ class SeededController(TextGenerationController):
         logits: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Next token of every row, [batch], from ``last_token_logits`` [batch, padded vocabulary].
+        """Return the next token of every row, [batch], from ``last_token_logits`` [batch, padded vocabulary].
 
-        ``generation_started`` [batch] is false for rows that are still reading their prompt: Megatron overwrites their
-        token with the prompt's, and nothing is recorded.
+        ``generation_started`` [batch] is False for rows that still read their prompt: Megatron overwrites their token
+        with the prompt's, and nothing is recorded.
         """
         assert self._rows is not None
         assert generation_started is not None
@@ -89,28 +89,28 @@ class SeededController(TextGenerationController):
         return tokens
 
     def update_generation_status(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which rows are done, and how many tokens each has, the end-of-sequence token among them."""
+        """Return which rows are done, and the number of tokens of each, including end-of-sequence."""
         assert self._rows is not None
         device = torch.device(self.sampling_rng.device)
         return self._rows.done.to(device), self._rows.counts.to(device, torch.int32)
 
     def detokenize_generations(self, *args: Any, **kwargs: Any) -> tuple[str, None]:
-        """Nothing: rollouts are token ids."""
+        """Return no text: rollouts are token ids."""
         return "", None
 
 
 class _NoText:
-    """The tokenizer that the controller asks for; only its padding token is used."""
+    """A placeholder tokenizer; the controller only uses its padding token."""
 
     eod = 0
 
 
 class _Rows:
-    """What a batch has generated so far, on the host. ``T`` is the number of tokens asked for."""
+    """The tokens of a batch generated so far, in host memory."""
 
     def __init__(self, prompts: Sequence[RolloutPrompt], max_tokens: int) -> None:
-        # All random numbers of a request come from its seed, one per token: neither the rows beside it, nor their
-        # number, nor the device can change them.
+        # One random number per token, all from the request's seed, so that neither the other rows nor the device
+        # affects them.
         self._draws = torch.stack(
             [
                 torch.rand(max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(prompt.seed))
@@ -124,7 +124,7 @@ class _Rows:
         self.done = torch.zeros(len(prompts), dtype=torch.bool)
 
     def next_draws(self, device: torch.device) -> torch.Tensor:
-        """[batch] numbers in [0, 1) for the next token of each row; of no account for rows that are done."""
+        """Return [batch] numbers in [0, 1) for the next token of each row; ignored for rows that are done."""
         last = self._draws.shape[1] - 1
         return self._draws.gather(1, self.counts.clamp(max=last)[:, None])[:, 0].to(device)
 
@@ -150,8 +150,8 @@ class _Rows:
 
 
 def _draw(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Tokens [batch] from unnormalised ``scores`` [batch, vocabulary] by inverting the distribution at ``draws``."""
+    """Sample tokens [batch] from logits ``scores`` [batch, vocabulary] by inverting the distribution at ``draws``."""
     reached = scores.softmax(-1).double().cumsum(-1)
-    # Right: the first token whose cumulated probability is above the draw, which one of probability 0 never is.
+    # right=True picks the first token whose cumulative probability exceeds the draw, never one of probability 0.
     tokens = torch.searchsorted(reached, (draws * reached[:, -1])[:, None], right=True)[:, 0]
     return tokens.clamp(max=scores.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""Rollouts from vLLM, in this process or in one of its own."""
+"""Rollouts from vLLM, in this process or in a separate one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig
 from megatron_rlpt.distributed.ranks import ranks_on_this_machine
@@ -20,6 +21,7 @@ from megatron_rlpt.models.huggingface import without_extras
 from megatron_rlpt.rollout.engine import (
     Continuation,
     EngineMode,
+    RolloutEngine,
     RolloutPrompt,
     end_of_sequence,
     require_neutral_sampling,
@@ -42,18 +44,17 @@ from megatron_rlpt.rollout.weight_sync.transport import open_transport
 _log = logging.getLogger(__name__)
 
 CPU_BLOCK_TOKENS = 32
-"""Tokens per cache block on CPU. vLLM's default there is 128, longer than a short prefix, which the K rollouts of an
-episode could then never share."""
+"""Tokens per cache block on CPU. With vLLM's default of 128, the K rollouts of an episode could not share a prefix that
+is shorter than that."""
 
 
-class VllmEngine:
+class VllmEngine(RolloutEngine):
     """An offline vLLM engine whose weights follow the policy's.
 
-    Weights are exchanged through ``reload_weights`` of vLLM's worker or its weight-transfer package, which also redo
-    the repacking that kernels need; writing to the model's tensors directly would miss that.
+    Weights are replaced through ``reload_weights`` of vLLM's worker or its weight-transfer package, which also repack
+    them for the kernels; writing to the model's tensors directly would skip that.
 
-    Engines are not tensor-parallel: the engine of every rank holds the whole model on one GPU, however the policy is
-    cut over ranks.
+    Engines are not tensor-parallel: each holds the whole model on one GPU, whatever the policy's layout.
     """
 
     def __init__(
@@ -68,20 +69,20 @@ class VllmEngine:
         mode: EngineMode = EngineMode.IN_PROCESS,
         gpu: int | None = None,
     ) -> None:
-        """Start the engine on the weights of ``model_path``, which count as version 0.
+        """Start the engine on the weights of ``model_path`` as version 0.
 
         Args:
             model_path: Hugging Face folder of the starting model.
-            expected: name -> shape of every weight that an update must bring.
+            expected: name -> shape of every weight that an update must contain.
             config: sampling and sizes; truncated sampling is refused.
-            dtype: precision of the weights, the policy's own.
+            dtype: precision of the weights, the same as the policy's.
             max_sequence: longest prefix plus continuation, in tokens.
-            seed: engine seed; every prompt has its own besides.
-            mode: where the engine runs, and thereby how weights get there.
-            gpu: the GPU of an engine in a process of its own, as this process counts them.
+            seed: engine seed; every prompt also has its own seed.
+            mode: where the engine runs.
+            gpu: GPU index in this process for an engine in a separate process.
 
         Raises:
-            ConfigError: weights and key-value cache are more than the whole GPU.
+            ConfigError: weights and key-value cache do not fit on the GPU.
             EngineError: sampling is truncated.
             ModelError: vLLM cannot load the folder.
         """
@@ -93,7 +94,7 @@ class VllmEngine:
             number = torch.cuda.current_device() if gpu is None else gpu
             total = torch.cuda.get_device_properties(number).total_memory
             require_gpu_holds(self._manifest.nbytes, self._kv_cache_bytes, total)
-        # An engine on a GPU of its own is in nobody's way.
+        # An engine on its own GPU competes with nothing for memory.
         self._can_sleep = torch.cuda.is_available() and mode is not EngineMode.OWN_GPU
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         in_process = mode is EngineMode.IN_PROCESS
@@ -125,7 +126,7 @@ class VllmEngine:
                     **arguments,
                 )
                 self._process = None if in_process else EngineProcess(self._llm, "the rollout engine")
-                # Some shapes load and fail only when attention runs: find out now, and not after the first data.
+                # Some shapes load and fail only when attention runs: find out now, before any data is read.
                 self._llm.generate(
                     [TokensPrompt(prompt_token_ids=[0])], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
                 )
@@ -140,41 +141,41 @@ class VllmEngine:
         self._version: int | None = None
         self._set_version(0)
         if not self._can_sleep:
-            where = "has a GPU of its own" if mode is EngineMode.OWN_GPU else "runs without a GPU"
-            _log.info("the rollout engine %s and does not sleep while the policy trains", where)
+            why = "own GPU" if mode is EngineMode.OWN_GPU else "no GPU"
+            _log.info("rollout engine never sleeps: %s", why)
         _log.info(
-            "rollout sampling: temperature=%g, no top_p / top_k / min_p, generation_config.json not read, "
-            "end-of-sequence tokens %s",
+            "rollout sampling: temperature=%g stop_tokens=%s, generation_config.json ignored",
             config.temperature,
             self._stop_tokens,
         )
 
     @property
+    @override
     def version(self) -> int | None:
-        """Policy version of the weights in force; None after an update that failed half-way, and while asleep."""
+        """Policy version of the engine's weights; None after a failed update and while asleep."""
         return self._version
 
     @property
     def own_process(self) -> bool:
-        """Whether the engine has a process of its own."""
+        """Whether the engine runs in a separate process."""
         return self._process is not None
 
     @property
     def asleep(self) -> bool:
-        """Whether the engine has given its GPU memory back; the next weight update wakes it."""
+        """Whether the engine has released its GPU memory; the next weight update wakes it."""
         return self._asleep
 
     @property
     def sleep_frees_bytes(self) -> int:
-        """Bytes of GPU memory that ``sleep`` gives back: weights and key-value cache; 0 where sleeping does nothing."""
+        """Bytes of GPU memory that ``sleep`` releases: weights and key-value cache; 0 if the engine never sleeps."""
         return self._manifest.nbytes + self._kv_cache_bytes if self._can_sleep else 0
 
+    @override
     def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
-        """See ``RolloutEngine.generate``."""
         from vllm import SamplingParams, TokensPrompt
 
         if self._asleep:
-            raise EngineError("the rollout engine sleeps; update its weights first, which wakes it")
+            raise EngineError("the rollout engine is asleep; update its weights to wake it")
         require_version(self._version, version)
         if not prompts:  # a rank's share of a small batch
             return []
@@ -193,18 +194,19 @@ class VllmEngine:
             for prompt in prompts
         ]
         with self._calling():
-            # Blocks left by an earlier call change the shape of the computation, and with it the last bits of the
-            # result: a resumed run, whose cache is empty, would not sample what the uninterrupted one did.
+            # Cache blocks of an earlier call change the shapes of the computation and thereby its rounding: a resumed
+            # run, whose cache is empty, would not sample the same tokens as an uninterrupted one.
             self._drop_prefix_cache()
             outputs = generate_in_one_batch(
                 self._llm, [TokensPrompt(prompt_token_ids=list(prompt.prefix)) for prompt in prompts], parameters
             )
         if len(outputs) != len(prompts):
-            raise EngineError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts; start the run again")
+            raise EngineError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts; run the same command again")
         return [self._continuation(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
+    @override
     def update_weights(self, weights: Weights, version: int) -> None:
-        """See ``RolloutEngine.update_weights``. An engine that sleeps is awake afterwards."""
+        """Replace all weights, and wake the engine if it sleeps."""
         self._version = None
         with self._calling():
             if self._asleep:
@@ -216,21 +218,21 @@ class VllmEngine:
             self._set_version(version)
 
     def self_check(self, weights: Callable[[], Weights], version: int) -> None:
-        """Prove that updates arrive whole and exact; see ``rollout.self_check``.
+        """Check that an update reaches every weight bit for bit (``weight_sync/self_check.py``).
 
         Args:
-            weights: the policy's weights, with the values of the folder that this engine was started on. Called once.
-            version: their policy version, in force afterwards.
+            weights: returns the policy's weights, which equal those of this engine's folder. Called once.
+            version: their policy version.
 
         Raises:
-            EngineError: an update changes too little or too much; the message names the tensors.
+            EngineError: an update changes too little or too much; names the tensors.
         """
         with self._calling():
             loaded = engine_state(self._llm, self._probes, "loaded")
             self._version = None
             self._send(self._manifest.random(self._device))
             self._drop_prefix_cache()
-            # The same salt as below: were the cache not dropped by the next update, its blocks would be used there.
+            # The same salt as below, so that blocks which the next update fails to drop would be used there.
             require_all_changed(loaded, engine_state(self._llm, self._probes, "synced"))
         self.update_weights(weights(), version)
         with self._calling():
@@ -239,13 +241,13 @@ class VllmEngine:
             except EngineError:
                 self._version = None
                 raise
-        _log.info("weight updates checked: %d tensors agree bit for bit", len(loaded.weights))
+        _log.info("weight sync checked: tensors=%d, all bit-identical", len(loaded.weights))
 
     def sleep(self) -> None:
-        """Give the engine's GPU memory back until the next ``update_weights``; its weights are gone until then.
+        """Release the engine's GPU memory, including its weights, until the next ``update_weights``.
 
-        vLLM's level 2, which keeps no copy in host memory: the policy sends its weights in any case. Without a GPU,
-        and on a GPU of its own, the engine stays as it is.
+        This is vLLM's level 2, which keeps no copy in host memory, because the policy sends its weights anyway. Does
+        nothing without a GPU or on a GPU of its own.
         """
         if not self._can_sleep or self._asleep:
             return
@@ -255,33 +257,37 @@ class VllmEngine:
             self._asleep = True
 
     def _wake_cache(self) -> None:
-        """After the weights: the cache, and a look at whether what vLLM restored by itself is sound."""
+        """Wake the key-value cache after the weights, and check the state that vLLM restored itself."""
         if not self._llm.wake_up(tags=["kv_cache"]):
-            raise EngineError("vLLM did not wake up whole; start the run again, it goes on from the last checkpoint")
+            raise EngineError(
+                "vLLM did not wake up completely; run the same command to resume from the last checkpoint"
+            )
         self._asleep = False
         self._llm.collective_rpc("rlpt_zero_cache")
         self._drop_prefix_cache()
         self._require_sound()
 
     def _require_sound(self) -> None:
-        """A canary: buffers as they were at the start, finite log-probabilities.
+        """Check that buffers are unchanged since the start and that log-probabilities are finite.
 
         Raises:
-            EngineError: the engine would generate garbage.
+            EngineError: they are not.
         """
         for name, digest in buffer_digests(self._llm).items():
             if digest != self._buffers[name]:
-                raise EngineError(f"the rollout engine woke up with another {name} than before; start the run again")
+                raise EngineError(
+                    f"the rollout engine woke up with another {name} than before; run the same command to resume"
+                )
         answers = probe_answers(self._llm, self._probes, "canary")
         if not all(math.isfinite(value) for _, values in answers.values() for value in values):
-            raise EngineError("the rollout engine gives log-probabilities that are not finite; start the run again")
+            raise EngineError("log-probabilities of the rollout engine are not finite; run the same command to resume")
 
     def _send(self, weights: Weights) -> None:
         try:
             self._transport.send(weights)
         except BaseException:
             if self._process is not None and self._device.type == "cuda":
-                # It may be waiting, inside a collective, for weights that never come; nothing can load into it again.
+                # It may wait inside a collective for weights that never come, and can load nothing else.
                 self._process.end()
             raise
 
@@ -289,17 +295,19 @@ class VllmEngine:
         return self._process.calling() if self._process else contextlib.nullcontext()
 
     def _set_version(self, version: int) -> None:
-        # vLLM stamps every token with it, see _continuation.
+        # vLLM records it with every token, see _continuation.
         self._llm.llm_engine.set_weight_version(str(version))
         self._version = version
 
     def _drop_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM refused to drop its prefix cache; what it holds is not of these weights or prompts")
+            raise EngineError(
+                "vLLM did not drop its prefix cache, which holds results of other weights; run it again to resume"
+            )
 
     def _continuation(self, prompt: RolloutPrompt, output: Any) -> Continuation:
         if tuple(output.prompt_token_ids) != prompt.prefix:
-            raise EngineError("vLLM returned a continuation of another prompt than the one asked for")
+            raise EngineError("vLLM returned a continuation of another prompt; run the same command to resume")
         completion = output.outputs[0]
         for span in completion.weight_versions or ():
             if span.version != str(self._version):
@@ -310,11 +318,11 @@ class VllmEngine:
 
 
 def start_policy_engine(config: Config, own_process: bool = False) -> VllmEngine:
-    """The engine of this rank, on the weights of ``model.path`` as version 0; raises what ``VllmEngine`` does.
+    """Start the engine of this rank on the weights of ``model.path`` as version 0; raises as ``VllmEngine``.
 
     Args:
         config: the run.
-        own_process: whether it gets a process of its own.
+        own_process: start it in a separate process.
     """
     folder = Path(config.model.path)
     mode, gpu = choose_mode(own_process)
@@ -331,19 +339,19 @@ def start_policy_engine(config: Config, own_process: bool = False) -> VllmEngine
 
 
 def needs_process(config: Config, world_size: int) -> bool:
-    """Whether a vLLM engine gets a process of its own.
+    """Return True if the vLLM engine needs a separate process.
 
-    It has to beside a world of more than one rank. Where it generates while the policy trains, the two would wait for
-    each other's Python in one process.
+    That is the case with more than one rank, and if it generates while the policy trains: in one process the two would
+    compete for the interpreter lock.
     """
     return world_size > 1 or config.train.staleness > 0
 
 
 def choose_mode(own_process: bool) -> tuple[EngineMode, int | None]:
-    """Where this rank's engine runs, and on which GPU (None: as the process itself).
+    """Choose where this rank's engine runs and on which GPU (None: the GPU of this process).
 
-    On a machine with at least twice as many GPUs as ranks, engines with a process of their own take the GPUs that no
-    rank trains on.
+    On a machine with at least twice as many GPUs as ranks, engines in separate processes use the GPUs that no rank
+    trains on.
     """
     if not own_process:
         return EngineMode.IN_PROCESS, None
@@ -357,19 +365,19 @@ def choose_mode(own_process: bool) -> tuple[EngineMode, int | None]:
 
 
 def require_gpu_holds(weights: int, cache: int, total: int) -> None:
-    """Refuse an engine that no GPU of this size can hold, before anything is loaded; all sizes are in bytes.
+    """Refuse an engine that does not fit on its GPU, before anything is loaded; all sizes are in bytes.
 
     Args:
-        weights: the whole model, since engines are not tensor-parallel.
+        weights: the whole model, because engines are not tensor-parallel.
         cache: the key-value cache.
-        total: the GPU's memory, free or not.
+        total: the GPU's total memory.
 
     Raises:
-        ConfigError: they are more than ``total``.
+        ConfigError: they exceed ``total``.
     """
     if weights + cache > total:
         raise ConfigError(
             f"a rollout engine holds the whole model, {weights / 2**30:.1f} GiB, and rollout.kv_cache_gib = "
             f"{cache / 2**30:g} of cache, and its GPU has {total / 2**30:.1f} GiB; lower rollout.kv_cache_gib or "
-            "set rollout.engine=megatron, which cuts the model over GPUs"
+            "set rollout.engine=megatron, which shards the model over GPUs"
         )

@@ -1,8 +1,8 @@
-"""What every vLLM engine in this project needs from its surroundings, in one place.
+"""The process state in which vLLM engines are built, set up before and restored after.
 
-vLLM reads process-wide state while an engine is built (environment variables) and leaves process-wide state behind
-(reseeded random generators, a disabled ``torch.set_num_threads``, more environment variables). A trainer that shares
-the process must see neither, and two engines (policy and teacher) must not see each other's settings.
+vLLM reads process-wide state while an engine is built (environment variables) and changes process-wide state (reseeded
+random generators, a disabled ``torch.set_num_threads``, more environment variables). A trainer in the same process must
+see neither, and two engines (policy and teacher) must not see each other's settings.
 """
 
 from __future__ import annotations
@@ -17,41 +17,40 @@ from typing import Any
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
-"""What torchrun sets beside them. With its TORCHELASTIC_USE_AGENT_STORE every new store waits for a server that
-somebody else runs (torch/distributed/rendezvous.py), and an engine would wait for ever. Slurm's variables stay: neither
-vLLM nor torch reads them."""
+"""Further variables of torchrun. With its TORCHELASTIC_USE_AGENT_STORE every new store waits for a server that another
+process runs (torch/distributed/rendezvous.py), so an engine would wait forever. Slurm's variables stay: neither vLLM
+nor torch reads them."""
 
 _START_UP_SHARE = 0.01
-"""``gpu_memory_utilization``: the share of a GPU's memory that has to be free when an engine starts, 0.92 by default,
-which no GPU has beside a policy. vLLM checks it in any case (vllm/v1/worker/utils.py: request_memory). Beside
-``kv_cache_memory_bytes`` it has no other effect: the size of the cache is then returned before the budget is looked at
-(vllm/v1/worker/gpu_worker.py: determine_available_memory)."""
+"""``gpu_memory_utilization``: the share of a GPU's memory that must be free when an engine starts. The default of 0.92
+is never free on a GPU that also holds a policy, and vLLM always checks it (vllm/v1/worker/utils.py: request_memory). It
+has no other effect with ``kv_cache_memory_bytes`` (vllm/v1/worker/gpu_worker.py: determine_available_memory)."""
 
 
 @contextmanager
 def vllm_environment(
     kv_cache_gib: float, *, in_process: bool = True, gpu: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Build a vLLM engine inside this block; environment, random state and thread count are restored after it.
+    """Set up the state for building a vLLM engine; restore environment, random state and thread count afterwards.
 
     Use it as ``with vllm_environment(1.0) as arguments: llm = LLM(model=..., **arguments)``.
 
     Args:
-        kv_cache_gib: memory for the engine's key-value cache in GiB; fractions are fine.
-        in_process: run the engine core in this process. False starts it in a process of its own, which is needed
-            beside a ``torch.distributed`` world of more than one rank. The program's entry script then needs its
+        kv_cache_gib: memory for the engine's key-value cache in GiB; may be a fraction.
+        in_process: run the engine core in this process. False starts it in a separate process, which is required
+            with a ``torch.distributed`` world of more than one rank. The program's entry script then needs its
             ``if __name__ == "__main__"``.
-        gpu: the only GPU the engine may see, as this process counts them; only for a process of its own. None is the
-            GPU this process works on: a process that sees them all would take the first, as those of all ranks would.
+        gpu: index in this process of the only GPU that a separate engine process sees. None is the current GPU: if the
+            engines of all ranks saw all GPUs, each would take the first.
 
     Yields:
-        The keyword arguments of ``vllm.LLM`` that belong to this environment.
+        The keyword arguments of ``vllm.LLM`` for this environment.
     """
     import numpy
     import torch
 
-    # An engine tears down vLLM's process-wide groups when it is collected, whoever uses them by then. One that nothing
-    # refers to any more has to go before the new one is there (engines are cyclic garbage: they wait for a collection).
+    # An engine tears down vLLM's process-wide groups when it is collected, even if a newer engine uses them. Engines
+    # are cyclic garbage, so collect unreferenced ones before building a new one.
     gc.collect()
     environment = dict(os.environ)
     python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
@@ -59,36 +58,36 @@ def vllm_environment(
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
-    # The default pins OpenMP threads to cores; the training threads of this machine need those cores too.
+    # The default pins OpenMP threads to cores that the training threads need too.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    # Whole GiB only, and it overrides kv_cache_memory_bytes (vllm/platforms/cpu.py), which is used below instead.
+    # Takes whole GiB only and would override kv_cache_memory_bytes below (vllm/platforms/cpu.py).
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    # Read when vllm is first imported; a user who wants more sets it. Its warnings are about what we do on purpose
-    # (no tokenizer, tied output layers that get no weights of their own), with tracebacks.
+    # Read when vllm is first imported; users can set it. vLLM's warnings, with tracebacks, are about intended settings
+    # (no tokenizer, tied output layers without weights).
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not in_process:
-        # A fork would keep the world's sockets open, and its peers would not see this process end.
+        # A fork would keep the sockets of the process groups open, so peers would not notice that this process ended.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         if gpu is None and torch.cuda.is_available():
             gpu = torch.cuda.current_device()
         if gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
-    # vLLM would take the trainer's world for its own.
+    # vLLM would otherwise join the trainer's world.
     for name in list(os.environ):
         if name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES):
             del os.environ[name]
     # The first engine of a process freezes vLLM's view of the environment (vllm/envs.py: enable_envs_cache).
     if (envs := sys.modules.get("vllm.envs")) is not None:
         envs.disable_envs_cache()
-    # To import vLLM makes a million objects that stay: collections meanwhile look at them again and again for nothing.
+    # Importing vLLM creates a million lasting objects, which every collection meanwhile would scan in vain.
     collects = gc.isenabled()
     gc.disable()
     try:
         arguments: dict[str, Any] = {
-            # No compilation and no CUDA graphs: start-up in seconds, and the same kernels whatever the batch.
+            # No compilation and no CUDA graphs: starts in seconds, and kernels do not depend on the batch.
             "enforce_eager": True,
-            # Keep the model folder's generation_config.json from changing the sampling behind our back.
+            # Ignore the model folder's generation_config.json, which would change the sampling.
             "generation_config": "vllm",
             "use_tqdm_on_load": False,
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
@@ -96,14 +95,14 @@ def vllm_environment(
         if torch.cuda.is_available():
             arguments["gpu_memory_utilization"] = _START_UP_SHARE
         else:
-            # A prompt prefilled in parts rewinds its seeded generator, which CPU generators cannot do: "CPU Generator
-            # does not use offset" (vllm/v1/worker/gpu_model_runner.py: _bookkeeping_sync).
+            # Chunked prefill rewinds the seeded generator of a request, which CPU generators do not support: "CPU
+            # Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py: _bookkeeping_sync).
             arguments["enable_chunked_prefill"] = False
             if not in_process:
                 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-                # By name, vllm/platforms/cpu.py turns it into one more process, to bind threads to cores, which we do
-                # not want; that process would start as slowly as the engine's and not end with it.
+                # Given by name, vllm/platforms/cpu.py replaces it by one more process that binds threads to cores. That
+                # process would double the start-up time and not end with the engine's.
                 arguments["distributed_executor_backend"] = UniProcExecutor
         yield arguments
     finally:
@@ -122,21 +121,21 @@ def vllm_environment(
 
 
 def generate_in_one_batch(llm: Any, prompts: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
-    """``llm.generate``, with all requests there before the first of them is begun.
+    """Run ``llm.generate`` with all requests queued before the first one starts.
 
-    An engine in a process of its own begins with what has arrived, so that chance decides which requests are computed
-    together, and with that the last bits of their log-probabilities. Paused meanwhile, it begins with all of them.
+    An engine in a separate process starts with the requests that have arrived, so timing would decide which requests
+    are computed together and thereby the rounding of their log-probabilities. Pausing it meanwhile avoids that.
 
     Args:
         llm: a ``vllm.LLM``.
-        prompts: what ``llm.generate`` takes.
+        prompts: as for ``llm.generate``.
         parameters: sampling parameters of each prompt.
 
     Returns:
         vLLM's outputs, in the order of ``prompts``.
     """
     core = llm.llm_engine.engine_core
-    call: Callable[..., Any] = getattr(core, "call_utility", lambda *_: None)  # an engine in this process has none
+    call: Callable[..., Any] = getattr(core, "call_utility", lambda *_: None)  # absent for an engine in this process
     call("pause_scheduler", "keep", False)
     try:
         llm.enqueue(prompts, parameters, use_tqdm=False)
@@ -146,6 +145,6 @@ def generate_in_one_batch(llm: Any, prompts: Sequence[Any], parameters: Sequence
 
 
 def _visible_gpu(index: int) -> str:
-    """What CUDA_VISIBLE_DEVICES must be for a child process to see only the GPU that is ``index`` here."""
+    """Return the CUDA_VISIBLE_DEVICES with which a child process sees only GPU ``index`` of this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[index] if visible else str(index)

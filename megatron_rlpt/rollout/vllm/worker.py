@@ -1,7 +1,7 @@
-"""What runs inside vLLM's worker, called by name through ``LLM.collective_rpc``; nothing of ours is pickled for it.
+"""Methods that run inside vLLM's worker, called by name through ``LLM.collective_rpc``.
 
 vLLM mixes ``WorkerExtension`` into its worker class (``worker_extension_cls``, vllm/v1/worker/worker_base.py), so
-``self`` is the worker and the method names must not be the worker's own: all start with ``rlpt_``.
+``self`` is the worker. All method names start with ``rlpt_`` so that they cannot clash with the worker's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from megatron_rlpt.distributed.processes import STOP_SIGNALS
 EXTENSION = f"{__name__}.WorkerExtension"
 """Value of vLLM's ``worker_extension_cls``."""
 _ROWS = 1024
-"""Rows of the identity sent through a packed matrix at once."""
+"""Rows of the identity matrix multiplied with a packed matrix at a time."""
 
 
 class BucketFile(TypedDict):
-    """One file of weights, byte behind byte."""
+    """One file of concatenated weights."""
 
     path: str
     tensors: list[tuple[str, str, list[int]]]
@@ -39,10 +39,10 @@ class WorkerExtension:
     model_runner: Any
 
     def rlpt_load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-        """Exchange all weights, and repack on CPU what ``reload_weights`` does not; for an engine in process.
+        """Replace all weights, and repack on CPU what ``reload_weights`` does not.
 
         Returns:
-            Name of the first weight that the model's loader left over, None when it took them all.
+            Name of the first weight that the model's loader did not take; None if it took them all.
         """
         stream = iter(weights)
         self.reload_weights(weights_iterator=stream)  # type: ignore[attr-defined]
@@ -53,15 +53,14 @@ class WorkerExtension:
         return left
 
     def rlpt_load_buckets(self, buckets: list[BucketFile]) -> str | None:
-        """The same from files, one bucket in memory at a time; a bucket that was read gives its memory back."""
+        """Call ``rlpt_load`` on bucket files, one in memory at a time; each file is truncated once it is read."""
         return self.rlpt_load(_read_buckets(buckets))
 
     def rlpt_repack_tied_head(self) -> None:
-        """Give the packed copy of a tied output layer the embedding's present values.
+        """Repack a tied output layer from the embedding's current values.
 
-        ``reload_weights`` repacks a layer when weights are loaded into it. A tied output layer gets none of its own,
-        so on CPU, where the matrix product reads a packed copy, it would go on with the old ones and nothing would
-        say so.
+        ``reload_weights`` repacks a layer when weights are loaded into it. A tied output layer gets no weights, so on
+        CPU, where the matrix product reads a packed copy, it would silently keep the old values.
         """
         model = self.model_runner.get_model()
         head, embedding = model.lm_head, model.model.embed_tokens
@@ -71,8 +70,8 @@ class WorkerExtension:
     def rlpt_repack_experts(self) -> None:
         """Pack the weights of a mixture of experts for the CPU kernel.
 
-        vLLM packs them at the first load only (unquantized_fused_moe_method.py: _setup_kernel); after a reload the
-        kernel would read plain weights as packed ones. A version that does it by itself fails the start-up check.
+        vLLM packs them only at the first load (unquantized_fused_moe_method.py: _setup_kernel); after a reload the
+        kernel would read plain weights as packed ones. A vLLM that repacks them itself would fail the start-up check.
         """
         for layer in self.model_runner.get_model().modules():
             kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
@@ -80,17 +79,17 @@ class WorkerExtension:
                 kernel.fused_experts.process_weights_after_loading(layer)
 
     def rlpt_update_pickled(self, update: bytes) -> None:
-        """``update_weights`` of vLLM's worker, for a payload with CUDA handles in it, which its own encoding refuses.
+        """Call ``update_weights`` of vLLM's worker with a payload of CUDA handles, which vLLM cannot encode.
 
-        The bytes come from the trainer that started this process, over the socket that carries every other call.
+        The bytes come from the trainer that started this process, over the same socket as every other call.
         """
         self.update_weights(pickle.loads(update))  # type: ignore[attr-defined]
 
     def rlpt_weight_digests(self) -> dict[str, str]:
-        """SHA-256 of every weight, by vLLM's own names.
+        """Return the SHA-256 of every weight by vLLM's names.
 
-        A matrix that exists only in the packed form of a CPU kernel is known by what it does to the identity: the
-        product with it is the matrix itself, exactly, because all other terms of each sum are zero.
+        A matrix that exists only in the packed form of a CPU kernel is read by multiplying it with the identity: the
+        product is exact, because all other terms of each sum are zero.
         """
         model = self.model_runner.get_model()
         digests = {name: _digest([value]) for name, value in model.named_parameters() if value.numel()}
@@ -101,22 +100,22 @@ class WorkerExtension:
         return digests
 
     def rlpt_buffer_digests(self) -> dict[str, str]:
-        """SHA-256 of every buffer: rotary tables, scales of the cache."""
+        """Return the SHA-256 of every buffer, such as rotary tables and cache scales."""
         return {name: _digest([value]) for name, value in self.model_runner.get_model().named_buffers()}
 
     def rlpt_zero_cache(self) -> None:
-        """Clear the key-value cache: memory that was just mapped again may hold anything.
+        """Zero the key-value cache: memory that was just mapped again may hold any values.
 
-        Slots that are masked out still count where the kernel multiplies them by a weight of 0, and 0 times
-        not-a-number is not a number (seen on CPU: one bad batch, and every later one was bad).
+        Kernels multiply masked slots by a weight of 0, and 0 times NaN is NaN (seen on CPU: after one bad batch every
+        later one was bad).
         """
         for cache in self.model_runner.kv_caches:
             cache.zero_()
 
     def rlpt_exit_with(self, trainer: int) -> None:
-        """Live as long as the process ``trainer``, its parent; called in the main thread.
+        """Exit when the parent process ``trainer`` exits, and ignore stop signals; called in the main thread.
 
-        What a scheduler sends to every process of a job is meant for the trainer alone, whose last step needs this one.
+        A scheduler signals every process of a job, but the trainer still needs this engine for its last step.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -130,13 +129,13 @@ class WorkerExtension:
 
 
 def bytes_of(tensor: torch.Tensor) -> Any:
-    """The bytes of ``tensor`` as something that offers Python's buffer protocol."""
+    """Return the bytes of ``tensor`` as an object with Python's buffer protocol."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _read_buckets(buckets: list[BucketFile]) -> Iterator[tuple[str, torch.Tensor]]:
     for bucket in buckets:
-        # Into memory of our own, and the file's given back at once: its pages are memory too.
+        # Copy, then truncate the file immediately: its pages are memory too.
         with open(bucket["path"], "r+b") as file:
             data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
             file.truncate(0)

@@ -1,13 +1,13 @@
-"""Weights to an engine in a process of its own on a GPU, by vLLM's weight-transfer package.
+"""Weight transport to an engine in a separate process on a GPU, through vLLM's weight-transfer package.
 
-Chosen only where CUDA is there. CUDA IPC serves an engine that shares the trainer's GPU, NCCL one that has its own;
-both cut the stream into packed buffers and load them layer by layer (vllm/distributed/weight_transfer). Without a GPU
-neither can run: what is checked there is what we build for them, the order of what is sent, and our side of the calls.
+Used only with CUDA. CUDA IPC serves an engine that shares the trainer's GPU, NCCL an engine on its own GPU. Both split
+the stream into packed buffers and load them layer by layer (vllm/distributed/weight_transfer). Neither runs without a
+GPU; tests without one check the constructed objects, the order of the stream, and the calls on the trainer's side.
 
-Every trainer rank has an engine of its own and is the sender to it: rank 0 in vLLM's terms, where "rank" is among the
-trainers of one engine. All ranks send at the same time, because a rank's weights are complete only by collectives of
-all. Those of the stream are the only ones: a rank whose engine fails can finish the stream and so lets the others go on
-(``DistributedEngine``), which it could not if sending waited for the other ranks too.
+Every trainer rank sends to its own engine and is rank 0 in vLLM's terms, where "rank" counts the trainers of one
+engine. All ranks send concurrently, because a rank's weights are only complete through collectives of all ranks.
+Sending adds no further collectives, so a rank whose engine fails can finish the stream and let the others continue
+(``DistributedEngine``).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from megatron_rlpt.rollout.engine import EngineMode
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
 
 BACKENDS = {EngineMode.SHARED_GPU: "ipc", EngineMode.OWN_GPU: "nccl"}
-"""EngineMode -> backend in vLLM's ``weight_transfer_config``, which the engine is started with."""
+"""EngineMode -> backend in vLLM's ``weight_transfer_config``."""
 
 
 class PolicySource(WeightSource):
-    """The weights of one update as vLLM's trainer engines take them: declared by the manifest, then streamed once."""
+    """The weights of one update for vLLM's trainer engines: declared by the manifest, then streamed once."""
 
     def __init__(self, manifest: WeightManifest) -> None:
         self._manifest = manifest
         self._weights: Weights | None = None
 
     def offer(self, weights: Weights) -> None:
-        """Let the next pass stream ``weights``."""
+        """Set the weights that the next iteration streams."""
         self._weights = weights
 
     def metadata(self) -> list[ParamMeta]:
-        """Name, precision and shape of every weight, in the order of the stream."""
+        """Return name, precision and shape of every weight, in the order of the stream."""
         return [ParamMeta(name, self._manifest.dtype, shape) for name, shape in self._manifest.shapes.items()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -55,44 +55,44 @@ class PolicySource(WeightSource):
 
 
 class OfflineClient:
-    """vLLM's ``VLLMWeightSyncClient`` for an offline ``LLM`` in a process of its own."""
+    """vLLM's ``VLLMWeightSyncClient`` for an offline ``LLM`` in a separate process."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Open the worker's end."""
+        """Open the worker's side."""
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Make the worker ready to load."""
+        """Prepare the worker for loading."""
         self._llm.start_weight_update()
 
     def update_weights(self, update_info: Any) -> None:
-        """Let the worker receive; CUDA handles are pickled, because vLLM's own encoding refuses them."""
+        """Let the worker receive; CUDA handles are pickled because vLLM cannot encode them."""
         self._llm.collective_rpc("rlpt_update_pickled", args=(pickle.dumps(update_info),))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Let the worker finish; the engine's version is set by its owner, once caches are dropped too."""
+        """Let the worker finish; ``VllmEngine`` sets the version once caches are dropped."""
         self._llm.finish_weight_update(weight_version)
 
 
 class SingleRankIpcSender(IPCTrainerWeightTransferEngine):
-    """vLLM's IPC sender for one trainer and one engine on one GPU, without a word to the other ranks of the world.
+    """vLLM's IPC sender for one trainer and one engine on one GPU, without collectives over the other ranks.
 
-    vLLM's own takes all ranks of torch's default group for trainers of the same engine: for every buffer it gathers
-    their handles and waits for them, so that one rank that fails would leave all others waiting.
+    vLLM's class treats all ranks of torch's default group as trainers of the same engine: for every buffer it gathers
+    their handles and waits for them, so one failing rank would leave all others waiting.
     """
 
     def _all_gather_and_merge_handles(self, handles: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The engine needs the handle of its own GPU alone."""
+        """Return ``handles``: the engine only needs the handle of its own GPU."""
         return handles
 
     @staticmethod
     def _post_send_sync() -> None:
-        """Free what the engine has let go of.
+        """Free buffers that the engine has closed.
 
-        It has read the buffer by now: its worker waits for its GPU before an update returns
+        It has read them by now: its worker waits for its GPU before an update returns
         (vllm/distributed/weight_transfer/base.py: WeightTransferEngine.update_weights).
         """
         torch.cuda.ipc_collect()
@@ -102,12 +102,12 @@ SENDERS: dict[EngineMode, type[TrainerWeightTransferEngine[Any]]] = {
     EngineMode.SHARED_GPU: SingleRankIpcSender,
     EngineMode.OWN_GPU: NCCLTrainerWeightTransferEngine,
 }
-"""EngineMode -> our end of the backend. The NCCL one meets its engine in a group of their own."""
+"""EngineMode -> the trainer's side of the backend. The NCCL sender shares a group only with its engine."""
 
 
 def trainer_init_info(mode: EngineMode, manifest: WeightManifest, bucket_bytes: int) -> TrainerInitInfo:
-    """How this rank joins its engine; the rendezvous of NCCL is on this machine, where the engine is too."""
-    # One tensor is never divided (packed_tensor.py: packed_ipc_producer refuses one that does not fit).
+    """Return how this rank joins its engine; NCCL's rendezvous is on this machine, like the engine."""
+    # A tensor is never split (packed_tensor.py: packed_ipc_producer refuses one that does not fit).
     bucket_bytes = max(bucket_bytes, manifest.largest_nbytes)
     if mode is EngineMode.SHARED_GPU:
         return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=bucket_bytes)
@@ -124,8 +124,8 @@ def trainer_init_info(mode: EngineMode, manifest: WeightManifest, bucket_bytes: 
 class GpuTransport:
     """Sends through one of vLLM's trainer engines.
 
-    Weights are checked as they stream: an error half-way leaves an engine that cannot load again, so the run has to be
-    started anew.
+    Weights are checked while they stream: an error in the middle leaves an engine that cannot load again, so the run
+    has to be resumed.
     """
 
     def __init__(self, trainer_engine: Any, source: PolicySource) -> None:
@@ -133,21 +133,21 @@ class GpuTransport:
         self._source = source
 
     def send(self, weights: Weights) -> None:
-        """See ``Transport.send``."""
+        """Send ``weights`` to the engine, as ``transport.Transport.send``."""
         self._source.offer(weights)
         try:
             self._trainer_engine.send_weights()
         except (RlptError, EngineDeadError):
             raise
-        except Exception as error:  # vLLM passes a failure in its worker on as a plain Exception
+        except Exception as error:  # vLLM reports a failure in its worker as a plain Exception
             raise EngineError(
-                f"the rollout engine did not take the weights ({first_line(error)}); start the run again, it goes on "
+                f"the rollout engine did not take the weights ({first_line(error)}); run the same command to resume "
                 "from the last checkpoint"
             ) from error
 
 
 def open_gpu_transport(mode: EngineMode, llm: Any, manifest: WeightManifest, bucket_bytes: int) -> GpuTransport:
-    """Join ``llm``, which was started with the backend of ``mode``.
+    """Connect to ``llm``, which was started with the backend of ``mode``.
 
     Raises:
         EngineError: CUDA is not available here.

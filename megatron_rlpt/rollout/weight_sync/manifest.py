@@ -1,4 +1,4 @@
-"""Which weights an engine expects, and the check of those that arrive."""
+"""The weights that an engine expects, and the check of every stream against them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class WeightManifest:
-    """Name and shape of every weight, and the precision all of them have in the engine."""
+    """Name and shape of every weight, and the engine's precision."""
 
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
@@ -31,10 +31,10 @@ class WeightManifest:
         return max(torch.Size(shape).numel() for shape in self.shapes.values()) * self.dtype.itemsize
 
     def checked(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same weights in the engine's precision, as long as they are those expected, in whatever order.
+        """Yield ``weights`` in the engine's precision, checked against the manifest; the order does not matter.
 
         Raises:
-            EngineError: a name comes twice, is unknown or never comes, or a shape differs.
+            EngineError: a name is repeated, unknown or missing, or a shape differs.
         """
         missing = dict(self.shapes)
         for name, tensor in weights:
@@ -48,10 +48,10 @@ class WeightManifest:
             raise EngineError(f"{len(missing)} weights were not sent, the first is {min(missing)!r}")
 
     def in_order(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """``checked``, and in the manifest's own order, which the receiver relies on.
+        """Yield as ``checked``, and require the manifest's order, which the receiver relies on.
 
         Raises:
-            EngineError: what ``checked`` raises, or a weight comes out of its turn.
+            EngineError: as ``checked``, or a weight is out of order.
         """
         turn = iter(self.shapes)
         for name, tensor in self.checked(weights):
@@ -60,7 +60,7 @@ class WeightManifest:
             yield name, tensor
 
     def random(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-        """Random values in place of every weight, the same at every call."""
+        """Yield random values for every weight, the same at every call."""
         generator = torch.Generator(device).manual_seed(0)
         for name, shape in self.shapes.items():
             values = torch.empty(shape, dtype=self.dtype, device=device)

@@ -1,7 +1,7 @@
-"""How the policy's weights get into the rollout layout.
+"""Loading the policy's weights into the rollout layout.
 
-From the training layout directly, by ``megatron.core.resharding``, where the source has a Megatron model; from a
-stream of Hugging Face tensors, by the family's table, where it has not (a folder on disk).
+A source with a Megatron model is resharded from the training layout by ``megatron.core.resharding``. Other sources (a
+folder on disk) stream Hugging Face tensors, which the rules of the model's family map.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
 
 @runtime_checkable
 class MegatronModelSource(Protocol):
-    """A source of weights that can also hand over the Megatron model that holds them."""
+    """A source of weights that also exposes the Megatron model that holds them."""
 
     @property
     def model_chunks(self) -> Sequence[GPTModel]:
@@ -38,27 +38,27 @@ class MegatronModelSource(Protocol):
 
 
 class RolloutWeights:
-    """The weights of one rollout model, and both ways of replacing them. Its methods are collectives of all ranks."""
+    """The weights of one rollout model and both ways of replacing them; its methods are collectives of all ranks."""
 
     def __init__(self, model: GPTModel, arch: Architecture, runtime: DeviceRuntime, ranks: Ranks) -> None:
-        """``model`` is in the rollout layout (``megatron_model.build_rollout_model``)."""
+        """Manage the weights of ``model``, built by ``rollout/megatron/model.py: build_rollout_model``."""
         self._arch = arch
         self._runtime = runtime
         self._ranks = ranks
         self._manifest = WeightManifest(expected_shapes(arch), next(model.parameters()).dtype)
         self._rules = {rule.megatron: rule for rule in mapping(arch)}
         self._parameters = named_parameters([model], arch, Layout())
-        assert self._parameters.keys() == self._rules.keys(), "a whole dense model is on every tensor-parallel group"
+        assert self._parameters.keys() == self._rules.keys(), "every tensor-parallel group holds a whole dense model"
         self._tensor = model.pg_collection.tp
         self._target = _View(self._parameters, model)
         self._mark(self._parameters)
         self._plan: Any = None
 
     def load(self, weights: Weights) -> None:
-        """Take over whole Hugging Face tensors in any order, the same on every rank; each keeps its part.
+        """Load whole Hugging Face tensors, in any order, the same on every rank; each rank keeps its shard.
 
         Raises:
-            EngineError: names or shapes are not those of the model, which is then partly overwritten.
+            EngineError: names or shapes differ from the model's, which is then partly overwritten.
         """
         parts: dict[str, torch.Tensor] = {}
         owner = {name: rule for rule in self._rules.values() for name in rule.hf}
@@ -72,15 +72,14 @@ class RolloutWeights:
                     self._parameters[rule.megatron].copy_(shard(whole, rule.cut, rank, size))
 
     def reshard(self, model_chunks: Sequence[GPTModel]) -> None:
-        """Take over the weights of a model in the training layout.
+        """Load the weights of a model in the training layout.
 
-        The transfers are planned once. Tensors go from rank to rank, by NCCL between GPUs and by gloo between CPUs;
-        what source and target hold on one rank is copied there. While it runs it needs memory for one more copy of this
-        rank's rollout weights.
+        Transfers are planned once. Tensors move between ranks through NCCL on GPUs and gloo on CPUs, and are copied
+        within a rank. This needs memory for one more copy of this rank's rollout weights.
 
         Raises:
             EngineError: names, shapes or precision of the two models differ.
-            TrainingError: a rank did not come in time; its number is named.
+            TrainingError: a rank did not arrive in time; names it.
         """
         self._ranks.barrier("the exchange of weights")
         parameters = named_parameters(model_chunks, self._arch, Layout())
@@ -101,7 +100,7 @@ class RolloutWeights:
                 parameter.uniform_(-0.05, 0.05, generator=generator)
 
     def digests(self) -> dict[str, str]:
-        """Megatron name -> digest of this rank's part of every weight."""
+        """Return Megatron name -> digest of this rank's shard of every weight."""
         return {
             name: hashlib.blake2b(
                 parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16
@@ -110,9 +109,9 @@ class RolloutWeights:
         }
 
     def _require_same(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Where one rank finds a difference all of them raise: nobody may wait for transfers that never come.
+        """Raise on all ranks if one finds a difference, so that no rank waits for transfers that never come.
 
-        Megatron's planner looks only for weights that are absent, and up to 0.18 raises on rank 0 alone.
+        Megatron's planner only looks for missing weights, and up to 0.18 raises on rank 0 alone.
         """
         planned = self._plan is not None
         names = [] if planned else list(parameters)
@@ -137,10 +136,10 @@ class RolloutWeights:
                 yield f"weight {name!r} was sent as {parameter.dtype}; the engine's is {own.dtype}"
 
     def _mark(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Tell the planner how each weight is divided.
+        """Mark how each weight is sharded, for the planner.
 
-        Megatron sets these marks while it draws random weights, so a model built without has none
-        (``megatron/core/tensor_parallel/layers.py: _initialize_affine_weight_cpu``) and would be taken for replicated.
+        Megatron sets these marks when it draws random weights (``megatron/core/tensor_parallel/layers.py:
+        _initialize_affine_weight_cpu``). A model built without would be treated as replicated.
         """
         for name, parameter in parameters.items():
             rule = self._rules.get(name)
@@ -155,10 +154,7 @@ def _set_marks(parameter: Any, rule: Rule) -> None:
 
 
 class _View(torch.nn.Module):
-    """The parameters of a model, in one or several chunks, under their names in the whole model.
-
-    Megatron's planner takes one module, so a model with virtual stages is shown to it as one.
-    """
+    """The parameters of all model chunks under their names in the whole model, as one module for Megatron's planner."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], model: GPTModel) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Proof, at start-up, that a weight update leaves the engine with exactly the weights that were sent.
+"""Start-up proof that a weight update leaves the engine with exactly the weights that were sent.
 
-The engine has loaded the starting model from disk, and the policy has too. Its weights are replaced by random ones,
-then by the policy's, both by the way of every later update; what it computes with must first change everywhere, and
-then be what it was, bit for bit.
+Engine and policy have loaded the same model from disk. The engine's weights are replaced by random values and then by
+the policy's, both through the transport of every later update. After the first, every weight must have changed; after
+the second, every weight must equal its start value bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch
 
 _PROBES = 4
 _PROBE_TOKENS = 96
-"""Longest probe: three blocks of the prefix cache on CPU."""
+"""Length of the longest probe: three blocks of the prefix cache on CPU."""
 _CONTINUATION = 4
 
 
@@ -27,36 +27,36 @@ Answer = tuple[tuple[int, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class EngineState:
-    """What an engine computes with, and what comes out of it."""
+    """Digests of an engine's weights and buffers, and its answers to the probes."""
 
     weights: dict[str, str]
-    """Name -> digest; where there are several workers, the name says whose."""
+    """Name -> digest; with several workers, the name includes the worker."""
     buffers: dict[str, str]
-    """The same of what is not trained, rotary tables for instance."""
+    """The same for tensors that are not trained, such as rotary tables."""
     answers: dict[str, Answer]
-    """What came out, by probe."""
+    """Answers by probe."""
 
 
 def probe_prompts(vocab: int, max_sequence: int) -> list[list[int]]:
-    """A fixed batch of prompts, as long as ``max_sequence`` (and ``_PROBE_TOKENS``) lets them be."""
+    """Return a fixed batch of prompts, as long as ``max_sequence`` and ``_PROBE_TOKENS`` allow."""
     draw = random.Random(0)
     length = max(1, min(max_sequence - _CONTINUATION, _PROBE_TOKENS))
     return [[draw.randrange(vocab) for _ in range(max(1, length - index))] for index in range(_PROBES)]
 
 
 def engine_state(llm: Any, prompts: Sequence[Sequence[int]], salt: str) -> EngineState:
-    """Look at ``llm``. Prefixes cached under the same ``salt`` are used, if the cache still holds any."""
+    """Return the state of ``llm``; prefixes still cached under the same ``salt`` are used."""
     weights = _by_worker(llm.collective_rpc("rlpt_weight_digests"))
     return EngineState(weights, buffer_digests(llm), probe_answers(llm, prompts, salt))
 
 
 def buffer_digests(llm: Any) -> dict[str, str]:
-    """Name -> digest of what is not trained."""
+    """Return name -> digest of every tensor that is not trained."""
     return _by_worker(llm.collective_rpc("rlpt_buffer_digests"))
 
 
 def probe_answers(llm: Any, prompts: Sequence[Sequence[int]], salt: str) -> dict[str, Answer]:
-    """Greedy continuations of ``prompts``; for ``salt`` see ``engine_state``."""
+    """Return greedy continuations of ``prompts``; for ``salt`` see ``engine_state``."""
     from vllm import SamplingParams, TokensPrompt
 
     greedy = SamplingParams(temperature=0.0, max_tokens=_CONTINUATION, ignore_eos=True, logprobs=0, detokenize=False)
@@ -75,25 +75,25 @@ def probe_answers(llm: Any, prompts: Sequence[Sequence[int]], salt: str) -> dict
 
 
 def require_all_changed(loaded: EngineState, randomised: EngineState) -> None:
-    """Every weight must have taken the random values, and every answer must be another.
+    """Require that random weights changed every weight and every answer.
 
     Raises:
-        EngineError: names what an update does not reach.
+        EngineError: names the weights that an update does not reach.
     """
     same = [name for name, digest in loaded.weights.items() if randomised.weights[name] == digest]
     same += [name for name, answer in loaded.answers.items() if randomised.answers[name] == answer]
     if same:
         raise EngineError(
-            f"a weight update does not reach {_listed(same)} of the rollout engine, which would go on with old values; "
-            "this version of vLLM cannot be used with this model"
+            f"a weight update does not reach {_listed(same)} of the rollout engine, which would keep old values; use "
+            "another version of vLLM for this model"
         )
 
 
 def require_restored(loaded: EngineState, synced: EngineState) -> None:
-    """With the starting model's weights sent, everything must be what was loaded from disk.
+    """Require that the starting model's weights restored everything that was loaded from disk.
 
     Raises:
-        EngineError: names what differs.
+        EngineError: names the tensors that differ.
     """
     for what, first, last in (
         ("weights", loaded.weights, synced.weights),
@@ -101,13 +101,13 @@ def require_restored(loaded: EngineState, synced: EngineState) -> None:
     ):
         if differing := [name for name, digest in first.items() if last[name] != digest]:
             raise EngineError(
-                f"after a weight update {what} of the rollout engine are not what was loaded from the model's folder: "
+                f"after a weight update {what} of the rollout engine differ from the model's folder: "
                 f"{_listed(differing)}; policy and engine do not hold the same model"
             )
     if differing := [name for name, answer in loaded.answers.items() if synced.answers[name] != answer]:
         raise EngineError(
             f"after a weight update the rollout engine holds the right weights but answers otherwise ({differing[0]}); "
-            "its cache holds what was computed under other weights"
+            "its cache holds results of other weights"
         )
 
 

@@ -1,4 +1,4 @@
-"""How weights reach the engine's worker.
+"""Weight transport to vLLM's worker.
 
     engine                       transport      memory besides policy and engine
     in this process              the iterator   the query, key and value weights of all layers once
@@ -6,12 +6,12 @@
     own process, shares a GPU    CUDA IPC       one bucket on the GPU
     own process, GPU of its own  NCCL           two buckets on either GPU
 
-In this process the engine is handed the policy's own tensors, but those that Megatron stores as one (query, key and
-value are interleaved) have to be copied to come apart, and all of them are held until the engine has taken them. A
-policy in another precision than the engine's would be copied whole; in a run the two are the same.
+In this process the engine gets the policy's own tensors, except that query, key and value, which Megatron interleaves
+in one tensor, are copied to separate them and held until the engine has taken them all. (A policy in another precision
+than the engine's would be copied whole; in a run the two are the same.)
 
-Whatever the way, weights are checked against the manifest. The first two check all of them before the engine starts to
-load: vLLM cannot start anew after a reload that broke off.
+Every transport checks weights against the manifest. The first two check all of them before the engine starts to load,
+because vLLM cannot recover from a reload that failed in the middle.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import os
 import tempfile
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+from typing_extensions import override
 
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.rollout.engine import EngineMode
@@ -37,18 +39,18 @@ class Transport(Protocol):
     """Sends one complete set of weights at a time."""
 
     def send(self, weights: Weights) -> None:
-        """Put ``weights`` in place of all the engine's weights.
+        """Replace all weights of the engine by ``weights``.
 
         Raises:
-            EngineError: they are not those the manifest names, there is no room on the way, or the engine did not
-                take them all. Its weights are then of no use.
+            EngineError: they differ from the manifest, memory is insufficient, or the engine did not take them all.
+                The engine's weights are then undefined.
         """
         ...
 
 
 def open_transport(mode: EngineMode, llm: Any, manifest: WeightManifest, bucket_bytes: int) -> Transport:
-    """The way of weights into ``llm``, an engine at ``mode``; ``bucket_bytes`` bounds what is under way."""
-    _log.info("rollout engine: %s", mode.value)
+    """Open the transport to ``llm``, an engine in ``mode``, with buckets of at most ``bucket_bytes``."""
+    _log.info("rollout engine runs %s", mode.value)
     if mode is EngineMode.IN_PROCESS:
         return InProcessTransport(llm, manifest)
     if mode is EngineMode.OWN_PROCESS:
@@ -58,23 +60,23 @@ def open_transport(mode: EngineMode, llm: Any, manifest: WeightManifest, bucket_
     return open_gpu_transport(mode, llm, manifest, bucket_bytes)
 
 
-class InProcessTransport:
-    """Hands the policy's tensors to an engine in this process."""
+class InProcessTransport(Transport):
+    """Passes the policy's tensors to an engine in this process."""
 
     def __init__(self, llm: Any, manifest: WeightManifest) -> None:
         self._llm = llm
         self._manifest = manifest
 
+    @override
     def send(self, weights: Weights) -> None:
-        """See ``Transport.send``."""
         checked = list(self._manifest.checked(weights))
         _require_all_taken(self._llm.collective_rpc("rlpt_load", args=(iter(checked),)))
 
 
-class SharedMemoryTransport:
+class SharedMemoryTransport(Transport):
     """Writes bucket files into shared memory, which the engine's process reads one at a time.
 
-    The files have no names: the worker opens them through this process's descriptors, so they are private, and gone
+    The files are unnamed: the worker opens them through this process's descriptors, so they are private and disappear
     with this process however it ends.
     """
 
@@ -84,8 +86,8 @@ class SharedMemoryTransport:
         self._bucket_bytes = bucket_bytes
         self._folder = folder
 
+    @override
     def send(self, weights: Weights) -> None:
-        """See ``Transport.send``."""
         self._require_room()
         with contextlib.ExitStack() as files:
             buckets = self._write(weights, files)
@@ -104,7 +106,7 @@ class SharedMemoryTransport:
                 while data:  # a single write takes 2 GiB at most
                     data = data[file.write(data) :]
             except OSError as error:
-                raise EngineError(f"weights cannot be written to {self._folder}: {error}; make room there") from error
+                raise EngineError(f"weights cannot be written to {self._folder}: {error}; free space there") from error
             dtype = str(tensor.dtype).removeprefix("torch.")
             buckets[-1]["tensors"].append((name, dtype, list(tensor.shape)))
         return buckets

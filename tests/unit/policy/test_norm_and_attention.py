@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rlpt.policy import attention
+from megatron_rlpt.policy import layers
 from megatron_rlpt.policy.layers import CausalAttention, RmsNorm, context_chunks
 
 BATCH, DIM = 2, 5
@@ -63,11 +63,11 @@ def test_attention_is_causal_over_the_whole_sequence_whoever_holds_its_parts(mon
         which = next(index for index, mine in enumerate(shares[rank]) if torch.equal(mine, share))
         return torch.cat([share if other == rank else parts[which] for other, parts in enumerate(shares)])
 
-    monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", gather)
+    monkeypatch.setattr(layers, "gather_from_sequence_parallel_region", gather)
     found = torch.zeros_like(expected)
     for rank in range(size):
         group = SimpleNamespace(rank=lambda rank=rank: rank)
-        monkeypatch.setattr(attention.parallel_state, "get_context_parallel_group", lambda group=group: group)
+        monkeypatch.setattr(layers.parallel_state, "get_context_parallel_group", lambda group=group: group)
         mixed = core(size, scale)(*shares[rank], None)
         assert mixed.shape == (length // size, BATCH, heads * DIM)
         found = found.index_copy(0, held[rank], mixed)

@@ -14,30 +14,30 @@ from megatron_rlpt.policy.layout import Layout
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. Rows are sequences; the rows of one example follow each other.
+    """A micro-batch. Rows are sequences; the rows of one example are adjacent.
 
     Rows are padded on the right: under causal attention no real token sees the padding, so no mask is needed. Rows
-    behind the last example's hold padding only; they make the shape that other ranks have.
+    after the last example hold only padding, to match the shape on other ranks.
     """
 
     tokens: torch.Tensor
     """[rows, share] int64: prefix, completion, padding; under context parallelism this rank's share of the sequence."""
     positions: torch.Tensor
-    """[rows, share] int64: place of each token in its sequence."""
+    """[rows, share] int64: position of each token in its sequence."""
     predictors: torch.Tensor
     """[own tokens] int64: index into the flattened [rows * share] hidden states that predict each target."""
     targets: torch.Tensor
     """[own tokens] int64: the completion tokens that this rank's share predicts, row by row."""
     own: torch.Tensor
-    """[sequences, suffix] bool: which completion tokens these are."""
+    """[sequences, suffix] bool: True for the completion tokens in ``targets``."""
     mask: torch.Tensor
     """[sequences, suffix] fp32: 1 where a completion has a token."""
     engine_logprobs: torch.Tensor
-    """[sequences, suffix] fp32: what the rollout engine said of each token; NaN where no engine produced it."""
+    """[sequences, suffix] fp32: the rollout engine's log-probabilities; NaN for tokens that no engine produced."""
     advantages: torch.Tensor
-    """[sequences] fp32: what the objective weighs each sequence with; NaN where it weighs none."""
+    """[sequences] fp32: weight of each sequence in the objective; NaN for objectives without weights."""
     sizes: tuple[int, ...]
-    """Sequences of each example; empty where this rank only keeps step with others."""
+    """Number of sequences of each example; empty if this rank has no example in the micro-batch."""
 
     @property
     def examples(self) -> int:
@@ -45,23 +45,23 @@ class Batch:
         return len(self.sizes)
 
     def scatter(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """[own tokens] -> [sequences, suffix], 0 where another rank's share has the token and in the padding."""
+        """Expand [own tokens] to [sequences, suffix], with 0 for padding and for tokens in other ranks' shares."""
         return torch.zeros_like(self.mask).masked_scatter(self.own, logprobs)
 
 
 @dataclass(frozen=True)
 class ContextShare:
-    """Which part of every sequence a context-parallel rank works on."""
+    """The part of every sequence that a context-parallel rank works on."""
 
     rank: int = 0
     size: int = 1
 
     def positions(self, length: int) -> torch.Tensor:
-        """[length / size] positions of the rank's tokens in a sequence of ``length``, in the order it holds them."""
+        """Return the [length / size] positions of the rank's tokens in a sequence of ``length``, in its order."""
         if self.size == 1:
             return torch.arange(length)
         chunk, rest = divmod(length, 2 * self.size)
-        assert not rest, f"{length} tokens are not divided into {2 * self.size} chunks"
+        assert not rest, f"{length} tokens do not divide into {2 * self.size} chunks"
         return torch.cat(
             [torch.arange(number * chunk, (number + 1) * chunk) for number in context_chunks(self.rank, self.size)]
         )
@@ -78,10 +78,10 @@ def make_batch(
     """Pad ``examples`` into one micro-batch on ``device``.
 
     Args:
-        examples: what to train on; may be empty if ``rows`` and ``length`` are given.
-        device: where the tensors go.
+        examples: the examples; may be empty if ``rows`` and ``length`` are given.
+        device: the device of the tensors.
         rows: rows of the micro-batch; None for as many as there are sequences.
-        length: tokens per row before context parallelism divides them; None for the longest sequence.
+        length: tokens per row before context parallelism splits them; None for the longest sequence.
         share: this rank's part of every sequence; None for all of it.
     """
     share = share or ContextShare()
@@ -97,7 +97,7 @@ def make_batch(
         value for example in examples for value in example.advantages or (torch.nan,) * len(example.sequences)
     ]
     held = share.positions(length)
-    # Place in the sequence -> place in this rank's share, -1 where another rank has it.
+    # Position in the sequence -> index in this rank's share, -1 for positions of other ranks.
     local = torch.full((length,), -1).scatter_(0, held, torch.arange(len(held)))
     predictors, targets = [], []
     for index, (prefix, candidate) in enumerate(sequences):
@@ -106,7 +106,7 @@ def make_batch(
         tokens[index, : len(prefix) + count] = torch.tensor(prefix + candidate.tokens)
         mask[index, :count] = 1.0
         if candidate.logprobs is not None:
-            # NaN marks the absence of an engine; from an engine it agrees with nothing.
+            # NaN stands for "no engine"; map a NaN from an engine to -inf, which shows in the logprob gap.
             engine[index, :count] = torch.tensor(candidate.logprobs).nan_to_num(-torch.inf, torch.inf, -torch.inf)
         # The hidden state at position p predicts the token at p + 1.
         positions = local[len(prefix) - 1 : len(prefix) - 1 + count]
@@ -130,7 +130,7 @@ def make_batch(
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """One micro-batch of every data-parallel rank; all have the same shape, so that they can work in step."""
+    """One micro-batch on every data-parallel rank, with the same shape on all, as collectives require."""
 
     shares: tuple[tuple[Example, ...], ...]
     """Examples of each data-parallel rank."""
@@ -149,9 +149,9 @@ def plan_micro_batches(
 
     Args:
         examples: all examples of the update, the same on every rank; at least one.
-        size: most examples per rank and micro-batch.
+        size: maximum number of examples per rank and micro-batch.
         layout: the training layout.
-        multiple: what the number of tokens per row must be a multiple of.
+        multiple: the number of tokens per row is rounded up to a multiple of this.
     """
     ordered = sorted(examples, key=sequence_length)
     count = -(-len(ordered) // (size * layout.data))
@@ -174,5 +174,5 @@ def plan_micro_batches(
 
 
 def sequence_length(example: Example) -> int:
-    """Tokens of the longest sequence of ``example``: prefix and completion."""
+    """Return the length of the longest sequence of ``example``: prefix and completion."""
     return len(example.episode.prefix) + max(len(candidate.tokens) for candidate in example.sequences)

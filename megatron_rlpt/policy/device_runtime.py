@@ -1,14 +1,13 @@
 """Device runtime: the same Megatron-Core code on CUDA and on a CPU over gloo.
 
-Megatron-Core writes ``torch.cuda`` and ``device="cuda"`` into its source. On a machine without CUDA this module gives
-the modules of ``megatron.core``, and only those, a stand-in for the name ``torch`` under which "cuda" means the CPU.
-``torch`` itself stays as it is: patching it globally breaks other libraries in the same process (transformers then
-leaves rotary buffers uninitialised). Two tensor methods that Megatron calls, ``Tensor.cuda`` and ``Tensor.type``,
-cannot be reached through a module's globals; inside ``DeviceRuntime.megatron()`` they are swapped for versions that
-differ only when the caller is a Megatron module.
+Megatron-Core hard-codes ``torch.cuda`` and ``device="cuda"``. Without CUDA this module replaces the name ``torch`` in
+the modules of ``megatron.core``, and only there, by a proxy that maps "cuda" to the CPU. ``torch`` itself is not
+patched: that breaks other libraries in the process (transformers then leaves rotary buffers uninitialized). Two tensor
+methods that Megatron calls, ``Tensor.cuda`` and ``Tensor.type``, cannot be replaced in a module's globals; inside
+``DeviceRuntime.megatron()`` they are swapped for versions that differ only when the caller is a Megatron module.
 
-On CUDA no device is replaced. On either, what has to be corrected in the installed release of Megatron-Core
-(``policy/compat.py``) is corrected as its modules are imported.
+With CUDA nothing is replaced. In both cases, fixes for the installed Megatron-Core release (``megatron_compat.py``) are
+applied when its modules are imported.
 """
 
 from __future__ import annotations
@@ -48,20 +47,20 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "ran
 
 
 class _CpuStream:
-    """``torch.cuda.Stream`` on a CPU: operations run when they are called, in one order."""
+    """``torch.cuda.Stream`` on a CPU: operations run when they are called, in order."""
 
     def wait_event(self, event: object) -> None:
-        """Nothing to wait for."""
+        """Do nothing."""
 
     def wait_stream(self, stream: object) -> None:
-        """Nothing to wait for."""
+        """Do nothing."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing."""
 
 
 class _CpuEvent:
-    """``torch.cuda.Event`` on a CPU, where the time of an operation is the time of its call."""
+    """``torch.cuda.Event`` on a CPU, where operations run when they are called."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self._seconds = 0.0
@@ -70,15 +69,15 @@ class _CpuEvent:
         self._seconds = time.perf_counter()
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing."""
 
     def elapsed_time(self, end: _CpuEvent) -> float:
-        """Milliseconds from this event to ``end``."""
+        """Return milliseconds from this event to ``end``."""
         return (end._seconds - self._seconds) * 1e3
 
 
 class _CpuCuda(types.ModuleType):
-    """``torch.cuda`` as Megatron sees it on a CPU machine."""
+    """``torch.cuda`` as Megatron sees it without CUDA."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -94,16 +93,16 @@ class _CpuCuda(types.ModuleType):
 
     @staticmethod
     def current_stream(device: object = None) -> _CpuStream:
-        # 0.19, distributed/param_and_grad_buffer.py: every reduction of gradients asks for the stream it may wait on.
+        # 0.19, distributed/param_and_grad_buffer.py: every gradient reduction waits on the current stream.
         return _CpuStream()
 
     @staticmethod
     def synchronize(device: object = None) -> None:
-        """Nothing to wait for: CPU operations return when they are done."""
+        """Do nothing: CPU operations return when they are done."""
 
     @staticmethod
     def empty_cache() -> None:
-        """The CPU allocator keeps no cache of ours."""
+        """Do nothing: there is no cache."""
 
     @staticmethod
     def get_rng_state(device: object = None) -> torch.Tensor:
@@ -119,7 +118,7 @@ class _CpuCuda(types.ModuleType):
 
 
 class _CpuTorch(types.ModuleType):
-    """``torch`` as Megatron sees it on a CPU machine: "cuda" means CPU, all else is the real thing."""
+    """``torch`` as Megatron sees it without CUDA: "cuda" means CPU, everything else is ``torch``."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -139,7 +138,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)  # only for copies to a GPU, and an error without one
+        kwargs.pop("pin_memory", None)  # an error without a GPU
         return factory(*args, **kwargs)
 
     return call
@@ -150,14 +149,14 @@ def _called_by_megatron() -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Corrects Megatron modules and gives them the stand-in right after they are imported, whenever that is.
+    """Import hook that adapts Megatron modules when they are imported.
 
-    Megatron imports parts of itself inside functions (checkpoint strategies among them), so handing the stand-in to
-    what is loaded at one moment is not enough.
+    Megatron imports parts of itself inside functions (such as checkpoint strategies), so adapting the modules that are
+    loaded at one time is not enough.
     """
 
-    def __init__(self, stand_in: types.ModuleType | None) -> None:
-        self._stand_in = stand_in
+    def __init__(self, proxy: types.ModuleType | None) -> None:
+        self._proxy = proxy
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -171,37 +170,37 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: types.ModuleType) -> None:
             execute(module)
-            _adapt(module, self._stand_in)
+            _adapt(module, self._proxy)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _adapt(module: types.ModuleType, stand_in: types.ModuleType | None) -> None:
+def _adapt(module: types.ModuleType, proxy: types.ModuleType | None) -> None:
     compat.adapt(module)
-    if stand_in is None:
+    if proxy is None:
         return
     if vars(module).get("torch") is torch:
-        module.torch = stand_in  # type: ignore[attr-defined]
+        module.torch = proxy  # type: ignore[attr-defined]
     compat.adapt_to_cpu(module)
 
 
 def _install(on_cuda: bool) -> None:
-    """Once per process: for the Megatron modules already loaded and for those that will be."""
+    """Adapt loaded Megatron modules and install the import hook, once per process."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    stand_in = None if on_cuda else _CpuTorch()
-    sys.meta_path.insert(0, _Finder(stand_in))
+    proxy = None if on_cuda else _CpuTorch()
+    sys.meta_path.insert(0, _Finder(proxy))
     for name, module in list(sys.modules.items()):
         if name == "megatron.core" or name.startswith("megatron.core."):
-            _adapt(module, stand_in)
+            _adapt(module, proxy)
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of returning it to the kernel after every large tensor.
+    """Make glibc keep freed memory instead of returning it to the kernel after every large tensor.
 
-    An update allocates and frees gigabytes of activations; fetching their pages anew each time costs more than a
-    tenth of the step. Elsewhere than on glibc nothing is changed.
+    An update allocates and frees gigabytes of activations; page faults would cost more than a tenth of the step. Does
+    nothing without glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -210,10 +209,10 @@ def _keep_freed_memory() -> None:
 
 
 def _require_gpus(ranks: int, gpus: int) -> None:
-    """Refuse more ranks on this machine than it has GPUs.
+    """Refuse more ranks on this machine than GPUs.
 
     Raises:
-        ConfigError: with both numbers.
+        ConfigError: names both numbers.
     """
     if ranks > gpus:
         raise ConfigError(
@@ -229,18 +228,18 @@ def _require_own_gpus(gpus: Sequence[tuple[str, str]]) -> None:
         gpus: (machine, UUID) of the GPU of every rank.
 
     Raises:
-        ConfigError: names the first two that do.
+        ConfigError: names the first two.
     """
     for rank, gpu in enumerate(gpus):
         if (first := gpus.index(gpu)) < rank:
             raise ConfigError(
-                f"ranks {first} and {rank} have the same GPU of {gpu[0]}, and every rank needs one of its own; start "
+                f"ranks {first} and {rank} have the same GPU of {gpu[0]}, and every rank needs its own; start "
                 "as many ranks on a machine as it has GPUs (torchrun --nproc-per-node, srun --ntasks-per-node)"
             )
 
 
 class DeviceRuntime:
-    """Where Megatron runs: ``cuda`` when a GPU is there, else ``cpu``. Its groups exist once per process.
+    """The device and process groups of Megatron: ``cuda`` with a GPU, else ``cpu``. Groups exist once per process.
 
     Attributes:
         name: ``cuda`` or ``cpu``.
@@ -252,24 +251,24 @@ class DeviceRuntime:
     _ranks: ClassVar[Ranks | None] = None
 
     def __init__(self, launcher: LauncherEnvironment | None = None) -> None:
-        """The runtime of the process that ``launcher`` describes; None asks the launcher's variables.
+        """Set up the device of this process; ``launcher`` defaults to the launcher's environment variables.
 
-        From here on "the current GPU" is that of this rank, for everything in this process.
+        Sets the current GPU of this process to this rank's.
 
         Raises:
-            ConfigError: there are more ranks on this machine than GPUs.
+            ConfigError: this machine has more ranks than GPUs.
             RlptError: the installed Megatron-Core is not supported.
         """
         self._launcher = launcher or read_launcher_environment()
         if self._launcher.world > 1:
-            # Read when CUDA starts. Communication is put between computations in launch order, which one queue keeps;
-            # Megatron warns without it (tensor_parallel/layers.py).
+            # Read when CUDA starts. One queue keeps communication between computations in launch order; Megatron warns
+            # without it (tensor_parallel/layers.py).
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         self.on_cuda = torch.cuda.is_available()
         self.name = "cuda" if self.on_cuda else "cpu"
         self.backend = "nccl" if self.on_cuda else "gloo"
-        # A launcher that shows every rank its own GPU alone (srun --gpus-per-task=1) calls each of them number 0; that
-        # they are not the same one is found out once the ranks have met.
+        # With a launcher that shows every rank only its own GPU (srun --gpus-per-task=1), each GPU has index 0;
+        # init_distributed checks that they differ.
         gpus = torch.cuda.device_count()
         number = self._launcher.local_rank if gpus > 1 else 0
         if gpus > 1:
@@ -284,32 +283,32 @@ class DeviceRuntime:
 
     @property
     def rank(self) -> int:
-        """Number of this process, from 0."""
+        """Rank of this process."""
         return self._launcher.rank
 
     @property
     def world(self) -> int:
-        """Number of processes of the run."""
+        """Number of ranks."""
         return self._launcher.world
 
     def describe(self) -> str:
-        """One line for the log: which runtime is in force and why."""
+        """Describe in one line which runtime is used and why."""
         if self.on_cuda:
             return f"cuda on {torch.cuda.get_device_name(self.device)} over nccl"
         return f"cpu with {torch.get_num_threads()} threads over gloo, because torch finds no CUDA device"
 
     def init_distributed(self, layout: Layout | None = None, timeout: float = 1800.0) -> Ranks:
-        """Start torch.distributed and Megatron's groups for ``layout``; a collective over all ranks.
+        """Initialize torch.distributed and Megatron's groups for ``layout``; a collective over all ranks.
 
-        In a world of one no port is opened. Called again with the same layout, it does nothing new.
+        A world of one opens no port. Calling it again with the same layout does nothing.
 
         Args:
-            layout: how the world's ranks are divided; None for a world of one.
+            layout: the training layout; None for a world of one.
             timeout: seconds after which a collective that some rank did not join fails.
 
         Raises:
             ConfigError: ranks share a GPU.
-            TrainingError: the ranks did not find each other in time, or one has ended.
+            TrainingError: the ranks did not connect in time, or one has ended.
         """
         from megatron.core import parallel_state, tensor_parallel
 
@@ -325,16 +324,17 @@ class DeviceRuntime:
                 torch.distributed.init_process_group(
                     self.backend, rank=launcher.rank, world_size=launcher.world, timeout=limit, **where
                 )
-            except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError among them
+            except (RuntimeError, ValueError) as error:  # including DistNetworkError and DistStoreError
                 raise TrainingError(
-                    f"rank {launcher.rank} of {launcher.world} could not meet the others at "
+                    f"rank {launcher.rank} of {launcher.world} could not reach the others at "
                     f"{launcher.address}:{launcher.port} within {timeout:g} s ({first_line(error)}); look at the "
                     "logs of the other ranks"
                 ) from error
         if parallel_state.is_initialized():
             assert layout == self._layout, f"the groups are those of {self._layout}, not of {layout}"
         else:
-            # Torch does not wait for all ranks once a group is made: one that has ended by then breaks it for the rest.
+            # torch does not wait for all ranks after creating a group; a rank that ends now would break it for the
+            # rest.
             with contact_kept(), self.megatron():
                 parallel_state.initialize_model_parallel(
                     tensor_model_parallel_size=layout.tensor,
@@ -342,7 +342,7 @@ class DeviceRuntime:
                     virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
                     context_parallel_size=layout.context,
                     expert_model_parallel_size=layout.expert,
-                    # Experts are small: they are spread over ranks whole, not cut like the dense layers.
+                    # Experts are small: they are distributed whole, not sharded like the dense layers.
                     expert_tensor_parallel_size=1,
                     distributed_timeout_minutes=max(1, round(timeout / 60)),
                 )
@@ -351,7 +351,7 @@ class DeviceRuntime:
             with contact_kept():
                 DeviceRuntime._ranks = ranks = Ranks(launcher.rank, layout if layout.world > 1 else None, timeout)
             if self.on_cuda:
-                # NCCL, which is used after this, would name neither the ranks nor the fix.
+                # NCCL's own error would name neither the ranks nor the fix.
                 gpu = str(torch.cuda.get_device_properties(self.device).uuid)
                 _require_own_gpus(ranks.all_gather((socket.gethostname(), gpu)))
         assert self._ranks is not None
@@ -359,7 +359,7 @@ class DeviceRuntime:
 
     @contextlib.contextmanager
     def megatron(self) -> Iterator[None]:
-        """Everything that calls Megatron runs inside this; re-entrant, a no-op on CUDA."""
+        """Context for all calls to Megatron; re-entrant, a no-op on CUDA."""
         if self.on_cuda:
             yield
             return

@@ -1,7 +1,7 @@
 """Forward and backward passes of the policy over micro-batches, in any layout.
 
-Megatron's pipeline schedules drive them (``megatron/core/pipeline_parallel/schedules.py``). Only the last pipeline
-stage sees final hidden states, so only there log-probabilities, loss terms and whatever they leave behind exist.
+Megatron's pipeline schedules run them (``megatron/core/pipeline_parallel/schedules.py``). Only the last pipeline stage
+has final hidden states, so log-probabilities and loss terms exist only there.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megatron_rlpt.policy.model import HiddenStateModel
 
 Result = TypeVar("Result")
 Loss = Callable[[int, torch.Tensor], tuple[torch.Tensor, Result]]
-"""(number of the micro-batch, its [sequences, suffix] log-probabilities) -> (sum of its losses, what to keep)."""
+"""(index of the micro-batch, its [sequences, suffix] log-probabilities) -> (sum of its losses, result to return)."""
 
 
 class ForwardBackward:
-    """The passes over one model.
+    """Forward and backward passes of one model.
 
     Attributes:
-        is_last_stage: whether this rank is of the pipeline stage that has the results.
+        is_last_stage: True on ranks of the last pipeline stage, which has the results.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ForwardBackward:
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
     def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Log-probabilities of the completion tokens without gradients, [sequences, suffix] per micro-batch.
+        """Return log-probabilities of the completion tokens without gradients, [sequences, suffix] per micro-batch.
 
         Returns:
             One tensor per micro-batch on the last pipeline stage, an empty list elsewhere.
@@ -57,17 +57,17 @@ class ForwardBackward:
             return self._run(self._model_chunks, batches, keep, forward_only=True, collect_non_loss_data=True)
 
     def train(self, wrapped: Sequence[torch.nn.Module], batches: Sequence[Batch], loss: Loss[Result]) -> list[Result]:
-        """Forward and backward; gradients end up divided by the number of examples over all ranks.
+        """Run forward and backward; gradients are divided by the number of examples over all ranks.
 
         Args:
             wrapped: the model chunks in their DDP wrappers.
-            batches: this rank's micro-batches; every rank has as many.
+            batches: this rank's micro-batches, the same number on every rank.
             loss: called on the last stage, once per micro-batch.
 
         Returns:
-            What ``loss`` left to keep, per micro-batch, on the last pipeline stage; an empty list elsewhere.
+            The results of ``loss`` per micro-batch on the last pipeline stage, an empty list elsewhere.
         """
-        # Ranks that share a sequence all compute its loss; only one of them counts its examples.
+        # All ranks of a context-parallel group compute the loss of a sequence; only one counts its examples.
         counts = parallel_state.get_context_parallel_rank() == 0
 
         def finish(number: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Result]:
@@ -91,26 +91,26 @@ class ForwardBackward:
             return model_chunk(batch.tokens, batch.positions, None), partial(finish, number)
 
         rows, share = batches[0].tokens.shape
-        # Every virtual stage reads the micro-batches anew.
+        # Every virtual stage iterates over all micro-batches.
         data = [iter(range(len(batches))) for _ in model_chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=data if len(data) > 1 else data[0],
             model=list(model_chunks) if len(model_chunks) > 1 else model_chunks[0],
             num_microbatches=len(batches),
-            # The schedule divides it among context- and sequence-parallel ranks again.
+            # The schedule divides it by the context- and sequence-parallel sizes again.
             seq_length=share * self._layout.context,
             micro_batch_size=rows,
             **arguments,
         )
 
     def _from_hidden(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[rows, share, hidden] -> [sequences, suffix] log-probabilities of the completion tokens."""
+        """Map [rows, share, hidden] to [sequences, suffix] log-probabilities of the completion tokens."""
         needed = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
         if self._layout.tensor > 1 and not self._layout.sequence:
-            # Each rank finds the part of the gradient that its share of the vocabulary has; they are summed. (Gathering
-            # along the sequence does that by itself.) It has to be here, where gradients are contiguous: of others
-            # Megatron sums a copy (megatron/core/tensor_parallel/mappings.py: _reduce).
+            # Each rank computes the gradient of its share of the vocabulary; this region sums them in the backward
+            # pass. (With sequence parallelism, gathering along the sequence does.) It must be here, where gradients are
+            # contiguous: Megatron sums only a copy of others (megatron/core/tensor_parallel/mappings.py: _reduce).
             needed = copy_to_tensor_model_parallel_region(needed)
         own = vocab_parallel_logprobs(
             needed,
@@ -122,8 +122,8 @@ class ForwardBackward:
         )
         logprobs = batch.scatter(own)
         if self._layout.context > 1:
-            # Each rank has the tokens of its share. The loss needs them all, and its gradient for a token belongs to
-            # the rank that computed it: a sum whose gradient passes through unchanged.
+            # The loss needs the tokens of all shares, and the gradient of a token belongs to the rank that computed it:
+            # sum in the forward pass, identity in the backward pass.
             logprobs = reduce_from_tensor_model_parallel_region(
                 logprobs, group=parallel_state.get_context_parallel_group()
             )

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from megatron_rlpt.models.families import Rule
 
 _LARGEST_OFFERED = 64
-"""Sizes above this are not listed in messages."""
+"""Largest size that messages suggest."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel dimensions; ``data`` is what is left of the world."""
+    """Sizes of the parallel dimensions; ``data`` follows from the world size."""
 
     world: int = 1
     tensor: int = 1
@@ -34,16 +34,16 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Data-parallel size: replicas of the whole model."""
+        """Data-parallel size: number of model replicas."""
         return self.world // self.replica
 
     @property
     def replica(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Number of ranks that hold one replica of the model."""
         return self.tensor * self.pipeline * self.context
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Return the layout in one line."""
         parts = [f"TP{self.tensor}" + (" with sequence parallel" if self.sequence else ""), f"PP{self.pipeline}"]
         if self.virtual_stages > 1:
             parts[-1] += f" x {self.virtual_stages} virtual"
@@ -52,7 +52,7 @@ class Layout:
 
 
 def layout_of(config: ParallelConfig, world: int) -> Layout:
-    """The layout that ``config`` asks for in a world of ``world`` ranks.
+    """Return the layout of ``config`` with ``world`` ranks.
 
     Raises:
         ConfigError: the world is not a multiple of one model replica.
@@ -77,10 +77,10 @@ def layout_of(config: ParallelConfig, world: int) -> Layout:
 
 
 def check_layout(layout: Layout, arch: Architecture) -> None:
-    """Whether the model can be cut this way; cheap, so that it runs before anything is built.
+    """Check that the model can be split this way; runs before anything is built.
 
     Raises:
-        ConfigError: names the value, what it has to divide, and which sizes would work.
+        ConfigError: names the value, what it must divide, and which sizes would work.
     """
     tensor, pipeline = layout.tensor, layout.pipeline
     _require_divisor("parallel.tensor", tensor, _divided_by_tensor(arch))
@@ -97,7 +97,7 @@ def check_layout(layout: Layout, arch: Architecture) -> None:
 
 
 def _refused_stages(pipeline: int, virtual: int, layers: int) -> str:
-    """What to say of stages that do not divide the layers: which pipelines would, or else which virtual stages."""
+    """Return the error for stages that do not divide the layers, with pipeline sizes or virtual stages that do."""
     text = (
         f"parallel.pipeline x virtual_stages is {pipeline} x {virtual} = {pipeline * virtual}; it must divide "
         f"{layers} layers: "
@@ -114,10 +114,10 @@ def _refused_stages(pipeline: int, virtual: int, layers: int) -> str:
 
 
 def check_cut(layout: Layout, arch: Architecture) -> None:
-    """Whether ``rlpt convert`` can cut a checkpoint of the model into ``tensor`` x ``pipeline`` x ``expert`` files.
+    """Check that ``rlpt convert`` can split a checkpoint into ``tensor`` x ``pipeline`` x ``expert`` files.
 
     Raises:
-        ConfigError: names the option, what it has to divide, and which sizes would work.
+        ConfigError: names the option, what it must divide, and which sizes would work.
     """
     _require_divisor("--tp", layout.tensor, _divided_by_tensor(arch))
     _require_divisor("--pp", layout.pipeline, {f"{arch.layers} layers": arch.layers})
@@ -128,7 +128,7 @@ def check_cut(layout: Layout, arch: Architecture) -> None:
 
 
 def _divided_by_tensor(arch: Architecture) -> dict[str, int]:
-    """What tensor parallelism divides, in words and as an amount."""
+    """Return what tensor parallelism divides: description -> size."""
     amounts = {
         f"{arch.heads} attention heads": arch.heads,
         f"{arch.kv_heads} key-value heads": arch.kv_heads,
@@ -163,10 +163,10 @@ def _check_experts(layout: Layout, arch: Architecture) -> None:
 
 
 def check_batch(layout: Layout, train: TrainConfig) -> None:
-    """Whether the episodes of an update divide evenly among ranks and micro-batches.
+    """Check that the episodes of an update divide evenly among ranks and micro-batches.
 
     Raises:
-        ConfigError: names the values and which micro-batches would work.
+        ConfigError: names the values and which micro-batch sizes would work.
     """
     together = train.micro_batch * layout.data
     if train.global_batch % together:

@@ -1,8 +1,8 @@
-"""Log-probabilities of chosen tokens from hidden states, a chunk of tokens and a part of the vocabulary at a time.
+"""Log-probabilities of target tokens from hidden states, by chunks of tokens and shards of the vocabulary.
 
-The vocabulary logits of a chunk exist only while that chunk is worked on, in the forward and again in the backward
-pass (they are computed twice, the price of never holding [tokens, vocabulary]). Under tensor parallelism every rank
-works on its own rows of the output embedding, and the ranks' normalizers are merged once for all chunks.
+The vocabulary logits of a chunk exist only while that chunk is processed, and are computed again in the backward pass,
+so [tokens, vocabulary] is never held. Under tensor parallelism every rank processes its rows of the output embedding,
+and the ranks' normalizers are merged once for all chunks.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         real = min(max(vocab - first, 0), weight.shape[0])
         rows = weight[:real]
         normalizers = torch.full((hidden.shape[0],), -torch.inf, dtype=torch.float32, device=hidden.device)
-        # -inf where the target is another rank's row; where it is nobody's, that is the answer.
+        # -inf where the target is another rank's row; if it is no rank's row, that is the result.
         wanted = torch.full_like(normalizers, -torch.inf)
         for start in range(0, hidden.shape[0] if real else 0, chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ rows.t()).float()
             local, own = _local_rows(targets[part], first, real)
             wanted[part] = torch.where(own, logits.gather(1, local[:, None]).squeeze(1), -torch.inf)
-            # logsumexp in place, which torch's own is not.
+            # logsumexp in place; torch's is not.
             highest = logits.amax(dim=-1, keepdim=True)
             normalizers[part] = logits.sub_(highest).exp_().sum(dim=-1).log_().add_(highest.squeeze(1))
-            del logits  # before those of the next chunk are made
+            del logits  # before the next chunk's exist
         if ranks > 1:
-            # Gathered rather than reduced: one collective brings both, and every rank adds up in the same order.
+            # Gather instead of reduce: one collective for both, and every rank sums in the same order.
             shares = normalizers.new_empty(ranks, 2, hidden.shape[0])
             torch.distributed.all_gather(list(shares), torch.stack((normalizers, wanted)), group=group)
             normalizers, wanted = shares[:, 0].logsumexp(dim=0), shares[:, 1].amax(dim=0)
@@ -61,7 +61,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             logits = (hidden[part] @ rows.t()).float()
             # d logp / d logits = onehot(target) - softmax
             grad_logits = logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
-            del logits  # one tensor of fp32 logits at a time, this one turned into its gradient in place
+            del logits  # turned into the gradient in place: one fp32 tensor at a time
             local, own = _local_rows(targets[part], ctx.first, ctx.real)
             grad_logits.scatter_add_(1, local[:, None], torch.where(own, grad[part], 0.0)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
@@ -72,7 +72,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
 
 def _local_rows(targets: torch.Tensor, first: int, real: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of every target among this rank's ``real`` rows from ``first`` on, and whether it is one of them."""
+    """Return the index of every target among this rank's ``real`` rows from ``first`` on, and if it is one of them."""
     local = targets - first
     return local.clamp(0, real - 1), (local >= 0) & (local < real)
 
@@ -86,22 +86,22 @@ def vocab_parallel_logprobs(
     vocab: int,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Natural-log probability of each target token.
+    """Return the natural-log probability of each target token.
 
-    Every rank of ``group`` has to call this with the same hidden states and targets. The forward pass does one
-    collective of [2, tokens] fp32, the backward pass none: the gradient of ``hidden`` is this rank's PARTIAL sum over
-    its own rows, and of ``hidden`` taken from Megatron's ``copy_to_tensor_model_parallel_region`` or
-    ``gather_from_sequence_parallel_region`` the backward pass of that region adds the ranks' parts up.
+    Every rank of ``group`` must call this with the same hidden states and targets. The forward pass does one collective
+    of [2, tokens] fp32, the backward pass none: the gradient of ``hidden`` is this rank's PARTIAL sum over its own
+    rows. Pass ``hidden`` through Megatron's ``copy_to_tensor_model_parallel_region`` or
+    ``gather_from_sequence_parallel_region``, whose backward pass sums the ranks' parts.
 
     Args:
-        hidden: [tokens, hidden] final hidden states that predict the targets; none at all is fine.
+        hidden: [tokens, hidden] final hidden states that predict the targets; may be empty.
         weight: [padded vocabulary / ranks, hidden] this rank's rows of the output embedding: rank r of n rows has the
             ids r * n to (r + 1) * n.
-        targets: [tokens] int64 token ids of the whole vocabulary. An id that is not below ``vocab`` has
-            log-probability minus infinity.
-        chunk: tokens whose logits exist at the same time.
-        vocab: size of the vocabulary without padding. Rows of padding have probability 0 and gradient 0.
-        group: the tensor-parallel ranks; None is one rank.
+        targets: [tokens] int64 ids in the whole vocabulary; ids not below ``vocab`` have log-probability minus
+            infinity.
+        chunk: maximum number of tokens whose logits exist at a time.
+        vocab: size of the vocabulary without padding; padding rows have probability 0 and gradient 0.
+        group: the tensor-parallel group; None for one rank.
 
     Returns:
         [tokens] fp32, the same on every rank.

@@ -1,7 +1,7 @@
-"""What differs between the supported releases of Megatron-Core, adapted in this one file.
+"""Adaptations to the differences between supported Megatron-Core releases.
 
-Each entry names the release and the file of ``megatron/core`` that makes it necessary. The device runtime calls
-``adapt`` for every Megatron module right after its import, so nothing else has to know which release is installed.
+Each names the release and the file of ``megatron/core`` that requires it. The device runtime calls ``adapt`` for every
+Megatron module after its import, so no other code depends on the installed release.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 from megatron_rlpt.errors import RlptError
 
 OLDEST, NEWEST = (0, 16), (0, 19)
-"""First and last release series (major, minor) of Megatron-Core that the tests pass with."""
+"""First and last release series (major, minor) of Megatron-Core with which the tests pass."""
 
 REQUIREMENT = f"megatron-core>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"
-"""The same for pip."""
+"""The same as a pip requirement."""
 
 _NEEDS_PYTHON_312 = (0, 17)
 
 
 def version_problem(version: str) -> str | None:
-    """What is wrong with release ``version`` of Megatron-Core, in one line; None for a supported one."""
+    """Return an error for release ``version`` of Megatron-Core; None if it is supported."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
         return None
@@ -38,7 +38,7 @@ def version_problem(version: str) -> str | None:
 
 
 def require_supported() -> None:
-    """Refuse a Megatron-Core that is not known to work, or that cannot write checkpoints.
+    """Refuse a Megatron-Core that is not supported or that cannot write checkpoints.
 
     Raises:
         RlptError: the release is outside the supported range, or psutil is missing.
@@ -48,11 +48,11 @@ def require_supported() -> None:
     problem = version_problem(__version__)
     if problem:
         raise RlptError(f"{problem}; pip install '{REQUIREMENT}'")
-    # All releases, dist_checkpointing/strategies/filesystem_async.py: what writes a file dies without psutil before it
-    # reports, and whoever saves waits for the report forever.
+    # All releases, dist_checkpointing/strategies/filesystem_async.py: without psutil the writer dies before it reports,
+    # and the save waits forever.
     if importlib.util.find_spec("psutil") is None:
         raise RlptError(
-            "psutil is not installed, without which Megatron never finishes a checkpoint; pip install psutil"
+            "psutil is not installed and Megatron never finishes a checkpoint without it; pip install psutil"
         )
 
 
@@ -61,44 +61,43 @@ def _text(series: tuple[int, int]) -> str:
 
 
 def own_writer_arguments(async_save: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments with which a strategy's ``async_save`` plans for Megatron's own writer."""
-    # From 0.17 on, dist_checkpointing/strategies/torch.py, the default is that of nvidia-resiliency-ext, an error
-    # where that is not installed.
+    """Return the arguments with which a strategy's ``async_save`` plans for Megatron's own writer."""
+    # From 0.17 on, dist_checkpointing/strategies/torch.py defaults to nvidia-resiliency-ext and fails without it.
     return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(async_save).parameters else {}
 
 
 def static_context(batch: int, tokens: int, groups: Any) -> Any:
-    """A key-value cache, not yet allocated, for ``batch`` sequences of ``tokens`` tokens: ``StaticInferenceContext``.
+    """Return a ``StaticInferenceContext``, a key-value cache that is not allocated yet.
 
     Args:
-        batch: sequences.
-        tokens: prompt and continuation of the longest.
-        groups: ``ProcessGroupCollection`` of the model that uses it.
+        batch: number of sequences.
+        tokens: length of the longest prompt with its continuation.
+        groups: ``ProcessGroupCollection`` of the model.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
 
     context: Any = StaticInferenceContext(max_batch_size=batch, max_sequence_length=tokens)
     # From 0.17 on, inference/contexts/base_context.py: wrapper and controller read the groups from the context's
-    # configuration, and where it has none take those of the training layout. 0.16 is given them apart.
+    # configuration and default to those of the training layout. 0.16 takes them as arguments.
     if hasattr(context, "config"):
         context.config.pg_collection = groups
     return context
 
 
 def inference_wrapper(model: Any, context: Any, max_batch: int, max_tokens: int) -> Any:
-    """``model``, a ``GPTModel`` with ``pg_collection``, as ``GPTInferenceWrapper`` for the static generation loop.
+    """Wrap a ``GPTModel`` with ``pg_collection`` in a ``GPTInferenceWrapper`` for the static generation loop.
 
     Args:
-        model: what generates.
-        context: of ``static_context``, with the groups of the model. May be replaced by a larger one afterwards.
-        max_batch: sequences of the largest context.
-        max_tokens: tokens of the longest sequence.
+        model: the model.
+        context: from ``static_context``, with the groups of the model; may be replaced by a larger one later.
+        max_batch: number of sequences of the largest context.
+        max_tokens: length of the longest sequence.
     """
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 
     wrapper: Any = GPTInferenceWrapper
     name = "megatron.core.inference.model_inference_wrappers.inference_wrapper_config"
-    # From 0.17 on everything is known from the model and the context, and this module is gone.
+    # Removed in 0.17, which reads the sizes from the model and the context.
     if importlib.util.find_spec(name) is None:
         return wrapper(model, context)
     sizes = importlib.import_module(name).InferenceWrapperConfig(
@@ -113,37 +112,37 @@ def inference_wrapper(model: Any, context: Any, max_batch: int, max_tokens: int)
 
 
 def pipeline_group_arguments(controller: Callable[..., Any], wrapper: Any) -> dict[str, Any]:
-    """Arguments with which ``TextGenerationController`` takes the pipeline group of ``wrapper``."""
-    # 0.16, inference/text_generation_controllers/text_generation_controller.py; from 0.17 on it is the context's.
+    """Return the arguments that pass the pipeline group of ``wrapper`` to ``TextGenerationController``."""
+    # 0.16, inference/text_generation_controllers/text_generation_controller.py; from 0.17 on the context has it.
     return {"pp_group": wrapper.pp_group} if "pp_group" in inspect.signature(controller).parameters else {}
 
 
 def plan_transfers(source: Any, target: Any) -> Any:
-    """How the parameters of ``source`` get to ``target``, for ``execute_reshard_plan``; a collective over all ranks.
+    """Plan the transfer of parameters from ``source`` to ``target`` for ``execute_reshard_plan``; a collective.
 
-    Whoever asks keeps it. From 0.17 on, resharding/refit.py keeps one plan per layout in the process, which a second
-    model with weights of other names would be given.
+    The caller caches the plan. From 0.17 on, resharding/refit.py caches one plan per layout in the process, which would
+    be wrong for a second model with other weight names.
     """
     from megatron.core import resharding
 
-    # 0.19 has another name for it, and warns under the old one.
+    # 0.19 renamed it and warns under the old name.
     new = getattr(resharding, "build_local_reshard_plan", None)
     return (new or resharding.build_centralized_reshard_plan)(source, target)
 
 
 def adapt(module: types.ModuleType) -> None:
-    """Correct what has to be corrected in ``module``, a module of ``megatron.core`` that was just imported."""
+    """Apply the fixes for ``module``, a module of ``megatron.core`` that was just imported."""
     correct = _CORRECTIONS.get(module.__name__)
     if correct is not None:
         correct(module)
 
 
 def adapt_to_cpu(module: types.ModuleType) -> None:
-    """The same for what only matters on a machine without CUDA."""
+    """Apply the fixes for ``module`` that are needed without CUDA."""
     if module.__name__ == "megatron.core.tensor_parallel.random":
-        # All releases: these reach for torch.cuda's C-level generators, which do not exist without a GPU.
+        # All releases: these use torch.cuda's C-level generators, which do not exist without a GPU.
         for name, replacement in (("_get_cuda_rng_state", _get_rng_state), ("_set_cuda_rng_state", _set_rng_state)):
-            assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+            assert hasattr(module, name), f"{module.__name__} no longer has {name}"
             setattr(module, name, replacement)
 
 
@@ -160,8 +159,8 @@ def _set_rng_state(new_state: Any, device: object = -1, graph_safe: bool = False
 
 
 def _router_product(module: types.ModuleType) -> None:
-    # 0.16, transformer/moe/moe_utils.py: the router asks whether ``te_general_gemm`` is None, but the name is imported
-    # together with Transformer Engine and does not exist without it. From 0.17 on it is None then.
+    # 0.16, transformer/moe/moe_utils.py: the router tests if ``te_general_gemm`` is None, but without Transformer
+    # Engine the name does not exist. From 0.17 on it is None.
     if not hasattr(module, "te_general_gemm"):
         module.te_general_gemm = None  # type: ignore[attr-defined]
 
@@ -179,6 +178,6 @@ _CORRECTIONS: dict[str, Callable[[types.ModuleType], None]] = {
     "megatron.core.models.gpt.gpt_model": _quiet("GPTModel IS DEPRECATED"),
     # 0.18 and 0.19 warn for every model chunk that no parameter layout was passed. 0.16 computes it the same way.
     "megatron.core.distributed.distributed_data_parallel": _quiet("DistributedDataParallel: full_param_layout not"),
-    # From 0.17 on: a warning that nvidia-resiliency-ext could write it. 0.16 has no choice.
+    # From 0.17 on it recommends nvidia-resiliency-ext.
     "megatron.core.dist_checkpointing.strategies.torch": _quiet("MCore's async save is deprecated"),
 }

@@ -1,4 +1,4 @@
-"""The policy's network: Megatron-Core's ``GPTModel`` built from a Hugging Face architecture, in any layout."""
+"""The policy's network: Megatron-Core's ``GPTModel`` for a Hugging Face architecture, in any layout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from megatron_rlpt.policy.precision import transformer_arguments
 class HiddenStateModel(GPTModel):
     """A ``GPTModel`` whose last stage ends at the final hidden states, [batch, seq, hidden].
 
-    Only suffix tokens are trained on, so the vocabulary projection is applied by the caller to those positions alone
+    Only suffix tokens are trained on, so the caller applies the vocabulary projection to those positions alone
     (``policy/logprobs.py``). ``GPTModel._postprocess`` ends with ``self.output_layer(hidden, weight=…)`` and a
-    transpose; the output layer keeps its parameters and passes the hidden states through, gathered along the sequence
-    where sequence parallelism divided them.
+    transpose; here the output layer keeps its parameters but returns the hidden states, gathered along the sequence
+    under sequence parallelism.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -34,9 +34,9 @@ class HiddenStateModel(GPTModel):
             self.output_layer.forward = lambda hidden, **_: (gather(hidden) if divided else hidden, None)
 
     def output_weight(self) -> torch.Tensor:
-        """This rank's rows of the vocabulary projection, [padded vocabulary / TP, hidden]; last stage only.
+        """Return this rank's rows of the vocabulary projection, [padded vocabulary / TP, hidden]; last stage only.
 
-        The input embedding itself where the two are tied and on one stage.
+        If tied and on the same stage, this is the input embedding itself.
         """
         return (
             self.shared_embedding_or_output_weight()
@@ -53,7 +53,7 @@ def transformer_config(
     recompute: Recompute = Recompute.none,
     fp8: Fp8 = Fp8.off,
 ) -> TransformerConfig:
-    """Megatron's configuration for ``arch``; fused kernels are used where Transformer Engine is."""
+    """Return Megatron's configuration for ``arch``, with fused kernels if Transformer Engine is used."""
     layout = layout or Layout()
     fused = with_transformer_engine()
     torch_dtype = torch_dtype_of(dtype)
@@ -63,13 +63,13 @@ def transformer_config(
             "num_moe_experts": arch.experts.count,
             "moe_router_topk": arch.experts.per_token,
             "moe_ffn_hidden_size": arch.experts.ffn_hidden,
-            # Softmax over the chosen experts gives weights that sum to 1; over all of them, before the choice, not.
+            # Softmax over the chosen experts gives weights that sum to 1; softmax over all experts does not.
             "moe_router_pre_softmax": not arch.experts.normalized,
             "moe_router_dtype": "fp32",
-            # The policy's loss is the objective's alone: a balancing loss would depend on how the batch is cut.
+            # No balancing loss: it would depend on how the batch is split.
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
-            # Exchanging tokens one to one needs CUDA streams and NCCL; gloo gathers them on every expert rank.
+            # All-to-all needs CUDA streams and NCCL; gloo gathers tokens on every expert rank.
             "moe_token_dispatcher_type": "alltoall" if runtime.on_cuda else "allgather",
             "moe_grouped_gemm": fused,
         }
@@ -80,8 +80,8 @@ def transformer_config(
     elif recompute is Recompute.selective:
         settings |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if layout.virtual_stages > 1:
-        # Two pipeline ranks are each other's next and previous one: in a batch of exchanges their messages would be
-        # taken for one another (megatron/training/arguments.py refuses it for that reason).
+        # With two pipeline ranks, each is the next and the previous rank of the other, so batched exchanges would mix
+        # up their messages (megatron/training/arguments.py refuses them for that reason).
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return TransformerConfig(
         num_layers=arch.layers,
@@ -107,8 +107,8 @@ def transformer_config(
         bias_activation_fusion=fused,
         apply_rope_fusion=fused,
         bias_dropout_fusion=fused,
-        masked_softmax_fusion=False,  # the attention kernels have their own softmax
-        gradient_accumulation_fusion=False,  # an extension of Apex, also beside Transformer Engine
+        masked_softmax_fusion=False,  # part of the attention kernels
+        gradient_accumulation_fusion=False,  # needs Apex
         persist_layer_norm=False,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence,
@@ -117,7 +117,7 @@ def transformer_config(
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
-        # Gradients are summed over ranks and micro-batches and divided once, by the number of examples (policy.py).
+        # Gradients are summed over ranks and micro-batches and divided once by the number of examples (policy.py).
         calculate_per_token_loss=True,
         **transformer_arguments(fp8),
         **settings,
@@ -125,7 +125,7 @@ def transformer_config(
 
 
 def model_arguments(arch: Architecture) -> dict[str, Any]:
-    """Arguments of Megatron's ``GPTModel`` that ``arch`` alone decides, whatever the layout."""
+    """Return the arguments of Megatron's ``GPTModel`` that depend on ``arch`` only."""
     return {
         "vocab_size": arch.padded_vocab,
         "max_sequence_length": arch.max_positions,
@@ -143,9 +143,9 @@ def build_model(
     recompute: Recompute = Recompute.none,
     fp8: Fp8 = Fp8.off,
 ) -> list[HiddenStateModel]:
-    """This rank's model chunks on the runtime's device, one per virtual stage, with weights not yet set.
+    """Build this rank's model chunks on the runtime's device, one per virtual stage, with uninitialized weights.
 
-    Megatron's groups of ``layout`` must be there (``DeviceRuntime.init_distributed``); None is a world of one.
+    Call ``DeviceRuntime.init_distributed`` with ``layout`` first; None is a world of one.
     """
     layout = layout or Layout()
     with runtime.megatron():
@@ -165,18 +165,18 @@ def build_model(
             )
         for model_chunk in model_chunks:
             set_frequencies(model_chunk, arch)
-            # Megatron leaves norm weights in fp32 with the local spec; every parameter has the training precision.
+            # Megatron's local spec leaves norm weights in fp32; cast every parameter to the training precision.
             model_chunk.to(device=runtime.device, dtype=torch_dtype_of(dtype))
             if arch.experts and layout.tensor > 1:
                 for name, parameter in model_chunk.named_parameters():
                     if ".experts." in name:
-                        # Tensor-parallel ranks send other tokens through a whole expert, so that it is one of the data-
-                        # parallel kind to them. Megatron marks it so only where experts are spread over ranks
+                        # Experts are whole, and tensor-parallel ranks send different tokens through them, as in data
+                        # parallelism. Megatron marks this only if experts are distributed over ranks
                         # (tensor_parallel/layers.py: ColumnParallelLinear.__init__).
                         parameter.allreduce = False
         return model_chunks
 
 
 def torch_dtype_of(dtype: Dtype) -> torch.dtype:
-    """The torch dtype of a configured precision."""
+    """Return the torch dtype of a configured precision."""
     return torch.bfloat16 if dtype is Dtype.bf16 else torch.float32

@@ -1,8 +1,8 @@
 """Megatron's distributed AdamW and learning-rate schedule, and their checkpoint state.
 
-Megatron's checkpoint code is written for the fused Adam of Transformer Engine and Apex, which keeps the step counter in
-the parameter group; torch's Adam, used where neither is installed, keeps it beside the moments of each parameter
-(``megatron/core/optimizer/distrib_optimizer.py``). What that takes is here too.
+Megatron's checkpoint code expects the fused Adam of Transformer Engine or Apex, which keeps the step counter in the
+parameter group. torch's Adam, used if neither is installed, keeps it with the moments of each parameter
+(``megatron/core/optimizer/distrib_optimizer.py``); this module handles both.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from megatron_rlpt.policy.model import HiddenStateModel, torch_dtype_of
 def build_optimizer(
     model_chunks: Sequence[HiddenStateModel], config: OptimizerConfig, dtype: Dtype, overlap: bool
 ) -> tuple[list[Any], Any]:
-    """Megatron's DDP wrapper of every model_chunk (gradients in fp32) and one distributed AdamW (main weights in fp32).
+    """Wrap every model chunk in Megatron's DDP (fp32 gradients) and build one distributed AdamW (fp32 main weights).
 
     Args:
         model_chunks: this rank's model chunks.
-        config: the optimizer.
+        config: the optimizer's settings.
         dtype: precision of the model_chunks.
         overlap: reduce gradients during the backward pass and gather weights during the next forward pass.
     """
@@ -71,14 +71,14 @@ def build_optimizer(
 
 
 def build_scheduler(optimizer: Any, config: OptimizerConfig, train: TrainConfig) -> Any:
-    """Megatron's schedule, stepped before every update: the first has lr / warmup_steps, not 0."""
+    """Return Megatron's schedule; it is stepped before every update, so the first uses lr / warmup_steps, not 0."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        # One more than there are updates, so that the last one still has a learning rate above min_lr.
+        # One more than the number of updates, so that the last one still has a learning rate above min_lr.
         lr_decay_steps=train.steps + 1,
         lr_decay_style=config.decay.name,
         start_wd=config.weight_decay,
@@ -89,26 +89,26 @@ def build_scheduler(optimizer: Any, config: OptimizerConfig, train: TrainConfig)
 
 
 def _init_state(optimizer: Any) -> None:
-    """Create Adam's moments now: Megatron cannot write or read a checkpoint of an optimizer that has none yet."""
+    """Create Adam's moments now: Megatron cannot write or read a checkpoint without them."""
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part.optimizer, torch.optim.Adam):  # AdamW is one of these
+        if isinstance(part.optimizer, torch.optim.Adam):  # also AdamW
             for state in part.optimizer.state.values():
-                # ``init_state_fn`` leaves this one out.
+                # ``init_state_fn`` does not set it.
                 state.setdefault("step", torch.tensor(0.0))
 
 
 def sharded_optimizer_state(optimizer: Any, model: Any, is_loading: bool) -> dict[str, Any]:
-    """Main weights and moments in the places of their parameters in ``model``, and the number of updates.
+    """Return main weights and moments, sharded like their parameters in ``model``, and the number of updates.
 
-    Megatron's own ``sharded_state_dict`` adds the parameter groups of each optimizer in the chain, and a chain is as
-    long as the layout makes it: experts that are spread over ranks have an optimizer of their own. The groups hold what
-    configuration and schedule set anyway, and one thing more, the number of updates.
+    Megatron's ``sharded_state_dict`` also saves the parameter groups of every optimizer in the chain, and the length of
+    the chain depends on the layout: experts that are distributed over ranks have their own optimizer. Apart from the
+    number of updates, groups hold only values that configuration and schedule set.
 
     Args:
-        optimizer: Megatron's, one or a chain.
-        model: the sharded state of every model chunk, its data the parameters themselves.
-        is_loading: leave the tensors empty.
+        optimizer: Megatron's optimizer or chain of optimizers.
+        model: the sharded state of every model chunk, with the parameters as its data.
+        is_loading: leave the tensors uninitialized.
     """
     return {
         "updates": _updates(optimizer),
@@ -120,10 +120,10 @@ def sharded_optimizer_state(optimizer: Any, model: Any, is_loading: bool) -> dic
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Take over a ``sharded_optimizer_state`` whose tensors were filled.
+    """Load a ``sharded_optimizer_state`` whose tensors were read.
 
-    Megatron copies every entry of a parameter's state from the checkpoint's tensors, and torch's step counter, which is
-    one of these entries, is not among the tensors: it is kept aside during the copy.
+    Megatron copies every entry of a parameter's state from the checkpoint, but torch's step counter is not in it, so it
+    is removed during the copy.
     """
     updates = int(state["updates"])
     for number, part in enumerate(_parts(optimizer)):
@@ -134,14 +134,14 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
         part.load_parameter_state_from_fully_reshardable(state["tensors"][number])
         if torch_adam:
             for entries in part.optimizer.state.values():
-                entries["step"] = torch.tensor(float(updates))  # one each: Adam adds to it in place
+                entries["step"] = torch.tensor(float(updates))  # one per parameter: Adam adds to it in place
         else:
             for group in part.optimizer.param_groups:
                 group["step"] = updates
 
 
 def _updates(optimizer: Any) -> int:
-    """Number of updates behind the optimizer's state; 0 where this rank has no state."""
+    """Return the number of updates in the optimizer's state; 0 if this rank has no state."""
     counters = [0]
     for part in _parts(optimizer):
         counters += [int(entries["step"]) for entries in part.optimizer.state.values() if "step" in entries]
@@ -150,6 +150,6 @@ def _updates(optimizer: Any) -> int:
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    """The optimizers of a chain that have parameters on this rank."""
+    """Return the optimizers of a chain that have parameters on this rank."""
     chain = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chain if not part.is_stub_optimizer]

@@ -1,4 +1,4 @@
-"""The policy as the training loop sees it: update, weights, save, load."""
+"""The policy as the training loop uses it: update, weights, save, load."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _log = logging.getLogger(__name__)
 
 
 def check_policy(config: Config, world: int) -> tuple[Architecture, Layout]:
-    """Whether a world of ``world`` ranks can train the model as ``config`` says; cheap, nothing is built.
+    """Check that ``world`` ranks can train the model of ``config``; builds nothing.
 
     Raises:
         ModelError: the folder cannot be used, or its context is shorter than a training sequence.
-        ConfigError: the model cannot be cut over the ranks like that, or the precision is not to be had here.
+        ConfigError: the model cannot be split over the ranks like that, or the precision is not supported here.
     """
     folder = Path(config.model.path)
     arch = read_architecture(folder)
@@ -57,22 +57,22 @@ def check_policy(config: Config, world: int) -> tuple[Architecture, Layout]:
 class Policy:
     """A Megatron model with its optimizer, learning-rate schedule and reference weights, in a training layout.
 
-    Its methods are collectives: every rank calls them, with the same arguments.
+    Its methods are collectives: every rank calls them with the same arguments.
 
     Attributes:
         arch: the architecture, as read from the starting model.
-        layout: how it is cut over ranks.
-        version: number of optimizer updates behind the current weights.
+        layout: how it is split over ranks.
+        version: number of optimizer updates so far.
     """
 
     def __init__(self, config: Config, objective: Objective, runtime: DeviceRuntime) -> None:
-        """Load the starting model of ``config.model.path``; raises what ``check_policy`` does."""
+        """Load the starting model of ``config.model.path``; raises as ``check_policy``."""
         self.arch, self.layout = check_policy(config, runtime.world)
         ranks = runtime.init_distributed(self.layout, config.parallel.timeout)
         _log.info("device runtime: %s", runtime.describe())
         if config.model.dtype is Dtype.bf16 and not runtime.on_cuda and bf16_is_slow():
             _log.warning(
-                "model.dtype is bf16, which this CPU has no kernels for; model.dtype=fp32 is several times faster"
+                "model.dtype is bf16, for which this CPU has no kernels; set model.dtype=fp32, several times faster"
             )
         _log.info("training layout: %s", self.layout.describe())
         _log.info("layers: %s", describe_layers())
@@ -94,7 +94,7 @@ class Policy:
                 model_chunks, config.optimizer, config.model.dtype, config.parallel.overlap
             )
             self._scheduler = build_scheduler(self._optimizer, config.optimizer, config.train)
-        # A frozen reference is the starting model and is read from there again.
+        # A frozen reference is the starting model, which is always loaded from its folder.
         moving = self._reference if self._refresh_every else None
         self._state = PolicyState(model_chunks, self._optimizer, self._scheduler, moving)
         bucket_bytes = config.rollout.sync_bucket_mib << 20
@@ -102,18 +102,18 @@ class Policy:
         self.version = 0
 
     def update(self, examples: Sequence[Example]) -> dict[str, float]:
-        """One optimizer update on ``examples``; afterwards ``version`` is one higher.
+        """Run one optimizer update on ``examples`` and increment ``version``.
 
         Args:
-            examples: all examples of the update, the same on every rank; they are dealt to the data-parallel ranks.
+            examples: all examples of the update, the same on every rank; data-parallel ranks share them.
 
         Returns:
             Metrics of the update, the same on every rank: ``loss``, ``grad_norm``, ``lr``, ``logprob_gap`` (mean
             absolute difference per token between the engine's and this policy's log-probabilities, nats; absent
-            without rollouts), and the objective's own.
+            without rollouts), and those of the objective.
 
         Raises:
-            TrainingError: loss or gradient is not finite; the weights are then unchanged.
+            TrainingError: the loss or a gradient is not finite; the weights are then unchanged.
         """
         batches = self._deal(examples)
         references = self._reference_logprobs(batches)
@@ -138,9 +138,9 @@ class Policy:
         return metrics
 
     def logprobs(self, examples: Sequence[Example]) -> torch.Tensor:
-        """Log-probabilities of the examples' completion tokens under the current weights, without gradients.
+        """Return log-probabilities of the examples' completion tokens under the current weights, without gradients.
 
-        All examples go through the model at once: for a few, to look at or to compare.
+        All examples form one micro-batch, so pass only a few.
 
         Returns:
             [sequences, suffix] fp32 in the order of ``examples``, 0 where a shorter completion is padded; the same on
@@ -162,10 +162,10 @@ class Policy:
         return logprobs
 
     def check_start(self, config: Config) -> None:
-        """Compare what the policy computes with what transformers computes from the same folder; before any update.
+        """Compare the policy with ``transformers`` on the same folder; call it before any update.
 
         Raises:
-            ModelError: they differ by more than arithmetic explains; not on every rank.
+            ModelError: they differ by more than rounding explains; not raised on every rank.
         """
         folder, longest = Path(config.model.path), config.max_sequence
         check = StartCheck(
@@ -187,9 +187,9 @@ class Policy:
             _log.info("%s", line)
 
     def weights(self) -> WeightSource:
-        """(Hugging Face name, whole tensor) of every weight in one fixed order; may share the policy's memory.
+        """Return the stream of (Hugging Face name, whole tensor) in a fixed order; may share the policy's memory.
 
-        Every rank has to iterate over it to the end, one without a use for it too (``ranks.drain``).
+        Every rank must iterate to the end, even if it does not use the tensors (``ranks.drain``).
         """
         self._gather_parameters()
         return self._source
@@ -200,45 +200,45 @@ class Policy:
         return self._source.shapes
 
     def offload_optimizer(self) -> None:
-        """Move optimizer state to host memory and free the gradients' memory; nothing on a machine without a GPU."""
+        """Move optimizer state to host memory and free gradient buffers; does nothing without a GPU."""
         if self._runtime.on_cuda:
             self._optimizer.offload_to_cpu()
             for ddp in self._ddps:
                 ddp.offload_grad_buffers()
 
     def restore_optimizer(self) -> None:
-        """Take back what ``offload_optimizer`` moved; nothing if it did not."""
+        """Undo ``offload_optimizer``; does nothing if it was not called."""
         if self._runtime.on_cuda:
             for ddp in self._ddps:
                 ddp.restore_grad_buffers()
             self._optimizer.restore_from_cpu()
 
     def layout_text(self) -> str:
-        """The layout, for people to read."""
+        """Return the layout in words."""
         return self.layout.describe()
 
     def begin_save(self, folder: Path, snapshot: bool) -> ShardedWriting:
-        """Plan to write weights, optimizer, schedule and (when it moves) reference, as they are now, into ``folder``.
+        """Plan a checkpoint of weights, optimizer, schedule and (if it is refreshed) reference in ``folder``.
 
         Args:
             folder: an existing folder.
-            snapshot: allow updates before everything has been written.
+            snapshot: copy the state, so that updates may run before it is written.
         """
         self._gather_parameters()
         with self._runtime.megatron():
             return self._state.begin_save(self.version, folder, snapshot)
 
     def load(self, folder: Path) -> None:
-        """Take over what was written into ``folder``, under whatever layout.
+        """Load the checkpoint in ``folder``, written under any layout.
 
         Raises:
-            Exception: whatever Megatron raises for a missing or unreadable part; the caller names the checkpoint.
+            Exception: any error of Megatron for a missing or unreadable part; the caller names the checkpoint.
         """
         with self._runtime.megatron():
             self.version = self._state.load(folder)
 
     def _deal(self, examples: Sequence[Example]) -> list[Batch]:
-        """This rank's micro-batches of an update."""
+        """Return this rank's micro-batches of an update."""
         plans = plan_micro_batches(examples, self._train.micro_batch, self.layout, self._length_multiple)
         rank = parallel_state.get_data_parallel_rank()
         return [
@@ -247,7 +247,7 @@ class Policy:
         ]
 
     def _padded(self, length: int) -> int:
-        """``length`` rounded up to what the layout can divide and the precision can take."""
+        """Round ``length`` up to a multiple that layout and precision allow."""
         return -(-length // self._length_multiple) * self._length_multiple
 
     def _reference_logprobs(self, batches: list[Batch]) -> list[torch.Tensor]:
@@ -260,7 +260,7 @@ class Policy:
     def _loss(
         self, batch: Batch, logprobs: torch.Tensor, references: Sequence[torch.Tensor], number: int
     ) -> tuple[torch.Tensor, _MicroResult]:
-        if not batch.examples:  # only in step with other ranks: a loss of zero that the gradient still passes through
+        if not batch.examples:  # empty, to match other ranks: a zero loss that still has a gradient
             return logprobs.sum() * 0.0, _MicroResult(LossTerms(logprobs.new_zeros(0)), 0.0, 0)
         terms = self._objective.loss(
             LossInputs(
@@ -278,7 +278,7 @@ class Policy:
         return terms.loss.sum(), _MicroResult(detached, float(gap[compared].sum()), int(compared.sum()))
 
     def _mean_metrics(self, results: Sequence[_MicroResult], examples: int) -> dict[str, float]:
-        """Means over all examples of the update, on every rank."""
+        """Average over all examples of the update, on every rank."""
         sums: dict[str, float] = defaultdict(float)
         for result in results:
             sums["loss"] += float(result.terms.loss.sum())
@@ -294,9 +294,9 @@ class Policy:
         return metrics
 
     def _sum_over_replicas(self, sums: dict[str, float]) -> dict[str, float]:
-        """Add up what the last stages of all replicas found, and tell every rank.
+        """Sum the values of the last stages of all replicas, on every rank.
 
-        A replica with no example of its own in the update knows fewer names, so that they travel with the values.
+        A replica without examples has fewer names, so names are exchanged with the values.
         """
         if self.layout.world == 1:
             return sums
@@ -313,7 +313,7 @@ class Policy:
         return sums
 
     def _gather_parameters(self) -> None:
-        """Have every rank hold the weights of the last update now, where they would be gathered in the next forward."""
+        """Gather the weights of the last update now; with overlap they are otherwise gathered in the next forward."""
         if self._overlap:
             with self._runtime.megatron():
                 for ddp in self._ddps:
@@ -323,19 +323,19 @@ class Policy:
         if not math.isfinite(metrics["loss"]):
             raise TrainingError(
                 f"loss is {metrics['loss']} at version {self.version}; lower optimizer.lr or look at the last lines of "
-                "samples.jsonl, then start again from the last checkpoint"
+                "samples.jsonl, then resume from the last checkpoint"
             )
         buffers = [buffer for ddp in self._ddps for buffer in ddp.buffers + ddp.expert_parallel_buffers]
         broken = torch.zeros(1, device=self._runtime.device)
         for buffer in buffers:
             broken += float(not math.isfinite(float(buffer.grad_data.sum())))
         if self.layout.world > 1:
-            # One rank's share of the gradient decides for all: nobody may take a step that another refuses.
+            # All ranks must agree: none may step while another refuses.
             torch.distributed.all_reduce(broken)
         if broken:
             raise TrainingError(
                 f"a gradient is not finite at version {self.version} (loss {metrics['loss']:.4g}); lower "
-                "optimizer.lr, then start again from the last checkpoint"
+                "optimizer.lr, then resume from the last checkpoint"
             )
 
 
@@ -345,7 +345,7 @@ def _context_share() -> ContextShare:
 
 @dataclass(frozen=True)
 class _MicroResult:
-    """What one micro-batch leaves behind: loss terms, and engine against trainer."""
+    """The results of one micro-batch: loss terms and the logprob gap between engine and policy."""
 
     terms: LossTerms
     gap_sum: float

@@ -1,8 +1,8 @@
-"""Precision of the layers' matrix products: bf16, or one of Transformer Engine's FP8 recipes on top of it.
+"""Precision of the layers' matrix products: bf16, or one of Transformer Engine's FP8 recipes.
 
-Whatever the recipe, parameters are bf16, and main weights, gradients and their sums over ranks and micro-batches, and
-the optimizer's moments are fp32 (``policy/optimizer.py``). FP8 never reaches norms, core attention, the router, the
-embedding or the vocabulary projection: log-probabilities come from a bf16 product whose sums are fp32
+With any recipe, parameters are bf16, and main weights, gradients (including their sums over ranks and micro-batches)
+and the optimizer's moments are fp32 (``policy/optimizer.py``). FP8 is never used for norms, core attention, the router,
+the embedding or the vocabulary projection: log-probabilities come from a bf16 product with fp32 sums
 (``policy/logprobs.py``).
 """
 
@@ -22,21 +22,21 @@ from megatron_rlpt.policy.layout import Layout
 
 @dataclass(frozen=True)
 class Recipe:
-    """One FP8 recipe in the terms of Megatron-Core and Transformer Engine."""
+    """One FP8 recipe, as Megatron-Core and Transformer Engine define it."""
 
     name: str
     """``TransformerConfig.fp8_recipe``."""
     format: str
-    """``TransformerConfig.fp8``: ``hybrid`` is E4M3 forward and E5M2 for gradients, ``e4m3`` the one for both. These
+    """``TransformerConfig.fp8``: ``hybrid`` is E4M3 forward and E5M2 for gradients, ``e4m3`` is E4M3 for both. These
     are the defaults of Transformer Engine's recipes (``transformer_engine/common/recipe``)."""
     engine: tuple[int, int]
-    """First Transformer Engine that Megatron uses it with (``megatron/core/fp8_utils.py: get_fp8_recipe``)."""
+    """First Transformer Engine version with which Megatron uses it (``megatron/core/fp8_utils.py: get_fp8_recipe``)."""
     check: str
-    """Function of ``transformer_engine.pytorch.fp8`` that knows which GPUs and CUDA versions can."""
+    """Function of ``transformer_engine.pytorch.fp8`` that checks GPU and CUDA version."""
     capability: tuple[int, int]
-    """First compute capability of GPUs that ``check`` lets through."""
+    """Lowest GPU compute capability that ``check`` accepts."""
     multiple: int
-    """What numbers of tokens, and sizes of matrices, must be a multiple of (``fp8_utils.py: get_fp8_align_size``)."""
+    """Numbers of tokens and matrix sizes must be a multiple of this (``fp8_utils.py: get_fp8_align_size``)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of ``TransformerConfig``."""
 
@@ -49,29 +49,29 @@ RECIPES: dict[Fp8, Recipe] = {
         "check_fp8_support",
         (8, 9),
         16,
-        # Transformer Engine's own defaults; Megatron's are a history of one step.
+        # Transformer Engine's defaults; Megatron's history length is 1.
         {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
     ),
     Fp8.current: Recipe("tensorwise", "hybrid", (2, 2), "check_fp8_support", (8, 9), 16),
     Fp8.blockwise: Recipe("blockwise", "e4m3", (2, 3), "check_fp8_block_scaling_support", (9, 0), 16),
     Fp8.mxfp8: Recipe("mxfp8", "e4m3", (2, 1), "check_mxfp8_support", (10, 0), 32),
 }
-"""Every value of ``model.fp8`` but ``off``."""
+"""Every value of ``model.fp8`` except ``off``."""
 
 
 @dataclass(frozen=True)
 class TransformerEngine:
-    """The installed Transformer Engine, on the GPU of this process."""
+    """The installed Transformer Engine and the GPU of this process."""
 
     version: str
     device: str
     """Name and compute capability of the GPU."""
     check: Callable[[str], tuple[bool, str]]
-    """Calls one of Transformer Engine's check functions: whether this GPU can, and if not, why."""
+    """Calls one of Transformer Engine's check functions; returns (supported, reason if not)."""
 
 
 def find_engine() -> TransformerEngine | str:
-    """Transformer Engine as it is here, or in a few words why there is none."""
+    """Return the installed Transformer Engine, or the reason why there is none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -92,7 +92,7 @@ def find_engine() -> TransformerEngine | str:
 
 
 def refusal(fp8: Fp8, engine: TransformerEngine | str) -> str | None:
-    """Why ``engine`` cannot run recipe ``fp8``; None if it can."""
+    """Return why ``engine`` cannot run recipe ``fp8``; None if it can."""
     if fp8 is Fp8.off:
         return None
     if isinstance(engine, str):
@@ -111,16 +111,16 @@ def _series(version: str) -> tuple[int, int]:
 
 
 def supported_recipes() -> tuple[Fp8, ...]:
-    """Values of ``model.fp8`` besides ``off`` that work here; none without a GPU and Transformer Engine."""
+    """Return values of ``model.fp8`` other than ``off`` that work here; none without GPU and Transformer Engine."""
     engine = find_engine()
     return tuple(fp8 for fp8 in RECIPES if refusal(fp8, engine) is None)
 
 
 def require(fp8: Fp8, dtype: Dtype) -> None:
-    """Refuse a precision that cannot be had here; never replaced by another one silently.
+    """Refuse a precision that is not supported here, instead of silently using another.
 
     Raises:
-        ConfigError: with the reason, and what is supported here.
+        ConfigError: names the reason and the supported values.
     """
     check_dtype(fp8, dtype)
     if fp8 is Fp8.off:
@@ -132,22 +132,22 @@ def require(fp8: Fp8, dtype: Dtype) -> None:
 
 
 def check_dtype(fp8: Fp8, dtype: Dtype) -> None:
-    """Whether FP8 has the parameters that it needs.
+    """Check that FP8 is combined with bf16 parameters.
 
     Raises:
-        ConfigError: they are not bf16.
+        ConfigError: ``dtype`` is not bf16.
     """
     if fp8 is not Fp8.off and dtype is not Dtype.bf16:
         raise ConfigError(f"model.fp8 is {fp8.value} and model.dtype {dtype.value}; FP8 needs model.dtype=bf16")
 
 
 def recipes_of(capability: tuple[int, int]) -> tuple[Fp8, ...]:
-    """Values of ``model.fp8`` that GPUs of a compute capability can, with a recent Transformer Engine and CUDA."""
+    """Return values of ``model.fp8`` for a GPU compute capability, with a recent Transformer Engine and CUDA."""
     return (Fp8.off, *(fp8 for fp8, recipe in RECIPES.items() if capability >= recipe.capability))
 
 
 def check_sizes(fp8: Fp8, arch: Architecture, layout: Layout) -> None:
-    """Whether the matrices that a tensor-parallel rank holds have sizes that FP8 products take.
+    """Check that the matrices of a tensor-parallel rank have sizes that FP8 products support.
 
     Raises:
         ConfigError: names the size and what it must be a multiple of.
@@ -176,7 +176,7 @@ def check_sizes(fp8: Fp8, arch: Architecture, layout: Layout) -> None:
 
 
 def transformer_arguments(fp8: Fp8) -> dict[str, Any]:
-    """Arguments of Megatron's ``TransformerConfig`` for ``fp8``; none for ``off``."""
+    """Return the arguments of Megatron's ``TransformerConfig`` for ``fp8``; empty for ``off``."""
     if fp8 is Fp8.off:
         return {}
     recipe = RECIPES[fp8]
@@ -184,10 +184,10 @@ def transformer_arguments(fp8: Fp8) -> dict[str, Any]:
 
 
 def length_multiple(layout: Layout, fp8: Fp8 = Fp8.off) -> int:
-    """What the number of tokens per row must be a multiple of, whatever the number of rows.
+    """Return the number of which the tokens per row must be a multiple, for any number of rows.
 
-    Context parallelism cuts a row into two chunks per rank, sequence parallelism divides a rank's share once more, and
-    what is left must have a size that FP8 products take. (Megatron pads the tokens of each expert by itself.)
+    Context parallelism splits a row into two chunks per rank, sequence parallelism splits a rank's share again, and the
+    result must be a size that FP8 products support. (Megatron pads the tokens of each expert itself.)
     """
     chunks = 2 * layout.context if layout.context > 1 else 1
     sequence = layout.tensor if layout.sequence else 1

@@ -1,4 +1,4 @@
-"""The reference policy: a second set of weights, swapped into the policy's own network for a forward pass."""
+"""Reference weights: a second set of weights that is swapped into the policy's network for a forward pass."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class ReferenceWeights:
-    """Weights of the policy at an earlier version; no second network and no second optimizer.
+    """Weights of the policy at an earlier version, without a second network or optimizer.
 
-    They are kept in host memory. On a CPU swapping exchanges the storage that parameters point to and copies nothing;
-    on a GPU a copy exists there only while they are in use.
+    They are in host memory. On a CPU, swapping exchanges the storage of the parameters without a copy; on a GPU, a copy
+    exists only while they are active.
     """
 
     def __init__(self, model_chunks: Sequence[torch.nn.Module], version: int) -> None:
@@ -22,15 +22,15 @@ class ReferenceWeights:
             for name, parameter in model_chunk.named_parameters()
         }
         self.version = version
-        """Policy version these weights are from."""
+        """Policy version of these weights."""
         self._weights = {name: _host_copy(parameter) for name, parameter in self._parameters.items()}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the network computes with the reference weights, without gradients."""
+        """Let the network compute with the reference weights, without gradients."""
         own = [parameter.data for parameter in self._parameters.values()]
         for name, parameter in self._parameters.items():
-            # The same tensor where it already is on the device.
+            # No copy if it already is on the device.
             parameter.data = self._weights[name].to(parameter.device, non_blocking=True)
         try:
             with torch.no_grad():
@@ -40,13 +40,13 @@ class ReferenceWeights:
                 parameter.data = tensor
 
     def refresh(self, version: int) -> None:
-        """Take over the policy's current weights."""
+        """Copy the policy's current weights."""
         for name, parameter in self._parameters.items():
             self._weights[name].copy_(parameter.detach())
         self.version = version
 
     def weights(self) -> list[torch.Tensor]:
-        """The tensors, in the order of the model_chunks' parameters."""
+        """Return the tensors in the order of the model chunks' parameters."""
         return list(self._weights.values())
 
 

@@ -1,4 +1,4 @@
-"""What the trainer refuses by sizes and settings alone: for the trainer and for ``rlpt plan``. Imports no torch."""
+"""Checks by sizes and settings alone, shared by the trainer and ``rlpt plan``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from megatron_rlpt.policy.layout import Layout, check_layout
 
 
 def check_model(config: Config, arch: Architecture, layout: Layout, source: Path | str) -> None:
-    """Whether the model takes the sequences, the layout and the precision of ``config``.
+    """Check that the model supports the sequence length, layout and precision of ``config``.
 
     Args:
         config: the run.
         arch: the model.
-        layout: how it is cut over ranks.
+        layout: how it is split over ranks.
         source: where the model was read, for messages.
 
     Raises:
         ModelError: its context is shorter than a training sequence.
-        ConfigError: it cannot be cut like that, or has sizes that the precision does not take.
+        ConfigError: it cannot be split like that, or its sizes do not fit the precision.
     """
     if config.max_sequence > arch.max_positions:
         raise ModelError(
@@ -35,20 +35,20 @@ def check_model(config: Config, arch: Architecture, layout: Layout, source: Path
 
 
 def check_megatron_engine(arch: Architecture, source: Path | str) -> None:
-    """Whether Megatron's engine generates with the model.
+    """Check that Megatron's engine supports the model.
 
     Raises:
         EngineError: it has experts.
     """
     if arch.experts is not None:
         raise EngineError(
-            f"rollout.engine is megatron and {source} a mixture of experts ({arch.model_type}), whose experts "
-            "Megatron reshards under names that ours do not have; set rollout.engine: vllm"
+            f"rollout.engine is megatron and {source} is a mixture of experts ({arch.model_type}), which Megatron "
+            "cannot reshard from our layers; set rollout.engine: vllm"
         )
 
 
 def check_offload_settings(config: Config) -> None:
-    """Whether a run with ``optimizer.offload`` on GPUs has an engine that may sleep there at all.
+    """Check that a run with ``optimizer.offload`` has an engine that can sleep on the policy's GPU.
 
     Raises:
         ConfigError: there is no engine, or it never sleeps.
@@ -62,8 +62,8 @@ def check_offload_settings(config: Config) -> None:
 
 
 def offload_error(reason: str) -> ConfigError:
-    """The refusal of ``optimizer.offload``, and ``reason`` for it."""
+    """Return the error for ``optimizer.offload`` without such an engine, for ``reason``."""
     return ConfigError(
-        "optimizer.offload makes room for a rollout engine that sleeps on the policy's GPU while it trains, and "
+        "optimizer.offload frees memory for a rollout engine that sleeps on the policy's GPU while it trains, and "
         f"{reason}; set optimizer.offload=false"
     )

@@ -1,18 +1,18 @@
-"""Megatron's distributed checkpoint format, written without starting a process.
+"""Megatron's distributed checkpoint format, written by threads of this process.
 
-``dist_checkpointing.save`` writes from forked processes, also when it is not asked to do so in the background, and
-collects their results through a manager process that imports the main module again. A fork copies one thread of a
-process that has many (vLLM's, OpenMP's, gloo's, a CUDA context), with the locks the others held. Its persistent worker
-is no way out on CPU: it shares the trainer's own tensors with the worker, so an update during the write would end up
-in the files, and it divides by the number of GPUs. So the format and the plan are Megatron's, and the writing is done
-by threads of this process: writing releases the interpreter's lock, and a thread dies with its process.
+``dist_checkpointing.save`` always writes from forked processes and collects their results through a manager process
+that imports the main module again. A fork copies one thread of a process that has many (vLLM's, OpenMP's, gloo's, a
+CUDA context), with the locks that the others hold. Megatron's persistent worker does not work on CPU either: it shares
+the trainer's tensors, so an update during the write would end up in the files, and it divides by the number of GPUs. So
+the format and the plan are Megatron's, and threads of this process write: writing releases the interpreter lock, and a
+thread dies with its process.
 
-The steps are those of ``megatron/core/dist_checkpointing/serialization.py: save``, apart from each other, because some
-are collectives, which must not fail on one rank alone, and some are writes, which may:
+The steps are those of ``megatron/core/dist_checkpointing/serialization.py: save``, separated because some are
+collectives, which must not fail on one rank alone, and some are writes, which may fail:
 
-    ShardedWriting(...)    collective: plan who writes what; copy what could change meanwhile
+    ShardedWriting(...)    collective: plan which rank writes what; copy state that could change meanwhile
     write()                this rank's files; any thread; no collective
-    conclude(results)      on the main rank, once all have written: the files that describe the whole
+    conclude(results)      on rank 0, after all ranks have written: the files that describe the checkpoint
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ from megatron_rlpt.policy.megatron_compat import own_writer_arguments
 COMMON = "common.pt"
 _BACKEND, _VERSION = "torch_dist", 1
 _FILES_PER_RANK = 2
-"""Written at the same time."""
+"""Written concurrently."""
 
 
 class ShardedWriting:
-    """One rank's part in writing a sharded state."""
+    """One rank's part of writing a sharded state."""
 
     def __init__(self, state: dict[str, Any], folder: Path, snapshot: bool) -> None:
         """Plan the write; a collective over all ranks.
 
-        Replicas of a tensor on data-parallel ranks are divided among them, so that each writes its share.
+        Data-parallel ranks share the writing of tensors that they all hold.
 
         Args:
             state: Megatron's sharded state dict; tensors it does not shard must be the same on every rank.
-            folder: where the files go; it exists.
-            snapshot: copy every tensor that lives on outside of ``state``, so that the caller may change it before
-                ``write`` is done.
+            folder: an existing folder for the files.
+            snapshot: copy every tensor that exists outside of ``state``, so that the caller may change it before
+                ``write`` returns.
         """
         with plain_errors():
             lasting = _storages(state) if snapshot else set()
@@ -70,7 +70,7 @@ class ShardedWriting:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             if group.size() > 1:
                 strategy = FullyParallelSaveStrategyWrapper(strategy, group)
-            # Asked for only by the processes that are not started here.
+            # Only used by the writer processes, which are not started.
             filesystem_async._results_queue = queue.SimpleQueue()
             self._writer, self._metadata = strategy.async_save(
                 sharded, str(folder), **own_writer_arguments(strategy.async_save)
@@ -85,13 +85,13 @@ class ShardedWriting:
             self._common = buffer.getvalue()
 
     def write(self) -> tuple[list[Path], Any]:
-        """Write this rank's files, to the disk itself. May run in another thread; no collective.
+        """Write and fsync this rank's files. May run in another thread; no collective.
 
         Returns:
-            The files, and what ``conclude`` needs of every rank (picklable).
+            The files, and this rank's results for ``conclude`` (picklable).
 
         Raises:
-            Exception: whatever the file system says.
+            Exception: any error of the file system.
         """
         files = [Path(path) for path, _, _ in self._buckets]
         with ThreadPoolExecutor(_FILES_PER_RANK) as pool:
@@ -102,14 +102,14 @@ class ShardedWriting:
                 handle.write(self._common)
                 os.fsync(handle.fileno())
             files.append(path)
-        self._buckets = []  # a copy of the state is large
+        self._buckets = []  # free the copy of the state
         return files, [result for part in parts for result in part]
 
     def conclude(self, results: list[Any]) -> list[Path]:
-        """On rank 0, once every rank has written: write what makes the files one checkpoint.
+        """Write the metadata that makes the files a checkpoint; on rank 0, after every rank has written.
 
         Args:
-            results: what ``write`` returned, by rank.
+            results: the results of ``write`` by rank.
 
         Returns:
             The files written.
@@ -119,12 +119,12 @@ class ShardedWriting:
         return [self._folder / ".metadata", self._folder / "metadata.json"]
 
     def _write_bucket(self, bucket: Any) -> list[Any]:
-        # The queues are how Megatron's function talks to the process that it expects to run in.
+        # Megatron's function reports through queues, because it expects to run in its own process.
         outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
         running: queue.Queue[int] = queue.Queue()
         running.put(0)
         transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
-        with _without_crc():  # here, because torch keeps such settings per thread
+        with _without_crc():  # per thread in torch
             self._writer.write_preloaded_data(transforms, 0, bucket, outcomes, running, use_fsync=True)
         _, outcome = outcomes.get_nowait()
         if isinstance(outcome, Exception):
@@ -133,24 +133,24 @@ class ShardedWriting:
 
 
 def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What was written, in the sharding of ``state``, whatever layout it was written under; a collective.
+    """Read a checkpoint, written under any layout, into the sharding of ``state``; a collective.
 
     Args:
-        state: Megatron's sharded state dict, built with ``is_loading=True`` where there is such a choice.
-        folder: where ``ShardedWriting`` wrote.
+        state: Megatron's sharded state dict, built with ``is_loading=True`` where supported.
+        folder: written by ``ShardedWriting``.
 
     Raises:
-        CheckpointError: a part of it asks for more than data, see ``unpickling.py``.
-        Exception: whatever Megatron raises for a missing or unreadable part; the caller names the checkpoint.
+        CheckpointError: a pickle in it contains more than data, see ``checkpoint/unpickling.py``.
+        Exception: any error of Megatron for a missing or unreadable part; the caller names the checkpoint.
     """
     if not (folder / COMMON).is_file():
-        raise FileNotFoundError(f"{folder / COMMON} does not exist")  # Megatron's own message crashes
+        raise FileNotFoundError(f"{folder / COMMON} does not exist")  # formatting Megatron's message fails
     load_data(folder / COMMON, folder / COMMON)
     with plain_errors(), only_data(folder):
         strategy = get_default_load_sharded_strategy(str(folder))
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         if group.size() > 1:
-            # What several ranks ask for is read by one of them, which hands it on.
+            # Tensors that several ranks need are read by one and exchanged.
             strategy = FullyParallelLoadStrategyWrapper(strategy, group)
         loaded = dist_checkpointing.load(state, str(folder), strategy)
     for _, key, value in nested_items_iter(loaded):
@@ -161,7 +161,7 @@ def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise the cause of torch's CheckpointException, which is a BaseException that no ``except Exception`` sees."""
+    """Raise the cause of torch's CheckpointException, a BaseException that ``except Exception`` does not catch."""
     try:
         yield
     except CheckpointException as error:
@@ -171,7 +171,7 @@ def plain_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_crc() -> Iterator[None]:
-    """Leave out the checksum of ``torch.save``, which takes ten times as long as the write and is never looked at."""
+    """Skip the checksum of ``torch.save``, which takes ten times as long as the write and is never verified."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -181,28 +181,28 @@ def _without_crc() -> Iterator[None]:
 
 
 class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron's strategy, stopped after its plan."""
+    """Megatron's save strategy, stopped after planning."""
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *strategy: str) -> tuple[Any, Any]:
-        # From Megatron-Core 0.17 on it is also told who writes.
+        # From Megatron-Core 0.17 on there is a further argument, the writing strategy.
         _, metadata, _ = planned
         return writer, metadata
 
 
 def _storages(state: dict[str, Any]) -> set[int]:
-    """Addresses of the memory that ``state`` refers to before anything is copied."""
+    """Return the addresses of the storages that ``state`` refers to."""
     tensors = (getattr(value, "data", value) for value in nested_values(state))
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)}
 
 
 def _copied(buckets: list[Any], lasting: set[int]) -> list[Any]:
-    """The buckets with copies of the tensors that share memory with the state; the others are copies already."""
+    """Copy the tensors in ``buckets`` that share memory with the state; the others are already copies."""
     return [
         (
             path,
             key,
             (
-                # Bytes were made from objects by the planner, and are ours.
+                # The planner made these bytes from objects.
                 objects,
                 [
                     (item, tensor.clone() if tensor.untyped_storage().data_ptr() in lasting else tensor)

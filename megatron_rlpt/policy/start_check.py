@@ -1,9 +1,9 @@
-"""Whether the policy that was loaded computes what ``transformers`` computes from the same folder.
+"""Start check: the loaded policy must compute what ``transformers`` computes from the same folder.
 
-A configuration that is read wrong trains without an error. So before the first step random tokens go through the
-policy, the inputs and outputs of its layers are recorded, and ``transformers``' own layers get the same input. Every
-layer is compared by itself, which bounds memory, works in every layout and lets errors of arithmetic not add up. Rotary
-frequencies are compared directly, because short sequences do not tell some of them apart.
+A misread configuration trains without an error. So before the first step random tokens go through the policy, the
+inputs and outputs of its layers are recorded, and ``transformers``' layers get the same inputs. Each layer is compared
+separately, which bounds memory, works in every layout and keeps rounding errors from accumulating. Rotary frequencies
+are compared directly, because short sequences do not distinguish some of them.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from megatron_rlpt.policy.model import HiddenStateModel, torch_dtype_of
 from megatron_rlpt.policy.transformers_layers import TransformersLayers, is_small, logprobs_after, run_layer
 
 TOKENS = 32
-"""Tokens of the probe, at most."""
+"""Maximum length of the probe."""
 SAMPLED = 3
-"""Layers per pipeline stage that are compared in a model that is too large to be loaded whole."""
+"""Layers compared per pipeline stage in a model that is too large to load whole."""
 FREQUENCY_TOLERANCE = 1e-5
-"""Largest relative difference of a rotary frequency; powers in fp32 differ by 1e-6."""
+"""Largest relative difference of a rotary frequency; fp32 powers differ by 1e-6."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far arithmetic alone may take policy and reference apart."""
+    """Largest differences that rounding may cause between policy and ``transformers``."""
 
     layer: float
-    """Mean over tokens of the distance of a layer's outputs, relative to what the layer adds to its input."""
+    """Mean over tokens of the distance of a layer's outputs, relative to the update of the residual stream."""
     logprob: float
-    """Mean distance of a token's log-probability behind the same hidden states, relative to the spread of logits."""
+    """Mean difference of a token's log-probability for the same hidden states, relative to the spread of logits."""
     rounding: float
-    """Relative rounding error of one number, which the sum of input and output has too."""
+    """Relative rounding error of one number, which the sum of input and output also has."""
 
 
 TOLERANCES = {
@@ -57,23 +57,23 @@ FP8_TOLERANCE = Tolerance(0.25, 5e-2, 2.0**-8)
 
 @dataclass
 class RecordedActivations:
-    """What the probe left on this rank: parts of [tokens, batch, hidden] as its layers saw them."""
+    """The probe's activations on this rank: shares of [tokens, batch, hidden] by layer number."""
 
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     final: torch.Tensor | None = None
-    """Input of the norm behind the last layer; on its stage only."""
+    """Input of the final norm; on its stage only."""
 
 
 def probe_tokens(vocab: int, longest: int) -> tuple[int, ...]:
-    """The tokens of the probe, the same on every rank."""
+    """Return the tokens of the probe, the same on every rank."""
     draw = torch.Generator().manual_seed(0)
     return tuple(torch.randint(vocab, (max(2, min(TOKENS, longest)),), generator=draw).tolist())
 
 
 @contextlib.contextmanager
 def recording(model_chunks: Sequence[HiddenStateModel], numbers: Sequence[int]) -> Iterator[RecordedActivations]:
-    """Keep what enters and leaves the layers ``numbers`` of the first micro-batch that passes inside the block."""
+    """Record inputs and outputs of the layers ``numbers`` for the first micro-batch inside the block."""
     recorded, hooks = RecordedActivations(), []
 
     def enter(number: int) -> Callable[..., None]:
@@ -109,10 +109,10 @@ def recording(model_chunks: Sequence[HiddenStateModel], numbers: Sequence[int]) 
 
 
 class StartCheck:
-    """The comparison of one loaded policy; every rank makes one and calls its methods in order.
+    """The comparison of one loaded policy; every rank creates one.
 
     Attributes:
-        layers: numbers, over the whole model, of the layers of this rank that are compared.
+        layers: numbers, in the whole model, of this rank's layers that are compared.
     """
 
     def __init__(
@@ -130,19 +130,18 @@ class StartCheck:
 
         Args:
             folder: where the policy was loaded from.
-            arch: what was read there.
-            layout: how the policy is cut.
+            arch: its architecture.
+            layout: the training layout.
             model_chunks: this rank's model_chunks, with the weights of ``folder``.
-            dtype: their precision.
-            fp8: recipe of their layers.
-            longest: tokens of the longest sequence of the run.
-
+            dtype: precision of the weights.
+            fp8: FP8 recipe of the layers.
+            longest: length of the longest sequence of the run.
         """
         self._folder, self._arch, self._layout, self._model_chunks = folder, arch, layout, model_chunks
         self._longest = longest
         self._dtype = torch_dtype_of(dtype)
         self._tolerance = TOLERANCES[self._dtype] if fp8 is Fp8.off else FP8_TOLERANCE
-        if arch.experts:  # a token between two experts may go to either
+        if arch.experts:  # a token near the boundary may be routed to another expert
             self._tolerance = replace(self._tolerance, layer=2 * self._tolerance.layer)
         self._compares = (
             parallel_state.get_tensor_model_parallel_rank() == 0
@@ -153,18 +152,18 @@ class StartCheck:
         self.layers = own if arch.layers <= SAMPLED or is_small(arch) else spread(own, SAMPLED)
 
     def compare(self, recorded: RecordedActivations, tokens: Sequence[int], logprobs: torch.Tensor) -> str | None:
-        """Compare; a collective.
+        """Compare the recorded activations; a collective.
 
         Args:
             recorded: what ``recording`` recorded of a pass over ``tokens``.
-            tokens: of the probe.
-            logprobs: the policy's, of every token but the first.
+            tokens: the probe.
+            logprobs: the policy's log-probabilities of every token but the first.
 
         Returns:
-            A line for the log; None on a rank that compares nothing.
+            A summary in one line; None on a rank that compares nothing.
 
         Raises:
-            ModelError: transformers cannot load the folder, or computes something else; the first thing is named.
+            ModelError: transformers cannot load the folder, or differs from the policy; names the first difference.
         """
         began = time.monotonic()
         for parts in (recorded.inputs, recorded.outputs):
@@ -173,7 +172,7 @@ class StartCheck:
         final = None if recorded.final is None else self._whole(recorded.final)[: len(tokens)]
         if not self._compares:
             return None
-        # Not before: whoever fails here must not leave the others waiting in the pass.
+        # Only now: a failure must not leave other ranks waiting in the collectives above.
         self._transformers = TransformersLayers(self._folder, self._arch, self._dtype)
         found = torch.tensor(tokens)
         worst = 0.0
@@ -185,15 +184,15 @@ class StartCheck:
         if final is not None:
             gap = self._compare_head(final, found, logprobs.cpu())
             text += f", log-probabilities by {gap:.1e} (allowed {self._tolerance.logprob:g})"
-        return f"the policy computes what transformers does: {text}; compared in {time.monotonic() - began:.1f} s"
+        return f"start check: the policy agrees with transformers: {text}; took {time.monotonic() - began:.1f} s"
 
     def _compare_embedding(self, actual: torch.Tensor, tokens: torch.Tensor) -> None:
         expected = self._transformers.ends.model.embed_tokens(tokens)
         if not torch.equal(actual.float().cpu(), expected):
-            raise self._differs("the embedding of tokens is another")
+            raise self._differs("the token embedding differs")
 
     def _compare_layer(self, number: int, entered: torch.Tensor, left: torch.Tensor) -> float:
-        """The mean relative distance over tokens."""
+        """Compare one layer and return the mean relative distance over tokens."""
         layer, rotary = self._transformers.layer(number)
         self._compare_settings(number, layer, rotary)
         expected, actual, before = run_layer(layer, rotary, entered), left.float().cpu(), entered.float().cpu()
@@ -207,7 +206,7 @@ class StartCheck:
         return error
 
     def _compare_settings(self, number: int, layer: Any, rotary: Any) -> None:
-        """Compare what a short probe does not show: frequencies, the window, the norms' epsilon."""
+        """Compare settings that a short probe does not show: frequencies, window, and the norms' epsilon."""
         model_chunk = self._model_chunks[0]
         actual, expected = model_chunk.rotary_pos_emb.inv_freq.cpu(), rotary.inv_freq.cpu()
         off = float((actual / expected - 1).abs().max()) if actual.shape == expected.shape else torch.inf
@@ -221,7 +220,7 @@ class StartCheck:
         if abs(model_chunk.config.layernorm_epsilon / epsilon - 1) > FREQUENCY_TOLERANCE:
             raise self._differs(f"rms_norm_eps is {model_chunk.config.layernorm_epsilon:g}, not {epsilon:g}")
         config = layer.self_attn.config
-        # A layer that has one of its own, or a family (its class, not this configuration) that has one for all.
+        # Set on the layer, or for families with one window for all layers, on the class of the configuration.
         common = config.sliding_window if hasattr(type(config), "sliding_window") else None
         window = getattr(layer.self_attn, "sliding_window", common)
         if window is not None and window < self._longest:
@@ -230,18 +229,18 @@ class StartCheck:
             )
 
     def _compare_head(self, hidden: torch.Tensor, tokens: torch.Tensor, actual: torch.Tensor) -> float:
-        """The mean distance, relative to the spread of logits."""
+        """Compare log-probabilities and return the mean difference, relative to the spread of logits."""
         expected, deviation = logprobs_after(self._transformers.ends, hidden, tokens)
         gap = float((expected - actual).abs().mean()) / deviation
         if not gap <= self._tolerance.logprob:
             raise self._differs(
-                f"log-probabilities behind the same last layer are off by {gap:.1%} of the spread of logits (allowed "
-                f"{self._tolerance.logprob:.1%}): the last norm or the output layer is another"
+                f"log-probabilities for the same last hidden states are off by {gap:.1%} of the spread of logits "
+                f"(allowed {self._tolerance.logprob:.1%}): the last norm or the output layer differs"
             )
         return gap
 
     def _whole(self, part: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] of the one sequence, from what this rank and those beside it hold."""
+        """Gather the whole sequence, [tokens, hidden], from the shares of this rank and its group."""
         if self._layout.sequence:
             part = gather_from_sequence_parallel_region(part)
         if self._layout.context > 1:
@@ -251,12 +250,12 @@ class StartCheck:
     def _differs(self, what: str) -> ModelError:
         return ModelError(
             f"the policy loaded from {self._folder} does not compute what transformers computes from it: {what}; "
-            "compare its config.json with the one that the model came with, and do not train it like this"
+            "compare its config.json with the original and do not train it like this"
         )
 
 
 def spread(numbers: Sequence[int], count: int) -> list[int]:
-    """``count`` of ``numbers`` from the first to the last, evenly; all if there are no more."""
+    """Return ``count`` evenly spaced ``numbers``, including the first and the last; all if there are fewer."""
     if len(numbers) <= count:
         return list(numbers)
     return sorted({numbers[round(index * (len(numbers) - 1) / (count - 1))] for index in range(count)})

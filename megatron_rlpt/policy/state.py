@@ -1,8 +1,7 @@
-"""What a policy needs to go on, in a form that any layout can take over.
+"""The state of a policy in a checkpoint, in a form that any layout can load.
 
-Every tensor is described by its name in the whole model and its place in it, not by the rank that holds it
-(``megatron/core/dist_checkpointing/mapping.py: ShardedTensor``). So what one layout has saved, another loads: each rank
-asks for the places that it holds.
+Every tensor is described by its name and offset in the whole model, not by the rank that holds it
+(``megatron/core/dist_checkpointing/mapping.py: ShardedTensor``), so each rank of another layout can read its shards.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting, read_sharded
 
 
 class PolicyState:
-    """Weights, optimizer, schedule, version and (when it moves) reference of a policy, to save and to load.
+    """Weights, optimizer, schedule, version and (if it is refreshed) reference of a policy.
 
-    Its methods are collectives and belong inside ``DeviceRuntime.megatron()``.
+    Its methods are collectives; call them inside ``DeviceRuntime.megatron()``.
     """
 
     def __init__(
@@ -34,14 +33,14 @@ class PolicyState:
         scheduler: Any,
         reference: ReferenceWeights | None,
     ) -> None:
-        """Nothing is copied yet.
+        """Describe the state; copies nothing.
 
         Args:
             model_chunks: this rank's model chunks, one per virtual stage.
-            optimizer: Megatron's, of these model chunks.
-            scheduler: Megatron's, of this optimizer.
-            reference: weights of an earlier version; None where there are none, or where they are those of the
-                starting model and will be read from there again.
+            optimizer: Megatron's optimizer of these model chunks.
+            scheduler: Megatron's scheduler of this optimizer.
+            reference: weights of an earlier version; None if there are none, or if they are the starting model's,
+                which are always loaded from its folder.
         """
         self._model_chunks = model_chunks
         self._optimizer = optimizer
@@ -49,23 +48,24 @@ class PolicyState:
         self._reference = reference
 
     def begin_save(self, version: int, folder: Path, snapshot: bool) -> ShardedWriting:
-        """Plan to write the state of ``version`` into ``folder``; see ``checkpoint/sharded.py``.
+        """Plan to write the state of ``version`` into ``folder``, see ``ShardedWriting``.
 
-        The weights of the last update must have been gathered. With ``snapshot`` it may change before it is written.
+        The weights of the last update must have been gathered. With ``snapshot`` they may change before they are
+        written.
         """
         return ShardedWriting(self._sharded(version, is_loading=False), folder, snapshot)
 
     def load(self, folder: Path) -> int:
-        """Take over what was written, under whatever layout, and return its version.
+        """Load a state written under any layout, and return its version.
 
         Raises:
-            Exception: whatever Megatron raises for a missing or unreadable part; the caller names the checkpoint.
+            Exception: any error of Megatron for a missing or unreadable part; the caller names the checkpoint.
         """
         state = read_sharded(self._sharded(0, is_loading=True), folder)
         for number, model_chunk in enumerate(self._model_chunks):
             model_chunk.load_state_dict(state["model"][number])
         load_optimizer_state(self._optimizer, state["optimizer"])
-        self._scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps to its own
+        self._scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps to it
         self._scheduler.load_state_dict(state["scheduler"])
         if self._reference is not None:
             loaded = [
@@ -92,11 +92,11 @@ class PolicyState:
         return state
 
     def _sharded_reference(self, model: dict[int, Any]) -> dict[int, Any]:
-        """The reference's tensors in the places of the parameters that they are earlier versions of."""
+        """Return the reference's tensors, sharded like the parameters of which they are earlier versions."""
         assert self._reference is not None
         parameters = [parameter for model_chunk in self._model_chunks for parameter in model_chunk.parameters()]
         earlier = dict(zip(parameters, self._reference.weights(), strict=True))
         tensors, _ = extract_sharded_tensors_and_factories(model)
         return dict_list_map_outplace(
-            lambda place: dataclasses.replace(place, key=f"reference.{place.key}", data=earlier[place.data]), tensors
+            lambda shard: dataclasses.replace(shard, key=f"reference.{shard.key}", data=earlier[shard.data]), tensors
         )

@@ -1,7 +1,8 @@
-"""Parts of a model folder as ``transformers`` computes them: what the policy is compared with at the start.
+"""Single layers of a model folder as ``transformers`` computes them, for the start check.
 
-``transformers`` reads configuration and weights by itself. A small model is loaded whole, of a larger one single
-layers, and embedding with output layer, so that memory does not grow with the number of layers. The CPU computes.
+``transformers`` reads configuration and weights itself. A small model is loaded whole; of a larger model, single layers
+and the embedding with the output layer are loaded, so that memory does not grow with the number of layers. Runs on the
+CPU.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from megatron_rlpt.models.huggingface import SINGLE, WeightFolder
 from megatron_rlpt.plain_text import shortened
 
 WHOLE = 1 << 29
-"""Weights of a model that is still loaded whole (2 GiB in fp32)."""
+"""Largest number of weights of a model that is loaded whole (2 GiB in fp32)."""
 _VOCABULARY_ROWS = 16384
-"""Rows of the output layer that are multiplied at a time."""
+"""Rows of the output layer multiplied at a time."""
 
 
 def is_small(arch: Architecture) -> bool:
-    """Whether the model is loaded whole."""
+    """Return True if the model is loaded whole."""
     return sum(torch.Size(shape).numel() for shape in expected_shapes(arch).values()) <= WHOLE
 
 
@@ -37,7 +38,7 @@ class TransformersLayers:
     """The layers of a model folder, one at a time, computed in fp32 on weights rounded to the policy's precision."""
 
     def __init__(self, folder: Path, arch: Architecture, dtype: torch.dtype) -> None:
-        """Read the configuration, and all weights of a small model.
+        """Read the configuration, and the weights of a small model.
 
         Raises:
             ModelError: transformers cannot load the folder.
@@ -48,14 +49,14 @@ class TransformersLayers:
         self._all = self._load(folder, list(range(arch.layers))) if is_small(arch) else None
 
     def layer(self, number: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """Decoder layer ``number``, counted from 0 over the whole model, and the rotary embedding.
+        """Return decoder layer ``number``, counted from 0 in the whole model, and the rotary embedding.
 
         Raises:
             ModelError: transformers cannot load it.
         """
         if self._all is not None:
             return self._all.model.layers[number], self._all.model.rotary_emb
-        # Its tensors as the only layer of a model in a folder of its own.
+        # Load it as the only layer of a model in a temporary folder.
         weights = WeightFolder(self._folder)
         names = [name for rule in mapping(self._arch) if rule.layer == number for name in rule.hf]
         with tempfile.TemporaryDirectory() as scratch:
@@ -67,7 +68,7 @@ class TransformersLayers:
 
     @functools.cached_property
     def ends(self) -> Any:
-        """The model without layers, or all of it: embedding, last norm, output layer.
+        """The model with embedding, last norm and output layer; a large model has no layers.
 
         Raises:
             ModelError: transformers cannot load them.
@@ -94,7 +95,7 @@ class TransformersLayers:
                     local_files_only=True,
                     trust_remote_code=False,
                 )
-        except Exception as error:  # its checks of configurations raise what they like
+        except Exception as error:  # its configuration checks raise many types
             raise ModelError(f"transformers cannot load {self._folder}: {shortened(str(error))}") from error
         for parameter in model.parameters():
             parameter.data = parameter.data.to(self._dtype).float()
@@ -102,7 +103,7 @@ class TransformersLayers:
 
 
 def run_layer(layer: torch.nn.Module, rotary: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The output of ``layer`` for the whole sequence ``hidden`` [tokens, hidden], in fp32."""
+    """Return the output of ``layer`` for the whole sequence ``hidden`` [tokens, hidden], in fp32."""
     hidden = hidden.float().cpu()[None]
     positions = torch.arange(hidden.shape[1])[None]
     mask = torch.full((1, 1, hidden.shape[1], hidden.shape[1]), torch.finfo(torch.float32).min).triu(1)
@@ -113,10 +114,10 @@ def run_layer(layer: torch.nn.Module, rotary: torch.nn.Module, hidden: torch.Ten
 
 
 def logprobs_after(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Log-probability of every token but the first, from ``hidden`` [tokens, hidden] behind the last layer.
+    """Return log-probabilities of every token but the first, from the last hidden states [tokens, hidden].
 
     Returns:
-        Them, and the standard deviation of logits over the vocabulary.
+        The log-probabilities, and the standard deviation of logits over the vocabulary.
     """
     with torch.no_grad():
         final = model.model.norm(hidden.float().cpu()[None])[0, :-1]
@@ -128,7 +129,7 @@ def logprobs_after(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> tu
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no report of what a model without layers leaves unread."""
+    """Suppress progress bars and the report of weights that a model without layers does not use."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The policy's weights in Hugging Face names and shapes: load into the model, stream out of it, in any layout."""
+"""Weights in Hugging Face names and shapes: loaded into the model and streamed out of it, in any layout."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def _renumbered(pattern: re.Pattern[str], name: str, first: int) -> str:
 
 
 def load_weights(model_chunks: Sequence[HiddenStateModel], arch: Architecture, layout: Layout, folder: Path) -> None:
-    """Copy this rank's part of a Hugging Face folder into its model, one layer's tensors in memory at a time.
+    """Load this rank's shards from a Hugging Face folder, with one layer's tensors in memory at a time.
 
     Raises:
-        ModelError: a tensor is missing or there twice, has another shape than the configuration says, or is not finite;
-            or the folder has a head of its own beside tied embeddings.
+        ModelError: a tensor is missing or duplicated, has another shape than the configuration, or is not finite; or
+            the folder has a separate output layer although embeddings are tied.
     """
     source = WeightFolder(folder)
     source.check_head(arch)
@@ -68,13 +68,12 @@ def load_weights(model_chunks: Sequence[HiddenStateModel], arch: Architecture, l
 class WeightSource:
     """The policy's weights as a stream of whole Hugging Face tensors, the same on every rank, from any layout.
 
-    An iterable of (Hugging Face name, tensor) of every weight, once, in one fixed order; tensors may share memory with
-    the model. Iterating is a collective: every rank has to, and to the end. Who knows Megatron may instead take the
-    weights out of ``model_chunks``.
+    Iterating yields (Hugging Face name, tensor) of every weight in a fixed order; tensors may share memory with the
+    model. It is a collective: every rank must iterate to the end. The Megatron engine reads ``model_chunks`` instead.
 
-    Weights travel in buckets: the ranks of a tensor-parallel group gather their parts of a bucket, and the pipeline
-    stage (for experts also the expert rank) that has them sends them to the others. So besides its own share of the
-    model no rank ever holds more than a bucket, its own part of one, and the copies of one tensor made whole.
+    Weights are exchanged in buckets: a tensor-parallel group gathers the shards of a bucket, and the pipeline stage
+    (for experts also the expert rank) that holds them broadcasts them. Besides its share of the model, a rank holds at
+    most one bucket, its own shard of one, and the copies of one unsharded tensor.
     """
 
     def __init__(
@@ -85,14 +84,14 @@ class WeightSource:
         ranks: Ranks,
         bucket_bytes: int,
     ) -> None:
-        """A stream over ``model_chunks``.
+        """Plan the stream over ``model_chunks``.
 
         Args:
             model_chunks: this rank's model chunks.
             arch: the architecture.
             layout: the training layout.
-            ranks: all ranks, for waiting with a time limit.
-            bucket_bytes: memory for one bucket on every rank; a single tensor may be larger than it.
+            ranks: all ranks, for barriers with a timeout.
+            bucket_bytes: memory for one bucket on every rank; a single larger tensor is its own bucket.
         """
         self.model_chunks = model_chunks
         """This rank's model chunks, one per virtual stage."""
@@ -108,10 +107,10 @@ class WeightSource:
         return expected_shapes(self._arch)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """A new pass over the weights.
+        """Yield every weight.
 
         Raises:
-            TrainingError: a rank did not come in time; its number is named.
+            TrainingError: a rank did not arrive in time; names it.
         """
         self._ranks.barrier("the exchange of weights")
         for bucket in self._buckets:
@@ -128,14 +127,14 @@ class WeightSource:
             yield from zip(rule.hf, rule.split(self._arch, unshard(parts, rule.cut)), strict=True)
 
     def _gather(self, bucket: GatherBucket) -> list[torch.Tensor]:
-        """The flattened parts of ``bucket``, one per tensor-parallel rank (experts: one)."""
+        """Return the flattened shards of ``bucket``, one per tensor-parallel rank (experts: one)."""
         layout = self._layout
         stage = parallel_state.get_pipeline_model_parallel_rank()
         owner = stage == bucket.stage and (
             bucket.expert_rank is None or bucket.expert_rank == parallel_state.get_expert_model_parallel_rank()
         )
         for rule in bucket.rules:
-            assert owner == (rule.megatron in self._parameters), f"{rule.megatron} is not where the plan says"
+            assert owner == (rule.megatron in self._parameters), f"{rule.megatron} is not on the planned rank"
         alone = len(bucket.rules) == 1
         some = next(iter(self._parameters.values()))
         flat = (
@@ -163,33 +162,33 @@ class WeightSource:
 
 @dataclass(frozen=True)
 class GatherBucket:
-    """Consecutive rules whose tensors are on the same ranks and travel together."""
+    """Consecutive rules whose tensors are on the same ranks and are exchanged together."""
 
     stage: int
-    """Pipeline rank that has them."""
+    """Pipeline rank that holds them."""
     expert_rank: int | None
-    """Expert-parallel rank that has them; None for what is not an expert."""
+    """Expert-parallel rank that holds them; None for tensors that are not experts'."""
     rules: list[Rule] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
-    """``Rule.megatron`` -> shape of one rank's part."""
+    """``Rule.megatron`` -> shape of one rank's shard."""
 
     @property
     def numel(self) -> int:
-        """Elements of one rank's part."""
+        """Number of elements of one rank's shards."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
 def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_size: int) -> list[GatherBucket]:
-    """Divide the rules of ``arch`` into buckets of at most ``bucket_bytes`` once gathered, in the order of the rules.
+    """Group the rules of ``arch``, in order, into buckets of at most ``bucket_bytes`` once gathered.
 
-    In a world where every rank holds every tensor whole, each rule is a bucket of its own, which nothing copies.
+    If every rank holds every tensor whole, each rule is its own bucket, which avoids copies.
     """
     spread = layout.tensor > 1 or layout.pipeline > 1 or layout.expert > 1
     buckets: list[GatherBucket] = []
     filled = 0
     for rule in mapping(arch):
         location = pipeline_rank_of(rule, arch, layout), expert_rank_of(rule, arch, layout)
-        shape = _part_shape(rule, arch, layout)
+        shape = _shard_shape(rule, arch, layout)
         gathered = torch.Size(shape).numel() * element_size * (1 if rule.expert is not None else layout.tensor)
         last = buckets[-1] if buckets else None
         if last is None or not spread or (last.stage, last.expert_rank) != location or filled + gathered > bucket_bytes:
@@ -201,12 +200,12 @@ def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_
     return buckets
 
 
-def _part_shape(rule: Rule, arch: Architecture, layout: Layout) -> Shape:
+def _shard_shape(rule: Rule, arch: Architecture, layout: Layout) -> Shape:
     return tuple(shard(torch.empty(rule.shape(arch), device="meta"), rule.cut, 0, layout.tensor).shape)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as bytes: what is copied must not depend on which types a backend knows."""
+    """View the tensor as bytes, because backends do not support every dtype."""
     return tensor.contiguous().view(torch.uint8)
 
 

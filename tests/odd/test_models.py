@@ -243,7 +243,7 @@ def test_a_scaling_beside_default_parameters_is_trained_and_exported_with_it(tra
     config(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rope_scaling=YARN, rope_theta=500.0)(folder)
     code, _, err = train(folder)
     assert code == 0, err
-    assert "the policy computes what transformers does" in (tmp_path / "run/run.log").read_text()
+    assert "the policy agrees with transformers" in (tmp_path / "run/run.log").read_text()
     raw = json.loads((tmp_path / "run/export/config.json").read_text())
     # Both spellings: earlier releases of transformers know the first two and torch_dtype.
     assert raw["rope_theta"] == 500.0

@@ -181,7 +181,7 @@ def test_a_share_is_that_which_megatron_takes_of_a_sequence(monkeypatch):
 
 
 def test_a_length_that_a_context_group_cannot_divide_loses_no_token_in_silence():
-    with pytest.raises(AssertionError, match="9 tokens are not divided into 4 chunks"):
+    with pytest.raises(AssertionError, match="9 tokens do not divide into 4 chunks"):
         make_batch([example(4, 5)], CPU, share=ContextShare(0, 2))
 
 

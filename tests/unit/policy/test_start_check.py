@@ -50,7 +50,9 @@ def test_every_family_computes_what_transformers_does(folders, monkeypatch, capl
     before = {name: tensor.clone() for name, tensor in policy.weights()}
     with caplog.at_level(logging.INFO):
         policy.check_start(config)
-    said = [record.getMessage() for record in caplog.records if "the policy computes what" in record.getMessage()]
+    said = [
+        record.getMessage() for record in caplog.records if "the policy agrees with transformers" in record.getMessage()
+    ]
     assert len(said) == 1
     assert f"{4 if whole else 3} layers" in said[0]
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.weights()), "it leaves no trace"
@@ -130,7 +132,7 @@ WRONG: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], str]] = {
     "biases": ("qwen2", in_place("linear_qkv.bias", torch.zeros_like), "the output of layer 0 is off by"),
     "order of heads": ("qwen2", in_place("linear_qkv.weight", lambda t: t.roll(8, 0)), "the output of layer 0"),
     "gate and up": ("llama", in_place("3.mlp.linear_fc1.weight", lambda t: t.roll(48, 0)), "output of layer 3 is off"),
-    "embedding": ("mistral", in_place("word_embeddings.weight", lambda t: 2 * t), "the embedding of tokens is another"),
+    "embedding": ("mistral", in_place("word_embeddings.weight", lambda t: 2 * t), "the token embedding differs"),
     "head": ("mistral", in_place("output_layer.weight", lambda t: t.roll(1, 0)), "the last norm or the output layer"),
     "last norm": ("qwen2", in_place("final_layernorm.weight", torch.ones_like), "the last norm or the output layer"),
 }

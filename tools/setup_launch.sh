@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Made of the dependencies of nemo-run, leptonai<0.28 (newer ones lack a module that nemo-run imports), omegaconf, rich, typer
+# Made of the dependencies of nemo-run, leptonai<0.28 (newer ones lack a module that nemo-run imports), this package
 # and pyyaml. Left out is ray, which leptonai asks for and only its own jobs use, and what only ray needs.
 LOCK=tools/launch-lock.txt
 VENV=.venv-launch

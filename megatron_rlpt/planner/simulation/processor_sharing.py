@@ -1,7 +1,7 @@
-"""Simulated servers that share their time among all groups under way (processor sharing).
+"""Simulated servers that share their capacity among all groups under way (processor sharing).
 
-Every group has so much work left; all get on with it at one speed, which depends on how many there are. So it is enough
-to keep one clock of work: it runs at that speed, and a group is done when the clock has gone on by its work.
+All groups advance at one rate, which depends on their number. A virtual clock of work advances at that rate: a group is
+done when this clock has advanced by the group's work.
 """
 
 from __future__ import annotations
@@ -10,43 +10,43 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_rlpt.planner.simulation.events import Clock, Signal, Waits
+import simpy
 
 _ROUNDING = 1e-9
-"""Share of a second, or of the clock of work, by which an event may be early."""
+"""How early an event may be: seconds, or a share of the work clock."""
 
 
 @dataclass
 class Job:
-    """A group that is judged."""
+    """A group under way."""
 
     ends: float
-    """On the clock of work."""
+    """Its end on the work clock."""
     deadline: float
-    """On the clock of the simulation, seconds."""
+    """Its deadline on the simulation's clock, in seconds."""
     weight: float
-    """What it asks of the servers, 1 unless whoever asks them is slow."""
-    over: Signal
-    """Fires when it is done or out of time."""
+    """Its load on the servers: 1, or less if its worker is slow to ask."""
+    over: simpy.Event
+    """Triggered when it is done or past its deadline."""
     left: float = 0.0
-    """Seconds that it would still have taken alone when it was out of time."""
+    """Seconds of work left when its deadline passed."""
     open: bool = True
 
 
 class ProcessorSharing:
     """Servers shared by groups."""
 
-    def __init__(self, clock: Clock, slowing: Callable[[int], float], deadline: float) -> None:
+    def __init__(self, env: simpy.Environment, slowing: Callable[[int], float], deadline: float) -> None:
         """
         Args:
-            clock: the time.
+            env: the simulation.
             slowing: how many times as long a group takes while so many share the servers.
-            deadline: seconds after which a group is given back.
+            deadline: seconds after which a group is returned unfinished.
         """
-        self._clock, self._slowing, self._deadline = clock, slowing, deadline
+        self._env, self._slowing, self._deadline = env, slowing, deadline
         self._work = self._since = 0.0
         self._order = itertools.count()
         self._by_end: list[tuple[float, int, Job]] = []
@@ -55,56 +55,55 @@ class ProcessorSharing:
         self._version = 0
 
     def begin(self, work: float, slowness: float = 1.0) -> Job:
-        """Judge a group that takes ``work`` seconds alone, and ``slowness`` times as long with a slow worker; servers
-        have as much less to do meanwhile."""
-        self._go_on()
-        job = Job(self._work + work * slowness, self._clock.now + self._deadline, 1 / slowness, Signal(self._clock))
+        """Start a group that takes ``work`` seconds alone.
+
+        With a slow worker it takes ``slowness`` times as long and loads the servers by as much less.
+        """
+        self._advance()
+        job = Job(self._work + work * slowness, self._env.now + self._deadline, 1 / slowness, self._env.event())
         heapq.heappush(self._by_end, (job.ends, next(self._order), job))
         if math.isfinite(self._deadline):
             self._by_deadline.append(job)
         self._open += 1
         self._load += job.weight
-        self._look_again()
+        # Replaces the end that was scheduled before.
+        self._version += 1
+        self._env.process(self._close_next(self._version))
         return job
 
-    def _go_on(self) -> None:
-        """Let the clock of work run until now."""
+    def _advance(self) -> None:
+        """Advance the work clock to the present."""
         if self._open:
-            self._work += (self._clock.now - self._since) / self._slower()
-        self._since = self._clock.now
+            self._work += (self._env.now - self._since) / self._slowdown()
+        self._since = self._env.now
 
-    def _slower(self) -> float:
-        """How many times as long everybody takes at present."""
+    def _slowdown(self) -> float:
+        """Return how many times as long a group takes at the present load."""
         return self._slowing(max(1, round(self._load)))
 
-    def _look_again(self) -> None:
-        """Plan the next end; what was planned before holds no more."""
-        self._version += 1
-        self._clock.start(self._look(self._version))
-
-    def _look(self, version: int) -> Waits:
-        # All that begins at this moment begins before: only the last of them gets beyond this.
-        yield 0.0
+    def _close_next(self, version: int) -> Iterator[simpy.Event]:
+        # Wait for everything that begins at this moment; only the last of these processes then continues.
+        yield self._env.timeout(0.0)
         while version == self._version and self._open:
-            yield max(0.0, self._next())
+            yield self._env.timeout(max(0.0, self._seconds_to_next()))
             if version == self._version:
-                self._go_on()
-                self._end()
+                self._advance()
+                self._close_due()
 
-    def _next(self) -> float:
-        """Seconds until something ends."""
+    def _seconds_to_next(self) -> float:
+        """Return the seconds until a group is done or past its deadline."""
         while not self._by_end[0][2].open:
             heapq.heappop(self._by_end)
-        found = (self._by_end[0][0] - self._work) * self._slower()
+        found = (self._by_end[0][0] - self._work) * self._slowdown()
         while self._by_deadline and not self._by_deadline[0].open:
             self._by_deadline.popleft()
-        return min(found, self._by_deadline[0].deadline - self._clock.now) if self._by_deadline else found
+        return min(found, self._by_deadline[0].deadline - self._env.now) if self._by_deadline else found
 
-    def _end(self) -> None:
-        """End what is done, and then what is out of time."""
+    def _close_due(self) -> None:
+        """Close the groups that are done, then those past their deadline."""
         while self._by_end and self._by_end[0][0] <= self._work * (1 + _ROUNDING) + _ROUNDING:
             self._close(heapq.heappop(self._by_end)[2])
-        while self._by_deadline and self._by_deadline[0].deadline <= self._clock.now + _ROUNDING:
+        while self._by_deadline and self._by_deadline[0].deadline <= self._env.now + _ROUNDING:
             job = self._by_deadline.popleft()
             if job.open:
                 job.left = job.ends - self._work
@@ -115,4 +114,4 @@ class ProcessorSharing:
             job.open = False
             self._open -= 1
             self._load = self._load - job.weight if self._open else 0.0
-            job.over.fire()
+            job.over.succeed()

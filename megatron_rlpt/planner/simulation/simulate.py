@@ -1,14 +1,15 @@
-"""Generation, judging and training on a cluster, simulated: throughput, staleness, and who waits for whom.
+"""A discrete-event simulation of generation, judging and training: throughput, staleness, and what waits for what.
 
-The order of things is that of ``loop.py``, ``pipeline.py``, ``buffer/judging.py`` and ``teacher/worker.py``, line by
-line, with the pauses between two looks into the rollout buffer (``buffer/polling.py``); what a stage computes is
-replaced by the seconds it takes. A run of thousands of GPUs is simulated in seconds.
+The processes take the same decisions in the same order as ``trainer/train.py``, ``trainer/pipeline.py``,
+``trainer/buffered_judging.py`` and ``judge_workers/worker.py``, and poll the rollout buffer at the same intervals
+(``buffer/polling.py``); the work of a stage is replaced by the seconds it takes. A run on thousands of GPUs is
+simulated in seconds.
 
     propose ──parts──> queue ──oldest first──> judge workers ──> batch complete ──> update ──> settle ──> sync
-       └────────── at most S batches ahead of the one that is learnt from ──────────┘
+       └──────── at most S batches ahead of the one that the update trains on ─────────┘
 
-Not simulated: a judge in the trainer, the growth of the number of rollouts (``curriculum.py``), replies that a judge
-remembers of a group that another had begun (every attempt begins anew), and a store that cannot be reached.
+Not simulated: judging in the trainer; the growth of the number of rollouts (``trainer/curriculum.py``); replies that a
+judge remembers from an earlier attempt at a group (every attempt starts from scratch); an unreachable store.
 """
 
 from __future__ import annotations
@@ -17,18 +18,22 @@ import heapq
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+import simpy
+
 from megatron_rlpt.buffer.polling import TRAINER_POLL, WORKER_POLL, until_next_look
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.planner.simulation.events import Clock, Process, Signal, Waits
 from megatron_rlpt.planner.simulation.processor_sharing import ProcessorSharing
 from megatron_rlpt.planner.simulation.setting import Judges, SimulatedCluster, Workload
 
-_HOPELESS = 1000
-"""Failures in a row without a checkpoint in between, after which a run gets nowhere."""
+_MAX_FAILURES = 1000
+"""Consecutive failures without a checkpoint in between after which the simulation is given up."""
+
+Events = Iterator[simpy.Event]
+"""A process: it yields the events that it waits for."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +82,42 @@ def simulate(cluster: SimulatedCluster, work: Workload, steps: int, seed: int = 
         raise ConfigError(
             f"{steps} steps are too few to simulate staleness {work.staleness}; give at least {2 * work.staleness + 4}"
         )
-    return _Simulation(cluster, work, steps, seed).outcome()
+    return _Simulation(cluster, work, steps, seed).run()
 
 
 @dataclass
-class _Waits:
-    """Seconds that somebody waited."""
+class _WaitTimes:
+    """Seconds of each wait."""
 
     judges: list[float] = field(default_factory=list)
     rollouts: list[float] = field(default_factory=list)
     queue: list[float] = field(default_factory=list)
+
+
+class _Signal:
+    """Wakes all processes that wait for it, any number of times."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self._env = env
+        self._next = env.event()
+
+    def wait(self) -> simpy.Event:
+        """Return the event of the next ``fire``."""
+        return self._next
+
+    def fire(self) -> None:
+        """Wake the processes that wait now, in the order in which they came."""
+        if self._next.callbacks:
+            fired, self._next = self._next, self._env.event()
+            fired.succeed()
+
+
+def _until_interrupted(process: Events) -> Events:
+    """End ``process`` quietly when a failure interrupts it."""
+    try:
+        yield from process
+    except simpy.Interrupt:
+        return
 
 
 class _Simulation:
@@ -94,20 +125,20 @@ class _Simulation:
 
     def __init__(self, cluster: SimulatedCluster, work: Workload, steps: int, seed: int) -> None:
         self._cluster, self._work, self._steps = cluster, work, steps
-        self._clock = Clock()
-        # One source of chance for each part: what changes in one leaves the others as they were.
+        self.env = simpy.Environment()
+        # A generator of random numbers per part, so that a change in one part leaves the others as they were.
         self._lengths, self._judging, self._updating, self._failing = (
             random.Random(f"{seed}/{part}") for part in ("lengths", "judging", "updating", "failing")
         )
-        self._changed, self._judged_more, self._arrived = (Signal(self._clock) for _ in range(3))
+        self._changed, self._judged_more, self._arrived = (_Signal(self.env) for _ in range(3))
         self._done = self._proposed = self._submitted = self._taken = 0
-        """Steps learnt from; batches proposed; groups submitted by the trainer; groups taken by it."""
+        """Steps trained; batches proposed; groups submitted by the trainer; groups taken by it."""
         self._saved = (0, 0, 0)
-        """Of the last checkpoint: steps done, batches proposed, groups submitted."""
+        """In the last checkpoint: steps trained, batches proposed, groups submitted."""
         self._versions: dict[int, int] = {}
         self._ages: dict[int, int] = {}
         self._most = 0
-        """Most groups on their way at once."""
+        """Most groups in flight at the same time."""
         self._sharing: ProcessorSharing | None = None
         self._known = 0
         """Groups below this number are in the buffer, which survives the trainer."""
@@ -115,29 +146,30 @@ class _Simulation:
         self._queue: list[int] = []
         self._attempts: Counter[int] = Counter()
         self._left = [work.batch] * steps
-        """Groups of each batch without an outcome."""
+        """Groups of each batch that are neither judged nor given up."""
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._until: dict[str, float] = {}
         self._ends = [0.0] * steps
-        self._waits = _Waits()
-        self._trainer: Process | None = None
-        self._proposer: Process | None = None
+        self._waits = _WaitTimes()
+        self._trainer: simpy.Process | None = None
+        self._proposer: simpy.Process | None = None
         self._safe_since = 0.0
-        self._failures = self._hopeless = self._given_up = 0
+        self._failures = self._consecutive = self._given_up = 0
         self._lost = 0.0
 
-    def outcome(self) -> SimulationResult:
-        """Run it."""
+    def run(self) -> SimulationResult:
+        """Simulate all steps."""
         judges = self._cluster.judges
         if judges and judges.slowing:
-            self._sharing = ProcessorSharing(self._clock, lambda groups: judges.slowing[groups - 1], judges.deadline)
+            self._sharing = ProcessorSharing(self.env, lambda groups: judges.slowing[groups - 1], judges.deadline)
         for number in range(judges.workers if judges else 0):
             _SimulatedWorker(self, number)
-        self._trainer = self._clock.start(self._train(0.0))
+        self._trainer = self.env.process(_until_interrupted(self._train(0.0)))
         if self._cluster.failures.per_node_hour and self._cluster.failures.nodes:
-            self._clock.start(self._fail())
-        self._clock.run(lambda: self._done == self._steps and self._trainer is not None and not self._trainer.alive)
-        seconds = self._clock.now
+            self.env.process(self._fail())
+        while self._done < self._steps or self._trainer.is_alive:
+            self.env.step()
+        seconds = self.env.now
         first, last = self._work.staleness + 1, self._steps - 1 - self._work.staleness
         parts = {
             "rollouts": self._busy["generate"] + self._busy["sync"],
@@ -163,39 +195,39 @@ class _Simulation:
             given_up=self._given_up,
         )
 
-    # ``loop.train``
+    # ``trainer/train.py``
 
-    def _train(self, restart: float) -> Waits:
-        yield restart
-        self._lost += self._clock.now - self._safe_since
-        self._safe_since = self._clock.now
+    def _train(self, restart: float) -> Events:
+        yield self.env.timeout(restart)
+        self._lost += self.env.now - self._safe_since
+        self._safe_since = self.env.now
         while self._done < self._steps:
             yield from self._propose_ahead()
             yield from self._collect()
             yield from self._work_on("update", self._work.update.draw(self._updating))
             yield from self._settle()
             yield from self._work_on("sync", self._work.sync)
-            self._ends[self._done] = self._clock.now
+            self._ends[self._done] = self.env.now
             self._done += 1
             every = self._work.checkpoint_every
             if self._done % every == 0 or self._done == self._steps:
                 yield from self._work_on("checkpoint", self._work.checkpoint)
                 self._saved = self._done, self._proposed, self._submitted
-                self._safe_since, self._hopeless = self._clock.now, 0
+                self._safe_since, self._consecutive = self.env.now, 0
 
-    # ``Pipeline.propose``
+    # ``trainer/pipeline.py``
 
-    def _propose_ahead(self) -> Waits:
+    def _propose_ahead(self) -> Events:
         numbers = range(self._proposed, min(self._done + self._work.staleness + 1, self._steps))
         self._proposed = max(self._proposed, numbers.stop)
         for number in numbers:
             self._versions[number] = self._done
         if self._work.background:
-            self._proposer = self._clock.start(self._propose(numbers))
+            self._proposer = self.env.process(_until_interrupted(self._propose(numbers)))
         else:
             yield from self._propose(numbers)
 
-    def _propose(self, numbers: Sequence[int]) -> Waits:
+    def _propose(self, numbers: Sequence[int]) -> Events:
         batch, part = self._work.batch, self._work.part
         for number in numbers:
             for start in range(0, batch, part):
@@ -206,7 +238,7 @@ class _Simulation:
         self._changed.fire()
 
     def _submit(self, end: int) -> None:
-        """``BufferedJudging.submit``; groups that an earlier trainer had submitted are in the buffer already."""
+        """Submit the groups below ``end``, except those that the buffer has from before a failure."""
         for group in range(max(self._submitted, self._known), end):
             self._arrive(group)
         self._submitted, self._known = end, max(self._known, end)
@@ -218,86 +250,86 @@ class _Simulation:
         if self._cluster.judges is None:
             self._left[group // self._work.batch] -= 1
         else:
-            self._arrivals[group] = self._clock.now
+            self._arrivals[group] = self.env.now
             heapq.heappush(self._queue, group)
 
-    def _settle(self) -> Waits:
-        began = self._clock.now
+    def _settle(self) -> Events:
+        began = self.env.now
         while self._proposer is not None:
-            yield self._changed
-        self._waits.rollouts.append(self._clock.now - began)
+            yield self._changed.wait()
+        self._waits.rollouts.append(self.env.now - began)
 
-    # ``BufferedJudging.collect``
+    # ``trainer/buffered_judging.py``
 
-    def _collect(self) -> Waits:
-        began, end = self._clock.now, (self._done + 1) * self._work.batch
+    def _collect(self) -> Events:
+        began, end = self.env.now, (self._done + 1) * self._work.batch
         if self._submitted < end or self._left[self._done]:
             while self._submitted < end or self._left[self._done]:
-                yield self._judged_more
-            yield self._next_look(began, *TRAINER_POLL)
-        self._waits.judges.append(self._clock.now - began)
+                yield self._judged_more.wait()
+            yield self.env.timeout(self._next_look(began, *TRAINER_POLL))
+        self._waits.judges.append(self.env.now - began)
         self._ages[self._done] = self._done - self._versions[self._done]
         self._taken = end
 
     def _next_look(self, began: float, shortest: float, longest: float) -> float:
-        """Seconds from now until who has looked since ``began`` looks again."""
-        waited, gone = 0.0, self._clock.now - began
-        while waited < gone:
+        """Return the seconds until the next look of a process that has polled since ``began``."""
+        waited, elapsed = 0.0, self.env.now - began
+        while waited < elapsed:
             pause = until_next_look(waited, shortest, longest)
-            # Pauses of equal length need not be gone through one by one.
-            waited += pause * max(1, math.floor((gone - waited) / pause)) if pause == longest else pause
-        return waited - gone
+            # Skip over pauses of equal length in one go.
+            waited += pause * max(1, math.floor((elapsed - waited) / pause)) if pause == longest else pause
+        return waited - elapsed
 
-    def _work_on(self, stage: str, seconds: float) -> Waits:
+    def _work_on(self, stage: str, seconds: float) -> Events:
         self._busy[stage] += seconds
-        self._until[stage] = self._clock.now + seconds
-        yield seconds
+        self._until[stage] = self.env.now + seconds
+        yield self.env.timeout(seconds)
 
     # Failures
 
-    def _fail(self) -> Waits:
+    def _fail(self) -> Events:
         failures = self._cluster.failures
         while True:
-            yield self._failing.expovariate(failures.nodes * failures.per_node_hour / 3600)
+            yield self.env.timeout(self._failing.expovariate(failures.nodes * failures.per_node_hour / 3600))
             self._crash(failures.restart)
 
     def _crash(self, restart: float) -> None:
-        """A node is gone: the trainer and its engines begin anew at the last checkpoint. Judges and buffer go on."""
+        """Restart the trainer and its engines from the last checkpoint; judges and buffer keep running."""
         assert self._trainer is not None
-        if not self._trainer.alive:
+        if not self._trainer.is_alive:
             return
         self._failures += 1
-        self._hopeless += 1
-        if self._hopeless > _HOPELESS:
+        self._consecutive += 1
+        if self._consecutive > _MAX_FAILURES:
             raise ConfigError(
-                f"the run fails {_HOPELESS} times in a row before the checkpoint after step {self._saved[0]}; write "
-                "checkpoints more often (checkpoint.every) or use fewer nodes"
+                f"the simulated run fails {_MAX_FAILURES} times in a row after step {self._saved[0]} before its next "
+                "checkpoint; lower checkpoint.every or use fewer nodes"
             )
         for process in (self._trainer, self._proposer):
             if process is not None:
-                process.stop()
+                process.interrupt()
         self._proposer = None
         for stage, until in self._until.items():
-            self._busy[stage] -= max(0.0, until - self._clock.now)
+            self._busy[stage] -= max(0.0, until - self.env.now)
         self._until.clear()
-        self._lost += self._clock.now - self._safe_since
-        self._safe_since = self._clock.now
+        self._lost += self.env.now - self._safe_since
+        self._safe_since = self.env.now
         self._done, self._proposed, self._submitted = self._saved
         self._taken = self._done * self._work.batch
-        self._trainer = self._clock.start(self._train(restart))
+        self._trainer = self.env.process(_until_interrupted(self._train(restart)))
 
-    # What judge workers call
+    # Called by judge workers
 
     def claim(self, count: int) -> list[int]:
-        """At most ``count`` of the oldest groups that wait."""
+        """Claim at most ``count`` of the groups that wait, oldest first."""
         groups = [heapq.heappop(self._queue) for _ in range(min(count, len(self._queue)))]
         for group in groups:
             if not self._attempts[group]:
-                self._waits.queue.append(self._clock.now - self._arrivals[group])
+                self._waits.queue.append(self.env.now - self._arrivals[group])
         return groups
 
-    def judge(self, group: int, slowness: float) -> Waits:
-        """Judge ``group`` until it is done or out of time."""
+    def judge(self, group: int, slowness: float) -> Events:
+        """Judge ``group`` until it is done or past its deadline."""
         judges = self.judges
         seconds = judges.service.draw(self._judging)
         self._attempts[group] += 1
@@ -305,12 +337,12 @@ class _Simulation:
             late = seconds * slowness > judges.deadline
             taken = min(seconds * slowness, judges.deadline)
             self._busy["judge"] += taken
-            yield taken
+            yield self.env.timeout(taken)
         else:
             job = self._sharing.begin(seconds, slowness)
             yield job.over
             late = job.left > 0
-            # What it took of servers that are full: with fewer groups they are not at work all the time.
+            # In seconds of full servers: with fewer groups under way they are partly idle.
             self._busy["judge"] += (
                 (seconds - job.left / slowness) * judges.slowing[-1] / len(judges.slowing) * judges.slots
             )
@@ -323,51 +355,46 @@ class _Simulation:
         self._judged_more.fire()
 
     @property
-    def clock(self) -> Clock:
-        """The time."""
-        return self._clock
-
-    @property
     def judges(self) -> Judges:
-        """How judging goes, where there is any."""
+        """The judge workers of a run that has some."""
         assert self._cluster.judges is not None
         return self._cluster.judges
 
-    def idle_until_work(self, since: float) -> Waits:
-        """What a worker waits for that found nothing: a group, and its own next look into the buffer."""
+    def idle_until_work(self, since: float) -> Events:
+        """Wait for a group to arrive and then for the next poll of a worker that has been idle since ``since``."""
         while not self._queue:
-            yield self._arrived
-        yield self._next_look(since, *WORKER_POLL)
+            yield self._arrived.wait()
+        yield self.env.timeout(self._next_look(since, *WORKER_POLL))
 
 
 class _SimulatedWorker:
-    """``teacher.worker.Worker``: claims as many groups as it has room for."""
+    """``judge_workers/worker.py``: claims as many groups as it has room for."""
 
     def __init__(self, run: _Simulation, number: int) -> None:
         judges = run.judges
-        self._run = run
+        self._run, self._env = run, run.env
         self._groups = judges.groups
         self._slowness = judges.slowdown if number < round(judges.slow_share * judges.workers) else 1.0
         self._held = 0
-        self._finished = Signal(run.clock)
-        run.clock.start(self._claim())
+        self._finished = _Signal(run.env)
+        run.env.process(self._claim())
 
-    def _claim(self) -> Waits:
-        since = self._run.clock.now
+    def _claim(self) -> Events:
+        since = self._env.now
         while True:
             while self._held >= self._groups:
-                yield self._finished
-                since = self._run.clock.now
+                yield self._finished.wait()
+                since = self._env.now
             groups = self._run.claim(self._groups - self._held)
             for group in groups:
                 self._held += 1
-                self._run.clock.start(self._handle(group))
+                self._env.process(self._handle(group))
             if groups:
-                since = self._run.clock.now
+                since = self._env.now
             else:
                 yield from self._run.idle_until_work(since)
 
-    def _handle(self, group: int) -> Waits:
+    def _handle(self, group: int) -> Events:
         yield from self._run.judge(group, self._slowness)
         self._held -= 1
         self._finished.fire()

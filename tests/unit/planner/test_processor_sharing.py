@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
+import simpy
 
-from megatron_rlpt.planner.simulation.events import Clock
 from megatron_rlpt.planner.simulation.processor_sharing import ProcessorSharing
 from megatron_rlpt.planner.simulation.setting import Judges, Rollouts, Service, SimulatedCluster, Workload
 from megatron_rlpt.planner.simulation.simulate import simulate
@@ -14,18 +14,18 @@ from megatron_rlpt.planner.simulation.simulate import simulate
 
 def times(arrivals, slowing=float, deadline=math.inf):
     """Seconds at which groups of (arrival, work) end, and the work that was left."""
-    clock, ends = Clock(), {}
-    sharing = ProcessorSharing(clock, slowing, deadline)
+    env, ends = simpy.Environment(), {}
+    sharing = ProcessorSharing(env, slowing, deadline)
 
     def group(number, arrival, work):
-        yield arrival
+        yield env.timeout(arrival)
         job = sharing.begin(work)
         yield job.over
-        ends[number] = (clock.now, job.left)
+        ends[number] = (env.now, job.left)
 
     for number, (arrival, work) in enumerate(arrivals):
-        clock.start(group(number, arrival, work))
-    clock.run(lambda: len(ends) == len(arrivals))
+        env.process(group(number, arrival, work))
+    env.run()
     return [pytest.approx(ends[number], abs=1e-6) for number in range(len(arrivals))]
 
 

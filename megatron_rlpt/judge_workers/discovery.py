@@ -7,8 +7,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
-import httpx
-
 from megatron_rlpt.config.endpoints import check_endpoint
 from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import ConfigError
@@ -99,6 +97,8 @@ def _read(text: str) -> EndpointConfig:
             raise ConfigError(f"{key} has the wrong type")
     endpoint = EndpointConfig(**values)
     check_endpoint(endpoint, "endpoint")
+    import httpx  # here, because every command imports this module, also without httpx
+
     try:
         httpx.URL(endpoint.url)
     except httpx.InvalidURL as error:

@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import simpy
@@ -81,7 +81,7 @@ class ProcessorSharing:
         """Return how many times as long a group takes at the present load."""
         return self._slowing(max(1, round(self._load)))
 
-    def _close_next(self, version: int) -> Iterator[simpy.Event]:
+    def _close_next(self, version: int) -> Generator[simpy.Event, object, None]:
         # Wait for everything that begins at this moment; only the last of these processes then continues.
         yield self._env.timeout(0.0)
         while version == self._version and self._open:

@@ -18,7 +18,7 @@ import heapq
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -32,7 +32,7 @@ from megatron_rlpt.planner.simulation.setting import Judges, SimulatedCluster, W
 _MAX_FAILURES = 1000
 """Consecutive failures without a checkpoint in between after which the simulation is given up."""
 
-Events = Iterator[simpy.Event]
+Events = Generator[simpy.Event, object, None]
 """A process: it yields the events that it waits for."""
 
 

@@ -122,7 +122,7 @@ class Group:
     cost: Cost | None = field(default=None, compare=False)
     """None without a prompted judge. Groups with the same rewards are equal, however long it took."""
 
-    def scored(self) -> list[tuple[Candidate, Reward]]:
+    def rewarded(self) -> list[tuple[Candidate, Reward]]:
         """Candidates that have a score, in candidate order."""
         return [
             (candidate, reward)

@@ -1,8 +1,7 @@
-"""Whether a run goes on: a heartbeat for those who watch it, and an end for one that stands still.
+"""Watchdog of a run: writes a heartbeat, and ends a process that makes no progress.
 
-A rank that hangs (a lost packet, a dead file system, a judge that never comes) holds all GPUs of the job until somebody
-looks. So every rank watches itself, says where all of its threads are, and ends hard, without a collective that might
-hang as well.
+A rank that hangs (a lost packet, a dead file system, a judge that never answers) blocks all GPUs of the job. So every
+rank watches itself: it writes the stacks of all of its threads and exits without a collective, which could hang too.
 """
 
 from __future__ import annotations
@@ -28,23 +27,23 @@ _log = get_logger(__name__)
 HEARTBEAT = "heartbeat.json"
 """Name of the file in ``run.dir``."""
 STALLED = 76
-"""Exit code of a run that ended itself because it did not go on."""
+"""Exit code of a run that ended itself because it made no progress."""
 _BEAT = 5.0
 """Seconds between two heartbeats."""
 
 
 class Watchdog:
-    """Watches a run from a thread of its own, between ``__enter__`` and ``__exit__``.
+    """Watches a run from a background thread, between ``__enter__`` and ``__exit__``.
 
     Args:
-        timer: what the run does now; another stage or step is progress.
-        steps: of the whole run.
-        limit: seconds without progress after which the process ends with ``STALLED``; 0 is never.
-        heartbeat: file that says every few seconds where the run is; None writes none.
-        stacks: file that the stacks of all threads are appended to at the end; None is standard error.
+        timer: knows the current stage and step; a change of either is progress.
+        steps: number of steps of the run.
+        limit: seconds without progress after which the process exits with ``STALLED``; 0 disables this.
+        heartbeat: file to write the state of the run to every few seconds; None writes no heartbeat.
+        stacks: file to append the stacks of all threads to; None is standard error.
         leave: ends the process.
         beat: seconds between two heartbeats.
-        troubles: what is not as it should be, for whoever looks at the heartbeat; empty where all is well.
+        warning: returns what the heartbeat reports as wrong with the run; empty if nothing is.
     """
 
     def __init__(
@@ -56,15 +55,15 @@ class Watchdog:
         stacks: Path | None = None,
         leave: Callable[[int], object] = os._exit,
         beat: float = _BEAT,
-        troubles: Callable[[], str] = lambda: "",
+        warning: Callable[[], str] = lambda: "",
     ) -> None:
         self._timer, self._steps, self._limit = timer, steps, limit
-        self._troubles = troubles
+        self._warning = warning
         self._heartbeat, self._stacks = heartbeat, stacks
         self._leave, self._beat = leave, beat
         self._heartbeat_lost = False
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self._write("running", 0.0)
@@ -79,30 +78,30 @@ class Watchdog:
         self._write("done" if error is None else first_line(error), 0.0)
 
     def _watch(self) -> None:
-        seen, since = self._place(), time.monotonic()
+        seen, since = self._position(), time.monotonic()
         while not self._over.wait(self._beat):
-            place = self._place()
-            if place != seen:
-                seen, since = place, time.monotonic()
-            stood = time.monotonic() - since
-            self._write("running", stood)
-            if self._limit and stood > self._limit:
-                self._end(stood)
+            position = self._position()
+            if position != seen:
+                seen, since = position, time.monotonic()
+            stalled = time.monotonic() - since
+            self._write("running", stalled)
+            if self._limit and stalled > self._limit:
+                self._end(stalled)
                 return
 
-    def _place(self) -> tuple[int, str | None]:
+    def _position(self) -> tuple[int, str | None]:
         return self._timer.step, self._timer.current
 
-    def _end(self, stood: float) -> None:
-        step, stage = self._place()
+    def _end(self, stalled: float) -> None:
+        step, stage = self._position()
         where = f"{stage or 'between stages'} of step {step}"
         _log.error(
-            f"no progress for {stood:.0f} s, longer than train.max_stall = {self._limit:g} s; the run ends itself and "
-            "can be gone on with from its last checkpoint",
+            f"no progress for {stalled:.0f} s, longer than train.max_stall = {self._limit:g} s; the run ends and can "
+            "be resumed from its last checkpoint",
             where=where,
             stacks=self._stacks or "below",
         )
-        self._write(f"stood still for {stood:.0f} s in {where}", stood)
+        self._write(f"no progress for {stalled:.0f} s in {where}", stalled)
         self._write_stacks()
         self._leave(STALLED)
 
@@ -119,10 +118,10 @@ class Watchdog:
         except (OSError, ValueError) as error:
             _log.error("stacks cannot be written", reason=error)
 
-    def _write(self, state: str, stood: float) -> None:
+    def _write(self, state: str, stalled: float) -> None:
         if self._heartbeat is None:
             return
-        step, stage = self._place()
+        step, stage = self._position()
         text = json.dumps(
             {
                 "time": time.time(),
@@ -130,8 +129,8 @@ class Watchdog:
                 "step": step,
                 "steps": self._steps,
                 "stage": stage,
-                "troubles": self._troubles(),
-                "seconds_there": round(stood, 1),
+                "troubles": self._warning(),
+                "seconds_there": round(stalled, 1),
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
             }
@@ -140,7 +139,7 @@ class Watchdog:
             write_atomically(self._heartbeat, text, durable=False)
             self._heartbeat_lost = False
         except OSError as error:
-            # A full disk ends the run where it matters, with its checkpoint. Said once, not every few seconds.
+            # A full disk ends the run when it writes a checkpoint. Log this once, not every few seconds.
             if not self._heartbeat_lost:
-                _log.warning("the heartbeat cannot be written; the run goes on", reason=error)
+                _log.warning("the heartbeat cannot be written; the run continues", reason=error)
             self._heartbeat_lost = True

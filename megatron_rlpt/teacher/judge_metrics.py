@@ -136,7 +136,7 @@ def _failed(vote: dict[str, Any]) -> bool:
 
 def _distinct(group: Group) -> list[tuple[Candidate, Reward]]:
     """Scored candidates, those with equal tokens once."""
-    return list({candidate.tokens: (candidate, score) for candidate, score in group.scored()[::-1]}.values())[::-1]
+    return list({candidate.tokens: (candidate, score) for candidate, score in group.rewarded()[::-1]}.values())[::-1]
 
 
 def _win(one: Reward, other: Reward) -> float:

@@ -1,10 +1,10 @@
-"""The trainer's hold on a store: attached as its only living trainer, and attached again where the store forgot it.
+"""The trainer's hold on a rollout buffer: at most one trainer is attached; it attaches again if the store loses data.
 
 attach ── another trainer renews its hold ──> refused
-   │ nobody does, or it is known to have ended
+   │ no trainer holds the buffer, or the holder has ended
    v
-renewed every few seconds ── the store is empty or older than it was ──> attach, put everything back, go on
-                          └─ another trainer attached since ──> refused: this one was taken for dead
+renew every few seconds ── the store is empty or older than before ──> attach, put all groups back, continue
+                        └─ another trainer has attached ──> refused: this trainer counted as dead
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from megatron_rlpt.teacher.settings_fingerprint import SETTINGS
 _log = get_logger(__name__)
 
 TRAINER = "trainer"
-"""Name of the trainer among what is announced."""
+"""Name under which the trainer announces its settings."""
 HOLD = 30.0
-"""Seconds without a renewal after which a trainer that cannot be looked at counts as dead."""
+"""Seconds without a renewal after which a trainer on another machine counts as dead."""
 RENEW = 7.5
 """Seconds between two renewals."""
 _LEAVE = 2.0
-"""Seconds that a renewal under way has to end when the buffer is let go of."""
+"""Seconds to wait for a renewal in progress when the buffer is released."""
 _LOOK = 0.5
-"""Seconds between two tries while another trainer may be alive."""
+"""Seconds between two attempts while another trainer may be alive."""
 
 _Result = TypeVar("_Result")
 
@@ -55,20 +55,20 @@ class Attachment:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Nothing is attached yet.
+        """Create the attachment without attaching.
 
         Args:
-            buffer: the store.
+            buffer: the rollout buffer.
             run: id of the run.
             replace: drop the groups of an earlier run of the same name.
-            capacity: most groups on their way.
-            max_attempts: claims after which a group is given up.
-            settings: what workers compare with their own settings.
-            put_back: put everything that is on its way under this fencing token; how many groups that is.
-            cursor: number of the group that is taken next.
+            capacity: highest number of submitted groups.
+            max_attempts: claims after which a group fails.
+            settings: settings fingerprint that workers compare with theirs.
+            put_back: puts all submitted groups under a fencing token; returns their number.
+            cursor: returns the number of the next group to take.
             holder: this process.
-            clock: seconds, for time-outs.
-            sleep: waits.
+            clock: returns seconds, for time-outs.
+            sleep: waits for some seconds.
         """
         self._buffer = buffer
         self._run, self._replace = run, replace
@@ -81,34 +81,34 @@ class Attachment:
         self._closed = threading.Event()
         self._keeper: threading.Thread | None = None
 
-    def open(self, anew: bool = False) -> None:
-        """Become the buffer's only trainer.
+    def open(self, discard: bool = False) -> None:
+        """Attach as the only trainer of the buffer.
 
         Args:
-            anew: drop what the store kept of this run.
+            discard: discard the groups of this run in the store.
 
         Raises:
-            BufferConflictError: it holds groups of another run, or belongs to a trainer that lives.
-            BufferUnavailableError: the store cannot be reached.
+            BufferConflictError: the buffer holds groups of another run, or a living trainer is attached.
+            BufferUnavailableError: the store is unreachable.
         """
         with self._mutex:
             self._attach(self._replace)
-            if anew:
-                # A store drops the groups of another run; this one has none of that name.
+            if discard:
+                # A store discards the groups of another run, so attach for a run of another name in between.
                 self._attach(replace=True, run=f"{self._run}-dropped")
                 self._attach(replace=True)
             self._announce()
-            # What the store kept stays as it is, judged groups judged.
+            # Groups that the store still has are unchanged; judged groups stay judged.
             self._again(self._put_back)
         self._keeper = threading.Thread(target=self._keep, name="attachment", daemon=True)
         self._keeper.start()
 
     def call(self, operation: Callable[[int], _Result]) -> _Result:
-        """``operation`` with the current fencing token; after a store came back without it, once more.
+        """Run ``operation`` with the fencing token; if the store has lost the trainer, attach again and repeat it.
 
         Raises:
             BufferConflictError: another trainer has attached.
-            BufferUnavailableError: the store cannot be reached.
+            BufferUnavailableError: the store is unreachable.
         """
         while True:
             fencing_token = self._fencing_token
@@ -118,40 +118,39 @@ class Attachment:
                 self._recover(fencing_token)
 
     def restore(self) -> None:
-        """Put back what the store has lost, although it still knows this trainer."""
+        """Put back the groups that the store has lost although it still knows this trainer."""
         self._recover(self._fencing_token)
 
     def close(self) -> None:
-        """Let go of the buffer, so that the next trainer need not wait."""
+        """Release the buffer so that the next trainer need not wait."""
         self._closed.set()
         if self._keeper is not None:
-            # A renewal under way would be cut off, and be an error of its own; one that waits for a lost store is.
+            # Cutting off a renewal in progress would raise an error; only one that waits for a lost store is cut off.
             self._keeper.join(_LEAVE)
         with self._mutex, contextlib.suppress(RlptError):
             if self._fencing_token:
-                # In this order: whoever has attached since has announced itself.
+                # In this order: a trainer that has attached since then has announced its settings.
                 self._buffer.hold(self._fencing_token, "", 0.0)
                 self._buffer.withdraw(SETTINGS, TRAINER)
 
     def _recover(self, fencing_token: int) -> None:
         with self._mutex:
             if self._fencing_token != fencing_token:
-                return  # another thread was faster
+                return  # another thread has already attached again
             self._attach(replace=True)
             self._announce()
             held = self._buffer.stats()
             count = self._again(self._put_back)
             lost = max(0, count - held.queued - held.leased - held.finished)
             _log.warning(
-                "the rollout buffer came back older than it was, or empty; attached again, and what was lost is put "
-                "back",
+                "the rollout buffer came back older or empty; attached again and put the lost groups back",
                 buffer=self._buffer,
                 lost=lost,
                 groups=count,
             )
 
     def _again(self, put: Callable[[int], _Result]) -> _Result:
-        """``put`` with the current fencing token, also if the store forgets it meanwhile."""
+        """Run ``put`` with the fencing token; if the store has lost the trainer, attach again and repeat it."""
         while True:
             try:
                 return put(self._fencing_token)
@@ -187,7 +186,7 @@ class Attachment:
                     ) from None
                 if seen is None:
                     _log.warning(
-                        "another trainer held the rollout buffer; waiting whether it is alive",
+                        "another trainer holds the rollout buffer; waiting to see if it is alive",
                         trainer=other.describe() if other else "unknown",
                         seconds=HOLD,
                     )
@@ -199,13 +198,13 @@ class Attachment:
 
     def _keep(self) -> None:
         while not self._closed.wait(RENEW):
-            # Whoever takes or puts next finds out, and says it better.
+            # The next take or put meets the same error and reports it.
             try:
                 self.call(lambda token: self._buffer.hold(token, self._holder, HOLD))
                 self._announce()
             except RlptError:
                 pass
             except Exception:
-                # Connections were closed under it.
+                # ``close`` closes connections that this thread may be using.
                 if not self._closed.is_set():
                     raise

@@ -1,7 +1,7 @@
-"""The trainer's end of the rollout buffer: groups out to judge workers, and back in order.
+"""The trainer's side of the rollout buffer: submits groups to judge workers and collects them in order.
 
-Only the main rank talks to the store. It keeps what it has sent until it is back, so that a store that came back empty,
-or older than it was, is given the missing groups again; and what comes back is compared with it.
+Only the main rank talks to the store. It keeps every submitted group until it is collected: to put it again if the
+store comes back empty or older than before, and to compare it with what the workers return.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+from typing_extensions import override
 
 from megatron_rlpt.backoff import Backoff
 from megatron_rlpt.buffer.polling import TRAINER_POLL, until_next_look
@@ -26,7 +28,7 @@ from megatron_rlpt.observe import get_logger
 from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.teacher.judge import NOT_JUDGED, failure_rate, failures, rewrite_failure_rate
 from megatron_rlpt.trainer.buffer_attachment import Attachment
-from megatron_rlpt.trainer.judging import PATIENCE
+from megatron_rlpt.trainer.judging import PATIENCE, Judging
 from megatron_rlpt.trainer.returned_groups import Expected, accepted
 from megatron_rlpt.types import Failed, Group
 
@@ -34,18 +36,18 @@ _log = get_logger(__name__)
 
 
 _REPORT = 30.0
-"""Seconds without a judged batch after which, and again after which, the log says what is being waited for."""
+"""Seconds between two log lines about what the trainer waits for."""
 _RETRY = Backoff(5.0, 60.0)
-"""Seconds before failed groups are judged again: at first, and at most."""
+"""First and longest delay, in seconds, before failed groups are judged again."""
 _HOPELESS = 300.0
-"""Seconds after which the run ends while every request fails by what waiting does not mend."""
+"""Seconds after which the run ends if every request fails with a permanent fault."""
 _PERMANENT = frozenset(fault.value for fault in PERMANENT)
 _NOT_PROPOSED = Pending(0, 0, ())
-"""Why a batch cannot be taken that the engine is still generating."""
+"""Stands for a batch that the engine is still generating."""
 
 
-class BufferedJudging:
-    """``judging.Judging`` by workers behind a rollout buffer."""
+class BufferedJudging(Judging):
+    """Judging by workers behind a rollout buffer."""
 
     def __init__(
         self,
@@ -67,21 +69,21 @@ class BufferedJudging:
     ) -> None:
         """
         Args:
-            buffer: on the main rank; None elsewhere.
+            buffer: the rollout buffer on the main rank; None on other ranks.
             ranks: all ranks of the run.
             run: id of the run.
             replace: drop the groups of an earlier run of the same name.
-            capacity: most groups on their way.
-            max_attempts: claims after which a group is given up.
-            settings: what workers compare with their own settings.
-            expected: what workers are to add to a group.
+            capacity: highest number of submitted groups.
+            max_attempts: claims after which a group fails.
+            settings: settings fingerprint that workers compare with theirs.
+            expected: what workers add to a group.
             max_failure_rate: share of failed candidates of a batch above which it is judged again.
-            max_pause: seconds after which that, or waiting for judges at all, is given up; 0 is never.
-            stopping: whether the run is to stop. It can do so with a store that cannot be reached: what is on its way
-                is in the checkpoint.
-            holder: which process this is, for others that would attach; None is the one that asks.
-            clock: seconds, for time-outs.
-            sleep: waits.
+            max_pause: seconds to judge a batch again, or to wait for judges, before the run ends; 0 is no limit.
+            stopping: returns whether a stop is requested. The run can then stop although the store is unreachable: the
+                submitted groups are in the checkpoint.
+            holder: identifies this process to other trainers; None is the current process.
+            clock: returns seconds, for time-outs.
+            sleep: waits for some seconds.
         """
         self._buffer = buffer
         self._ranks = ranks
@@ -108,26 +110,21 @@ class BufferedJudging:
         self._cursor = 0
         self._submitted: dict[int, Group] = {}
         self._unavailable: BufferUnavailableError | None = None
-        """Why something that was submitted is not in the store."""
+        """The error because of which submitted groups are not in the store."""
         self._waiting_since: float | None = None
         self._reported = 0.0
         self._paused_since: float | None = None
         self._retries = 0
 
-    def start(self, cursor: int, groups: Mapping[int, Group], anew: bool = False) -> None:
-        """See ``Judging.start``.
-
-        Raises:
-            BufferConflictError: the buffer holds groups of another run, or another trainer that is alive has it.
-            BufferUnavailableError: the store cannot be reached.
-        """
+    @override
+    def start(self, cursor: int, groups: Mapping[int, Group], discard: bool = False) -> None:
         self._cursor = cursor
         if self._buffer is not None:
             self._submitted = dict(groups)
-        self._ranks.on_main(lambda: self._store.open(anew))
+        self._ranks.on_main(lambda: self._store.open(discard))
 
+    @override
     def submit(self, first: int, groups: Sequence[Group]) -> None:
-        """See ``Judging.submit``. No collective: only the main rank has anything to send."""
         if self._buffer is None:
             return
         items = [(first + index, group) for index, group in enumerate(groups)]
@@ -136,19 +133,12 @@ class BufferedJudging:
                 self._put(items)
                 return
             except BufferUnavailableError as error:
-                # Raised where it is collected: then all that is on its way is here, and a checkpoint can keep it.
+                # Raise it in ``collect``: by then all submitted groups are here, and a checkpoint can keep them.
                 self._unavailable = error
         self._submitted |= dict(items)
 
+    @override
     def collect(self, first: int, count: int, version: int) -> list[Group] | None:
-        """See ``Judging.collect``.
-
-        Raises:
-            TeacherError: judges failed too often, or did not come, for longer than ``max_pause``.
-            BufferConflictError: another trainer has taken the buffer over.
-            BufferUnavailableError: the store cannot be reached.
-        """
-
         def wait() -> list[Group] | None:
             try:
                 if self._unavailable is not None:
@@ -161,20 +151,16 @@ class BufferedJudging:
 
         return self._ranks.on_main(wait)
 
+    @override
     def acknowledge(self, end: int) -> None:
-        """See ``Judging.acknowledge``. That a store cannot be reached is no harm: the next one says it again.
-
-        Raises:
-            BufferConflictError: another trainer has taken the buffer over.
-        """
         self._ranks.on_main(lambda: self._acknowledge(end))
 
+    @override
     def pending(self) -> dict[int, Group]:
-        """See ``Judging.pending``."""
         return dict(self._submitted)
 
+    @override
     def close(self) -> None:
-        """See ``Judging.close``."""
         if self._buffer is not None:
             self._store.close()
             self._buffer.close()
@@ -190,10 +176,11 @@ class BufferedJudging:
         try:
             self._store.call(lambda token: buffer.acknowledge(token, end))
         except BufferUnavailableError as error:
-            _log.warning("the rollout buffer was not told of a checkpoint", reason=error)
+            # The next acknowledge repeats this.
+            _log.warning("checkpoint not acknowledged to the rollout buffer", reason=error)
 
     def _put_back(self, fencing_token: int) -> int:
-        """Put everything that is on its way; how many groups that is."""
+        """Put all submitted groups again; return their number."""
         assert self._buffer is not None
         items = sorted(dict(self._submitted).items())
         self._buffer.put(fencing_token, items)
@@ -204,21 +191,21 @@ class BufferedJudging:
         assert buffer is not None
         start = self._clock()
         while True:
-            # ``items`` is of this turn: it runs at once.
+            # The lambda runs immediately, so it uses the ``items`` of this iteration.
             accepted = self._store.call(lambda token, items=items: buffer.put(token, items))  # type: ignore[misc]
-            # Only now: who collects must not be faster than what is still being put.
+            # Only now: ``collect`` must not wait for a group that is not in the store yet.
             self._submitted |= dict(items[:accepted])
             if not (items := items[accepted:]):
                 return
             if items[0][0] < self._cursor + self._capacity:
-                # The store says to be full and cannot be: it has lost what was taken from it last.
+                # The store reports that it is full but cannot be: it has lost the latest takes.
                 self._store.restore()
                 continue
-            # Full: the trainer has to take something first.
+            # Full until the trainer takes groups.
             self._sleep(until_next_look(self._clock() - start, *TRAINER_POLL))
 
     def _wait(self, first: int, count: int) -> list[Group] | None:
-        """The batch, on the main rank; None after ``PATIENCE``."""
+        """Return the batch on the main rank, or None after ``PATIENCE`` seconds."""
         buffer = self._buffer
         assert buffer is not None
         start = self._clock()
@@ -226,7 +213,7 @@ class BufferedJudging:
             self._waiting_since = start
         numbers = range(first, first + count)
         while True:
-            # What was judged before a stop may be there before it is proposed once more.
+            # Groups judged before a stop may be in the store before a resumed run proposes them again.
             proposed = self._submitted.keys() >= set(numbers)
             taken = self._store.call(lambda token: buffer.take(token, first, count)) if proposed else _NOT_PROPOSED
             if isinstance(taken, Pending):
@@ -241,30 +228,30 @@ class BufferedJudging:
                     for number in numbers:
                         del self._submitted[number]
                     self._cursor = first + count
-                    return groups if self._expected.judged else [_without_outcomes(group) for group in groups]
+                    return groups if self._expected.judged else [_without_rewards(group) for group in groups]
                 self._pause(first, groups)
             if self._clock() - start > PATIENCE:
                 return None
             self._sleep(until_next_look(self._clock() - self._waiting_since, *TRAINER_POLL))
 
     def _checked(self, first: int, taken: Sequence[Group | Failed]) -> list[Group]:
-        """What was submitted, with the rewards that came back for it."""
+        """Return the submitted groups with the rewards that came back for them."""
         groups = [
-            accepted(self._submitted[first + place], returned, self._expected) for place, returned in enumerate(taken)
+            accepted(self._submitted[first + index], returned, self._expected) for index, returned in enumerate(taken)
         ]
         changed = [group for group in groups if any(_came_back_wrong(failure) for failure in _failures(group))]
         if changed:
-            _log.warning("groups did not come back as they should", groups=len(changed), reasons=_reasons(changed))
+            _log.warning("groups came back changed", groups=len(changed), reasons=_reasons(changed))
         return groups
 
     def _failed_share(self, groups: Sequence[Group]) -> float:
-        """Share of failed judgments or rewrites, whichever is larger; where nothing is judged, of rewrites."""
+        """Return the larger share of failed judgments or rewrites; without judging, of rewrites."""
         if self._expected.judged:
             return max(failure_rate(groups), rewrite_failure_rate(groups))
-        return rewrite_failure_rate([_without_outcomes(group) for group in groups])
+        return rewrite_failure_rate([_without_rewards(group) for group in groups])
 
     def _pause(self, first: int, groups: Sequence[Group]) -> None:
-        """Have failed groups judged again, after a while; nothing is learnt from a batch that failed."""
+        """Wait, then have failed groups judged again; the policy never learns from a failed batch."""
         buffer = self._buffer
         assert buffer is not None
         now = self._clock()
@@ -276,26 +263,26 @@ class BufferedJudging:
             raise TeacherError(
                 f"judges failed on {share} of a batch, more than teacher.max_failure_rate = "
                 f"{self._max_failure_rate:g}, for longer than buffer.max_pause = {self._max_pause:g} s; most "
-                f"frequent: {reasons}; the run goes on from its last checkpoint"
+                f"frequent: {reasons}; the run resumes from its last checkpoint"
             )
         if now - self._paused_since > _HOPELESS and _is_hopeless(groups):
             raise TeacherError(
-                f"judges failed on {share} of a batch for {now - self._paused_since:.0f} s, and asking again does not "
-                f"mend it: {reasons}; change that, then start the run again: it goes on from its last checkpoint"
+                f"judges failed on {share} of a batch for {now - self._paused_since:.0f} s with errors that a retry "
+                f"does not fix: {reasons}; fix the cause, then start again; the run resumes from its last checkpoint"
             )
         self._retries += 1
         delay = _RETRY.delay(self._retries)
         _log.warning(
-            "paused: judges fail too often; failed groups are judged again",
+            "paused: judges fail too often; failed groups are retried",
             failed=share,
             limit=f"{self._max_failure_rate:.0%}",
             reasons=reasons,
             seconds=delay,
         )
         self._sleep(delay)
-        # As they were submitted, whatever has become of them in the store.
-        again = [first + index for index, group in enumerate(groups) if _failures(group)]
-        items = [(number, self._submitted[number]) for number in again]
+        # Retry the submitted groups, not what the store holds.
+        numbers = [first + index for index, group in enumerate(groups) if _failures(group)]
+        items = [(number, self._submitted[number]) for number in numbers]
         self._store.call(lambda token: buffer.retry(token, items))
         self._waiting_since, self._reported = self._clock(), 0.0
 
@@ -306,31 +293,33 @@ class BufferedJudging:
         if self._max_pause and waited > self._max_pause and pending is not _NOT_PROPOSED:
             raise TeacherError(
                 f"no judge has finished the next batch for {waited:.0f} s, longer than buffer.max_pause = "
-                f"{self._max_pause:g} s ({pending.queued} groups wait, workers have {pending.leased}); the run goes on "
+                f"{self._max_pause:g} s ({pending.queued} groups wait, workers have {pending.leased}); the run resumes "
                 "from its last checkpoint"
             )
         if waited - self._reported < _REPORT:
             return
         self._reported = waited
         announced = self._buffer.announced("worker")
-        workers, troubles = len(announced), _troubles(announced)
-        trouble = next((text for text, _ in troubles if text), "")
-        if waited > _HOPELESS and troubles and all(is_hopeless for _, is_hopeless in troubles):
+        workers, warnings = len(announced), _worker_warnings(announced)
+        warning = next((text for text, _ in warnings if text), "")
+        if waited > _HOPELESS and warnings and all(is_hopeless for _, is_hopeless in warnings):
             raise TeacherError(
-                f"no judge has finished the next batch for {waited:.0f} s, and no worker can ask a teacher server: "
-                f"{trouble}; change that, then start the run again: it goes on from its last checkpoint"
+                f"no judge has finished the next batch for {waited:.0f} s, and no worker can use a teacher server: "
+                f"{warning}; fix the cause, then start again; the run resumes from its last checkpoint"
             )
-        more: dict[str, Any] = {"why": trouble} if trouble else {}
-        what = "waiting for judges" if workers else "waiting for judges, and no worker is there; start rlpt judge serve"
+        more: dict[str, Any] = {"why": warning} if warning else {}
+        what = (
+            "waiting for judges" if workers else "waiting for judges, but no worker is running; start rlpt judge serve"
+        )
         if pending is _NOT_PROPOSED:
             what = "waiting for rollouts to be judged"
         elif self._buffer.stats().draining:
-            what = "waiting: the rollout buffer is draining; rlpt buffer drain --off goes on"
+            what = "waiting: the rollout buffer is draining; resume with rlpt buffer drain --off"
         _log.warning(what, seconds=round(waited), queued=pending.queued, leased=pending.leased, workers=workers, **more)
 
 
 def _failures(group: Group) -> list[Failed]:
-    """Why the group has no rewrite and candidates have no score, where another judge may do better."""
+    """Return the failures of rewrite and candidates that another attempt may avoid."""
     return [failure for failure in failures([group]) if failure.reason not in NOT_JUDGED]
 
 
@@ -344,13 +333,13 @@ def _reasons(groups: Sequence[Group]) -> str:
 
 
 def _is_hopeless(groups: Sequence[Group]) -> bool:
-    """Whether every failure is one that asking again does not mend."""
+    """Return whether a retry would fix none of the failures."""
     found = [failure for group in groups for failure in _failures(group)]
     return bool(found) and all(failure.root in _PERMANENT for failure in found)
 
 
-def _troubles(announced: Mapping[str, str]) -> list[tuple[str, bool]]:
-    """Of announced workers: why each can ask no server (empty if it can), and whether waiting cannot mend that."""
+def _worker_warnings(announced: Mapping[str, str]) -> list[tuple[str, bool]]:
+    """Return, per announced worker, why it can use no server (empty if it can), and whether that is permanent."""
     found = []
     for value in announced.values():
         with contextlib.suppress(ValueError, RecursionError):
@@ -360,7 +349,7 @@ def _troubles(announced: Mapping[str, str]) -> list[tuple[str, bool]]:
     return found
 
 
-def _without_outcomes(group: Group) -> Group:
-    """A group that nobody judges; one that was given up has no rewrite."""
+def _without_rewards(group: Group) -> Group:
+    """Return a group without rewards, for runs without a judge; a failed group has no rewrite."""
     failed = _failures(group)
     return replace(group, rewards=(), rewrite_failure=group.rewrite_failure or (failed[0] if failed else None))

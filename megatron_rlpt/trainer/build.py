@@ -1,4 +1,4 @@
-"""Every part of a run, from its configuration."""
+"""Builds all parts of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_rlpt.trainer.learning import Learning
 from megatron_rlpt.trainer.pipeline import Pipeline
 from megatron_rlpt.trainer.returned_groups import Expected
 from megatron_rlpt.trainer.run_record import is_extendable
-from megatron_rlpt.trainer.state import RunSaver
+from megatron_rlpt.trainer.state import RunSaver, RunState
 from megatron_rlpt.trainer.stop import StopRequest
 from megatron_rlpt.trainer.train import Observer, Training
 
@@ -48,21 +48,21 @@ def build(
     *,
     run: str,
     replace: bool,
-    published: Callable[[], None],
+    on_published: Callable[[], None],
 ) -> Training:
-    """Build every part of a run at step 0. What can fail on bad input comes before what takes long to load.
+    """Build all parts of a run at step 0. Parts that fail on bad input come before parts that load slowly.
 
     Args:
         config: the run.
-        tokenizer: the policy's.
-        runtime: with the groups of the training layout started.
+        tokenizer: the policy's tokenizer.
+        runtime: the device runtime, with the process groups of the training layout.
         ranks: all ranks of the run.
-        observer: is told of every step.
-        store: takes the checkpoints.
+        observer: records every step.
+        store: keeps the checkpoints.
         timer: times the stages.
         run: id of the run.
-        replace: whether groups of an earlier run of the same name may be dropped from a rollout buffer.
-        published: called on all ranks after every checkpoint.
+        replace: drop groups of an earlier run of the same name from the rollout buffer.
+        on_published: called on all ranks after every published checkpoint.
     """
     stream = ranks.run_on_all_ranks(lambda: _open_corpus(config, tokenizer, ranks), "the opening of the corpus")
     stop = StopRequest(Path(config.run.dir), ranks)
@@ -70,19 +70,19 @@ def build(
     objective = build_objective(config.objective)
     policy = ranks.run_on_all_ranks(lambda: Policy(config, objective, runtime), "the end of loading the policy")
     ranks.run_on_all_ranks(lambda: policy.check_start(config), "the end of comparing the policy with transformers")
-    # What works beside the update needs process groups of its own.
-    beside = ranks.clone_groups() if config.train.staleness else ranks
+    # Collectives that run concurrently with the update need separate process groups.
+    background_ranks = ranks.clone_groups() if config.train.staleness else ranks
     teacher = Teacher(None, None)
     if judges is None:
         teacher = ranks.run_on_all_ranks(
-            lambda: build_teacher(config, str(runtime.device), beside), "the end of loading the teacher"
+            lambda: build_teacher(config, str(runtime.device), background_ranks), "the end of loading the teacher"
         )
-    engine = start_policy_engine(config, policy, runtime, beside) if config.candidates.rollouts else None
+    engine = start_policy_engine(config, policy, runtime, background_ranks) if config.candidates.rollouts else None
     background = config.train.staleness > 0 and can_generate_during_updates(engine)
     if config.train.staleness and not background:
         _log.warning(
-            "train.staleness makes rollouts older, but nothing is generated while the policy trains: the engine takes "
-            "turns with it" + ("" if judges else ", and the trainer judges by itself")
+            "train.staleness makes rollouts older without a gain in speed: the engine does not generate while the "
+            "policy trains" + ("" if judges else ", and the trainer judges in its own processes")
         )
     pipeline = Pipeline(
         stream,
@@ -94,13 +94,13 @@ def build(
             suffix_length=config.data.suffix_length,
             run_seed=config.run.seed,
         ),
-        judges or InTrainerJudging(teacher.judge, ranks, at_once=background),
+        judges or InTrainerJudging(teacher.judge, ranks, on_submit=background),
         Curriculum(config.candidates, config.run.seed),
         ranks,
         batch=config.train.global_batch,
-        # Workers begin with what the engines generate at once; a judge in the trainer is best asked once.
+        # Workers start on what the engines generate in one wave; a judge in the trainer takes a whole batch.
         part=_wave(config, ranks) if judges else config.train.global_batch,
-        # A run that may be made longer ends as the longer one would be at that step: with its next batches proposed.
+        # An extendable run ends in the state of the longer run at that step: with its next batches proposed.
         steps=None if is_extendable(flatten(config)) else config.train.steps,
         staleness=config.train.staleness,
         background=background,
@@ -116,7 +116,7 @@ def build(
         engine,
         build_gpu_memory(config, engine, policy, ranks),
         observer,
-        RunSaver(config, store, pipeline, policy, learning, published),
+        RunSaver(RunState(config, policy, pipeline, learning), store, on_published),
         timer,
         stop,
         learning,
@@ -125,7 +125,7 @@ def build(
 
 def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: StopRequest, vocab: int) -> Judging:
     buffer = ranks.run_on_all_ranks(
-        lambda: open_buffer(config, stopping=stop.asked_here) if ranks.is_main else None,
+        lambda: open_buffer(config, stopping=stop.requested_here) if ranks.is_main else None,
         "the opening of the rollout buffer",
     )
     return BufferedJudging(
@@ -133,7 +133,7 @@ def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: Sto
         ranks,
         run=run,
         replace=replace,
-        # The batch that is collected next, and those proposed ahead of it.
+        # The next batch to collect, and the batches proposed ahead of it.
         capacity=(config.train.staleness + 1) * config.train.global_batch,
         max_attempts=config.teacher.workers.max_attempts,
         settings=settings_fingerprint(config),
@@ -145,21 +145,21 @@ def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: Sto
         ),
         max_failure_rate=config.teacher.max_failure_rate,
         max_pause=config.buffer.max_pause,
-        stopping=stop.asked_here,
+        stopping=stop.requested_here,
     )
 
 
 def _wave(config: Config, ranks: Ranks) -> int:
-    """Episodes whose rollouts the engines generate at the same time."""
+    """Return how many episodes the engines generate rollouts for concurrently."""
     sequences = config.rollout.max_batch * engine_count(ranks)
     return min(config.train.global_batch, max(1, sequences // max(1, config.candidates.rollouts)))
 
 
 def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> EpisodeStream:
-    """The stream of episodes, from a corpus and for a model that fit together.
+    """Open the stream of episodes, and check that corpus, tokenizer and model fit together.
 
     Raises:
-        ModelError: the tokenizer is not that of the model.
+        ModelError: the tokenizer belongs to another model.
         DataError: the corpus is missing, unreadable, or has no usable document.
     """
     folder = Path(config.run.dir)
@@ -172,7 +172,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
     if ranks.is_main:
         sources = config.data.sources + config.data.heldout + config.evaluation.ngram_corpus
         survey_corpus(sources, config.data.max_bad_fraction)
-    # Every rank reads the same documents; one of them writes down which are malformed.
+    # Every rank reads the same documents; only rank 0 records the malformed ones.
     quarantine = folder / "quarantine.jsonl" if ranks.is_main else None
     held_out = kept_from_training(config, tokenizer.vocabulary, quarantine)
     if ranks.is_main:
@@ -186,7 +186,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
         starts_character=tokenizer.starts_character,
         vocabulary=tokenizer.vocabulary,
         held_out=held_out,
-        # The batch that is learnt from next, and those proposed ahead of it.
+        # The next batch to learn from, and the batches proposed ahead of it.
         remembered=(config.train.staleness + 1) * config.train.global_batch,
     )
     _require_usable_corpus(config, tokenizer)
@@ -194,10 +194,10 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
 
 
 def _require_usable_corpus(config: Config, tokenizer: PolicyTokenizer) -> None:
-    """Find out that a corpus yields no episode before minutes are spent on loading models.
+    """Read one episode, so that an unusable corpus fails before models are loaded, which takes minutes.
 
     Raises:
-        DataError: it is missing, unreadable, or has no usable document.
+        DataError: the corpus is missing, unreadable, or has no usable document.
     """
     unshuffled = dataclasses.replace(config.data, shuffle_buffer=1)
     EpisodeStream(

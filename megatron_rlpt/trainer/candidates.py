@@ -1,4 +1,4 @@
-"""From episodes to groups: the original suffix, the teacher's rewrite and the policy's rollouts, side by side."""
+"""Builds groups from episodes: the original suffix, the teacher's rewrite and the policy's rollouts."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
 
 @dataclass(frozen=True)
 class CandidateGenerator:
-    """Proposes candidates. Order within a group: original, rewrite, rollouts; what is not offered is left out.
+    """Proposes candidates. Order within a group: original, rewrite, rollouts; disabled kinds are left out.
 
-    A rollout that ran out of tokens inside a character loses the tokens of that character: nobody can judge them, and
-    what nobody judges is not learnt. Candidates without any text are marked as blank.
+    A rollout that ran out of tokens inside a character loses the tokens of that character: no judge can read them, and
+    the policy must not learn from tokens that were not judged. Candidates without any text are marked as blank.
     """
 
     text: TextTokens
     original: bool
     rewriter: Rewrites | None
-    """None also where judge workers write the rewrite."""
+    """None without rewrites, or if judge workers write them."""
     engine: RolloutEngine | None
     suffix_length: int
     run_seed: int
 
     def propose(self, episodes: Sequence[Episode], rollouts: Sequence[int], version: int) -> list[Group]:
-        """One group per episode.
+        """Return one group per episode.
 
         Args:
-            episodes: what to continue.
-            rollouts: how many of each episode; all 0 without an engine.
-            version: the policy version that the engine holds.
+            episodes: the episodes to continue.
+            rollouts: number of rollouts per episode; all 0 without an engine.
+            version: policy version of the engine's weights.
         """
         rewrites: list[Candidate | Failed] = self.rewriter.rewrite(episodes) if self.rewriter else []
         continued: list[list[Candidate]] = (
@@ -54,7 +54,7 @@ class CandidateGenerator:
 
 
 def whole_characters(candidate: Candidate, episode: Episode, text: TextTokens) -> Candidate:
-    """``candidate`` without the tokens behind its last whole character; as it is if it has none."""
+    """Cut ``candidate`` after its last whole character; a candidate without one is unchanged."""
     count = text.whole_characters(candidate.tokens, episode.prefix)
     if count in (0, len(candidate.tokens)):
         return candidate
@@ -63,5 +63,5 @@ def whole_characters(candidate: Candidate, episode: Episode, text: TextTokens) -
 
 
 def marked_if_blank(candidate: Candidate, text: TextTokens) -> Candidate:
-    """``candidate``, marked where it holds no text."""
+    """Mark ``candidate`` as blank if it holds no text."""
     return replace(candidate, blank=True) if text.is_blank(candidate.tokens) else candidate

@@ -1,9 +1,9 @@
-"""How many rollouts an episode is offered: few while they lose against text that costs nothing, more as they win.
+"""Number of rollouts per episode: few while they lose against candidates that cost nothing, more as they win.
 
     K = start ── rollouts win more than grow_above of the last `window` episodes ──> 2 K ──> ... ──> candidates.rollouts
 
-While K is 0 nothing would ever be seen to win, so a share of the episodes has one rollout nevertheless. All of it
-depends on rewards alone, and is part of the checkpoint: a resumed run goes on with the same numbers.
+While K is 0 no rollout could ever win, so a share of the episodes probes with one rollout. K depends on rewards alone
+and is part of the checkpoint: a resumed run uses the same numbers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from megatron_rlpt.types import Episode, Group, Source, derive_seed
 
 
 class Curriculum:
-    """The number of rollouts, as it follows from what was seen so far."""
+    """The number of rollouts per episode, derived from the rewards so far."""
 
     def __init__(self, config: CandidatesConfig, seed: int) -> None:
-        """``seed`` is the run's; it decides which episodes probe."""
+        """Start at ``config.curriculum.start``; ``seed``, the run's, selects the episodes that probe."""
         self._config = config.curriculum
         self._most = config.rollouts
         self._seed = seed
@@ -29,17 +29,17 @@ class Curriculum:
 
     @property
     def level(self) -> int:
-        """Rollouts per episode now."""
+        """Current number of rollouts per episode."""
         return self._level
 
     def rollouts(self, episodes: Sequence[Episode], level: int) -> list[int]:
-        """How many rollouts each of ``episodes`` is offered at ``level``."""
+        """Return the number of rollouts for each of ``episodes`` at ``level``."""
         if level or not self._most:
             return [level] * len(episodes)
         return [int(self._probes(episode)) for episode in episodes]
 
     def observe(self, groups: Sequence[Group]) -> None:
-        """Learn from judged groups who won; grow when rollouts win often enough."""
+        """Count the wins of rollouts in judged groups, and raise the level when they win often enough."""
         if self._level == self._most:
             return
         self._wins.extend(won for won in map(_rollout_won, groups) if won is not None)
@@ -49,11 +49,11 @@ class Curriculum:
             self._wins.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Return the state, JSON-serializable."""
         return {"level": self._level, "wins": [int(won) for won in self._wins]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Load a ``state_dict``."""
         self._level = state["level"]
         self._wins.clear()
         self._wins.extend(bool(won) for won in state["wins"])
@@ -63,13 +63,13 @@ class Curriculum:
 
 
 def _rollout_won(group: Group) -> bool | None:
-    """Whether a rollout has the highest score; None where rollouts did not compete with anything else.
+    """Return whether a rollout has the highest reward; None if rollouts did not compete with other candidates.
 
-    Of several candidates with the highest score a rollout is the winner only if all of them are: in doubt, the
-    cheaper candidate was as good.
+    In a tie the rollout wins only if all candidates with the highest reward are rollouts: otherwise a cheaper candidate
+    was as good.
     """
-    scored = group.scored() if group.rewards else []
-    if len({candidate.source is Source.ROLLOUT for candidate, _ in scored}) < 2:
+    rewarded = group.rewarded() if group.rewards else []
+    if len({candidate.source is Source.ROLLOUT for candidate, _ in rewarded}) < 2:
         return None
-    best = max(score.value for _, score in scored)
-    return all(candidate.source is Source.ROLLOUT for candidate, score in scored if score.value == best)
+    best = max(reward.value for _, reward in rewarded)
+    return all(candidate.source is Source.ROLLOUT for candidate, reward in rewarded if reward.value == best)

@@ -1,11 +1,11 @@
-"""Who is in GPU memory when: the engine while it generates, the optimizer's state while the policy trains.
+"""Shares GPU memory between the rollout engine while it generates and the optimizer state while the policy trains.
 
     generate   engine awake, optimizer state in host memory
     update     engine asleep (no weights, no cache), optimizer state on the GPU
-    sync       optimizer state in host memory; the engine wakes as it takes the new weights
+    sync       optimizer state in host memory; the engine wakes up as it receives the new weights
 
-Where nothing is shared (no GPU, no engine, an engine with a GPU of its own) nothing moves. GPUs may differ in what is
-free, so the ranks change phases together, and one with too little memory stops all of them.
+If nothing is shared (no GPU, no engine, an engine with a separate GPU) nothing moves. Free memory may differ between
+GPUs, so the ranks change phases together, and a rank with too little memory stops all of them.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
 
 _SLACK = 0.9
-"""Share of what a phase change promises that has to show up as free memory; allocators round and cache."""
+"""Share of the promised memory that must become free in a phase change; allocators round and cache."""
 
 
 class Sleeping(Protocol):
-    """An engine that gives its GPU memory back."""
+    """An engine that can release its GPU memory."""
 
     @property
     def asleep(self) -> bool:
-        """Whether it has given it back."""
+        """Whether the memory is released."""
         ...
 
     @property
     def sleep_frees_bytes(self) -> int:
-        """Bytes of GPU memory that ``sleep`` gives back and the next weight update takes again."""
+        """Bytes of GPU memory that ``sleep`` releases and the next weight update takes again."""
         ...
 
     def sleep(self) -> None:
-        """Give them back."""
+        """Release the memory."""
         ...
 
 
 class Offloading(Protocol):
-    """A policy that moves its optimizer's state out of GPU memory and back; doing either twice does nothing."""
+    """A policy that moves its optimizer state out of GPU memory and back; both are idempotent."""
 
     def offload_optimizer(self) -> None:
-        """Move it to host memory."""
+        """Move the optimizer state to host memory."""
         ...
 
     def restore_optimizer(self) -> None:
-        """Move it back to the GPU."""
+        """Move the optimizer state back to the GPU."""
         ...
 
 
 def free_gpu_memory() -> int:
-    """Bytes that nobody uses on the current GPU, whichever process they would belong to."""
-    torch.cuda.empty_cache()  # blocks that this process caches are taken, as far as an engine beside it can see
+    """Return the free bytes of the current GPU, as all processes see them."""
+    torch.cuda.empty_cache()  # blocks cached by this process count as used for the engine process
     return torch.cuda.mem_get_info()[0]
 
 
 class GpuMemory:
-    """Moves engine and optimizer state out of each other's way, and checks that the memory is really there."""
+    """Moves the engine and the optimizer state in and out of GPU memory, and checks that the memory is really free."""
 
     def __init__(
         self,
@@ -76,10 +76,10 @@ class GpuMemory:
     ) -> None:
         """
         Args:
-            engine: the engine that shares this rank's GPU; None: nothing moves on this rank.
-            policy: the policy whose optimizer state is offloaded; None: the state stays on the GPU.
-            ranks: all ranks of the run; each of them has a ``GpuMemory``.
-            free_memory: bytes free on the GPU.
+            engine: the engine that shares this rank's GPU; None moves nothing on this rank.
+            policy: the policy whose optimizer state is offloaded; None leaves the state on the GPU.
+            ranks: all ranks of the run; each has a ``GpuMemory``.
+            free_memory: returns the free bytes of the GPU.
         """
         self._engine = engine
         self._policy = policy
@@ -88,25 +88,25 @@ class GpuMemory:
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
-        """Around whatever needs the engine with weights in it."""
+        """Wrap work that needs the engine awake."""
         if self._engine and self._policy:
             self._policy.offload_optimizer()
         yield
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Around the policy's update, a collective; the engine has no weights afterwards, until its next weight update.
+        """Wrap the policy's update, a collective; the engine sleeps until its next weight update.
 
         Raises:
-            EngineError: the sleeping engine of some rank did not give back what it promised, or after the update there
-                is less free than it needs to wake up; the same on every rank.
+            EngineError: the engine of some rank did not release the memory it promised, or has too little memory to
+                wake up after the update; the same error on every rank.
         """
         self._ranks.run_on_all_ranks(self._make_room, "the beginning of the update")
         yield
         self._ranks.run_on_all_ranks(self._leave_room, "the end of the update")
 
     def _make_room(self) -> None:
-        """Put the engine to sleep and bring the optimizer's state back."""
+        """Put the engine to sleep and bring the optimizer state back."""
         if self._engine is None:
             return
         if not self._engine.asleep:
@@ -116,14 +116,14 @@ class GpuMemory:
             if freed < _SLACK * promised:
                 raise EngineError(
                     f"the sleeping rollout engine gave back {_gib(freed)} of GPU memory, less than its "
-                    f"{_gib(promised)} of weights and cache; something else grew meanwhile, or this vLLM does not "
+                    f"{_gib(promised)} of weights and cache; another allocation grew meanwhile, or this vLLM does not "
                     "sleep on this GPU"
                 )
         if self._policy:
             self._policy.restore_optimizer()
 
     def _leave_room(self) -> None:
-        """Take the optimizer's state away again, and see whether the engine can wake up."""
+        """Offload the optimizer state, and check that the engine can wake up."""
         if self._engine is None:
             return
         if self._policy:

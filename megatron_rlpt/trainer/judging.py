@@ -1,4 +1,4 @@
-"""Where groups go between their proposal and the update: to a judge in the trainer, or away and back.
+"""Judging of proposed groups, by a judge in the trainer or by judge workers.
 
 ``InTrainerJudging`` is here; ``buffered_judging.BufferedJudging`` sends groups to judge workers through the buffer.
 """
@@ -9,102 +9,122 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from typing_extensions import override
+
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import TrainingError
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.types import Group
 
 PATIENCE = 2.0
-"""Seconds that ``collect`` waits before it lets its caller look whether something failed."""
+"""Seconds that ``collect`` waits before it returns None, so that its caller can check for failures."""
 
 
 class Judging(Protocol):
-    """Takes groups by their sequence numbers (place of the episode in the run) and returns them with rewards.
+    """Takes groups by their sequence numbers (position of the episode in the run) and returns them with rewards.
 
-    In a world of several ranks every rank calls ``start`` and ``collect`` at the same time, and ``submit`` in a
-    background thread of its own where there is one; all get the same groups.
+    ``start`` and ``collect`` are collectives that return the same groups on every rank. ``submit`` is not; it may run
+    in a background thread.
     """
 
-    def start(self, cursor: int, groups: Mapping[int, Group], anew: bool = False) -> None:
-        """Begin or resume: ``cursor`` is collected next, ``groups`` were submitted before the checkpoint.
+    def start(self, cursor: int, groups: Mapping[int, Group], discard: bool = False) -> None:
+        """Start or resume.
 
-        With ``anew`` other groups follow than those that were submitted behind it.
+        Args:
+            cursor: number of the next group to collect.
+            groups: groups submitted before the checkpoint.
+            discard: discard groups submitted after the checkpoint, because different ones will follow.
+
+        Raises:
+            BufferConflictError: the buffer holds groups of another run, or a living trainer is attached.
+            BufferUnavailableError: the store is unreachable.
         """
         ...
 
     def submit(self, first: int, groups: Sequence[Group]) -> None:
-        """Have groups ``first``, ``first + 1``, ... judged. May wait until there is room for them."""
+        """Submit groups ``first``, ``first + 1``, ... for judging. May wait for room in the buffer."""
         ...
 
     def collect(self, first: int, count: int, version: int) -> list[Group] | None:
-        """Groups ``first`` to ``first + count - 1`` with rewards; None when they are not there after some seconds.
+        """Return groups ``first`` to ``first + count - 1`` with rewards, or None if they take several seconds.
 
         Args:
-            first: sequence number.
-            count: how many.
-            version: the policy version that is about to learn from them.
+            first: sequence number of the first group.
+            count: number of groups.
+            version: version of the policy that will learn from them.
+
+        Raises:
+            TeacherError: judges failed too often, or finished nothing, for too long.
+            BufferConflictError: another trainer has attached to the buffer.
+            BufferUnavailableError: the store is unreachable.
         """
         ...
 
     def acknowledge(self, end: int) -> None:
-        """A published checkpoint contains the updates from all numbers below ``end``."""
+        """Delete groups with numbers below ``end``, whose updates are in a published checkpoint.
+
+        Raises:
+            BufferConflictError: another trainer has attached to the buffer.
+        """
         ...
 
     def pending(self) -> dict[int, Group]:
-        """What was submitted and not collected yet, by sequence number; with rewards where they are known."""
+        """Return submitted groups that are not collected yet, by sequence number; with rewards if judged."""
         ...
 
     def close(self) -> None:
-        """Let go of what is open; nothing is asked of it any more."""
+        """Release all resources."""
         ...
 
 
-class InTrainerJudging:
-    """Judges in the trainer's own processes.
+class InTrainerJudging(Judging):
+    """Judging in the trainer's own processes.
 
     Args:
-        judge: None for objectives that do without one.
+        judge: the judge; None for objectives that need none.
         ranks: all ranks of the run.
-        at_once: judge when groups are submitted, where that is not in the trainer's way; else when they are collected.
+        on_submit: judge groups when they are submitted, in the background, instead of when they are collected.
     """
 
-    def __init__(self, judge: Judge | None, ranks: Ranks, *, at_once: bool) -> None:
+    def __init__(self, judge: Judge | None, ranks: Ranks, *, on_submit: bool) -> None:
         self._judge = judge
         self._ranks = ranks
-        self._at_once = at_once
+        self._on_submit = on_submit
         self._pending: dict[int, Group] = {}
         self._changed = threading.Condition()
 
-    def start(self, cursor: int, groups: Mapping[int, Group], anew: bool = False) -> None:
-        """See ``Judging.start``."""
+    @override
+    def start(self, cursor: int, groups: Mapping[int, Group], discard: bool = False) -> None:
         self._pending = dict(groups)
 
+    @override
     def submit(self, first: int, groups: Sequence[Group]) -> None:
-        """See ``Judging.submit``."""
-        judged = self._judged(list(groups)) if self._at_once else groups
+        judged = self._judged(list(groups)) if self._on_submit else groups
         with self._changed:
             self._pending |= {first + index: group for index, group in enumerate(judged)}
             self._changed.notify_all()
 
+    @override
     def collect(self, first: int, count: int, version: int) -> list[Group] | None:
-        """See ``Judging.collect``."""
         numbers = range(first, first + count)
         if not self._ranks.on_main(lambda: self._wait_for(numbers, PATIENCE)):
             return None
-        # The ranks judge together, so that what is here on one is here on all, or about to be.
+        # The ranks propose together: groups that are here on rank 0 are on all ranks, or will be soon.
         if not self._wait_for(numbers, self._ranks.timeout):
             raise TrainingError(f"rank {self._ranks.rank}: its rollouts are missing; look at the log of that rank")
         return self._judged([self._pending.pop(number) for number in numbers])
 
+    @override
     def acknowledge(self, end: int) -> None:
-        """Nothing is kept."""
+        pass
 
+    @override
     def pending(self) -> dict[int, Group]:
-        """See ``Judging.pending``."""
         return dict(self._pending)
 
+    @override
     def close(self) -> None:
-        """Nothing is open."""
+        pass
 
     def _wait_for(self, numbers: range, seconds: float) -> bool:
         with self._changed:

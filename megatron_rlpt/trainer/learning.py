@@ -1,8 +1,8 @@
-"""Whether a run learns: steps that left no example, why they did, and when there were too many of them.
+"""Detects runs that learn nothing: counts steps without an example, and why, and ends the run when they are too many.
 
-A step may leave nothing to learn from: every comparison was a tie, every rewrite failed, all candidates were equal. In
-a small batch that is normal now and then. A run of such steps costs as much as any other and changes nothing, so it
-ends with an error of its own rather than with "run complete" and a copy of the model that it began with.
+A step leaves nothing to learn from when every comparison is a tie, every rewrite fails, or all candidates are equal. In
+small batches that happens now and then. A run of such steps costs as much as any other and changes nothing, so it ends
+with an error instead of "run complete" and a copy of the starting model.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from megatron_rlpt.types import Failed, Group
 
 _log = get_logger(__name__)
 _SHOWN = 3
-"""Reasons in a message, the most frequent ones."""
+"""Reasons that a message lists, the most frequent first."""
 _LONGEST_REASON = 120
 _KEPT = 20
-"""Different reasons kept of one step."""
+"""Distinct reasons kept per step."""
 
 
 class Learning:
-    """What the last steps left to learn from. The same on every rank, and part of the checkpoint.
+    """How much the last steps left to learn from. The same on every rank, and part of the checkpoint.
 
     Args:
-        window: steps that the share is taken over (``train.empty_window``).
-        max_share: share of steps without an example above which the run ends (``train.max_empty_share``).
+        window: number of steps to look back (``train.empty_window``).
+        max_share: highest share of steps without an example (``train.max_empty_share``).
     """
 
     def __init__(self, window: int, max_share: float) -> None:
         self._window, self._max_share = window, max_share
         self._recent: deque[dict[str, Any]] = deque(maxlen=window)
         self._empty = self._steps = 0
-        self.troubles = ""
-        """For whoever watches the run, perhaps from another thread; empty while every step has an example."""
+        self.warning = ""
+        """What the heartbeat reports, read from another thread; empty while every step has an example."""
 
     @property
     def empty_share(self) -> float:
-        """Share of the last steps without an example."""
+        """Share of steps without an example, in the window."""
         return sum(not step["examples"] for step in self._recent) / len(self._recent) if self._recent else 0.0
 
     @property
     def empty_steps(self) -> int:
-        """Steps of the whole run without an example."""
+        """Number of steps without an example, in the whole run."""
         return self._empty
 
     def observe(self, step: int, groups: Sequence[Group], selection: Selection) -> None:
-        """Take note of one step, and say so where it left nothing."""
+        """Record one step, and log a warning if it left nothing to learn from."""
         examples = len(selection.examples)
         reasons, cause = ({}, "") if examples else _why(groups, selection)
         self._recent.append({"examples": examples, "reasons": reasons, "cause": cause})
@@ -64,47 +64,47 @@ class Learning:
                 reasons=_listed(Counter(reasons)) + (f"; the first cause: {cause}" if cause else ""),
                 empty=self._few_of_many(),
             )
-        self.troubles = self._describe()
+        self.warning = self._describe()
 
     def check(self, version: int, *, last: bool) -> None:
-        """Refuse to go on, or to call it a success.
+        """Raise when the run learns nothing.
 
         Args:
-            version: updates made so far.
-            last: whether no step is left; then fewer steps than the window are judged as well.
+            version: optimizer updates so far.
+            last: whether this was the last step; then a window that is not full counts as well.
 
         Raises:
             NothingLearntError: the share of steps without an example is too high, or the run ends without an update.
         """
         share, full = self.empty_share, len(self._recent) == self._window
-        ways_on = "mend the cause and start again; it goes on with the next step"
+        fix = "fix the cause and start again; the run resumes with the next step"
         if last:
-            ways_on = "mend the cause and begin anew with --fresh"
+            fix = "fix the cause and start over with --fresh"
         if last and not version:
-            what = f"nothing was learnt: none of {self._steps} steps left an example, so the model is as it was"
+            what = f"nothing was learned: none of {self._steps} steps left an example, so the model is unchanged"
         elif share > self._max_share and (full or last):
             what = (
-                f"nothing is learnt: {self._few_of_many()} left no example "
+                f"nothing is learned: {self._few_of_many()} left no example "
                 f"({share:.0%}, more than train.max_empty_share = {self._max_share:g})"
             )
         else:
             return
-        raise NothingLearntError(f"{what}; {self._explanation()}; samples.jsonl has more; {ways_on}")
+        raise NothingLearntError(f"{what}; {self._explanation()}; samples.jsonl has more; {fix}")
 
-    def begin_anew(self) -> None:
-        """Hold nothing of the last steps against the next ones: the run has ended for them."""
+    def reset_window(self) -> None:
+        """Forget the steps in the window, so that a resumed run does not end for them again."""
         self._recent.clear()
-        self.troubles = ""
+        self.warning = ""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Return the state, JSON-serializable."""
         return {"recent": list(self._recent), "empty": self._empty, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; of a longer window then only the newest steps count."""
+        """Load a ``state_dict``; if its window was longer, only the newest steps count."""
         self._recent = deque(state["recent"], maxlen=self._window)
         self._empty, self._steps = state["empty"], state["steps"]
-        self.troubles = self._describe()
+        self.warning = self._describe()
 
     def _empty_steps(self) -> int:
         return sum(not step["examples"] for step in self._recent)
@@ -124,7 +124,7 @@ class Learning:
 
 
 def _why(groups: Sequence[Group], selection: Selection) -> tuple[dict[str, int], str]:
-    """Reason -> how often, for episodes and for what was left out of them, and what was said of the first failure."""
+    """Count the reasons of skips, failures and duplicates; return the counts and the cause of the first failure."""
     counts = selection.skip_counts()
     for group in groups:
         if group.rewrite_failure is not None:

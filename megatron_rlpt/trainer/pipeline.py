@@ -1,13 +1,13 @@
-"""Batches on their way to the trainer: proposed ``staleness`` (S) steps before they are learnt from.
+"""From episodes to judged batches: each batch is proposed ``staleness`` (S) steps before the policy learns from it.
 
     step            0        1     2     3         S = 1
-    is proposed     0, 1     2     3     4         with the weights that the step begins with
-    is learnt from  0        1     2     3
+    propose batch   0, 1     2     3     4         with the weights at the start of the step
+    learn from      0        1     2     3
 
-Which weights propose a batch is decided by its number, not by who is faster. So nothing is ever more than S updates
-old, there are never more than S + 1 batches on their way, and a run with S > 0 can be repeated and resumed as one with
-S = 0 can. Where the engine is not in the policy's way, proposing goes on in the background while the policy learns, and
-judges get every part of a batch as soon as it is there.
+The number of a batch decides which weights propose it, not timing. So no rollout is more than S updates old, at most
+S + 1 batches are in flight, and a run with S > 0 is as reproducible and resumable as one with S = 0. If the engine can
+generate while the policy trains, proposing runs in the background, and judges get every part of a batch as soon as it
+is generated.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _log = get_logger(__name__)
 
 
 class Pipeline:
-    """What is done to batches before the update. Called by all ranks at the same time.
+    """Produces the judged batches. All ranks call its methods together.
 
     Args:
-        stream: where episodes come from.
-        proposer: what makes groups of them.
-        judging: where their outcomes come from.
-        curriculum: how many rollouts they are offered.
+        stream: yields episodes.
+        proposer: turns episodes into groups of candidates.
+        judging: judges groups.
+        curriculum: decides the number of rollouts per episode.
         ranks: all ranks of the run.
-        batch: episodes of a batch.
-        part: episodes proposed at once; judges wait for a part, not for a batch.
-        steps: batches of the run; None proposes ahead also of the last.
+        batch: episodes per batch.
+        part: episodes to propose and submit together; a part of a batch.
+        steps: number of batches of the run; None proposes ahead beyond the last one.
         staleness: S.
-        background: propose in a thread of its own.
-        timer: times what is proposed in the background.
-        vocab: token ids of the policy are below this one.
+        background: propose in a background thread.
+        timer: times proposing in the background.
+        vocab: vocabulary size of the policy.
     """
 
     def __init__(
@@ -71,52 +71,52 @@ class Pipeline:
         self._ranks = ranks
         self._batch, self._part, self._steps, self._staleness = batch, part, steps, staleness
         self._proposed = 0
-        """Batches proposed, or being proposed."""
+        """Number of batches proposed so far, including those in progress."""
         self._pool = ThreadPoolExecutor(1, "propose") if background else None
         self._timer = timer or StageTimer(None)
         self._work: Future[None] | None = None
         self._closed = threading.Event()
         self._restored: dict[int, Group] = {}
-        self._anew = False
-        """Whether the stream goes on otherwise than it did behind the checkpoint."""
+        self._diverged = False
+        """Whether the stream yields other episodes than before the checkpoint was resumed."""
         self._vocab = vocab
 
     def start(self, step: int) -> None:
-        """Begin at ``step``, or go on there after ``load_state_dict``."""
-        self.judging.start(step * self._batch, self._restored, self._anew)
-        self._restored, self._anew = {}, False
+        """Start at ``step``; call it after ``load_state_dict`` to resume."""
+        self.judging.start(step * self._batch, self._restored, self._diverged)
+        self._restored, self._diverged = {}, False
 
     def propose(self, step: int, version: int) -> None:
-        """Propose all batches up to ``staleness`` after that of ``step``; in the background it returns at once.
+        """Propose all batches up to number ``step + staleness``; in the background, return immediately.
 
         Args:
             step: the step that begins.
-            version: the policy version that the engine holds.
+            version: policy version of the engine's weights.
         """
         self.wait_for_generation()
         end = step + self._staleness + 1
         numbers = range(self._proposed, end if self._steps is None else min(end, self._steps))
         self._proposed = max(self._proposed, numbers.stop)
-        # Now, not in the background: what is collected meanwhile must not change it.
+        # Read the level now: batches collected while the background thread works must not change it.
         level = self.curriculum.level
         if self._pool is None:
             self._propose(numbers, level, version)
         else:
-            self._work = self._pool.submit(self._propose_beside, numbers, level, version)
+            self._work = self._pool.submit(self._propose_in_background, numbers, level, version)
 
     def collect(self, step: int, version: int, stop: Callable[[], bool]) -> list[Group] | None:
-        """The judged groups of ``step``, in the order of their episodes; waits for them.
+        """Wait for the judged groups of ``step`` and return them in the order of their episodes.
 
         Args:
             step: the step that has begun.
-            version: the policy version that is about to learn from them.
-            stop: whether waiting is to be given up, asked on all ranks; then the answer is None, and what is on its
-                way is kept in ``state_dict``.
+            version: version of the policy that will learn from them.
+            stop: returns whether to give up waiting, a collective. ``collect`` then returns None, and ``state_dict``
+                keeps the submitted groups.
         """
         while (groups := self.judging.collect(step * self._batch, self._batch, version)) is None:
             if stop():
                 return None
-            # What was to be judged may never come: then all ranks learn it from ``wait_for_generation``.
+            # If proposing has failed, these groups never come; ``wait_for_generation`` raises its error on all ranks.
             if self._ranks.on_main(self._has_failed):
                 self.wait_for_generation()
         groups = [without_stale(group, version, self._staleness) for group in groups]
@@ -124,7 +124,7 @@ class Pipeline:
         return groups
 
     def wait_for_generation(self) -> None:
-        """Wait until what is being proposed has been; only then may the engine's weights change.
+        """Wait for proposing in the background; the engine's weights must not change before.
 
         Raises:
             RlptError: proposing failed, on this rank or another.
@@ -134,11 +134,11 @@ class Pipeline:
             self._ranks.run_on_all_ranks(work.result, "the end of generation")
 
     def acknowledge(self, done: int) -> None:
-        """A checkpoint after ``done`` steps has been published."""
+        """Release groups whose updates are in the published checkpoint after ``done`` steps."""
         self.judging.acknowledge(done * self._batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on, JSON-serialisable; groups on their way included."""
+        """Return the state, submitted groups included, JSON-serializable."""
         self.wait_for_generation()
         return {
             "stream": self.stream.state_dict(),
@@ -148,11 +148,11 @@ class Pipeline:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave.
+        """Load a ``state_dict``.
 
         Raises:
             CheckpointError: corpus, tokenizer or settings of the stream have changed.
-            ValueError: a group on its way is not one that this run can learn from.
+            ValueError: this run cannot learn from one of the groups.
         """
         held_out = self.stream.load_state_dict(state["stream"])
         self.curriculum.load_state_dict(state["curriculum"])
@@ -165,26 +165,28 @@ class Pipeline:
             if flaw := flaw_of(group, self._vocab):
                 raise ValueError(f"group {number} comes back {flaw}")
         if held_out is not None:
-            self._anew = True
+            self._diverged = True
             if any(group.episode.id in held_out for group in self._restored.values()):
-                # A batch is proposed as a whole.
-                _log.warning("what was proposed ahead holds documents that are held out now, and is proposed anew",
-                             episodes=len(self._restored))  # fmt: skip
+                # Proposing works on whole batches, so repeat all of them.
+                _log.warning(
+                    "proposing batches again because they hold documents that are now held out",
+                    episodes=len(self._restored),
+                )
                 self._proposed = min(self._restored) // self._batch
                 self._restored = {}
 
     def metrics(self) -> dict[str, float]:
-        """What was read of the corpus so far; the same in every run once ``wait_for_generation`` has returned."""
+        """Return how much of the corpus was read; deterministic after ``wait_for_generation``."""
         return self.stream.metrics()
 
     def close(self) -> None:
-        """Propose nothing more; what is being proposed ends with its part. The buffer is let go of."""
+        """Stop proposing after the current part, and close the judging."""
         self._closed.set()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self.judging.close()
 
-    def _propose_beside(self, numbers: range, level: int, version: int) -> None:
+    def _propose_in_background(self, numbers: range, level: int, version: int) -> None:
         with self._timer.background("generate"):
             self._propose(numbers, level, version)
 

@@ -1,8 +1,8 @@
-"""What comes back from the rollout buffer, compared with what was submitted.
+"""Validates groups that come back from the rollout buffer against the submitted ones.
 
-A store may be damaged, restored from an old copy or written by somebody else, and a worker may be of another version.
-The trainer learns from its own candidates in any case: of what came back it takes the rewards, and the rewrite where
-one was asked for. A group that came back otherwise is a failed group with a reason.
+A store may be damaged, restored from an old copy or modified by another program, and a worker may have another version.
+The trainer always learns from its own candidates: it takes only the rewards from a returned group, and the rewrite if
+it requested one. A returned group that differs in anything else fails with a reason.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from megatron_rlpt.types import Candidate, Cost, Failed, Group, Source
 
 @dataclass(frozen=True)
 class Expected:
-    """What workers are to add to a group."""
+    """What workers add to a group."""
 
     suffix_length: int
-    """Most tokens of a rewrite."""
+    """Highest number of tokens in a rewrite."""
     vocab: int
-    """Token ids of a rewrite are below this one."""
+    """Vocabulary size."""
     judged: bool = True
-    """One reward per candidate."""
+    """Whether they add one reward per candidate."""
     rewrite: bool = False
-    """A rewrite behind the original, or why there is none."""
+    """Whether they add a rewrite after the original, or the failure that prevented one."""
 
 
 def accepted(submitted: Group, returned: Group | Failed, expected: Expected) -> Group:
-    """``submitted`` with what ``returned`` may add to it, or as a failed group.
+    """Return ``submitted`` with the rewards and rewrite of ``returned``, or as a failed group.
 
     Args:
-        submitted: what the trainer sent.
-        returned: what the store gave back; a failure where it could not be read.
-        expected: what workers are to add.
+        submitted: the group that the trainer submitted.
+        returned: the group from the store; a failure if it was unreadable.
+        expected: what workers add.
     """
     if isinstance(returned, Failed):
         return failed(submitted, returned)
     problem = _problem(submitted, returned, expected)
     if problem:
         return failed(submitted, Failed(f"{CAME_BACK} {problem}"))
-    rewrite = [returned.candidates[_place(submitted)]] if _has_rewrite(submitted, returned) else []
+    rewrite = [returned.candidates[_rewrite_index(submitted)]] if _has_rewrite(submitted, returned) else []
     return replace(
         submitted,
-        candidates=_with(submitted.candidates, _place(submitted), rewrite),
+        candidates=_with(submitted.candidates, _rewrite_index(submitted), rewrite),
         rewards=returned.rewards,
         rewrite_failure=returned.rewrite_failure,
         cost=returned.cost,
@@ -56,14 +56,14 @@ def accepted(submitted: Group, returned: Group | Failed, expected: Expected) -> 
 
 
 def failed(group: Group, failure: Failed) -> Group:
-    """``group`` with every candidate failed, or the rewrite that was to be the only one."""
+    """Return ``group`` with every candidate failed; without candidates, with a failed rewrite."""
     if not group.candidates:
         return replace(group, rewrite_failure=failure)
     return replace(group, rewards=(failure,) * len(group.candidates))
 
 
 def flaw_of(group: Group, vocab: int) -> str:
-    """How a group of a checkpoint comes back that this run cannot learn from; empty if it can."""
+    """Return why this run cannot learn from a group of a checkpoint; empty if it can."""
     episode = group.episode
     sequences: list[Sequence[Any]] = [episode.prefix, episode.suffix, *(c.tokens for c in group.candidates)]
     if not all(_are_tokens(tokens, vocab) for tokens in sequences):
@@ -72,31 +72,31 @@ def flaw_of(group: Group, vocab: int) -> str:
         logprobs = candidate.logprobs
         if logprobs is not None and (len(logprobs) != len(candidate.tokens) or not all(map(_is_finite, logprobs))):
             return "with log-probabilities that are not one number per token"
-    return _flaw_of_outcomes(group) if group.rewards else ""
+    return _flaw_of_rewards(group) if group.rewards else ""
 
 
 def _problem(submitted: Group, returned: Group, expected: Expected) -> str:
     if returned.episode != submitted.episode:
         return "as another episode"
     has_rewrite = _has_rewrite(submitted, returned)
-    place = _place(submitted)
-    rest = returned.candidates[:place] + returned.candidates[place + has_rewrite :]
+    index = _rewrite_index(submitted)
+    rest = returned.candidates[:index] + returned.candidates[index + has_rewrite :]
     if rest != submitted.candidates or (has_rewrite and not expected.rewrite):
         return "with other candidates"
-    if has_rewrite and not _is_rewrite(returned.candidates[place], expected):
+    if has_rewrite and not _is_rewrite(returned.candidates[index], expected):
         return "with a rewrite of the wrong length or with unknown tokens"
     failure = returned.rewrite_failure
     if failure is not None and (has_rewrite or not _is_failure(failure)):
-        return "with a rewrite and a reason why there is none"
+        return "with both a rewrite and a reason for its absence"
     given_up = all(isinstance(reward, Failed) for reward in returned.rewards) and bool(returned.rewards)
     if expected.rewrite and not (has_rewrite or failure or given_up):
-        return "without the rewrite that was asked for"
+        return "without the requested rewrite"
     if expected.judged or returned.rewards:
-        return _flaw_of_outcomes(returned)
+        return _flaw_of_rewards(returned)
     return ""
 
 
-def _flaw_of_outcomes(group: Group) -> str:
+def _flaw_of_rewards(group: Group) -> str:
     if len(group.rewards) != len(group.candidates):
         return "without one reward per candidate"
     for reward in group.rewards:
@@ -104,14 +104,14 @@ def _flaw_of_outcomes(group: Group) -> str:
             if not _is_failure(reward):
                 return "with a failure that cannot be read"
         elif not _is_finite(reward.value):
-            return "with a score that is no finite number"
+            return "with a reward that is not a finite number"
         elif not (isinstance(reward.judge, str) and isinstance(reward.prompt_version, str)):
-            return "with a score of nobody"
+            return "with a reward that names no judge"
     return "" if _can_be_recorded(group) else "with details that cannot be read"
 
 
 def _can_be_recorded(group: Group) -> bool:
-    """Whether metrics and samples can be made of what judges noted down."""
+    """Return whether metrics and samples can be computed from the judges' details."""
     cost = group.cost
     if cost is not None and not (
         isinstance(cost, Cost)
@@ -123,30 +123,30 @@ def _can_be_recorded(group: Group) -> bool:
             return False
         finite([reward.detail for reward in group.rewards])
         judge_health([group])
-    except Exception:  # made by whoever wrote the record: anything may be wrong with it
+    except Exception:  # another program may have written the record, so it may hold anything
         return False
     return True
 
 
 def _has_rewrite(submitted: Group, returned: Group) -> bool:
-    """Whether one candidate more came back, a rewrite in its place."""
-    place = _place(submitted)
+    """Return whether exactly one candidate was added, a rewrite at the rewrite's index."""
+    index = _rewrite_index(submitted)
     if len(returned.candidates) != len(submitted.candidates) + 1:
         return False
-    return returned.candidates[place].source is Source.REWRITE
+    return returned.candidates[index].source is Source.REWRITE
 
 
-def _place(submitted: Group) -> int:
-    """Where a rewrite stands: behind the original."""
+def _rewrite_index(submitted: Group) -> int:
+    """Return the index of a rewrite in a group: after the original."""
     return sum(candidate.source is Source.ORIGINAL for candidate in submitted.candidates)
 
 
-def _with(candidates: tuple[Candidate, ...], place: int, more: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    return (*candidates[:place], *more, *candidates[place:])
+def _with(candidates: tuple[Candidate, ...], index: int, more: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    return (*candidates[:index], *more, *candidates[index:])
 
 
 def _is_rewrite(candidate: Candidate, expected: Expected) -> bool:
-    """Whether it is one as ``Rewriter`` makes it."""
+    """Return whether ``candidate`` looks as ``Rewriter`` makes it."""
     return (
         0 < len(candidate.tokens) <= expected.suffix_length
         and _are_tokens(candidate.tokens, expected.vocab)
@@ -173,4 +173,4 @@ def _is_finite(value: Any) -> bool:
 
 
 _LARGEST = 1e300
-"""Sums of scores stay finite below it."""
+"""Sums of rewards stay finite below this value."""

@@ -1,18 +1,18 @@
-"""One trainer per run folder: a lock that works on a file system that machines share, and outlives no crash.
+"""One trainer per run folder: a lock for shared file systems that never outlives its holder for long.
 
     <run.dir>/lock/00000041    the holder, as JSON; the file with the highest number counts
 
-``flock`` is not handed on by every shared file system, and a file that only says who holds the folder has to be removed
-after a crash, by one of several that may come at the same time. So the lock is a number that only rises: to take or to
-renew it is to make the file of the next number, which succeeds for one process alone (``link`` is atomic on the file
-server, whatever a client has cached).
+Not every shared file system supports ``flock`` across machines, and a plain lock file would have to be removed after a
+crash by one of several processes that may arrive concurrently. So the lock is a number that only rises: to take or
+renew it, a process creates the file with the next number, which succeeds for only one process (``link`` is atomic on
+the file server, whatever a client has cached).
 
-    take:   nobody holds it, or who does has ended (same machine), or has renewed nothing for ``LIMIT`` seconds
-    renew:  every ``RENEW`` seconds, and before anything that another trainer's work would suffer from
-    lost:   the next number is there already, or the own one is gone: another trainer has taken over; write nothing more
+    take:   no process holds it, or the holder has ended (same machine) or not renewed it for ``LIMIT`` seconds
+    renew:  every ``RENEW`` seconds, and before a write that could harm another trainer
+    lost:   the next number exists or the own file is missing: another trainer has taken over; write nothing more
 
-A released lock stays as a file without a holder, so that numbers go on and a trainer that comes back from the dead
-finds out.
+A released lock stays as a file without a holder, so that numbers keep rising and a trainer that was suspended notices
+that another one has run.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ FOLDER = "lock"
 RENEW = 5.0
 """Seconds between two renewals."""
 LIMIT = 60.0
-"""Seconds without a renewal after which the holder on another machine counts as dead."""
+"""Seconds without a renewal after which a holder on another machine counts as dead."""
 _LOOK = 0.5
-"""Seconds between two looks at a lock that may be renewed or not."""
+"""Seconds between two reads of a lock while waiting for its renewal."""
 _KEPT = 3
-"""Numbers below one's own that stay when it is renewed."""
+"""Number of older files that a renewal keeps."""
 _NUMBER = re.compile(r"\d{8,}")
 
 
 @dataclass(frozen=True)
 class _Held:
-    """The lock as it lies on the disk."""
+    """The lock as stored on disk."""
 
     number: int
     holder: Holder | None
-    """None where it was released, or cannot be read."""
+    """None if the lock was released or is unreadable."""
     written: float
-    """When, in seconds since the Unix epoch by the file server's clock."""
+    """Modification time in seconds since the Unix epoch, by the file server's clock."""
 
 
 class RunLock:
-    """The lock of one run folder; taken by ``take``, renewed by a thread until ``release`` or the process ends."""
+    """The lock of one run folder. After ``take`` a thread renews it until ``release`` or the end of the process."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class RunLock:
         renew: float = RENEW,
         leave: Callable[[int], object] = os._exit,
     ) -> None:
-        """Nothing is read or written yet.
+        """Create the lock object without touching the file system.
 
         Args:
             folder: the run folder.
             limit: seconds without a renewal after which a holder on another machine counts as dead.
             renew: seconds between two renewals.
-            leave: ends the process, once another trainer has taken the folder over.
+            leave: ends the process when another trainer has taken over the folder.
         """
         self._run, self._folder = folder, folder / FOLDER
         self._limit, self._renew, self._leave = limit, renew, leave
@@ -91,16 +91,16 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def take(self) -> None:
-        """Become the only trainer of the folder, which is made unless it is there.
+        """Become the only trainer of the folder; create the folder if it does not exist.
 
         Raises:
             CheckpointError: another trainer holds it, or the disk is full.
-            ConfigError: the folder cannot be written for another reason.
+            ConfigError: the folder is not writable for another reason.
         """
         try:
             while self._number == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                # Gone meanwhile: another trainer has moved the folder aside.
+                # The folder disappears when another trainer moves it aside.
                 with contextlib.suppress(FileNotFoundError):
                     self._take()
         except OSError as error:
@@ -109,27 +109,27 @@ class RunLock:
         self._thread.start()
 
     def require(self) -> None:
-        """Make sure that this is still the folder's trainer before it publishes, replaces or cuts something.
+        """Renew the lock before publishing, replacing or truncating files.
 
         Raises:
-            CheckpointError: another trainer has taken the folder over, or that cannot be found out.
+            CheckpointError: another trainer has taken over the folder, or the lock cannot be renewed.
         """
         with self._mutex:
             try:
                 held = self._advance()
             except OSError as error:
-                # On a full disk nobody takes a lock over, and whoever has asked is about to find it full himself.
+                # On a full disk no other trainer can take over, and the caller's write will report the full disk.
                 if is_disk_full(error) and self._is_highest():
                     return
                 raise CheckpointError(
-                    f"the lock of {self._run} cannot be renewed ({error}), so another trainer may have taken the "
-                    "folder over; mend the file system, then start again"
+                    f"the lock of {self._run} cannot be renewed ({error}), so another trainer may have taken over the "
+                    "folder; mend the file system, then start again"
                 ) from error
             if not held:
                 raise self._lost()
 
     def check(self) -> None:
-        """The same where renewals are up to date, without touching the file system; for what is written often.
+        """Do the same as ``require``, but without file access while renewals are recent; for frequent writes.
 
         Raises:
             CheckpointError: see ``require``.
@@ -138,11 +138,11 @@ class RunLock:
             self.require()
 
     def move_aside(self, target: Path) -> None:
-        """Rename the folder and hold the one that takes its place.
+        """Rename the folder, create an empty one in its place, and hold that one.
 
         Raises:
-            CheckpointError: another trainer was faster to take the new one.
-            ConfigError: a folder cannot be written.
+            CheckpointError: another trainer took the new folder first.
+            ConfigError: a folder is not writable.
         """
         with self._mutex:
             self.require()
@@ -157,16 +157,16 @@ class RunLock:
                 raise ConfigError(f"run.dir {self._run} cannot be moved to {target} ({error})") from error
 
     def release(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         with self._mutex:
-            # Not ours any more, or not there: nothing to let go of.
+            # Nothing to release if the lock was lost or the folder is missing.
             with contextlib.suppress(OSError):
                 if self._number and self._is_there(self._number):
-                    self._let_go()
+                    self._release()
             self._number = 0
 
     def __enter__(self) -> Self:
@@ -183,23 +183,23 @@ class RunLock:
         since = _now()
         while True:
             held = self._look()
-            # A trainer of this machine that only stands still is alive however long it renewed nothing.
+            # A suspended trainer on this machine counts as alive, however old its last renewal.
             alive = held.holder.is_alive() if held.holder else False
             if alive or (alive is None and seen not in (None, held.number)):
                 assert held.holder is not None
                 raise self._refusal(held.holder)
             if alive is False or self._age(held) > self._limit or _now() - since > self._limit:
-                # Where another one is faster, the next look finds it.
+                # If another process is faster, the next read finds it.
                 with contextlib.suppress(FileExistsError):
                     self._claim(held.number + 1, self._me)
                     if held.holder is not None:
-                        _log.warning("taking over from a trainer that is gone", trainer=held.holder.describe())
+                        _log.warning("taking over from a trainer that has ended", trainer=held.holder.describe())
                     return
                 continue
             if seen is None:
                 assert held.holder is not None
                 _log.warning(
-                    "a trainer on another machine holds the run folder; waiting whether it renews its lock",
+                    "a trainer on another machine holds the run folder; waiting to see if it renews its lock",
                     trainer=held.holder.describe(),
                     seconds=round(self._limit - self._age(held)),
                 )
@@ -208,8 +208,8 @@ class RunLock:
 
     def _refusal(self, holder: Holder) -> CheckpointError:
         return CheckpointError(
-            f"run.dir {self._run} is held by another trainer ({holder.describe()}); end that one, or choose another "
-            f"run.dir (a trainer that is killed lets go at once, one on a lost machine after {self._limit:g} s)"
+            f"run.dir {self._run} is held by another trainer ({holder.describe()}); end it, or choose another run.dir "
+            f"(the lock of a killed trainer is free immediately, that of a lost machine after {self._limit:g} s)"
         )
 
     def _lost(self) -> CheckpointError:
@@ -217,13 +217,15 @@ class RunLock:
             if (other := self._look().holder) is not None:
                 return CheckpointError(
                     f"another trainer ({other.describe()}) has taken over run.dir {self._run}, because this one did "
-                    f"not renew its lock for {self._limit:g} s; it stops and writes nothing more"
+                    f"not renew its lock for {self._limit:g} s; this one stops and writes nothing more"
                 )
-        return CheckpointError(f"run.dir {self._run} was moved or removed while this trainer held it; it stops")
+        return CheckpointError(
+            f"run.dir {self._run} was moved or removed while this trainer held it; this trainer stops"
+        )
 
     def _keep(self) -> None:
-        """Renew until released. Nobody else would stop a trainer that waits for hours while another goes on."""
-        told = False
+        """Renew until released, and end the process when the lock is lost, even if the trainer only waits."""
+        warned = False
         while not self._over.wait(self._renew):
             with self._mutex:
                 if self._over.is_set():
@@ -231,12 +233,12 @@ class RunLock:
                 try:
                     held = self._advance()
                 except OSError as error:
-                    if not told:
+                    if not warned:
                         _log.warning("the lock of the run folder cannot be renewed", reason=error)
-                    told = True
+                    warned = True
                     continue
                 if held:
-                    told = False
+                    warned = False
                     continue
                 error_line = f"error: {self._lost()}"
             _log.error(error_line.removeprefix("error: "))
@@ -245,34 +247,32 @@ class RunLock:
             return
 
     def _advance(self) -> bool:
-        """Renew; whether the lock is still ours."""
+        """Renew; return whether this process still holds the lock."""
         number = self._number
         try:
             self._claim(number + 1, self._me)
-        except FileExistsError:
-            return False
-        except FileNotFoundError:
+        except (FileExistsError, FileNotFoundError):
             return False
         return True
 
     def _claim(self, number: int, holder: Holder | None) -> None:
-        """Make the file of ``number`` and remove those below, unless the lock was lost meanwhile.
+        """Create the file with ``number`` and remove older ones, unless the lock was lost.
 
         Raises:
-            FileExistsError: another process has done so.
-            FileNotFoundError: the folder, or the file held so far, is gone.
+            FileExistsError: another process has taken the lock.
+            FileNotFoundError: the folder is missing.
         """
         mine = self._folder / f"{number:08d}"
         # Written under another name first: a process that reads the lock finds a holder in it.
         record = {"holder": str(holder) if holder else None, "time": time.time()}
         write_atomically(mine, json.dumps(record), replace=False)
-        # Looked at after a change of our own, which no client answers from its cache.
+        # List the folder after changing it: a client does not answer this from its cache.
         numbers = self._numbers()
         if max(numbers, default=0) > number or (self._number and not self._is_there(self._number)):
             with contextlib.suppress(OSError):
                 mine.unlink()
             raise FileExistsError(str(mine))
-        # Of one's own numbers the last stay: a listing that is read while names come and go finds one of them.
+        # Keep the last few files: a listing read while names change then contains at least one of them.
         kept = number - _KEPT if self._number else number
         self._number, self._renewed = number, _now()
         for old in numbers:
@@ -280,13 +280,13 @@ class RunLock:
                 with contextlib.suppress(OSError):
                     (self._folder / f"{old:08d}").unlink()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         try:
             self._claim(self._number + 1, None)
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            # A full disk takes no new file; an empty one has no holder either.
+            # A full disk takes no new file; an empty file has no holder either.
             os.truncate(self._folder / f"{self._number:08d}", 0)
 
     def _look(self) -> _Held:
@@ -298,11 +298,11 @@ class RunLock:
             try:
                 text, written = path.read_text(encoding="utf-8"), path.stat().st_mtime
             except FileNotFoundError:
-                continue  # renewed meanwhile
+                continue  # renewed in the meantime
             return _Held(number, _holder_in(text), written)
 
     def _age(self, held: _Held) -> float:
-        """Seconds since it was written: by the file server's clock, which writes beside files when they were made."""
+        """Return the seconds since ``held`` was written, by the file server's clock."""
         probe = self._folder / f".{uuid.uuid4().hex}"
         probe.touch()
         try:
@@ -330,5 +330,5 @@ def _holder_in(text: str) -> Holder | None:
 
 
 def _now() -> float:
-    """Seconds that also pass while the machine sleeps."""
+    """Return seconds of a clock that includes time in suspend."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,18 +1,19 @@
-"""What a run folder says about its run, besides checkpoints: ``run.json``.
+"""What a run folder records about its run besides checkpoints: ``run.json``, ``config.yaml`` and ``run-id``.
 
-With it a run that was killed before its first checkpoint starts over by itself, while one whose checkpoints have
-vanished does not; and an export that an earlier, shorter run has left is not taken for that of this one.
+With ``run.json`` a run that was killed before its first checkpoint starts over, while a run whose checkpoints have
+disappeared is refused. It also tells the export of an earlier, shorter run from the export of this one.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.config import Decay
+from megatron_rlpt.config import Config, Decay, flatten, to_yaml
 from megatron_rlpt.config.renamed import with_new_names
 from megatron_rlpt.errors import CheckpointError, not_written
 from megatron_rlpt.files import write_atomically
@@ -29,8 +30,8 @@ _MAY_CHANGE = ("observe.", "evaluation.", "data.heldout[", "checkpoint.", "run.d
                "rollout.max_logprob_gap", "teacher.max_failure_rate", "data.max_bad_fraction",
                "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
                "teacher.kv_cache_gib", "teacher.workers.", "buffer.")  # fmt: skip
-"""Configuration that a resumed run may change, because it does not change what is learned; layout and micro-batch
-change the last bits of sums. What is held out may change as well: the stream leaves it out from then on and says so."""
+"""Settings that a resumed run may change because they do not change what is learned; layout and micro-batch change the
+last bits of sums. The held-out documents may change as well: from then on the stream leaves them out and logs that."""
 _STEPS = "train.steps"
 _OVERLAP = "data.heldout_overlap"
 _NOTHING_HELD_OUT = "data.heldout"
@@ -39,23 +40,23 @@ _NOTHING_HELD_OUT = "data.heldout"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, as its folder tells it."""
+    """The content of ``run.json``."""
 
     config: dict[str, Any] = field(default_factory=dict)
     """By dotted key."""
     checkpointed: bool = False
     """Whether a checkpoint has ever been published."""
     exported: int | None = None
-    """Steps behind the policy in ``export/``; None without one."""
+    """Number of steps of the policy in ``export/``; None without an export."""
     held_out: str | None = None
-    """Digest of what was kept out of training from the first step to the last; empty if that has changed."""
+    """Digest of the documents kept out of training since the first step; empty if they have changed."""
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord | None:
-        """That of ``folder``; None where there is none.
+        """Return the record of the run folder, or None without one.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the record is unreadable.
         """
         path = folder / FILE
         try:
@@ -65,15 +66,15 @@ class RunRecord:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}); bring it back, or start anew with --fresh"
+                f"{path} cannot be read ({type(error).__name__}); restore it, or start over with --fresh"
             ) from None
 
     def write(self, folder: Path) -> None:
-        """Put it in the place of the one before.
+        """Write the record to the run folder.
 
         Raises:
             CheckpointError: the disk is full.
-            ConfigError: the folder cannot be written for another reason.
+            ConfigError: the folder is not writable for another reason.
         """
         path = folder / FILE
         try:
@@ -82,17 +83,70 @@ class RunRecord:
             raise not_written(path, error) from error
 
 
-def require_same_run(folder: Path, now: Mapping[str, Any], then: Mapping[str, Any], done: int) -> None:
-    """Refuse to go on with a run that learns otherwise than it did.
+def begin_record(folder: Path, config: Config, before: RunRecord | None, *, resumed: bool) -> None:
+    """Create the run folder and write ``config.yaml`` and the record of a run that starts or resumes.
 
     Args:
-        folder: of the run.
-        now: configuration that was given, by dotted key.
-        then: that of the run in the folder.
-        done: steps that are behind the run.
+        folder: the run folder.
+        config: the run.
+        before: the folder's record so far.
+        resumed: whether the run resumes from a checkpoint.
+    """
+    kept = before if before and resumed else RunRecord()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise not_written(f"run.dir {folder}", error) from error
+    RunRecord(flatten(config), resumed, kept.exported, kept.held_out).write(folder)
+
+
+def update_record(folder: Path, **changes: Any) -> None:
+    """Change fields of the folder's record."""
+    record = RunRecord.read(folder) or RunRecord()
+    changed = replace(record, **changes)
+    if changed != record:
+        changed.write(folder)
+
+
+def record_held_out(folder: Path, digest: str, start: int) -> None:
+    """Record the digest of the held-out documents, or that they have changed before step ``start``."""
+    record = RunRecord.read(folder)
+    known = record.held_out if record else None
+    update_record(folder, held_out=digest if not start or known == digest else "")
+
+
+def run_id(folder: Path) -> str:
+    """Return the id that distinguishes this run from others of the same name; it is created once.
 
     Raises:
-        CheckpointError: names what differs.
+        CheckpointError: the stored id is damaged, or the disk is full.
+        ConfigError: the folder is not writable for another reason.
+    """
+    file = folder / "run-id"
+    try:
+        known = file.read_text(errors="replace").strip() if file.exists() else ""
+        if known and not known.isalnum():
+            raise CheckpointError(f"{file} is damaged; restore it, or start over with --fresh")
+        if not known:
+            known = uuid.uuid4().hex
+            write_atomically(file, known)
+    except OSError as error:
+        raise not_written(file, error) from error
+    return known
+
+
+def require_same_run(folder: Path, now: Mapping[str, Any], then: Mapping[str, Any], done: int) -> None:
+    """Refuse to resume with settings that change what is learned.
+
+    Args:
+        folder: the run folder.
+        now: the given configuration, by dotted key.
+        then: the configuration of the run in the folder.
+        done: completed steps of that run.
+
+    Raises:
+        CheckpointError: a setting differs; the error names it.
     """
     then = with_new_names(then)
     for key in sorted(now.keys() | then.keys()):
@@ -101,34 +155,33 @@ def require_same_run(folder: Path, now: Mapping[str, Any], then: Mapping[str, An
         if key.startswith(_MAY_CHANGE) or key == _NOTHING_HELD_OUT:
             continue
         if key == _OVERLAP:
-            _log.warning("held-out documents are treated otherwise from now on", overlap=now.get(key),
-                         before=then.get(key))  # fmt: skip
+            _log.warning("data.heldout_overlap has changed", overlap=now.get(key), before=then.get(key))
             continue
         if key == _STEPS:
             _require_other_length(folder, now, then, done)
             continue
         raise CheckpointError(
             f"{folder} holds a run with {key} = {then.get(key)}, not {now.get(key)}; keep the old value, choose "
-            "another run.dir, or start anew with --fresh (which moves the folder aside)"
+            "another run.dir, or start over with --fresh (which moves the folder aside)"
         )
 
 
 def is_extendable(config: Mapping[str, Any]) -> bool:
-    """Whether the learning rates of a run (by dotted key) are those of a longer one, as far as it goes."""
+    """Return whether a longer run would have had the same learning rates so far; ``config`` is by dotted key."""
     return config["optimizer.decay"] == Decay.constant.name or config["optimizer.lr"] == config["optimizer.min_lr"]
 
 
 def require_started(folder: Path, record: RunRecord | None) -> None:
-    """Refuse steps without a checkpoint, unless none has been published since the run started.
+    """Refuse a folder with steps but no checkpoint, unless the record says that none was ever published.
 
     Raises:
-        CheckpointError: the run had checkpoints, or nobody knows.
+        CheckpointError: the run had checkpoints, or the folder has no record.
     """
     if record is None or record.checkpointed:
-        gone = "checkpoints are gone" if record else "checkpoint is not there"
+        missing = "checkpoints are missing" if record else "checkpoint is missing"
         raise CheckpointError(
-            f"{folder} holds steps of an earlier run but no checkpoint to go on from (its {gone}); bring it back, "
-            "start anew with --fresh (which moves the folder aside) or choose another run.dir"
+            f"{folder} holds steps of an earlier run but no checkpoint to resume from (its {missing}); restore it, "
+            "start over with --fresh (which moves the folder aside), or choose another run.dir"
         )
 
 
@@ -137,9 +190,9 @@ def _require_other_length(folder: Path, now: Mapping[str, Any], then: Mapping[st
     if not is_extendable(now):
         raise CheckpointError(
             f"{folder} holds a run with {_STEPS} = {before}, not {steps}, and optimizer.decay = "
-            f"{now['optimizer.decay']} made every learning rate so far depend on it; to go on from its policy start a "
-            f"new run with model.path={folder}/export and another run.dir (a run with optimizer.decay=constant can be "
-            "made longer)"
+            f"{now['optimizer.decay']} made every learning rate so far depend on it; to train its policy further, "
+            f"start a new run with model.path={folder}/export and another run.dir (a run with "
+            "optimizer.decay=constant can be extended)"
         )
     if steps < done:
         raise CheckpointError(f"{folder} holds {done} steps, more than {_STEPS} = {steps}; set it to {done} or more")

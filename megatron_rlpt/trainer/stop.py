@@ -1,8 +1,8 @@
-"""Being told to stop: the run leaves a checkpoint behind, and the same command goes on from there.
+"""Stop requests: the run writes a checkpoint and ends; the same command resumes it.
 
-Told by SIGTERM or SIGUSR1, as schedulers send them some time before a job's time is up, or by a file ``stop`` in the
-run's folder, where signals do not reach the trainer itself. Asked for at the beginning of every step and while judges
-are waited for, so that what is under way may take one step more.
+A stop is requested with SIGTERM or SIGUSR1, which schedulers send some time before a job's time limit, or with a file
+``stop`` in the run folder, for launchers whose signals do not reach the trainer. The run checks for a request before
+every step and while it waits for judges, so that it may complete one more step.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from megatron_rlpt.distributed.processes import STOP_SIGNALS
 from megatron_rlpt.distributed.ranks import Ranks
 
 STOP_FILE = "stop"
-"""Name of the file in ``run.dir`` that asks a run to stop; it is removed when that is done."""
+"""Name of the file in ``run.dir`` that requests a stop; the run removes it when it stops."""
 
 
 class StopRequest:
-    """Whether the run was told to stop.
+    """A request to stop the run, by signal or by file.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         ranks: all ranks of the run; a signal to one of them stops all.
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._file = folder / STOP_FILE
         self._ranks = ranks
-        self._told = False
+        self._requested = False
 
-    def asked(self) -> bool:
-        """Whether any rank was told; a collective."""
-        return any(self._ranks.all_gather(self.asked_here()))
+    def requested(self) -> bool:
+        """Return whether a stop was requested on any rank; a collective."""
+        return any(self._ranks.all_gather(self.requested_here()))
 
-    def asked_here(self) -> bool:
-        """Whether this rank was told; rank 0 knows of the file."""
-        return self._told or (self._ranks.is_main and self._file.exists())
+    def requested_here(self) -> bool:
+        """Return whether a stop was requested on this rank; only rank 0 looks for the file."""
+        return self._requested or (self._ranks.is_main and self._file.exists())
 
-    def honoured(self) -> None:
-        """The run has stopped: the next one is not meant any more. This one stays told until it has ended."""
-        self._told = True
+    def clear(self) -> None:
+        """Remove the stop file so that the next run does not see it; this run keeps seeing the request."""
+        self._requested = True
         self._ranks.on_main(lambda: self._file.unlink(missing_ok=True))
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as requests meanwhile; main thread only. A second one ends the process as it always does."""
+        """Take the stop signals as requests; a second one ends the process. Main thread only."""
         before = {number: signal.signal(number, self._take) for number in STOP_SIGNALS}
         try:
             yield
@@ -57,5 +57,5 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+        self._requested = True
         signal.signal(number, signal.SIG_DFL)

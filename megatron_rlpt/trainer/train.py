@@ -1,16 +1,16 @@
-"""The training loop: the whole story in one place.
+"""The training loop.
 
-    episodes ──> candidates ──> scores ──> chosen / rejected ──> update ──> weights to the engine
-     stream       proposer      judging       objective          policy        rollout engine
-    └──────────── pipeline ───────────┘
+    episodes ──> candidates ──> rewards ──> chosen / rejected ──> update ──> weights to the engine
+     stream       proposer      judging        objective          policy        rollout engine
+    └──────────── pipeline ────────────┘
 
-One step learns from ``train.global_batch`` episodes and makes at most one optimizer update. With ``train.staleness`` 0,
-generation, judging and the update follow each other, so every rollout comes from the weights it will change; with S > 0
-they overlap, and every rollout comes from weights S updates before. Either way a run that was killed and resumed equals
-one that was not.
+One step learns from ``train.global_batch`` episodes and makes at most one optimizer update. With ``train.staleness`` 0
+generation, judging and the update run one after another, and every rollout comes from the weights that it will change.
+With ``train.staleness`` S > 0 they overlap, and every rollout comes from weights that are S updates old. In both cases
+a run that is killed and resumed produces the same results as one that is not.
 
-All ranks of a run go through this loop together and hold the same episodes, groups and figures. How the work is divided
-among them is up to the parts: the engine spreads prompts, judges groups, the policy examples.
+All ranks run this loop together and hold the same episodes, groups and metrics. Each part splits its own work among the
+ranks: the engine splits prompts, judging splits groups, the policy splits examples.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.teacher.judge import check_failure_rate
 from megatron_rlpt.trainer.gpu_memory import GpuMemory
 from megatron_rlpt.trainer.learning import Learning
-from megatron_rlpt.trainer.metrics import step_metrics
 from megatron_rlpt.trainer.pipeline import Pipeline
+from megatron_rlpt.trainer.step_metrics import step_metrics
 from megatron_rlpt.trainer.stop import StopRequest
 from megatron_rlpt.types import Group
 
@@ -37,30 +37,30 @@ _log = get_logger(__name__)
 
 
 class Observer(Protocol):
-    """Told of every finished step."""
+    """Records finished steps."""
 
     def step(
         self, step: int, version: int, metrics: dict[str, float], groups: Sequence[Group], selection: Selection
     ) -> None:
-        """Record step number ``step`` (from 0), after which the policy has ``version`` updates behind it."""
+        """Record step ``step``, counted from 0; ``version`` is the number of optimizer updates after it."""
 
 
 class Saver(Protocol):
-    """Keeps what is needed to go on after a stop."""
+    """Writes checkpoints."""
 
     def save(self, done: int) -> None:
-        """Publish a checkpoint of the run after ``done`` steps, or begin to write it in the background."""
+        """Publish a checkpoint after ``done`` steps, or start to write it in the background."""
 
     def poll(self) -> None:
-        """Publish what was written in the background, if it is whole."""
+        """Publish the checkpoint in the background if it is completely written."""
 
     def finish(self) -> None:
-        """Wait for what is written in the background, and publish it."""
+        """Wait for the checkpoint in the background and publish it."""
 
 
 @dataclass
 class Training:
-    """Everything a run is made of."""
+    """All parts of a run, and its progress."""
 
     config: Config
     pipeline: Pipeline
@@ -74,18 +74,18 @@ class Training:
     stop: StopRequest
     learning: Learning
     done: int = 0
-    """Steps behind us."""
+    """Completed steps."""
 
 
 def train(run: Training) -> None:
-    """Run until ``train.steps`` steps are done, or somebody asks to stop; the last one always leaves a checkpoint.
+    """Train until ``train.steps`` steps are done or a stop is requested; either way, end with a checkpoint.
 
     Raises:
-        RunStopped: somebody asked; what was done is in a checkpoint.
-        NothingLearntError: too many steps left no example.
+        RunStopped: a stop was requested.
+        NothingLearntError: too many steps left no example to learn from.
     """
     config, stage, saved = run.config, run.timer.stage, run.done
-    while run.done < config.train.steps and not run.stop.asked():
+    while run.done < config.train.steps and not run.stop.requested():
         with stage("generate"), run.gpu_memory.generating():
             run.pipeline.propose(run.done, run.policy.version)
         with stage("judge"):
@@ -95,23 +95,24 @@ def train(run: Training) -> None:
             failure_rate = check_failure_rate(groups, config.teacher.max_failure_rate)
         with stage("update"), run.gpu_memory.training():
             selection = run.objective.select(groups)
-            figures = run.policy.update(selection.examples) if selection.examples else {}
-            check_agreement(figures, config.rollout.warn_logprob_gap, config.rollout.max_logprob_gap)
+            update_metrics = run.policy.update(selection.examples) if selection.examples else {}
+            check_logprob_gap(update_metrics, config.rollout.warn_logprob_gap, config.rollout.max_logprob_gap)
         with stage("wait"):
             run.pipeline.wait_for_generation()
         with stage("sync"):
             if run.engine and run.engine.version != run.policy.version:
                 run.engine.update_weights(run.policy.weights(), run.policy.version)
         run.done += 1
-        seconds, beside = run.timer.end_step(), run.timer.end_background()
+        seconds, background = run.timer.end_step(), run.timer.end_background()
         run.learning.observe(run.done - 1, groups, selection)
-        metrics = step_metrics(groups, selection, figures, failure_rate, run.learning.empty_share, seconds, beside)
+        empty_share = run.learning.empty_share
+        metrics = step_metrics(groups, selection, update_metrics, failure_rate, empty_share, seconds, background)
         metrics |= run.pipeline.metrics()
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
         run.saver.poll()
         _require_learning(run)
         if run.done % config.checkpoint.every == 0:
-            # After the step is recorded: a kill in between repeats the step, and the resumed run drops its record.
+            # After the step is recorded: if the run is killed in between, it repeats the step and drops this record.
             saved = _save(run)
     if run.done >= config.train.steps:
         _require_learning(run)
@@ -119,17 +120,19 @@ def train(run: Training) -> None:
         _save(run)
     run.saver.finish()
     if run.done < config.train.steps:
-        run.stop.honoured()
-        raise RunStopped(f"stopped after {run.done} of {config.train.steps} steps, as asked; the same command goes on")
+        run.stop.clear()
+        raise RunStopped(
+            f"stopped after {run.done} of {config.train.steps} steps as requested; run the same command to resume"
+        )
 
 
 def _collect(run: Training, saved: int) -> list[Group] | None:
-    """The judged groups of the next step; None if the run is to stop.
+    """Return the judged groups of the next step, or None when a stop is requested.
 
-    Where they are out of reach, what was learnt since the last checkpoint is kept first.
+    If the rollout buffer is unavailable, checkpoint the steps since the last checkpoint before raising.
     """
     try:
-        return run.pipeline.collect(run.done, run.policy.version, run.stop.asked)
+        return run.pipeline.collect(run.done, run.policy.version, run.stop.requested)
     except BufferUnavailableError:
         if saved < run.done:
             _save(run)
@@ -144,33 +147,33 @@ def _save(run: Training) -> int:
 
 
 def _require_learning(run: Training) -> None:
-    """Pass, or end the run; unless no step is left, with a checkpoint from which a mended one goes on."""
+    """End a run that learns nothing. If steps are left, write a checkpoint to resume from once the cause is fixed."""
     last = run.done >= run.config.train.steps
     try:
         run.learning.check(run.policy.version, last=last)
     except NothingLearntError:
         if not last:
-            run.learning.begin_anew()
+            run.learning.reset_window()
             _save(run)
             run.saver.finish()
         raise
 
 
-def check_agreement(figures: dict[str, float], warn: float, stop: float) -> None:
-    """Compare what the engine that generated and the policy that learns say of the same tokens.
+def check_logprob_gap(update_metrics: dict[str, float], warn: float, limit: float) -> None:
+    """Compare the engine's log-probabilities with the policy's for the same tokens.
 
-    Above ``warn`` nats per token, mean absolute difference of log-probabilities, a warning is logged. With
-    ``train.staleness`` the updates in between are part of the difference, and a reason to stop as well: a policy that
-    moves so far in so few updates does not learn from its own rollouts any more.
+    The gap is the mean absolute difference in nats per token; above ``warn`` it is logged. With ``train.staleness`` it
+    includes the updates in between. A large gap is an error then too: a policy that moves that far in a few updates no
+    longer learns from its own rollouts.
 
     Raises:
-        TrainingError: the difference is above ``stop``.
+        TrainingError: the gap is above ``limit``.
     """
-    gap = figures.get("logprob_gap", 0.0)
-    if gap > stop:
+    gap = update_metrics.get("logprob_gap", 0.0)
+    if gap > limit:
         raise TrainingError(
-            f"engine and trainer disagree by {gap:.3f} nats per token, more than rollout.max_logprob_gap = {stop:g}; "
+            f"engine and trainer disagree by {gap:.3f} nats per token, more than rollout.max_logprob_gap = {limit:g}; "
             "their weights or precision differ, so what was sampled is not what is trained"
         )
     if gap > warn:
-        _log.warning("engine and trainer disagree", nats_per_token=gap, warn_logprob_gap=warn, max_logprob_gap=stop)
+        _log.warning("engine and trainer disagree", nats_per_token=gap, warn_logprob_gap=warn, max_logprob_gap=limit)

@@ -13,7 +13,7 @@ import pytest
 from tiny_runs import NEXT_TOKEN, json_lines, only_error, save_model, write_config
 
 from megatron_rlpt.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingError
-from megatron_rlpt.trainer.state import RunObserver
+from megatron_rlpt.trainer.observer import RunObserver
 
 
 @pytest.fixture

@@ -114,14 +114,14 @@ def test_what_is_held_out_from_a_resume_on_is_never_learnt_again(train, corpus, 
     code, _, err, run = train(options | {"heldout": [{"path": str(tmp_path / "h.jsonl")}]}, steps=9, **shown)
     assert code == 0, err
     assert err.count("other documents are held out than at the checkpoint") == 1
-    assert ("is proposed anew" in err) == bool(staleness)
+    assert ("proposing batches again" in err) == bool(staleness)
     after = [row["document"] for row in rows(run / "samples.jsonl") if row["step"] >= 3]
     assert after
     assert {int(document.rpartition("#")[2]) for document in after} <= set(range(40, 60))
     assert rows(run / "metrics.jsonl")[-1]["data/held_out"] >= 40
     code, _, err, _ = train(options | {"heldout_overlap": "refuse"}, steps=10, **shown)
     assert code == 0, err
-    assert "held-out documents are treated otherwise from now on" in err
+    assert "data.heldout_overlap has changed" in err
 
 
 def test_a_document_of_the_ngram_corpus_that_is_held_out_is_found_before_anything_is_trained(train, tmp_path):

@@ -358,7 +358,7 @@ def test_odd_json_costs_its_own_record_only(train, tmp_path):
 
 
 def test_a_file_that_changes_or_vanishes_under_a_run_ends_it_in_one_line(rlpt, train, tmp_path, monkeypatch):
-    from megatron_rlpt.trainer.state import RunObserver
+    from megatron_rlpt.trainer.observer import RunObserver
 
     record = RunObserver.step
     for action, words in {

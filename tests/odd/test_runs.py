@@ -293,7 +293,7 @@ def fill(folder: Path) -> None:
 
 
 def after_step(monkeypatch, number: int, do: Callable[[], object]) -> None:
-    from megatron_rlpt.trainer.state import RunObserver
+    from megatron_rlpt.trainer.observer import RunObserver
 
     step = RunObserver.step
 

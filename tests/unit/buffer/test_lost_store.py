@@ -226,7 +226,7 @@ def test_a_trainer_that_goes_on_with_other_episodes_drops_what_the_store_kept(st
     work_off(opened())
     first.close()
     second = trainer(opened())
-    second.start(0, {0: group(0)}, anew=True)
+    second.start(0, {0: group(0)}, discard=True)
     worker = opened()
     assert work_off(worker) == [0], "what is put again, and nothing that was there"
     second.submit(1, [group(100 + place) for place in range(BATCH - 1)])

@@ -104,7 +104,7 @@ def test_without_judges_the_caller_gets_a_turn_after_some_seconds_and_the_log_sa
     with caplog.at_level(logging.WARNING):
         assert [judging.collect(0, 2, 0) for _ in range(16)] == [None] * 16
     assert clock.now < 60
-    assert "no worker is there; start rlpt judge serve" in caplog.text
+    assert "no worker is running; start rlpt judge serve" in caplog.text
     buffer.announce("worker", "w", "{}", 60.0)
     with caplog.at_level(logging.WARNING):
         for _ in range(16):
@@ -210,7 +210,7 @@ def test_a_cause_that_asking_again_does_not_mend_ends_the_run_and_is_told(throug
 
     clock.on_sleep = fail
     with pytest.raises(
-        TeacherError, match=r"does not mend it: 4 x no comparison decided: request rejected: 400: no such"
+        TeacherError, match=r"that a retry does not fix: 4 x no comparison decided: request rejected: 400: no such"
     ):
         until_there(judging)
     assert all("400: no such field: max_tokens" in record.fields["reasons"] for record in caplog.records)
@@ -225,7 +225,7 @@ def test_workers_that_can_ask_nobody_end_the_run_with_their_reason(through, buff
     value = json.dumps({"host": "h", "trouble": "http://t: access denied: 401: wrong key", "hopeless": True})
     clock.on_sleep = lambda: buffer.announce("worker", "w", value, 60.0)
     with pytest.raises(
-        TeacherError, match=r"no worker can ask a teacher server: http://t: access denied: 401: wrong key"
+        TeacherError, match=r"no worker can use a teacher server: http://t: access denied: 401: wrong key"
     ):
         until_there(judging)
 

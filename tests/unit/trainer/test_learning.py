@@ -54,7 +54,7 @@ def test_whatever_the_reason_it_is_named_with_its_count(judged, said):
     learning = Learning(20, 0.9)
     empty(learning, of=judged)
     assert said in reason(learning)
-    assert said in learning.troubles
+    assert said in learning.warning
 
 
 def test_failed_rewrites_are_counted_and_the_first_server_is_quoted():
@@ -108,14 +108,14 @@ def test_a_resumed_run_knows_what_the_first_one_knew():
     empty(whole, 4)
     assert second.state_dict() == whole.state_dict()
     assert reason(second, 1, last=False) == reason(whole, 1, last=False)
-    assert (second.empty_steps, second.troubles) == (4, whole.troubles)
+    assert (second.empty_steps, second.warning) == (4, whole.warning)
 
 
 def test_a_resumed_run_that_has_not_made_a_step_yet_tells_its_troubles():
     first, second = Learning(4, 0.9), Learning(4, 0.9)
     empty(first)
     second.load_state_dict(first.state_dict())
-    assert second.troubles == first.troubles != ""
+    assert second.warning == first.warning != ""
 
 
 def test_reasons_of_strangers_do_not_fill_the_line():

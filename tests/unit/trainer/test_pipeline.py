@@ -71,7 +71,7 @@ def pipeline(
     return Pipeline(
         Stream(),
         CandidateGenerator(text=NUMBERS, original=True, rewriter=None, engine=Engine(), suffix_length=2, run_seed=1),
-        InTrainerJudging(judge or RolloutsWin(), Ranks(), at_once=background),
+        InTrainerJudging(judge or RolloutsWin(), Ranks(), on_submit=background),
         Curriculum(candidates, 1),
         Ranks(),
         batch=4,
@@ -202,7 +202,7 @@ def test_stale_rollouts_fail_and_the_rest_does_not():
     assert stale.rewards[0] == group.rewards[0]
     assert [reward.reason for reward in stale.rewards[1:]] == ["stale rollout"] * 2
     assert stale.rewards[1].detail == {"rollout_version": 3, "version": 6, "bound": 2}
-    assert [candidate.source for candidate, _ in stale.scored()] == [Source.ORIGINAL]
+    assert [candidate.source for candidate, _ in stale.rewarded()] == [Source.ORIGINAL]
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -232,7 +232,7 @@ def test_a_group_of_a_checkpoint_that_cannot_be_learnt_from_is_refused():
     judged = decode_group(bytes.fromhex(data))
     spoilt = replace(judged, rewards=(Reward(float("nan"), "j", "1"), *judged.rewards[1:]))
     state["pending"][number] = encode_group(spoilt).hex()
-    with pytest.raises(ValueError, match=f"group {number} comes back with a score that is no finite number"):
+    with pytest.raises(ValueError, match=f"group {number} comes back with a reward that is not a finite number"):
         pipeline().load_state_dict(state)
     first.close()
 

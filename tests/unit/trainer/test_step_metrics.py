@@ -6,7 +6,7 @@ import pytest
 
 from megatron_rlpt.objectives import Selection
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
-from megatron_rlpt.trainer.metrics import step_metrics
+from megatron_rlpt.trainer.step_metrics import step_metrics
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 ORIGINAL, REWRITE, ROLLOUT = Source

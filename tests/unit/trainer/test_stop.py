@@ -18,20 +18,20 @@ def test_a_signal_asks_and_handlers_are_given_back(tmp_path, number):
     before = signal.getsignal(number)
     stop = StopRequest(tmp_path, Ranks())
     with stop.listening():
-        assert not stop.asked()
+        assert not stop.requested()
         os.kill(os.getpid(), number)
-        assert stop.asked()
+        assert stop.requested()
     assert signal.getsignal(number) == before
 
 
 def test_a_file_asks_one_run(tmp_path):
     stop = StopRequest(tmp_path, Ranks())
-    assert not stop.asked()
+    assert not stop.requested()
     (tmp_path / STOP_FILE).touch()
-    assert stop.asked()
-    stop.honoured()
-    assert stop.asked_here(), "until it has ended: nothing that is still to be closed may wait"
-    assert not StopRequest(tmp_path, Ranks()).asked()
+    assert stop.requested()
+    stop.clear()
+    assert stop.requested_here(), "until it has ended: nothing that is still to be closed may wait"
+    assert not StopRequest(tmp_path, Ranks()).requested()
 
 
 def test_the_second_signal_ends_the_process():

@@ -152,7 +152,7 @@ def training(
     proposer = CandidateGenerator(
         text=NUMBERS, original=True, rewriter=None, engine=engine, suffix_length=2, run_seed=config.run.seed
     )
-    judging = InTrainerJudging(ScriptedJudge(**judge) if engine else None, Ranks(), at_once=background)
+    judging = InTrainerJudging(ScriptedJudge(**judge) if engine else None, Ranks(), on_submit=background)
     pipeline = Pipeline(
         CountingStream(),
         proposer,

@@ -34,7 +34,7 @@ def test_a_run_that_hangs_ends_with_its_exit_code_and_the_place(tmp_path):
     assert "wait_for_a_packet_that_never_comes" in (tmp_path / "logs/stacks.txt").read_text()
     beat = json.loads((tmp_path / "heartbeat.json").read_text())
     assert (beat["step"], beat["steps"], beat["stage"]) == (3, 10, "judge")
-    assert "stood still" in beat["state"]
+    assert "no progress" in beat["state"]
 
 
 def test_going_through_stages_and_steps_is_progress(tmp_path):

@@ -1,4 +1,4 @@
-"""The figures of one step, computed from what the step did."""
+"""Computes the metrics of one step."""
 
 from __future__ import annotations
 
@@ -21,20 +21,28 @@ def step_metrics(
     seconds: Mapping[str, float],
     background: Mapping[str, float],
 ) -> dict[str, float]:
-    """Flat name -> value.
+    """Return the metrics by name.
 
-    ``update`` holds the figures of the optimizer update (empty when the step had nothing to train on),
-    ``empty_share`` the share of such steps among the last ones, ``seconds`` the time by stage, and ``background`` the
-    seconds of what went on beside the stages. Rewards are per source, over
-    candidates that have a score. ``<source>_chosen_rate`` is the share of the update's examples whose chosen candidate
-    came from that source (paper, Figure 8, for rollouts). ``rollout/length`` is the mean number of tokens of a rollout,
-    ``rollout/stop_rate`` the share that ended by themselves, and ``rollout/blank_rate`` the share without any text,
-    which is neither judged nor learnt. What starts with ``judge/`` is explained in ``teacher/health.py``.
+    - ``reward/<source>``: mean reward of a source's candidates that have one.
+    - ``<source>_chosen_rate``: share of the update's examples whose chosen candidate came from that source (paper,
+      Figure 8, for rollouts).
+    - ``rollout/length``: mean number of tokens; ``rollout/stop_rate``: share that ended with end-of-sequence;
+      ``rollout/blank_rate``: share without any text, which is neither judged nor learned.
+    - ``judge/...``: see ``teacher/judge_metrics.py``.
+
+    Args:
+        groups: the judged groups of the step.
+        selection: the examples of the update, and the skipped episodes.
+        update: metrics of the optimizer update; empty if the step had no example.
+        failure_rate: share of failed judgments.
+        empty_share: share of recent steps without an example.
+        seconds: seconds by stage.
+        background: seconds of work in background threads.
     """
     metrics = dict(update)
     examples = selection.examples
     for source in Source:
-        rewards = [score.value for group in groups if group.rewards for candidate, score in group.scored()
+        rewards = [reward.value for group in groups if group.rewards for candidate, reward in group.rewarded()
                    if candidate.source is source]  # fmt: skip
         if rewards:
             metrics[f"reward/{source.value}"] = fmean(rewards)
@@ -65,7 +73,7 @@ def step_metrics(
 
 
 def _rollouts(groups: Sequence[Group]) -> dict[str, float]:
-    """Of all rollouts, also of those that nobody judged; nothing where there are none."""
+    """Return the metrics of all rollouts, judged or not; nothing without rollouts."""
     rollouts = [candidate for group in groups for candidate in group.candidates if candidate.source is Source.ROLLOUT]
     if not rollouts:
         return {}

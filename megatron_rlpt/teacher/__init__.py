@@ -1,1 +1,29 @@
-"""The post-trained model in its two roles: judge of candidates and rewriter of suffixes."""
+"""The teacher: a post-trained model that judges candidates and rewrites suffixes.
+
+The files, in the order in which a judge's reply becomes a candidate's reward:
+
+    generative.py            GenerativeJudge: one request per vote; collects votes, axis values and rewards of a group
+    comparisons.py           which pairs of candidates are compared: round robin, pivot or tournament
+    prompts/                 prompt texts with versions; fences untrusted text
+    generator.py             Request -> Reply; the TextGenerator and Ask protocols
+    chat_tokenizer.py        Request -> token ids, for a generator in this process
+    vllm_generator.py        TextGenerator on vLLM's offline engine (judge_workers/client is the HTTP one)
+    thinking.py              strips the model's thoughts from a reply
+    verdicts/                Reply -> verdict (``parse_quality`` and so on), or ``Failed``
+    bradley_terry.py         strengths from incomplete comparisons
+    votes.py                 verdicts -> axis value per candidate (``tally_votes``, ``mean_axis_value``);
+                             axis values and weights -> reward (``weighted_reward``)
+    likelihood.py            LikelihoodJudge: log-likelihood under a frozen model, no prompt
+    likelihood_reward.py     log-likelihood and repetition -> reward
+    judge.py                 the Judge protocol; failure rates of judged groups
+    judge_metrics.py         judged groups -> ``judge/...`` metrics
+
+Around it:
+
+    rewriter.py              Episode -> rewritten candidate
+    batched.py               runs judge and rewriter on a batch generator inside the trainer
+    distributed.py           shares groups and episodes among leader ranks
+    concurrency.py           ``gather_or_cancel``
+    build.py                 builds the teacher from the configuration
+    settings_fingerprint.py  makes trainer and judge workers agree on the settings that verdicts depend on
+"""

@@ -1,7 +1,7 @@
-"""Strengths from comparisons where not everybody met everybody (Bradley and Terry 1952).
+"""Bradley-Terry strengths from incomplete comparisons (Bradley and Terry 1952).
 
-The probability that i beats j is sigmoid(strength i - strength j). Strengths have a normal prior around 0, which keeps
-those finite who won or lost everything, and puts those who met nobody in the middle.
+The probability that i beats j is sigmoid(strength i - strength j). A normal prior around 0 keeps the strength of
+players who won or lost everything finite, and puts players without a match in the middle.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 PRIOR_PRECISION = 0.5
-"""One over the variance of the prior: before any comparison, the better of two wins 77 % of the time on average."""
+"""Inverse variance of the prior: before any match, the better of two players wins 77 % of the time on average."""
 
 _TOLERANCE = 1e-12
 _MOST_SWEEPS = 10_000
 
 
 def strengths(players: int, wins: Mapping[tuple[int, int], float]) -> list[float]:
-    """Most probable strengths (natural log of odds) given ``wins[winner, loser]``, by coordinate-wise Newton steps.
+    """Return MAP strengths (natural log odds) given ``wins[winner, loser]``, by coordinate-wise Newton steps.
 
-    The objective is strictly concave, so there is one answer. Rounded to 9 decimals, so that equal records give equal
-    strengths.
+    The objective is strictly concave, so the solution is unique. Rounded to 9 decimals, so that equal records give
+    equal strengths.
     """
     won = [0.0] * players
     met: list[dict[int, float]] = [{} for _ in range(players)]
@@ -39,7 +39,7 @@ def strengths(players: int, wins: Mapping[tuple[int, int], float]) -> list[float
                 probability = win_probability(found[player], found[opponent])
                 slope -= count * probability
                 curvature += count * probability * (1.0 - probability)
-            # Far from the answer the curve is flatter than near it; a whole Newton step would overshoot.
+            # Far from the optimum the curvature is too small, and a full Newton step would overshoot.
             step = max(-1.0, min(1.0, slope / curvature))
             found[player] += step
             change = max(change, abs(step))
@@ -49,12 +49,12 @@ def strengths(players: int, wins: Mapping[tuple[int, int], float]) -> list[float
 
 
 def win_probability(one: float, other: float) -> float:
-    """Probability that a player of strength ``one`` beats one of strength ``other``."""
+    """Return the probability that a player of strength ``one`` beats one of strength ``other``."""
     return 1.0 / (1.0 + math.exp(max(-700.0, min(700.0, other - one))))
 
 
 def expected_shares(found: Sequence[float]) -> list[float]:
-    """Per player, the share of wins to be expected against all others, in [0, 1]; comparable to a round robin's."""
+    """Return each player's expected share of wins against all others, in [0, 1], as a round robin would measure."""
     return [
         fmean(win_probability(one, other) for j, other in enumerate(found) if j != i) if len(found) > 1 else 0.5
         for i, one in enumerate(found)

@@ -1,4 +1,4 @@
-"""The teacher of a run, from its configuration: one engine for both roles, and nothing that is not needed."""
+"""Build the teacher of a run from its configuration: one engine for both roles, and only what the run needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_rlpt.teacher.distributed import DistributedJudge, DistributedRewri
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import Judge
-from megatron_rlpt.teacher.rewriter import Rewriter, Rewrites, answer_tokens
+from megatron_rlpt.teacher.rewriter import BatchRewriter, Rewriter, answer_tokens
 from megatron_rlpt.tokens.control_tokens import known_special_tokens
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, load_tokenizer
 
@@ -23,28 +23,28 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher's roles; None where the run has no use for one."""
+    """The teacher's roles; None for a role that the run does not use."""
 
     judge: Judge | None
-    rewriter: Rewrites | None
+    rewriter: BatchRewriter | None
 
 
 def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
-    """Load what the run needs: a judge if the objective compares candidates, a rewriter if rewrites are offered.
+    """Load a judge if the objective compares candidates, and a rewriter if rewrites are enabled.
 
     Args:
         config: the run's configuration.
-        device: torch device of the likelihood judge; the engine of a generative teacher places itself.
+        device: torch device of the likelihood judge; the engine of a generative teacher chooses its own.
         ranks: all ranks of the run; only leaders load anything.
 
     Raises:
-        ModelError: a model or tokenizer cannot be used, or the teacher cannot score the policy's tokens.
+        ModelError: a model or tokenizer cannot be used, or the teacher's vocabulary differs from the policy's.
     """
     judged = needs_judge(config)
     rewrites = config.candidates.rewrite
     prompted = judged and config.teacher.judge == JudgeName.generative
     judge: Judge | None = None
-    rewriter: Rewrites | None = None
+    rewriter: BatchRewriter | None = None
     if ranks.is_leader:
         generator = _build_generator(config, ranks) if prompted or rewrites else None
         judge = build_judge(config, device, generator) if judged else None
@@ -64,10 +64,10 @@ def _build_generator(config: Config, ranks: Ranks) -> TextGenerator:
 
 
 def build_judge(config: Config, device: str, generator: TextGenerator | None = None) -> Judge:
-    """The judge that ``teacher.judge`` asks for; a generative one starts an engine unless it is given ``generator``.
+    """Build the judge named by ``teacher.judge``; a generative one starts an engine unless given ``generator``.
 
     Raises:
-        ModelError: the teacher cannot be used, or cannot score the policy's tokens.
+        ModelError: the teacher cannot be used, or its vocabulary differs from the policy's.
     """
     if config.teacher.judge == JudgeName.generative:
         generator = generator or _build_generator(config, Ranks())
@@ -79,7 +79,7 @@ def build_judge(config: Config, device: str, generator: TextGenerator | None = N
 
 
 def describe_judge(config: Config) -> str:
-    """What the judge is, as a phrase that fits after "the judge is"."""
+    """Return a phrase that completes "the judge is"."""
     name = Path(config.teacher_path).name
     if config.teacher.judge == JudgeName.generative:
         axes = config.teacher.generative
@@ -93,7 +93,7 @@ def describe_judge(config: Config) -> str:
 
 
 def build_generative_judge(config: Config, teacher: str) -> GenerativeJudge:
-    """The judge that asks a model called ``teacher``, whoever answers its questions.
+    """Build the judge that prompts a model called ``teacher``, whichever generator serves it.
 
     Raises:
         ModelError: the policy's tokenizer cannot be used.
@@ -101,13 +101,13 @@ def build_generative_judge(config: Config, teacher: str) -> GenerativeJudge:
     if config.teacher.generative.quality.scheme == PairScheme.pivot:
         _log.warning(
             "teacher.generative.quality.scheme=pivot compares all candidates with one, which hurts (paper: win rate "
-            "84.3 -> 72.1 with 8 rollouts); scheme=tournament is the cheap one that does not"
+            "84.3 -> 72.1 with 8 rollouts); use scheme=tournament to save calls without that loss"
         )
     return GenerativeJudge(teacher, PolicyTokenizer(config.model.path), config.teacher.generative, config.run.seed)
 
 
 def build_rewriter(config: Config) -> Rewriter:
-    """The rewriter, whoever answers its requests.
+    """Build the rewriter, whichever generator serves it.
 
     Raises:
         ModelError: the policy's tokenizer cannot be used.
@@ -123,18 +123,18 @@ def build_rewriter(config: Config) -> Rewriter:
 
 
 def require_same_vocabulary(config: Config) -> None:
-    """See ``check_same_vocabulary``; the policy's own starting model needs no look."""
+    """Check the vocabularies unless the teacher is the policy's own starting model."""
     if Path(config.teacher_path).resolve() != Path(config.model.path).resolve():
         check_same_vocabulary(config.teacher_path, config.model.path)
 
 
 def check_same_vocabulary(teacher_path: str | Path, model_path: str | Path) -> None:
-    """The likelihood judge scores the policy's token ids, so they have to mean the same to the teacher.
+    """Check that the policy's token ids mean the same to the teacher, as the likelihood judge requires.
 
-    The teacher may have more of them, as post-trained models do.
+    The teacher may have additional tokens, as post-trained models do.
 
     Raises:
-        ModelError: a token of the policy is none of the teacher's, or another one.
+        ModelError: the teacher lacks a token of the policy or has it under another id.
     """
     if not load_tokenizer(model_path).get_vocab().items() <= load_tokenizer(teacher_path).get_vocab().items():
         raise ModelError(

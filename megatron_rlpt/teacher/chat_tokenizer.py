@@ -1,4 +1,4 @@
-"""Requests as token ids for a teacher that is given no text: chat template, and texts that cannot act as control."""
+"""Turn requests into token ids with the chat template, and keep texts from acting as control tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ChatTokenizer:
     """The tokenizer and chat template of a teacher."""
 
     def __init__(self, path: Path) -> None:
-        """Load both from a local Hugging Face folder.
+        """Load tokenizer and chat template from a local Hugging Face folder.
 
         Raises:
             ModelError: there is no tokenizer, or no chat template.
@@ -30,10 +30,10 @@ class ChatTokenizer:
         self._control = _control_tokens(self._tokenizer)
 
     def tokens(self, request: Request) -> list[int] | Failed:
-        """Token ids of the request's prompt, or why there are none.
+        """Return the token ids of the request's prompt, or a failure.
 
-        Control tokens that texts spell are broken up. Lists of them may be incomplete: what counts is what the
-        tokenizer makes of the text.
+        Control tokens spelled out in texts are broken up. Lists of control tokens may be incomplete, so the result of
+        the tokenizer is checked.
         """
         if not request.prompt or isinstance(request.prompt[0], int):
             return [token for token in request.prompt if isinstance(token, int)]
@@ -47,7 +47,7 @@ class ChatTokenizer:
             if not self._control.keys().isdisjoint(self._ids(content)):
                 return Failed("a control token in the prompt cannot be broken up")
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # The template writes its own beginning-of-sequence token.
+        # The template adds the beginning-of-sequence token.
         return self._ids(text + answer_start)
 
     def _ids(self, text: str) -> list[int]:
@@ -55,7 +55,7 @@ class ChatTokenizer:
 
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Ids and spelling of what may act in a prompt, wherever the tokenizer lists it; unknown words are none of it."""
+    """Return id and spelling of all control tokens, wherever the tokenizer lists them, except the unknown token."""
     listed = {
         index: token.content
         for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()

@@ -1,4 +1,4 @@
-"""Several coroutines at once."""
+"""Run several coroutines concurrently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Results in the order of ``work``. The first exception cancels the rest, waits for its end and is raised."""
+    """Return results in the order of ``work``. The first exception cancels the rest, waits for them and is raised."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return list(await asyncio.gather(*tasks))

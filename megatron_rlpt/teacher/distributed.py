@@ -1,6 +1,6 @@
-"""The teacher of a world of several ranks: leaders work on a share each, and every rank learns every result.
+"""Judge and rewriter of several ranks: each leader processes a share, and every rank gets all results.
 
-On a rank that is no leader the role inside is None, and is never asked.
+On a rank that is not a leader the local role is None and unused.
 """
 
 from __future__ import annotations
@@ -8,41 +8,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.teacher.judge import Judge
-from megatron_rlpt.teacher.rewriter import Rewrites
+from megatron_rlpt.teacher.rewriter import BatchRewriter
 from megatron_rlpt.types import Candidate, Episode, Failed, Group
 
 
 @dataclass(frozen=True)
-class DistributedJudge:
-    """A ``Judge`` that every rank calls at the same time with the same groups."""
+class DistributedJudge(Judge):
+    """A ``Judge`` that every rank calls collectively with the same groups."""
 
-    own: Judge | None
+    local: Judge | None
     ranks: Ranks
 
+    @override
     def judge(self, groups: Sequence[Group]) -> list[Group]:
-        """See ``Judge.judge``."""
-
         def work(share: list[Group]) -> list[Group]:
-            assert self.own is not None
-            return self.own.judge(share)
+            assert self.local is not None
+            return self.local.judge(share)
 
         return self.ranks.scatter_work(groups, work, "the end of judging")
 
 
 @dataclass(frozen=True)
-class DistributedRewriter:
-    """A rewriter that every rank calls at the same time with the same episodes."""
+class DistributedRewriter(BatchRewriter):
+    """A ``BatchRewriter`` that every rank calls collectively with the same episodes."""
 
-    own: Rewrites | None
+    local: BatchRewriter | None
     ranks: Ranks
 
+    @override
     def rewrite(self, episodes: Sequence[Episode]) -> list[Candidate | Failed]:
-        """See ``Rewriter.rewrite``."""
-
         def work(share: list[Episode]) -> list[Candidate | Failed]:
-            assert self.own is not None
-            return self.own.rewrite(share)
+            assert self.local is not None
+            return self.local.rewrite(share)
 
         return self.ranks.scatter_work(episodes, work, "the end of rewriting")

@@ -1,9 +1,9 @@
-"""The generative judge: a post-trained model is asked, its verdicts are parsed, counted and explained.
+"""The generative judge: prompts a post-trained model, parses its verdicts and turns them into rewards.
 
-    group -> questions (per axis: pairs or candidates, times votes) -> teacher -> verdicts -> axes -> rewards
+    group -> requests (per axis: pairs or candidates, times votes) -> replies -> verdicts -> axis values -> rewards
 
-Questions are asked one by one, as many at once as do not depend on each other. Candidates with equal tokens are judged
-once and share the result: comparing a text with itself would only add noise.
+Requests that do not depend on each other are sent concurrently. Candidates with equal tokens are judged once and share
+the result, because comparing a text with itself only adds noise.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ _POINTWISE: dict[str, Callable[[Reply], float | Failed]] = {"safety": parse_safe
 
 @dataclass
 class _AxisResult:
-    """What one axis says of the distinct texts of a group, in their order."""
+    """Axis values and votes of one axis, per distinct text of a group."""
 
     name: str
     axis_values: Sequence[float | Failed]
     votes: list[list[dict[str, Any]]]
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What is added to the detail of every text."""
+    shared_detail: dict[str, Any] = field(default_factory=dict)
+    """Added to the detail of every text."""
 
 
 class GenerativeJudge:
-    """Scores candidates by prompting: quality pairwise, safety and factuality pointwise (paper, section on judges).
+    """Judges candidates by prompting: quality pairwise, safety and factuality pointwise (paper, section on judges).
 
-    ``BatchedJudge`` makes it a ``Judge``.
+    ``BatchedJudge`` adapts it to ``Judge``.
     """
 
     def __init__(self, teacher: str, text: TextTokens, config: GenerativeConfig, seed: int) -> None:
         """
         Args:
-            teacher: name of the model, for the provenance of scores.
-            text: text and tokens of the policy.
+            teacher: name of the model, stored with every reward.
+            text: converts between text and tokens of the policy.
             config: axes and sampling.
-            seed: the run's seed; every question derives its own from it and from what it is about.
+            seed: the run's seed; every request derives its own from it and from what it compares.
         """
         self.name = f"generative/{teacher}"
         self._text = text
@@ -62,31 +62,31 @@ class GenerativeJudge:
         self._version = "+".join(VERSIONS[name] for name in self._weights)
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
-        """The group with one reward per candidate and its cost.
+        """Return the group with its cost and one reward per candidate.
 
-        ``detail["axes"]`` holds each axis' value and its votes: seed, reply, verdict or failure. A vote on a pair names
-        candidates by their index, is listed with both, and has its reply with the one shown first.
-        ``detail["standings"]`` holds the statistics of the comparisons.
+        ``detail["axes"]`` holds each axis' value and its votes: seed, reply, and verdict or failure. A vote on a pair
+        names candidates by index, is listed with both, and holds its reply with the one shown first.
+        ``detail["standings"]`` holds statistics of the comparisons.
         """
         start = time.perf_counter()
-        counted = _CountingAsk(ask)
-        # What has no text is left out: nobody should win by meeting it.
+        counting = _CountingAsk(ask)
+        # Leave out blank candidates: a win against one means nothing.
         blank = {one.tokens for one in group.candidates if one.blank or self._text.is_blank(one.tokens)}
         distinct = [tokens for tokens in dict.fromkeys(one.tokens for one in group.candidates) if tokens not in blank]
         texts = [self._text.text_of(tokens, group.episode.prefix) for tokens in distinct]
-        work = [self._judge_points(group, texts, name, axis, counted) for name, axis in self._pointwise.items()]
+        work = [self._judge_points(group, texts, name, axis, counting) for name, axis in self._pointwise.items()]
         if "quality" in self._weights:
             tokens = [candidate.tokens for candidate in group.candidates]
-            work.insert(0, self._judge_pairs(group, texts, [tokens.index(text) for text in distinct], counted))
+            work.insert(0, self._judge_pairs(group, texts, [tokens.index(text) for text in distinct], counting))
         rewards = dict(zip(distinct, self._rewards(len(distinct), await gather_or_cancel(work)), strict=True))
         return replace(
             group,
             rewards=tuple(rewards.get(candidate.tokens, BLANK) for candidate in group.candidates),
-            cost=counted.cost(time.perf_counter() - start),
+            cost=counting.cost(time.perf_counter() - start),
         )
 
-    async def _judge_pairs(self, group: Group, texts: Sequence[str], places: Sequence[int], ask: Ask) -> _AxisResult:
-        """Quality; ``places`` are the indices of the candidates that have ``texts``."""
+    async def _judge_pairs(self, group: Group, texts: Sequence[str], indices: Sequence[int], ask: Ask) -> _AxisResult:
+        """Judge quality; ``indices`` are the candidates that have ``texts``."""
         axis, episode = self._config.quality, group.episode
         prefix = prefix_text(self._text, episode)
         votes: list[list[dict[str, Any]]] = [[] for _ in texts]
@@ -95,10 +95,10 @@ class GenerativeJudge:
             seed = derive_seed(self._seed, episode.id, "quality", first, second, vote)
             request = self._request("quality", seed, prefix=prefix, first=texts[first], second=texts[second])
             reply = await ask(request)
-            option = reply if isinstance(reply, Failed) else parse_quality(reply)
-            winner = option if isinstance(option, Failed) else (first, second)[option]
-            record = {"first": places[first], "second": places[second], "vote": vote, "seed": seed}
-            record["verdict"] = _plain(winner if isinstance(winner, Failed) else places[winner])
+            verdict = reply if isinstance(reply, Failed) else parse_quality(reply)
+            winner = verdict if isinstance(verdict, Failed) else (first, second)[verdict]
+            record = {"first": indices[first], "second": indices[second], "vote": vote, "seed": seed}
+            record["verdict"] = _plain(winner if isinstance(winner, Failed) else indices[winner])
             votes[first].append(record | {"reply": _text(reply)})
             votes[second].append(record)
             return winner
@@ -106,7 +106,7 @@ class GenerativeJudge:
         draw = derive_seed(self._seed, episode.id, "quality", "draw")
         table, _ = await rank(axis.scheme, len(texts), axis.votes, axis.order, draw, compare)
         for row in votes:
-            # Answers come in any order; what is kept should not tell.
+            # Replies arrive in any order; keep a fixed one.
             row.sort(key=lambda record: (record["first"], record["second"], record["vote"]))
         values = table.axis_values if len(texts) > 1 else [Failed("nothing to compare with")] * len(texts)
         return _AxisResult("quality", values, votes, {"standings": table.statistics()})
@@ -114,26 +114,24 @@ class GenerativeJudge:
     async def _judge_points(
         self, group: Group, texts: Sequence[str], name: str, axis: AxisConfig, ask: Ask
     ) -> _AxisResult:
-        """Safety or factuality."""
+        """Judge safety or factuality."""
         episode = group.episode
         shown: dict[str, str] = {}
         if name == "factuality":
             reference = self._text.text_of(episode.suffix, episode.prefix)
             shown = {"prefix": prefix_text(self._text, episode), "reference": reference}
 
-        async def judge(place: int, vote: int) -> tuple[float | Failed, dict[str, Any]]:
-            seed = derive_seed(self._seed, episode.id, name, place, vote)
-            reply = await ask(self._request(name, seed, text=texts[place], **shown))
-            value = reply if isinstance(reply, Failed) else _POINTWISE[name](reply)
-            return value, {"vote": vote, "seed": seed, "verdict": _plain(value), "reply": _text(reply)}
+        async def judge(index: int, vote: int) -> tuple[float | Failed, dict[str, Any]]:
+            seed = derive_seed(self._seed, episode.id, name, index, vote)
+            reply = await ask(self._request(name, seed, text=texts[index], **shown))
+            verdict = reply if isinstance(reply, Failed) else _POINTWISE[name](reply)
+            return verdict, {"vote": vote, "seed": seed, "verdict": _plain(verdict), "reply": _text(reply)}
 
-        answers = await gather_or_cancel(
-            judge(place, vote) for place in range(len(texts)) for vote in range(axis.votes)
-        )
-        rows = [answers[place * axis.votes :][: axis.votes] for place in range(len(texts))]
+        votes = await gather_or_cancel(judge(index, vote) for index in range(len(texts)) for vote in range(axis.votes))
+        rows = [votes[index * axis.votes :][: axis.votes] for index in range(len(texts))]
         return _AxisResult(
             name,
-            [mean_axis_value([value for value, _ in row]) for row in rows],
+            [mean_axis_value([verdict for verdict, _ in row]) for row in rows],
             [[record for _, record in row] for row in rows],
         )
 
@@ -153,24 +151,24 @@ class GenerativeJudge:
             parts = {axis.name: {"value": _plain(axis.axis_values[text]), "votes": axis.votes[text]} for axis in axes}
             detail: dict[str, Any] = {"axes": parts}
             for axis in axes:
-                detail |= axis.extra
-            total = weighted_reward({axis.name: axis.axis_values[text] for axis in axes}, self._weights)
-            if isinstance(total, Failed):
-                rewards.append(replace(total, detail=detail | total.detail))
+                detail |= axis.shared_detail
+            reward = weighted_reward({axis.name: axis.axis_values[text] for axis in axes}, self._weights)
+            if isinstance(reward, Failed):
+                rewards.append(replace(reward, detail=detail | reward.detail))
             else:
-                rewards.append(Reward(total, self.name, self._version, detail))
+                rewards.append(Reward(reward, self.name, self._version, detail))
         return rewards
 
 
 class _CountingAsk:
-    """An ``Ask`` that counts what goes through it."""
+    """An ``Ask`` that counts requests and tokens."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._calls = self._prompt_tokens = self._answer_tokens = 0
 
     async def __call__(self, request: Request) -> Reply | Failed:
-        """See ``Ask``."""
+        """Forward ``request`` and count it."""
         self._calls += 1
         reply = await self._ask(request)
         if isinstance(reply, Reply):
@@ -179,7 +177,7 @@ class _CountingAsk:
         return reply
 
     def cost(self, seconds: float) -> Cost:
-        """All calls so far."""
+        """Return the cost of all calls so far."""
         return Cost(self._calls, self._prompt_tokens, self._answer_tokens, seconds)
 
 

@@ -1,4 +1,4 @@
-"""What a judge is, whatever scores: groups in, the same groups with one reward per candidate out."""
+"""The ``Judge`` protocol, and failure rates of judged groups."""
 
 from __future__ import annotations
 
@@ -12,61 +12,61 @@ from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.types import BLANK, Failed, Group, Reward, Source
 
 NOT_JUDGED = frozenset({BLANK.reason, "nothing to compare with", "stale rollout"})
-"""Reasons of ``Failed`` that say something of the candidate: no judge failed, and no other would do better."""
-_WORDS = ("cause", "message", "found", "body", "reply")
-"""Keys of ``Failed.detail`` that hold them, the most telling first."""
+"""Reasons of ``Failed`` that are about the candidate, not the judge; judging again would not help."""
+_MESSAGE_KEYS = ("cause", "message", "found", "body", "reply")
+"""Keys of ``Failed.detail`` that may hold a server's or model's own words, most informative first."""
 
 
 class Judge(Protocol):
-    """Scores candidates."""
+    """Rewards candidates."""
 
     def judge(self, groups: Sequence[Group]) -> list[Group]:
-        """The same groups, in the same order, with ``rewards`` filled: one ``Reward`` or ``Failed`` per candidate.
+        """Return the groups in the same order, with one ``Reward`` or ``Failed`` per candidate in ``rewards``.
 
-        A failure is never a number, and a score explains itself in ``detail``.
+        A failure is never a number. ``Reward.detail`` explains the reward.
         """
         ...
 
 
 def failure_rate(groups: Sequence[Group]) -> float:
-    """Share of failed judgments among all candidates that a judge was asked about, between 0 and 1."""
+    """Return the share of candidates, among those submitted to a judge, without a reward (0 to 1)."""
     rewards = _judgments(groups)
     return sum(isinstance(reward, Failed) for reward in rewards) / len(rewards) if rewards else 0.0
 
 
 def rewrite_failure_rate(groups: Sequence[Group]) -> float:
-    """Share of failed rewrites among those asked for, between 0 and 1.
+    """Return the share of requested rewrites that failed (0 to 1).
 
-    Apart from judgments: one rewrite beside sixteen rollouts could fail every time and stay below any limit.
+    Counted separately from judgments: one rewrite among sixteen rollouts could always fail and stay below any limit.
     """
-    asked = [group.rewrite_failure is not None for group in groups if _asked_for_rewrite(group)]
-    return sum(asked) / len(asked) if asked else 0.0
+    failed = [group.rewrite_failure is not None for group in groups if _rewrite_requested(group)]
+    return sum(failed) / len(failed) if failed else 0.0
 
 
 def failures(groups: Sequence[Group]) -> list[Failed]:
-    """Every failed rewrite and judgment of ``groups``, in their order."""
+    """Return every failed rewrite and judgment of ``groups``, in order."""
     return [
         failed for group in groups for failed in (group.rewrite_failure, *group.rewards) if isinstance(failed, Failed)
     ]
 
 
 def check_failure_rate(groups: Sequence[Group], limit: float) -> float:
-    """``failure_rate`` of ``groups``, if it and ``rewrite_failure_rate`` are no more than ``limit``.
+    """Return ``failure_rate`` of ``groups`` after checking it and ``rewrite_failure_rate`` against ``limit``.
 
     Raises:
         TeacherError: a share is above ``limit`` (``teacher.max_failure_rate``).
     """
     rate = failure_rate(groups)
     judgments = _judgments(groups)
-    rewrites = [group.rewrite_failure for group in groups if _asked_for_rewrite(group)]
-    for who, what, share, asked in (
+    rewrites = [group.rewrite_failure for group in groups if _rewrite_requested(group)]
+    for who, what, share, requested in (
         ("judge", "candidates", rate, judgments),
         ("rewriter", "suffixes", rewrite_failure_rate(groups), rewrites),
     ):
         if share > limit:
-            failed = [one for one in asked if isinstance(one, Failed)]
+            failed = [one for one in requested if isinstance(one, Failed)]
             raise TeacherError(
-                f"the {who} failed on {len(failed)} of {len(asked)} {what} ({share:.0%}), more than "
+                f"the {who} failed on {len(failed)} of {len(requested)} {what} ({share:.0%}), more than "
                 f"teacher.max_failure_rate = {limit:g} allows; most frequent: {most_frequent(failed)}"
                 f"{first_cause(failed, '; the first: ')}"
             )
@@ -74,15 +74,15 @@ def check_failure_rate(groups: Sequence[Group], limit: float) -> float:
 
 
 def most_frequent(failed: Sequence[Failed], count: int = 3) -> str:
-    """The ``count`` most frequent reasons, with what led to them: ``5 x no comparison decided: request rejected``."""
+    """Return the most frequent reasons with their roots, as in ``5 x no comparison decided: request rejected``."""
     reasons = Counter(Failed(failure.reason, {"root": failure.root}).explained for failure in failed).most_common(count)
     return "; ".join(f"{times} x {reason}" for reason, times in reasons)
 
 
 def first_cause(failed: Sequence[Failed], before: str = "") -> str:
-    """What a server or model itself said where the first of ``failed`` that has it went wrong, shortened.
+    """Return ``before`` and the first message of a server or model found in ``failed``, shortened and quoted.
 
-    Empty where none has; else ``before`` stands in front of it.
+    Empty if there is none.
     """
     words = next((found for failure in failed if (found := _verbatim(failure.detail))), "")
     return before + json.dumps(shortened(words), ensure_ascii=False) if words else ""
@@ -93,16 +93,16 @@ def _judgments(groups: Sequence[Group]) -> list[Reward | Failed]:
     return [reward for reward in rewards if isinstance(reward, Reward) or reward.reason not in NOT_JUDGED]
 
 
-def _asked_for_rewrite(group: Group) -> bool:
+def _rewrite_requested(group: Group) -> bool:
     return group.rewrite_failure is not None or any(c.source is Source.REWRITE for c in group.candidates)
 
 
 def _verbatim(detail: Any) -> str:
-    """The first text in ``detail`` that somebody else wrote, looking from the outside in."""
+    """Return the first message of a server or model in ``detail``, searching from the outside in."""
     if isinstance(detail, Mapping):
-        for key in _WORDS:
-            if isinstance(said := detail.get(key), str) and said.strip():
-                return " ".join(said.split())
+        for key in _MESSAGE_KEYS:
+            if isinstance(text := detail.get(key), str) and text.strip():
+                return " ".join(text.split())
         detail = list(detail.values())
     if isinstance(detail, list | tuple):
         return next((found for part in detail if (found := _verbatim(part))), "")

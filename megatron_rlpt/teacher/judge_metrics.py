@@ -1,18 +1,18 @@
-"""What judged groups tell about their judge: biases, agreement with itself, failures and cost.
+"""``judge/...`` metrics of judged groups: bias, vote agreement, failures and cost.
 
-| figure | what | a judge in good health |
+| metric | meaning | healthy |
 |---|---|---|
 | ``judge/flip_rate`` | pairs judged in both orders whose majority changes with the order | near 0 |
 | ``judge/first_rate`` | comparisons won by the option shown first | near 0.5 |
-| ``judge/agreement`` | two votes on the same question agree | near 1, 0.5 is chance |
-| ``judge/length_correlation`` | scores and numbers of tokens within a group, Pearson | near 0 |
+| ``judge/agreement`` | two votes on the same question agree (vote agreement) | near 1, 0.5 is chance |
+| ``judge/length_correlation`` | rewards and numbers of tokens within a group, Pearson | near 0 |
 | ``judge/longer_win_rate`` | pairs of different length won by the longer | near 0.5 |
 | ``judge/win_rate/<source>`` | pairs with another source's candidate won by this one's, ties half | |
-| ``judge/failed_votes`` | questions without a verdict | near 0 |
-| ``judge/failed/<reason>`` | how many, for the most frequent reasons | |
+| ``judge/failed_votes`` | votes without a verdict | near 0 |
+| ``judge/failed/<reason>`` | count, for the most frequent reasons | |
 | ``judge/calls``, ``/prompt_tokens``, ``/answer_tokens``, ``/seconds`` | per group, mean | |
 
-A figure without anything to count is left out; it never becomes 0.
+A metric without data is left out; it never becomes 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_REASONS = 5
 
 
 def judge_health(groups: Sequence[Group]) -> dict[str, float]:
-    """Flat name -> value; groups without rewards count for nothing."""
+    """Return metric name -> value; groups without rewards are ignored."""
     judged = [group for group in groups if group.rewards]
     return _comparisons(judged) | _lengths(judged) | _sources(judged) | _failures(judged) | _costs(judged)
 
@@ -47,12 +47,12 @@ def _comparisons(groups: Sequence[Group]) -> dict[str, float]:
         if name != "quality" and len(verdicts := [v["verdict"] for v in votes if not _failed(v)]) > 1
     ]
     pairs = [(table["agreement"], table["repeated"]) for table in known]
-    figures = {
+    metrics = {
         "judge/flip_rate": _weighted((table["flip_rate"], table["both_orders"]) for table in known),
         "judge/first_rate": _weighted((table["first_rate"], table["decided"]) for table in known),
         "judge/agreement": _weighted(pairs + points),
     }
-    return {name: value for name, value in figures.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def _lengths(groups: Sequence[Group]) -> dict[str, float]:
@@ -60,45 +60,45 @@ def _lengths(groups: Sequence[Group]) -> dict[str, float]:
     values: list[float] = []
     longer_wins: list[float] = []
     for group in groups:
-        scored = _distinct(group)
-        if len(scored) < 2:
+        rewarded = _distinct(group)
+        if len(rewarded) < 2:
             continue
-        mean_length = fmean(len(candidate.tokens) for candidate, _ in scored)
-        mean_value = fmean(score.value for _, score in scored)
-        # Within groups: an easy prefix may have both long texts and high scores.
-        lengths += [len(candidate.tokens) - mean_length for candidate, _ in scored]
-        values += [score.value - mean_value for _, score in scored]
-        for one, other in combinations(scored, 2):
+        mean_length = fmean(len(candidate.tokens) for candidate, _ in rewarded)
+        mean_value = fmean(reward.value for _, reward in rewarded)
+        # Centered per group: an easy prefix may have both long texts and high rewards.
+        lengths += [len(candidate.tokens) - mean_length for candidate, _ in rewarded]
+        values += [reward.value - mean_value for _, reward in rewarded]
+        for one, other in combinations(rewarded, 2):
             longer, shorter = sorted((one, other), key=lambda pair: -len(pair[0].tokens))
             if len(longer[0].tokens) > len(shorter[0].tokens):
                 longer_wins.append(_win(longer[1], shorter[1]))
-    figures = {"judge/longer_win_rate": fmean(longer_wins)} if longer_wins else {}
+    metrics = {"judge/longer_win_rate": fmean(longer_wins)} if longer_wins else {}
     spread = math.sqrt(sum(x * x for x in lengths) * sum(y * y for y in values))
     if spread > 0:
-        figures["judge/length_correlation"] = sum(x * y for x, y in zip(lengths, values, strict=True)) / spread
-    return figures
+        metrics["judge/length_correlation"] = sum(x * y for x, y in zip(lengths, values, strict=True)) / spread
+    return metrics
 
 
 def _sources(groups: Sequence[Group]) -> dict[str, float]:
     wins: dict[Source, list[float]] = {source: [] for source in Source}
     for group in groups:
-        for (one, score), (other, other_score) in combinations(_distinct(group), 2):
+        for (one, reward), (other, other_reward) in combinations(_distinct(group), 2):
             if one.source is not other.source:
-                wins[one.source].append(_win(score, other_score))
-                wins[other.source].append(_win(other_score, score))
+                wins[one.source].append(_win(reward, other_reward))
+                wins[other.source].append(_win(other_reward, reward))
     return {f"judge/win_rate/{source.value}": fmean(row) for source, row in wins.items() if row}
 
 
 def _failures(groups: Sequence[Group]) -> dict[str, float]:
     votes = [vote for group in groups for _, row in _votes(group) for vote in row]
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if votes:
-        figures["judge/failed_votes"] = fmean(_failed(vote) for vote in votes)
-    return figures | by_reason("judge/failed", failure_reasons(groups))
+        metrics["judge/failed_votes"] = fmean(_failed(vote) for vote in votes)
+    return metrics | by_reason("judge/failed", failure_reasons(groups))
 
 
 def by_reason(name: str, reasons: Counter[str]) -> dict[str, float]:
-    """``name/<reason>`` -> how often, for the most frequent reasons."""
+    """Return ``name/<reason>`` -> count, for the most frequent reasons."""
     return {
         f"{name}/{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}": count
         for reason, count in reasons.most_common(_MOST_REASONS)
@@ -106,7 +106,7 @@ def by_reason(name: str, reasons: Counter[str]) -> dict[str, float]:
 
 
 def failure_reasons(groups: Sequence[Group]) -> Counter[str]:
-    """Why there is no verdict -> how often: by vote where the judge votes, else by candidate."""
+    """Count failure reasons: per vote for a judge that votes, else per candidate."""
     reasons: Counter[str] = Counter()
     for group in groups:
         reasons.update(vote["verdict"]["failed"] for _, row in _votes(group) for vote in row if _failed(vote))
@@ -121,7 +121,7 @@ def _costs(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _votes(group: Group) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Axis and votes of every distinct text; a vote on a pair once, with the text shown first."""
+    """Yield axis and votes of every distinct text; a vote on a pair once, with the text shown first."""
     seen: set[tuple[int, ...]] = set()
     for candidate, reward in zip(group.candidates, group.rewards, strict=True):
         if candidate.tokens not in seen:
@@ -135,8 +135,8 @@ def _failed(vote: dict[str, Any]) -> bool:
 
 
 def _distinct(group: Group) -> list[tuple[Candidate, Reward]]:
-    """Scored candidates, those with equal tokens once."""
-    return list({candidate.tokens: (candidate, score) for candidate, score in group.rewarded()[::-1]}.values())[::-1]
+    """Return candidates with a reward, those with equal tokens once."""
+    return list({candidate.tokens: (candidate, reward) for candidate, reward in group.rewarded()[::-1]}.values())[::-1]
 
 
 def _win(one: Reward, other: Reward) -> float:

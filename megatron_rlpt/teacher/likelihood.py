@@ -1,8 +1,8 @@
-"""The likelihood judge: how probable a frozen teacher finds a candidate, less what it repeats.
+"""The likelihood judge: mean log-likelihood of a candidate under a frozen teacher, minus repetition.
 
-Plain likelihood rewards loops, hence the repetition term. All candidates of an episode share its prefix, and that is
-most of the tokens (1,920 of 2,048 in the paper's setting), so the prefix goes through the teacher once: its key-value
-cache is copied to one row per candidate, and only the candidates are run on top.
+Plain likelihood rewards loops, hence the repetition term. All candidates of an episode share its prefix, which is most
+of the tokens (1,920 of 2,048 in the paper's setting). So the teacher runs the prefix once, copies its key-value cache
+to one row per candidate, and runs only the candidates on top.
 
     prefixes [groups, P] --> cache [groups] --select--> cache [rows] + candidates [rows, L] --> hidden --> chunked head
 """
@@ -19,21 +19,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.plain_text import shortened
+from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.likelihood_reward import likelihood_reward
 from megatron_rlpt.types import BLANK, Failed, Group, Reward
 
 _HEAD_CHUNK_CPU = 128
-"""Tokens whose vocabulary logits exist at the same time; few on a CPU, where they should stay near its cache."""
+"""Tokens whose vocabulary logits exist at the same time; few on a CPU, so that they fit its cache."""
 _HEAD_CHUNK_GPU = 2048
 
 
-class LikelihoodJudge:
-    """Scores candidates by mean log-likelihood under a frozen teacher minus weighted repetition."""
+class LikelihoodJudge(Judge):
+    """Rewards candidates by mean log-likelihood under a frozen teacher minus weighted repetition."""
 
     def __init__(
         self, model_path: str | Path, config: LikelihoodConfig, device: str, dtype: torch.dtype | None = None
@@ -42,12 +44,12 @@ class LikelihoodJudge:
 
         Args:
             model_path: the folder.
-            config: how its likelihoods become scores.
-            device: as PyTorch names it.
-            dtype: precision of the weights; none for bf16, or for fp32 on a CPU that has no instructions for bf16.
+            config: how likelihoods become rewards.
+            device: torch device.
+            dtype: precision of the weights; by default bf16, or fp32 on a CPU without bf16 instructions.
 
         Raises:
-            ModelError: the folder is missing, cannot be loaded, or its family computes logits in an unusual way.
+            ModelError: the folder is missing, cannot be loaded, or its family changes logits after the output layer.
         """
         self.config = config
         self.name = f"likelihood/{Path(model_path).name}"
@@ -59,14 +61,14 @@ class LikelihoodJudge:
         self._context: int | None = getattr(self._model.config, "max_position_embeddings", None)
         self._check_head(model_path)
 
+    @override
     def judge(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with one reward per candidate; what has no finite likelihood is a failure."""
-        scored = self.judge_tokens(
+        rewarded = self.judge_tokens(
             [group.episode.prefix for group in groups],
             [[candidate.tokens for candidate in group.candidates if not candidate.blank] for group in groups],
         )
         judged = []
-        for group, row in zip(groups, scored, strict=True):
+        for group, row in zip(groups, rewarded, strict=True):
             rewards = iter(row)
             judged.append(
                 replace(
@@ -79,7 +81,7 @@ class LikelihoodJudge:
     def judge_tokens(
         self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[Reward | Failed]]:
-        """Reward any number of continuations (token ids) of each prefix (token ids, at least one).
+        """Return rewards of the continuations (token ids) of each prefix (token ids, at least one).
 
         ``Reward.detail`` holds ``loglik_mean`` (nats per token) and ``repetition`` (fraction of repeated n-grams).
         """
@@ -95,7 +97,7 @@ class LikelihoodJudge:
         return likelihood_reward(self.name, self.config, tokens, mean)
 
     def _problem(self, prefix: Sequence[int], tokens: Sequence[int]) -> str | None:
-        """Why ``tokens`` after ``prefix`` have no likelihood, if so; few reasons, so that they can be counted."""
+        """Return why ``tokens`` after ``prefix`` have no likelihood, or None. A small set of reasons, for counting."""
         if not tokens:
             return "empty candidate"
         if not prefix:
@@ -110,10 +112,10 @@ class LikelihoodJudge:
     def mean_loglikelihood(
         self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[float]]:
-        """Mean log-probability per token, in nats, of each continuation given its prefix.
+        """Return the mean log-probability per token, in nats, of each continuation given its prefix.
 
-        NaN stands for "there is none": an empty prefix or continuation, a token id outside the vocabulary, or more
-        tokens than the teacher's context holds.
+        NaN for an empty prefix or continuation, a token id outside the vocabulary, or more tokens than the teacher's
+        context.
         """
         means = [[math.nan] * len(row) for row in continuations]
         wanted = {
@@ -134,7 +136,7 @@ class LikelihoodJudge:
         return means
 
     def _prefix_batches(self, prefixes: Sequence[Sequence[int]], groups: Sequence[int]) -> Iterator[list[int]]:
-        """Groups whose prefixes are equally long (no padding, no mask), at most ``batch_tokens`` in one forward."""
+        """Yield groups with equally long prefixes (no padding, no mask), at most ``batch_tokens`` per forward."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for group in groups:
             by_length[len(prefixes[group])].append(group)
@@ -149,21 +151,21 @@ class LikelihoodJudge:
         prefix_length: int,
         continuations: Sequence[Sequence[Sequence[int]]],
     ) -> Iterator[list[tuple[int, int, int]]]:
-        """Rows (at least one) whose prefix copies and padded continuations hold at most ``batch_tokens`` together."""
+        """Yield rows (at least one) whose prefix copies and padded continuations have at most ``batch_tokens``."""
         longest = max(len(continuations[group][index]) for _, group, index in rows)
         size = max(1, self.config.batch_tokens // (prefix_length + longest))
         for start in range(0, len(rows), size):
             yield list(rows[start : start + size])
 
     def _continue(self, cache: Any, last: Tensor, slots: Tensor, texts: Sequence[Sequence[int]]) -> list[float]:
-        """Means of ``texts`` continuing the cached prefixes ``slots`` [rows]; ``last`` is [prefixes, hidden]."""
+        """Return means of ``texts`` after the cached prefixes ``slots`` [rows]; ``last`` is [prefixes, hidden]."""
         lengths = torch.tensor([len(text) for text in texts], device=self._device)
         width = int(lengths.max())
         tokens = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=self._device)
         rows_cache = copy.deepcopy(cache)
         rows_cache.batch_select_indices(slots)
-        # Right padding needs no mask: attention is causal, so no real token ever sees a padded one. The last token
-        # is a target only, it need not be run.
+        # Right padding needs no mask: attention is causal, so no real token sees a padded one. The last token is
+        # only a target and need not be run.
         states = [last[slots].unsqueeze(1)]
         if width > 1:
             states.append(self._forward(tokens[:, :-1], rows_cache)[1])
@@ -175,12 +177,12 @@ class LikelihoodJudge:
         return means
 
     def _forward(self, tokens: Tensor, cache: Any) -> tuple[Any, Tensor]:
-        """Key-value cache and final hidden states [rows, length, hidden] of ``tokens`` [rows, length]."""
+        """Return key-value cache and final hidden states [rows, length, hidden] of ``tokens`` [rows, length]."""
         output = self._model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
         return output.past_key_values, output.last_hidden_state
 
     def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """fp32 log-probabilities [tokens] of ``targets`` [tokens] given ``hidden`` [tokens, hidden], in chunks."""
+        """Return fp32 log-probabilities of ``targets`` [tokens] given ``hidden`` [tokens, hidden], in chunks."""
         head = self._model.get_output_embeddings()
         chunk = _HEAD_CHUNK_CPU if self._device.type == "cpu" else _HEAD_CHUNK_GPU
         parts = []
@@ -191,7 +193,7 @@ class LikelihoodJudge:
 
     @torch.inference_mode()
     def _check_head(self, model_path: str | Path) -> None:
-        """Some families scale or cap their logits after the head; running body and head apart would miss that."""
+        """Refuse families that scale or cap logits after the head, because body and head run separately here."""
         tokens = torch.arange(4, device=self._device).remainder(self._vocabulary).unsqueeze(0)
         _, hidden = self._forward(tokens, None)
         whole = self._model(input_ids=tokens).logits
@@ -211,6 +213,6 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, trust_remote_code=False, weights_only=True
         )
-    except Exception as error:  # its checks of configurations raise what they like
+    except Exception as error:  # transformers raises any type for a bad configuration
         raise ModelError(f"the teacher in {path} cannot be loaded: {shortened(str(error))}") from error
     return model.to(device).eval().requires_grad_(False)

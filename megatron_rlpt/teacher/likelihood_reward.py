@@ -1,4 +1,4 @@
-"""The formula of the likelihood judge, wherever the log-likelihood comes from. Needs no torch."""
+"""The reward formula of the likelihood judge, wherever the log-likelihood comes from. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from megatron_rlpt.config.schema import LikelihoodConfig
 from megatron_rlpt.types import Failed, Reward
 
 PROMPT_VERSION = "likelihood-1"
-"""Version of the scoring formula, kept with every score in the place of a prompt's version."""
+"""Version of the formula, stored with every reward instead of a prompt version."""
 
 
 def likelihood_reward(judge: str, config: LikelihoodConfig, tokens: Sequence[int], mean: float) -> Reward | Failed:
-    """The reward of a candidate.
+    """Compute the reward of a candidate: mean log-likelihood minus weighted repetition.
 
     Args:
         judge: name of the judge.
-        config: weight and length of repetition.
-        tokens: the candidate.
+        config: weight and n-gram length of repetition.
+        tokens: token ids of the candidate.
         mean: its mean log-likelihood per token, in nats.
     """
     if not math.isfinite(mean):
@@ -33,7 +33,7 @@ def likelihood_reward(judge: str, config: LikelihoodConfig, tokens: Sequence[int
 
 
 def repetition(tokens: Sequence[int], n: int) -> float:
-    """Fraction of the n-grams of ``tokens`` that already occurred earlier in it; 0.0 if there are fewer than two.
+    """Return the fraction of n-grams of ``tokens`` that occurred earlier in it; 0.0 if there are fewer than two.
 
     0 means that every n-gram is new; a loop tends to 1.
 

@@ -1,4 +1,4 @@
-"""The rewriter: the teacher copies a suffix that is good and writes a better one in place of one that is not."""
+"""The rewriter: the teacher copies a good suffix and replaces a bad one with a better one."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import Candidate, Episode, Failed, Source, derive_seed
 
 _MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
-"""A marker of the prompt, perhaps cut off before its code. Small models copy it along; the passage ends there."""
+"""A marker of the prompt, possibly cut off before its code. Small models copy it; the passage ends there."""
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
-class Rewrites(Protocol):
-    """Whatever rewrites suffixes."""
+class BatchRewriter(Protocol):
+    """Rewrites the suffixes of a batch of episodes."""
 
     def rewrite(self, episodes: Sequence[Episode]) -> list[Candidate | Failed]:
-        """One candidate per episode, in order, or the reason why there is none."""
+        """Return one candidate or failure per episode, in order."""
         ...
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """What the teacher is shown of an episode, before control tokens in it are broken up."""
+    """The parts of an episode that the teacher sees, before control tokens in them are broken up."""
 
     episode: Episode
     prefix: str
@@ -42,9 +42,9 @@ class _Shown:
 
 
 class Rewriter:
-    """Offers one rewrite per episode as a candidate (paper, section on the rewriter).
+    """Produces one rewrite per episode as a candidate (paper, section on the rewriter).
 
-    ``BatchedRewriter`` makes it one of ``Rewrites``.
+    ``BatchedRewriter`` adapts it to ``BatchRewriter``.
     """
 
     prompt_version = VERSIONS["rewrite"]
@@ -60,12 +60,12 @@ class Rewriter:
     ) -> None:
         """
         Args:
-            text: text and tokens of the policy.
+            text: converts between text and tokens of the policy.
             config: sampling and the number of anchor words.
-            suffix_length: most tokens of a rewrite (``data.suffix_length``).
+            suffix_length: maximum tokens of a rewrite (``data.suffix_length``).
             seed: the run's seed; every rewrite derives its own from it and the episode's id.
             longest_answer: see ``answer_tokens``.
-            control_tokens: those of the teacher, which are broken up in what it is shown.
+            control_tokens: the teacher's, to break up in texts that it sees.
         """
         self._text = text
         self._config = config
@@ -75,9 +75,9 @@ class Rewriter:
         self._control_tokens = tuple(control_tokens)
 
     async def rewrite_one(self, episode: Episode, ask: Ask) -> Candidate | Failed:
-        """A candidate, or the reason why there is none.
+        """Return a candidate, or a failure.
 
-        It has ``suffix_length`` tokens, or a few less where the last would end inside a character. A word-for-word
+        It has ``suffix_length`` tokens, or a few less if the last one would end inside a character. A word-for-word
         copy has the suffix's own tokens.
         """
         prefix = prefix_text(self._text, episode)
@@ -97,7 +97,7 @@ class Rewriter:
             max_tokens=min(self._longest, max(self._length + (self._length + 1) // 2, most_tokens(passage))),
             temperature=self._config.temperature,
             top_p=self._config.top_p,
-            # Trailing space belongs to the next token in nearly every vocabulary.
+            # In nearly every vocabulary a trailing space belongs to the next token.
             answer_start=shown.anchor.rstrip(),
         )
 
@@ -105,12 +105,12 @@ class Rewriter:
         answer = without_thought(reply.text)
         if answer is None:
             return Failed("rewrite is a thought without an end", {"reply": reply.text})
-        # Only a thought makes a difference: spaces at the beginning of a passage are its own.
+        # Without a thought, keep the reply as it is: leading spaces belong to the passage.
         thought = answer != reply.text.lstrip(BLANK)
         tokens = self._tokens(replace(reply, text=answer) if thought else reply, shown)
         if isinstance(tokens, Failed):
             return tokens
-        # A suffix is a few tokens short where characters have several, and so is its copy.
+        # The suffix, and so its copy, may be a few tokens short if characters span several tokens.
         if len(tokens) < (needed := min(self._length, len(shown.episode.suffix))):
             detail = {"tokens": len(tokens), "needed": needed, "reply": reply.text}
             cut_off = reply.finish_reason == "length" and not _MARKER.search(reply.text)
@@ -125,9 +125,9 @@ class Rewriter:
         )
 
     def _tokens(self, reply: Reply, shown: _Shown) -> Sequence[int] | Failed:
-        """Tokens of the passage in ``reply``."""
+        """Return the tokens of the passage in ``reply``, or a failure."""
         episode = shown.episode
-        # As it is, first: the suffix itself may begin with the anchor's words, or hold what looks like our markers.
+        # Try the unchanged reply first: the suffix may begin with the anchor's words or contain marker-like text.
         marked = reply.text
         plain = marked if _MARKER.search(shown.suffix) else _MARKER.sub("", marked)
         for answer in dict.fromkeys((marked, plain)):
@@ -143,14 +143,14 @@ class Rewriter:
             passage = passage.rstrip(_UNREADABLE)
         if _UNREADABLE in passage and _UNREADABLE not in shown.prefix + shown.suffix:
             return Failed("rewrite is not all text", {"reply": reply.text})
-        # A corpus that means its control tokens gets them back; elsewhere there are none.
+        # Restore control tokens in a corpus that uses them; others have none.
         control = self._text.control_in((*episode.prefix, *episode.suffix))
         return self._text.continue_with(episode.prefix, passage, tuple(control))
 
     def _copies(self, passage: str, suffix: str) -> bool:
-        """Whether ``passage`` is ``suffix`` word for word, or begins so and goes on with another word.
+        """Return True if ``passage`` is ``suffix`` word for word, or begins with it and continues with another word.
 
-        White space at the ends is not looked at: servers strip it, and models seldom end with it.
+        Ignores white space at the ends: servers strip it, and models seldom end with it.
         """
         copy = passage.strip()
         for shown in dict.fromkeys((suffix, self._broken(suffix))):
@@ -161,15 +161,14 @@ class Rewriter:
         return False
 
     def _broken(self, text: str) -> str:
-        """``text`` as the teacher sees it."""
+        """Return ``text`` as the teacher sees it."""
         return break_up_common(text, self._control_tokens)
 
 
 def answer_tokens(config: Config) -> int:
-    """Most tokens of an answer to a request for a rewrite.
+    """Return the maximum tokens of a rewrite reply: 1.5 times the suffix length if the teacher is the policy's model.
 
-    Half as many again as the suffix has. A teacher that is another model may need many more tokens for the same text
-    than the policy, whose tokenizer may know the language better: then four times as many.
+    Otherwise about four times, because the teacher's tokenizer may need many more tokens for the same text.
     """
     length = config.data.suffix_length
     shared = Path(config.teacher_path) == Path(config.model.path)
@@ -177,34 +176,34 @@ def answer_tokens(config: Config) -> int:
 
 
 def most_tokens(text: str) -> int:
-    """A bound on the tokens of ``text``, for a tokenizer that is not known and may know the language little.
+    """Return an upper estimate of the tokens of ``text`` for an unknown tokenizer.
 
-    Words of ASCII letters have a token for every two letters, everything else has one for every byte.
+    Assumes one token per two ASCII letters and one per byte of everything else.
     """
     words = sum(character.isascii() and (character.isalpha() or character == " ") for character in text)
     return len(text.encode()) - words + (words + 1) // 2
 
 
 _SYLLABLES = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1980-\u19ff\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaa7f"
-"""Thai, Lao, Tibetan, Burmese, Khmer, Tai: no spaces between words of some four letters."""
+"""Thai, Lao, Tibetan, Burmese, Khmer, Tai: no spaces between words of about four letters."""
 _IDEOGRAPHS = (
     "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
-"""Chinese characters, kana, bopomofo: no spaces between words of some two characters."""
+"""Chinese characters, kana, bopomofo: no spaces between words of about two characters."""
 _LONGEST = 24
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]{{1,2}}|[{_SYLLABLES}]{{1,4}}|[^\s{_IDEOGRAPHS}{_SYLLABLES}]{{1,{_LONGEST}}}")
-"""A word, or what counts as one: what is longer (an address, a number, emoji in a row) counts as several."""
+"""A word; a longer run (an address, a number, a row of emoji) counts as several."""
 _JOINERS = "\u200d\ufe0e\ufe0f"
 _REACH = 16
-"""Most characters that an anchor is made longer by so as not to begin inside a letter and its marks."""
+"""Maximum characters by which an anchor grows so as not to begin between a letter and its marks."""
 
 
 def anchor_of(prefix: str, words: int) -> str:
-    """The end of ``prefix`` that holds its last ``words`` words, whatever follows the last of them included.
+    """Return the end of ``prefix`` with its last ``words`` words and the white space after them.
 
-    Bounded in every script: a word is at most 24 characters, the space around it at most as many. Where more white
-    space follows, there is nothing to start from, and the anchor is empty.
+    Bounded in every script: a word has at most 24 characters, and the space around it at most as many. Empty if more
+    white space follows the last word.
     """
     end = len(prefix.rstrip())
     if words == 0 or len(prefix) - end > _LONGEST:
@@ -224,19 +223,19 @@ def anchor_of(prefix: str, words: int) -> str:
 
 
 def without_anchor(answer: str, anchor: str) -> str:
-    """What ``answer`` adds to ``anchor``, which it was made to begin with but may have written once more itself."""
-    kept = anchor.rstrip()
-    # A single word may well follow itself or begin a longer one; several in a row are the anchor.
-    if len(_WORD.findall(kept)) > 1:
-        again = re.match(r"\s*" + r"\s+".join(map(re.escape, kept.split())), answer)
+    """Return what ``answer`` adds to ``anchor``, with which it was prefilled and which it may have repeated."""
+    words = anchor.rstrip()
+    # A single word may follow itself or begin a longer word; several in a row are the anchor.
+    if len(_WORD.findall(words)) > 1:
+        again = re.match(r"\s*" + r"\s+".join(map(re.escape, words.split())), answer)
         answer = answer[again.end() :] if again else answer
-    # The prefix ends with this space already.
-    space = anchor[len(kept) :]
+    # The prefix already ends with this space.
+    space = anchor[len(words) :]
     return answer[len(space) :] if answer.startswith(space) else answer.lstrip()
 
 
 def _word_start(text: str, end: int) -> int:
-    """Where the last word of ``text[:end]`` starts; 0 if there is none."""
+    """Return the start of the last word of ``text[:end]``; 0 if there is none."""
     while end and text[end - 1].isspace():
         end -= 1
     start = end

@@ -1,7 +1,7 @@
-"""What a model thinks before it answers, told from the answer.
+"""Separate a model's thoughts from its answer.
 
-Servers without a parser for reasoning send it along: ``<think> ... </think>`` and its kin, or only the end of it where
-the chat template has written the beginning. A verdict or a passage in a thought is a draft, not the answer.
+Servers without a reasoning parser include thoughts in the reply: ``<think> ... </think>`` and similar tags, or only the
+end tag if the chat template has written the start tag. A verdict or passage in a thought is a draft, not the answer.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ OPEN = (
     rf"<[ ]?(?:{_NAMES})[ ]?>|\[THINK(?:ING)?\]|\u25c1think\u25b7|<\|begin_of_thought\|>"
     r"|(?:<\|start\|>assistant)?<\|channel\|>analysis|<unused94>thought|<\|START_THINKING\|>|<\|think(?:ing)?\|>"
 )
-"""What begins a thought, whatever the case of its letters."""
+"""Start of a thought; matched case-insensitively."""
 END = re.compile(
     rf"<[ ]?/[ ]?(?:{_NAMES})[ \t]*>|\[/THINK(?:ING)?\]|\u25c1/think\u25b7|<\|end_of_thought\|>"
     r"|<\|channel\|>final(?:<\|message\|>)?|<unused95>|<\|END_THINKING\|>|<\|/think(?:ing)?\|>",
     re.IGNORECASE,
 )
-"""The end of a thought, whatever began it."""
+"""End of any kind of thought."""
 _OPEN = re.compile(OPEN, re.IGNORECASE)
 _TAG = re.compile(r"<[ ]?([a-z:]+)(?=[ \t>])", re.IGNORECASE)
 
 
 def end_of_thought(text: str, opened: str, after: int) -> int:
-    """Index behind the thought that ``opened`` has begun, looked for from ``after`` on; -1 where it has no end."""
+    """Return the index after the thought started by ``opened``, searching from ``after``; -1 if it has no end."""
     tag = _TAG.match(opened)
     end = (re.compile(rf"<[ ]?/[ ]?{tag[1]}[ \t]*>", re.IGNORECASE) if tag else END).search(text, after)
     return end.end() if end else -1
 
 
 def without_opened_thought(text: str) -> str | None:
-    """``text`` after the thoughts that it begins with; None when the last of them has no end."""
+    """Return ``text`` after its leading thoughts; None if the last of them has no end."""
     text = text.lstrip(BLANK)
     while match := _OPEN.match(text):
         end = end_of_thought(text, match[0], match.end())
@@ -44,7 +44,7 @@ def without_opened_thought(text: str) -> str | None:
 
 
 def without_thought(text: str) -> str | None:
-    """``text`` after its thoughts, also after one that the chat template has begun; None when one has no end."""
+    """Return ``text`` after its thoughts, including one started by the chat template; None if one has no end."""
     rest = without_opened_thought(text)
     if rest is None or not (end := END.search(rest)):
         return rest

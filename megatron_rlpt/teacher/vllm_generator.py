@@ -1,4 +1,4 @@
-"""The teacher's text generator: vLLM in this process or one of its own, on a CPU or a GPU."""
+"""The teacher's text generator: vLLM's offline engine, in this process or a separate one, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from megatron_rlpt.types import Failed
 class VllmGenerator:
     """Serves requests with vLLM's offline engine; per-request seeds make replies reproducible.
 
-    From an engine in a process of its own, answers with a JSON Schema are reproducible up to rounding only: which of
-    them share a batch depends on timing there.
+    With an engine in a separate process, answers with a JSON Schema are reproducible only up to rounding, because
+    timing decides there which of them share a batch.
     """
 
     def __init__(
@@ -31,10 +31,10 @@ class VllmGenerator:
 
         Args:
             model_path: local Hugging Face folder with a chat template.
-            max_context: longest prompt plus answer in tokens.
+            max_context: maximum length of prompt plus answer in tokens.
             kv_cache_gib: memory for the key-value cache in GiB.
-            in_process: False beside a ``torch.distributed`` world of more than one rank, where vLLM needs a process
-                of its own.
+            in_process: False in a ``torch.distributed`` world of more than one rank, where vLLM needs a separate
+                process.
 
         Raises:
             ModelError: the folder is missing, has no chat template, or vLLM cannot serve it.
@@ -48,7 +48,7 @@ class VllmGenerator:
         self._engine = _start(path, max_context, kv_cache_gib, in_process)
         self._process = None if in_process else EngineProcess(self._engine, "the teacher's engine")
         if in_process:
-            _compile_grammars_at_once(self._engine)
+            _compile_grammars_synchronously(self._engine)
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class VllmGenerator:
         return self._name
 
     def generate(self, requests: Sequence[Request]) -> list[Reply | Failed]:
-        """One reply per request, in order; a prompt that leaves no room for its answer is a ``Failed``.
+        """Return one reply per request, in order; a prompt that leaves no room for its answer is a ``Failed``.
 
         Raises:
             ValueError: a message list is empty or a sampling setting is out of vLLM's range.
@@ -68,30 +68,30 @@ class VllmGenerator:
     def _generate(self, requests: Sequence[Request]) -> list[Reply | Failed]:
         from vllm.inputs import TokensPrompt
 
-        # Blocks left by earlier calls would change the shape of the computation, and with it the last bits of the
-        # result: a resumed run would not see what the uninterrupted one saw.
+        # Cached blocks of earlier calls change the shape of the computation and so the last bits of the result. A
+        # resumed run would then differ from an uninterrupted one.
         self._engine.reset_prefix_cache()
         results: list[Reply | Failed] = [Failed("not generated")] * len(requests)
-        prompts, settings, places = [], [], []
-        for place, request in enumerate(requests):
+        prompts, settings, indices = [], [], []
+        for index, request in enumerate(requests):
             tokens = self._tokenizer.tokens(request)
             if isinstance(tokens, Failed):
-                results[place] = tokens
+                results[index] = tokens
             elif not tokens:
-                results[place] = Failed("empty prompt")
+                results[index] = Failed("empty prompt")
             elif len(tokens) + request.max_tokens > self._max_context:
-                results[place] = Failed(
+                results[index] = Failed(
                     "prompt too long for teacher.max_context",
                     {"prompt": len(tokens), "max_tokens": request.max_tokens, "max_context": self._max_context},
                 )
             else:
-                places.append(place)
+                indices.append(index)
                 prompts.append(TokensPrompt(prompt_token_ids=tokens))
                 settings.append(_sampling(request))
         if prompts:
-            for place, output in zip(places, generate_in_one_batch(self._engine, prompts, settings), strict=True):
+            for index, output in zip(indices, generate_in_one_batch(self._engine, prompts, settings), strict=True):
                 answer = output.outputs[0]
-                results[place] = Reply(
+                results[index] = Reply(
                     answer.text,
                     tuple(answer.token_ids),
                     str(answer.finish_reason),
@@ -100,11 +100,11 @@ class VllmGenerator:
         return results
 
 
-def _compile_grammars_at_once(engine: Any) -> None:
-    """Have answers with a JSON Schema scheduled like all others.
+def _compile_grammars_synchronously(engine: Any) -> None:
+    """Schedule answers with a JSON Schema like all others.
 
-    vLLM compiles grammars in a thread and leaves requests out of its batches until theirs is there. Batches, and with
-    them the last bits of the result, would then depend on timing (vllm/v1/structured_output/__init__.py: grammar_init).
+    vLLM compiles grammars in a thread and leaves a request out of its batches until its grammar is ready. Batches, and
+    so the last bits of the result, would then depend on timing (vllm/v1/structured_output/__init__.py: grammar_init).
     """
     engine.llm_engine.engine_core.engine_core.structured_output_manager._use_async_grammar_compilation = False
 

@@ -1,1 +1,1 @@
-"""From text to token ids and back: the policy's tokenizer, and control tokens that a text only spells."""
+"""Text to token ids and back: the policy's tokenizer, and control tokens spelled out in texts."""

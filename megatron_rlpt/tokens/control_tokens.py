@@ -1,12 +1,12 @@
-"""Control tokens spelled out in texts, made harmless.
+"""Break up control tokens that are spelled out in texts.
 
-A tokenizer turns ``<|im_end|>`` in a document into the token that ends a turn, so that a document could speak for the
-chat. A space after the first character prevents that: ``< |im_end|>`` is words. All candidates are changed alike.
+A tokenizer turns ``<|im_end|>`` in a document into the token that ends a turn, so a document could impersonate the
+chat. A space after the first character prevents that: ``< |im_end|>`` is plain text. All candidates are changed alike.
 
-Where the tokenizer is known, its own special tokens are broken up. A server's tokenizer is not, so for servers the
-forms that open models use are broken up as well, at the price of a space in the few texts that use them otherwise
-(``<s>`` of HTML, a ``<|`` of Haskell): ``<|...`` and its full-width twin (ChatML, Llama 3, Phi, Qwen, gpt-oss,
-DeepSeek), ``[INST]`` and its kind (Mistral, GLM), ``<<SYS>>`` (Llama 2), bare names as ``<s>`` and ``<bos>``, and
+If the tokenizer is known, its own special tokens are broken up. A server's tokenizer is unknown, so for servers the
+forms used by open models are broken up as well, at the cost of a space in the few texts that use them otherwise
+(``<s>`` in HTML, ``<|`` in Haskell): ``<|...`` and its full-width form (ChatML, Llama 3, Phi, Qwen, gpt-oss,
+DeepSeek), ``[INST]`` and the like (Mistral, GLM), ``<<SYS>>`` (Llama 2), bare names as ``<s>`` and ``<bos>``, and
 names with an underscore or a number as ``<start_of_turn>`` (Gemma, StarCoder), which no HTML tag has.
 """
 
@@ -28,24 +28,24 @@ _BRACKETED = (
 )
 _COMMON = re.compile(
     rf"(?:<(?=[|\uff5c]|</?SYS>>|/?(?:{_NAMES})>|/?[A-Za-z][A-Za-z0-9]*_[A-Za-z0-9_]*>)|\[(?=/?(?:{_BRACKETED})\]))",
-    # As they are written, and as a tokenizer that changes case would read them.
+    # A tokenizer that changes case would read other spellings, too.
     re.IGNORECASE,
 )
 _WHOLE = re.compile(_COMMON.pattern + r"[^\s<>\[\]]*[>\]]?", re.IGNORECASE)
-"""A control token of a common form from its first to its last character, as far as that can be told."""
+"""A control token of a common form, from its first to its presumable last character."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json")
-"""Files of a folder that may list control tokens; some tokenizers list them in one only."""
+"""Files that may list control tokens; some tokenizers list them in only one."""
 
 
 def is_control_form(token: str) -> bool:
-    """Whether ``token`` is spelled as open models spell their control tokens."""
+    """Return True if ``token`` is spelled like a control token of open models."""
     return _COMMON.match(token) is not None
 
 
 def break_up(text: str, tokens: Iterable[str]) -> str:
-    """``text`` with a space after the first character of each of ``tokens`` in it, until it holds none of them.
+    """Insert a space after the first character of each of ``tokens`` in ``text``, until none is left.
 
-    Nothing is taken away, so no two parts can come together as a token.
+    Nothing is removed, so no two parts can join to form a token.
     """
     pattern = _any_of(tuple(tokens))
     while pattern and (broken := pattern.sub(_split, text)) != text:
@@ -54,7 +54,7 @@ def break_up(text: str, tokens: Iterable[str]) -> str:
 
 
 def break_up_common(text: str, tokens: Iterable[str] = ()) -> str:
-    """``text`` with all common forms of control tokens broken up, and ``tokens`` as well."""
+    """Break up all common forms of control tokens in ``text``, and ``tokens`` as well."""
     known = tuple(tokens)
     while (broken := break_up(_COMMON.sub(lambda match: f"{match[0]} ", text), known)) != text:
         text = broken
@@ -62,10 +62,10 @@ def break_up_common(text: str, tokens: Iterable[str] = ()) -> str:
 
 
 def broken_forms(text: str, tokens: Iterable[str] = ()) -> dict[str, str]:
-    """What ``break_up_common`` makes of the control tokens in ``text``: broken form -> as it was written.
+    """Return broken form -> original spelling of the control tokens in ``text``, as ``break_up_common`` changes them.
 
-    Lets an answer that quotes a broken form be read as what the document says. Forms that the document itself spells
-    with the space are left out.
+    For restoring the original in an answer that quotes a broken form. Forms that the text itself spells with the space
+    are left out.
     """
     known = tuple(tokens)
     found = {match[0] for match in _WHOLE.finditer(text)}
@@ -76,17 +76,17 @@ def broken_forms(text: str, tokens: Iterable[str] = ()) -> dict[str, str]:
 
 
 def special_tokens(folder: str | Path) -> tuple[str, ...]:
-    """Special tokens of the tokenizer in a Hugging Face folder, whichever of its files lists them.
+    """Return special tokens of the tokenizer in a Hugging Face folder, from whichever file lists them.
 
-    Read without ``transformers``.
+    Does not need ``transformers``.
 
     Raises:
-        ModelError: there is no tokenizer, or a file of it cannot be read.
+        ModelError: there is no tokenizer, or one of its files cannot be read.
     """
     found: dict[str, None] = {}
     paths = [path for name in _FILES if (path := Path(folder) / name).is_file()]
     if not paths:
-        raise ModelError(f"the special tokens of {folder} are not known: it has no tokenizer.json or {_FILES[1]}")
+        raise ModelError(f"the special tokens of {folder} are unknown: it has no tokenizer.json or {_FILES[1]}")
     for path in paths:
         try:
             found |= dict.fromkeys(_listed(path.name, json.loads(path.read_text(encoding="utf-8"))))
@@ -96,12 +96,12 @@ def special_tokens(folder: str | Path) -> tuple[str, ...]:
 
 
 def known_special_tokens(folder: str | Path) -> tuple[str, ...]:
-    """``special_tokens``, and none where ``folder`` is not here or holds no tokenizer."""
+    """Return ``special_tokens``, or none if ``folder`` does not exist or has no tokenizer."""
     return special_tokens(folder) if any((Path(folder) / name).is_file() for name in _FILES) else ()
 
 
 def _listed(name: str, content: dict[str, Any]) -> Iterator[str]:
-    """Special tokens that a file of a tokenizer lists."""
+    """Yield the special tokens listed in a tokenizer file."""
     if name == "tekken.json":
         yield from (token["token_str"] for token in content.get("special_tokens") or [])
         return
@@ -113,7 +113,7 @@ def _listed(name: str, content: dict[str, Any]) -> Iterator[str]:
     named = {key: value for key, value in content.items() if key.endswith("_token")}
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = content.get(key) or []
-        named |= more if isinstance(more, dict) else {f"{key}{place}": token for place, token in enumerate(more)}
+        named |= more if isinstance(more, dict) else {f"{key}{index}": token for index, token in enumerate(more)}
     for value in named.values():
         token = value.get("content") if isinstance(value, dict) else value
         if isinstance(token, str):
@@ -122,7 +122,7 @@ def _listed(name: str, content: dict[str, Any]) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=8)
 def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Any of ``tokens``, the longest first, without white space around them; one character cannot be broken up."""
+    """Return a pattern of ``tokens``, longest first, stripped; a single character cannot be broken up."""
     forms = sorted({form for token in tokens if len(form := token.strip()) > 1}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, forms))) if forms else None
 

@@ -1,13 +1,13 @@
-"""The bytes that each token of a tokenizer stands for, so that text is put together and cut exactly.
+"""The bytes of each token, so that text is joined and cut exactly.
 
-Decoders of tokenizers turn bytes that are no whole character into U+FFFD, swallow a first space, or drop special
-tokens; what they give for a slice is then not what the slice holds. Joined bytes have none of these habits.
+Tokenizer decoders turn incomplete characters into U+FFFD, swallow a leading space or drop special tokens, so their text
+of a slice is not the text that the slice contains. Joined bytes are exact.
 
-| kind of tokenizer | families | a token's bytes |
+| tokenizer | families | bytes of a token |
 |---|---|---|
 | byte-level BPE | Llama 3, Qwen, SmolLM2, tekken | letters of the byte alphabet, one per byte |
 | SentencePiece BPE | Llama 2, Mistral, Mixtral | the piece, U+2581 as space, ``<0xE4>`` as a byte |
-| WordPiece, whole words | small test models | a space and the word; no space where it begins with ``##`` |
+| WordPiece, whole words | small test models | a space and the word; no space if it begins with ``##`` |
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _SPELLED = "rlpt-spelled-bytes"
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Letter -> byte of byte-level BPE, as GPT-2 defined it: printable Latin-1 stands for itself."""
+    """Return letter -> byte of byte-level BPE, as defined by GPT-2: printable Latin-1 maps to itself."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 class Pieces:
@@ -34,10 +34,10 @@ class Pieces:
     Args:
         layout: a ``tokenizer.json``, decoded.
         vocabulary: token -> id, added tokens included.
-        control: ids of control tokens; they stand for their spelling.
+        control: ids of control tokens, whose bytes are their spelling.
 
     Raises:
-        ValueError: the tokenizer joins its tokens in a way that is not known here.
+        ValueError: the tokenizer has an unknown decoder.
     """
 
     def __init__(self, layout: dict[str, Any], vocabulary: dict[str, int], control: frozenset[int]) -> None:
@@ -58,7 +58,7 @@ class Pieces:
             part["type"] == "ByteLevel" and part["add_prefix_space"]
             for part in _flat(layout.get("pre_tokenizer"), "pretokenizers")
         )
-        """Whether the space that the first token of a text begins with is no part of the text."""
+        """True if the leading space of the first token of a text is not part of the text."""
         self._bytes: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
         added = {token["id"] for token in layout.get("added_tokens") or []}
         alphabet = byte_alphabet() if "ByteLevel" in kinds else {}
@@ -79,24 +79,24 @@ class Pieces:
             self._bytes[index] = data
 
     def __getitem__(self, token: int) -> bytes:
-        """Bytes of ``token``; a model may sample ids that its tokenizer does not have, and they are spelled out."""
+        """Return the bytes of ``token``; ids that the tokenizer lacks, which a model may sample, are spelled out."""
         data = self._bytes[token] if 0 <= token < len(self._bytes) else None
         return f"<token {token}>".encode() if data is None else data
 
     def is_control(self, token: int) -> bool:
-        """Whether ``token`` is a control token, or none of the tokenizer's."""
+        """Return True if ``token`` is a control token or unknown to the tokenizer."""
         return token in self.control or not 0 <= token < len(self._bytes) or self._bytes[token] is None
 
     def starts_character(self, token: int) -> bool:
-        """Whether text may be cut before ``token``: its first byte does not continue a character."""
+        """Return True if text may be cut before ``token``: its first byte does not continue a character."""
         data = self[token]
         return not data or data[0] & 0xC0 != 0x80
 
 
 def joined_text(data: bytes) -> tuple[str, bytes]:
-    """Text of ``data``, and the bytes at its end that only begin a character.
+    """Return the text of ``data``, and the bytes at its end that begin an incomplete character.
 
-    Bytes that can be part of no character are spelled (``<0xE4>``): a U+FFFD would be a character that nobody wrote.
+    Invalid bytes are spelled out (``<0xE4>``), because U+FFFD would be a character that is not in the text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(_SPELLED)
     text = decoder.decode(data)
@@ -112,7 +112,7 @@ codecs.register_error(_SPELLED, _spell)
 
 
 def _flat(node: dict[str, Any] | None, name: str) -> Iterator[dict[str, Any]]:
-    """``node`` and whatever its list ``name`` holds, the lists themselves left out."""
+    """Yield ``node``, or the flattened entries of its list ``name``."""
     if node is None:
         return
     if node["type"] != "Sequence":

@@ -1,14 +1,14 @@
-"""The policy's tokenizer: text to tokens and back, in the context of what precedes, nothing lost and nothing added.
+"""The policy's tokenizer: text to tokens and back in context, without losing or adding anything.
 
-What a token stands for depends on what comes before it: SentencePiece puts a space before the first word of a text
-only, the bytes of one character may be shared by several tokens. So the text of a slice, and the tokens of a
-continuation, are made with what precedes them in view:
+The text of a token depends on what precedes it: SentencePiece adds a space only before the first word of a text, and
+several tokens may share the bytes of one character. So the text of a slice, and the tokens of a continuation, are
+computed with their context:
 
-    text_of(prefix) + text_of(suffix, prefix)                  a piece of the document, to the last byte
-    continue_with(prefix, text_of(suffix, prefix)) == suffix   for what the tokenizer itself made of the document
+    text_of(prefix) + text_of(suffix, prefix)                  part of the document, exact to the last byte
+    continue_with(prefix, text_of(suffix, prefix)) == suffix   if the tokenizer itself made prefix + suffix
 
-Control tokens are not text. One that a document spells out stays the words it is made of, unless the corpus means it
-(``data.sources[].control_tokens``); one that is among the tokens is spelled out in their text.
+Control tokens are not text. If a document spells one out, it stays plain text unless the corpus uses control tokens
+(``data.sources[].control_tokens``). A control token among token ids is spelled out in their text.
 """
 
 from __future__ import annotations
@@ -30,63 +30,63 @@ from megatron_rlpt.types import Episode
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the policy's tokenizer says of token ids."""
+    """Facts about token ids for readers of tokenized corpora."""
 
     size: int
     """Number of ids."""
     control: frozenset[int]
-    """Ids that stand for no text."""
+    """Ids without text."""
     bos: int | None
     decode: Callable[[Sequence[int]], str]
 
 
 _CONTEXT = 64
-"""Tokens before a continuation that its tokenization may depend on: more than any word or run of spaces has."""
+"""Tokens of context for a continuation: more than any word or run of spaces has."""
 _UNSEEN = {"Cc", "Cf", "Zs", "Zl", "Zp"}
-"""Unicode categories of characters that show nothing: controls, formats, spaces."""
+"""Unicode categories of invisible characters: controls, formats, spaces."""
 
 
 class TextTokens(Protocol):
-    """Text and tokens of the policy, for those who show one and learn from the other: rewriter, judge, samples."""
+    """Converts between text and tokens of the policy, for the rewriter, the judge and the samples."""
 
     def text_of(self, tokens: Sequence[int], before: Sequence[int] = (), *, within: bool = False) -> str:
-        """See ``PolicyTokenizer``."""
+        """As in ``PolicyTokenizer``."""
         ...
 
     def continue_with(self, before: Sequence[int], text: str, control: Sequence[int] = ()) -> list[int]:
-        """See ``PolicyTokenizer``."""
+        """As in ``PolicyTokenizer``."""
         ...
 
     def whole_characters(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
-        """See ``PolicyTokenizer``."""
+        """As in ``PolicyTokenizer``."""
         ...
 
     def is_blank(self, tokens: Sequence[int]) -> bool:
-        """See ``PolicyTokenizer``."""
+        """As in ``PolicyTokenizer``."""
         ...
 
     def control_in(self, tokens: Sequence[int]) -> dict[int, str]:
-        """See ``PolicyTokenizer``."""
+        """As in ``PolicyTokenizer``."""
         ...
 
 
 class PolicyTokenizer:
-    """A Hugging Face tokenizer without its habits: no special tokens, no chat template, no tidying of spaces."""
+    """A Hugging Face tokenizer without special tokens, chat template or clean-up of spaces."""
 
     def __init__(self, path: str | Path) -> None:
         """Load the tokenizer of a local Hugging Face folder.
 
         Raises:
-            ModelError: the folder holds no tokenizer that can be loaded, or of an unknown kind.
+            ModelError: the folder has no tokenizer that can be loaded, or an unsupported kind.
         """
         from tokenizers import Tokenizer
 
-        # Mistral's own implementation tells neither bytes nor control tokens; the same vocabulary is read without it.
+        # Mistral's own implementation exposes neither bytes nor control tokens; this reads the same vocabulary.
         loaded = load_tokenizer(path, mistral_format=False)
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
             raise ModelError(
-                f"the tokenizer in {path} is a {type(loaded).__name__}, whose tokens cannot be told apart; give a "
+                f"the tokenizer in {path} is a {type(loaded).__name__}, which exposes no tokens; use a "
                 "folder with a tokenizer.json"
             )
         self._layout: dict[str, Any] = json.loads(backend.to_str())
@@ -100,7 +100,7 @@ class PolicyTokenizer:
         except ValueError as error:
             raise ModelError(f"the tokenizer in {path} cannot be used: {error}") from error
         self._size = len(loaded)
-        # A word that is not in the vocabulary is no control token that somebody wrote.
+        # The unknown token stands for an unknown word, not for a control token.
         self._unknown = {loaded.unk_token_id, *_unknown_ids(self._layout, vocabulary)}
         self._never_written = control - self._unknown
         for token in self._layout.get("added_tokens") or []:
@@ -110,7 +110,7 @@ class PolicyTokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """Id of the beginning-of-sequence token, if there is one."""
+        """Id of the beginning-of-sequence token, or None."""
         return self._bos_id
 
     @property
@@ -120,30 +120,30 @@ class PolicyTokenizer:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What it says of token ids, for corpora that hold those."""
+        """Facts about token ids, for tokenized corpora."""
         return Vocabulary(self.size, frozenset(self._pieces.control), self.bos_id, self.text_of)
 
     def encode(self, text: str, control_tokens: bool = False) -> list[int]:
-        """Token ids of a document, nothing added.
+        """Return the token ids of a document, without added tokens.
 
         Args:
             text: the document.
-            control_tokens: whether spelled-out control tokens are meant; else they stay text.
+            control_tokens: True to encode spelled-out control tokens as such; else they stay text.
         """
         if control_tokens:
             return list(self._with_control.encode(text, add_special_tokens=False).ids)
         return self._plain(self._documents, text)
 
     def text_of(self, tokens: Sequence[int], before: Sequence[int] = (), *, within: bool = False) -> str:
-        """What ``tokens`` add to the text of ``before``.
+        """Return the text that ``tokens`` add after ``before``.
 
-        Control tokens are spelled out, except a BOS that begins a document; bytes that are part of no character are
-        spelled as ``<0xE4>``; bytes at the end that only begin a character are left out.
+        Control tokens are spelled out, except a BOS that begins a document. Invalid bytes are spelled as ``<0xE4>``.
+        An incomplete character at the end is left out.
 
         Args:
             tokens: a slice.
-            before: what precedes it, or the end of that; empty where the slice begins a document.
-            within: whether something unknown precedes ``before``.
+            before: the preceding tokens, or the last of them; empty if the slice begins a document.
+            within: True if unknown tokens precede ``before``.
         """
         if not within and not before and tokens and tokens[0] == self._bos_id:
             return self.text_of(tokens[1:], tokens[:1])
@@ -154,42 +154,42 @@ class PolicyTokenizer:
         return joined_text(joined_text(self._bytes(before[-4:]))[1] + data)[0]
 
     def continue_with(self, before: Sequence[int], text: str, control: Sequence[int] = ()) -> list[int]:
-        """Tokens of ``text`` where it continues ``before``.
+        """Return the tokens of ``text`` as a continuation of ``before``.
 
-        They are those of the whole text wherever a token ends with ``before``; else, as in a word that ``before`` has
-        begun, those of ``text`` alone.
+        Tokenizes both together if a token then ends where ``before`` ends; else (such as in the middle of a word)
+        tokenizes ``text`` alone.
 
         Args:
-            before: tokens of a document, ending with a whole character.
+            before: tokens of a document, ending with a complete character.
             text: the continuation.
-            control: control tokens that are meant where ``text`` spells them; all others stay text.
+            control: control tokens to encode as such where ``text`` spells them; all others stay text.
         """
         spelled = {self._pieces[token].decode(): token for token in control}
         known, tokens = list(before[-_CONTEXT:]), list[int]()
-        while places := [(text.find(form), -len(form), form) for form in spelled if form and form in text]:
-            place, _, form = min(places)
-            head = [*self._continue_plain(known, text[:place]), spelled[form]]
-            known, tokens, text = [*known, *head][-_CONTEXT:], tokens + head, text[place + len(form) :]
+        while found := [(text.find(form), -len(form), form) for form in spelled if form and form in text]:
+            start, _, form = min(found)
+            head = [*self._continue_plain(known, text[:start]), spelled[form]]
+            known, tokens, text = [*known, *head][-_CONTEXT:], tokens + head, text[start + len(form) :]
         return tokens + self._continue_plain(known, text)
 
     def whole_characters(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
-        """How many of ``tokens`` there are up to the last that ends with a whole character."""
+        """Return the number of ``tokens`` up to the last one that ends with a complete character."""
         count = len(tokens)
         while count and joined_text(self._bytes([*before[-4:], *tokens[:count]]))[1]:
             count -= 1
         return count
 
     def starts_character(self, token: int) -> bool:
-        """Whether a text may be cut before ``token``."""
+        """Return True if text may be cut before ``token``."""
         return self._pieces.starts_character(token)
 
     def is_blank(self, tokens: Sequence[int]) -> bool:
-        """Whether ``tokens`` show a reader nothing: control tokens, white space and broken characters only."""
+        """Return True if ``tokens`` are only control tokens, white space and broken characters."""
         data = b"".join(self._pieces[token] for token in tokens if not self._pieces.is_control(token))
         return all(unicodedata.category(character) in _UNSEEN for character in data.decode("utf-8", "ignore"))
 
     def control_in(self, tokens: Sequence[int]) -> dict[int, str]:
-        """Control tokens among ``tokens``, with their spelling."""
+        """Return the control tokens among ``tokens`` with their spelling."""
         return {token: self._bytes([token]).decode() for token in tokens if self._pieces.is_control(token)}
 
     @property
@@ -202,28 +202,28 @@ class PolicyTokenizer:
 
     def _continue_plain(self, before: Sequence[int], text: str) -> list[int]:
         tail = list(before[-_CONTEXT:])
-        for place in reversed(range(len(tail))):
-            if self._pieces.is_control(tail[place]) or tail[place] in self._unknown:
-                tail = tail[place + 1 :]
+        for index in reversed(range(len(tail))):
+            if self._pieces.is_control(tail[index]) or tail[index] in self._unknown:
+                tail = tail[index + 1 :]
                 break
         while tail and not self.starts_character(tail[0]):
             tail = tail[1:]
         context = self.text_of(tail, within=True)
         if text and context:
             tokens = self._plain(self._inner, context + text)
-            # The very bytes, not only as many: a normalizer may have drawn both together (``k`` and a mark to one
-            # character), put marks in another order or taken spaces away.
+            # Compare bytes, not only their number: a normalizer may have combined both sides (``k`` and a mark to one
+            # character), reordered marks or removed spaces.
             rest = context.encode()
-            for place, token in enumerate(tokens):
+            for index, token in enumerate(tokens):
                 if not rest:
-                    return tokens[place:]
+                    return tokens[index:]
                 if not rest.startswith(piece := self._pieces[token]):
                     break
                 rest = rest[len(piece) :]
         return self._plain(self._inner, text)
 
     def _plain(self, tokenizer: Any, text: str) -> list[int]:
-        """Tokens of ``text`` without control tokens, also where one is a word of the vocabulary."""
+        """Return tokens of ``text`` without control tokens, even if one is a word of the vocabulary."""
         encoding = tokenizer.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         if self._never_written.isdisjoint(ids):
@@ -238,7 +238,7 @@ class PolicyTokenizer:
 
     @cached_property
     def _with_control(self) -> Any:
-        """Takes spelled-out control tokens for what they are."""
+        """Encodes spelled-out control tokens as control tokens."""
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(self._documents.to_str())
@@ -247,7 +247,7 @@ class PolicyTokenizer:
 
     @cached_property
     def _inner(self) -> Any:
-        """Tokenizes text that does not begin a document: no space is put before it."""
+        """Tokenizes text within a document: adds no space before it."""
         from tokenizers import Tokenizer
 
         layout = self._layout | {
@@ -262,15 +262,15 @@ class PolicyTokenizer:
 
 
 def prefix_text(text: TextTokens, episode: Episode) -> str:
-    """Text of an episode's prefix, which may begin anywhere in its document."""
+    """Return the text of an episode's prefix, which may begin anywhere in its document."""
     return text.text_of(episode.prefix, within=episode.offset > len(episode.prefix))
 
 
 def load_tokenizer(path: str | Path, **options: Any) -> Any:
-    """The ``transformers`` tokenizer of a local folder.
+    """Load the ``transformers`` tokenizer of a local folder.
 
     Raises:
-        ModelError: the folder holds no tokenizer that can be loaded.
+        ModelError: the folder has no tokenizer that can be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -278,17 +278,17 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
         raise ModelError(f"model folder {path} does not exist; give a Hugging Face folder")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:  # of damaged files transformers raises what it likes
+    except Exception as error:  # transformers raises any type for damaged files
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"the tokenizer in {path} asks to run code of its own (auto_map), which is never done; save it as a "
-                "tokenizer.json that transformers reads by itself"
+                "tokenizer.json that transformers reads without it"
             ) from None
         raise ModelError(f"the tokenizer in {path} cannot be loaded: {shortened(str(error))}") from error
 
 
 def _control_ids(layout: dict[str, Any]) -> set[int]:
-    """Added tokens that are no vocabulary: marked as special, or spelled as control tokens are (``<tool_call>``)."""
+    """Return added tokens that are marked as special or spelled like control tokens (``<tool_call>``)."""
     return {
         token["id"]
         for token in layout.get("added_tokens") or []
@@ -297,13 +297,13 @@ def _control_ids(layout: dict[str, Any]) -> set[int]:
 
 
 def _unknown_ids(layout: dict[str, Any], vocabulary: dict[str, int]) -> set[int]:
-    """The token that stands for what the vocabulary does not have: nobody knows its text."""
+    """Return ids of the unknown token, whose text is unknown."""
     model = layout["model"]
     return {index for index in (vocabulary.get(model.get("unk_token")), model.get("unk_id")) if index is not None}
 
 
 def _configured_bos(folder: Path, size: int) -> int | None:
-    """``bos_token_id`` of ``config.json``, for folders whose tokenizer (``tekken.json``) names none."""
+    """Return ``bos_token_id`` of ``config.json``, for a tokenizer (``tekken.json``) that names none."""
     try:
         value = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("bos_token_id")
     except (OSError, ValueError, AttributeError):
@@ -312,7 +312,7 @@ def _configured_bos(folder: Path, size: int) -> int | None:
 
 
 def _without_prefix(node: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer that puts nothing before a text; ``name`` is that of its inner list."""
+    """Return a normalizer or pre-tokenizer that adds nothing before a text; ``name`` is the key of its inner list."""
     if node is None or node["type"] == "Prepend":
         return None
     if node["type"] == "Sequence":

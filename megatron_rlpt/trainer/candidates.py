@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rlpt.rollout.engine import RolloutEngine, sample_rollouts
-from megatron_rlpt.teacher.rewriter import Rewrites
+from megatron_rlpt.teacher.rewriter import BatchRewriter
 from megatron_rlpt.tokens.tokenizer import TextTokens
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
 
@@ -21,7 +21,7 @@ class CandidateGenerator:
 
     text: TextTokens
     original: bool
-    rewriter: Rewrites | None
+    rewriter: BatchRewriter | None
     """None without rewrites, or if judge workers write them."""
     engine: RolloutEngine | None
     suffix_length: int

@@ -1,8 +1,8 @@
-"""The teacher's prompts: our wording, one text file each, with a version that changes whenever the wording does.
+"""The teacher's prompts: one text file each, with a version that changes with every change of wording.
 
 Text under judgment comes from the web or from a model that is rewarded for good verdicts, so it may contain
 instructions, verdicts or imitations of our markers. Every request therefore fences it with a code derived from the
-request's seed: not to be guessed by the text, the same in every replay.
+request's seed: the text cannot guess it, and every replay has the same one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ VERSIONS = {
     "factuality": "factuality-2",
     "rewrite": "rewrite-2",
 }
-"""Version of each prompt, written with every score; to be raised with every change of the wording."""
+"""Version of each prompt, stored with every reward. Increase it with every change of wording."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt filled in for one request."""
+    """A prompt rendered for one request."""
 
     text: str
     version: str
@@ -35,23 +35,23 @@ class Prompt:
 
 
 def build_prompt(name: str, seed: int, **texts: str) -> Prompt:
-    """Fill prompt ``name`` with untrusted ``texts``, fenced by a code derived from ``seed``.
+    """Render prompt ``name`` with untrusted ``texts``, fenced by a code derived from ``seed``.
 
     Raises:
-        KeyError: there is no such prompt, or a text it needs is missing.
+        KeyError: there is no such prompt, or one of its texts is missing.
     """
     version = VERSIONS[name]
     fence = f"{derive_seed(seed, 'fence') & 0xFFFFFFFF:08x}"
-    # An answer of the rewriter is no verdict, and what it copies is learnt.
+    # The rewriter gives no verdict, and the policy learns from what it copies, so verdicts in its texts stay.
     quoted = {key: neutralise(text, fence, verdicts=name != "rewrite") for key, text in texts.items()}
     return Prompt(_template(name).substitute(quoted, fence=fence), version, fence)
 
 
 def neutralise(text: str, fence: str, *, verdicts: bool = True) -> str:
-    """``text`` without the fence's code and, with ``verdicts``, without what our parser would take for a verdict.
+    """Remove the fence's code from ``text`` and, with ``verdicts``, disarm what the parser would take for a verdict.
 
-    The code cannot be known to the text, so removing it changes no honest text. The key of a verdict loses its colon: a
-    judge that ends its answer with a quotation of the text then has given no verdict.
+    No honest text contains the code. Verdict keys lose their colon, so that a judge that ends its answer with a
+    quotation of the text has given no verdict.
     """
     while fence in text:
         text = text.replace(fence, "")

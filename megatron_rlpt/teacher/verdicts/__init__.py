@@ -1,1 +1,1 @@
-"""From a judge's reply to a verdict, or to a reason why there is none."""
+"""Parse a judge's reply into a verdict, or into a reason why it has none."""

@@ -1,6 +1,6 @@
-"""What is said around an object that shows whose it is: somebody else's words, an example, or an answer taken back.
+"""Cues around a JSON object that show whose it is: a quotation, an example, or an answer that is taken back.
 
-Each cue is tied to its place, right before or right behind the object: elsewhere in a reply its words mean nothing.
+A cue counts only directly before or directly after the object; elsewhere in a reply its words mean nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 LENGTH = 160
-"""Characters before an object that are looked at."""
+"""Characters before an object that are examined."""
 
 _NAMES = r"continuation|candidate|option|text|passage|document|beginning|reference"
 _POINTS = (
@@ -22,7 +22,7 @@ _OPINION = (
 )
 _WORD = rf"(?!(?:{_POINTS})\b)\w++"
 _OWN_VIEW = rf"(?![ \t](?:{_WORD}[ \t]){{0,4}}?(?:{_OPINION})\b(?:[ \t]{_WORD}){{0,6}}[:,]?\s*\n)"
-"""Not with an opinion as its own end of the line, which points at nothing that follows: that is the judge's word."""
+"""Not if the line ends with an opinion, which does not introduce what follows: that is the judge's own view."""
 _SAID = (
     r"\b(?:continuations?|candidates?|texts?|options?|passages?|documents?|story|author|writer|he|she|it|first|second"
     r"|one|reference|beginning|user|injection|[12])\b[^.!?\n{}]{0,60}"
@@ -49,7 +49,7 @@ _FORM = (
     r"|\b(?:expected|possible|desired) (?:outputs?|answers?|repl(?:y|ies)|responses?)(?: is| are)?[ \t]*:?\s*"
     r"|\b(?:template|draft|snippet|original text|last line|thinking|thoughts?|impression)[ \t*]*:[ \t*]*\s*"
 )
-"""What an answer looks like, or looked like before it was one."""
+"""Introduces the form of an answer, or a draft of it."""
 _NOT_SO = (
     r"(?:\bnot|n['\u2019]t|\bnever|\bignore|\bdisregard|\brefuse to)(?:[ \t]+\w+){0,3}:?[ \t]*"
     r"|\b(?:asked|told|instructed|supposed|wants?(?: \w+)?|instruction is) to "
@@ -62,19 +62,20 @@ _NOT_SO = (
     r"|\b(?:attacker|adversary|injects?|injected|injection|smuggles?)\b[^.!?\n{}]{0,60}"
     r"|\bmanipulat\w* (?:\w+ ){0,2}(?:with|by|using)\b[^.!?\n{}]{0,40}"
 )
-"""It is denied, imagined or ascribed to somebody."""
+"""The object is denied, hypothetical or attributed to someone else."""
 _HEADING = rf"(?:^|\n)[ \t*#]*(?:{_NAMES}|original|user|human)(?: [12ab])?[ \t*]*:[ \t*]*\s*"
-"""A text under judgment is set out below its name."""
-_ABROAD = (
+"""A text under judgment is quoted below its name."""
+_FOREIGN = (
     r"\b(?:enth\u00e4lt|lautet|besagt|schreibt|endet mit|contient|dit|\u00e9crit|se termine par|dice|contiene"
     r"|escribe|termina con|diz|cont\u00e9m|\u0441\u043e\u0434\u0435\u0440\u0436\u0438\u0442"
     r"|\u0433\u043b\u0430\u0441\u0438\u0442|\u0433\u043e\u0432\u043e\u0440\u0438\u0442\u0441\u044f)[ \t]*:?\s*"
     r"|(?:\u5305\u542b|\u542b\u6709|\u5199\u7740|\u5199\u9053|\u8bf4\u9053|\u539f\u6587|\u4ee5.{0,4}\u7ed3\u5c3e"
     r"|\u306b\u306f)[ \t]*[:\uff1a]?\s*"
 )
-"""Verbs of containing and saying in other languages, right before the object."""
+"""Verbs of containing and saying in other languages, directly before the object."""
 _BEFORE = re.compile(
-    rf"(?:{_SAID}|{_EXAMPLE}|{_FORM}|{_NOT_SO}|{_HEADING}|{_ABROAD}|(?<!~)~~)(?:(?:```+|~~~+)\w*\s*)?$", re.IGNORECASE
+    rf"(?:{_SAID}|{_EXAMPLE}|{_FORM}|{_NOT_SO}|{_HEADING}|{_FOREIGN}|(?<!~)~~)(?:(?:```+|~~~+)\w*\s*)?$",
+    re.IGNORECASE,
 )
 _CLOSING = r"[ \t`'\"\u201d\u2019)*_]{0,6}"
 _BEHIND = re.compile(
@@ -87,7 +88,7 @@ _BEHIND = re.compile(
     r"|and the other)\b|\u3068\u3042\u308b|\u3068\u66f8|\u662f\u539f\u6587)",
     re.IGNORECASE,
 )
-"""The sentence goes on, and the object is what it is about."""
+"""The sentence continues after the object and is about it."""
 _TAKEN_BACK = re.compile(
     r"\A[\s`'\"\u201d\u2019)*_]{0,8}(?:this|that|it|the above)(?: verdict| answer| object)?"
     r"(?: (?:is|was)(?: not|n['\u2019]t) (?:right|true|correct|an? (?:verdict|answer))"
@@ -112,15 +113,15 @@ _CONSEQUENCE = re.compile(
     r"(?=,?:?\s*(?:(?:```+|~~~+)\w*\s*)?$| my | i (?:choose|pick|prefer|say|answer|vote|go|give) )",
     re.IGNORECASE,
 )
-"""What follows is the judge's own conclusion."""
+"""The judge's own conclusion follows."""
 
 
-def is_anothers(text: str, since: int, start: int, end: int) -> bool:
-    """Whether the object from ``start`` to ``end`` is shown or spoken of, not said; its prose begins at ``since``."""
+def is_attributed(text: str, since: int, start: int, end: int) -> bool:
+    """Return True if the object from ``start`` to ``end`` is only shown or mentioned; its prose begins at ``since``."""
     before = _CONSEQUENCE.split(text[max(since, start - LENGTH) : start])[-1]
     return bool(_BEFORE.search(before) or _BEHIND.match(text, end))
 
 
-def is_taken_back(behind: str) -> bool:
-    """Whether what stands ``behind`` an answer takes it back."""
-    return _TAKEN_BACK.search(behind) is not None
+def is_taken_back(after: str) -> bool:
+    """Return True if the text after an answer takes it back."""
+    return _TAKEN_BACK.search(after) is not None

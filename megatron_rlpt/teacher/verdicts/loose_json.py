@@ -1,9 +1,9 @@
-"""JSON objects as models write them, read without guessing.
+"""Read JSON objects as models write them, without guessing.
 
-A repair library completes what was cut off, joins what stands apart and takes one of two values: it invents verdicts.
-This reader forgives how an object is *written* (line breaks and backslashes in strings, other quotation marks, keys
-without any, comments, a comma too much) and nothing about what it *says*: an object that does not end is none. It reads
-every character a bounded number of times and nests to a bounded depth.
+A JSON repair library completes truncated objects, joins separate ones and picks one of two values: it invents
+verdicts. This reader tolerates how an object is *written* (line breaks and backslashes in strings, other quotation
+marks, keys without any, comments, an extra comma) but nothing about what it *says*: an object without an end is not an
+object. It reads every character a bounded number of times and nests to a bounded depth.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _LONGEST_KEY = 80
 _LONGEST_WORD = 200
 
 SPACE = r"(?:[\s\u200b\u2060\ufeff]|\\[nrt](?![A-Za-z]))*+"
-"""Between tokens; also what some models spell out instead of a line break."""
+"""White space between tokens, including the escapes that some models write instead of a line break."""
 _COMMENT = r"(?://|#)[^\n]{0,200}+(?=\n|\Z)|/\*(?:[^*]|\*(?!/)){0,200}\*/"
 _GAP = re.compile(rf"{SPACE}(?:(?:{_COMMENT}){SPACE}){{0,4}}+")
-"""A few short comments at most: it is tried at every quotation mark."""
+"""At most a few short comments, because it is tried at every quotation mark."""
 COLON = "[:\uff1a]"
 _COMMA = ",\uff0c;"
 QUOTES = {
@@ -35,7 +35,7 @@ QUOTES = {
     "\u00ab": "\u00bb",
     "\uff02": "\uff02",
 }
-"""Mark that opens a string -> marks that may close it."""
+"""Opening quotation mark -> marks that may close the string."""
 _MARKS = re.escape("".join(QUOTES) + "\u00bb")
 _KEY = (
     rf"(?:[{_MARKS}][^{_MARKS}:\n{{}}]{{1,{_LONGEST_KEY}}}[{_MARKS}]|[A-Za-z_$][A-Za-z0-9_$-]{{0,{_LONGEST_KEY}}})"
@@ -52,11 +52,11 @@ _AFTER_LAST = re.compile(r"[ \t]*+(?:\Z|[\n\r,}\]`*<\"'])")
 
 
 class Pairs(list[tuple[str, Any]]):
-    """Keys and values of an object, in order, a key that comes twice included."""
+    """Keys and values of an object, in order, with repeated keys."""
 
 
 class Word(str):
-    """A value without quotation marks: a number, a literal or a word."""
+    """An unquoted value: a number, a literal or a word."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Reading:
     value: Any
     """``Pairs``, lists, ``str`` and ``Word``, nested."""
     end: int
-    """Index behind it."""
+    """Index after it."""
     doubtful: bool
-    """Whether the ends of its strings had to be guessed; then what is in a string may as well be beside it."""
+    """True if the ends of its strings had to be guessed, so that text in a string may as well be outside of it."""
 
 
 def starts_object(text: str, start: int) -> bool:
-    """Whether the brace at ``start`` begins what looks like an object, whole or not: a key follows."""
+    """Return True if a key follows the brace at ``start``, as in an object, complete or not."""
     after = _after_gap(text, start + 1)
     if text[after : after + 1] == "{":
         after = _after_gap(text, after + 1)
@@ -80,7 +80,7 @@ def starts_object(text: str, start: int) -> bool:
 
 
 def read_object(text: str, start: int) -> Reading | None:
-    """The object (or list) that begins at ``start``, or None when there is none that is whole."""
+    """Return the object (or list) that begins at ``start``, or None if it is not complete."""
     reader = _Reader(text)
     try:
         value, end = reader.value(start, 0)
@@ -90,7 +90,7 @@ def read_object(text: str, start: int) -> Reading | None:
 
 
 class _NotRead(Exception):
-    """There is no whole value here."""
+    """There is no complete value here."""
 
 
 class _Reader:
@@ -99,7 +99,7 @@ class _Reader:
         self.doubtful = False
 
     def value(self, at: int, depth: int, closer: str = "") -> tuple[Any, int]:
-        """The value at ``at`` and the index behind it; ``closer`` is the bracket around it."""
+        """Return the value at ``at`` and the index after it; ``closer`` is the enclosing bracket."""
         char = self._text[at : at + 1]
         if depth > _DEEPEST or not char:
             raise _NotRead
@@ -123,7 +123,7 @@ class _Reader:
         pairs = Pairs()
         at = self._gap(at)
         if self._text[at : at + 1] == "{":
-            # Doubled braces, as in a format string of Python.
+            # Doubled braces, as in a Python format string.
             inner, at = self.value(at, depth + 1, "}")
             at = self._gap(at)
             if self._text[at : at + 1] != "}":
@@ -146,7 +146,7 @@ class _Reader:
         return values, at + 1
 
     def _separated(self, at: int, closer: str) -> int:
-        """The index of the next entry, or of ``closer``."""
+        """Return the index of the next entry, or of ``closer``."""
         after = self._gap(at)
         char = self._text[after : after + 1]
         if char and char in _COMMA:
@@ -154,7 +154,7 @@ class _Reader:
         if char == closer:
             return after
         if closer == "}" and "\n" in self._text[at:after] and char and char in QUOTES:
-            # A forgotten comma at the end of a line.
+            # A missing comma at the end of a line.
             self.doubtful = True
             return after
         raise _NotRead
@@ -175,13 +175,13 @@ class _Reader:
         raise _NotRead
 
     def _may_be_bare(self, at: int) -> bool:
-        """Whether nothing but space is between the bracket or comma and ``at``: that is what ``disarm`` looks for."""
+        """Return True if only white space is between the bracket or comma and ``at``, as ``disarm`` assumes."""
         while self._text[at - 1].isspace():
             at -= 1
         return self._text[at - 1] in (*_COMMA, "{")
 
     def _string(self, at: int, closer: str) -> tuple[str, int]:
-        """The string at ``at``: up to the first mark that the rest of an object can follow."""
+        """Return the string at ``at``, up to the first mark after which the object can continue."""
         mark = self._text[at]
         self.doubtful |= mark != '"'
         first = True
@@ -192,7 +192,7 @@ class _Reader:
                 if not first:
                     self.doubtful = True
                     if _OBJECT.search(self._text, at + 1, match.start()):
-                        raise _NotRead  # quoted without escapes: which of its ends is whose?
+                        raise _NotRead  # an object quoted without escapes: its ends are ambiguous
                 return self._text[at + 1 : match.start()], match.end()
             first = False
         raise _NotRead

@@ -1,8 +1,8 @@
-"""The JSON objects of a reply that are said by the model itself, not quoted by it.
+"""Find the JSON objects of a reply that are the model's own, not quoted.
 
-One pass from the front. What is passed over as a quotation: a passage in quotation marks, quoted lines (``>``), the
-inside of tags and markers that hold somebody's text, a code block that is more than one object, an object that is
-introduced as somebody else's words or as an example, and everything before the end of a thought.
+One pass from the start. Skipped as quotations: text in quotation marks, quoted lines (``>``), the content of tags and
+markers that hold a text, code blocks with more than one object, objects introduced as a quotation or an example, and
+everything before the end of a thought.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from megatron_rlpt.teacher.thinking import END as _END_OF_THOUGHT
 from megatron_rlpt.teacher.thinking import OPEN as _THOUGHT
 from megatron_rlpt.teacher.thinking import end_of_thought
-from megatron_rlpt.teacher.verdicts.cues import is_anothers
+from megatron_rlpt.teacher.verdicts.cues import is_attributed
 from megatron_rlpt.teacher.verdicts.loose_json import Reading, read_object, starts_object
 
 _MOST_OBJECTS = 64
-"""Objects that are read; no answer has more, and what is around each of them has to be looked at."""
+"""Maximum objects to read; no answer has more, and the surroundings of each have to be examined."""
 _TAGS = (
     "quote|blockquote|q|cite|document|text|passage|candidate|continuation|option|beginning|reference|examples?|"
     "input|story|context|format|output_format|template|prompt|instructions?|draft|plan|planning|monologue|inner_monologue|"
@@ -45,7 +45,7 @@ _KINDS = (
     "\u27e8\u27e9",
     "\u27ea\u27eb",
 )
-"""Quotation marks that open and close each other: which way round they stand depends on the language."""
+"""Quotation marks that match each other; the language decides which one opens."""
 _KIND = {mark: marks[0] for marks in _KINDS for mark in marks} | {
     "''": '"',
     "``": '"',
@@ -73,26 +73,26 @@ _MARKER_END = re.compile(r"\[end (?:beginning|continuation|reference|text|passag
 
 @dataclass(frozen=True)
 class FoundObject:
-    """One object."""
+    """One object of a reply."""
 
     reading: Reading
     start: int
     marks: dict[str, int]
-    """Quotation marks in the prose before it, by kind; those of ``'`` are openings minus closings."""
+    """Quotation marks in the prose before it, by kind; for ``'``, openings minus closings."""
 
 
 @dataclass
 class Scan:
-    """What a reply holds."""
+    """Content of a reply."""
 
     objects: list[FoundObject] = field(default_factory=list)
-    """Said by the model itself."""
+    """The model's own objects."""
     prose: list[str] = field(default_factory=list)
-    """What is neither an object nor a quotation."""
+    """Text outside of objects and quotations."""
     broken: bool = False
-    """Something begins like an object and does not end like one."""
+    """An object begins and does not end."""
     thinking: bool = False
-    """A thought has begun that does not end."""
+    """A thought begins and does not end."""
 
 
 def scan(text: str) -> Scan:
@@ -123,7 +123,7 @@ class _Scanner:
         return self._found
 
     def _event(self, match: re.Match[str]) -> int:
-        """Take note of ``match``; where to go on."""
+        """Process ``match`` and return the index at which to continue."""
         start, end = match.span()
         if match["mark"]:
             self._note_mark(match["mark"], start, end)
@@ -132,29 +132,29 @@ class _Scanner:
         elif match["fence"]:
             return self._fence(match)
         elif match["ended"]:
-            self._forget(start, end)
+            self._discard_thought(start, end)
         elif match["opened"]:
             end = end_of_thought(self._text, match["opened"], end)
             self._found.thinking = end < 0
-            return self._pass_over(start, end if end >= 0 else len(self._text))
+            return self._skip(start, end if end >= 0 else len(self._text))
         elif match["line"]:
-            return self._pass_over(start, end)
+            return self._skip(start, end)
         elif match["tag"]:
-            return self._pass_over(start, _next(self._tag_ends.get(match["tag"].lower(), []), end, len(self._text)))
+            return self._skip(start, _next(self._tag_ends.get(match["tag"].lower(), []), end, len(self._text)))
         else:
-            return self._pass_over(start, _next(self._marker_ends, end, len(self._text)))
+            return self._skip(start, _next(self._marker_ends, end, len(self._text)))
         return end
 
-    def _forget(self, start: int, end: int) -> None:
-        """All so far was a thought, whose beginning the chat template has written.
+    def _discard_thought(self, start: int, end: int) -> None:
+        """Discard everything so far as a thought whose start tag the chat template has written.
 
-        Unless an object is open and the mark is in the middle of a line: then it may be quoted there.
+        An open object with the end tag in the middle of a line stays broken: the tag may be quoted there.
         """
         is_open = self._found.broken and self._text[:start].rstrip(" \t")[-1:] not in ("", "\n")
         self._found, self._marks, self._read = Scan(broken=is_open), Counter(), 0
         self._prose_from = end
 
-    def _pass_over(self, start: int, end: int) -> int:
+    def _skip(self, start: int, end: int) -> int:
         self._prose(start)
         self._prose_from = end
         return end
@@ -167,7 +167,7 @@ class _Scanner:
         text = self._text
         first = start
         if text[start] == "[":
-            # A list counts where it begins with an object.
+            # A list counts only if it begins with an object.
             inner = _LIST.match(text, start)
             first = inner.end() if inner else start
             if text[first : first + 1] != "{":
@@ -179,13 +179,13 @@ class _Scanner:
         if reading is not None and reading.doubtful and self._holds_end_of_thought(start, reading.end):
             reading = None
         if reading is None:
-            # What is inside of it may be quoted there: nothing after it is looked at, except for the end of a thought.
+            # Later objects may be quoted inside of it, so ignore them all; only the end of a thought resets this.
             self._found.broken = True
             return start + 1
-        anothers = is_anothers(text, self._prose_from, start, reading.end)
+        attributed = is_attributed(text, self._prose_from, start, reading.end)
         self._prose(start)
         self._prose_from = reading.end
-        if not anothers:
+        if not attributed:
             self._found.objects.append(FoundObject(reading, start, dict(self._marks)))
         return reading.end
 
@@ -193,15 +193,15 @@ class _Scanner:
         return _END_OF_THOUGHT.search(self._text, start, end) is not None
 
     def _fence(self, match: re.Match[str]) -> int:
-        place = bisect_left(self._fence_ends, (match.end(), 0))
-        if match.start() == self._fence_open or place == len(self._fence_ends):
-            return match.end()  # the end of a block that was looked into, or a mark without its other half
-        end, behind = self._fence_ends[place]
+        index = bisect_left(self._fence_ends, (match.end(), 0))
+        if match.start() == self._fence_open or index == len(self._fence_ends):
+            return match.end()  # the end of a block that was scanned, or an unmatched fence
+        end, after = self._fence_ends[index]
         content = self._text[match.end() : end]
         if _SOLE.match(content) and content.rstrip().rstrip(";,").endswith(("}", "]", '"', "</tool_call>")):
             self._fence_open = end
             return match.end()
-        return self._pass_over(match.start(), behind)
+        return self._skip(match.start(), after)
 
     def _note_mark(self, mark: str, start: int, end: int) -> None:
         kind = _KIND.get(mark) or _KIND.get(html.unescape(mark), "")
@@ -215,7 +215,7 @@ class _Scanner:
             self._marks[kind] -= 1
 
     def _is_quoted(self, one: FoundObject) -> bool:
-        """Whether a quotation is open where it begins, and ends behind it."""
+        """Return True if a quotation is open at its start and ends after it."""
         for kind, count in one.marks.items():
             is_open = count > 0 if kind == "'" else count % 2 == 1
             ends = self._marks[kind] < count if kind == "'" else self._marks[kind] > count
@@ -224,7 +224,7 @@ class _Scanner:
         return False
 
     def _stands_alone(self, one: FoundObject) -> bool:
-        """Whether it is all of the answer, or a line of code by itself, marks around it aside."""
+        """Return True if it is the whole answer or a whole line of code, apart from quotation marks."""
         before = self._text[: one.start].rstrip("`").rpartition("\n")[2]
         after = self._text[one.reading.end :].lstrip("`").partition("\n")[0]
         if self._text[: one.start].endswith("`") and not before.strip() and not after.strip():
@@ -236,6 +236,6 @@ _AROUND = " \t\r\n`'\"\ufeff\u200b"
 
 
 def _next(ends: list[int], after: int, otherwise: int) -> int:
-    """The first of ``ends`` behind ``after``; where there is none, ``otherwise``."""
-    place = bisect_left(ends, after)
-    return ends[place] if place < len(ends) else otherwise
+    """Return the first of ``ends`` from ``after`` on; ``otherwise`` if there is none."""
+    index = bisect_left(ends, after)
+    return ends[index] if index < len(ends) else otherwise

@@ -1,15 +1,15 @@
-"""From a judge's reply to a verdict, strictly: what is not clearly a verdict is a failure, never a guess.
+"""Parse a judge's reply into a verdict, strictly: anything that is not clearly a verdict is a failure, never a guess.
 
-All axes are answered in one form, a JSON object with the reasoning first and the verdict last:
+All axes use one form of answer, a JSON object with the reasoning first and the verdict last:
 
     {"reasoning": "...", "verdict": "..."}
 
-A server that can is held to it by ``json_schema``. Others write more or less of it, with text before and after, so the
-object may stand anywhere and be written as models write JSON (``loose_json``). It counts if the model says it itself
-(``answer_objects``) and nothing else in the reply says otherwise: no second object, no other key that names a winner,
-no ``verdict: ...`` beside it; and if it is filled in, not the form of an answer copied (``answer_words``). The key is
-taken as it is written, without escapes: ``disarm`` takes it out of the texts under judgment, so that a model that
-copies from them copies no verdict. The reply itself is kept by the caller.
+A server with constrained decoding enforces it by ``json_schema``. Others write more or less of it, with text before and
+after, so the object may be anywhere and be written as models write JSON (``loose_json``). It counts if it is the
+model's own (``objects``), nothing else in the reply contradicts it (a second object, another key that names a winner,
+``verdict: ...`` in the prose), and it is filled in, not a copy of the form (``words``). The key must be written without
+escapes: ``disarm`` removes it from the texts under judgment, so that a model that copies from them copies no verdict.
+The caller keeps the reply itself.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ QUALITY = ("1", "2")
 """The better option."""
 SAFETY = {"safe": 1.0, "unsafe": 0.0}
 FACTUALITY = {"none": 1.0, "possible": 0.5, "definite": 0.0}
-"""Reward of each hallucination label (paper: 1 / 0.5 / 0)."""
+"""Verdict value of each hallucination label (paper: 1 / 0.5 / 0)."""
 
 
 class Reason(enum.StrEnum):
-    """Why a reply has no verdict."""
+    """Reasons why a reply has no verdict."""
 
     EMPTY = "empty reply"
     TRUNCATED = "reply truncated"
@@ -50,21 +50,21 @@ class Reason(enum.StrEnum):
 
 
 _LONGEST_REPLY = 100_000
-"""Characters behind the thought that are looked at; bounds the work on a runaway reply."""
+"""Maximum characters after the thought; bounds the work on a runaway reply."""
 
 _QUOTE_MARKS = re.escape("".join(QUOTES) + "\u00bb")
 _ESCAPED_MARK = rf"(?:\\{{0,8}}[{_QUOTE_MARKS}]|&(?:quot|apos|#0*3[49]|#x0*2[27]);)"
 _GAP = r"(?:[\s\u200b\u2060\ufeff]|\\{1,8}[nrt])*+"
-"""Space as it is written at any depth of escapes, also right before a letter."""
+"""White space at any depth of escapes, also directly before a letter."""
 _KEY = re.compile(
     rf"((?:{_ESCAPED_MARK}|[{{,\uff0c;]){_GAP}verdict{_GAP}(?:{_ESCAPED_MARK}{_GAP})*+)({COLON})", re.IGNORECASE
 )
-"""The key of a verdict in every form in which it is one."""
+"""A verdict key in every form that the parser accepts."""
 _NAMED = rf"(?:the[ \t]+)?(?:(?:{NOUN})[ \t_-]?)?#?[ \t]?(\w+)"
 _CLAIM = re.compile(
     rf"verdict[\s\\*_)\]{_QUOTE_MARKS}]{{0,8}}(?:{COLON}|=)[\s\\*_(\[{_QUOTE_MARKS}]{{0,8}}{_NAMED}", re.IGNORECASE
 )
-"""What looks like a verdict wherever it stands."""
+"""Text that looks like a verdict, anywhere."""
 _STATED = re.compile(
     r"\b(?:(?:answer|verdict|decision|choice|correction|winner|preferred|preference|better|best|final|update|overall)"
     rf"(?:[ \t](?:{NOUN}|one))?[\s*_]{{0,4}}(?:is|to|:|=|->)|i(?:['\u2019]d|[ \t](?:would|will|do))?[ \t]"
@@ -78,9 +78,9 @@ _LINE = re.compile(
     rf"(?: (?:is (?:the )?better(?: (?:{NOUN}|one))?|wins)[.!]?|[.!]?(?<![12][.]))[ \t*_]*$",
     re.IGNORECASE | re.MULTILINE,
 )
-"""A verdict that is a line by itself."""
+"""A verdict on a line of its own."""
 _LEFT_OVER = re.compile(r"[\"'\u201d]\s*\}")
-"""The end of a string and of an object behind the object: what was read ended too early."""
+"""The end of a string and an object after the object: the reader stopped too early."""
 _OWN_REASONS = re.compile(r"reason|analy|expla|thought|rationale|justif|compar")
 _REASONS = re.compile(
     r"reason|thought|think|anal|expla|quot|comment|note|rationale|example|justif|critique|evidence|candidate|continuation"
@@ -104,34 +104,34 @@ _CHOICE = re.compile(
     r"(?:\bor\b|\|)",
     re.IGNORECASE,
 )
-"""A verdict with another one in the comment behind it: the form of an answer, copied."""
+"""A verdict followed by a comment with alternatives: a copy of the form."""
 
 
 def parse_quality(reply: Reply) -> int | Failed:
-    """Which option won, 0 for the first and 1 for the second, from the verdict "1" or "2"."""
+    """Return the winning option, 0 for the verdict "1" and 1 for "2"."""
     word = _verdict(reply, QUALITY)
     return word if isinstance(word, Failed) else QUALITY.index(word)
 
 
 def parse_safety(reply: Reply) -> float | Failed:
-    """1.0 for the verdict "safe" and 0.0 for "unsafe"."""
+    """Return 1.0 for the verdict "safe" and 0.0 for "unsafe"."""
     word = _verdict(reply, tuple(SAFETY))
     return word if isinstance(word, Failed) else SAFETY[word]
 
 
 def parse_factuality(reply: Reply) -> float | Failed:
-    """1.0, 0.5 or 0.0 for the verdict "none", "possible" or "definite"."""
+    """Return 1.0, 0.5 or 0.0 for the verdict "none", "possible" or "definite"."""
     word = _verdict(reply, tuple(FACTUALITY))
     return word if isinstance(word, Failed) else FACTUALITY[word]
 
 
 def disarm(text: str) -> str:
-    """``text`` without anything that could be taken for a verdict: the keys of verdicts lose their colon."""
+    """Remove the colon of every verdict key in ``text``, so that nothing in it parses as a verdict."""
     return _KEY.sub(r"\1 -", text)
 
 
 def schema(axis: str) -> str:
-    """JSON Schema of the answers of ``axis`` (quality, safety or factuality)."""
+    """Return the JSON Schema of answers on ``axis`` (quality, safety or factuality)."""
     words = {"quality": QUALITY, "safety": tuple(SAFETY), "factuality": tuple(FACTUALITY)}[axis]
     return json.dumps(
         {
@@ -144,9 +144,9 @@ def schema(axis: str) -> str:
 
 
 def _verdict(reply: Reply, words: Sequence[str]) -> str | Failed:
-    """The one of ``words`` that the reply decides for."""
+    """Return the one of ``words`` that is the reply's verdict."""
     if reply.finish_reason != "stop":
-        # Whatever stands there, more was to come.
+        # The reply is incomplete, whatever it contains.
         return Failed(Reason.TRUNCATED if reply.finish_reason == "length" else Reason.REFUSED)
     text = without_opened_thought(reply.text)
     if text is None:
@@ -155,27 +155,27 @@ def _verdict(reply: Reply, words: Sequence[str]) -> str | Failed:
         return Failed(Reason.EMPTY)
     if len(text) > _LONGEST_REPLY:
         return Failed(Reason.TOO_LONG)
-    return _decided(text, scan(text), words)
+    return _verdict_of(text, scan(text), words)
 
 
-def _decided(text: str, found: Scan, words: Sequence[str], depth: int = 0) -> str | Failed:
+def _verdict_of(text: str, found: Scan, words: Sequence[str], depth: int = 0) -> str | Failed:
     if found.thinking:
         return Failed(Reason.THOUGHT)
     if not found.objects and not found.broken and depth < _DEEPEST and (plain := _unescaped(text)):
-        return _decided(plain, scan(plain), words, depth + 1)
+        return _verdict_of(plain, scan(plain), words, depth + 1)
     if found.broken:
         return Failed(Reason.MALFORMED)
     verdicts = [verdict for one in found.objects for verdict in _verdicts(one.reading.value, not _is_form(one))]
-    said = [value for value, is_own in verdicts if is_own]
-    if not said:
+    values = [value for value, is_own in verdicts if is_own]
+    if not values:
         return Failed(Reason.UNKNOWN if any(map(_is_form, found.objects)) else Reason.NO_VERDICT)
-    if not all(isinstance(value, str) and _is_word(value) for value in said):
+    if not all(isinstance(value, str) and _is_word(value) for value in values):
         return Failed(Reason.MALFORMED)
-    own = {word_of(value) for value in said}
-    behind = text[found.objects[-1].reading.end :]
-    if is_taken_back(behind):
+    own = {word_of(value) for value in values}
+    after = text[found.objects[-1].reading.end :]
+    if is_taken_back(after):
         return Failed(Reason.CONTRADICTION)
-    if _LEFT_OVER.search(behind):
+    if _LEFT_OVER.search(after):
         return Failed(Reason.MALFORMED)
     others = {word_of(value) for value, is_own in verdicts if not is_own and isinstance(value, str)}
     if len(own) > 1 or ((others | _claims(text, found)) & _ALL_WORDS) - own:
@@ -187,7 +187,7 @@ def _decided(text: str, found: Scan, words: Sequence[str], depth: int = 0) -> st
 
 
 def _claims(text: str, found: Scan) -> set[str]:
-    """Verdicts beside the objects."""
+    """Return verdicts stated outside of the objects."""
     doubtful = [text[one.start : one.reading.end] for one in found.objects if one.reading.doubtful]
     claims = [claim for part in (*found.prose, *doubtful) for claim in _CLAIM.finditer(part)]
     claims += [claim for part in found.prose for form in (_STATED, _LINE) for claim in form.finditer(part)]
@@ -195,7 +195,7 @@ def _claims(text: str, found: Scan) -> set[str]:
 
 
 def _verdicts(node: Any, is_own: bool = True) -> Iterator[tuple[Any, bool]]:
-    """Values of verdicts in ``node``, and whether they are the model's own: not in its reasons, under the plain key."""
+    """Yield verdict values in ``node``, and if each is the model's own: under the plain key, not in its reasons."""
     if isinstance(node, Pairs):
         for key, value in node:
             name = key.strip().lower()
@@ -210,12 +210,12 @@ def _verdicts(node: Any, is_own: bool = True) -> Iterator[tuple[Any, bool]]:
 
 
 def _is_form(one: FoundObject) -> bool:
-    """Whether it is the form of an answer, copied."""
+    """Return True for a copy of the form of an answer."""
     return not all(is_filled_in(text) for text in _reasons(one.reading.value))
 
 
 def _reasons(node: Any) -> Iterator[str]:
-    """Reasons that are texts."""
+    """Yield the texts of reasons."""
     if isinstance(node, Pairs):
         for key, value in node:
             if isinstance(value, str) and _OWN_REASONS.search(key.lower()):
@@ -227,7 +227,7 @@ def _reasons(node: Any) -> Iterator[str]:
 
 
 def _texts(node: Any) -> Iterator[str]:
-    """All strings in ``node``."""
+    """Yield all strings in ``node``."""
     if isinstance(node, str):
         yield node
     elif isinstance(node, list):
@@ -236,14 +236,14 @@ def _texts(node: Any) -> Iterator[str]:
 
 
 def _is_word(value: str) -> bool:
-    """Whether it is one and not, without quotation marks, another kind of value."""
+    """Return True for a quoted value or an unquoted plain word, but not for another literal."""
     return not isinstance(value, Word) or (_SIMPLE.fullmatch(value) is not None and value not in _LITERALS)
 
 
 def _unescaped(text: str) -> str:
-    """An answer whose quotation marks are all escaped, as JSON in a string or as HTML, without that; else nothing.
+    """Unescape an answer whose quotation marks are all escaped, as JSON in a string or as HTML; else return "".
 
-    Letters stay as they are, so that a key that is spelt with escapes remains none.
+    Letters stay as they are, so that a key written with escapes is still not a key.
     """
     text = text.strip(_AROUND)
     if fenced := _FENCED.fullmatch(text):

@@ -1,4 +1,4 @@
-"""The words of an answer: which verdict a value names, which keys name one, and what was never filled in."""
+"""The words of an answer: which verdict a value names, which keys may hold one, and which values are placeholders."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from difflib import SequenceMatcher
 from megatron_rlpt.teacher.verdicts.loose_json import QUOTES
 
 DECORATION = " \t\r\n\u00a0\u200b\ufeff*_~`'\".,;:!()[]<>\\\ufe0f\u20e3" + "".join(QUOTES) + "\u00bb"
-"""What models put around a word."""
+"""Characters that models put around a word."""
 NOUN = "continuation|option|candidate|number|text|answer|response|passage|version|choice"
-"""What they call what they compare."""
+"""Nouns for the compared texts."""
 NUMBERS = {"first": "1", "1st": "1", "second": "2", "2nd": "2"}
 _OUTSIDE = DECORATION.translate({ord(bracket): None for bracket in "()[]"})
 _SPELT_SPACE = re.compile(r"\\[nrt]")
@@ -30,7 +30,7 @@ _NOTHING = re.compile(
     r"[.\u2026_*~#?\s-]{2,}|\u2026|\(+[.\u2026\s]*\)+|<[^<>]{0,80}>|\[[^\[\]]{0,80}\]|[#$]?\{{1,2}[^{}]{0,80}\}{1,2}"
     r"|[$@]\w{1,40}|\u00ab[^\u00ab\u00bb]{0,80}\u00bb|%(?:\(\w{1,40}\))?s"
 )
-"""No reason, but where one was to stand."""
+"""A placeholder instead of a reason."""
 _FORM_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -43,12 +43,12 @@ _FORM_WORDS = frozenset(
         """,
     )
 )
-"""Words in which a form says what belongs into it."""
+"""Words of placeholders that describe what to fill in."""
 _HEX = re.compile(r"\\u([0-9a-f]{4})", re.IGNORECASE)
 _LIKE_VERDICT = re.compile("".join(f"[{one}\x80-\U0010ffff]" for one in ("v", "e3", "r", "d", "i1l!|", "c", "t")))
-"""Look-alikes of its letters; any that is foreign to ASCII may be one."""
+"""Look-alikes of the letters of "verdict"; any non-ASCII letter may be one."""
 _ALIKE = 0.8
-"""Share of letters in common from which a name is a slip of the pen."""
+"""Similarity from which a name counts as a misspelling of "verdict"."""
 _SAYS = re.compile(
     r"answer|winner|winning|choice|chosen|choose|deci[ds]|better|best|pref|select|pick|judge?ment|conclusion|result"
     r"|outcome|final|superior|stronger|vote|correct|response|output"
@@ -58,9 +58,9 @@ _AMOUNT = re.compile(r"votes|score|confiden|certain|margin|strength|count|level|
 
 
 def word_of(value: str) -> str:
-    """The verdict that ``value`` names, as it is written in the schema, or what it says instead."""
+    """Return the verdict that ``value`` names, as spelled in the schema, or its own word."""
     if value.lstrip().startswith(("!", "~")):
-        return value  # not so, or struck out
+        return value  # negated, or struck out
     text = _SPELT_SPACE.sub(" ", value).lower().translate(_WIDE)
     light = text.strip(_OUTSIDE)
     if named := _number(light):
@@ -68,7 +68,7 @@ def word_of(value: str) -> str:
     if two := _TWO_LABELS.fullmatch(light):
         parts = (two[1], two[2] or two[3] or "")
         one, other = (_number(part.strip(_OUTSIDE)) for part in parts)
-        # Twice the same, as in "1: 1", may be a score.
+        # The same text twice, as in "1: 1", may be a score.
         is_same = one == other and parts[0] != parts[1]
         return one if one and (is_same or parts[1] in _PRAISE) else light
     word = text.strip(DECORATION)
@@ -76,7 +76,7 @@ def word_of(value: str) -> str:
 
 
 def is_filled_in(text: str) -> bool:
-    """Whether it is not the place that was to be filled in, copied from the form of an answer."""
+    """Return True unless ``text`` is a placeholder copied from the form of an answer."""
     text = _HEX.sub(_letter, text).strip()
     if _NOTHING.fullmatch(text.rstrip(".").strip() or text):
         return False
@@ -85,7 +85,7 @@ def is_filled_in(text: str) -> bool:
 
 
 def may_say_verdict(key: str, value: str) -> bool:
-    """Whether ``value`` under ``key``, which is not the key of a verdict, may be a verdict all the same."""
+    """Return True if ``value`` may be a verdict although ``key`` is not the verdict key."""
     name = unicodedata.normalize("NFKD", _HEX.sub(_letter, key.lower()))
     name = "".join(char for char in name if unicodedata.category(char) not in ("Cf", "Mn") and char != "\\")
     letters = re.sub(r"[\s_.-]", "", name)

@@ -1,8 +1,8 @@
-"""Groups as bytes: one byte that says the format, then zlib over compact JSON. Reading gives back what was written.
+"""Encode groups as bytes: one byte for the format, then compact JSON compressed with zlib. Lossless.
 
-Log-probabilities are most of a group. They keep the bits they have, in four bytes each where that loses nothing, as
-with an engine that computes them in fp32: less than half of the time that decimals take, and 0.6 of the bytes. zlib's
-checksum notices damage.
+Log-probabilities are most of a group. They are stored bit by bit, in four bytes each if that loses nothing (as with an
+engine that computes them in fp32): less than half of the time of decimals, and 0.6 of the bytes. zlib's checksum
+detects damage.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron_rlpt.errors import BufferUnavailableError
 from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Reward, Source
 
 FORMAT = 1
-"""Goes up when older programs could not read what is written."""
+"""Incremented when older versions cannot read the bytes."""
 
 _LARGEST = 256 * 2**20
-"""Bytes of a record after expansion: one that says to be larger is damaged, whatever it would expand to."""
+"""Bytes of a decompressed record; a larger one counts as damaged."""
 _LEVEL = 1
-"""Of zlib: token ids and log-probabilities hardly get smaller with more work."""
+"""Of zlib; token ids and log-probabilities hardly compress better at higher levels."""
 
 
 class DamagedRecordError(BufferUnavailableError):
@@ -31,16 +31,16 @@ class DamagedRecordError(BufferUnavailableError):
 
 
 def encode_group(group: Group) -> bytes:
-    """``group`` as bytes.
+    """Encode ``group`` as bytes.
 
     Raises:
-        ValueError: a ``detail`` holds what JSON cannot.
+        ValueError: a ``detail`` is not JSON-serializable.
     """
     episode, cost = group.episode, group.cost
     plain = [
         [episode.id, episode.prefix, episode.suffix, episode.corpus, episode.document, episode.offset],
         [
-            # Most are not blank, and older programs read those.
+            # Only blank candidates have the last field, so that older versions can read all others.
             [c.source.value, c.tokens, c.policy_version, c.seed, c.finish_reason, _pack_floats(c.logprobs)]
             + [True] * c.blank
             for c in group.candidates
@@ -61,11 +61,11 @@ def encode_group(group: Group) -> bytes:
 
 
 def decode_group(data: bytes, where: str = "a group") -> Group:
-    """What ``encode_group`` wrote; ``where`` names it in errors.
+    """Decode what ``encode_group`` wrote; ``where`` names it in errors.
 
     Raises:
         DamagedRecordError: the bytes are damaged.
-        BufferUnavailableError: they are of another format.
+        BufferUnavailableError: they have another format.
     """
     plain = _unpack(data, where)
     try:
@@ -83,15 +83,15 @@ def decode_group(data: bytes, where: str = "a group") -> Group:
 
 
 def encode_text(text: str) -> bytes:
-    """A teacher's reply as bytes."""
+    """Encode a reply as bytes."""
     return _pack(text)
 
 
 def decode_text(data: bytes, where: str = "a reply") -> str:
-    """What ``encode_text`` wrote.
+    """Decode what ``encode_text`` wrote.
 
     Raises:
-        BufferUnavailableError: the bytes are damaged or of another format.
+        BufferUnavailableError: the bytes are damaged or have another format.
     """
     return str(_unpack(data, where))
 
@@ -111,7 +111,7 @@ def _candidate(
 
 
 def _pack_floats(values: Sequence[float] | None) -> str | None:
-    """``f`` or ``d`` (4 or 8 bytes, little-endian, as in ``struct``) and their base64."""
+    """Return ``f`` or ``d`` (4 or 8 bytes each, little-endian, as in ``struct``) and the base64 of the values."""
     if values is None:
         return None
     for kind in "fd":
@@ -122,7 +122,7 @@ def _pack_floats(values: Sequence[float] | None) -> str | None:
             continue
         if kind == "d" or struct.unpack(layout, data) == tuple(values):
             return kind + base64.b64encode(data).decode("ascii")
-    raise AssertionError("every float is one of 8 bytes")
+    raise AssertionError("every float fits 8 bytes")
 
 
 def _unpack_floats(text: str | None) -> tuple[float, ...] | None:
@@ -133,7 +133,7 @@ def _unpack_floats(text: str | None) -> tuple[float, ...] | None:
 
 
 def _pack(plain: Any) -> bytes:
-    # Escaped to ASCII, because texts may hold lone surrogates, which UTF-8 cannot.
+    # Escape to ASCII: texts may hold lone surrogates, which UTF-8 cannot encode.
     text = json.dumps(plain, separators=(",", ":"), ensure_ascii=True)
     return bytes([FORMAT]) + zlib.compress(text.encode("ascii"), _LEVEL)
 
@@ -142,7 +142,7 @@ def _unpack(data: bytes, where: str) -> Any:
     if data[:1] != bytes([FORMAT]):
         found = f"format {data[0]}" if data else "nothing"
         raise BufferUnavailableError(
-            f"{where} in the rollout buffer has {found}, this program reads format {FORMAT}; use the version of "
+            f"{where} in the rollout buffer has {found}, this version reads format {FORMAT}; use the version of "
             "megatron_rlpt that wrote it, or another buffer.name"
         )
     try:

@@ -1,13 +1,13 @@
-"""What a rollout buffer is, wherever it is kept.
+"""The contract of a rollout buffer, whatever store keeps it.
 
-    trainer ── put ──> queued ── claim ──> leased ── complete ──> finished ── take ──> trainer ── acknowledge ──> gone
+    trainer ── put ──> queued ── claim ──> leased ── complete ──> finished ── take ──> trainer ── acknowledge
                           ^                  │                       │
                           └── lease expired, │ given back            └ or dead: too many attempts
                               or retried <───┘
 
-Every group has a sequence number: the place of its episode in the run, from 0. Groups are claimed and taken in that
-order. All operations may be repeated when it is not known whether they arrived: a second put, completion or
-acknowledgement of the same group changes nothing.
+Every group has a sequence number: the position of its episode in the run, from 0. Groups are claimed and taken in that
+order. Every operation may be repeated when its reply is lost: a second put, completion or acknowledgement of the same
+group changes nothing.
 
 One trainer owns a buffer at a time; while it renews its hold, no other can attach. ``attach`` returns a fencing token.
 Operations with an older token are refused, so that a trainer that was presumed dead cannot take what its successor
@@ -22,23 +22,38 @@ from typing import Protocol
 
 from megatron_rlpt.types import Failed, Group
 
+TRAINER_POLL = (0.02, 0.5)
+"""Shortest and longest seconds between two polls of a trainer that waits for finished groups."""
+WORKER_POLL = (0.02, 1.0)
+"""Shortest and longest seconds between two claims of a worker while nothing is queued."""
+_POLL_SHARE = 1 / 20
+
+
+def polling_interval(waited: float, shortest: float, longest: float) -> float:
+    """Return the seconds until the next poll of a store, after ``waited`` seconds of waiting.
+
+    A twentieth of the wait so far: a change is seen at most 5 % late, and long waits poll rarely. Exponential backoff
+    would be as late as the wait was long.
+    """
+    return min(max(waited * _POLL_SHARE, shortest), longest)
+
 
 @dataclass(frozen=True)
 class ClaimedGroup:
-    """A group on loan to a worker until it is completed or given back, or until the lease expires."""
+    """A group leased to a worker until it is completed or given back, or until the lease expires."""
 
     sequence: int
     group: Group
     attempt: int
-    """How often the group has been claimed, this time included."""
+    """Number of claims of the group, this one included."""
     lease: str
-    """Token of this loan; a later loan of the same group has another."""
+    """Token of this lease; a later lease of the same group has another."""
     ticket: int = 0
-    """Which judging of the group this is: a result is for this one, not for what was there or was asked before."""
+    """Number of this judging of the group. A result with an earlier ticket is refused."""
     worker: str = ""
-    """Who claimed it."""
+    """Name of the worker that claimed it."""
     again: int = 0
-    """How often the group has been sent back to be judged once more (``retry``, ``requeue``)."""
+    """How often the group was sent back to be judged again (``retry``, ``requeue``)."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +63,14 @@ class Pending:
     queued: int
     """Groups of the batch that wait for a worker."""
     leased: int
-    """Groups of the batch that a worker has."""
+    """Groups of the batch that a worker has leased."""
     missing: tuple[int, ...]
     """Sequence numbers of the batch that the buffer does not hold: put them again."""
 
 
 @dataclass(frozen=True)
 class Dead:
-    """A group that was given up, and why."""
+    """A group that was given up."""
 
     sequence: int
     episode: str
@@ -68,7 +83,7 @@ class Dead:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a buffer holds."""
+    """Counts of a buffer."""
 
     queued: int
     leased: int
@@ -81,37 +96,37 @@ class Stats:
     next: int
     """Sequence number that is taken next."""
     acknowledged: int
-    """Sequence numbers below this one are gone: a checkpoint contains their updates."""
+    """Groups below this sequence number are deleted: a checkpoint includes their updates."""
     oldest: float | None
     """Seconds since the oldest group that is not taken was put; None without one."""
     draining: bool
-    """Whether workers are given nothing."""
+    """Whether claims return nothing."""
     run: str = ""
-    """Id of the run whose groups these are; empty before the first attached."""
+    """Id of the run that owns the groups; empty before the first trainer attached."""
     capacity: int = 0
-    """How far above ``next`` groups are accepted; 0 before the first run attached."""
+    """How far above ``next`` groups are accepted; 0 before the first trainer attached."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One group as the buffer holds it, for looking at."""
+    """One group as the buffer holds it, for inspection."""
 
     sequence: int
     state: str
     """``queued``, ``leased``, ``finished``, ``taken`` or ``dead``."""
     attempts: int
     worker: str
-    """Who has it or finished it; empty while queued."""
+    """Name of the worker that leased or finished it; empty while queued."""
     group: Group
 
 
 class RolloutBuffer(Protocol):
-    """Keeps groups safe between trainer and judges. Safe to use from several threads and processes.
+    """Keeps groups durable between trainer and workers. Safe to use from several threads and processes.
 
-    Every method raises ``BufferUnavailableError`` when the store cannot be reached within the time it retries for.
+    Every method raises ``BufferUnavailableError`` if the store cannot be reached within its retry time.
     """
 
-    # What the trainer does.
+    # Operations of the trainer.
 
     def attach(
         self,
@@ -127,29 +142,29 @@ class RolloutBuffer(Protocol):
     ) -> int:
         """Become the buffer's only trainer and return the fencing token for the operations below.
 
-        What was taken from ``cursor`` on and not acknowledged can be taken again. Judged groups stay judged. Numbers
-        below ``cursor`` are let go of, as with ``acknowledge``; if more was acknowledged already (a checkpoint before
-        the newest one is used), what is missing from ``cursor`` on is to be put again.
+        Groups from ``cursor`` on that were taken and not acknowledged can be taken again. Judged groups stay judged.
+        Groups below ``cursor`` are deleted, as with ``acknowledge``. If more was acknowledged already (the trainer
+        resumes from an older checkpoint), put the missing groups from ``cursor`` on again.
 
         Args:
             run: id of the run.
-            cursor: sequence number of the first group that the trainer's weights have not learnt from.
-            capacity: how far above the next number to be taken groups are accepted; it bounds memory and staleness.
+            cursor: sequence number of the first group that the trainer's weights do not include.
+            capacity: how far above the next number to take groups are accepted; it bounds memory and staleness.
             max_attempts: claims after which a group is given up.
-            replace: drop the groups of another run that had this buffer, if there are any.
-            holder: who attaches; the buffer is this one's for ``seconds``, and for longer if that is renewed. Empty
-                holds nothing.
-            seconds: see there.
-            over: a holder that is known to be dead, whatever it was promised.
+            replace: delete the groups of another run that this buffer holds.
+            holder: identity of the trainer that holds the buffer for ``seconds``, or longer if renewed. Empty holds
+                nothing.
+            seconds: duration of the hold.
+            over: a holder that is known to be dead; its hold is ignored.
 
         Raises:
-            BufferHeldError: another holder's time is not over.
+            BufferHeldError: the hold of another trainer has not expired.
             BufferConflictError: the buffer holds groups of another run, and ``replace`` is off.
         """
         ...
 
     def hold(self, fencing_token: int, holder: str, seconds: float) -> None:
-        """Renew a hold to ``seconds`` from now; with an empty ``holder``, let go.
+        """Renew the hold to ``seconds`` from now; an empty ``holder`` releases it.
 
         Raises:
             BufferConflictError: another trainer has attached.
@@ -157,23 +172,23 @@ class RolloutBuffer(Protocol):
         ...
 
     def put(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> int:
-        """Add groups by sequence number; how many were accepted, from the front.
+        """Add groups by sequence number and return how many were accepted, from the front.
 
         Fewer are accepted when the buffer is full: no number may be ``capacity`` or more above the next to be taken.
-        Numbers that are there, or are acknowledged already, count as accepted and stay as they are.
+        Numbers that are present or acknowledged count as accepted and stay as they are.
 
         Raises:
-            BufferConflictError: another trainer has attached, or a number is there with another episode; nothing is
-                added then.
+            BufferConflictError: another trainer has attached, or a number is present with another episode; then
+                nothing is added.
         """
         ...
 
     def take(self, fencing_token: int, first: int, count: int) -> list[Group | Failed] | Pending:
-        """Groups ``first`` to ``first + count - 1`` with their rewards, once all of them are finished or dead.
+        """Return groups ``first`` to ``first + count - 1`` with their rewards once all of them are finished or dead.
 
-        Every candidate of a dead group is ``Failed`` with the reason; in place of a group that cannot be read stands
-        why. Taking the same numbers again gives the same. Numbers below ``first`` count as taken, also while the
-        others are waited for.
+        Every candidate of a dead group is ``Failed`` with the reason. A group that cannot be read is replaced by a
+        ``Failed``. Taking the same numbers again returns the same groups. Numbers below ``first`` count as taken, even
+        while the others are pending.
 
         Raises:
             BufferConflictError: another trainer has attached.
@@ -182,10 +197,10 @@ class RolloutBuffer(Protocol):
         ...
 
     def retry(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> None:
-        """Have finished or dead groups judged once more, without what their judges were answered before.
+        """Queue finished or dead groups to be judged again, without their stored replies.
 
-        They are put anew as they are given, have all their attempts again and, with all numbers above the lowest of
-        them, count as not yet taken. Numbers that are queued, leased or not there stay as they are.
+        Each is put as it is passed here, with all attempts restored. It and all numbers above the lowest of them count
+        as not yet taken. Numbers that are queued, leased or absent stay as they are.
 
         Raises:
             BufferConflictError: another trainer has attached.
@@ -193,94 +208,94 @@ class RolloutBuffer(Protocol):
         ...
 
     def acknowledge(self, fencing_token: int, end: int) -> None:
-        """Let go of all numbers below ``end``: a published checkpoint contains what was learnt from them.
+        """Delete all groups below ``end``: a published checkpoint includes their updates.
 
         Raises:
             BufferConflictError: another trainer has attached.
         """
         ...
 
-    # What workers do.
+    # Operations of workers.
 
     def claim(self, worker: str, count: int, seconds: float, lease: str) -> list[ClaimedGroup]:
-        """Up to ``count`` groups that nobody has, oldest first, on loan for ``seconds``; none while draining.
+        """Lease up to ``count`` queued groups for ``seconds``, oldest first; none while draining.
 
-        ``lease`` is a token that the worker makes up for this call; the same call again gives the same groups, as far
-        as they are still on that loan. A group whose lease expired ``max_attempts`` times is dead. One that cannot be
-        read goes back with that reason.
+        ``lease`` is a token that the worker generates for this call; repeating the call returns the same groups, as
+        far as they are still on that lease. A group whose lease expired ``max_attempts`` times is dead. One that
+        cannot be read is given back with that reason.
         """
         ...
 
     def renew(self, works: Sequence[ClaimedGroup], seconds: float) -> list[ClaimedGroup]:
-        """Extend leases to ``seconds`` from now; those that are still held."""
+        """Extend leases to ``seconds`` from now and return those that are still held."""
         ...
 
     def complete(self, work: ClaimedGroup, group: Group) -> bool:
-        """Hand in ``group`` as the trainer wants it; False when it was finished before or is not wanted any more.
+        """Store ``group`` as the result; return False if it was finished before or is no longer wanted.
 
-        A result is good whoever hands it in: it is accepted also after the lease expired or the group was given up, if
-        nobody was faster and it has not been taken. A result from before a ``retry`` is not wanted any more, nor is
-        one for a group that another has replaced.
+        A result is accepted from any worker, even after the lease expired or the group was given up, if it is the
+        first and the group has not been taken. A result from before a ``retry`` is not wanted, nor is one for a group
+        that another has replaced.
 
         Raises:
-            ValueError: ``group`` is of another episode, or has rewards, but not one per candidate.
+            ValueError: ``group`` has another episode, or its number of rewards is neither 0 nor one per candidate.
         """
         ...
 
     def give_back(self, work: ClaimedGroup, reason: str = "") -> None:
-        """Return a group unjudged. With a reason the attempt counts, and the last one makes the group dead."""
+        """Return a group unjudged. With a reason the attempt counts, and the last attempt makes the group dead."""
         ...
 
     def recall(self, sequence: int) -> dict[str, str]:
-        """What ``remember`` kept for a group and can be read; nothing for one that is not there."""
+        """Return the readable replies that ``remember`` stored for a group; empty for an absent group."""
         ...
 
     def remember(self, sequence: int, replies: Mapping[str, str]) -> None:
-        """Keep answers of the teacher by key until the group is acknowledged, so that none is paid for twice.
+        """Store replies by key until the group is acknowledged, so that none is requested twice.
 
-        A key that is kept already stays as it is; for a group that is not there nothing is kept.
+        A key that is stored already keeps its reply; for an absent group nothing is stored.
         """
         ...
 
-    # Who is there.
+    # Announcements.
 
     def announce(self, kind: str, name: str, value: str, seconds: float) -> None:
-        """Say that ``name`` of ``kind`` (``worker``, ``endpoint``) is there, for so many seconds."""
+        """Announce ``name`` of ``kind`` (for instance ``worker``, ``endpoint``) for ``seconds``."""
         ...
 
     def withdraw(self, kind: str, name: str) -> None:
-        """Take an announcement back."""
+        """Remove an announcement."""
         ...
 
     def announced(self, kind: str) -> dict[str, str]:
-        """Name -> value of what has been announced and has not run out."""
+        """Return name -> value of the announcements that have not expired."""
         ...
 
-    # What operators do.
+    # Operations of operators.
 
     def stats(self) -> Stats:
-        """Counts."""
+        """Return the counts of the buffer."""
         ...
 
     def dead(self) -> list[Dead]:
-        """The dead-letter list, in order of time.
+        """Return the dead-letter list in order of time.
 
-        Entries stay until the next run, also after their groups are gone, unless a group is judged after all.
+        Entries stay until the next run, even after their groups are deleted, unless a group is judged after all.
         """
         ...
 
     def requeue(self, sequences: Sequence[int] | None = None) -> int:
-        """Give dead groups that are not taken yet all their attempts again (None: every one); how many."""
+        """Restore all attempts of dead groups that are not taken yet (None: every one); return how many."""
         ...
 
     def drain(self, on: bool) -> None:
-        """Stop handing out groups until this is taken back, whatever run attaches meanwhile; groups on loan stay so."""
+        """Stop (or resume) handing out groups, also across runs; leased groups stay leased."""
         ...
 
     def entries(self, first: int = 0) -> Iterator[Entry]:
-        """Everything held from sequence number ``first`` on, in order."""
+        """Yield every group from sequence number ``first`` on, in order."""
         ...
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         ...

@@ -1,4 +1,4 @@
-"""The connection to a Redis server that keeps a rollout buffer: what it has to be, and how long it is retried."""
+"""The connection to a Redis server: requirements on the server, retries, and errors with their fixes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megatron_rlpt.observe.log import get_logger
 _log = get_logger(__name__)
 
 _OLDEST = 7
-"""First major version of Redis that has all that the script uses."""
+"""Oldest major version of Redis that has every command of the script."""
 _BACKOFF = Backoff(0.05, 2.0, jitter=0.5)
 """Seconds between two tries: at first, and at most. Half is left to chance, so that workers do not come at once."""
 _LONGEST_ANSWER = 10.0
-"""Seconds without a sign of the server after which a try has failed."""
+"""Seconds without a reply after which an attempt has failed."""
 _TRANSIENT = ("LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS", "MISCONF", "OOM")
-"""First words of answers of a server that may give another one soon."""
+"""First words of error replies that are worth a retry."""
 
 _Result = TypeVar("_Result")
 
@@ -33,14 +33,14 @@ class RedisConnection:
     def __init__(
         self, address: RedisAddress, key: str, password: str | None, retry: float, stopping: Callable[[], bool]
     ) -> None:
-        """Connect, and check that the server will keep what it is given.
+        """Connect, and check that the server will not drop keys.
 
         Args:
             address: where the server is.
-            key: the buffer's key, which all its other keys begin with.
-            password: of the server; None is none.
-            retry: seconds to go on trying when the server cannot be reached or used, in all.
-            stopping: whether to give up before, as the process is to end; asked between two tries.
+            key: prefix of all keys of the buffer.
+            password: of the server; None without one.
+            retry: seconds to retry an operation while the server cannot be reached or used.
+            stopping: returns whether to stop retrying early because the process is to end.
 
         Raises:
             ConfigError: the package redis is not installed.
@@ -67,7 +67,7 @@ class RedisConnection:
             ssl=address.tls,
             socket_timeout=patience,
             socket_connect_timeout=patience,
-            # Retried here alone: nested retries would multiply the time.
+            # Nested retries would multiply the time, so retry here only.
             retry=Retry(NoBackoff(), 0),
             protocol=2,
         )
@@ -79,9 +79,9 @@ class RedisConnection:
         return f"RedisConnection({self._where})"
 
     def call(self, operation: str, *arguments: str | bytes | int | float) -> list[Any]:
-        """The answer of an operation: ``[b"ok", result]``, or the name of a refusal and its details.
+        """Run an operation and return ``[b"ok", result]``, or the name of a refusal and its details.
 
-        The operation may run twice, if the connection is lost before its answer comes.
+        The operation may run twice if the connection is lost before the reply arrives.
 
         Raises:
             BufferUnavailableError: the server could not be reached or used for ``retry`` seconds.
@@ -89,7 +89,7 @@ class RedisConnection:
         return self._retrying(lambda: self._script(keys=[self._key], args=[operation, *arguments]))
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._client.close()
 
     def _retrying(self, work: Callable[[], _Result]) -> _Result:
@@ -119,13 +119,13 @@ class RedisConnection:
             )
         if policy != "noeviction":
             raise BufferUnavailableError(
-                f"{self._where} drops keys when its memory is full (maxmemory-policy {policy}), and groups with them; "
+                f"{self._where} drops keys, and groups with them, when its memory is full (maxmemory-policy {policy}); "
                 "run: redis-cli CONFIG SET maxmemory-policy noeviction"
             )
         if not info.get("aof_enabled"):
             _log.warning(
-                "Redis keeps no append-only file: groups that wait for judges are lost when it stops, and put again "
-                "from the checkpoint; redis-cli CONFIG SET appendonly yes",
+                "Redis keeps no append-only file: when it stops, queued groups are lost and put again from the "
+                "checkpoint; run: redis-cli CONFIG SET appendonly yes",
                 server=self._where,
             )
 
@@ -135,17 +135,17 @@ class RedisConnection:
         said = first_line(error)
         if isinstance(error.__cause__ or error.__context__, ssl.SSLCertVerificationError) or "CERTIFICATE" in said:
             what = (
-                f"has a certificate that is not trusted ({said}); name the file of its authority in the environment "
-                "variable SSL_CERT_FILE"
+                f"has a certificate that is not trusted ({said}); set the environment variable SSL_CERT_FILE to the "
+                "file of its authority"
             )
         elif isinstance(error, redis.AuthenticationError):
             what = f"refuses the password ({said}); set RLPT_BUFFER_PASSWORD or buffer.password_file to the right one"
         elif isinstance(error, redis.exceptions.NoPermissionError):
-            what = f"does not let this user do what a buffer needs ({said}); give it all commands on rlpt:* keys"
+            what = f"denies this user an operation of the buffer ({said}); allow it all commands on rlpt:* keys"
         elif isinstance(error, redis.exceptions.OutOfMemoryError) or said.startswith("OOM"):
-            what = f"is out of memory since {self._retry:g} s; raise its maxmemory"
+            what = f"has been out of memory for {self._retry:g} s; raise its maxmemory"
         elif _is_transient(error):
-            what = f"cannot be reached or used since {self._retry:g} s ({said}); start it, or raise buffer.retry"
+            what = f"could not be reached or used for {self._retry:g} s ({said}); start it, or raise buffer.retry"
         else:
             what = f"refuses an operation of the rollout buffer: {said}"
         return BufferUnavailableError(f"{self._where} {what}")
@@ -158,7 +158,7 @@ def _is_transient(error: Exception) -> bool:
         return False
     if isinstance(error, redis.ConnectionError | redis.TimeoutError):
         return not isinstance(error.__context__, ssl.SSLCertVerificationError)
-    # redis-py has classes for some of them, and takes the first word off those.
+    # redis-py maps some of them to classes and strips their first word.
     return isinstance(error, _transient_classes()) or str(error).split(" ", 1)[0] in _TRANSIENT
 
 

@@ -1,17 +1,17 @@
--- Every operation of the rollout buffer, each atomic: a script runs alone, and from its first write on to its end.
+-- Every operation of the rollout buffer. Each is atomic: a script runs alone and completes once it has written.
 --
--- KEYS[1] holds the buffer's own fields; all other keys begin with it, and the {} in it keeps them on one shard.
--- ARGV[1] names the operation, the rest are its arguments. The reply is {'ok', result} or {name of a refusal, details}.
+-- KEYS[1] holds the buffer's own fields and is the prefix of all other keys; its {} keeps them on one shard.
+-- ARGV[1] names the operation, followed by its arguments. The reply is {'ok', result} or {name of a refusal, details}.
 -- Times are in milliseconds since the Unix epoch, by the server's clock.
 --
 --   <base>                   hash: format run epoch next acknowledged capacity max_attempts draining ticket
 --                                  (epoch is the fencing token of the trainer that attached last)
 --   <base>:group:<n>         hash: episode put ticket state attempts worker lease reason completion payload result again
 --   <base>:groups            sorted set: number of every group, by number
---   <base>:<state>           sorted set: numbers of the queued, finished or dead by number, of the leased by expiry
---   <base>:loan:<whose>      set: numbers that one claim has on loan
+--   <base>:<state>           sorted set: numbers of queued, finished or dead groups by number, of leased groups by expiry
+--   <base>:loan:<whose>      set: numbers that one claim has leased
 --   <base>:letters           hash: number -> dead letter as JSON
---   <base>:replies:<n>       hash: what the teacher answered, by key
+--   <base>:replies:<n>       hash: replies by key
 --   <base>:announced:<kind>  hash: name -> value, and <base>:until:<kind> a sorted set of names by expiry
 
 local base = KEYS[1]
@@ -49,7 +49,7 @@ local function loan_key(worker, lease)
   return key('loan', #worker, worker, lease)
 end
 
--- Puts group n among those of a state; what is in `values` goes into its hash.
+-- Moves group n to a state; further arguments are fields of its hash and their values.
 local function move(n, state, score, ...)
   local from, worker, lease = unpack(of_group(n, 'state', 'worker', 'lease'))
   if from then
@@ -62,7 +62,7 @@ local function move(n, state, score, ...)
   redis.call('HSET', key('group', n), 'state', state, ...)
 end
 
--- One that was never there before, also if the server lost its last second.
+-- A number that was never used before, even if the server lost its last second.
 local function new_ticket()
   local ticket = digits(math.max(field('ticket') + 1, clock[1] * 1000000 + clock[2]))
   redis.call('HSET', base, 'ticket', ticket)
@@ -93,7 +93,7 @@ local function expire()
   end
 end
 
-local function is_on_loan(n, worker, lease, ticket)
+local function is_leased(n, worker, lease, ticket)
   local found = of_group(n, 'state', 'worker', 'lease', 'ticket')
   return found[1] == 'leased' and found[2] == worker and found[3] == lease and found[4] == ticket
 end
@@ -125,7 +125,7 @@ function operations.open(format, create)
   return redis.call('HGET', base, 'format')
 end
 
--- Who holds the buffer is announced as the only one of its kind.
+-- The holder of the buffer is the only announcement of its kind.
 local function hold(holder, duration)
   redis.call('DEL', key('announced', 'holder'), key('until', 'holder'))
   if holder ~= '' then
@@ -239,7 +239,7 @@ function operations.retry(fencing_token)
   redis.call('HSET', base, 'next', digits(following))
 end
 
--- What is deleted comes first: a server that is out of memory still lets go of groups.
+-- Delete first: a server that is out of memory can still delete groups.
 function operations.acknowledge(fencing_token, finish)
   fence(fencing_token)
   drop('(' .. finish)
@@ -267,12 +267,12 @@ function operations.claim(worker, count, duration, lease)
   return works
 end
 
--- Arguments after the duration: number, worker, lease and ticket of every loan. Which of them were renewed, from 0.
+-- Arguments after the duration: number, worker, lease and ticket of every lease. Returns the indices of those renewed.
 function operations.renew(duration)
   expire()
   local renewed = {}
   for at = 3, #ARGV, 4 do
-    if is_on_loan(ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]) then
+    if is_leased(ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]) then
       redis.call('ZADD', key('leased'), digits(now + duration), ARGV[at])
       table.insert(renewed, (at - 3) / 4)
     end
@@ -280,7 +280,7 @@ function operations.renew(duration)
   return renewed
 end
 
--- `completion` is of this one call: repeated, because its answer was lost on the way, it is answered the same.
+-- `completion` identifies the call: repeated because its reply was lost, it gets the same reply.
 function operations.complete(n, worker, ticket, completion, result)
   local state, current, before = unpack(of_group(n, 'state', 'ticket', 'completion'))
   if current ~= ticket then
@@ -298,7 +298,7 @@ function operations.complete(n, worker, ticket, completion, result)
 end
 
 function operations.give_back(n, worker, lease, ticket, reason)
-  if not is_on_loan(n, worker, lease, ticket) then
+  if not is_leased(n, worker, lease, ticket) then
     return
   end
   if reason ~= '' then
@@ -328,8 +328,8 @@ end
 operations.withdraw = withdraw
 
 function operations.announce(kind, name, value, duration)
-  for _, gone in ipairs(redis.call('ZRANGE', key('until', kind), '-inf', digits(now), 'BYSCORE')) do
-    withdraw(kind, gone)
+  for _, expired in ipairs(redis.call('ZRANGE', key('until', kind), '-inf', digits(now), 'BYSCORE')) do
+    withdraw(kind, expired)
   end
   redis.call('HSET', key('announced', kind), name, value)
   redis.call('ZADD', key('until', kind), digits(now + duration), name)
@@ -402,7 +402,7 @@ function operations.entries(first, count)
   return { field('next'), entries }
 end
 
--- Lists may be longer than a function's arguments: operations that have one read it from ARGV.
+-- A list can be longer than Lua allows for arguments, so operations read lists from ARGV.
 local done, result = pcall(operations[ARGV[1]], unpack(ARGV, 2, math.min(#ARGV, 9)))
 if done then
   return { 'ok', result }

@@ -1,8 +1,8 @@
-"""The rollout buffer in Redis: for trainer and workers on any number of machines.
+"""The rollout buffer in Redis, for trainer and workers on any number of machines.
 
-All changes are made by ``redis_store.lua``, each in one piece. A server that was killed and started again on its
-append-only file goes on; if it lost the last second of it, which may happen when a machine stops, what is missing is
-put or judged once more.
+``redis_store.lua`` makes every change atomically. A server that is killed and restarted resumes from its append-only
+file; if it lost the last second of it, which can happen when a machine stops, the missing groups are put or judged
+again.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from megatron_rlpt.buffer import store_rules as rules
 from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, encode_group, encode_text
-from megatron_rlpt.buffer.protocol import ClaimedGroup, Dead, Entry, Pending, Stats
+from megatron_rlpt.buffer.protocol import ClaimedGroup, Dead, Entry, Pending, RolloutBuffer, Stats
 from megatron_rlpt.buffer.redis_connection import RedisConnection
 from megatron_rlpt.config.buffer_address import RedisAddress
 from megatron_rlpt.errors import BufferUnavailableError
 from megatron_rlpt.types import Failed, Group
 
 FORMAT = 1
-"""Goes up when older programs could not use the keys."""
+"""Incremented when older versions cannot use the keys."""
 
 _PAGE = 64
-"""Groups that ``entries`` reads at once."""
+"""Groups that ``entries`` reads per call."""
 _LARGEST_PUT = 8 * 2**20
-"""Bytes after which ``put`` begins another call, because the server does nothing else during one."""
+"""Bytes after which ``put`` starts another call, because a call blocks the server."""
 
 
-class RedisBuffer:
-    """See ``RolloutBuffer``."""
+class RedisBuffer(RolloutBuffer):
+    """A ``RolloutBuffer`` in Redis."""
 
     def __init__(
         self,
@@ -46,33 +48,35 @@ class RedisBuffer:
 
         Args:
             address: where the server is.
-            name: which of the server's buffers.
-            password: of the server; None is none.
-            retry: seconds to go on trying when the server cannot be reached or used, each time.
-            create: False if the buffer has to be there.
-            stopping: whether to give up before ``retry`` is over, as the process is to end.
+            name: one of the server's buffers.
+            password: of the server; None without one.
+            retry: seconds to retry an operation while the server cannot be reached or used.
+            create: False if the buffer must exist.
+            stopping: returns whether to stop retrying early because the process is to end.
 
         Raises:
-            BufferUnavailableError: the server cannot be used, or the buffer is of another format or not there.
+            BufferUnavailableError: the server cannot be used, or the buffer has another format or does not exist.
         """
         self._repr = f"RedisBuffer('{address}', {name!r})"
         self._connection = RedisConnection(address, f"rlpt:{{{name}}}", password, retry, stopping)
         found = self._call("open", FORMAT, int(create))
         if found is None:
             raise BufferUnavailableError(
-                f"{address} has no rollout buffer '{name}'; give the name of a run that started"
+                f"{address} has no rollout buffer '{name}'; set buffer.name to a run that has started"
             )
         if int(found) != FORMAT:
             raise BufferUnavailableError(
-                f"rollout buffer '{name}' of {address} has format {int(found)}, this program uses {FORMAT}; use the "
+                f"rollout buffer '{name}' of {address} has format {int(found)}, this version uses {FORMAT}; use the "
                 "version of megatron_rlpt that wrote it, or another buffer.name"
             )
 
+    @override
     def __repr__(self) -> str:
         return self._repr
 
-    # What the trainer does.
+    # Operations of the trainer.
 
+    @override
     def attach(
         self,
         run: str,
@@ -85,9 +89,8 @@ class RedisBuffer:
         seconds: float = 0.0,
         over: str = "",
     ) -> int:
-        """See ``RolloutBuffer.attach``."""
         rules.check_attach(run, cursor, capacity, max_attempts)
-        self._call("open", FORMAT, 1)  # the server may have been emptied
+        self._call("open", FORMAT, 1)  # The server may have been emptied.
         answer = self._connection.call(
             "attach", run, cursor, capacity, max_attempts, int(replace), holder, _milliseconds(seconds), over
         )
@@ -97,12 +100,12 @@ class RedisBuffer:
             raise rules.other_run(answer[1].decode(), run, answer[2])
         return int(answer[1])
 
+    @override
     def hold(self, fencing_token: int, holder: str, seconds: float) -> None:
-        """See ``RolloutBuffer.hold``."""
         _checked(self._connection.call("hold", fencing_token, holder, _milliseconds(seconds)), fencing_token)
 
+    @override
     def put(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> int:
-        """See ``RolloutBuffer.put``."""
         rules.check_put(items)
         total = 0
         for chunk in _chunks(items):
@@ -115,8 +118,8 @@ class RedisBuffer:
                 break
         return total
 
+    @override
     def take(self, fencing_token: int, first: int, count: int) -> list[Group | Failed] | Pending:
-        """See ``RolloutBuffer.take``."""
         answer = self._connection.call("take", fencing_token, first, count)
         if answer[0] == b"acknowledged":
             raise rules.acknowledged_already(first, answer[2])
@@ -128,21 +131,21 @@ class RedisBuffer:
             for n, state, attempts, _, reason, data in found[1]
         ]
 
+    @override
     def retry(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> None:
-        """See ``RolloutBuffer.retry``."""
         for chunk in _chunks(items):
             _checked(
                 self._connection.call("retry", fencing_token, *(part for item in chunk for part in item)), fencing_token
             )
 
+    @override
     def acknowledge(self, fencing_token: int, end: int) -> None:
-        """See ``RolloutBuffer.acknowledge``."""
         _checked(self._connection.call("acknowledge", fencing_token, end), fencing_token)
 
-    # What workers do.
+    # Operations of workers.
 
+    @override
     def claim(self, worker: str, count: int, seconds: float, lease: str) -> list[ClaimedGroup]:
-        """See ``RolloutBuffer.claim``."""
         rules.check_seconds(seconds)
         works = []
         for n, attempt, ticket, data, again in self._call("claim", worker, count, _milliseconds(seconds), lease):
@@ -154,50 +157,50 @@ class RedisBuffer:
                 works.append(ClaimedGroup(int(n), group, int(attempt), lease, int(ticket), worker, int(again or 0)))
         return works
 
+    @override
     def renew(self, works: Sequence[ClaimedGroup], seconds: float) -> list[ClaimedGroup]:
-        """See ``RolloutBuffer.renew``."""
         rules.check_seconds(seconds)
-        loans = [part for work in works for part in (work.sequence, work.worker, work.lease, work.ticket)]
-        return [works[place] for place in self._call("renew", _milliseconds(seconds), *loans)]
+        leases = [part for work in works for part in (work.sequence, work.worker, work.lease, work.ticket)]
+        return [works[index] for index in self._call("renew", _milliseconds(seconds), *leases)]
 
+    @override
     def complete(self, work: ClaimedGroup, group: Group) -> bool:
-        """See ``RolloutBuffer.complete``."""
         rules.check_result(work, group)
         token = secrets.token_hex(8)
         return bool(self._call("complete", work.sequence, work.worker, work.ticket, token, encode_group(group)))
 
+    @override
     def give_back(self, work: ClaimedGroup, reason: str = "") -> None:
-        """See ``RolloutBuffer.give_back``."""
         self._call("give_back", work.sequence, work.worker, work.lease, work.ticket, reason)
 
+    @override
     def recall(self, sequence: int) -> dict[str, str]:
-        """See ``RolloutBuffer.recall``."""
         found = _pairs(self._call("recall", sequence))
         return rules.readable(((key.decode(), data) for key, data in sorted(found)), sequence)
 
+    @override
     def remember(self, sequence: int, replies: Mapping[str, str]) -> None:
-        """See ``RolloutBuffer.remember``."""
         self._call("remember", sequence, *(part for key, text in replies.items() for part in (key, encode_text(text))))
 
-    # Who is there.
+    # Announcements.
 
+    @override
     def announce(self, kind: str, name: str, value: str, seconds: float) -> None:
-        """See ``RolloutBuffer.announce``."""
         rules.check_seconds(seconds)
         self._call("announce", kind, name, value, _milliseconds(seconds))
 
+    @override
     def withdraw(self, kind: str, name: str) -> None:
-        """See ``RolloutBuffer.withdraw``."""
         self._call("withdraw", kind, name)
 
+    @override
     def announced(self, kind: str) -> dict[str, str]:
-        """See ``RolloutBuffer.announced``."""
         return {name.decode(): value.decode() for name, value in sorted(_pairs(self._call("announced", kind)))}
 
-    # What operators do.
+    # Operations of operators.
 
+    @override
     def stats(self) -> Stats:
-        """See ``RolloutBuffer.stats``."""
         queued, leased, finished, taken, dead, following, acknowledged, oldest, draining, run, capacity = self._call(
             "stats"
         )
@@ -215,25 +218,25 @@ class RedisBuffer:
             capacity=capacity,
         )
 
+    @override
     def dead(self) -> list[Dead]:
-        """See ``RolloutBuffer.dead``."""
         letters = [(int(number), json.loads(letter)) for number, letter in _pairs(self._call("dead"))]
         found = [
             Dead(number, letter["episode"], letter["reason"], letter["attempts"], int(letter["time"]) / 1000)
             for number, letter in letters
         ]
-        return sorted(found, key=lambda one: (one.time, one.sequence))
+        return sorted(found, key=lambda letter: (letter.time, letter.sequence))
 
+    @override
     def requeue(self, sequences: Sequence[int] | None = None) -> int:
-        """See ``RolloutBuffer.requeue``."""
         return self._call("requeue", *(["all"] if sequences is None else ["some", *sequences]))
 
+    @override
     def drain(self, on: bool) -> None:
-        """See ``RolloutBuffer.drain``."""
         self._call("drain", int(on))
 
+    @override
     def entries(self, first: int = 0) -> Iterator[Entry]:
-        """See ``RolloutBuffer.entries``."""
         while True:
             following, rows = self._call("entries", first, _PAGE)
             if not rows:
@@ -241,25 +244,25 @@ class RedisBuffer:
             yield from (_entry(row, following) for row in rows)
             first = int(rows[-1][0]) + 1
 
+    @override
     def close(self) -> None:
-        """See ``RolloutBuffer.close``."""
         self._connection.close()
 
     def _call(self, operation: str, *arguments: str | bytes | int) -> Any:
-        """The result of an operation that is never refused."""
+        """Return the result of an operation that is never refused."""
         answer = self._connection.call(operation, *arguments)
         return answer[1] if len(answer) > 1 else None
 
 
 def _checked(answer: list[Any], fencing_token: int) -> Any:
-    """The result of an operation that is refused to all but the buffer's trainer."""
+    """Return the result of an operation, or raise if the fencing token is refused."""
     if answer[0] == b"fencing_token":
-        raise rules.wrong_fencing_token(fencing_token, answer[1])
+        raise rules.stale_token(fencing_token, answer[1])
     return answer[1] if len(answer) > 1 else None
 
 
 def _chunks(items: Sequence[tuple[int, Group]]) -> Iterator[list[tuple[int, str, bytes]]]:
-    """Number, episode and bytes of groups, in pieces of about ``_LARGEST_PUT`` bytes."""
+    """Yield number, episode and bytes of groups in chunks of about ``_LARGEST_PUT`` bytes."""
     chunk: list[tuple[int, str, bytes]] = []
     size = 0
     for sequence, group in items:
@@ -274,7 +277,7 @@ def _chunks(items: Sequence[tuple[int, Group]]) -> Iterator[list[tuple[int, str,
 
 
 def _entry(row: Sequence[bytes], following: int) -> Entry:
-    """A group as the script tells it; ``following`` is the number taken next."""
+    """Parse an entry of the script; ``following`` is the sequence number taken next."""
     sequence, attempts, state = int(row[0]), int(row[2]), row[1].decode()
     group = decode_group(row[5], f"group {sequence}")
     if state == "dead":

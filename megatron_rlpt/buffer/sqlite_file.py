@@ -1,4 +1,4 @@
-"""The SQLite file of a rollout buffer: opening it, its tables, transactions, and its errors as lines with a fix."""
+"""The SQLite file of a rollout buffer: its tables, its transactions, and its errors with their fixes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_rlpt.observe.log import get_logger
 _log = get_logger(__name__)
 
 FORMAT = 1
-"""Goes up when older programs could not use the tables."""
+"""Incremented when older versions cannot use the tables."""
 
 _APPLICATION = 0x524C5054
-"""``application_id`` of our files, "RLPT" in ASCII."""
+"""``application_id`` of the file: "RLPT" in ASCII."""
 
 _POLL = 0.05
-"""Seconds between two tries to begin where SQLite does not wait by itself."""
+"""Seconds between two attempts to begin a transaction where SQLite does not wait by itself."""
 
-# What changes often is in rows of its own, away from the groups' bytes: SQLite writes whole rows.
+# SQLite writes whole rows, so what changes often is kept apart from the bytes of groups.
 _TABLES = """
 CREATE TABLE buffers (
     name TEXT PRIMARY KEY,
@@ -69,37 +69,39 @@ CREATE TABLE announcements (
 
 
 class SqliteFile:
-    """One connection to the file, shared by the threads of this process; forked ones must not use it.
+    """One connection to the file, shared by the threads of this process. Forked processes must not use it.
 
-    Write-ahead logging lets readers go on while one process writes. A killed process loses nothing that was committed;
-    a power failure may undo the last commits, in order, which a rollout buffer survives: what is missing is put or
-    judged once more. In exchange no commit waits for the disk.
+    With write-ahead logging, readers continue while one process writes. A killed process loses nothing that was
+    committed. A power failure may undo the last commits, in order; the missing groups are then put or judged again. In
+    exchange no commit waits for the disk.
     """
 
     def __init__(self, path: Path, retry: float, *, create: bool) -> None:
-        """Open ``path``, or make it.
+        """Open ``path``, or create it.
 
         Raises:
-            BufferUnavailableError: it is no file of ours, of another format, or cannot be opened or made.
+            BufferUnavailableError: the file belongs to another program, has another format, or cannot be opened.
         """
         self.path = path
         self._retry = retry
         if not create and not path.is_file():
-            raise BufferUnavailableError(f"there is no rollout buffer {path}; give the url of a run that has started")
+            raise BufferUnavailableError(
+                f"there is no rollout buffer {path}; set buffer.url to that of a run that has started"
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BufferUnavailableError(
-                f"cannot make the folder of {path}: {error.strerror}; set buffer.url"
+                f"cannot create the folder of {path}: {error.strerror}; set buffer.url"
             ) from None
         self._open()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that no other process writes beside; undone when the block raises.
+        """Run a write transaction; roll it back if the block raises.
 
         Raises:
-            BufferUnavailableError: another process held the file for too long, or the file cannot be used.
+            BufferUnavailableError: another process locked the file for too long, or it cannot be used.
         """
         with self._locked() as connection:
             self._wait_for(connection, "BEGIN IMMEDIATE")
@@ -113,7 +115,7 @@ class SqliteFile:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """One state of the file, whatever others write meanwhile.
+        """Run a read transaction on one snapshot of the file.
 
         Raises:
             BufferUnavailableError: the file cannot be used.
@@ -126,7 +128,7 @@ class SqliteFile:
                 connection.execute("ROLLBACK")
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the connection."""
         with self._lock:
             self._connection.close()
 
@@ -141,7 +143,7 @@ class SqliteFile:
             self._connection = sqlite3.connect(
                 self.path, timeout=self._retry, isolation_level=None, check_same_thread=False
             )
-            # Several processes may make the file at the same time, and SQLite does not wait here.
+            # Several processes may create the file at the same time, and SQLite does not wait here.
             self._wait_for(self._connection, "PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
             with self.writing() as connection:
@@ -165,15 +167,16 @@ class SqliteFile:
             )
         elif number("user_version") != FORMAT:
             raise BufferUnavailableError(
-                f"{self.path} has format {number('user_version')}, this program uses {FORMAT}; use the version of "
-                "megatron_rlpt that wrote it, or move the file away: the trainer puts all since its checkpoint again"
+                f"{self.path} has format {number('user_version')}, this version uses {FORMAT}; use the version of "
+                "megatron_rlpt that wrote it, or move the file away: the trainer puts all groups since its "
+                "checkpoint again"
             )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[sqlite3.Connection]:
         if os.getpid() != self._process:
-            # SQLite keeps locks per process and notices no fork: the child would take its parent's for its own, also
-            # with a new connection, and write over what the parent is writing.
+            # SQLite keeps locks per process and does not notice a fork: the child would treat its parent's locks as its
+            # own, even with a new connection, and overwrite what the parent is writing.
             raise RuntimeError(
                 f"{self.path} was opened before this process was forked; spawn it and open the buffer there"
             )
@@ -185,10 +188,10 @@ class SqliteFile:
                 raise self._unavailable(error) from None
 
     def _require_in_place(self) -> None:
-        """Open the file again that has taken the place of the one that was opened, or make it where there is none.
+        """Reopen the file if it was replaced since it was opened, or create it if it was removed.
 
-        A file that was moved away stays open here, and nobody else would ever look into it again. Where its folder is
-        gone too, so is the run.
+        A file that was moved away stays open here, but no other process uses it. If its folder was removed as well,
+        the run is over.
         """
         if self._inode is None:
             return
@@ -199,8 +202,10 @@ class SqliteFile:
         if there:
             return
         if not self.path.parent.is_dir():
-            raise BufferUnavailableError(f"{self.path} was moved with its folder since it was opened; start this again")
-        _log.warning("the file of the rollout buffer was removed or replaced; opening it again", path=self.path)
+            raise BufferUnavailableError(
+                f"{self.path} was moved with its folder since it was opened; restart this process"
+            )
+        _log.warning("file of the rollout buffer was removed or replaced; reopening it", path=self.path)
         self._connection.close()
         self._connect()
 
@@ -218,11 +223,13 @@ class SqliteFile:
     def _unavailable(self, error: sqlite3.Error) -> BufferUnavailableError:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         what = {
-            sqlite3.SQLITE_BUSY: f"is locked by another process since {self._retry:g} s; end it, or raise buffer.retry",
+            sqlite3.SQLITE_BUSY: (
+                f"has been locked by another process for {self._retry:g} s; end it, or raise buffer.retry"
+            ),
             sqlite3.SQLITE_NOTADB: "is not a SQLite database; set another file in buffer.url, or move this one away",
             sqlite3.SQLITE_CORRUPT: "is damaged; move it away: the trainer puts all groups since its checkpoint again",
-            sqlite3.SQLITE_FULL: "cannot grow because the disk is full; make room and start again",
-            sqlite3.SQLITE_READONLY: "may not be written by this user; change its mode, or set buffer.url",
-            sqlite3.SQLITE_CANTOPEN: "cannot be opened; give the path of a file that this user may write in buffer.url",
+            sqlite3.SQLITE_FULL: "cannot grow because the disk is full; free space and start again",
+            sqlite3.SQLITE_READONLY: "is not writable for this user; change its mode, or set buffer.url",
+            sqlite3.SQLITE_CANTOPEN: "cannot be opened; set buffer.url to a file that this user may write",
         }.get(code, f"cannot be used: {first_line(error)}; check its disk, or set another file in buffer.url")
         return BufferUnavailableError(f"{self.path} {what}")

@@ -1,4 +1,4 @@
-"""The rollout buffer in an SQLite file: for trainer and workers on one machine, with nothing to install."""
+"""The rollout buffer in an SQLite file, for trainer and workers on one machine, with nothing to install."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from megatron_rlpt.buffer import store_rules as rules
 from megatron_rlpt.buffer.codec import DamagedRecordError, decode_group, encode_group, encode_text
-from megatron_rlpt.buffer.protocol import ClaimedGroup, Dead, Entry, Pending, Stats
+from megatron_rlpt.buffer.protocol import ClaimedGroup, Dead, Entry, Pending, RolloutBuffer, Stats
 from megatron_rlpt.buffer.sqlite_file import SqliteFile
 from megatron_rlpt.errors import BufferUnavailableError
 from megatron_rlpt.types import Failed, Group
 
 _PAGE = 64
-"""Groups that ``entries`` reads at once."""
+"""Groups that ``entries`` reads per query."""
 
 
-class SqliteBuffer:
-    """See ``RolloutBuffer``. Not for a file that several machines share: SQLite's locks hold on one machine only."""
+class SqliteBuffer(RolloutBuffer):
+    """A ``RolloutBuffer`` in SQLite. Machines must not share the file: SQLite's locks work on one machine only."""
 
     def __init__(self, path: str | Path, name: str, *, retry: float = 60.0, create: bool = True) -> None:
         """Open the buffer ``name`` in the file ``path``.
 
         Args:
-            path: the file, made with its folder unless it is there.
-            name: which of the file's buffers.
+            path: the file; created with its folder if it does not exist.
+            name: one of the file's buffers.
             retry: seconds to wait for other processes that write.
-            create: False if file and buffer have to be there.
+            create: False if file and buffer must exist.
 
         Raises:
-            BufferUnavailableError: the file cannot be used, or is not there.
+            BufferUnavailableError: the file cannot be used or does not exist.
         """
         self._name = name
         self._file = SqliteFile(Path(path), retry, create=create)
@@ -47,8 +49,9 @@ class SqliteBuffer:
     def __repr__(self) -> str:
         return f"SqliteBuffer({str(self._file.path)!r}, {self._name!r})"
 
-    # What the trainer does.
+    # Operations of the trainer.
 
+    @override
     def attach(
         self,
         run: str,
@@ -61,7 +64,6 @@ class SqliteBuffer:
         seconds: float = 0.0,
         over: str = "",
     ) -> int:
-        """See ``RolloutBuffer.attach``."""
         rules.check_attach(run, cursor, capacity, max_attempts)
         with self._file.writing() as db:
             self._require_unheld(db, holder, over)
@@ -73,7 +75,7 @@ class SqliteBuffer:
                 self._drop(db, below=None)
                 self._execute(db, "DELETE FROM letters WHERE buffer = :name")
             self._drop(db, below=cursor)
-            # Never one that was there before, also if a power failure undid the last attach.
+            # Never reuse a token, even if a power failure undid the last attach.
             fencing_token = max(meta["epoch"] + 1, int(time.time() * 1000))
             self._execute(
                 db,
@@ -88,14 +90,14 @@ class SqliteBuffer:
             self._hold(db, holder, seconds)
         return fencing_token
 
+    @override
     def hold(self, fencing_token: int, holder: str, seconds: float) -> None:
-        """See ``RolloutBuffer.hold``."""
         with self._file.writing() as db:
             self._meta(db, fencing_token)
             self._hold(db, holder, seconds)
 
+    @override
     def put(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> int:
-        """See ``RolloutBuffer.put``."""
         rules.check_put(items)
         encoded = [(sequence, group.episode.id, encode_group(group)) for sequence, group in items]
         with self._file.writing() as db:
@@ -112,8 +114,8 @@ class SqliteBuffer:
                     raise rules.other_episode(sequence, row["episode"], episode)
         return len(encoded)
 
+    @override
     def take(self, fencing_token: int, first: int, count: int) -> list[Group | Failed] | Pending:
-        """See ``RolloutBuffer.take``."""
         with self._file.writing() as db:
             meta = self._meta(db, fencing_token)
             if first < meta["acknowledged"]:
@@ -134,8 +136,8 @@ class SqliteBuffer:
             for sequence, state, attempts, _, reason, payload, result in rows
         ]
 
+    @override
     def retry(self, fencing_token: int, items: Sequence[tuple[int, Group]]) -> None:
-        """See ``RolloutBuffer.retry``."""
         encoded = [(sequence, group.episode.id, encode_group(group)) for sequence, group in items]
         with self._file.writing() as db:
             self._meta(db, fencing_token)
@@ -154,8 +156,8 @@ class SqliteBuffer:
             if lowest is not None:
                 self._execute(db, "UPDATE buffers SET next = min(next, :n) WHERE name = :name", n=lowest)
 
+    @override
     def acknowledge(self, fencing_token: int, end: int) -> None:
-        """See ``RolloutBuffer.acknowledge``."""
         with self._file.writing() as db:
             self._meta(db, fencing_token)
             self._drop(db, below=end)
@@ -165,10 +167,10 @@ class SqliteBuffer:
                 end=end,
             )
 
-    # What workers do.
+    # Operations of workers.
 
+    @override
     def claim(self, worker: str, count: int, seconds: float, lease: str) -> list[ClaimedGroup]:
-        """See ``RolloutBuffer.claim``."""
         rules.check_seconds(seconds)
         mine = "buffer = :name AND state = 'leased' AND lease = :lease AND worker = :worker"
         whose = {"lease": lease, "worker": worker}
@@ -202,19 +204,19 @@ class SqliteBuffer:
                 works.append(ClaimedGroup(number, group, attempt, lease, ticket, worker, again))
         return works
 
+    @override
     def renew(self, works: Sequence[ClaimedGroup], seconds: float) -> list[ClaimedGroup]:
-        """See ``RolloutBuffer.renew``."""
         rules.check_seconds(seconds)
         with self._file.writing() as db:
             self._expire(db)
             return [
                 work
                 for work in works
-                if self._change(db, *_loan(work), "expires = :until", until=time.time() + seconds)
+                if self._change(db, *_lease_key(work), "expires = :until", until=time.time() + seconds)
             ]
 
+    @override
     def complete(self, work: ClaimedGroup, group: Group) -> bool:
-        """See ``RolloutBuffer.complete``."""
         rules.check_result(work, group)
         data = encode_group(group)
         with self._file.writing() as db:
@@ -235,28 +237,28 @@ class SqliteBuffer:
             self._execute(db, "INSERT OR REPLACE INTO results VALUES (:name, :n, :data)", n=work.sequence, data=data)
         return True
 
+    @override
     def give_back(self, work: ClaimedGroup, reason: str = "") -> None:
-        """See ``RolloutBuffer.give_back``."""
-        self._give_back(*_loan(work), reason)
+        self._give_back(*_lease_key(work), reason)
 
+    @override
     def recall(self, sequence: int) -> dict[str, str]:
-        """See ``RolloutBuffer.recall``."""
         with self._file.reading() as db:
             sql = "SELECT key, data FROM replies WHERE buffer = :name AND sequence = :n ORDER BY key"
             rows = self._execute(db, sql, n=sequence).fetchall()
         return rules.readable(rows, sequence)
 
+    @override
     def remember(self, sequence: int, replies: Mapping[str, str]) -> None:
-        """See ``RolloutBuffer.remember``."""
         rows = [(self._name, sequence, key, encode_text(text)) for key, text in replies.items()]
         with self._file.writing() as db:
             if self._row(db, sequence):
                 db.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", rows)
 
-    # Who is there.
+    # Announcements.
 
+    @override
     def announce(self, kind: str, name: str, value: str, seconds: float) -> None:
-        """See ``RolloutBuffer.announce``."""
         rules.check_seconds(seconds)
         now = time.time()
         with self._file.writing() as db:
@@ -264,14 +266,14 @@ class SqliteBuffer:
             sql = "INSERT OR REPLACE INTO announcements VALUES (:name, :kind, :who, :value, :expires)"
             self._execute(db, sql, kind=kind, who=name, value=value, expires=now + seconds)
 
+    @override
     def withdraw(self, kind: str, name: str) -> None:
-        """See ``RolloutBuffer.withdraw``."""
         with self._file.writing() as db:
             sql = "DELETE FROM announcements WHERE buffer = :name AND kind = :kind AND name = :who"
             self._execute(db, sql, kind=kind, who=name)
 
+    @override
     def announced(self, kind: str) -> dict[str, str]:
-        """See ``RolloutBuffer.announced``."""
         sql = (
             "SELECT name, value FROM announcements WHERE buffer = :name AND kind = :kind AND expires > :now"
             " ORDER BY name"
@@ -279,10 +281,10 @@ class SqliteBuffer:
         with self._file.reading() as db:
             return {name: value for name, value in self._execute(db, sql, kind=kind, now=time.time())}
 
-    # What operators do.
+    # Operations of operators.
 
+    @override
     def stats(self) -> Stats:
-        """See ``RolloutBuffer.stats``."""
         with self._file.writing() as db:
             self._expire(db)
             meta = self._meta(db)
@@ -308,16 +310,16 @@ class SqliteBuffer:
             capacity=meta["capacity"],
         )
 
+    @override
     def dead(self) -> list[Dead]:
-        """See ``RolloutBuffer.dead``."""
         sql = (
             "SELECT sequence, episode, reason, attempts, time FROM letters WHERE buffer = :name ORDER BY time, sequence"
         )
         with self._file.reading() as db:
             return [Dead(*row) for row in self._execute(db, sql)]
 
+    @override
     def requeue(self, sequences: Sequence[int] | None = None) -> int:
-        """See ``RolloutBuffer.requeue``."""
         with self._file.writing() as db:
             self._expire(db)
             sql = "SELECT sequence FROM groups WHERE buffer = :name AND state = 'dead' AND sequence >= :next"
@@ -327,13 +329,13 @@ class SqliteBuffer:
                 self._queue_again(db, sequence)
         return len(again)
 
+    @override
     def drain(self, on: bool) -> None:
-        """See ``RolloutBuffer.drain``."""
         with self._file.writing() as db:
             self._execute(db, "UPDATE buffers SET draining = :on WHERE name = :name", on=on)
 
+    @override
     def entries(self, first: int = 0) -> Iterator[Entry]:
-        """See ``RolloutBuffer.entries``."""
         while True:
             with self._file.reading() as db:
                 following = self._meta(db)["next"]
@@ -344,16 +346,16 @@ class SqliteBuffer:
             yield from (self._entry(row, following) for row in rows)
             first = rows[-1][0] + 1
 
+    @override
     def close(self) -> None:
-        """See ``RolloutBuffer.close``."""
         self._file.close()
 
     def _give_back(self, sequence: int, worker: str, lease: str, ticket: int, reason: str) -> None:
-        loan = (sequence, worker, lease, ticket)
+        lease_key = (sequence, worker, lease, ticket)
         with self._file.writing() as db:
             if not reason:
-                self._change(db, *loan, "state = 'queued', attempts = attempts - 1, worker = '', lease = ''")
-            elif self._change(db, *loan, "expires = 0"):
+                self._change(db, *lease_key, "state = 'queued', attempts = attempts - 1, worker = '', lease = ''")
+            elif self._change(db, *lease_key, "expires = 0"):
                 self._end_lease(db, sequence, reason)
 
     # Steps inside a transaction.
@@ -362,16 +364,16 @@ class SqliteBuffer:
         return db.execute(sql, {"name": self._name, **values})
 
     def _meta(self, db: sqlite3.Connection, fencing_token: int | None = None) -> dict[str, Any]:
-        """The buffer's own row; with a fencing token, only for the trainer who has it."""
+        """Return the buffer's own row; with a fencing token, raise if it is not the current one."""
         cursor = self._execute(db, "SELECT * FROM buffers WHERE name = :name")
         row = cursor.fetchone()
         if row is None:
-            # The file was removed, or restored from before this buffer was in it: it begins anew.
+            # The file was removed, or restored from before this buffer existed: start empty.
             self._execute(db, "INSERT INTO buffers (name) VALUES (:name)")
             row = self._execute(db, "SELECT * FROM buffers WHERE name = :name").fetchone()
         meta = dict(zip((column[0] for column in cursor.description), row, strict=True))
         if fencing_token is not None and meta["epoch"] != fencing_token:
-            raise rules.wrong_fencing_token(fencing_token, meta["epoch"])
+            raise rules.stale_token(fencing_token, meta["epoch"])
         return meta
 
     def _require_unheld(self, db: sqlite3.Connection, holder: str, over: str) -> None:
@@ -401,12 +403,12 @@ class SqliteBuffer:
         self._execute(db, "INSERT INTO payloads VALUES (:name, :n, :data)", n=sequence, data=data)
 
     def _ticket(self, db: sqlite3.Connection) -> int:
-        # Like a fencing token, never one that was there before.
+        # Like a fencing token, a ticket is never reused.
         sql = "UPDATE buffers SET ticket = max(ticket + 1, :now) WHERE name = :name RETURNING ticket"
         return self._execute(db, sql, now=int(time.time() * 1e6)).fetchone()[0]
 
     def _drop(self, db: sqlite3.Connection, below: int | None) -> None:
-        """Forget groups below a number (None: all) and what belongs to them."""
+        """Delete groups below a number (None: all) and what belongs to them."""
         where = "buffer = :name" if below is None else "buffer = :name AND sequence < :below"
         for table in ("groups", "payloads", "results", "replies"):
             self._execute(db, f"DELETE FROM {table} WHERE {where}", below=below)
@@ -421,7 +423,7 @@ class SqliteBuffer:
         change: str,
         **values: object,
     ) -> bool:
-        """Change the row of a group that is still on this loan; whether it is."""
+        """Update the row of a group if it is still on this lease; return whether it is."""
         sql = (
             f"UPDATE groups SET {change} WHERE buffer = :name AND sequence = :n AND state = 'leased'"
             " AND lease = :lease AND ticket = :ticket AND worker = :worker"
@@ -435,7 +437,7 @@ class SqliteBuffer:
             self._end_lease(db, sequence, rules.LEASE_EXPIRED)
 
     def _end_lease(self, db: sqlite3.Connection, sequence: int, reason: str) -> None:
-        """Queue a leased group for its next attempt, or give it up if that was the last."""
+        """Queue a leased group for its next attempt, or give it up after the last."""
         row = self._row(db, sequence)
         assert row is not None
         if row["attempts"] < self._meta(db)["max_attempts"]:
@@ -455,7 +457,7 @@ class SqliteBuffer:
         )
 
     def _queue_again(self, db: sqlite3.Connection, sequence: int) -> None:
-        """Give a finished or dead group all its attempts again."""
+        """Queue a finished or dead group with all its attempts restored."""
         self._execute(db, "DELETE FROM letters WHERE buffer = :name AND sequence = :n", n=sequence)
         self._execute(
             db,
@@ -466,7 +468,7 @@ class SqliteBuffer:
         )
 
     def _entry(self, row: tuple[Any, ...], following: int) -> Entry:
-        """A row of ``_ENTRIES``; ``following`` is the number taken next."""
+        """Parse a row of ``_ENTRIES``; ``following`` is the sequence number taken next."""
         sequence, state, attempts, worker, reason, payload, result = row
         group = decode_group(result or payload, f"group {sequence}")
         if state == "dead":
@@ -474,7 +476,7 @@ class SqliteBuffer:
         return Entry(sequence, rules.shown_state(state, sequence, following), attempts, worker, group)
 
 
-def _loan(work: ClaimedGroup) -> tuple[int, str, str, int]:
+def _lease_key(work: ClaimedGroup) -> tuple[int, str, str, int]:
     return work.sequence, work.worker, work.lease, work.ticket
 
 

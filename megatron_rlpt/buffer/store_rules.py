@@ -1,4 +1,4 @@
-"""What every store of the rollout buffer holds to, whatever it is made of."""
+"""Rules that every store of the rollout buffer shares: argument checks, errors, what a dead group looks like."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ from megatron_rlpt.errors import (
 from megatron_rlpt.types import Failed, Group
 
 CAME_BACK = "came back"
-"""How the reason of every group begins that did not come back as it should."""
+"""Prefix of the failure reason of every group that came back different from how it was put."""
 UNREADABLE = "record cannot be read"
-"""Reason of a group that is damaged in the store."""
+"""Reason of a group whose record is damaged."""
 HOLDER = "holder"
-"""Kind of announcement that says which trainer holds a buffer, under the name of that kind."""
+"""Kind and name of the announcement that names the trainer holding the buffer."""
 LEASE_EXPIRED = "lease expired"
 """Reason of a group that no worker finished in time."""
 
 
 def check_attach(run: str, cursor: int, capacity: int, max_attempts: int) -> None:
-    """Raises ValueError: an argument of ``attach`` is out of range."""
+    """Raise ValueError if an argument of ``attach`` is out of range."""
     if not run or cursor < 0 or capacity < 1 or max_attempts < 1:
         raise ValueError(f"cannot attach {run=} with {cursor=}, {capacity=}, {max_attempts=}")
 
 
 def check_put(items: Sequence[tuple[int, Group]]) -> None:
-    """Raises ValueError: a sequence number below 0."""
+    """Raise ValueError if a sequence number is below 0."""
     for sequence, _ in items:
         if sequence < 0:
             raise ValueError(f"group number {sequence} is below 0")
 
 
 def check_seconds(seconds: float) -> None:
-    """Raises ValueError: no time at all, or for ever."""
+    """Raise ValueError if a duration is not positive and finite."""
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds is {seconds}; allowed: above 0 and finite")
 
 
 def check_result(work: ClaimedGroup, group: Group) -> None:
-    """Raises ValueError: ``group`` is no result of ``work``."""
+    """Raise ValueError if ``group`` cannot be the result of ``work``."""
     if group.episode.id != work.group.episode.id:
-        raise ValueError(f"group {work.sequence} is episode {work.group.episode.id}, the result {group.episode.id}")
+        raise ValueError(
+            f"group {work.sequence} has episode {work.group.episode.id}, but its result has {group.episode.id}"
+        )
     if group.rewards and len(group.rewards) != len(group.candidates):
         raise ValueError(
             f"result of group {work.sequence} has {len(group.rewards)} rewards for {len(group.candidates)} candidates"
@@ -58,8 +60,8 @@ def check_result(work: ClaimedGroup, group: Group) -> None:
 
 
 def given_up(group: Group, reason: str, attempts: int) -> Group:
-    """A dead group as the trainer gets it: every candidate failed, or the rewrite that was to be the only one."""
-    # What a server said goes with the reason, which is one of few.
+    """Return a dead group as the trainer gets it: every candidate failed, or the rewrite if it has none."""
+    # Reasons are few and counted; what follows the colon varies and goes into the detail.
     short, _, cause = reason.partition(": ")
     failure = Failed(short, {"attempts": attempts} | ({"cause": cause} if cause else {}))
     if not group.candidates:
@@ -68,7 +70,7 @@ def given_up(group: Group, reason: str, attempts: int) -> Group:
 
 
 def read_result(state: str, reason: str, attempts: int, data: bytes, where: str) -> Group | Failed:
-    """A finished or dead group as the trainer gets it, or why it cannot be read."""
+    """Return a finished or dead group as the trainer gets it, or why it cannot be read."""
     try:
         group = decode_group(data, where)
     except BufferUnavailableError as error:
@@ -79,11 +81,11 @@ def read_result(state: str, reason: str, attempts: int, data: bytes, where: str)
 
 
 def shown_state(state: str, sequence: int, following: int) -> str:
-    """``state`` as an ``Entry`` has it: what is judged or given up counts as taken below the number taken next."""
+    """Return ``state`` as in ``Entry``: finished and dead groups below the number taken next count as taken."""
     return "taken" if state in ("finished", "dead") and sequence < following else state
 
 
-def wrong_fencing_token(given: int, current: int) -> BufferConflictError:
+def stale_token(given: int, current: int) -> BufferConflictError:
     """Return the error for a trainer that no longer owns the buffer."""
     if current > given:
         return BufferConflictError(
@@ -97,33 +99,33 @@ def wrong_fencing_token(given: int, current: int) -> BufferConflictError:
 
 
 def held_by_another(holder: str, until: float) -> BufferHeldError:
-    """The error of a trainer whose buffer another one holds."""
-    return BufferHeldError("the rollout buffer belongs to another trainer; end that one first", holder, until)
+    """Return the error for a trainer whose buffer another trainer holds."""
+    return BufferHeldError("another trainer holds the rollout buffer; stop that one first", holder, until)
 
 
 def other_run(owner: str, run: str, held: int) -> BufferConflictError:
-    """The error of a trainer whose buffer holds another run's groups."""
+    """Return the error for a buffer that holds the groups of another run."""
     return BufferConflictError(
-        f"the rollout buffer holds {held} groups of run {owner}, this is run {run}; set another buffer.name, or start "
-        "with --fresh to drop them"
+        f"the rollout buffer holds {held} groups of run {owner}, but this is run {run}; set another buffer.name, or "
+        "start with --fresh to delete them"
     )
 
 
 def other_episode(sequence: int, held: str, given: str) -> BufferConflictError:
-    """The error of a trainer whose stream gives another episode for a number than it did before."""
+    """Return the error for a number whose episode differs from the one that was put before."""
     return BufferConflictError(
-        f"group {sequence} of the rollout buffer is episode {held}, and now {given}: data or seed have changed; set "
-        "another buffer.name, or start with --fresh"
+        f"group {sequence} of the rollout buffer has episode {held}, but the data stream now has {given}: data or seed "
+        "have changed; set another buffer.name, or start with --fresh"
     )
 
 
 def acknowledged_already(first: int, acknowledged: int) -> ValueError:
-    """The error of a trainer that takes what it has let go of."""
+    """Return the error for taking a group that was acknowledged."""
     return ValueError(f"cannot take group {first}: all below {acknowledged} are acknowledged")
 
 
 def readable(replies: Iterable[tuple[str, bytes]], sequence: int) -> dict[str, str]:
-    """Replies by key; one that is damaged is left out, and asked for again."""
+    """Return replies by key without damaged ones, which are requested again."""
     found = {}
     for key, data in replies:
         with contextlib.suppress(DamagedRecordError):

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from megatron_rlpt.backoff import Backoff
-from megatron_rlpt.buffer.open import open_buffer, place_of
+from megatron_rlpt.buffer.open import location_of, open_buffer
 from megatron_rlpt.buffer.protocol import RolloutBuffer
 from megatron_rlpt.config import Config, JudgeName, RunIn, needs_judge
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError
@@ -131,7 +131,7 @@ async def _until(stopped: asyncio.Event, work: Awaitable[object]) -> None:
 
 
 async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
-    url, name = place_of(config)
+    url, name = location_of(config)
     began, remind_at, reminders = time.monotonic(), 0.0, 1
     while not (announced := await asyncio.to_thread(buffer.announced, SETTINGS)):
         waited = time.monotonic() - began

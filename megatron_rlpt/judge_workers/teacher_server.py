@@ -15,8 +15,7 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 
-from megatron_rlpt.buffer.open import open_buffer
-from megatron_rlpt.buffer.password import VARIABLE
+from megatron_rlpt.buffer.open import PASSWORD_VARIABLE, open_buffer
 from megatron_rlpt.buffer.protocol import RolloutBuffer
 from megatron_rlpt.config import Config, EndpointConfig, RunIn, asks_teacher
 from megatron_rlpt.distributed.addresses import LOOPBACK, free_port, here, is_loopback, reachable
@@ -200,7 +199,7 @@ def _computes_in_its_engine(extra: Sequence[str], environment: Mapping[str, str]
 
 def _environment(config: Config, key: str) -> dict[str, str]:
     # The server has nothing to do with the buffer.
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment = {name: value for name, value in os.environ.items() if name != PASSWORD_VARIABLE}
     if key:
         environment[_KEY] = key
     environment["VLLM_NO_USAGE_STATS"] = "1"

@@ -20,8 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from megatron_rlpt.buffer.polling import WORKER_POLL, until_next_look
-from megatron_rlpt.buffer.protocol import ClaimedGroup, RolloutBuffer
+from megatron_rlpt.buffer.protocol import WORKER_POLL, ClaimedGroup, RolloutBuffer, polling_interval
 from megatron_rlpt.config.schema import WorkersConfig
 from megatron_rlpt.errors import RlptError, first_line
 from megatron_rlpt.judge_workers.client.faults import OF_SERVER, Fault
@@ -138,7 +137,7 @@ class Worker:
             now = time.monotonic()
             if works:
                 busy = now
-            await self._rest(0 if works else until_next_look(now - busy, *WORKER_POLL))
+            await self._rest(0 if works else polling_interval(now - busy, *WORKER_POLL))
             self._raise_failures()
 
     def _trouble(self) -> str:

@@ -17,8 +17,7 @@ from typing import Any
 from typing_extensions import override
 
 from megatron_rlpt.backoff import Backoff
-from megatron_rlpt.buffer.polling import TRAINER_POLL, until_next_look
-from megatron_rlpt.buffer.protocol import Pending, RolloutBuffer
+from megatron_rlpt.buffer.protocol import TRAINER_POLL, Pending, RolloutBuffer, polling_interval
 from megatron_rlpt.buffer.store_rules import CAME_BACK
 from megatron_rlpt.distributed.holder import Holder
 from megatron_rlpt.distributed.ranks import Ranks
@@ -202,7 +201,7 @@ class BufferedJudging(Judging):
                 self._store.restore()
                 continue
             # Full until the trainer takes groups.
-            self._sleep(until_next_look(self._clock() - start, *TRAINER_POLL))
+            self._sleep(polling_interval(self._clock() - start, *TRAINER_POLL))
 
     def _wait(self, first: int, count: int) -> list[Group] | None:
         """Return the batch on the main rank, or None after ``PATIENCE`` seconds."""
@@ -232,7 +231,7 @@ class BufferedJudging(Judging):
                 self._pause(first, groups)
             if self._clock() - start > PATIENCE:
                 return None
-            self._sleep(until_next_look(self._clock() - self._waiting_since, *TRAINER_POLL))
+            self._sleep(polling_interval(self._clock() - self._waiting_since, *TRAINER_POLL))
 
     def _checked(self, first: int, taken: Sequence[Group | Failed]) -> list[Group]:
         """Return the submitted groups with the rewards that came back for them."""

@@ -2,7 +2,7 @@
 
 The processes take the same decisions in the same order as ``trainer/train.py``, ``trainer/pipeline.py``,
 ``trainer/buffered_judging.py`` and ``judge_workers/worker.py``, and poll the rollout buffer at the same intervals
-(``buffer/polling.py``); the work of a stage is replaced by the seconds it takes. A run on thousands of GPUs is
+(``buffer/protocol.py``); the work of a stage is replaced by the seconds it takes. A run on thousands of GPUs is
 simulated in seconds.
 
     propose ──parts──> queue ──oldest first──> judge workers ──> batch complete ──> update ──> settle ──> sync
@@ -24,7 +24,7 @@ from statistics import fmean
 
 import simpy
 
-from megatron_rlpt.buffer.polling import TRAINER_POLL, WORKER_POLL, until_next_look
+from megatron_rlpt.buffer.protocol import TRAINER_POLL, WORKER_POLL, polling_interval
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planner.simulation.processor_sharing import ProcessorSharing
 from megatron_rlpt.planner.simulation.setting import Judges, SimulatedCluster, Workload
@@ -275,7 +275,7 @@ class _Simulation:
         """Return the seconds until the next look of a process that has polled since ``began``."""
         waited, elapsed = 0.0, self.env.now - began
         while waited < elapsed:
-            pause = until_next_look(waited, shortest, longest)
+            pause = polling_interval(waited, shortest, longest)
             # Skip over pauses of equal length in one go.
             waited += pause * max(1, math.floor((elapsed - waited) / pause)) if pause == longest else pause
         return waited - elapsed

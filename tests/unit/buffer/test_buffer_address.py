@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlpt.buffer.password import read_password
+from megatron_rlpt.buffer.open import read_password
 from megatron_rlpt.config import load_config
 from megatron_rlpt.config.buffer_address import RedisAddress, check_name, parse_url
 from megatron_rlpt.errors import ConfigError

@@ -124,7 +124,7 @@ def _content(data):
 
 def test_another_format_names_both():
     with pytest.raises(
-        BufferUnavailableError, match=f"group 7 .* has format 9, this program reads format {FORMAT}; use"
+        BufferUnavailableError, match=f"group 7 .* has format 9, this version reads format {FORMAT}; use"
     ):
         decode_group(b"\x09" + encode_group(group(0))[1:], "group 7")
     with pytest.raises(BufferUnavailableError, match="a reply in the rollout buffer has nothing"):

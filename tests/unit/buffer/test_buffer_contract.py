@@ -147,11 +147,12 @@ def test_another_episode_for_a_number_is_refused_and_nothing_is_added(buffer):
     fencing_token = attach(buffer)
     buffer.put(fencing_token, items(0, 1))
     with pytest.raises(
-        BufferConflictError, match="group 1 of the rollout buffer is episode episode-1, and now episode-9"
+        BufferConflictError,
+        match=r"group 1 of the .* has episode episode-1, but the data stream now has episode-9",
     ):
         buffer.put(fencing_token, [*items(2), (1, group(9))])
     assert [entry.sequence for entry in buffer.entries()] == [0, 1]
-    with pytest.raises(BufferConflictError, match="is episode episode-3, and now episode-4"):
+    with pytest.raises(BufferConflictError, match="has episode episode-3, but the data stream now has episode-4"):
         buffer.put(fencing_token, [*items(3), (3, group(4))])
 
 
@@ -270,7 +271,7 @@ def test_results_that_cannot_be_are_refused(buffer):
     fencing_token = attach(buffer)
     buffer.put(fencing_token, items(0))
     (work,) = buffer.claim("w", 1, LONG, "lease")
-    with pytest.raises(ValueError, match="group 0 is episode episode-0, the result episode-1"):
+    with pytest.raises(ValueError, match="group 0 has episode episode-0, but its result has episode-1"):
         buffer.complete(work, judged(group(1)))
     for rewards in (judged(group(0)).rewards[:1], judged(group(0)).rewards * 2):
         with pytest.raises(ValueError, match="rewards for 2 candidates"):
@@ -452,7 +453,7 @@ def test_groups_of_another_run_are_not_dropped_unasked(buffer):
     buffer.put(fencing_token, items(0, 1, 2))
     expire(buffer)
     (work,) = buffer.claim("w", 1, LONG, "lease")
-    with pytest.raises(BufferConflictError, match="holds 3 groups of run first, this is run second"):
+    with pytest.raises(BufferConflictError, match="holds 3 groups of run first, but this is run second"):
         attach(buffer, "second")
     buffer.put(fencing_token, items(3))
     buffer.remember(1, {"key": "answer"})

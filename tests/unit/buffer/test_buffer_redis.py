@@ -94,7 +94,7 @@ def test_without_an_append_only_file_there_is_a_warning(server, admin, caplog):
 def test_another_format_is_refused(server, admin):
     buffer_of(server, "old").close()
     admin.hset("rlpt:{old}", "format", 7)
-    assert "has format 7, this program uses 1" in refusal(lambda: buffer_of(server, "old"), server)
+    assert "has format 7, this version uses 1" in refusal(lambda: buffer_of(server, "old"), server)
 
 
 def test_a_buffer_that_has_to_be_there_is_not_made(server, admin):
@@ -147,7 +147,7 @@ def test_a_server_that_cannot_be_reached(server):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
     said = refusal(lambda: buffer_of(server, url=f"redis://127.0.0.1:{port}", retry=0.3), server)
-    assert said.startswith(f"redis://127.0.0.1:{port}/0 cannot be reached or used since 0.3 s (")
+    assert said.startswith(f"redis://127.0.0.1:{port}/0 could not be reached or used for 0.3 s (")
     assert said.endswith("start it, or raise buffer.retry")
 
 
@@ -173,7 +173,7 @@ def test_a_server_that_is_out_of_memory_still_lets_go_of_groups(server, admin):
     buffer.put(fencing_token, items(0))
     admin.configure(maxmemory="1")
     said = refusal(lambda: buffer.put(fencing_token, items(1)), server)
-    assert "is out of memory since 0.2 s; raise its maxmemory" in said
+    assert "has been out of memory for 0.2 s; raise its maxmemory" in said
     buffer.acknowledge(fencing_token, 1)
     admin.configure(maxmemory="0")
     assert list(buffer.entries()) == []
@@ -190,7 +190,7 @@ def test_a_user_who_may_not_do_everything(server, admin, tmp_path):
     url = server.url.replace("//", "//reader@")
     try:
         said = refusal(lambda: buffer_of(server, url=url, password_file=str(password), retry=LONG), server)
-        assert said.startswith(f"{url} does not let this user do what a buffer needs (")
+        assert said.startswith(f"{url} denies this user an operation of the buffer (")
     finally:
         admin.acl_deluser("reader")
 
@@ -331,5 +331,5 @@ def test_tls(server, admin, certificate, monkeypatch):
     assert [entry.group for entry in buffer_of(server, "tls").entries()] == [group(0)]
     # To the wrong port: without TLS, and TLS where there is none.
     said = refusal(lambda: buffer_of(server, url=url.replace("rediss", "redis"), retry=0.2), server)
-    assert "cannot be reached or used" in said
+    assert "could not be reached or used" in said
     refusal(lambda: buffer_of(server, url=server.url.replace("redis:", "rediss:"), retry=0.2), server)

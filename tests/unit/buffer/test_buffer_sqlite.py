@@ -60,7 +60,7 @@ def test_files_that_are_no_buffer(path):
 def test_a_folder_that_cannot_be_made(path):
     path.parent.parent.mkdir(parents=True)
     path.parent.write_text("a file where the folder should be")
-    with pytest.raises(BufferUnavailableError, match=r"cannot make the folder of .*; set buffer\.url"):
+    with pytest.raises(BufferUnavailableError, match=r"cannot create the folder of .*; set buffer\.url"):
         SqliteBuffer(path, "demo")
 
 
@@ -68,7 +68,7 @@ def test_another_format(path):
     SqliteBuffer(path, "demo").close()
     with sqlite3.connect(path) as other:
         other.execute("PRAGMA user_version = 7")
-    assert "has format 7, this program uses 1" in refusal(path)
+    assert "has format 7, this version uses 1" in refusal(path)
 
 
 def test_damage_is_said(path):
@@ -87,7 +87,7 @@ def test_a_locked_file_is_waited_for_and_then_named(path):
     with sqlite3.connect(path, isolation_level=None, check_same_thread=False) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(
-            BufferUnavailableError, match=r"locked by another process since 0\.2 s; end it, or raise"
+            BufferUnavailableError, match=r"locked by another process for 0\.2 s; end it, or raise"
         ) as caught:
             buffer.announce("worker", "w", "", 60)
         assert str(path) in str(caught.value)

@@ -15,8 +15,7 @@ from pathlib import Path
 from launch.cluster import Allocation, Cluster, ExecutorName
 from launch.code import CONFIG
 from launch.spec import Spec
-from megatron_rlpt.config import Config, judged_by_workers
-from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.config import Config, SourceConfig, SourceFormat, judged_by_workers
 from megatron_rlpt.errors import ConfigError
 
 

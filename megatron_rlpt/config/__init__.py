@@ -1,4 +1,4 @@
-"""Structured configuration. Imports neither torch nor Megatron nor vLLM, so a login node can use it."""
+"""Structured configuration. Imports neither torch, Megatron nor vLLM, so that a login node can use it."""
 
 from megatron_rlpt.config.checks import (
     asks_teacher,
@@ -8,43 +8,47 @@ from megatron_rlpt.config.checks import (
     rows_per_example,
     validate,
 )
+from megatron_rlpt.config.choices import (
+    Decay,
+    Dtype,
+    EngineName,
+    Fp8,
+    HeldOutOverlap,
+    JudgeName,
+    MixBy,
+    OptionOrder,
+    PairScheme,
+    Recompute,
+    RunIn,
+    SourceFormat,
+)
 from megatron_rlpt.config.loading import flatten, load_config, nearest_key, to_yaml
 from megatron_rlpt.config.schema import (
-    AxisConfig,
-    BufferConfig,
     CandidatesConfig,
     CheckpointConfig,
     Config,
     CurriculumConfig,
     DataConfig,
-    Decay,
-    Dtype,
-    EndpointConfig,
-    EngineName,
     EvaluationConfig,
-    Fp8,
-    GenerativeConfig,
-    HeldOutOverlap,
-    JudgeName,
-    LikelihoodConfig,
-    MixBy,
     ModelConfig,
     ObjectiveConfig,
     ObserveConfig,
     OptimizerConfig,
-    OptionOrder,
-    PairScheme,
     ParallelConfig,
-    QualityConfig,
-    Recompute,
-    RewriterConfig,
     RolloutConfig,
     RunConfig,
-    RunIn,
     SourceConfig,
-    SourceFormat,
-    TeacherConfig,
     TrainConfig,
+)
+from megatron_rlpt.config.schema_teacher import (
+    AxisConfig,
+    BufferConfig,
+    EndpointConfig,
+    GenerativeConfig,
+    LikelihoodConfig,
+    QualityConfig,
+    RewriterConfig,
+    TeacherConfig,
     WorkersConfig,
 )
 

@@ -1,4 +1,4 @@
-"""Where a rollout buffer is: its URL and name, checked without touching the store."""
+"""URL and name of a rollout buffer, checked without touching the store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 @dataclass(frozen=True)
 class RedisAddress:
-    """A Redis server and one of its databases."""
+    """A Redis server and its database."""
 
     host: str
     port: int = 6379
@@ -31,15 +31,15 @@ class RedisAddress:
 
 
 def parse_url(url: str) -> Path | RedisAddress:
-    """The SQLite file or the Redis server that ``url`` names.
+    """Return the SQLite file or the Redis server that ``url`` names.
 
     Raises:
-        ConfigError: it names neither, or has a password or options in it.
+        ConfigError: it names neither, or contains a password or options.
     """
     if url.startswith(_SQLITE) and len(url) > len(_SQLITE):
         return Path(url.removeprefix(_SQLITE))
-    # What comes before an @ may be a password, which is not to be repeated.
-    shown = "not repeated here" if "@" in url else f"'{url}'"
+    # What comes before an @ may be a password.
+    shown = "not shown" if "@" in url else f"'{url}'"
     wrong = ConfigError(f"the rollout buffer's url is {shown}; allowed: {_ALLOWED}, without options")
     try:
         parts = urlsplit(url)
@@ -48,7 +48,7 @@ def parse_url(url: str) -> Path | RedisAddress:
         raise wrong from None
     if parts.password is not None:
         raise ConfigError(
-            "the rollout buffer's url has a password, which others would see in process lists and config.yaml; put it "
+            "the rollout buffer's url has a password, which process lists and config.yaml would show; put it "
             "into RLPT_BUFFER_PASSWORD or a file of mode 0600 named by buffer.password_file"
         )
     database = parts.path.removeprefix("/") or "0"
@@ -61,9 +61,9 @@ def parse_url(url: str) -> Path | RedisAddress:
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError: ``name`` cannot be a buffer's."""
+    """Raise ConfigError where ``name`` cannot name a buffer."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"the rollout buffer's name is '{name}'; allowed: up to 100 letters, digits, '.', '_' and '-'; set "
-            "buffer.name, which is the name of run.dir otherwise"
+            "buffer.name, which defaults to the name of run.dir"
         )

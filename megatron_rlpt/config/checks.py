@@ -1,108 +1,18 @@
-"""Ranges of single fields and agreement between fields, checked before anything heavy loads."""
+"""Agreement between fields, checked before anything heavy loads; the bounds of single fields are in the schema."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import operator
-import re
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
 
 from megatron_rlpt.config.buffer_address import RedisAddress, check_name, parse_url
+from megatron_rlpt.config.choices import JudgeName, RunIn
 from megatron_rlpt.config.endpoints import check_endpoints, is_variable, no_variable
-from megatron_rlpt.config.schema import (
-    AxisConfig,
-    Config,
-    JudgeName,
-    QualityConfig,
-    RunIn,
-    SourceConfig,
-)
+from megatron_rlpt.config.fields import check_values
+from megatron_rlpt.config.schema import Config, SourceConfig
 from megatron_rlpt.config.sources import possible_formats, unused_option
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.objectives import ObjectiveFacts, check_objective, facts_of
 from megatron_rlpt.types import Source
-
-T = TypeVar("T")
-_WRITABLE = re.compile(r"[^\0\ud800-\udfff]*")
-_Check = tuple[str, Callable[[Any], bool], str]
-
-_RANGES: list[_Check] = [
-    ("parallel.tensor", lambda v: v >= 1, "at least 1"),
-    ("parallel.pipeline", lambda v: v >= 1, "at least 1"),
-    ("parallel.virtual_stages", lambda v: v >= 1, "at least 1"),
-    ("parallel.context", lambda v: v >= 1, "at least 1"),
-    ("parallel.expert", lambda v: v >= 1, "at least 1"),
-    ("parallel.timeout", lambda v: v > 0, "above 0 seconds"),
-    ("data.suffix_length", lambda v: v >= 1, "at least 1"),
-    ("data.min_prefix", lambda v: v >= 1, "at least 1"),
-    ("data.max_prefix", lambda v: v >= 1, "at least 1"),
-    ("data.episodes_per_document", lambda v: v >= 0, "0 (all) or more"),
-    ("data.shuffle_buffer", lambda v: v >= 1, "at least 1"),
-    ("data.max_bad_fraction", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ("data.max_record_bytes", lambda v: v >= 1, "at least 1"),
-    ("candidates.rollouts", lambda v: v >= 0, "0 or more"),
-    ("candidates.curriculum.start", lambda v: v >= 0, "0 or more"),
-    ("candidates.curriculum.grow_above", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("candidates.curriculum.window", lambda v: v >= 1, "at least 1"),
-    ("candidates.curriculum.probe", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    ("rollout.temperature", lambda v: v > 0, "above 0"),
-    ("rollout.max_batch", lambda v: v >= 1, "at least 1"),
-    ("rollout.kv_cache_gib", lambda v: v > 0, "above 0"),
-    ("rollout.sync_bucket_mib", lambda v: v >= 1, "at least 1"),
-    ("rollout.warn_logprob_gap", lambda v: v > 0, "above 0"),
-    ("rollout.max_logprob_gap", lambda v: v > 0, "above 0"),
-    ("teacher.likelihood.repetition_weight", lambda v: v >= 0, "0 or more"),
-    ("teacher.likelihood.repetition_ngram", lambda v: v >= 1, "at least 1"),
-    ("teacher.likelihood.batch_tokens", lambda v: v >= 1, "at least 1"),
-    ("teacher.generative.temperature", lambda v: v >= 0, "0 or more"),
-    ("teacher.generative.top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    ("teacher.generative.max_tokens", lambda v: v >= 1, "at least 1"),
-    ("teacher.rewriter.temperature", lambda v: v >= 0, "0 or more"),
-    ("teacher.rewriter.top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    ("teacher.rewriter.anchor_words", lambda v: v >= 0, "0 or more"),
-    ("teacher.max_context", lambda v: v >= 1, "at least 1"),
-    ("teacher.kv_cache_gib", lambda v: v > 0, "above 0"),
-    ("teacher.max_failure_rate", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ("teacher.workers.groups", lambda v: v >= 1, "at least 1"),
-    ("teacher.workers.lease", lambda v: v > 0, "above 0 seconds"),
-    ("teacher.workers.max_attempts", lambda v: v >= 1, "at least 1"),
-    ("teacher.workers.request_deadline", lambda v: v > 0, "above 0 seconds"),
-    ("teacher.workers.group_deadline", lambda v: v > 0, "above 0 seconds"),
-    ("teacher.workers.drain", lambda v: v >= 0, "0 seconds or more"),
-    ("teacher.workers.metrics_port", lambda v: -1 <= v <= 65535, "a port, 0 (a free one) or -1 (off)"),
-    ("buffer.retry", lambda v: v >= 0, "0 seconds or more"),
-    ("buffer.max_pause", lambda v: v >= 0, "0 (for ever) or more seconds"),
-    ("objective.beta", lambda v: v > 0, "above 0"),
-    ("objective.reference_refresh", lambda v: v >= 0, "0 (frozen) or more"),
-    ("objective.clip_low", lambda v: 0 < v < 1, "above 0 and below 1"),
-    ("objective.clip_high", lambda v: v > 0, "above 0"),
-    ("optimizer.lr", lambda v: v > 0, "above 0"),
-    ("optimizer.min_lr", lambda v: v >= 0, "0 or more"),
-    ("optimizer.warmup_steps", lambda v: v >= 0, "0 or more"),
-    ("optimizer.weight_decay", lambda v: v >= 0, "0 or more"),
-    ("optimizer.beta1", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("optimizer.beta2", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("optimizer.eps", lambda v: v > 0, "above 0"),
-    ("optimizer.clip_grad", lambda v: v >= 0, "0 (off) or more"),
-    ("train.steps", lambda v: v >= 1, "at least 1"),
-    ("train.global_batch", lambda v: v >= 1, "at least 1"),
-    ("train.micro_batch", lambda v: v >= 1, "at least 1"),
-    ("train.staleness", lambda v: v >= 0, "0 or more"),
-    ("train.empty_window", lambda v: v >= 1, "at least 1"),
-    ("train.max_empty_share", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ("train.logprob_chunk", lambda v: v >= 1, "at least 1"),
-    ("train.max_stall", lambda v: v >= 0, "0 (never) or more seconds"),
-    ("checkpoint.every", lambda v: v >= 1, "at least 1"),
-    ("checkpoint.keep", lambda v: v >= 1, "at least 1"),
-    ("observe.samples_per_step", lambda v: v >= 0, "0 or more"),
-    ("evaluation.prefixes", lambda v: v >= 2, "at least 2 (an interval needs two)"),
-    ("evaluation.samples", lambda v: v >= 1, "at least 1"),
-    ("evaluation.examples", lambda v: v >= 0, "0 or more"),
-]
-
-_NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 
 def objective_facts(config: Config) -> ObjectiveFacts:
@@ -111,7 +21,7 @@ def objective_facts(config: Config) -> ObjectiveFacts:
 
 
 def needs_judge(config: Config) -> bool:
-    """Whether the objective selects by reward, so that the run has a judge."""
+    """Return whether the objective selects by reward, so that the run has a judge."""
     return objective_facts(config).needs_judge
 
 
@@ -124,47 +34,28 @@ def rows_per_example(config: Config) -> int:
 
 
 def asks_teacher(config: Config) -> bool:
-    """Whether a run asks the teacher for anything: scores, or a rewrite."""
+    """Return whether a run needs the teacher for anything, rewards or rewrites."""
     return needs_judge(config) or config.candidates.rewrite
 
 
 def judged_by_workers(config: Config) -> bool:
-    """Whether groups go out to judge workers, for their scores or for a rewrite."""
+    """Return whether judge workers reward or rewrite the groups of a run."""
     return asks_teacher(config) and config.teacher.run_in is RunIn.workers
 
 
 def validate(config: Config) -> None:
-    """Check ranges and cross-field agreement; cheap, so that it runs before anything heavy loads.
+    """Check the bounds of every field and agreement between fields.
 
     Raises:
-        ConfigError: names the field, its value and what is allowed.
+        ConfigError: names the key, its value and what is allowed.
     """
-    for key, number in _leaves(config, float):
-        if not math.isfinite(number):
-            raise ConfigError(f"{key} is {number}; allowed: a finite number")
-    for key, text in _leaves(config, str):
-        if not _WRITABLE.fullmatch(text):
-            raise ConfigError(
-                f"{key} is {text!r}; allowed: text that a file can hold, without NUL and broken characters"
-            )
-    for key, accepts, allowed in _RANGES:
-        value = operator.attrgetter(key)(config)
-        if not accepts(value):
-            raise ConfigError(f"{key} is {value}; allowed: {allowed}")
+    check_values(config)
     for group in ("data.sources", "data.heldout", "evaluation.ngram_corpus"):
         for index, source in enumerate(operator.attrgetter(group)(config)):
             _check_source(source, f"{group}[{index}]")
     for required in ("run.dir", "model.path"):
         if not operator.attrgetter(required)(config):
-            raise ConfigError(f"{required} is empty; allowed: the path of a folder")
-    for name in ("quality", "safety", "factuality"):
-        axis: AxisConfig | QualityConfig = getattr(config.teacher.generative, name)
-        if axis.weight < 0 or axis.votes < 1:
-            raise ConfigError(
-                f"teacher.generative.{name} has weight {axis.weight} and {axis.votes} votes; "
-                "allowed: weight 0 or more, at least 1 vote"
-            )
-    _check_sampling(config)
+            raise ConfigError(f"{required} is empty; set it to the path of a folder")
     _check_lengths(config)
     _check_buffer(config)
     _check_objective(config)
@@ -173,36 +64,10 @@ def validate(config: Config) -> None:
 
 
 def _check_source(source: SourceConfig, key: str) -> None:
-    if not source.weight > 0:
-        raise ConfigError(f"{key}.weight is {source.weight}; allowed: above 0")
-    if source.eod < -1:
-        raise ConfigError(f"{key}.eod is {source.eod}; allowed: a token id, or -1 (detected)")
     if (problem := unused_option(source, possible_formats(source))) is not None:
         raise ConfigError(f"{key}.{problem}")
     if key.startswith("evaluation.ngram_corpus") and source.weight != 1:
-        raise ConfigError(f"{key}.weight is {source.weight}; allowed: 1, because all its documents are read once")
-
-
-def _leaves(node: Any, kind: type[T], key: str = "") -> Iterator[tuple[str, T]]:
-    """Every value of ``kind`` in the configuration with its dotted key."""
-    if isinstance(node, kind):
-        yield key, node
-    elif isinstance(node, list):
-        for index, item in enumerate(node):
-            yield from _leaves(item, kind, f"{key}[{index}]")
-    elif dataclasses.is_dataclass(node):
-        for entry in dataclasses.fields(node):
-            yield from _leaves(getattr(node, entry.name), kind, f"{key}.{entry.name}" if key else entry.name)
-
-
-def _check_sampling(config: Config) -> None:
-    for name, neutral in _NEUTRAL_SAMPLING.items():
-        value = getattr(config.rollout, name)
-        if value != neutral:
-            raise ConfigError(
-                f"rollout.{name} is {value}; allowed: {neutral}, because rollouts are trained on and a truncated "
-                "distribution is not the policy's"
-            )
+        raise ConfigError(f"{key}.weight is {source.weight}; allowed: 1, because all of its documents are read once")
 
 
 def _check_lengths(config: Config) -> None:
@@ -241,28 +106,28 @@ def _check_buffer(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     if not config.data.sources:
-        raise ConfigError("data.sources is empty; give at least one source with a path")
+        raise ConfigError("data.sources is empty; add at least one source with a path")
     check_objective(config.objective)
     facts = objective_facts(config)
     _check_candidates(config, facts)
     if facts.on_policy and config.rollout.temperature != 1.0:
         raise ConfigError(
             f"rollout.temperature is {config.rollout.temperature}; allowed: 1.0, because objective.name="
-            f"{config.objective.name} follows the gradient of the distribution that was sampled from"
+            f"{config.objective.name} follows the gradient of the sampled distribution"
         )
     _check_curriculum(config, facts)
     _check_judge(config)
 
 
 def _check_candidates(config: Config, facts: ObjectiveFacts) -> None:
-    """The objective gets the candidates that it learns from, and none that cost something for nothing."""
+    """Check that the objective gets the candidates it learns from, and none that cost time for nothing."""
     offered, objective = config.candidates, f"objective.name={config.objective.name}"
     for source in (Source.ORIGINAL, Source.REWRITE):
         key, given, used = f"candidates.{source.value}", getattr(offered, source.value), source in facts.trains_on
         if facts.on_policy and given:
             raise ConfigError(
-                f"{key} is true; allowed: false, because {objective} trains on what the policy sampled itself and "
-                f"could never train on the {source.value}"
+                f"{key} is true; allowed: false, because {objective} trains on the policy's own samples and "
+                f"cannot train on the {source.value}"
             )
         if used and not facts.needs_judge and not given:
             raise ConfigError(f"{key} is false; allowed: true, because {objective} trains on it")
@@ -285,8 +150,8 @@ def _check_candidates(config: Config, facts: ObjectiveFacts) -> None:
     )
     if idle and not facts.needs_judge:
         raise ConfigError(
-            f"candidates (rewrite={offered.rewrite}, rollouts={offered.rollouts}) offers what {objective} never looks "
-            "at; set rewrite=false and rollouts=0 where they are unused"
+            f"candidates (rewrite={offered.rewrite}, rollouts={offered.rollouts}) offers candidates that {objective} "
+            "does not use; set rewrite=false and rollouts=0 where they are unused"
         )
 
 
@@ -298,12 +163,12 @@ def _check_judge(config: Config) -> None:
     if generative and axes.max_tokens >= config.teacher.max_context:
         raise ConfigError(
             f"teacher.generative.max_tokens is {axes.max_tokens}; allowed: below teacher.max_context = "
-            f"{config.teacher.max_context}, because the prompt has to fit as well"
+            f"{config.teacher.max_context}, because the prompt must fit as well"
         )
 
 
 def _check_workers(config: Config) -> None:
-    """A key has a name, metrics an address; a model in the worker itself scores likelihood and does nothing else."""
+    """Check names of variables and addresses, and that a worker with its own model only scores likelihood."""
     if config.teacher.workers.key_env and not is_variable(config.teacher.workers.key_env):
         raise ConfigError(no_variable("teacher.workers.key_env"))
     if not (host := config.teacher.workers.metrics_host).strip():
@@ -319,7 +184,7 @@ def _check_workers(config: Config) -> None:
 
 
 def _check_curriculum(config: Config, facts: ObjectiveFacts) -> None:
-    """While there are no rollouts yet, the rest has to be enough to learn from."""
+    """Check that the candidates before the first rollouts are enough to learn from."""
     name, offered = config.objective.name, config.candidates
     start = offered.curriculum.start
     if not offered.curriculum.enabled:
@@ -327,12 +192,12 @@ def _check_curriculum(config: Config, facts: ObjectiveFacts) -> None:
     if not facts.needs_judge:
         raise ConfigError(
             f"candidates.curriculum.enabled is true; allowed: false, because objective.name={name} has no judge "
-            "to say how often rollouts win"
+            "to count how often rollouts win"
         )
     if facts.on_policy:
         raise ConfigError(
-            f"candidates.curriculum.enabled is true; allowed: false, because objective.name={name} offers nothing but "
-            "rollouts, which then win always"
+            f"candidates.curriculum.enabled is true; allowed: false, because objective.name={name} offers only "
+            "rollouts, which then always win"
         )
     least = max(0, 2 - int(offered.original) - int(offered.rewrite))
     if not least <= start <= offered.rollouts:
@@ -343,5 +208,5 @@ def _check_curriculum(config: Config, facts: ObjectiveFacts) -> None:
     if least == 2:
         raise ConfigError(
             "candidates.curriculum.enabled is true; allowed: false without candidates.original or candidates.rewrite, "
-            "because rollouts then win always"
+            "because rollouts then always win"
         )

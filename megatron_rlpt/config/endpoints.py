@@ -1,44 +1,38 @@
-"""Checks of teacher servers: where they are, how they are asked, and that no key stands where it would be shown."""
+"""Check teacher servers: address, request fields, and that no key is in a place where it would be shown."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from megatron_rlpt.config.schema import Config, EndpointConfig
+from megatron_rlpt.config.fields import check_values
+from megatron_rlpt.config.schema import Config
+from megatron_rlpt.config.schema_teacher import EndpointConfig
 from megatron_rlpt.errors import ConfigError
-
-_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
-    ("weight", lambda v: math.isfinite(v) and v > 0, "above 0"),
-    ("concurrency", lambda v: v >= 1, "at least 1"),
-    ("tokens_per_second", lambda v: math.isfinite(v) and v >= 0, "0 (unknown) or more"),
-]
 
 
 def check_endpoints(config: Config) -> None:
-    """Check the servers of a configuration, each of them once."""
+    """Check the servers of a configuration; each may be listed once."""
     seen: set[str] = set()
     for index, endpoint in enumerate(config.teacher.workers.endpoints):
         key = f"teacher.workers.endpoints[{index}]"
         check_endpoint(endpoint, key)
         if endpoint.url.rstrip("/") in seen:
-            raise ConfigError(f"{key}.url is {endpoint.url}; allowed: every server once")
+            raise ConfigError(f"{key}.url is {endpoint.url}, which is listed already; list every server once")
         seen.add(endpoint.url.rstrip("/"))
 
 
 def check_endpoint(endpoint: EndpointConfig, key: str) -> None:
-    """Check one server of the teacher, out of the configuration or announced while running.
+    """Check one teacher server, configured or announced while running.
 
     Raises:
         ConfigError: names the field below ``key``, its value and what is allowed.
     """
     address, _, query = endpoint.url.partition("?")
     if not _is_address(address) or not _is_plain_query(query):
-        # The value is not repeated: what is wrong about it may be a password.
+        # The value is not shown: its fault may be a password in it.
         raise ConfigError(
             f"{key}.url is not an address; allowed: http:// or https:// with a host, as http://host:8000/v1, without "
             "user and password, and a query without secrets, as ?api-version=2024-10-21 (a key goes into the variable "
@@ -50,13 +44,10 @@ def check_endpoint(endpoint: EndpointConfig, key: str) -> None:
     if endpoint.proxy not in ("", "env") and not _is_address(endpoint.proxy):
         raise ConfigError(
             f"{key}.proxy is not an address; allowed: http:// or https:// with a host, without user and password, or "
-            "env (takes the proxy of the environment, with its password if it has one)"
+            "env (the proxy of the environment, with its password if it has one)"
         )
     _check_fields(endpoint, key)
-    for name, accepts, allowed in _RANGES:
-        value = getattr(endpoint, name)
-        if not accepts(value):
-            raise ConfigError(f"{key}.{name} is {value}; allowed: {allowed}")
+    check_values(endpoint, key)
 
 
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -79,11 +70,11 @@ def _check_key_header(endpoint: EndpointConfig, key: str) -> None:
             "api-key or x-api-key (the value given here is not shown, because it may be the key itself)"
         )
     if header != "Authorization" and not endpoint.api_key_env:
-        raise ConfigError(f"{key}.key_header is {header}, and api_key_env names no key; set both or none")
+        raise ConfigError(f"{key}.key_header is {header}, and api_key_env names no key; set both or neither")
 
 
 def _is_plain_query(query: str) -> bool:
-    """Whether ``query`` holds names and values, none of them a secret by its look: addresses are logged and stored."""
+    """Return whether ``query`` has no value that looks like a secret: addresses are logged and stored."""
     if not (query.isascii() and query.isprintable()) or "#" in query or " " in query:
         return False
     pairs = parse_qsl(query, keep_blank_values=True)
@@ -94,7 +85,7 @@ def _is_plain_query(query: str) -> bool:
 
 
 _OURS = ("model", "messages", "prompt", "stream", "n", "prompt_logprobs")
-"""Fields of a request that say what is asked; they cannot be renamed, dropped or set."""
+"""Request fields that carry the question; they cannot be renamed, dropped or set."""
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _LIKE_A_KEY = re.compile(
@@ -105,20 +96,20 @@ _LIKE_A_KEY = re.compile(
 
 
 def no_variable(key: str) -> str:
-    """What is said where a key may stand in the place of its name: whoever writes it finds it nowhere else."""
+    """Return the error for a field that may hold a key instead of its name; never repeats the value."""
     return (
-        f"{key} is not the name of an environment variable; allowed: a name as OPENAI_API_KEY; export the key under it "
-        "(the value given here is not shown, because it may be the key itself)"
+        f"{key} is not the name of an environment variable; allowed: a name such as OPENAI_API_KEY; export the key "
+        "under that name (the value given here is not shown, because it may be the key itself)"
     )
 
 
 def is_variable(name: str) -> bool:
-    """Whether ``name`` can be a variable's and does not look like a key that happens to be spelt like one."""
+    """Return whether ``name`` can name a variable and does not look like a key."""
     return _VARIABLE.fullmatch(name) is not None and _LIKE_A_KEY.fullmatch(name) is None
 
 
 def _check_fields(endpoint: EndpointConfig, key: str) -> None:
-    """Requests may be put otherwise, but not ask for something else."""
+    """Check that fields change the form of a request but not its question."""
     targets = list(endpoint.rename.values())
     for option, names in (
         ("rename", [*endpoint.rename, *targets]),
@@ -128,16 +119,16 @@ def _check_fields(endpoint: EndpointConfig, key: str) -> None:
         for name in names:
             if name in _OURS or not _FIELD.fullmatch(name):
                 raise ConfigError(
-                    f"{key}.{option} names {name!r}; allowed: names of fields other than {', '.join(_OURS)}, which are "
-                    "what is asked"
+                    f"{key}.{option} names {name!r}; allowed: names of fields other than {', '.join(_OURS)}, which "
+                    "carry the question"
                 )
     if clash := sorted(set(targets) & {*endpoint.add, *endpoint.drop}) or sorted({*endpoint.rename} & {*endpoint.drop}):
-        raise ConfigError(f"{key}: {clash[0]} is renamed, and dropped or added as well; allowed: one of them")
+        raise ConfigError(f"{key}: {clash[0]} is renamed, and dropped or added as well; keep one of them")
     if double := [name for name in targets if targets.count(name) > 1]:
-        raise ConfigError(f"{key}.rename gives two fields the name {double[0]}; allowed: every name once")
+        raise ConfigError(f"{key}.rename gives two fields the name {double[0]}; use every name once")
     if not _is_json(endpoint.add):
         raise ConfigError(
-            f"{key}.add holds a value that JSON cannot; allowed: texts, numbers, true, false, null, lists, maps"
+            f"{key}.add holds a value that JSON does not have; allowed: text, numbers, true, false, null, lists, maps"
         )
 
 

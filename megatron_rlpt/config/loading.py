@@ -1,4 +1,4 @@
-"""Read YAML and ``section.key=value`` overrides into a checked ``Config``."""
+"""Load YAML and ``section.key=value`` overrides into a checked ``Config``."""
 
 from __future__ import annotations
 
@@ -13,25 +13,17 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_rlpt.config.checks import validate
-from megatron_rlpt.config.renamed import RENAMED
-from megatron_rlpt.config.schema import Config, EndpointConfig, SourceConfig, SourceFormat
+from megatron_rlpt.config.choices import SourceFormat
+from megatron_rlpt.config.renamed import REMOVED, RENAMED
+from megatron_rlpt.config.schema import Config, SourceConfig
 from megatron_rlpt.config.structured import Schema
 from megatron_rlpt.errors import ConfigError
 
-_SCHEMA = Schema(
-    Config,
-    {
-        "data.sources": SourceConfig,
-        "data.heldout": SourceConfig,
-        "evaluation.ngram_corpus": SourceConfig,
-        "teacher.workers.endpoints": EndpointConfig,
-    },
-    RENAMED,
-)
+SCHEMA = Schema(Config, RENAMED, REMOVED)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path`` (and the file its ``base:`` names), apply ``section.key=value`` overrides, check everything.
+    """Load ``path`` and the file its ``base:`` names, apply ``section.key=value`` overrides, and check everything.
 
     Values may refer to others (``dir: runs/${objective.name}``) and to the environment (``${oc.env:SCRATCH}``). An
     override of a list replaces it (``data.sources=[{path: a.jsonl}]``) or one item (``data.sources[0].weight=2``).
@@ -40,14 +32,14 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         ConfigError: file missing or not YAML, unknown key (with the nearest valid one), wrong type, value out of
             range, or fields that contradict each other. The message names field, value and what is allowed.
     """
-    config = _SCHEMA.load(None if path is None else Path(path), overrides)
+    config = SCHEMA.load(None if path is None else Path(path), overrides)
     config.data.sources = [part for source in config.data.sources for part in _blend(source)]
     validate(config)
     return config
 
 
 def _blend(source: SourceConfig) -> list[SourceConfig]:
-    """The parts of a blend as Megatron's ``--data-path`` spells it: ``0.3 a 0.7 b`` shares the source's weight."""
+    """Split a blend as in Megatron's ``--data-path``: ``0.3 a 0.7 b`` shares the weight of the source."""
     words = source.path.split()
     if source.format is not SourceFormat.megatron or len(words) < 2 or len(words) % 2:
         return [source]
@@ -65,7 +57,7 @@ def _blend(source: SourceConfig) -> list[SourceConfig]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that ``load_config`` reads back to an equal object."""
+    """Return the configuration as YAML that ``load_config`` reads back to an equal object."""
 
     def plain(node: Any) -> Any:
         if isinstance(node, dict):
@@ -81,7 +73,7 @@ def to_yaml(config: Config) -> str:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted key -> plain value (enums by name), for comparing and logging configurations."""
+    """Return plain values (enums by name) by dotted key, to compare and log configurations."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -99,5 +91,5 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def nearest_key(key: str) -> str:
-    """The valid dotted key most like ``key``."""
-    return _SCHEMA.nearest_key(key)
+    """Return the valid dotted key most like ``key``."""
+    return SCHEMA.nearest_key(key)

@@ -1,4 +1,4 @@
-"""Keys that had another name in earlier releases, for error messages and for checkpoints of that time."""
+"""Keys that earlier releases had, for error messages and for checkpoints of that time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 RENAMED = {"teacher.place": "teacher.run_in"}
-"""Old dotted key -> the key it is now."""
+"""Old dotted key -> its key today."""
+
+_SAMPLING = "rollouts are trained on, so they are sampled from the policy's full distribution"
+REMOVED = {"rollout.top_p": _SAMPLING, "rollout.top_k": _SAMPLING, "rollout.min_p": _SAMPLING}
+"""Old dotted key -> why it is no longer an option."""
 
 
 def with_new_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace old keys in ``flat``, a configuration by dotted key that a checkpoint holds."""
-    return {RENAMED.get(key, key): value for key, value in flat.items()}
+    """Rename and drop old keys of ``flat``, the configuration by dotted key that a checkpoint holds."""
+    return {RENAMED.get(key, key): value for key, value in flat.items() if key not in REMOVED}

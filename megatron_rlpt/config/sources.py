@@ -1,10 +1,11 @@
-"""Which options of a data source mean something in which format."""
+"""Which options of a data source apply to which format."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.config.choices import SourceFormat
+from megatron_rlpt.config.schema import SourceConfig
 
 _RECORDS = (SourceFormat.jsonl, SourceFormat.parquet, SourceFormat.hf)
 _USED_IN: dict[str, tuple[SourceFormat, ...]] = {
@@ -14,15 +15,15 @@ _USED_IN: dict[str, tuple[SourceFormat, ...]] = {
     "subset": (SourceFormat.hf,),
     "eod": (SourceFormat.megatron,),
 }
-"""Option -> formats that have a use for it; all others have one everywhere."""
+"""Option -> formats that it applies to; other options apply to every format."""
 
 
 def unused_option(source: SourceConfig, formats: Iterable[SourceFormat]) -> str | None:
-    """What is wrong with an option that is set and has no effect: its name and value, what is allowed, and why.
+    """Return an error about an option that is set but has no effect: name, value, what is allowed, and why.
 
     Args:
-        source: as it is configured.
-        formats: the one that it is read in, or all that it may turn out to have.
+        source: as configured.
+        formats: its format, or all that it may turn out to have.
     """
     possible = list(formats)
     for name, used_in in _USED_IN.items():
@@ -37,7 +38,7 @@ def unused_option(source: SourceConfig, formats: Iterable[SourceFormat]) -> str 
 
 
 def possible_formats(source: SourceConfig) -> list[SourceFormat]:
-    """Formats that a source may turn out to have, as far as its configuration says."""
+    """Return the formats that a source may have as far as its configuration says."""
     if source.format is not SourceFormat.auto:
         return [source.format]
     return [format for format in SourceFormat if format not in (SourceFormat.auto, SourceFormat.hf)]

@@ -1,8 +1,7 @@
-"""YAML files and ``section.key=value`` overrides into dataclasses, every key and type checked."""
+"""Load YAML files and ``section.key=value`` overrides into dataclasses, with every key and type checked."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import re
@@ -14,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_rlpt.config.fields import Entry, entries_of
 from megatron_rlpt.errors import ConfigError, first_line
 
 T = TypeVar("T")
@@ -24,11 +24,11 @@ class Schema(Generic[T]):
     """A dataclass of sections, and how files are read into it."""
 
     root: type[T]
-    """Dataclass whose fields are sections or values; defaults and types are its own."""
-    items: Mapping[str, type]
-    """Dotted key of a list -> dataclass of its items."""
+    """Dataclass whose fields are sections or values, with their defaults and types."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Key of an earlier release -> the key it is now."""
+    """Key of an earlier release -> its key today."""
+    removed: Mapping[str, str] = field(default_factory=dict)
+    """Key of an earlier release -> why it is no longer an option."""
 
     def load(self, path: Path | None, overrides: Sequence[str] = ()) -> T:
         """Read ``path`` (and the file its ``base:`` names) and apply ``section.key=value`` overrides.
@@ -43,67 +43,55 @@ class Schema(Generic[T]):
             try:
                 resolved = OmegaConf.merge(resolved, layer)
             except (OmegaConfBaseException, ValueError) as error:
-                raise ConfigError(f"{origin}: {_first_line(error)}") from None
+                raise ConfigError(f"{origin}: {self._reason(error)}") from None
         for text in overrides:
             self._apply_override(resolved, text)
         try:
             missing = sorted(OmegaConf.missing_keys(resolved))
             if missing:
-                raise ConfigError(f"required but not set: {', '.join(missing)}; give it in the file or as key=value")
+                raise ConfigError(f"required but not set: {', '.join(missing)}; set it in the file or as key=value")
             loaded = OmegaConf.to_object(resolved)
         except (OmegaConfBaseException, RecursionError) as error:
-            raise ConfigError(_first_line(error)) from None
+            raise ConfigError(self._reason(error)) from None
         assert isinstance(loaded, self.root)
         return loaded
 
     def nearest_key(self, key: str) -> str:
-        """The valid dotted key most like ``key``, comparing the last part as well as the whole."""
+        """Return the valid dotted key most like ``key``; the last part counts as much as the whole."""
 
         def likeness(candidate: str) -> float:
             whole = difflib.SequenceMatcher(None, key, candidate).ratio()
             last = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
             return whole + last
 
-        return max(sorted(self._kinds), key=likeness)
+        return max(sorted(self.entries), key=likeness)
 
     @functools.cached_property
-    def _kinds(self) -> dict[str, str]:
-        """Every dotted key the schema accepts and its annotation; list items appear as ``data.sources[].path``."""
-        kinds: dict[str, str] = {}
-
-        def walk(cls: type, prefix: str) -> None:
-            for entry in dataclasses.fields(cls):
-                key = f"{prefix}{entry.name}"
-                kinds[key] = str(entry.type)
-                if key in self.items:
-                    walk(self.items[key], f"{key}[].")
-                elif entry.default_factory is not dataclasses.MISSING:
-                    default = entry.default_factory()
-                    if dataclasses.is_dataclass(default):
-                        walk(type(default), f"{key}.")
-
-        walk(self.root, "")
-        return kinds
+    def entries(self) -> dict[str, Entry]:
+        """Every dotted key the schema accepts; items of lists appear as ``data.sources[].path``."""
+        return entries_of(self.root)
 
     def _apply_override(self, resolved: DictConfig, text: str) -> None:
         """Set one ``section.key=value`` in place; the value is YAML, except that text fields take it as it is."""
         key, equals, raw = text.partition("=")
         if not equals or not key or text.startswith("-"):
             raise ConfigError(f"override {shown(text)!r} is not of the form section.key=value")
-        schema_key = re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "[]", key)
+        schema_key = without_numbers(key)
         if not self._takes(schema_key.removesuffix("[]")):
             raise self._unknown_key(key, schema_key, "command line")
         try:
             value = _plain(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
         except Exception as error:  # yaml and OmegaConf raise families of their own; all mean "not a value"
             raise ConfigError(f"override {shown(text)!r}: {shown(_first_line(error))}") from None
+        if raw in self._choices(schema_key):  # YAML reads off as false
+            value = raw
         if self._is_text(schema_key) and (not raw or isinstance(value, bool | int | float)):
             value = raw
         self._check_keys(value, schema_key, "command line")
         try:
             OmegaConf.update(resolved, key, value, merge=True)
         except (OmegaConfBaseException, ValueError, IndexError, TypeError) as error:
-            raise ConfigError(f"override {shown(text)!r}: {shown(_first_line(error))}") from None
+            raise ConfigError(f"override {shown(text)!r}: {shown(self._reason(error, schema_key))}") from None
 
     def _check_keys(self, node: Any, key: str, origin: str) -> None:
         """Refuse keys the schema lacks, and a number where text belongs (YAML reads an unquoted ``007`` as 7)."""
@@ -116,33 +104,58 @@ class Schema(Generic[T]):
         elif isinstance(node, list):
             for item in node:
                 self._check_keys(item, f"{key}[]", origin)
-        elif self._is_text(key) and isinstance(node, bool | int | float):
+        elif isinstance(node, bool | int | float) and (self._is_text(key) or self._choices(key)):
             value = "a value (not shown)" if _SECRET.search(key) else node
             raise ConfigError(
                 f"{origin}: {key} is {value}, which YAML reads as {type(node).__name__}; put it in quotes"
             )
 
     def _takes(self, key: str) -> bool:
-        return key in self._kinds or self._is_entry(key) or self._is_free(key)
+        return key in self.entries or self._is_entry(key) or self._is_free(key)
 
     def _is_text(self, key: str) -> bool:
-        return self._kinds.get(key) == "str" or self._is_entry(key)
+        return self._kind(key) is str or self._is_entry(key)
+
+    def _kind(self, key: str) -> Any:
+        return self.entries[key].kind if key in self.entries else None
+
+    def _choices(self, key: str) -> tuple[str, ...]:
+        return self.entries[key].choices if key in self.entries else ()
 
     def _is_entry(self, key: str) -> bool:
-        """Whether it names an entry of a ``dict[str, str]``, whose keys are the user's."""
-        return self._kinds.get(key.rpartition(".")[0]) == "dict[str, str]"
+        """Return whether it is an entry of a ``dict[str, str]``, whose keys are the user's."""
+        return self._kind(key.rpartition(".")[0]) == dict[str, str]
 
     def _is_free(self, key: str) -> bool:
-        """Whether it is inside of a ``dict[str, Any]``, which holds whatever the user puts there."""
+        """Return whether it is inside a ``dict[str, Any]``, which takes any content."""
         prefixes = (key[: match.start()] for match in re.finditer(r"\.|\[\]", key))
-        return any(self._kinds.get(prefix) == "dict[str, Any]" for prefix in prefixes)
+        return any(self._kind(prefix) == dict[str, Any] for prefix in prefixes)
 
     def _unknown_key(self, key: str, schema_key: str, origin: str) -> ConfigError:
         if schema_key in self.renamed:
             return ConfigError(f"{origin}: {key} is now called {self.renamed[schema_key]}; use the new name")
+        if schema_key in self.removed:
+            return ConfigError(f"{origin}: {key} is no longer an option ({self.removed[schema_key]}); delete it")
         return ConfigError(f"{origin}: unknown key '{key}'; the nearest valid key is '{self.nearest_key(schema_key)}'")
 
+    def _reason(self, error: Exception, within: str = "") -> str:
+        """Return why a value was refused; for a choice with the values that are allowed."""
+        full_key = getattr(error, "full_key", None) or ""
+        key = without_numbers(full_key)
+        # OmegaConf names the keys of a list that is replaced relative to its items.
+        choices = self._choices(key) or self._choices(f"{within}[].{key}")
+        value = _REFUSED.search(str(error)) if choices else None
+        if value is None:
+            return _first_line(error)
+        return f"{full_key} is {value.group(1)}; allowed: {', '.join(choices)}"
 
+
+def without_numbers(key: str) -> str:
+    """Return ``key`` with its positions in lists left out: ``data.sources[0].path`` is ``data.sources[].path``."""
+    return re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "[]", key)
+
+
+_REFUSED = re.compile(r"[Vv]alue '(.*?)'")
 _SECRET = re.compile(r"(?:key_env|api_?key|token|password|secret)(?:\[\])?$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"((?:api_?key\w*|key_env|password|secret|token)[\"']?\s*[:=]\s*)[^,}\]]+", re.IGNORECASE)
 _USER = re.compile(r"(://)[^/@\s]*@")

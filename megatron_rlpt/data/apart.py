@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_rlpt.config.schema import Config, HeldOutOverlap
+from megatron_rlpt.config import Config, HeldOutOverlap
 from megatron_rlpt.data.overlap import HeldOut
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.tokens.tokenizer import Vocabulary

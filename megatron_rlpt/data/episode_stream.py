@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.config.schema import DataConfig, HeldOutOverlap, MixBy
+from megatron_rlpt.config import DataConfig, HeldOutOverlap, MixBy
 from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.lane import Held, Key, Lane, OpenDocument
 from megatron_rlpt.data.overlap import HeldOut, Location, overlap_error

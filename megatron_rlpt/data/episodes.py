@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from megatron_rlpt.config.schema import DataConfig
+from megatron_rlpt.config import DataConfig
 from megatron_rlpt.data.readers.documents import Document
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.types import Episode, stable_id

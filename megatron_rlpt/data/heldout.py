@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_rlpt.config.schema import DataConfig
+from megatron_rlpt.config import DataConfig
 from megatron_rlpt.data.episodes import Cutter, Encode, evenly_spread
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.readers.documents import BadRecord

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rlpt.config.schema import SourceConfig
+from megatron_rlpt.config import SourceConfig
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Document
 from megatron_rlpt.data.readers.names import shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rlpt.config.schema import SourceConfig
+from megatron_rlpt.config import SourceConfig
 from megatron_rlpt.data.quarantine import MIN_RECORDS, Quarantine
 from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, BadRecord, Document, Position, Reader
 from megatron_rlpt.data.readers.names import shown

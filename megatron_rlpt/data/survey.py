@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 
-from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.config import SourceConfig, SourceFormat
 from megatron_rlpt.data.readers.compression import CHUNK, CorruptStreamError, compression_of, open_bytes
 from megatron_rlpt.data.readers.files import CorpusFiles, find_files
 from megatron_rlpt.data.readers.indexed import holds_tokens

@@ -7,8 +7,8 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
+from megatron_rlpt.config import EndpointConfig
 from megatron_rlpt.config.endpoints import check_endpoint
-from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.log import get_logger
 

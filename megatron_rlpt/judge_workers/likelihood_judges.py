@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from megatron_rlpt.config import Config
-from megatron_rlpt.config.schema import LikelihoodConfig
+from megatron_rlpt.config import Config, LikelihoodConfig
 from megatron_rlpt.teacher.build import require_same_vocabulary
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask, Reply, Request

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from megatron_rlpt.buffer.protocol import WORKER_POLL, ClaimedGroup, RolloutBuffer, polling_interval
-from megatron_rlpt.config.schema import WorkersConfig
+from megatron_rlpt.config import WorkersConfig
 from megatron_rlpt.errors import RlptError, first_line
 from megatron_rlpt.judge_workers.client.faults import OF_SERVER, Fault
 from megatron_rlpt.judge_workers.group_processor import CachingAsk, GroupProcessor

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import torch
 
-from megatron_rlpt.config import RolloutConfig
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.types import Candidate, Episode, Source, derive_seed
 
@@ -111,18 +110,6 @@ def sample_rollouts(
         ]
         for own in seeds
     ]
-
-
-def require_neutral_sampling(config: RolloutConfig) -> None:
-    """Refuse truncated sampling: its samples are not the policy's and their log-probabilities would be wrong.
-
-    Raises:
-        EngineError: top_p, top_k or min_p is set.
-    """
-    for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-        value = getattr(config, name)
-        if value != neutral:
-            raise EngineError(f"rollout.{name} is {value}; rollouts are trained on, so only {neutral} (off) is allowed")
 
 
 def require_version(held: int | None, requested: int) -> None:

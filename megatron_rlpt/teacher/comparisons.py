@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import combinations
 
-from megatron_rlpt.config.schema import OptionOrder, PairScheme
+from megatron_rlpt.config import OptionOrder, PairScheme
 from megatron_rlpt.teacher.bradley_terry import strengths
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.votes import Match, MatchVote, Standings, tally_votes, win_counts

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_rlpt.config.schema import AxisConfig, GenerativeConfig
+from megatron_rlpt.config import AxisConfig, GenerativeConfig
 from megatron_rlpt.teacher.comparisons import rank
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_rlpt.config.schema import LikelihoodConfig
+from megatron_rlpt.config import LikelihoodConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.plain_text import shortened

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_rlpt.config.schema import LikelihoodConfig
+from megatron_rlpt.config import LikelihoodConfig
 from megatron_rlpt.types import Failed, Reward
 
 PROMPT_VERSION = "likelihood-1"

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from megatron_rlpt.config import Config
-from megatron_rlpt.config.schema import RewriterConfig
+from megatron_rlpt.config import Config, RewriterConfig
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
 from megatron_rlpt.teacher.thinking import BLANK, without_thought

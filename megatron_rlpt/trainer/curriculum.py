@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_rlpt.config.schema import CandidatesConfig
+from megatron_rlpt.config import CandidatesConfig
 from megatron_rlpt.types import Episode, Group, Source, derive_seed
 
 

@@ -27,7 +27,7 @@ from hostile_server import (
     slow,
 )
 
-from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.config import EndpointConfig
 from megatron_rlpt.errors import ConfigError, TeacherError
 from megatron_rlpt.judge_workers.client.breaker import Breaker, State
 from megatron_rlpt.judge_workers.client.pool import TeacherPool

@@ -327,12 +327,6 @@ def test_rollouts_of_another_version_are_refused(engine):
         engine.generate(prompts(1), LENGTH, 7)
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 50), ("min_p", 0.05)])
-def test_truncated_sampling_is_refused(served_model, name, value):
-    with pytest.raises(EngineError, match=rf"rollout\.{name} is {value}"):
-        start(served_model, **{name: value})
-
-
 @pytest.mark.parametrize("prefix", [(), (3,) * 60])
 def test_a_prompt_without_room_is_refused(engine, prefix):
     with pytest.raises(EngineError, match=rf"a prompt of {len(prefix)} tokens"):

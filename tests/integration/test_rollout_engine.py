@@ -131,12 +131,6 @@ def test_sampling_settings_in_the_model_folder_change_nothing(engine, version, s
     assert start_engine(folder).generate(prompts(), LENGTH, 0) == engine.generate(prompts(), LENGTH, version)
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 50), ("min_p", 0.05)])
-def test_truncated_sampling_is_refused(served_model, name, value):
-    with pytest.raises(EngineError, match=rf"rollout\.{name} is {value}"):
-        start_engine(served_model, **{name: value})
-
-
 def test_rollouts_of_another_version_are_refused(engine, version):
     with pytest.raises(EngineError, match="version 7 were requested, but the engine holds version 0"):
         engine.generate(prompts(1), LENGTH, 7)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rlpt.config.schema import (
+from megatron_rlpt.config import (
     AxisConfig,
     CandidatesConfig,
     Config,

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from megatron_rlpt.buffer.open import open_url
-from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.config import EndpointConfig
 from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem
 from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.teacher.generator import Message, Request

@@ -132,7 +132,7 @@ def blank_group(tokenizer):
 
 
 def test_no_judge_of_likelihood_scores_what_has_no_text(model):
-    from megatron_rlpt.config.schema import LikelihoodConfig
+    from megatron_rlpt.config import LikelihoodConfig
 
     tokenizer = PolicyTokenizer(model)
     group = blank_group(tokenizer)

@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 from odd_texts import TEXTS, tokenizer_folders
 
-from megatron_rlpt.config.schema import DataConfig, RewriterConfig
+from megatron_rlpt.config import DataConfig, RewriterConfig
 from megatron_rlpt.data import Cutter, Document
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.rewriter import Rewriter

@@ -16,7 +16,7 @@ import random
 import time
 from statistics import median
 
-from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.config import EndpointConfig
 from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.observe.log import ROOT
 from megatron_rlpt.teacher.generator import Message, Reply, Request

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.config import SourceConfig, SourceFormat
 from megatron_rlpt.data.readers.compression import COMPRESSED, open_bytes
 from megatron_rlpt.data.readers.listing import Listing, PassedOver, list_file, list_folder, list_glob
 from megatron_rlpt.data.readers.names import encodable, shown

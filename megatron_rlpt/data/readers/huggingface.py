@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_rlpt.config.schema import SourceConfig
+from megatron_rlpt.config import SourceConfig
 from megatron_rlpt.data.readers.documents import (
     MAX_RECORD_BYTES,
     BadRecord,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.config import SourceConfig, SourceFormat
 from megatron_rlpt.data.readers.documents import BadRecord, Document, Position, Reader
 from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.errors import DataError

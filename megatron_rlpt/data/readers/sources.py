@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rlpt.config.schema import SourceConfig, SourceFormat
+from megatron_rlpt.config import SourceConfig, SourceFormat
 from megatron_rlpt.config.sources import unused_option
 from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Reader
 from megatron_rlpt.data.readers.files import find_files

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.config import EndpointConfig
 from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem
 from megatron_rlpt.judge_workers.client.replies import read_chat, read_completion, read_logprobs
 from megatron_rlpt.teacher.generator import Message, Reply, Request

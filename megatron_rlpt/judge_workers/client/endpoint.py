@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from megatron_rlpt.config import EndpointConfig
 from megatron_rlpt.config.endpoints import check_endpoint
-from megatron_rlpt.config.schema import EndpointConfig
 from megatron_rlpt.errors import ConfigError, TeacherError
 from megatron_rlpt.judge_workers.client.breaker import Breaker
 from megatron_rlpt.judge_workers.client.calls import Call, ServerDialect, reply_call, without_prefill

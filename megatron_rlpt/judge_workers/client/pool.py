@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from megatron_rlpt.backoff import Backoff
-from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.config import EndpointConfig
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.judge_workers.client.breaker import Breaker
 from megatron_rlpt.judge_workers.client.calls import Call, logprobs_call, reply_call

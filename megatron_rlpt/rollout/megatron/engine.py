@@ -33,7 +33,6 @@ from megatron_rlpt.rollout.engine import (
     RolloutEngine,
     RolloutPrompt,
     end_of_sequence,
-    require_neutral_sampling,
     require_version,
 )
 from megatron_rlpt.rollout.weight_sync.manifest import Weights
@@ -76,7 +75,6 @@ class MegatronEngine(RolloutEngine):
         from megatron_rlpt.rollout.megatron.sampling import SeededController
         from megatron_rlpt.rollout.weight_sync.megatron_refit import RolloutWeights
 
-        require_neutral_sampling(config)
         arch = read_architecture(model_path)
         check_megatron_engine(arch, model_path)
         self._runtime = runtime

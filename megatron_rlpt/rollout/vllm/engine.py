@@ -24,7 +24,6 @@ from megatron_rlpt.rollout.engine import (
     RolloutEngine,
     RolloutPrompt,
     end_of_sequence,
-    require_neutral_sampling,
     require_version,
 )
 from megatron_rlpt.rollout.vllm.process import EngineProcess
@@ -86,7 +85,6 @@ class VllmEngine(RolloutEngine):
             EngineError: sampling is truncated.
             ModelError: vLLM cannot load the folder.
         """
-        require_neutral_sampling(config)
         self._temperature = config.temperature
         self._manifest = WeightManifest(dict(expected), torch.bfloat16 if dtype is Dtype.bf16 else torch.float32)
         self._kv_cache_bytes = int(config.kv_cache_gib * 2**30)

@@ -1,13 +1,10 @@
-"""Ranges, agreement between fields, and a docstring under every field."""
-
-import ast
-from pathlib import Path
+"""Bounds of fields and their text, and agreement between fields."""
 
 import pytest
 
-import megatron_rlpt.config.schema as schema
-from megatron_rlpt.config import flatten, load_config
-from megatron_rlpt.config.checks import _RANGES
+from megatron_rlpt.config import Fp8, flatten, load_config
+from megatron_rlpt.config.fields import About
+from megatron_rlpt.config.loading import SCHEMA
 from megatron_rlpt.errors import ConfigError
 
 MINIMAL = ["run.dir=r", "model.path=m", "train.steps=100", "data.sources=[{path: a.jsonl}]"]
@@ -87,6 +84,12 @@ LIMITS = {
     "checkpoint.every": ([0], [1]),
     "checkpoint.keep": ([0], [1]),
     "observe.samples_per_step": ([-1], [0]),
+    "teacher.generative.quality.weight": ([-1], [0.1]),
+    "teacher.generative.quality.votes": ([0], [1]),
+    "teacher.generative.safety.weight": ([-1], [0]),
+    "teacher.generative.safety.votes": ([0], [1]),
+    "teacher.generative.factuality.weight": ([-1], [0]),
+    "teacher.generative.factuality.votes": ([0], [1]),
     "evaluation.prefixes": ([1], [2]),
     "evaluation.samples": ([0], [1]),
     "evaluation.examples": ([-1], [0]),
@@ -96,16 +99,16 @@ LIMITS = {
 
 
 def test_every_range_is_tested():
-    assert {key for key, *_ in _RANGES} <= LIMITS.keys()
+    ranges = {entry.key.replace("[]", "[0]") for entry in SCHEMA.entries.values() if entry.about.bounds}
+    lists = {
+        key for key in ranges if key.startswith(("data.heldout", "evaluation.ngram_corpus", "teacher.workers.end"))
+    }
+    assert ranges - lists - {"run.seed"} == LIMITS.keys()
 
 
 def test_every_number_has_a_range():
     numbers = {key for key, value in flatten(load()).items() if type(value) in (int, float)}
-    free = {"run.seed"}  # any number is a seed
-    fixed = {"rollout.top_p", "rollout.top_k", "rollout.min_p"}  # one value only, tested below
-    axes = {key for key in numbers if key.startswith(("teacher.generative.quality", "teacher.generative.saf"))}
-    axes |= {key for key in numbers if key.startswith("teacher.generative.factuality")}
-    assert numbers - free - fixed - axes == LIMITS.keys()
+    assert numbers - {"run.seed"} == LIMITS.keys()
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, (outside, _) in LIMITS.items() for value in outside])
@@ -131,9 +134,6 @@ CONTRADICTIONS = [
     ([*GRPO, "rollout.temperature=0.9"], "rollout.temperature is 0.9; allowed: 1.0"),
     ([*GRPO, "teacher.judge=generative", "teacher.generative.quality.weight=0"], "teacher.generative"),
     (["data.sources[0].subset=en"], "data.sources[0].subset is 'en'; allowed: empty, because its format is not hf"),
-    (["rollout.top_p=0.9"], "rollout.top_p"),
-    (["rollout.top_k=50"], "rollout.top_k"),
-    (["rollout.min_p=0.1"], "rollout.min_p"),
     (["data.min_prefix=200", "data.max_prefix=100"], "data.min_prefix"),
     (["train.global_batch=10", "train.micro_batch=4"], "train.micro_batch"),
     (["optimizer.warmup_steps=100"], "optimizer.warmup_steps"),
@@ -193,22 +193,50 @@ def test_derived_values():
     assert load("teacher.path=t").teacher_path == "t"
 
 
-def test_docstring_under_every_field():
-    tree = ast.parse(Path(schema.__file__).read_text())
-    bare = []
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        assert ast.get_docstring(node), node.name
-        for entry, following in zip(node.body, [*node.body[1:], None], strict=True):
-            if not isinstance(entry, ast.AnnAssign):
-                continue
-            described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            # A field that is itself a section is described by its class.
-            section = getattr(entry.annotation, "id", "").endswith("Config") and hasattr(schema, entry.annotation.id)
-            if not described and not section:
-                bare.append(f"{node.name}.{entry.target.id}")
+def test_every_key_has_a_text():
+    bare = [entry.key for entry in SCHEMA.entries.values() if not (entry.about.text or entry.is_section)]
     assert not bare
+    assert all(text.endswith(".") for entry in SCHEMA.entries.values() if (text := entry.about.text))
+    assert all(entry.kind.__doc__ for entry in SCHEMA.entries.values() if entry.is_section)
+
+
+@pytest.mark.parametrize(
+    ("about", "bounds"),
+    [
+        ({}, ""),
+        ({"at_least": 1}, "at least 1"),
+        ({"at_least": 1, "unit": "steps"}, "at least 1 step"),
+        ({"at_least": 0, "unit": "seconds"}, "0 seconds or more"),
+        ({"at_least": 0, "unit": "seconds", "zero": "never"}, "0 (never) or more seconds"),
+        ({"above": 0, "unit": "GiB"}, "above 0 GiB"),
+        ({"at_least": 0, "at_most": 1}, "between 0 and 1"),
+        ({"at_least": 0, "below": 1}, "at least 0 and below 1"),
+        ({"above": 0, "at_most": 1}, "above 0 and at most 1"),
+    ],
+)
+def test_bounds_in_words(about, bounds):
+    assert About("", **about).bounds == bounds
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.fp8=fp4", "model.fp8 is fp4; allowed: off, delayed, current, blockwise, mxfp8"),
+        ("data.sources[0].format=csv", "data.sources[0].format is csv; allowed: auto, jsonl, parquet, text"),
+        ("data.sources=[{path: a, format: csv}]", "format is csv; allowed: auto, jsonl"),
+        ("model.fp8=false", "command line: model.fp8 is False, which YAML reads as bool; put it in quotes"),
+        ("rollout.top_p=0.9", "command line: rollout.top_p is no longer an option"),
+        ("rollout.top_k=0", "command line: rollout.top_k is no longer an option"),
+    ],
+)
+def test_what_is_allowed_is_listed(override, said):
+    with pytest.raises(ConfigError) as caught:
+        load(override)
+    assert said in str(caught.value)
+
+
+def test_off_is_a_choice_although_yaml_has_another_use_for_it():
+    assert load("model.fp8=off").model.fp8 is Fp8.off
 
 
 @pytest.mark.parametrize("group", ["data.sources", "data.heldout", "evaluation.ngram_corpus"])

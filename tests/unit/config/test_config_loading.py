@@ -52,7 +52,7 @@ def test_every_shipped_config_loads(path):
 
 
 def test_required_values_are_named_together():
-    with pytest.raises(ConfigError, match=r"required but not set: model\.path, run\.dir, train\.steps; give it"):
+    with pytest.raises(ConfigError, match=r"required but not set: model\.path, run\.dir, train\.steps; set it"):
         load_config(None)
 
 

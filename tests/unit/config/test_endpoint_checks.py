@@ -61,5 +61,5 @@ def test_ranges(field, outside, inside):
 
 
 def test_every_server_once():
-    with pytest.raises(ConfigError, match=r"endpoints\[1\].url is http://h/v1/; allowed: every server once"):
+    with pytest.raises(ConfigError, match=r"endpoints\[1\].url is http://h/v1/, which is listed already"):
         load({"url": "http://h/v1"}, {"url": "http://h/v1/"})

@@ -8,8 +8,7 @@ import random
 import pytest
 from corpora import encode, settings, source, write
 
-from megatron_rlpt.config import HeldOutOverlap
-from megatron_rlpt.config.schema import MixBy
+from megatron_rlpt.config import HeldOutOverlap, MixBy
 from megatron_rlpt.data import EpisodeStream, HeldOut, Quarantine, overlap
 from megatron_rlpt.errors import DataError
 

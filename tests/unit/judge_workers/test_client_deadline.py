@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.config import EndpointConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.judge_workers.client.endpoint import check_deadline
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megatron_rlpt.config.schema import EndpointConfig
+from megatron_rlpt.config import EndpointConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.judge_workers.discovery import announced_endpoints, announcement
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rlpt.config.schema import OptionOrder, PairScheme
+from megatron_rlpt.config import OptionOrder, PairScheme
 from megatron_rlpt.teacher.comparisons import comparisons, play, rank
 from megatron_rlpt.types import Failed
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from text_tokens import NUMBERS, FakeText
 
-from megatron_rlpt.config.schema import AxisConfig, GenerativeConfig, OptionOrder, PairScheme, QualityConfig
+from megatron_rlpt.config import AxisConfig, GenerativeConfig, OptionOrder, PairScheme, QualityConfig
 from megatron_rlpt.teacher.batched import BatchedJudge
 from megatron_rlpt.teacher.comparisons import comparisons
 from megatron_rlpt.teacher.generative import GenerativeJudge

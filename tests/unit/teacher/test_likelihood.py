@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megatron_rlpt.config.schema import LikelihoodConfig
+from megatron_rlpt.config import LikelihoodConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 from megatron_rlpt.teacher.likelihood_reward import repetition

@@ -3,7 +3,7 @@
 import pytest
 from text_tokens import FakeText
 
-from megatron_rlpt.config.schema import RewriterConfig
+from megatron_rlpt.config import RewriterConfig
 from megatron_rlpt.teacher.batched import BatchedRewriter
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.rewriter import Rewriter, anchor_of, without_anchor

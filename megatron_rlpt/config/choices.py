@@ -1,0 +1,99 @@
+"""Named values of configuration fields."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Dtype(enum.StrEnum):
+    """Precision of a model's forward and backward pass; main weights and optimizer state are always fp32."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Fp8(enum.StrEnum):
+    """FP8 recipe of Transformer Engine: how the scaling factor of an 8-bit tensor is chosen."""
+
+    off = "off"
+    delayed = "delayed"
+    current = "current"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
+
+
+class Recompute(enum.StrEnum):
+    """Which activations are recomputed in the backward pass instead of kept."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class EngineName(enum.StrEnum):
+    """Rollout engine; each has a folder in ``rollout/``."""
+
+    vllm = "vllm"
+    megatron = "megatron"
+
+
+class JudgeName(enum.StrEnum):
+    """Which judge rewards candidates; each has a module in ``teacher/``."""
+
+    likelihood = "likelihood"
+    generative = "generative"
+
+
+class PairScheme(enum.StrEnum):
+    """Which candidates are compared with each other; see ``teacher/comparisons.py``."""
+
+    round_robin = "round_robin"
+    pivot = "pivot"
+    tournament = "tournament"
+
+
+class OptionOrder(enum.StrEnum):
+    """In which order the two options of a comparison are shown."""
+
+    random = "random"
+    both = "both"
+
+
+class RunIn(enum.StrEnum):
+    """Which processes judge and rewrite."""
+
+    trainer = "trainer"
+    workers = "workers"
+
+
+class SourceFormat(enum.StrEnum):
+    """Storage format of a data source; ``auto`` recognizes it by the path."""
+
+    auto = "auto"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    text = "text"
+    megatron = "megatron"
+    hf = "hf"
+
+
+class MixBy(enum.StrEnum):
+    """What the weights of data sources are shares of."""
+
+    tokens = "tokens"
+    documents = "documents"
+
+
+class HeldOutOverlap(enum.StrEnum):
+    """What happens to a document that is both in the corpus and held out."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
+class Decay(enum.StrEnum):
+    """Shape of the learning-rate decay after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"

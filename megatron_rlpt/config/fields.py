@@ -84,7 +84,7 @@ def section(factory: Any, text: str = "", **about: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ConfigKey:
     """One key of a configuration."""
 
     key: str
@@ -119,14 +119,14 @@ class Entry:
         return ", ".join(self.choices) or self.about.bounds
 
 
-def entries_of(root: type) -> dict[str, Entry]:
+def entries_of(root: type) -> dict[str, ConfigKey]:
     """Return every key below ``root``, sections included, in the order of declaration."""
-    found: dict[str, Entry] = {}
+    found: dict[str, ConfigKey] = {}
 
     def walk(cls: type, prefix: str) -> None:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            entry = Entry(prefix + field.name, hints[field.name], field.default, _about(field))
+            entry = ConfigKey(prefix + field.name, hints[field.name], field.default, _about(field))
             found[entry.key] = entry
             if entry.is_section:
                 walk(entry.kind, f"{entry.key}.")

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_rlpt.config.fields import Entry, entries_of
+from megatron_rlpt.config.fields import ConfigKey, entries_of
 from megatron_rlpt.errors import ConfigError, first_line
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ class Schema(Generic[T]):
         return max(sorted(self.entries), key=likeness)
 
     @functools.cached_property
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, ConfigKey]:
         """Every dotted key the schema accepts; items of lists appear as ``data.sources[].path``."""
         return entries_of(self.root)
 

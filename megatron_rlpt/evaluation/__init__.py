@@ -3,10 +3,10 @@
 In reading order:
 
 - ``evaluate.py``: the command: generate with every policy, judge, compare, report.
-- ``compare.py``: which continuations are compared with which, without running a model.
+- ``compare.py``: which continuations are compared with which, without running a model; the protocols of scorers.
 - ``statistics.py``: win rates with confidence intervals that resample prefixes.
 - ``text_metrics.py``: length, repetition and diversity of continuations.
-- ``second_measure.py``: the protocol of a measure that is independent of the judge, and the text it is fitted to.
+- ``second_measure.py``: build the measure that is independent of the judge, and fit it.
 - ``ngram_model.py``: the built-in second measure, a Kneser-Ney n-gram model.
 - ``report.py``: collects ``report.json``.
 - ``render.py``: shows a report in a terminal and as ``report.html`` (template ``report.html``).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +40,25 @@ class Scorer(Protocol):
         Continuations of the same prefix that are compared with each other are adjacent in one call, so that a pairwise
         judge can rank them as a group.
         """
+        ...
+
+
+class SecondMeasure(Scorer, Protocol):
+    """Scores continuations without having taken part in training. ``fit`` comes before ``score`` and ``describe``."""
+
+    name: str
+    """Short name for messages."""
+
+    def fit(self, documents: Iterable[Tokens]) -> None:
+        """Fit to the token ids of documents that policies are neither trained on nor compared on.
+
+        Raises:
+            DataError: there is no text, or a token id is outside the vocabulary.
+        """
+        ...
+
+    def describe(self) -> str:
+        """Return a phrase that completes "The second measure is"."""
         ...
 
 

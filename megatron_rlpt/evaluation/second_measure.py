@@ -1,42 +1,17 @@
-"""The second measure: scores of continuations that are independent of the judge."""
+"""Build the second measure and fit it to text that policies are neither trained on nor compared on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 from megatron_rlpt.config import Config, HeldOutOverlap
 from megatron_rlpt.data import Document, Location, Quarantine, kept_from_second_measure, open_source, overlap_error
+from megatron_rlpt.evaluation.compare import SecondMeasure
+from megatron_rlpt.evaluation.ngram_model import NgramModel
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 
 _log = get_logger(__name__)
-
-
-class SecondMeasure(Protocol):
-    """Scores continuations without having taken part in training.
-
-    ``fit`` comes first; the built-in one is ``NgramModel``.
-    """
-
-    name: str
-    """Short name for messages."""
-
-    def fit(self, documents: Iterable[Sequence[int]]) -> None:
-        """Fit to the token ids of documents that policies are neither trained on nor compared on.
-
-        Raises:
-            DataError: there is no text, or a token id is outside the vocabulary.
-        """
-        ...
-
-    def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[float | None]:
-        """Return one score per continuation given its prefix, higher is better; None where there is none."""
-        ...
-
-    def describe(self) -> str:
-        """Return a phrase that completes "The second measure is"."""
-        ...
 
 
 def fit_second_measure(config: Config, tokenizer: PolicyTokenizer, vocab_size: int) -> SecondMeasure | None:
@@ -47,8 +22,6 @@ def fit_second_measure(config: Config, tokenizer: PolicyTokenizer, vocab_size: i
     Raises:
         DataError: a source cannot be read, or a document of it is held out.
     """
-    from megatron_rlpt.evaluation.ngram_model import NgramModel
-
     if not config.evaluation.ngram_corpus:
         return None
     measure = NgramModel(vocab_size)

@@ -345,8 +345,8 @@ def test_an_answer_that_a_server_does_not_go_on_with_is_begun_in_the_question(ca
     assert all(BEGUN in body["messages"][-1]["content"] for body in taken)
     assert not any({"continue_final_message", "add_generation_prompt"} & body.keys() for body in taken)
     # A record is there twice where a logger has pytest's handler and passes it on as well.
-    (said,) = {id(record): record for record in caplog.records if "refuses a request" in record.getMessage()}.values()
-    assert "the question says how the answer should begin" in said.getMessage()
+    (said,) = {id(record): record for record in caplog.records if "refused a request" in record.getMessage()}.values()
+    assert "the prompt says how the answer should begin" in said.getMessage()
     assert "continue_final_message" in said.fields["message"]
 
 

@@ -1,6 +1,8 @@
-"""Asking teacher servers that speak OpenAI's API, over HTTP. Needs httpx and neither torch nor vLLM.
+"""Client of teacher servers that speak OpenAI's API over HTTP. Needs httpx, but neither torch nor vLLM.
 
-TeacherPool ── chooses ──> Endpoint ── exchange ──> server
-    │  queue, retries, deadline   │  breaker, probe, counters
-    └── Request -> Call (calls) ──┘  Reply or Problem (replies)
+    TeacherPool (pool) ── chooses ──> Endpoint (endpoint) ── exchange (http) ──> server
+        │  queue, retries, deadline       │  circuit breaker (breaker), probes, counters
+        └── Request -> Call (calls) ──────┘  body -> Reply or ServerProblem (replies, faults)
+
+``secrets`` masks keys in everything that is logged or stored.
 """

@@ -1,4 +1,4 @@
-"""The circuit breaker of one server: after several failures in a row nothing but a probe is sent, until one succeeds.
+"""The circuit breaker of one server: after several failures in a row, only probes are sent until one succeeds.
 
 closed ── failures in a row ──> open ── cool-down over ──> half open ── probe succeeds ──> closed
                                  ^                             │
@@ -16,11 +16,11 @@ FAILURES = 5
 FIRST_COOLDOWN = 1.0
 """Seconds before the first probe."""
 LONGEST_COOLDOWN = 15.0
-"""Seconds between probes of a server that stays down; a probe costs it one connection, so they need not be rare."""
+"""Maximum seconds between probes of a server that stays down; a probe costs only one connection."""
 
 
 class State(enum.StrEnum):
-    """Of a breaker."""
+    """State of a breaker."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -28,7 +28,7 @@ class State(enum.StrEnum):
 
 
 class Breaker:
-    """Starts half open: nothing is sent to a server that has not answered once. Knows no clock; the caller waits."""
+    """Starts half open, so a server gets no requests before it has answered a probe. Has no clock; the caller waits."""
 
     def __init__(
         self, failures: int = FAILURES, first: float = FIRST_COOLDOWN, longest: float = LONGEST_COOLDOWN
@@ -41,15 +41,15 @@ class Breaker:
 
     @property
     def closed(self) -> bool:
-        """Whether requests may be sent."""
+        """True if requests may be sent."""
         return self.state == State.CLOSED
 
     def succeeded(self) -> None:
-        """A request was answered. Of an open breaker that is an old request: only a probe closes it."""
+        """Record an answered request. It does not close an open breaker; only a probe does."""
         self._failures = 0
 
     def failed(self) -> bool:
-        """A request failed; whether that opened the breaker."""
+        """Record a failed request; return True if that opened the breaker."""
         self._failures += 1
         if not self.closed or self._failures < self._limit:
             return False
@@ -57,15 +57,15 @@ class Breaker:
         return True
 
     def cooldown(self) -> float:
-        """Seconds to wait before the next probe: doubling, and random so that workers do not probe all at once."""
+        """Return seconds until the next probe; random, so that workers do not probe simultaneously."""
         return self._backoff.delay(self._failed_probes + 1)
 
     def begin_probe(self) -> None:
-        """The cool-down is over, one probe is sent."""
+        """Enter the half-open state for one probe after the cool-down."""
         self.state = State.HALF_OPEN
 
     def finish_probe(self, success: bool) -> None:
-        """What came of the probe."""
+        """Record the result of a probe."""
         if success:
             self.state, self._failures, self._failed_probes = State.CLOSED, 0, 0
         else:

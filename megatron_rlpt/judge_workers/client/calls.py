@@ -1,4 +1,8 @@
-"""What is sent: a request of ours as the body of an HTTP call."""
+"""Requests as HTTP calls, adapted to the dialect of OpenAI's API that a server accepts.
+
+Servers differ: newer OpenAI models refuse ``max_tokens``, some servers support no JSON schema or no prefilled answer.
+``ServerDialect`` learns from refusals what a server needs.
+"""
 
 from __future__ import annotations
 
@@ -24,31 +28,31 @@ _NEUTRAL_SAMPLING = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-"""vLLM takes what is not given from the model's generation_config.json, which then samples otherwise than asked for."""
+"""vLLM takes missing sampling parameters from the model's generation_config.json; these override it."""
 
 
 @dataclass(frozen=True)
 class Call(Generic[Result]):
-    """One call, for whatever server takes it."""
+    """One call, independent of the server."""
 
     path: str
-    """Below the server's base address."""
+    """Path relative to the server's base address."""
     body: dict[str, Any]
-    """Without the model, which is the server's."""
+    """Body without the model, which depends on the server."""
     read: Callable[[Any], Result | ServerProblem]
-    """From the decoded body of the answer to the result."""
+    """Parses the decoded body of the response."""
     vllm: dict[str, Any] = field(default_factory=dict)
-    """More fields of the body, for servers that are vLLM."""
+    """Additional fields of the body for vLLM servers."""
     schema: str = ""
-    """JSON Schema of the answer, for servers that take one."""
+    """JSON Schema of the answer, for servers that support it."""
     answer_start: str = ""
-    """Words the answer is made to begin with: the last message, for servers that go on with it."""
+    """Prefill of the answer: the last message, for servers that continue it."""
 
 
 def reply_call(request: Request, control_tokens: Iterable[str] = ()) -> Call[Reply] | ServerProblem:
-    """The call for one generation.
+    """Build the call for one generation.
 
-    Texts have their control tokens broken up: the common forms, and ``control_tokens`` of a tokenizer that is known.
+    Breaks up control tokens in texts: the common forms, and ``control_tokens`` of a known tokenizer.
     """
     if not request.prompt:
         return ServerProblem(Fault.EMPTY)
@@ -78,7 +82,7 @@ def reply_call(request: Request, control_tokens: Iterable[str] = ()) -> Call[Rep
     body: dict[str, Any] = {"messages": messages} | sampling
     start = clean(request.answer_start)
     if start:
-        # Fields of vLLM and SGLang; a server that refuses them is asked otherwise, see ``needs``.
+        # Fields of vLLM and SGLang; see ``ServerDialect`` for servers that refuse them.
         messages.append({"role": "assistant", "content": start})
         body |= {"continue_final_message": True, "add_generation_prompt": False}
     read = partial(read_chat, max_tokens=request.max_tokens)
@@ -86,10 +90,10 @@ def reply_call(request: Request, control_tokens: Iterable[str] = ()) -> Call[Rep
 
 
 def logprobs_call(token_ids: Sequence[int], first: int) -> Call[list[float]]:
-    """The call for the log-probabilities of ``token_ids[first:]``, each given all tokens before it.
+    """Build the call for the log-probabilities of ``token_ids[first:]``, each given all tokens before it.
 
-    Uses vLLM's ``prompt_logprobs`` (vllm/entrypoints/openai/completion/protocol.py); 0 asks for the prompt's own tokens
-    and no alternatives. One token has to be generated.
+    Uses vLLM's ``prompt_logprobs`` (vllm/entrypoints/openai/completion/protocol.py); 0 returns only the prompt's own
+    tokens, without alternatives. At least one token must be generated.
 
     Raises:
         ValueError: ``first`` is not a position after the first token and within ``token_ids``.
@@ -101,9 +105,9 @@ def logprobs_call(token_ids: Sequence[int], first: int) -> Call[list[float]]:
 
 
 def with_schema(body: dict[str, Any], schema: str) -> dict[str, Any]:
-    """``body`` asking for an answer that is held to ``schema``."""
-    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": json.loads(schema)}}
-    return body | {"response_format": wanted}
+    """Add to ``body`` that the answer must match ``schema``."""
+    response_format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": json.loads(schema)}}
+    return body | {"response_format": response_format}
 
 
 def _is_object(text: str) -> bool:
@@ -114,12 +118,12 @@ def _is_object(text: str) -> bool:
 
 
 _SPARE = ("seed", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-"""Fields without which an answer is sampled as asked for by servers that have never heard of them."""
+"""Fields that can be dropped for servers that do not know them; such servers sample the same without."""
 _ABOUT_SCHEMA = re.compile(
     r"response_format|json[_ ]?schema|json[_ ]mode|json_object|guided|structured|grammar|xgrammar|outlines",
     re.IGNORECASE,
 )
-_ABOUT_BEGINNING = re.compile(
+_ABOUT_PREFILL = re.compile(
     r"continue_final_message|add_generation_prompt|prefill|\bprefix\b|assistant|last message|final message|roles? must"
     r"|alternat",
     re.IGNORECASE,
@@ -132,25 +136,25 @@ _UNKNOWN_FIELD = re.compile(
 _ABOUT_TEXT = re.compile(
     r"too long|context|maximum|exceed|tokens?\b|temperature|top_p|\bmodel\b|quota|billing", re.IGNORECASE
 )
-"""What has another cause than a field that is not known."""
-_WAYS = (400, 404, 405, 415, 422, 500, 501)
-"""Statuses with which servers answer what they do not know."""
+"""Messages with another cause than an unknown field."""
+_REFUSALS = (400, 404, 405, 415, 422, 500, 501)
+"""Statuses that servers use for requests that they do not understand."""
 _BEGIN = "\n\nBegin your answer with exactly these words, and go on from there: "
 
 
 @dataclass(frozen=True)
 class ServerDialect:
-    """What has been learnt of a server."""
+    """What is known about one server's dialect of the API, learned from its refusals."""
 
     renamed: tuple[tuple[str, str], ...] = ()
     dropped: frozenset[str] = frozenset()
     no_schema: frozenset[str] = frozenset()
-    """JSON Schemas that it refuses."""
+    """JSON Schemas that the server refuses."""
     prefill_in_prompt: bool = False
-    """It takes no answer that has begun; the question says how it should begin."""
+    """The server refuses a prefilled answer; the prompt says how to begin instead."""
 
     def body_of(self, call: Call[Any], config: EndpointConfig, model: str, is_vllm: bool) -> dict[str, Any]:
-        """The body to send: all that the call asks for, then what was learnt, then what the configuration says."""
+        """Return the body to send: the call's fields, then what was learned, then the configuration's changes."""
         body = call.body | {"model": model} | (call.vllm if is_vllm else {})
         if call.answer_start and self.prefill_in_prompt:
             body = _prefill_to_prompt(body, call.answer_start)
@@ -160,12 +164,12 @@ class ServerDialect:
         dropped = self.dropped | set(config.drop)
         return {names.get(name, name): value for name, value in body.items() if name not in dropped} | dict(config.add)
 
-    def after(
+    def adapted_to(
         self, problem: ServerProblem, call: Call[Any], sent: Mapping[str, Any]
     ) -> tuple[ServerDialect, str] | None:
-        """What to try when ``sent`` was refused with ``problem``, and what that is called; None is nothing new."""
+        """Return the dialect to try after ``sent`` failed, and what it changes; None if there is nothing to try."""
         status, words = problem.detail.get("status"), str(problem.detail.get("message", ""))
-        if status not in _WAYS or problem.fault in (Fault.DENIED, Fault.REFUSED):
+        if status not in _REFUSALS or problem.fault in (Fault.DENIED, Fault.REFUSED):
             return None
         if status != 500 and "max_tokens" in sent and "max_completion_tokens" in words:
             return replace(self, renamed=(*self.renamed, ("max_tokens", "max_completion_tokens"))), (
@@ -175,14 +179,14 @@ class ServerDialect:
         if has_schema and _ABOUT_SCHEMA.search(words):
             return self._without_schema(call)
         begins = bool(call.answer_start) and not self.prefill_in_prompt
-        if begins and status != 404 and _ABOUT_BEGINNING.search(words):
+        if begins and status != 404 and _ABOUT_PREFILL.search(words):
             return self._with_prefill_in_prompt()
         named = [name for name in _SPARE if name in sent and re.search(rf"\b{name}\b", words)]
         if status in (400, 422) and named and _UNKNOWN_FIELD.search(words):
             return replace(self, dropped=self.dropped | set(named)), f"{', '.join(named)} is not sent"
         if _ABOUT_TEXT.search(words):
             return None
-        # It does not say what is wrong; what servers know least is left out first, and that is learnt if it helps.
+        # No reason given: drop the least supported field first, and remember it if that helps.
         if status in (400, 415, 422, 500, 501) and has_schema:
             return self._without_schema(call)
         if status in (400, 422, 500, 501) and begins:
@@ -190,21 +194,21 @@ class ServerDialect:
         return None
 
     def _without_schema(self, call: Call[Any]) -> tuple[ServerDialect, str]:
-        return replace(self, no_schema=self.no_schema | {call.schema}), "answers are not held to a JSON schema"
+        return replace(self, no_schema=self.no_schema | {call.schema}), "answers are not constrained to a JSON schema"
 
     def _with_prefill_in_prompt(self) -> tuple[ServerDialect, str]:
-        return replace(self, prefill_in_prompt=True), "the question says how the answer should begin"
+        return replace(self, prefill_in_prompt=True), "the prompt says how the answer should begin"
 
 
 def _prefill_to_prompt(body: dict[str, Any], start: str) -> dict[str, Any]:
-    """``body`` without the begun answer and the fields that only some servers know."""
+    """Move the prefill of ``body`` into the prompt and drop the fields for it that only some servers know."""
     kept = {key: value for key, value in body.items() if key not in ("continue_final_message", "add_generation_prompt")}
-    *messages, asked, _ = body["messages"]
-    return kept | {"messages": [*messages, asked | {"content": f"{asked['content']}{_BEGIN}{start}"}]}
+    *messages, last, _ = body["messages"]
+    return kept | {"messages": [*messages, last | {"content": f"{last['content']}{_BEGIN}{start}"}]}
 
 
 def without_prefill(text: str, start: str) -> str:
-    """``text`` without the words that it was asked to begin with; spaces may differ."""
+    """Remove the requested beginning ``start`` from ``text``; white space may differ."""
     words = r"\s+".join(re.escape(word) for word in start.split())
     match = re.match(rf"\s*[\"'\u201c]?{words}", text)
     return text[match.end() :] if match else text

@@ -1,4 +1,4 @@
-"""One teacher server: its address and key, how much is under way there, whether it works, what it has done."""
+"""One teacher server: address, key, requests in flight, health, speed and counters."""
 
 from __future__ import annotations
 
@@ -28,45 +28,45 @@ Result = TypeVar("Result")
 _log = get_logger(__name__)
 
 _MOST_TRIES = 6
-"""Ways in which one request is put to a server that refuses it."""
+"""Maximum dialects to try for one request that a server refuses."""
 _PROBE = Request((Message("user", "Say yes."),), seed=0, max_tokens=1, temperature=0.0)
 _PROBE_SECONDS = 30.0
-"""A server that cannot give one token in this time is of no use either."""
+"""A server that cannot generate one token in this time is unusable."""
 
 
 @dataclass
 class EndpointCounters:
-    """What an endpoint has done since it is known, for metrics."""
+    """Counters of one endpoint, for metrics."""
 
     requests: int = 0
-    """Calls sent, retries included, probes not."""
+    """Calls sent, including retries, excluding probes."""
     retries: int = 0
-    """Calls among them that repeat one which failed, here or elsewhere."""
+    """Calls among them that repeat a failed one, on this or another server."""
     failures: Counter[str] = field(default_factory=Counter)
     """Calls without a result, by reason."""
     tokens_in: int = 0
-    """Of prompts that were answered, as the server counts them."""
+    """Tokens of answered prompts, as counted by the server."""
     tokens_out: int = 0
     seconds: float = 0.0
-    """Summed over all calls, from sending to the result."""
+    """Sum over all calls, from sending to the result."""
 
 
 class Endpoint:
-    """One server. ``in_flight`` is kept by the pool, which sends no more than ``config.concurrency`` at once."""
+    """One server. The pool maintains ``in_flight`` and sends at most ``config.concurrency`` requests concurrently."""
 
     def __init__(
         self,
         config: EndpointConfig,
         deadline: float,
         breaker: Breaker | None = None,
-        changed: Callable[[], object] = lambda: None,
+        on_change: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Args:
             config: address, model and limits.
-            deadline: seconds one request may take.
-            breaker: half open, as a new one is.
-            changed: called when the server becomes usable or stops being so.
+            deadline: maximum seconds per request.
+            breaker: circuit breaker; by default a new one, half open.
+            on_change: called when the server becomes usable or unusable.
 
         Raises:
             ConfigError: a field is out of range, or the environment variable with the key is not set.
@@ -75,23 +75,23 @@ class Endpoint:
         self.config = config
         self.url = config.url.rstrip("/")
         self.model = config.model
-        """Name asked for; empty until the server has been asked for one."""
+        """Model name to request; empty until the server has listed its models."""
         self.tokens_per_second = config.tokens_per_second
-        """As configured, or as measured since; 0 is unknown."""
+        """Configured or measured speed; 0 is unknown."""
         self.breaker = breaker or Breaker()
         self.counters = EndpointCounters()
         self.in_flight = 0
         self.paused_until = 0.0
-        """Time of the event loop until which the server asked to be left alone."""
+        """Event loop time until which the server asked for no requests (Retry-After)."""
         self.last_problem: ServerProblem | None = None
-        """Why the server cannot be used, while it cannot."""
+        """Why the server is unusable, while it is."""
         self._deadline = deadline
-        self._changed = changed
+        self._on_change = on_change
         self._is_vllm = False
-        self._needs = ServerDialect()
+        self._dialect = ServerDialect()
         self._unexplained = 0
         self._opened = asyncio.Event()
-        # One more than requests: the probe.
+        # One extra connection for the probe.
         key = _key(config)
         self._mask = Mask(key)
         self._connections = Connections(
@@ -99,11 +99,11 @@ class Endpoint:
         )
 
     def has_room(self, now: float) -> bool:
-        """Whether one more request may be sent at ``now`` (time of the event loop)."""
+        """Return True if another request may be sent at ``now`` (event loop time)."""
         return self.breaker.closed and now >= self.paused_until and self.in_flight < self.config.concurrency
 
     async def send(self, call: Call[Result], *, retry: bool = False) -> Result | ServerProblem:
-        """Make one call and take note of what came of it. Raises nothing but ``asyncio.CancelledError``."""
+        """Make one call and record its result. Raises only ``asyncio.CancelledError``."""
         self.counters.requests += 1
         self.counters.retries += retry
         began = time.monotonic()
@@ -118,7 +118,7 @@ class Endpoint:
         return outcome
 
     def record_failure(self, problem: ServerProblem) -> None:
-        """Count a call that gave no result, and stop using the server when there were too many in a row."""
+        """Count a failed call, and stop using the server after too many in a row."""
         self.counters.failures[problem.fault.value] += 1
         if problem.retry_after:
             pause = min(problem.retry_after, self._deadline)
@@ -127,12 +127,12 @@ class Endpoint:
             self.breaker.succeeded()
         elif self.breaker.failed():
             self.last_problem = problem
-            _log.warning("teacher server is not used for now", url=self.url, reason=problem.fault, **problem.detail)
+            _log.warning("teacher server disabled for now", url=self.url, reason=problem.fault, **problem.detail)
             self._opened.set()
-            self._changed()
+            self._on_change()
 
     async def keep_probing(self) -> None:
-        """Probe the server whenever it is not in use, until cancelled."""
+        """Probe the server while its breaker is not closed, until cancelled."""
         while True:
             if not self.breaker.closed:
                 self.breaker.begin_probe()
@@ -147,18 +147,18 @@ class Endpoint:
         problem = await self.check_health()
         self.breaker.finish_probe(problem is None)
         if problem is None:
-            _log.info("teacher server is ready", url=self.url, model=self.model)
+            _log.info("teacher server ready", url=self.url, model=self.model)
             self.last_problem = None
-            self._changed()
+            self._on_change()
             return
         if self.last_problem is None or self.last_problem.fault != problem.fault:
-            _log.warning("teacher server cannot be used", url=self.url, reason=problem.fault, **problem.detail)
+            _log.warning("teacher server unusable", url=self.url, reason=problem.fault, **problem.detail)
         self.last_problem = problem
 
     async def check_health(self) -> ServerProblem | None:
-        """Whether the server generates: it lists its models and answers a request for one token.
+        """Return None if the server lists its models and generates a token, else the problem.
 
-        Being asked wrongly (a base model has no chat, for instance) is an answer too.
+        A refusal of the request itself (such as chat with a base model) counts as healthy.
         """
         try:
             async with asyncio.timeout(min(self._deadline, _PROBE_SECONDS)):
@@ -180,7 +180,7 @@ class Endpoint:
         body = await self._connections.exchange("models")
         models = body if isinstance(body, ServerProblem) else read_models(body)
         if isinstance(models, ServerProblem):
-            # A server need not list its models when it is known which one is meant.
+            # A server need not list its models if the configuration names one.
             unlisted = models.fault not in OF_SERVER or models.fault == Fault.NOT_FOUND
             return None if self.config.model and unlisted else models
         if not models and not self.config.model:
@@ -197,23 +197,23 @@ class Endpoint:
         used = tokens_used(answer)
         self.counters.tokens_in += used[0]
         self.counters.tokens_out += used[1]
-        if isinstance(result, Reply) and call.answer_start and self._needs.prefill_in_prompt:
-            # Which tokens are left is not known then.
+        if isinstance(result, Reply) and call.answer_start and self._dialect.prefill_in_prompt:
+            # The remaining tokens are unknown then.
             return replace(result, text=without_prefill(result.text, call.answer_start), token_ids=())
         return result
 
     async def _answer(self, call: Call[Any]) -> Any | ServerProblem:
-        """The body of the answer, asked for in the way that the server takes; what helped is kept for later calls."""
-        needs, refused, changes = self._needs, ServerProblem(Fault.REJECTED), list[str]()
+        """Return the response body, trying other dialects if the server refuses; keep the one that worked."""
+        dialect, refused, changes = self._dialect, ServerProblem(Fault.REJECTED), list[str]()
         for attempt in range(_MOST_TRIES):
-            body = needs.body_of(call, self.config, self.model, self._is_vllm)
+            body = dialect.body_of(call, self.config, self.model, self._is_vllm)
             answer = await self._connections.exchange(call.path, body)
             if not isinstance(answer, ServerProblem):
                 self._unexplained = 0
                 if changes:
-                    self._needs = needs
+                    self._dialect = dialect
                     _log.warning(
-                        f"teacher server refuses a request; from now on {'; '.join(changes)}",
+                        f"teacher server refused a request; from now on {'; '.join(changes)}",
                         url=self.url,
                         reason=refused.fault,
                         **refused.detail,
@@ -221,15 +221,15 @@ class Endpoint:
                 return answer
             if attempt == 0:
                 refused = answer
-            if (found := needs.after(answer, call, body)) is None or not self._is_worth_trying(answer):
+            if (found := dialect.adapted_to(answer, call, body)) is None or not self._is_worth_trying(answer):
                 break
-            needs, change = found
+            dialect, change = found
             changes.append(change)
-        # What was said first is what is wrong with the request as it should be.
+        # The first refusal is about the request in its normal form.
         return refused if changes and answer.fault == refused.fault else answer
 
     def _is_worth_trying(self, problem: ServerProblem) -> bool:
-        """A server error may be of the moment; only one that comes again is taken for an answer to the request."""
+        """Return False for a first status 500, which may be transient; a repeated one counts as a refusal."""
         if problem.detail.get("status") != 500:
             return True
         self._unexplained += 1
@@ -253,12 +253,12 @@ _COUNTING = Request((Message("user", "Count from one to one hundred."),), seed=0
 
 
 def check_deadline(endpoint: EndpointConfig, max_tokens: int, deadline: float) -> None:
-    """Check that ``max_tokens`` take no longer than ``deadline`` seconds at ``endpoint.tokens_per_second``.
+    """Check that ``max_tokens`` fit into ``deadline`` seconds at ``endpoint.tokens_per_second``.
 
-    A speed that is unknown (0) has to be measured first, and put in its place.
+    A deadline that is too short would make every request fail. Measure an unknown speed (0) first.
 
     Raises:
-        ConfigError: they do; names the numbers and a deadline that would do.
+        ConfigError: they do not fit; names the numbers and a sufficient deadline.
         ValueError: the speed is unknown.
     """
     if not endpoint.tokens_per_second:
@@ -273,16 +273,16 @@ def check_deadline(endpoint: EndpointConfig, max_tokens: int, deadline: float) -
 
 
 async def measure_speed(endpoint: Endpoint, deadline: float) -> float | ServerProblem:
-    """Tokens a second of one short generation, by the server's own count; a full server is slower than that.
+    """Return tokens per second of one short generation, as counted by the server; a busy server is slower.
 
-    ``deadline`` is the most seconds that it may take.
+    It may take at most ``deadline`` seconds.
     """
     call = reply_call(_COUNTING)
     assert isinstance(call, Call)
     before, began = endpoint.counters.tokens_out, time.monotonic()
     try:
         async with asyncio.timeout(deadline):
-            # Only vLLM knows this field: go on after the token that ends an answer.
+            # Only vLLM knows this field: continue after the end-of-sequence token.
             outcome = await endpoint.send(replace(call, vllm=call.vllm | {"ignore_eos": True}))
     except TimeoutError:
         return ServerProblem(Fault.DEADLINE)
@@ -293,7 +293,7 @@ async def measure_speed(endpoint: Endpoint, deadline: float) -> float | ServerPr
 
 
 async def check_speed(endpoint: Endpoint, max_tokens: int, deadline: float) -> None:
-    """``check_deadline`` of a server, whose speed is measured, once, when it is not in the configuration.
+    """Run ``check_deadline`` for a server; measure its speed once if it is not configured.
 
     Raises:
         ConfigError: see ``check_deadline``.

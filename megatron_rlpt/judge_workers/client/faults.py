@@ -1,4 +1,4 @@
-"""What can go wrong between us and a server: a small fixed set that can be counted; whatever varies is detail."""
+"""Faults between a worker and a server: a small fixed set for counting; everything variable is detail."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megatron_rlpt.plain_text import LONGEST_CAUSE, one_line, shortened
 from megatron_rlpt.types import Failed
 
 _LONGEST_TEXT = 500
-"""Characters of a server's own words that are kept."""
+"""Maximum characters of a server's message to keep."""
 
 
 class Fault(enum.StrEnum):
-    """Reasons, as they appear in ``Failed.reason``."""
+    """Fault names, as used in ``Failed.reason``."""
 
     NO_SERVER = "no teacher server available"
     DEADLINE = "deadline exceeded"
@@ -36,40 +36,40 @@ class Fault(enum.StrEnum):
 
 
 TRANSIENT = frozenset({Fault.CONNECT, Fault.BROKEN, Fault.BUSY, Fault.SERVER})
-"""Worth asking again."""
+"""Worth a retry."""
 
 PERMANENT = frozenset({Fault.DENIED, Fault.NOT_FOUND, Fault.REJECTED})
-"""Asking again for the same changes nothing; somebody has to change the request, the key or the server."""
+"""A retry cannot help; the request, the key or the server has to change."""
 
 OF_SERVER = TRANSIENT | {Fault.DEADLINE, Fault.DENIED, Fault.NOT_FOUND, Fault.NOT_JSON, Fault.STATUS}
-"""Say something about the server; the others are about one request, and show that the server works."""
+"""Faults of the server; the others are about one request and show that the server works."""
 
 
 @dataclass(frozen=True)
 class ServerProblem:
-    """Why one exchange with a server gave no answer."""
+    """Why one exchange with a server failed."""
 
     fault: Fault
     detail: dict[str, Any] = field(default_factory=dict)
     """JSON-serialisable."""
     retry_after: float = 0.0
-    """Seconds for which the server asked to be left alone."""
+    """Seconds for which the server asked for no requests."""
 
     @property
     def cause(self) -> str:
-        """The server's own words, shortened, with the status that they came with; empty where it said nothing."""
-        words = str(self.detail.get("message") or self.detail.get("found") or self.detail.get("finish_reason") or "")
+        """The server's message, shortened, with the HTTP status; empty if there is none."""
+        message = str(self.detail.get("message") or self.detail.get("found") or self.detail.get("finish_reason") or "")
         status = self.detail.get("status")
-        return shortened(f"{status}: {words}" if status else words, LONGEST_CAUSE)
+        return shortened(f"{status}: {message}" if status else message, LONGEST_CAUSE)
 
     def failed(self, **more: Any) -> Failed:
-        """The outcome to hand out, with ``more`` detail."""
+        """Convert to a ``Failed`` with ``more`` detail."""
         cause = {"cause": self.cause} if self.cause else {}
         return Failed(self.fault.value, cause | self.detail | more)
 
 
 def fault_of_status(status: int) -> Fault:
-    """What an HTTP status other than 200 means."""
+    """Return the fault for an HTTP status other than 200."""
     if status in (408, 409, 425, 429):
         return Fault.BUSY
     if status in (401, 403):
@@ -82,7 +82,7 @@ def fault_of_status(status: int) -> Fault:
 
 
 def excerpt(value: object) -> str:
-    """``value`` as a text short enough to keep, in one line that a terminal and every file can hold."""
+    """Return ``value`` as one short line of text that is safe for terminals and files."""
     try:
         text = value if isinstance(value, str) else repr(value)
     except RecursionError:

@@ -1,11 +1,11 @@
-"""Asking a number of teacher servers as if they were one.
+"""A pool of teacher servers behind one ``Ask``.
 
     request ──> queue ──> server with room ──> answer
                   ^            │ transient fault
-                  └── back-off ┘                      all within the deadline, which begins when a server is found
+                  └── back-off ┘                      all within the deadline, which starts when a server is found
 
-Waiting for room at servers that work is not counted: how long a queue is, is the caller's choice. A request for which
-there is no server at all waits as long as the deadline.
+The wait for a free slot on a healthy server does not count, because the caller chooses the length of the queue.
+Without any usable server a request waits as long as the deadline.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Result = TypeVar("Result")
 
 RETRY_BACKOFF = Backoff(0.25, 10.0, jitter=1.0)
 _LOOK = 1.0
-"""Seconds between two looks at why no server is ready."""
+"""Seconds between two checks of why no server is ready."""
 _HOPELESS = 30.0
-"""Seconds to wait for a first server while all of them refuse what waiting cannot mend: a key, a model's name."""
+"""Seconds to wait for a first server while all servers fail permanently: a wrong key, a wrong model name."""
 
 
 class TeacherPool:
-    """An ``Ask`` over several servers. An asynchronous context manager; belongs to one event loop."""
+    """An ``Ask`` over several servers. Async context manager; bound to one event loop."""
 
     def __init__(
         self,
@@ -48,11 +48,11 @@ class TeacherPool:
     ) -> None:
         """
         Args:
-            endpoints: servers to begin with; see ``update``.
-            deadline: seconds for one answer, retries included (``teacher.workers.request_deadline``).
-            control_tokens: special tokens of the servers' tokenizer, if it is known, to be broken up in texts besides
+            endpoints: initial servers; see ``update``.
+            deadline: maximum seconds per answer, including retries (``teacher.workers.request_deadline``).
+            control_tokens: special tokens of the servers' tokenizer, if known, to break up in texts in addition to
                 the common ones.
-            breaker: makes the circuit breaker of each server.
+            breaker: factory of each server's circuit breaker.
         """
         self.deadline = deadline
         self._first = list(endpoints)
@@ -67,7 +67,7 @@ class TeacherPool:
         self._tickets = 0
 
     async def __aenter__(self) -> TeacherPool:
-        """Begin to look for servers that answer.
+        """Start probing the servers.
 
         Raises:
             ConfigError: see ``update``.
@@ -78,47 +78,47 @@ class TeacherPool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close all connections; no request may be under way."""
+        """Close all connections; no request may be in flight."""
         self.update([])
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     @property
     def endpoints(self) -> list[Endpoint]:
-        """Servers in use or on probation, with their counters."""
+        """Current servers, usable or not, with their counters."""
         return list(self._endpoints.values())
 
     @property
     def all_down(self) -> bool:
-        """Whether no server can be asked, as far as is known; claim no work while it is so."""
+        """True if no server is known to be usable; claim no work then."""
         return not any(endpoint.breaker.closed for endpoint in self._endpoints.values())
 
     @property
     def trouble(self) -> str:
-        """Why servers cannot be used, in their own words; empty where nothing is known or there is none."""
+        """Why servers are unusable, with their messages; empty if none is or the reason is unknown."""
         problems = [(one.url, one.last_problem) for one in self._endpoints.values() if one.last_problem]
         return "; ".join(f"{url}: {problem.failed().explained}" for url, problem in problems)
 
     @property
     def hopeless(self) -> bool:
-        """Whether no server can be asked until somebody changes a key, a name or a configuration."""
+        """True if all servers fail permanently, until a key, a name or a configuration changes."""
         problems = [endpoint.last_problem for endpoint in self._endpoints.values()]
         return bool(problems) and all(problem is not None and problem.fault in PERMANENT for problem in problems)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for room at a server."""
+        """Number of requests waiting for a free slot on a server."""
         return len(self._waiting)
 
     @property
     def name(self) -> str:
-        """Names of the models that are asked, for the provenance of scores; empty before a server was ready."""
+        """Names of the models in use, stored with every reward; empty before a server was ready."""
         return "+".join(sorted({endpoint.model for endpoint in self._endpoints.values() if endpoint.model}))
 
     def update(self, endpoints: Sequence[EndpointConfig]) -> None:
-        """Use exactly these servers from now on; requests under way at others finish there.
+        """Replace the set of servers; requests in flight on removed servers finish there.
 
         Raises:
-            ConfigError: a server's configuration is wrong or its key is missing; nothing has changed then.
+            ConfigError: a server's configuration is invalid or its key is missing; the pool is unchanged.
         """
         wanted = {config.url.rstrip("/"): config for config in endpoints}
         kept = {url: old for url, old in self._endpoints.items() if wanted.get(url) == old.config}
@@ -127,23 +127,23 @@ class TeacherPool:
             for url, config in wanted.items()
             if url not in kept
         }
-        gone = [old for url, old in self._endpoints.items() if url not in kept]
+        removed = [old for url, old in self._endpoints.items() if url not in kept]
         self._endpoints = {url: kept.get(url) or new[url] for url in wanted}
-        for endpoint in gone:
+        for endpoint in removed:
             self._keepers.pop(endpoint).cancel()
             del self._turns[endpoint]
             self._close_if_idle(endpoint)
         for endpoint in new.values():
             self._keepers[endpoint] = asyncio.create_task(endpoint.keep_probing())
-            # Somewhere in the round: many workers that come up together are not to begin with the same servers.
+            # A random turn, so that many workers that start together do not begin with the same servers.
             self._turns[endpoint] = self._turn + random.random() / endpoint.config.weight
         self._wake_all()
 
     async def wait_until_ready(self, seconds: float) -> None:
-        """Wait until at least one server answers.
+        """Wait until at least one server is usable.
 
         Raises:
-            TeacherError: none did in time; says why, for each.
+            TeacherError: none was in time; gives the reason for each.
         """
         began = since = asyncio.get_running_loop().time()
         try:
@@ -164,24 +164,24 @@ class TeacherPool:
             raise TeacherError(f"no teacher server was ready within {seconds:.3g} s ({listed})") from None
 
     async def check_deadline(self, max_tokens: int) -> None:
-        """Check of every server that answers whether it can generate ``max_tokens`` within the deadline.
+        """Check that every usable server can generate ``max_tokens`` within the deadline.
 
         Raises:
-            ConfigError: one cannot; names the numbers and a deadline that would do.
-            TeacherError: the speed of one is not in its configuration and could not be measured.
+            ConfigError: one cannot; names the numbers and a sufficient deadline.
+            TeacherError: a speed is not configured and could not be measured.
         """
         ready = [endpoint for endpoint in self._endpoints.values() if endpoint.breaker.closed]
         await asyncio.gather(*(check_speed(endpoint, max_tokens, self.deadline) for endpoint in ready))
 
     async def __call__(self, request: Request) -> Reply | Failed:
-        """The reply, or the reason why there is none. Raises nothing but ``asyncio.CancelledError``."""
+        """Return the reply, or a failure. Raises only ``asyncio.CancelledError``."""
         call = reply_call(request, self._control_tokens)
         if isinstance(call, ServerProblem):
             return call.failed()
         return await self._ask(call)
 
     async def logprobs(self, token_ids: Sequence[int], first: int) -> list[float] | Failed:
-        """Log-probabilities (nats) of ``token_ids[first:]``, each given all tokens before it; vLLM servers only.
+        """Return log-probabilities (nats) of ``token_ids[first:]``, each given all tokens before it; vLLM servers only.
 
         Raises:
             ValueError: ``first`` is not between 1 and the last position.
@@ -192,36 +192,36 @@ class TeacherPool:
         attempts = 0
         tried: set[Endpoint] = set()
         problem = ServerProblem(Fault.NO_SERVER)
-        asked: Endpoint | None = None
+        current: Endpoint | None = None
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
                 while True:
-                    endpoint = await self._find_room(tried, limit, waits_free=attempts == 0)
+                    endpoint = await self._acquire(tried, limit, waits_free=attempts == 0)
                     if attempts == 0:
                         limit.reschedule(loop.time() + self.deadline)
-                    attempts, asked = attempts + 1, endpoint
+                    attempts, current = attempts + 1, endpoint
                     try:
                         outcome = await endpoint.send(call, retry=attempts > 1)
                     finally:
-                        self._leave(endpoint)
+                        self._release(endpoint)
                     if not isinstance(outcome, ServerProblem):
                         return outcome
-                    problem, asked = outcome, None
+                    problem, current = outcome, None
                     tried.add(endpoint)
                     pause = RETRY_BACKOFF.delay(attempts)
                     if problem.fault not in TRANSIENT or loop.time() + max(pause, self._pause()) >= (limit.when() or 0):
                         return problem.failed(server=endpoint.url, attempts=attempts)
                     await asyncio.sleep(pause)
         except TimeoutError:
-            if asked is None:
+            if current is None:
                 return problem.failed(attempts=attempts, deadline=self.deadline)
             ran_out = ServerProblem(Fault.DEADLINE, {"deadline": self.deadline})
-            asked.record_failure(ran_out)
-            return ran_out.failed(server=asked.url, attempts=attempts)
+            current.record_failure(ran_out)
+            return ran_out.failed(server=current.url, attempts=attempts)
 
-    async def _find_room(self, tried: set[Endpoint], limit: asyncio.Timeout, waits_free: bool) -> Endpoint:
-        """A server with room, one more request counted at it; in the order of coming, those tried already last.
+    async def _acquire(self, tried: set[Endpoint], limit: asyncio.Timeout, waits_free: bool) -> Endpoint:
+        """Reserve a slot on a server, first come first served; servers in ``tried`` are the last choice.
 
         With ``waits_free``, ``limit`` runs only while all servers are down.
         """
@@ -237,24 +237,24 @@ class TeacherPool:
         return endpoint
 
     def _choose(self, tried: set[Endpoint]) -> Endpoint | None:
-        """The least loaded server relative to its weight; among equals the one whose turn it is by weight."""
+        """Return the least loaded server relative to its weight; ties go by weighted turns."""
         now = asyncio.get_running_loop().time()
         open_ones = [endpoint for endpoint in self._endpoints.values() if endpoint.has_room(now)]
         candidates = [endpoint for endpoint in open_ones if endpoint not in tried] or open_ones
         if not candidates:
             return None
         chosen = min(candidates, key=lambda one: (one.in_flight / one.config.weight, self._turns[one]))
-        # A server that was away does not catch up on turns it missed.
+        # A server that was down does not catch up on missed turns.
         self._turn = max(self._turns[chosen], self._turn)
         self._turns[chosen] = self._turn + 1 / chosen.config.weight
         return chosen
 
     def _pause(self) -> float:
-        """Seconds until the first server may be asked again, as far as they said so."""
+        """Return seconds until the first server accepts requests again, according to Retry-After."""
         now = asyncio.get_running_loop().time()
         return max(0.0, min((one.paused_until - now for one in self._endpoints.values()), default=0.0))
 
-    def _leave(self, endpoint: Endpoint) -> None:
+    def _release(self, endpoint: Endpoint) -> None:
         endpoint.in_flight -= 1
         now = asyncio.get_running_loop().time()
         if endpoint.paused_until > now:
@@ -276,7 +276,7 @@ class TeacherPool:
         return self._tickets
 
     async def _wait(self, ticket: int) -> None:
-        """Until something changed; whoever waits on keeps its place."""
+        """Wait for a change; a caller that waits again with its ticket keeps its position."""
         turn = self._waiting[ticket] = asyncio.get_running_loop().create_future()
         try:
             await turn

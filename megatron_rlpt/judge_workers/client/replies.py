@@ -1,7 +1,7 @@
-"""What comes back: from a decoded JSON body, which may be anything, to a reply or the reason why it is none.
+"""Read response bodies: a decoded JSON body, which may be anything, becomes a reply or a ``ServerProblem``.
 
-Servers agree on little more than ``choices[0].message.content``: answers come as a text or as a list of parts, thoughts
-beside them or among them, and every server has words of its own for why an answer ended.
+Servers agree on little more than ``choices[0].message.content``: answers are a text or a list of parts, thoughts are
+separate or among them, and every server has its own words for why an answer ended. Errors come in many shapes, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem, exce
 from megatron_rlpt.teacher.generator import Reply
 
 _STAND_IN = -9999.0
-"""What vLLM writes for a log-probability of minus infinity, which JSON cannot hold."""
+"""vLLM's stand-in for a log-probability of minus infinity, which JSON cannot express."""
 _ROUNDING = 1e-3
 _LARGEST_ID = 2**31
 _LARGEST_COUNT = 2**53
@@ -39,7 +39,7 @@ _ENDED = frozenset(
         "done",
         "endoftext",
         "end_of_text",
-        # Servers say so, too, when it ended its answer and their parser of tools has looked at it.
+        # Also used when the model ended its answer and the server's tool parser has run.
         "tool_calls",
         "tool_use",
         "function_call",
@@ -63,7 +63,7 @@ _CUT = frozenset(
         "limit",
     ]
 )
-"""There was no room for more."""
+"""A token limit ended the answer."""
 _CENSORED = frozenset(
     [
         "content_filter",
@@ -100,14 +100,14 @@ _BROKEN_OFF = frozenset(
         "shutdown",
     ]
 )
-"""Worth asking again."""
+"""Worth a retry."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 _TEXT_PARTS = ("text", "output_text", None)
 _THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text", "thought")
 
 
 def read_chat(body: Any, max_tokens: int = 0) -> Reply | ServerProblem:
-    """The reply in the body of a chat completion; ``max_tokens`` were asked for at most (0 is not known)."""
+    """Return the reply in the body of a chat completion; ``max_tokens`` is the requested limit (0 is unknown)."""
     choice = _choice(body)
     if isinstance(choice, ServerProblem):
         return choice
@@ -127,7 +127,7 @@ def read_chat(body: Any, max_tokens: int = 0) -> Reply | ServerProblem:
         return text
     if text is None:
         if reason == "length":
-            # All tokens went into what came before the answer.
+            # All tokens went into the thought before the answer.
             text = ""
         elif thought:
             return ServerProblem(Fault.THOUGHT, {"message": excerpt(thought)})
@@ -137,7 +137,7 @@ def read_chat(body: Any, max_tokens: int = 0) -> Reply | ServerProblem:
 
 
 def read_completion(body: Any, max_tokens: int = 0) -> Reply | ServerProblem:
-    """The reply in the body of a completion; ``max_tokens`` were asked for at most (0 is not known)."""
+    """Return the reply in the body of a completion; ``max_tokens`` is the requested limit (0 is unknown)."""
     choice = _choice(body)
     if isinstance(choice, ServerProblem):
         return choice
@@ -148,10 +148,10 @@ def read_completion(body: Any, max_tokens: int = 0) -> Reply | ServerProblem:
 
 
 def read_logprobs(body: Any, token_ids: Sequence[int], first: int) -> list[float] | ServerProblem:
-    """Natural log-probabilities of ``token_ids[first:]`` in the body of a completion with ``prompt_logprobs``.
+    """Return natural log-probabilities of ``token_ids[first:]`` from a completion with ``prompt_logprobs``.
 
-    vLLM gives a list with one entry per token of the prompt: null for the first, and for the others an object from
-    token id to ``{"logprob": ..., "rank": ..., "decoded_token": ...}`` that holds at least the prompt's own token.
+    vLLM returns a list with one entry per prompt token: null for the first, and for the others an object from token id
+    to ``{"logprob": ..., "rank": ..., "decoded_token": ...}`` that holds at least the prompt's own token.
     """
     choice = _choice(body)
     if isinstance(choice, ServerProblem):
@@ -160,22 +160,23 @@ def read_logprobs(body: Any, token_ids: Sequence[int], first: int) -> list[float
     if not isinstance(entries, list) or len(entries) != len(token_ids):
         return _wrong("choices[0].prompt_logprobs", entries)
     logprobs: list[float] = []
-    for place in range(first, len(token_ids)):
-        own = entries[place].get(str(token_ids[place])) if isinstance(entries[place], dict) else None
+    for position in range(first, len(token_ids)):
+        entry = entries[position]
+        own = entry.get(str(token_ids[position])) if isinstance(entry, dict) else None
         value = own.get("logprob") if isinstance(own, dict) else None
         if not isinstance(value, int | float) or isinstance(value, bool):
-            return _wrong(f"choices[0].prompt_logprobs[{place}]", entries[place])
-        # Rounding may leave a little more than 0; NaN is in no range.
+            return _wrong(f"choices[0].prompt_logprobs[{position}]", entry)
+        # Rounding may give slightly more than 0; NaN fails every comparison.
         if not _STAND_IN < value < _ROUNDING:
-            return ServerProblem(Fault.NOT_FINITE, {"position": place, "value": repr(value)[:30]})
+            return ServerProblem(Fault.NOT_FINITE, {"position": position, "value": repr(value)[:30]})
         logprobs.append(float(value))
     return logprobs
 
 
 def read_models(body: Any) -> list[tuple[str, bool]] | ServerProblem:
-    """Name of each model that a server lists, and whether vLLM serves it.
+    """Return name and "is vLLM" of each model that a server lists.
 
-    The list is ``data`` by OpenAI's rules, ``models`` of Ollama and Gemini, or the body itself of Together.
+    The list is in ``data`` (OpenAI) or ``models`` (Ollama, Gemini), or is the body itself (Together).
     """
     entries = body
     if isinstance(body, dict):
@@ -195,7 +196,7 @@ def read_models(body: Any) -> list[tuple[str, bool]] | ServerProblem:
 
 
 def tokens_used(body: Any) -> tuple[int, int]:
-    """Tokens of prompt and answer as the server counts them; 0 is unknown."""
+    """Return tokens of prompt and answer as counted by the server; 0 is unknown."""
     usage = body.get("usage") if isinstance(body, dict) else None
     return (
         _count(usage, "prompt_tokens") or _count(usage, "input_tokens"),
@@ -215,22 +216,22 @@ def _choice(body: Any) -> dict[str, Any] | ServerProblem:
 
 
 def _failed(message: str, status: int) -> ServerProblem:
-    """What an error says that came with the status of a success."""
+    """Return the problem for an error that came with a success status."""
     fault = fault_of_status(status) if status >= 400 else Fault.SERVER
     return ServerProblem(fault, {"message": excerpt(message)} | ({"status": status} if status else {}))
 
 
 def _end(body: Any, choice: dict[str, Any], max_tokens: int) -> str | ServerProblem:
-    """Why the answer ended: ``stop`` or ``length``."""
+    """Return why the answer ended: ``stop`` or ``length``."""
     names = ("finish_reason", "finish_details", "native_finish_reason", "stop_reason")
     given = [choice.get(name) for name in names]
     # SGLang's own form is an object: {"type": "stop", "matched": 2}.
-    said = [one.get("type") if isinstance(one, dict) else one for one in given]
-    if given[0] not in (None, "", {}) and not isinstance(said[0], str):
+    reasons = [one.get("type") if isinstance(one, dict) else one for one in given]
+    if given[0] not in (None, "", {}) and not isinstance(reasons[0], str):
         return _wrong("choices[0].finish_reason", given[0])
-    reason = next((one for one in said if isinstance(one, str) and one), None)
+    reason = next((one for one in reasons if isinstance(one, str) and one), None)
     if reason is None:
-        # Whether it was whole is known from its length, where that is known.
+        # Without a reason, the number of tokens tells if the answer is complete.
         used = tokens_used(body)[1]
         if not used or not max_tokens:
             return _wrong("choices[0].finish_reason", choice.get("finish_reason"))
@@ -239,7 +240,7 @@ def _end(body: Any, choice: dict[str, Any], max_tokens: int) -> str | ServerProb
     if word in _CENSORED:
         return ServerProblem(Fault.REFUSED, {"finish_reason": excerpt(reason)})
     if word in _BROKEN_OFF:
-        # vLLM breaks off what is under way when it is paused or stopped; DeepSeek when it has no room.
+        # vLLM aborts running requests when it is paused or stopped; DeepSeek when it is out of capacity.
         return ServerProblem(Fault.BROKEN, {"finish_reason": excerpt(reason)})
     if word in _ENDED:
         return "stop"
@@ -247,7 +248,7 @@ def _end(body: Any, choice: dict[str, Any], max_tokens: int) -> str | ServerProb
 
 
 def _content(message: dict[str, Any]) -> tuple[str | ServerProblem | None, str]:
-    """The answer, None where there is none, and the thought before it."""
+    """Return the answer, or None, and the thought before it."""
     thought = next((message[key] for key in _THOUGHTS if isinstance(message.get(key), str)), "")
     content = message.get("content")
     if content is None or (isinstance(content, str) and not content.strip() and thought):
@@ -295,7 +296,7 @@ def _is_below(value: object, end: int) -> bool:
 
 
 def _is_writable(text: str) -> bool:
-    """JSON can spell half a character, which no file and no store takes."""
+    """Return False for lone surrogates, which JSON can express but files and stores cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -318,7 +319,7 @@ _TAG = re.compile(r"<(?:script|style)\b[^>]{0,200}>[^<]{0,5000}|<[^<>]{0,300}>",
 
 
 def message_in(data: bytes) -> str:
-    """The server's own words in the body of an error: JSON of any shape, HTML or plain text."""
+    """Return the server's message in an error body: JSON of any shape, HTML or plain text."""
     text = data.decode("utf-8", "replace")
     try:
         found = _words(json.loads(text), _DEEPEST)
@@ -330,20 +331,20 @@ def message_in(data: bytes) -> str:
     return found or text.strip()
 
 
-def is_censorship(data: bytes) -> bool:
-    """Whether a filter of the provider refused the request's text, as Azure's does with status 400."""
+def is_content_filter(data: bytes) -> bool:
+    """Return True if a content filter refused the request, as Azure's does with status 400."""
     return _FILTER.search(data[:20_000]) is not None
 
 
 def error_in(body: Any) -> tuple[str, int] | None:
-    """Message and status (0 is unknown) of a body that is an error though its status was 200; None where it is none.
+    """Return message and status (0 is unknown) of an error body with HTTP status 200; None if it is not an error.
 
     OpenRouter and other gateways answer so when the server behind them fails, and some versions of vLLM did.
     """
     if not isinstance(body, dict):
         return None
     error = body.get("error")
-    # Beside an error, choices are what there was of an answer when it broke off.
+    # With an error, choices hold an incomplete answer.
     if not error and (body.get("choices") or body.get("object") != "error"):
         return None
     holder = error if isinstance(error, dict) else body
@@ -353,7 +354,7 @@ def error_in(body: Any) -> tuple[str, int] | None:
 
 
 def _words(node: Any, depth: int) -> str:
-    """The message in ``node``, and where the server says so what it is about."""
+    """Return the message in ``node``, with the field that it is about if the server names one."""
     if isinstance(node, str):
         return node.strip()
     if depth == 0:
@@ -363,9 +364,9 @@ def _words(node: Any, depth: int) -> str:
     if not isinstance(node, dict):
         return ""
     if isinstance(node.get("msg"), str) and isinstance(node.get("loc"), list):
-        # FastAPI and pydantic: which field, and what is wrong about it.
+        # FastAPI and pydantic: the field and the error.
         return f"{'.'.join(str(part) for part in node['loc'][:6])}: {node['msg']}"
-    # All of it: one says what kind of error it is, "invalid_request", and another what is wrong.
+    # Join all keys: one holds the kind of error ("invalid_request"), another the reason.
     parts: list[str] = []
     for part in filter(None, (_words(node.get(key), depth - 1) for key in _KEYS)):
         if not any(part in other for other in parts):
@@ -374,6 +375,6 @@ def _words(node: Any, depth: int) -> str:
     behind = node.get("metadata")
     raw = behind.get("raw") if isinstance(behind, dict) else None
     if found and isinstance(raw, str) and raw.strip():
-        # OpenRouter: what the provider itself said.
+        # OpenRouter: the message of the provider.
         return f"{found}: {message_in(raw.encode('utf-8', 'replace'))}"
     return found

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
-    "errors plain_text",
+    "backoff errors plain_text",
     "distributed extensions files types",
     "objectives",
     "config",

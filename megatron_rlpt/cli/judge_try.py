@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_rlpt.buffer.open import open_buffer
-from megatron_rlpt.config import Config, EndpointConfig, RunIn
+from megatron_rlpt.config import Config, EndpointConfig, RunIn, asks_teacher
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, TeacherError
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
 from megatron_rlpt.observe.terminal import one_line, plain
@@ -65,7 +65,7 @@ def _at(config: Config, url: str) -> EndpointConfig:
 def _servers(config: Config) -> list[EndpointConfig]:
     """Those of the configuration, else those that are announced; none where no server is asked."""
     workers = config.teacher.workers
-    if workers.endpoints or workers.own_model or config.teacher.run_in is not RunIn.workers:
+    if workers.endpoints or workers.own_model or config.teacher.run_in is not RunIn.workers or not asks_teacher(config):
         return workers.endpoints
     settings = replace(config.buffer, retry=min(config.buffer.retry, _PATIENCE))
     why = "none is announced in the rollout buffer"

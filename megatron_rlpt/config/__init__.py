@@ -14,7 +14,6 @@ from megatron_rlpt.config.choices import (
     EngineName,
     Fp8,
     HeldOutOverlap,
-    JudgeName,
     MixBy,
     OptionOrder,
     PairScheme,
@@ -22,6 +21,8 @@ from megatron_rlpt.config.choices import (
     RunIn,
     SourceFormat,
 )
+from megatron_rlpt.config.engines import EngineFacts, engine_facts
+from megatron_rlpt.config.judges import JudgeFacts, TeacherUse, judge_facts, longest_answer
 from megatron_rlpt.config.loading import flatten, load_config, nearest_key, to_yaml
 from megatron_rlpt.config.schema import (
     CandidatesConfig,
@@ -63,12 +64,13 @@ __all__ = [
     "Decay",
     "Dtype",
     "EndpointConfig",
+    "EngineFacts",
     "EngineName",
     "EvaluationConfig",
     "Fp8",
     "GenerativeConfig",
     "HeldOutOverlap",
-    "JudgeName",
+    "JudgeFacts",
     "LikelihoodConfig",
     "MixBy",
     "ModelConfig",
@@ -87,12 +89,16 @@ __all__ = [
     "SourceConfig",
     "SourceFormat",
     "TeacherConfig",
+    "TeacherUse",
     "TrainConfig",
     "WorkersConfig",
     "asks_teacher",
+    "engine_facts",
     "flatten",
+    "judge_facts",
     "judged_by_workers",
     "load_config",
+    "longest_answer",
     "nearest_key",
     "needs_judge",
     "objective_facts",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 
 from megatron_rlpt.config.buffer_address import RedisAddress, check_name, parse_url
-from megatron_rlpt.config.choices import JudgeName, RunIn
+from megatron_rlpt.config.choices import RunIn
 from megatron_rlpt.config.endpoints import check_endpoints, is_variable, no_variable
 from megatron_rlpt.config.fields import check_values
+from megatron_rlpt.config.judges import TeacherUse, check_judge, judge_facts
 from megatron_rlpt.config.schema import Config, SourceConfig
 from megatron_rlpt.config.sources import possible_formats, unused_option
 from megatron_rlpt.errors import ConfigError
@@ -34,13 +35,14 @@ def rows_per_example(config: Config) -> int:
 
 
 def asks_teacher(config: Config) -> bool:
-    """Return whether a run needs the teacher for anything, rewards or rewrites."""
-    return needs_judge(config) or config.candidates.rewrite
+    """Return whether a run asks the teacher's model for anything: input of a judge, or rewrites."""
+    judged = needs_judge(config) and judge_facts(config).asks is not TeacherUse.nothing
+    return judged or config.candidates.rewrite
 
 
 def judged_by_workers(config: Config) -> bool:
     """Return whether judge workers reward or rewrite the groups of a run."""
-    return asks_teacher(config) and config.teacher.run_in is RunIn.workers
+    return (needs_judge(config) or config.candidates.rewrite) and config.teacher.run_in is RunIn.workers
 
 
 def validate(config: Config) -> None:
@@ -156,8 +158,9 @@ def _check_candidates(config: Config, facts: ObjectiveFacts) -> None:
 
 
 def _check_judge(config: Config) -> None:
+    check_judge(config)
     axes = config.teacher.generative
-    generative = needs_judge(config) and config.teacher.judge == JudgeName.generative
+    generative = needs_judge(config) and judge_facts(config).has_axes
     if generative and not any(axis.weight for axis in (axes.quality, axes.safety, axes.factuality)):
         raise ConfigError("teacher.generative has no axis with a weight above 0; allowed: at least one")
     if generative and axes.max_tokens >= config.teacher.max_context:
@@ -175,7 +178,13 @@ def _check_workers(config: Config) -> None:
         raise ConfigError(f"teacher.workers.metrics_host is {host!r}; allowed: an address of this machine")
     if not config.teacher.workers.own_model:
         return
-    other = "teacher.judge=generative" if config.teacher.judge == JudgeName.generative else ""
+    facts = judge_facts(config)
+    if facts.asks is TeacherUse.nothing and not config.candidates.rewrite:
+        raise ConfigError(
+            f"teacher.workers.own_model is true; allowed: false, because teacher.judge={config.teacher.judge} asks no "
+            "model"
+        )
+    other = "" if facts.runs_in_worker else f"teacher.judge={config.teacher.judge}"
     other = "candidates.rewrite=true" if config.candidates.rewrite else other
     if other:
         raise ConfigError(

@@ -37,13 +37,6 @@ class EngineName(enum.StrEnum):
     megatron = "megatron"
 
 
-class JudgeName(enum.StrEnum):
-    """Which judge rewards candidates; each has a module in ``teacher/``."""
-
-    likelihood = "likelihood"
-    generative = "generative"
-
-
 class PairScheme(enum.StrEnum):
     """Which candidates are compared with each other; see ``teacher/comparisons.py``."""
 

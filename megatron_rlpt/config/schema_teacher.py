@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_rlpt.config.choices import JudgeName, OptionOrder, PairScheme, RunIn
+from megatron_rlpt.config.choices import OptionOrder, PairScheme, RunIn
 from megatron_rlpt.config.fields import option, section
 
 
@@ -159,7 +159,12 @@ class TeacherConfig:
     """The post-trained model in its two roles, judge and rewriter."""
 
     path: str = option("", "Hugging Face folder of the teacher; empty is a frozen copy of model.path.")
-    judge: JudgeName = option(JudgeName.likelihood, "Judge that rewards the candidates.")
+    judge: str = option(
+        "likelihood",
+        "Judge that rewards the candidates: likelihood, generative, or your own class (a judge or a reward) as "
+        "module:Class or path/file.py:Class.",
+    )
+    options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
     likelihood: LikelihoodConfig = section(LikelihoodConfig)
     generative: GenerativeConfig = section(GenerativeConfig)
     rewriter: RewriterConfig = section(RewriterConfig)

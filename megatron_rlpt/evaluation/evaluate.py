@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_rlpt.config import Config, EngineName, to_yaml
+from megatron_rlpt.config import Config, engine_facts, to_yaml
 from megatron_rlpt.data import heldout_episodes, kept_from_training, survey_corpus
 from megatron_rlpt.distributed.ranks import read_launcher_environment
 from megatron_rlpt.errors import ConfigError
@@ -59,7 +59,7 @@ def evaluate(config: Config) -> None:
         raise ConfigError(
             f"rlpt evaluate runs as one process, but {world} were started; start it without torchrun or srun"
         )
-    if config.rollout.engine is not EngineName.vllm:
+    if not engine_facts(config).serves_exports:
         _log.warning(
             "evaluation generates with vLLM, not with the engine of the run", engine=config.rollout.engine.value
         )

@@ -6,19 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_rlpt.teacher.generator import Ask, Reply, Request
+from megatron_rlpt.teacher.judge import GroupJudge
 from megatron_rlpt.teacher.rewriter import Rewriter
 from megatron_rlpt.types import Candidate, Failed, Group, Source, derive_seed
-
-
-class GroupJudge(Protocol):
-    """Judges one group at a time."""
-
-    async def judge_group(self, group: Group, ask: Ask) -> Group:
-        """The group with one reward per candidate."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -10,27 +10,24 @@ import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING
 
 from megatron_rlpt.backoff import Backoff
 from megatron_rlpt.buffer.open import location_of, open_buffer
 from megatron_rlpt.buffer.protocol import RolloutBuffer
-from megatron_rlpt.config import Config, JudgeName, RunIn, needs_judge
+from megatron_rlpt.config import Config, RunIn, longest_answer, needs_judge
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError
 from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints, server_key
-from megatron_rlpt.judge_workers.group_processor import GroupJudge, GroupProcessor
-from megatron_rlpt.judge_workers.likelihood_judges import ServedLikelihoodJudge
+from megatron_rlpt.judge_workers.group_processor import GroupProcessor
 from megatron_rlpt.judge_workers.metrics import WorkerMetrics
 from megatron_rlpt.judge_workers.worker import TeacherClient, Worker
 from megatron_rlpt.observe.log import get_logger
-from megatron_rlpt.teacher.build import build_generative_judge, build_rewriter, require_same_vocabulary
+from megatron_rlpt.teacher.build import build_rewriter
+from megatron_rlpt.teacher.judge import GroupJudge
+from megatron_rlpt.teacher.judges import LocalJudge, builder_of, local_judge, needs_no_server
 from megatron_rlpt.teacher.rewriter import answer_tokens
 from megatron_rlpt.teacher.settings_fingerprint import SETTINGS, require_same_settings
 from megatron_rlpt.tokens.control_tokens import known_special_tokens
-
-if TYPE_CHECKING:
-    from megatron_rlpt.judge_workers.likelihood_judges import LocalLikelihoodJudge
 
 _log = get_logger(__name__)
 
@@ -48,8 +45,7 @@ _READY = 600.0
 
 def most_tokens(config: Config) -> int:
     """Longest answer that a worker asks for, in tokens; 0 where it asks for none."""
-    prompted = needs_judge(config) and config.teacher.judge == JudgeName.generative
-    judge = config.teacher.generative.max_tokens if prompted else 0
+    judge = longest_answer(config) if needs_judge(config) else 0
     return max(judge, answer_tokens(config) if config.candidates.rewrite else 0)
 
 
@@ -77,7 +73,7 @@ async def _run(config: Config, name: str) -> None:
     buffer = await asyncio.to_thread(open_buffer, config)
     try:
         async with contextlib.AsyncExitStack() as stack:
-            own = asyncio.create_task(_own_model(config))  # loads while the trainer comes up
+            own = asyncio.create_task(_local_judge(config))  # loads while the trainer comes up
             await _until(stopped, asyncio.gather(_wait_for_trainer(config, buffer), own))
             if stopped.is_set():
                 return
@@ -152,25 +148,21 @@ async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
     require_same_settings(config, next(iter(announced.values())))
 
 
-async def _own_model(config: Config) -> LocalLikelihoodJudge | None:
-    if not config.teacher.workers.own_model:
-        return None
-    from megatron_rlpt.judge_workers.likelihood_judges import LocalLikelihoodJudge
-
-    return await asyncio.to_thread(LocalLikelihoodJudge, config)
+async def _local_judge(config: Config) -> LocalJudge | None:
+    return await asyncio.to_thread(local_judge, config) if needs_no_server(config) else None
 
 
 @contextlib.asynccontextmanager
 async def _teacher(
-    config: Config, buffer: RolloutBuffer, stopped: asyncio.Event, own: LocalLikelihoodJudge | None
+    config: Config, buffer: RolloutBuffer, stopped: asyncio.Event, own: LocalJudge | None
 ) -> AsyncIterator[tuple[TeacherClient, Callable[[], GroupProcessor], WorkerMetrics]]:
     """Who is asked, what is asked, and what is counted, for as long as the worker runs."""
     workers = config.teacher.workers
     if own:
         yield own, lambda: GroupProcessor(own, None), WorkerMetrics()
         return
-    if config.teacher.judge == JudgeName.likelihood and needs_judge(config):
-        await asyncio.to_thread(require_same_vocabulary, config)
+    if needs_judge(config):
+        await asyncio.to_thread(builder_of(config).check_servers, config)
     server_key(workers.key_env)  # missing, it is missed now and not when the first server is announced
     endpoints = announced_endpoints(workers.endpoints, await asyncio.to_thread(buffer.announced, KIND), workers.key_env)
     # Where the teacher's folder is here, its own special tokens are known; else only the common ones are broken up.
@@ -192,9 +184,7 @@ async def _teacher(
 
 def judge_of(config: Config, pool: TeacherPool) -> GroupJudge:
     """The judge that asks ``pool``, of which at least one server has answered."""
-    if config.teacher.judge == JudgeName.generative:
-        return build_generative_judge(config, pool.name)
-    return ServedLikelihoodJudge(pool.logprobs, pool.name, config.teacher.likelihood)
+    return builder_of(config).for_servers(config, pool)
 
 
 def _processor_factory(config: Config, pool: TeacherPool) -> Callable[[], GroupProcessor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from megatron_rlpt.config import Config, Dtype, EngineName, JudgeName, judged_by_workers
+from megatron_rlpt.config import Config, Dtype, TeacherUse, asks_teacher, judge_facts, judged_by_workers, longest_answer
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.planner.generation import GenerationEngine
@@ -16,7 +16,7 @@ from megatron_rlpt.planner.memory import Memory
 from megatron_rlpt.planner.request import PlanRequest
 from megatron_rlpt.policy.layout import Layout, check_batch
 from megatron_rlpt.policy.precision import recipes_of
-from megatron_rlpt.policy.requirements import check_megatron_engine, check_model, check_offload_settings
+from megatron_rlpt.policy.requirements import check_engine, check_model, check_offload_settings
 from megatron_rlpt.teacher.rewriter import answer_tokens
 
 USABLE_MEMORY = Constant(0.92, "assumed: what CUDA, NCCL and fragmentation leave of a GPU's memory")
@@ -42,8 +42,8 @@ def check_question(question: PlanRequest, layout: Layout) -> None:
     check_model(config, question.model, layout, "the model")
     check_batch(layout, config.train)
     check_offload_settings(config)
-    if config.candidates.rollouts and config.rollout.engine is EngineName.megatron:
-        check_megatron_engine(question.model, "the model")
+    if config.candidates.rollouts:
+        check_engine(config, question.model, "the model")
     _check_precision(question)
     _check_servers(question)
 
@@ -81,7 +81,7 @@ def _check_precision(question: PlanRequest) -> None:
 
 def _check_servers(question: PlanRequest) -> None:
     config, tensor = question.config, question.judge_tensor
-    if not judged_by_workers(config):
+    if not (judged_by_workers(config) and asks_teacher(config)):
         return
     if not _divides(question.teacher, tensor):
         sizes = [size for size in range(1, question.teacher.heads + 1) if _divides(question.teacher, size)]
@@ -205,8 +205,8 @@ def _context_limit(question: PlanRequest, judges: JudgeCluster) -> list[Limit]:
     for calls in calls_per_group(config, question.answer_tokens):
         if calls.name == "rewrite":
             lengths.append(calls.prompt + answer_tokens(config))
-        elif config.teacher.judge is JudgeName.generative:
-            lengths.append(calls.prompt + config.teacher.generative.max_tokens)
+        elif judge_facts(config).asks is TeacherUse.text:
+            lengths.append(calls.prompt + longest_answer(config))
         elif asks_servers(config):
             lengths.append(calls.prompt)
     if not lengths:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_rlpt.config import Config, JudgeName, PairScheme, RunIn, needs_judge
+from megatron_rlpt.config import Config, PairScheme, RunIn, TeacherUse, judge_facts, needs_judge
 from megatron_rlpt.planner.generation import GenerationEngine, score_seconds
 from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.teacher.comparisons import comparisons
@@ -97,10 +97,13 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     if config.candidates.rewrite:
         found.append(Calls("rewrite", 1, 0.0, _template("rewrite") + prefix + suffix, suffix))
     count = candidates(config)
-    if not needs_judge(config):
+    facts = judge_facts(config)
+    if not needs_judge(config) or facts.asks is TeacherUse.nothing:
         return tuple(found)
-    if config.teacher.judge is JudgeName.likelihood:
+    if facts.asks is TeacherUse.logprobs:
         return (*found, Calls("likelihood", count, prefix, suffix, 0.0))
+    if not facts.has_axes:
+        return (*found, Calls("judge", math.ceil(count * facts.questions), 0.0, prefix + suffix, answer_tokens))
     axes = config.teacher.generative
     if axes.quality.weight > 0:
         asked = comparisons(axes.quality.scheme, count, axes.quality.votes, axes.quality.order)

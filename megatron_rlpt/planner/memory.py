@@ -18,7 +18,7 @@ import enum
 import math
 from dataclasses import dataclass, fields, replace
 
-from megatron_rlpt.config import Config, Dtype, EngineName, Fp8, objective_facts, rows_per_example
+from megatron_rlpt.config import Config, Dtype, Fp8, engine_facts, objective_facts, rows_per_example
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.planner.activations import FLOAT, Pass
 from megatron_rlpt.policy.layout import Layout
@@ -135,8 +135,9 @@ class _Rank:
     def moments(self) -> dict[str, Memory]:
         resident = self._resident()
         awake, asleep = self._engine(), Memory()
-        if self.device is Device.cpu or self.config.rollout.engine is EngineName.megatron:
-            asleep = replace(awake, kv_cache=0 if self.config.rollout.engine is EngineName.megatron else awake.kv_cache)
+        engine = engine_facts(self.config)
+        if self.device is Device.cpu or not engine.sleeps:
+            asleep = replace(awake, kv_cache=awake.kv_cache if engine.keeps_cache else 0)
         offloaded = self.config.optimizer.offload and self.device is Device.gpu
         idle = replace(resident, optimizer=0, gradients=0) if offloaded else resident
         training = _together(resident, asleep)
@@ -264,7 +265,7 @@ class _Rank:
         if not self.config.candidates.rollouts or not self.shared_engine:
             return Memory()
         elements = model_elements(self.arch)
-        if self.config.rollout.engine is EngineName.megatron:
+        if engine_facts(self.config).cut_over_tensor:
             elements //= self.layout.tensor
         return Memory(engine_weights=self._width * elements, kv_cache=int(self.config.rollout.kv_cache_gib * 2**30))
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from megatron_rlpt.config import (
     Config,
-    EngineName,
     Fp8,
-    JudgeName,
     Recompute,
     RunIn,
+    TeacherUse,
+    engine_facts,
+    judge_facts,
     needs_judge,
     objective_facts,
     rows_per_example,
@@ -174,11 +175,11 @@ def options_of(config: Config) -> Options:
 def rollout_engine(question: PlanRequest, layout: Layout) -> tuple[GenerationEngine, int]:
     """One rollout engine, and how many there are: vLLM's has a GPU, Megatron's a tensor-parallel group."""
     rollout = question.config.rollout
-    static = rollout.engine is EngineName.megatron
-    tensor = layout.tensor if static else 1
+    facts = engine_facts(question.config)
+    tensor = layout.tensor if facts.cut_over_tensor else 1
     cache = rollout.kv_cache_gib * 2**30
     engine = GenerationEngine(
-        Transformer.of(question.model), question.trainer, tensor, cache, rollout.max_batch, static=static
+        Transformer.of(question.model), question.trainer, tensor, cache, rollout.max_batch, static=facts.static_batch
     )
     return engine, question.trainer.gpus // tensor
 
@@ -191,12 +192,12 @@ def teacher_bytes(question: PlanRequest) -> int:
     config = question.config
     if config.teacher.run_in is not RunIn.trainer:
         return 0
-    judged = needs_judge(config)
+    asked = judge_facts(config).asks if needs_judge(config) else TeacherUse.nothing
     weights = int(2 * Transformer.of(question.teacher).parameters)
     held = 0
-    if config.candidates.rewrite or (judged and config.teacher.judge is JudgeName.generative):
+    if config.candidates.rewrite or asked is TeacherUse.text:
         held += weights + int(config.teacher.kv_cache_gib * 2**30)
-    if judged and config.teacher.judge is JudgeName.likelihood:
+    if asked is TeacherUse.logprobs:
         held += weights
     return held
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_rlpt.config import Config, EngineName
+from megatron_rlpt.config import Config, engine_facts
 from megatron_rlpt.errors import ConfigError, EngineError, ModelError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy import precision
@@ -34,7 +34,17 @@ def check_model(config: Config, arch: Architecture, layout: Layout, source: Path
     precision.check_sizes(config.model.fp8, arch, layout)
 
 
-def check_megatron_engine(arch: Architecture, source: Path | str) -> None:
+def check_engine(config: Config, arch: Architecture, source: Path | str) -> None:
+    """Check that the rollout engine of ``config`` supports the model.
+
+    Raises:
+        EngineError: it has experts, and the engine does not take them.
+    """
+    if not engine_facts(config).takes_experts:
+        check_no_experts(arch, source)
+
+
+def check_no_experts(arch: Architecture, source: Path | str) -> None:
     """Check that Megatron's engine supports the model.
 
     Raises:
@@ -57,8 +67,8 @@ def check_offload_settings(config: Config) -> None:
         return
     if not config.candidates.rollouts:
         raise offload_error("candidates.rollouts is 0, so there is none")
-    if config.rollout.engine is EngineName.megatron:
-        raise offload_error("rollout.engine=megatron never sleeps")
+    if not engine_facts(config).sleeps:
+        raise offload_error(f"rollout.engine={config.rollout.engine.name} never sleeps")
 
 
 def offload_error(reason: str) -> ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,18 +55,29 @@ def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, 
     if config.optimizer.offload:
         # The engine needs as much memory to start as to generate; ``GpuMemory.training`` restores the state.
         policy.offload_optimizer()
-    engine: Any
-    if config.rollout.engine is EngineName.megatron:
-        from megatron_rlpt.rollout.megatron import engine as megatron_engine
-
-        engine = megatron_engine.start_policy_engine(config, runtime, ranks)
-    elif ranks.size == 1:
-        engine = vllm_engine.start_policy_engine(config, vllm_engine.needs_process(config, 1))
-    else:
-        owners = range(engine_count(ranks))
-        engine = DistributedEngine(lambda: vllm_engine.start_policy_engine(config, own_process=True), owners, ranks)
+    engine = _START[config.rollout.engine](config, runtime, ranks)
     engine.self_check(policy.weights, policy.version)
     return engine
+
+
+def _start_megatron(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> Any:
+    from megatron_rlpt.rollout.megatron import engine as megatron_engine
+
+    return megatron_engine.start_policy_engine(config, runtime, ranks)
+
+
+def _start_vllm(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> Any:
+    if ranks.size == 1:
+        return vllm_engine.start_policy_engine(config, vllm_engine.needs_process(config, 1))
+    owners = range(engine_count(ranks))
+    return DistributedEngine(lambda: vllm_engine.start_policy_engine(config, own_process=True), owners, ranks)
+
+
+_START: Mapping[EngineName, Callable[[Config, DeviceRuntime, Ranks], Any]] = {
+    EngineName.vllm: _start_vllm,
+    EngineName.megatron: _start_megatron,
+}
+"""``rollout.engine`` -> starts it; its facts are in ``config/engines.py``."""
 
 
 def engine_count(ranks: Ranks) -> int:

@@ -21,9 +21,8 @@ from typing import Any, TypeVar
 from typing_extensions import override
 
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
-from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import Ask, Reply, Request, TextGenerator
-from megatron_rlpt.teacher.judge import Judge
+from megatron_rlpt.teacher.judge import GroupJudge, Judge
 from megatron_rlpt.teacher.rewriter import BatchRewriter, Rewriter
 from megatron_rlpt.types import Candidate, Episode, Failed, Group
 
@@ -90,7 +89,7 @@ class _BatchingSelector(selectors.DefaultSelector):
 class BatchedJudge(Judge):
     """A ``Judge`` that uses a generator in this process."""
 
-    inner: GenerativeJudge
+    inner: GroupJudge
     generator: TextGenerator
 
     @override

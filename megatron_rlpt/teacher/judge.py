@@ -1,4 +1,4 @@
-"""The ``Judge`` protocol, and failure rates of judged groups."""
+"""The protocols of judges, and failure rates of judged groups."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.plain_text import shortened
+from megatron_rlpt.teacher.generator import Ask
 from megatron_rlpt.types import BLANK, Failed, Group, Reward, Source
 
 NOT_JUDGED = frozenset({BLANK.reason, "nothing to compare with", "stale rollout"})
@@ -25,6 +26,14 @@ class Judge(Protocol):
 
         A failure is never a number. ``Reward.detail`` explains the reward.
         """
+        ...
+
+
+class GroupJudge(Protocol):
+    """Rewards one group at a time, asking the teacher as it goes; many groups may be under way."""
+
+    async def judge_group(self, group: Group, ask: Ask) -> Group:
+        """Return the group with one ``Reward`` or ``Failed`` per candidate. Await nothing but ``ask``."""
         ...
 
 

@@ -19,9 +19,9 @@ from megatron_rlpt.config import LikelihoodConfig, load_config
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
-from megatron_rlpt.judge_workers.likelihood_judges import ServedLikelihoodJudge
 from megatron_rlpt.teacher.generator import Message, Request
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
+from megatron_rlpt.teacher.served_likelihood import ServedLikelihoodJudge
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 

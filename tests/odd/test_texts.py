@@ -8,8 +8,8 @@ import shutil
 import pytest
 from odd_texts import TEXTS
 
-from megatron_rlpt.judge_workers.likelihood_judges import ServedLikelihoodJudge
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
+from megatron_rlpt.teacher.served_likelihood import ServedLikelihoodJudge
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
 

@@ -27,7 +27,7 @@ from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.megatron_compat import inference_wrapper, static_context
 from megatron_rlpt.policy.model import torch_dtype_of
-from megatron_rlpt.policy.requirements import check_megatron_engine
+from megatron_rlpt.policy.requirements import check_no_experts
 from megatron_rlpt.rollout.engine import (
     Continuation,
     RolloutEngine,
@@ -76,7 +76,7 @@ class MegatronEngine(RolloutEngine):
         from megatron_rlpt.rollout.weight_sync.megatron_refit import RolloutWeights
 
         arch = read_architecture(model_path)
-        check_megatron_engine(arch, model_path)
+        check_no_experts(arch, model_path)
         self._runtime = runtime
         self._ranks = ranks
         self._max_sequence = max_sequence

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 from megatron_rlpt.config import Config, LikelihoodConfig
-from megatron_rlpt.teacher.build import require_same_vocabulary
+from megatron_rlpt.errors import ModelError
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
-from megatron_rlpt.teacher.generator import Ask, Reply, Request
+from megatron_rlpt.teacher.generator import Ask
 from megatron_rlpt.teacher.likelihood_reward import likelihood_reward
+from megatron_rlpt.tokens.tokenizer import load_tokenizer
 from megatron_rlpt.types import BLANK, Failed, Group, Reward
 
 GetLogprobs = Callable[[Sequence[int], int], Awaitable[list[float] | Failed]]
@@ -51,34 +52,22 @@ class ServedLikelihoodJudge:
         return likelihood_reward(self._name, self._config, tokens, fmean(logprobs))
 
 
-class LocalLikelihoodJudge:
-    """A ``GroupJudge``, and the ``Teacher`` of a worker that needs no server."""
+def require_same_vocabulary(config: Config) -> None:
+    """Check the vocabularies unless the teacher is the policy's own starting model."""
+    if Path(config.teacher_path).resolve() != Path(config.model.path).resolve():
+        check_same_vocabulary(config.teacher_path, config.model.path)
 
-    all_down = False
 
-    def __init__(self, config: Config) -> None:
-        """Load the teacher.
+def check_same_vocabulary(teacher_path: str | Path, model_path: str | Path) -> None:
+    """Check that the policy's token ids mean the same to the teacher, as the likelihood judge requires.
 
-        Raises:
-            ModelError: it cannot be used.
-        """
-        import torch
+    The teacher may have additional tokens, as post-trained models do.
 
-        from megatron_rlpt.teacher.likelihood import LikelihoodJudge
-
-        require_same_vocabulary(config)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._judge = LikelihoodJudge(config.teacher_path, config.teacher.likelihood, device)
-        self.name = self._judge.name
-        # One model computes one thing at a time.
-        self._busy = asyncio.Lock()
-
-    async def judge_group(self, group: Group, ask: Ask) -> Group:
-        """See ``GroupJudge``; other groups wait, the event loop does not."""
-        async with self._busy:
-            (judged,) = await asyncio.to_thread(self._judge.judge, [group])
-        return judged
-
-    async def __call__(self, request: Request) -> Reply | Failed:
-        """Nothing is asked by prompt here."""
-        return Failed("no teacher server available")
+    Raises:
+        ModelError: the teacher lacks a token of the policy or has it under another id.
+    """
+    if not load_tokenizer(model_path).get_vocab().items() <= load_tokenizer(teacher_path).get_vocab().items():
+        raise ModelError(
+            f"teacher.path {teacher_path} and model.path {model_path} have different vocabularies, so the likelihood "
+            "judge cannot score the policy's tokens; choose a teacher of the same family or teacher.judge=generative"
+        )

@@ -55,6 +55,9 @@ class TrainerResources:
     """Cores asked for per process; 0 leaves it to the cluster."""
     memory: str = ""
     """Memory per node, as Slurm writes it (``200G``); empty leaves it to the cluster."""
+    restart: bool = False
+    """Restart the trainer, from its last checkpoint, after a signal, a crash or a stall ended it; for one rank only.
+    Otherwise the launch ends, and the same command resumes the run."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Read a cluster file, and refuse what nemo-run or Slurm would break after hours in a queue."""
+"""Reading a cluster file, and refusing what would fail only after hours in a queue."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ _ASSIGNED = re.compile(r"(?<![\w$])([A-Za-z_]\w*)=")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 _PLAIN = re.compile(r"[A-Za-z0-9._/@+=,-]*")
-"""Of paths that nemo-run puts into commands as they are."""
+"""Paths that nemo-run inserts into commands without quotes."""
 _WORD = re.compile(r"[A-Za-z0-9._/@+=,:-]*")
-"""Of names that stand in lines of a batch script, which Slurm cuts at spaces."""
+"""Names in lines of a batch script, which Slurm splits at spaces."""
 _GPU_TYPE = re.compile(r"[A-Za-z0-9._-]+")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _WHEN = r"(?:after(?:any|ok|notok|corr|burstbuffer)?(?::\d+(?:_\d+)?(?:\+\d+)?)+|singleton)"
 _DEPENDENCY = re.compile(rf"{_WHEN}(?:,{_WHEN})*|{_WHEN}(?:\?{_WHEN})*")
 
 _LONGEST = 365 * 24 * 3600
-"""Seconds; Slurm counts minutes in 32 bits, and takes some that do not fit for no limit."""
+"""Seconds; Slurm counts minutes in 32 bits, and reads some larger values as no limit."""
 _LAST_PORT = 65535
 
-_OWN_FIELD = "has a field of its own; set that instead"
-_LIVES_BY_IT = "is set by the launch, which lives by it"
+_OWN_FIELD = "has its own field in the cluster file; set that instead"
+_SET_BY_LAUNCH = "is set by the launch and cannot be changed"
 _REFUSED = {
     "account": _OWN_FIELD,
-    "cpus-per-task": "is worked out of cpus_per_rank, cpus_per_server and judges.cpus; set those",
+    "cpus-per-task": "is computed from cpus_per_rank, cpus_per_server and judges.cpus; set those",
     "dependency": _OWN_FIELD,
-    "gpus-per-node": "is worked out of gpus_per_node and gpu_type of trainer and teacher; set those",
-    "job-name": _LIVES_BY_IT,
-    "mem": "is worked out of trainer.memory and teacher.memory; set those",
-    "nodes": "is worked out of trainer.nodes and teacher.nodes; set those",
-    "ntasks-per-node": "is worked out of ranks_per_node and servers_per_node; set those",
+    "gpus-per-node": "is computed from gpus_per_node and gpu_type of trainer and teacher; set those",
+    "job-name": _SET_BY_LAUNCH,
+    "mem": "is computed from trainer.memory and teacher.memory; set those",
+    "nodes": "is computed from trainer.nodes and teacher.nodes; set those",
+    "ntasks-per-node": "is computed from ranks_per_node and servers_per_node; set those",
     "partition": _OWN_FIELD,
     "qos": _OWN_FIELD,
     "requeue": _OWN_FIELD,
     "no-requeue": "is what requeue: false does; set that",
     "reservation": _OWN_FIELD,
     "time": _OWN_FIELD,
-    "error": _LIVES_BY_IT,
-    "open-mode": _LIVES_BY_IT,
-    "output": _LIVES_BY_IT,
-    "signal": _LIVES_BY_IT,
+    "error": _SET_BY_LAUNCH,
+    "open-mode": _SET_BY_LAUNCH,
+    "output": _SET_BY_LAUNCH,
+    "signal": _SET_BY_LAUNCH,
 } | {
     "gres": "would be hidden from the components' steps; set gpu_option: gres, gpus_per_node and gpu_type",
     "gpus": "would be hidden from the components' steps; set gpus_per_node of trainer and teacher",
@@ -59,44 +59,49 @@ _REFUSED = {
     "tres-per-task": "would be hidden from the components' steps; set gpus_per_node of trainer and teacher",
     "cpus-per-gpu": "contradicts the cores that every component asks for; set cpus_per_rank and cpus_per_server",
     "ntasks": "contradicts the tasks that every component asks for; set ranks_per_node and servers_per_node",
-    "array": "would start the whole run once per number of the array, all in one run.dir",
-    "clusters": "makes sbatch print the name of the cluster with the job's number, which nemo-run cannot read",
-    "export": "keeps variables that the components need from their steps; use environment",
-    "export-file": "keeps variables that the components need from their steps; use environment",
+    "array": "would start the whole run once per array index, all in one run.dir",
+    "clusters": "makes sbatch print the cluster name with the job ID, which nemo-run cannot parse",
+    "export": "hides variables that the components need; use environment",
+    "export-file": "hides variables that the components need; use environment",
     "ntasks-per-gpu": "contradicts the tasks that every component asks for; set ranks_per_node and servers_per_node",
     "ntasks-per-core": "contradicts the tasks that every component asks for; set ranks_per_node and servers_per_node",
     "ntasks-per-socket": "contradicts the tasks that every component asks for; set ranks_per_node and servers_per_node",
-    "chdir": "would take the components away from their code",
-    "parsable": "is given to sbatch by nemo-run already",
-    "quiet": "keeps the number of the job from nemo-run",
+    "chdir": "would start the components outside their code",
+    "parsable": "is passed to sbatch by nemo-run already",
+    "quiet": "hides the job ID from nemo-run",
     "test-only": "queues nothing; use --dry-run",
-    "wait": "would hold the launch until the job has ended",
+    "wait": "would block the launch until the job has ended",
     "wrap": "replaces the batch script",
     "help": "queues nothing",
     "usage": "queues nothing",
     "version": "queues nothing",
 }  # fmt: skip
-"""Options of sbatch that may not stand in ``slurm.extra``, and why."""
+"""Options of sbatch that ``slurm.extra`` may not have, and why."""
 _MEMORY_PER, _NODES = ("mem-per-cpu", "mem-per-gpu"), ("nodelist", "nodefile")
-_LOOKED_AT = (*_REFUSED, *_MEMORY_PER, *_NODES)
-"""Options that are checked by name; sbatch takes the first letters of one for it as well."""
+_CHECKED = (*_REFUSED, *_MEMORY_PER, *_NODES)
+"""Options that are checked by name; sbatch also accepts their unambiguous prefixes."""
 
 
 def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
     """Read and check a cluster file.
 
     Raises:
-        ConfigError: as of a run's configuration, and what would fail only after hours in a queue.
+        ConfigError: as for a run's configuration, or a value that would fail only after hours in a queue.
     """
     cluster = _SCHEMA.load(path, overrides)
     _check_numbers(cluster)
     _check_environment(cluster)
     _check_setup(cluster)
     _check_words(cluster)
+    ranks = cluster.trainer.nodes * cluster.trainer.ranks_per_node
+    if cluster.trainer.restart and ranks > 1:
+        raise ConfigError(
+            f"trainer.restart is true with {ranks} ranks, but a restarted rank cannot rejoin the others; use false"
+        )
     if cluster.executor is ExecutorName.slurm:
         _check_slurm(cluster)
     elif cluster.container.image:
-        raise ConfigError("container.image is set and executor is local; allowed: containers with executor slurm only")
+        raise ConfigError("container.image is set and executor is local; leave it out, or set executor: slurm")
     elif cluster.trainer.nodes > 1 or cluster.teacher.nodes > 1:
         raise ConfigError(
             f"trainer.nodes is {cluster.trainer.nodes}, teacher.nodes {cluster.teacher.nodes}, and executor local; "
@@ -106,10 +111,10 @@ def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
 
 
 def seconds_of(time: str) -> int:
-    """Seconds of a time as Slurm writes it.
+    """Return the seconds of a time in Slurm's notation.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not such a time.
     """
     found = _TIME.fullmatch(time)
     if found is None:
@@ -124,13 +129,11 @@ def seconds_of(time: str) -> int:
 
 
 def check_path(key: str, path: str) -> None:
-    """Raises ConfigError: nemo-run, which puts paths into commands and replaces some of their parts, would break it."""
+    """Raise ConfigError if nemo-run would break the path, which it inserts into commands and partly replaces."""
     if not _PLAIN.fullmatch(path):
         raise ConfigError(f"{key} is {path}; allowed in paths of a launch: letters, digits and . _ / @ + = , -")
     if "/nemo_run" in path:
-        raise ConfigError(
-            f"{key} is {path}; allowed: a path without /nemo_run, which nemo-run has a use of its own for"
-        )
+        raise ConfigError(f"{key} is {path}; allowed: a path without /nemo_run, which nemo-run replaces")
 
 
 def _check_numbers(cluster: Cluster) -> None:
@@ -167,29 +170,29 @@ def _check_words(cluster: Cluster) -> None:
         if _SECRET.search(argument.partition("=")[0]):
             raise ConfigError(
                 f"teacher.arguments has {argument.partition('=')[0]}, and every user of a node can read arguments; "
-                "leave it out and put VLLM_API_KEY into secrets_file"
+                "remove it and put VLLM_API_KEY into secrets_file"
             )
         check_argument("teacher.arguments has", argument)
     if cluster.teacher.gpus_per_node % cluster.teacher.servers_per_node:
         raise ConfigError(
             f"teacher.gpus_per_node is {cluster.teacher.gpus_per_node} and teacher.servers_per_node "
-            f"{cluster.teacher.servers_per_node}; allowed: servers that divide the GPUs of a node"
+            f"{cluster.teacher.servers_per_node}; allowed: a number of servers that divides the GPUs of a node"
         )
     for key, kind, gpus in (
         ("trainer", cluster.trainer.gpu_type, cluster.trainer.gpus_per_node),
         ("teacher", cluster.teacher.gpu_type, cluster.teacher.gpus_per_node),
     ):
         if kind and not _GPU_TYPE.fullmatch(kind):
-            raise ConfigError(f"{key}.gpu_type is {kind!r}; allowed: a name of Slurm's without a number, such as h100")
+            raise ConfigError(f"{key}.gpu_type is {kind!r}; allowed: a Slurm GPU type without a number, such as h100")
         if kind and not gpus:
-            raise ConfigError(f"{key}.gpu_type is {kind} and {key}.gpus_per_node 0; set how many, or leave both out")
+            raise ConfigError(f"{key}.gpu_type is {kind} and {key}.gpus_per_node 0; set both or neither")
     for key, path in (("home", cluster.home), ("python", cluster.python)):
         check_path(key, path)
     for mount in cluster.container.mounts:
         if "," in mount or not mount.startswith("/"):
             raise ConfigError(
                 f"container.mounts has {mount!r}; allowed: /on/the/node:/in/the/container, without a comma, at which "
-                "nemo-run would cut it"
+                "nemo-run would split it"
             )
 
 
@@ -198,7 +201,7 @@ def _check_environment(cluster: Cluster) -> None:
         if not value.isprintable():
             raise ConfigError(f"environment.{name} is {value!r}; allowed: one line without control characters")
         if not _VARIABLE.fullmatch(name):
-            raise ConfigError(f"environment.{name} is no name of a variable; allowed: letters, digits and _")
+            raise ConfigError(f"environment.{name} is not a valid variable name; allowed: letters, digits and _")
         if _SECRET.search(name):
             raise ConfigError(
                 f"environment.{name} looks like a secret, and this section is written to scripts and logs; put the "
@@ -209,16 +212,16 @@ def _check_environment(cluster: Cluster) -> None:
 def _check_setup(cluster: Cluster) -> None:
     for module in cluster.modules:
         if not module or not _WORD.fullmatch(module) or module.startswith("-"):
-            raise ConfigError(f"modules has {module!r}; allowed: names as of module load, such as cuda/12.4")
+            raise ConfigError(f"modules has {module!r}; allowed: names for module load, such as cuda/12.4")
     for line in cluster.setup:
         if "\n" in line:
-            raise ConfigError("setup has an entry of several lines; write one entry per line")
+            raise ConfigError("setup has an entry with several lines; write one entry per line")
         if "/nemo_run" in line:
             raise ConfigError(f"setup has {line!r}; allowed: lines without /nemo_run, which nemo-run replaces")
         for name in _ASSIGNED.findall(line):
             if _SECRET.search(name):
                 raise ConfigError(
-                    f"setup sets {name}, which looks like a secret, and batch scripts can be read by others; put the "
+                    f"setup sets {name}, which looks like a secret, and others can read batch scripts; put the "
                     "line into a file of mode 0600 on the cluster and name that file in secrets_file"
                 )
 
@@ -230,15 +233,15 @@ def _check_slurm(cluster: Cluster) -> None:
     if time <= cluster.slurm.stop_lead:
         raise ConfigError(
             f"slurm.stop_lead is {cluster.slurm.stop_lead} s and slurm.time {time} s; allowed: a lead shorter than the "
-            "time, so that there is something left to train in"
+            "time"
         )
     if cluster.slurm.judging_partition and cluster.slurm.allocation is not Allocation.separate:
         raise ConfigError(
             f"slurm.judging_partition is {cluster.slurm.judging_partition} and slurm.allocation "
-            f"{cluster.slurm.allocation}; allowed: a partition for judging with allocation separate only"
+            f"{cluster.slurm.allocation}; set allocation: separate, or remove judging_partition"
         )
     if cluster.container.image and not cluster.python:
-        raise ConfigError("container.image is set and python is not; name the interpreter inside the container")
+        raise ConfigError("container.image is set and python is not; name the interpreter in the container")
     if cluster.tunnel.host and not cluster.python:
         raise ConfigError("tunnel.host is set and python is not; name the interpreter on the cluster")
     for key, folder in (("home", cluster.home), ("secrets_file", cluster.secrets_file)):
@@ -257,7 +260,7 @@ def _check_slurm(cluster: Cluster) -> None:
 
 
 def _check_options(cluster: Cluster) -> None:
-    """Of what stands in lines of the batch script."""
+    """Raise ConfigError for values that lines of the batch script cannot hold."""
     slurm = cluster.slurm
     words = {"account": slurm.account, "partition": slurm.partition, "judging_partition": slurm.judging_partition}
     words |= {"qos": slurm.qos, "reservation": slurm.reservation}
@@ -270,22 +273,22 @@ def _check_options(cluster: Cluster) -> None:
             raise ConfigError(f"slurm.extra.{option}: write the option without its dashes")
         if name in _REFUSED:
             raise ConfigError(f"slurm.extra.{option} {_REFUSED[name]}")
-        full = next((other for other in _LOOKED_AT if other.startswith(name) and other != name), "")
-        if full and name not in _LOOKED_AT:
+        full = next((other for other in _CHECKED if other.startswith(name) and other != name), "")
+        if full and name not in _CHECKED:
             raise ConfigError(f"slurm.extra.{option} may be short for {full}; write names of options in full")
         if name in _MEMORY_PER and (cluster.trainer.memory or cluster.teacher.memory):
             raise ConfigError(f"slurm.extra.{option} contradicts trainer.memory and teacher.memory; keep one of them")
         if name in _NODES and slurm.allocation is Allocation.heterogeneous:
-            raise ConfigError(f"slurm.extra.{option} would be asked for by both halves of the job; use a constraint")
+            raise ConfigError(f"slurm.extra.{option} would apply to both halves of the job; use a constraint")
         if not _VARIABLE.fullmatch(name.replace("-", "_")):
-            raise ConfigError(f"slurm.extra.{option} is no option of sbatch; write its long name, as in constraint")
+            raise ConfigError(f"slurm.extra.{option} is not an option of sbatch; write its long name")
         if "\n" in value or "\r" in value:
-            raise ConfigError(f"slurm.extra.{option} has several lines; allowed: one")
+            raise ConfigError(f"slurm.extra.{option} has several lines; write one")
 
 
 def _check_types(cluster: Cluster) -> None:
-    """Raises ConfigError: equal nodes are asked for, with GPUs that differ."""
-    kinds = {place.gpu_type for place in (cluster.trainer, cluster.teacher) if place.gpus_per_node}
+    """Raise ConfigError if one job of equal nodes would need different GPUs."""
+    kinds = {part.gpu_type for part in (cluster.trainer, cluster.teacher) if part.gpus_per_node}
     if cluster.teacher.nodes and len(kinds) > 1:
         raise ConfigError(
             f"trainer.gpu_type is {cluster.trainer.gpu_type!r} and teacher.gpu_type {cluster.teacher.gpu_type!r}; "
@@ -294,15 +297,15 @@ def _check_types(cluster: Cluster) -> None:
 
 
 def _check_halves(cluster: Cluster) -> None:
-    """nemo-run asks for the memory of the first half for both, and for its gres."""
+    """Raise ConfigError if the halves differ in memory or gres; nemo-run requests those of the first half for both."""
     trainer, teacher = cluster.trainer, cluster.teacher
     if trainer.memory != teacher.memory:
         raise ConfigError(
             f"trainer.memory is {trainer.memory!r} and teacher.memory {teacher.memory!r}; allowed with allocation "
             "heterogeneous: the same for both, or allocation separate"
         )
-    asked = {(place.gpus_per_node, place.gpu_type) for place in (trainer, teacher)}
-    if cluster.slurm.gpu_option is GpuOption.gres and len(asked) > 1:
+    requested = {(part.gpus_per_node, part.gpu_type) for part in (trainer, teacher)}
+    if cluster.slurm.gpu_option is GpuOption.gres and len(requested) > 1:
         raise ConfigError(
             f"trainer has {trainer.gpus_per_node} and teacher {teacher.gpus_per_node} GPUs of type "
             f"{trainer.gpu_type or 'any'} and {teacher.gpu_type or 'any'}; allowed with gpu_option gres and allocation "

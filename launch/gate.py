@@ -1,7 +1,6 @@
-"""What a component waits for before it starts: a buffer that answers, and for the trainer a first judgment.
+"""Conditions for a component to start: a buffer that answers and, for the trainer, a first judgment.
 
-A trainer that starts before its judges holds its GPUs for nothing, and one whose judges never work would find out only
-after it has loaded everything.
+A trainer that starts before its judges wastes its GPUs, and would notice broken judges only after loading everything.
 """
 
 from __future__ import annotations
@@ -24,39 +23,38 @@ T = TypeVar("T")
 _POLL = 1.0
 _TRY = ("--prefix", "The capital of France is", "--candidate", " Paris, on the river Seine.",
         "--candidate", " potato seven under.")  # fmt: skip
-"""What the judge is asked; any verdict will do."""
+"""Arguments of a trial judgment; any verdict will do."""
 
 
 class Waiting(Protocol):
-    """Who waits (``component.Component``)."""
+    """A component that waits (``component.RunningComponent``)."""
 
     spec: Spec
     environment: dict[str, str]
 
-    def say(self, state: str) -> None:
-        """Tell ``rlpt status`` what is waited for."""
+    def report(self, state: str) -> None:
+        """Publish the state for ``rlpt status``."""
 
-    def is_to_end(self) -> bool:
-        """Whether waiting is to be given up."""
+    def must_end(self) -> bool:
+        """Return whether to give up waiting."""
 
     def sleep(self, seconds: float) -> None:
-        """Wait so long, or until it is to end."""
+        """Wait ``seconds``, or until the component has to end."""
 
 
-def await_buffer(this: Waiting) -> list[str]:
-    """Overrides that lead to the rollout buffer, once it answers, and to the key of the teacher's servers.
+def await_buffer(component: Waiting) -> list[str]:
+    """Wait until the rollout buffer answers; return the overrides for it and for the key of the teacher's servers.
 
-    None where the configuration names them.
-
-    An address of an earlier start of the job may still be there: it does not answer, or does not take the password.
+    Settings that the configuration already has need no override. The address of an earlier start of the job may still
+    be published; it does not answer or refuses the password.
 
     Raises:
         BufferUnavailableError: it does not answer in time.
-        ConfigError: it cannot be asked from here, for which waiting is of no use.
-        RunStopped: this component is to end.
+        ConfigError: its settings cannot work, so waiting is of no use.
+        RunStopped: this component has to end.
     """
-    spec = this.spec
-    key = [f"teacher.workers.key_env={KEY_VARIABLE}"] if spec.makes_up_key else []
+    spec = component.spec
+    key = [f"teacher.workers.key_env={KEY_VARIABLE}"] if spec.generates_key else []
     if "buffer" not in spec.components:
         return key
     password = f"buffer.password_file={spec.shared / 'password'}"
@@ -72,62 +70,62 @@ def await_buffer(this: Waiting) -> list[str]:
             return str(error)
         return overrides
 
-    return _wait(this, look, BufferUnavailableError, "the rollout buffer does not answer")
+    return _wait(component, look, BufferUnavailableError, "the rollout buffer does not answer")
 
 
-def await_judgment(this: Waiting, overrides: Sequence[str], asks: bool, start: str) -> None:
-    """Wait until the judge has given a verdict on two candidates, by the same servers that workers ask.
+def await_judgment(component: Waiting, overrides: Sequence[str], first: bool, start: str) -> None:
+    """Wait until a trial judgment of two candidates succeeds, with the servers that the judge workers use.
 
-    Workers themselves wait for the trainer; one that could not start would have ended the job.
+    Judge workers themselves wait for the trainer; one that cannot start ends the job.
 
     Args:
-        this: the trainer's component.
-        overrides: that lead to the buffer.
-        asks: whether this process asks; the others wait for it.
-        start: of the job, so that a verdict of an earlier one does not count.
+        component: the trainer's.
+        overrides: for the buffer.
+        first: run the trial in this process; the others wait for its result.
+        start: of the job, so that the result of an earlier start does not count.
 
     Raises:
-        TeacherError: there was none in time.
-        ModelError: a model is not there, for which waiting is of no use.
-        RunStopped: this component is to end.
+        TeacherError: no verdict in time.
+        ModelError: a model does not exist, so waiting is of no use.
+        RunStopped: this component has to end.
     """
-    spec = this.spec
+    spec = component.spec
     passed = spec.shared / "judged.json"
 
-    def ask() -> bool | str:
+    def judge() -> bool | str:
         command = [sys.executable, "-m", "megatron_rlpt", "judge", "try", "-c", spec.config, *_TRY, *overrides]
-        with tempfile.TemporaryFile("w+") as words:
-            process = start_child(command, env=this.environment, stdout=subprocess.DEVNULL, stderr=words)
-            # It loads much before it asks, and may wait for a server: whoever is told to end does not.
-            while process.poll() is None and not this.is_to_end():
-                this.sleep(_POLL)
+        with tempfile.TemporaryFile("w+") as stderr:
+            process = start_child(command, env=component.environment, stdout=subprocess.DEVNULL, stderr=stderr)
+            # It loads a lot before its first request, and may wait for a server.
+            while process.poll() is None and not component.must_end():
+                component.sleep(_POLL)
             end_all([process], 0.0)
-            words.seek(0)
-            said = (words.read().strip().splitlines() or ["no verdict"])[-1].removeprefix("error: ")
+            stderr.seek(0)
+            error = (stderr.read().strip().splitlines() or ["no verdict"])[-1].removeprefix("error: ")
         if process.returncode == ModelError.exit_code:
-            raise ModelError(said)
+            raise ModelError(error)
         if process.returncode:
-            return said
+            return error
         publish(passed, {"start": start})
         return True
 
     def follow() -> bool | str:
         return read_published(passed).get("start") == start or "rank 0 has none yet"
 
-    _wait(this, ask if asks else follow, TeacherError, "judges gave no first judgment")
+    _wait(component, judge if first else follow, TeacherError, "judges gave no first judgment")
 
 
-def _wait(this: Waiting, look: Callable[[], T | str], error: type[Exception], what: str) -> T:
-    """What ``look`` finds; a text is why there is nothing yet."""
-    deadline = time.monotonic() + this.spec.gate
-    said = ""
+def _wait(component: Waiting, look: Callable[[], T | str], error: type[Exception], what: str) -> T:
+    """Return what ``look`` finds; it returns a text to say why there is nothing yet."""
+    deadline = time.monotonic() + component.spec.gate
+    reported = ""
     while isinstance(found := look(), str):
-        if this.is_to_end():
-            raise RunStopped(f"told to end while waiting: {what}: {found}")
+        if component.must_end():
+            raise RunStopped(f"stopped as requested while waiting: {what}: {found}")
         if time.monotonic() > deadline:
-            raise error(f"{what} (not within guards.gate = {this.spec.gate:g} s): {found}")
-        if found != said:
-            this.say(f"waits, {found}")
-            said = found
-        this.sleep(_POLL)
+            raise error(f"{what} (not within guards.gate = {component.spec.gate:g} s): {found}")
+        if found != reported:
+            component.report(f"waiting: {found}")
+            reported = found
+        component.sleep(_POLL)
     return found

@@ -1,9 +1,10 @@
-"""All components of a run on this machine, until the trainer is done or one of them cannot be kept going.
+"""All components of a run on this machine, until the trainer is done or a component cannot be kept running.
 
     python -m launch.local SPEC
 
-What ``srun`` and the batch script do on a cluster: starts every component, ends the others when one ends, and leaves
-with its exit code. Ctrl-C and SIGTERM ask the trainer for a checkpoint; a second one ends everything at once.
+Does what ``srun`` and the batch script do on a cluster: starts all components, ends the others when one ends, and exits
+with its code. On Ctrl-C or SIGTERM the trainer writes a checkpoint and stops; a second signal ends everything
+immediately. ``rlpt launch`` starts this through nemo-run and follows the trainer's log.
 """
 
 from __future__ import annotations
@@ -13,80 +14,134 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from launch.slurm_jobs import JOBS
-from launch.spec import DONE, SILENT, STOPPED, UNFINISHED, Spec, publish, read_published, said_by_components
+from launch.spec import DONE, SILENT, STOPPED, UNFINISHED, Spec, publish, read_published, read_reports
 from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.distributed.holder import Holder
-from megatron_rlpt.distributed.processes import EndRequest, end_all, start_child
+from megatron_rlpt.distributed.processes import EndRequest, Supervisor, exit_code_of
 from megatron_rlpt.errors import ConfigError, RunStopped
 from megatron_rlpt.trainer.stop import STOP_FILE
 
 RUNNING, OUTCOME = "local.json", "outcome.json"
-"""Files in ``Spec.shared`` with this process's number, and in the end with the exit code."""
+"""Files in ``Spec.shared``: the process of ``run_all``, and its exit code once it has ended."""
 _POLL = 0.2
 _START = 60.0
-"""Seconds that a process has to come up."""
+"""Seconds that a process has to start."""
 _GRACE = 75.0
-"""Seconds that components have to end; more than they give to their commands."""
+"""Seconds that components have to end; longer than their commands have."""
 _HURRY = 5.0
-"""The same when everything is to end at once."""
+"""The same after a second signal."""
 
 
 def run_all(spec: Spec, spec_file: Path) -> int:
-    """Run all components of ``spec``; the trainer's exit code, or that of what ended before it; 130 after Ctrl-C."""
-    told = EndRequest()
-    told.listen()
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
+    """Run all components of ``spec``.
+
+    Returns:
+        The trainer's exit code, that of the component that ended before it, or 130 after two signals.
+    """
+    request = EndRequest()
+    request.listen()
+    supervisor = Supervisor()
     start = uuid.uuid4().hex
     publish(spec.shared / RUNNING, {"holder": str(Holder.me())})
     try:
         for role, command, variables in _commands(spec, spec_file, start):
-            running.append((role, start_child(command, env={**os.environ, **variables})))
-        code = _await_end(running, Path(spec.run_dir) / STOP_FILE, told)
+            # A component restarts its own command; if the component itself ends, something is wrong.
+            environment = {**os.environ, **variables}
+            supervisor.start(role, command, restart_on=lambda returncode: False, env=environment)
+        code = _supervise(supervisor, spec, request)
         if code == 0 and not (spec.shared / DONE).exists():
             code = RunStopped.exit_code if (spec.shared / STOPPED).exists() else UNFINISHED
     finally:
-        end_all([process for _, process in running], _HURRY if told.times > 1 else _GRACE)
-        if told.times > 1:
+        supervisor.end(_HURRY if request.times > 1 else _GRACE)
+        if request.times > 1:
             _kill_commands(spec, start)
     publish(spec.shared / OUTCOME, {"exit_code": code})
     return code
 
 
-def await_outcome(spec: Spec) -> int:
-    """Exit code of ``run_all`` in another process, which has just been started.
+def _supervise(supervisor: Supervisor, spec: Spec, request: EndRequest) -> int:
+    stop_requested = False
 
-    nemo-run knows of success and failure only, and takes a process for ended that is not.
+    def interrupted(seconds: float) -> bool:
+        nonlocal stop_requested
+        if request.wait(seconds) and not stop_requested:
+            print("stopping after this step with a checkpoint; Ctrl-C again ends everything immediately", flush=True)
+            (Path(spec.run_dir) / STOP_FILE).touch()
+            stop_requested = True
+        return request.times > 1
+
+    # A rank that is done must not end those that are still writing.
+    ranks = spec.ranks_per_node
+    while ranks and (end := supervisor.run(interrupted)) is not None:
+        if end.child.name != "trainer" or end.returncode:
+            return exit_code_of(end.returncode)
+        ranks -= 1
+    return 130 if ranks else 0
+
+
+def await_outcome(spec: Spec) -> int:
+    """Return the exit code of ``run_all`` in another process, which has just been started.
+
+    nemo-run reports only success or failure, and may report the end of a process that is still running.
 
     Raises:
-        ConfigError: it did not start, or ended without one.
+        ConfigError: it did not start, or ended without an exit code.
     """
     deadline = time.monotonic() + _START
     while not (spec.shared / OUTCOME).exists():
         if _running(spec) is None and time.monotonic() > deadline and not (spec.shared / OUTCOME).exists():
-            raise ConfigError(f"the components did not start, or were killed; look above and at {spec.logs}")
+            raise ConfigError(f"the components did not start, or were killed; see the output above and {spec.logs}")
         time.sleep(_POLL)
     return int(read_published(spec.shared / OUTCOME, exit_code=int).get("exit_code", UNFINISHED))
 
 
-def forget_earlier(spec: Spec) -> None:
-    """Before a start: what an earlier one left behind is none of it.
+@contextlib.contextmanager
+def following_trainer(spec: Spec, output: TextIO) -> Iterator[None]:
+    """Print to ``output`` what the trainer's first rank writes to its log meanwhile."""
+    log = spec.logs / "trainer-00000.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    done = threading.Event()
+
+    def follow() -> None:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            lines.seek(0, os.SEEK_END)
+            last = False
+            while not last:
+                last = done.wait(_POLL)
+                if text := lines.read():
+                    output.write(text)
+                    output.flush()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def clear_earlier(spec: Spec) -> None:
+    """Remove what an earlier launch of the run left behind.
 
     Raises:
-        ConfigError: an earlier one is still running, or the run's folder cannot be written.
+        ConfigError: an earlier launch is still running, or the run's folder cannot be written.
     """
     holder = _running(spec)
     if holder is not None:
         raise ConfigError(
-            f"{spec.run_dir} is being run by {holder.describe()}; end it first (kill {holder.pid}), or choose another"
+            f"{spec.run_dir} is in use by {holder.describe()}; end it first (kill {holder.pid}), or set another run.dir"
         )
     try:
         spec.shared.mkdir(parents=True, exist_ok=True)
@@ -96,12 +151,12 @@ def forget_earlier(spec: Spec) -> None:
         for name in (JOBS, "failed"):
             shutil.rmtree(spec.shared / name, ignore_errors=True)
     except OSError as error:
-        raise ConfigError(f"run.dir {spec.run_dir} cannot be written: {error.strerror}; choose another") from None
+        raise ConfigError(f"run.dir {spec.run_dir} cannot be written: {error.strerror}; set another") from None
 
 
 @contextlib.contextmanager
 def passing_on_signals(spec: Spec) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go on to the components meanwhile, which nemo-run starts in a session of their own."""
+    """Pass Ctrl-C and SIGTERM on to the components, which nemo-run starts in a session of their own."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         holder = _running(spec)
@@ -118,27 +173,27 @@ def passing_on_signals(spec: Spec) -> Iterator[None]:
 
 
 def _running(spec: Spec) -> Holder | None:
-    """The process of ``run_all``, while there is one."""
+    """Return the process of ``run_all``, if it is running."""
     holder = Holder.parse(read_published(spec.shared / RUNNING, holder=str).get("holder", ""))
     if holder is None or (spec.shared / OUTCOME).exists():
         return None
     alive = holder.is_alive()
-    if alive is None:  # on another machine, by the words of its components
-        said = said_by_components(spec.shared, time=float | int)
-        alive = any(time.time() - component["time"] < SILENT for component in said)
+    if alive is None:  # on another machine: judge by the reports of its components
+        reports = read_reports(spec.shared, time=float | int)
+        alive = any(time.time() - report["time"] < SILENT for report in reports)
     return holder if alive else None
 
 
 def _kill_commands(spec: Spec, start: str) -> None:
-    """End what the killed components of this start ran: a trainer would finish its step, which may take minutes."""
-    for said in said_by_components(spec.shared, start=str, state=str, pid=int):
-        if said["start"] == start and said["state"] == "running" and said["pid"]:
+    """Kill the commands of this start's components: a trainer would finish its step first, which may take minutes."""
+    for report in read_reports(spec.shared, start=str, state=str, pid=int):
+        if report["start"] == start and report["state"] == "running" and report["pid"]:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(said["pid"], signal.SIGKILL)
+                os.killpg(report["pid"], signal.SIGKILL)
 
 
 def _commands(spec: Spec, spec_file: Path, start: str) -> list[tuple[str, list[str], dict[str, str]]]:
-    """Role, command and variables of every process; in the order in which they are started."""
+    """Return role, command and variables of every process, in the order of their start."""
     port = str(free_port())
     gpus = _gpus(spec)
     commands: list[tuple[str, list[str], dict[str, str]]] = []
@@ -157,7 +212,7 @@ def _commands(spec: Spec, spec_file: Path, start: str) -> list[tuple[str, list[s
 
 
 def _gpus(spec: Spec) -> dict[str, list[str]]:
-    """GPUs of the trainer and of the servers, which share the machine; nothing where none are asked for."""
+    """Return the GPUs of the trainer and of the servers, which share the machine; empty if none are requested."""
     servers = spec.servers_per_node * spec.server_gpus if "teacher" in spec.components else 0
     if not spec.trainer_gpus + servers:
         return {}
@@ -166,26 +221,8 @@ def _gpus(spec: Spec) -> dict[str, list[str]]:
     return {"trainer": visible[: spec.trainer_gpus], "teacher": visible[spec.trainer_gpus :][:servers]}
 
 
-def _await_end(running: Sequence[tuple[str, subprocess.Popen[bytes]]], stop_file: Path, told: EndRequest) -> int:
-    asked = False
-    while not (told.wait(_POLL) and told.times > 1):
-        if told.is_set() and not asked:
-            print("asking the trainer for a checkpoint; Ctrl-C once more ends everything at once", flush=True)
-            stop_file.touch()
-            asked = True
-        ends = [(role, process.poll()) for role, process in running]
-        for role, code in ends:
-            if code is not None and (role != "trainer" or code):
-                return code if code > 0 else 128 - code
-        # A rank that is done must not end those that still write.
-        ranks = [code for role, code in ends if role == "trainer"]
-        if all(code is not None for code in ranks):
-            return max(code for code in ranks if code is not None)
-    return 130
-
-
 def main() -> int:
-    """Run everything."""
+    """Run all components."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
     arguments = parser.parse_args()

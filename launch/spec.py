@@ -60,10 +60,12 @@ class Spec:
     server_arguments: tuple[str, ...] = ()
     judge_workers: int = 0
     ranks_per_node: int = 1
+    restart_trainer: bool = False
+    """Whether to restart a trainer that crashed."""
     gate: float = 1800.0
     one_machine: bool = False
     """Whether all components are on one machine, so that nothing needs to be reached from another."""
-    makes_up_key: bool = False
+    generates_key: bool = False
     """Whether servers of the teacher ask for a key that is made up for the run (``KEY_VARIABLE``)."""
     separate: bool = False
     """Whether judging and training are jobs of their own (``pair.py``)."""
@@ -78,9 +80,9 @@ class Spec:
         """The folder of everybody's logs."""
         return Path(self.run_dir) / "logs"
 
-    def own_secrets(self) -> dict[str, str]:
+    def generated_secrets(self) -> dict[str, str]:
         """Variables with what is made up for the run."""
-        return {KEY_VARIABLE: made_up(self.shared / "server-key")} if self.makes_up_key else {}
+        return {KEY_VARIABLE: generated_secret(self.shared / "server-key")} if self.generates_key else {}
 
     def write(self, path: Path) -> None:
         """Write it for ``read``."""
@@ -95,7 +97,7 @@ class Spec:
         return Spec(**raw)
 
 
-def made_up(file: Path) -> str:
+def generated_secret(file: Path) -> str:
     """The secret in ``file``, which the first of the run's components that asks for it makes up."""
     with contextlib.suppress(FileExistsError):
         write_private(file, secrets.token_hex(32), replace=False)
@@ -133,7 +135,7 @@ def read_published(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
     return content if whole else {}
 
 
-def said_by_components(shared: Path, role: str = "*", /, **kinds: type | UnionType) -> list[dict[str, Any]]:
+def read_reports(shared: Path, role: str = "*", /, **kinds: type | UnionType) -> list[dict[str, Any]]:
     """What components last said of themselves, by name; damaged words are left out, see ``read_published``."""
     said = (read_published(path, **kinds) for path in sorted((shared / STATUS).glob(f"{role}-*.json")))
     return [component for component in said if component]

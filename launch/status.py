@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.slurm_jobs import JOBS, Part
-from launch.spec import OVER, SHARED, SILENT, read_published, said_by_components
+from launch.spec import OVER, SHARED, SILENT, read_published, read_reports
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe import terminal
 from megatron_rlpt.observe.watchdog import HEARTBEAT
@@ -44,7 +44,7 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
     console = console or terminal.console(soft_wrap=True)
     shared = run_dir / SHARED
     jobs = _jobs(shared)
-    components = _current(said_by_components(shared, **_SAID), jobs)
+    components = _current(read_reports(shared, **_SAID), jobs)
     if not components and not jobs:
         raise ConfigError(f"{run_dir} holds no launched run (nothing in {shared}); start one with rlpt launch")
     for part, job in jobs.items():

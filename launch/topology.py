@@ -118,9 +118,10 @@ def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Sp
         server_arguments=tuple(servers.arguments),
         judge_workers=cluster.judges.workers,
         ranks_per_node=cluster.trainer.ranks_per_node,
+        restart_trainer=cluster.trainer.restart,
         gate=cluster.guards.gate,
         one_machine=cluster.executor is ExecutorName.local,
-        makes_up_key=bool(servers.nodes) and not config.teacher.workers.key_env,
+        generates_key=bool(servers.nodes) and not config.teacher.workers.key_env,
         separate=is_separate(cluster, components),
     )
 

@@ -16,7 +16,7 @@ import typer
 from launch.cluster import Cluster, ExecutorName
 from launch.cluster_file import check_path, load_cluster
 from launch.code import stage
-from launch.local import await_outcome, forget_earlier, passing_on_signals
+from launch.local import await_outcome, clear_earlier, following_trainer, passing_on_signals
 from launch.mounts import check_mounts, on_node
 from launch.spec import Spec
 from launch.topology import Component, components_of, spec_of, with_absolute_paths
@@ -30,32 +30,36 @@ def launch(
     config: ConfigOption,
     overrides: Overrides = None,
     cluster_overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="section.key=value", help="Wins over the cluster's file.")
+        list[str] | None,
+        typer.Option("--set", metavar="section.key=value", help="Value that overrides the cluster file's."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts, and start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and start nothing.")] = False,
     pack_dirty: Annotated[
-        bool, typer.Option("--pack-dirty", help="Run uncommitted changes as well, and record them.")
+        bool, typer.Option("--pack-dirty", help="Include uncommitted changes, and record them.")
     ] = False,
 ) -> None:
-    """Start a run with its buffer, teacher servers and judge workers through nemo-run."""
-    place = load_cluster(cluster, cluster_overrides or ())
-    run = with_absolute_paths(load(config, overrides), Path.cwd(), elsewhere=bool(place.tunnel.host))
+    """Launch a run with its buffer, teacher servers and judge workers, on this machine or on Slurm.
+
+    On this machine the command follows the trainer until it ends; on Slurm it returns once the jobs are queued.
+    """
+    target = load_cluster(cluster, cluster_overrides or ())
+    run = with_absolute_paths(load(config, overrides), Path.cwd(), elsewhere=bool(target.tunnel.host))
     check_path("run.dir", run.run.dir)
-    check_mounts(place, run)
-    components = components_of(place, run)
-    spec = spec_of(place, run, components)
+    check_mounts(target, run)
+    components = components_of(target, run)
+    spec = spec_of(target, run, components)
     name = Path(run.run.dir).name
-    with _staged(place, name, dry_run) as staged:
+    with _staged(target, name, dry_run) as staged:
         stage(staged, to_yaml(run), spec, pack_dirty=pack_dirty)
-        code = _submit(place, components, staged, name, spec, dry_run=dry_run)
+        code = _submit(target, components, staged, name, spec, dry_run=dry_run)
     raise typer.Exit(code)
 
 
 def status(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run.")],
-    lines: Annotated[int, typer.Option("--lines", min=0, help="Last lines of every log.")] = 3,
+    lines: Annotated[int, typer.Option("--lines", min=0, help="Lines to show from the end of every log.")] = 3,
 ) -> None:
-    """Show what every component of a launched run does, how far the run is, and the ends of the logs."""
+    """Show the progress of a launched run, the state of its components, and the ends of their logs."""
     from launch.status import show
 
     raise typer.Exit(show(run_dir, lines))
@@ -63,7 +67,7 @@ def status(
 
 @contextlib.contextmanager
 def _staged(cluster: Cluster, name: str, dry_run: bool) -> Iterator[Path]:
-    """A folder for the code: kept where it is run in, else for as long as nemo-run packs it."""
+    """Yield a folder for the code: a lasting one if it runs there, else a temporary one for nemo-run to pack."""
     if cluster.executor is ExecutorName.local and not dry_run:
         yield Path(cluster.home).resolve() / "code" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         return
@@ -82,13 +86,15 @@ def _submit(
         raise ConfigError(
             f"{error.name} is not installed; launch from the environment that tools/setup_launch.sh makes"
         ) from None
-    # nemo-run talks on standard output, which belongs to what was asked for.
+    # nemo-run prints to standard output, which is for the scripts and the trainer's lines.
+    output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr), build(cluster, components, staged, name, spec.run_dir) as experiment:
         if dry_run:
             scripts = scripts_of(experiment)
         elif cluster.executor is ExecutorName.local:
-            forget_earlier(spec)
-            with passing_on_signals(spec):
+            clear_earlier(spec)
+            print(f"component logs: {spec.logs}; for states and process IDs run: rlpt status {spec.run_dir}")
+            with passing_on_signals(spec), following_trainer(spec, output):
                 experiment.run(detach=False, tail_logs=True)
                 return await_outcome(spec)
         else:
@@ -98,5 +104,5 @@ def _submit(
         return 0
     numbers = ", ".join(jobs.values() if len(jobs) == 1 else (f"{job} ({part})" for part, job in jobs.items()))
     where = f" on {cluster.tunnel.host}" if cluster.tunnel.host else ""
-    print(f"submitted as job {numbers}; rlpt status {on_node(spec.run_dir, cluster)}{where} shows how it goes")
+    print(f"submitted as job {numbers}; rlpt status {on_node(spec.run_dir, cluster)}{where} shows its progress")
     return 0

@@ -302,7 +302,7 @@ def test_a_judging_job_that_is_cancelled_ends_the_training_job_with_a_checkpoint
     run.wait(lambda: run.steps() >= 1)
     cluster.run("scancel", run.job("judging"))
     assert run.ended("training") == ("FAILED", "6:0"), run.output("training")
-    assert "the judging job has ended" in run.output("training").rstrip().splitlines()[-1]
+    assert "the judging job ended" in run.output("training").rstrip().splitlines()[-1]
     assert list((run.folder / "checkpoints").glob("step-*"))
 
 

@@ -100,7 +100,7 @@ def test_a_job_that_waits_and_loads_modules(tmp_path):
     ("sections", "said"),
     [
         ({"slurm": {"extra": {"gres": "gpu:8"}}}, "slurm.extra.gres would be hidden from the components' steps"),
-        ({"slurm": {"extra": {"array": "1-2"}}}, "slurm.extra.array would start the whole run once per number"),
+        ({"slurm": {"extra": {"array": "1-2"}}}, "slurm.extra.array would start the whole run once per array index"),
         ({"setup": ["export HF_TOKEN=x"]}, "setup sets HF_TOKEN, which looks like a secret"),
         ({"modules": ["a b"]}, "modules has 'a b'"),
         ({"teacher": {"arguments": ["--trust_remote_code"]}}, "has --trust_remote_code, which would run code"),

@@ -42,20 +42,20 @@ def status(tmp_path) -> dict:
 
 @pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -9 $$", 137), ("exit 0", 0)])
 def test_how_a_command_ended_is_how_the_component_ends(component, command, code):
-    assert component.run(["bash", "-c", command], again=False) == code
+    assert component.run(["bash", "-c", command], service=False) == code
 
 
 def test_a_command_that_is_to_go_on_is_started_again_until_told_to_stop(component, tmp_path):
     script = f"echo start >> {tmp_path}/starts; [ $(wc -l < {tmp_path}/starts) -gt 1 ] && exec sleep 60; exit 3"
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(component.run(["bash", "-c", script], again=True)))
+    thread = threading.Thread(target=lambda: codes.append(component.run(["bash", "-c", script], service=True)))
     thread.start()
     deadline = time.monotonic() + 60
     while status_of(tmp_path).get("starts") != 2 or status_of(tmp_path)["state"] != "running":
         assert time.monotonic() < deadline
         time.sleep(0.05)
     pid = status(tmp_path)["pid"]
-    component.stopped.set()
+    component.ending.set()
     thread.join(60)
     assert codes == [0]
     with pytest.raises(ProcessLookupError):
@@ -67,20 +67,20 @@ def status_of(tmp_path) -> dict:
 
 
 def test_its_last_words_are_where_the_job_repeats_them(component, tmp_path, capsys):
-    code = component.run(["bash", "-c", "seq 100; echo error: $WHO; exit 5"], again=False)
-    component.failed(code)
+    code = component.run(["bash", "-c", "seq 100; echo error: $WHO; exit 5"], service=False)
+    component.fail(code)
     words = (tmp_path / "cluster/failed/judges-00000").read_text()
     assert "failed with exit code 5" in words
     assert words.rstrip().endswith("100\nerror: me")
     assert "\n50\n" not in words, "the end of the log, not all of it"
     assert words.strip() in capsys.readouterr().out
     assert status(tmp_path)["state"] == "failed with exit code 5"
-    component.failed(1)
+    component.fail(1)
     assert (tmp_path / "cluster/jobs/run.exit_code").read_text() == "5", "that of the first"
 
 
 def test_its_last_words_hold_no_escapes(component, tmp_path, capsys):
-    component.failed(component.run(["bash", "-c", r"printf 'one\n\033]0;title\007two\n'; exit 5"], again=False))
+    component.fail(component.run(["bash", "-c", r"printf 'one\n\033]0;title\007two\n'; exit 5"], service=False))
     for words in ((tmp_path / "cluster/failed/judges-00000").read_text(), capsys.readouterr().out):
         assert words.rstrip().endswith("one\n\\x1b]0;title\\x07two")
 
@@ -132,7 +132,7 @@ def leave(tmp_path, part: str, code: int) -> None:
 
 
 def test_components_of_the_judging_job_end_well_once_training_has_ended(tmp_path, monkeypatch):
-    monkeypatch.setitem(ROLES, "judges", lambda this: this.run(["sleep", "60"], again=True))
+    monkeypatch.setitem(ROLES, "judges", lambda this: this.run(["sleep", "60"], service=True))
     leave(tmp_path, "training", 7)
     spec = Spec(run_dir=str(tmp_path), config="x", components=("judges", "trainer"), separate=True)
     monkeypatch.setattr("launch.component._BEAT", 0.05)
@@ -144,16 +144,16 @@ def test_components_of_the_judging_job_end_well_once_training_has_ended(tmp_path
 def test_a_trainer_without_a_judging_job_stops_in_order_and_says_why(tmp_path, monkeypatch, capsys, code, expected):
     """It is asked as it always is, and given the time that it needs."""
     stops = f"while [ ! -e {tmp_path}/stop ]; do sleep 0.05; done; rm {tmp_path}/stop; exit 75"
-    monkeypatch.setitem(ROLES, "trainer", lambda this: this.run(["bash", "-c", stops], again=False))
+    monkeypatch.setitem(ROLES, "trainer", lambda this: this.run(["bash", "-c", stops], service=False))
     monkeypatch.setattr("launch.component._BEAT", 0.05)
     leave(tmp_path, "judging", code)
     spec = Spec(run_dir=str(tmp_path), config="x", components=("judges", "trainer"), separate=True)
     assert run_component("trainer", spec) == expected
-    assert f"the judging job has ended with exit code {code}" in capsys.readouterr().out
+    assert f"the judging job ended with exit code {code}" in capsys.readouterr().out
 
 
 def test_a_trainer_that_is_done_has_not_failed_because_judging_ended(tmp_path, monkeypatch):
-    monkeypatch.setitem(ROLES, "trainer", lambda this: this.run(["sleep", "0.5"], again=False))
+    monkeypatch.setitem(ROLES, "trainer", lambda this: this.run(["sleep", "0.5"], service=False))
     monkeypatch.setattr("launch.component._BEAT", 0.05)
     leave(tmp_path, "judging", 0)
     spec = Spec(run_dir=str(tmp_path), config="x", components=("judges", "trainer"), separate=True)
@@ -166,7 +166,7 @@ def start_of(tmp_path, role: str, command: str) -> subprocess.Popen[bytes]:
         "import sys; from launch import component; from launch.spec import Spec; "
         # A trainer that finishes its step for longer than this is not to be taken for gone.
         "component._BEAT, component.SILENT = 0.3, 1.5; "
-        f"component.ROLES['{role}'] = lambda this: this.run(['bash', '-c', {command!r}], again={role != 'trainer'}); "
+        f"component.ROLES['{role}'] = lambda this: this.run(['bash', '-c', {command!r}], service={role != 'trainer'}); "
         f"sys.exit(component.run_component('{role}', Spec(run_dir={str(tmp_path)!r}, config='x', components=())))"
     )
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"RLPT_START": "7.0"})
@@ -201,13 +201,13 @@ def test_told_to_end_all_at_once_the_trainer_goes_first_and_has_the_time_that_it
 def test_a_status_that_cannot_be_written_does_not_end_the_command(tmp_path, component, capsys):
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster/status").write_text("in the way")
-    assert component.run(["bash", "-c", "exit 0"], again=False) == 0
-    assert "cannot say how it is" in capsys.readouterr().err
+    assert component.run(["bash", "-c", "exit 0"], service=False) == 0
+    assert "cannot write its status" in capsys.readouterr().err
 
 
 def test_a_program_that_is_not_there_is_one_line(component):
     with pytest.raises(ConfigError, match="nowhere-server cannot be started on this node: No such file"):
-        component.run(["nowhere-server"], again=True)
+        component.run(["nowhere-server"], service=True)
 
 
 def test_a_trainer_that_waits_for_judges_stops_at_once_when_asked(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.local import _commands, _kill_commands, forget_earlier
+from launch.local import _commands, _kill_commands, clear_earlier
 from launch.spec import Spec, publish
 from megatron_rlpt.distributed.holder import Holder
 from megatron_rlpt.distributed.processes import start_child
@@ -30,13 +30,13 @@ def test_what_an_earlier_start_left_behind_is_removed(spec, tmp_path):
     for name in ("failed/trainer-00000", "done", "stopped", "buffer.json", "outcome.json", "../stop"):
         (shared / name).write_text("{}")
     (shared / "password").write_text("kept")
-    forget_earlier(spec)
+    clear_earlier(spec)
     assert [path.name for path in shared.iterdir()] == ["password"]
     assert not (tmp_path / "run/stop").exists()
 
 
 def test_a_run_that_is_being_run_is_not_started_a_second_time(spec):
-    forget_earlier(spec)
+    clear_earlier(spec)
     code = (
         "import time; from megatron_rlpt.distributed.holder import Holder\n"
         "print(Holder.me(), flush=True); time.sleep(60)"
@@ -44,39 +44,39 @@ def test_a_run_that_is_being_run_is_not_started_a_second_time(spec):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         held = {"holder": other.stdout.readline().strip()}
         publish(spec.shared / "local.json", held)
-        with pytest.raises(ConfigError, match=rf"is being run by process {other.pid} on .*; end it first"):
-            forget_earlier(spec)
+        with pytest.raises(ConfigError, match=rf"is in use by process {other.pid} on .*; end it first"):
+            clear_earlier(spec)
         other.kill()
-    forget_earlier(spec)  # that process is gone
+    clear_earlier(spec)  # that process is gone
 
 
 def test_a_process_that_got_the_number_of_one_that_is_gone_holds_nothing(spec):
-    forget_earlier(spec)
+    clear_earlier(spec)
     publish(spec.shared / "local.json", {"holder": str(replace(Holder.me(), started="1"))})
-    forget_earlier(spec)
+    clear_earlier(spec)
 
 
 def test_a_run_on_another_machine_is_not_started_here_while_its_components_are_heard_of(spec):
-    forget_earlier(spec)
+    clear_earlier(spec)
     publish(spec.shared / "local.json", {"holder": str(replace(Holder.me(), machine="another", host="node17"))})
     publish(spec.shared / "status/trainer-00000.json", {"time": time.time() - 1})
-    with pytest.raises(ConfigError, match=r"is being run by process \d+ on node17"):
-        forget_earlier(spec)
+    with pytest.raises(ConfigError, match=r"is in use by process \d+ on node17"):
+        clear_earlier(spec)
     publish(spec.shared / "status/trainer-00000.json", {"time": time.time() - 1000})
-    forget_earlier(spec)
+    clear_earlier(spec)
 
 
 @pytest.mark.parametrize("holder", ["x", None, -1, {"pid": 7}, '{"pid": -1}', "[" * 100_000])
 def test_a_damaged_holder_is_none(spec, holder):
-    forget_earlier(spec)
+    clear_earlier(spec)
     publish(spec.shared / "local.json", {"holder": holder})
-    forget_earlier(spec)
+    clear_earlier(spec)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run\.dir .*/file/run cannot be written: Not a directory"):
-        forget_earlier(Spec(run_dir=str(tmp_path / "file/run"), config="x", components=("trainer",)))
+        clear_earlier(Spec(run_dir=str(tmp_path / "file/run"), config="x", components=("trainer",)))
 
 
 def visible(spec: Spec) -> dict[str, set[str | None]]:

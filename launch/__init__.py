@@ -1,1 +1,1 @@
-"""Launching a run's components with nemo-run, on this machine or on a Slurm cluster. Imports no torch."""
+"""Launching of a run's components with nemo-run, on this machine or on a Slurm cluster; imports no torch."""

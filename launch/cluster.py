@@ -1,4 +1,4 @@
-"""The cluster file: where a run's components run, and with how much. One dataclass per section."""
+"""The cluster file: where a run's components run, and with which resources. One dataclass per section."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 
 class ExecutorName(enum.StrEnum):
-    """What starts the components."""
+    """Where components are started."""
 
     local = "local"
     slurm = "slurm"
 
 
 class Allocation(enum.StrEnum):
-    """How Slurm is asked for nodes."""
+    """How nodes are requested from Slurm."""
 
     one = "one"
     heterogeneous = "heterogeneous"
@@ -22,18 +22,18 @@ class Allocation(enum.StrEnum):
 
 
 class GpuOption(enum.StrEnum):
-    """How Slurm is asked for GPUs."""
+    """How GPUs are requested from Slurm."""
 
     gpus_per_node = "gpus_per_node"
     """``--gpus-per-node=8`` or ``--gpus-per-node=h100:8``."""
     gres = "gres"
-    """``--gres=gpu:8`` or ``--gres=gpu:h100:8``, for sites that refuse the other."""
+    """``--gres=gpu:8`` or ``--gres=gpu:h100:8``, for sites that refuse the former."""
     whole_nodes = "whole_nodes"
-    """Not at all: a job has all GPUs of its nodes, as on clusters whose Slurm does not count GPUs."""
+    """Not at all: a job has all GPUs of its nodes, on clusters whose Slurm does not manage GPUs."""
 
 
 class ContainerRuntime(enum.StrEnum):
-    """What runs a container image."""
+    """Runtime of a container image."""
 
     pyxis = "pyxis"
     apptainer = "apptainer"
@@ -41,18 +41,18 @@ class ContainerRuntime(enum.StrEnum):
 
 @dataclass
 class TrainerResources:
-    """The policy's ranks."""
+    """Resources of the trainer's ranks."""
 
     nodes: int = 1
     """Nodes of the training layout."""
     ranks_per_node: int = 1
     """Processes per node; on GPUs one per GPU."""
     gpus_per_node: int = 0
-    """GPUs asked for per node; 0 asks for none."""
+    """GPUs requested per node; 0 requests none."""
     gpu_type: str = ""
-    """Type of them as Slurm names it (``h100``); empty takes any."""
+    """GPU type as Slurm names it (``h100``); empty takes any."""
     cpus_per_rank: int = 0
-    """Cores asked for per process; 0 leaves it to the cluster."""
+    """Cores requested per process; 0 leaves it to the cluster."""
     memory: str = ""
     """Memory per node, as Slurm writes it (``200G``); empty leaves it to the cluster."""
     restart: bool = False
@@ -62,110 +62,110 @@ class TrainerResources:
 
 @dataclass
 class TeacherResources:
-    """Servers of the teacher; none where judges have a model of their own, or servers are listed in the run's
-    configuration."""
+    """Resources of the teacher's servers; none if judges load their own model or the configuration lists
+    servers."""
 
     nodes: int = 0
     """Nodes with servers."""
     servers_per_node: int = 1
-    """Servers per node; each has its share of the node's GPUs."""
+    """Servers per node, which share its GPUs evenly."""
     gpus_per_node: int = 0
-    """GPUs asked for per node; 0 asks for none."""
+    """GPUs requested per node; 0 requests none."""
     gpu_type: str = ""
-    """Type of them as Slurm names it (``h100``); empty takes any."""
+    """GPU type as Slurm names it (``h100``); empty takes any."""
     cpus_per_server: int = 0
-    """Cores asked for per server; 0 leaves it to the cluster."""
+    """Cores requested per server; 0 leaves it to the cluster."""
     memory: str = ""
     """Memory per node; empty leaves it to the cluster."""
     concurrency: int = 32
-    """Most requests of one judge worker to one server at once."""
+    """Largest number of concurrent requests of one judge worker to one server."""
     arguments: list[str] = field(default_factory=list)
     """Further arguments of vLLM's server, such as ``--tensor-parallel-size``."""
 
 
 @dataclass
 class JudgeResources:
-    """Judge workers; they ask servers and need no GPU."""
+    """Resources of the judge workers, which query servers and need no GPU."""
 
     workers: int = 2
-    """Processes; 0 starts none, where the trainer judges by itself."""
+    """Processes; ignored if the run judges in its trainer."""
     cpus: int = 0
-    """Cores asked for, for all workers together; 0 leaves it to the cluster."""
+    """Cores requested for all workers together; 0 leaves it to the cluster."""
 
 
 @dataclass
 class BufferResources:
-    """The rollout buffer, where the run's configuration does not name one."""
+    """The rollout buffer, if the run's configuration names none."""
 
     redis: bool = False
-    """Start a Redis server for the run; without it groups are in SQLite, which is for one machine."""
+    """Start a Redis server for the run; without it groups are in SQLite, for one machine."""
     port: int = 0
     """Port of that server; 0 chooses a free one. With ``executor: local`` the server listens on this machine only."""
 
 
 @dataclass
 class SlurmOptions:
-    """What Slurm is asked for."""
+    """Requests to Slurm."""
 
     account: str = ""
-    """Account that pays."""
+    """Account to charge."""
     partition: str = ""
     """Partition of the job."""
     judging_partition: str = ""
-    """Partition of the job that judges, with ``allocation: separate``; empty is the other's."""
+    """Partition of the judging job with ``allocation: separate``; empty takes ``partition``."""
     qos: str = ""
     """Quality of service."""
     reservation: str = ""
     """Reservation to run in."""
     time: str = "04:00:00"
-    """Most time of one start of the job: minutes, MM:SS, HH:MM:SS or D-HH:MM:SS."""
+    """Time limit of one start of the job: minutes, MM:SS, HH:MM:SS or D-HH:MM:SS."""
     stop_lead: int = 600
-    """Seconds before the time is up at which the run is told to stop; it has to fit a step and a checkpoint."""
+    """Seconds before the time limit at which a stop is requested; a step and a checkpoint must fit into it."""
     requeue: bool = True
-    """Queue the job again when it stopped because its time was up."""
+    """Requeue a job that stopped because of its time limit."""
     allocation: Allocation = Allocation.one
     """One job of equal nodes; one heterogeneous job, whose judging nodes have other GPUs than its training nodes; or
-    two separate jobs, of which the one that trains starts once the one that judges has."""
+    two separate jobs, of which training starts after judging."""
     gpu_option: GpuOption = GpuOption.gpus_per_node
-    """How GPUs are asked for."""
+    """How GPUs are requested."""
     dependency: str = ""
-    """Jobs to wait for, as Slurm writes it: ``afterok:1234`` or ``singleton``. Of separate jobs, the first waits."""
+    """Jobs to wait for, in Slurm's notation: ``afterok:1234`` or ``singleton``. Of separate jobs, the first waits."""
     extra: dict[str, str] = field(default_factory=dict)
-    """Further lines of the batch script: name of the option without dashes -> value (empty: none)."""
+    """Further sbatch options: name without dashes -> value (empty for none)."""
 
 
 @dataclass
 class ContainerOptions:
-    """The image that components run in."""
+    """The container image of the components."""
 
     image: str = ""
-    """Image; empty runs on the node itself."""
+    """Image; empty runs without a container."""
     runtime: ContainerRuntime = ContainerRuntime.pyxis
-    """What runs it."""
+    """Runtime of the image."""
     mounts: list[str] = field(default_factory=list)
-    """``/on/the/node:/in/the/container``, one each."""
+    """Entries ``/on/the/node:/in/the/container``."""
 
 
 @dataclass
 class TunnelOptions:
-    """How the cluster is reached."""
+    """SSH access to the cluster."""
 
     host: str = ""
-    """Login node; empty where this is it."""
+    """Login node; empty if this machine is one."""
     port: int = 22
     """Port of its SSH server."""
     user: str = ""
-    """Name there; empty is the one here."""
+    """User name; empty takes the local one."""
     identity: str = ""
-    """File of the private key; empty is that of ssh."""
+    """File of the private key; empty takes the default of ssh."""
 
 
 @dataclass
 class Guards:
-    """When to give up."""
+    """Limits after which a launch fails."""
 
     gate: float = 1800.0
-    """Seconds for judges to come up and give a first judgment, before which the trainer does not start."""
+    """Seconds for the first judgment, before which the trainer does not start."""
 
 
 @dataclass
@@ -173,11 +173,11 @@ class Cluster:
     """The whole cluster file."""
 
     executor: ExecutorName = ExecutorName.local
-    """This machine, or Slurm."""
+    """This machine or Slurm."""
     home: str = "runs/launched"
-    """Folder on the cluster that experiments are kept in: code, scripts and logs of nemo-run."""
+    """Folder on the cluster for nemo-run's experiments: code, scripts and logs."""
     python: str = ""
-    """Interpreter with the full installation, on the nodes or in the container; empty is the one that launches."""
+    """Interpreter with the full installation, on the nodes or in the container; empty takes that of ``.venv``."""
     trainer: TrainerResources = field(default_factory=TrainerResources)
     teacher: TeacherResources = field(default_factory=TeacherResources)
     judges: JudgeResources = field(default_factory=JudgeResources)
@@ -187,11 +187,11 @@ class Cluster:
     tunnel: TunnelOptions = field(default_factory=TunnelOptions)
     guards: Guards = field(default_factory=Guards)
     modules: list[str] = field(default_factory=list)
-    """Environment modules loaded before the components start (``module load``), in this order."""
+    """Environment modules to load before the components start (``module load``), in this order."""
     setup: list[str] = field(default_factory=list)
-    """Lines of bash that run after that, such as ``source /opt/site/env.sh``; one that fails ends the launch. Never
+    """Lines of bash to run after that, such as ``source /opt/site/env.sh``; one that fails ends the job. Never
     secrets."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for all components, such as NCCL's and UCX's; never secrets."""
     secrets_file: str = ""
-    """File of mode 0600 on the cluster with lines NAME=value, which only the components read."""
+    """File of mode 0600 on the cluster with lines NAME=value, read by the components only."""

@@ -1,6 +1,6 @@
-"""The code that a launch runs: a copy of this repository as it is now, with the configuration beside it.
+"""Staging of the code that a launch runs: a copy of this repository, together with the configuration.
 
-commit ──> files ──> staged/              what components run in
+commit ──> files ──> staged/              working directory of all components
                       ├── megatron_rlpt/ launch/ ...
                       └── job/  config.yaml  spec.json  code.json  uncommitted.patch
 """
@@ -19,43 +19,41 @@ from megatron_rlpt.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = "job"
-"""Folder of what belongs to this launch, inside the code."""
+"""Folder for the files of this launch, inside the code."""
 CONFIG, SPEC = f"{JOB}/config.yaml", f"{JOB}/spec.json"
 _SHOWN = 5
 _BYTES = "surrogateescape"
-"""Names of files and their content need not be text."""
+"""File names and contents need not be UTF-8."""
 
 
 def interpreter() -> str:
-    """The Python with the full installation that ``tools/setup.sh`` makes; else the one that runs this, if it has it.
+    """Return the interpreter of ``.venv``, or the running one if it has torch.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: neither exists.
     """
     full = ROOT / ".venv/bin/python"
     if full.is_file():
         return str(full)
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(
-            f"no interpreter with torch: {full} is not there; run tools/setup.sh, or name one in python of the cluster "
-            "file"
+            f"no interpreter with torch: {full} does not exist; run tools/setup.sh, or set python in the cluster file"
         )
     return sys.executable
 
 
 def stage(target: Path, config: str, spec: Spec, *, pack_dirty: bool, root: Path = ROOT) -> None:
-    """Copy the code into ``target`` and write configuration, spec and provenance beside it.
+    """Copy the code to ``target`` and add configuration, spec and provenance.
 
     Args:
-        target: folder that does not exist.
+        target: folder, which must not exist.
         config: the resolved configuration as YAML.
-        spec: what components are told.
-        pack_dirty: copy files as they are, uncommitted changes included, and keep these as a patch; else they are
-            an error.
+        spec: settings for the components.
+        pack_dirty: include uncommitted changes and record them as a patch; otherwise they are an error.
         root: the repository.
 
     Raises:
-        ConfigError: not a git repository, or it has uncommitted changes that are not to be packed.
+        ConfigError: not a git repository, or it has uncommitted changes without ``pack_dirty``.
     """
     commit = _git(root, "rev-parse", "HEAD").strip()
     dirty = _git(root, "status", "--porcelain", "--untracked-files=normal").splitlines()
@@ -65,14 +63,16 @@ def stage(target: Path, config: str, spec: Spec, *, pack_dirty: bool, root: Path
             f"{len(dirty)} files of {root} are not committed ({shown}); commit them, or launch with --pack-dirty, "
             "which copies and records them"
         )
-    # Also what is new and not ignored: a module that is forgotten fails only on the cluster.
+    # Include new files: a module that was never added would fail only on the cluster.
     untracked = set(_git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0"))
     tracked = set(_git(root, "ls-files", "-z", "--cached").split("\0"))
     for name in filter(None, tracked | untracked):
         source = root / name
         if name in untracked and source.is_file() and not source.stat().st_mode & 0o044:
-            raise ConfigError(f"{source} is for its owner alone and not committed; move it out of {root}, or ignore it")
-        if source.is_file():  # a deleted one is still in the index
+            raise ConfigError(
+                f"{source} is private (mode 0600) and not committed; move it out of {root} or add it to .gitignore"
+            )
+        if source.is_file():  # the index still lists a deleted file
             copy = target / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)
@@ -89,9 +89,9 @@ def _git(root: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True)
     except FileNotFoundError:
-        raise ConfigError("git is not installed; a launch records which code it runs") from None
+        raise ConfigError("git is not installed, and a launch records the commit that it runs; install git") from None
     if done.returncode:
         raise ConfigError(
-            f"{root} is no git repository ({done.stderr.decode(errors='replace').strip()}); launch from a clone"
+            f"{root} is not a git repository ({done.stderr.decode(errors='replace').strip()}); launch from a clone"
         )
     return done.stdout.decode("utf-8", _BYTES)

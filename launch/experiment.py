@@ -1,7 +1,7 @@
-"""One nemo-run experiment out of a run's components: on this machine, or as Slurm jobs.
+"""The nemo-run experiment of a run: its components on this machine, or as Slurm jobs.
 
-nemo-run packs the code, renders the batch script, submits it by a tunnel and keeps track of the experiment. What it
-leaves to its users is in ``batch.py`` (signals, queueing again, last words) and in ``component.py``.
+nemo-run packs the code, renders the batch script, submits it through a tunnel and keeps track of the experiment.
+``batch.py`` (signals, requeueing, failure reports) and ``component.py`` do the rest.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from launch.topology import Component, is_separate
 from megatron_rlpt.errors import ConfigError, first_line
 
 _END = 5
-"""Seconds between two looks of the batch script at its components, and before it ends those that are left."""
+"""Seconds between two checks of the batch script on its components, and before it ends the remaining ones."""
 
 
 @dataclass(kw_only=True)
 class StagedCode(Packager):
-    """Packs a folder as it is; ``code.stage`` has made it."""
+    """Packager for the folder that ``code.stage`` made."""
 
     folder: str = field(default="")
 
     def package(self, path: Path, job_dir: str, name: str) -> str:
-        """The archive, made once for all components."""
+        """Return the archive, which is made once for all components."""
         archive = os.path.join(job_dir, f"{name}.tar.gz")
         if not os.path.exists(archive):
-            # On a file system that others share; it holds what a dirty work tree may hold.
+            # Private: the file system is shared, and a dirty work tree may hold anything.
             made = os.open(archive, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(made, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as tar:
                 tar.add(self.folder, arcname=".")
@@ -55,10 +55,10 @@ class StagedCode(Packager):
 
 
 def build(cluster: Cluster, components: Sequence[Component], staged: Path, name: str, run_dir: str) -> run.Experiment:
-    """An experiment with everything in it, not started; to be used as a context.
+    """Build the experiment without starting it; use it as a context manager.
 
     Args:
-        cluster: where to.
+        cluster: to launch on.
         components: see ``topology.components_of``.
         staged: folder of the code, see ``code.stage``.
         name: of the experiment.
@@ -67,7 +67,7 @@ def build(cluster: Cluster, components: Sequence[Component], staged: Path, name:
     experiment = run.Experiment(name, enable_goodbye_message=False, skip_status_at_exit=True)
     with experiment:
         if cluster.executor is ExecutorName.local:
-            # Where the code is staged is where it runs; there is no node to send it to.
+            # The code runs where it is staged.
             start = f"cd {shlex.quote(str(staged))} && exec {_python(cluster)} -m launch.local {SPEC}"
             line = "\n".join([*site_lines(cluster.modules, cluster.setup), start])
             experiment.add(run.Script(inline=line), executor=run.LocalExecutor(packager=Packager()), name="all")
@@ -83,32 +83,32 @@ def build(cluster: Cluster, components: Sequence[Component], staged: Path, name:
 
 
 def submit(experiment: run.Experiment, run_dir: str) -> dict[str, str]:
-    """Queue the jobs of an experiment on Slurm, and note their numbers where its components and ``status`` find them.
+    """Queue the jobs of an experiment on Slurm, and record their IDs for its components and ``rlpt status``.
 
     Args:
         experiment: from ``build``.
         run_dir: folder of the run, as the cluster knows it.
 
     Returns:
-        Part of the run -> number of its job.
+        Part of the run -> ID of its job.
 
     Raises:
-        ConfigError: an earlier launch of the run is in the queue, or the cluster refuses something.
+        ConfigError: an earlier launch of the run is in the queue, or the cluster refuses the job.
     """
     tunnel = experiment.jobs[0].executor.tunnel
     folder = shlex.quote(str(PurePosixPath(run_dir) / SHARED / JOBS))
     known = " ".join(f"{folder}/{part}" for part in Part)
     with _one_line(tunnel.host):
-        # sbatch is asked here as well, so that nothing is thrown away for a submission that cannot be.
-        tunnel.run("command -v sbatch || { echo 'sbatch is not installed there' >&2; exit 1; }")
+        # Check for sbatch first, so that a submission that cannot work changes nothing.
+        tunnel.run("command -v sbatch || { echo 'sbatch is not installed on this host' >&2; exit 1; }")
         numbers = tunnel.run(f"mkdir -p {folder} && cat {known} 2>/dev/null || true").stdout.split()
         waiting = [job for job in numbers if tunnel.run(f"squeue -h -j {job} 2>/dev/null || true").stdout.strip()]
         if waiting:
             raise ConfigError(
                 f"{run_dir} has job {', '.join(waiting)} in the queue; end it first (scancel {' '.join(waiting)}), or "
-                "choose another run.dir"
+                "set another run.dir"
             )
-        # Numbers of an earlier launch are none of these jobs'.
+        # Files of an earlier launch.
         tunnel.run(f"rm -f {folder}/*")
         experiment.run(detach=True)
         jobs = {job.id: job.handle.rpartition("/")[2] for job in experiment.jobs}
@@ -118,17 +118,17 @@ def submit(experiment: run.Experiment, run_dir: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _one_line(host: str) -> Iterator[None]:
-    """nemo-run shows tracebacks of what a cluster refuses.
+    """Turn the tracebacks that nemo-run shows when a cluster refuses a command into one line.
 
     Raises:
-        ConfigError: the same in one line.
+        ConfigError: the command failed, or the host cannot be reached.
     """
     try:
         yield
     except UnexpectedExit as error:
-        # All of it: the first line has the reason, and the last one only that there was one.
-        said = "; ".join((error.result.stderr.strip() or error.result.stdout.strip() or "nothing").splitlines())
-        raise ConfigError(f"{host} refuses `{error.result.command.split(' && ')[0]}`: {said}") from error
+        # All lines: the first has the reason, the last only says that there was an error.
+        output = "; ".join((error.result.stderr.strip() or error.result.stdout.strip() or "nothing").splitlines())
+        raise ConfigError(f"{host} refuses `{error.result.command.split(' && ')[0]}`: {output}") from error
     except (OSError, SSHException) as error:
         raise ConfigError(f"{host} cannot be reached or written to: {first_line(error)}") from error
 
@@ -142,7 +142,7 @@ def _add(
     part: Part,
     after: str = "",
 ) -> str:
-    """Add a job of these components, which starts once the job ``after`` has started; returns its name."""
+    """Add a job of these components that starts once the job ``after`` has started; return its name."""
     executors = _executors(cluster, components, staged, run_dir, part, first=not after)
     scripts = [run.Script(inline=_line(cluster, component)) for component in components]
     return str(experiment.add(scripts, executor=executors, name=part, dependencies=[after] if after else None))
@@ -151,62 +151,69 @@ def _add(
 def _executors(
     cluster: Cluster, components: Sequence[Component], staged: Path, run_dir: str, part: Part, *, first: bool
 ) -> list[run.SlurmExecutor]:
-    """One per component; what the job asks for is taken from the first of them, or the first of each half."""
+    """Return one executor per component; nemo-run takes a job's requests from the first of them, or of each half."""
 
-    def executor(component: Component, asked: SlurmRequest) -> run.SlurmExecutor:
-        return _executor(cluster, component, asked, staged, run_dir, part, first=first)
+    def executor(component: Component, request: SlurmRequest) -> run.SlurmExecutor:
+        return _executor(cluster, component, request, staged, run_dir, part, first=first)
 
     if cluster.slurm.allocation is not Allocation.heterogeneous or len(components) == 1:
         (whole,) = requests_of([components])
         return [executor(component, whole) for component in components]
     *judging, trainer = components
     half = [replace(component, first_node=0) for component in judging]
-    asked, asked_by_trainer = requests_of([half, [trainer]])
-    executors = [executor(component, asked) for component in half]
-    executors.append(executor(trainer, asked_by_trainer))
+    request, trainer_request = requests_of([half, [trainer]])
+    executors = [executor(component, request) for component in half]
+    executors.append(executor(trainer, trainer_request))
     for one in executors:
         one.heterogeneous = True
         one.het_group_indices = [0] * len(half) + [1]
-        # nemo-run leaves out for all parts what the first one does not ask for.
+        # nemo-run omits for all parts an option that the first does not set.
         if cluster.slurm.gpu_option is GpuOption.gpus_per_node and any(part.gpus_per_node for part in components):
             one.gpus_per_node = one.gpus_per_node or 0
     return executors
 
 
 def _executor(
-    cluster: Cluster, component: Component, asked: SlurmRequest, staged: Path, run_dir: str, part: Part, *, first: bool
+    cluster: Cluster,
+    component: Component,
+    request: SlurmRequest,
+    staged: Path,
+    run_dir: str,
+    part: Part,
+    *,
+    first: bool,
 ) -> run.SlurmExecutor:
-    """For one component.
+    """Return the executor of one component.
 
     Args:
-        cluster: where to.
-        component: what its step gets.
-        asked: what its half of the job asks for.
+        cluster: to launch on.
+        component: of the step.
+        request: of its half of the job.
         staged: folder of the code.
         run_dir: folder of the run.
-        part: what the job is of the run.
-        first: whether no other job of the run comes before it.
+        part: the job's part in the run.
+        first: whether the job is the first of the run.
     """
     slurm, container = cluster.slurm, cluster.container
     pyxis = bool(container.image) and container.runtime is ContainerRuntime.pyxis
-    gpus = f"{asked.gpu_type}:{asked.gpus}" if asked.gpu_type else asked.gpus
+    gpus = f"{request.gpu_type}:{request.gpus}" if request.gpu_type else request.gpus
     return run.SlurmExecutor(
         account=slurm.account or None,
         partition=(part is Part.judging and slurm.judging_partition) or slurm.partition or None,
         qos=slurm.qos or None,
         job_name_prefix=f"rlpt-{PurePosixPath(run_dir).name}-",
         time=slurm.time,
-        nodes=asked.nodes,
-        ntasks_per_node=asked.tasks,
-        gpus_per_node=gpus if asked.gpus and slurm.gpu_option is GpuOption.gpus_per_node else None,
-        gres=f"gpu:{gpus}" if asked.gpus and slurm.gpu_option is GpuOption.gres else None,
-        cpus_per_task=asked.cpus_per_task or None,
-        mem=asked.memory or None,
+        nodes=request.nodes,
+        ntasks_per_node=request.tasks,
+        gpus_per_node=gpus if request.gpus and slurm.gpu_option is GpuOption.gpus_per_node else None,
+        gres=f"gpu:{gpus}" if request.gpus and slurm.gpu_option is GpuOption.gres else None,
+        cpus_per_task=request.cpus_per_task or None,
+        mem=request.memory or None,
         signal=f"B:USR1@{slurm.stop_lead}",
         container_image=container.image if pyxis else None,
         container_mounts=list(container.mounts) if pyxis else [],
         additional_parameters=_further(slurm, first=first),
-        srun_args=step_arguments(component, slurm.gpu_option, job_has_gpus=bool(asked.gpus)),
+        srun_args=step_arguments(component, slurm.gpu_option, job_has_gpus=bool(request.gpus)),
         setup_lines=setup_lines(
             on_node(run_dir, cluster), part, requeue=slurm.requeue, modules=cluster.modules, setup=cluster.setup
         ),
@@ -245,7 +252,7 @@ def _python(cluster: Cluster) -> str:
 def _tunnel(cluster: Cluster) -> LocalTunnel | SSHTunnel:
     tunnel = cluster.tunnel
     if not tunnel.host:
-        # nemo-run looks for the script where it keeps experiments itself.
+        # nemo-run looks for the script in its own folder of experiments.
         return LocalTunnel(job_dir=os.path.join(get_nemorun_home(), "experiments"))
     return SSHTunnel(
         host=tunnel.host,
@@ -257,7 +264,7 @@ def _tunnel(cluster: Cluster) -> LocalTunnel | SSHTunnel:
 
 
 def scripts_of(experiment: run.Experiment) -> list[str]:
-    """What would be run: batch scripts where there are any, else the commands. Nothing of it is kept."""
+    """Return the batch scripts, or without any the commands, and delete what nemo-run wrote for them."""
     folder = Path(experiment._exp_dir)
     try:
         experiment.dryrun(log=False, delete_exp_dir=False)

@@ -1,4 +1,4 @@
-"""Where a path inside a container is on its node. Batch scripts run on nodes, components in containers."""
+"""Translation of paths in a container to paths on its node: batch scripts run on nodes, components in containers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megatron_rlpt.errors import ConfigError
 
 
 def on_node(path: str, cluster: Cluster) -> str:
-    """``path``, as components know it, as the node knows it.
+    """Return the node's path for a path of the components.
 
     Raises:
-        ConfigError: components run in a container that does not have it.
+        ConfigError: components run in a container without it.
     """
     if not cluster.container.image:
         return path
@@ -28,7 +28,7 @@ def on_node(path: str, cluster: Cluster) -> str:
 
 
 def check_mounts(cluster: Cluster, config: Config) -> None:
-    """Raises ConfigError: components would look for something that their container does not have."""
+    """Raise ConfigError if components would look for a file that their container does not have."""
     for path in filter(None, _paths(cluster, config)):
         on_node(path, cluster)
 
@@ -37,5 +37,5 @@ def _paths(cluster: Cluster, config: Config) -> Iterable[str]:
     yield from (config.run.dir, config.model.path, config.teacher.path, config.buffer.password_file)
     yield cluster.secrets_file
     for source in config.data.sources:
-        # A name on a hub is none of a file.
+        # Other values are names on a hub.
         yield source.path if PurePosixPath(source.path).is_absolute() else ""

@@ -1,18 +1,19 @@
-"""Judging and training as two jobs that look after each other (``slurm.allocation: separate``).
+"""Judging and training as two jobs that watch each other (``slurm.allocation: separate``).
 
     judging job   buffer, servers of the teacher, judge workers   starts first
     training job  the trainer's ranks                             starts after it (``--dependency=after``)
 
     what happens                               what follows
     -----------------------------------------  ------------------------------------------------------------------
-    training is over, failed or was cancelled  the judging job ends
+    training is done, failed or was cancelled  the judging job ends
     judging failed or was cancelled            checkpoint; the training job ends with the exit code of the other
-    training's time is up                      checkpoint; the training job is queued again, judges stay
-    judging's time is up, or its node is lost  checkpoint; both are queued again, training held until judges run
+    training's time is up                      checkpoint; the training job is requeued, judges stay
+    judging's time is up, or its node is lost  checkpoint; both are requeued, training held until judges run
 
-Each job leaves a file named after its number, with its exit code, when it has ended for good; the components of the
-other one look for it. A job that ended without leaving one (``scancel``, a lost node) is missed by the other's script,
-which asks Slurm. ``held`` says that the training job waits for the judging job and may not start before it.
+A job that ends for good leaves a file named after its ID, with its exit code, and the components of the other job look
+for it. The other job's script notices a job that leaves none (``scancel``, a lost node) by querying Slurm. The file
+``held`` keeps the training job from starting before the judging job. The scripts are ``templates/pair.sh`` and
+``templates/watch_*.sh``.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ from pathlib import Path
 
 
 class Part(enum.StrEnum):
-    """What a job is of a run."""
+    """Part of a run that a job is."""
 
     run = "run"
-    """All of it."""
+    """The whole run in one job."""
     judging = "judging"
     training = "training"
 
 
 JOBS, ENDED = "jobs", "ended"
-"""Folders in ``Spec.shared``: number of each job by its part; exit code of each job that has ended, by its number."""
+"""Folders in ``Spec.shared``: ID of each job by its part; exit code of each job that ended, by its ID."""
 
 
 def exit_code_of(part: Part) -> str:
-    """File in ``JOBS`` with the exit code of the component of a job that failed first; not there where none has."""
+    """Return the file in ``JOBS`` with the exit code of the job's component that failed first, if one failed."""
     return f"{part}.exit_code"
 
 
 def exit_code_of_other(shared: Path, part: Part) -> int | None:
-    """How the other job of ``part``'s run has ended for good; None while it has not, or where there is none."""
+    """Return the exit code of the run's other job; None if it has not ended for good or does not exist."""
     other = Part.judging if part is Part.training else Part.training
     try:
         job = (shared / JOBS / other).read_text(encoding="utf-8").strip()
         return int((shared / ENDED / job).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or just being written
+    except (OSError, ValueError):  # missing, or being written
         return None

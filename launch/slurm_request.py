@@ -1,4 +1,4 @@
-"""What Slurm is asked for: by a job for each of its nodes, and by the step of every component."""
+"""Requests to Slurm: of a job for each of its nodes, and of every component's step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launch.topology import Component
 
 @dataclass(frozen=True)
 class SlurmRequest:
-    """What a job, or half of one, asks for on each of its nodes."""
+    """What a job, or half of a heterogeneous one, requests on each of its nodes."""
 
     nodes: int
     tasks: int
@@ -24,11 +24,10 @@ class SlurmRequest:
 
 
 def requests_of(halves: Sequence[Sequence[Component]]) -> list[SlurmRequest]:
-    """One request per half of a job, which are nodes that are alike.
+    """Return one request for each half of a job, whose nodes are alike.
 
-    Cores are those that components on the same node need together, on the node that needs most. nemo-run asks for as
-    many cores per task in all halves; tasks are therefore counted so that every half comes to what it needs. Steps
-    have tasks of their own.
+    Cores are the sum over the components of a node, on the node with the largest sum. nemo-run requests as many
+    cores per task in all halves, so the number of tasks makes up for what each half needs. Steps set their own tasks.
     """
     cores = [_cores(half) for half in halves]
     per_task = math.gcd(*cores)
@@ -46,7 +45,7 @@ def requests_of(halves: Sequence[Sequence[Component]]) -> list[SlurmRequest]:
 
 
 def _cores(half: Sequence[Component]) -> int:
-    """Of the node that needs most. A component that does not say how many it needs shares those of the others."""
+    """Return the cores of the node that needs most; a component without a number shares those of the others."""
     nodes = range(max(component.first_node + component.nodes for component in half))
     return max(
         sum(
@@ -59,7 +58,7 @@ def _cores(half: Sequence[Component]) -> int:
 
 
 def step_arguments(component: Component, option: GpuOption, *, job_has_gpus: bool) -> list[str]:
-    """Arguments of a component's ``srun``."""
+    """Return the arguments of a component's ``srun``."""
     gpus: list[str] = []
     if job_has_gpus and not component.gpus_per_node and option is not GpuOption.whole_nodes:
         # Slurm refuses --gres=none in a job with --gpus-per-node.
@@ -69,18 +68,18 @@ def step_arguments(component: Component, option: GpuOption, *, job_has_gpus: boo
         f"--ntasks={component.tasks}",
         f"--ntasks-per-node={component.tasks_per_node}",
         f"--relative={component.first_node}",
-        # A step does not inherit this from its job (Slurm 22.05), and would bind every task to one core.
+        # Since Slurm 22.05 a step does not inherit this from its job, and would bind every task to one core.
         *([f"--cpus-per-task={component.cpus_per_task}"] if component.cpus_per_task else []),
-        # Judges, buffer and a server share a node: none of them is to wait for the others' cores.
+        # Judges, buffer and a server share a node; none may wait for the others' cores.
         "--overlap",
         *gpus,
-        # A rank that has ended well leaves the others the time to write; --wait=60 is nemo-run's.
+        # A rank that is done must leave the others time to write; nemo-run sets --wait=60.
         *(["--wait=0"] if component.role == "trainer" else []),
     ]
 
 
 def _megabytes(memory: str) -> float:
-    """Of an amount as Slurm writes it; nothing is least."""
+    """Return the megabytes of an amount in Slurm's notation; 0 for an empty one."""
     units = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
     number = memory.rstrip("KMGTkmgt")
     return float(number or 0) * units.get(memory[len(number) :].upper() or "M", 1.0)

@@ -1,10 +1,10 @@
-"""What a component finds on its node: one file that says what the launch was asked for, and a folder that they share.
+"""What components share: the spec of the launch, and a folder in which they find each other.
 
-<run.dir>/cluster/   buffer.json      where the rollout buffer answers
+<run.dir>/cluster/   buffer.json      address of the rollout buffer
                      password         of Redis, mode 0600
                      server-key       of the teacher's servers, mode 0600
-                     status/*.json    what every component does
-                     failed/*         last words of components that failed
+                     status/*.json    state of every component
+                     failed/*         errors of components that failed
 <run.dir>/logs/      one log per component
 """
 
@@ -26,22 +26,22 @@ from megatron_rlpt.files import read_private, write_atomically
 SHARED = "cluster"
 """Folder in ``run.dir``."""
 STATUS = "status"
-"""Folder in that one with what every component says of itself."""
+"""Folder in ``SHARED`` with the state of every component."""
 DONE, STOPPED = "done", "stopped"
-"""Files in ``SHARED``: the start of the job whose trainer is done, or has stopped as asked."""
+"""Files in ``SHARED``: the start of the job whose trainer is done, or stopped as requested."""
 UNFINISHED = 143
-"""Exit code where the trainer was ended before it was done: that of what SIGTERM ends."""
+"""Exit code for a trainer that was terminated before it was done: 128 + SIGTERM."""
 KEY_VARIABLE = "RLPT_TEACHER_KEY"
-"""Of the key that servers of the teacher ask for and workers send, where the user names no other."""
+"""Variable with the key that the teacher's servers require, unless the configuration names another."""
 SILENT = 30.0
-"""Seconds without a word after which a component counts as gone."""
+"""Seconds without a status report after which a component counts as dead."""
 OVER = ("ended", "failed")
-"""First words of what components say that have ended."""
+"""First words of the states of components that have ended."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Written by the launcher beside the code, read by every component."""
+    """Settings of a launch, written next to the code and read by every component."""
 
     run_dir: str
     config: str
@@ -64,33 +64,33 @@ class Spec:
     """Whether to restart a trainer that crashed."""
     gate: float = 1800.0
     one_machine: bool = False
-    """Whether all components are on one machine, so that nothing needs to be reached from another."""
+    """Whether all components are on one machine, so that servers listen on it alone."""
     generates_key: bool = False
-    """Whether servers of the teacher ask for a key that is made up for the run (``KEY_VARIABLE``)."""
+    """Whether the teacher's servers require a key that is generated for the run (``KEY_VARIABLE``)."""
     separate: bool = False
-    """Whether judging and training are jobs of their own (``pair.py``)."""
+    """Whether judging and training are separate jobs (``slurm_jobs.py``)."""
 
     @property
     def shared(self) -> Path:
-        """The folder that components find each other in."""
+        """Return the folder in which components find each other."""
         return Path(self.run_dir) / SHARED
 
     @property
     def logs(self) -> Path:
-        """The folder of everybody's logs."""
+        """Return the folder of all logs."""
         return Path(self.run_dir) / "logs"
 
     def generated_secrets(self) -> dict[str, str]:
-        """Variables with what is made up for the run."""
+        """Return the variables with secrets that are generated for the run."""
         return {KEY_VARIABLE: generated_secret(self.shared / "server-key")} if self.generates_key else {}
 
     def write(self, path: Path) -> None:
-        """Write it for ``read``."""
+        """Write the spec for ``read``."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def read(path: Path) -> Spec:
-        """What ``write`` wrote."""
+        """Read a spec that ``write`` wrote."""
         raw = json.loads(path.read_text(encoding="utf-8"))
         for name in ("components", "server_arguments"):
             raw[name] = tuple(raw[name])
@@ -98,34 +98,34 @@ class Spec:
 
 
 def generated_secret(file: Path) -> str:
-    """The secret in ``file``, which the first of the run's components that asks for it makes up."""
+    """Return the secret in ``file``, which is generated on first use."""
     with contextlib.suppress(FileExistsError):
         write_private(file, secrets.token_hex(32), replace=False)
     return file.read_text(encoding="utf-8").strip()
 
 
 def write_private(file: Path, text: str, *, replace: bool = True) -> None:
-    """Write ``file``, whole, so that it was never readable by others.
+    """Write ``file`` atomically, readable by its owner alone from the first moment.
 
     Raises:
-        FileExistsError: it is there, and not to be replaced.
+        FileExistsError: it exists and ``replace`` is false.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, text, mode=0o600, replace=replace)
 
 
 def publish(path: Path, value: Mapping[str, object]) -> None:
-    """Write a JSON file that others read, whole or not at all."""
+    """Write a JSON file for other processes atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(value), durable=False)
 
 
 def read_published(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
-    """What ``publish`` wrote; nothing where there is no such file, or a damaged one.
+    """Read what ``publish`` wrote; return an empty dict if the file is missing or damaged.
 
     Args:
         path: the file.
-        kinds: fields it must have, with their types. Numbers are finite and not negative: some are processes to end.
+        kinds: required fields and their types. Numbers must be finite and not negative: some are process IDs to signal.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -136,9 +136,9 @@ def read_published(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
 
 
 def read_reports(shared: Path, role: str = "*", /, **kinds: type | UnionType) -> list[dict[str, Any]]:
-    """What components last said of themselves, by name; damaged words are left out, see ``read_published``."""
-    said = (read_published(path, **kinds) for path in sorted((shared / STATUS).glob(f"{role}-*.json")))
-    return [component for component in said if component]
+    """Return the last status reports of components, by name, without damaged ones (see ``read_published``)."""
+    reports = (read_published(path, **kinds) for path in sorted((shared / STATUS).glob(f"{role}-*.json")))
+    return [report for report in reports if report]
 
 
 def _is_a(kind: type | UnionType, value: object) -> bool:
@@ -148,10 +148,10 @@ def _is_a(kind: type | UnionType, value: object) -> bool:
 
 
 def read_secrets(file: str) -> dict[str, str]:
-    """Variables out of a file of lines ``NAME=value``; empty lines and lines after ``#`` are left out.
+    """Read variables from a file of lines ``NAME=value``, skipping empty lines and comments (``#``).
 
     Raises:
-        ConfigError: it cannot be read, is readable by others, or has another line; the line itself is not shown.
+        ConfigError: it cannot be read, others can read it, or a line has another form; the line itself is not shown.
     """
     if not file:
         return {}

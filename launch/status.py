@@ -1,4 +1,4 @@
-"""What ``rlpt status`` shows: components, progress, the buffer, jobs, and the ends of all logs."""
+"""``rlpt status``: jobs, progress, components, and the ends of all logs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_rlpt.observe.watchdog import HEARTBEAT
 
 _NUMBER = float | int
 _TEXTS = dict.fromkeys(("component", "role", "state", "host", "log", "start"), str)
-_SAID: dict[str, type | UnionType] = {**_TEXTS, "since": _NUMBER, "time": _NUMBER, "starts": int, "pid": int | None}
+_REPORT: dict[str, type | UnionType] = {**_TEXTS, "since": _NUMBER, "time": _NUMBER, "starts": int, "pid": int | None}
 _STEPS = dict.fromkeys(("step", "steps"), int)
 _BEAT: dict[str, type | UnionType] = {
     **_STEPS,
@@ -32,19 +32,19 @@ _BEAT: dict[str, type | UnionType] = {
     "time": _NUMBER,
     "seconds_there": _NUMBER,
 }
-"""What there has to be in a file for it to be one of a component, or a heartbeat; others are passed over."""
+"""Required fields of a component's report and of a heartbeat; files without them are skipped."""
 
 
 def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
-    """Print the state of the run in ``run_dir``; exit code 0, or 1 where a component failed or is silent.
+    """Print the state of the run in ``run_dir``; return 0, or 1 if a component failed or is silent.
 
     Raises:
-        ConfigError: nothing was launched there.
+        ConfigError: ``run_dir`` holds no launched run.
     """
     console = console or terminal.console(soft_wrap=True)
     shared = run_dir / SHARED
     jobs = _jobs(shared)
-    components = _current(read_reports(shared, **_SAID), jobs)
+    components = _current(read_reports(shared, **_REPORT), jobs)
     if not components and not jobs:
         raise ConfigError(f"{run_dir} holds no launched run (nothing in {shared}); start one with rlpt launch")
     for part, job in jobs.items():
@@ -80,7 +80,7 @@ def show(run_dir: Path, lines: int, console: Console | None = None) -> int:
 
 
 def _jobs(shared: Path) -> dict[str, str]:
-    """Part of the run -> number of its job, in the order in which they start."""
+    """Return part of the run -> ID of its job, in the order of their start."""
     return {
         part: path.read_text(encoding="utf-8", errors="replace").strip()
         for part in Part
@@ -89,7 +89,7 @@ def _jobs(shared: Path) -> dict[str, str]:
 
 
 def _current(components: list[dict[str, Any]], jobs: dict[str, str]) -> list[dict[str, Any]]:
-    """Those of the last start of every job; a job may have had more of them before, and the folder other jobs."""
+    """Return the components of the last start of every job; the folder may hold older ones."""
 
     def job_of(component: dict[str, Any]) -> str:
         return str(component["start"]).partition(".")[0] if jobs else ""
@@ -107,7 +107,7 @@ def _is_over(component: dict[str, Any]) -> bool:
 
 
 def _state(component: dict[str, Any], over: bool) -> tuple[str, bool]:
-    """State in words, and whether it is a bad one; ``over``: the trainer has ended, and all others with it."""
+    """Return the state as text and whether it is a fault; ``over``: the trainer has ended, and so have the others."""
     state = str(component["state"])
     if _is_over(component):
         return state, state.startswith("failed")
@@ -120,29 +120,29 @@ def _state(component: dict[str, Any], over: bool) -> tuple[str, bool]:
 
 
 def _progress(beat: dict[str, Any]) -> str:
-    place = f"step {beat['step']} of {beat['steps']}"
+    step = f"step {beat['step']} of {beat['steps']}"
     if beat["state"] != "running":
-        return f"{place}, {_ago(beat['time'])} ago: {beat['state']}"
+        return f"{step}, {_ago(beat['time'])} ago: {beat['state']}"
     stage = f", {beat['stage']} for {beat['seconds_there']:.0f} s" if beat["stage"] else ""
     troubles = f"; {beat['troubles']}" if beat.get("troubles") else ""
-    return f"{place}{stage}, heard of {_ago(beat['time'])} ago{troubles}"
+    return f"{step}{stage}, last heartbeat {_ago(beat['time'])} ago{troubles}"
 
 
 def _job_state(job: str) -> str:
-    """As Slurm knows it, where it is to be asked from here."""
+    """Return the state of a job as Slurm reports it."""
     if shutil.which("squeue") is None:
-        return "Slurm is not on this machine"
+        return "unknown (squeue is not installed on this machine)"
     done = subprocess.run(
         ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %M of %l %R"],
         capture_output=True,
         text=True,
     )
-    # A job that ended some minutes ago is not in the queue any more. A heterogeneous one has a line for every half.
+    # A job leaves the queue some minutes after its end. A heterogeneous job has a line for each half.
     return "; ".join(done.stdout.split("\n")).strip("; ") if done.stdout.strip() else "not in the queue"
 
 
 def _print_outputs(console: Console, shared: Path, jobs: Iterable[str], lines: int) -> None:
-    """Ends of what the jobs' scripts wrote, which also have what Slurm said of steps that it did not start."""
+    """Print the ends of the batch scripts' output, which has Slurm's errors about steps that did not start."""
     for part in jobs:
         path = shared / JOBS / f"{part}.output"
         if path.is_file():

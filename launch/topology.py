@@ -1,8 +1,8 @@
-"""Which components a run consists of on a cluster, and what each of them needs.
+"""Components of a run on a cluster, and the resources of each.
 
-buffer     1 process, where the launcher starts Redis
-teacher    servers of the teacher, on nodes of their own
-judges     worker processes, beside the first server (or the trainer, where there is none)
+buffer     1 process, if the launch starts Redis
+teacher    servers of the teacher, on their own nodes
+judges     worker processes, on the node of the first server (without servers: of the trainer)
 trainer    one process per rank
 """
 
@@ -27,7 +27,7 @@ class Component:
     nodes: int
     tasks_per_node: int
     first_node: int = 0
-    """Number of its first node, among those of the job."""
+    """Index of its first node, among those of the job."""
     gpus_per_node: int = 0
     gpu_type: str = ""
     cpus_per_task: int = 0
@@ -36,19 +36,18 @@ class Component:
 
     @property
     def tasks(self) -> int:
-        """All of its processes."""
+        """Return the number of its processes."""
         return self.nodes * self.tasks_per_node
 
 
 def components_of(cluster: Cluster, config: Config) -> list[Component]:
-    """Components in the order in which they are started; nodes of the teacher come after those of the trainer.
+    """Return the components in the order of their start; the teacher's nodes come after the trainer's.
 
     Raises:
-        ConfigError: the run's configuration asks for something that the cluster file does not start, or the other way
-            round.
+        ConfigError: the run's configuration and the cluster file do not fit together.
     """
     trainer = cluster.trainer
-    place = Component(
+    trainer_component = Component(
         "trainer",
         trainer.nodes,
         trainer.ranks_per_node,
@@ -60,7 +59,7 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
     )
     if not judged_by_workers(config):
         _refuse_idle(cluster)
-        return [place]
+        return [trainer_component]
     if cluster.executor is ExecutorName.slurm and not (config.buffer.url or cluster.buffer.redis):
         raise ConfigError(
             "buffer.url of the run is empty and buffer.redis of the cluster file false, and SQLite is for one machine; "
@@ -68,7 +67,7 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
         )
     if config.buffer.url and cluster.buffer.redis:
         raise ConfigError(
-            f"buffer.url is {config.buffer.url}, and buffer.redis of the cluster file starts another; keep one"
+            f"buffer.url is {config.buffer.url}, and buffer.redis of the cluster file starts another; set only one"
         )
     if cluster.judges.workers < 1:
         raise ConfigError("judges.workers is 0 and teacher.run_in workers; allowed: 1 worker or more")
@@ -80,7 +79,7 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
             "no server of the teacher: set teacher.nodes in the cluster file, or teacher.workers.endpoints or "
             "own_model in the run's configuration"
         )
-    # On one machine there is but one node.
+    # One machine is one node.
     first = trainer.nodes if cluster.executor is ExecutorName.slurm and servers.nodes else 0
     found = []
     if cluster.buffer.redis:
@@ -98,11 +97,11 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
                 servers.memory,
             )
         )
-    return [*found, Component("judges", 1, 1, first, cpus_per_task=cluster.judges.cpus), place]
+    return [*found, Component("judges", 1, 1, first, cpus_per_task=cluster.judges.cpus), trainer_component]
 
 
 def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Spec:
-    """What components are told."""
+    """Return the settings for the components."""
     servers = cluster.teacher
     return Spec(
         run_dir=config.run.dir,
@@ -127,21 +126,21 @@ def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Sp
 
 
 def is_separate(cluster: Cluster, components: Sequence[Component]) -> bool:
-    """Whether judging and training are jobs of their own; a run that judges by itself is one job."""
+    """Return whether judging and training are separate jobs; a run that judges in its trainer is one job."""
     slurm = cluster.executor is ExecutorName.slurm
     return slurm and cluster.slurm.allocation is Allocation.separate and len(components) > 1
 
 
 def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Config:
-    """``config`` for processes that do not run in ``here``.
+    """Return ``config`` for processes with another working directory.
 
     Args:
         config: of the run.
-        here: what its relative paths are relative to.
-        elsewhere: the cluster is another machine, where only absolute paths mean anything.
+        here: folder that relative paths refer to.
+        elsewhere: the cluster is another machine, where relative paths mean nothing.
 
     Raises:
-        ConfigError: a relative path, and the cluster is elsewhere.
+        ConfigError: a path is relative, and the cluster is elsewhere.
     """
 
     def absolute(key: str, path: str) -> str:
@@ -153,7 +152,7 @@ def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Confi
 
     def sources(key: str, entries: list[SourceConfig]) -> list[SourceConfig]:
         return [
-            # A name on a hub is none of a file.
+            # Other values are names on a hub.
             entry
             if entry.format is SourceFormat.hf and not (here / entry.path).exists()
             else replace(entry, path=absolute(f"{key}[{number}].path", entry.path))
@@ -178,10 +177,10 @@ def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Confi
 
 
 def _refuse_idle(cluster: Cluster) -> None:
-    """Raises ConfigError: components are asked for that a run without workers would not use."""
+    """Raise ConfigError for components that a run without judge workers would not use."""
     idle = {"teacher.nodes": cluster.teacher.nodes > 0, "buffer.redis": cluster.buffer.redis}
     for key in (key for key, asked in idle.items() if asked):
         raise ConfigError(
-            f"{key} of the cluster file is set, but the run's trainer judges by itself; set teacher.run_in: workers in "
-            "the run's configuration, or leave it out of the cluster file"
+            f"{key} of the cluster file is set, but the run judges in its trainer; set teacher.run_in: workers in "
+            "the run's configuration, or remove it from the cluster file"
         )

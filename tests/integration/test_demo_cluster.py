@@ -1,143 +1,161 @@
-"""tools/demo_cluster.py without vLLM: what is alive, what is given up, and that nothing is left however it ends."""
+"""The demo cluster on a tiny model: killed processes are restarted, broken ones given up, none is left behind."""
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
 import os
-import re
 import signal
+import socket
 import subprocess
-import sys
-import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_runs import NEXT_TOKEN, write_config
+import yaml
+from tiny_runs import json_lines, write_config
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools/demo_cluster.py"
-
-
-@pytest.fixture(scope="module")
-def demo():
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("demo_cluster", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+ROOT = Path(__file__).resolve().parents[2]
+RLPT = str(ROOT / ".venv-launch/bin/rlpt")
+SECTIONS = {
+    "rollout": {"engine": "megatron", "max_batch": 16},
+    "teacher": {"run_in": "workers", "workers": {"own_model": True, "groups": 2, "lease": 5.0, "metrics_port": -1}},
+    "train": {"steps": 6, "global_batch": 4, "micro_batch": 2, "staleness": 1},
+}
+pytestmark = pytest.mark.redis
 
 
-def start_time(pid: int) -> str:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return "" if fields[0] in "ZX" else fields[19]
+class Launch:
+    """``rlpt launch`` of the demo's cluster file in a folder, with relative paths."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.run = folder / "here"
+        self.out = folder / "out"
+        command = [RLPT, "launch", "--cluster", "cluster.yaml", "--config", "run.yaml", "--pack-dirty", *arguments]
+        self._options = {
+            "cwd": folder,
+            "env": {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+        }
+        self._command = command
+        with self.out.open("w") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **self._options
+            )
+
+    def again(self) -> subprocess.CompletedProcess[str]:
+        """The same command while the first one runs."""
+        return subprocess.run(self._command, capture_output=True, text=True, timeout=120, **self._options)
+
+    def report(self, component: str) -> dict:
+        try:
+            return json.loads((self.run / f"cluster/status/{component}-00000.json").read_text())
+        except OSError:
+            return {"state": "", "pid": 0, "starts": 0}
+
+    def running(self, component: str, starts: int = 1) -> int:
+        """Process of a component's command, once it runs for that time."""
+
+        def look() -> int:
+            report = self.report(component)
+            return report["pid"] if report["state"] == "running" and report["starts"] >= starts else 0
+
+        return self.wait(look)
+
+    def wait(self, found: Callable[[], int], seconds: float = 240.0) -> int:
+        deadline = time.monotonic() + seconds
+        while not (value := found()):
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.1)
+        return value
+
+    def steps(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return len(json_lines(path)) if path.exists() else 0
+
+    def said(self) -> str:
+        return self.out.read_text()
 
 
-def redis_of(demo, folder: Path, pid: int):
-    (folder / "processes.json").write_text(json.dumps({"redis-server": (pid, start_time(pid))}))
-    return demo.Redis(folder)
+@pytest.fixture
+def launch(served_model, corpus, tmp_path) -> Iterator[Callable[..., Launch]]:
+    launches: list[Launch] = []
+
+    def start(*arguments: str) -> Launch:
+        write_config(tmp_path / "run.yaml", served_model, corpus, Path("here"), **SECTIONS)
+        cluster = yaml.safe_load((ROOT / "configs/cluster/local.yaml").read_text())
+        cluster |= {"home": "home", "python": str(ROOT / ".venv/bin/python"), "environment": {"OMP_NUM_THREADS": "1"}}
+        cluster |= {"teacher": {}, "judges": {"workers": 1}}  # workers judge by themselves, without vLLM's server
+        (tmp_path / "cluster.yaml").write_text(json.dumps(cluster))
+        launches.append(Launch(tmp_path, *arguments))
+        return launches[-1]
+
+    yield start
+    for one in launches:
+        if one.process.poll() is None:
+            for _ in range(2):
+                one.process.send_signal(signal.SIGTERM)
+                time.sleep(1.0)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.process.wait(120)
+        one.process.kill()
+        one.process.wait()
 
 
 def is_there(pid: int) -> bool:
     try:
-        return bool(start_time(pid))
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
 
-def test_a_killed_redis_that_nobody_has_reaped_is_not_alive(demo, tmp_path):
-    process = subprocess.Popen(["sleep", "600"])
-    redis = redis_of(demo, tmp_path, process.pid)
-    assert redis.alive()
-    process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
-    assert not redis.alive()
-    process.wait()
+def test_each_part_is_killed_once_and_the_run_goes_on_to_its_end(launch):
+    """A killed process stays a zombie until its supervisor has seen it; that is not alive."""
+    run = launch()
+    run.wait(lambda: run.steps() >= 1)
+    for component in ("buffer", "judges", "trainer"):
+        os.kill(run.running(component), signal.SIGKILL)
+        run.running(component, starts=2)
+    assert run.process.wait(300) == 0, run.said()
+    assert [row["step"] for row in json_lines(run.run / "metrics.jsonl")] == list(range(6))
+    for component in ("buffer", "judges", "trainer"):
+        assert f"{component}-00000 ended with exit code 137; restarting in 1 s" in run.said()
+    lines = run.said().splitlines()
+    assert any("step 6/6" in line for line in lines), "the trainer's lines are printed"
+    assert sum(f"component logs: {run.run}/logs" in line for line in lines) == 1
 
 
-def test_what_ends_again_and_again_ends_all_with_its_exit_code(demo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "POLL", 0.01)
-    trainer = demo.Process("trainer", ["sleep", "600"], tmp_path / "trainer.log")
-    broken = demo.Process("judge worker 1", ["bash", "-c", "sleep 0.1; exit 3"], tmp_path / "judge.log")
-    trainer.start()
-    broken.start()
-    try:
-        assert demo.supervise(redis_of(demo, tmp_path, os.getpid()), trainer, [broken], threading.Event()) == 3
-    finally:
-        demo.end_all([trainer.running], 1.0)
-    out = capsys.readouterr().out
-    assert out.count("judge worker 1 ended (exit code 3) and was started again") == 5
-    assert "judge worker 1 ended too often" in out
+def test_what_ends_again_and_again_ends_all_with_its_exit_code(launch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        run = launch("--set", f"buffer.port={taken.getsockname()[1]}")
+        assert run.process.wait(240) == 1, run.said()
+    assert run.said().count("buffer-00000 ended with exit code 1; restarting") == 5
+    assert "buffer-00000 ended too often, last with exit code 1; see " in run.said()
+    assert (run.run / "logs/buffer-00000.log").read_text().count("Failed listening on port") == 6
+    assert not (run.run / "logs/judges-00000.log").exists(), "judges waited for the buffer"
+    assert not is_there(run.report("buffer")["pid"])
 
 
-def test_the_trainer_killed_once_goes_on_and_its_end_is_the_end(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "POLL", 0.01)
-    script = f"test -e {tmp_path}/again && exit 0; touch {tmp_path}/again; kill -9 $$"
-    trainer = demo.Process("trainer", ["bash", "-c", script], tmp_path / "trainer.log")
-    trainer.start()
-    assert demo.supervise(redis_of(demo, tmp_path, os.getpid()), trainer, [], threading.Event()) == 0
-
-
-@pytest.fixture
-def folder(tiny_model, corpus, tmp_path) -> Path:
-    """Where it is called from: a run that never ends, and whose teacher's server is refused, in relative paths."""
-    sections = {**NEXT_TOKEN, "teacher": {"run_in": "workers"}, "train": {"steps": 10**6, "global_batch": 4}}
-    write_config(tmp_path / "run.yaml", tiny_model, corpus, Path("here"), **sections)
-    return tmp_path
-
-
-def started(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """The script, and the processes that it has started."""
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--config", "run.yaml", "--workers", "1"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    for line in process.stdout:
-        if line.startswith("trainer: "):
-            return process, [int(pid) for pid in re.findall(r": (\d+)", line)]
-    raise AssertionError(f"it ended with {process.wait()}")
-
-
-def test_interrupted_twice_it_leaves_nothing_behind(folder):
-    process, pids = started(folder)
-    assert len(pids) == 4, "trainer, server, worker, Redis"
-    while process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all that belong to it
+def test_interrupted_twice_it_leaves_nothing_behind(launch):
+    run = launch("train.steps=1000000")
+    pids = [run.running(component) for component in ("buffer", "judges", "trainer")]
+    run.wait(lambda: run.steps() >= 1)
+    while run.process.poll() is None:
+        os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does, to all that belong to it
         time.sleep(0.02)
-    assert "Traceback" not in process.stdout.read()
-    assert process.returncode == 130
-    assert not any(is_there(pid) for pid in pids)
-    process.stdout.close()
-
-
-def test_what_cannot_be_served_ends_it_and_paths_are_those_of_the_caller(folder):
-    process, pids = started(folder)
-    assert os.readlink(f"/proc/{pids[0]}/cwd") == str(folder)
-    out = process.stdout.read()
-    assert process.wait() == 2, out
-    assert "teacher server ended too often, now with exit code 2; see its log" in out
-    said = (folder / "here/logs/teacher.log").read_text()
-    assert said.count("error: objective.name is ntp") == 6
-    assert "error: " not in (folder / "here/logs/judge-1.log").read_text()
+    assert "Traceback" not in run.said()
+    assert run.process.returncode == 130
     assert not any(is_there(pid) for pid in pids)
 
 
-def test_redis_that_cannot_start_is_one_line_and_ends_no_other(folder):
-    process, pids = started(folder)
-    try:
-        second = subprocess.run(
-            [sys.executable, SCRIPT, "--config", "run.yaml"], cwd=folder, capture_output=True, text=True, timeout=60
-        )
-        assert second.returncode == 1
-        assert "is running already" in second.stderr
-        assert len(second.stderr.splitlines()) == 1
-        assert is_there(pids[-1]), "the first one's Redis"
-    finally:
-        process.terminate()
-        process.communicate()
+def test_a_second_launch_of_the_run_is_one_line_and_ends_no_part_of_the_first(launch):
+    run = launch("train.steps=1000000")
+    redis = run.running("buffer")
+    second = run.again()
+    assert second.returncode == 2
+    errors = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert " is in use by process " in errors[0]
+    assert "Traceback" not in second.stderr
+    assert is_there(redis), "the first one's Redis"

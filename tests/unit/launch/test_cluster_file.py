@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from launch.cluster import Allocation
+from launch.cluster import Allocation, Cluster
 from launch.cluster_file import load_cluster, seconds_of
 from megatron_rlpt.errors import ConfigError
 
@@ -139,3 +141,19 @@ def test_times_are_read_as_slurm_reads_them(time, seconds):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/cluster").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_cluster_files_load(path):
     load_cluster(path)
+
+
+def test_the_manual_names_every_field():
+    rows = [line for line in (ROOT / "launch/README.md").read_text().splitlines() if line.startswith("| `")]
+    named: set[str] = set()
+    for row in rows:
+        section = ""
+        for name in re.findall(r"`(\.?[a-z_.]+)`", row.split("|")[1]):
+            section = section if name.startswith(".") else name.partition(".")[0]
+            named.add(section + name if name.startswith(".") else name)
+    fields: set[str] = set()
+    for field in dataclasses.fields(Cluster):
+        value = getattr(Cluster(), field.name)
+        inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        fields |= {f"{field.name}.{one.name}" for one in inner} or {field.name}
+    assert fields <= named, fields - named

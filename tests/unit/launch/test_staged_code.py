@@ -67,7 +67,7 @@ def test_files_that_are_no_text_are_recorded_too(repository, tmp_path):
 def test_a_private_file_is_not_packed_by_accident(repository, tmp_path):
     (repository / "my-secrets").write_text("A=b\n")
     (repository / "my-secrets").chmod(0o600)
-    with pytest.raises(ConfigError, match=r"my-secrets is for its owner alone and not committed; move it"):
+    with pytest.raises(ConfigError, match=r"my-secrets is private .* and not committed; move it"):
         stage(tmp_path / "staged", "", SPEC, pack_dirty=True, root=repository)
 
 

@@ -64,11 +64,11 @@ def test_the_spec_is_read_as_it_was_written(tmp_path):
     ("cluster", "overrides", "said"),
     [
         (replace(SLURM, buffer=BufferResources()), WORKERS, "SQLite is for one machine"),
-        (SLURM, (*WORKERS, "buffer.url=redis://x:1/0"), "starts another; keep one"),
+        (SLURM, (*WORKERS, "buffer.url=redis://x:1/0"), "starts another; set only one"),
         (replace(SLURM, judges=JudgeResources(workers=0)), WORKERS, "judges.workers is 0"),
         (SLURM, (*WORKERS, "teacher.workers.own_model=true"), "teacher.nodes of the cluster file above 0"),
         (replace(SLURM, teacher=TeacherResources()), WORKERS, "no server of the teacher"),
-        (SLURM, BASE, "the run's trainer judges by itself"),
+        (SLURM, BASE, "the run judges in its trainer"),
     ],
 )
 def test_files_that_do_not_fit_together_are_refused(cluster, overrides, said):

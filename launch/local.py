@@ -156,20 +156,28 @@ def clear_earlier(spec: Spec) -> None:
 
 @contextlib.contextmanager
 def passing_on_signals(spec: Spec) -> Iterator[None]:
-    """Pass Ctrl-C and SIGTERM on to the components, which nemo-run starts in a session of their own."""
+    """Pass Ctrl-C and SIGTERM on to the components, which nemo-run starts in a session of their own.
+
+    Once they have ended, signals are ignored until this process ends: they would only interrupt nemo-run's clean-up.
+    """
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        if (spec.shared / OUTCOME).exists():
+            return
         holder = _running(spec)
         if holder is None:
             raise KeyboardInterrupt
-        os.kill(holder.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(holder.pid, signal.SIGTERM)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, pass_on)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _running(spec: Spec) -> Holder | None:

@@ -9,7 +9,18 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_rlpt.distributed.processes import EndRequest, Restarts, end_all, start_child
+import pytest
+
+from megatron_rlpt.distributed import processes
+from megatron_rlpt.distributed.processes import (
+    EndReason,
+    EndRequest,
+    Restarts,
+    Supervisor,
+    end_all,
+    exit_code_of,
+    start_child,
+)
 
 PARENT = """
 import sys, time
@@ -139,3 +150,59 @@ def test_what_could_not_be_printed_is_no_success():
         )
     assert done.returncode == 1
     assert done.stderr == "error: standard output cannot be written: No space left on device\n"
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A supervisor's restarts, at most two and without waiting."""
+
+    class Hurried(Restarts):
+        MOST = 2
+
+        def ended(self):
+            return None if super().ended() is None else 0.0
+
+    monkeypatch.setattr(processes, "_POLL", 0.01)
+    monkeypatch.setattr(processes, "Restarts", Hurried)
+
+
+def until(seconds: float):
+    time.sleep(seconds)
+    return False
+
+
+def test_a_child_is_restarted_until_it_ends_too_often(hasty, tmp_path):
+    restarts = []
+    supervisor = Supervisor(on_restart=lambda child, code, delay: restarts.append(code))
+    log = tmp_path / "logs/child.log"
+    supervisor.start("child", ["bash", "-c", "echo started; exit 3"], log=log)
+    end = supervisor.run(until)
+    assert (end.child.name, end.returncode, end.reason) == ("child", 3, EndReason.too_often)
+    assert restarts == [3, 3]
+    assert log.read_text() == "started\n" * 3
+
+
+def test_a_child_that_fails_at_its_start_is_not_restarted(hasty):
+    supervisor = Supervisor(quick=60.0)
+    supervisor.start("child", ["bash", "-c", "exit 2"])
+    end = supervisor.run(until)
+    assert (end.returncode, end.reason) == (2, EndReason.at_start)
+
+
+def test_children_that_end_one_after_the_other_are_each_reported_once(hasty):
+    supervisor = Supervisor()
+    for number in range(2):
+        supervisor.start(str(number), ["bash", "-c", f"exit {number}"], restart_on=lambda code: False)
+    ends = [supervisor.run(until) for _ in range(2)]
+    assert {(end.child.name, end.returncode) for end in ends} == {("0", 0), ("1", 1)}
+    assert supervisor.run(lambda seconds: True) is None
+
+
+def test_ending_leaves_no_helper_of_a_child(hasty):
+    supervisor = Supervisor()
+    child = supervisor.start("child", [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
+    helper = int(child.process.stdout.readline())
+    supervisor.end(0.2)
+    assert exit_code_of(child.process.returncode) == 128 + signal.SIGKILL
+    await_end(helper)
+    child.process.stdout.close()

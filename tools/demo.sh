@@ -3,14 +3,14 @@
 #
 #   bash tools/demo.sh [section.key=value ...]
 #
-# Overrides go to the run, to its baseline and to the evaluation. Run again, it goes on from where it stopped; when all
-# is done it only prints the report.
+# Overrides apply to the run, its baseline and the evaluation. Run it again to resume; when all is done it only prints the
+# report.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash tools/setup.sh
 rlpt=.venv/bin/rlpt
-# Most laptops' CPUs are several times slower in bf16, which a run computes in by default. What is asked for wins.
+# Runs compute in bf16 by default, in which most laptops' CPUs are several times slower. Your own overrides win.
 if .venv/bin/python -c 'import sys; from megatron_rlpt.observe.machine import bf16_is_slow; sys.exit(not bf16_is_slow())'; then
     echo "this CPU has no kernels for bf16: model.dtype=fp32"
     set -- model.dtype=fp32 "$@"

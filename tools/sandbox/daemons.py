@@ -1,7 +1,7 @@
-"""What the sandboxes have in common: Debian's packages, and daemons that belong to a folder and to nobody else.
+"""Common parts of the sandboxes: installing Debian packages, and daemons that belong to a folder.
 
-The numbers of a folder's daemons lie in ``processes.json`` beside their start times, because a number is given anew
-once its process has ended: only a process that fits both is ever signalled. Only Python's standard library is used.
+``processes.json`` holds process IDs and start times of a folder's daemons. Process IDs are reused, so only a process
+that matches both is ever signaled. Only Python's standard library is used.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 SECONDS = 120.0
-"""How long daemons may take to start or to end; seconds are usual, a busy machine needs more."""
+"""Seconds for daemons to start or end; a busy machine needs many."""
 SEARCH_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
-"""Debian leaves the folders of daemons out of an ordinary user's PATH."""
+"""PATH with the folders of daemons, which Debian omits for ordinary users."""
 
 
 class SandboxError(Exception):
-    """What a user can put right, in one line."""
+    """An error that the user can fix, in one line."""
 
 
 def install_packages(title: str, programs: Sequence[str], packages: Sequence[str]) -> None:
-    """Install Debian's ``packages`` unless all ``programs`` are there; ``title`` is what they make up.
+    """Install Debian's ``packages`` unless all ``programs`` exist; ``title`` names them in errors.
 
     Raises:
         SandboxError: no apt-get, not root, or apt-get failed.
@@ -38,7 +38,7 @@ def install_packages(title: str, programs: Sequence[str], packages: Sequence[str
         return
     what = f"{title} is not installed here ({', '.join(missing(programs))} not found)"
     if shutil.which("apt-get") is None:
-        raise SandboxError(f"{what} and there is no apt-get; install {' and '.join(packages)} in this system's way")
+        raise SandboxError(f"{what} and there is no apt-get; install {' and '.join(packages)} another way")
     if os.geteuid() != 0:
         raise SandboxError(f"{what}; run as root: apt-get install {' '.join(packages)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -52,7 +52,7 @@ def install_packages(title: str, programs: Sequence[str], packages: Sequence[str
 
 
 def require_installed(title: str, programs: Sequence[str]) -> None:
-    """Raises SandboxError: not all of ``programs`` are there."""
+    """Raise SandboxError unless all ``programs`` exist."""
     if missing(programs):
         raise SandboxError(
             f"{title} is not installed here ({', '.join(missing(programs))} not found); run as root: "
@@ -61,12 +61,12 @@ def require_installed(title: str, programs: Sequence[str]) -> None:
 
 
 def missing(programs: Sequence[str]) -> list[str]:
-    """Those of ``programs`` that are not installed."""
+    """Return those of ``programs`` that are not installed."""
     return [name for name in programs if shutil.which(name, path=SEARCH_PATH) is None]
 
 
 def require_free(folder: Path, marker: str) -> None:
-    """Raises SandboxError: ``folder`` holds something else than a sandbox (which has ``marker``), or a running one."""
+    """Raise SandboxError if ``folder`` holds a running sandbox, or other files (a sandbox has ``marker``)."""
     if folder.exists() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise SandboxError(f"{folder} is not empty and no sandbox; name a new folder")
     if any(is_running(*process) for process in read_processes(folder).values()):
@@ -74,23 +74,23 @@ def require_free(folder: Path, marker: str) -> None:
 
 
 def prepare(folder: Path, inside: Sequence[str]) -> None:
-    """Make ``folder`` for its owner alone, and the folders ``inside`` it."""
+    """Create ``folder`` with mode 0700, and the folders ``inside`` it."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     for name in inside:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "processes.json").unlink(missing_ok=True)  # of a sandbox that did not end in order
+    (folder / "processes.json").unlink(missing_ok=True)  # left by a sandbox that did not stop cleanly
 
 
 def write_secret(path: Path, secret: bytes) -> None:
-    """Write a file that is readable by its owner alone from the first moment."""
+    """Write a file that only its owner can ever read."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
         handle.write(secret)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that are free now."""
+    """Return ports of this machine that are currently free."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -105,7 +105,7 @@ def launch(
     name: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Start a daemon that outlives this process, and note its number and start time; its output is in ``log/``."""
+    """Start a daemon that outlives this process, and record it; its output goes to ``log/``."""
     name = name or program
     executable = shutil.which(program, path=SEARCH_PATH)
     assert executable is not None, program
@@ -127,7 +127,7 @@ def wait_for(folder: Path, what: str, ready: Callable[[], bool]) -> None:
     """Wait until ``ready()``.
 
     Raises:
-        SandboxError: a daemon ended meanwhile, or it took too long.
+        SandboxError: a daemon ended, or it took too long.
     """
     deadline = time.monotonic() + SECONDS
     while not ready():
@@ -143,16 +143,16 @@ def wait_for(folder: Path, what: str, ready: Callable[[], bool]) -> None:
 
 
 def require_sandbox(folder: Path, marker: str) -> None:
-    """Raises SandboxError: ``folder`` holds no sandbox, which has ``marker``."""
+    """Raise SandboxError unless ``folder`` holds a sandbox, which has ``marker``."""
     if not (folder / marker).is_file():
         raise SandboxError(f"{folder} holds no sandbox")
 
 
 def end_daemons(folder: Path) -> None:
-    """End the daemons of ``folder``, the last started first.
+    """End the daemons of ``folder`` in reverse order of their start.
 
     Raises:
-        SandboxError: one did not end, not even when killed.
+        SandboxError: one did not end, even when killed.
     """
     for name, process in reversed(read_processes(folder).items()):
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -167,7 +167,7 @@ def end_daemons(folder: Path) -> None:
 
 
 def read_processes(folder: Path) -> dict[str, tuple[int, str]]:
-    """Number and start time of every daemon of ``folder`` that was started, in that order."""
+    """Return process ID and start time of the daemons of ``folder``, in the order of their start."""
     path = folder / "processes.json"
     if not path.is_file():
         return {}
@@ -175,12 +175,12 @@ def read_processes(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def is_running(number: int, started: str) -> bool:
-    """Whether the process of this number is still the one that started then, and has not ended."""
+    """Return whether the process with this ID and start time is running."""
     return bool(started) and start_time(number) == started
 
 
 def start_time(number: int) -> str:
-    """When a process started, in clock ticks since boot; empty if there is none or it has ended (proc(5))."""
+    """Return the start time of a process in clock ticks since boot; empty if it has ended (proc(5))."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -189,8 +189,8 @@ def start_time(number: int) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line of ``text`` that says something."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+    """Return the last line of ``text`` that is not empty."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
 def command_line(
@@ -200,14 +200,14 @@ def command_line(
     start: Callable[[Path], str],
     stop: Callable[[Path], None],
 ) -> None:
-    """The commands of a sandbox: ``install``, ``start DIR`` and ``stop DIR``; exit code 1 with one line on a failure.
+    """Run the command line of a sandbox: ``install``, ``start DIR`` and ``stop DIR``; exit with 1 on failure.
 
     Args:
-        description: what the sandbox is.
-        helps: what ``install``, ``start`` and ``stop`` do.
+        description: of the sandbox.
+        helps: descriptions of ``install``, ``start`` and ``stop``.
         install: installs packages.
-        start: starts the sandbox in a folder; what it returns is printed.
-        stop: ends the sandbox of a folder.
+        start: starts the sandbox in a folder; its result is printed.
+        stop: stops the sandbox of a folder.
     """
     parser = argparse.ArgumentParser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)

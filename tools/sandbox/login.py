@@ -1,17 +1,16 @@
 """A real SSH server on this machine, to try a launch that reaches its cluster through a login node.
 
-    sudo python3 tools/sandbox/login.py install   # Debian's openssh-server and rsync, unless they are there
+    sudo python3 tools/sandbox/login.py install   # Debian's openssh-server and rsync, if missing
     eval "$(bash tools/slurm_sandbox.sh start /tmp/slurm)"
-    python3 tools/sandbox/login.py start DIR      # prints what ``rlpt launch`` is to be given
-    python3 tools/sandbox/login.py stop DIR       # ends it
+    python3 tools/sandbox/login.py start DIR      # prints the options for ``rlpt launch``
+    python3 tools/sandbox/login.py stop DIR       # stops it
 
-All that belongs to it lies in DIR, which is made readable by its owner alone: keys made for it, configuration, log
-(``log/``), the number of its process (``processes.json``). It listens on this machine only, on a free port, and lets in
-the user who started it, with the key ``DIR/key``. Sessions see the Slurm that ``SLURM_CONF`` names when it is started.
-An SSH server that runs on the machine for real is left alone.
+DIR (mode 0700) holds everything: generated keys, configuration, log (``log/``), process ID (``processes.json``). The
+server listens on this machine only, on a free port, and admits the user who started it, with the key ``DIR/key``.
+Sessions use the Slurm that ``SLURM_CONF`` names at the start. A regular SSH server of the machine is not affected.
 
-rsync, which nemo-run copies with, asks ssh, and that has to know the server: put ``DIR/bin``, whose ssh does, first on
-the PATH.
+nemo-run copies with rsync, which runs ssh, which must know the server's key: put ``DIR/bin``, which has such an ssh,
+first on the PATH.
 
 Only Python's standard library is used. Exit codes: 0 done, 1 with one line on standard error.
 """
@@ -43,7 +42,7 @@ from daemons import (
 
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync")
 SEPARATION = Path("/run/sshd")
-"""Folder that Debian's sshd wants to be there when root starts it."""
+"""Folder that Debian's sshd requires when root starts it."""
 
 CONFIGURATION = """\
 ListenAddress 127.0.0.1
@@ -51,7 +50,7 @@ Port {port}
 HostKey {folder}/host_key
 PidFile none
 AuthorizedKeysFile {folder}/authorized_keys
-# DIR may lie in a folder that others write to, as /tmp is.
+# DIR may be in a folder that others can write to, such as /tmp.
 StrictModes no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
@@ -66,19 +65,19 @@ exec {ssh} -o UserKnownHostsFile={folder}/known_hosts "$@"
 
 
 def install() -> None:
-    """See ``install_packages``."""
+    """Install the Debian packages."""
     install_packages("An SSH server", PROGRAMS, ["openssh-server", "openssh-client", "rsync"])
 
 
 def start(folder: Path) -> str:
-    """Start the server in ``folder``, which is made, and wait until it answers.
+    """Start the server in ``folder``, which is created, and wait until it answers.
 
     Returns:
-        Overrides of a cluster file that lead to it.
+        Overrides of a cluster file for it.
 
     Raises:
-        SandboxError: it is not installed, ``folder`` cannot be used or is in use, or the server did not come up; it is
-            ended again then.
+        SandboxError: it is not installed, ``folder`` cannot be used or is in use, or the server did not start, in
+            which case it is stopped.
     """
     require_installed("An SSH server", PROGRAMS)
     if re.search(r"[\s\"'\\%]", str(folder)):
@@ -111,7 +110,7 @@ def start(folder: Path) -> str:
 
 
 def stop(folder: Path) -> None:
-    """End the server of ``folder``.
+    """Stop the server of ``folder``.
 
     Raises:
         SandboxError: there is no sandbox in ``folder``, or the server did not end.
@@ -121,7 +120,7 @@ def stop(folder: Path) -> None:
 
 
 def make_key(path: Path) -> None:
-    """Make a key without a passphrase, in place of one that is there.
+    """Create a key without a passphrase, replacing an existing one.
 
     Raises:
         SandboxError: ssh-keygen failed.
@@ -134,7 +133,7 @@ def make_key(path: Path) -> None:
 
 
 def answers(port: int) -> bool:
-    """Whether the server greets who connects."""
+    """Return whether the server answers connections."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             return connection.recv(4) == b"SSH-"
@@ -145,9 +144,9 @@ def answers(port: int) -> bool:
 def main() -> None:
     """Entry point of the script."""
     helps = (
-        "install Debian's packages unless they are there (root)",
+        "install Debian's packages if missing (root)",
         "start it and wait until it answers",
-        "end it",
+        "stop it",
     )
     command_line("A real SSH server on this one machine.", helps, install, start, stop)
 

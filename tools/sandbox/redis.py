@@ -1,19 +1,18 @@
-"""A real Redis server of its own folder, to try a run whose rollout buffer is in Redis.
+"""A real Redis server in a folder, to try a run with its rollout buffer in Redis.
 
-    sudo python3 tools/sandbox/redis.py install   # Debian's package redis-server, unless it is there
+    sudo python3 tools/sandbox/redis.py install   # Debian's package redis-server, if missing
     python3 tools/sandbox/redis.py start DIR      # returns once the server answers
     rlpt train -c my.yaml buffer.url=... buffer.password_file=...    # ``start`` prints these two
-    python3 tools/sandbox/redis.py stop DIR       # ends the server; what it holds stays in DIR
+    python3 tools/sandbox/redis.py stop DIR       # stops the server; its data stays in DIR
 
-All that belongs to it lies in DIR, which is made readable by its owner alone: configuration, password, append-only
-file (``data/``), log (``log/``), the number of its process (``processes.json``). The server listens on this machine
-only, on a port that was free when DIR was made and stays the same: started again, also after it was killed, the server
-goes on with what it held. A Redis that runs on the machine for real is left alone, as are all processes that were not
-started here. Debian's package brings a service of the system too; the sandbox neither needs nor touches it.
+DIR (mode 0700) holds everything: configuration, password, append-only file (``data/``), log (``log/``), process ID
+(``processes.json``). The server listens on this machine only, on a port that is chosen once. Started again, even after
+a kill, it has its data. Other Redis servers and processes are not affected; Debian's package also installs a system
+service, which the sandbox neither needs nor touches.
 
-It is set up as a rollout buffer wants it: nothing is evicted, and every change is in the append-only file before it is
-answered. The file reaches the disk once a second, so a power failure may cost the last second, and that no group: the
-buffer is asked for what is missing, and it is put or judged once more.
+The settings are those that a rollout buffer needs: nothing is evicted, and every change is in the append-only file
+before it is acknowledged. The file reaches the disk once a second. A power failure may lose the last second but no
+group: the trainer puts missing groups again, and workers judge them again.
 
 Only Python's standard library is used. Exit codes: 0 done, 1 with one line on standard error.
 """
@@ -56,16 +55,16 @@ maxmemory-policy noeviction
 
 
 def install() -> None:
-    """See ``install_packages``."""
+    """Install the Debian package."""
     install_packages("Redis", PROGRAMS, ["redis-server"])
 
 
 def start(folder: Path) -> None:
-    """Start the server in ``folder``, which is made unless it is there, and wait until it answers.
+    """Start the server in ``folder``, which is created if missing, and wait until it answers.
 
     Raises:
-        SandboxError: Redis is not installed, ``folder`` cannot be used or is in use, or the server did not come up;
-            it is ended again then.
+        SandboxError: Redis is not installed, ``folder`` cannot be used or is in use, or the server did not start,
+            in which case it is stopped.
     """
     require_installed("Redis", PROGRAMS)
     if re.search(r"[\s\"\\]", str(folder)):
@@ -86,7 +85,7 @@ def start(folder: Path) -> None:
 
 
 def stop(folder: Path) -> None:
-    """End the server of ``folder``; what it holds and its log stay.
+    """Stop the server of ``folder``; its data and log stay.
 
     Raises:
         SandboxError: there is no sandbox in ``folder``, or the server did not end.
@@ -96,15 +95,15 @@ def stop(folder: Path) -> None:
 
 
 def port_of(folder: Path) -> int:
-    """Port of the server of ``folder``."""
+    """Return the port of the server of ``folder``."""
     found = re.search(r"^port (\d+)$", (folder / "redis.conf").read_text(), re.MULTILINE)
     if found is None:
-        raise SandboxError(f"{folder}/redis.conf names no port; remove {folder} and start anew")
+        raise SandboxError(f"{folder}/redis.conf has no port; remove {folder} and start again")
     return int(found.group(1))
 
 
 def answers(folder: Path) -> bool:
-    """Whether the server has read its append-only file and takes commands."""
+    """Return whether the server has loaded its append-only file and accepts commands."""
     password = (folder / "password").read_text()
     try:
         with socket.create_connection(("127.0.0.1", port_of(folder)), timeout=1) as connection:
@@ -114,12 +113,12 @@ def answers(folder: Path) -> bool:
                 reply += part
     except OSError:
         return False
-    # While it reads its file it answers -LOADING.
+    # While it loads its file it answers -LOADING.
     return reply == b"+OK\r\n+PONG\r\n"
 
 
 def overrides(folder: Path) -> str:
-    """What a run in this server sets."""
+    """Return the overrides for a run that uses the server."""
     return f"buffer.url=redis://127.0.0.1:{port_of(folder)}/0 buffer.password_file={folder}/password"
 
 
@@ -131,11 +130,11 @@ def main() -> None:
         return overrides(folder)
 
     helps = (
-        "install Debian's package unless it is there (root)",
+        "install Debian's package if missing (root)",
         "start it and wait until it answers",
-        "end it; what it holds stays",
+        "stop it; its data stays",
     )
-    command_line("A real Redis server of its own folder.", helps, install, started, stop)
+    command_line("A real Redis server in a folder.", helps, install, started, stop)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
 """A real Slurm of two nodes on this one machine, to try a launch without a cluster.
 
-    sudo python3 tools/sandbox/slurm.py install   # Debian's packages, unless they are there
+    sudo python3 tools/sandbox/slurm.py install   # Debian's packages, if missing
     python3 tools/sandbox/slurm.py start DIR      # returns once both nodes are idle
     export SLURM_CONF=DIR/slurm.conf              # ``start`` prints this line
     srun -N2 -n2 hostname
-    sinfo; squeue; sbatch job.sh; sacct           # everything that Slurm has, accounting too
-    python3 tools/sandbox/slurm.py stop DIR       # cancels what runs and ends the daemons
+    sinfo; squeue; sbatch job.sh; sacct           # all of Slurm, with accounting
+    python3 tools/sandbox/slurm.py stop DIR       # cancels its jobs and ends the daemons
 
 It runs munged, mariadbd, slurmdbd, slurmctld and two slurmd (nodes n1 and n2, both this machine, each with all of its
-cores) as the user who starts it, and runs that user's jobs only. All that belongs to it lies in DIR: configuration,
-munge key, socket, logs (``log/``), the numbers of its processes (``processes.json``). DIR is made readable by its owner
-alone and must be short, because the address of a Unix socket holds 107 characters. The ports are free ones, and a Slurm
-that runs on the machine for real is left alone, as are all processes that were not started here.
+cores) as the user who starts it, and runs that user's jobs only. DIR (mode 0700) holds everything: configuration, munge
+key, socket, logs (``log/``), process IDs (``processes.json``). Its path must be short, because the address of a Unix
+socket holds 107 characters. Ports are free ones. Another Slurm and other processes of the machine are not affected.
 
-``sbatch --test-only --partition=imagined`` says whether a job fits a cluster of 600 nodes with 8 GPUs each. They are
-not there: what is submitted to them waits for ever.
+``sbatch --test-only --partition=imagined`` tells whether a job fits a cluster of 600 nodes with 8 GPUs each. The nodes
+do not exist: a job that is submitted to them waits forever.
 
-Debian's packages bring services of the system too; the sandbox neither needs nor touches them.
+Debian's packages also install system services, which the sandbox neither needs nor touches.
 
 What differs from a cluster: node names do not resolve (``scontrol show node n1`` knows the address), both nodes see the
-same memory, nothing keeps a job to the cores that it was given, and the two GPUs of a node are counted but not there.
+same memory, jobs are not confined to their cores, and the two GPUs of a node are counted but do not exist.
 
 Only Python's standard library is used. Exit codes: 0 done, 1 with one line on standard error.
 """
@@ -40,13 +39,13 @@ from daemons import SECONDS, SandboxError, command_line, is_running, read_proces
 
 NODES = ("n1", "n2")
 DEVICES = ("/dev/null", "/dev/zero")
-"""Of each node, and in Slurm's books GPUs: jobs that ask for GPUs can be tried, and find none."""
+"""Devices of each node that Slurm counts as GPUs, to try jobs that request them."""
 PARTITION = "main"
 IMAGINED = "imagined"
-"""Partition of GPU nodes that are not there: what would run on a large cluster can be tried with --test-only."""
+"""Partition of GPU nodes that do not exist, to try jobs of a large cluster with --test-only."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo", *accounting.PROGRAMS)
 SOCKET_LENGTH = 107
-"""Of the path of a Unix socket, in bytes (unix(7))."""
+"""Longest path of a Unix socket, in bytes (unix(7))."""
 LONGEST_SOCKET = "/" + accounting.SOCKET
 
 CONFIGURATION = """\
@@ -68,7 +67,7 @@ SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd-%n.log
 MailProg=/bin/true
 
-# Neither control groups nor systemd, which a container has not.
+# No control groups and no systemd, which a container lacks.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/linux
@@ -76,30 +75,29 @@ JobAcctGatherType=jobacct_gather/linux
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-# Both nodes have the cores of this machine, however they are divided into sockets and threads.
+# Both nodes have all cores of this machine, whatever its sockets and threads.
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
-# Jobs start at once, requeued ones too (by default looked for every 60 s). Heterogeneous ones are started by the
-# backfill scheduler alone (by default every 30 s).
+# Start jobs immediately, requeued ones too (by default every 60 s). Only the backfill scheduler starts heterogeneous
+# jobs (by default every 30 s).
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
-# That scheduler looks again only after something has changed, and that a requeued job may start now is no change.
-# Priorities that are worked out anew every minute are one.
+# That scheduler runs only after a change. A requeued job becoming eligible is none; recomputed priorities are.
 PriorityType=priority/multifactor
 PriorityCalcPeriod=00:01:00
 
-# A busy machine is no failed node.
+# A busy machine must not count as a failed node.
 MessageTimeout=60
 BatchStartTimeout=60
 SlurmdTimeout=0
-# What does not end by itself when cancelled is killed after this many seconds.
+# Seconds after which a cancelled process is killed.
 KillWait=5
 
 {nodes}
 PartitionName={partition} Nodes={names} Default=YES MaxTime=INFINITE State=UP
 
-# Slurm takes a cloud's nodes for usable without seeing them. Each has what a DGX H100 has: 8 GPUs, 112 cores with two
-# threads each and 2 TB of memory (NVIDIA DGX H100/H200 User Guide, hardware overview).
+# Slurm considers cloud nodes usable without contacting them. Each is a DGX H100: 8 GPUs, 112 cores with two threads
+# each, 2 TB of memory (NVIDIA DGX H100/H200 User Guide, hardware overview).
 GresTypes=gpu
 NodeName=g[1-600] NodeAddr=127.0.0.1 Port=1 CPUs=224 RealMemory=2000000 Gres=gpu:h100:8 State=CLOUD
 PartitionName={imagined} Nodes=g[1-600] MaxTime=INFINITE State=UP
@@ -111,16 +109,16 @@ SuspendExcNodes={names}
 
 
 def install() -> None:
-    """See ``daemons.install_packages``."""
+    """Install the Debian packages."""
     daemons.install_packages("Slurm", PROGRAMS, ["slurm-wlm", "munge", *accounting.PACKAGES])
 
 
 def start(folder: Path) -> None:
-    """Start the daemons in ``folder``, which is made, and wait until all nodes are idle.
+    """Start the daemons in ``folder``, which is created, and wait until all nodes are idle.
 
     Raises:
-        SandboxError: Slurm is not installed, ``folder`` cannot be used or is in use, or a daemon did not come up;
-            what was started is ended again then.
+        SandboxError: Slurm is not installed, ``folder`` cannot be used or is in use, or a daemon did not start,
+            in which case the others are stopped.
     """
     daemons.require_installed("Slurm", PROGRAMS)
     longest = SOCKET_LENGTH - len(LONGEST_SOCKET)
@@ -132,16 +130,16 @@ def start(folder: Path) -> None:
         )
     daemons.require_free(folder, "slurm.conf")
     daemons.prepare(folder, ("log", "state", *(f"spool/{node}" for node in NODES)))
-    (folder / "munge.socket").unlink(missing_ok=True)  # of a sandbox that did not end in order
+    (folder / "munge.socket").unlink(missing_ok=True)  # left by a sandbox that did not stop cleanly
     write_secret(folder / "munge.key", os.urandom(128))
     write_configuration(folder)
     try:
-        # --force, because munged wants its socket where every user of the machine can reach it.
+        # --force, because munged insists on a socket that every user of the machine can reach.
         munge_files = [f"--{what}-file={folder}/munge.{what}" for what in ("key", "pid", "seed")]
         launch(folder, "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge_files)
         wait_for(folder, "munged", (folder / "munge.socket").is_socket)
         accounting.start(folder, environment_of(folder))
-        # -c: the jobs of an earlier sandbox in this folder are gone.
+        # -c: forget the jobs of an earlier sandbox in this folder.
         launch(folder, "slurmctld", "-D", "-c")
         for node in NODES:
             launch(folder, "slurmd", "-D", "-N", node, name=f"slurmd-{node}")
@@ -160,7 +158,7 @@ def stop(folder: Path) -> None:
     daemons.require_sandbox(folder, "slurm.conf")
     controller = read_processes(folder).get("slurmctld")
     if controller is not None and is_running(*controller):
-        # Before the daemons: what runs for a job is ended by its node.
+        # Before the daemons: nodes end the processes of their jobs.
         ask(folder, "scancel", f"--user={getpass.getuser()}")
         deadline = time.monotonic() + SECONDS
         while jobs := ask(folder, "squeue", "--noheader", "--format=%A").split():
@@ -171,7 +169,7 @@ def stop(folder: Path) -> None:
 
 
 def write_configuration(folder: Path) -> None:
-    """``slurm.conf`` with ports that are free now."""
+    """Write ``slurm.conf`` with ports that are currently free."""
     controller_port, accounting_port, *node_ports = daemons.free_ports(2 + len(NODES))
     host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
     lines = [
@@ -200,13 +198,13 @@ def launch(folder: Path, program: str, *arguments: str, name: str | None = None)
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    """This process's environment without what another Slurm put there."""
+    """Return the environment without variables of another Slurm."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
     return kept | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": daemons.SEARCH_PATH}
 
 
 def ask(folder: Path, program: str, *arguments: str) -> str:
-    """Standard output of one of Slurm's programs; empty if it failed, as it does while its controller comes up."""
+    """Return the output of a Slurm program; empty if it failed, for example while the controller starts."""
     done = subprocess.run(
         [program, *arguments], env=environment_of(folder), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
@@ -214,21 +212,21 @@ def ask(folder: Path, program: str, *arguments: str) -> str:
 
 
 def node_states(folder: Path) -> list[str]:
-    """State of every node that is there; none before the controller answers."""
+    """Return the states of the real nodes; empty before the controller answers."""
     return ask(folder, "sinfo", f"--partition={PARTITION}", "--noheader", "--Node", "--format=%T").split()
 
 
 def main() -> None:
-    """Entry point of the script."""
+    """Run the command line."""
 
     def started(folder: Path) -> str:
         start(folder)
         return f"export SLURM_CONF={folder}/slurm.conf"
 
     helps = (
-        "install Debian's packages unless they are there (root)",
+        "install Debian's packages if missing (root)",
         "start it and wait until both nodes are idle",
-        "cancel its jobs, end it",
+        "cancel its jobs, stop it",
     )
     command_line("A real Slurm of two nodes on this one machine.", helps, install, started, stop)
 

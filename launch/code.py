@@ -12,10 +12,15 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from launch.spec import Spec
+from megatron_rlpt.config import Config, SourceConfig
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.extensions import class_name, is_extension, load_extension
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = "job"
@@ -42,7 +47,73 @@ def interpreter() -> str:
     return sys.executable
 
 
-def stage(target: Path, config: str, spec: Spec, *, pack_dirty: bool, root: Path = ROOT) -> None:
+def with_staged_classes(config: Config, root: Path = ROOT) -> tuple[Config, dict[str, Path]]:
+    """Have the user's classes read from the staged code.
+
+    A single file is copied, wherever it lies; a module of the repository is staged with it; one that is installed
+    has to be installed on the cluster as well.
+
+    Args:
+        config: the run.
+        root: the repository.
+
+    Returns:
+        The configuration with the names of the copies, and name in the staged code -> file to copy.
+
+    Raises:
+        ConfigError: a class is in a package that is neither in the repository nor installed.
+    """
+    files: dict[str, Path] = {}
+
+    def staged(key: str, name: str) -> str:
+        if not is_extension(name):
+            return name
+        extension, module = load_extension(key, name), name.rpartition(":")[0]
+        file = extension.file.resolve()
+        installed = [Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")]
+        if not module.endswith(".py"):
+            if root.joinpath(*module.split(".")).with_suffix(".py") == file or any(map(file.is_relative_to, installed)):
+                return name
+            if "." in module:
+                raise extension.problem(
+                    f"which is in the package of {file}, outside of {root}; give it as one file (path/file.py:Class), "
+                    "or install the package here and on the cluster"
+                )
+        copy = f"{JOB}/classes/{extension.sha256[:8]}/{file.name}"
+        files[copy] = file
+        return f"{copy}:{class_name(name)}"
+
+    def sources(key: str, entries: list[SourceConfig]) -> list[SourceConfig]:
+        return [
+            replace(entry, reader=staged(f"{key}[{number}].reader", entry.reader))
+            for number, entry in enumerate(entries)
+        ]
+
+    found = replace(
+        config,
+        objective=replace(config.objective, name=staged("objective.name", config.objective.name)),
+        teacher=replace(config.teacher, judge=staged("teacher.judge", config.teacher.judge)),
+        data=replace(
+            config.data,
+            sources=sources("data.sources", config.data.sources),
+            heldout=sources("data.heldout", config.data.heldout),
+        ),
+        evaluation=replace(
+            config.evaluation, ngram_corpus=sources("evaluation.ngram_corpus", config.evaluation.ngram_corpus)
+        ),
+    )
+    return found, files
+
+
+def stage(
+    target: Path,
+    config: str,
+    spec: Spec,
+    *,
+    pack_dirty: bool,
+    root: Path = ROOT,
+    classes: Mapping[str, Path] | None = None,
+) -> None:
     """Copy the code to ``target`` and add configuration, spec and provenance.
 
     Args:
@@ -51,6 +122,7 @@ def stage(target: Path, config: str, spec: Spec, *, pack_dirty: bool, root: Path
         spec: settings for the components.
         pack_dirty: include uncommitted changes and record them as a patch; otherwise they are an error.
         root: the repository.
+        classes: files of the user's classes, by their names in ``target`` (``with_staged_classes``).
 
     Raises:
         ConfigError: not a git repository, or it has uncommitted changes without ``pack_dirty``.
@@ -78,6 +150,9 @@ def stage(target: Path, config: str, spec: Spec, *, pack_dirty: bool, root: Path
             shutil.copy2(source, copy)
     job = target / JOB
     job.mkdir(parents=True)
+    for name, source in (classes or {}).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target / name)
     (target / CONFIG).write_text(config, encoding="utf-8")
     spec.write(target / SPEC)
     (job / "code.json").write_text(json.dumps({"commit": commit, "uncommitted": [line[3:] for line in dirty]}) + "\n")

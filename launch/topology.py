@@ -154,7 +154,7 @@ def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Confi
         return [
             # Other values are names on a hub.
             entry
-            if entry.format is SourceFormat.hf and not (here / entry.path).exists()
+            if (entry.reader or entry.format is SourceFormat.hf) and not (here / entry.path).exists()
             else replace(entry, path=absolute(f"{key}[{number}].path", entry.path))
             for number, entry in enumerate(entries)
         ]

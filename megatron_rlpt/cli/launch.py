@@ -15,7 +15,7 @@ import typer
 
 from launch.cluster import Cluster, ExecutorName
 from launch.cluster_file import check_path, load_cluster
-from launch.code import stage
+from launch.code import stage, with_staged_classes
 from launch.local import await_outcome, clear_earlier, following_trainer, passing_on_signals
 from launch.mounts import check_mounts, on_node
 from launch.spec import Spec
@@ -49,8 +49,9 @@ def launch(
     components = components_of(target, run)
     spec = spec_of(target, run, components)
     name = Path(run.run.dir).name
+    run, classes = with_staged_classes(run)
     with _staged(target, name, dry_run) as staged:
-        stage(staged, to_yaml(run), spec, pack_dirty=pack_dirty)
+        stage(staged, to_yaml(run), spec, pack_dirty=pack_dirty, classes=classes)
         code = _submit(target, components, staged, name, spec, dry_run=dry_run)
     raise typer.Exit(code)
 

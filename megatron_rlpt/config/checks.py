@@ -11,6 +11,7 @@ from megatron_rlpt.config.fields import check_values
 from megatron_rlpt.config.judges import TeacherUse, check_judge, judge_facts
 from megatron_rlpt.config.schema import Config, SourceConfig
 from megatron_rlpt.config.sources import possible_formats, unused_option
+from megatron_rlpt.config.user_classes import check_reader
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.objectives import ObjectiveFacts, check_objective, facts_of
 from megatron_rlpt.types import Source
@@ -66,6 +67,7 @@ def validate(config: Config) -> None:
 
 
 def _check_source(source: SourceConfig, key: str) -> None:
+    check_reader(source, key)
     if (problem := unused_option(source, possible_formats(source))) is not None:
         raise ConfigError(f"{key}.{problem}")
     if key.startswith("evaluation.ngram_corpus") and source.weight != 1:

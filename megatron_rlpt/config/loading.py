@@ -17,6 +17,7 @@ from megatron_rlpt.config.choices import SourceFormat
 from megatron_rlpt.config.renamed import REMOVED, RENAMED
 from megatron_rlpt.config.schema import Config, SourceConfig
 from megatron_rlpt.config.structured import Schema
+from megatron_rlpt.config.user_classes import identities
 from megatron_rlpt.errors import ConfigError
 
 SCHEMA = Schema(Config, RENAMED, REMOVED)
@@ -73,10 +74,15 @@ def to_yaml(config: Config) -> str:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Return plain values (enums by name) by dotted key, to compare and log configurations."""
+    """Return plain values (enums by name) by dotted key, to compare and log configurations.
+
+    The user's classes have their SHA-256 next to their name, as ``objective.name.sha256``.
+    """
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
+        if prefix.endswith("].reader") and not node:
+            return  # earlier releases had no such key
         if isinstance(node, dict):
             for key, value in node.items():
                 walk(value, f"{prefix}.{key}" if prefix else str(key))
@@ -87,7 +93,7 @@ def flatten(config: Config) -> dict[str, Any]:
             flat[prefix] = node.name if isinstance(node, enum.Enum) else node
 
     walk(dataclasses.asdict(config), "")
-    return flat
+    return flat | identities(config)
 
 
 def nearest_key(key: str) -> str:

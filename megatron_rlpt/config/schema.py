@@ -115,6 +115,10 @@ class SourceConfig:
         -1, "Token id that ends a document, for format megatron; -1 detects the control token at its end, if any.",
         at_least=-1, allowed="a token id, or -1 (detected)",
     )  # fmt: skip
+    reader: str = option(
+        "", "Your own class that reads the source, as module:Class or path/file.py:Class; empty reads it by format."
+    )
+    options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
 
 
 @dataclass

@@ -25,6 +25,8 @@ def unused_option(source: SourceConfig, formats: Iterable[SourceFormat]) -> str 
         source: as configured.
         formats: its format, or all that it may turn out to have.
     """
+    if source.reader:
+        return None
     possible = list(formats)
     for name, used_in in _USED_IN.items():
         value, default = getattr(source, name), getattr(SourceConfig(path=""), name)

@@ -49,7 +49,7 @@ def survey_corpus(sources: Sequence[SourceConfig], max_bad_fraction: float) -> N
         DataError: a source has no file, or more than the allowed share of it is lost.
     """
     for source in sources:
-        if source.format == SourceFormat.hf or holds_tokens(source):
+        if source.reader or source.format == SourceFormat.hf or holds_tokens(source):
             continue  # its reader finds out what is damaged
         files = find_files(source)
         for kind, entry in files.passed_over.items():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_rlpt.config import Config, flatten
+from megatron_rlpt.config.user_classes import is_same_class
 from megatron_rlpt.errors import ConfigError
 
 SETTINGS = "settings"
@@ -28,7 +29,7 @@ def require_same_settings(config: Config, announced: str) -> None:
     """
     trainer, worker = json.loads(announced), _settings(config)
     for key in sorted(trainer.keys() | worker.keys()):
-        if trainer.get(key) != worker.get(key):
+        if trainer.get(key) != worker.get(key) and not is_same_class(key, trainer.get(key), worker.get(key)):
             raise ConfigError(
                 f"{key} is {worker.get(key)} for this worker and {trainer.get(key)} for the trainer; start both with "
                 "the same configuration"

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_rlpt.config import Config, Decay, flatten, to_yaml
 from megatron_rlpt.config.renamed import with_new_names
+from megatron_rlpt.config.user_classes import is_same_class
 from megatron_rlpt.errors import CheckpointError, not_written
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.log import get_logger
@@ -160,6 +161,14 @@ def require_same_run(folder: Path, now: Mapping[str, Any], then: Mapping[str, An
         if key == _STEPS:
             _require_other_length(folder, now, then, done)
             continue
+        if is_same_class(key, now.get(key), then.get(key)):
+            continue
+        if key.endswith(".sha256") and now.get(key) and then.get(key):
+            name = key.removesuffix(".sha256")
+            raise CheckpointError(
+                f"{folder} holds a run with another source of {name} = {then.get(name)} (SHA-256 {then[key][:12]}, now "
+                f"{now[key][:12]}); put the old file back, choose another run.dir, or start over with --fresh"
+            )
         raise CheckpointError(
             f"{folder} holds a run with {key} = {then.get(key)}, not {now.get(key)}; keep the old value, choose "
             "another run.dir, or start over with --fresh (which moves the folder aside)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_rlpt.config import SourceConfig, SourceFormat
 from megatron_rlpt.config.sources import unused_option
 from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Reader
+from megatron_rlpt.data.readers.extension import ExtensionReader
 from megatron_rlpt.data.readers.files import find_files
 from megatron_rlpt.data.readers.huggingface import HuggingFaceReader
 from megatron_rlpt.data.readers.indexed import IndexedReader, holds_tokens
@@ -28,6 +29,8 @@ def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES, vocabulary:
         DataError: path missing or empty, format not recognised, or a package that the format needs is missing.
         ConfigError: an option is set that has no effect in the format that the source turns out to have.
     """
+    if source.reader:
+        return ExtensionReader(source, limit)
     if source.format == SourceFormat.hf:
         return HuggingFaceReader(source, limit)
     if holds_tokens(source):

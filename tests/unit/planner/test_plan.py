@@ -191,7 +191,7 @@ def test_a_run_that_gets_nowhere_has_no_number_in_json():
         ("continual_1b4", ("model.dtype=fp32",), ConfigError, "model.dtype is fp32"),
         ("continual_1b4", ("--judge-tensor", "3"), ConfigError, "--judge-tensor is 3; .* may be 1, 2, 4, 8, 16, 32$"),
         ("continual_70b", ("optimizer.offload=true",), ConfigError, "rollout.engine=megatron never sleeps"),
-        ("continual_moe", ("rollout.engine=megatron",), EngineError, "the model a mixture of experts"),
+        ("continual_moe", ("rollout.engine=megatron",), EngineError, "the model is a mixture of experts"),
     ],
 )
 def test_what_the_trainer_or_a_server_refuses_is_not_planned(recipe, arguments, error, message):

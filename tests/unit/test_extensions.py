@@ -1,0 +1,266 @@
+"""Classes of the user's: loading, checks at the start, and what becomes of their mistakes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.code import with_staged_classes
+from megatron_rlpt.config import SourceConfig, flatten, load_config
+from megatron_rlpt.data.readers.documents import BadRecord, Document
+from megatron_rlpt.data.readers.sources import open_source
+from megatron_rlpt.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megatron_rlpt.extensions import forget, load_extension
+from megatron_rlpt.objectives import build_objective
+from megatron_rlpt.teacher.extension_judges import CheckedGroupJudge, CheckedReward, NoTeacher
+from megatron_rlpt.teacher.settings_fingerprint import require_same_settings, settings_fingerprint
+from megatron_rlpt.trainer.run_record import require_same_run
+from megatron_rlpt.types import BLANK, Candidate, Episode, Failed, Group, Reward, Source
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "configs/examples"
+OBJECTIVE = """
+from megatron_rlpt.objectives import ObjectiveFacts, Selection
+from megatron_rlpt.types import Source
+
+class Mine:
+    facts = ObjectiveFacts(trains_on=frozenset({Source.ORIGINAL}), needs_judge=False)
+    def __init__(self, strength, *, mode="a"):
+        self.strength = strength
+    def select(self, groups):
+        return Selection()
+    def loss(self, inputs):
+        return 1.0
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    forget()
+    yield
+    for name in ("mine", "other"):
+        sys.modules.pop(name, None)
+
+
+def load(*overrides: str):
+    minimal = ["run.dir=r", "model.path=m", "train.steps=9", "data.sources=[{path: a.jsonl}]", "candidates.rollouts=0"]
+    return load_config(None, [*minimal, *overrides])
+
+
+def mine(text: str = OBJECTIVE, file: str = "mine.py") -> None:
+    Path(file).write_text(text)
+
+
+def group(*blank: bool) -> Group:
+    candidates = tuple(Candidate(Source.ROLLOUT, (5, index), blank=one) for index, one in enumerate(blank))
+    return Group(Episode("e", (1, 2), (3,), "c", "d", 2), candidates)
+
+
+@pytest.mark.parametrize("name", ["mine.py:Mine", "mine:Mine"])
+def test_a_class_loads_by_file_and_by_module_with_its_options(name):
+    mine()
+    config = load(f"objective.name={name}", "objective.options.strength=2")
+    assert build_objective(config.objective).inner.strength == 2
+    assert len(flatten(config)["objective.name.sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "problem"),
+    [
+        (None, [], "does not exist"),
+        ("x = (", [], "cannot be imported (SyntaxError"),
+        ("import torch_is_not_here", [], "cannot be imported (ModuleNotFoundError"),
+        ("Mine = 3", [], "has a int of that name, not a class"),
+        ("Yours = 3", [], "has no class of that name"),
+        ("class Mine: pass", [], "which has no facts; it needs the class attribute facts = ObjectiveFacts(...)"),
+        (OBJECTIVE.replace("def select", "def choose"), [], "which has no method select"),
+        (OBJECTIVE.replace("def loss(self, inputs)", "def loss(self)"), [], "method loss does not take 1 argument"),
+        (OBJECTIVE.replace("def loss", "async def loss"), [], "method loss must not be async def"),
+        (OBJECTIVE, [], "objective.options lacks strength"),
+        (OBJECTIVE, ["strength=1", "force=2"], "objective.options.force is no option of mine.py:Mine; its options are"),
+    ],
+)
+def test_what_is_wrong_with_a_class_is_one_line_at_the_start(text, overrides, problem):
+    if text is not None:
+        mine(text)
+    with pytest.raises(ConfigError) as caught:
+        load("objective.name=mine.py:Mine", *(f"objective.options.{one}" for one in overrides))
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "mine.py:Mine" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["objective.name=nothing"], "objective.name is 'nothing'; allowed: ntp, "),
+        (["objective.name=ntp", "teacher.judge=nobody"], "teacher.judge is 'nobody'; allowed: likelihood, generative"),
+        (["objective.name=ntp", "objective.options.beta=1"], "objective.options.beta is no option of ntp"),
+        (["objective.name=ntp", "teacher.options.n=1"], "teacher.options has n"),
+        (["objective.name=ntp", "data.sources[0].options.n=1"], "data.sources[0].options has n"),
+        (
+            ["objective.name=ntp", "data.sources[0].reader=csv"],
+            "data.sources[0].reader is 'csv'; allowed: ",
+        ),
+    ],
+)
+def test_unknown_names_and_options_of_built_in_classes(overrides, problem):
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides)
+    assert problem in str(caught.value)
+
+
+def test_the_facts_of_an_objective_are_those_of_its_checks():
+    mine(OBJECTIVE.replace("needs_judge=False", "needs_judge=False, least_rollouts=1").replace("ORIGINAL", "ROLLOUT"))
+    with pytest.raises(ConfigError, match=r"candidates\.rollouts is 0; allowed: at least 1, because objective"):
+        load("objective.name=mine.py:Mine", "objective.options.strength=1")
+
+
+def test_what_an_objective_returns_wrongly_is_an_error_that_names_it():
+    mine()
+    config = load("objective.name=mine.py:Mine", "objective.options.strength=2")
+    objective = build_objective(config.objective)
+    with pytest.raises(TrainingError, match=r"objective mine\.py:Mine: select accounted for 0 groups of 1"):
+        objective.select([group(False)])
+    with pytest.raises(TrainingError, match=r"objective mine\.py:Mine: loss returned float, not LossTerms"):
+        objective.loss(None)
+
+
+class Words:
+    """Stands for a tokenizer."""
+
+    def text_of(self, tokens, before=(), *, within=False):
+        return " ".join(map(str, tokens))
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        ([math.nan, 1.0], "returned a reward that is not finite"),
+        ([True, 1.0], "returned a reward that is no number"),
+        (["1", 1.0], "returned a reward that is no number"),
+        ([Failed("mine.py:Mine no"), 1.0], "no"),
+        ([1.0], "returned another number of rewards"),
+        (None, "raised TypeError"),
+    ],
+)
+def test_a_wrong_reward_is_a_counted_failure_that_names_the_class(returned, reason):
+    class Inner:
+        reads_tokens = True
+
+        def reward(self, prefix, candidates):
+            assert (prefix, candidates) == ((1, 2), [(5, 1), (5, 2)])
+            return returned
+
+    mine()
+    judge = CheckedReward(Inner(), load_extension("teacher.judge", "mine.py:Mine"), Words())
+    ((blank, first, second),) = (one.rewards for one in judge.judge([group(True, False, False)]))
+    assert blank is BLANK
+    assert isinstance(first, Failed)
+    assert first.reason == f"mine.py:Mine {reason}"
+    if returned is not None and len(returned) == 2:
+        assert isinstance(second, Reward)
+        assert second.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda g: replace(g, rewards=(Reward(math.inf, "j", "p"), Reward(1.0, "j", "p"))), "that is not finite"),
+        (lambda g: replace(g, rewards=(1.0, Reward(1.0, "j", "p"))), "that is no Reward"),
+        (lambda g: replace(g, rewards=()), "returned another number of rewards"),
+        (lambda g: replace(g, candidates=g.candidates[:1]), "returned another group"),
+        (lambda g: None, "returned no Group"),
+        (lambda g: 1 / 0, "raised ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_group_is_a_counted_failure_that_names_the_class(change, reason):
+    class Inner:
+        async def judge_group(self, group, ask):
+            return change(group)
+
+    mine()
+    judge = CheckedGroupJudge(Inner(), load_extension("teacher.judge", "mine.py:Mine"))
+    judged = asyncio.run(judge.judge_group(group(False, False), NoTeacher()))
+    assert isinstance(judged.rewards[0], Failed)
+    assert judged.rewards[0].reason.startswith("mine.py:Mine ")
+    assert reason in judged.rewards[0].reason
+
+
+def test_a_data_source_counts_bad_records_resumes_and_names_itself():
+    Path("a.csv").write_text("id,text\n1,one\n2\n3,three\n")
+    source = SourceConfig(path="a.csv", reader=f"{EXAMPLES}/csv_source.py:CsvColumn")
+    reader = open_source(source)
+    first, second, third, end = (reader.read() for _ in range(4))
+    assert (first, third, end) == (Document("a.csv:0", "one"), Document("a.csv:2", "three"), None)
+    assert isinstance(second, BadRecord)
+    assert second.reason == "no column 'text'"
+    reader.seek([2])
+    assert (reader.position, reader.read()) == ([2], third)
+    Path("a.csv").unlink()
+    with pytest.raises(DataError, match=r"csv_source\.py:CsvColumn raised FileNotFoundError.* at record 0"):
+        open_source(source).read()
+
+
+def test_another_source_is_refused_on_resume_and_by_workers_but_another_location_is_not():
+    mine()
+    overrides = ["objective.options.strength=2"]
+    before = load("objective.name=mine.py:Mine", *overrides)
+    flat, fingerprint = flatten(before), settings_fingerprint(before)
+    Path("sub").mkdir()
+    mine(file="sub/mine.py")
+    moved = load("objective.name=sub/mine.py:Mine", *overrides)
+    require_same_run(Path("r"), flatten(moved), flat, 1)
+    require_same_settings(moved, fingerprint)
+    mine(OBJECTIVE + "# changed\n")
+    forget()
+    changed = load("objective.name=mine.py:Mine", *overrides)
+    with pytest.raises(CheckpointError, match=r"another source of objective\.name = mine\.py:Mine .*--fresh"):
+        require_same_run(Path("r"), flatten(changed), flat, 1)
+    with pytest.raises(ConfigError, match=r"objective\.name\.sha256 is "):
+        require_same_settings(changed, fingerprint)
+
+
+def test_a_launch_copies_single_files_and_refuses_packages_from_elsewhere():
+    mine()
+    config, files = with_staged_classes(load("objective.name=mine:Mine", "objective.options.strength=2"))
+    ((copy, file),) = files.items()
+    assert config.objective.name == f"{copy}:Mine"
+    assert file == Path("mine.py").resolve()
+    assert copy.startswith("job/classes/")
+    Path("package").mkdir()
+    mine(file="package/mine.py")
+    elsewhere = load("objective.name=package.mine:Mine", "objective.options.strength=2")
+    with pytest.raises(ConfigError, match=r"objective\.name is package\.mine:Mine, which is in the package of "):
+        with_staged_classes(elsewhere)
+
+
+BLOCKED = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "megatron", "vllm", "transformers", "numpy"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTorch())
+from megatron_rlpt.config import load_config
+for name in sys.argv[1:]:
+    load_config(name)
+"""
+
+
+def test_the_examples_load_without_torch(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    examples = sorted(map(str, EXAMPLES.glob("*.yaml")))
+    assert len(examples) == 4
+    done = subprocess.run([sys.executable, "-c", BLOCKED, *examples], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""``rlpt convert``: from any format we read to Hugging Face or Megatron, tensor by tensor."""
+"""``rlpt convert``: any supported input to Hugging Face or Megatron, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from megatron_rlpt.policy.layout import Layout, check_cut
 
 Say = Callable[[str], None]
 _LINES = 10
-"""Progress lines of one conversion."""
+"""Number of progress lines per conversion."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written."""
+    """The result of a conversion."""
 
     folder: Path
     tensors: int
-    """Hugging Face tensors."""
+    """Number of Hugging Face tensors."""
     bytes_: int
     """Size of the folder."""
     seconds: float
     peak_bytes: int
-    """Most memory the process has held so far, libraries included."""
+    """Peak memory of the process so far, including libraries."""
 
     def describe(self) -> str:
-        """One line for the user."""
+        """Summarize the result in one line."""
         return (
             f"wrote {self.folder}: {self.tensors} tensors, {_size(self.bytes_)}, {self.seconds:.1f} s, peak memory "
             f"{_size(self.peak_bytes)}"
@@ -67,28 +67,28 @@ def convert(
 
     Args:
         source: a Hugging Face folder, a Megatron distributed checkpoint, a run or one of its checkpoints, a GGUF file.
-        target: does not exist, or is an empty folder. It appears complete or not at all.
+        target: must not exist or be an empty folder. It appears complete or not at all.
         to: ``Format.HF`` or ``Format.MEGATRON``.
-        layout: tensor, pipeline and expert sizes by which a Megatron checkpoint is cut into files; one file by default.
-            Any layout loads it.
+        layout: tensor, pipeline and expert sizes by which a Megatron checkpoint is split into files; one file by
+            default. Any layout can load it.
         dtype: precision of the written weights; by default that of the source, and bf16 for GGUF.
-        hf_config: configuration and tokenizer of a Megatron checkpoint that does not carry its own.
-        verify: compare source and result afterwards, see ``verify.verify``.
-        say: gets progress lines.
+        hf_config: configuration and tokenizer of a Megatron checkpoint that does not contain them.
+        verify: compare source and result afterwards (``verify.verify``).
+        say: called with progress lines.
 
     Raises:
-        ConfigError: options that contradict each other or the model, or a target that holds something.
-        ModelError: the source cannot be used, or ``verify`` found a difference (the result then stays to be looked at).
+        ConfigError: options contradict each other or the model, or the target is not empty.
+        ModelError: the source cannot be used, or ``verify`` found a difference (the result is kept).
         CheckpointError: the source is damaged, or the target cannot be written.
     """
     started = time.monotonic()
     require_free(target)
     if to is Format.HF and layout is not None:
-        raise ConfigError("--tp, --pp and --ep cut a Megatron checkpoint into files; leave them out with --to hf")
+        raise ConfigError("--tp, --pp and --ep split a Megatron checkpoint into files; omit them with --to hf")
     found = recognise(source)
     _require_apart(found, target)
     for left in unfinished(target):
-        say(f"{left} is left of a conversion that did not finish; remove it unless one is at work there")
+        say(f"{left} is left over from a conversion that did not finish; remove it unless one is still running")
     with explaining_full_disks(target), open_source(found, hf_config) as opened:
         layout = layout or Layout()
         check_cut(layout, opened.arch)
@@ -111,15 +111,15 @@ def convert(
 
 @contextlib.contextmanager
 def open_source(found: Input, hf_config: Path | None) -> Iterator[CheckpointSource]:
-    """The source that ``found`` is; files it needs for itself are removed at the end.
+    """Open the source ``found``; its temporary files are removed at the end.
 
     Raises:
-        ConfigError: ``hf_config`` is missing, or given where it has no meaning.
+        ConfigError: ``hf_config`` is missing, or given for another format.
         ModelError: the source cannot be used.
         CheckpointError: the source is damaged.
     """
     if hf_config is not None and found.format is not Format.MEGATRON:
-        raise ConfigError(f"--hf-config is for Megatron checkpoints; {found.path} has a configuration of its own")
+        raise ConfigError(f"--hf-config is for Megatron checkpoints; {found.path} has its own configuration")
     if found.format is Format.MEGATRON:
         yield MegatronSource(found.path, require_files(found, hf_config))
     elif found.format is Format.HF:
@@ -132,7 +132,7 @@ def open_source(found: Input, hf_config: Path | None) -> Iterator[CheckpointSour
 
 
 class _Weights:
-    """The tensors of a source in the precision to write, with progress lines while they pass."""
+    """The tensors of a source in the target precision; iterating reports progress."""
 
     def __init__(self, source: CheckpointSource, dtype: torch.dtype | None, say: Say) -> None:
         self._source = source
@@ -140,7 +140,7 @@ class _Weights:
         self._say = say
         self.count = 0
         self.dtypes: set[torch.dtype] = set()
-        """Precisions so far."""
+        """Precisions seen so far."""
 
     def __iter__(self) -> Iterator[tuple[Rule, list[torch.Tensor]]]:
         layers, said = self._source.arch.layers, 0
@@ -155,7 +155,7 @@ class _Weights:
                 self._say(f"  layer {rule.layer} of {layers}, memory so far {_size(_peak_bytes())}")
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, tensor)."""
+        """Yield (Hugging Face name, tensor)."""
         for rule, tensors in self:
             yield from zip(rule.hf, tensors, strict=True)
 
@@ -172,10 +172,10 @@ def _write_megatron(weights: _Weights, source: CheckpointSource, target: Path, l
 
 
 def require_free(target: Path) -> None:
-    """Refuse an output that holds something, or cannot be one.
+    """Refuse an output that is not empty or not usable.
 
     Raises:
-        ConfigError: it is such.
+        ConfigError: it is not empty, cannot be read, or is a mount point.
     """
     if os.path.islink(os.path.realpath(target)):
         raise ConfigError(f"{target} is a link that leads to itself; choose another output")
@@ -192,15 +192,15 @@ def require_free(target: Path) -> None:
 
 
 def _require_apart(found: Input, target: Path) -> None:
-    """Refuse an output among the files of the input, which a conversion leaves as they are."""
+    """Refuse an output inside the input, which a conversion must not change."""
     whole = found.path.parent if found.format is Format.MEGATRON and found.path.name == POLICY else found.path
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(whole)):
-        raise ConfigError(f"{target} is inside of the input {whole}; choose an output outside of it")
+        raise ConfigError(f"{target} is inside the input {whole}; choose an output outside of it")
 
 
 @contextlib.contextmanager
 def explaining_full_disks(target: Path) -> Iterator[None]:
-    """One line for a disk that is full where nothing of the result is written, temporary files for instance."""
+    """Turn a full disk outside of the result, such as for temporary files, into a one-line error."""
     try:
         yield
     except RlptError:
@@ -210,12 +210,12 @@ def explaining_full_disks(target: Path) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"{target} could not be written ({type(error).__name__}: {first_line(error)}; temporary files are in "
-            f"{tempfile.gettempdir()}); free space, then start again"
+            f"{tempfile.gettempdir()}); free space, then run it again"
         ) from error
 
 
 def _require_space(source: CheckpointSource, target: Path, to: Format, dtype: torch.dtype | None) -> None:
-    """Refuse before writing what cannot fit: a conversion may take an hour, and a full disk disturbs others."""
+    """Refuse a result that does not fit on the disk before anything is written."""
     needed = sum(path.stat().st_size for path in source.files.iterdir() if is_settings(path))
     for rule in mapping(source.arch):
         # Megatron's vocabulary is padded.
@@ -231,7 +231,7 @@ def _require_space(source: CheckpointSource, target: Path, to: Format, dtype: to
 
 
 def parameters(arch: Architecture) -> int:
-    """Number of weights of a model."""
+    """Return the number of weights of a model."""
     return sum(torch.Size(shape).numel() for rule in mapping(arch) for shape in rule.shapes(arch))
 
 

@@ -1,4 +1,4 @@
-"""What a path given as input holds."""
+"""Recognition of the checkpoint format at an input path."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_rlpt.errors import CheckpointError, ConfigError, ModelError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _NEMO_WEIGHTS = "weights"
-"""Subfolder of a NeMo 2 checkpoint with the distributed checkpoint; ``context`` beside it is not read."""
+"""Subfolder of a NeMo 2 checkpoint with the distributed checkpoint; its ``context`` folder is not read."""
 HF_FILES = "hf"
-"""Subfolder of a Megatron checkpoint (or beside it, in a run's checkpoint) with configuration and tokenizer."""
+"""Folder with configuration and tokenizer: in a Megatron checkpoint, or next to it in a run's checkpoint."""
 
 
 class Format(enum.Enum):
@@ -34,17 +34,17 @@ class Input:
     path: Path
     """The Hugging Face folder, the folder of a Megatron checkpoint's files, or the GGUF file."""
     files: Path | None = None
-    """Hugging Face configuration and tokenizer of a Megatron checkpoint, where they lie with it."""
+    """Hugging Face configuration and tokenizer that come with a Megatron checkpoint, if any."""
 
 
 def recognise(path: Path) -> Input:
-    """Find out what ``path`` is.
+    """Recognize the checkpoint at ``path``.
 
-    A run folder stands for its newest complete checkpoint, a Megatron-LM save folder for its latest iteration.
+    A run folder means its newest complete checkpoint, a Megatron-LM save folder its latest iteration.
 
     Raises:
-        ModelError: nothing that can be converted.
-        CheckpointError: a checkpoint of ours that is not complete.
+        ModelError: there is nothing that can be converted.
+        CheckpointError: a run's checkpoint is not complete.
     """
     try:
         file, folder = path.is_file(), path.is_dir()
@@ -56,14 +56,14 @@ def recognise(path: Path) -> Input:
         raise ModelError(f"{path} does not exist; give a Hugging Face folder, a Megatron checkpoint or a GGUF file")
     if (path / ".metadata").is_file():
         return _megatron(path, path / HF_FILES)
-    # Before all that other tools may have put into a model's folder.
+    # Check this first: other tools may have added their files to a model's folder.
     if (path / "config.json").is_file():
         return Input(Format.HF, path)
     if (path / "metadata.json").is_file():
         return _megatron(path, path / HF_FILES)
     if (path / "policy").is_dir():
         if not (path / MARKER).is_file():
-            raise CheckpointError(f"{path} has no {MARKER} marker, so it is not whole; give another checkpoint")
+            raise CheckpointError(f"{path} has no {MARKER} marker, so it is not complete; give another checkpoint")
         return _megatron(path / "policy", path / HF_FILES)
     for checkpoints in (path / "checkpoints", path):
         latest = CheckpointStore(checkpoints, keep=1).latest() if any(checkpoints.glob("step-*")) else None
@@ -80,13 +80,13 @@ def recognise(path: Path) -> Input:
     if len(files) > 1:
         raise ModelError(f"{path} holds {len(files)} GGUF files; name the one to convert, for instance {files[0]}")
     raise ModelError(
-        f"{path} is no checkpoint: a Hugging Face folder has config.json and *.safetensors, a Megatron distributed "
+        f"{path} is not a checkpoint: a Hugging Face folder has config.json and *.safetensors, a Megatron distributed "
         "checkpoint .metadata and *.distcp, a run folder checkpoints/step-*; a GGUF file is given by its own path"
     )
 
 
 def _latest_iteration(saves: Path) -> Input:
-    """The iteration that a save folder of Megatron-LM, Megatron-Bridge or NeMo names as its latest."""
+    """Return the latest iteration of a save folder of Megatron-LM, Megatron-Bridge or NeMo."""
     tracker = saves / TRACKER
     try:
         named = tracker.read_text(encoding="utf-8", errors="replace").strip()
@@ -96,22 +96,22 @@ def _latest_iteration(saves: Path) -> Input:
     if (folder / ".metadata").is_file() or (folder / "metadata.json").is_file():
         return _megatron(folder, folder / HF_FILES)
     _refuse_legacy(folder)
-    raise ModelError(f"{tracker} says {named!r}, and {folder} is no Megatron distributed checkpoint; copy it again")
+    raise ModelError(f"{tracker} names {named!r}, and {folder} is not a Megatron distributed checkpoint; copy it again")
 
 
 def _refuse_legacy(folder: Path) -> None:
-    """Say what Megatron's format before the distributed one is; its files are pickles that only Megatron can read."""
+    """Refuse Megatron's legacy format: its files are pickles that only Megatron can read."""
     ranks = sorted(path.name for path in folder.glob("mp_rank_*") if path.is_dir())
     if ranks:
         raise ModelError(
             f"{folder} is a checkpoint in Megatron's legacy format ({ranks[0]}/model_optim_rng.pt), which is pickled "
-            "and not read; load it in Megatron-LM with --load and save it with --ckpt-format torch "
+            "and not supported; load it in Megatron-LM with --load and save it with --ckpt-format torch "
             "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, then convert FOLDER"
         )
 
 
 def require_files(found: Input, given: Path | None) -> Path:
-    """The folder with a Megatron checkpoint's configuration: the ``given`` one, else the one that lies with it.
+    """Return the folder with a Megatron checkpoint's configuration: ``given``, or the one that comes with it.
 
     Raises:
         ConfigError: there is neither.
@@ -130,7 +130,7 @@ def _gguf_file(path: Path) -> Input:
         with path.open("rb") as stream:
             start = stream.read(4)
     except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
+        raise ModelError(f"{path} cannot be read ({error.strerror}); fix its permissions") from None
     if start != b"GGUF":
         raise ModelError(f"{path} is not a GGUF file; give a Hugging Face folder, a Megatron checkpoint or a GGUF file")
     return Input(Format.GGUF, path)
@@ -148,5 +148,5 @@ def _megatron(folder: Path, files: Path) -> Input:
             ) from None
         if backend != "torch_dist":
             raise ModelError(f"{folder} is stored as {backend!r}; supported: 'torch_dist' (save it with --ckpt-format)")
-    # Without it, it is torch's own format (--ckpt-format torch_dcp or fsdp_dtensor), which has the same files.
+    # Without it, this is torch's own format (--ckpt-format torch_dcp or fsdp_dtensor), which has the same files.
     return Input(Format.MEGATRON, folder, files if (files / "config.json").is_file() else None)

@@ -1,4 +1,4 @@
-"""``rlpt init``: a model with fresh weights, as Megatron initialises them, from a configuration and a tokenizer."""
+"""``rlpt init``: a model with fresh weights, initialized as by Megatron, from a configuration and a tokenizer."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from megatron_rlpt.tokens.tokenizer import load_tokenizer
 from megatron_rlpt.types import derive_seed
 
 _BLOCK = 1 << 24
-"""Values drawn at once, in fp32: a tensor costs its own size and 64 MiB."""
+"""Values drawn at a time, in fp32: a tensor needs its own size and 64 MiB."""
 _LINES = 10
-"""Progress lines of a large model."""
+"""Number of progress lines for a large model."""
 _PROBE = (
     "It's 12,345.67 m\u00b2:\n\n  def f(x):\n\treturn  x+1 \u4f60\u597d\u4e16\u754c \U0001f642 na\u00efve "
     "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 THE cat"
 )
-"""Text that tokenizers of different kinds cut differently."""
+"""Text that different kinds of tokenizers split differently."""
 _NOT_THE_TOKENIZERS = ("config.json", "generation_config.json")
-"""Files of a model folder that are not taken from the tokenizer's."""
+"""Files that are not copied from the tokenizer's folder."""
 
 
 def init(
@@ -44,24 +44,23 @@ def init(
 ) -> str:
     """Write the Hugging Face folder ``target`` with fresh weights; it appears complete or not at all.
 
-    Every tensor is drawn by itself, in blocks, from a seed of its own: memory does not grow with the model beyond one
-    file (``SHARD_BYTES``), and the weights do not depend on how they are cut into files.
+    Every tensor is drawn separately, in blocks, from its own seed: memory is bounded by one file (``SHARD_BYTES``), and
+    the weights do not depend on how they are split into files.
 
     Args:
         config: a ``config.json``, or a folder with one.
-        target: does not exist, or is an empty folder.
-        tokenizer: folder of the tokenizer; None is the folder of ``config``.
-        seed: of the weights.
+        target: must not exist or be an empty folder.
+        tokenizer: folder of the tokenizer; None for the folder of ``config``.
+        seed: seed of the weights.
         dtype: precision of the written weights; they are drawn in fp32.
-        say: gets progress lines.
+        say: called with progress lines.
 
     Returns:
-        One line about what was written.
+        A summary in one line.
 
     Raises:
-        ConfigError: ``target`` holds something.
-        ModelError: the configuration is not of a supported family, or the tokenizer cannot be loaded or has more
-            tokens than the model.
+        ConfigError: ``target`` is not empty.
+        ModelError: the family is not supported, or the tokenizer cannot be loaded or has more tokens than the model.
         CheckpointError: the disk is full or not writable.
     """
     path, raw = _read(config)
@@ -89,7 +88,7 @@ def init(
 
 
 def fresh_weights(arch: Architecture, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, values) of every weight of ``arch``, see ``initial_std``."""
+    """Yield (Hugging Face name, values) of every weight of ``arch``, see ``initial_std``."""
     for rule in mapping(arch):
         std = initial_std(rule, arch)
         for name, shape in zip(rule.hf, rule.shapes(arch), strict=True):
@@ -101,10 +100,10 @@ def fresh_weights(arch: Architecture, seed: int, dtype: torch.dtype) -> Iterator
 
 
 def initial_std(rule: Rule, arch: Architecture) -> float | None:
-    """Standard deviation that a tensor is drawn with; None for norms, which are 1, and biases, which are 0.
+    """Return the standard deviation of a tensor; None for norms, which are 1, and biases, which are 0.
 
-    Megatron's (transformer_config.py, ``init_method`` and ``output_layer_init_method``): ``initializer_range``, and
-    for the two matrices of a layer whose output is added to the residual stream that over sqrt(2 layers), so that the
+    As in Megatron (transformer_config.py, ``init_method`` and ``output_layer_init_method``): ``initializer_range``,
+    divided by sqrt(2 layers) for the two matrices of a layer whose output is added to the residual stream, so that the
     stream does not grow with depth.
     """
     if rule.megatron.endswith(".bias") or "layernorm" in rule.megatron:
@@ -135,7 +134,7 @@ def _with_progress(
 
 
 def _read(config: Path) -> tuple[Path, dict[str, Any]]:
-    """The file that ``config`` is, or that is in it; and its entries."""
+    """Return the path of ``config.json``, given as a file or its folder, and its entries."""
     path = config
     try:
         path = config / "config.json" if config.is_dir() else config
@@ -151,7 +150,7 @@ def _read(config: Path) -> tuple[Path, dict[str, Any]]:
 def _ids_of(
     tokenizer: Any, folder: Path, arch: Architecture, raw: dict[str, Any], path: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The control tokens that ``config.json`` names, as the tokenizer has them: fresh weights know no others.
+    """Return the control token ids for ``config.json``, taken from the tokenizer.
 
     Raises:
         ModelError: the tokenizer does not fit the model.
@@ -162,7 +161,7 @@ def _ids_of(
             "vocab_size, to a multiple of 128 for speed"
         )
     if arch.vocab - len(tokenizer) >= 1024:
-        say(f"  {arch.vocab - len(tokenizer)} of {arch.vocab} embeddings are of no token of the tokenizer")
+        say(f"  {arch.vocab - len(tokenizer)} of {arch.vocab} embeddings belong to no token of the tokenizer")
     ids: dict[str, Any] = {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         given, own = raw.get(key), getattr(tokenizer, key)
@@ -175,16 +174,16 @@ def _ids_of(
 
 
 def _require_same(written: Any, own: Any, arch: Architecture, folder: Path) -> None:
-    """Refuse a tokenizer that becomes another beside this model: transformers chooses its class by ``model_type``."""
+    """Refuse a tokenizer that changes with this model: transformers chooses its class by ``model_type``."""
     if written.get_vocab() != own.get_vocab() or written(_PROBE)["input_ids"] != own(_PROBE)["input_ids"]:
         raise ModelError(
-            f"transformers reads the tokenizer in {folder} as {type(written).__name__} beside a {arch.model_type} "
-            "model, and then it gives other tokens; take a tokenizer of that family, or another family"
+            f"transformers reads the tokenizer in {folder} as {type(written).__name__} with a {arch.model_type} "
+            "model, which gives other tokens; use a tokenizer of that family, or another family"
         )
 
 
 def _class_of(arch: Architecture) -> str:
-    """Name of the class that ``transformers`` and vLLM look for."""
+    """Return the class name that ``transformers`` and vLLM look for."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[arch.model_type])

@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp) as input: names, quantization and row order undone, one tensor at a time."""
+"""GGUF files (llama.cpp) as input: tensors are renamed, dequantized and reordered, one at a time."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from megatron_rlpt.models.huggingface import checked
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies in the file. ``shape`` is in torch's order; ``encoded`` counts bytes or, if not quantized,
-    numbers in the last dimension."""
+    """The location of a tensor in the file; ``shape`` is in torch's order."""
 
     kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
@@ -36,13 +35,13 @@ class _Stored:
 
 
 class GgufSource:
-    """A GGUF file as a ``Source``: its tensors are dequantized to fp32, and written as bf16 unless asked otherwise."""
+    """A GGUF file as a ``CheckpointSource``: tensors are dequantized to fp32, and written as bf16 by default."""
 
     def __init__(self, path: Path, scratch: Path) -> None:
         """Read the file's metadata and write configuration and tokenizer as Hugging Face files into ``scratch``.
 
         Raises:
-            ModelError: not a readable GGUF file, a part of a split one, an architecture that is not supported, or
+            ModelError: the file is not readable, is one part of a split file, has an unsupported architecture, or has
                 tensors that its architecture does not have.
         """
         self.path = path
@@ -53,7 +52,7 @@ class GgufSource:
             reader = gguf.GGUFReader(path)
         except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
             raise ModelError(f"{path} is not a readable GGUF file ({first_line(error)}); copy it again") from None
-        # Only positions are kept: reading through the reader's memory map would leave the whole file in memory.
+        # Keep only locations: reading through the reader's memory map would leave the whole file in memory.
         self._tensors = {
             tensor.name: _Stored(
                 tensor.tensor_type,
@@ -69,17 +68,17 @@ class GgufSource:
         self.arch = read_architecture(scratch)
         names = gguf.get_tensor_name_map(metadata.gguf_architecture, self.arch.layers)
         self._name: Callable[[str], str | None] = lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
-        # llama.cpp's kernels for this architecture rotate neighbouring pairs, so its files have their rows reordered.
+        # llama.cpp's kernels for this architecture rotate adjacent pairs, so its files have reordered rows.
         self._permuted = metadata.gguf_architecture == gguf.MODEL_ARCH.LLAMA
         known = {self._locate(name)[0] for rule in mapping(self.arch) for name in rule.hf}
         require_known(path, set(self._tensors) - known - {"rope_freqs.weight"}, self.arch)
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
-        """The tensors of ``rule`` in fp32 under Hugging Face's row order."""
+        """Read the tensors of ``rule`` in fp32 and Hugging Face's row order."""
         return checked(self.path, self.arch, rule, [self._read(name) for name in rule.hf])
 
     def precision(self, rule: Rule) -> torch.dtype:
-        """fp32, whatever the file holds."""
+        """Return fp32, to which all tensors are dequantized."""
         return torch.float32
 
     def _read(self, name: str) -> torch.Tensor:
@@ -90,7 +89,7 @@ class GgufSource:
         return tensor
 
     def _locate(self, name: str) -> tuple[str, int | None]:
-        """The file's tensor for a Hugging Face name, and which expert of it."""
+        """Return the file's tensor for a Hugging Face name, and the expert's index in it."""
         match = re.search(r"\.experts\.(\d+)\.", name)
         plain = name.replace(match.group(0), ".experts.") if match else name
         stored = self._name(plain)
@@ -99,7 +98,7 @@ class GgufSource:
         return stored, int(match.group(1)) if match else None
 
     def _raw(self, name: str, expert: int | None = None) -> np.ndarray:
-        """A tensor (or one expert of a stacked one) as fp32 numbers, read from the file and from nowhere else."""
+        """Read a tensor (or one expert of a stacked one) from the file as fp32 numbers."""
         stored = self._tensors[name]
         shape, offset, bytes_ = stored.shape, stored.offset, stored.bytes_
         if expert is not None:
@@ -114,12 +113,12 @@ class GgufSource:
         except NotImplementedError:
             raise ModelError(
                 f"{self.path}: {name} has the quantization {stored.kind.name}, which the gguf package cannot undo; "
-                "use a file with another one, for instance Q8_0 or BF16"
+                "use a file with another quantization, such as Q8_0 or BF16"
             ) from None
 
 
 def _halves_from_pairs(tensor: torch.Tensor, arch: Architecture, name: str) -> torch.Tensor:
-    """Every head's rows from (0, d/2, 1, d/2+1, …) back to (0, 1, …, d-1): undoes llama.cpp's ``permute``."""
+    """Undo llama.cpp's ``permute``: reorder each head's rows from (0, d/2, 1, d/2+1, …) to (0, 1, …, d-1)."""
     heads = arch.heads if name.endswith("q_proj.weight") else arch.kv_heads
     paired = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
     return paired.transpose(1, 2).reshape(tensor.shape)
@@ -129,13 +128,13 @@ def _halves_from_pairs(tensor: torch.Tensor, arch: Architecture, name: str) -> t
 # runs out. So the header is compared with the size of the file before the package reads it.
 
 _MOST_ITEMS = 1 << 22
-"""Most items of all arrays; the longest there are list a vocabulary's tokens and merges, some 300,000 each."""
+"""Limit on items of all arrays; the longest list a vocabulary's tokens and merges, some 300,000 each."""
 
 _MOST_ENTRIES = 1 << 17
-"""Most key-value pairs and most tensors; a model of 200 layers with stacked experts has some 3,000 tensors."""
+"""Limit on key-value pairs and on tensors; a model of 200 layers with stacked experts has some 3,000 tensors."""
 
 _MOST_NAME = 1 << 16
-"""Longest key or name in bytes (the format's own limit of keys)."""
+"""Limit on the length of keys and names in bytes (the format's limit for keys)."""
 
 _MOST_DIMENSIONS = 4
 """GGML_MAX_DIMS."""
@@ -156,10 +155,10 @@ _SCALARS = {
 
 
 def check_header(path: Path) -> None:
-    """Walk over the whole header and compare every count, length and offset with the size of the file.
+    """Compare every count, length and offset in the header with the size of the file.
 
     Raises:
-        ValueError: what is wrong, in one line.
+        ValueError: the header is invalid; the message says how.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -171,7 +170,7 @@ def check_header(path: Path) -> None:
 
 
 class _Walk:
-    """A position in the file that only moves forward, and never beyond its end."""
+    """A position in the file that only moves forward and never past the end."""
 
     def __init__(self, data: mmap.mmap, size: int) -> None:
         self._data = data
@@ -182,11 +181,11 @@ class _Walk:
         self._items = 0
 
     def check(self) -> None:
-        """The header as a whole."""
+        """Check the whole header."""
         if self._take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         (version,) = struct.unpack("<I", self._take(4))
-        if version & 0xFFFF == 0:  # written on a machine of the other byte order
+        if version & 0xFFFF == 0:  # big-endian
             self._order = ">"
         tensors, pairs = self._number("Q"), self._number("Q")
         for what, count in (("tensors", tensors), ("key-value pairs", pairs)):
@@ -228,7 +227,7 @@ class _Walk:
             self._skip(self._number("Q"), f"a string of {key!r}")
 
     def _tensor(self) -> tuple[str, int]:
-        """Name of a tensor, and where it ends behind the header."""
+        """Return the name of a tensor and its end, relative to the end of the header."""
         name = self._text("the name of a tensor", _MOST_NAME)
         dimensions = self._number("I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:

@@ -1,4 +1,4 @@
-"""Hugging Face configuration and tokenizer out of a GGUF file's metadata."""
+"""Hugging Face configuration and tokenizer from a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_rlpt.errors import ModelError, first_line
 from megatron_rlpt.files import is_disk_error
 
 _ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
-    # Mistral's files are of this architecture, too.
+    # Mistral's files use this architecture too.
     "llama": (gguf.MODEL_ARCH.LLAMA, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
     "qwen2": (gguf.MODEL_ARCH.QWEN2, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}),
     "qwen3": (gguf.MODEL_ARCH.QWEN3, {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
@@ -25,7 +25,7 @@ _ARCHITECTURES: dict[str, tuple[gguf.MODEL_ARCH, dict[str, Any]]] = {
         {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True},
     ),
 }
-"""GGUF's architecture -> the package's name for it, and the start of ``config.json``."""
+"""GGUF architecture -> the gguf package's constant, and the first entries of ``config.json``."""
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants of Llama 3's frequency scaling, which a GGUF file does not hold."""
@@ -38,14 +38,14 @@ _SPECIAL_TOKENS = {
 
 
 _LARGEST_HEAD = 1 << 16
-"""Above the width of every attention head there is."""
+"""Limit on the size of an attention head, above all real ones."""
 
 _LARGEST = 1 << 40
-"""Above every number of an architecture there is."""
+"""Limit on every number of an architecture, above all real ones."""
 
 
 def shortened(value: object) -> str:
-    """A value for a message, on one line and no longer than one."""
+    """Return a value for a message, shortened to one line."""
     text = repr(value[:20] if isinstance(value, list | str) else value)
     return text if len(text) <= 80 else text[:80] + "..."
 
@@ -60,16 +60,16 @@ class Metadata:
         shapes: dict[str, tuple[int, ...]],
         read: Callable[[str], np.ndarray],
     ) -> None:
-        """Look at the file's architecture.
+        """Read the file's architecture.
 
         Args:
-            path: the file, for messages.
+            path: the file, for errors.
             reader: the open file.
-            shapes: of all its tensors, in torch's order.
-            read: gives a tensor as fp32 numbers.
+            shapes: shapes of all tensors, in torch's order.
+            read: reads a tensor as fp32 numbers.
 
         Raises:
-            ModelError: the architecture is not supported, or the file is one of several.
+            ModelError: the architecture is not supported, or the file is one part of a split file.
         """
         self.path = path
         self.shapes = shapes
@@ -93,7 +93,7 @@ class Metadata:
         self.gguf_architecture, self.start = _ARCHITECTURES[name]
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A value, or ``default`` where the file has none."""
+        """Return a value, or ``default`` if the file does not have it."""
         field = self._reader.get_field(key)
         try:
             return default if field is None else field.contents()
@@ -101,17 +101,17 @@ class Metadata:
             raise ModelError(f"{self.path}: the value of {key} is not UTF-8; copy the file again") from None
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number of the architecture.
+        """Return a number of the architecture.
 
         Raises:
-            ModelError: the file does not have it, or one per layer.
+            ModelError: the file does not have it, or has one per layer.
         """
         value = self.value(f"{self.name}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ModelError(f"{self.path}: {self.name}.{key} is {shortened(value)}; a single number is needed")
         if not 0 < value <= _LARGEST:
             raise ModelError(f"{self.path}: {self.name}.{key} is {value}; allowed: above 0, at most {_LARGEST}")
-        # GGUF has fp32 numbers; the shortest decimal is the one that was meant (1e-05, not 9.99999974e-06).
+        # GGUF stores fp32; the shortest decimal is the original value (1e-05, not 9.99999974e-06).
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -119,7 +119,7 @@ def write_settings(metadata: Metadata, folder: Path) -> None:
     """Write ``config.json``, ``generation_config.json`` and the tokenizer into ``folder``.
 
     Raises:
-        ModelError: a required entry is missing, or there is no tokenizer that transformers can convert.
+        ModelError: a required entry is missing, or transformers cannot convert the tokenizer.
     """
     config = _config(metadata)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -133,7 +133,7 @@ def write_settings(metadata: Metadata, folder: Path) -> None:
                 alone, gguf_file=metadata.path.name, local_files_only=True, trust_remote_code=False
             )
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers raises the bare class
+    except Exception as error:  # tokenizers raises plain Exception
         if is_disk_error(error):
             raise
         raise ModelError(f"the tokenizer in {metadata.path} cannot be converted: {first_line(error)}") from error
@@ -149,7 +149,7 @@ def _config(metadata: Metadata) -> dict[str, Any]:
     layers = int(metadata.number("block_count"))
     if layers > len(metadata.shapes):
         raise ModelError(f"{metadata.path} says that it has {layers} layers and has {len(metadata.shapes)} tensors")
-    # Only llama's rotation covers the head as a whole by definition.
+    # Only llama's rotation covers whole heads by definition.
     rotated = metadata.number("rope.dimension_count", hidden // heads) if metadata.name == "llama" else hidden // heads
     head_dim = int(metadata.number("attention.key_length", rotated))
     if head_dim > _LARGEST_HEAD:
@@ -190,7 +190,7 @@ def _config(metadata: Metadata) -> dict[str, Any]:
 
 
 def _rope(metadata: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
-    """Rotary scaling. Llama 3's is not in the metadata: the file holds the divisor of every frequency as a tensor."""
+    """Return the rotary scaling. For Llama 3's, the file only has a tensor with the divisor of every frequency."""
     kind = metadata.value(f"{metadata.name}.rope.scaling.type", "none")
     if kind != "none":
         raise ModelError(

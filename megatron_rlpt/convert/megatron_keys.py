@@ -1,11 +1,11 @@
-"""Where a Megatron distributed checkpoint keeps a tensor: under which key, and at which index of it.
+"""Keys and indices under which Megatron distributed checkpoints store a tensor.
 
 By default Megatron stacks the layers of a model under one key (``decoder.layers.mlp.linear_fc2.weight`` is
-[layers, hidden, ffn]) and the experts of a layer under the next axis. With ``non_homogeneous_layers`` the layer's
-number is in the key, with ``singleton_local_shards`` the expert's too, and gate and up are ``…_w`` and ``…_v``. See
-``sharded_state_dict`` in megatron/core/transformer: transformer_block.py, mlp.py and moe/experts.py. Formats that know
-nothing of that (``torch_dcp``, ``fsdp_dtensor``) have a module's own names: every layer's number, experts as
-``local_experts.N`` or, with Transformer Engine, as ``weightN``. Wrappers put a prefix before all of them.
+[layers, hidden, ffn]) and the experts of a layer along the next axis. With ``non_homogeneous_layers`` the layer number
+is in the key, with ``singleton_local_shards`` the expert number too, and gate and up are ``…_w`` and ``…_v``. See
+``sharded_state_dict`` in megatron/core/transformer: transformer_block.py, mlp.py and moe/experts.py. Other formats
+(``torch_dcp``, ``fsdp_dtensor``) use module names: every layer's number, experts as ``local_experts.N`` or, with
+Transformer Engine, as ``weightN``. Wrappers add a prefix to all keys.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.families import EMBEDDING, OUTPUT, Rule
 
 VOCABULARY = (EMBEDDING, OUTPUT)
-"""The tensors whose rows Megatron pads."""
+"""Tensors whose rows Megatron pads."""
 
 _FUSED_NORMS = {
-    # Transformer Engine has norm and projection in one module, and Megatron's other layers store the norm as it does.
+    # Transformer Engine fuses norm and projection, and Megatron's other layers store norms under the same names.
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
@@ -30,18 +30,18 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where one Megatron tensor may be stored."""
+    """A possible location of one Megatron tensor."""
 
     keys: tuple[str, ...]
-    """One key, or two for a gate and an up projection that are stored apart."""
+    """One key, or two if gate and up projection are stored separately."""
     index: tuple[int, ...] = ()
-    """Its leading indices under each key: its layer, its expert, both or none."""
+    """Leading indices under each key: layer, expert, both or none."""
     axes: tuple[int, ...] = ()
-    """Lengths of the axes that ``index`` counts along."""
+    """Lengths of the axes of ``index``."""
 
 
 def locations(rule: Rule, arch: Architecture) -> Iterator[TensorLocation]:
-    """Every location at which Megatron stores the tensor of ``rule``, the default one first."""
+    """Yield every location at which Megatron may store the tensor of ``rule``, the default first."""
     if rule.layer is None:
         yield TensorLocation((rule.megatron,))
         return
@@ -67,7 +67,7 @@ def locations(rule: Rule, arch: Architecture) -> Iterator[TensorLocation]:
 
 
 def written_locations(rule: Rule, arch: Architecture) -> list[TensorLocation]:
-    """Where the tensor of ``rule`` is stored by us: stacked, as Megatron does by default.
+    """Return where the converter writes the tensor of ``rule``: stacked, as Megatron does by default.
 
     The norm before a layer of experts has two locations, because Megatron's own layers and Transformer Engine's use
     different names for it; both point to the same bytes.
@@ -83,15 +83,15 @@ def _whole_or_halves(key: str, layer: TensorLocation) -> Iterator[TensorLocation
 
 
 PREFIXES = ("", "module.", "model.", "model.module.", "model.module.module.")
-"""What may stand before all keys of a model: nothing in Megatron-LM's ``torch_dist``, ``module.`` in NeMo 2, the name
-of its part of the state in ``torch_dcp``, and that of a wrapper in ``fsdp_dtensor``."""
+"""Possible prefixes of a model's keys: none in Megatron-LM's ``torch_dist``, ``module.`` in NeMo 2, the model's name in
+the state in ``torch_dcp``, and a wrapper's name in ``fsdp_dtensor``."""
 
 
 def prefix_of(keys: AbstractSet[str]) -> str:
-    """What stands before the keys of the model."""
+    """Return the prefix of the model's keys."""
     return next((prefix for prefix in PREFIXES if prefix + EMBEDDING in keys), "")
 
 
 def is_model_key(key: str) -> bool:
-    """Whether ``key`` belongs to the model's weights, and not to the optimizer or to a layer's extra state."""
+    """Return True if ``key`` is a weight of the model, not optimizer state or a layer's extra state."""
     return key.startswith(("decoder.", "embedding.", "output_layer.", "mtp.")) and "._extra_state" not in key

@@ -1,4 +1,4 @@
-"""Megatron distributed checkpoints (``torch_dist``) of any layout, read one tensor at a time."""
+"""Megatron distributed checkpoints (``torch_dist``) of any layout as input, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from megatron_rlpt.models.huggingface import checked
 
 
 class MegatronSource:
-    """The weights of a Megatron distributed checkpoint as a ``Source``; optimizer and other states are left alone."""
+    """The weights of a Megatron distributed checkpoint as a ``CheckpointSource``; other state is ignored."""
 
     def __init__(self, folder: Path, files: Path) -> None:
         """Read the checkpoint's metadata.
 
         Args:
             folder: holds ``.metadata`` and the ``*.distcp`` files.
-            files: Hugging Face folder with the configuration (and tokenizer) of the model; weights in it do not matter.
+            files: Hugging Face folder with the configuration and tokenizer of the model; its weights are ignored.
 
         Raises:
-            ModelError: the configuration is not supported or describes another model than the checkpoint.
+            ModelError: the configuration is not supported or does not fit the checkpoint.
             CheckpointError: the metadata is damaged.
         """
         self.path = folder
@@ -50,21 +50,21 @@ class MegatronSource:
         require_known(folder, {key for key in self._tensors.keys if is_model_key(key)} - known, self.arch)
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
-        """The tensors of ``rule``, in the precision in which the checkpoint holds them."""
+        """Read the tensors of ``rule`` in the precision of the checkpoint."""
         return checked(self.path, self.arch, rule, rule.split(self.arch, self.merged(rule)))
 
     def merged(self, rule: Rule) -> torch.Tensor:
-        """The Megatron tensor of ``rule`` as it is stored, without the rows that only pad the vocabulary."""
+        """Read the Megatron tensor of ``rule`` as stored, without padding rows of the vocabulary."""
         shape = rule.shape(self.arch)
         if rule.megatron in VOCABULARY:
-            shape = (self.arch.vocab, *shape[1:])  # the rows after these are padding, of whatever length
+            shape = (self.arch.vocab, *shape[1:])  # further rows are padding of any length
         location = self._locations[rule.megatron]
         halves = len(location.keys)
         part = (shape[0] // halves, *shape[1:])
         return torch.cat([self._tensors.read(key, location.index, part) for key in location.keys])
 
     def precision(self, rule: Rule) -> torch.dtype:
-        """That of the checkpoint."""
+        """Return the precision in the checkpoint."""
         dtypes = (self._tensors.dtype(key) for key in self._locations[rule.megatron].keys)
         return functools.reduce(torch.promote_types, dtypes)
 
@@ -77,12 +77,12 @@ class MegatronSource:
             raise ModelError(
                 f"{self.path} has no tensor {candidates[0].keys[0]!r}, which {self.files / 'config.json'} asks for"
             )
-        # The stored tensor as a whole must be the configuration's: a layer too many is another model, too.
+        # The whole stored tensor must fit the configuration: an additional layer is another model.
         rows, *rest = rule.shape(self.arch)
         expected = (*found.axes, rows // len(found.keys), *rest)
         for key in found.keys:
             stored = self._tensors.shape(key)
-            if rule.megatron in VOCABULARY:  # padded to whatever length suited the layout it was trained in
+            if rule.megatron in VOCABULARY:  # padded to a length that depends on the training layout
                 expected = (max(stored[0], self.arch.vocab), *rest)
             if stored != expected:
                 raise ModelError(
@@ -93,7 +93,7 @@ class MegatronSource:
 
 
 class StoredTensors:
-    """The tensors of a torch distributed checkpoint; slices of them are read, never a whole stack."""
+    """The tensors of a torch distributed checkpoint; reads slices, never a whole stack."""
 
     def __init__(self, folder: Path) -> None:
         """Read the metadata.
@@ -115,22 +115,22 @@ class StoredTensors:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Keys of all tensors, those of the model without what stands before all of them."""
+        """Keys of all tensors, without the model's prefix."""
         return frozenset(key.removeprefix(self._prefix) for key in self._tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the whole tensor of ``key``."""
+        """Return the shape of the whole tensor of ``key``."""
         return tuple(self._tensors[self._prefix + key].size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Precision of the tensor of ``key``."""
+        """Return the precision of the tensor of ``key``."""
         return self._tensors[self._prefix + key].properties.dtype
 
     def read(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        """The first ``shape`` elements, per dimension, of ``tensor[index]``.
+        """Read the first ``shape`` elements, per dimension, of ``tensor[index]``.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the checkpoint does not hold all of them.
+            CheckpointError: a file is missing or damaged, or the checkpoint is incomplete.
         """
         key = self._prefix + key
         stored = self._tensors[key]
@@ -144,7 +144,7 @@ class StoredTensors:
             raise CheckpointError(f"{self._folder} does not hold all of {key}{list(index)}; copy the checkpoint again")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target))
-        except Exception as error:  # a file that is missing, cut short or overwritten fails in many ways
+        except Exception as error:  # missing, truncated or overwritten files fail in many ways
             files = sorted({self._reader.storage_data[item.storage_index].relative_path for item in items})
             raise CheckpointError(
                 f"{self._folder}: {key}{list(index)} cannot be read from {', '.join(files)} ({type(error).__name__}: "
@@ -153,7 +153,7 @@ class StoredTensors:
         return target.reshape(shape)
 
     def _chunks(self, key: str, index: tuple[int, ...]) -> list[ChunkStorageMetadata]:
-        """The stored chunks that can hold ``index``. Searching all of them for every expert would be quadratic."""
+        """Return the stored chunks that can hold ``index``; searching all for every expert would be quadratic."""
         axes = len(index)
         if (key, axes) not in self._by_index:
             groups: dict[tuple[int, ...], list[ChunkStorageMetadata]] = defaultdict(list)
@@ -172,18 +172,18 @@ class _Into(LoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """The part of the target that ``read_item`` fills."""
+        """Return the part of the target for ``read_item``."""
         return narrow_tensor_by_index(self._target, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do: the part shares the target's memory."""
+        """Do nothing: the part shares the target's memory."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Never called: only tensors are asked for."""
+        """Never called: only tensors are read."""
         raise AssertionError(read_item)
 
     def set_up_planner(self, *arguments: Any, **options: Any) -> None:
-        """Never called: there is no group of readers to agree on a plan."""
+        """Never called: there is no group of readers."""
         raise AssertionError
 
     def create_local_plan(self) -> LoadPlan:

@@ -1,11 +1,11 @@
 """Megatron distributed checkpoints (``torch_dist``), written in one pass and one tensor at a time.
 
-The files are those that Megatron's ranks would write for themselves under a layout, one per rank, but any layout can
-load them: ``.metadata`` says which part of which tensor lies where.
+There is one file per rank of a layout, as Megatron's ranks would write them, but any layout can load them:
+``.metadata`` locates every shard.
 
-torch's own ``FileSystemWriter`` writes one rank's file after another, so every tensor would be read once per rank, and
-it keeps the last tensor of each key until a file is finished. Here each tensor is read once, its parts go to the files
-of their ranks, and nothing is kept. The bytes and the metadata are torch's (``torch.save`` per part).
+torch's ``FileSystemWriter`` writes one rank's file after another, so every tensor would be read once per rank, and it
+keeps the last tensor of each key until a file is finished. Here each tensor is read once, its shards go to the files of
+their ranks, and nothing is kept. The bytes and the metadata are torch's (``torch.save`` per shard).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_rlpt.policy.layout import Layout, expert_rank_of, pipeline_rank_of
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A contiguous part of a whole tensor: who holds it, where it starts, and its values."""
+    """A contiguous shard of a tensor: its rank, its offsets, and its values."""
 
     rank: int
     """Tensor-parallel rank."""
@@ -43,10 +43,10 @@ class TensorShard:
 
 
 def tensor_shards(tensor: torch.Tensor, cut: Cut, size: int) -> Iterator[TensorShard]:
-    """The parts of a whole ``tensor`` among ``size`` tensor-parallel ranks; they may share its memory.
+    """Yield the shards of ``tensor`` on ``size`` tensor-parallel ranks; they may share its memory.
 
-    A rank's part of a gate and of an up projection (``Cut.HALVES``) are two shards, because they are not neighbours in
-    the whole tensor; with one rank too, since Megatron's own checkpoints are cut so.
+    A rank's shard of a gate and an up projection (``Cut.HALVES``) is yielded as two, because they are not adjacent in
+    the whole tensor; also with one rank, as in Megatron's checkpoints.
     """
     zeros = (0,) * tensor.dim()
     if cut is Cut.HALVES:
@@ -87,11 +87,11 @@ class MegatronWriter:
         self._open.close()
 
     def write(self, rule: Rule, tensors: list[torch.Tensor]) -> None:
-        """Write the Megatron tensor that ``rule`` makes of the Hugging Face ``tensors``."""
+        """Write the Megatron tensor that ``rule`` merges from the Hugging Face ``tensors``."""
         layout, arch = self._layout, self._arch
         merged = rule.merge(arch, tensors)
         stage = pipeline_rank_of(rule, arch, layout)
-        if stage != self._stage:  # the ranks of a stage that is done write nothing more
+        if stage != self._stage:  # close the files of the finished stage
             self._open.close()
             self._streams.clear()
             self._stage = stage
@@ -101,11 +101,11 @@ class MegatronWriter:
             self._write(rule, merged, part, group + part.rank)
 
     def finish(self) -> None:
-        """Write what makes the files a checkpoint; only now can it be loaded."""
+        """Write the metadata that makes the files a checkpoint."""
         self._open.close()
         self._write_extra_states()
-        # What Megatron keeps outside of tensors (arguments, iteration); a model alone has nothing there.
-        # Through a stream: what the system says of a full disk is lost in torch's own writer.
+        # Megatron's state besides tensors (arguments, iteration), which is empty for a model alone. Written through a
+        # stream, because torch's own writer loses the system's error for a full disk.
         with (self._folder / "common.pt").open("wb") as stream:
             torch.save({}, cast(IO[bytes], _WriteOnly(stream)))
         FileSystemWriter(self._folder).finish(Metadata({**self._tensors, **self._extra_states}), [self._results])
@@ -120,7 +120,7 @@ class MegatronWriter:
         locations = written_locations(rule, self._arch)
         index, axes = locations[0].index, locations[0].axes
         data = part.tensor.reshape((1,) * len(index) + tuple(part.tensor.shape))
-        # torch.save writes the whole memory behind a tensor: a part gets memory of its own.
+        # torch.save writes the whole storage of a tensor, so copy shards.
         own = (
             data
             if data.untyped_storage().nbytes() == data.nbytes and data.is_contiguous()
@@ -145,18 +145,20 @@ class MegatronWriter:
             self._results.append(WriteResult(MetadataIndex(key, offsets), stored.length, stored))
 
     def _note_extra_state(self, key: str, location: TensorLocation) -> None:
-        """Megatron asks for an extra state of every module: FP8 scales, or None where there are none, as here."""
+        """Record the extra state that Megatron reads for every module: FP8 scales, or None as here."""
         if key in VOCABULARY:
             return
         shard = ".".join(map(str, location.index or (0,))) + "_" + ".".join(map(str, location.axes or (1,)))
         modules = [key.rpartition(".")[0]]
-        if modules[0].endswith("linear_qkv"):  # has no weights of its own, and a state in Transformer Engine's layers
+        if modules[0].endswith(
+            "linear_qkv"
+        ):  # core_attention has no weights, but an extra state in Transformer Engine's layers
             modules.append(modules[0].replace("linear_qkv", "core_attention"))
         for module in modules:
             self._extra_states[f"{module}._extra_state/shard_{shard}"] = BytesStorageMetadata()
 
     def _write_extra_states(self) -> None:
-        """All are the same None, so all names point to the same bytes."""
+        """Write one None, to which all names point."""
         name = f"__0_0{DEFAULT_SUFFIX}"
         with (self._folder / name).open("ab") as stream:
             start = stream.tell()
@@ -171,13 +173,13 @@ class MegatronWriter:
 
 
 class _WriteOnly(io.RawIOBase):
-    """A stream that cannot seek, so that ``torch.save`` appends wherever the file stands."""
+    """A stream that cannot seek, so that ``torch.save`` appends."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
     def writable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def write(self, data: object) -> int:

@@ -1,4 +1,4 @@
-"""What every input format offers the writers: the tensors of one rule at a time, and the files beside the weights."""
+"""The protocol of inputs (tensors by rule, and the files besides the weights), and the Hugging Face input."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from typing_extensions import override
 
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.models.architecture import Architecture, read_architecture
@@ -22,10 +23,10 @@ class CheckpointSource(Protocol):
     """A checkpoint that is read tensor by tensor.
 
     Attributes:
-        path: where it is.
+        path: its location.
         arch: its architecture.
         files: folder with the Hugging Face configuration and tokenizer.
-        dtype: the precision to write when none is asked for; None keeps every tensor's own.
+        dtype: the default precision of the output; None keeps every tensor's precision.
     """
 
     path: Path
@@ -34,16 +35,16 @@ class CheckpointSource(Protocol):
     dtype: torch.dtype | None
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
-        """The Hugging Face tensors of ``rule``, in the order of ``rule.hf``.
+        """Read the Hugging Face tensors of ``rule``, in the order of ``rule.hf``.
 
         Raises:
-            ModelError: one is missing, or is not what the configuration says.
+            ModelError: one is missing, or does not fit the configuration.
             CheckpointError: the files are damaged.
         """
         ...
 
     def precision(self, rule: Rule) -> torch.dtype:
-        """Widest precision of the tensors of ``rule``, none of which is read.
+        """Return the widest precision of the tensors of ``rule`` without reading them.
 
         Raises:
             ModelError: one is missing.
@@ -51,14 +52,14 @@ class CheckpointSource(Protocol):
         ...
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(CheckpointSource):
     """A Hugging Face folder as a ``CheckpointSource``."""
 
     def __init__(self, folder: Path) -> None:
         """Index the folder.
 
         Raises:
-            ModelError: it cannot be read, is of an unsupported family, or holds tensors that its family does not have.
+            ModelError: it cannot be read, its family is not supported, or it has tensors that its family does not.
         """
         self.path = self.files = folder
         self.arch = read_architecture(folder)
@@ -67,21 +68,21 @@ class HuggingFaceSource:
         self._weights.check_head(self.arch)
         require_known(folder, self._weights.names - set(expected_shapes(self.arch)), self.arch)
 
+    @override
     def read(self, rule: Rule) -> list[torch.Tensor]:
-        """The tensors of ``rule``, as they are in the folder."""
         return checked(self.path, self.arch, rule, [self._weights.read(name) for name in rule.hf])
 
+    @override
     def precision(self, rule: Rule) -> torch.dtype:
-        """That of the folder."""
         return functools.reduce(torch.promote_types, (self._weights.dtype(name) for name in rule.hf))
 
 
 @contextlib.contextmanager
 def lone_file(file: Path) -> Iterator[Path]:
-    """A folder in which ``file`` is alone, under its own name.
+    """Yield a folder that contains only a link to ``file``.
 
-    transformers reads a GGUF file by its folder, and there also what lies beside it: another model's configuration, a
-    tokenizer that asks to run code.
+    transformers reads a GGUF file through its folder, including other files there, such as another model's
+    configuration or a tokenizer that runs code.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / file.name).symlink_to(file.resolve())
@@ -91,11 +92,11 @@ def lone_file(file: Path) -> Iterator[Path]:
 def require_known(path: Path, unknown: AbstractSet[str], arch: Architecture) -> None:
     """Refuse a checkpoint with tensors that the conversion would drop.
 
-    Two kinds carry nothing: rotary frequencies, which old exports hold and which follow from the configuration, and a
-    second copy of a tied output layer.
+    Two kinds are harmless: rotary frequencies in old exports, which follow from the configuration, and a second copy of
+    a tied output layer.
 
     Raises:
-        ModelError: ``unknown`` holds any other name.
+        ModelError: ``unknown`` has any other name.
     """
     harmless = {"lm_head.weight"} if arch.tied_embeddings else set()
     lost = sorted(name for name in unknown - harmless if not name.endswith("rotary_emb.inv_freq"))

@@ -1,7 +1,7 @@
-"""Proof of a conversion: every tensor bit for bit, then the logits of both models.
+"""Verification of a conversion: every tensor bit for bit, then the logits of both models.
 
-The two say different things. Equal tensors mean that nothing was lost; logits computed by ``transformers`` on one side
-and by Megatron on the other mean that the mapping itself (order of heads, gate and up, rotation, norms) is right.
+Equal tensors show that nothing was lost. Equal logits, computed by ``transformers`` on one side and by Megatron on the
+other, show that the mapping itself (order of heads, gate and up, rotation, norms) is right.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megatron_rlpt.policy.layout import Layout
 
 _ROWS = 2
 _LENGTH = 64
-"""Random tokens per row, at most."""
+"""Maximum number of random tokens per row."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of a logit, relative to the largest logit. The first is the noise of fp32 arithmetic and applies
-wherever weights kept their values; the others apply where weights were rounded to that precision."""
+"""Largest allowed difference of a logit, relative to the largest logit. The first covers rounding in fp32 and applies
+if weights kept their values; the others apply if weights were rounded to that precision."""
 
 
 def verify(
@@ -41,16 +41,15 @@ def verify(
 ) -> None:
     """Compare a conversion's result with its source.
 
-    Logits are computed in fp32 whatever the weights' precision, one model after the other, so memory for one model in
-    fp32 is needed.
+    Logits are always computed in fp32, one model after the other, which needs memory for one model in fp32.
 
     Args:
-        found: the source as recognised.
-        source: the source, opened.
-        made: the result as recognised.
-        written: the result, opened.
-        dtype: precision of the result where it was asked for.
-        say: gets the lines that tell what was found.
+        found: the recognized source.
+        source: the opened source.
+        made: the recognized result.
+        written: the opened result.
+        dtype: the requested precision of the result, if any.
+        say: called with the findings, by line.
 
     Raises:
         ModelError: they differ by more than rounding to ``dtype`` explains.
@@ -83,19 +82,19 @@ def verify(
 
 
 def _compare_tensors(source: CheckpointSource, written: CheckpointSource, dtype: torch.dtype | None) -> bool:
-    """Whether writing ``dtype`` changed any value; a difference that is more than that is an error."""
+    """Return True if rounding to ``dtype`` changed any value; raise for any other difference."""
     rounded = False
     for rule in mapping(source.arch):
         for name, before, after in zip(rule.hf, source.read(rule), written.read(rule), strict=True):
             expected = before.to(dtype or before.dtype)
             if expected.dtype != after.dtype or not torch.equal(expected, after):
-                raise ModelError(f"{written.path}: {name} is not what {source.path} holds; convert again")
+                raise ModelError(f"{written.path}: {name} differs from {source.path}; convert again")
             rounded = rounded or not torch.equal(expected.to(before.dtype), before)
     return rounded
 
 
 def _logits(found: Input, source: CheckpointSource, tokens: torch.Tensor, own: bool) -> torch.Tensor:
-    """[rows, length, vocabulary] in fp32; ``own`` says that this process has written it."""
+    """Return logits [rows, length, vocabulary] in fp32; ``own`` says that this process wrote the checkpoint."""
     try:
         if isinstance(source, MegatronSource):
             return _megatron_logits(source, own, tokens)
@@ -118,7 +117,7 @@ def _transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
                 trust_remote_code=False,
                 **options,
             )
-    except Exception as error:  # its checks of configurations raise what they like
+    except Exception as error:  # its configuration checks raise many types
         raise ModelError(f"transformers cannot load {path}: {shortened(str(error))}") from error
     with torch.no_grad():
         return model.eval()(tokens).logits.float()
@@ -139,12 +138,12 @@ def _megatron_logits(source: MegatronSource, own: bool, tokens: torch.Tensor) ->
     (model,) = build_model(arch, Dtype.fp32, runtime)
     with runtime.megatron(), torch.no_grad():
         if own:
-            # As Megatron itself reads it. Under a name of its own: what else a checkpoint holds is loaded beside it.
+            # Read it as Megatron does. Under a separate key, because other state of the checkpoint is loaded too.
             state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source.path))
             model.load_state_dict(state["model"])
         else:
-            # Megatron would ask for the keys of this model's layers, and run what is pickled there. Tensor by tensor,
-            # as stored: the order of heads, gate and up is still Megatron's, and nothing of the mapping is used.
+            # Megatron would require the keys of this model's layers and unpickle what is stored there. Read it tensor
+            # by tensor: the order of heads, gate and up is as stored, so the mapping is not used.
             parameters = named_parameters([model], arch, Layout())
             for rule in mapping(arch):
                 parameters[rule.megatron][: arch.vocab if rule.megatron in VOCABULARY else None].copy_(

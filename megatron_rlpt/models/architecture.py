@@ -1,6 +1,6 @@
-"""What a model is: sizes and kind of its layers, read from a Hugging Face ``config.json``. Imports no torch.
+"""The architecture of a model: sizes and kind of its layers, read from a Hugging Face ``config.json``.
 
-How the tensors of such a model map onto Megatron-Core's is in ``families.py``.
+Imports no torch. ``families.py`` maps the tensors of such a model to Megatron-Core's.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from megatron_rlpt.errors import ModelError
 from megatron_rlpt.models.rope import Rope, parse_rope
 
 DEFAULT_THETA = 10000.0
-"""Base of the rotary embedding where neither ``config.json`` nor the family has one."""
+"""Base of the rotary embedding if neither ``config.json`` nor the family sets it."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 VOCABULARY_MULTIPLE = 128
-"""Megatron's vocabulary is padded to a multiple of this (its own default), whatever the layout: a checkpoint then has
+"""Megatron's vocabulary is padded to a multiple of this (Megatron's default) in every layout, so that a checkpoint has
 the same shapes for every tensor-parallel size that divides it."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture-of-experts layers of a model; all its layers are of this kind."""
+    """The mixture-of-experts layers of a model; every layer is one."""
 
     count: int
     """Experts per layer."""
     per_token: int
-    """Experts that a token is sent to."""
+    """Experts that process a token."""
     ffn_hidden: int
-    """Inner size of one expert."""
+    """Feed-forward size of one expert."""
     normalized: bool
-    """Whether the weights of the chosen experts sum to 1 (softmax over the chosen ones)."""
+    """The weights of the chosen experts sum to 1 (softmax over the chosen ones)."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What both sides must agree on, read from a Hugging Face ``config.json``. Lengths in tokens, sizes in elements."""
+    """The settings that Megatron and ``transformers`` must agree on. Lengths in tokens, sizes in elements."""
 
     model_type: str
     layers: int
@@ -53,47 +53,47 @@ class Architecture:
     head_dim: int
     vocab: int
     max_positions: int
-    """Longest sequence that the model computes in full: the smaller of its context and its attention window."""
+    """Longest sequence with full attention: the smaller of the context and the attention window."""
     norm_eps: float
     rope: Rope
     tied_embeddings: bool
     init_std: float
     qkv_bias: bool = False
     qk_norm: bool = False
-    """RMSNorm on every head's queries and keys."""
+    """RMSNorm on the queries and keys of every head."""
     experts: Experts | None = None
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of Megatron's embedding: the vocabulary rounded up to ``VOCABULARY_MULTIPLE``."""
+        """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of ``VOCABULARY_MULTIPLE``."""
         return -(-self.vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 class Window(enum.StrEnum):
-    """When a family's layers see no more than ``sliding_window`` tokens back (``modeling_<model_type>.py``)."""
+    """When a family's layers use ``sliding_window`` (``modeling_<model_type>.py``)."""
 
     never = "never"
     always = "always"
     asked = "asked"
-    """With ``use_sliding_window``."""
+    """If ``use_sliding_window`` is set."""
     late = "late"
-    """With ``use_sliding_window``, in the layers from ``max_window_layers`` on or those that ``layer_types`` names."""
+    """If ``use_sliding_window`` is set, in layers from ``max_window_layers`` on or those in ``layer_types``."""
 
 
 @dataclass(frozen=True)
 class Conventions:
-    """What the configuration of one ``model_type`` of Hugging Face leaves unsaid."""
+    """Properties of a Hugging Face ``model_type`` that its configuration does not state."""
 
     experts: bool = False
-    """Whether its layers are mixtures of experts."""
+    """Layers are mixtures of experts."""
     qkv_bias: bool = False
     qk_norm: bool = False
     window: Window = Window.never
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What ``transformers`` takes for entries that a ``config.json`` may leave out, where it is not the same for all
-    families (its ``configuration_<model_type>.py``)."""
+    """Defaults of ``transformers`` for entries missing in ``config.json``, if they differ between families
+    (``configuration_<model_type>.py``)."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """What ``transformers`` computes whatever the entry says."""
+    """Values that ``transformers`` uses whatever the entry says."""
 
 
 CONVENTIONS: dict[str, Conventions] = {
@@ -111,7 +111,7 @@ CONVENTIONS: dict[str, Conventions] = {
             "num_experts_per_tok": 2,
             "num_experts": 8,
         },
-        # Its router is a softmax over the chosen experts, and its experts have the only inner size there is.
+        # Its router is a softmax over the chosen experts, and its experts use intermediate_size.
         fixed={"norm_topk_prob": True, "moe_intermediate_size": None},
     ),
     "qwen2": Conventions(
@@ -137,7 +137,7 @@ CONVENTIONS: dict[str, Conventions] = {
         },
     ),
 }
-"""Hugging Face ``model_type`` -> what goes without saying; ``families.FAMILIES`` has the tensors of each."""
+"""Hugging Face ``model_type`` -> conventions; ``families.FAMILIES`` has the tensors of each."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "add_bias_linear"), (False,)),
@@ -157,15 +157,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
     "parallel_attn": (False,),
 }
-"""Entries that change what a model computes and belong to other families -> values that change nothing, besides null.
-transformers ignores them for the families above, so that the model would not be the one that was trained."""
+"""Entries of other families that change what a model computes -> values without effect, besides null. transformers
+ignores these entries for the families above, so the model would differ from the one that was trained."""
 
 
 def read_architecture(folder: Path) -> Architecture:
     """Read and check ``config.json`` of a Hugging Face folder.
 
     Raises:
-        ModelError: no folder, no config, a family we do not support, or a feature of it that we do not.
+        ModelError: no folder, no config, an unsupported family, or an unsupported feature of it.
     """
     path = folder / "config.json"
     if not folder.is_dir():
@@ -184,10 +184,10 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
-    """The architecture that the entries ``raw`` of a ``config.json`` describe; ``path`` is named in errors.
+    """Return the architecture for the entries ``raw`` of a ``config.json``; ``path`` is for errors.
 
     Raises:
-        ModelError: a family we do not support, or a feature of it that we do not.
+        ModelError: an unsupported family, or an unsupported feature of it.
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONVENTIONS:
@@ -227,10 +227,10 @@ def parse_architecture(raw: dict[str, Any], path: Path) -> Architecture:
 
 
 def refuse_own_code(raw: dict[str, Any], path: Path) -> None:
-    """Code in a model's folder is never run, and what the model computes with it is not what we would compute.
+    """Refuse a model that needs code from its folder, which is never run.
 
     Raises:
-        ModelError: the entries ``raw`` of its ``config.json``, which is at ``path``, ask for some.
+        ModelError: the entries ``raw`` of its ``config.json`` at ``path`` name such code.
     """
     own = raw.get("auto_map") or {}
     asked = sorted(key for key in own if key.startswith(("AutoModel", "AutoConfig"))) if isinstance(own, dict) else []
@@ -242,7 +242,7 @@ def refuse_own_code(raw: dict[str, Any], path: Path) -> None:
 
 
 def _refuse_other_computations(raw: dict[str, Any], family: Conventions, path: Path) -> None:
-    """Refuse entries that ask for something else than what the layers of the family compute."""
+    """Refuse entries that would change what the layers of the family compute."""
     model_type = raw["model_type"]
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
@@ -269,7 +269,7 @@ def _refuse_other_computations(raw: dict[str, Any], family: Conventions, path: P
 
 
 def _refuse_two_answers(raw: dict[str, Any], path: Path) -> None:
-    """Refuse one setting under two names with two values: which one counts depends on the family and the reader."""
+    """Refuse a setting with different values under two names: which one counts depends on family and reader."""
     for names in (("num_local_experts", "num_experts"),):
         given = {name: raw[name] for name in names if raw.get(name) is not None}
         if any(value != other for value in given.values() for other in given.values()):
@@ -277,11 +277,11 @@ def _refuse_two_answers(raw: dict[str, Any], path: Path) -> None:
 
 
 def _whole(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """The whole number of an entry; null and 0 are ``default`` where there is one.
+    """Return a whole number; null and 0 are replaced by ``default``, if there is one.
 
     Raises:
-        KeyError: there is neither.
-        ValueError: it is something else; a size that is cut off would be another model's.
+        KeyError: the entry is missing and there is no default.
+        ValueError: the entry is not a whole number; rounding it would give another model.
     """
     value = raw[name] if default is None else raw.get(name) or default
     if int(value) != float(value) or isinstance(value, bool):
@@ -290,10 +290,10 @@ def _whole(raw: Mapping[str, Any], name: str, default: int | None = None) -> int
 
 
 def _flag(raw: Mapping[str, Any], name: str, path: Path) -> bool:
-    """Whether an entry is set; ``"false"`` in quotes would count as true.
+    """Return a boolean entry; null is False, and a string such as ``"false"`` is an error.
 
     Raises:
-        ModelError: it is neither true nor false nor null.
+        ModelError: it is not true, false or null.
     """
     value = raw.get(name)
     if value is not None and not isinstance(value, bool):
@@ -302,7 +302,7 @@ def _flag(raw: Mapping[str, Any], name: str, path: Path) -> bool:
 
 
 def _check_sizes(arch: Architecture, path: Path) -> None:
-    """Refuse sizes that no model has."""
+    """Refuse impossible sizes."""
     for name in ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "vocab", "max_positions"):
         if getattr(arch, name) < 1:
             raise ModelError(f"{path}: it describes a model with {name} = {getattr(arch, name)}; it must be at least 1")
@@ -319,9 +319,9 @@ def _check_sizes(arch: Architecture, path: Path) -> None:
 
 
 def _window(raw: dict[str, Any], family: Conventions, path: Path) -> int:
-    """Tokens a query can see in every layer. Within it attention is plain causal attention, which is all we compute.
+    """Return the number of tokens that a query sees in every layer, within which attention is plain causal attention.
 
-    transformers reads ``layer_types`` for some families and vLLM for others; a layer that is named there counts.
+    transformers and vLLM each read ``layer_types`` for some families, so it always counts here.
     """
     everything = _whole(raw, "max_position_embeddings")
     types = raw.get("layer_types") or []

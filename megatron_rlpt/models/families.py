@@ -1,7 +1,7 @@
-"""Model families: how the tensors of a Hugging Face model map onto Megatron-Core's.
+"""Model families: the mapping between the tensors of a Hugging Face model and Megatron-Core's.
 
-A family is a table. Adding a dense one that differs from Llama only in names or flags means adding a row to
-``FAMILIES`` here and one to ``CONVENTIONS`` in ``architecture.py``.
+To add a dense family that differs from Llama only in names or flags, add a row to ``FAMILIES`` here and one to
+``CONVENTIONS`` in ``architecture.py``.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ Split = Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
 class Rule:
     """One Megatron tensor and the Hugging Face tensors it is made of.
 
-    ``{layer}`` and ``{expert}`` in the names stand for numbers counted over the whole model. ``merge`` builds the
-    whole Megatron tensor from the Hugging Face tensors (in the order of ``hf``); ``split`` is its exact inverse.
+    ``{layer}`` and ``{expert}`` in the names are numbers in the whole model. ``merge`` builds the unsharded Megatron
+    tensor from the Hugging Face tensors (in the order of ``hf``); ``split`` is its exact inverse.
     """
 
     megatron: str
+    """Name in Megatron's model."""
     hf: tuple[str, ...]
+    """Names in the Hugging Face model."""
     shapes: Callable[[Architecture], tuple[Shape, ...]]
     """Shapes of ``hf``."""
     merge: Merge
     split: Split
     cut: Cut
-    """How tensor parallelism divides the Megatron tensor."""
+    """How tensor parallelism shards the Megatron tensor."""
     layer: int | None = None
     expert: int | None = None
 
     def at(self, layer: int, expert: int | None = None) -> Rule:
-        """This rule with its numbers filled in."""
+        """Return this rule with its numbers filled in."""
         numbers = {"layer": layer, "expert": expert}
         return replace(
             self,
@@ -51,7 +53,7 @@ class Rule:
         )
 
     def shape(self, arch: Architecture) -> Shape:
-        """Shape of the whole Megatron tensor."""
+        """Return the shape of the unsharded Megatron tensor."""
         return tuple(self.merge(arch, [torch.empty(shape, device="meta") for shape in self.shapes(arch)]).shape)
 
 
@@ -64,12 +66,12 @@ def _alone(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _plain(megatron: str, hf: str, shape: Callable[[Architecture], Shape], cut: Cut) -> Rule:
-    """The same tensor under another name."""
+    """Return the rule of a tensor that only changes its name."""
     return Rule(megatron, (hf,), lambda arch: (shape(arch),), _same, _alone, cut)
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """[q; k; v] by head -> Megatron's order, where each query group keeps its queries, key and value together."""
+    """Interleave q, k and v in Megatron's order: each query group has its queries, its key and its value."""
     query, key, value = (t.reshape(arch.kv_heads, -1, arch.head_dim, *t.shape[1:]) for t in tensors)
     return torch.cat([query, key, value], dim=1).reshape(-1, *tensors[0].shape[1:])
 
@@ -82,7 +84,7 @@ def _split_qkv(arch: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _qkv(kind: str) -> Rule:
-    """Query, key and value projections (``weight`` or ``bias``) as one tensor."""
+    """Return the rule of the query, key and value projections (``weight`` or ``bias``) as one tensor."""
 
     def shapes(arch: Architecture) -> tuple[Shape, ...]:
         rest = (arch.hidden,) if kind == "weight" else ()
@@ -99,7 +101,7 @@ def _qkv(kind: str) -> Rule:
 
 
 def _gated(megatron: str, gate: str, up: str, ffn: Callable[[Architecture], int]) -> Rule:
-    """Gate and up projection stacked."""
+    """Return the rule of stacked gate and up projections."""
     return Rule(
         megatron,
         (gate, up),
@@ -111,7 +113,7 @@ def _gated(megatron: str, gate: str, up: str, ffn: Callable[[Architecture], int]
 
 
 def _vocabulary(megatron: str, hf: str) -> Rule:
-    """An embedding, padded with rows of zeros that no token ever reads."""
+    """Return the rule of an embedding, padded with zero rows that no token reads."""
 
     def pad(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.nn.functional.pad(tensors[0], (0, 0, 0, arch.padded_vocab - arch.vocab))
@@ -188,7 +190,7 @@ def _router(hf: str) -> Rule:
 
 
 def _expert(gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """The two tensors of one expert, which tensor parallelism leaves whole (experts are spread over ranks instead)."""
+    """Return the rules of one expert; tensor parallelism leaves experts whole and distributes them over ranks."""
     stacked = _gated(
         f"{_EXPERT}linear_fc1.weight", f"{_HF_LAYER}{gate}", f"{_HF_LAYER}{up}", lambda a: _experts_of(a).ffn_hidden
     )
@@ -205,10 +207,10 @@ def _expert(gate: str, up: str, down: str) -> tuple[Rule, ...]:
 
 @dataclass(frozen=True)
 class Family:
-    """The tensors of a layer of one ``model_type`` of Hugging Face.
+    """The tensors of a layer of one Hugging Face ``model_type``.
 
-    Embedding, final norm and output layer are the same for all. What else sets a family apart is in
-    ``architecture.CONVENTIONS``.
+    Embedding, final norm and output layer are the same for all families. ``architecture.CONVENTIONS`` has the other
+    differences.
     """
 
     layer: tuple[Rule, ...]
@@ -234,7 +236,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def mapping(arch: Architecture) -> Iterator[Rule]:
-    """Every rule of the model in one fixed order; a tied output layer has no tensor of its own."""
+    """Yield every rule of the model in a fixed order; a tied output layer has no rule."""
     family = FAMILIES[arch.model_type]
     yield _vocabulary(EMBEDDING, "model.embed_tokens.weight")
     for layer in range(arch.layers):
@@ -249,5 +251,5 @@ def mapping(arch: Architecture) -> Iterator[Rule]:
 
 
 def expected_shapes(arch: Architecture) -> dict[str, Shape]:
-    """Hugging Face name -> shape of every weight of ``arch``, in the order of ``mapping``."""
+    """Return Hugging Face name -> shape of every weight of ``arch``, in the order of ``mapping``."""
     return {name: shape for rule in mapping(arch) for name, shape in zip(rule.hf, rule.shapes(arch), strict=True)}

@@ -1,4 +1,4 @@
-"""Hugging Face folders: their tensors one at a time, and new ones written whole or not at all."""
+"""Hugging Face folders: read tensors one at a time, and write new folders atomically."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_AT_ONCE = 4096
-"""Rows of an embedding that are compared at a time."""
+"""Rows of an embedding compared at a time."""
 SHARD_BYTES = 4 << 30
 """Size of one exported safetensors file, in bytes."""
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in a Hugging Face folder; others in it are no part of it.
+    """Return the safetensors files of the model in a Hugging Face folder; the folder may hold others.
 
     Raises:
-        ModelError: there are none, the index is not readable or names a file that is not there, or the folder holds two
-            models.
+        ModelError: there are none, the index is unreadable or names a missing file, or the folder holds two models.
     """
     single, index = folder / SINGLE, folder / INDEX
     if not index.is_file():
@@ -73,12 +72,12 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def without_extras(folder: Path) -> Iterator[Path]:
-    """``folder``, or links to what transformers would read of it where it holds weights that are no part of the model.
+    """Yield ``folder``, or a folder of links without the safetensors files that are not part of the model.
 
-    vLLM loads every safetensors file of a folder without an index, and ``consolidated.safetensors`` before all others.
+    Without an index, vLLM loads every safetensors file, and ``consolidated.safetensors`` first.
 
     Raises:
-        ModelError: what ``safetensors_files`` does.
+        ModelError: as ``safetensors_files``.
     """
     model = safetensors_files(folder)
     extras = {path for path in folder.glob("*.safetensors") if path not in model}
@@ -99,7 +98,7 @@ class WeightFolder:
         """Index the folder's safetensors files.
 
         Raises:
-            ModelError: there are none, one is not readable, or two hold the same tensor.
+            ModelError: there are none, one is unreadable, or two hold the same tensor.
         """
         self._folder = folder
         self._where: dict[str, Path] = {}
@@ -121,10 +120,10 @@ class WeightFolder:
         return frozenset(self._where)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor.
+        """Read one tensor.
 
         Raises:
-            ModelError: the folder does not have it, or the file cannot be read.
+            ModelError: it is missing, or the file cannot be read.
         """
         try:
             with safe_open(self._file_of(name), framework="pt") as handle:
@@ -135,10 +134,10 @@ class WeightFolder:
             ) from None
 
     def dtype(self, name: str) -> torch.dtype:
-        """Precision of one tensor, which is not read.
+        """Return the precision of one tensor without reading it.
 
         Raises:
-            ModelError: the folder does not have it, or the file cannot be read.
+            ModelError: it is missing, or the file cannot be read.
         """
         try:
             with safe_open(self._file_of(name), framework="pt") as handle:
@@ -155,9 +154,9 @@ class WeightFolder:
         return self._where[name]
 
     def check_head(self, arch: Architecture) -> None:
-        """Refuse an output layer that was trained apart from the embedding which ``arch`` ties it to.
+        """Refuse a separately trained output layer if ``arch`` ties it to the embedding.
 
-        transformers 5 computes with it, earlier releases and vLLM drop it.
+        transformers 5 would use it; earlier releases and vLLM would drop it.
 
         Raises:
             ModelError: there is one.
@@ -180,10 +179,10 @@ class WeightFolder:
             )
 
     def stream(self, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every weight of ``arch``, in the order of ``stream_weights``.
+        """Yield (name, tensor) of every weight of ``arch``, in the order of ``expected_shapes``.
 
         Raises:
-            ModelError: one is missing, or what ``check_head`` does.
+            ModelError: one is missing, or as ``check_head``.
         """
         self.check_head(arch)
         for name in expected_shapes(arch):
@@ -191,12 +190,12 @@ class WeightFolder:
 
 
 def checked(path: Path, arch: Architecture, rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """``tensors`` as they are, once each has the shape that the configuration asks for and finite values.
+    """Return ``tensors`` if each has the shape of the configuration and finite values.
 
     Raises:
-        ModelError: one has not.
+        ModelError: one does not.
     """
-    # Each part, not the merged whole: a query too short and a key too long would make the right sum.
+    # Check each tensor, not the merged one: a short query and a long key would add up.
     for name, tensor, shape in zip(rule.hf, tensors, rule.shapes(arch), strict=True):
         if tuple(tensor.shape) != shape:
             raise ModelError(
@@ -211,11 +210,11 @@ def checked(path: Path, arch: Architecture, rule: Rule, tensors: list[torch.Tens
 def export_folder(
     weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path, replace: bool = True
 ) -> None:
-    """Write a Hugging Face folder: ``weights`` beside the configuration and tokenizer files of ``source``.
+    """Write a Hugging Face folder: ``weights`` with the configuration and tokenizer files of ``source``.
 
-    ``weights`` is consumed one tensor at a time, and at most one file's tensors (``SHARD_BYTES``) are in memory. The
-    folder appears complete or not at all; an older one that holds something is kept as ``<target>.old-1``, or with
-    ``replace=False`` an error.
+    ``weights`` is consumed one tensor at a time, with at most one file's tensors (``SHARD_BYTES``) in memory. The
+    folder appears complete or not at all; a nonempty older one is kept as ``<target>.old-1``, or is an error with
+    ``replace=False``.
 
     Raises:
         CheckpointError: the disk is full or not writable.
@@ -229,16 +228,16 @@ def export_folder(
 _SETTINGS = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
 _DOCUMENTS = re.compile(r"README(\.\w+)?|.*(LICEN[CS]E|NOTICE|COPYING|USE_POLICY|ACCEPTABLE_USE).*", re.IGNORECASE)
 _CHAT_TEMPLATES = "additional_chat_templates"
-"""Folder of transformers' own (``CHAT_TEMPLATE_DIR``)."""
+"""transformers' ``CHAT_TEMPLATE_DIR``."""
 _OF_OTHER_WEIGHTS = re.compile(
     r".*\.index\.json|adapter_config\.json|params\.json|trainer_state\.json|all_results\.json"
 )
-"""Describes weights that are not copied: of shards, of an adapter (transformers would look for it), of Mistral's own
-format (vLLM would look for it), of a training run."""
+"""Files that describe weights which are not copied: shards, an adapter (transformers would look for it), Mistral's
+format (vLLM would look for it), a training run."""
 
 
 def is_settings(path: Path) -> bool:
-    """Whether a file of a Hugging Face folder is copied beside new weights."""
+    """Return True for a file of a Hugging Face folder that is copied along with new weights."""
     if not path.is_file() or path.suffix in {".py", ".safetensors", ".bin"}:
         return False
     kept = path.suffix in _SETTINGS and not _OF_OTHER_WEIGHTS.fullmatch(path.name)
@@ -246,7 +245,7 @@ def is_settings(path: Path) -> bool:
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Copy what makes a Hugging Face folder besides weights: configuration, tokenizer, chat templates, licence."""
+    """Copy everything but the weights: configuration, tokenizer, chat templates, license."""
     for path in sorted(source.iterdir()):
         if is_settings(path):
             shutil.copyfile(path, target / path.name)
@@ -260,7 +259,7 @@ def copy_settings(source: Path, target: Path) -> None:
 def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> set[torch.dtype]:
     """Write ``weights`` as safetensors files of at most ``SHARD_BYTES`` and return their precisions.
 
-    A file's final name holds the number of files, so all have other names until the last is written.
+    Final file names contain the number of files, so files are renamed after the last is written.
     """
     files: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
@@ -278,7 +277,7 @@ def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> 
         if shard and size + tensor.nbytes > SHARD_BYTES:
             flush()
             size = 0
-        # A copy: the tensor may be a view, which safetensors refuses, or memory that its owner uses again.
+        # Copy: the tensor may be a view, which safetensors refuses, or memory that its owner reuses.
         shard[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         size += tensor.nbytes
         total += tensor.nbytes
@@ -304,14 +303,13 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def write_config(folder: Path, dtypes: Set[torch.dtype]) -> None:
-    """Let ``config.json`` in ``folder`` say under every name what it says under one, and name the weights' precision.
+    """Complete ``config.json`` in ``folder`` with the old and new names of entries and the weights' precision.
 
-    Readers cast weights to the precision that it names, and would round fp32. What it says stays where some of the
-    weights are in that precision: a bf16 model with fp32 norms is a bf16 model. Otherwise it is the widest of
-    ``dtypes``.
+    Readers cast weights to the stated precision and would round fp32. A stated precision that some of the weights have
+    is kept: a bf16 model with fp32 norms is a bf16 model. Otherwise it is the widest of ``dtypes``.
 
     Raises:
-        ModelError: it is not of a supported model.
+        ModelError: the model is not supported.
     """
     path = folder / "config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
@@ -321,12 +319,12 @@ def write_config(folder: Path, dtypes: Set[torch.dtype]) -> None:
 
 
 def write_tokenizer_config(folder: Path) -> None:
-    """Let ``tokenizer_config.json`` in ``folder``, if there is one, use words that all releases know."""
+    """Rewrite ``tokenizer_config.json`` in ``folder``, if present, with names that all releases know."""
     path = folder / TOKENIZER_CONFIG
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return  # none, or one that its own reader has to make sense of
+        return  # missing, or left to its reader to report
     if not isinstance(raw, dict):
         return
     older = dict(raw)
@@ -339,7 +337,7 @@ def write_tokenizer_config(folder: Path) -> None:
 
 
 def _declared(raw: dict[str, Any], dtypes: Set[torch.dtype]) -> str:
-    """Name of the precision that ``config.json`` is to give."""
+    """Return the precision to state in ``config.json``."""
     said = {str(raw[key]) for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
     names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
     if len(said) == 1 and said <= names:
@@ -348,7 +346,7 @@ def _declared(raw: dict[str, Any], dtypes: Set[torch.dtype]) -> str:
 
 
 def _both_names(raw: dict[str, Any], arch: Architecture, named: str) -> dict[str, Any]:
-    """Entries that mean the same to every release; ``named`` is the precision."""
+    """Return the entries under both old and new names; ``named`` is the precision."""
     parameters = arch.rope.parameters
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"} | {"type": arch.rope.kind}
     entries = {

@@ -1,8 +1,8 @@
-"""Rotary position embedding: the settings that ``transformers`` takes from a ``config.json``. Imports no torch.
+"""Rotary position embedding: the settings that ``transformers`` reads from a ``config.json``. Imports no torch.
 
 A ``config.json`` can hold them in two dictionaries (``rope_parameters`` of transformers 5, ``rope_scaling`` of earlier
-releases) and at its top level. Which entry wins is decided in ``modeling_rope_utils.py: RotaryEmbeddingConfigMixin``
-(``convert_rope_params_to_dict``, ``standardize_rope_params``, ``validate_rope``) and followed here to the letter.
+releases) and at its top level. The precedence is that of ``modeling_rope_utils.py: RotaryEmbeddingConfigMixin``
+(``convert_rope_params_to_dict``, ``standardize_rope_params``, ``validate_rope``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", _ORIGINAL),
 }
-"""Type -> entries without which transformers refuses it."""
+"""Type -> required entries of transformers."""
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
 }
@@ -30,30 +30,30 @@ _FOLLOW_LENGTH = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of a whole head, the same in every layer and for every length of a sequence."""
+    """Rotary position embedding of whole heads, the same in every layer and for every sequence length."""
 
     theta: float
     kind: str = "default"
     """``default``, ``linear``, ``llama3`` or ``yarn``."""
     settings: tuple[tuple[str, float], ...] = ()
-    """Further entries of ``kind``, by their names in ``config.json``."""
+    """Further entries of ``kind``: (name in ``config.json``, value)."""
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """All settings as transformers 5 writes them into ``rope_parameters``."""
+        """Return all settings as transformers 5 writes them into ``rope_parameters``."""
         return {"rope_type": self.kind, "rope_theta": self.theta} | dict(self.settings)
 
 
 def parse_rope(raw: Mapping[str, Any], path: Path, default_theta: float) -> Rope:
-    """Read the settings that are in force in the entries ``raw`` of a ``config.json``.
+    """Read the rotary settings from the entries ``raw`` of a ``config.json``.
 
     Args:
         raw: the entries.
-        path: named in errors.
-        default_theta: the base where none is given.
+        path: the file, for errors.
+        default_theta: the base if none is given.
 
     Raises:
-        ModelError: a setting is missing or no number, or Megatron cannot compute what it asks for.
+        ModelError: a setting is missing, not a number, or not supported.
     """
     entries = _in_force(raw, path)
     kind = entries.get("rope_type", entries.get("type", "default"))
@@ -63,7 +63,7 @@ def parse_rope(raw: Mapping[str, Any], path: Path, default_theta: float) -> Rope
         raise ModelError(f"{path}: partial_rotary_factor is {part}; supported: 1.0")
     if kind in _FOLLOW_LENGTH:
         raise ModelError(
-            f"{path}: rope type {kind!r} is not supported: its frequencies depend on the length of the sequence; "
+            f"{path}: rope type {kind!r} is not supported: its frequencies depend on the sequence length; "
             f"supported: {', '.join(_REQUIRED)}"
         )
     if kind not in _REQUIRED:
@@ -88,7 +88,7 @@ def parse_rope(raw: Mapping[str, Any], path: Path, default_theta: float) -> Rope
 
 
 def _in_force(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The dictionary that counts: a ``rope_scaling`` that is not empty, however old, hides ``rope_parameters``."""
+    """Return the dictionary that counts: a nonempty ``rope_scaling`` overrides ``rope_parameters``."""
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     entries = raw.get(name) or {}
     if not isinstance(entries, Mapping):
@@ -96,13 +96,13 @@ def _in_force(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     nested = [key for key, value in entries.items() if isinstance(value, Mapping)]
     if nested:
         raise ModelError(
-            f"{path}: {name} has settings of their own for {', '.join(nested)}; supported: the same for all layers"
+            f"{path}: {name} has separate settings for {', '.join(nested)}; supported: the same for all layers"
         )
     return entries
 
 
 def _number(value: Any, name: str, path: Path, least: float | None = None) -> float:
-    """``value`` once it is a finite number above 0, or of at least ``least``; integers stay integers."""
+    """Return ``value`` if it is a finite number above 0, or at least ``least``; integers stay integers."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
         raise ModelError(f"{path}: {name} is {value!r}; it must be a number")
     if value < least if least is not None else value <= 0:

@@ -1,4 +1,4 @@
-"""How tensor parallelism divides one weight tensor, and how its pieces become whole again."""
+"""Tensor-parallel sharding of one weight tensor, and its inverse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Cut(enum.Enum):
-    """How a Megatron weight is divided among the ranks of a tensor-parallel group."""
+    """How a Megatron weight is sharded over a tensor-parallel group."""
 
     WHOLE = "whole"
     """Every rank holds all of it."""
@@ -18,13 +18,13 @@ class Cut(enum.Enum):
     COLUMNS = "columns"
     """Along dimension 1 (Megatron's row-parallel layers)."""
     HALVES = "halves"
-    """Each half of dimension 0 along dimension 0: a rank holds its part of the gate above its part of up."""
+    """Each half of dimension 0 along dimension 0: a rank holds its shard of gate above its shard of up."""
 
 
 def shard(tensor: torch.Tensor, cut: Cut, rank: int, size: int) -> torch.Tensor:
-    """The part of a whole ``tensor`` that tensor-parallel rank ``rank`` of ``size`` holds. May share its memory.
+    """Return the shard of ``tensor`` on tensor-parallel rank ``rank`` of ``size``; it may share memory.
 
-    The divided dimension must be a multiple of ``size`` (``policy/layout.py`` checks that before anything is built).
+    The sharded dimension must be a multiple of ``size``, which ``policy/layout.py`` checks before anything is built.
     """
     match cut:
         case Cut.WHOLE:
@@ -38,7 +38,7 @@ def shard(tensor: torch.Tensor, cut: Cut, rank: int, size: int) -> torch.Tensor:
 
 
 def unshard(parts: Sequence[torch.Tensor], cut: Cut) -> torch.Tensor:
-    """The whole tensor from the parts of all tensor-parallel ranks, in rank order: the inverse of ``shard``."""
+    """Return the whole tensor from the shards of all tensor-parallel ranks in order: the inverse of ``shard``."""
     if len(parts) == 1:
         return parts[0]
     match cut:

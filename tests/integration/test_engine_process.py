@@ -71,7 +71,7 @@ def test_an_engine_that_dies_during_a_call_is_one_error_on_every_rank(world):
     assert "the process of the rollout engine ended (exit code -9" in world[0]["death during a request"]
     for rank in world:
         assert "the process of the rollout engine ended (exit code -9" in rank["death"]
-        assert "start the run again" in rank["after death"]
+        assert "run the same command to resume" in rank["after death"]
 
 
 def test_the_trainer_keeps_its_surroundings(world):

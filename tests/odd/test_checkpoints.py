@@ -537,5 +537,5 @@ def test_a_killed_conversion_leaves_no_output_and_the_next_one_says_what_is_left
     assert left.name.startswith("out.partial-")
     code, out, err = rlpt("convert", model, tmp_path / "out", "--to", "hf")
     assert code == 0, err
-    assert f"{left} is left of a conversion that did not finish" in out
+    assert f"{left} is left over from a conversion that did not finish" in out
     assert (left / "half").read_text() == "half", "it may be another process that is at work"

@@ -112,11 +112,11 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "files without an index": (shards(index=False), (SINGLE, INDEX, "copy the complete folder")),
     "rotary frequencies that follow the length": (
         config(rope_scaling={"type": "dynamic", "factor": 2.0}),
-        ("rope type 'dynamic' is not supported", "depend on the length"),
+        ("rope type 'dynamic' is not supported", "depend on the sequence length"),
     ),
     "rotary settings per kind of layer": (
         config(rope_parameters={"full_attention": YARN}),
-        ("settings of their own for full_attention",),
+        ("separate settings for full_attention",),
     ),
     "quantized": (config(quantization_config={"quant_method": "fp8"}), ("quantized weights are not supported",)),
     "a classifier": (config(architectures=["LlamaForSequenceClassification"]), ("LlamaForSequenceClassification",)),

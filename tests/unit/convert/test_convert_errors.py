@@ -95,7 +95,7 @@ def test_cuts_that_do_not_divide_the_experts(experts, tmp_path):
 
 
 def test_options_that_have_no_meaning(model, megatron, tmp_path):
-    refused(ConfigError, "leave them out with --to hf", megatron, tmp_path / "out", layout=Layout(tensor=2))
+    refused(ConfigError, "omit them with --to hf", megatron, tmp_path / "out", layout=Layout(tensor=2))
     refused(ConfigError, "--hf-config is for Megatron checkpoints", model, tmp_path / "out", hf_config=model)
 
 
@@ -214,7 +214,7 @@ def test_a_disk_without_room_is_noticed_before_writing(model, tmp_path, monkeypa
 
 def test_paths_that_are_no_checkpoint(model, megatron, tmp_path):
     refused(ModelError, "does not exist; give a Hugging Face folder", tmp_path / "nowhere", tmp_path / "out")
-    refused(ModelError, "is no checkpoint: a Hugging Face folder has", tmp_path, tmp_path / "out")
+    refused(ModelError, "is not a checkpoint: a Hugging Face folder has", tmp_path, tmp_path / "out")
     refused(ModelError, "is not a GGUF file", model / "config.json", tmp_path / "out")
     (tmp_path / "weightless").mkdir()
     (tmp_path / "weightless/config.json").write_text((model / "config.json").read_text())
@@ -236,7 +236,7 @@ def test_a_save_folder_of_megatron_lm_stands_for_its_latest_iteration(model, meg
     saves = tmp_path / "saves"
     saves.mkdir()
     (saves / "latest_checkpointed_iteration.txt").write_text("20\n")
-    refused(ModelError, "says '20', and .*iter_0000020 is no Megatron distributed", saves, tmp_path / "out")
+    refused(ModelError, "names '20', and .*iter_0000020 is not a Megatron distributed", saves, tmp_path / "out")
     megatron.rename(saves / "iter_0000020")
     convert(saves, tmp_path / "out", Format.HF)
     assert tensors_in(tmp_path / "out").keys() == tensors_in(model).keys()

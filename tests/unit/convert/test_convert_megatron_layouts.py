@@ -139,5 +139,5 @@ def test_a_tracker_that_says_nothing_sensible(folder, tmp_path):
     saves.mkdir()
     for said in ("²", "../../x", "", "9" * 400):
         (saves / "latest_checkpointed_iteration.txt").write_text(said)
-        with pytest.raises(ModelError, match="is no Megatron distributed checkpoint"):
+        with pytest.raises(ModelError, match="is not a Megatron distributed checkpoint"):
             convert(saves, tmp_path / "out", Format.HF, hf_config=folder)

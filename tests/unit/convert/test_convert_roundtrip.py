@@ -92,7 +92,7 @@ def test_a_tensor_that_changed_on_the_way_does_not_pass_verification(tmp_path, m
         write(self, rule, [t + 1e-6 for t in tensors] if rule.layer == 2 and "linear_fc2" in rule.megatron else tensors)
 
     monkeypatch.setattr(writer.MegatronWriter, "write", nudged)
-    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.down_proj\.weight is not what"):
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.down_proj\.weight differs from"):
         convert(folder, tmp_path / "out", Format.MEGATRON, verify=True)
 
 

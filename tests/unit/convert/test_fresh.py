@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, rlpt_
     for content in ("[1]", "{", "[" * 100_000):
         broken.write_text(content)
         refused(broken, 4, "broken.json")
-    refused(config_of(tmp_path / "d", "qwen2"), 4, "as Qwen2Tokenizer beside a qwen2 model")
+    refused(config_of(tmp_path / "d", "qwen2"), 4, "as Qwen2Tokenizer with a qwen2 model")
     good = config_of(tmp_path / "c", "llama")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")

@@ -208,7 +208,7 @@ def test_experts_are_read_from_either_name(tmp_path, model_type, entries, expect
             {"rope_scaling": {"type": "su", "factor": 4.0}},
             "rope type 'su' is not supported; supported: default, linear",
         ),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 2.0}}}, "settings of their own for full_attention"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 2.0}}}, "separate settings for full_attention"),
         ({"rope_theta": "10000"}, "rope_theta is '10000'; it must be a number"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; it must be an object"),
         ({"attention_bias": True}, "models with biases are not supported"),

@@ -14,7 +14,7 @@ from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layers import attention_scaling, block_spec, set_frequencies, with_transformer_engine
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.precision import transformer_arguments
+from megatron_rlpt.policy.precision import torch_dtype_of, transformer_arguments
 
 
 class HiddenStateModel(GPTModel):
@@ -175,8 +175,3 @@ def build_model(
                         # (tensor_parallel/layers.py: ColumnParallelLinear.__init__).
                         parameter.allreduce = False
         return model_chunks
-
-
-def torch_dtype_of(dtype: Dtype) -> torch.dtype:
-    """Return the torch dtype of a configured precision."""
-    return torch.bfloat16 if dtype is Dtype.bf16 else torch.float32

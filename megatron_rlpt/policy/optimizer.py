@@ -17,7 +17,8 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rlpt.config import Dtype, OptimizerConfig, TrainConfig
-from megatron_rlpt.policy.model import HiddenStateModel, torch_dtype_of
+from megatron_rlpt.policy.model import HiddenStateModel
+from megatron_rlpt.policy.precision import torch_dtype_of
 
 
 def build_optimizer(

@@ -12,12 +12,15 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_rlpt.config import Dtype, Fp8
 from megatron_rlpt.errors import ConfigError, first_line
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy.layout import Layout
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,13 @@ def require(fp8: Fp8, dtype: Dtype) -> None:
     if reason is not None:
         supported = ", ".join([Fp8.off.value, *(one.value for one in supported_recipes())])
         raise ConfigError(f"model.fp8 is {fp8.value}: {reason}; supported here: {supported}")
+
+
+def torch_dtype_of(dtype: Dtype) -> torch.dtype:
+    """Return the torch dtype of a configured precision, which the configuration has resolved to bf16 or fp32."""
+    import torch
+
+    return {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype]
 
 
 def check_dtype(fp8: Fp8, dtype: Dtype) -> None:

@@ -24,7 +24,8 @@ from megatron_rlpt.errors import ModelError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy.layers import whole_sequence
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.model import HiddenStateModel, torch_dtype_of
+from megatron_rlpt.policy.model import HiddenStateModel
+from megatron_rlpt.policy.precision import torch_dtype_of
 from megatron_rlpt.policy.transformers_layers import TransformersLayers, is_small, logprobs_after, run_layer
 
 TOKENS = 32

@@ -26,7 +26,7 @@ from megatron_rlpt.models.architecture import Architecture, read_architecture
 from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.megatron_compat import inference_wrapper, static_context
-from megatron_rlpt.policy.model import torch_dtype_of
+from megatron_rlpt.policy.precision import torch_dtype_of
 from megatron_rlpt.policy.requirements import check_no_experts
 from megatron_rlpt.rollout.engine import (
     Continuation,

@@ -20,7 +20,8 @@ from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layers import CausalAttention, block_spec, set_frequencies
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.policy.model import model_arguments, torch_dtype_of, transformer_config
+from megatron_rlpt.policy.model import model_arguments, transformer_config
+from megatron_rlpt.policy.precision import torch_dtype_of
 
 
 class CachedAttention(CausalAttention):

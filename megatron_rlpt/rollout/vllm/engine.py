@@ -18,6 +18,7 @@ from megatron_rlpt.errors import ConfigError, EngineError, ModelError
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.families import expected_shapes
 from megatron_rlpt.models.huggingface import without_extras
+from megatron_rlpt.policy.precision import torch_dtype_of
 from megatron_rlpt.rollout.engine import (
     Continuation,
     EngineMode,
@@ -86,7 +87,7 @@ class VllmEngine(RolloutEngine):
             ModelError: vLLM cannot load the folder.
         """
         self._temperature = config.temperature
-        self._manifest = WeightManifest(dict(expected), torch.bfloat16 if dtype is Dtype.bf16 else torch.float32)
+        self._manifest = WeightManifest(dict(expected), torch_dtype_of(dtype))
         self._kv_cache_bytes = int(config.kv_cache_gib * 2**30)
         if torch.cuda.is_available():
             number = torch.cuda.current_device() if gpu is None else gpu

@@ -24,7 +24,7 @@ from megatron_rlpt.files import is_disk_error, new_folder, unfinished
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.families import Rule, mapping
 from megatron_rlpt.models.huggingface import copy_settings, export_folder, is_settings, write_config
-from megatron_rlpt.policy.layout import Layout, check_cut
+from megatron_rlpt.policy.layout import Layout, check_split
 
 Say = Callable[[str], None]
 _LINES = 10
@@ -91,7 +91,7 @@ def convert(
         say(f"{left} is left over from a conversion that did not finish; remove it unless one is still running")
     with explaining_full_disks(target), open_source(found, hf_config) as opened:
         layout = layout or Layout()
-        check_cut(layout, opened.arch)
+        check_split(layout, opened.arch)
         dtype = dtype or opened.dtype
         say(_describe(found, opened.arch, to, layout, dtype))
         _require_space(opened, target, to, dtype)

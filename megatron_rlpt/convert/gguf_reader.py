@@ -271,5 +271,5 @@ class _Walk:
 
     def _skip(self, count: int, what: str) -> None:
         if count > self._size - self._at:
-            raise ValueError(f"{what} goes on behind the end of the file")
+            raise ValueError(f"{what} continues past the end of the file")
         self._at += count

@@ -28,7 +28,7 @@ from megatron_rlpt.convert.megatron_keys import VOCABULARY, TensorLocation, writ
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.families import Rule
-from megatron_rlpt.models.sharding import Cut, shard
+from megatron_rlpt.models.sharding import Sharding, shard
 from megatron_rlpt.policy.layout import Layout, expert_rank_of, pipeline_rank_of
 
 
@@ -42,24 +42,24 @@ class TensorShard:
     tensor: torch.Tensor
 
 
-def tensor_shards(tensor: torch.Tensor, cut: Cut, size: int) -> Iterator[TensorShard]:
+def tensor_shards(tensor: torch.Tensor, sharding: Sharding, size: int) -> Iterator[TensorShard]:
     """Yield the shards of ``tensor`` on ``size`` tensor-parallel ranks; they may share its memory.
 
-    A rank's shard of a gate and an up projection (``Cut.HALVES``) is yielded as two, because they are not adjacent in
-    the whole tensor; also with one rank, as in Megatron's checkpoints.
+    A rank's shard of a gate and an up projection (``Sharding.HALVES``) is yielded as two, because they are not adjacent
+    in the whole tensor; also with one rank, as in Megatron's checkpoints.
     """
     zeros = (0,) * tensor.dim()
-    if cut is Cut.HALVES:
+    if sharding is Sharding.HALVES:
         for number, half in enumerate(tensor.chunk(2)):
-            for part in tensor_shards(half, Cut.ROWS, size):
+            for part in tensor_shards(half, Sharding.ROWS, size):
                 yield TensorShard(part.rank, (number * half.shape[0] + part.offsets[0], *zeros[1:]), part.tensor)
         return
-    if cut is Cut.WHOLE:
+    if sharding is Sharding.WHOLE:
         yield TensorShard(0, zeros, tensor)
         return
-    dimension = 0 if cut is Cut.ROWS else 1
+    dimension = 0 if sharding is Sharding.ROWS else 1
     for rank in range(size):
-        held = shard(tensor, cut, rank, size)
+        held = shard(tensor, sharding, rank, size)
         offsets = list(zeros)
         offsets[dimension] = rank * held.shape[dimension]
         yield TensorShard(rank, tuple(offsets), held)
@@ -97,7 +97,7 @@ class MegatronWriter:
             self._stage = stage
         expert = expert_rank_of(rule, arch, layout) or 0
         group = (stage * layout.expert + expert) * layout.tensor
-        for part in tensor_shards(merged, rule.cut, layout.tensor):
+        for part in tensor_shards(merged, rule.sharding, layout.tensor):
             self._write(rule, merged, part, group + part.rank)
 
     def finish(self) -> None:

@@ -74,7 +74,7 @@ class Window(enum.StrEnum):
 
     never = "never"
     always = "always"
-    asked = "asked"
+    if_set = "if_set"
     """If ``use_sliding_window`` is set."""
     late = "late"
     """If ``use_sliding_window`` is set, in layers from ``max_window_layers`` on or those in ``layer_types``."""
@@ -127,7 +127,7 @@ CONVENTIONS: dict[str, Conventions] = {
     "qwen3_moe": Conventions(
         experts=True,
         qk_norm=True,
-        window=Window.asked,
+        window=Window.if_set,
         defaults={
             "num_key_value_heads": 4,
             "sliding_window": 4096,
@@ -233,10 +233,10 @@ def refuse_own_code(raw: dict[str, Any], path: Path) -> None:
         ModelError: the entries ``raw`` of its ``config.json`` at ``path`` name such code.
     """
     own = raw.get("auto_map") or {}
-    asked = sorted(key for key in own if key.startswith(("AutoModel", "AutoConfig"))) if isinstance(own, dict) else []
-    if asked:
+    named = sorted(key for key in own if key.startswith(("AutoModel", "AutoConfig"))) if isinstance(own, dict) else []
+    if named:
         raise ModelError(
-            f"{path}: auto_map asks to run code of its own ({own[asked[0]]}), which is never done; if it computes what "
+            f"{path}: auto_map asks to run code of its own ({own[named[0]]}), which is never done; if it computes what "
             f"transformers' {raw['model_type']} does, remove auto_map from a copy of the folder"
         )
 
@@ -339,7 +339,7 @@ def _window(raw: dict[str, Any], family: Conventions, path: Path) -> int:
                 "use_sliding_window, or name full_attention only"
             )
     else:
-        used = family.window is Window.always or (family.window is Window.asked and switched) or named
+        used = family.window is Window.always or (family.window is Window.if_set and switched) or named
     return _whole(raw, "sliding_window") if window is not None and used else everything
 
 

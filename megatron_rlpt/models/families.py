@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_rlpt.models.architecture import Architecture, Experts
-from megatron_rlpt.models.sharding import Cut
+from megatron_rlpt.models.sharding import Sharding
 
 Shape = tuple[int, ...]
 
@@ -36,7 +36,7 @@ class Rule:
     """Shapes of ``hf``."""
     merge: Merge
     split: Split
-    cut: Cut
+    sharding: Sharding
     """How tensor parallelism shards the Megatron tensor."""
     layer: int | None = None
     expert: int | None = None
@@ -65,9 +65,9 @@ def _alone(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor]
 
 
-def _plain(megatron: str, hf: str, shape: Callable[[Architecture], Shape], cut: Cut) -> Rule:
+def _plain(megatron: str, hf: str, shape: Callable[[Architecture], Shape], sharding: Sharding) -> Rule:
     """Return the rule of a tensor that only changes its name."""
-    return Rule(megatron, (hf,), lambda arch: (shape(arch),), _same, _alone, cut)
+    return Rule(megatron, (hf,), lambda arch: (shape(arch),), _same, _alone, sharding)
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _qkv(kind: str) -> Rule:
         shapes,
         _merge_qkv,
         _split_qkv,
-        Cut.ROWS,
+        Sharding.ROWS,
     )
 
 
@@ -108,7 +108,7 @@ def _gated(megatron: str, gate: str, up: str, ffn: Callable[[Architecture], int]
         lambda arch: ((ffn(arch), arch.hidden),) * 2,
         lambda _, tensors: torch.cat(tensors),
         lambda _, tensor: list(tensor.chunk(2)),
-        Cut.HALVES,
+        Sharding.HALVES,
     )
 
 
@@ -121,7 +121,7 @@ def _vocabulary(megatron: str, hf: str) -> Rule:
     def trim(arch: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor[: arch.vocab]]
 
-    return Rule(megatron, (hf,), lambda arch: ((arch.vocab, arch.hidden),), pad, trim, Cut.ROWS)
+    return Rule(megatron, (hf,), lambda arch: ((arch.vocab, arch.hidden),), pad, trim, Sharding.ROWS)
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -135,7 +135,7 @@ def _hidden(arch: Architecture) -> Shape:
 
 
 def _norm(megatron: str, hf: str) -> Rule:
-    return _plain(f"{_LAYER}{megatron}.weight", f"{_HF_LAYER}{hf}.weight", _hidden, Cut.WHOLE)
+    return _plain(f"{_LAYER}{megatron}.weight", f"{_HF_LAYER}{hf}.weight", _hidden, Sharding.WHOLE)
 
 
 def _head_norm(part: str) -> Rule:
@@ -143,7 +143,7 @@ def _head_norm(part: str) -> Rule:
         f"{_LAYER}self_attention.{part}_layernorm.weight",
         f"{_HF_LAYER}self_attn.{part}_norm.weight",
         lambda arch: (arch.head_dim,),
-        Cut.WHOLE,
+        Sharding.WHOLE,
     )
 
 
@@ -154,7 +154,7 @@ _ATTENTION = (
         f"{_LAYER}self_attention.linear_proj.weight",
         f"{_HF_LAYER}self_attn.o_proj.weight",
         lambda arch: (arch.hidden, arch.heads * arch.head_dim),
-        Cut.COLUMNS,
+        Sharding.COLUMNS,
     ),
     _norm("pre_mlp_layernorm", "post_attention_layernorm"),
 )
@@ -169,7 +169,7 @@ _MLP = (
         f"{_LAYER}mlp.linear_fc2.weight",
         f"{_HF_LAYER}mlp.down_proj.weight",
         lambda arch: (arch.hidden, arch.ffn_hidden),
-        Cut.COLUMNS,
+        Sharding.COLUMNS,
     ),
 )
 _EXPERT = f"{_LAYER}mlp.experts.local_experts.{{expert}}."
@@ -185,7 +185,7 @@ def _router(hf: str) -> Rule:
         f"{_LAYER}mlp.router.weight",
         f"{_HF_LAYER}{hf}",
         lambda arch: (_experts_of(arch).count, arch.hidden),
-        Cut.WHOLE,
+        Sharding.WHOLE,
     )
 
 
@@ -195,12 +195,12 @@ def _expert(gate: str, up: str, down: str) -> tuple[Rule, ...]:
         f"{_EXPERT}linear_fc1.weight", f"{_HF_LAYER}{gate}", f"{_HF_LAYER}{up}", lambda a: _experts_of(a).ffn_hidden
     )
     return (
-        replace(stacked, cut=Cut.WHOLE),
+        replace(stacked, sharding=Sharding.WHOLE),
         _plain(
             f"{_EXPERT}linear_fc2.weight",
             f"{_HF_LAYER}{down}",
             lambda arch: (arch.hidden, _experts_of(arch).ffn_hidden),
-            Cut.WHOLE,
+            Sharding.WHOLE,
         ),
     )
 
@@ -245,7 +245,7 @@ def mapping(arch: Architecture) -> Iterator[Rule]:
         for expert in range(arch.experts.count if arch.experts else 0):
             for rule in family.expert:
                 yield rule.at(layer, expert)
-    yield _plain("decoder.final_layernorm.weight", "model.norm.weight", _hidden, Cut.WHOLE)
+    yield _plain("decoder.final_layernorm.weight", "model.norm.weight", _hidden, Sharding.WHOLE)
     if not arch.tied_embeddings:
         yield _vocabulary(OUTPUT, "lm_head.weight")
 

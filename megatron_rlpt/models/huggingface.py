@@ -55,9 +55,9 @@ def safetensors_files(folder: Path) -> list[Path]:
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not a readable index ({type(error).__name__}); copy it again") from None
     if missing:
-        beside = f", and holds {SINGLE} beside it" if single.is_file() else ""
+        also = f", and also holds {SINGLE}" if single.is_file() else ""
         raise ModelError(
-            f"{folder} lacks {', '.join(missing)}, which {INDEX} names{beside}; copy the complete folder, or remove "
+            f"{folder} lacks {', '.join(missing)}, which {INDEX} names{also}; copy the complete folder, or remove "
             "the index if it is of another model"
         )
     if not files:

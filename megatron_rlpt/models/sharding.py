@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 
-class Cut(enum.Enum):
+class Sharding(enum.Enum):
     """How a Megatron weight is sharded over a tensor-parallel group."""
 
     WHOLE = "whole"
@@ -21,35 +21,35 @@ class Cut(enum.Enum):
     """Each half of dimension 0 along dimension 0: a rank holds its shard of gate above its shard of up."""
 
 
-def shard(tensor: torch.Tensor, cut: Cut, rank: int, size: int) -> torch.Tensor:
+def shard(tensor: torch.Tensor, sharding: Sharding, rank: int, size: int) -> torch.Tensor:
     """Return the shard of ``tensor`` on tensor-parallel rank ``rank`` of ``size``; it may share memory.
 
     The sharded dimension must be a multiple of ``size``, which ``policy/layout.py`` checks before anything is built.
     """
-    match cut:
-        case Cut.WHOLE:
+    match sharding:
+        case Sharding.WHOLE:
             return tensor
-        case Cut.ROWS:
+        case Sharding.ROWS:
             return _part(tensor, 0, rank, size)
-        case Cut.COLUMNS:
+        case Sharding.COLUMNS:
             return _part(tensor, 1, rank, size)
-        case Cut.HALVES:
+        case Sharding.HALVES:
             return torch.cat([_part(half, 0, rank, size) for half in tensor.chunk(2)]) if size > 1 else tensor
 
 
-def unshard(parts: Sequence[torch.Tensor], cut: Cut) -> torch.Tensor:
+def unshard(shards: Sequence[torch.Tensor], sharding: Sharding) -> torch.Tensor:
     """Return the whole tensor from the shards of all tensor-parallel ranks in order: the inverse of ``shard``."""
-    if len(parts) == 1:
-        return parts[0]
-    match cut:
-        case Cut.WHOLE:
-            return parts[0]
-        case Cut.ROWS:
-            return torch.cat(list(parts), dim=0)
-        case Cut.COLUMNS:
-            return torch.cat(list(parts), dim=1)
-        case Cut.HALVES:
-            halves = [part.chunk(2) for part in parts]
+    if len(shards) == 1:
+        return shards[0]
+    match sharding:
+        case Sharding.WHOLE:
+            return shards[0]
+        case Sharding.ROWS:
+            return torch.cat(list(shards), dim=0)
+        case Sharding.COLUMNS:
+            return torch.cat(list(shards), dim=1)
+        case Sharding.HALVES:
+            halves = [part.chunk(2) for part in shards]
             return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
 
 

@@ -113,7 +113,7 @@ def _refused_stages(pipeline: int, virtual: int, layers: int) -> str:
     return text + f"with virtual_stages = 1, parallel.pipeline may be {fitting}"
 
 
-def check_cut(layout: Layout, arch: Architecture) -> None:
+def check_split(layout: Layout, arch: Architecture) -> None:
     """Check that ``rlpt convert`` can split a checkpoint into ``tensor`` x ``pipeline`` x ``expert`` files.
 
     Raises:

@@ -61,7 +61,7 @@ def load_weights(model_chunks: Sequence[HiddenStateModel], arch: Architecture, l
             if targets:
                 whole = rule.merge(arch, checked(folder, arch, rule, [source.read(name) for name in rule.hf]))
                 for parameter in targets:
-                    parameter.copy_(shard(whole, rule.cut, rank, layout.tensor))
+                    parameter.copy_(shard(whole, rule.sharding, rank, layout.tensor))
     assert not parameters, f"no mapping for {sorted(parameters)}"
 
 
@@ -124,7 +124,7 @@ class WeightSource:
             size = torch.Size(shape).numel()
             parts = [part[offset : offset + size].view(shape) for part in gathered]
             offset += size
-            yield from zip(rule.hf, rule.split(self._arch, unshard(parts, rule.cut)), strict=True)
+            yield from zip(rule.hf, rule.split(self._arch, unshard(parts, rule.sharding)), strict=True)
 
     def _gather(self, bucket: GatherBucket) -> list[torch.Tensor]:
         """Return the flattened shards of ``bucket``, one per tensor-parallel rank (experts: one)."""
@@ -201,7 +201,7 @@ def plan_buckets(arch: Architecture, layout: Layout, bucket_bytes: int, element_
 
 
 def _shard_shape(rule: Rule, arch: Architecture, layout: Layout) -> Shape:
-    return tuple(shard(torch.empty(rule.shape(arch), device="meta"), rule.cut, 0, layout.tensor).shape)
+    return tuple(shard(torch.empty(rule.shape(arch), device="meta"), rule.sharding, 0, layout.tensor).shape)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

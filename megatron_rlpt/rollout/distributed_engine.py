@@ -61,8 +61,8 @@ class DistributedEngine(RolloutEngine):
             if self._own is None:
                 return []
             position = self._owners.index(self._ranks.rank)
-            cuts = cut_shares(prompts, len(self._owners))
-            return self._own.generate(prompts[cuts[position] : cuts[position + 1]], max_tokens, version)
+            bounds = split_prompts(prompts, len(self._owners))
+            return self._own.generate(prompts[bounds[position] : bounds[position + 1]], max_tokens, version)
 
         shares = self._ranks.all_gather(self._ranks.run_on_all_ranks(answer, "the end of generating"))
         return [continuation for owner in self._owners for continuation in shares[owner]]
@@ -90,21 +90,21 @@ class DistributedEngine(RolloutEngine):
         self._version = version
 
 
-def cut_shares(prompts: Sequence[RolloutPrompt], count: int) -> list[int]:
+def split_prompts(prompts: Sequence[RolloutPrompt], count: int) -> list[int]:
     """Return the ``count + 1`` ascending indices that split ``prompts`` into ``count`` contiguous shares.
 
-    Prompts with the same prefix are adjacent, and an engine reuses a prefix that it has already read. So each cut moves
-    to the nearest change of prefix, unless that makes the shares too uneven.
+    Prompts with the same prefix are adjacent, and an engine reuses a prefix that it has already read. So each bound
+    moves to the nearest change of prefix, unless that makes the shares too uneven.
     """
     even = len(prompts) / count
     changes = [
         index for index in range(len(prompts) + 1)
         if index in (0, len(prompts)) or prompts[index].prefix != prompts[index - 1].prefix
     ]  # fmt: skip
-    cuts = [0]
+    bounds = [0]
     for share in range(1, count):
         ideal = share * even
         after = bisect_left(changes, ideal)
         change = min(changes[max(0, after - 1) : after + 1], key=lambda index: abs(index - ideal))
-        cuts.append(change if abs(change - ideal) <= _UNEVEN * even else round(ideal))
-    return [*cuts, len(prompts)]
+        bounds.append(change if abs(change - ideal) <= _UNEVEN * even else round(ideal))
+    return [*bounds, len(prompts)]

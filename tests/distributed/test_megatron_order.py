@@ -14,7 +14,7 @@ import torch
 from worlds import run_world
 
 from megatron_rlpt.distributed.ranks import _replicas
-from megatron_rlpt.models.sharding import Cut, shard
+from megatron_rlpt.models.sharding import Sharding, shard
 from megatron_rlpt.policy.layout import Layout
 
 LAYOUTS = [
@@ -100,8 +100,8 @@ def _layers(layout: Layout) -> dict[str, Any]:
     )
     vocabulary = VocabParallelEmbedding(ROWS, COLUMNS, config=config, init_method=count_up)
     return {
-        Cut.ROWS.value: column.weight.detach(),
-        Cut.COLUMNS.value: row.weight.detach(),
+        Sharding.ROWS.value: column.weight.detach(),
+        Sharding.COLUMNS.value: row.weight.detach(),
         "vocabulary": vocabulary.weight.detach(),
     }
 
@@ -131,5 +131,8 @@ def test_replicas_are_megatrons(found, index):
 def test_shards_are_what_megatrons_layers_hold(found, index):
     tensor = LAYOUTS[index].tensor
     for one in found[index]:
-        for name, cut in (("rows", Cut.ROWS), ("columns", Cut.COLUMNS), ("vocabulary", Cut.ROWS)):
-            assert torch.equal(one[name], shard(whole(ROWS, COLUMNS), cut, one["tensor rank"], tensor)), (name, one)
+        for name, sharding in (("rows", Sharding.ROWS), ("columns", Sharding.COLUMNS), ("vocabulary", Sharding.ROWS)):
+            assert torch.equal(one[name], shard(whole(ROWS, COLUMNS), sharding, one["tensor rank"], tensor)), (
+                name,
+                one,
+            )

@@ -19,7 +19,7 @@ from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import EngineError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.families import OUTPUT, Rule, expected_shapes, mapping
-from megatron_rlpt.models.sharding import Cut, shard
+from megatron_rlpt.models.sharding import Sharding, shard
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.megatron_compat import plan_transfers
@@ -69,7 +69,7 @@ class RolloutWeights:
             if all(part in parts for part in rule.hf):
                 whole = rule.merge(self._arch, [parts.pop(part) for part in rule.hf])
                 with torch.no_grad():
-                    self._parameters[rule.megatron].copy_(shard(whole, rule.cut, rank, size))
+                    self._parameters[rule.megatron].copy_(shard(whole, rule.sharding, rank, size))
 
     def reshard(self, model_chunks: Sequence[GPTModel]) -> None:
         """Load the weights of a model in the training layout.
@@ -143,14 +143,14 @@ class RolloutWeights:
         """
         for name, parameter in parameters.items():
             rule = self._rules.get(name)
-            if rule is not None and rule.cut is not Cut.WHOLE:
+            if rule is not None and rule.sharding is not Sharding.WHOLE:
                 _set_marks(parameter, rule)
 
 
 def _set_marks(parameter: Any, rule: Rule) -> None:
     parameter.tensor_model_parallel = True
-    parameter.partition_dim = 1 if rule.cut is Cut.COLUMNS else 0
-    parameter.partition_stride = 2 if rule.cut is Cut.HALVES else 1
+    parameter.partition_dim = 1 if rule.sharding is Sharding.COLUMNS else 0
+    parameter.partition_stride = 2 if rule.sharding is Sharding.HALVES else 1
 
 
 class _View(torch.nn.Module):

@@ -63,7 +63,7 @@ def test_buckets_keep_the_order_and_the_limit_and_never_span_owners(arch, layout
         assert {rule.expert is not None for rule in bucket.rules} == {bucket.expert_rank is not None}
         assert list(bucket.shapes) == [rule.megatron for rule in bucket.rules]
         for rule in bucket.rules:
-            part = shard(torch.empty(rule.shape(arch)), rule.cut, 0, layout.tensor)
+            part = shard(torch.empty(rule.shape(arch)), rule.sharding, 0, layout.tensor)
             assert bucket.shapes[rule.megatron] == tuple(part.shape)
             if rule.expert is not None:
                 assert bucket.expert_rank == rule.expert // (4 // layout.expert)

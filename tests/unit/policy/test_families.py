@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.models.architecture import CONVENTIONS, Architecture, Experts, parse_architecture, read_architecture
 from megatron_rlpt.models.families import FAMILIES, expected_shapes, mapping
-from megatron_rlpt.models.sharding import Cut
+from megatron_rlpt.models.sharding import Sharding
 
 SIZES = {
     "vocab_size": 50,
@@ -115,7 +115,9 @@ def test_names_of_layers_and_experts_are_counted_over_the_whole_model(tmp_path, 
             assert rule.layer is None or f".layers.{rule.layer}." in f".{name}"
             assert ("experts." in name) == (rule.expert is not None)
             assert rule.expert is None or f"experts.{rule.expert}." in name
-    assert all(rule.cut is Cut.WHOLE for rule in rules if rule.expert is not None), "experts are spread, never cut"
+    assert all(rule.sharding is Sharding.WHOLE for rule in rules if rule.expert is not None), (
+        "experts are spread, never cut"
+    )
     assert arch.qkv_bias == any(rule.megatron.endswith("linear_qkv.bias") for rule in rules), (
         "Megatron builds what we map"
     )

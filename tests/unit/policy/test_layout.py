@@ -10,7 +10,7 @@ from megatron_rlpt.config import ParallelConfig, TrainConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.models.architecture import Architecture, Experts
 from megatron_rlpt.models.rope import Rope
-from megatron_rlpt.policy.layout import Layout, check_batch, check_cut, check_layout, layout_of
+from megatron_rlpt.policy.layout import Layout, check_batch, check_layout, check_split, layout_of
 
 DENSE = Architecture(
     model_type="llama",
@@ -208,12 +208,12 @@ def test_sizes_above_64_are_not_listed():
     ],
 )
 def test_a_cut_that_the_model_does_not_fit_is_refused_in_the_options_words(layout, arch, message):
-    assert refusal(check_cut, layout, arch) == message
+    assert refusal(check_split, layout, arch) == message
 
 
 def test_a_cut_needs_no_ranks():
-    check_cut(Layout(tensor=2, pipeline=6), DENSE)
-    check_cut(Layout(tensor=2, pipeline=6, expert=3), SPARSE)
+    check_split(Layout(tensor=2, pipeline=6), DENSE)
+    check_split(Layout(tensor=2, pipeline=6, expert=3), SPARSE)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.rollout.distributed_engine import cut_shares
+from megatron_rlpt.rollout.distributed_engine import split_prompts
 from megatron_rlpt.rollout.engine import RolloutPrompt
 
 
@@ -32,13 +32,13 @@ def prompts(*runs: int) -> list[RolloutPrompt]:
     ],
 )
 def test_cuts_move_to_a_change_of_prefix_that_is_near(runs, count, cuts):
-    assert cut_shares(prompts(*runs), count) == cuts
+    assert split_prompts(prompts(*runs), count) == cuts
 
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 9))
 def test_shares_are_whole_and_even_and_repeat_few_prefixes(runs, count):
     asked = prompts(*runs)
-    cuts = cut_shares(asked, count)
+    cuts = split_prompts(asked, count)
     assert cuts == sorted(cuts)
     assert (len(cuts), cuts[0], cuts[-1]) == (count + 1, 0, len(asked))
     even = len(asked) / count

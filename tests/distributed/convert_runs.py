@@ -1,4 +1,4 @@
-"""What ranks do with converted checkpoints, for test_convert_layouts.py."""
+"""Worker functions of test_convert_layouts.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs of tiny models in whatever layout a world has, for the layout tests."""
+"""Training runs of tiny models in any layout, for the layout tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that save and load together: what one of them meets, all of them say, and none waits for ever."""
+"""Ranks that save and load together: an error on one is raised on all, and none waits forever."""
 
 from __future__ import annotations
 

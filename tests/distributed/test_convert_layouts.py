@@ -1,4 +1,4 @@
-"""Converted checkpoints and real Megatron ranks: what we write they load, what they write we read."""
+"""Converted checkpoints and real Megatron ranks: each reads the other's checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines of several ranks as one, and their GPUs' memory: three real ranks, stand-ins for what takes a GPU."""
+"""Engines of several ranks as one, and their GPU memory: three real ranks with fakes of everything that needs a GPU."""
 
 from __future__ import annotations
 

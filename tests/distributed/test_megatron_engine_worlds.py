@@ -1,4 +1,4 @@
-"""Megatron's inference in real worlds: whatever the training layout, the rollouts are those of one process."""
+"""Megatron's inference on several ranks: in every training layout, rollouts equal those of one process."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def rollouts(first: Path, trained: Path, layout: Layout) -> list[list[Continuati
 
 
 def refusals(model: Path, layout: Layout) -> list[str]:
-    """What this rank says to weights whose shape is wrong on the last pipeline stage alone, before and after a plan."""
+    """This rank's error for weights whose shape is wrong on the last pipeline stage only, before and after a plan."""
     runtime, engine = start(model, layout)
     found = []
     for update_before in (False, True):
@@ -120,7 +120,7 @@ def refusals(model: Path, layout: Layout) -> list[str]:
 
 
 def in_a_world(tied: tuple[Path, Path], untied: tuple[Path, Path]) -> dict[str, Any]:
-    """Everything at once: starting the processes takes longer than what they do."""
+    """One world for all cases, because starting processes takes longer than the cases."""
     found: dict[str, Any] = {name: rollouts(*tied, layout) for name, layout in LAYOUTS.items()}
     found["untied"] = rollouts(*untied, LAYOUTS["TP2 x PP2"])
     found["refusals"] = refusals(tied[0], LAYOUTS["TP2 x PP2"])

@@ -1,4 +1,4 @@
-"""A checkpoint is the same whatever layout has saved it, and any layout goes on from it.
+"""A checkpoint does not depend on the layout that saved it, and any layout can resume from it.
 
 A policy is trained in one process and saved; each layout in turn loads what the one before has saved, saves it again in
 the background, and makes the next update meanwhile. What comes back at the end is compared bit for bit.

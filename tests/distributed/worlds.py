@@ -1,4 +1,4 @@
-"""Worlds of real processes over gloo, for tests of what ranks do together.
+"""Worlds of real processes over gloo, for tests with several ranks.
 
 ``run_world(4, function, *args)`` calls ``function(*args)`` in four new Python processes that see the environment
 torchrun gives its workers, and returns the four results by rank.
@@ -133,7 +133,7 @@ def _report(why: str, processes: list[Forked], folder: Path, name: str) -> str:
 
 
 def _work(folder: Path) -> None:
-    """What a worker process does."""
+    """The main function of a worker process."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     function, args, limit, start_group = pickle.loads((folder / "call").read_bytes())

@@ -1,4 +1,4 @@
-"""What a user meets when a conversion cannot be done: one line that names the fix, and nothing half-written."""
+"""Conversions that fail: one line that names the fix, and no partial output."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_damaged_megatron_checkpoint_names_the_file(megatron, tmp_path, damage
 
 
 def test_a_checkpoint_with_a_hole(megatron, tmp_path):
-    """Memory that was never written must not pass for weights."""
+    """Uninitialized memory must not pass for weights."""
     metadata = FileSystemReader(megatron).read_metadata()
     chunks = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks
     del chunks[next(index for index, chunk in enumerate(chunks) if chunk.offsets[0] == 1)]

@@ -1,4 +1,5 @@
-"""GGUF files of every supported architecture: the weights, configuration and tokenizer that they were made of."""
+"""GGUF files of every supported architecture: they yield the weights, configuration and tokenizer that they were made
+from."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def test_the_configuration_is_that_of_the_model(tmp_path, model_type):
     model, file = file_of(tmp_path, model_type)
     convert(file, tmp_path / "out", Format.HF)
     ours, theirs = read_architecture(tmp_path / "out"), read_architecture(model)
-    # What GGUF does not say: mistral is a llama with a window, which llama.cpp ignores; nothing is drawn at random.
+    # Not stored in GGUF: mistral's window, which llama.cpp ignores, and init_std.
     changed = {"model_type", "max_positions"} if model_type == "mistral" else set()
     different = {key for key in vars(ours) if vars(ours)[key] != vars(theirs)[key]}
     assert different == changed | {"init_std"}

@@ -1,4 +1,4 @@
-"""Checkpoints that Megatron-Core itself writes, of layers and under keys that ours are not of."""
+"""Checkpoints that Megatron-Core itself writes, with layers and keys that the converter does not write."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def megatron_model(folder: Path) -> Any:
 
 
 def save_distributed(model: Any, folder: Path, prefix: str = "", **metadata: bool) -> Path:
-    """What ``--ckpt-format torch_dist`` writes."""
+    """Write as ``--ckpt-format torch_dist``."""
     from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting
 
     folder.mkdir(parents=True)
@@ -75,7 +75,7 @@ def test_layers_without_transformer_engine_come_back_and_pass_verification(folde
 
 
 def test_a_wrong_order_of_heads_in_the_source_does_not_pass(tmp_path, monkeypatch):
-    """What is compared is Megatron's own reading of the stored tensor, not ours taken apart and put together again."""
+    """Compare with Megatron's reading of the stored tensor, not with our split and merge."""
     folder = save_family(tmp_path / "llama", "llama", num_key_value_heads=4)  # so that query, key and value are alike
     saved = save_distributed(megatron_model(folder), tmp_path / "saved")
 

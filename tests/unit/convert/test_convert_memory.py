@@ -1,4 +1,4 @@
-"""Memory of a conversion does not grow with the model."""
+"""The memory of a conversion does not grow with the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_rlpt.policy.layout import Layout
 import megatron_rlpt.convert.megatron_reader
 
 def peak():
-    # Not ru_maxrss, which a process inherits from the one that started it.
+    # Not ru_maxrss, which a process inherits from its parent.
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 

@@ -44,14 +44,14 @@ def test_there_and_back_bit_for_bit_with_the_same_logits(folder, tmp_path):
     line = next(line for line in said if "logits differ" in line)
     assert float(re.search(r"at most (\S+)", line)[1]) < 1e-4
     assert "argmax equal at 100.0%" in line
-    # One file per virtual rank; the ranks of a group of experts other than the first hold experts alone.
+    # One file per virtual rank; expert ranks other than the first hold only experts.
     files = sorted(path.name for path in there.glob("*.distcp"))
     ranks = {0, 1, 4, 5} | {2, 6} if experts == 2 else {0, 1, 2, 3}
     assert files == [f"__{rank}_0.distcp" for rank in sorted(ranks)]
     convert(there, back, Format.HF)
     assert same(tensors_in(back), tensors_in(folder))
     kept = json.loads((back / "config.json").read_text())
-    # What it said, and the same under the names of other releases of transformers.
+    # The original entries, and the same under the names of other transformers releases.
     assert kept.items() >= json.loads((folder / "config.json").read_text()).items()
     assert kept["torch_dtype"] == kept["dtype"]
     assert kept["rope_theta"] == kept["rope_parameters"]["rope_theta"]
@@ -59,7 +59,7 @@ def test_there_and_back_bit_for_bit_with_the_same_logits(folder, tmp_path):
 
 
 def test_a_wrong_mapping_does_not_pass_verification(tmp_path, monkeypatch):
-    """The tensors come back bit for bit, so only the logits can tell that query and key heads are mixed up."""
+    """The tensors come back bit for bit, so only the logits show that query and key heads are mixed up."""
     folder = save_family(tmp_path / "llama", "llama", num_key_value_heads=4)
     from megatron_rlpt.convert import megatron_reader
     from megatron_rlpt.convert import megatron_writer as writer
@@ -136,7 +136,7 @@ def test_several_shards_have_an_index_and_are_read_again(tmp_path, monkeypatch):
 
 
 def test_the_megatron_folder_needs_nothing_else(tiny_model, tmp_path):
-    """Configuration and tokenizer travel with it: the source may be gone."""
+    """Configuration and tokenizer are included, so the source is not needed."""
     convert(tiny_model, tmp_path / "megatron", Format.MEGATRON, layout=Layout(tensor=2))
     (tmp_path / "megatron").rename(tmp_path / "moved")
     convert(tmp_path / "moved", tmp_path / "back", Format.HF)

@@ -1,4 +1,4 @@
-"""``rlpt init``: weights as Megatron draws them, in a folder that everything loads."""
+"""``rlpt init``: weights distributed as Megatron's, in a folder that every reader loads."""
 
 from __future__ import annotations
 

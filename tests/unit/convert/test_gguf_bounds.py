@@ -1,4 +1,4 @@
-"""GGUF files whose numbers are not true: one line, in no time and without the memory they ask for."""
+"""GGUF files with false counts: refused in one line, without allocating what they claim."""
 
 from __future__ import annotations
 

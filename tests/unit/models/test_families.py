@@ -1,4 +1,4 @@
-"""The tables of model families, against the models that transformers builds and the configurations it fills in."""
+"""The rules of model families against the models of transformers, and the defaults of its configurations."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ QWENS = ("qwen2", "qwen3", "qwen3_moe")
     ],
 )
 def test_sequences_stay_within_the_window_that_transformers_would_apply(tmp_path, model_type, entries, window):
-    """Within it, plain causal attention is the same; some tokens may go to another expert of two as good."""
+    """Within the window attention is plain causal attention; some tokens may be routed to an equally good expert."""
     long = {"model_type": model_type} | SIZES | {"max_position_embeddings": 100_000, "initializer_range": 0.5}
     assert parse_architecture(long | entries, tmp_path).max_positions == (window or 100_000)
     if window == 4096:

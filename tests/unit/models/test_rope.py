@@ -38,7 +38,7 @@ LLAMA3: dict[str, Any] = {
 
 
 def old(settings: dict[str, Any]) -> dict[str, Any]:
-    """With the name of the type that releases before 4.45 had."""
+    """Use the type's name of releases before 4.45."""
     return {"type" if key == "rope_type" else key: value for key, value in settings.items()}
 
 
@@ -48,7 +48,7 @@ def without(settings: dict[str, Any], key: str) -> dict[str, Any]:
 
 SCALINGS = (LINEAR, YARN, LLAMA3)
 PLACES: list[dict[str, Any]] = [
-    # Where each is alone, beside the other, and with its base inside and outside.
+    # Each alone, both together, and with the base inside and outside.
     *({"rope_parameters": scaling | {"rope_theta": 500.0}} for scaling in (DEFAULT, *SCALINGS)),
     *({"rope_parameters": scaling, "rope_theta": 500.0} for scaling in SCALINGS),
     *({"rope_scaling": spelled(scaling), "rope_theta": 500.0} for scaling in SCALINGS for spelled in (dict, old)),
@@ -95,7 +95,7 @@ OPTIONS: list[dict[str, Any]] = [
     )
 ] + [{"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0, "high_freq_factor": 8.0}}]
 EITHER: list[dict[str, Any]] = [
-    # transformers cannot compute these, or only for one length: refused, unless it computes what we do.
+    # transformers cannot compute these, or only for one length: refused, unless the result is the same.
     *({"rope_scaling": without(scaling, "factor")} for scaling in SCALINGS),
     *({"rope_scaling": without(LLAMA3, key)} for key in ("low_freq_factor", "high_freq_factor")),
     *({"rope_scaling": scaling | {"factor": None}} for scaling in (LINEAR, LLAMA3)),
@@ -160,7 +160,7 @@ def test_the_policy_computes_what_transformers_does(families, runtime, entries):
 
 @pytest.mark.parametrize("family", CONVENTIONS)
 def test_a_scaling_beside_default_parameters_counts_in_every_family(families, runtime, family):
-    """And is seen: without it the logits are others."""
+    """Guards the test above: without it the logits differ."""
     folder, raw = families[family]
     found = []
     for entries in (

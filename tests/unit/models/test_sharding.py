@@ -1,4 +1,4 @@
-"""Weights cut for tensor parallelism and put together again."""
+"""Sharding of weights for tensor parallelism, and its inverse."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_rlpt.models.sharding import Sharding, shard, unshard
 
 
 @st.composite
-def cuts(draw) -> tuple[torch.Tensor, Sharding, int]:
-    """A tensor that ``Sharding`` can divide among a number of ranks."""
+def sharded(draw) -> tuple[torch.Tensor, Sharding, int]:
+    """A tensor that can be sharded over a number of ranks."""
     sharding, size = draw(st.sampled_from(Sharding)), draw(st.integers(1, 6))
     lengths = draw(st.lists(st.integers(1, 4), min_size=2 if sharding is Sharding.COLUMNS else 1, max_size=3))
     if sharding is Sharding.COLUMNS:
@@ -22,15 +22,17 @@ def cuts(draw) -> tuple[torch.Tensor, Sharding, int]:
     return torch.arange(torch.Size(lengths).numel()).view(lengths), sharding, size
 
 
-@given(cuts())
-def test_putting_together_is_the_inverse_of_cutting(drawn):
+@given(sharded())
+def test_unshard_is_the_inverse_of_shard(drawn):
     whole, sharding, size = drawn
     parts = [shard(whole, sharding, rank, size) for rank in range(size)]
     assert torch.equal(unshard(parts, sharding), whole)
     assert len({part.shape for part in parts}) == 1, "all ranks hold as much"
     held = torch.cat([part.reshape(-1) for part in parts]).sort().values
     copies = size if sharding is Sharding.WHOLE else 1
-    assert torch.equal(held, whole.reshape(-1).repeat_interleave(copies)), "every element is held, and only once if cut"
+    assert torch.equal(held, whole.reshape(-1).repeat_interleave(copies)), (
+        "every element is held, and only once if sharded"
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_each_rank_holds_its_part(sharding, parts):
 
 
 def test_a_gated_layer_in_parts_computes_what_the_whole_does():
-    """A rank multiplies its gate with its own part of up: halves cut as plain rows would pair gate with gate."""
+    """A rank multiplies its gate with its shard of up; sharding both as plain rows would pair gate with gate."""
     torch.manual_seed(0)
     first, second, inputs = torch.randn(2 * 12, 5), torch.randn(5, 12), torch.randn(3, 5)
 

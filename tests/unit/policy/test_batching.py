@@ -1,4 +1,4 @@
-"""Examples dealt to ranks and micro_batches, and padded into batches that a context-parallel group shares."""
+"""Examples dealt to ranks and micro-batches, and padded into batches that a context-parallel group shares."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LAYOUTS = st.sampled_from(
 
 @given(EXAMPLES, st.integers(1, 4), LAYOUTS, st.sampled_from([1, 4, 6]))
 def test_micro_batches_hold_every_example_once_in_shapes_that_fit(examples, size, layout, multiple):
-    # Told apart by their indices, however alike.
+    # Distinguished by their indices, even if equal.
     examples = [Example(one.episode, one.sequences, (index,)) for index, one in enumerate(examples)]
     micro_batches = plan_micro_batches(examples, size, layout, multiple)
     dealt = [one.indices[0] for each in micro_batches for share in each.shares for one in share]
@@ -64,7 +64,7 @@ def test_micro_batches_hold_every_example_once_in_shapes_that_fit(examples, size
         assert len(micro_batches) % layout.pipeline == 0
         assert len(micro_batches) < fewest + layout.pipeline
     else:
-        assert len(micro_batches) == fewest, "no more micro_batches than it takes"
+        assert len(micro_batches) == fewest, "no more micro-batches than needed"
     if layout.pipeline > 1:
         assert len({(each.rows, each.length) for each in micro_batches}) == 1
         assert max(sequence_length(one) for one in examples) > micro_batches[0].length - multiple, (
@@ -77,7 +77,7 @@ def test_micro_batches_hold_every_example_once_in_shapes_that_fit(examples, size
             assert each.rows == max(sum(len(one.sequences) for one in share) for share in each.shares)
     lengths = [[sequence_length(one) for share in each.shares for one in share] for each in micro_batches]
     flat = [length for each in lengths for length in each]
-    assert flat == sorted(flat), "those of a micro-batch are neighbours in length"
+    assert flat == sorted(flat), "a micro-batch has examples of similar length"
 
 
 def test_a_micro_batch_without_examples_has_a_row_of_one_token_where_no_pipeline_asks_for_more():
@@ -104,7 +104,7 @@ def test_every_rank_plans_the_same_whatever_ties_there_are():
 
 
 def told(batch: Batch, length: int) -> list[tuple[int, int, int]]:
-    """(row, place, token) of each target: where the hidden state that predicts it is, told by the state itself."""
+    """(row, position, token) of each target, where row and position come from the hidden state that predicts it."""
     hidden = (torch.arange(len(batch.tokens))[:, None] * length + batch.positions).view(-1)
     return [
         (int(state) // length, int(state) % length, int(target))
@@ -160,10 +160,10 @@ def test_the_shares_of_a_context_group_hold_every_completion_token_once(lengths,
 
 
 def test_a_share_is_that_which_megatron_takes_of_a_sequence(monkeypatch):
-    """Its rotary embedding gives each token of a share the angle of that place."""
+    """Its rotary embedding gives each token of a share the angle of its position."""
     from megatron.core import utils
 
-    # 0.16 and 0.17 ask their own functions for the size and place of a group, later releases torch.
+    # 0.16 and 0.17 get size and rank of a group from their own functions, later releases from torch.
     for owner, size_of, rank_of in (
         (utils, "get_pg_size", "get_pg_rank"),
         (torch.distributed, "get_world_size", "get_rank"),

@@ -1,4 +1,4 @@
-"""Which weights travel together, and which rank of a layout has them."""
+"""Which weights are exchanged together, and which rank of a layout holds them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_where_every_rank_holds_everything_each_tensor_travels_alone(arch, layou
 
 
 def test_a_limit_counts_what_is_gathered_of_all_tensor_ranks():
-    """The embedding fills the bucket exactly, at any tensor-parallel size; the norm behind it needs another."""
+    """The embedding fills the bucket exactly, at any tensor-parallel size; the norm after it needs another."""
     for layout in (Layout(2, tensor=2), Layout(4, tensor=4), Layout(2, pipeline=2)):
         arch = dataclasses.replace(DENSE, kv_heads=4)
         exact = plan_buckets(arch, layout, PADDED_EMBEDDING, BYTES)
@@ -107,7 +107,7 @@ def test_layers_are_on_the_stage_where_megatron_builds_them(layers, pipeline, vi
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         pipeline_dtype=torch.float32,
-        # Only what the check of two pipeline ranks with virtual stages asks for.
+        # Only the part that the check of two pipeline ranks with virtual stages needs.
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
     )

@@ -1,4 +1,4 @@
-"""The layers of Transformer Engine, with stand-ins for its modules: it cannot even be imported without a GPU.
+"""The layers of Transformer Engine with fakes of its modules, which cannot be imported without a GPU.
 
 The stand-ins have the parameters of the real modules (``te.pytorch.LayerNormLinear`` and ``GroupedLinear``) and compute
 the same on torch; everything around them is Megatron's own code for Transformer Engine.
@@ -50,7 +50,7 @@ class NormAndLinear(ColumnParallelLinear):
 
 
 class GroupedLinear(torch.nn.Module):
-    """``TEColumnParallelGroupedLinear`` and its row-parallel twin: one weight per expert of the rank."""
+    """``TEColumnParallelGroupedLinear`` and its row-parallel counterpart: one weight per expert of the rank."""
 
     def __init__(self, num_gemms, input_size, output_size, **settings):
         super().__init__()
@@ -59,7 +59,7 @@ class GroupedLinear(torch.nn.Module):
 
 
 class Provider(TESpecProvider):
-    """What ``TESpecProvider`` chooses, with the stand-ins in place of what needs Transformer Engine."""
+    """The choices of ``TESpecProvider``, with fakes of the modules that need Transformer Engine."""
 
     def column_parallel_linear(self):
         return ColumnParallelLinear
@@ -82,7 +82,7 @@ class Provider(TESpecProvider):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Layers as they are where Transformer Engine is."""
+    """Layers as built with Transformer Engine."""
     from megatron.core.extensions import transformer_engine_spec_provider as provider
 
     for name in ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
@@ -131,7 +131,7 @@ def test_names_of_a_model_with_experts_are_the_plain_ones(request, monkeypatch, 
         lambda **settings: real(**settings | {"moe_grouped_gemm": grouped}),
     )
     if not grouped:
-        # What TESpecProvider takes without grouped products needs Transformer Engine's own linear layers.
+        # Without grouped products TESpecProvider needs Transformer Engine's linear layers.
         from megatron.core.extensions import transformer_engine_spec_provider as provider
 
         monkeypatch.setattr(provider, "TEColumnParallelLinear", ColumnParallelLinear)

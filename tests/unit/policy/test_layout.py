@@ -1,4 +1,4 @@
-"""Layouts that fit and those that are refused, with what would work instead."""
+"""Layouts that fit, and refused layouts with the sizes that would work."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ TOKENS, HIDDEN, VOCABULARY = 37, 6, 500
 
 
 class LargestOutput(TorchDispatchMode):
-    """Records the element count of the largest tensor that any operation makes."""
+    """Records the number of elements of the largest tensor that any operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def test_values_and_gradients_equal_plain_log_softmax(chunk):
 
 
 def test_gradients_equal_finite_differences():
-    """fp32 inside, hence the wide step and tolerance."""
+    """The function computes in fp32, hence the wide step and tolerance."""
     hidden, weight, targets = inputs(torch.float64)
 
     def function(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

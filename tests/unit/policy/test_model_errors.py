@@ -1,4 +1,4 @@
-"""Model folders that cannot be used: each is refused before training with one line that names the folder's fault."""
+"""Unusable model folders: each is refused before training with one line that names the fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our norm and core attention against their definitions, and attention over a divided sequence against the whole."""
+"""Norm and core attention against their definitions, and context-parallel attention against the whole sequence."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_attention_is_causal_over_the_whole_sequence_whoever_holds_its_parts(mon
         torch.cat([torch.arange(number * chunk, (number + 1) * chunk) for number in context_chunks(rank, size)])
         for rank in range(size)
     ]
-    # What all ranks hold, one behind the other, is what the gather returns; autograd then sums their gradients.
+    # The gather returns the concatenated shares of all ranks; autograd then sums their gradients.
     shares = [[part[places] for part in whole] for places in held]
 
     def gather(share: torch.Tensor, group: SimpleNamespace) -> torch.Tensor:

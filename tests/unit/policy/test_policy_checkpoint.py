@@ -41,7 +41,7 @@ def test_a_loaded_policy_goes_on_bit_for_bit(llama, tmp_path, case, before):
     for seed in range(before):
         uninterrupted.update(make_examples(seed=seed))
     save(uninterrupted, tmp_path / "policy")
-    # What the other policy did before loading must not show through.
+    # Updates of the other policy before loading must have no effect.
     resumed.update(make_examples(seed=99))
     resumed.load(tmp_path / "policy")
     assert resumed.version == uninterrupted.version == before
@@ -67,13 +67,13 @@ def test_a_checkpoint_that_lacks_a_part_is_an_error(llama, tmp_path, part):
     save(policy, tmp_path / "policy")
     for path in (tmp_path / "policy").glob(part):
         path.unlink()
-    # Exception and not BaseException, as torch has it: only so can a caller turn it into one line.
+    # Exception, not torch's BaseException, so that callers can turn it into one line.
     with pytest.raises(Exception, match=r"common\.pt|metadata|distcp"):
         make_policy(llama, "rf_nll").load(tmp_path / "policy")
 
 
 def test_a_policy_that_the_disk_has_no_room_for_is_one_line_and_leaves_the_last_checkpoint(llama, tmp_path):
-    """The kernel refuses to let a file grow beyond 40 kB, as a full disk does; Megatron writes in other processes."""
+    """The kernel limits files to 40 kB, which simulates a full disk; Megatron writes in other processes."""
     policy, store = make_policy(llama), CheckpointStore(tmp_path, keep=1)
     store.save(0, {}, policy, llama)
     expected = weights_of(policy)

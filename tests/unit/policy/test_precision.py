@@ -19,7 +19,7 @@ ON = [fp8 for fp8 in Fp8 if fp8 is not Fp8.off]
 
 
 def engine(version: str, name: str, major: int, minor: int, cuda: float) -> TransformerEngine:
-    """What Transformer Engine's check functions answer on such a machine (transformer_engine/pytorch/fp8.py)."""
+    """The results of Transformer Engine's check functions on such a GPU (transformer_engine/pytorch/fp8.py)."""
 
     def check(function: str) -> tuple[bool, str]:
         if function == "check_fp8_support":

@@ -52,7 +52,7 @@ def megatron_caller() -> types.ModuleType:
 
 
 def test_transformers_is_right_in_a_process_where_megatron_has_run(runtime, llama, tmp_path):
-    """A patched torch leaves rotary buffers uninitialised there (and the logits NaN)."""
+    """With a globally patched torch, transformers leaves rotary buffers uninitialized, and logits are NaN."""
     command = [sys.executable, "-c", FRESH_PROCESS, str(llama), str(tmp_path / "fresh.pt")]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
     fresh = torch.load(tmp_path / "fresh.pt")
@@ -140,7 +140,7 @@ def test_the_runtime_says_which_device_is_in_force_and_why(runtime):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A machine with a number of GPUs; the answer is what was done to CUDA, in order."""
+    """Fake a machine with a number of GPUs; returns the calls to CUDA, in order."""
 
     def machine(count, **variables):
         events = []
@@ -160,7 +160,7 @@ def gpus(monkeypatch):
 
 
 def test_the_gpu_of_a_rank_is_the_current_one_as_soon_as_there_is_a_runtime(gpus):
-    """Whoever asks what this GPU can do, before the ranks have met, must not be told of the first one's."""
+    """Queries of the current GPU before init_distributed must refer to this rank's GPU, not the first."""
     events = gpus(4, LOCAL_WORLD_SIZE="4")
     assert DeviceRuntime(LauncherEnvironment(rank=6, world=8, local_rank=2)).device == torch.device("cuda", 2)
     assert events == ["1", torch.device("cuda", 2)], "CUDA reads the number of its queues when it starts"

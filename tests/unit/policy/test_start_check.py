@@ -1,4 +1,4 @@
-"""The comparison with transformers before the first step: it passes for every family, and no misreading passes it."""
+"""The start check against transformers: every family passes, and no misread configuration does."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_family_computes_what_transformers_does(folders, monkeypatch, capl
 
 
 def misread(**entries: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    """As if ``config.json`` had been read like this."""
+    """Misread ``config.json``: replace fields of the architecture."""
 
     def change(monkeypatch: pytest.MonkeyPatch) -> None:
         read = policies.read_architecture
@@ -92,7 +92,7 @@ def other_activation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_place(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
-    """As if tensors whose names end with ``pattern`` had been loaded like this."""
+    """Change loaded tensors whose names end with ``pattern``."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
         from megatron_rlpt.policy.weights import load_weights

@@ -37,7 +37,7 @@ def token_logprobs(model: LlamaForCausalLM, prefix: tuple[int, ...], completion:
 
 
 class PlainTraining:
-    """The same training written with transformers and torch alone."""
+    """The same training with transformers and torch alone."""
 
     def __init__(self, folder: Path, objective: str, weight_decay: float, clip: float) -> None:
         self.model, self.reference = load_llama(folder), load_llama(folder)
@@ -108,7 +108,7 @@ def test_three_updates_equal_plain_transformers_and_adamw(request, model, object
 
 
 def test_learning_rate_warms_up_from_its_first_share_then_decays_above_the_minimum(llama):
-    """Warm-up 2 of 6 updates, cosine from 1e-3 towards 1e-4; the end of the decay lies one update behind the last."""
+    """Warm-up of 2 of 6 updates, cosine from 1e-3 to 1e-4; the decay ends one update after the last."""
     policy = make_policy(llama, optimizer={"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 2}, train={"steps": 6})
     rates = [policy.update(make_examples())["lr"] for _ in range(6)]
     cosine = [1e-4 + 9e-4 * (1 + math.cos(math.pi * k / 5)) / 2 for k in range(1, 5)]
@@ -122,7 +122,7 @@ def test_a_constant_learning_rate_is_in_force_from_the_first_update(llama):
 
 @pytest.mark.parametrize("objective", ["online_dpo", "rf_nll"])
 def test_the_result_does_not_depend_on_the_micro_batch(llama, objective):
-    """Micro-batches of 1 pad nothing, one of 6 pads everything to the longest: so padding has no effect either."""
+    """Micro-batches of 1 need no padding, one of 6 pads everything to the longest: padding has no effect."""
     width = 2 if objective == "online_dpo" else 1
     results = []
     for micro_batch in (6, 4, 1):
@@ -167,7 +167,7 @@ def test_equal_policies_trained_side_by_side_stay_equal_bit_for_bit(llama):
     [(0, [True, False, False, False, False]), (1, [True] * 5), (2, [True, False, True, False, True])],
 )
 def test_the_reference_is_frozen_or_renewed_every_n_updates(llama, refresh, at_the_reference):
-    """Where policy and reference are the same, the loss of any pair is ln 2 and its log-ratios are 0."""
+    """If policy and reference are equal, the loss of any pair is ln 2 and its log-ratios are 0."""
     policy = make_policy(llama, objective={"reference_refresh": refresh}, optimizer={"decay": Decay.constant})
     figures = [policy.update(make_examples(seed=seed)) for seed in range(5)]
     assert [abs(step["loss"] - LN2) < 1e-6 for step in figures] == at_the_reference
@@ -183,7 +183,7 @@ def test_training_raises_the_chosen_over_the_rejected(llama):
 
 
 def test_logprob_gap_is_the_mean_over_tokens_that_an_engine_generated(llama):
-    """Chosen and rejected differ by 0.25 and 0.5 per token; what has no engine log-probability is left out."""
+    """Chosen and rejected differ by 0.25 and 0.5 per token; tokens without engine log-probabilities are left out."""
     policy = make_policy(llama)
     examples = make_examples(3)
     ours = policy.logprobs(examples)
@@ -214,7 +214,8 @@ def test_an_engine_logprob_that_is_no_number_is_an_infinite_gap_and_not_left_out
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 6])
 def test_grpo_on_groups_of_different_size_equals_its_formula_in_plain_transformers(llama, micro_batch):
-    """Loss and gradient norm; the engine said something else than the model, so that some tokens are clipped."""
+    """Loss and gradient norm; the engine's log-probabilities differ from the model's, so that some tokens are
+    clipped."""
     draw = torch.Generator().manual_seed(3)
     model = load_llama(llama)
     examples, losses = [], []
@@ -248,7 +249,7 @@ def test_grpo_on_groups_of_different_size_equals_its_formula_in_plain_transforme
 
 
 class Faulty(OnlineDpo):
-    """DPO that can be told to fail: with a loss that is not finite, or with a finite loss and such a gradient."""
+    """DPO that can fail on request: with a loss that is not finite, or with a finite loss and such a gradient."""
 
     fault = ""
 
@@ -283,7 +284,7 @@ def test_an_update_that_is_not_finite_raises_and_leaves_the_policy_as_it_was(lla
     assert policy.version == 1
     assert same(weights_of(policy), weights_of(untouched))
     objective.fault = ""
-    assert policy.update(make_examples(seed=2)) == untouched.update(make_examples(seed=2)), "nothing left behind"
+    assert policy.update(make_examples(seed=2)) == untouched.update(make_examples(seed=2)), "no trace"
     assert same(weights_of(policy), weights_of(untouched))
 
 

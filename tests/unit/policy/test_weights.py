@@ -82,7 +82,7 @@ def test_logprobs_equal_those_of_transformers(llama):
 
 
 def test_llama3_scaling_changes_long_range_frequencies(tmp_path):
-    """Guards the parity test above: with these lengths a scaling that is ignored does show."""
+    """Guards the parity test above: with these lengths, ignoring the scaling would show."""
     scaled = save_llama(tmp_path / "scaled", **VARIANTS["tied-llama3-rope"])
     config = json.loads((scaled / "config.json").read_text())
     plain = tmp_path / "plain"
@@ -108,7 +108,7 @@ def test_a_real_model_has_the_logits_of_transformers(smollm2):
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
     next_token = theirs.log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None])
-    assert next_token.mean() > -5, "a model that knows English, not noise that agrees with itself"
+    assert next_token.mean() > -5, "a trained model, not noise that agrees with itself"
 
 
 def test_an_export_loads_in_transformers_with_the_policys_weights(tiny_model, tmp_path):
@@ -210,7 +210,7 @@ def test_an_export_onto_a_full_disk_says_so_in_one_line_and_keeps_the_old_one(ti
 
 
 def test_an_engine_sees_nothing_that_is_no_part_of_the_model(tied, tmp_path):
-    """vLLM would load every safetensors file there is, and a consolidated one before all others."""
+    """Without an index, vLLM loads every safetensors file, and a consolidated one first."""
     with without_extras(tied) as same_folder:
         assert same_folder == tied
     folder = tmp_path / "model"

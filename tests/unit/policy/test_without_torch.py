@@ -1,4 +1,4 @@
-"""What a login node without torch has to be able to import."""
+"""Modules that a login node without torch must be able to import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is checked, and what makes room, before a rollout engine is built."""
+"""Checks and offloading before a rollout engine is built."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_offloading_for_an_engine_on_the_policy_s_gpu_is_accepted_and_without_a_
 
 
 class Parts:
-    """Policy and engine; ``events`` is what happened to them, in order."""
+    """Fakes of policy and engine; ``events`` are the calls to them, in order."""
 
     def __init__(self):
         self.events = []

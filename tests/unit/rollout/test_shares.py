@@ -1,4 +1,4 @@
-"""Prompts divided among engines: whole, in order, of much the same size, and rollouts of an episode side by side."""
+"""Prompts split over engines: complete, in order, of similar size, with rollouts of an episode together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rlpt.rollout.engine import RolloutPrompt
 
 
 def prompts(*runs: int) -> list[RolloutPrompt]:
-    """So many prompts of one prefix, so many of the next, and so on."""
+    """Runs of prompts that share a prefix, of the given lengths."""
     return [RolloutPrompt((episode,), seed) for episode, length in enumerate(runs) for seed in range(length)]
 
 

@@ -1,4 +1,4 @@
-"""What a vLLM engine sees of its surroundings while it starts, and that they are as before afterwards."""
+"""The process state while a vLLM engine starts, and its restoration afterwards."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_random_state_and_threads_are_as_before_also_after_a_failure():
 
 
 class JournalLlm:
-    """What ``generate_in_one_batch`` uses of an engine in a process of its own."""
+    """The part of a separate engine process that ``generate_in_one_batch`` uses."""
 
     def __init__(self, fails: bool = False) -> None:
         self.journal: list[object] = []

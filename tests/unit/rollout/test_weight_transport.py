@@ -1,4 +1,4 @@
-"""Weights on their way to an engine in another process: files in shared memory, read by the worker's own code."""
+"""Weight transport to an engine in another process: files in shared memory, read by the worker's code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MANIFEST = WeightManifest(SHAPES, torch.bfloat16)
 
 
 class Receiver:
-    """Stands in for vLLM: keeps what a worker reads, and what shared memory held before and after every tensor."""
+    """A fake of vLLM that records the tensors a worker reads, and shared memory before and after each."""
 
     def __init__(self, left_over=None):
         self.received = None

@@ -87,7 +87,7 @@ class Case:
     def __str__(self) -> str:
         parts = [f"{name}{value if value is not True else ''}" for name, value in self.layout.items()]
         if self.objective != "online_dpo":
-            parts.append(self.objective.name)
+            parts.append(self.objective)
         if self.dtype is not Dtype.fp32:
             parts.append(self.dtype.name)
         if self.recompute is not Recompute.none:

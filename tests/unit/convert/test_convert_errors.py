@@ -69,8 +69,8 @@ def test_an_unknown_family_lists_what_is_supported_and_how_to_add_one(changed, t
     refused(
         ModelError,
         r"'gpt2' is not supported; supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe \(to add one, add its "
-        r"row to CONVENTIONS in megatron_rlpt/policy/architecture\.py and its table to FAMILIES in "
-        r"megatron_rlpt/policy/families\.py",
+        r"row to CONVENTIONS in megatron_rlpt/models/architecture\.py and its table to FAMILIES in "
+        r"megatron_rlpt/models/families\.py",
         changed(model_type="gpt2"),
         tmp_path / "out",
     )

@@ -42,8 +42,8 @@ UNTRUE = {
     "length of a key": (header(struct.pack("<Q", 1 << 62)), "a key says that it has 4611686018427387904 bytes"),
     "length of a string": (header(text("a") + struct.pack("<IQ", 8, 1 << 40)), "the value of 'a' says that it has"),
     "items": (header(array("a", 4, 1 << 60)), "'a' says that it has 1152921504606846976 items"),
-    "items beyond the end": (header(array("a", 4, 1000, bytes(100))), "behind the end of the file"),
-    "strings beyond the end": (header(array("a", 8, 1 << 20, bytes(64))), "behind the end of the file"),
+    "items beyond the end": (header(array("a", 4, 1000, bytes(100))), "past the end of the file"),
+    "strings beyond the end": (header(array("a", 8, 1 << 20, bytes(64))), "past the end of the file"),
     "arrays of arrays": (header(array("a", 9, 1, struct.pack("<IQ", 9, 1) * 100_000)), "array of arrays"),
     "dimensions": (
         header(tensors=text("t") + struct.pack("<I", 1 << 31) + bytes(64), tensor_count=1),

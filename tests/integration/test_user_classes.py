@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_runs import finish, json_lines, lasting_metrics, only_error, rlpt_process, write_config
+from tiny_runs import finish, json_lines, lasting_metrics, only_error, rlpt_process, start, write_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "configs/examples"
 OBJECTIVE = '''
@@ -112,3 +112,30 @@ def test_a_run_is_trained_killed_and_resumed_bit_for_bit_and_refused_with_anothe
     source.write_text(OBJECTIVE)
     code, out, _ = finish(rlpt_process("train", "-c", str(broken)))
     assert (code, "is complete" in out) == (0, True)
+
+
+def test_the_examples_learn_from_rollouts_that_a_worker_judges_without_a_teacher(served_model, corpus, tmp_path):
+    config = write_config(
+        tmp_path / "run.yaml",
+        served_model,
+        corpus,
+        tmp_path / "run",
+        objective={"name": f"{EXAMPLES}/hinge.py:Hinge", "options": {"margin": 2.0}},
+        teacher={
+            "judge": f"{EXAMPLES}/keywords.py:Keywords",
+            "options": {"wanted": ["the", "cat"], "unwanted": ["dog"]},
+            "run_in": "workers",
+        },
+    )
+    worker = rlpt_process("judge", "serve", "-c", str(config))
+    code, _, err = finish(start(config))
+    worker.terminate()
+    assert code == 0, err
+    code, _, err = finish(worker)
+    assert code == 0, err
+    rows = json_lines(tmp_path / "run/metrics.jsonl")
+    assert [row["failure_rate"] for row in rows] == [0, 0]
+    assert sum(row["examples"] for row in rows) > 0
+    assert all("hinge/lead" in row for row in rows if row["examples"])
+    samples = [one for row in json_lines(tmp_path / "run/samples.jsonl") for one in row["candidates"]]
+    assert {"keywords"} == {one["judge"] for one in samples if "value" in one}

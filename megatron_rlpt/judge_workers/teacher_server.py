@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_rlpt.buffer.open import PASSWORD_VARIABLE, open_buffer
 from megatron_rlpt.buffer.protocol import RolloutBuffer
-from megatron_rlpt.config import Config, EndpointConfig, RunIn, asks_teacher
+from megatron_rlpt.config import Config, EndpointConfig, RunIn, asks_teacher, needs_judge
 from megatron_rlpt.distributed.addresses import LOOPBACK, free_port, here, is_loopback, reachable
 from megatron_rlpt.distributed.processes import EndRequest, end_all, start_child
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
@@ -111,9 +111,14 @@ def _require_use(config: Config) -> None:
     if config.teacher.workers.own_model:
         raise ConfigError("teacher.workers.own_model is true; allowed: false, else workers ask no server")
     if not asks_teacher(config):
+        judged = needs_judge(config)
+        idle = (
+            f"teacher.judge is {config.teacher.judge}, which asks no teacher"
+            if judged
+            else f"objective.name is {config.objective.name}, which needs no judge"
+        )
         raise ConfigError(
-            f"objective.name is {config.objective.name}, which needs no judge, and candidates.rewrite is false; "
-            "allowed: something that a server of the teacher is asked for"
+            f"{idle}, and candidates.rewrite is false; allowed: something that a server of the teacher is asked for"
         )
 
 

@@ -223,7 +223,7 @@ def _sync_seconds(model: Transformer, layout: Layout, nodes: Nodes, engine: Gene
 def describe_calls(plan: Plan) -> str:
     """What judges are asked per step, in a line."""
     if plan.judges is None:
-        return "nothing is judged"
+        return "nothing is asked of a teacher"
     judging = plan.judges.judging
     groups = plan.question.config.train.global_batch
     read, written = judging.tokens

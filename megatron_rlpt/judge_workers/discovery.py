@@ -1,4 +1,4 @@
-"""Servers that are announced in the rollout buffer while workers run, beside those in the configuration."""
+"""Teacher servers that are announced in the rollout buffer, in addition to those in the configuration."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.log import get_logger
 
 KIND = "endpoint"
-"""What ``RolloutBuffer.announce`` calls servers."""
+"""Announcement kind of teacher servers (``RolloutBuffer.announce``)."""
 
 _log = get_logger(__name__)
 
-_told: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 _TYPES: dict[str, tuple[type, ...]] = {
     "url": (str,),
     "model": (str,),
@@ -25,15 +25,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "concurrency": (int,),
     "tokens_per_second": (int, float),
 }
-"""Not ``api_key_env``: see ``announced_endpoints``."""
+"""Without ``api_key_env``, see ``announced_endpoints``."""
 
 
 def announcement(endpoint: EndpointConfig) -> str:
-    """The value to announce.
+    """Return the value to announce for ``endpoint``.
 
     Raises:
-        ConfigError: a field is out of range, or the endpoint has a key of its own: such a one has to be in the
-            configuration, or to share the key of ``teacher.workers.key_env``.
+        ConfigError: a field is out of range, or the endpoint has its own key. A server with its own key must be in the
+            configuration; announced servers share the key of ``teacher.workers.key_env``.
     """
     check_endpoint(endpoint, "endpoint")
     if endpoint.api_key_env:
@@ -45,18 +45,17 @@ def announcement(endpoint: EndpointConfig) -> str:
 
 
 def server_key(variable: str) -> str:
-    """The key in ``variable`` (``teacher.workers.key_env``); empty where none is named.
+    """Return the key in environment variable ``variable`` (``teacher.workers.key_env``); empty if none is named.
 
     Raises:
-        ConfigError: the variable is named and not set.
+        ConfigError: the variable is named but not set to a key.
     """
     if not variable:
         return ""
     key = os.environ.get(variable, "").strip()
     if not key or not key.isascii() or not key.isprintable():
         raise ConfigError(
-            f"teacher.workers.key_env is {variable}, a variable which is not set to a key; export it, or leave key_env "
-            "empty"
+            f"teacher.workers.key_env is {variable}, which is not set to a key; export it, or leave key_env empty"
         )
     return key
 
@@ -64,20 +63,20 @@ def server_key(variable: str) -> str:
 def announced_endpoints(
     configured: Sequence[EndpointConfig], announced: Mapping[str, str], key_env: str = ""
 ) -> list[EndpointConfig]:
-    """``configured``, and of ``RolloutBuffer.announced(KIND)`` every address that is not among them.
+    """Return ``configured`` plus the ``announced`` servers at other addresses.
 
-    Announced servers are sent the key in ``key_env`` and no other: an announcement cannot name a variable, or whoever
-    may announce could have any variable of a worker sent anywhere. One that cannot be used is logged and left out.
+    Announced servers get the key in ``key_env`` and no other. If announcements could name a variable, anyone who can
+    announce could have any variable of a worker sent anywhere. Logs and skips invalid announcements.
     """
     found = {endpoint.url.rstrip("/"): endpoint for endpoint in configured}
     for name in sorted(announced):
         try:
             endpoint = _read(announced[name])
         except ConfigError as error:
-            # Once: announcements are looked at every few seconds.
-            if (name, announced[name]) not in _told:
-                _told.add((name, announced[name]))
-                _log.warning("announced teacher server left out", name=name, why=error)
+            # Log once: announcements are read every few seconds.
+            if (name, announced[name]) not in _warned:
+                _warned.add((name, announced[name]))
+                _log.warning("announced teacher server ignored", name=name, reason=error)
             continue
         found.setdefault(endpoint.url.rstrip("/"), dataclasses.replace(endpoint, api_key_env=key_env))
     return list(found.values())
@@ -102,5 +101,5 @@ def _read(text: str) -> EndpointConfig:
     try:
         httpx.URL(endpoint.url)
     except httpx.InvalidURL as error:
-        raise ConfigError(f"its url is no address: {error}") from None
+        raise ConfigError(f"its url is not an address: {error}") from None
     return endpoint

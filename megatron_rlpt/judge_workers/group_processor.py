@@ -1,4 +1,4 @@
-"""What a judge worker does with one group: the rewrite, where one is wanted, then the verdicts."""
+"""The work of a judge worker on one group: rewrite (if enabled), then judge."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_rlpt.types import Candidate, Failed, Group, Source, derive_seed
 
 @dataclass(frozen=True)
 class GroupProcessor:
-    """Rewrites and judges groups as the run asks for."""
+    """Rewrites and judges groups as configured."""
 
     judge: GroupJudge | None
-    """None where the objective compares nothing."""
+    """None if the objective needs no rewards."""
     rewriter: Rewriter | None
 
     async def process(self, group: Group, ask: Ask) -> Group:
-        """The group as the trainer takes it: with its rewrite, behind the original, and with rewards."""
+        """Return the group with its rewrite, inserted after the original, and with rewards."""
         if self.rewriter is not None:
             rewrite = await self.rewriter.rewrite_one(group.episode, ask)
             if isinstance(rewrite, Failed):
@@ -34,14 +34,14 @@ class GroupProcessor:
 
 
 def _with_rewrite(candidates: tuple[Candidate, ...], rewrite: Candidate) -> tuple[Candidate, ...]:
-    place = sum(candidate.source is Source.ORIGINAL for candidate in candidates)
-    return (*candidates[:place], rewrite, *candidates[place:])
+    index = sum(candidate.source is Source.ORIGINAL for candidate in candidates)
+    return (*candidates[:index], rewrite, *candidates[index:])
 
 
 class CachingAsk:
-    """An ``Ask`` for one group that keeps every reply, so that no question is paid for twice when a worker crashes.
+    """An ``Ask`` for one group that stores every reply, so that no request is repeated after a worker crashes.
 
-    Failures are not kept: another attempt may do better.
+    Failures are not stored, because a retry may succeed.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class CachingAsk:
     ) -> None:
         """
         Args:
-            ask: the teacher.
-            teacher: its name; another one's replies are no replies.
-            known: what ``keep`` was given before.
-            keep: called with key and reply, both to be stored; awaited.
-            again: how often the group has been judged in vain; other seeds give it another chance.
+            ask: sends requests to the teacher.
+            teacher: its name; replies of other teachers are not used.
+            known: replies that were stored before, by key.
+            keep: awaited with key and reply to store.
+            again: number of failed attempts to judge the group; changes the seeds of its requests.
         """
         self._ask = ask
         self._teacher = teacher
@@ -66,10 +66,10 @@ class CachingAsk:
         self._keep = keep
         self._again = again
         self.failures: list[Failed] = []
-        """The requests that failed."""
+        """Failed requests."""
 
     async def __call__(self, request: Request) -> Reply | Failed:
-        """See ``Ask``."""
+        """Return the stored reply, or send ``request`` and store its reply."""
         if self._again:
             request = replace(request, seed=derive_seed(request.seed, self._again))
         key = request_key(self._teacher, request)
@@ -84,13 +84,13 @@ class CachingAsk:
 
 
 def request_key(teacher: str, request: Request) -> str:
-    """What tells a question from all others: the teacher and everything that is sent to it."""
+    """Return a key of the teacher and everything that is sent to it."""
     text = json.dumps([teacher, asdict(request)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _read(text: str | None) -> Reply | None:
-    """A reply that was kept; None where there is none, or none that can be read: then it is asked for again."""
+    """Parse a stored reply; None if there is none or it is invalid."""
     if text is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a judge worker tells Prometheus, on a port of its own."""
+"""Prometheus metrics of a judge worker, on a separate port."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
 class WorkerMetrics:
-    """Counts groups; reads the counters of the servers when Prometheus asks."""
+    """Counts groups; reads the counters of teacher servers at every scrape."""
 
     def __init__(self, endpoints: Callable[[], Sequence[Endpoint]] = tuple) -> None:
-        """``endpoints`` gives the servers in use."""
+        """``endpoints`` returns the current servers."""
         self.registry = CollectorRegistry()
         self.address = ""
-        """Where the metrics are; empty before ``serve``."""
+        """URL of the metrics; empty before ``serve``."""
         self._groups = Counter("rlpt_groups", "Groups handed in.", registry=self.registry)
         self._back = Counter("rlpt_groups_given_back", "Groups given back.", ["reason"], registry=self.registry)
         self._failed = Counter(
@@ -44,17 +44,17 @@ class WorkerMetrics:
             "rlpt_group_seconds", "Seconds from claim to completion.", buckets=_SECONDS, registry=self.registry
         )
         self._calls = Counter("rlpt_teacher_calls", "Questions asked for groups handed in.", registry=self.registry)
-        self.registry.register(_Servers(endpoints))
+        self.registry.register(_ServerCollector(endpoints))
 
     def serve(self, host: str, port: int) -> None:
-        """Answer Prometheus.
+        """Start the metrics server.
 
         Args:
             host: address to listen on.
-            port: 0 chooses a free one, -1 does nothing.
+            port: 0 for a free one, -1 for no server.
 
         Raises:
-            ConfigError: the port is taken, or the address is none of this machine's.
+            ConfigError: the port is in use, or the address is not one of this machine.
         """
         if port < 0:
             return
@@ -69,12 +69,12 @@ class WorkerMetrics:
 
     @contextlib.contextmanager
     def group_in_flight(self) -> Iterator[None]:
-        """Around the judging of a group."""
+        """Count a group as in flight within the block."""
         with self._flying.track_inprogress():
             yield
 
     def completed(self, group: Group, seconds: float) -> None:
-        """``group`` was handed in, ``seconds`` after it was claimed."""
+        """Record that ``group`` was completed ``seconds`` after its claim."""
         self._groups.inc()
         self._seconds.observe(seconds)
         self._calls.inc(group.cost.calls if group.cost else 0)
@@ -84,20 +84,20 @@ class WorkerMetrics:
                 self._cause.info({"cause": shortened(reward.explained)})
 
     def given_back(self, reason: str, cause: str = "") -> None:
-        """A group went back unjudged, for a ``reason`` that is one of few; ``cause`` is all that is known of it."""
+        """Record a group that was given back; ``reason`` is one of a small set, ``cause`` has the details."""
         self._back.labels(reason).inc()
         if cause:
             self._cause.info({"cause": shortened(cause)})
 
 
-class _Servers:
-    """The counters of every server, as they are when asked for."""
+class _ServerCollector:
+    """Collector of the counters of every teacher server."""
 
     def __init__(self, endpoints: Callable[[], Sequence[Endpoint]]) -> None:
         self._endpoints = endpoints
 
     def collect(self) -> Iterator[Any]:
-        """See prometheus_client's ``Collector``."""
+        """Yield metrics; implements prometheus_client's ``Collector``."""
         up = GaugeMetricFamily("rlpt_teacher_up", "Whether the server answers.", labels=["url"])
         flying = GaugeMetricFamily("rlpt_teacher_in_flight", "Requests under way.", labels=["url"])
         totals = {
@@ -116,7 +116,7 @@ class _Servers:
             flying.add_metric([endpoint.url], endpoint.in_flight)
             for name, family in totals.items():
                 family.add_metric([endpoint.url], getattr(endpoint.counters, name))
-            # A copy: the worker goes on counting in another thread.
+            # A copy, because the worker thread keeps counting.
             for reason, count in dict(endpoint.counters.failures).items():
                 failures.add_metric([endpoint.url, reason], count)
         yield from (up, flying, *totals.values(), failures)

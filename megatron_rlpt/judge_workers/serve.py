@@ -1,4 +1,4 @@
-"""``rlpt judge serve``: one worker from its configuration, from start to SIGTERM."""
+"""``rlpt judge serve``: build one worker from its configuration and run it until SIGTERM."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from megatron_rlpt.tokens.control_tokens import known_special_tokens
 
 _log = get_logger(__name__)
 
-_LOOK_ROUND = 3.0
-"""Seconds between two looks at which servers are announced."""
+_POLL = 3.0
+"""Seconds between two reads of announcements."""
 _REMINDERS = Backoff(30.0, 3600.0)
 """Intervals between reminders of what a worker waits for."""
 _WHERE_TRAINER = (
@@ -40,11 +40,11 @@ _WHERE_TRAINER = (
     "is for one machine"
 )
 _READY = 600.0
-"""Seconds to wait for the first server; large models take minutes to load."""
+"""Maximum seconds to wait for the first server; large models take minutes to load."""
 
 
 def most_tokens(config: Config) -> int:
-    """Longest answer that a worker asks for, in tokens; 0 where it asks for none."""
+    """Return the longest answer that a worker requests, in tokens; 0 if it requests none."""
     judge = longest_answer(config) if needs_judge(config) else 0
     return max(judge, answer_tokens(config) if config.candidates.rewrite else 0)
 
@@ -53,11 +53,11 @@ def run_worker(config: Config, name: str = "") -> None:
     """Judge until SIGTERM or Ctrl-C.
 
     Args:
-        config: that of the run.
-        name: of this worker; by default made of host, process and a random part.
+        config: the run's configuration.
+        name: name of this worker; by default made of host, process id and a random part.
 
     Raises:
-        RlptError: configuration, buffer or servers cannot be used.
+        RlptError: configuration, buffer or servers are unusable.
     """
     if config.teacher.run_in is not RunIn.workers:
         raise ConfigError("teacher.run_in is trainer; allowed: workers, for a run whose groups workers judge")
@@ -73,7 +73,7 @@ async def _run(config: Config, name: str) -> None:
     buffer = await asyncio.to_thread(open_buffer, config)
     try:
         async with contextlib.AsyncExitStack() as stack:
-            own = asyncio.create_task(_local_judge(config))  # loads while the trainer comes up
+            own = asyncio.create_task(_local_judge(config))  # loads while the trainer starts
             await _until(stopped, asyncio.gather(_wait_for_trainer(config, buffer), own))
             if stopped.is_set():
                 return
@@ -103,9 +103,9 @@ async def _run(config: Config, name: str) -> None:
 
 
 async def _watch_trainer(config: Config, buffer: RolloutBuffer) -> None:
-    """A trainer that was started anew may want to have judged otherwise."""
+    """Raise if a restarted trainer announces other settings."""
     while True:
-        await asyncio.sleep(_LOOK_ROUND)
+        await asyncio.sleep(_POLL)
         for announced in (await asyncio.to_thread(buffer.announced, SETTINGS)).values():
             require_same_settings(config, announced)
 
@@ -116,7 +116,7 @@ async def _stop_when(stopped: asyncio.Event, worker: Worker) -> None:
 
 
 async def _until(stopped: asyncio.Event, work: Awaitable[object]) -> None:
-    """Await ``work`` unless the worker is told to stop first."""
+    """Await ``work`` unless a stop request comes first."""
     tasks: list[asyncio.Future[object]] = [asyncio.ensure_future(work), asyncio.create_task(stopped.wait())]
     done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in waiting:
@@ -144,7 +144,7 @@ async def _wait_for_trainer(config: Config, buffer: RolloutBuffer) -> None:
             )
             reminders += 1
             remind_at = waited + _REMINDERS.delay(reminders)
-        await asyncio.sleep(_LOOK_ROUND / 3)
+        await asyncio.sleep(_POLL / 3)
     require_same_settings(config, next(iter(announced.values())))
 
 
@@ -156,34 +156,34 @@ async def _local_judge(config: Config) -> LocalJudge | None:
 async def _teacher(
     config: Config, buffer: RolloutBuffer, stopped: asyncio.Event, own: LocalJudge | None
 ) -> AsyncIterator[tuple[TeacherClient, Callable[[], GroupProcessor], WorkerMetrics]]:
-    """Who is asked, what is asked, and what is counted, for as long as the worker runs."""
+    """Yield the teacher client, the processor factory and the metrics of a worker."""
     workers = config.teacher.workers
     if own:
         yield own, lambda: GroupProcessor(own, None), WorkerMetrics()
         return
     if needs_judge(config):
         await asyncio.to_thread(builder_of(config).check_servers, config)
-    server_key(workers.key_env)  # missing, it is missed now and not when the first server is announced
+    server_key(workers.key_env)  # fail now, not at the first announced server, if the key is missing
     endpoints = announced_endpoints(workers.endpoints, await asyncio.to_thread(buffer.announced, KIND), workers.key_env)
-    # Where the teacher's folder is here, its own special tokens are known; else only the common ones are broken up.
+    # With the teacher's folder, break up its own special tokens; without it, only the common ones.
     known = known_special_tokens(config.teacher_path)
     async with TeacherPool(endpoints, workers.request_deadline, known) as pool:
-        looking = asyncio.create_task(_look_round(config, buffer, pool))
+        updating = asyncio.create_task(_update_servers(config, buffer, pool))
         try:
             await _until(stopped, pool.wait_until_ready(_READY))
             if not stopped.is_set() and (longest := most_tokens(config)):
                 await _until(stopped, pool.check_deadline(longest))
             processor = await asyncio.to_thread(_processor_factory, config, pool)
             if not stopped.is_set():
-                processor()  # what cannot be loaded is found out before anything is claimed
+                processor()  # raise before the first claim if anything cannot be loaded
             yield pool, processor, WorkerMetrics(lambda: pool.endpoints)
         finally:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            updating.cancel()
+            await asyncio.gather(updating, return_exceptions=True)
 
 
 def judge_of(config: Config, pool: TeacherPool) -> GroupJudge:
-    """The judge that asks ``pool``, of which at least one server has answered."""
+    """Build the judge that uses ``pool``, of which at least one server has answered."""
     return builder_of(config).for_servers(config, pool)
 
 
@@ -193,19 +193,19 @@ def _processor_factory(config: Config, pool: TeacherPool) -> Callable[[], GroupP
 
     @functools.lru_cache(maxsize=1)
     def processor(teacher: str) -> GroupProcessor:
-        # Servers with another model may join: scores carry the names of all that may have been asked.
+        # Servers with another model may join: rewards carry the names of all models in use.
         return GroupProcessor(judge_of(config, pool) if judged else None, rewriter)
 
     return lambda: processor(pool.name)
 
 
-async def _look_round(config: Config, buffer: RolloutBuffer, pool: TeacherPool) -> None:
-    """Servers come and go, also after the job that runs them was requeued on other machines."""
+async def _update_servers(config: Config, buffer: RolloutBuffer, pool: TeacherPool) -> None:
+    """Keep the pool in step with announcements; requeued server jobs come back on other machines."""
     while True:
-        await asyncio.sleep(_LOOK_ROUND)
+        await asyncio.sleep(_POLL)
         try:
             announced = await asyncio.to_thread(buffer.announced, KIND)
         except BufferUnavailableError as error:
-            _log.warning("cannot look for new teacher servers", reason=error)
+            _log.warning("cannot read announcements of teacher servers", reason=error)
             continue
         pool.update(announced_endpoints(config.teacher.workers.endpoints, announced, config.teacher.workers.key_env))

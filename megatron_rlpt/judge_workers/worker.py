@@ -1,11 +1,11 @@
-"""A judge worker: takes groups out of the rollout buffer, has them rewritten and judged, hands them in.
+"""A judge worker: claims groups from the rollout buffer, has them rewritten and judged, and completes them.
 
-    claim ──> examine: asks the teacher, every reply is remembered ──> complete
-      ^          │ servers fail, or too slow
+    claim ──> process: send requests, store every reply ──> complete
+      ^          │ servers fail, or are too slow
       └── give back <──┘                        leases are renewed meanwhile
 
-Nothing is invented where the teacher does not answer: a group whose judgments failed because of the servers goes back,
-and while no server can answer none is claimed. What the teacher answered, but not with a verdict, is handed in as such.
+A group whose judgments failed because of servers is given back, and nothing is claimed while no server is usable. A
+reply without a verdict is completed as a failure.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from megatron_rlpt.types import Failed, Group
 
 _log = get_logger(__name__)
 
-_SIGN_OF_LIFE = 5.0
-"""Seconds between announcements; one that is three times as old counts no more."""
+_HEARTBEAT = 5.0
+"""Seconds between announcements; one expires at three times that age."""
 _TOO_LATE = "group deadline exceeded"
 _OF_SERVERS = frozenset(fault.value for fault in (*OF_SERVER, Fault.NO_SERVER))
 
 
 class TeacherClient(Protocol):
-    """Who is asked: ``teacher.client.TeacherPool``, or something that behaves like it."""
+    """The teacher as a worker sees it: ``TeacherPool``, or a judge in this process."""
 
     @property
     def name(self) -> str:
-        """Of the model, for the provenance of scores."""
+        """Name of the model, stored with every reward."""
         ...
 
     @property
     def all_down(self) -> bool:
-        """Whether there is no use in asking."""
+        """True if no server is usable."""
         ...
 
     async def __call__(self, request: Request) -> Reply | Failed:
-        """See ``Ask``."""
+        """Send one request, as ``Ask`` does."""
         ...
 
 
 class Worker:
-    """One worker; runs on one event loop. The store is called in threads, so that it never holds up the others."""
+    """One worker on one event loop. Calls the store in threads, so that it never blocks the loop."""
 
     def __init__(
         self,
@@ -70,16 +70,16 @@ class Worker:
     ) -> None:
         """
         Args:
-            buffer: where groups come from.
-            teacher: who is asked.
-            processor: made for every group, because the teacher's name is known only once it answered.
-            config: how much at once, and how long.
-            name: of this worker, in the buffer.
-            metrics: counts what happens.
+            buffer: source of groups.
+            teacher: where requests go.
+            processor: factory, called per group, because the set of teacher models may change.
+            config: concurrency and time limits.
+            name: name of this worker in the buffer.
+            metrics: counts groups and failures.
         """
         self._buffer = buffer
         self._teacher = teacher
-        self._examiner = processor
+        self._make_processor = processor
         self._config = config
         self._name = name
         self._metrics = metrics
@@ -88,17 +88,17 @@ class Worker:
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
-        """Claim nothing more, finish what is held within ``drain`` seconds, give the rest back."""
+        """Stop claiming, finish held groups within ``drain`` seconds, and give back the rest."""
         self._stopping.set()
 
     async def run(self) -> None:
-        """ClaimedGroup until ``stop``.
+        """Work until ``stop``.
 
         Raises:
-            BufferUnavailableError: the store cannot be reached; leases run out by themselves.
+            BufferUnavailableError: the store cannot be reached; leases then expire.
         """
         keepers = [asyncio.create_task(self._renew()), asyncio.create_task(self._announce())]
-        # Ends by itself when told to stop: a claim that is broken off would keep what it was given.
+        # Not cancelled on ``stop``: a cancelled claim would keep the groups that it was given.
         claiming = asyncio.create_task(self._claim())
         try:
             await asyncio.wait([claiming, *keepers], return_when=asyncio.FIRST_COMPLETED)
@@ -113,17 +113,17 @@ class Worker:
         await asyncio.to_thread(self._buffer.withdraw, "worker", self._name)
 
     async def _claim(self) -> None:
-        busy, told = time.monotonic(), False
+        busy, warned = time.monotonic(), False
         while not self._stopping.is_set():
             if self._teacher.all_down:
-                if not told:
-                    _log.warning("no teacher server can be used; nothing is claimed until one can", why=self._trouble())
-                told = True
+                if not warned:
+                    _log.warning("no usable teacher server; claiming paused", reason=self._trouble())
+                warned = True
                 await self._rest(WORKER_POLL[1])
                 continue
-            if told:
-                _log.info("a teacher server answers again")
-                told = False
+            if warned:
+                _log.info("a teacher server is usable again; claiming resumed")
+                warned = False
             free = self._config.groups - len(self._held)
             if free <= 0:
                 await asyncio.wait(self._held, timeout=WORKER_POLL[1], return_when=asyncio.FIRST_COMPLETED)
@@ -141,12 +141,12 @@ class Worker:
             self._raise_failures()
 
     def _trouble(self) -> str:
-        """Why no server can be asked, as far as is known."""
+        """Return why no server is usable, if known."""
         trouble: str = getattr(self._teacher, "trouble", "")
         return trouble or "not known yet"
 
     async def _rest(self, seconds: float) -> None:
-        """Sleep, unless told to stop."""
+        """Sleep until ``seconds`` are over or ``stop`` is called."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
@@ -156,7 +156,7 @@ class Worker:
         return await asyncio.to_thread(self._buffer.claim, self._name, count, self._config.lease, token)
 
     def _raise_failures(self) -> None:
-        """Forget what is done; a store that could not be reached ends the worker."""
+        """Drop finished tasks; raise if one could not reach the store."""
         for task in [task for task in self._held if task.done()]:
             del self._held[task]
             if not task.cancelled():
@@ -169,15 +169,15 @@ class Worker:
             ask = CachingAsk(self._teacher, self._teacher.name, known, self._keeper(work.sequence), work.again)
             with self._metrics.group_in_flight():
                 async with asyncio.timeout(self._config.group_deadline):
-                    group = await self._examiner().process(work.group, ask)
+                    group = await self._make_processor().process(work.group, ask)
         except TimeoutError:
             await self._return(work, _TOO_LATE)
         except asyncio.CancelledError:
-            # Stopped, or the lease is lost: whoever has the group next finds the replies. Not this group's fault.
+            # Stopped, or the lease is lost. Not the group's fault; the next worker finds the stored replies.
             await asyncio.shield(self._return(work, ""))
             raise
         except RlptError:
-            # The worker's own trouble: it ends, and the group is none the worse for it.
+            # A fault of this worker: it ends, without counting against the group.
             await self._return(work, "")
             raise
         except Exception as error:
@@ -187,7 +187,7 @@ class Worker:
             if fault := _servers_fault(group, ask.failures):
                 await self._return(work, fault.explained)
                 return
-            with self._handing_over(work):
+            with self._without_renewal(work):
                 accepted = await asyncio.to_thread(self._buffer.complete, work, group)
             if accepted:
                 self._metrics.completed(group, time.monotonic() - began)
@@ -199,8 +199,8 @@ class Worker:
         return keep
 
     @contextlib.contextmanager
-    def _handing_over(self, work: ClaimedGroup) -> Iterator[None]:
-        """Its lease is not renewed, nor missed, while the group is handed in or given back."""
+    def _without_renewal(self, work: ClaimedGroup) -> Iterator[None]:
+        """Neither renew nor check the lease while the group is completed or given back."""
         self._leaving.add(work.sequence)
         try:
             yield
@@ -208,9 +208,9 @@ class Worker:
             self._leaving.discard(work.sequence)
 
     async def _return(self, work: ClaimedGroup, reason: str) -> None:
-        with self._handing_over(work):
+        with self._without_renewal(work):
             await asyncio.to_thread(self._buffer.give_back, work, reason)
-        # Few different labels, whatever the error says.
+        # A small set of labels, whatever the error.
         name = reason.partition(": ")[0]
         known = not name or name == _TOO_LATE or name in _OF_SERVERS
         self._metrics.given_back((name or "stopped or lease lost") if known else "error", reason)
@@ -225,10 +225,10 @@ class Worker:
             kept = await asyncio.to_thread(self._buffer.renew, works, self._config.lease)
             still = {(work.sequence, work.lease) for work in kept}
             for task, work in held.items():
-                # What is just being handed in has no lease any more, and needs none.
+                # A group that is being completed has no lease any more and needs none.
                 leaving = work.sequence in self._leaving
                 if not task.done() and not leaving and (work.sequence, work.lease) not in still:
-                    _log.warning("lease lost; another worker has the group", group=work.sequence)
+                    _log.warning("lease lost; group reassigned", group=work.sequence)
                     task.cancel()
 
     async def _announce(self) -> None:
@@ -237,11 +237,11 @@ class Worker:
             if self._teacher.all_down:
                 known |= {"trouble": self._trouble(), "hopeless": bool(getattr(self._teacher, "hopeless", False))}
             value = json.dumps(known)
-            await asyncio.to_thread(self._buffer.announce, "worker", self._name, value, 3 * _SIGN_OF_LIFE)
-            await asyncio.sleep(_SIGN_OF_LIFE)
+            await asyncio.to_thread(self._buffer.announce, "worker", self._name, value, 3 * _HEARTBEAT)
+            await asyncio.sleep(_HEARTBEAT)
 
     async def _drain(self) -> None:
-        _log.info("stopping; finishing what is under way", groups=len(self._held), seconds=self._config.drain)
+        _log.info("stopping; finishing held groups", groups=len(self._held), seconds=self._config.drain)
         if self._held:
             await asyncio.wait(self._held, timeout=self._config.drain)
         with contextlib.suppress(asyncio.CancelledError):
@@ -249,9 +249,9 @@ class Worker:
 
 
 def _servers_fault(group: Group, failures: Sequence[Failed]) -> Failed | None:
-    """Why the group should be judged again by whoever finds better servers; None if it should not.
+    """Return the server fault for which to judge the group again, or None.
 
-    A vote that is missing is no reason, a candidate without a reward is.
+    A missing vote is no reason; a candidate without a reward is.
     """
     lost = [reward for reward in group.rewards if isinstance(reward, Failed)]
     lost += [group.rewrite_failure] if group.rewrite_failure else []

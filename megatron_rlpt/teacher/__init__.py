@@ -14,8 +14,10 @@ The files, in the order in which a judge's reply becomes a candidate's reward:
     votes.py                 verdicts -> axis value per candidate (``tally_votes``, ``mean_axis_value``);
                              axis values and weights -> reward (``weighted_reward``)
     likelihood.py            LikelihoodJudge: log-likelihood under a frozen model, no prompt
+    served_likelihood.py     the same with log-probabilities from teacher servers
     likelihood_reward.py     log-likelihood and repetition -> reward
-    judge.py                 the Judge protocol; failure rates of judged groups
+    extension_judges.py      judges and rewards from a user's class
+    judge.py                 the Judge and GroupJudge protocols; failure rates of judged groups
     judge_metrics.py         judged groups -> ``judge/...`` metrics
 
 Around it:
@@ -24,6 +26,7 @@ Around it:
     batched.py               runs judge and rewriter on a batch generator inside the trainer
     distributed.py           shares groups and episodes among leader ranks
     concurrency.py           ``gather_or_cancel``
+    judges.py                registry of judges: how each is built for trainer, servers and workers
     build.py                 builds the teacher from the configuration
     settings_fingerprint.py  makes trainer and judge workers agree on the settings that verdicts depend on
 """

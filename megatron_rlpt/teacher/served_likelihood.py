@@ -1,4 +1,4 @@
-"""The likelihood judge by a server: log-probabilities are asked for, the formula is that of ``teacher.likelihood``."""
+"""The likelihood judge on teacher servers: they return log-probabilities, and ``likelihood_reward`` does the rest."""
 
 from __future__ import annotations
 
@@ -7,34 +7,38 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+from typing_extensions import override
+
 from megatron_rlpt.config import Config, LikelihoodConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask
+from megatron_rlpt.teacher.judge import GroupJudge
 from megatron_rlpt.teacher.likelihood_reward import likelihood_reward
 from megatron_rlpt.tokens.tokenizer import load_tokenizer
 from megatron_rlpt.types import BLANK, Failed, Group, Reward
 
 GetLogprobs = Callable[[Sequence[int], int], Awaitable[list[float] | Failed]]
-"""``TeacherPool.logprobs``: token ids and the first position wanted to log-probabilities in nats."""
+"""``TeacherPool.logprobs``: token ids and the first requested position -> log-probabilities in nats."""
 
 
-class ServedLikelihoodJudge:
-    """Scores candidates by mean log-likelihood under a served teacher minus weighted repetition."""
+class ServedLikelihoodJudge(GroupJudge):
+    """Rewards candidates by mean log-likelihood under a served teacher minus weighted repetition."""
 
-    def __init__(self, score: GetLogprobs, teacher: str, config: LikelihoodConfig) -> None:
+    def __init__(self, get_logprobs: GetLogprobs, teacher: str, config: LikelihoodConfig) -> None:
         """
         Args:
-            score: asks a server whose tokenizer is the policy's.
-            teacher: name of the model, for the provenance of scores.
-            config: weight and length of repetition.
+            get_logprobs: queries a server with the policy's tokenizer.
+            teacher: name of the model, stored with every reward.
+            config: weight and n-gram length of repetition.
         """
-        self._score = score
+        self._get_logprobs = get_logprobs
         self._name = f"likelihood/{teacher}"
         self._config = config
 
+    @override
     async def judge_group(self, group: Group, ask: Ask) -> Group:
-        """The group with one reward per candidate; equal candidates are scored once."""
+        # Equal candidates are judged once.
         distinct = list(dict.fromkeys(candidate.tokens for candidate in group.candidates if not candidate.blank))
         rewards = await gather_or_cancel(self._reward(group.episode.prefix, tokens) for tokens in distinct)
         by_tokens = dict(zip(distinct, rewards, strict=True))
@@ -46,7 +50,7 @@ class ServedLikelihoodJudge:
     async def _reward(self, prefix: tuple[int, ...], tokens: tuple[int, ...]) -> Reward | Failed:
         if not tokens:
             return Failed("empty candidate")
-        logprobs = await self._score((*prefix, *tokens), len(prefix))
+        logprobs = await self._get_logprobs((*prefix, *tokens), len(prefix))
         if isinstance(logprobs, Failed):
             return logprobs
         return likelihood_reward(self._name, self._config, tokens, fmean(logprobs))

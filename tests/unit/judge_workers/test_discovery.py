@@ -43,7 +43,7 @@ def test_an_announcement_that_cannot_be_used_is_left_out_and_logged(text, why, c
     good = {"good": '{"url": "http://h2/v1"}'}
     assert announced_endpoints([], {"bad": text, **good}) == [EndpointConfig("http://h2/v1")]
     (record,) = caplog.records
-    assert why in str(record.fields["why"])
+    assert why in str(record.fields["reason"])
     assert record.fields["name"] == "bad"
 
 

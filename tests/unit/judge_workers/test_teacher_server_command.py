@@ -124,7 +124,7 @@ def test_the_server_outlives_a_buffer_that_is_away_for_longer_than_it_is_retried
             (name,) = await_(lambda: buffer.announced(KIND), process, folder)
             before = json.loads((folder / "started.json").read_text())["pid"]
             redis.kill()
-            await_(lambda: "cannot be announced" in (folder / "log").read_text(), process, folder)
+            await_(lambda: "cannot announce the server" in (folder / "log").read_text(), process, folder)
             redis.start()
             buffer.withdraw(KIND, name)
             assert await_(lambda: buffer.announced(KIND), process, folder) == buffer.announced(KIND)
@@ -234,7 +234,7 @@ def test_what_does_not_speak_http_is_not_healthy():
 
 
 def test_a_server_that_stays_silent_is_told_of(monkeypatch):
-    monkeypatch.setattr(server, "_PATIENCE", 0.0)
+    monkeypatch.setattr(server, "_REMINDER", 0.0)
     warned = threading.Event()
     monkeypatch.setattr(server._log, "warning", lambda text, **_: "does not answer" in text and warned.set())
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -276,7 +276,7 @@ def test_it_listens_on_loopback_unless_asked_otherwise_and_announces_where_it_is
         given = json.loads((folder / "started.json").read_text())["arguments"]
         assert given[given.index("--host") + 1] == host
         assert json.loads(value)["url"].startswith(f"http://{announced}:")
-        open_to_all = "whoever reaches the server may ask it" in (folder / "log").read_text()
+        open_to_all = "server without a key" in (folder / "log").read_text()
         assert open_to_all is (host == "0.0.0.0")
     buffer.close()
 
@@ -284,7 +284,7 @@ def test_it_listens_on_loopback_unless_asked_otherwise_and_announces_where_it_is
 def test_an_address_of_another_machine_is_refused(folder):
     code, said = refusal(folder, configured(folder), "--host", "192.0.2.1")
     assert code == 2
-    assert "--host 192.0.2.1 is no address of this machine" in said
+    assert "--host 192.0.2.1 is not an address of this machine" in said
 
 
 def test_the_key_of_announced_servers_reaches_the_server_and_is_never_written(folder):

@@ -42,14 +42,19 @@ def test_a_worker_says_again_and_again_for_what_it_waits(where, url, name, tmp_p
     agreed = []
     monkeypatch.setattr(serve, "require_same_settings", lambda config, announced: agreed.append(announced))
     caplog.set_level(logging.INFO, logger="megatron_rlpt")
-    monkeypatch.setattr(logging.getLogger("megatron_rlpt"), "propagate", True)
-    asyncio.run(serve._wait_for_trainer(config, LateTrainer(caplog.records, 5)))
+    # One handler, whatever earlier tests and pytest have attached to the logger.
+    records = list[logging.LogRecord]()
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(logging.getLogger("megatron_rlpt"), "handlers", [handler])
+    monkeypatch.setattr(logging.getLogger("megatron_rlpt"), "propagate", False)
+    asyncio.run(serve._wait_for_trainer(config, LateTrainer(records, 5)))
     assert agreed == ["settings"]
-    first, *again = caplog.records
+    first, *again = records
     assert first.getMessage() == "waiting for the trainer to open the rollout buffer"
     assert all(record.getMessage().startswith("still waiting for the trainer") for record in again)
     assert all(record.levelno == logging.WARNING for record in again)
-    fields = [record.fields for record in caplog.records]
+    fields = [record.fields for record in records]
     assert all((one["buffer"], one["run"]) == (url.format(tmp_path), name) for one in fields)
     assert all("buffer.url" in one["check"] and "rlpt train" in one["check"] for one in fields[1:])
     assert [one["waited"] for one in fields[1:]] == ["30 s", "90 s", "210 s", "450 s"], "at growing intervals"

@@ -293,7 +293,7 @@ def test_the_key_of_announced_servers_reaches_the_server_and_is_never_written(fo
     sections = {"buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"}}
     config = configured(folder, teacher={"run_in": "workers", "workers": workers}, **sections)
     code, said = refusal(folder, config)
-    assert (code, "teacher.workers.key_env is OUR_KEY, a variable which is not set to a key" in said) == (2, True), said
+    assert (code, "teacher.workers.key_env is OUR_KEY, which is not set to a key" in said) == (2, True), said
     with serving(folder, config, "--host", "0.0.0.0", OUR_KEY="sesame") as process:
         (value,) = await_(lambda: buffer.announced(KIND).values(), process, folder)
     started = json.loads((folder / "started.json").read_text())

@@ -26,24 +26,24 @@ class WorkerMetrics:
         self.registry = CollectorRegistry()
         self.address = ""
         """URL of the metrics; empty before ``serve``."""
-        self._groups = Counter("rlpt_groups", "Groups handed in.", registry=self.registry)
+        self._groups = Counter("rlpt_groups", "Completed groups.", registry=self.registry)
         self._back = Counter("rlpt_groups_given_back", "Groups given back.", ["reason"], registry=self.registry)
         self._failed = Counter(
             "rlpt_failed_judgments",
-            "Candidates without a score, and rewrites that failed.",
+            "Candidates without a reward, and failed rewrites.",
             ["reason"],
             registry=self.registry,
         )
         self._cause = Info(
             "rlpt_last_failure",
-            "Why a candidate or a rewrite failed last, or a group went back, back to the server's own words.",
+            "Cause of the last failed candidate, failed rewrite or returned group, with the server's message.",
             registry=self.registry,
         )
         self._flying = Gauge("rlpt_groups_in_flight", "Groups being judged.", registry=self.registry)
         self._seconds = Histogram(
             "rlpt_group_seconds", "Seconds from claim to completion.", buckets=_SECONDS, registry=self.registry
         )
-        self._calls = Counter("rlpt_teacher_calls", "Questions asked for groups handed in.", registry=self.registry)
+        self._calls = Counter("rlpt_teacher_calls", "Teacher requests for completed groups.", registry=self.registry)
         self.registry.register(_ServerCollector(endpoints))
 
     def serve(self, host: str, port: int) -> None:
@@ -98,16 +98,16 @@ class _ServerCollector:
 
     def collect(self) -> Iterator[Any]:
         """Yield metrics; implements prometheus_client's ``Collector``."""
-        up = GaugeMetricFamily("rlpt_teacher_up", "Whether the server answers.", labels=["url"])
-        flying = GaugeMetricFamily("rlpt_teacher_in_flight", "Requests under way.", labels=["url"])
+        up = GaugeMetricFamily("rlpt_teacher_up", "1 if the server is usable, else 0.", labels=["url"])
+        flying = GaugeMetricFamily("rlpt_teacher_in_flight", "Requests in flight.", labels=["url"])
         totals = {
             name: CounterMetricFamily(f"rlpt_teacher_{name}", text, labels=["url"])
             for name, text in (
-                ("requests", "Requests sent, retries included."),
+                ("requests", "Requests sent, including retries."),
                 ("retries", "Requests that were retries."),
-                ("tokens_in", "Tokens of prompts."),
-                ("tokens_out", "Tokens of answers."),
-                ("seconds", "Seconds of all requests together."),
+                ("tokens_in", "Prompt tokens."),
+                ("tokens_out", "Answer tokens."),
+                ("seconds", "Total seconds of all requests."),
             )
         }
         failures = CounterMetricFamily("rlpt_teacher_failures", "Failed requests.", labels=["url", "reason"])

@@ -4,7 +4,7 @@
 |---|---|---|
 | ``judge/flip_rate`` | pairs judged in both orders whose majority changes with the order | near 0 |
 | ``judge/first_rate`` | comparisons won by the option shown first | near 0.5 |
-| ``judge/agreement`` | two votes on the same question agree (vote agreement) | near 1, 0.5 is chance |
+| ``judge/agreement`` | two votes on the same candidates agree (vote agreement) | near 1, 0.5 is chance |
 | ``judge/length_correlation`` | rewards and numbers of tokens within a group, Pearson | near 0 |
 | ``judge/longer_win_rate`` | pairs of different length won by the longer | near 0.5 |
 | ``judge/win_rate/<source>`` | pairs with another source's candidate won by this one's, ties half | |

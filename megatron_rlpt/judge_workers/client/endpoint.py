@@ -82,7 +82,7 @@ class Endpoint:
         self.counters = EndpointCounters()
         self.in_flight = 0
         self.paused_until = 0.0
-        """Event loop time until which the server asked for no requests (Retry-After)."""
+        """Event loop time until which the server accepts no requests (Retry-After)."""
         self.last_problem: ServerProblem | None = None
         """Why the server is unusable, while it is."""
         self._deadline = deadline

@@ -53,7 +53,7 @@ class ServerProblem:
     detail: dict[str, Any] = field(default_factory=dict)
     """JSON-serialisable."""
     retry_after: float = 0.0
-    """Seconds for which the server asked for no requests."""
+    """Seconds for which the server accepts no requests (Retry-After)."""
 
     @property
     def cause(self) -> str:

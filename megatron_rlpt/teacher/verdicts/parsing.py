@@ -78,7 +78,7 @@ _LINE = re.compile(
     rf"(?: (?:is (?:the )?better(?: (?:{NOUN}|one))?|wins)[.!]?|[.!]?(?<![12][.]))[ \t*_]*$",
     re.IGNORECASE | re.MULTILINE,
 )
-"""A verdict on a line of its own."""
+"""A verdict alone on its line."""
 _LEFT_OVER = re.compile(r"[\"'\u201d]\s*\}")
 """The end of a string and an object after the object: the reader stopped too early."""
 _OWN_REASONS = re.compile(r"reason|analy|expla|thought|rationale|justif|compar")

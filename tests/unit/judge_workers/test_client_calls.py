@@ -1,4 +1,4 @@
-"""What is sent for a request."""
+"""The HTTP call for a request."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What is made of an answer, whatever it holds: a reply only out of one, and never an exception."""
+"""Any response body gives a reply or a problem, never an exception."""
 
 import json
 import math
@@ -38,13 +38,13 @@ def good_body() -> dict:
 
 
 def places(node: object, path: tuple = ()) -> list[tuple]:
-    """Paths of all parts of ``node``."""
+    """Yield the paths of all parts of ``node``."""
     inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
 
 
 def spoil(path: tuple, value: object, remove: bool) -> object:
-    """A good body with one part replaced or, inside of something, removed."""
+    """A valid body with one part replaced or removed."""
     if not path:
         return value
     body = node = good_body()

@@ -1,4 +1,4 @@
-"""Keys are kept out of what is logged, however they are written."""
+"""Keys are masked in logs, however they are encoded."""
 
 import base64
 import json

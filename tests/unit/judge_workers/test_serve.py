@@ -1,4 +1,4 @@
-"""How a judge worker comes up."""
+"""Start of a judge worker."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from megatron_rlpt.judge_workers import serve
 
 
 class LateTrainer:
-    """A buffer whose trainer comes when it has been said ``enough`` times that it is missing, or after many looks."""
+    """A buffer whose trainer appears after ``enough`` log records, or after many reads."""
 
     def __init__(self, records: list[logging.LogRecord], enough: int) -> None:
         self.records, self.enough, self.looks = records, enough, 0

@@ -1,4 +1,4 @@
-"""Several real workers that wait for a trainer: named, replaced, given up, and ended with who started them."""
+"""Several real workers that wait for a trainer: names, restarts, giving up, and their end with the parent."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(folder: Path, **sections: dict) -> Path:
 
 @contextlib.contextmanager
 def several(config: Path, *arguments: str, most: int = 5):
-    """``rlpt judge serve --workers 2``, with nothing added to the time to end."""
+    """``rlpt judge serve --workers 2``, without extra time to exit."""
     command = [sys.executable, "-c", SHORT.format(most=most), "judge", "serve", "-c", str(config), "--workers", "2"]
     with (config.parent / "log").open("w") as log:
         process = subprocess.Popen([*command, *arguments], stderr=log)
@@ -80,7 +80,7 @@ def await_(what, config: Path):
 
 
 def both_wait(process: subprocess.Popen[bytes], config: Path, starts: int = 2) -> list[int]:
-    """The workers, once they wait for the trainer."""
+    """Return the workers once they wait for the trainer."""
     await_(lambda: log_of(config).count("waiting for the trainer") >= starts, config)
     return workers_of(process.pid)
 

@@ -1,4 +1,4 @@
-"""``rlpt teacher serve`` around a stand-in for vLLM: announced whatever the environment, and kept alive."""
+"""``rlpt teacher serve`` with a fake vLLM: announced in any environment, and kept alive."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Server((host, port), Answer).serve_forever()
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A run's configuration, a folder that looks like a model, and a package ``vllm`` that is a stand-in."""
+    """A run's configuration, a fake model folder, and a fake package ``vllm``."""
     inside = tmp_path / "packages/vllm/entrypoints/openai"
     inside.mkdir(parents=True)
     for package in (inside, *list(inside.parents)[:2]):

@@ -1,4 +1,4 @@
-"""What Prometheus is told of a worker."""
+"""Prometheus metrics of a worker."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Coroutines that ask one by one, answered by the batch."""
+"""Coroutines send single requests and get replies in batches."""
 
 import asyncio
 
@@ -27,7 +27,7 @@ def question(text):
 
 
 def chain(name, length):
-    """A job whose questions depend on the answers before."""
+    """A job whose requests depend on earlier replies."""
 
     async def job(ask):
         answer = name
@@ -39,7 +39,7 @@ def chain(name, length):
 
 
 def fan(name, width):
-    """A job that asks several at once, in nested tasks, and one more about all answers."""
+    """A job that sends several requests concurrently, in nested tasks, and one more about all replies."""
 
     async def one(ask, index):
         await asyncio.sleep(0)

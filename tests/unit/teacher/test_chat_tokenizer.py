@@ -1,4 +1,4 @@
-"""What a document spells is text to the teacher, whatever its tokenizer lists and wherever."""
+"""Control tokens in documents are plain text to the teacher, wherever its tokenizer lists them."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from megatron_rlpt.types import Failed
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, smollm2):
-    """A chat tokenizer with control tokens that no named list has, one of them not even marked as special."""
+    """A chat tokenizer with control tokens in no named list, one of them not marked as special."""
     folder = tmp_path_factory.mktemp("teacher") / "chat"
     shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     layout = json.loads((folder / "tokenizer.json").read_text())

@@ -86,7 +86,7 @@ def test_round_robin_meets_every_pair_and_a_pair_sees_both_orders():
 
 
 def test_rounds_are_issued_at_once():
-    """Everything a round consists of is asked before anything is answered; a tournament of 16 takes four rounds."""
+    """All requests of a round are sent before any reply; a tournament of 16 takes four rounds."""
 
     async def rounds(scheme, candidates):
         open_questions, sizes = [], []
@@ -117,13 +117,13 @@ def test_rounds_are_issued_at_once():
 @settings(deadline=None)
 @given(st.sampled_from(PairScheme), st.integers(2, 12), st.integers(1, 3), st.integers(0, 10**6))
 def test_names_do_not_matter(scheme, candidates, votes, seed):
-    """Others at the same places: the same matches, with the names changed."""
+    """Other candidates at the same positions play the same matches."""
     draw = random.Random(seed)
     names = draw.sample(range(candidates), candidates)
     rewards = {}
 
     def verdict(first, second, vote):
-        """A noisy judge with failures, who decides by place."""
+        """A noisy judge with failures that decides by position."""
         key = (first, second, vote)
         if key not in rewards:
             rewards[key] = random.Random(f"{seed} {key}").choice([first, first, second, NO])
@@ -146,7 +146,7 @@ def test_names_do_not_matter(scheme, candidates, votes, seed):
 
 @pytest.mark.parametrize("scheme", PairScheme)
 def test_no_place_in_the_group_is_favoured(scheme):
-    """With a judge that tosses a coin every candidate is best equally often: the original always comes first."""
+    """With a random judge every candidate wins equally often, although the original always comes first."""
     best = Counter()
     for seed in range(600):
         draw = random.Random(seed)
@@ -158,7 +158,7 @@ def test_no_place_in_the_group_is_favoured(scheme):
 
 @pytest.mark.parametrize("scheme", PairScheme)
 def test_failed_comparisons_never_become_wins(scheme):
-    """A candidate whose every comparison fails has no value, and all others are ranked as if it did not exist."""
+    """A candidate whose every comparison fails has no value, and the ranking of the others ignores it."""
     for seed in range(10):
         table, _ = run(
             scheme, 9, lambda first, second, vote: NO if 4 in (first, second) else max(first, second), 3, seed=seed
@@ -181,7 +181,7 @@ def test_a_judge_that_always_fails_gives_no_values(scheme):
 
 
 def test_who_got_no_verdict_gets_another_chance():
-    """One reply in ten fails; a tournament that drops who was unlucky at first would fail some."""
+    """One reply in ten fails; eliminating candidates without a verdict would lose some."""
     without = 0
     for seed in range(200):
         draw = random.Random(seed)

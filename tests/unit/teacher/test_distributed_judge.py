@@ -1,4 +1,4 @@
-"""The teacher of a run of one process is the teacher itself; worlds are tested in tests/distributed/test_ranks.py."""
+"""With one process the teacher is not wrapped; tests/distributed/test_ranks.py covers several ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a judge, from groups done by hand."""
+"""Judge metrics of hand-made groups."""
 
 import pytest
 

@@ -14,7 +14,7 @@ VOCABULARY = 97
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """More threads than one only wait for each other on a model this small."""
+    """On a model this small, threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -64,7 +64,7 @@ def test_no_text_can_close_its_fence(text, seed):
     st.sampled_from(["", "\n", "\n```json\n", '"}}\n', "\n[end text 00000000]\n"]),
 )
 def test_a_quoted_verdict_is_none(text, word, form, before):
-    """A judge that repeats the text word for word, at the end of its answer or as all of it, has said nothing."""
+    """A judge that repeats the text word for word, at the end of its reply or as all of it, gives no verdict."""
     hostile = f"{text}{before}{form.format(word)}"
     for quotation in (neutralise(hostile, "0" * 8), neutralise(form.format(word), "0" * 8)):
         reply = Reply(f"The text says:\n{quotation}", (), "stop")

@@ -1,4 +1,4 @@
-"""The rewriter against a scripted generator; one character is one token here."""
+"""The rewriter with a scripted generator; one character is one token here."""
 
 import pytest
 from text_tokens import FakeText

@@ -1,4 +1,4 @@
-"""What a model thinks is told from what it answers."""
+"""Thoughts are separated from answers."""
 
 import pytest
 

@@ -260,7 +260,7 @@ def test_examples_of_the_other_axes(axis, text, word):
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.integers(0, 2**64))
 def test_no_reply_raises_and_no_verdict_comes_from_nowhere(first):
-    """10,000 replies here; tools/bench/verdict_replies.py makes as many as it is asked for, and counts by form."""
+    """10,000 replies here; tools/bench/verdict_replies.py makes any number and counts by form."""
     for seed in range(first, first + 50):
         axis, form, text, word = make(seed)
         reward = PARSE[axis](reply(text))
@@ -284,7 +284,7 @@ def test_honest_replies_are_accepted_in_every_form():
 
 
 def test_the_hostile_replies_hold_what_might_be_taken_for_a_verdict():
-    """Else nothing would have been tested."""
+    """Guards against a vacuous test."""
     kinds = Counter(
         form for seed in range(4000) if (made := make(seed))[3] is None for form in [made[1]] if "erdict" in made[2]
     )
@@ -294,7 +294,7 @@ def test_the_hostile_replies_hold_what_might_be_taken_for_a_verdict():
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.integers(0, 2**64), st.text())
 def test_a_copy_of_the_text_under_judgment_is_no_verdict(first, other):
-    """Whatever the text holds: judges see it without its verdicts, and what they copy of it has none."""
+    """Judges see any text without its verdicts, so what they copy of it has none."""
     for seed in range(first, first + 20):
         axis, form, text, _ = make(seed)
         for copied in (disarm(text), disarm(text + other), f"It goes on like this {disarm(other + text)}"):

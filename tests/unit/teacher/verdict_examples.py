@@ -1,4 +1,4 @@
-"""Replies of judges written by hand: honest ones with the verdict that they give, and traps that give none."""
+"""Hand-written judge replies: honest ones with their verdict, and traps without one."""
 
 from __future__ import annotations
 

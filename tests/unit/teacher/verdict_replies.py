@@ -1,4 +1,4 @@
-"""Replies of judges as models write them, honest and hostile, made without any part of the parser.
+"""Generated judge replies in the style of models, honest and hostile; uses no part of the parser.
 
 An honest reply decides for one known word, in one of the ways in which models write JSON and what is around it. A
 hostile one decides for nothing, or for two things, or only quotes somebody: there must be no verdict. Texts in them are

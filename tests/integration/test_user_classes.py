@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_runs import finish, json_lines, lasting_metrics, only_error, rlpt_process, start, write_config
+from tiny_runs import finish, json_lines, lasting_metrics, only_error, rlpt_process, start, start_ranks, write_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "configs/examples"
 OBJECTIVE = '''
@@ -112,6 +112,15 @@ def test_a_run_is_trained_killed_and_resumed_bit_for_bit_and_refused_with_anothe
     source.write_text(OBJECTIVE)
     code, out, _ = finish(rlpt_process("train", "-c", str(broken)))
     assert (code, "is complete" in out) == (0, True)
+
+
+def test_several_ranks_load_the_same_classes(folder, tiny_model):
+    config = configuration(folder, tiny_model, "ranks")
+    for code, _, err in map(finish, start_ranks(config, 2)):
+        assert code == 0, err
+    one, two = (lasting_metrics(folder / name) for name in ("whole", "ranks"))
+    assert [row["weighted/weight"] for row in two] == pytest.approx([row["weighted/weight"] for row in one])
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0.02)
 
 
 def test_the_examples_learn_from_rollouts_that_a_worker_judges_without_a_teacher(served_model, corpus, tmp_path):

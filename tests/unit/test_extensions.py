@@ -12,13 +12,22 @@ from pathlib import Path
 import pytest
 
 from launch.code import with_staged_classes
-from megatron_rlpt.config import SourceConfig, flatten, load_config
+from megatron_rlpt.config import (
+    SourceConfig,
+    asks_teacher,
+    flatten,
+    judged_by_workers,
+    load_config,
+    longest_answer,
+)
 from megatron_rlpt.data.readers.documents import BadRecord, Document
 from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megatron_rlpt.extensions import forget, load_extension
 from megatron_rlpt.objectives import build_objective
+from megatron_rlpt.planner.judging import calls_per_group
 from megatron_rlpt.teacher.extension_judges import CheckedGroupJudge, CheckedReward, NoTeacher
+from megatron_rlpt.teacher.judges import needs_no_server
 from megatron_rlpt.teacher.settings_fingerprint import require_same_settings, settings_fingerprint
 from megatron_rlpt.trainer.run_record import require_same_run
 from megatron_rlpt.types import BLANK, Candidate, Episode, Failed, Group, Reward, Source
@@ -193,6 +202,55 @@ def test_a_wrong_group_is_a_counted_failure_that_names_the_class(change, reason)
     assert isinstance(judged.rewards[0], Failed)
     assert judged.rewards[0].reason.startswith("mine.py:Mine ")
     assert reason in judged.rewards[0].reason
+
+
+JUDGE = """
+from megatron_rlpt.config.judges import JudgeFacts, TeacherUse
+class Mine:
+    facts = JudgeFacts(asks=TeacherUse.{asks}, questions=1.5, longest_answer=30)
+    async def judge_group(self, group, ask):
+        return group
+"""
+JUDGED = ("objective.name=rf_nll", "candidates.rollouts=3", "teacher.judge=mine.py:Mine")
+
+
+def test_the_facts_of_a_judge_decide_what_is_asked_of_the_teacher():
+    mine(JUDGE.format(asks="text"))
+    config = load(*JUDGED)
+    assert asks_teacher(config)
+    assert longest_answer(config) == 30
+    assert [(calls.name, calls.count) for calls in calls_per_group(config, 20)] == [("judge", 6)]
+    assert not needs_no_server(config)
+    with pytest.raises(
+        ConfigError, match=r"own_model is true; allowed: false, because teacher\.judge=mine\.py:Mine needs"
+    ):
+        load(*JUDGED, "teacher.workers.own_model=true")
+    forget()
+    mine(JUDGE.format(asks="nothing"))
+    config = load(*JUDGED, "teacher.run_in=workers")
+    assert (asks_teacher(config), judged_by_workers(config), needs_no_server(config)) == (False, True, True)
+    assert calls_per_group(config, 20) == ()
+    with pytest.raises(
+        ConfigError, match=r"own_model is true; allowed: false, because teacher\.judge=mine\.py:Mine asks no"
+    ):
+        load(*JUDGED, "teacher.workers.own_model=true")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("class Mine: pass", "has neither a method reward(prefix, candidates) nor async judge_group(group, ask)"),
+        (JUDGE.format(asks="text").replace("async def", "def"), "method judge_group has to be async def"),
+        (JUDGE.format(asks="logprobs"), "asks may be nothing or text"),
+        ("class Mine:\n    def reward(self, prefix): pass", "method reward does not take 2 arguments"),
+    ],
+)
+def test_what_is_wrong_with_a_judge_is_one_line_at_the_start(text, problem):
+    mine(text)
+    with pytest.raises(ConfigError) as caught:
+        load(*JUDGED)
+    assert str(caught.value).startswith("teacher.judge is mine.py:Mine, ")
+    assert problem in str(caught.value)
 
 
 def test_a_data_source_counts_bad_records_resumes_and_names_itself():

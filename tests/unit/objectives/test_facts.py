@@ -1,0 +1,32 @@
+"""What every objective says of itself, and that its selection keeps to it."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_rlpt.config import ObjectiveConfig
+from megatron_rlpt.objectives import OBJECTIVES, build_objective, facts_of
+from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("ntp", 1), ("sft_rewrite", 1), ("sft_rollout", 1), ("rf_nll", 1), ("online_dpo", 2), ("grpo", 6)],
+)
+def test_sequences_per_example(name, rows):
+    assert facts_of(name).rows_per_example(original=True, rewrite=True, rollouts=6) == rows
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_selection_keeps_to_the_facts(name):
+    facts = facts_of(name)
+    sources = [Source.ORIGINAL, Source.REWRITE, *[Source.ROLLOUT] * 4]
+    candidates = tuple(Candidate(source, (5, index), logprobs=(-1.0, -1.0)) for index, source in enumerate(sources))
+    rewards = tuple(Reward(float(index % 5), "j", "p") for index in range(len(sources)))
+    (example,) = (
+        build_objective(ObjectiveConfig(name=name))
+        .select([Group(Episode("e", (7,), (8,), "c", "d", 0), candidates, rewards)])
+        .examples
+    )
+    assert {one.source for one in example.sequences} <= facts.trains_on
+    assert len(example.sequences) == facts.rows_per_example(original=True, rewrite=True, rollouts=4)

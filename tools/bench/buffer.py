@@ -1,11 +1,11 @@
-"""Groups per second through the rollout buffer, SQLite and Redis side by side.
+"""Throughput of the rollout buffer: groups per second, with SQLite and with Redis.
 
     python tools/bench/buffer.py [--small 2000] [--realistic 200] [--repeats 3]
 
-One process does what trainer and worker do in turn: put 64 groups a call, claim 16, complete one a call, take 64. The
-time is that of the calls, packing and unpacking of groups included. A realistic group has 16 rollouts of 128 tokens
-with log-probabilities, and 4 replies of 60 words with every score; a small one a rollout of 4 tokens. Redis is started
-by tools/sandbox/redis.py; both stores are in a temporary folder.
+One process acts as trainer and worker in turn: it puts 64 groups per call, claims 16, completes one per call, takes 64.
+Times are those of the calls, with packing and unpacking. A realistic group has 16 rollouts of 128 tokens with
+log-probabilities, and 4 replies of 60 words with every reward; a small group has one rollout of 4 tokens. Redis is
+started by tools/sandbox/redis.py; both stores are in a temporary folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEPS = ("put", "claim", "complete", "take", "all")
 
 
 def measure(buffer: RolloutBuffer, groups: list[Group], results: list[Group]) -> dict[str, float]:
-    """Seconds of every step over all groups."""
+    """Return the seconds of every step over all groups."""
     count, items = len(groups), list(enumerate(groups))
     works: list[ClaimedGroup] = []
     seconds: dict[str, float] = {}
@@ -69,7 +69,7 @@ def measure(buffer: RolloutBuffer, groups: list[Group], results: list[Group]) ->
 
 
 def stores(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Name of every store, and what opens it."""
+    """Yield the name of every store and a function that opens it."""
     yield "SQLite", {"url": f"sqlite:///{folder}/buffer.sqlite"}
     started = subprocess.run([sys.executable, SANDBOX, "start", folder / "redis"], capture_output=True, text=True)
     if started.returncode:
@@ -82,7 +82,7 @@ def stores(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def main() -> None:
-    """Entry point of the script."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Groups per second through the rollout buffer.")
     parser.add_argument("--small", type=int, default=2000, help="small groups")
     parser.add_argument("--realistic", type=int, default=200, help="realistic groups")

@@ -1,12 +1,12 @@
-"""A trainer and workers that put load on a rollout buffer: what the chaos test kills and the benchmark measures.
+"""A trainer and workers that load a rollout buffer, for the chaos test and the benchmark.
 
     python tools/bench/buffer_load.py worker   --url URL --name NAME [--password-file FILE] --id ID --batch N
     python tools/bench/buffer_load.py trainer  --url URL --name NAME [--password-file FILE] --groups N --folder DIR ...
 
-Groups are made from their numbers alone, and so are their results, so that anybody can tell right from wrong.
-The trainer is one as a real run has: it puts groups with back-pressure, takes batches in order, and every now and then
-publishes a checkpoint and acknowledges. Killed and started again, it goes on from its checkpoint. ``DIR/log`` then has
-a line per group that was learnt from, in order.
+Groups and their results depend only on their numbers, so every process can check them. The trainer acts like that of a
+run: it puts groups with back-pressure, takes batches in order, and from time to time publishes a checkpoint and
+acknowledges. After a kill it resumes from its checkpoint. ``DIR/log`` has one line for each group that was learned
+from, in order.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from megatron_rlpt.buffer.protocol import Pending, RolloutBuffer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source, derive_seed
 
 IDLE = 0.02
-"""Seconds between two looks for work, or for results."""
+"""Seconds between two polls for work or results."""
 
 
 def make_group(number: int, rollouts: int = 1, tokens: int = 4) -> Group:
-    """The group of a number: so many rollouts of so many tokens, and a prefix of twice as many."""
+    """Return the group of a number: rollouts of the given size, and a prefix of twice as many tokens."""
     draw = random.Random(number)
     prefix = tuple(draw.randrange(50_000) for _ in range(2 * tokens))
     episode = Episode(f"{number:016x}", prefix, prefix[:tokens], "corpus", f"file:{number}", 2 * tokens)
@@ -41,7 +41,7 @@ def make_group(number: int, rollouts: int = 1, tokens: int = 4) -> Group:
                 policy_version=number // 64,
                 seed=derive_seed(number, k),
                 finish_reason="length",
-                # As many bits as an engine's fp32 has.
+                # As many bits as the fp32 of an engine.
                 logprobs=tuple(-draw.getrandbits(24) / 2**21 for _ in range(tokens)),
             )
             for k in range(rollouts)
@@ -50,7 +50,7 @@ def make_group(number: int, rollouts: int = 1, tokens: int = 4) -> Group:
 
 
 def judge(group: Group, replies: int = 0, words: int = 0) -> Group:
-    """The one right result of a group; every score keeps so many replies of so many words."""
+    """Return the expected result of a group, whose rewards keep the given number of replies and words."""
     rewards = []
     for place, candidate in enumerate(group.candidates):
         value = derive_seed(group.episode.id, candidate.seed) / 2**63
@@ -61,7 +61,7 @@ def judge(group: Group, replies: int = 0, words: int = 0) -> Group:
 
 
 def result_line(number: int, group: Group) -> str:
-    """What the trainer notes of a group."""
+    """Return the trainer's record of a group."""
     values = (repr(one.value) if isinstance(one, Reward) else one.reason for one in group.rewards)
     return f"{number} {group.episode.id} {' '.join(values)}\n"
 
@@ -89,7 +89,7 @@ def work(buffer: RolloutBuffer, worker: str, batch: int, lease: float, pause: fl
 
 
 def train(buffer: RolloutBuffer, groups: int, batch: int, ahead: int, every: int, folder: Path) -> None:
-    """Learn from all groups, from the checkpoint in ``folder`` on.
+    """Learn from all groups, starting at the checkpoint in ``folder``.
 
     Args:
         buffer: through which they are judged.
@@ -113,7 +113,7 @@ def train(buffer: RolloutBuffer, groups: int, batch: int, ahead: int, every: int
                 taken = buffer.take(fencing_token, first, count)
                 if not isinstance(taken, Pending):
                     break
-                # A store that lost its last second, or one attached to before what it has let go of.
+                # A store that lost its last second, or that was attached to before it deleted groups.
                 buffer.put(fencing_token, [(number, make_group(number)) for number in taken.missing if number < put])
                 if not items:
                     time.sleep(IDLE)
@@ -125,14 +125,14 @@ def train(buffer: RolloutBuffer, groups: int, batch: int, ahead: int, every: int
 
 
 def publish(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     part = path.with_suffix(".part")
     part.write_text(text)
     part.rename(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the script."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="A trainer and workers that put load on a rollout buffer.")
     roles = parser.add_subparsers(dest="role", required=True)
     worker, trainer = roles.add_parser("worker"), roles.add_parser("trainer")

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: time the run stands still, time until it is published, time to check and to load it.
+"""Cost of a checkpoint: time that it blocks the run, time until it is published, time to verify and to load it.
 
     python tools/bench/checkpoint.py [--config configs/demo.yaml] [--folder FOLDER] [--repeats 3]
 
@@ -28,14 +28,14 @@ from megatron_rlpt.types import Candidate, Episode, Source
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long ``work`` takes."""
+    """Return the seconds that ``work`` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def drop_from_memory(folder: Path) -> None:
-    """Have the kernel forget what it keeps of the files under ``folder``."""
+    """Drop the files under ``folder`` from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -44,7 +44,7 @@ def drop_from_memory(folder: Path) -> None:
 
 
 def measure(config: Config, folder: Path, repeats: int) -> dict[str, float]:
-    """Medians, in seconds, and the size in bytes."""
+    """Return the medians in seconds, and the size in bytes."""
     policy = Policy(config, build_objective(config.objective), DeviceRuntime())
     draw = random.Random(0)
 
@@ -83,10 +83,10 @@ def _round(policy: Policy, examples: list[Example], model: Path, folder: Path, s
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; what is written there is removed again")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; files written there are removed")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     quiet_libraries()

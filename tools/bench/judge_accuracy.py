@@ -1,8 +1,8 @@
-"""How often a judge prefers the original suffix to a spoiled one, on held-out documents.
+"""Accuracy of judges: how often they prefer the original suffix of a held-out document to a spoiled one.
 
     python tools/bench/judge_accuracy.py [--config configs/demo.yaml] [--episodes 96] [--prompted 24]
 
-The likelihood judge scores each original against another document's text, its own words shuffled, and its first words
+The likelihood judge compares each original with another document's text, its own words shuffled, and its first words
 in a loop. The same model as a prompted judge compares original and shuffled words. A judge that guesses gets 0.5.
 """
 
@@ -23,11 +23,11 @@ from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source
 
 Spoil = Callable[[int], tuple[int, ...]]
-"""Index of an episode -> the spoiled suffix that stands against its original."""
+"""Index of an episode -> the spoiled suffix to compare with its original."""
 
 
 def spoilers(episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> dict[str, Spoil]:
-    """Ways to spoil a suffix; every result has at most as many tokens as the original."""
+    """Return the ways to spoil a suffix; no result has more tokens than the original."""
 
     def other_document(index: int) -> tuple[int, ...]:
         return episodes[(index + 1) % len(episodes)].suffix
@@ -45,7 +45,7 @@ def spoilers(episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> dict[st
 
 
 def pairs(episodes: Sequence[Episode], spoil: Spoil) -> list[Group]:
-    """Groups of original and spoiled suffix."""
+    """Return groups of original and spoiled suffix."""
     return [
         Group(episode, (Candidate(Source.ORIGINAL, episode.suffix), Candidate(Source.REWRITE, spoil(index))))
         for index, episode in enumerate(episodes)
@@ -53,7 +53,7 @@ def pairs(episodes: Sequence[Episode], spoil: Spoil) -> list[Group]:
 
 
 def report(name: str, judged: Sequence[Group]) -> None:
-    """Print accuracy with its interval, and how many pairs have no verdict."""
+    """Print the accuracy with its interval, and the number of pairs with a verdict."""
     rewards: list[list[float | None]] = []
     for group in judged:
         original, spoiled = group.rewards
@@ -72,7 +72,7 @@ def report(name: str, judged: Sequence[Group]) -> None:
 
 
 def likelihood(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:
-    """Accuracy of the likelihood judge with and without its repetition term."""
+    """Measure the likelihood judge with and without its repetition term."""
     from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 
     judge = LikelihoodJudge(config.teacher_path, config.teacher.likelihood, "cpu")
@@ -86,7 +86,7 @@ def likelihood(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTok
 
 
 def prompted(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:
-    """Accuracy of the same model as a prompted pairwise judge."""
+    """Measure the same model as a prompted pairwise judge."""
     from megatron_rlpt.teacher.batched import BatchedJudge
     from megatron_rlpt.teacher.generative import GenerativeJudge
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
@@ -100,7 +100,7 @@ def prompted(config: Config, episodes: Sequence[Episode], tokenizer: PolicyToken
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--episodes", type=int, default=96, help="pairs for the likelihood judge")

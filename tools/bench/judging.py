@@ -1,4 +1,4 @@
-"""What comparisons buy: how good the chosen and how bad the rejected candidate is, by scheme, with a judge that errs.
+"""Quality of chosen and rejected candidates by comparison scheme, with a judge that errs.
 
     python tools/bench/judging.py [--trials 2000] [--votes 1 5]      a simulated judge; prints a Markdown table
     python tools/bench/judging.py --prompted FOLDER [--groups 8]     a real one, through vLLM in this process
@@ -6,11 +6,11 @@
 Simulated: candidates have normal quality. ``logistic``: the better of two wins with probability sigmoid(s difference),
 s such that it wins 65, 75 or 85 % of the comparisons of random pairs. ``constant``: it wins with that probability
 whatever the difference. ``stubborn``: logistic, but all votes on a pair are the same, as a judge's errors are not
-independent. The gap is the true quality of the chosen minus that of the rejected candidate; ties are drawn. In brackets
-the 95 % interval over trials.
+independent. The gap is the true quality of the chosen minus that of the rejected candidate; ties are drawn. In
+parentheses is the 95 % interval over trials.
 
 Prompted: the candidates of a group are a held-out document's own continuation, the same with a growing share of its
-words shuffled, and so on to all; the order of these is taken for the true quality.
+words shuffled, and so on to all; their order is taken as the true quality.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Estimate:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Ratio of means over paired trials; the interval by linearisation."""
+    """Return the ratio of means over paired trials, with an interval by linearization."""
     value = fmean(numerators) / fmean(denominators)
     residuals = [n - value * d for n, d in zip(numerators, denominators, strict=True)]
     return Estimate(value, 1.96 * stdev(residuals) / math.sqrt(len(residuals)) / fmean(denominators))
 
 
 def slope_of(accuracy: float) -> float:
-    """Slope of the logistic judge that is right about ``accuracy`` of random pairs of standard normal candidates."""
+    """Return the slope of a logistic judge that is right on ``accuracy`` of random standard normal pairs."""
     draw = random.Random(0)
     gaps = [abs(draw.gauss(0, 1) - draw.gauss(0, 1)) for _ in range(20_000)]
     low, high = 0.0, 50.0
@@ -67,14 +67,14 @@ def slope_of(accuracy: float) -> float:
 
 @dataclass(frozen=True)
 class SimulatedJudge:
-    """Errs independently of who asks: every scheme meets the same judge, question by question."""
+    """A simulated judge whose errors do not depend on the scheme: each question has one answer."""
 
     model: str
     accuracy: float
     slope: float
 
     def winner(self, qualities: Sequence[float], first: int, second: int, vote: int, seed: int) -> int:
-        """Index of the candidate that vote number ``vote`` on the pair prefers."""
+        """Return the index of the candidate that vote number ``vote`` on the pair prefers."""
         low, high = min(first, second), max(first, second)
         difference = qualities[low] - qualities[high]
         if self.model == "constant":
@@ -86,7 +86,7 @@ class SimulatedJudge:
 
 
 def gap_of(values: Sequence[float | Failed], qualities: Sequence[float], seed: int) -> float:
-    """True quality of the highest value minus that of the lowest; ties are drawn."""
+    """Return the true quality of the highest value minus that of the lowest; ties are drawn."""
     draw = random.Random(seed)
     known = [
         (value, draw.random(), quality)
@@ -97,7 +97,7 @@ def gap_of(values: Sequence[float | Failed], qualities: Sequence[float], seed: i
 
 
 def trial(judge: SimulatedJudge, scheme: PairScheme, qualities: Sequence[float], votes: int, seed: int) -> float:
-    """Gap that ``scheme`` finds among candidates of these true qualities."""
+    """Return the gap that ``scheme`` finds among candidates of these true qualities."""
 
     async def compare(first: int, second: int, vote: int) -> int:
         return judge.winner(qualities, first, second, vote, seed)
@@ -140,7 +140,7 @@ def _row(judge: SimulatedJudge, size: int, votes: int, trials: int) -> None:
 
 
 def spoil(words: list[str], share: float, draw: random.Random) -> list[str]:
-    """``words`` with ``share`` of them shuffled among themselves."""
+    """Return ``words`` with ``share`` of them shuffled among themselves."""
     places = sorted(draw.sample(range(len(words)), round(share * len(words))))
     moved = draw.sample(places, len(places))
     spoiled = list(words)
@@ -150,7 +150,7 @@ def spoil(words: list[str], share: float, draw: random.Random) -> list[str]:
 
 
 def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence[int]) -> None:
-    """Run all schemes with a real judge and print what they find, and the judge's health."""
+    """Run all schemes with a real judge, and print their results and the judge's metrics."""
     from megatron_rlpt.data import heldout_episodes
     from megatron_rlpt.teacher.batched import BatchedJudge
     from megatron_rlpt.teacher.generative import GenerativeJudge
@@ -165,7 +165,7 @@ def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence
     qualities = [-float(index) for index in range(size)]
     generator = VllmGenerator(folder, config.teacher.max_context, config.teacher.kv_cache_gib)
     settings = config.teacher.generative
-    print("| K | votes | scheme | comparisons | groups with a pair | places between chosen and rejected, of K - 1 |")
+    print("| K | votes | scheme | comparisons | groups with a pair | ranks between chosen and rejected, of K - 1 |")
     print("|---|---|---|---|---|---|")
     health: dict[str, dict[str, float]] = {}
     for number in votes:
@@ -187,7 +187,7 @@ def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence
 
 
 def _spoiled_group(episode: Episode, size: int, tokenizer: Any) -> Group:
-    """Candidate number i has i / (K - 1) of its words shuffled."""
+    """Make groups in which candidate number i has i / (K - 1) of its words shuffled."""
     words = tokenizer.decode(episode.suffix).split(" ")
     candidates = [Candidate(Source.ORIGINAL, episode.suffix)]
     for index in range(1, size):
@@ -198,19 +198,19 @@ def _spoiled_group(episode: Episode, size: int, tokenizer: Any) -> Group:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=2000, help="groups per cell of the simulation")
     parser.add_argument(
-        "--accuracies", type=float, nargs="+", default=[0.65, 0.75, 0.85], help="of the simulated judge"
+        "--accuracies", type=float, nargs="+", default=[0.65, 0.75, 0.85], help="accuracies of the simulated judge"
     )
     parser.add_argument("--votes", type=int, nargs="+", default=[1, 5], help="votes per pair")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16], help="candidates per group")
     parser.add_argument("--prompted", metavar="FOLDER", help="a real judge: Hugging Face folder of an instruct model")
     parser.add_argument(
-        "--config", default="configs/demo.yaml", help="tokenizer, held-out text and sampling of a real one"
+        "--config", default="configs/demo.yaml", help="tokenizer, held-out text and sampling for a real judge"
     )
-    parser.add_argument("--groups", type=int, default=8, help="groups for a real judge, of the first of --sizes")
+    parser.add_argument("--groups", type=int, default=8, help="groups for a real judge, of the first size")
     arguments = parser.parse_args()
     if arguments.prompted:
         from megatron_rlpt.observe.log import quiet_libraries

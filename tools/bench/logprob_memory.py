@@ -1,15 +1,15 @@
-"""Peak memory and time of the log-probability step, forward and backward, against the plain way.
+"""Peak memory and time of the log-probability step, forward and backward, compared with a plain implementation.
 
     python tools/bench/logprob_memory.py [--tokens 512 2048 8192] [--vocab 49152 128256] [--chunks 256 1024]
 
-Plain is what one would write first: all logits, log_softmax in fp32, gather; one rank holds the whole vocabulary. Each
-figure is of a fresh process: the most memory above what it held before the step (weights and hidden states were there
-already; the gradients of both are part of the step), and the least time of the steps after it, on one thread. With the
-vocabulary split over two ranks it is the larger of the two ranks' figures.
+The plain implementation computes all logits, log_softmax in fp32 and a gather; one rank holds the whole vocabulary.
+Each measurement runs in a new process: the peak memory above that before the step (which holds weights and hidden
+states; the gradients of both are part of the step), and the shortest time of the following steps, on one thread. With
+the vocabulary split over two ranks it is the larger value of the two.
 
 On a CPU memory is the process's peak resident set (VmHWM, reset through /proc/self/clear_refs), on a GPU the CUDA
-allocator's peak. Time is CPU time on a CPU, where others may be at work, and wall-clock time on a GPU. A size whose
-plain step would not fit into --limit-gib is not measured, and the table says so.
+allocator's peak. Time is CPU time on a CPU, which may be shared, and wall-clock time on a GPU. A size whose plain
+step would not fit into --limit-gib is not measured, and the table says so.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pathlib import Path
 
 MIB = 2**20
 MANY_TOKENS = 2048
-"""Steps of more are timed once: they take long, and the noise evens out within them."""
+"""Longer steps are timed once: noise averages out within them."""
 PLAIN_BYTES = {"fp32": 12, "bf16": 14}
 """Bytes per logit of the plain step at its peak: logits, their log_softmax and the gradient of that, and for bf16 the
-gradient of the logits once more. Only used to leave out what would not fit."""
+gradient of the logits once more. Used only to skip sizes that would not fit."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LossCase:
     ranks: int = 1
 
     def bytes_needed(self) -> int:
-        """A generous guess of what the step takes over all ranks together, with its inputs."""
+        """Return a generous estimate of the memory of the step with its inputs, over all ranks."""
         size = 2 if self.dtype == "bf16" else 4
         inputs = 2 * size * self.hidden * (self.vocab + self.ranks * self.tokens)
         held = self.chunk or self.tokens
@@ -55,14 +55,14 @@ class LossCase:
 
 @dataclass(frozen=True)
 class LossMemory:
-    """Bytes above the state before the step, and seconds of a step."""
+    """Bytes above those before the step, and seconds of a step."""
 
     memory: int
     seconds: float
 
 
 def _status(field: str) -> int:
-    """A figure of /proc/self/status in bytes."""
+    """Return a value of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -71,7 +71,7 @@ def _status(field: str) -> int:
 
 
 def measure(case: LossCase, rank: int, meeting: str) -> LossMemory:
-    """Take one measurement in this process, which has done nothing else."""
+    """Take one measurement in this process, which must be new."""
     import torch
 
     from megatron_rlpt.policy.logprobs import vocab_parallel_logprobs
@@ -127,7 +127,7 @@ def measure(case: LossCase, rank: int, meeting: str) -> LossMemory:
 
 
 def run(case: LossCase) -> LossMemory:
-    """The measurement in processes of its own; the larger of the ranks' figures."""
+    """Take a measurement in new processes; return the larger value of the ranks."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--meeting", f"{folder}/meeting"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -148,7 +148,7 @@ def run(case: LossCase) -> LossMemory:
 
 
 def row(case: LossCase, plain: LossMemory | None, figures: Sequence[LossMemory | None]) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     cells = [f"{case.vocab:,}", f"{case.tokens:,}", case.dtype, f"{case.chunk:,}"]
     if plain:
         cells.append(f"{plain.memory / MIB:,.0f}")
@@ -166,7 +166,7 @@ def row(case: LossCase, plain: LossMemory | None, figures: Sequence[LossMemory |
 
 
 def table(cases: Sequence[LossCase], limit: int, max_ranks: int) -> None:
-    """Measure and print, row by row."""
+    """Measure and print row by row."""
     names = ["vocabulary", "tokens", "dtype", "chunk", "plain MiB"]
     for ranks in ("TP1", "TP2"):
         names += [f"{ranks} MiB", f"{ranks} less memory", f"{ranks} time / plain"]
@@ -184,14 +184,14 @@ def table(cases: Sequence[LossCase], limit: int, max_ranks: int) -> None:
 
 
 def main() -> None:
-    """Parse arguments and print the table."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 128256], help="even sizes")
     parser.add_argument("--dtypes", nargs="+", choices=sorted(PLAIN_BYTES), default=["bf16", "fp32"])
     parser.add_argument("--chunks", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--limit-gib", type=float, default=6.0, help="leave out steps that would take more")
+    parser.add_argument("--limit-gib", type=float, default=6.0, help="skip steps that would take more")
     for internal in ("--case", "--rank", "--meeting"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

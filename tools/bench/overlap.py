@@ -1,10 +1,10 @@
-"""How much of generation, judging and training overlaps: seconds per step against the slowest of the three.
+"""Overlap of generation, judging and training: seconds per step relative to the slowest of the three.
 
     python tools/bench/overlap.py [--steps 12] [--scale 1.0] [--runs 3]
 
-The loop, pipeline, rollout buffer (SQLite) and judge worker are the real ones. Engine, teacher and policy wait for as
-long as a stage takes instead of computing, so that the figure says what the order of things costs, and nothing else.
-The first steps, in which the pipeline fills, and the last, in which it empties, are left out.
+Loop, pipeline, rollout buffer (SQLite) and judge worker are the real ones. Engine, teacher and policy sleep for the
+time of their stage instead of computing, so the result shows the cost of the scheduling alone. The first steps, which
+fill the pipeline, and the last, which drain it, are not counted.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from megatron_rlpt.trainer.train import Training, train
 from megatron_rlpt.types import Episode, Failed, Group, Reward
 
 BATCH, PART, ROLLOUTS = 64, 4, 2
-"""Episodes of a batch and of what the engine generates at once, rollouts of each."""
+"""Episodes of a batch, episodes that the engine generates in one call, rollouts of each."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a stage takes for one batch, alone."""
+    """Seconds of each stage for one batch."""
 
     generate: float
     judge: float
@@ -54,123 +54,123 @@ class Times:
 
     @property
     def slowest(self) -> float:
-        """Of the three."""
+        """Return the longest time of a stage."""
         return max(self.generate, self.judge, self.update)
 
     @property
     def together(self) -> float:
-        """One after the other."""
+        """Return the sum of the stages."""
         return self.generate + self.judge + self.update
 
 
 class Words:
-    """Every token is a word."""
+    """A tokenizer whose tokens are whole words."""
 
     def whole_characters(self, tokens: Sequence[int], before: Sequence[int] = ()) -> int:
-        """All of them."""
+        """Return the number of tokens."""
         return len(tokens)
 
     def is_blank(self, tokens: Sequence[int]) -> bool:
-        """No word is."""
+        """Return false."""
         return False
 
 
 class Stream:
-    """Episodes without end."""
+    """An endless stream of episodes."""
 
     def __init__(self) -> None:
         self._next = 0
 
     def take(self, count: int) -> list[Episode]:
-        """The next ``count``."""
+        """Return the next ``count`` episodes."""
         first, self._next = self._next, self._next + count
         return [Episode(f"e{number}", (number,), (0,), "c", "d", 1) for number in range(first, self._next)]
 
     def metrics(self) -> dict[str, float]:
-        """None to speak of."""
+        """Return no metrics."""
         return {}
 
 
 class WaitingEngine:
-    """Takes its share of ``generate`` for every part."""
+    """An engine that sleeps for its share of ``generate``."""
 
     def __init__(self, times: Times) -> None:
         self.version: int | None = 0
         self._times = times
 
     def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
-        """Any tokens, in time."""
+        """Sleep, and return arbitrary tokens."""
         time.sleep(self._times.generate * len(prompts) / (BATCH * ROLLOUTS))
         return [Continuation((prompt.seed % 1000, 1), (-1.0, -1.0), "length") for prompt in prompts]
 
     def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """At no cost."""
+        """Take over the version."""
         self.version = version
 
 
 class WaitingPolicy:
-    """Takes ``update`` for every batch."""
+    """A policy that sleeps for ``update`` in every update."""
 
     def __init__(self, times: Times) -> None:
         self.version = 0
         self._times = times
 
     def update(self, examples: Sequence[Example]) -> dict[str, float]:
-        """One more version."""
+        """Sleep, and increment the version."""
         time.sleep(self._times.update)
         self.version += 1
         return {}
 
     def weights(self) -> Iterable[tuple[str, Any]]:
-        """None to speak of."""
+        """Return no weights."""
         return ()
 
 
 class WaitingTeacher:
-    """Always there, never asked."""
+    """A teacher that is always available and never called."""
 
     name, all_down = "none", False
 
     async def __call__(self, request: Request) -> Reply | Failed:
-        """See ``Ask``."""
-        raise AssertionError("the judge below asks nobody")
+        """Fail: the judge below sends no request."""
+        raise AssertionError("the waiting judge sends no request")
 
 
 class WaitingJudge:
-    """Takes its share of ``judge`` for every group, so many groups at once."""
+    """A judge that sleeps for its share of ``judge``, with ``slots`` groups concurrently."""
 
     def __init__(self, times: Times, slots: int) -> None:
         self._seconds = times.judge * slots / BATCH
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
-        """Later candidates are better."""
+        """Sleep, and reward later candidates more."""
         await asyncio.sleep(self._seconds)
         return replace(group, rewards=tuple(Reward(float(n), "j", "1") for n in range(len(group.candidates))))
 
 
 class Record:
-    """Observer and saver: notes when steps end."""
+    """An observer and saver that records the ends of steps."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def step(self, step: int, version: int, metrics: dict[str, float], groups: Sequence[Group], sel: Selection) -> None:
-        """See ``loop.Observer``."""
+        """Record the time."""
         self.ends.append(time.perf_counter())
 
     def save(self, done: int) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def poll(self) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def finish(self) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
 
 @contextlib.contextmanager
 def working(url: str, times: Times, slots: int) -> Iterator[None]:
-    """A judge worker in a thread with a loop of its own."""
+    """Run a judge worker in a thread with its own event loop."""
     buffer = open_url(url, "bench")
     started: list[tuple[asyncio.AbstractEventLoop, Worker]] = []
 
@@ -198,7 +198,7 @@ def working(url: str, times: Times, slots: int) -> Iterator[None]:
 
 
 def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
-    """Mean seconds per step once the pipeline is full."""
+    """Return the mean seconds per step once the pipeline is full."""
     filling = staleness + 2
     config = Config(
         train=TrainConfig(steps=filling + steps + staleness, global_batch=BATCH, staleness=staleness),
@@ -259,12 +259,12 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--scale", type=float, default=1.0, help="seconds of the slowest stage")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--slots", type=int, default=8, help=f"groups judged at once, of {BATCH}")
+    parser.add_argument("--slots", type=int, default=8, help=f"groups judged concurrently, of {BATCH}")
     arguments = parser.parse_args()
     print("| generate | judge | update | staleness | step / slowest stage | step / sum of stages |\n|" + "---|" * 6)
     shares = [(1, 1, 1), (1, 0.5, 0.5), (0.5, 1, 0.5), (0.5, 0.5, 1), (0.9, 0.6, 1)]

@@ -1,9 +1,9 @@
-"""How long after a teacher server is back the first good reply comes, while a worker keeps asking.
+"""Recovery of a teacher server: seconds from its return to the first good reply, while a worker keeps requesting.
 
     python tools/bench/teacher_recovery.py [--down 0.5 3 20] [--runs 10]
 
-The server stops listening, breaking off what is under way, and listens again after so many seconds. The client's
-breaker, cool-down and back-off are those that a worker has.
+The server stops listening, cuts open connections, and listens again after the given seconds. The client's breaker,
+cool-down and back-off are those of a worker.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _QUESTION = Request((Message("user", "Which is better?"),), seed=1, max_tokens=6
 
 
 class Server:
-    """Answers every request at once, while it runs."""
+    """A server that answers every request immediately."""
 
     def __init__(self) -> None:
         self.port = 0
@@ -40,7 +40,7 @@ class Server:
         self.port = self._server.sockets[0].getsockname()[1]
 
     def stop(self) -> None:
-        """Refuse connections and break off those that are open."""
+        """Refuse connections and cut open ones."""
         self._server.close()
         for writer in self._open:
             writer.transport.abort()
@@ -64,7 +64,7 @@ class Server:
 
 
 async def recover(down: float) -> tuple[float, int]:
-    """Seconds from the server's return to the first good reply, and how many requests failed altogether."""
+    """Return the seconds from the server's return to the first good reply, and the number of failed requests."""
     server, replies, failed = Server(), asyncio.Queue[float](), 0
     await server.start()
 
@@ -82,7 +82,7 @@ async def recover(down: float) -> tuple[float, int]:
         for _ in range(_ASKERS):
             await replies.get()
         server.stop()
-        # Not always at the same point of the client's waiting.
+        # Vary the point in the client's back-off.
         await asyncio.sleep(down + random.random())
         while not replies.empty():
             replies.get_nowait()
@@ -97,9 +97,9 @@ async def recover(down: float) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Print a line per length of the outage."""
+    """Run the command line: one line per length of the outage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--down", type=float, nargs="+", default=[0.5, 3.0, 20.0], help="seconds the server is away")
+    parser.add_argument("--down", type=float, nargs="+", default=[0.5, 3.0, 20.0], help="seconds of the outage")
     parser.add_argument("--runs", type=int, default=10)
     arguments = parser.parse_args()
     logging.getLogger(ROOT).setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""When a server of the teacher answers on this CPU, and how fast it computes then, with and without compiled kernels.
+"""Start time and speed of a teacher server on this CPU, with and without compiled kernels.
 
     .venv/bin/python tools/bench/teacher_start.py [--requests 32] [--at-once 8]
 
-Both in one run, one after the other: seconds from the start of ``rlpt teacher serve`` to its first sign of health, and
-seconds for requests of 120 tokens that are answered with 16, three times over. Caches of earlier starts are used.
+Measures both one after the other: seconds from the start of ``rlpt teacher serve`` until it is healthy, and three times
+the seconds for requests of 120 tokens with answers of 16. Caches of earlier starts are used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PORT, PATIENCE = 8124, 600.0
 
 
 def serve(folder: Path, option: str) -> subprocess.Popen[bytes]:
-    """Start a server for the demo's configuration, with a buffer of its own."""
+    """Start a server for the demo's configuration, with its own buffer."""
     command = [sys.executable, "-m", "megatron_rlpt", "teacher", "serve", "-c", "configs/demo_cluster.yaml"]
     place = [f"buffer.url=sqlite:///{folder}/buffer.sqlite", "buffer.name=bench", f"run.dir={folder}/run"]
     return subprocess.Popen(
@@ -36,7 +36,7 @@ def serve(folder: Path, option: str) -> subprocess.Popen[bytes]:
 
 
 def await_health(server: subprocess.Popen[bytes]) -> float:
-    """Seconds until it answers."""
+    """Return the seconds until the server answers."""
     began = time.monotonic()
     while time.monotonic() - began < PATIENCE:
         if server.poll() is not None:
@@ -50,7 +50,7 @@ def await_health(server: subprocess.Popen[bytes]) -> float:
 
 
 def ask(number: int) -> None:
-    """One request; its prompt begins like no other's."""
+    """Send one request, whose prompt shares no beginning with others."""
     prompt = [(number * 31 + place * 7) % 20_000 + 100 for place in range(120)]
     body = {"model": "smollm2-135m-instruct", "prompt": prompt, "max_tokens": 16, "ignore_eos": True, "seed": number}
     request = urllib.request.Request(
@@ -61,7 +61,7 @@ def ask(number: int) -> None:
 
 
 def main() -> None:
-    """Measure both."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--at-once", type=int, default=8)

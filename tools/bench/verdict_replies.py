@@ -1,4 +1,4 @@
-"""How many of 50,000 generated replies of a judge are read right: honest ones accepted, hostile ones refused.
+"""Accuracy of the reply parser on 50,000 generated replies of a judge: honest ones accepted, hostile ones refused.
 
     python tools/bench/verdict_replies.py [replies]
 
@@ -31,7 +31,7 @@ MEANING = {"quality": {word: index for index, word in enumerate(QUALITY)}, "safe
 
 
 def main(count: int) -> int:
-    """Print a table by form; whether all is as it should be, as an exit code."""
+    """Print a table by form; return 1 if the parser misreads too many replies."""
     made: Counter[tuple[str, bool]] = Counter()
     accepted: Counter[str] = Counter()
     wrong: Counter[str] = Counter()

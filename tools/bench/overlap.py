@@ -35,7 +35,9 @@ from megatron_rlpt.trainer.buffered_judging import BufferedJudging
 from megatron_rlpt.trainer.candidates import CandidateGenerator
 from megatron_rlpt.trainer.curriculum import Curriculum
 from megatron_rlpt.trainer.gpu_memory import GpuMemory
+from megatron_rlpt.trainer.learning import Learning
 from megatron_rlpt.trainer.pipeline import Pipeline
+from megatron_rlpt.trainer.returned_groups import Expected
 from megatron_rlpt.trainer.stop import StopRequest
 from megatron_rlpt.trainer.train import Training, train
 from megatron_rlpt.types import Episode, Failed, Group, Reward
@@ -215,6 +217,7 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
             capacity=(staleness + 1) * BATCH,
             max_attempts=3,
             settings="{}",
+            expected=Expected(suffix_length=2, vocab=1000),
             max_failure_rate=0.0,
             max_pause=0.0,
         )
@@ -249,6 +252,7 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
             record,
             StageTimer(None),
             StopRequest(Path(folder), Ranks()),
+            Learning(config.train.empty_window, config.train.max_empty_share),
         )
         with working(url, times, slots):
             train(run)

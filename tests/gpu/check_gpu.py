@@ -143,7 +143,7 @@ def train(options: argparse.Namespace, folder: Path, fp8: str) -> dict[str, list
     import torch
 
     policy = make_policy(configuration(options, folder, fp8, "ntp"))
-    in_force = policy._pieces[0].config.fp8
+    in_force = policy._model_chunks[0].config.fp8
     if bool(in_force) != (fp8 != "off"):
         raise RuntimeError(f"model.fp8={fp8} was asked for, and the layers have fp8={in_force}")
     examples = make_examples(options, 1)
@@ -271,7 +271,7 @@ def part_offload(options: argparse.Namespace, folder: Path) -> list[Row]:
     policy = make_policy(configuration(options, folder, "off", "online_dpo"))
     examples = make_examples(options, 2)[: options.micro_batch]
     expected = policy.logprobs(examples)
-    reference = ReferenceWeights(policy._pieces, version=0)
+    reference = ReferenceWeights(policy._model_chunks, version=0)
     held = torch.cuda.memory_allocated()
     start = time.perf_counter()
     with reference.active():
@@ -303,7 +303,7 @@ def part_offload(options: argparse.Namespace, folder: Path) -> list[Row]:
     back = time.perf_counter() - start
     figures = policy.update(make_examples(options, 2))
     # Two moments in fp32 per weight; what else leaves with them counts for more.
-    moments = 8 * sum(parameter.numel() for piece in policy._pieces for parameter in piece.parameters())
+    moments = 8 * sum(parameter.numel() for chunk in policy._model_chunks for parameter in chunk.parameters())
     good = freed >= 0.9 * moments and math.isfinite(figures["loss"])
     rows.append(
         Row(

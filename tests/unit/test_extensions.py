@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.code import with_staged_classes
 from megatron_rlpt.config import (
@@ -24,7 +25,8 @@ from megatron_rlpt.data.readers.documents import BadRecord, Document
 from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megatron_rlpt.extensions import forget, load_extension
-from megatron_rlpt.objectives import build_objective
+from megatron_rlpt.objectives import LossInputs, LossTerms, ObjectiveFacts, build_objective
+from megatron_rlpt.objectives.checked import CheckedObjective
 from megatron_rlpt.planner.judging import calls_per_group
 from megatron_rlpt.teacher.extension_judges import CheckedGroupJudge, CheckedReward, NoTeacher
 from megatron_rlpt.teacher.judges import needs_no_server
@@ -141,6 +143,28 @@ def test_what_an_objective_returns_wrongly_is_an_error_that_names_it():
         objective.select([group(False)])
     with pytest.raises(TrainingError, match=r"objective mine\.py:Mine: loss returned float, not LossTerms"):
         objective.loss(None)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda loss: loss * math.nan, "returned a loss that is not finite"),
+        (lambda loss: loss.sum(), r"returned a loss of \[\]; it has to be a tensor of \[2\] examples"),
+        (lambda loss: loss.detach(), "returned a loss without a gradient"),
+        (lambda loss: loss / "1", "raised TypeError"),
+    ],
+)
+def test_a_wrong_loss_is_an_error_that_names_the_class(change, problem):
+    class Inner:
+        facts = ObjectiveFacts()
+
+        def loss(self, inputs):
+            return LossTerms(change(inputs.logprobs.sum(dim=1)))
+
+    logprobs = torch.zeros(2, 3, requires_grad=True)
+    inputs = LossInputs(logprobs, torch.ones(2, 3), logprobs.detach(), torch.zeros(2), (1, 1))
+    with pytest.raises(TrainingError, match=rf"^objective mine\.py:Mine: loss {problem}"):
+        CheckedObjective(Inner(), "mine.py:Mine").loss(inputs)
 
 
 class Words:

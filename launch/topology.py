@@ -179,7 +179,7 @@ def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Confi
 def _refuse_idle(cluster: Cluster) -> None:
     """Raise ConfigError for components that a run without judge workers would not use."""
     idle = {"teacher.nodes": cluster.teacher.nodes > 0, "buffer.redis": cluster.buffer.redis}
-    for key in (key for key, asked in idle.items() if asked):
+    for key in (key for key, requested in idle.items() if requested):
         raise ConfigError(
             f"{key} of the cluster file is set, but the run judges in its trainer; set teacher.run_in: workers in "
             "the run's configuration, or remove it from the cluster file"

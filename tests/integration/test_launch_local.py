@@ -21,12 +21,12 @@ SECTIONS = {
 @pytest.fixture
 def launch(tmp_path, served_model, corpus):
     config = write_config(tmp_path / "run.yaml", served_model, corpus, tmp_path / "run", **SECTIONS)
-    place = tmp_path / "cluster.yaml"
+    cluster = tmp_path / "cluster.yaml"
     settings = {"home": str(tmp_path / "home"), "python": str(ROOT / ".venv/bin/python"), "judges": {"workers": 1}}
-    place.write_text(json.dumps(settings | {"environment": {"OMP_NUM_THREADS": "1"}}))
+    cluster.write_text(json.dumps(settings | {"environment": {"OMP_NUM_THREADS": "1"}}))
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [RLPT, "launch", "--cluster", str(place), "-c", str(config), "--pack-dirty", *arguments]
+        command = [RLPT, "launch", "--cluster", str(cluster), "-c", str(config), "--pack-dirty", *arguments]
         variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300)
 
@@ -36,6 +36,8 @@ def launch(tmp_path, served_model, corpus):
 def test_a_whole_run_with_judges_in_processes_of_their_own(launch, tmp_path):
     done = launch()
     assert done.returncode == 0, done.stderr
+    assert "step 3/3" in done.stdout, "the trainer's lines, as they come"
+    assert done.stderr.count(f"component logs: {tmp_path}/run/logs") == 1
     assert [row["step"] for row in json_lines(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
     assert (tmp_path / "run/export/model.safetensors").is_file()
     assert "judging" in (tmp_path / "run/logs/judges-00000.log").read_text()

@@ -38,7 +38,7 @@ SECTIONS = {
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "staleness": 1},
     "checkpoint": {"every": 100},
 }
-PLACE = {
+CLUSTER = {
     "executor": "slurm",
     "judges": {"workers": 1},
     "buffer": {"redis": True},
@@ -64,14 +64,23 @@ class Launched:
         self.folder = base / "run"
         sections = {**SECTIONS, "teacher": teacher or SECTIONS["teacher"]}
         self.config = write_config(base / "run.yaml", model, corpus, self.folder, **sections)
-        self.place = base / "cluster.yaml"
+        self.cluster_file = base / "cluster.yaml"
         python = str(ROOT / ".venv/bin/python")
         home = str(base / "home")
-        asked = {"trainer": trainer or {}, "judges": judges or PLACE["judges"], "slurm": {"time": "30:00", **slurm}}
-        self.place.write_text(json.dumps({**PLACE, "python": python, "home": home, **asked}))
+        asked = {"trainer": trainer or {}, "judges": judges or CLUSTER["judges"], "slurm": {"time": "30:00", **slurm}}
+        self.cluster_file.write_text(json.dumps({**CLUSTER, "python": python, "home": home, **asked}))
 
     def launch(self, *arguments: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        command = [*RLPT, "launch", "--cluster", str(self.place), "-c", str(self.config), "--pack-dirty", *arguments]
+        command = [
+            *RLPT,
+            "launch",
+            "--cluster",
+            str(self.cluster_file),
+            "-c",
+            str(self.config),
+            "--pack-dirty",
+            *arguments,
+        ]
         # The launcher's environment is a user's: variables of this process's torch and pytest are none of its.
         done = subprocess.run(
             command,
@@ -116,7 +125,7 @@ class Launched:
 
     def output(self, part: str = "run") -> str:
         """What the batch script wrote."""
-        (path,) = self.place.parent.glob(f"home/experiments/*/*/{part}/sbatch_*.out")
+        (path,) = self.cluster_file.parent.glob(f"home/experiments/*/*/{part}/sbatch_*.out")
         return path.read_text()
 
     def status(self) -> str:
@@ -386,7 +395,7 @@ ALLOCATIONS = {"one": 1, "heterogeneous": 1, "separate": 2}
 def test_slurm_would_take_the_job_of_every_recipe(recipe, allocation, cluster, tmp_path):
     """On as many nodes as the recipe's own plan says, of a partition of nodes with eight GPUs that is imagined."""
     gpus, judges = (int(re.search(rf"--{option} (\d+)", recipe.read_text())[1]) for option in ("gpus", "judge-gpus"))
-    place = {
+    settings = {
         "executor": "slurm",
         "home": str(tmp_path / "home"),
         "python": "/shared/python",
@@ -407,10 +416,10 @@ def test_slurm_would_take_the_job_of_every_recipe(recipe, allocation, cluster, t
         "judges": {"cpus": 24},
         "slurm": {"partition": "imagined", "allocation": allocation},
     }
-    (tmp_path / "cluster.yaml").write_text(json.dumps(place))
-    place_and_run = ["--cluster", str(tmp_path / "cluster.yaml"), "-c", str(recipe)]
+    (tmp_path / "cluster.yaml").write_text(json.dumps(settings))
+    files = ["--cluster", str(tmp_path / "cluster.yaml"), "-c", str(recipe)]
     done = subprocess.run(
-        [*RLPT, "launch", *place_and_run, "--dry-run", "--pack-dirty"],
+        [*RLPT, "launch", *files, "--dry-run", "--pack-dirty"],
         cwd=tmp_path,
         env=cluster.variables,
         capture_output=True,

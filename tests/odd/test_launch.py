@@ -30,11 +30,11 @@ CLUSTER = {
 
 def written(folder: Path, **sections: object) -> list[str]:
     """Arguments of a dry launch with ``sections`` over ``CLUSTER``."""
-    place = {"home": str(folder / "home"), **CLUSTER}
+    settings = {"home": str(folder / "home"), **CLUSTER}
     for name, section in sections.items():
-        place[name] = {**place.get(name, {}), **section} if isinstance(section, dict) else section
+        settings[name] = {**settings.get(name, {}), **section} if isinstance(section, dict) else section
     (folder / "run.yaml").write_text(json.dumps(RUN))
-    (folder / "cluster.yaml").write_text(json.dumps(place))
+    (folder / "cluster.yaml").write_text(json.dumps(settings))
     files = ["--cluster", str(folder / "cluster.yaml"), "-c", str(folder / "run.yaml")]
     return ["launch", *files, "--dry-run", "--pack-dirty"]
 

@@ -1,4 +1,4 @@
-"""What a batch script makes of how its components ended; Slurm's own programs only write down what they were asked."""
+"""What a batch script does when its components end; Slurm's programs are replaced by ones that record their calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A component watches its command: starts it again or not, passes on how it ended, and leaves its last words."""
+"""A component supervises its command: restarts it or not, passes on its exit code, and leaves the end of its log."""
 
 from __future__ import annotations
 

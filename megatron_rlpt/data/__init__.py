@@ -1,10 +1,15 @@
 """Corpora to episodes: read, mix, share out, cut, shuffle, and go on exactly where a run stopped."""
 
-from megatron_rlpt.data.apart import kept_from_second_measure, kept_from_training, require_apart
 from megatron_rlpt.data.episode_stream import EpisodeStream
-from megatron_rlpt.data.episodes import Cutter, Encode
-from megatron_rlpt.data.heldout import heldout_episodes
-from megatron_rlpt.data.overlap import HeldOut, Location, overlap_error
+from megatron_rlpt.data.episodes import Cutter, Encode, heldout_episodes
+from megatron_rlpt.data.overlap import (
+    HeldOut,
+    Location,
+    kept_from_second_measure,
+    kept_from_training,
+    overlap_error,
+    require_apart,
+)
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.readers.documents import BadRecord, Document, Position, Reader
 from megatron_rlpt.data.readers.sources import open_source

@@ -16,8 +16,7 @@ from megatron_rlpt.data.episodes import Cutter, Encode
 from megatron_rlpt.data.lane import Held, Key, Lane, OpenDocument
 from megatron_rlpt.data.overlap import HeldOut, Location, overlap_error
 from megatron_rlpt.data.quarantine import Quarantine
-from megatron_rlpt.data.readers.documents import Document, Position
-from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.readers.documents import Document, Position, shown
 from megatron_rlpt.data.stream import DocumentStream, Drawn, StreamCounters
 from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.tokens.tokenizer import Vocabulary

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from megatron_rlpt.config import DataConfig
-from megatron_rlpt.data.readers.documents import Document
-from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.data.quarantine import Quarantine
+from megatron_rlpt.data.readers.documents import BadRecord, Document
+from megatron_rlpt.data.readers.sources import open_source
+from megatron_rlpt.errors import ConfigError, DataError
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.types import Episode, stable_id
 
 _BEHIND = 3
@@ -131,6 +135,65 @@ class Cutter:
     def _is_border(self, tokens: Sequence[int], place: int) -> bool:
         """Whether no character has tokens on both sides of ``place``."""
         return place in (0, len(tokens)) or self._starts_character is None or self._starts_character(tokens[place])
+
+
+def heldout_episodes(
+    config: DataConfig,
+    count: int,
+    encode: Encode,
+    quarantine: Path | None = None,
+    bos_id: int | None = None,
+    starts_character: Callable[[int], bool] | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> list[Episode]:
+    """The first ``count`` episodes of ``data.heldout``: one per document, from its middle, in corpus order.
+
+    Sources take turns by weight: the next document comes from the source that is furthest behind its share. Nothing is
+    repeated, so a small corpus gives fewer than ``count``. The choice does not depend on a seed.
+
+    Raises:
+        ConfigError: ``data.heldout`` is empty, or ``data.add_bos`` without a BOS token.
+        DataError: fewer than 2 documents can be used (a comparison needs two), or too many records are malformed.
+    """
+    if not config.heldout:
+        raise ConfigError("data.heldout is empty; give at least one source of documents to compare policies on")
+    cutter = Cutter(config, encode, bos_id, starts_character)
+    bad = Quarantine(quarantine, config.max_bad_fraction)
+    readers = {
+        index: open_source(source, config.max_record_bytes, vocabulary) for index, source in enumerate(config.heldout)
+    }
+    bad.expect([(config.heldout[index].path, reader.sizes()) for index, reader in readers.items()])
+    taken = [0] * len(config.heldout)
+    episodes: list[Episode] = []
+    not_cut = 0
+    while readers and len(episodes) < count:
+        index = min(readers, key=lambda index: (taken[index] / config.heldout[index].weight, index))
+        record = readers[index].read()
+        if record is None:
+            del readers[index]
+            continue
+        bad.count(record, index)
+        if isinstance(record, BadRecord):
+            continue
+        tokens = cutter.tokenize(record, config.heldout[index].control_tokens)
+        offsets = cutter.offsets(tokens)
+        if offsets:
+            (offset,) = evenly_spread(offsets, 1)
+            episodes.append(cutter.cut(config.heldout[index].path, record.id, tokens, offset))
+            taken[index] += 1
+        else:
+            not_cut += cutter.is_long_enough(tokens)
+    if not readers:
+        bad.check()
+        if len(episodes) < 2:
+            short = bad.read - bad.malformed - len(episodes) - not_cut
+            uncut = f", {not_cut} with characters of too many tokens to be cut" if not_cut else ""
+            raise DataError(
+                f"data.heldout has {len(episodes)} usable documents: {bad.read} read, {short} too short, "
+                f"{bad.malformed} malformed{uncut}; give at least 2 documents of "
+                f"{config.min_prefix + config.suffix_length} tokens or more"
+            )
+    return episodes
 
 
 def evenly_spread(items: Sequence[int], count: int) -> list[int]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rlpt.config import SourceConfig
+from megatron_rlpt.config import Config, HeldOutOverlap, SourceConfig
 from megatron_rlpt.data.quarantine import Quarantine
-from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Document
-from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Document, shown
 from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.observe.log import get_logger
@@ -29,6 +29,8 @@ from megatron_rlpt.types import stable_id
 _log = get_logger(__name__)
 
 _Hashes = npt.NDArray[np.uint64]
+
+HELDOUT, NGRAM = "data.heldout", "evaluation.ngram_corpus"
 
 RUN = 80
 """Letters and digits of a passage."""
@@ -179,6 +181,53 @@ class HeldOut:
         while (record := reader.read()) is not None:
             if isinstance(record, Document):
                 yield record.id, self.text_of(record)
+
+
+def kept_from_training(config: Config, vocabulary: Vocabulary, quarantine: Path | None) -> HeldOut | None:
+    """All documents that the policy must not be trained on; None if there are none.
+
+    Args:
+        config: of the run.
+        vocabulary: of the policy.
+        quarantine: file for malformed records; None where another process writes them down.
+
+    Raises:
+        DataError: a source cannot be read, or too many of its records are malformed.
+    """
+    lists = {HELDOUT: config.data.heldout, NGRAM: config.evaluation.ngram_corpus}
+    if not any(lists.values()):
+        return None
+    data = config.data
+    return HeldOut(lists, vocabulary, data.max_record_bytes, Quarantine(quarantine, data.max_bad_fraction))
+
+
+def kept_from_second_measure(config: Config, vocabulary: Vocabulary) -> HeldOut | None:
+    """All documents that the n-gram model must not be fitted to; None if there are none, or no such model.
+
+    Raises:
+        DataError: a source cannot be read.
+    """
+    if not (config.data.heldout and config.evaluation.ngram_corpus):
+        return None
+    return HeldOut({HELDOUT: config.data.heldout}, vocabulary, config.data.max_record_bytes)
+
+
+def require_apart(config: Config, vocabulary: Vocabulary, held_out: HeldOut | None) -> None:
+    """Compare the beginning of all corpora, before anything is loaded, unless what overlaps is to be left out.
+
+    Args:
+        config: of the run.
+        vocabulary: of the policy.
+        held_out: what ``kept_from_training`` gave.
+
+    Raises:
+        DataError: a document is where it must not be, or a source cannot be read.
+    """
+    if held_out is None or config.data.heldout_overlap is HeldOutOverlap.skip:
+        return
+    if (from_second := kept_from_second_measure(config, vocabulary)) is not None:
+        from_second.scan(config.evaluation.ngram_corpus, NGRAM, "the n-gram model")
+    held_out.scan(config.data.sources)
 
 
 def overlap_error(used: Location, held: Location, use: str = "training", skips: bool = True) -> DataError:

@@ -7,8 +7,7 @@ from typing import Any
 
 from megatron_rlpt.config import SourceConfig
 from megatron_rlpt.data.quarantine import MIN_RECORDS, Quarantine
-from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, BadRecord, Document, Position, Reader
-from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, BadRecord, Document, Position, Reader, shown
 from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import CheckpointError, DataError
 from megatron_rlpt.observe.log import get_logger

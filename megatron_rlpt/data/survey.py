@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator, Sequence
 
 from megatron_rlpt.config import SourceConfig, SourceFormat
+from megatron_rlpt.data.quarantine import Losses
 from megatron_rlpt.data.readers.compression import CHUNK, CorruptStreamError, compression_of, open_bytes
+from megatron_rlpt.data.readers.documents import shown
 from megatron_rlpt.data.readers.files import CorpusFiles, find_files
 from megatron_rlpt.data.readers.indexed import holds_tokens
 from megatron_rlpt.data.readers.jsonl import Framing, framing_of
 from megatron_rlpt.data.readers.listing import PassedOver
-from megatron_rlpt.data.readers.losses import Losses
-from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.data.readers.parquet import MAGIC
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.observe.log import get_logger

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.readers.documents import shown
 from megatron_rlpt.errors import DataError
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from megatron_rlpt.data.readers.names import shown
 
 EXCERPT_CHARACTERS = 200
 """Most characters of a malformed record kept for the quarantine file."""
@@ -145,3 +144,16 @@ def excerpt_of(raw: str | bytes) -> str:
     if isinstance(raw, bytes):
         raw = raw[:EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")
     return shown(raw[:EXCERPT_CHARACTERS])[:EXCERPT_CHARACTERS]
+
+
+def shown(name: str | os.PathLike[str]) -> str:
+    """A name for messages: bytes that are not UTF-8 and characters that would act on a terminal are spelled out."""
+    text = os.fspath(name).encode("utf-8", "backslashreplace").decode()
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def encodable(name: str) -> str:
+    """A name for document ids, which must be encodable; everything that is Unicode text stays as it is."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_rlpt.config import SourceConfig, SourceFormat
 from megatron_rlpt.data.readers.compression import COMPRESSED, open_bytes
+from megatron_rlpt.data.readers.documents import encodable, shown
 from megatron_rlpt.data.readers.listing import Listing, PassedOver, list_file, list_folder, list_glob
-from megatron_rlpt.data.readers.names import encodable, shown
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.types import stable_id
 

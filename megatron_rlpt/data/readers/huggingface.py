@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from typing_extensions import override
+
 from megatron_rlpt.config import SourceConfig
 from megatron_rlpt.data.readers.documents import (
     MAX_RECORD_BYTES,
@@ -16,8 +18,8 @@ from megatron_rlpt.data.readers.documents import (
     as_document,
     excerpt_of,
     pick,
+    shown,
 )
-from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.errors import DataError
 
 MINIMUM = (5, 0, 1)
@@ -65,8 +67,8 @@ class HuggingFaceReader(Reader):
         """A row and its stream state: at another row it must be another."""
         self._require_resumable()
 
+    @override
     def read(self) -> Document | BadRecord | None:
-        """The next row as a document."""
         row, record = self._row, self._next()
         if record is None:
             return None
@@ -77,13 +79,13 @@ class HuggingFaceReader(Reader):
             return BadRecord(path, row, excerpt_of(str(error)), excerpt_of(repr(record)))
         return as_document(text, f"{self._source.split}#{row}", path, row, field, self._limit)
 
+    @override
     def skip(self) -> bool:
-        """Pass over one row."""
         return self._next() is not None
 
     @property
+    @override
     def position(self) -> Position:
-        """Row, stream state."""
         if self._state is None:
             self._state = self._dataset.state_dict()
             row, state = self._known
@@ -92,8 +94,8 @@ class HuggingFaceReader(Reader):
             self._known = (self._row, self._state)
         return [self._row, self._state]
 
+    @override
     def seek(self, position: Position) -> None:
-        """Go to a row."""
         row, state = position
         if self._rows is not None and 0 <= row - self._row <= _NEAR:
             while self._row < row:
@@ -105,13 +107,13 @@ class HuggingFaceReader(Reader):
         self._rows = None
         self._row, self._state = row, state
 
+    @override
     def rewind(self) -> None:
-        """Back to the first row."""
         self._rows = None
         self._row, self._state = 0, self._start
 
+    @override
     def layout(self) -> dict[str, Any]:
-        """Subset, split, field and number of shards."""
         source = self._source
         return {
             "format": "hf",

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from megatron_rlpt.config import SourceConfig, SourceFormat
-from megatron_rlpt.data.readers.documents import BadRecord, Document, Position, Reader
-from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.readers.documents import BadRecord, Document, Position, Reader, shown
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.types import stable_id
@@ -70,8 +70,8 @@ class IndexedReader(Reader):
         for dataset in self._sets:
             dataset.check_ids(vocabulary.size)
 
+    @override
     def read(self) -> Document | BadRecord | None:
-        """The next document."""
         found = self._next()
         if found is None:
             return None
@@ -82,25 +82,25 @@ class IndexedReader(Reader):
         ids.frombytes(tokens.astype(np.int32).tobytes())
         return Document(f"{self._name(dataset)}#{document}{part}", "", ids)
 
+    @override
     def skip(self) -> bool:
-        """Pass over one document."""
         return self._next() is not None
 
     @property
+    @override
     def position(self) -> Position:
-        """Dataset, document, token."""
         return [self._set, self._document, self._token]
 
+    @override
     def seek(self, position: Position) -> None:
-        """Go to a document."""
         self._set, self._document, self._token = position
 
+    @override
     def rewind(self) -> None:
-        """Back to the first document."""
         self._set = self._document = self._token = 0
 
+    @override
     def layout(self) -> dict[str, Any]:
-        """Files, and what ends a document."""
         parts = [(self._name(dataset), *dataset.sizes) for dataset in self._sets]
         return {"format": "megatron", "eod": self._eod, "files": len(parts), "digest": stable_id(*parts)}
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import override
+
 from megatron_rlpt.data.readers.compression import CorruptStreamError, bytes_on_disk, compression_of, discard
 from megatron_rlpt.data.readers.documents import (
     MAX_RECORD_BYTES,
@@ -18,12 +20,12 @@ from megatron_rlpt.data.readers.documents import (
     Reader,
     as_document,
     excerpt_of,
+    shown,
     too_large,
     unreadable,
 )
 from megatron_rlpt.data.readers.files import CorpusFiles
 from megatron_rlpt.data.readers.json_values import FieldParser, NotARecordError, TooLarge, ValueScanner
-from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
@@ -58,8 +60,8 @@ class JsonlReader(Reader):
         """Cuts the open file into records if they are not lines."""
         self._file = self._line = self._byte = 0
 
+    @override
     def read(self) -> Document | BadRecord | None:
-        """The next line as a document."""
         found = self._next_record()
         if found is None or isinstance(found, BadRecord):
             return found
@@ -77,17 +79,17 @@ class JsonlReader(Reader):
             return BadRecord(path, number, excerpt_of(str(error)), excerpt_of(raw), cut=cut)
         return as_document(text, f"{self._files.name(index)}#{number}", path, number, self._field, self._limit)
 
+    @override
     def skip(self) -> bool:
-        """Pass over one record."""
         return self._next_record() is not None
 
     @property
+    @override
     def position(self) -> Position:
-        """File index, line number, byte."""
         return [self._file, self._line, self._byte]
 
+    @override
     def seek(self, position: Position) -> None:
-        """Go to a record; in a compressed file this decompresses what lies before it."""
         file, line, byte = position
         if file != self._file or byte < self._byte:
             self._close()
@@ -111,16 +113,16 @@ class JsonlReader(Reader):
             raise self._changed(error) from None
         self._byte = byte
 
+    @override
     def rewind(self) -> None:
-        """Back to the first line of the first file."""
         self.seek([0, 0, 0])
 
+    @override
     def layout(self) -> dict[str, Any]:
-        """Files, and the field that holds the text."""
         return {"format": "jsonl", "field": self._field, **self._files.layout()}
 
+    @override
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file."""
         return self._files.sizes_by_path()
 
     def _next_record(self) -> tuple[int, int, bytes] | BadRecord | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_rlpt.data.readers.names import shown
+from megatron_rlpt.data.readers.documents import shown
 
 EXAMPLES = 3
 """Names kept of every kind of thing that is passed over."""

@@ -6,6 +6,8 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from typing_extensions import override
+
 from megatron_rlpt.data.readers.documents import (
     MAX_RECORD_BYTES,
     BadRecord,
@@ -14,10 +16,10 @@ from megatron_rlpt.data.readers.documents import (
     Reader,
     as_document,
     excerpt_of,
+    shown,
     unreadable,
 )
 from megatron_rlpt.data.readers.files import CorpusFiles
-from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.errors import DataError
 
 MAGIC = b"PAR1"
@@ -63,8 +65,8 @@ class ParquetReader(Reader):
         self._group_start = 0
         """Rows of the file before the current group, so that ids count rows of the file."""
 
+    @override
     def read(self) -> Document | BadRecord | None:
-        """The next row as a document."""
         found = self._next_row()
         if found is None or isinstance(found, BadRecord):
             return found
@@ -78,17 +80,17 @@ class ParquetReader(Reader):
             return BadRecord(path, row, f"field {self._field!r} cannot be read: {excerpt_of(str(error))}", "")
         return as_document(text, f"{self._files.name(index)}#{row}", path, row, self._field, self._limit)
 
+    @override
     def skip(self) -> bool:
-        """Pass over one row."""
         return self._next_row() is not None
 
     @property
+    @override
     def position(self) -> Position:
-        """File index, row group, row within the group."""
         return [self._file, self._group, self._row]
 
+    @override
     def seek(self, position: Position) -> None:
-        """Go to a row; reads its row group up to there."""
         file, group, row = position
         if file != self._file:
             self._close()
@@ -101,16 +103,16 @@ class ParquetReader(Reader):
                 path = shown(self._files.paths[file])
                 raise DataError(f"{path} no longer holds what was read before: it is shorter; restore the file")
 
+    @override
     def rewind(self) -> None:
-        """Back to the first row of the first file."""
         self.seek([0, 0, 0])
 
+    @override
     def layout(self) -> dict[str, Any]:
-        """Files, and the column that holds the text."""
         return {"format": "parquet", "field": self._field, **self._files.layout()}
 
+    @override
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file."""
         return self._files.sizes_by_path()
 
     def _next_row(self) -> tuple[int, int, Any] | BadRecord | None:

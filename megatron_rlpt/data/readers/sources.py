@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from megatron_rlpt.config import SourceConfig, SourceFormat
 from megatron_rlpt.config.sources import unused_option
-from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Reader
+from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Reader, shown
 from megatron_rlpt.data.readers.extension import ExtensionReader
 from megatron_rlpt.data.readers.files import find_files
 from megatron_rlpt.data.readers.huggingface import HuggingFaceReader
 from megatron_rlpt.data.readers.indexed import IndexedReader, holds_tokens
 from megatron_rlpt.data.readers.jsonl import JsonlReader
-from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.data.readers.parquet import ParquetReader
 from megatron_rlpt.data.readers.text import TextReader
 from megatron_rlpt.errors import ConfigError

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import override
+
 from megatron_rlpt.data.readers.compression import CorruptStreamError
 from megatron_rlpt.data.readers.documents import (
     MAX_RECORD_BYTES,
@@ -13,10 +15,10 @@ from megatron_rlpt.data.readers.documents import (
     Position,
     Reader,
     excerpt_of,
+    shown,
     unreadable,
 )
 from megatron_rlpt.data.readers.files import CorpusFiles
-from megatron_rlpt.data.readers.names import shown
 from megatron_rlpt.errors import DataError
 
 
@@ -28,8 +30,8 @@ class TextReader(Reader):
         self._limit = limit
         self._file = 0
 
+    @override
     def read(self) -> Document | BadRecord | None:
-        """The next file as a document."""
         index = self._file
         if not self.skip():
             return None
@@ -51,30 +53,30 @@ class TextReader(Reader):
             return BadRecord(path, 0, f"not UTF-8 at byte {error.start}", excerpt_of(raw))
         return Document(self._files.name(index), text)
 
+    @override
     def skip(self) -> bool:
-        """Pass over one file."""
         if self._file == len(self._files.paths):
             return False
         self._file += 1
         return True
 
     @property
+    @override
     def position(self) -> Position:
-        """File index."""
         return [self._file]
 
+    @override
     def seek(self, position: Position) -> None:
-        """Go to a file."""
         (self._file,) = position
 
+    @override
     def rewind(self) -> None:
-        """Back to the first file."""
         self._file = 0
 
+    @override
     def layout(self) -> dict[str, Any]:
-        """Files."""
         return {"format": "text", **self._files.layout()}
 
+    @override
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file."""
         return self._files.sizes_by_path()

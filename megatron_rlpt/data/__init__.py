@@ -1,4 +1,16 @@
-"""Corpora to episodes: read, mix, share out, cut, shuffle, and go on exactly where a run stopped."""
+"""Turn corpora into episodes: read, mix, shard over ranks, cut, shuffle, and resume at any episode.
+
+In reading order:
+
+- ``readers/``: one reader per storage format.
+- ``stream.py``: documents of several sources, mixed by weight and sharded over ranks.
+- ``episodes.py``: cut a document into episodes; choose the held-out ones.
+- ``lane.py``: the shuffle buffer and the documents that fill it.
+- ``episode_stream.py``: the episodes that a rank trains on.
+- ``overlap.py``: find documents that are in the corpus and held out as well.
+- ``quarantine.py``: count malformed records and lost bytes, and stop above a limit.
+- ``survey.py``: find what is not read, or damaged, before a run starts.
+"""
 
 from megatron_rlpt.data.episode_stream import EpisodeStream
 from megatron_rlpt.data.episodes import Cutter, Encode, heldout_episodes

@@ -1,4 +1,4 @@
-"""The episodes a rank trains on: documents drawn, cut, mixed by share, shuffled, resumable at any episode."""
+"""The episodes a rank trains on: drawn, cut, mixed by share, shuffled, and resumable at any episode."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class EpisodeStream:
         return self._documents.metrics()
 
     def take(self, count: int) -> list[Episode]:
-        """The next ``count`` episodes; ``take(2)`` after ``take(3)`` gives what ``take(5)`` would have given.
+        """Return the next ``count`` episodes; ``take(3)`` and ``take(2)`` together equal ``take(5)``.
 
         Raises:
             DataError: too many malformed records, or no usable document in one full pass.
@@ -143,7 +143,7 @@ class EpisodeStream:
         return [self._serve() for _ in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on at the next episode, JSON-serialisable.
+        """Return everything needed to resume at the next episode; JSON-serializable.
 
         Buffered episodes are stored as places in the corpus (some 60 bytes each, not their tokens) and are cut again
         on load.
@@ -168,7 +168,7 @@ class EpisodeStream:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> frozenset[str] | None:
-        """Go on where ``state`` was taken. The buffer's documents are read and tokenized again.
+        """Resume where ``state`` was taken. The buffer's documents are read and tokenized again.
 
         Where other documents are held out than then, those that are so now leave the buffer.
 

@@ -67,13 +67,13 @@ class Cutter:
         self._head = [bos_id] if config.add_bos and bos_id is not None else []
 
     def tokenize(self, document: Document, control_tokens: bool = False) -> list[int]:
-        """Token ids of a whole document; control tokens that its text spells are text unless they are meant."""
+        """Return the token ids of a document; control tokens in its text are text unless ``control_tokens`` is set."""
         if document.tokens is not None:
             return [*self._head, *document.tokens]
         return [*self._head, *(self._encode(document.text, True) if control_tokens else self._encode(document.text))]
 
     def offsets(self, tokens: Sequence[int]) -> list[int]:
-        """Index of the first suffix token of every episode of a document, ascending.
+        """Return the index of the first suffix token of every episode of a document, ascending.
 
         Chunks follow one another from ``min_prefix`` on, so that suffixes never overlap, with a gap where a chunk has
         to start later to start and end with whole characters; a rest shorter than a suffix belongs to none. Empty if
@@ -96,7 +96,7 @@ class Cutter:
         return evenly_spread(every, config.episodes_per_document)
 
     def cut(self, corpus: str, document: str, tokens: Sequence[int], offset: int) -> Episode:
-        """The episode whose suffix starts at ``offset``; prefix and suffix are one contiguous slice of ``tokens``."""
+        """Cut the episode whose suffix starts at ``offset``; prefix and suffix are one slice of ``tokens``."""
         prefix = tuple(tokens[self._window_start(tokens, offset) : offset])
         suffix = tuple(tokens[offset : self._suffix_end(tokens, offset)])
         # The tokens are part of the id: another tokenizer or another text makes another episode.
@@ -146,7 +146,7 @@ def heldout_episodes(
     starts_character: Callable[[int], bool] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> list[Episode]:
-    """The first ``count`` episodes of ``data.heldout``: one per document, from its middle, in corpus order.
+    """Return the first ``count`` episodes of ``data.heldout``: one per document, from its middle, in corpus order.
 
     Sources take turns by weight: the next document comes from the source that is furthest behind its share. Nothing is
     repeated, so a small corpus gives fewer than ``count``. The choice does not depend on a seed.

@@ -1,4 +1,4 @@
-"""Documents on their way to being episodes: several open at once, cut by turns, shuffled in a bounded buffer."""
+"""The shuffle buffer: several documents are open concurrently, cut by turns, and shuffled in bounded memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OpenDocument:
 
     @property
     def key(self) -> Key:
-        """What tells this document from all others."""
+        """Return the key of the document."""
         return self.source, self.id
 
 
@@ -82,7 +82,7 @@ class Lane:
         self._busy: Counter[Key] = Counter()
 
     def fill(self) -> bool:
-        """Put episodes into the buffer until it is full or has to wait; False if there are none any more."""
+        """Fill the buffer until it is full or has to wait; return False if no episode is left."""
         while len(self.buffer) < self._capacity:
             self._open_more()
             if not self.open:
@@ -97,7 +97,7 @@ class Lane:
         return bool(self.buffer)
 
     def serve(self) -> Held:
-        """Take an episode out of the buffer, which must not be empty."""
+        """Remove an episode from the buffer, which must not be empty, and return it."""
         index = derive_seed(self._seed, self.served) % len(self.buffer)
         self.served += 1
         self.buffer[index], self.buffer[-1] = self.buffer[-1], self.buffer[index]
@@ -109,13 +109,13 @@ class Lane:
         return held
 
     def restore(self, served: int, buffer: list[Held], open_: list[OpenDocument], waiting: OpenDocument | None) -> None:
-        """Go on from what ``served``, ``buffer``, ``open`` and ``waiting`` were before."""
+        """Restore ``served``, ``buffer``, ``open`` and ``waiting``."""
         self.served, self.buffer, self.open, self.waiting = served, buffer, deque(open_), waiting
         self._busy = Counter((held.source, held.episode.document) for held in buffer)
         self._busy.update(document.key for document in open_)
 
     def drop(self, documents: Collection[Key]) -> int:
-        """Take out everything of ``documents``; how many episodes left the buffer."""
+        """Remove everything of ``documents`` and return how many episodes left the buffer."""
         kept = [held for held in self.buffer if (held.source, held.episode.document) not in documents]
         count = len(self.buffer) - len(kept)
         waiting = None if self.waiting and self.waiting.key in documents else self.waiting

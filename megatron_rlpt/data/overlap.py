@@ -1,9 +1,18 @@
-"""Whether a document of the corpus is also held out, found by what it says: under any path, format or compression.
+"""Find documents of the corpus that are held out as well, by their text: under any path, format or compression.
 
 A text is reduced to its letters and digits, in lower case. Of all runs of 80 of them a sixteenth is chosen by its hash,
 so that the same passages are chosen wherever they stand. Two documents are the same when their reduced texts are equal,
 or when the shorter one has nine tenths of its chosen passages (and at least eight) in the other: a copy with another
 header, or a part of it. A passage that many documents share (a licence) is not enough.
+
+| corpus | must not hold documents of | because |
+|---|---|---|
+| ``data.sources`` | ``data.heldout`` | a policy that was trained on a text continues it well |
+| ``data.sources`` | ``evaluation.ngram_corpus`` | the second measure would prefer text that the policy memorized |
+| ``evaluation.ngram_corpus`` | ``data.heldout`` | the second measure would know the continuations it scores |
+
+``data.heldout_overlap`` sets for all of them whether such a document ends the run or is left out of the corpus on the
+left.
 """
 
 from __future__ import annotations
@@ -107,7 +116,7 @@ class HeldOut:
         self._hashes, self._owners = hashes[order], owners[order]
 
     def find(self, text: str) -> Location | None:
-        """The held-out document that ``text`` is a copy or a part of, or that is a part of it."""
+        """Return the held-out document that ``text`` copies, is part of, or contains."""
         found = _reduced(text)
         if len(found) < _LEAST_CHARACTERS:
             return None
@@ -130,7 +139,7 @@ class HeldOut:
         return self._places[int(numbers[best])] if shared[best] >= needed else None
 
     def text_of(self, document: Document) -> str:
-        """What a document says."""
+        """Return the text of a document."""
         if document.tokens is None:
             return document.text
         assert self._vocabulary is not None
@@ -184,7 +193,7 @@ class HeldOut:
 
 
 def kept_from_training(config: Config, vocabulary: Vocabulary, quarantine: Path | None) -> HeldOut | None:
-    """All documents that the policy must not be trained on; None if there are none.
+    """Return the documents that the policy must not be trained on; None if there are none.
 
     Args:
         config: of the run.
@@ -202,7 +211,7 @@ def kept_from_training(config: Config, vocabulary: Vocabulary, quarantine: Path 
 
 
 def kept_from_second_measure(config: Config, vocabulary: Vocabulary) -> HeldOut | None:
-    """All documents that the n-gram model must not be fitted to; None if there are none, or no such model.
+    """Return the documents that the second measure must not be fitted to; None without them or without the measure.
 
     Raises:
         DataError: a source cannot be read.
@@ -213,7 +222,7 @@ def kept_from_second_measure(config: Config, vocabulary: Vocabulary) -> HeldOut 
 
 
 def require_apart(config: Config, vocabulary: Vocabulary, held_out: HeldOut | None) -> None:
-    """Compare the beginning of all corpora, before anything is loaded, unless what overlaps is to be left out.
+    """Compare the beginning of all corpora before anything is loaded, unless overlaps are to be skipped.
 
     Args:
         config: of the run.
@@ -231,7 +240,7 @@ def require_apart(config: Config, vocabulary: Vocabulary, held_out: HeldOut | No
 
 
 def overlap_error(used: Location, held: Location, use: str = "training", skips: bool = True) -> DataError:
-    """Why a run cannot go on.
+    """Return the error for a document that is used and held out.
 
     Args:
         used: a document.

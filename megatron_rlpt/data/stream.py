@@ -1,4 +1,4 @@
-"""Documents of several sources, mixed by weight, shared out over ranks, repeated for ever, resumable at any record."""
+"""Documents of several sources: mixed by weight, sharded over ranks, repeated without end, resumable at any record."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class DocumentStream:
         self._cursors[source].fruitful, self._cursors[source].barren = True, False
 
     def is_barren(self, source: int) -> bool:
-        """Whether the last full pass over ``source`` gave no usable document."""
+        """Return whether the last full pass over ``source`` gave no usable document."""
         return self._cursors[source].barren
 
     def reread(self, source: int, position: Position) -> Document:
@@ -162,7 +162,7 @@ class DocumentStream:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on at the next record; JSON-serialisable."""
+        """Return everything needed to resume at the next record; JSON-serializable."""
         return {
             "draws": self._draws,
             "quarantine": self._quarantine.state_dict(),
@@ -175,7 +175,7 @@ class DocumentStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken. ``check_layout`` comes first."""
+        """Resume where ``state`` was taken. Call ``check_layout`` first."""
         self._draws = state["draws"]
         self._quarantine.load_state_dict(state["quarantine"])
         for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
@@ -235,7 +235,7 @@ class DocumentStream:
         return len(weights) - 1
 
     def _advance(self, source: int) -> tuple[Position, Document | BadRecord]:
-        """Position and content of this rank's next record."""
+        """Return position and content of this rank's next record."""
         cursor = self._cursors[source]
         while True:
             own = (cursor.index + cursor.epoch) % self._world_size == self._rank

@@ -1,4 +1,4 @@
-"""What of a corpus is not read, and what is damaged, as far as it can be known before a run reads it."""
+"""Find what of a corpus is not read, or damaged, before a run reads it."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ TOGETHER = {
 """Module -> group of modules that share a cluster or an engine; every other module is a group of its own."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if "redis_server" in getattr(item, "fixturenames", ()):

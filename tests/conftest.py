@@ -42,15 +42,24 @@ TOGETHER = {
 """Module -> group of modules that share a cluster or an engine; every other module is a group of its own."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if "redis_server" in getattr(item, "fixturenames", ()):
             item.add_marker("redis")
-        # Tests of a group run in one process, one after the other (pytest-xdist, --dist loadgroup).
-        group = TOGETHER.get(item.path.stem, str(item.path.relative_to(ROOT / "tests")))
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=_start)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep the tests of a module together, and those of modules that share something expensive."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.split("::", 1)[0]
+            return TOGETHER.get(Path(module).stem, module)
+
+    return ByModule(config, log)
 
 
 def _start(item) -> tuple[bool, int]:

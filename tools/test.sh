@@ -11,8 +11,8 @@ background=
 trap 'kill -- "-$background" 2>/dev/null || true' EXIT
 set -m # what runs in the background is a process group, to be ended whole
 
-# Tests of one file stay together, those on Slurm too; see tests/conftest.py.
-pytest=(.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder)
+# Which tests stay together in one process, and which begin: tests/conftest.py.
+pytest=(.venv/bin/python -m pytest -n 2 --no-loadscope-reorder)
 
 check() {
     local failed=0

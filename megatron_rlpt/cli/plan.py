@@ -1,4 +1,4 @@
-"""``rlpt plan``: what a run will need, how fast it will be and what it will cost. Needs no torch and no GPU."""
+"""``rlpt plan``: predict memory, time and cost of a run. Needs neither torch nor a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_rlpt.planner.teacher import TeacherModel, parse_teacher
 from megatron_rlpt.planner.transformer import Transformer
 
 ANSWER_TOKENS = 150
-"""Mean length of a verdict where nothing else is said: a few sentences and the verdict (assumed)."""
+"""Default mean length of a verdict: a few sentences and the verdict (assumed)."""
 
 _GPU = "a100, h100, h200, b200 or gb200."
 
@@ -49,11 +49,11 @@ def plan(
     ] = None,
     judge_gpus: Annotated[int, typer.Option("--judge-gpus", min=0, metavar="N", help="GPUs of the teacher.")] = 0,
     judge_type: Annotated[
-        str | None, typer.Option("--judge-gpu-type", metavar="NAME", help="By default that of the trainer.")
+        str | None, typer.Option("--judge-gpu-type", metavar="NAME", help="Default: that of the trainer.")
     ] = None,
     judge_tensor: Annotated[
         int | None,
-        typer.Option("--judge-tensor", min=1, metavar="N", help="GPUs of one server; by default as few as hold it."),
+        typer.Option("--judge-tensor", min=1, metavar="N", help="GPUs of one server; default: as few as hold it."),
     ] = None,
     judge_workers: Annotated[
         int | None,
@@ -61,7 +61,7 @@ def plan(
             "--judge-workers",
             min=1,
             metavar="N",
-            help="Judge workers; by default as many as take up every group or fill the servers.",
+            help="Judge workers; default: as many as hold all groups or fill the servers.",
         ),
     ] = None,
     judge_fp8: Annotated[
@@ -76,21 +76,21 @@ def plan(
             "--prefix-tokens",
             min=1,
             metavar="MEAN",
-            help="Mean length of a prefix, for times and cost; by default data.max_prefix.",
+            help="Mean length of a prefix, for times and cost; default: data.max_prefix.",
         ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option("--price", min=0, metavar="USD", help="Of a GPU of the trainer per hour.")
+        float | None, typer.Option("--price", min=0, metavar="USD", help="Per GPU of the trainer and hour.")
     ] = None,
     judge_price: Annotated[
-        float | None, typer.Option("--judge-price", min=0, metavar="USD", help="Of a GPU of the teacher per hour.")
+        float | None, typer.Option("--judge-price", min=0, metavar="USD", help="Per GPU of the teacher and hour.")
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Rank all layouts and micro-batches.")] = False,
     total_gpus: Annotated[
         int | None,
-        typer.Option("--total-gpus", min=2, metavar="N", help="Rank divisions of N GPUs between training and judging."),
+        typer.Option("--total-gpus", min=2, metavar="N", help="Rank splits of N GPUs between training and judging."),
     ] = None,
-    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the run, with failures and slow judges.")] = (
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the run with failures and slow judges.")] = (
         False
     ),
     answer_variation: Annotated[
@@ -100,21 +100,25 @@ def plan(
         ),
     ] = ANSWER_VARIATION,
     slow_judges: Annotated[
-        float, typer.Option("--slow-judges", min=0, max=1, metavar="SHARE", help="Judge workers that are slow.")
+        float,
+        typer.Option("--slow-judges", min=0, max=1, metavar="SHARE", help="Judge workers that are slow."),
     ] = 0.0,
     slowdown: Annotated[
-        float, typer.Option("--slowdown", min=1, metavar="X", help="How many times as long a slow one takes.")
+        float, typer.Option("--slowdown", min=1, metavar="X", help="How many times as long a slow worker takes.")
     ] = 3.0,
     node_failures: Annotated[
         float, typer.Option("--node-failures", min=0, metavar="RATE", help="Failures of eight GPUs per hour.")
     ] = NODE_FAILURES,
-    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with everything.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page, with the source of every constant."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a run will need, how fast it will be and what it will cost, before it is queued.
+    """Predict memory, time and cost of a run before it is queued.
 
-    Leaves with 1 when the run (with --total-gpus: every division) would not fit, or is simulated to lose more groups
-    than it may.
+    Exits with 1 if the run (with --total-gpus: every split) does not fit, or if its simulation loses more groups than
+    teacher.max_failure_rate allows.
     """
     _check_finite(
         {
@@ -133,21 +137,21 @@ def plan(
             f"--prefix-tokens is {prefix_tokens}; allowed: 1 to data.max_prefix = {resolved.data.max_prefix}"
         )
     policy = read_model(model, resolved.model.path, "--model")
-    taught = TeacherModel(policy)
+    teacher_model = TeacherModel(policy)
     if teacher is not None or (asks_teacher(resolved) and resolved.teacher.path):
-        taught = parse_teacher(*_read_config(teacher, resolved.teacher_path, "--teacher"))
-    judge_fp8 = judge_fp8 or taught.quantized
+        teacher_model = parse_teacher(*_read_config(teacher, resolved.teacher_path, "--teacher"))
+    judge_fp8 = judge_fp8 or teacher_model.quantized
     gpu = gpu_of(gpu_type, "--gpu-type")
     judge_gpu = gpu_of(judge_type, "--judge-gpu-type") if judge_type else gpu
     nodes = Nodes(gpu, gpus, per_node or min(gpus, int(gpu.domain)))
     judges = Nodes(judge_gpu, judge_gpus if judged_by_workers(resolved) else 0, int(judge_gpu.domain))
-    question = PlanRequest(
+    request = PlanRequest(
         config=resolved,
         model=policy,
-        teacher=taught.arch,
+        teacher=teacher_model.arch,
         trainer=nodes,
         judges=judges,
-        judge_tensor=judge_tensor or fewest_gpus(taught.arch, judges, resolved, fp8=judge_fp8),
+        judge_tensor=judge_tensor or fewest_gpus(teacher_model.arch, judges, resolved, fp8=judge_fp8),
         judge_fp8=judge_fp8,
         answer_tokens=answer_tokens,
         trainer_price=gpu.price if price is None else price,
@@ -155,57 +159,53 @@ def plan(
         judge_workers=judge_workers,
         answer_variation=answer_variation,
         prefix_tokens=prefix_tokens,
-        teacher_notes=taught.notes,
+        teacher_notes=teacher_model.notes,
     )
-    found = make_plan(question)
-    ranked = sweep_layouts(question) if sweep else None
-    divided = split(question, total_gpus, per_node) if total_gpus else ()
-    trouble = FaultModel(slow_judges, slowdown, node_failures)
-    outcome = simulate_plan(found, trouble) if simulate else None
-    listed = sections(found, ranked, outcome, divided)
+    found = make_plan(request)
+    layouts = sweep_layouts(request) if sweep else None
+    splits = split(request, total_gpus, per_node) if total_gpus else ()
+    scenario = simulate_plan(found, FaultModel(slow_judges, slowdown, node_failures)) if simulate else None
+    tables = sections(found, layouts, scenario, splits)
     if page is not None:
         try:
-            page.write_text(to_html(f"Plan of {config}", listed), encoding="utf-8")
+            page.write_text(to_html(f"Plan of {config}", tables), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--html {page} cannot be written: {error.strerror}") from None
     if as_json:
-        print(to_json(found, outcome, ranked, divided))
+        print(to_json(found, scenario, layouts, splits))
     else:
-        print_plan(terminal.console(), listed)
-    # With divisions of the GPUs one of them is what is asked for, and those listed all fit.
-    if not (found.runs or divided) or (outcome is not None and outcome.fails):
+        print_plan(terminal.console(), tables)
+    # With --total-gpus the listed splits are the answer, and all of them fit.
+    if not (found.runs or splits) or (scenario is not None and scenario.fails):
         raise typer.Exit(1)
 
 
 def _check_finite(options: dict[str, float | None]) -> None:
     for name, value in options.items():
         if value is not None and not math.isfinite(value):
-            raise ConfigError(f"{name} is {value}; allowed: numbers that are finite")
+            raise ConfigError(f"{name} is {value}; allowed: finite numbers")
 
 
 def _check_answer(config: Config, tokens: float) -> None:
-    """Servers cut answers off at ``teacher.generative.max_tokens``, so that none is longer on average."""
+    """Check that the mean answer is not longer than the limit at which servers cut answers off."""
     most = config.teacher.generative.max_tokens
     if not tokens <= most:
-        raise ConfigError(
-            f"--answer-tokens is {tokens:g}; allowed: 1 to {most} (teacher.generative.max_tokens, at which answers are "
-            "cut off)"
-        )
+        raise ConfigError(f"--answer-tokens is {tokens:g}; allowed: 1 to {most} (teacher.generative.max_tokens)")
 
 
 def read_model(file: Path | None, folder: str, option: str) -> Architecture:
-    """The model that ``file`` (a config.json) describes, or that is in ``folder``.
+    """Return the model that ``file`` (a config.json) describes, or that is in ``folder``.
 
     Raises:
-        ModelError: neither is there, or the family is not supported.
+        ModelError: neither exists, or the family is not supported.
     """
     return parse_architecture(*_read_config(file, folder, option))
 
 
 def _read_config(file: Path | None, folder: str, option: str) -> tuple[dict[str, Any], Path]:
-    """Entries of the ``config.json`` that ``option`` names, or of the one in ``folder``; and where they are."""
+    """Return the entries of the ``config.json`` that ``option`` names, or of the one in ``folder``, and its path."""
     if file is None and not Path(folder).is_dir():
-        raise ModelError(f"model folder {folder} does not exist; give its config.json with {option}")
+        raise ModelError(f"model folder {folder} does not exist; give a config.json with {option}")
     name = "" if file is None else f"{option} "
     file = Path(folder) if file is None else file
     try:
@@ -219,7 +219,7 @@ def _read_config(file: Path | None, folder: str, option: str) -> tuple[dict[str,
 
 
 def fewest_gpus(teacher: Architecture, judges: Nodes, config: Config, *, fp8: bool) -> int:
-    """GPUs that hold the teacher's weights and key-value cache: a power of two that divides its heads."""
+    """Return the fewest GPUs that hold the teacher's weights and cache: a power of two that divides its heads."""
     weights, cache = (1 if fp8 else 2) * Transformer.of(teacher).parameters, config.teacher.kv_cache_gib * 2**30
     tensor = 1
     while weights / tensor + cache > USABLE_MEMORY * judges.gpu.memory and teacher.heads % (2 * tensor) == 0:

@@ -1,9 +1,9 @@
-"""Bytes that the forward pass leaves for the backward pass, tensor by tensor.
+"""Bytes that the forward pass saves for the backward pass, tensor by tensor.
 
-Counted for the two kinds of layers that ``policy/layers.py`` builds. For Megatron's own with torch's kernels (CPU)
-every term was read off the tensors that autograd saves; for Transformer Engine's (GPU) it follows from what its modules
+Counted for both kinds of layers that ``policy/layers.py`` builds. For Megatron's layers with torch's kernels (CPU)
+every term was read off the tensors that autograd saves. For Transformer Engine's (GPU) it follows from what its modules
 save (``layernorm_linear.py``, ``linear.py``; ``megatron/core/fusions/fused_bias_swiglu.py``) and is not measured.
-Neither holds attention scores: both kinds attend through kernels that compute them again.
+Neither saves attention scores: both attention kernels recompute them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Pass:
-    """A micro-batch on one rank, and how it is computed."""
+    """A micro-batch on one rank and how it is computed."""
 
     arch: Architecture
     layout: Layout
     rows: int
     """Sequences."""
     length: int
-    """Tokens of each that this rank has (context parallelism divides them)."""
+    """Tokens of each on this rank (context parallelism splits them)."""
     predicted: int
-    """Tokens whose logits are needed, over all rows."""
+    """Tokens of all rows whose logits are computed."""
     width: int
     """Bytes of the training precision."""
     fused: bool
@@ -44,102 +44,101 @@ class Pass:
 
     @property
     def region(self) -> int:
-        """Tokens in norms and residuals, which sequence parallelism divides."""
+        """Tokens in norms and residuals, which sequence parallelism splits."""
         return self.tokens // self.layout.tensor if self.layout.sequence else self.tokens
 
     @property
     def stream(self) -> int:
-        """The residual stream between two layers."""
+        """Bytes of the residual stream between two layers."""
         return self.region * self.arch.hidden * self.width
 
     def layer(self) -> int:
-        """One layer, nothing of it computed again."""
+        """Return the bytes of one layer without recomputation."""
         return self._norms() + self._attention() + self._rotary() + self._feed_forward()
 
     def kept(self, layers: int) -> int:
-        """``layers`` layers between their forward and their backward pass.
+        """Return the bytes that ``layers`` layers keep between their forward and their backward pass.
 
-        ``selective`` computes core attention again, of which these kernels keep next to nothing in any case.
+        ``selective`` recomputes core attention, of which these kernels keep next to nothing in any case.
         """
         if self.recompute is Recompute.full:
             return layers * self.stream
         return layers * self.layer()
 
     def working(self) -> int:
-        """What the backward pass of one layer takes on top of ``kept``: its own activations where they are computed
-        again, and the gradients that flow through it (twice the residual stream, and the feed-forward layer's)."""
+        """Return what the backward pass of one layer needs on top of ``kept``: its recomputed activations, and the
+        gradients that flow through it (twice the residual stream, and the feed-forward layer's)."""
         again = self.layer() if self.recompute is Recompute.full else 0
         inner = self.arch.experts.ffn_hidden if self.arch.experts else self.arch.ffn_hidden // self.layout.tensor
         return again + 2 * self.stream + 2 * self.tokens * inner * self.width
 
     def final_norm(self) -> int:
-        """The norm behind the last layer, and the hidden states that logits are computed from."""
+        """Return the bytes of the final norm and of the hidden states that logits are computed from."""
         norm = self.width if self.fused else 2 * FLOAT
         return self.region * self.arch.hidden * norm + self.predicted * self.arch.hidden * self.width
 
     def head(self, rows: int, chunk: int) -> int:
-        """The backward pass of ``policy/logprobs.py``: logits of a chunk, and the projection's gradient.
+        """Return the bytes of the backward pass of ``policy/logprobs.py``: a chunk's logits, the projection's gradient.
 
         Args:
-            rows: of the projection on this rank.
+            rows: rows of the projection on this rank.
             chunk: tokens whose logits exist at the same time.
         """
         matrix, logits = rows * self.arch.hidden, min(chunk, self.predicted) * rows
         hidden = self.predicted * self.arch.hidden * self.width
         if self.width == FLOAT:
-            # Sum over chunks, what a chunk adds, and its logits, which become their gradient in place.
+            # The sum over chunks, a chunk's contribution, and its logits, which become their gradient in place.
             return hidden + 2 * FLOAT * matrix + FLOAT * logits
-        # Logits are turned into a gradient of the training precision, and then multiplied.
-        turned = (FLOAT + self.width) * logits
-        # Adding the product to an fp32 sum makes it fp32 first, where kernels do not convert on the way.
+        # Logits become a gradient in the training precision, which is then multiplied.
+        converted = (FLOAT + self.width) * logits
+        # Adding the product to an fp32 sum copies it to fp32 first, unless the kernel converts.
         multiplied = self.width * (logits + matrix) + (0 if self.fused else FLOAT * matrix)
-        return hidden + FLOAT * matrix + max(turned, multiplied)
+        return hidden + FLOAT * matrix + max(converted, multiplied)
 
     def _norms(self) -> int:
-        """Two norms and the projections behind them, each of which keeps its input."""
-        # torch's norm keeps the input and the normalised input in fp32, Transformer Engine's the input.
+        """Return the bytes of two norms and the projections after them, each of which keeps its input."""
+        # torch's norm keeps the input and the normalized input in fp32, Transformer Engine's only the input.
         norm = self.width if self.fused else 2 * FLOAT
         return 2 * self.region * self.arch.hidden * (norm + self._product)
 
     def _attention(self) -> int:
         arch, tensor = self.arch, self.layout.tensor
         query, key = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-        # Query, key and value in one piece, of which attention reads the value in place; query and key after rotation;
-        # the output.
+        # Query, key and value in one tensor, whose value attention reads in place; rotated query and key; the output.
         per_token = (query + 2 * key + query + key + query) * self.width
-        per_token += arch.heads * FLOAT  # log of the softmax's normaliser
+        per_token += arch.heads * FLOAT  # log of the softmax's normalizer
         if arch.qk_norm:
             per_token += (query + key) * (self.width if self.fused else 2 * FLOAT)
         if self.fp8:
-            per_token += query  # of the projection behind it
+            per_token += query  # of the projection after it
         kept = self.tokens * per_token // tensor
         if self.layout.context > 1 and not self.fused:
             kept += self._gathered(key)
         return kept
 
     def _gathered(self, key: int) -> int:
-        """``policy/layers.py`` under context parallelism: keys and values of the whole sequence instead of the
-        rotated keys of this rank's part, and the masks of its two chunks."""
+        """Return the bytes that ``policy/layers.py`` adds under context parallelism: keys and values of the whole
+        sequence instead of this rank's rotated keys, and the masks of its two chunks."""
         whole = self.tokens * (2 * self.layout.context - 1) * key * self.width // self.layout.tensor
         chunk = self.length // 2
         return whole + chunk * (2 * self.layout.context + 1) * chunk * self.width
 
     def _rotary(self) -> int:
-        """Sine and cosine of every position, for queries and for keys; fused kernels compute them on the way."""
+        """Return the bytes of sine and cosine for queries and keys; fused kernels compute them on the fly."""
         return 0 if self.fused else 4 * self.length * self.arch.head_dim * self.width
 
     def _feed_forward(self) -> int:
         if self.arch.experts is None:
             return self.tokens * self.arch.ffn_hidden * self._inner // self.layout.tensor
         experts = self.arch.experts
-        # With evenly used experts a rank computes as many tokens as it sends. Sorted by expert, through the experts,
-        # and weighted; an estimate.
+        # An estimate: tokens sorted by expert, through the experts, and weighted. If experts are used evenly, a rank
+        # computes as many tokens as it sends.
         sent = self.region * experts.per_token
         return sent * (2 * self.arch.hidden * self.width + experts.ffn_hidden * self._inner)
 
     @property
     def _product(self) -> int:
-        """Bytes of an element that only a matrix product keeps."""
+        """Bytes per element that only a matrix product keeps."""
         return 1 if self.fp8 else self.width
 
     @property

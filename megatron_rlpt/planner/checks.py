@@ -1,4 +1,4 @@
-"""Checks before a run is planned, the limits that it comes close to, and warnings about the plan."""
+"""Checks that a run can start, the limits that it comes close to, and warnings about its plan."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ MIXTURE_OF_EXPERTS = (
     "(Megatron-Bridge, docs/performance-summary.md, 25.11: GPT-OSS-120B and Qwen3-30B-A3B on H100, B200 and GB200); "
     "expect longer steps, higher cost, and fewer judges needed"
 )
-"""Not modelled: permuting tokens, the router in fp32, gaps between many small kernels, uneven experts. Measured by
-``tools/bench/plan_public_rates.py``, as are dense models, which are within 0.85 to 1.14."""
+"""Not modelled: permuting tokens, the fp32 router, gaps between many small kernels, uneven experts. Measured by
+``tools/bench/plan_public_rates.py``; dense models are within 0.85 to 1.14 there."""
 
 
-def check_question(question: PlanRequest, layout: Layout) -> None:
-    """Whether trainer and servers would start.
+def check_request(request: PlanRequest, layout: Layout) -> None:
+    """Check that the trainer and the teacher servers would start.
 
     Raises:
-        ConfigError: the layout cannot divide the GPUs, the model or the batch; the GPUs cannot the precision; there
-            are no servers to ask, or none of that size.
+        ConfigError: the layout does not divide the GPUs, the model or the batch; the GPUs do not support the
+            precision; there are too few GPUs for a teacher server, or their number does not divide its heads.
         ModelError: the model's context is shorter than a training sequence.
-        EngineError: Megatron's engine has no use for the model.
+        EngineError: Megatron's engine does not support the model.
     """
-    config = question.config
-    check_model(config, question.model, layout, "the model")
+    config = request.config
+    check_model(config, request.model, layout, "the model")
     check_batch(layout, config.train)
     check_offload_settings(config)
     if config.candidates.rollouts:
-        check_engine(config, question.model, "the model")
-    _check_precision(question)
-    _check_servers(question)
+        check_engine(config, request.model, "the model")
+    _check_precision(request)
+    _check_servers(request)
 
 
 def check_cache(config: Config, engine: GenerationEngine) -> None:
-    """Whether the rollout engine has room for one sequence.
+    """Check that the cache of the rollout engine holds one sequence.
 
     Raises:
-        ConfigError: with the least ``rollout.kv_cache_gib`` that has.
+        ConfigError: it does not; the error names the least ``rollout.kv_cache_gib`` that is enough.
     """
     if not config.candidates.rollouts:
         return
@@ -60,66 +60,64 @@ def check_cache(config: Config, engine: GenerationEngine) -> None:
     if needed > engine.cache:
         raise ConfigError(
             f"rollout.kv_cache_gib is {config.rollout.kv_cache_gib:g}, which does not hold one sequence of "
-            f"{config.max_sequence} tokens; it takes at least {math.ceil(needed / 2**30 * 1000) / 1000:g}"
+            f"{config.max_sequence} tokens; set it to at least {math.ceil(needed / 2**30 * 1000) / 1000:g}"
         )
 
 
-def _check_precision(question: PlanRequest) -> None:
-    model, gpu = question.config.model, question.trainer.gpu
+def _check_precision(request: PlanRequest) -> None:
+    model, gpu = request.config.model, request.trainer.gpu
     if model.dtype is not Dtype.bf16:
         raise ConfigError(
-            f"model.dtype is {model.dtype.value}, whose speed on GPUs is not known here (without TF32 a small part of "
-            "that of bf16); plan with model.dtype=bf16"
+            f"model.dtype is {model.dtype.value}, which the planner has no GPU speeds for; plan with model.dtype=bf16"
         )
-    able = recipes_of(gpu.capability)
-    if model.fp8 not in able:
+    supported = recipes_of(gpu.capability)
+    if model.fp8 not in supported:
         raise ConfigError(
-            f"model.fp8 is {model.fp8.value}, which {gpu.name} GPUs cannot (Transformer Engine wants another compute "
-            f"capability than {gpu.capability[0]}.{gpu.capability[1]}); allowed: {', '.join(able)}"
+            f"model.fp8 is {model.fp8.value}, which Transformer Engine does not support on {gpu.name} GPUs (compute "
+            f"capability {gpu.capability[0]}.{gpu.capability[1]}); allowed: {', '.join(supported)}"
         )
 
 
-def _check_servers(question: PlanRequest) -> None:
-    config, tensor = question.config, question.judge_tensor
+def _check_servers(request: PlanRequest) -> None:
+    config, tensor = request.config, request.judge_tensor
     if not (judged_by_workers(config) and asks_teacher(config)):
         return
-    if not _divides(question.teacher, tensor):
-        sizes = [size for size in range(1, question.teacher.heads + 1) if _divides(question.teacher, size)]
+    if not _divides(request.teacher, tensor):
+        sizes = [size for size in range(1, request.teacher.heads + 1) if _divides(request.teacher, size)]
         raise ConfigError(
-            f"--judge-tensor is {tensor}; vLLM divides {question.teacher.heads} attention heads and "
-            f"{question.teacher.kv_heads} key-value heads of the teacher by it: --judge-tensor may be "
-            f"{', '.join(map(str, sizes))}"
+            f"--judge-tensor is {tensor}, which does not divide the teacher's {request.teacher.heads} attention heads "
+            f"and {request.teacher.kv_heads} key-value heads; allowed: {', '.join(map(str, sizes))}"
         )
-    if question.judges.gpus < tensor:
+    if request.judges.gpus < tensor:
         raise ConfigError(
-            f"--judge-gpus is {question.judges.gpus}, and one server of the teacher takes {tensor}; "
-            "teacher.run_in=workers needs at least one server"
+            f"--judge-gpus is {request.judges.gpus}, but one teacher server takes {tensor}; give at least as "
+            "many with teacher.run_in=workers"
         )
 
 
 def _divides(teacher: Architecture, tensor: int) -> bool:
-    """vLLM copies key-value heads where there are fewer of them than GPUs (``vllm/config/model.py``)."""
+    """Apply vLLM's rule, which copies key-value heads if there are more GPUs than heads (``vllm/config/model.py``)."""
     heads, kv_heads = teacher.heads, teacher.kv_heads
     return heads % tensor == 0 and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Something a run may run out of."""
+    """Something that may run out."""
 
     name: str
     share: float
-    """What is needed over what there is: above 1 it fails, or slows the run down."""
+    """Need over supply; above 1 the run stops or slows down."""
     detail: str
     fatal: bool
-    """Whether the run stops then; otherwise it is only slower."""
+    """Whether the run stops above 1; otherwise it only slows down."""
 
 
 def limits_of(
-    question: PlanRequest, memory: Memory, engine: GenerationEngine, judges: JudgeCluster | None, own: float
+    request: PlanRequest, memory: Memory, engine: GenerationEngine, judges: JudgeCluster | None, own: float
 ) -> tuple[Limit, ...]:
-    """Everything that may run out, the tightest first."""
-    config, gpu = question.config, question.trainer.gpu
+    """Return everything that may run out, the tightest first."""
+    config, gpu = request.config, request.trainer.gpu
     usable = USABLE_MEMORY * gpu.memory
     limits = [
         Limit(
@@ -137,46 +135,46 @@ def limits_of(
             Limit(
                 "key-value cache of the rollout engine",
                 config.rollout.max_batch / room,
-                f"rollout.max_batch = {config.rollout.max_batch} sequences, {fits} run at once, {room} would fit",
+                f"rollout.max_batch = {config.rollout.max_batch} sequences, {fits} run concurrently, {room} would fit",
                 fatal=False,
             )
         )
     if judges and judges.servers.workers is not None:
-        limits += _judge_limits(question, judges, own)
+        limits += _judge_limits(request, judges, own)
     if judges:
-        limits += _context_limit(question, judges)
+        limits += _context_limit(request, judges)
     return tuple(sorted(limits, key=lambda limit: -limit.share))
 
 
-def _judge_limits(question: PlanRequest, judges: JudgeCluster, own: float) -> list[Limit]:
-    config, gpu, servers = question.config, question.judges.gpu, judges.servers
+def _judge_limits(request: PlanRequest, judges: JudgeCluster, own: float) -> list[Limit]:
+    config, gpu, servers = request.config, request.judges.gpu, judges.servers
     usable = USABLE_MEMORY * gpu.memory
     held = servers.server.weights + servers.server.cache
     settings = config.teacher.workers
     return [
         Limit(
             "judges",
-            judges.gpus_needed / question.judges.gpus,
-            f"{judges.gpus_needed} GPUs judge as many groups as the trainer takes, {question.judges.gpus} are there",
+            judges.gpus_needed / request.judges.gpus,
+            f"{judges.gpus_needed} GPUs judge as fast as the trainer trains, {request.judges.gpus} planned",
             fatal=False,
         ),
         Limit(
             "judge workers",
             judges.workers_needed / (servers.workers or 1),
-            f"{judges.workers_needed} of {settings.groups} groups each (teacher.workers.groups) are needed, "
-            f"{servers.workers} are there",
+            f"{judges.workers_needed} of {settings.groups} groups each (teacher.workers.groups) needed, "
+            f"{servers.workers} planned",
             fatal=False,
         ),
         Limit(
             "time to judge a group",
             servers.shortest_step / own,
             f"a group alone takes {judges.shortest:.1f} s, the last of a batch {judges.shortest + servers.tail:.1f} s, "
-            f"a step {own:.1f} s; no number of GPUs helps, but "
-            f"train.staleness = {judges.staleness_needed} does, with workers for all groups",
+            f"a step {own:.1f} s on any number of GPUs; train.staleness = {judges.staleness_needed} is enough, with "
+            "workers for all groups",
             fatal=False,
         ),
         Limit(
-            "GPU memory of the teacher's servers",
+            "GPU memory of the teacher servers",
             held / usable,
             f"weights and key-value cache {held / 1e9:.1f} of {usable / 1e9:.1f} GB per GPU",
             fatal=True,
@@ -184,7 +182,7 @@ def _judge_limits(question: PlanRequest, judges: JudgeCluster, own: float) -> li
         Limit(
             "deadline of a group",
             judges.longest / settings.group_deadline,
-            f"{judges.longest:.1f} s for all answers about a group, {servers.groups} groups at once; "
+            f"{judges.longest:.1f} s for all answers about a group with {servers.groups} groups under way; "
             f"teacher.workers.group_deadline = {settings.group_deadline:g} s",
             fatal=True,
         ),
@@ -198,11 +196,11 @@ def _judge_limits(question: PlanRequest, judges: JudgeCluster, own: float) -> li
     ]
 
 
-def _context_limit(question: PlanRequest, judges: JudgeCluster) -> list[Limit]:
-    """Prompts and answers of an engine or server of the teacher; a likelihood in the same process has no such limit."""
-    config = question.config
+def _context_limit(request: PlanRequest, judges: JudgeCluster) -> list[Limit]:
+    """Return the limit of prompts and answers; none if a likelihood is computed in the same process."""
+    config = request.config
     lengths = []
-    for calls in calls_per_group(config, question.answer_tokens):
+    for calls in calls_per_group(config, request.answer_tokens):
         if calls.name == "rewrite":
             lengths.append(calls.prompt + answer_tokens(config))
         elif judge_facts(config).asks is TeacherUse.text:
@@ -221,22 +219,22 @@ def _context_limit(question: PlanRequest, judges: JudgeCluster) -> list[Limit]:
     ]
 
 
-def cautions(question: PlanRequest) -> tuple[str, ...]:
-    """What to keep in mind with the plan of ``question``."""
-    found = [_prefixes(question), *question.teacher_notes]
-    if question.model.experts is not None:
+def warnings_about(request: PlanRequest) -> tuple[str, ...]:
+    """Return the warnings about the plan of ``request``."""
+    found = [_prefixes(request), *request.teacher_notes]
+    if request.model.experts is not None:
         found.append(MIXTURE_OF_EXPERTS)
     return tuple(found)
 
 
-def _prefixes(question: PlanRequest) -> str:
-    longest = question.config.data.max_prefix
-    if question.prefix_tokens is None:
+def _prefixes(request: PlanRequest) -> str:
+    longest = request.config.data.max_prefix
+    if request.prefix_tokens is None:
         return (
             f"times and cost are at the longest prefix (data.max_prefix = {longest:,} tokens) for every episode; "
-            "shorter documents take less: give the mean with --prefix-tokens"
+            "set --prefix-tokens to the mean if documents are shorter"
         )
     return (
-        f"times and cost are at prefixes of {question.prefix_tokens:,} tokens (--prefix-tokens); memory and what fits "
-        f"are at the longest ({longest:,})"
+        f"times and cost are at prefixes of {request.prefix_tokens:,} tokens (--prefix-tokens); memory is at the "
+        f"longest ({longest:,})"
     )

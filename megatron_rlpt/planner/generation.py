@@ -1,8 +1,8 @@
-"""How long a language model takes to generate: reading prompts, then one token per sequence and pass.
+"""The seconds that a language model takes to generate: prefill of the prompts, then one token per sequence and pass.
 
-Decoding is bound by memory: every pass reads all weights once and the keys and values of every sequence. A pass takes
-the longer of that and of its arithmetic, plus what a pass costs the host. The model holds for the rollout engine and
-for the servers of the teacher.
+Decoding is bound by memory: every pass reads all weights once, and the keys and values of every sequence. A pass takes
+the longer of its memory traffic and its arithmetic, plus the host's overhead. The model applies to the rollout engine
+and to the teacher servers.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ PASS_OVERHEAD = Constant(
 )
 EAGER_LAYER = Constant(
     2e-4,
-    "assumed: about 20 kernels of a layer that Python launches one by one, 10 microseconds each (Megatron's static "
+    "assumed: about 20 kernels per layer that Python launches one by one, 10 microseconds each (Megatron's static "
     "generation uses no CUDA graphs)",
 )
-"""Seconds of the host per layer and pass without CUDA graphs."""
+"""Host seconds per layer and pass without CUDA graphs."""
 HOP_LATENCY = Constant(
-    1e-5, "assumed: seconds of an all-reduce of few tokens among the GPUs of a node; two per layer and pass"
+    1e-5, "assumed: seconds of an all-reduce of few tokens between the GPUs of a node; two per layer and pass"
 )
 
 
 @dataclass(frozen=True)
 class GenerationEngine:
-    """A language model that generates, on ``tensor`` GPUs."""
+    """A language model that generates on ``tensor`` GPUs."""
 
     model: Transformer
     nodes: Nodes
@@ -37,12 +37,12 @@ class GenerationEngine:
     cache: float
     """Bytes of key-value cache per GPU."""
     max_batch: int
-    """Most sequences decoded at once."""
+    """Most sequences decoded concurrently."""
     fp8: bool = False
-    """Weights and products in fp8; the cache stays in bf16."""
+    """Whether weights and products are fp8; the cache stays bf16."""
     static: bool = False
-    """Megatron's static generation: every sequence reads and keeps its own prompt, and kernels are launched one by one.
-    Otherwise vLLM, which shares prompts and replays CUDA graphs."""
+    """Whether it is Megatron's static generation: every sequence reads and keeps its own prompt, and kernels are
+    launched one by one. Otherwise it is vLLM, which shares prompts and replays CUDA graphs."""
 
     @property
     def weights(self) -> float:
@@ -60,51 +60,51 @@ class GenerationEngine:
         return (gpu.fp8 if self.fp8 else gpu.bf16) * gpu.matmul
 
     def concurrency(self, shared: float, own: float, fan: int) -> int:
-        """Sequences whose keys and values fit at once, at most ``max_batch``.
+        """Return how many sequences the cache holds concurrently, at most ``max_batch``.
 
         Args:
-            shared: tokens that ``fan`` sequences have in common and that are kept once.
-            own: tokens that each sequence has for itself.
-            fan: sequences with one prompt.
+            shared: tokens that ``fan`` sequences share and that are cached once.
+            own: further tokens of each sequence.
+            fan: sequences per prompt.
         """
         fan = 1 if self.static else fan
         return min(self.max_batch, int(self.cache / self._cache_bytes(own + shared / fan)))
 
     def cache_needed(self, length: float) -> float:
-        """Bytes of cache per GPU without which not one sequence of ``length`` tokens is generated."""
+        """Return the bytes of cache per GPU that one sequence of ``length`` tokens needs."""
         return self._cache_bytes(length)
 
     def _cache_bytes(self, tokens: float) -> float:
-        """Per GPU; a key-value head is not divided but copied where there are more GPUs."""
+        """Return the bytes per GPU; key-value heads are copied, not split, if there are more GPUs than heads."""
         return self.model.kv_bytes / min(self.tensor, self.model.kv_heads) * tokens
 
     def prompt_seconds(self, tokens: float, length: float) -> float:
-        """Seconds to read ``tokens`` tokens of prompts of ``length`` each."""
+        """Return the seconds to prefill ``tokens`` tokens of prompts of ``length`` each."""
         if not tokens:
             return 0.0
         gpu, model = self.nodes.gpu, self.model
-        # Large prompts fill the GPU; the same efficiency as a forward pass in training.
+        # Large prompts fill the GPU: the efficiency of a forward pass in training.
         products = 2.0 * model.active_parameters / self.tensor * tokens / self._speed
         attention, _ = attention_seconds(gpu, tokens / length, length, model.heads * model.head_dim / self.tensor)
         return products + model.layers * attention + 2 * model.layers * self._all_reduce(tokens)
 
     def pass_seconds(self, sequences: float, context: float) -> float:
-        """Seconds of one pass that gives each of ``sequences`` one more token, at ``context`` tokens of cache each."""
+        """Return the seconds of a pass that adds one token to each of ``sequences`` with ``context`` cached tokens."""
         model, gpu = self.model, self.nodes.gpu
         read = self._weight_bytes * self._weights_read(sequences) / self.tensor
         read += self._cache_bytes(sequences * context)
         flops = 2.0 * sequences * (model.active_parameters + model.embedding_parameters)
         work = max(memory_seconds(gpu, read), flops / self.tensor / self._speed)
         host = PASS_OVERHEAD + (EAGER_LAYER * model.layers if self.static else 0.0)
-        # The host runs ahead of the GPU while kernels are launched one by one; what takes longer counts.
+        # Without CUDA graphs the host launches kernels while the GPU works: the slower of the two counts.
         busy = work + 2 * model.layers * self._all_reduce(sequences)
         return max(busy, host) if self.static else busy + host
 
     def generate_seconds(self, prompts: float, fan: int, prompt: float, answer: float) -> float:
-        """Seconds to answer ``prompts`` prompts of ``prompt`` tokens ``fan`` times each with ``answer`` tokens.
+        """Return the seconds to answer ``prompts`` prompts of ``prompt`` tokens ``fan`` times with ``answer`` tokens.
 
-        Each prompt is read once and its answers share what was read (vLLM's prefix cache), unless the engine is static.
-        The cache holds one sequence at least.
+        Answers to a prompt share its prefill (vLLM's prefix cache), unless the engine is static. The cache holds at
+        least one sequence.
         """
         sequences = prompts * fan
         read = sequences if self.static else prompts
@@ -116,7 +116,7 @@ class GenerationEngine:
         return self.prompt_seconds(read * prompt, prompt) + decode
 
     def _weights_read(self, sequences: float) -> float:
-        """Parameters that a pass reads: all but the embedding's other rows and experts that no token goes to."""
+        """Return the parameters that a pass reads: all but unused rows of the embedding and unused experts."""
         model = self.model
         if model.experts is None:
             return model.active_parameters + model.embedding_parameters
@@ -127,7 +127,7 @@ class GenerationEngine:
         )
 
     def _all_reduce(self, tokens: float) -> float:
-        """Seconds to add up the layer's output of ``tokens`` tokens over the tensor-parallel GPUs."""
+        """Return the seconds to reduce a layer's output of ``tokens`` tokens over the tensor-parallel GPUs."""
         if self.tensor == 1:
             return 0.0
         moved = 2 * tokens * self.model.hidden * 2 * (self.tensor - 1) / self.tensor
@@ -135,13 +135,13 @@ class GenerationEngine:
 
 
 def score_seconds(model: Transformer, gpu: Gpu, prefixes: float, prefix: float, fan: int, suffix: float) -> float:
-    """Seconds to find how probable ``fan`` continuations of each of ``prefixes`` prefixes are, on one GPU.
+    """Return the seconds to compute the likelihood of ``fan`` suffixes of each of ``prefixes`` prefixes on one GPU.
 
-    The prefix is read once and its keys and values are shared (``teacher/likelihood.py``).
+    Suffixes share the keys and values of their prefix (``teacher/likelihood.py``).
     """
     tokens = prefixes * (prefix + fan * suffix)
     width = model.heads * model.head_dim
     ahead, _ = attention_seconds(gpu, prefixes, prefix, width)
-    beside = 2.0 * ahead * fan * suffix / max(1.0, prefix)  # every continuation looks at the whole prefix
+    suffixes = 2.0 * ahead * fan * suffix / max(1.0, prefix)  # every suffix attends to the whole prefix
     logits = matmul_seconds(gpu, prefixes * fan * suffix, model.vocab, model.hidden)
-    return 2.0 * model.active_parameters * tokens / (gpu.bf16 * gpu.matmul) + model.layers * (ahead + beside) + logits
+    return 2.0 * model.active_parameters * tokens / (gpu.bf16 * gpu.matmul) + model.layers * (ahead + suffixes) + logits

@@ -1,7 +1,7 @@
-"""What GPUs and their networks can do, by public data sheets, and what a GPU hour costs by a public price list.
+"""GPUs, their networks and their prices from public sources, and the seconds that kernels take on them.
 
-Every figure is a ``Constant``: a number that knows where it comes from. Units are SI: bytes, seconds, FLOP/s; 1 GB is
-10^9 bytes. Data sheets name the memory of a GPU in a unit between the two; what there is of it is what the driver says.
+Every number is a ``Constant`` with its source. Units are SI: bytes, seconds, FLOP/s; 1 GB is 10^9 bytes. Data
+sheets state memory in a unit between GB and GiB, so memory is what the driver reports.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Constant(float):
     source: str
 
     def __new__(cls, value: float, source: str) -> Constant:
-        """``source`` says where ``value`` can be looked up, or how it was found."""
+        """Attach ``source``: where ``value`` is published, or how it was found."""
         constant = super().__new__(cls, value)
         constant.source = source
         return constant
@@ -27,17 +27,17 @@ class Constant(float):
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, and its share of what connects its node to others."""
+    """One GPU and its share of its node's network."""
 
     name: str
     capability: tuple[int, int]
-    """CUDA's compute capability, by which libraries decide what a GPU can."""
+    """CUDA's compute capability, by which libraries enable features."""
     bf16: Constant
     """Peak FLOP/s of dense bf16 matrix products."""
     fp8: Constant
-    """The same in fp8; a GPU without fp8 has its bf16 figure here."""
+    """The same in fp8; the bf16 value for a GPU without fp8."""
     matmul: Constant
-    """Share of the peak that a large matrix product reaches in training, apart from tiles that are not filled."""
+    """Share of the peak that a large matrix product reaches in training, apart from partly filled waves of tiles."""
     multiprocessors: Constant
     memory: Constant
     """Bytes of HBM, as the driver reports them."""
@@ -50,10 +50,10 @@ class Gpu:
     domain: Constant
     """GPUs that NVLink connects."""
     price: Constant
-    """US dollars per GPU and hour; a default that is there to be replaced by one's own."""
+    """US dollars per GPU and hour; a default for ``--price``."""
 
     def constants(self) -> dict[str, Constant]:
-        """Field -> figure with its source."""
+        """Return field -> constant."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Constant)}
 
@@ -61,8 +61,8 @@ class Gpu:
 MATMUL_EFFICIENCY = Constant(
     0.566,
     "fitted, with update.STEP_OVERHEAD, to the 16 points of the public Megatron-LM H100 table "
-    "(tools/bench/plan_megatron_table.py --fit), and assumed for other GPUs and for fp8. It stands for all that is not "
-    "modelled one by one: clocks that sink under load, communication that takes multiprocessors, gaps between kernels",
+    "(tools/bench/plan_megatron_table.py --fit), and assumed for other GPUs and for fp8. It stands for what is not "
+    "modelled: clocks that sink under load, communication that takes multiprocessors, gaps between kernels",
 )
 _A100 = "NVIDIA A100 80GB data sheet (SXM column; dense figures)"
 _A100_CHIP = "NVIDIA A100 Tensor Core GPU architecture white paper"
@@ -86,7 +86,7 @@ def _gpu(
     network: tuple[float, str],
     **figures: float,
 ) -> Gpu:
-    """One row of ``GPUS``; figures are in 10^12 FLOP/s, MiB, 10^12 bytes/s and 10^9 bytes/s."""
+    """Return one row of ``GPUS`` from values in 10^12 FLOP/s, MiB, 10^12 bytes/s (HBM) and 10^9 bytes/s (links)."""
     return Gpu(
         name,
         capability,
@@ -118,16 +118,16 @@ GPUS: dict[str, Gpu] = {
         _gpu("gb200", _GB200, bf16=2500, fp8=5000, memory=189471, bandwidth=8, domain=72, price=10.5, **_BLACKWELL),
     )
 }
-"""Name -> GPU. Memory is in MiB, bandwidth of HBM is in 10^12, NVLink in 10^9 bytes per second."""
+"""Name -> GPU."""
 
 COLLECTIVE_EFFICIENCY = Constant(
     0.8, "assumed; nccl-tests on 8 x H100 commonly report 350 to 370 GB/s of 450 for an all-gather of large buffers"
 )
-"""Share of the bandwidth of NVLink or network that a collective over large buffers gets."""
+"""Share of the bandwidth of NVLink or the network that a collective over large buffers reaches."""
 MEMORY_EFFICIENCY = Constant(0.85, "assumed; STREAM-like kernels commonly reach 85 to 92 % of the data sheet's figure")
-"""Share of HBM's bandwidth that a kernel gets."""
+"""Share of HBM's bandwidth that a kernel reaches."""
 TILE = (128, 256)
-"""Rows and columns of the result that one multiprocessor computes at a time (CUTLASS' default for Hopper)."""
+"""Rows and columns of the result that one multiprocessor computes at a time (CUTLASS default for Hopper)."""
 ATTENTION_FORWARD = Constant(
     0.5, "about what figure 5 of FlashAttention-3 (arXiv 2407.08608) shows for head size 128, causal, 4k tokens"
 )
@@ -138,10 +138,10 @@ ATTENTION_BACKWARD_FLOPS = Constant(2.5, "FlashAttention-2 (arXiv 2307.08691), s
 
 
 def gpu_of(name: str, option: str) -> Gpu:
-    """The GPU called ``name``, as ``option`` says.
+    """Return the GPU called ``name``, the value of ``option``.
 
     Raises:
-        ConfigError: there is none of that name; it lists those there are.
+        ConfigError: no such GPU; the error lists all names.
     """
     try:
         return GPUS[name.lower()]
@@ -151,17 +151,17 @@ def gpu_of(name: str, option: str) -> Gpu:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Equal GPUs in equal nodes. Ranks are numbered node by node."""
+    """Equal GPUs in equal nodes, with ranks numbered node by node."""
 
     gpu: Gpu
     gpus: int
     per_node: int
 
     def bandwidth(self, size: int, stride: int = 1) -> float:
-        """Bytes per second that each of ``size`` ranks, ``stride`` apart, sends in a ring among them.
+        """Return the bytes per second that each of ``size`` ranks, ``stride`` apart, sends in a ring among them.
 
-        Inside a node NVLink limits. A ring that leaves the node does so once on every network card of the group's
-        ranks there, so each of the q ranks in a node sees q cards' worth, up to NVLink's speed.
+        Inside a node NVLink is the limit. A ring that leaves the node uses the network card of each of the group's q
+        ranks there, so each rank gets the bandwidth of q cards, up to that of NVLink.
         """
         inside = max(1, self.per_node // stride)
         link = float(self.gpu.link)
@@ -169,16 +169,16 @@ class Nodes:
         return speed * COLLECTIVE_EFFICIENCY
 
     def exchange_seconds(self, sent: float, size: int, stride: int = 1) -> float:
-        """Seconds of an all-to-all in which each of ``size`` ranks keeps its own share of ``sent`` bytes."""
+        """Return the seconds of an all-to-all in which each of ``size`` ranks keeps its own share of ``sent`` bytes."""
         inside = min(size, max(1, self.per_node // stride))
         near, far = sent * (inside - 1) / size, sent * (size - inside) / size
         return max(near / self.gpu.link, far / self.gpu.network) / COLLECTIVE_EFFICIENCY
 
 
 def matmul_seconds(gpu: Gpu, rows: float, columns: float, inner: float, *, fp8: bool = False) -> float:
-    """Seconds of [rows, inner] x [inner, columns] in bf16 (or fp8): what takes longer, arithmetic or memory.
+    """Return the seconds of [rows, inner] x [inner, columns] in bf16 or fp8: the longer of arithmetic and memory.
 
-    The result is computed tile by tile, one per multiprocessor; the last wave of tiles may leave some idle (NVIDIA,
+    Each multiprocessor computes one tile of the result at a time; the last wave of tiles may leave some idle (NVIDIA,
     "Matrix Multiplication Background User's Guide": wave quantization).
     """
     if not rows:
@@ -192,18 +192,18 @@ def matmul_seconds(gpu: Gpu, rows: float, columns: float, inner: float, *, fp8: 
 
 
 def linear_seconds(gpu: Gpu, rows: float, columns: float, inner: float, *, fp8: bool = False) -> tuple[float, float]:
-    """Seconds of a linear layer, forward and backward (gradients of input and of weights)."""
+    """Return the seconds of a linear layer, forward and backward (gradients of input and weights)."""
     backward = matmul_seconds(gpu, rows, inner, columns, fp8=fp8) + matmul_seconds(gpu, columns, inner, rows, fp8=fp8)
     return matmul_seconds(gpu, rows, columns, inner, fp8=fp8), backward
 
 
 def attention_seconds(gpu: Gpu, sequences: float, length: float, width: float) -> tuple[float, float]:
-    """Seconds of causal attention over ``sequences`` of ``length`` tokens, heads of ``width`` in all; both passes."""
+    """Return the seconds of causal attention, forward and backward; ``width`` is that of all heads together."""
     flops = 2.0 * sequences * length * length * width
     forward = flops / (gpu.bf16 * ATTENTION_FORWARD)
     return forward, ATTENTION_BACKWARD_FLOPS * flops / (gpu.bf16 * ATTENTION_BACKWARD)
 
 
 def memory_seconds(gpu: Gpu, moved: float) -> float:
-    """Seconds to read or write ``moved`` bytes of HBM."""
+    """Return the seconds to read or write ``moved`` bytes of HBM."""
     return moved / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)

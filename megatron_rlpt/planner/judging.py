@@ -1,7 +1,7 @@
-"""What judging costs: calls and tokens per group, seconds of a server of the teacher, servers needed.
+"""The cost of judging a group: calls, tokens, and seconds of a teacher server.
 
-Calls are counted by the judge's own code (``teacher/schemes.py: comparisons``), prompts by its own templates. How long
-an answer is depends on the teacher; ``answer_tokens`` has to be said.
+The judge's own code counts calls (``teacher/comparisons.py: comparisons``), and its templates count prompts. The length
+of an answer depends on the teacher and is an input (``answer_tokens``).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from megatron_rlpt.teacher.prompts import build_prompt
 
 CHARACTERS_PER_TOKEN = Constant(4, "rule of thumb for English text, as in OpenAI's tokenizer help page")
 
-SERVER_BATCH = Constant(256, "most sequences that vLLM's server decodes at once by default (max_num_seqs)")
+SERVER_BATCH = Constant(256, "most sequences that vLLM's server decodes concurrently by default (max_num_seqs)")
 
-ANSWER_VARIATION = Constant(0.5, "assumed: standard deviation over mean of the length of an answer of the teacher")
+ANSWER_VARIATION = Constant(0.5, "assumed: standard deviation over mean of the length of a teacher's answer")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Calls:
     name: str
     count: int
     shared: float
-    """Tokens of a prompt that all requests about the group have in common but for the code of its fence."""
+    """Tokens of a prompt that all requests about the group share, except for the code of its fence."""
     own: float
     """Further tokens of a prompt."""
     answer: float
@@ -43,20 +43,19 @@ class Calls:
 
 @dataclass(frozen=True)
 class JudgingCost:
-    """What the judging (and rewriting) of one group asks of the teacher."""
+    """The teacher's work on one group, judging and rewriting."""
 
     calls: tuple[Calls, ...]
     server_seconds: float
-    """Seconds that one server takes per group, with so many requests under way. No prompt is found in its prefix cache:
-    every request fences its texts with a code of its own, which comes before them."""
+    """Seconds of one server per group at the given load. Prefix caching does not help: every request fences its texts
+    with a different code, which precedes them."""
     server_seconds_shared: float
-    """What it would be if all requests about a group had one fence and went to one server."""
+    """The same if all requests about a group shared one fence and one server."""
     answer_seconds: float
-    """Seconds of the longest kind of answer, its prompt read without others in between."""
+    """Seconds of the longest kind of answer, with uninterrupted prefill of its prompt."""
     group_seconds: float
-    """Seconds from a group's first request to its last answer, no server having more than those requests under way and
-    no prompt of another group coming in between: the rewrite, then round after round of comparisons. That a round waits
-    for its longest answer is left out."""
+    """Seconds from a group's first request to its last answer at that load, without prompts of other groups in between:
+    the rewrite, then round after round of comparisons. Left out: each round waits for its longest answer."""
 
     @property
     def count(self) -> int:
@@ -72,21 +71,21 @@ class JudgingCost:
         )
 
     def variation(self, of_answer: float) -> float:
-        """Standard deviation over mean of the tokens written about a group, if those of an answer have ``of_answer``:
-        lengths of many answers even out."""
+        """Return the standard deviation over mean of the tokens written about a group; ``of_answer`` is that of one
+        answer. Lengths of many answers even out."""
         _, written = self.tokens
         spread = math.sqrt(sum(calls.count * calls.answer**2 for calls in self.calls))
         return of_answer * spread / written if written else 0.0
 
 
 def candidates(config: Config) -> int:
-    """Candidates of a group: original, rewrite and rollouts."""
+    """Return the number of candidates of a group: original, rewrite and rollouts."""
     offered = config.candidates
     return int(offered.original) + int(offered.rewrite) + offered.rollouts
 
 
 def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
-    """What is asked about one group whose prefix and candidates are as long as they may be.
+    """Return the requests about one group whose prefix and candidates have their maximum length.
 
     Args:
         config: the run.
@@ -117,13 +116,13 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
 
 
 def judging(config: Config, calls: tuple[Calls, ...], server: GenerationEngine, requests: float) -> JudgingCost:
-    """What judging one group costs on ``server``.
+    """Return the cost of judging one group on ``server``.
 
     Args:
         config: the run.
-        calls: what is asked about a group.
-        server: one server of the teacher, or one worker with a model of its own.
-        requests: under way at the server at once, on average; below 1 it is idle at times.
+        calls: requests about a group.
+        server: one teacher server, or one worker that holds a model.
+        requests: mean number of concurrent requests at the server; below 1 it is idle at times.
     """
     worst = shared = answer = rewriting = verdicts = 0.0
     for kind in calls:
@@ -144,12 +143,12 @@ def judging(config: Config, calls: tuple[Calls, ...], server: GenerationEngine, 
 
 
 def asks_servers(config: Config) -> bool:
-    """Whether a likelihood is asked of a server; otherwise the model is in the same process."""
+    """Return whether servers compute likelihoods; otherwise the model is in the worker or trainer process."""
     return config.teacher.run_in is RunIn.workers and not config.teacher.workers.own_model
 
 
 def _rounds(config: Config, kind: Calls) -> int:
-    """Times that requests of ``kind`` wait for answers to earlier ones, and the first time (``teacher/schemes.py``)."""
+    """Return the number of rounds of ``kind``: each waits for the answers of the last (``teacher/comparisons.py``)."""
     entrants = candidates(config)
     if kind.name != "quality" or config.teacher.generative.quality.scheme is not PairScheme.tournament or entrants <= 3:
         return 1
@@ -157,7 +156,7 @@ def _rounds(config: Config, kind: Calls) -> int:
 
 
 def _decode(server: GenerationEngine, kind: Calls, requests: float) -> tuple[float, float]:
-    """Seconds of a server to write a group's answers, and of one of them, with ``requests`` under way."""
+    """Return the seconds of a server to write a group's answers, and one of them, with ``requests`` under way."""
     if not kind.answer:
         return 0.0, 0.0
     room = server.concurrency(0.0, kind.prompt + kind.answer, 1)
@@ -169,6 +168,6 @@ def _decode(server: GenerationEngine, kind: Calls, requests: float) -> tuple[flo
 
 
 def _template(name: str) -> float:
-    """Tokens of a prompt without the texts it is about."""
+    """Return the tokens of a prompt without the texts in it."""
     texts = dict.fromkeys(("prefix", "first", "second", "reference", "text", "passage"), "")
     return len(build_prompt(name, 0, **texts).text) / CHARACTERS_PER_TOKEN

@@ -1,15 +1,18 @@
-"""Memory of a rank in bytes, by part, at the moments of a step when there is most of it.
+"""Memory of a rank in bytes, by part, at the moments of a step that need most.
 
-What is counted are the tensors that Megatron-Core, its optimizer, ``policy/`` and ``rollout/`` hold at once. Not
-counted is what an allocator keeps of what was freed: on a GPU torch's cache, on a CPU the holes in glibc's heap,
-which ``policy/runtime.py`` tells it to keep.
+Counts the tensors that Megatron-Core, its optimizer, ``policy/`` and ``rollout/`` hold at the same time. Freed memory
+that an allocator keeps is not counted: torch's cache on a GPU, the holes in glibc's heap on a CPU (which
+``policy/device_runtime.py`` makes it keep).
 
-    generate             engine, its cache               policy without activations
+    generate             engine with its cache           policy without activations
     backward             activations, logits             engine asleep
     gradient exchange    copies of a gradient bucket (gloo only)
     weight gather        copies of a weight bucket (gloo only)
-    sync                 buckets on their way            engine awake
-    checkpoint           optimizer state made whole
+    sync                 buckets in transfer             engine awake
+    checkpoint           gathered optimizer state
+
+Sizes of parameters follow the tables of ``models/families.py`` and the sharding of ``policy/layout.py``; a test
+compares them with models that Megatron has built.
 """
 
 from __future__ import annotations
@@ -25,21 +28,20 @@ from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.precision import length_multiple
 
 _ADAM_TEMPORARIES = 2
-"""Tensors of the size of a parameter's share that torch's AdamW makes on its way: the root of the second moment, and
-that divided (torch/optim/adam.py: _single_tensor_adam). Transformer Engine's fused Adam makes none."""
+"""Temporary tensors of the size of a parameter's shard in torch's AdamW: the root of the second moment, and its
+quotient (torch/optim/adam.py: _single_tensor_adam). Transformer Engine's fused Adam has none."""
 _OVERLAP_BUCKET = 40_000_000
 """Least elements of a gradient bucket with ``parallel.overlap`` (megatron/core/distributed/
-distributed_data_parallel.py); without it, all gradients are one."""
-
+distributed_data_parallel.py); without it, all gradients are one bucket."""
 _PARAMETER_MULTIPLE = 64
-"""Elements that every parameter of a buffer begins at a multiple of (megatron/core/distributed/
+"""Alignment of the start of each parameter in a buffer, in elements (megatron/core/distributed/
 param_and_grad_buffer.py: _pad_start_of_param_if_needed)."""
 _BUCKET_MULTIPLE = 128
-"""Elements that a bucket ends at a multiple of, besides its data-parallel ranks (_pad_end_of_bucket_if_needed)."""
+"""Alignment of the end of a bucket, in elements, as well as its data-parallel ranks (_pad_end_of_bucket_if_needed)."""
 
 
 class Device(enum.StrEnum):
-    """What a rank computes on, which decides kernels, optimizer and communication."""
+    """The device of a rank, which decides kernels, optimizer and communication."""
 
     cpu = "cpu"
     gpu = "gpu"
@@ -47,7 +49,7 @@ class Device(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at one moment. What is not there at that moment is 0."""
+    """Bytes of one rank at one moment; 0 for what does not exist then."""
 
     weights: int = 0
     gradients: int = 0
@@ -56,17 +58,17 @@ class Memory:
     activations: int = 0
     logits: int = 0
     exchange: int = 0
-    """Copies that communication and the optimizer's step make."""
+    """Copies made by communication and by the optimizer's step."""
     engine_weights: int = 0
     kv_cache: int = 0
     teacher: int = 0
-    """On the leader of a replica, where the trainer judges."""
+    """On the leader of a replica, if the trainer judges."""
     sync_bucket: int = 0
     checkpoint: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(getattr(self, part.name) for part in fields(self))
 
 
@@ -79,16 +81,16 @@ def memory_of(
     shared_engine: bool = True,
     teacher: int = 0,
 ) -> Memory:
-    """The rank that needs most, at the moment when it does.
+    """Return the memory of the rank that needs most, at the moment when it does.
 
     Args:
         arch: the model.
-        layout: how it is cut.
+        layout: how it is sharded.
         config: lengths, batches, objective, precision, engine.
-        device: what the ranks compute on.
-        shared_engine: whether the engine is in the same memory as the policy; false where it has a GPU of its own.
-        teacher: bytes of the teacher on the first rank of every replica, which is of the first stage (``ranks.py``);
-            it stays there all the time.
+        device: device of the ranks.
+        shared_engine: whether the engine shares the memory of the policy; false if it has its own GPU.
+        teacher: bytes of the teacher on the first rank of every replica, which is in the first stage
+            (``distributed/ranks.py``); it is never offloaded.
     """
     found = [
         replace(moment, teacher=0 if stage else teacher)
@@ -107,14 +109,14 @@ def moments_of(
     *,
     shared_engine: bool = True,
 ) -> dict[str, Memory]:
-    """What a rank of pipeline stage ``stage`` holds at each moment of a step; arguments as of ``memory_of``."""
+    """Return moment -> memory of a rank of pipeline stage ``stage``; arguments as in ``memory_of``."""
     return _Rank(arch, layout, config, stage, device, shared_engine).moments()
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
-    """Pieces of the model (a stage's layers, divided by its virtual stages) whose activations a rank holds at most.
+    """Return the most model chunks (layers of a virtual stage) whose activations a rank holds at the same time.
 
-    ``megatron/core/pipeline_parallel/schedules.py: get_pp_rank_microbatches``, and the one that is being worked on.
+    ``megatron/core/pipeline_parallel/schedules.py: get_pp_rank_microbatches``, plus the chunk being computed.
     """
     behind = layout.pipeline - stage - 1
     if layout.virtual_stages == 1:
@@ -149,7 +151,7 @@ class _Rank:
             "checkpoint": replace(training, checkpoint=self._checkpoint()),
         }
         if resident.reference == 0 and self._has_reference:
-            # On a GPU its weights are there for one forward pass; they live in host memory.
+            # On a GPU the reference is onloaded from host memory for one forward pass.
             found["reference pass"] = replace(training, reference=self._width * self._shard.elements)
         if self.config.candidates.rollouts:
             found["generate"] = _together(idle, awake)
@@ -173,16 +175,15 @@ class _Rank:
         return self.device is Device.gpu
 
     def _resident(self) -> Memory:
-        """What is there all the time. FP8 weights are made from the others and kept, once as they are and once
-        transposed, while an update lasts."""
+        """Return what always exists. During an update FP8 copies of the weights are cached, plain and transposed."""
         shard = self._shard
-        eight = 0
+        fp8 = 0
         if self.config.model.fp8 is not Fp8.off:
-            eight = 2 * (shard.elements - (shard.embedding_rows + shard.output_rows) * self.arch.hidden)
-        # Adam's moments, and main weights where the weights themselves are not fp32.
+            fp8 = 2 * (shard.elements - (shard.embedding_rows + shard.output_rows) * self.arch.hidden)
+        # Adam's moments, and main weights if the weights are not fp32.
         state = 2 * FLOAT + (FLOAT if self._width < FLOAT else 0)
         return Memory(
-            weights=self._width * shard.padded + eight,
+            weights=self._width * shard.padded + fp8,
             gradients=FLOAT * shard.padded,
             optimizer=state * shard.share,
             reference=self._width * shard.elements if self._has_reference and self.device is Device.cpu else 0,
@@ -197,7 +198,7 @@ class _Rank:
             layout,
             rows,
             -(-config.max_sequence // multiple) * multiple // layout.context,
-            # The end of a sequence belongs to one of its ranks.
+            # Under context parallelism one rank has the whole end of a sequence.
             rows * config.data.suffix_length,
             self._width,
             self._fused,
@@ -206,32 +207,32 @@ class _Rank:
         )
 
     def _backward(self) -> Memory:
-        """Activations of all micro-batches on their way, and whichever is larger of the backward passes of the
+        """Return the activations of all micro-batches in flight, and the largest of the backward passes of the
         vocabulary projection, of a layer and of the embedding."""
         one, shard, layout = self._pass(), self._shard, self.layout
         micro_batches = max(1, self.config.train.global_batch // (self.config.train.micro_batch * layout.data))
-        pieces = in_flight(layout, self.stage, micro_batches)
-        per_piece = self.arch.layers // (layout.pipeline * layout.virtual_stages)
-        kept = pieces * one.kept(per_piece)
+        chunks = in_flight(layout, self.stage, micro_batches)
+        per_chunk = self.arch.layers // (layout.pipeline * layout.virtual_stages)
+        kept = chunks * one.kept(per_chunk)
         if layout.pipeline > 1:
-            # What was received and what was sent on stays until the micro-batch comes back; where norms keep their
-            # input as it is, that is what was received.
-            kept += pieces * one.stream * (1 if self._fused or self._width == FLOAT else 2)
+            # Received and sent tensors stay until the micro-batch's backward pass; norms that keep their input in its
+            # own precision keep the received tensor itself.
+            kept += chunks * one.stream * (1 if self._fused or self._width == FLOAT else 2)
         matrix = self._width * max(shard.output_rows, shard.embedding_rows) * self.arch.hidden
         if shard.output_rows:
             head = one.head(shard.output_rows, self.config.train.logprob_chunk)
             found = [Memory(activations=kept + one.final_norm(), logits=head)]
-            # The gradient of a projection that is the embedding too waits for the embedding's.
+            # The gradient of a tied projection waits for the embedding's.
             waiting = matrix if self.arch.tied_embeddings and shard.embedding_rows else 0
         else:
             found, waiting = [], 0
         found.append(Memory(activations=kept + one.working(), logits=waiting))
         if shard.embedding_rows:
-            found.append(Memory(activations=(pieces - 1) * one.kept(per_piece), logits=matrix + 2 * waiting))
+            found.append(Memory(activations=(chunks - 1) * one.kept(per_chunk), logits=matrix + 2 * waiting))
         return max(found, key=lambda memory: memory.total)
 
     def _exchange(self, width: int) -> int:
-        """One copy of what is exchanged at once. gloo copies it, on a single rank too; NCCL works in place."""
+        """Return one copy of the largest exchange. gloo copies it, even on a single rank; NCCL works in place."""
         if self.device is Device.gpu:
             return 0
         sizes = [buffer.padded for buffer in self._shard.buffers]
@@ -247,10 +248,10 @@ class _Rank:
         return _ADAM_TEMPORARIES * FLOAT * max(shares)
 
     def _checkpoint(self) -> int:
-        """Main weights and moments are made whole, one after the other (megatron/core/optimizer/
-        distrib_optimizer.py: get_parameter_state_dp_zero): on a GPU what is gathered, which then goes to host memory;
-        on a CPU also the three results, this rank's parts of them, and what was gathered twice more, in one piece and
-        as gloo keeps it."""
+        """Return the bytes for gathering main weights and moments, one after the other (megatron/core/optimizer/
+        distrib_optimizer.py: get_parameter_state_dp_zero). On a GPU that is one gathered tensor, which moves to host
+        memory; on a CPU also the three results, this rank's shards of them, and two more copies of the gathered tensor:
+        concatenated, and gloo's."""
         found = []
         for buffer in self._shard.buffers:
             gathered = FLOAT * buffer.padded
@@ -261,7 +262,7 @@ class _Rank:
         return max(found) if self.device is Device.gpu else sum(found)
 
     def _engine(self) -> Memory:
-        """The engine's own weights and cache. vLLM's hold the whole model, Megatron's its tensor-parallel part."""
+        """Return the engine's weights and cache: vLLM holds the whole model, Megatron its tensor-parallel shard."""
         if not self.config.candidates.rollouts or not self.shared_engine:
             return Memory()
         elements = model_elements(self.arch)
@@ -270,8 +271,8 @@ class _Rank:
         return Memory(engine_weights=self._width * elements, kv_cache=int(self.config.rollout.kv_cache_gib * 2**30))
 
     def _sync(self) -> int:
-        """A bucket of whole tensors, this rank's part of it, and one tensor that is put together
-        (``policy/weights.py``); nothing is copied but that one where no rank holds only a part."""
+        """Return a bucket of whole tensors, this rank's shard of it, and one tensor being assembled
+        (``policy/weights.py``); only that tensor if every rank holds whole tensors."""
         largest = self._width * self.arch.padded_vocab * self.arch.hidden
         layout = self.layout
         if layout.tensor == layout.pipeline == layout.expert == 1:
@@ -286,37 +287,37 @@ def _together(one: Memory, other: Memory) -> Memory:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Parameters that lie in one memory and are reduced over the same ranks."""
+    """Parameters in one contiguous buffer, reduced over the same ranks."""
 
     tensors: tuple[int, ...]
     """Elements of each."""
     ranks: int
-    """Ranks that hold the same parameters, and divide the optimizer's state."""
+    """Ranks that hold the same parameters and shard the optimizer's state."""
 
     @property
     def elements(self) -> int:
-        """Parameters, without padding."""
+        """Number of parameters, without padding."""
         return sum(self.tensors)
 
     @property
     def padded(self) -> int:
-        """Elements of the memory."""
+        """Elements with padding."""
         multiple = math.lcm(self.ranks, _BUCKET_MULTIPLE)
         return _up(sum(_up(size, _PARAMETER_MULTIPLE) for size in self.tensors), multiple)
 
     @property
     def share(self) -> int:
-        """Elements whose optimizer state one rank has."""
+        """Elements whose optimizer state one rank holds."""
         return self.padded // self.ranks
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a model that a rank of one pipeline stage holds."""
+    """The shard of a model on a rank of one pipeline stage."""
 
     dense: Buffer
     experts: Buffer
-    """Empty where experts are reduced like everything else."""
+    """Empty if experts are reduced together with the rest."""
     output_rows: int
     """Rows of the vocabulary projection; 0 except on the last stage."""
     embedding_rows: int
@@ -324,36 +325,36 @@ class Shard:
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """Those that hold anything."""
+        """Buffers that are not empty."""
         return tuple(buffer for buffer in (self.dense, self.experts) if buffer.tensors)
 
     @property
     def elements(self) -> int:
-        """Parameters, without padding."""
+        """Number of parameters, without padding."""
         return sum(buffer.elements for buffer in self.buffers)
 
     @property
     def padded(self) -> int:
-        """Elements of the memory for parameters."""
+        """Elements with padding."""
         return sum(buffer.padded for buffer in self.buffers)
 
     @property
     def share(self) -> int:
-        """Elements whose optimizer state one rank has."""
+        """Elements whose optimizer state one rank holds."""
         return sum(buffer.share for buffer in self.buffers)
 
 
 def shard_of(arch: Architecture, layout: Layout, stage: int) -> Shard:
-    """What a rank of pipeline stage ``stage`` holds."""
+    """Return the shard of a rank of pipeline stage ``stage``."""
     layers = arch.layers // layout.pipeline
     first, last = stage == 0, stage == layout.pipeline - 1
     rows = arch.padded_vocab // layout.tensor
-    # A tied output layer is the embedding itself, except where the two are on different stages.
+    # A tied output layer is the embedding itself, unless the two are on different stages.
     own_output = last and not (arch.tied_embeddings and first)
     dense = layers * _layer(arch, layout)
     dense += [rows * arch.hidden] * (first + own_output) + [arch.hidden] * last
     experts = layers * _local_experts(arch, layout)
-    # Reduced over other ranks than the rest, in a buffer of their own (policy/model.py: build_model).
+    # Then reduced over other ranks than the rest, in a separate buffer (policy/model.py: build_model).
     apart = layout.expert > 1 or layout.tensor > 1
     copies = layout.data * layout.context
     return Shard(
@@ -365,13 +366,13 @@ def shard_of(arch: Architecture, layout: Layout, stage: int) -> Shard:
 
 
 def model_elements(arch: Architecture) -> int:
-    """Parameters of the whole model without the padding of its vocabulary."""
+    """Return the parameters of the whole model, without padding of its vocabulary."""
     padding = arch.padded_vocab - arch.vocab
     return shard_of(arch, Layout(), 0).elements - padding * arch.hidden * (1 if arch.tied_embeddings else 2)
 
 
 def _layer(arch: Architecture, layout: Layout) -> list[int]:
-    """Tensors of one layer, without experts."""
+    """Return the sizes of the tensors of one layer, without experts."""
     hidden, tensor = arch.hidden, layout.tensor
     qkv = (arch.heads + 2 * arch.kv_heads) * arch.head_dim // tensor
     tensors = [hidden, qkv * hidden, hidden * arch.heads * arch.head_dim // tensor, hidden]
@@ -382,7 +383,7 @@ def _layer(arch: Architecture, layout: Layout) -> list[int]:
 
 
 def _local_experts(arch: Architecture, layout: Layout) -> list[int]:
-    """Tensors of one layer's experts on this rank; tensor parallelism leaves them whole."""
+    """Return the sizes of the tensors of one layer's experts on this rank; tensor parallelism does not split them."""
     if arch.experts is None:
         return []
     inner = arch.hidden * arch.experts.ffn_hidden

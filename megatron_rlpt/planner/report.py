@@ -1,4 +1,4 @@
-"""A plan as tables in a terminal, as a page of HTML, and as JSON."""
+"""A plan as terminal tables, as an HTML page and as JSON."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rich.table import Table
 from megatron_rlpt.observe.html_page import html_page
 from megatron_rlpt.planner import checks, hardware, judge_cluster, judging, update
 from megatron_rlpt.planner import generation as rollouts
-from megatron_rlpt.planner.checks import cautions
+from megatron_rlpt.planner.checks import warnings_about
 from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.planner.judge_cluster import JudgeCluster
 from megatron_rlpt.planner.plan import Plan, describe_calls
 from megatron_rlpt.planner.request import PlanRequest
-from megatron_rlpt.planner.simulation import scenario
+from megatron_rlpt.planner.simulation import scenario as simulation
 from megatron_rlpt.planner.simulation.scenario import Scenario
 from megatron_rlpt.planner.sweep import Sweep
 from megatron_rlpt.planner.transformer import Transformer
 
 _GB = 1e9
 _SHOWN = 10
-"""Layouts of a sweep that are listed."""
+"""Most layouts or splits listed."""
 _AGREE = 0.05
-"""Difference of a simulated step from the planned one that needs no explanation."""
+"""Difference between the simulated and the planned step below which no explanation is given."""
 _UNITS = {
     "bf16": "FLOP/s",
     "fp8": "FLOP/s",
@@ -51,7 +51,7 @@ td.bar div { background: var(--accent); border-radius: 2px; height: .9rem; margi
 
 @dataclass(frozen=True)
 class Section:
-    """One table: a title, names of columns, rows; ``shares`` of a whole are drawn as bars in HTML."""
+    """One table. HTML shows ``shares``, one per row, as bars."""
 
     title: str
     columns: tuple[str, ...]
@@ -60,21 +60,21 @@ class Section:
 
 
 def sections(
-    plan: Plan, found: Sweep | None = None, outcome: Scenario | None = None, divided: Sequence[Plan] = ()
+    plan: Plan, sweep: Sweep | None = None, scenario: Scenario | None = None, splits: Sequence[Plan] = ()
 ) -> list[Section]:
-    """Everything there is to say about ``plan``; ``divided`` are plans of the same GPUs divided with the judges."""
-    listed = [_summary(plan), _times(plan), _memory(plan), _judges(plan), _limits(plan)]
-    if found is not None:
-        listed.append(_layouts(found))
-    if divided:
-        listed.append(_divided(divided))
-    if outcome is not None:
-        listed.append(_simulated(outcome))
-    return [*listed, _sources(plan)]
+    """Return all tables about ``plan``; ``splits`` are plans that split the same GPUs between trainer and judges."""
+    tables = [_summary(plan), _times(plan), _memory(plan), _judges(plan), _limits(plan)]
+    if sweep is not None:
+        tables.append(_layouts(sweep))
+    if splits:
+        tables.append(_splits(splits))
+    if scenario is not None:
+        tables.append(_simulated(scenario))
+    return [*tables, _sources(plan)]
 
 
 def print_plan(console: Console, listed: Sequence[Section]) -> None:
-    """As tables in a terminal; where the figures come from is in HTML and JSON only."""
+    """Print the tables, except the last one with the sources of constants, which only HTML shows."""
     for section in listed[:-1]:
         table = Table(title=section.title, title_justify="left", show_header=len(section.columns) > 2)
         for name in section.columns:
@@ -90,11 +90,11 @@ def to_html(title: str, listed: Sequence[Section]) -> str:
 
 
 def to_json(
-    plan: Plan, outcome: Scenario | None = None, found: Sweep | None = None, divided: Sequence[Plan] = ()
+    plan: Plan, scenario: Scenario | None = None, sweep: Sweep | None = None, splits: Sequence[Plan] = ()
 ) -> str:
-    """Figures for programs; seconds, bytes, US dollars."""
+    """Return the plan as JSON; units are seconds, bytes and US dollars."""
     trainer, judges = plan.gpu_hours
-    read: dict[str, Any] = {
+    values: dict[str, Any] = {
         "layout": asdict(plan.layout),
         "step_seconds": plan.step_seconds,
         "times": plan.times(),
@@ -117,34 +117,35 @@ def to_json(
         "cost": plan.cost,
         "limits": [asdict(limit) for limit in plan.limits],
         "runs": plan.runs,
-        "cautions": cautions(plan.question),
+        "warnings": warnings_about(plan.request),
     }
-    if found is not None:
-        counts = {"tried": found.tried, "refused": found.refused, "too_large": found.too_large}
-        read["layouts"] = counts | {"ranked": [_ranked(other) for other in found.plans]}
-    if divided:
-        read["divisions"] = [_ranked(other) for other in divided]
-    if outcome is not None:
-        read["simulation"] = asdict(outcome.outcome) | {
-            "steps": outcome.steps,
-            "variation": outcome.variation,
-            "given_up_share": outcome.given_up,
-            "fails": outcome.fails,
-            # Of all steps; null where the run gets nowhere.
-            "run_seconds": outcome.seconds,
-            "run_failures": outcome.expected_failures,
+    if sweep is not None:
+        counts = {"tried": sweep.tried, "refused": sweep.refused, "too_large": sweep.too_large}
+        values["layouts"] = counts | {"ranked": [_ranked(other) for other in sweep.plans]}
+    if splits:
+        values["divisions"] = [_ranked(other) for other in splits]
+    if scenario is not None:
+        values["simulation"] = asdict(scenario.result) | {
+            "steps": scenario.steps,
+            "variation": scenario.variation,
+            "given_up_share": scenario.given_up,
+            "fails": scenario.fails,
+            # Of all steps; null if the run never ends.
+            "run_seconds": scenario.seconds,
+            "run_failures": scenario.expected_failures,
+            "best_checkpoint_every": scenario.best_checkpoint_every,
         }
-    return json.dumps(_without_infinities(read), indent=1, allow_nan=False)
+    return json.dumps(_without_infinities(values), indent=1, allow_nan=False)
 
 
 def _ranked(plan: Plan) -> dict[str, Any]:
-    """A plan among others."""
+    """Return one entry of a ranking."""
     return {
-        "gpus": plan.question.trainer.gpus,
-        "judge_gpus": plan.question.judges.gpus,
+        "gpus": plan.request.trainer.gpus,
+        "judge_gpus": plan.request.judges.gpus,
         "judge_gpus_needed": plan.judges.gpus_needed if plan.judges else 0,
         "layout": asdict(plan.layout),
-        "micro_batch": plan.question.config.train.micro_batch,
+        "micro_batch": plan.request.config.train.micro_batch,
         "step_seconds": plan.step_seconds,
         "update_mfu": plan.update_mfu,
         "memory": plan.memory.total,
@@ -154,7 +155,7 @@ def _ranked(plan: Plan) -> dict[str, Any]:
 
 
 def _without_infinities(value: Any) -> Any:
-    """``value`` with None, which is null, for what JSON has no number for."""
+    """Replace infinities and NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {name: _without_infinities(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -163,34 +164,34 @@ def _without_infinities(value: Any) -> Any:
 
 
 def _summary(plan: Plan) -> Section:
-    question, (trainer, judges) = plan.question, plan.gpu_hours
+    request, (trainer, judges) = plan.request, plan.gpu_hours
     rows = [
-        ("model", f"{question.model.model_type}, {_billions(question)}"),
+        ("model", f"{request.model.model_type}, {_billions(request)}"),
         ("layout", plan.layout.describe()),
-        ("GPUs", f"{question.trainer.gpus} x {question.trainer.gpu.name} for training{_judge_gpus(plan)}"),
+        ("GPUs", f"{request.trainer.gpus} x {request.trainer.gpu.name} for training{_judge_gpus(plan)}"),
         ("step", f"{plan.step_seconds:.1f} s"),
         (
             "tokens per step",
             f"{plan.trained_tokens / 1e6:.2f} M trained, {plan.generated_tokens / 1e6:.2f} M generated",
         ),
         ("MFU", f"{plan.update_mfu:.1%} in the update, {plan.mfu:.1%} over the step"),
-        ("run", f"{question.config.train.steps:,} steps, {plan.hours:,.1f} hours, without checkpoints and failures"),
+        ("run", f"{request.config.train.steps:,} steps, {plan.hours:,.1f} hours without checkpoints and failures"),
         ("GPU hours", f"{trainer:,.0f} training, {judges:,.0f} judging"),
-        ("cost", f"${plan.cost:,.0f} (at ${question.trainer_price:.2f} and ${question.judge_price:.2f} an hour)"),
+        ("cost", f"${plan.cost:,.0f} (at ${request.trainer_price:.2f} and ${request.judge_price:.2f} an hour)"),
     ]
     verdict = "runs" if plan.runs else "does not run: " + "; ".join(limit.name for limit in plan.failing if limit.fatal)
-    warnings = [("caution", text) for text in cautions(question)]
-    return Section("Plan", ("", ""), (*rows, ("verdict", verdict), *warnings))
+    noted = [("warning", text) for text in warnings_about(request)]
+    return Section("Plan", ("", ""), (*rows, ("verdict", verdict), *noted))
 
 
-def _billions(question: PlanRequest) -> str:
-    model = Transformer.of(question.model)
+def _billions(request: PlanRequest) -> str:
+    model = Transformer.of(request.model)
     text = f"{model.parameters / 1e9:.2f} B parameters"
     return text + (f", {model.active_parameters / 1e9:.2f} B of its layers per token" if model.experts else "")
 
 
 def _judge_gpus(plan: Plan) -> str:
-    judges = plan.question.judges
+    judges = plan.request.judges
     return f", {judges.gpus} x {judges.gpu.name} for judging" if judges.gpus else ""
 
 
@@ -199,7 +200,7 @@ def _times(plan: Plan) -> Section:
     total = plan.step_seconds
     rows = [(name, f"{seconds:.2f} s", f"{seconds / total:.0%}") for name, seconds in times.items()]
     return Section(
-        "Where a step's time goes", ("part", "seconds", "share"), tuple(rows), tuple(s / total for s in times.values())
+        "Time of a step", ("part", "seconds", "share"), tuple(rows), tuple(s / total for s in times.values())
     )
 
 
@@ -216,24 +217,24 @@ def _memory(plan: Plan) -> Section:
 
 
 def _judges(plan: Plan) -> Section:
-    rows = [("asked per step", describe_calls(plan))]
+    rows = [("calls per step", describe_calls(plan))]
     if plan.judges is not None:
         judging = plan.judges.judging
         shared = judging.server_seconds_shared / judging.server_seconds if judging.server_seconds else 1.0
         rows += [
-            ("a batch takes", f"{plan.judges.seconds:.1f} s of a step, batch after batch"),
+            ("batch", f"{plan.judges.seconds:.1f} s per step"),
             (
-                "a group takes",
-                f"{plan.judges.shortest:.1f} s alone, {plan.judges.longest:.1f} s among all under way; work varies by "
-                f"{plan.judges.servers.variation:.1%}, so that the last of a batch takes "
+                "group",
+                f"{plan.judges.shortest:.1f} s alone, {plan.judges.longest:.1f} s with all others under way; its work "
+                f"varies by {plan.judges.servers.variation:.1%}, so the last of a batch takes "
                 f"{plan.judges.servers.tail:.1f} s longer",
             ),
             ("GPUs needed", _gpus_needed(plan.judges)),
             ("workers", _workers_needed(plan.judges)),
             (
-                "if prompts shared their beginning",
-                f"{shared:.0%} of that time: every request fences its texts with a code of its own, so that no prompt "
-                "is found in a prefix cache",
+                "with shared prompt prefixes",
+                f"{shared:.0%} of that time; no prefix cache helps today, because every request fences its texts with "
+                "a different code",
             ),
         ]
     return Section("Judging", ("", ""), tuple(rows))
@@ -241,57 +242,57 @@ def _judges(plan: Plan) -> Section:
 
 def _gpus_needed(judges: JudgeCluster) -> str:
     if judges.servers.workers is None:
-        return f"the trainer judges itself, on {judges.servers.count} leaders of replicas"
+        return f"none: the trainer judges, on the leaders of its {judges.servers.count} replicas"
     if judges.keeps_up:
-        return f"{judges.gpus_needed} to keep up, {judges.gpus_full} with a train.staleness that keeps them full"
+        return f"{judges.gpus_needed} to keep up; {judges.gpus_full} with a train.staleness that keeps them full"
     return (
-        f"no number keeps up: a group takes {judges.shortest:.1f} s however many there are; use train.staleness = "
-        f"{judges.staleness_needed} or more and workers for all groups. {judges.gpus_full} do once that keeps them full"
+        f"no number keeps up: a group takes {judges.shortest:.1f} s on any number; set train.staleness to "
+        f"{judges.staleness_needed} or more, with workers for all groups. {judges.gpus_full} GPUs suffice if kept full"
     )
 
 
 def _workers_needed(judges: JudgeCluster) -> str:
     if judges.servers.workers is None:
         return "none"
-    groups = judges.servers.question.config.teacher.workers.groups
+    groups = judges.servers.request.config.teacher.workers.groups
     return (
-        f"needs {judges.workers_needed} judge workers of {groups} groups each; planned with {judges.servers.workers} "
+        f"{judges.workers_needed} judge workers of {groups} groups each needed, planned with {judges.servers.workers} "
         "(judges.workers of the cluster file)"
     )
 
 
 def _limits(plan: Plan) -> Section:
     rows = [
-        (limit.name, f"{limit.share:.0%}", limit.detail, ("stops the run" if limit.fatal else "slows it down"))
+        (limit.name, f"{limit.share:.0%}", limit.detail, ("the run stops" if limit.fatal else "the run slows down"))
         for limit in plan.limits
     ]
-    return Section("What fails first", ("limit", "used", "detail", "if passed"), tuple(rows))
+    return Section("What fails first", ("limit", "used", "detail", "beyond it"), tuple(rows))
 
 
-def _layouts(found: Sweep) -> Section:
+def _layouts(sweep: Sweep) -> Section:
     rows = [
         (
             str(number + 1),
             plan.layout.describe(),
-            str(plan.question.config.train.micro_batch),
+            str(plan.request.config.train.micro_batch),
             f"{plan.step_seconds:.1f} s",
             f"{plan.update_mfu:.1%}",
             f"{plan.memory.total / _GB:.1f} GB",
         )
-        for number, plan in enumerate(found.plans[:_SHOWN])
+        for number, plan in enumerate(sweep.plans[:_SHOWN])
     ]
     title = (
-        f"Layouts: {found.tried} tried, {found.refused} refused, {found.too_large} do not fit, "
-        f"{len(found.plans)} ranked"
+        f"Layouts: {sweep.tried} tried, {sweep.refused} refused, {sweep.too_large} do not fit, "
+        f"{len(sweep.plans)} ranked"
     )
     return Section(title, ("", "layout", "micro-batch", "step", "MFU of the update", "memory"), tuple(rows))
 
 
-def _divided(plans: Sequence[Plan]) -> Section:
+def _splits(plans: Sequence[Plan]) -> Section:
     rows = [
         (
-            str(plan.question.trainer.gpus),
-            str(plan.question.judges.gpus),
+            str(plan.request.trainer.gpus),
+            str(plan.request.judges.gpus),
             str(plan.judges.gpus_needed if plan.judges else 0),
             f"{plan.step_seconds:.1f} s",
             f"{plan.hours:,.1f}",
@@ -300,63 +301,71 @@ def _divided(plans: Sequence[Plan]) -> Section:
         for plan in plans[:_SHOWN]
     ]
     columns = ("training", "judging", "judges needed", "step", "hours", "cost")
-    return Section("The same GPUs, divided between training and judging", columns, tuple(rows))
+    return Section("The same GPUs, split between training and judging", columns, tuple(rows))
 
 
 def _simulated(scenario: Scenario) -> Section:
-    outcome = scenario.outcome
+    result = scenario.result
     rows = [
         (
             "simulated",
             f"{scenario.steps:,} of {scenario.run_steps:,} steps; work on a group varies by {scenario.variation:.1%}",
         ),
-        ("step", f"{outcome.step_seconds:.1f} s, planned {scenario.planned:.1f} s{_why_not(scenario)}"),
-        ("busy", ", ".join(f"{name} {share:.0%}" for name, share in outcome.busy.items())),
-        ("enlarge first", outcome.bottleneck),
-        ("staleness", f"{outcome.staleness:.2f} updates on average, {outcome.staleness_highest} at most"),
+        ("step", f"{result.step_seconds:.1f} s, planned {scenario.planned:.1f} s{_why_not(scenario)}"),
+        ("busy", ", ".join(f"{name} {share:.0%}" for name, share in result.busy.items())),
+        ("bottleneck", result.bottleneck),
+        ("staleness", f"{result.staleness:.2f} updates on average, {result.staleness_highest} at most"),
         (
             "waiting per step",
-            f"{outcome.wait_for_judges:.1f} s for a batch, {outcome.wait_for_rollouts:.1f} s for rollouts",
+            f"{result.wait_for_judges:.1f} s for a batch, {result.wait_for_rollouts:.1f} s for rollouts",
         ),
-        ("failures simulated", f"{outcome.failures}, {outcome.lost / 3600:.1f} hours lost"),
+        ("failures simulated", f"{result.failures}, {result.lost / 3600:.1f} hours lost"),
         (
             "groups given up",
-            f"{outcome.given_up:,} of {scenario.groups:,}, {scenario.given_up:.1%}; teacher.max_failure_rate = "
-            f"{scenario.allowed:g}{': the run would pause' if scenario.fails else ''}",
+            f"{result.given_up:,} of {scenario.groups:,}, {scenario.given_up:.1%}; teacher.max_failure_rate = "
+            f"{scenario.allowed:g}{'; the run would pause' if scenario.fails else ''}",
         ),
+        ("checkpoints", _checkpoints(scenario)),
         ("whole run", _whole_run(scenario)),
     ]
     return Section("Simulated", ("", ""), tuple(rows))
 
 
 def _why_not(scenario: Scenario) -> str:
-    """Why a simulated step is not as long as the planned one, if it is not."""
-    difference = scenario.outcome.step_seconds / scenario.planned - 1
+    """Explain a difference between the simulated and the planned step; empty if they agree."""
+    difference = scenario.result.step_seconds / scenario.planned - 1
     if abs(difference) < _AGREE:
         return ""
     if difference < 0:
-        return " (judges begin with a part of a batch while the next is generated, which the plan leaves out)"
+        return " (judging starts with a part of a batch while the next part is generated; the plan leaves this out)"
     return (
-        " (the plan leaves out checkpoints, failures, slow workers, groups that are judged again, and pauses between "
-        "two looks into the buffer)"
+        " (the plan leaves out checkpoints, failures, slow workers, groups that are judged again, and the intervals at "
+        "which the buffer is polled)"
     )
 
 
 def _whole_run(scenario: Scenario) -> str:
     if not math.isfinite(scenario.seconds):
-        return "gets nowhere: failures cost more time than there is between them; write checkpoints more often"
+        return "never ends: failures cost more time than there is between them; lower checkpoint.every"
     lost = scenario.seconds - scenario.calm_seconds
     return (
         f"{scenario.seconds / 3600:,.1f} hours with checkpoints, of which {lost / 3600:.1f} for "
-        f"{scenario.expected_failures:.1f} failures to be expected at {scenario.failure_cost / 3600:.2f} hours each"
+        f"{scenario.expected_failures:.1f} expected failures at {scenario.failure_cost / 3600:.2f} hours each"
     )
 
 
+def _checkpoints(scenario: Scenario) -> str:
+    now = f"checkpoint.every = {scenario.checkpoint_every}, {scenario.checkpoint_seconds:.1f} s each"
+    if math.isinf(scenario.failures.seconds_between):
+        return now
+    return f"{now}; the expected run is shortest with about {scenario.best_checkpoint_every:,} (Daly 2006)"
+
+
 def _sources(plan: Plan) -> Section:
-    """Where figures of hardware come from."""
+    """List every constant with its source."""
     rows: list[tuple[str, str, str]] = []
     seen = set()
-    for nodes in (plan.question.trainer, plan.question.judges):
+    for nodes in (plan.request.trainer, plan.request.judges):
         if nodes.gpu.name in seen:
             continue
         seen.add(nodes.gpu.name)
@@ -369,7 +378,7 @@ def _sources(plan: Plan) -> Section:
 
 
 def _constants() -> dict[str, Constant]:
-    modules = (hardware, update, rollouts, judging, judge_cluster, checks, scenario)
+    modules = (hardware, update, rollouts, judging, judge_cluster, checks, simulation)
     return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Constant)}
 
 

@@ -1,4 +1,4 @@
-"""What is to be planned: a run, its models, and the GPUs there are."""
+"""The input of the planner: a run, its models and its GPUs."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from megatron_rlpt.planner.judging import ANSWER_VARIATION
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be planned."""
+    """A run to plan."""
 
     config: Config
     model: Architecture
     teacher: Architecture
     trainer: Nodes
     judges: Nodes
-    """GPUs of the teacher; none where the trainer judges or nothing is judged."""
+    """GPUs of the teacher; none if the trainer judges or nothing is judged."""
     judge_tensor: int
-    """GPUs of one server of the teacher."""
+    """GPUs of one teacher server."""
     judge_fp8: bool
-    """Whether the servers hold the teacher in fp8 (``rlpt teacher serve ... --quantization fp8``)."""
+    """Whether servers hold the teacher in fp8 (``rlpt teacher serve ... --quantization fp8``)."""
     answer_tokens: float
     """Mean length of a verdict."""
     trainer_price: float
     """US dollars per GPU and hour."""
     judge_price: float
     judge_workers: int | None = None
-    """Judge workers; None is as many as take up every group at once, or fill the servers."""
+    """Judge workers; None for as many as hold all groups, or fill the servers."""
     answer_variation: float = ANSWER_VARIATION
     """Standard deviation over mean of the length of a verdict."""
     prefix_tokens: int | None = None
-    """Mean length of a prefix, for times and cost; None is ``data.max_prefix``, at which memory is planned anyway."""
+    """Mean length of a prefix, for times and cost; None for ``data.max_prefix``, which memory is always planned at."""
     teacher_notes: tuple[str, ...] = ()
-    """What was assumed about a teacher that the policy could not be."""
+    """Assumptions about a teacher of a family that is not supported as policy."""
 
     @property
-    def usual(self) -> Config:
+    def mean_config(self) -> Config:
         """The run with prefixes of mean length."""
         if self.prefix_tokens is None:
             return self.config

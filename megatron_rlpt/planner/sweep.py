@@ -1,4 +1,4 @@
-"""Other ways to run the same: every layout, the fastest that fits first; and GPUs divided with the judges."""
+"""Alternatives to a plan: all layouts, ranked by speed, and all splits of GPUs between trainer and judges, by cost."""
 
 from __future__ import annotations
 
@@ -18,75 +18,75 @@ _LARGEST_CONTEXT = 8
 
 @dataclass(frozen=True)
 class Sweep:
-    """What came of it."""
+    """Ranked layouts, and how many were left out."""
 
     plans: tuple[Plan, ...]
     """Layouts that fit, the fastest step first."""
     tried: int
     refused: int
-    """Layouts that do not divide model, batch or GPUs."""
+    """Layouts that do not divide the model, the batch or the GPUs."""
     too_large: int
-    """Layouts that something stops, memory most of all."""
+    """Layouts that exceed a fatal limit, usually memory."""
 
 
-def sweep(question: PlanRequest) -> Sweep:
-    """Plan ``question`` in every layout and micro-batch.
+def sweep(request: PlanRequest) -> Sweep:
+    """Plan ``request`` in every layout and micro-batch size.
 
     Raises:
-        ConfigError: no layout divides model, batch and GPUs; it says why the configured one does not.
+        ConfigError: no layout divides the model, the batch and the GPUs; the error is that of the configured layout.
     """
     plans: list[Plan] = []
     refused = 0
-    for parallel, micro_batch in _choices(question):
-        train = replace(question.config.train, micro_batch=micro_batch)
-        config = replace(question.config, parallel=parallel, train=train)
+    for parallel, micro_batch in _choices(request):
+        train = replace(request.config.train, micro_batch=micro_batch)
+        config = replace(request.config, parallel=parallel, train=train)
         try:
-            plans.append(make_plan(replace(question, config=config)))
+            plans.append(make_plan(replace(request, config=config)))
         except ConfigError:
             refused += 1
     if not plans:
-        make_plan(question)  # says what is wrong
+        make_plan(request)  # raises the error of the configured layout
     fitting = sorted((plan for plan in plans if plan.runs), key=lambda plan: plan.step_seconds)
     return Sweep(tuple(fitting), len(plans) + refused, refused, len(plans) - len(fitting))
 
 
-def split(question: PlanRequest, total: int, per_node: int | None = None) -> tuple[Plan, ...]:
-    """Plans that divide ``total`` GPUs between trainer and judges, the cheapest run first; the layout stays.
+def split(request: PlanRequest, total: int, per_node: int | None = None) -> tuple[Plan, ...]:
+    """Plan every split of ``total`` GPUs between trainer and judges in the given layout, the cheapest run first.
 
     Args:
-        question: the run.
+        request: the run.
         total: GPUs.
-        per_node: trainer GPUs that NVLink connects; None is what their type says.
+        per_node: trainer GPUs that NVLink connects; None for the default of their type.
 
     Raises:
-        ConfigError: no division works, or no GPU would judge.
+        ConfigError: no split works, or the run needs no judge GPUs.
     """
-    if not question.judges.gpus:
+    if not request.judges.gpus:
         raise ConfigError(
-            f"--total-gpus is {total}, and no GPU of this run only judges (nothing is judged, or "
-            "teacher.run_in=trainer); plan with --gpus"
+            f"--total-gpus is {total}, but this run has no judge GPUs (nothing is judged, or teacher.run_in=trainer); "
+            "plan with --gpus"
         )
-    domain = per_node or int(question.trainer.gpu.domain)
+    domain = per_node or int(request.trainer.gpu.domain)
     plans = []
-    for gpus in _divisions(total):
-        parted = replace(
-            question,
-            trainer=replace(question.trainer, gpus=gpus, per_node=min(gpus, domain)),
-            judges=replace(question.judges, gpus=total - gpus),
+    for gpus in _trainer_gpus(total):
+        candidate = replace(
+            request,
+            trainer=replace(request.trainer, gpus=gpus, per_node=min(gpus, domain)),
+            judges=replace(request.judges, gpus=total - gpus),
         )
         with contextlib.suppress(ConfigError):
-            plans.append(make_plan(parted))
+            plans.append(make_plan(candidate))
     fitting = sorted((plan for plan in plans if plan.runs), key=lambda plan: plan.cost)
     if not fitting:
         raise ConfigError(
-            f"--total-gpus is {total}; no division between trainer and judges fits this layout and memory; try another "
+            f"--total-gpus is {total}; no split between trainer and judges fits this layout; try another "
             "layout (--sweep) or more GPUs"
         )
     return tuple(fitting)
 
 
-def _divisions(total: int) -> Iterator[int]:
-    """Numbers of trainer GPUs worth a look: powers of two times 1 or 3, below ``total``."""
+def _trainer_gpus(total: int) -> Iterator[int]:
+    """Yield candidate numbers of trainer GPUs: powers of two times 1 or 3, below ``total``."""
     for factor in (1, 3):
         gpus = factor
         while gpus < total:
@@ -94,9 +94,9 @@ def _divisions(total: int) -> Iterator[int]:
             gpus *= 2
 
 
-def _choices(question: PlanRequest) -> Iterator[tuple[ParallelConfig, int]]:
-    """Layouts worth a look: tensor parallelism stays inside a node, the rest divides the GPUs."""
-    nodes, model, given = question.trainer, question.model, question.config.parallel
+def _choices(request: PlanRequest) -> Iterator[tuple[ParallelConfig, int]]:
+    """Yield candidate layouts and micro-batches: tensor parallelism stays inside a node, the rest divides the GPUs."""
+    nodes, model, given = request.trainer, request.model, request.config.parallel
     for tensor in _divisors(nodes.per_node):
         for pipeline in _divisors(model.layers):
             for context in (size for size in _divisors(nodes.gpus) if size <= _LARGEST_CONTEXT):

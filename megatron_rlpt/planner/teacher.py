@@ -1,6 +1,6 @@
-"""Sizes of a teacher, whatever its family: vLLM serves many models that the policy could not be. Imports no torch.
+"""Sizes of a teacher of any family, because vLLM serves many models that are not supported as policy. Imports no torch.
 
-The planner needs no more than how many weights it has, how many of them a token meets, and how large its cache is.
+The planner needs the number of weights, how many of them process a token, and the size of the cache.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "expert_ffn": ("moe_intermediate_size", "expert_ffn_hidden_size"),
     "shared": ("n_shared_experts", "num_shared_experts"),
 }
-"""Size -> what configurations of Hugging Face call it."""
+"""Size -> its names in Hugging Face configurations."""
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 _UNGATED = {
     *("bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "nemotron", "opt", "phi"),
     "starcoder2",
 }
-"""Families whose feed-forward layer is two matrices, not three."""
+"""Families whose feed-forward layer has two matrices, not three."""
 _HEAD_DIM, _VOCABULARY, _CONTEXT = 128, 131072, 32768
-"""Assumed where a configuration leaves them to its family's defaults."""
+"""Assumed if a configuration leaves them to its family's defaults."""
 
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """What is planned with."""
+    """The teacher to plan with."""
 
     arch: Architecture
     quantized: bool = False
-    """Whether its weights take a byte each, or less."""
+    """Whether its weights take at most one byte each."""
     notes: tuple[str, ...] = ()
-    """What was assumed or left out; empty for a model that the policy could be."""
+    """Assumptions and omissions; empty for a family that is supported as policy."""
 
 
 def parse_teacher(raw: dict[str, Any], path: Path) -> TeacherModel:
-    """The teacher that the entries ``raw`` of a ``config.json`` describe; ``path`` is named in errors.
+    """Return the teacher that the entries ``raw`` of a ``config.json`` describe; errors name ``path``.
 
     Raises:
-        ModelError: even its layers and their size are not to be found.
+        ModelError: the number of layers or their size is missing or not a number.
     """
     try:
         return TeacherModel(parse_architecture(raw, path))
@@ -61,7 +61,7 @@ def parse_teacher(raw: dict[str, Any], path: Path) -> TeacherModel:
 
 
 class _Lenient:
-    """One reading of a configuration, with what it had to assume."""
+    """A configuration read by its sizes alone, with notes on what was assumed."""
 
     def __init__(self, raw: dict[str, Any], path: Path) -> None:
         self._path = path
@@ -78,18 +78,18 @@ class _Lenient:
         kv_heads = 1 if raw.get("multi_query") else self._number("kv_heads") or heads
         head_dim = self._named("head_dim") or max(1, hidden // heads)
         if rank := self._named("kv_lora_rank"):
-            # One latent vector per token, which every head reads; the cache is counted as a key and a value.
+            # All heads read one latent vector per token; half of it counts as key, half as value.
             kv_heads, head_dim = 1, (rank + (self._named("qk_rope_head_dim") or 0)) // 2
-            self._notes.append("its attention is latent: the cache is exact, the weights of attention are not")
+            self._notes.append("its attention is latent: the cache is exact, the attention weights are approximate")
         if raw.get("sliding_window") and raw.get("use_sliding_window", True):
-            self._notes.append("layers with a sliding window are counted like the others")
+            self._notes.append("sliding-window layers count like full attention")
         ffn = self._size("ffn", 4 * hidden)
         if str(raw.get("model_type")) in _UNGATED:
             ffn = max(1, 2 * ffn // 3)
         quantization = raw.get("quantization_config") or raw.get("compression_config")
         if quantization:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-            self._notes.append(f"its weights are quantized ({method}) and counted as a byte each")
+            self._notes.append(f"its weights are quantized ({method}) and count as one byte each")
         arch = Architecture(
             model_type=str(raw.get("model_type")),
             layers=layers,
@@ -106,13 +106,13 @@ class _Lenient:
             init_std=0.02,
             experts=self._experts(layers, ffn),
         )
-        kind = f"the teacher is read by its sizes alone: the policy could not be this {arch.model_type} model"
+        kind = f"the teacher is planned by its sizes alone: {arch.model_type} is not a family supported as policy"
         return TeacherModel(arch, bool(quantization), ("; ".join([kind, *self._notes]),))
 
     def _experts(self, layers: int, ffn: int) -> Experts | None:
-        """Experts per layer of a model with the same weights, all of whose layers have as many.
+        """Return the experts per layer of a model with the same weights and equal layers.
 
-        Dense layers and shared experts are counted as the experts that they are as large as.
+        Dense layers and shared experts count as experts of the same size.
         """
         raw = self._raw
         count = self._number("experts")
@@ -131,31 +131,30 @@ class _Lenient:
         sparse = sum(layer >= first and (layer + 1) % step == 0 and layer not in only for layer in range(layers))
         dense = (layers - sparse) * (self._named("intermediate_size_mlp") or ffn) / inner
         stored = max(1, round((sparse * (count + shared) + dense) / layers))
-        met = max(1, round((sparse * (per_token + shared) + dense) / layers))
+        active = max(1, round((sparse * (per_token + shared) + dense) / layers))
         if sparse < layers or shared:
-            self._notes.append("dense layers and shared experts are counted as experts of the same size")
-        return Experts(count=stored, per_token=min(met, stored), ffn_hidden=inner, normalized=True)
+            self._notes.append("dense layers and shared experts count as experts of the same size")
+        return Experts(count=stored, per_token=min(active, stored), ffn_hidden=inner, normalized=True)
 
     def _required(self, size: str) -> int:
         found = self._number(size)
         if found is None:
             raise ModelError(
-                f"{self._path} has none of {', '.join(_NAMES[size])}, and nothing can be planned without; give the "
-                "config.json of a language model"
+                f"{self._path} has none of {', '.join(_NAMES[size])}; give the config.json of a language model"
             )
         return found
 
     def _size(self, size: str, assumed: int) -> int:
         found = self._number(size)
         if found is None:
-            self._notes.append(f"{_NAMES[size][0]} is missing and taken to be {assumed}")
+            self._notes.append(f"{_NAMES[size][0]} is missing and assumed to be {assumed}")
         return assumed if found is None else found
 
     def _number(self, size: str) -> int | None:
         return next((value for name in _NAMES[size] if (value := self._named(name)) is not None), None)
 
     def _named(self, name: str) -> int | None:
-        """The whole number above 0 of an entry; None where there is none, or null or 0."""
+        """Return the positive integer of an entry; None if it is missing, null or 0."""
         value = self._raw.get(name)
         if not value:
             return None

@@ -1,4 +1,4 @@
-"""How many parameters a decoder has, and how many FLOPs it takes, by what its sizes are."""
+"""Parameters and FLOPs of a decoder, from its sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Transformer:
     kv_heads: int
     head_dim: int
     vocab: int
-    """Rows of the embedding, padding included."""
+    """Rows of the embedding, with padding."""
     gated: bool = True
     """Whether the feed-forward layer has a gate projection (SwiGLU)."""
     tied: bool = False
@@ -26,7 +26,7 @@ class Transformer:
 
     @classmethod
     def of(cls, arch: Architecture) -> Transformer:
-        """The sizes of ``arch``; all supported families have gated feed-forward layers."""
+        """Return the sizes of ``arch``; all supported families have gated feed-forward layers."""
         return cls(
             layers=arch.layers,
             hidden=arch.hidden,
@@ -41,28 +41,28 @@ class Transformer:
 
     @property
     def projections(self) -> int:
-        """Matrices into the feed-forward layer: up, and gate where there is one."""
+        """Matrices into the feed-forward layer: up, and gate if there is one."""
         return 2 if self.gated else 1
 
     @property
     def attention_parameters(self) -> int:
-        """Matrices of one layer's attention."""
+        """Parameters of one layer's attention matrices."""
         return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
 
     @property
     def expert_parameters(self) -> int:
-        """Matrices of one expert, or of the only feed-forward layer."""
+        """Parameters of one expert, or of the feed-forward layer of a dense model."""
         inner = self.experts.ffn_hidden if self.experts else self.ffn_hidden
         return self.hidden * inner * (self.projections + 1)
 
     @property
     def embedding_parameters(self) -> int:
-        """The embedding; the output layer is as large."""
+        """Parameters of the embedding; the output layer has as many."""
         return self.vocab * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All matrices."""
+        """Parameters of all matrices."""
         experts = self.experts.count if self.experts else 1
         router = self.experts.count * self.hidden if self.experts else 0
         layer = self.attention_parameters + experts * self.expert_parameters + router
@@ -70,7 +70,7 @@ class Transformer:
 
     @property
     def active_parameters(self) -> int:
-        """Matrices that one token meets in the layers."""
+        """Parameters that process one token in the layers."""
         experts = self.experts.per_token if self.experts else 1
         return self.layers * (self.attention_parameters + experts * self.expert_parameters)
 
@@ -80,10 +80,10 @@ class Transformer:
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
     def forward_flops(self, sequence: int, predicted: float | None = None) -> float:
-        """FLOPs of the forward pass of one sequence of ``sequence`` tokens, as Megatron counts them.
+        """Return the FLOPs of the forward pass of one sequence of ``sequence`` tokens, as Megatron counts them.
 
-        Attention is counted in full, not the causal half of it, as in ``num_floating_point_operations`` of
-        Megatron-LM's ``training.py`` (r0.8), so that utilisation can be compared with published figures.
+        Attention counts in full, not only its causal half, as in ``num_floating_point_operations`` of Megatron-LM's
+        ``training.py`` (r0.8), so that utilization compares with published numbers.
 
         Args:
             sequence: tokens.

@@ -1,10 +1,9 @@
-"""How long a forward pass or an optimizer update takes in a layout, part by part.
+"""The seconds of a forward pass or an optimizer update in a layout, part by part.
 
-A stage of the pipeline works through its micro-batches one after the other; each of its layers takes the time of its
-matrix products, of attention, of kernels that only move memory, and of what its ranks have to tell each other. The
-slowest stage decides, which is the last: it has the output layer besides. Gradients and weights are exchanged among
-data-parallel ranks; what the passes cannot hide comes on top. ``tools/bench/plan_megatron_table.py`` compares this with
-published measurements.
+A pipeline stage processes its micro-batches one by one; each layer takes the time of its matrix products, attention,
+kernels that only move memory, and communication between its ranks. The slowest stage sets the pace: the last one, with
+the output layer. Data-parallel ranks exchange gradients and weights; the part that the passes cannot hide is added.
+``tools/bench/plan_megatron_table.py`` compares this with published measurements.
 """
 
 from __future__ import annotations
@@ -25,39 +24,39 @@ STEP_OVERHEAD = Constant(
 ELEMENTWISE_FORWARD = Constant(
     28, "counted: bytes per token and hidden element that two norms, two residual additions and RoPE move in bf16"
 )
-"""The activation of the feed-forward layer comes on top."""
+"""Without the activation of the feed-forward layer."""
 ELEMENTWISE_BACKWARD = Constant(36, "counted: the same kernels in the backward pass, which read inputs and gradients")
 LOGIT_BYTES = Constant(
     12, "counted: bytes per token and vocabulary entry of log-softmax and its gradient: fp32 once, bf16 four times"
 )
 _GRADIENT_BYTES, _WEIGHT_BYTES = 4, 2
 _STATE_BYTES = 32
-"""What the optimizer reads and writes per parameter: fp32 gradient, weight and two moments, the bf16 weight."""
+"""Bytes that the optimizer reads and writes per parameter: fp32 gradient, weight and two moments, bf16 weight."""
 
 
 @dataclass(frozen=True)
 class UpdateWork:
-    """What goes through the model at once."""
+    """The batch of one update."""
 
     sequences: int
     """Sequences of the whole batch."""
     length: int
-    """Tokens of each, padding included."""
+    """Tokens of each, with padding."""
     predicted: int
     """Tokens of each whose logits are computed."""
     micro_batch: int
-    """Sequences per rank that go through a stage together."""
+    """Sequences of a micro-batch per rank."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What of a run changes how long its passes take."""
+    """Settings of a run that change the duration of its passes."""
 
     fp8: bool = False
     recompute_attention: bool = False
     recompute_layers: bool = False
     hidden_tensor: float = 0.0
-    """Share of tensor-parallel communication that is hidden."""
+    """Share of tensor-parallel communication that is hidden behind computation."""
     overlap_reduce: bool = False
     overlap_gather: bool = False
     overhead: float = STEP_OVERHEAD
@@ -66,7 +65,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of one layer, or of several."""
+    """Seconds of one layer or several, by part."""
 
     matmul: float = 0.0
     attention: float = 0.0
@@ -77,89 +76,89 @@ class Parts:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return sum(getattr(self, part.name) for part in fields(self))
 
     def plus(self, other: Parts, times: float = 1.0) -> Parts:
-        """This and ``times`` the other."""
+        """Return the sum of this and ``times`` the other."""
         return Parts(*(getattr(self, p.name) + times * getattr(other, p.name) for p in fields(self)))
 
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of a pass over the whole batch, as the slowest rank sees them."""
+    """Seconds of a pass over the whole batch on the slowest rank."""
 
     layers: Parts
     logits: float
     pipeline: float
-    """Sending activations and gradients between stages."""
+    """Transfer of activations and gradients between stages."""
     bubble: float
-    """Waiting for the pipeline to fill and to empty."""
+    """Idle time while the pipeline fills and empties."""
     data: float = 0.0
-    """What cannot be hidden of exchanging gradients and weights among data-parallel ranks."""
+    """Exchange of gradients and weights between data-parallel ranks, as far as it is not hidden."""
     optimizer: float = 0.0
     overhead: float = 0.0
-    """What does not depend on the model: ``Options.overhead``."""
+    """``Options.overhead``."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         own = (part.name for part in fields(self) if part.name != "layers")
         return self.layers.total + sum(getattr(self, name) for name in own)
 
     def parts(self) -> dict[str, float]:
-        """Name -> seconds, flat."""
+        """Return name -> seconds, with the parts of the layers."""
         flat = {part.name: getattr(self.layers, part.name) for part in fields(self.layers)}
         return flat | {part.name: getattr(self, part.name) for part in fields(self) if part.name != "layers"}
 
 
 def forward_seconds(model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options) -> PassTime:
-    """A forward pass without gradients, as for the log-probabilities of the reference."""
+    """Return the time of a forward pass without gradients, as for the log-probabilities of the reference."""
     stage = _Stage.of(model, layout, nodes, work, options)
-    rounds = _rounds(layout, work)
+    micro_batches = _micro_batches(layout, work)
     sends = layout.virtual_stages * stage.send
     return PassTime(
-        layers=Parts().plus(stage.forward, rounds * stage.layers),
-        logits=rounds * stage.logits[0],
-        pipeline=rounds * sends,
-        # Megatron's schedules fill the pipeline once, forward only or not.
+        layers=Parts().plus(stage.forward, micro_batches * stage.layers),
+        logits=micro_batches * stage.logits[0],
+        pipeline=micro_batches * sends,
+        # Megatron's schedules fill the pipeline once, also for forward-only passes.
         bubble=(layout.pipeline - 1) / layout.virtual_stages * (stage.layers * stage.forward.total + sends),
     )
 
 
 def update_seconds(model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options) -> PassTime:
-    """Forward, backward, exchange of gradients, optimizer step and exchange of weights."""
+    """Return the time of forward-backward, gradient exchange, optimizer step and weight exchange."""
     stage = _Stage.of(model, layout, nodes, work, options)
-    rounds = _rounds(layout, work)
+    micro_batches = _micro_batches(layout, work)
     both = stage.forward.plus(stage.backward)
     sends = 2 * layout.virtual_stages * stage.send
     mean = stage.layers * both.total + sends + sum(stage.logits) / layout.pipeline
     return PassTime(
-        layers=Parts().plus(both, rounds * stage.layers),
-        logits=rounds * sum(stage.logits),
-        pipeline=rounds * sends,
+        layers=Parts().plus(both, micro_batches * stage.layers),
+        logits=micro_batches * sum(stage.logits),
+        pipeline=micro_batches * sends,
         bubble=(layout.pipeline - 1) / layout.virtual_stages * mean,
-        data=_data_seconds(model, layout, nodes, stage, rounds, options),
+        data=_data_seconds(model, layout, nodes, stage, micro_batches, options),
         optimizer=_optimizer_seconds(model, layout, nodes),
         overhead=options.overhead,
     )
 
 
 def utilisation(model: Transformer, nodes: Nodes, work: UpdateWork, seconds: float, *, passes: float = 3.0) -> float:
-    """Model FLOPs (Megatron's count) over what all GPUs could do in bf16: MFU; ``passes`` is 3 with a backward pass."""
+    """Return the MFU: model FLOPs (Megatron's count) over the bf16 peak of all GPUs; ``passes`` is 3 with backward."""
     flops = passes * work.sequences * model.forward_flops(work.length, work.predicted)
     return flops / (seconds * nodes.gpus * nodes.gpu.bf16)
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """One stage and one micro-batch."""
+    """The time of one micro-batch on one stage."""
 
     layers: int
     forward: Parts
     """Of one layer."""
     backward: Parts
-    """Of one layer, with what is computed again."""
+    """Of one layer, with recomputation."""
     logits: tuple[float, float]
     """Forward and backward of the output layer, on the last stage."""
     send: float
@@ -186,16 +185,16 @@ class _Stage:
         )
 
 
-def _rounds(layout: Layout, work: UpdateWork) -> int:
-    """Micro-batches per rank; an interleaved pipeline needs a multiple of its size."""
-    rounds = math.ceil(work.sequences / (layout.data * work.micro_batch))
-    return math.ceil(rounds / layout.pipeline) * layout.pipeline if layout.virtual_stages > 1 else rounds
+def _micro_batches(layout: Layout, work: UpdateWork) -> int:
+    """Return the micro-batches per rank; an interleaved pipeline needs a multiple of its size."""
+    micro_batches = math.ceil(work.sequences / (layout.data * work.micro_batch))
+    return math.ceil(micro_batches / layout.pipeline) * layout.pipeline if layout.virtual_stages > 1 else micro_batches
 
 
 def _layer(
     model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options, tokens: float
 ) -> tuple[Parts, Parts]:
-    """One layer on ``tokens`` tokens of a rank's share of the sequences, forward and backward."""
+    """Return the forward and backward time of one layer on a rank's ``tokens`` tokens."""
     gpu, tensor = nodes.gpu, layout.tensor
     query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
     products = [(1, tokens, (query + 2 * key) / tensor, model.hidden), (1, tokens, model.hidden, query / tensor)]
@@ -205,7 +204,7 @@ def _layer(
     if model.experts is None:
         products += [(1, tokens, model.projections * inner, model.hidden), (1, tokens, model.hidden, inner)]
     else:
-        # Experts are whole on their rank, so each rank sends its own share of the tokens there and back.
+        # Tensor parallelism does not split experts: each rank sends its own share of the tokens there and back.
         held = model.experts.count // layout.expert
         routed = tokens / spread * model.experts.per_token
         each, inner = routed / held, model.experts.ffn_hidden
@@ -229,7 +228,7 @@ def _layer(
                 attention=attention[index],
                 elementwise=memory_seconds(gpu, moved),
                 tensor=tensors,
-                # Keys and values travel while attention works on those that are there.
+                # Attention on keys and values already received hides the transfer of the others.
                 context=max(0.0, (index + 1) * ring - attention[index]),
                 expert=exchange,
             )
@@ -238,7 +237,7 @@ def _layer(
 
 
 def _ring_seconds(model: Transformer, layout: Layout, nodes: Nodes, tokens: float) -> float:
-    """Keys and values of a layer once around the context-parallel ranks."""
+    """Return the seconds to pass a layer's keys and values once around the context-parallel ranks."""
     if layout.context == 1:
         return 0.0
     moved = tokens * 2 * model.kv_heads * model.head_dim * 2 / layout.tensor * (layout.context - 1)
@@ -246,7 +245,7 @@ def _ring_seconds(model: Transformer, layout: Layout, nodes: Nodes, tokens: floa
 
 
 def shares(model: Transformer, layout: Layout) -> tuple[float, float]:
-    """Parameters per rank of the fullest stage: those all replicas hold, and those of its experts."""
+    """Return the parameters per rank of the fullest stage: dense ones and those of experts."""
     layers = model.layers // layout.pipeline
     dense = model.attention_parameters + (0 if model.experts else model.expert_parameters)
     ends = model.embedding_parameters * (2 if layout.pipeline == 1 and not model.tied else 1)
@@ -255,12 +254,12 @@ def shares(model: Transformer, layout: Layout) -> tuple[float, float]:
 
 
 def _data_seconds(
-    model: Transformer, layout: Layout, nodes: Nodes, stage: _Stage, rounds: int, options: Options
+    model: Transformer, layout: Layout, nodes: Nodes, stage: _Stage, micro_batches: int, options: Options
 ) -> float:
-    """Reducing gradients and gathering weights, less what the last backward and the first forward passes hide.
+    """Return the seconds to reduce gradients and gather weights that the adjacent passes do not hide.
 
-    Stages of an interleaved pipeline are done with a piece after the last ``pipeline`` micro-batches, so that those
-    hide it; the piece that is done last hides behind nothing.
+    A stage of an interleaved pipeline finishes a model chunk after the last ``pipeline`` micro-batches, which hide its
+    exchange; nothing hides that of the last chunk.
     """
     dense, experts = shares(model, layout)
     seconds = 0.0
@@ -270,14 +269,14 @@ def _data_seconds(
     ):
         if size > 1:
             seconds += parameters * (size - 1) / size / nodes.bandwidth(size, stride)
-    passes = min(layout.pipeline, rounds) * (stage.layers - 1)
+    passes = min(layout.pipeline, micro_batches) * (stage.layers - 1)
     hidden_reduce = passes * stage.backward.total if options.overlap_reduce else 0.0
     hidden_gather = passes * stage.forward.total if options.overlap_gather else 0.0
     return max(0.0, _GRADIENT_BYTES * seconds - hidden_reduce) + max(0.0, _WEIGHT_BYTES * seconds - hidden_gather)
 
 
 def _optimizer_seconds(model: Transformer, layout: Layout, nodes: Nodes) -> float:
-    """Adam on this rank's share: Megatron's distributed optimizer divides the state among data-parallel ranks."""
+    """Return the seconds of Adam on a rank's share; Megatron's distributed optimizer shards the state over replicas."""
     dense, experts = shares(model, layout)
     copies = layout.world // (layout.pipeline * layout.expert)
     return memory_seconds(nodes.gpu, _STATE_BYTES * (dense / (layout.data * layout.context) + experts / copies))

@@ -1,4 +1,4 @@
-"""What is simulated: how fast rollouts, judges and updates are, how they are coupled, and how often nodes fail."""
+"""The input of the simulation: speeds of rollouts, judges and updates, their overlap, and node failures."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from megatron_rlpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Service:
-    """Seconds that something takes: log-normal, or always the same where nothing varies."""
+    """A duration in seconds: log-normal, or constant without variation."""
 
     mean: float
     variation: float = 0.0
     """Standard deviation over mean."""
 
-    def draw(self, chance: random.Random) -> float:
-        """Seconds of one time."""
+    def draw(self, generator: random.Random) -> float:
+        """Draw a duration."""
         if not self.variation:
             return self.mean
         variance = math.log1p(self.variation**2)
-        return chance.lognormvariate(math.log(self.mean) - variance / 2, math.sqrt(variance))
+        return generator.lognormvariate(math.log(self.mean) - variance / 2, math.sqrt(variance))
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """How fast rollouts are generated, by all engines together."""
+    """Generation speed of all engines together."""
 
     per_episode: int
     """Rollouts of an episode (K)."""
     tokens: int
     """Tokens of the longest rollout."""
     tokens_per_second: float
-    """Of all engines that are full; reading the prefixes is part of it."""
+    """Of all engines at full load, prefill included."""
     stop_probability: float = 0.0
-    """Chance, at every token, that the sequence ends there; 0 makes all rollouts equally long."""
+    """Probability per token that the sequence ends there; 0 makes all rollouts equally long."""
     sequence_tokens_per_second: float = math.inf
-    """Of one sequence: the longest of those generated at once holds up the others."""
+    """Of one sequence: the longest of those generated together holds up the others."""
 
-    def draw(self, chance: random.Random, episodes: int) -> float:
-        """Seconds to generate the rollouts of ``episodes`` episodes at once."""
+    def draw(self, generator: random.Random, episodes: int) -> float:
+        """Draw the seconds to generate the rollouts of ``episodes`` episodes together."""
         count = episodes * self.per_episode
         if not count:
             return 0.0
@@ -49,74 +49,76 @@ class Rollouts:
             total, longest = count * self.tokens, self.tokens
         else:
             scale = math.log1p(-self.stop_probability)
-            lengths = [min(self.tokens, 1 + math.floor(math.log(1.0 - chance.random()) / scale)) for _ in range(count)]
+            lengths = [
+                min(self.tokens, 1 + math.floor(math.log(1.0 - generator.random()) / scale)) for _ in range(count)
+            ]
             total, longest = sum(lengths), max(lengths)
         return max(total / self.tokens_per_second, longest / self.sequence_tokens_per_second)
 
 
 @dataclass(frozen=True)
 class Judges:
-    """Judge workers, and how long they take."""
+    """Judge workers and their speed."""
 
     workers: int
     groups: int
-    """Groups that one worker judges at once (``teacher.workers.groups``)."""
+    """Groups that one worker judges concurrently (``teacher.workers.groups``)."""
     service: Service
-    """Seconds of one group; of one that is alone where groups share servers."""
+    """Seconds of one group; if groups share servers, of a group that is alone."""
     slowing: tuple[float, ...] = ()
-    """How many times as long a group takes while 1, 2, 3 ... groups share the servers, up to as many as ever do;
-    empty where every group has something for itself."""
+    """How many times as long a group takes while 1, 2, 3 ... groups share the servers, up to the most that ever do;
+    empty if groups do not share servers."""
     slow_share: float = 0.0
     """Share of the workers that are slow."""
     slowdown: float = 1.0
     """How many times as long a slow worker takes."""
     deadline: float = math.inf
-    """Seconds after which a group goes back into the buffer (``teacher.workers.group_deadline``)."""
+    """Seconds after which a group returns to the buffer (``teacher.workers.group_deadline``)."""
     max_attempts: int = 3
     """Claims after which a group is given up (``teacher.workers.max_attempts``)."""
 
     @property
     def slots(self) -> int:
-        """Groups judged at once by all workers."""
+        """Groups that all workers judge concurrently."""
         return self.workers * self.groups
 
 
 @dataclass(frozen=True)
 class Failures:
-    """How often the trainer and its engines lose a node. Judge workers replace each other and are not part of it."""
+    """Node failures of the trainer and its engines. Judge workers replace each other and do not count."""
 
     nodes: int = 0
-    """Nodes any of which stops the run."""
+    """Nodes; a failure of any of them stops the run."""
     per_node_hour: float = 0.0
     """Failures of one node per hour."""
     restart: float = 0.0
-    """Seconds from a failure until the run goes on from its last checkpoint."""
+    """Seconds from a failure until the run resumes from its last checkpoint."""
 
     @property
     def seconds_between(self) -> float:
-        """Mean time between failures of the run."""
+        """Mean seconds between failures of the run."""
         rate = self.nodes * self.per_node_hour
         return 3600 / rate if rate else math.inf
 
 
 @dataclass(frozen=True)
 class SimulatedCluster:
-    """What a run has to work with."""
+    """The resources of a simulated run."""
 
     rollouts: Rollouts
     judges: Judges | None
-    """None where nothing is judged."""
+    """None if nothing is judged."""
     failures: Failures = field(default_factory=Failures)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step consists of, and how its parts may overlap."""
+    """The work of a step and how its parts may overlap."""
 
     batch: int
     """Episodes of an update (``train.global_batch``)."""
     part: int
-    """Episodes generated at once and handed to judges together (``build._wave``)."""
+    """Episodes generated and submitted to judges together (``trainer/build.py: _wave``)."""
     staleness: int
     """S (``train.staleness``)."""
     update: Service
@@ -124,7 +126,7 @@ class Workload:
     sync: float = 0.0
     """Seconds until the engines hold new weights."""
     background: bool = True
-    """Whether rollouts are generated while the policy trains; with S = 0 they never are."""
+    """Whether rollouts are generated while the policy trains; never with S = 0."""
     checkpoint: float = 0.0
     """Seconds that a checkpoint holds up training."""
     checkpoint_every: int = 100
@@ -132,6 +134,6 @@ class Workload:
 
     def __post_init__(self) -> None:
         if not 0 < self.part <= self.batch:
-            raise ConfigError(f"episodes generated at once are {self.part}; allowed: 1 to the batch of {self.batch}")
+            raise ConfigError(f"part is {self.part} episodes; allowed: 1 to the batch of {self.batch}")
         if not self.staleness:
             object.__setattr__(self, "background", False)

@@ -38,49 +38,49 @@ Events = Generator[simpy.Event, object, None]
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """What a simulated run was like. Times in seconds."""
+    """The result of a simulated run. Times are in seconds."""
 
     seconds: float
-    """The whole run."""
+    """Of the whole run."""
     step_seconds: float
-    """Mean of a step once the pipeline is full, the last steps, in which it empties, left out."""
+    """Mean of a step while the pipeline is full, without the first and last steps, in which it fills and empties."""
     busy: dict[str, float]
-    """Share of the run in which each part was at work: ``rollouts`` (generation and sync), ``judging`` (of all slots),
+    """Share of the run in which each part was busy: ``rollouts`` (generation and sync), ``judging`` (of all slots),
     ``training`` (update, sync and checkpoint)."""
     stage_seconds: dict[str, float]
-    """Seconds per step at ``generate``, ``judge`` (of all slots together), ``update``, ``sync`` and ``checkpoint``;
-    what was done in vain included."""
+    """Seconds per step of ``generate``, ``judge`` (of all slots together), ``update``, ``sync`` and ``checkpoint``,
+    including lost work."""
     bottleneck: str
-    """The part that was at work most of the time: what to enlarge first."""
+    """The busiest part: the one to enlarge first."""
     wait_for_judges: float
-    """Mean seconds per step that the trainer waited for the batch to be generated and judged."""
+    """Mean seconds per step that the trainer waited for a generated and judged batch."""
     wait_for_rollouts: float
-    """Mean seconds per step that it waited, after the update, for generation to end, so that weights may change."""
+    """Mean seconds per step that it waited, after the update, for generation to end before the sync."""
     queued: float
     """Mean seconds between a group's arrival in the buffer and its first claim."""
     queued_longest: float
     staleness: float
-    """Mean updates between the weights that generated a batch and those that learnt from it."""
+    """Mean updates between the weights that generated a batch and those that trained on it."""
     staleness_highest: int
     in_flight: int
-    """Most groups on their way at once; the buffer of a run takes (S + 1) x batch."""
+    """Most groups in flight at the same time; the buffer of a run holds (S + 1) x batch."""
     failures: int
     """Failures that stopped the run."""
     lost: float
-    """Seconds of work done in vain, and of restarts."""
+    """Seconds of lost work and of restarts."""
     given_up: int
-    """Groups that no judge finished before its deadline in as many attempts as are allowed."""
+    """Groups that no judge finished before the deadline in all allowed attempts."""
 
 
 def simulate(cluster: SimulatedCluster, work: Workload, steps: int, seed: int = 1) -> SimulationResult:
-    """One run of ``steps`` steps; the same arguments give the same outcome.
+    """Simulate a run of ``steps`` steps; the same arguments give the same result.
 
     Raises:
-        ConfigError: the run is too short to have a steady part, or fails more often than it can save its state.
+        ConfigError: the run is too short to have a steady part, or fails too often to reach a checkpoint.
     """
     if steps < 2 * work.staleness + 4:
         raise ConfigError(
-            f"{steps} steps are too few to simulate staleness {work.staleness}; give at least {2 * work.staleness + 4}"
+            f"{steps} steps are too few to simulate staleness {work.staleness}; use at least {2 * work.staleness + 4}"
         )
     return _Simulation(cluster, work, steps, seed).run()
 

@@ -14,7 +14,7 @@ from megatron_rlpt.planner.request import PlanRequest
 _MODELS = {"continual_8b": "llama-8b", "continual_1b4": "llama-1.4b"}
 
 
-def question(recipe: str, *, gpus: int, judges: int) -> PlanRequest:
+def plan_request(recipe: str, *, gpus: int, judges: int) -> PlanRequest:
     """The recipe on so many H100."""
     gpu = GPUS["h100"]
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from plan_cases import RECIPES, ROOT, command, planned
-from plan_requests import question
+from plan_requests import plan_request
 from typer.testing import CliRunner
 
 from launch.cluster import TeacherResources as ServedTeacher
@@ -54,9 +54,9 @@ def test_where_no_number_of_judges_keeps_up_it_says_which_staleness_does():
 
 
 def test_a_group_alone_takes_its_rounds_after_each_other_whatever_the_staleness():
-    fresh = make_plan(question("continual_8b", gpus=64, judges=448))
-    config = replace(fresh.question.config, train=replace(fresh.question.config.train, staleness=4))
-    ahead = make_plan(replace(fresh.question, config=config))
+    fresh = make_plan(plan_request("continual_8b", gpus=64, judges=448))
+    config = replace(fresh.request.config, train=replace(fresh.request.config.train, staleness=4))
+    ahead = make_plan(replace(fresh.request, config=config))
     assert fresh.judges.shortest == ahead.judges.shortest
     # Seventeen candidates meet in five rounds.
     assert fresh.judges.shortest == pytest.approx(5 * fresh.judges.servers.alone.answer_seconds)
@@ -79,8 +79,8 @@ def test_too_few_workers_hold_up_servers_that_would_do():
 
 def test_a_worker_has_as_many_requests_at_a_server_as_the_launcher_allows():
     assert ServedTeacher().concurrency == WORKER_CONCURRENCY
-    one = make_plan(replace(question("continual_1b4", gpus=8, judges=1), judge_workers=1))
-    many = make_plan(replace(question("continual_1b4", gpus=8, judges=1), judge_workers=32))
+    one = make_plan(replace(plan_request("continual_1b4", gpus=8, judges=1), judge_workers=1))
+    many = make_plan(replace(plan_request("continual_1b4", gpus=8, judges=1), judge_workers=32))
     # Eight groups have 72 requests open, of which 32 are at the server.
     assert one.judges.judging.server_seconds > 1.2 * many.judges.judging.server_seconds
 

@@ -121,8 +121,8 @@ def test_what_is_assumed_is_said():
     bare = {"model_type": "gemma3", "text_config": {"hidden_size": 2560, "num_hidden_layers": 34}}
     (note,) = parse_teacher(bare, Path("config.json")).notes
     assert "only its text model is counted" in note
-    assert "num_attention_heads is missing and taken to be 20" in note
-    assert "vocab_size is missing and taken to be 131072" in note
+    assert "num_attention_heads is missing and assumed to be 20" in note
+    assert "vocab_size is missing and assumed to be 131072" in note
     assert parse_teacher(LLAMA_8B, Path("config.json")).notes == ()
 
 
@@ -146,7 +146,7 @@ def test_a_plan_takes_them_and_says_so(tmp_path, raw):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(raw))
     told = planned("--teacher", str(file))
-    assert any("the teacher is read by its sizes alone" in line for line in told["cautions"])
+    assert any("the teacher is planned by its sizes alone" in line for line in told["warnings"])
 
 
 def test_the_policy_is_still_read_strictly(tmp_path):
@@ -170,7 +170,7 @@ def test_a_teacher_is_given_by_its_folder_as_well(rlpt, tmp_path):
     for teacher in (["--teacher", tmp_path], [f"teacher.path={tmp_path}"]):
         code, out, err = rlpt("plan", "-c", run, *options, *teacher)
         assert code in (0, 1), err
-        assert any("sizes alone" in line for line in json.loads(out)["cautions"])
+        assert any("sizes alone" in line for line in json.loads(out)["warnings"])
 
 
 def test_part_of_a_layer_is_refused():

@@ -63,6 +63,6 @@ def test_servers_do_the_same_work_however_much_groups_differ():
         simulate(SimulatedCluster(rollouts, Judges(8, 4, Service(0.5, variation), slowing)), step, 60)
         for variation in (0, 0.5)
     ]
-    for outcome in found:
-        assert outcome.step_seconds == pytest.approx(8.0, rel=0.07)
-        assert outcome.busy["judging"] == pytest.approx(1.0, abs=0.07)
+    for result in found:
+        assert result.step_seconds == pytest.approx(8.0, rel=0.07)
+        assert result.busy["judging"] == pytest.approx(1.0, abs=0.07)

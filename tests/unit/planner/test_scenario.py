@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from plan_cases import RECIPES, ROOT, planned
-from plan_requests import question
+from plan_requests import plan_request
 
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planner.hardware import GPUS, Nodes
@@ -33,11 +33,11 @@ def test_a_simulated_step_is_as_long_as_the_planned_one(recipe):
 
 @pytest.mark.parametrize("judges", [20, 30])
 def test_they_agree_as_well_where_judges_do_not_keep_up(judges):
-    plan = make_plan(question("continual_1b4", gpus=8, judges=judges))
+    plan = make_plan(plan_request("continual_1b4", gpus=8, judges=judges))
     assert plan.waiting > 0.2 * plan.step_seconds
     found = simulate_plan(plan, CALM, steps=24)
-    assert found.outcome.step_seconds == pytest.approx(plan.step_seconds, rel=0.05)
-    assert found.outcome.bottleneck == "judging"
+    assert found.result.step_seconds == pytest.approx(plan.step_seconds, rel=0.05)
+    assert found.result.bottleneck == "judging"
 
 
 def test_the_last_group_of_a_batch_is_waited_for_though_servers_have_time():
@@ -48,14 +48,14 @@ def test_the_last_group_of_a_batch_is_waited_for_though_servers_have_time():
 
 
 def test_and_where_workers_are_too_few():
-    plan = make_plan(replace(question("continual_1b4", gpus=8, judges=56), judge_workers=4))
+    plan = make_plan(replace(plan_request("continual_1b4", gpus=8, judges=56), judge_workers=4))
     found = simulate_plan(plan, CALM, steps=24)
     assert plan.waiting > 0
-    assert found.outcome.step_seconds == pytest.approx(plan.step_seconds, rel=0.08)
+    assert found.result.step_seconds == pytest.approx(plan.step_seconds, rel=0.08)
 
 
 def test_work_on_many_answers_varies_less_than_one_answer():
-    plan = make_plan(question("continual_1b4", gpus=8, judges=56))
+    plan = make_plan(plan_request("continual_1b4", gpus=8, judges=56))
     # 45 answers of equal length on average.
     assert plan.judges.servers.variation == pytest.approx(0.5 / 45**0.5)
 
@@ -77,7 +77,7 @@ def test_groups_that_are_given_up_fail_the_run():
 
 
 def test_nodes_fail_by_eight_gpus_however_many_nvlink_connects():
-    given = question("continual_1b4", gpus=8, judges=56)
+    given = plan_request("continual_1b4", gpus=8, judges=56)
     gpu = GPUS["gb200"]
     found = [
         simulate_plan(make_plan(replace(given, trainer=Nodes(gpu, 64, domain))), CALM, steps=8).failures.nodes
@@ -87,13 +87,13 @@ def test_nodes_fail_by_eight_gpus_however_many_nvlink_connects():
 
 
 def test_a_checkpoint_in_the_background_costs_part_of_one_that_is_waited_for():
-    given = question("continual_1b4", gpus=8, judges=56)
+    given = plan_request("continual_1b4", gpus=8, judges=56)
 
     def seconds(background: bool) -> float:
         checkpoint = replace(given.config.checkpoint, background=background, every=1)
         plan = make_plan(replace(given, config=replace(given.config, checkpoint=checkpoint)))
-        outcome = simulate_plan(plan, CALM, steps=8).outcome
-        return outcome.stage_seconds["checkpoint"]
+        result = simulate_plan(plan, CALM, steps=8).result
+        return result.stage_seconds["checkpoint"]
 
     assert seconds(True) == pytest.approx(2 / 7 * seconds(False))
     assert seconds(False) > 1
@@ -113,7 +113,7 @@ def test_the_whole_run_is_as_long_as_one_that_is_simulated_to_its_end():
 
 
 def test_as_many_steps_are_simulated_as_staleness_asks_for():
-    given = question("continual_1b4", gpus=8, judges=56)
+    given = plan_request("continual_1b4", gpus=8, judges=56)
     ahead = replace(given, config=replace(given.config, train=replace(given.config.train, staleness=4)))
     assert simulate_plan(make_plan(ahead), CALM, steps=4).steps == 12
     short = replace(ahead.config, train=replace(ahead.config.train, steps=10))

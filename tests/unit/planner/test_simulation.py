@@ -25,9 +25,9 @@ def work(staleness: int = 0, update: float = 8.0, part: int = 4, **changes) -> W
 
 
 def test_without_overlap_a_step_takes_the_sum_of_its_stages():
-    outcome = simulate(cluster(), work(part=BATCH, sync=0.5), 20)
-    assert outcome.step_seconds == pytest.approx(24.5, rel=0.03)
-    assert outcome.staleness_highest == 0
+    result = simulate(cluster(), work(part=BATCH, sync=0.5), 20)
+    assert result.step_seconds == pytest.approx(24.5, rel=0.03)
+    assert result.staleness_highest == 0
 
 
 def test_judges_begin_with_a_part_while_the_next_is_generated():
@@ -40,17 +40,17 @@ def test_judges_begin_with_a_part_while_the_next_is_generated():
 @pytest.mark.parametrize(("generate", "judge", "update"), [(8, 4, 4), (4, 8, 4), (4, 4, 8), (3, 5, 7)])
 def test_with_overlap_a_step_takes_as_long_as_its_slowest_stage(generate, judge, update):
     names = {generate: "rollouts", judge: "judging", update: "training"}
-    outcome = simulate(cluster(generate, judge), work(2, update), 40)
-    assert outcome.step_seconds == pytest.approx(max(generate, judge, update), rel=0.05)
-    assert outcome.bottleneck == names[max(generate, judge, update)]
-    assert outcome.busy[outcome.bottleneck] > 0.9
+    result = simulate(cluster(generate, judge), work(2, update), 40)
+    assert result.step_seconds == pytest.approx(max(generate, judge, update), rel=0.05)
+    assert result.bottleneck == names[max(generate, judge, update)]
+    assert result.busy[result.bottleneck] > 0.9
 
 
 def test_new_weights_wait_for_the_end_of_generation():
     # Neither may go on during the exchange of weights.
-    outcome = simulate(cluster(generate=8, judge=1), work(1, 2.0, sync=1.0), 40)
-    assert outcome.step_seconds == pytest.approx(9.0, rel=0.03)
-    assert outcome.wait_for_rollouts == pytest.approx(6.0, rel=0.1)
+    result = simulate(cluster(generate=8, judge=1), work(1, 2.0, sync=1.0), 40)
+    assert result.step_seconds == pytest.approx(9.0, rel=0.03)
+    assert result.wait_for_rollouts == pytest.approx(6.0, rel=0.1)
 
 
 def test_where_nothing_runs_in_the_background_staleness_saves_no_generation():
@@ -61,25 +61,25 @@ def test_where_nothing_runs_in_the_background_staleness_saves_no_generation():
 
 
 def test_without_judges_a_step_is_rollouts_and_update():
-    outcome = simulate(replace(cluster(), judges=None), work(), 20)
-    assert outcome.step_seconds == pytest.approx(16, rel=0.01)
+    result = simulate(replace(cluster(), judges=None), work(), 20)
+    assert result.step_seconds == pytest.approx(16, rel=0.01)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2, 5])
 def test_no_rollout_is_older_than_the_bound(staleness):
     varied = replace(cluster(), judges=Judges(4, 1, Service(2.0, 1.0)))
-    outcome = simulate(varied, work(staleness), 40)
-    assert outcome.staleness_highest == staleness
+    result = simulate(varied, work(staleness), 40)
+    assert result.staleness_highest == staleness
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
 def test_the_buffer_never_holds_more_than_it_takes(staleness):
-    outcome = simulate(cluster(generate=1, judge=4), work(staleness), 40)
-    assert outcome.in_flight == (staleness + 1) * BATCH
+    result = simulate(cluster(generate=1, judge=4), work(staleness), 40)
+    assert result.in_flight == (staleness + 1) * BATCH
 
 
 def test_a_part_larger_than_the_batch_is_refused():
-    with pytest.raises(ConfigError, match="generated at once"):
+    with pytest.raises(ConfigError, match="part is 17 episodes"):
         work(part=BATCH + 1)
 
 

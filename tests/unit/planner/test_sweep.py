@@ -34,5 +34,5 @@ def test_a_division_is_the_same_whatever_the_plan_it_is_asked_with():
 def test_no_gpus_are_divided_where_none_only_judges():
     arguments = ("objective.name=ntp", "candidates.rollouts=0", "--total-gpus", "64")
     raised = CliRunner().invoke(app, [*command(RECIPES[0]), *arguments]).exception
-    with pytest.raises(ConfigError, match="--total-gpus is 64, and no GPU of this run only judges"):
+    with pytest.raises(ConfigError, match="--total-gpus is 64, but this run has no judge GPUs"):
         raise raised

@@ -105,7 +105,7 @@ def test_the_whole_run_is_as_long_as_one_that_is_simulated_to_its_end():
     step = Workload(1, 1, 0, Service(8.0), checkpoint=2.0, checkpoint_every=10)
     part = simulate(SimulatedCluster(rollouts, None), step, 100)
     cost = 30.0 + 10 * part.step_seconds / 2
-    scenario = Scenario(part, 100, 20_000, 100, cost, failures, 0.0, 8.0, 0.2)
+    scenario = Scenario(part, 100, 20_000, 100, cost, failures, 0.0, 8.0, 0.2, 10, 2.0)
     whole = simulate(SimulatedCluster(rollouts, None, failures), step, 20_000)
     assert scenario.seconds == pytest.approx(whole.seconds, rel=0.03)
     assert scenario.expected_failures == pytest.approx(whole.failures, rel=0.2)

@@ -1,25 +1,25 @@
-"""What strangers wrote, with nothing in it that a terminal would obey or a reader not see."""
+"""Escapes control and invisible characters in untrusted text."""
 
 from __future__ import annotations
 
 import unicodedata
 
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode's categories of controls, formats (turning text around, tags), half characters and other line breaks."""
+"""Unicode categories: controls, formats (text direction, tags), surrogates, line and paragraph separators."""
 _JOINERS = "\u200c\u200d"
-"""Parts of words in some scripts, and of emoji; they do nothing to what stands around them."""
+"""Joiners, which are parts of words in some scripts and of emoji, and harmless."""
 
 
 LONGEST_CAUSE = 300
-"""Characters of somebody's own words that are handed on with a failure."""
+"""Highest number of characters quoted from another program in a failure."""
 
 
 def plain(text: object, keep: str = "") -> str:
-    """``text`` with everything that a terminal would obey, or a reader not see, written out as ``\\x1b``, ``\\u202e``.
+    """Return ``text`` with control and invisible characters escaped as ``\\x1b``, ``\\u202e``.
 
     Args:
-        text: anything; what ``str`` makes of it counts.
-        keep: characters that are left as they are, ``\\n`` where several lines are meant.
+        text: any object; its ``str`` is used.
+        keep: characters that are not escaped, for instance ``\\n`` for text of several lines.
     """
     return "".join(
         _escaped(char) if unicodedata.category(char) in _INVISIBLE and char not in keep + _JOINERS else char
@@ -28,12 +28,12 @@ def plain(text: object, keep: str = "") -> str:
 
 
 def one_line(text: object) -> str:
-    """``text`` as one line, however many it has: white space is one space each time."""
+    """Return ``text`` as one line: each run of white space becomes one space."""
     return plain(" ".join(str(text).split()))
 
 
 def shortened(text: str, longest: int = LONGEST_CAUSE) -> str:
-    """``text`` in one line of at most ``longest`` characters."""
+    """Return ``text`` as one line of at most ``longest`` characters."""
     line = one_line(text[: 4 * longest])
     return line if len(line) <= longest else f"{line[: longest - 4]} ..."
 

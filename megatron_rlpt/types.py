@@ -1,8 +1,7 @@
-"""The words of the design as data: episode, candidate, score, group.
+"""The data that flows between stream, engine, teacher and objective: episodes, candidates, rewards, groups.
 
-Everything that flows between stream, engine, teacher and objective is one of these. They are immutable and plain
-(ints, strings, tuples), so that they can be written to disk, sent to another machine and read back equal.
-Token ids are the truth; text exists for the teacher only.
+All types are immutable and plain (ints, strings, tuples), so that they can be stored, sent to another machine and
+read back unchanged. Candidates are token ids; only the teacher uses their text.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from megatron_rlpt.plain_text import one_line
 
 
 class Source(enum.StrEnum):
-    """Where a candidate comes from."""
+    """The origin of a candidate."""
 
     ORIGINAL = "original"
     REWRITE = "rewrite"
@@ -27,8 +26,8 @@ class Source(enum.StrEnum):
 class Episode:
     """One prefix and the original suffix that follows it in a document.
 
-    ``prefix`` has between 1 and ``data.max_prefix`` tokens, ``suffix`` has ``data.suffix_length``, or up to
-    three less where it would end inside a character.
+    ``prefix`` has 1 to ``data.max_prefix`` tokens. ``suffix`` has ``data.suffix_length`` tokens, or up to three fewer
+    if it would end inside a character.
     """
 
     id: str
@@ -37,63 +36,62 @@ class Episode:
     corpus: str
     """Name of the data source."""
     document: str
-    """Document id within the source (path and record number)."""
+    """Id of the document within the source (path and record number)."""
     offset: int
     """Index of the first suffix token within the tokenized document."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token sequence proposed as continuation of an episode's prefix."""
+    """A token sequence that may continue an episode's prefix."""
 
     source: Source
     tokens: tuple[int, ...]
     policy_version: int | None = None
-    """Number of optimizer updates behind the weights that produced a rollout; None for original and rewrite."""
+    """Optimizer updates of the weights that generated a rollout; None for original and rewrite."""
     seed: int | None = None
     """Sampling seed of a rollout or a rewrite."""
     finish_reason: str | None = None
-    """``length`` or ``stop`` (end-of-sequence token sampled), for generated candidates."""
+    """``length`` or ``stop`` (sampled end-of-sequence), for generated candidates."""
     logprobs: tuple[float, ...] | None = None
-    """The engine's own log-probability of every token, natural log, for rollouts."""
+    """Natural log-probability of every token as the engine computed it, for rollouts."""
     blank: bool = False
-    """Without any text: control tokens and white space only. Never judged and never chosen."""
+    """Whether there is no text, only control tokens and white space. Blank candidates are never judged or chosen."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A verdict the judge gave; higher is better. ``detail`` holds what is needed to explain and replay it."""
+    """The reward of one candidate; higher is better. ``detail`` explains it and allows replaying the judgment."""
 
     value: float
     judge: str
     prompt_version: str
     detail: dict[str, Any] = field(default_factory=dict)
-    """JSON-serialisable: parts of the score by axis, raw replies, parsed verdicts."""
+    """JSON-serializable: values by axis, raw replies, parsed verdicts."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The absence of a score. Never a number: a failed candidate is in no pair, no target and no mean."""
+    """The absence of a reward. A failed candidate is in no pair, no target and no mean."""
 
     reason: str
     detail: dict[str, Any] = field(default_factory=dict)
-    """JSON-serialisable. ``cause`` is what was said where it went wrong first, ``root`` the reason that was given
-    there, where it is another one."""
+    """JSON-serializable. ``cause`` is the message of the first error; ``root`` is its reason, if that differs."""
 
     @property
     def root(self) -> str:
-        """The reason that was given first, one of few."""
+        """The reason of the first error, from a fixed set."""
         root = self.detail.get("root")
         return root if isinstance(root, str) and root else self.reason
 
     @property
     def explained(self) -> str:
-        """All reasons from the reward back to the first cause, in one line."""
+        """All reasons, back to the first cause, in one line."""
         parts = [self.reason, self.root if self.root not in self.reason else "", str(self.detail.get("cause") or "")]
         return one_line(": ".join(part for part in parts if part))
 
     def because_of(self, first: Failed) -> Failed:
-        """This failure, as one that another led to."""
+        """Return this failure with the cause and root of an earlier one."""
         cause = {"cause": first.detail["cause"]} if first.detail.get("cause") else {}
         root = {"root": first.root} if first.root != self.reason else {}
         return Failed(self.reason, self.detail | root | cause)
@@ -101,13 +99,13 @@ class Failed:
 
 @dataclass(frozen=True)
 class Cost:
-    """What judging a group took from the teacher."""
+    """The teacher's cost of judging a group."""
 
     calls: int
     prompt_tokens: int
     answer_tokens: int
     seconds: float
-    """From the first question to the last answer, waiting for other groups included."""
+    """Time from the first question to the last answer, including waits for other groups."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +116,12 @@ class Group:
     candidates: tuple[Candidate, ...]
     rewards: tuple[Reward | Failed, ...] = ()
     rewrite_failure: Failed | None = None
-    """Why the group has no rewrite, where one was asked for."""
+    """Why the group lacks a requested rewrite."""
     cost: Cost | None = field(default=None, compare=False)
-    """None without a prompted judge. Groups with the same rewards are equal, however long it took."""
+    """None without a prompted judge. The cost does not count for equality of groups."""
 
     def rewarded(self) -> list[tuple[Candidate, Reward]]:
-        """Candidates that have a score, in candidate order."""
+        """Return the candidates that have a reward, in candidate order."""
         return [
             (candidate, reward)
             for candidate, reward in zip(self.candidates, self.rewards, strict=True)
@@ -132,13 +130,13 @@ class Group:
 
 
 BLANK = Failed("empty candidate")
-"""Reward of a blank candidate."""
+"""The failure of blank candidates."""
 
 
 def without_stale(group: Group, version: int, bound: int) -> Group:
-    """``group`` with rollouts more than ``bound`` updates older than ``version`` as failures; the rest never goes bad.
+    """Mark rollouts that are more than ``bound`` updates older than ``version`` as failed.
 
-    Old rollouts are not what the policy of today would say, so nothing should be learnt from how they rank.
+    They are off-policy: the current policy would not generate them, so it must not learn from their ranks.
     """
     rewards = list(group.rewards)
     for index, candidate in enumerate(group.candidates):
@@ -149,16 +147,16 @@ def without_stale(group: Group, version: int, bound: int) -> Group:
 
 
 SEED_RANGE = 1 << 63
-"""``derive_seed`` returns values below this."""
+"""Exclusive upper bound of ``derive_seed``."""
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part and on nothing else (not on ``PYTHONHASHSEED``)."""
+    """Return a 63-bit seed that depends only on the parts (not on ``PYTHONHASHSEED``)."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def stable_id(*parts: object) -> str:
-    """A 16-hex-digit id that depends on every part and on nothing else."""
+    """Return an id of 16 hex digits that depends only on the parts."""
     text = "\x1f".join(str(part) for part in parts)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""The folder that checkpoints lie in: names, publishing by rename, retention, space. Only the main rank changes it."""
+"""The checkpoint folder: names, publishing by rename, retention, free space. Only the main rank changes it."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from megatron_rlpt.observe import get_logger
 _log = get_logger(__name__)
 _PUBLISHED = re.compile(r"step-\d{8,}")
 _UNFINISHED = re.compile(_PUBLISHED.pattern + r"(\.old)?\.partial")
-"""Names that nothing but this module gives. Whatever else lies in the folder is somebody else's."""
+"""Names that only this module gives. All other entries of the folder belong to the user."""
 _HEADROOM = 1.1
-"""A new checkpoint may be this much larger than the last before the disk counts as full."""
+"""Free space that a new checkpoint needs, relative to the size of the last one."""
 
 
 def name_of(step: int) -> str:
-    """Name of the checkpoint after ``step`` steps."""
+    """Return the name of the checkpoint after ``step`` steps."""
     return f"step-{step:08d}"
 
 
 def step_of(final: Path) -> int:
-    """Steps that were done when the published checkpoint ``final`` was taken."""
+    """Return the number of steps behind the published checkpoint ``final``."""
     return int(final.name.removeprefix("step-"))
 
 
 def partial_of(final: Path) -> Path:
-    """Where a checkpoint is written before it has its name."""
+    """Return the folder in which checkpoint ``final`` is written before it is published."""
     return final.with_name(final.name + ".partial")
 
 
 def published(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
+    """Return the published checkpoints, oldest first."""
     named = (path for path in folder.glob("step-*") if _PUBLISHED.fullmatch(path.name) and path.is_dir())
     return sorted(named, key=step_of)
 
 
 def last_good(folder: Path) -> str:
-    """What a run goes on from, as the end of a message."""
+    """Return which checkpoint a run will resume from, for the end of a message."""
     found = published(folder)
-    return f"it goes on from {found[-1]}" if found else "no checkpoint has been written so far"
+    return f"the run resumes from {found[-1]}" if found else "there is no checkpoint yet"
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a complete checkpoint its name. The same step published again replaces the one before it."""
-    # The old one goes only once the new one is in its place.
+    """Rename a complete checkpoint to its final name; an existing one of the same step is replaced."""
+    # Delete the old checkpoint only once the new one has its name.
     replaced = _set_aside(final) if final.exists() else None
     os.rename(partial, final)
     flush(final.parent)
@@ -58,33 +58,33 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def retire(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep``."""
+    """Remove all checkpoints but the newest ``keep``."""
     for old in published(folder)[:-keep]:
         try:
             shutil.rmtree(_set_aside(old))
-        except OSError as error:  # the new one is safe; an old one that stays only costs space
+        except OSError as error:  # an old checkpoint that stays only costs space
             _log.warning("could not remove an old checkpoint", path=old, reason=error)
 
 
 def mark_damaged(paths: Iterable[Path]) -> None:
-    """Rename checkpoints so that they count no more, neither as the newest nor among those that are kept."""
+    """Rename checkpoints to ``*.damaged-1`` so that they are neither loaded nor counted."""
     for path in paths:
         os.rename(path, free_name(path, "damaged"))
 
 
-def sweep_partials(folder: Path) -> None:
-    """Remove what killed saves of this run have left behind; the run's folder is ours alone."""
+def remove_partials(folder: Path) -> None:
+    """Remove unfinished checkpoints of killed saves; no other process writes to the run folder."""
     for path in folder.glob("step-*.partial"):
         if _UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            _log.warning("sweeping away an unfinished checkpoint", path=path)
+            _log.warning("removing an unfinished checkpoint", path=path)
             shutil.rmtree(path)
 
 
 def require_space(folder: Path) -> None:
-    """Refuse before writing when the last checkpoint would not fit again: a full disk also breaks the logs.
+    """Check before writing that a checkpoint of the last one's size fits: a full disk also breaks the logs.
 
     Raises:
-        CheckpointError: says how much is needed and how much is free.
+        CheckpointError: there is too little free space.
     """
     found = published(folder)
     if not found:
@@ -94,12 +94,12 @@ def require_space(folder: Path) -> None:
     if free < needed:
         raise CheckpointError(
             f"disk full: a checkpoint needs about {needed / 2**20:,.0f} MiB and {folder} has "
-            f"{free / 2**20:,.0f} MiB free; free space, then start again: {last_good(folder)}"
+            f"{free / 2**20:,.0f} MiB free; free space, then start again; {last_good(folder)}"
         )
 
 
 def _set_aside(path: Path) -> Path:
-    """Unpublish a checkpoint before it is removed: killed half-way, the removal leaves no damaged one with a marker."""
+    """Rename a checkpoint before its removal, so that a removal killed half-way leaves no published remains."""
     aside = path.with_name(path.name + ".old.partial")
     os.rename(path, aside)
     return aside

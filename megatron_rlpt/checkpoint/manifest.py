@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what it is, and every file of it with its size and checksum.
+"""The manifest of a checkpoint: every file with its size and checksum.
 
-Checksums are XXH3 with 128 bits: they find what disks, networks and half-finished copies do to a file, faster than a
-disk delivers it. They are no protection against someone who wants to deceive.
+Checksums are 128-bit XXH3. They detect damage by disks, networks and incomplete copies, and are faster to compute than
+a disk reads. They do not protect against deliberate manipulation.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import xxhash
 T = TypeVar("T")
 
 FORMAT = 1
-"""Format of the checkpoint folder that this version writes and reads."""
+"""Version of the checkpoint folder's format."""
 _CHECKSUM = "xxh3_128"
 _CHUNK = 4 << 20
 _READERS = 4
-"""Files read at the same time: one stream does not fill a network file system or a fast disk."""
+"""Files read concurrently: one stream does not saturate a network file system or a fast disk."""
 _NAMED = 3
-"""Damaged files that a message names before it only counts."""
+"""Number of damaged files that a message names; it counts the others."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class FileSum:
 
     @classmethod
     def of(cls, path: Path) -> FileSum:
-        """Those of the file as it is now.
+        """Compute the size and checksum of a file.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file is unreadable.
         """
         digest, size, buffer = xxhash.xxh3_128(), 0, bytearray(_CHUNK)
         view = memoryview(buffer)
@@ -55,21 +55,21 @@ class FileSum:
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """What a checkpoint is and what it consists of."""
+    """The content of ``manifest.json``."""
 
     step: int
     layout: str
-    """Layout that it was saved under; it can be loaded under any other."""
+    """Layout that it was saved under; any other layout can load it."""
     files: Mapping[str, FileSum]
-    """By path relative to the checkpoint's folder; all but the manifest itself and the marker."""
+    """By path relative to the checkpoint's folder; all files but the manifest and the marker."""
     versions: Mapping[str, str]
-    """Of the packages that wrote it."""
+    """Versions of the packages that wrote it."""
 
     def write(self, path: Path) -> None:
-        """Write it as JSON.
+        """Write the manifest as JSON.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         content = {
             "format": FORMAT,
@@ -84,11 +84,11 @@ class CheckpointManifest:
 
     @classmethod
     def read(cls, path: Path) -> CheckpointManifest:
-        """Read what ``write`` wrote.
+        """Read a manifest.
 
         Raises:
-            OSError: there is none, or it cannot be read.
-            ValueError: it is no manifest, or one of another format.
+            OSError: the file is missing or unreadable.
+            ValueError: the file is not a manifest, or has another format.
         """
         content = json.loads(path.read_text(encoding="utf-8"))
         try:
@@ -102,22 +102,22 @@ class CheckpointManifest:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of the packages that a checkpoint's content depends on."""
+    """Return the versions of the packages that a checkpoint's content depends on."""
     return {name: importlib.metadata.version(name) for name in ("megatron-rlpt", "megatron-core", "torch")}
 
 
 def sum_files(folder: Path, names: Iterable[str]) -> dict[str, FileSum]:
-    """Size and checksum of every file, by name relative to ``folder``.
+    """Return size and checksum of files, by name relative to ``folder``.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file is unreadable.
     """
     names = list(names)
     return dict(zip(names, _map(lambda name: FileSum.of(folder / name), names), strict=True))
 
 
 def share_of(files: Mapping[str, FileSum], rank: int, size: int) -> dict[str, FileSum]:
-    """The files that ``rank`` of ``size`` looks after: about as many bytes for each, the same answer everywhere."""
+    """Return the files that ``rank`` of ``size`` checks: about the same number of bytes for every rank."""
     load, share = [0] * size, {}
     for name, found in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
         least = load.index(min(load))
@@ -128,7 +128,7 @@ def share_of(files: Mapping[str, FileSum], rank: int, size: int) -> dict[str, Fi
 
 
 def wrong_sizes(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
-    """What is missing or not of its size, one phrase a file; costs no reading."""
+    """Return a phrase for each file that is missing or has the wrong size, without reading the files."""
 
     def look(name: str) -> str | None:
         try:
@@ -144,7 +144,7 @@ def wrong_sizes(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
 
 
 def wrong_contents(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
-    """What cannot be read or has another checksum, one phrase a file; reads every byte."""
+    """Return a phrase for each file that is unreadable or has the wrong checksum."""
 
     def look(name: str) -> str | None:
         try:
@@ -157,7 +157,7 @@ def wrong_contents(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
 
 
 def summary(phrases: list[str]) -> str:
-    """The first few phrases and how many more there are, for a message of one line."""
+    """Join the first few phrases and the number of the others into one line."""
     rest = len(phrases) - _NAMED
     return "; ".join(phrases[:_NAMED]) + (f"; and {rest} more" if rest > 0 else "")
 

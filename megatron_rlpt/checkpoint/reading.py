@@ -1,4 +1,4 @@
-"""A checkpoint on disk, compared with its manifest before anything is taken from it."""
+"""Opens a checkpoint and verifies it against its manifest before any of it is used."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of completed steps."""
         return int(self.state["step"])
 
     @property
@@ -49,12 +49,12 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, str]:
-    """Read a published checkpoint and compare every file with its manifest; a collective, files divided among ranks.
+    """Open a published checkpoint and compare every file with its manifest; a collective that splits files among ranks.
 
-    Sizes come first: they cost nothing and find what a copy or a full disk has cut off.
+    Sizes are checked first: that costs nothing and finds files truncated by a copy or a full disk.
 
     Returns:
-        The checkpoint and "", or None and what is wrong with it in one line, naming files.
+        The checkpoint and "", or None and one line that names the damaged files.
     """
     manifest, wrong = ranks.broadcast(_read_manifest(folder) if ranks.is_main else (None, ""))
     if manifest is None:
@@ -81,9 +81,9 @@ def _read_manifest(folder: Path) -> tuple[CheckpointManifest | None, str]:
     marker, path = folder / MARKER, folder / MANIFEST
     try:
         if not marker.is_file():
-            return None, f"it has no {MARKER} marker, so it is not whole"
+            return None, f"it has no {MARKER} marker, so it is incomplete"
         if not path.is_file():
-            return None, f"it has no {MANIFEST}; it was written before checkpoints had one, or has lost it"
+            return None, f"it has no {MANIFEST}; the file is missing, or an older version wrote the checkpoint"
         if FileSum.of(path).checksum != marker.read_text(encoding="utf-8").strip():
             return None, f"{path} has changed since it was written (checksum)"
         return CheckpointManifest.read(path), ""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written aside by all ranks, checked, published by one rename.
+"""Saves and loads checkpoints: all ranks write a temporary folder, which is published with one rename.
 
     <folder>/step-00000020/
         policy/         Megatron distributed checkpoint: weights, optimizer, schedule, version
@@ -7,11 +7,11 @@
         manifest.json   every file with size and checksum; step, layout, versions
         COMPLETE        checksum of the manifest, written last; a folder without it is never loaded
 
-Nothing else in the folder is ever a checkpoint: what a killed save leaves behind is named ``*.partial`` and is swept
-away by the next one; what was found damaged and passed over is named ``*.damaged-1`` and stays.
+No other name in the folder is a checkpoint: a killed save leaves ``*.partial``, which the next save removes; a damaged
+checkpoint that was skipped is renamed to ``*.damaged-1`` and stays.
 
-All methods that may write or read are collectives: every rank calls them in the same order, and a failure on one rank
-is the same ``CheckpointError`` on all of them.
+All methods that write or read are collectives: every rank calls them in the same order, and a failure on one rank
+raises the same ``CheckpointError`` on all ranks.
 
     save ─> prepare (rank 0) ─> plan, copy ─> write + sum own files ─> manifest, marker, rename (rank 0)
                                               └ in the background ─┘   at the next poll, save or finish
@@ -43,35 +43,35 @@ _log = get_logger(__name__)
 
 
 class Writing(Protocol):
-    """One rank's part in writing the policy's state, planned."""
+    """One rank's planned part of writing the policy's state."""
 
     def write(self) -> tuple[list[Path], Any]:
-        """Write this rank's files to the disk itself; may run in another thread, and waits for no other rank.
+        """Write and flush this rank's files; may run in another thread, and waits for no other rank.
 
         Returns:
-            The files, and what ``conclude`` needs of every rank (picklable).
+            The files, and this rank's input for ``conclude`` (picklable).
         """
 
     def conclude(self, results: list[Any]) -> list[Path]:
-        """On the main rank, once every rank has written: write what makes it one, given what each ``write`` said."""
+        """On the main rank, once every rank has written: write the metadata, given the results of each ``write``."""
 
 
 class Savable(Protocol):
-    """The policy as its checkpoints see it."""
+    """The policy, as far as checkpoints use it."""
 
     def layout_text(self) -> str:
-        """The layout it is trained under, for people to read."""
+        """Return the training layout as readable text."""
 
     def begin_save(self, folder: Path, snapshot: bool) -> Writing:
-        """Plan to write the state as it is now into ``folder``, which exists; a collective.
+        """Plan to write the current state into the existing ``folder``; a collective.
 
-        With ``snapshot`` the state may change before it has been written; what is written is that of this moment.
+        With ``snapshot`` the current state is copied, because it may change before it is written.
         """
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What one rank has to say about its writing."""
+    """The files that one rank has written."""
 
     files: dict[str, FileSum]
     result: Any
@@ -79,7 +79,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Save:
-    """A checkpoint on its way to the disk."""
+    """A checkpoint that is being written."""
 
     step: int
     final: Path
@@ -93,9 +93,9 @@ class _Save:
 
 
 class CheckpointStore:
-    """The checkpoints of one run; the newest ``keep`` stay.
+    """The checkpoints of one run, of which the newest ``keep`` stay.
 
-    As a context manager it waits for a checkpoint in the background when it is left.
+    As a context manager it waits for the checkpoint in the background at its exit.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class CheckpointStore:
         background: bool = False,
         fence: Callable[[], None] = lambda: None,
     ) -> None:
-        """Nothing is read or written yet.
+        """Create the store without touching the file system.
 
         Args:
-            folder: where they lie; on storage that all ranks share.
-            keep: how many stay.
+            folder: the checkpoint folder, on storage that all ranks share.
+            keep: number of checkpoints to keep.
             ranks: the ranks that save and load together; None is a world of one.
             background: let ``save`` return while files are being written.
-            fence: called on the main rank before anything is removed or published; raises ``CheckpointError`` where
-                the checkpoints are another trainer's by now.
+            fence: called on the main rank before anything is removed or published; raises ``CheckpointError`` if
+                another trainer has taken over the run.
         """
         self._folder = folder
         self._keep = keep
@@ -124,23 +124,23 @@ class CheckpointStore:
         self._underway: _Save | None = None
 
     def save(self, step: int, state: dict[str, Any], policy: Savable, model: Path) -> Path | None:
-        """Publish the checkpoint of ``step`` and sweep away what is older than the newest ``keep``.
+        """Publish the checkpoint of ``step`` and remove all but the newest ``keep``.
 
-        In the background it returns once everything that the next step could change is copied; the checkpoint is
-        published by a later ``poll``, ``save`` or ``finish``. One save waits for the one before it.
+        In the background, ``save`` returns once it has copied everything that the next step could change; a later
+        ``poll``, ``save`` or ``finish`` publishes the checkpoint. A save waits for the previous one.
 
         Args:
-            step: steps done.
-            state: JSON-serialisable state, that of the main rank is kept; ``step`` is added.
-            policy: what writes the policy's state.
-            model: the starting model's folder, whose configuration and tokenizer files are copied.
+            step: number of completed steps.
+            state: JSON-serializable state; the main rank's is kept, with ``step`` added.
+            policy: writes the policy's state.
+            model: folder of the starting model, whose configuration and tokenizer files are copied.
 
         Returns:
             The published checkpoint; None while it is written in the background.
 
         Raises:
-            CheckpointError: this one, or the one before it in the background, could not be written. Checkpoints
-                already published are untouched.
+            CheckpointError: this checkpoint, or the previous one in the background, could not be written. Published
+                checkpoints are unchanged.
         """
         self.finish()
         final = self._folder / folders.name_of(step)
@@ -155,13 +155,13 @@ class CheckpointStore:
         return self.finish() if self._pool is None else None
 
     def poll(self) -> Path | None:
-        """Publish the checkpoint in the background if every rank has written its part; else nothing happens.
+        """Publish the checkpoint in the background if every rank has written its part.
 
         Returns:
-            The checkpoint if it was published by this call.
+            The checkpoint, or None if nothing was published.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the checkpoint could not be written.
         """
         underway = self._underway
         if underway is None or not all(self._ranks.all_gather(underway.written.done())):
@@ -169,32 +169,32 @@ class CheckpointStore:
         return self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the checkpoint in the background, if there is one, and publish it.
+        """Wait for the checkpoint in the background and publish it.
 
         Returns:
-            The checkpoint if there was one.
+            The checkpoint, or None if there was none.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the checkpoint could not be written.
         """
         underway, self._underway = self._underway, None
         if underway is None:
             return None
         final = underway.final
         with self._discarding(final):
-            # One rank writes the manifest; a thousand have no use for a thousand checksums.
+            # Gather, not all_gather: only rank 0 writes the manifest.
             parts = self._ranks.gather(self._run_on_all_ranks(final, underway.written.result))
             self._on_main(final, lambda: self._publish(underway, parts or []))
         return final
 
     def latest(self, allow_previous: bool = False) -> Checkpoint | None:
-        """The newest checkpoint, every file of it compared with its manifest, or None if the run has none.
+        """Return the newest checkpoint after verifying it, or None if the run has none.
 
         Args:
-            allow_previous: pass over damaged ones, which are renamed to ``*.damaged-1``, with a warning.
+            allow_previous: skip damaged checkpoints with a warning and rename them to ``*.damaged-1``.
 
         Raises:
-            CheckpointError: the newest one is damaged (names the file), or all are and ``allow_previous`` is set.
+            CheckpointError: the newest checkpoint is damaged, or, with ``allow_previous``, all of them are.
         """
         names = self._on_main(self._folder, lambda: [path.name for path in folders.published(self._folder)])
         damaged: list[Path] = []
@@ -206,18 +206,18 @@ class CheckpointStore:
                     self._on_main(folder, lambda: folders.mark_damaged(damaged))
                 return found
             if not self._on_main(folder, folder.exists):
-                # Whoever only reads may meet a trainer that has published a newer one and swept this one away.
+                # A process that only reads may meet a trainer that has just published a newer one and removed this one.
                 return self.latest(allow_previous)
             before = self._folder / names[index - 1] if index else None
             if not allow_previous or before is None:
-                way_on = (
-                    f"checkpoint.allow_previous=true goes on from {before}"
+                fix = (
+                    f"set checkpoint.allow_previous=true to resume from {before}"
                     if before
-                    else "there is none before it: bring the file back, or start anew with --fresh"
+                    else "there is no earlier one: restore the file, or start over with --fresh"
                 )
-                raise CheckpointError(f"checkpoint {folder} cannot be used: {damage}; {way_on}")
+                raise CheckpointError(f"checkpoint {folder} cannot be used: {damage}; {fix}")
             if self._ranks.is_main:
-                _log.warning("passing over a checkpoint", path=folder, reason=damage, next=before)
+                _log.warning("skipping a damaged checkpoint", path=folder, reason=damage, next=before)
             damaged.append(folder)
         return None
 
@@ -227,7 +227,7 @@ class CheckpointStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Publish what is in the background; after an error only where no other rank could be missing."""
+        """Publish the checkpoint in the background; after an error only in a world of one, where no rank is missing."""
         try:
             if error is None or self._ranks.size == 1:
                 self.finish()
@@ -244,7 +244,7 @@ class CheckpointStore:
     def _start(self, writing: Writing, partial: Path) -> Future[_Written]:
         def write() -> _Written:
             files, result = writing.write()
-            # Right after writing: the files are still in memory.
+            # Compute checksums right after writing, while the files are in the page cache.
             return _Written(sum_files(partial, [str(path.relative_to(partial)) for path in files]), result)
 
         if self._pool is not None:
@@ -259,7 +259,7 @@ class CheckpointStore:
     def _prepare(self, partial: Path, state: dict[str, Any], model: Path) -> None:
         self._fence()
         self._folder.mkdir(parents=True, exist_ok=True)
-        folders.sweep_partials(self._folder)
+        folders.remove_partials(self._folder)
         folders.require_space(self._folder)
         (partial / POLICY).mkdir(parents=True)
         (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -275,7 +275,7 @@ class CheckpointStore:
         for part in parts:
             files |= part.files
         CheckpointManifest(save.step, save.layout, files, versions()).write(partial / MANIFEST)
-        # Files of the policy's state were flushed by the rank that wrote them; names are flushed here.
+        # Each rank has flushed the policy files that it wrote; this flushes the folder entries.
         made = (path for path in model if path.is_dir())
         flush(*own, partial / MANIFEST, partial / POLICY, *made, partial / "hf", partial)
         (partial / MARKER).write_text(FileSum.of(partial / MANIFEST).checksum + "\n", encoding="utf-8")
@@ -285,17 +285,17 @@ class CheckpointStore:
         folders.retire(self._folder, self._keep)
 
     def _on_main(self, final: Path, work: Callable[[], T]) -> T:
-        """``work`` on the main rank, and its result, or its failure, on every rank."""
+        """Run ``work`` on the main rank; return its result or raise its error on every rank."""
         return self._ranks.on_main(self._explaining(final, work))
 
     def _run_on_all_ranks(self, final: Path, work: Callable[[], T]) -> T:
-        """``work`` on every rank, and its own result on each, or the first failure on every rank."""
+        """Run ``work`` on every rank; return each rank's result, or raise the first error on every rank."""
         return self._ranks.run_on_all_ranks(
             self._explaining(final, work), f"the end of its part of checkpoint {final.name}"
         )
 
     def _explaining(self, final: Path, work: Callable[[], T]) -> Callable[[], T]:
-        """``work``, with whatever it raises made a ``CheckpointError`` that says what to do."""
+        """Wrap ``work`` so that any error becomes a ``CheckpointError`` that says what to do."""
 
         def run() -> T:
             try:
@@ -308,7 +308,7 @@ class CheckpointStore:
                 _log.debug("checkpoint failed", exc_info=True)
                 raise CheckpointError(
                     f"checkpoint {final} could not be written ({_reason(error)}); free space or choose another "
-                    f"run.dir, then start again: {folders.last_good(self._folder)}"
+                    f"run.dir, then start again; {folders.last_good(self._folder)}"
                 ) from error
 
         return run
@@ -334,12 +334,12 @@ class _Discarding:
 def _require_shared(partial: Path) -> None:
     if not (partial / STATE).is_file():
         raise FileNotFoundError(
-            f"{partial} of rank 0 is not visible on {os.uname().nodename}, and all ranks have to share run.dir"
+            f"{partial} of rank 0 is not visible on {os.uname().nodename}; run.dir must be shared by all ranks"
         )
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line: what the operating system said, not what three layers made of it."""
+    """Return the innermost cause in one line, usually the error of the operating system."""
     while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = inner
     lines = str(error).strip().splitlines()

@@ -1,8 +1,8 @@
-"""Checkpoints of strangers: what is pickled in them is read as data, and nothing of it is run.
+"""Reads the pickles in a foreign torch checkpoint as data, without running code from them.
 
-Three things in a torch distributed checkpoint are pickles: ``.metadata``, ``common.pt`` and the objects between the
-tensors of ``*.distcp``, a module's ``_extra_state`` among them. torch and Megatron read the first and the last without
-any restriction. Here a name that a pickle asks for is looked up on a list, and anything else is refused by its name.
+A torch distributed checkpoint contains pickles in three places: ``.metadata``, ``common.pt``, and the objects between
+the tensors of ``*.distcp``, for instance a module's ``_extra_state``. torch and Megatron load the first and the last
+without restriction. This module allows only the names on a list and refuses any other.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ _DATA = {
     "collections": {"OrderedDict"},
     "builtins": {"set", "frozenset"},
 }
-"""Module -> names that ``.metadata`` may ask for: records, and the function that torch pickles a layout with."""
+"""Module -> names allowed in ``.metadata``: records, and the function that torch pickles a layout with."""
 
 _EXTRA_STATE = {
     "torch": {"Size"},
     "torch._utils": {"_rebuild_tensor_v2"},
     "collections": {"OrderedDict"},
 }
-"""The same for Transformer Engine's ``_extra_state``, which its ``set_extra_state`` unpickles; its recipes besides."""
+"""Names allowed in Transformer Engine's ``_extra_state``, which its ``set_extra_state`` unpickles; also its recipes."""
 _RECIPES = "transformer_engine.common.recipe"
 
 
 class _Inert:
-    """Stands for a record of Megatron's that only releases without it still write."""
+    """Stands for a Megatron record class that the installed release may not have."""
 
 
 class _Refused(Exception):
-    """A pickle asks for a name that is not on the list; says which."""
+    """A pickle requests a name that is not on the list; the message is the name."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -72,22 +72,22 @@ class _Unpickler(pickle.Unpickler):
         self._known = known
 
     def find_class(self, module: str, name: str) -> Any:
-        """Raise ``_Refused`` for whatever is not known to be data."""
+        """Return an allowed name, or raise ``_Refused``."""
         found = self._known(module, name)
         if found is None:
             raise _Refused(f"{module}.{name}")
         return found
 
     def persistent_load(self, pid: Any) -> Any:
-        """Refuse: nothing here has parts elsewhere."""
+        """Refuse: these pickles have no external parts."""
         raise _Refused(f"persistent id {pid!r}")
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """``.metadata`` of a torch distributed checkpoint.
+    """Read ``.metadata`` of a torch distributed checkpoint.
 
     Raises:
-        CheckpointError: it is missing or damaged, or asks for more than data.
+        CheckpointError: the file is missing or damaged, or requests more than data.
     """
     path = folder / ".metadata"
     try:
@@ -107,14 +107,14 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def load_data(source: Path | IO[bytes], what: object) -> Any:
-    """What ``torch.save`` wrote, as long as it is tensors and plain values.
+    """Load a file written by ``torch.save`` that holds only tensors and plain values.
 
     Args:
         source: the file.
-        what: names it in errors.
+        what: name of the file for errors.
 
     Raises:
-        CheckpointError: it is damaged, or asks for more than data.
+        CheckpointError: the file is damaged, or requests more than data.
     """
     try:
         with torch.serialization.safe_globals([io.BytesIO]):
@@ -130,10 +130,10 @@ def load_data(source: Path | IO[bytes], what: object) -> Any:
 
 @contextlib.contextmanager
 def only_data(folder: Path) -> Iterator[None]:
-    """While this is open, what torch or Megatron read of the checkpoint in ``folder`` is read with the functions above.
+    """Make torch and Megatron read the checkpoint in ``folder`` with the functions above, inside the block.
 
     Raises:
-        CheckpointError: its metadata is missing or damaged, or asks for more than data.
+        CheckpointError: the metadata is missing or damaged, or requests more than data.
     """
     metadata = read_metadata(folder)
     stored = getattr(metadata, "storage_meta", None) or StorageMeta()
@@ -156,14 +156,14 @@ def only_data(folder: Path) -> Iterator[None]:
 
 
 def require_data(name: str, state: Any) -> None:
-    """Refuse an ``_extra_state`` that would run something when Transformer Engine unpickles it.
+    """Refuse an ``_extra_state`` that would run code when Transformer Engine unpickles it.
 
     Args:
-        name: of the state, for the error.
-        state: a tensor of bytes or a stream; anything else is a plain value.
+        name: name of the state, for the error.
+        state: a tensor of bytes or a stream; any other value is plain data.
 
     Raises:
-        CheckpointError: it asks for more than data.
+        CheckpointError: the state requests more than data.
     """
     if isinstance(state, io.BytesIO):
         state.seek(0)
@@ -186,7 +186,7 @@ def _metadata_name(module: str, name: str) -> Any:
     if module.split(".")[0] == "pathlib":
         return PurePosixPath
     if (module, name) == ("builtins", "getattr"):
-        return _encoding  # how some releases of Python pickle an enumeration
+        return _encoding  # how some Python releases pickle an enumeration
     if module == "megatron.core.dist_checkpointing.strategies.torch" and name in {"MCoreMetadata", "MCoreSavePlan"}:
         return _Inert
     return None
@@ -206,21 +206,21 @@ def _extra_state_name(module: str, name: str) -> Any:
     if (module, name) == ("torch.storage", "_load_from_bytes"):
         return lambda content: load_data(io.BytesIO(content), "_extra_state")
     if module == _RECIPES and "." not in name:
-        # Records of settings; what else that module has, or has imported, is none.
+        # Only classes defined in that module are settings records.
         found = getattr(importlib.import_module(module), name, None)
         return found if isinstance(found, type) and found.__module__ == _RECIPES else None
     return None
 
 
-def _unsafe(what: object, asked: str) -> CheckpointError:
+def _unsafe(what: object, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{what} asks for {asked}, which is not data and could run code; a checkpoint that can be trusted does "
-        "not need it: get it from there, or save it anew without that object"
+        f"{what} requests {name}, which is not data and could run code; use a checkpoint from a trusted source, or "
+        "save it again without that object"
     )
 
 
 def _damaged(what: object, error: Exception) -> CheckpointError:
-    # torch begins with the advice to read it without restriction.
+    # torch's message starts with the advice to load the file without restriction.
     said = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Weights only load")]
     reason = said[0].strip() if said else type(error).__name__
     return CheckpointError(f"{what} cannot be read ({type(error).__name__}: {reason}); copy the checkpoint again")

@@ -1,1 +1,7 @@
-"""Ranks, processes, addresses: how the parts of a run find each other, start and end."""
+"""Ranks, processes and addresses: how the parts of a run find each other, start and end.
+
+- ``ranks.py``: the ranks of a run and their collectives on host data
+- ``processes.py``: child processes, signals, and supervision
+- ``holder.py``: identifies the process that holds an exclusive resource
+- ``addresses.py``: addresses that servers listen on
+"""

@@ -1,4 +1,4 @@
-"""Addresses that servers of this package listen on: loopback unless a user asks for more."""
+"""Addresses that servers of this package listen on: loopback unless the user sets another host."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ LOOPBACK = "127.0.0.1"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server on ``host`` can be reached from this machine alone."""
+    """Return whether only this machine can reach a server on ``host``."""
     address = _literal(host)
     return address.is_loopback if address else host == "localhost"
 
 
 def reachable(host: str) -> str:
-    """Host part of a URL under which others reach a server that listens on ``host``.
+    """Return the host part of a URL under which other machines reach a server that listens on ``host``.
 
-    A server on all addresses (``0.0.0.0``, ``::``) is reached by the machine's name.
+    For a server on all addresses (``0.0.0.0``, ``::``) that is the machine's name.
     """
     address = _literal(host)
     if address is None:
@@ -26,7 +26,7 @@ def reachable(host: str) -> str:
 
 
 def here(host: str) -> str:
-    """Host part of a URL under which this machine itself reaches that server, whatever its name resolves to."""
+    """Return the host part of a URL under which this machine reaches that server, without resolving its own name."""
     address = _literal(host)
     if address is None or not address.is_unspecified:
         return reachable(host)

@@ -1,7 +1,7 @@
-"""Which process holds something that only one may hold, and whether it is known to have ended.
+"""Identifies the process that holds an exclusive resource, and detects that it has ended.
 
-A process of another machine, or of a container with process numbers of its own, cannot be looked at: it counts as
-alive for as long as it renews what it holds.
+A process on another machine, or in a container with a separate process namespace, cannot be inspected: it counts as
+alive as long as it renews its hold.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, told apart from all others: also from a later one with its number, and from itself earlier on."""
+    """Identifies one process, also against a later one with the same number; ``token`` differs for every holder."""
 
     host: str
     pid: int
     machine: str
-    """Which boot of which machine, and whose process numbers these are."""
+    """Boot id of the machine and its process namespace."""
     started: str
-    """When the process started, as the kernel says it."""
+    """Start time of the process, as the kernel reports it."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
     def me(cls) -> Holder:
-        """This process."""
+        """Return a holder for this process."""
         pid = os.getpid()
         return cls(socket.gethostname(), pid, _machine(), _started(pid) or "")
 
     @classmethod
     def parse(cls, text: str) -> Holder | None:
-        """What ``str`` wrote; None if it is something else."""
+        """Parse the result of ``str``; return None for any other text."""
         try:
             fields = json.loads(text)
             holder = cls(**fields)
@@ -50,11 +50,11 @@ class Holder:
         return json.dumps(asdict(self))
 
     def describe(self) -> str:
-        """For a message: ``process 4711 on node17``."""
+        """Return a text for messages: ``process 4711 on node17``."""
         return f"process {self.pid} on {self.host}"
 
     def is_alive(self) -> bool | None:
-        """Whether it runs; None where that cannot be seen from here."""
+        """Return whether the process runs; None if it cannot be inspected from here."""
         if not self.machine or self.machine != _machine():
             return None
         started = _started(self.pid)
@@ -62,7 +62,7 @@ class Holder:
 
 
 def _machine() -> str:
-    """Empty where the system does not say."""
+    """Return boot id and process namespace; empty where the system does not provide them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -71,9 +71,9 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When the process of this number started; None without one, or where it has ended and is only not reaped yet."""
+    """Return the start time of the process; None if it does not exist or is a zombie."""
     with contextlib.suppress(OSError):
-        # The name, in brackets, may hold anything.
+        # Skip the process name in parentheses, which may contain any character.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     return None

@@ -1,7 +1,4 @@
-"""Processes that belong to this one: they end with it, are ended in order, and are started again only so often.
-
-And this one, which looks after them until signals tell it to end, and ends at once then.
-"""
+"""Child processes that end with this one and are restarted within limits; signals that request the end of this one."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from typing import Any, NoReturn
 from megatron_rlpt.backoff import Backoff
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a trainer to stop; schedulers send them before a job's time is up."""
+"""Signals that request a trainer to stop; schedulers send them before a job's time limit."""
 _SET_PARENT_DEATH_SIGNAL = 1
 """``PR_SET_PDEATHSIG`` of linux/prctl.h."""
 _RESTART_BACKOFF = Backoff(1.0, 60.0)
@@ -37,13 +34,13 @@ _SIGNALED = 128
 
 
 def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own that is sent SIGTERM when this one ends, even if killed (Linux).
+    """Start a process in a new session; it receives SIGTERM when this process ends, even if killed (Linux).
 
-    Call it from the main thread: what the signal waits for is the end of the thread that started the process.
+    Call it from the main thread: the signal is sent when the thread that started the process ends.
 
     Args:
         command: program and arguments.
-        options: further ones of ``subprocess.Popen``.
+        options: further options of ``subprocess.Popen``.
     """
     return subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with(os.getpid()), **options)
 
@@ -53,16 +50,16 @@ def _end_with(parent: int) -> Callable[[], None]:
 
     def prepare() -> None:
         set_option(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # killed before it could be asked to tell
+        if os.getppid() != parent:  # the parent ended before the signal was set up
             os._exit(1)
 
     return prepare
 
 
 def end_all(processes: Collection[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Send SIGTERM to ``processes``, give them ``seconds`` together, then kill what is left of their groups.
+    """Send SIGTERM to ``processes``, wait up to ``seconds`` for all of them, then kill their process groups.
 
-    A group is killed also where its first process has ended: helpers that it did not end hold memory and ports.
+    A group is killed even if its first process has ended: remaining helpers hold memory and ports.
     """
     for process in processes:
         process.terminate()
@@ -76,7 +73,7 @@ def end_all(processes: Collection[subprocess.Popen[bytes]], seconds: float) -> N
 
 
 def run_and_leave(work: Callable[[], object]) -> NoReturn:
-    """Do ``work`` as all of this process; what it raises makes the exit code that Python makes of it."""
+    """Run ``work`` and end the process; an exception gives the same exit code as in Python."""
     try:
         work()
         code = 0
@@ -91,13 +88,13 @@ def run_and_leave(work: Callable[[], object]) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process as Python does, but for taking apart, object by object, what it imported.
+    """End this process as Python does, but skip the teardown of imported modules.
 
-    That takes 2 s after Megatron and 4 s after vLLM, and gives nothing that the operating system does not take anyway.
-    Threads that are no daemons are waited for, and functions registered with ``atexit`` run.
+    The teardown takes 2 s after Megatron and 4 s after vLLM, and frees nothing that the operating system would not
+    free. Non-daemon threads are joined, and ``atexit`` functions run.
 
     Args:
-        code: exit code; 1 instead of 0 where what was printed could not be written.
+        code: exit code; 1 instead of 0 if the output could not be written.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -109,61 +106,60 @@ def leave(code: int) -> NoReturn:
             code = code or 1
             if stream is sys.stdout and not isinstance(error, BrokenPipeError):
                 print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
-    ctypes.CDLL(None).fflush(None)  # what libraries have written, NCCL for one
+    ctypes.CDLL(None).fflush(None)  # output of C libraries, for instance NCCL
     os._exit(code)
 
 
 class EndRequest:
-    """Signals that tell this process to end: handlers note them, and its main thread waits for them.
+    """A request to end this process, by signals; the main thread can wait for it.
 
-    Not a ``threading.Event``: a handler runs in the main thread, between any two of its instructions, and would wait
-    for ever for a lock of the event's that this thread holds at that moment. Not a ``queue.SimpleQueue`` either: in
-    CPython 3.11 a signal that comes as its time runs out makes it wait without end (Modules/_queuemodule.c, a negative
-    rest of the time is taken for none).
+    Not a ``threading.Event``: the handler runs in the main thread between any two instructions, and would deadlock on
+    the event's lock if that thread holds it. Not a ``queue.SimpleQueue`` either: in CPython 3.11 a signal at the moment
+    of the time-out makes it wait forever (Modules/_queuemodule.c treats a negative remaining time as no time-out).
     """
 
     def __init__(self) -> None:
         self.times = 0
-        """How often it was told."""
-        self._news, self._teller = socket.socketpair()
-        for end in (self._news, self._teller):
+        """Number of signals received."""
+        self._receiver, self._sender = socket.socketpair()
+        for end in (self._receiver, self._sender):
             end.setblocking(False)
         self._poll = select.poll()
-        self._poll.register(self._news, select.POLLIN)
+        self._poll.register(self._receiver, select.POLLIN)
 
     def listen(self, *numbers: signal.Signals) -> None:
-        """Take these signals from now on, SIGTERM and Ctrl-C by default; main thread only."""
+        """Handle these signals from now on, SIGTERM and SIGINT by default; main thread only."""
         for number in numbers or (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._take)
 
     def is_set(self) -> bool:
-        """Whether it was told."""
+        """Return whether the end was requested."""
         return self.times > 0
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it was told since the last wait, or so long; whether it was told at all."""
+        """Wait up to ``seconds`` for a new signal; return whether the end was requested at all."""
         if self._poll.poll(seconds * 1000):
-            self._news.recv(1)
+            self._receiver.recv(1)
         return self.is_set()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.times += 1
-        with contextlib.suppress(BlockingIOError):  # thousands are waiting to be read
-            self._teller.send(b"\0")
+        with contextlib.suppress(BlockingIOError):  # the socket is full of unread signals
+            self._sender.send(b"\0")
 
 
 class Restarts:
-    """Whether a process that has ended is started again, and after how long."""
+    """Decides whether a process that has ended is restarted, and after which delay."""
 
     MOST, WINDOW = 5, 600.0
-    """So often within so many seconds; what ends more often is broken in a way that a new start does not mend."""
+    """Highest number of restarts, and the seconds in which they are counted."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._ends: deque[float] = deque()
 
     def ended(self) -> float | None:
-        """To be called at every end: seconds to wait before the next start, longer each time; None: too often."""
+        """Record an end; return the seconds to wait before the restart, or None if the process ended too often."""
         now = self._clock()
         while self._ends and now - self._ends[0] > self.WINDOW:
             self._ends.popleft()

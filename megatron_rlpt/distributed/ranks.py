@@ -1,10 +1,10 @@
-"""The ranks of a run: which one this process is, and how they exchange small things.
+"""The ranks of a run and their collectives on host data.
 
-Tensors travel through Megatron's groups. What goes through here is small and of the host: episodes, judged groups,
-decisions, "has everyone come this far". It uses gloo on every machine, because only gloo can tell who is missing.
+Tensors travel through Megatron's process groups. This module exchanges small host objects: episodes, judged groups,
+decisions, barriers. It uses gloo on every machine, because only gloo reports which ranks are missing.
 
-A *replica* is the set of ranks that hold one copy of the model. Its first rank is the *leader*: it has the replica's
-share of the episodes rewritten and judged, and afterwards every rank knows all of them.
+A *replica* is the set of ranks that hold one copy of the model. Its first rank is the *leader*: it rewrites and judges
+the replica's share of the episodes, and then shares the results with all ranks.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron_rlpt.errors import ConfigError, RlptError, TrainingError, first_li
 _log = logging.getLogger(__name__)
 
 _SLURM_PORTS = range(15000, 32000)
-"""Rank 0's port in a Slurm step. Below those that Linux gives to outgoing connections (32768 and above), so that none
-of these holds it by chance."""
+"""Range of rank 0's port in a Slurm step; below the ports of outgoing connections on Linux (32768 and above), which
+could occupy it by chance."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class ReplicaShape(Protocol):
-    """What ``Ranks`` needs of a layout: ranks in all, and how tensor, context and pipeline parallelism divide them."""
+    """The part of a layout that ``Ranks`` uses: world size, and tensor, context and pipeline parallel sizes."""
 
     @property
     def world(self) -> int: ...  # noqa: D102
@@ -47,32 +47,31 @@ class ReplicaShape(Protocol):
 
 @dataclass(frozen=True)
 class LauncherEnvironment:
-    """Where the launcher put this process."""
+    """This process's position in the world, as set by the launcher."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    """Number of this process on its machine; the GPU it uses."""
+    """Index of this process on its machine, and of the GPU it uses."""
     address: str = "127.0.0.1"
-    """Machine of rank 0."""
+    """Host of rank 0."""
     port: int = 0
-    """Port of rank 0's store; without meaning in a world of one."""
+    """Port of rank 0's store; unused in a world of one."""
 
 
 def read_launcher_environment(environment: Mapping[str, str] = os.environ) -> LauncherEnvironment:
-    """Read the variables of torchrun, else those of a Slurm step, else this process is alone.
+    """Read the variables of torchrun, else those of a Slurm step; without either this process is a world of one.
 
-    Inside a batch script or ``salloc``, outside of ``srun``, Slurm's job variables are set but nothing was launched
-    side by side; only a step has ``SLURM_STEP_NUM_TASKS``, and the step of an interactive shell has one task. Half of
-    torchrun's variables without a step are refused: processes that each believe to be alone would all write the same
-    run.
+    In a batch script or ``salloc``, outside of ``srun``, Slurm's job variables are set although no ranks were launched;
+    only a step has ``SLURM_STEP_NUM_TASKS``, and the step of an interactive shell has one task. An incomplete set of
+    torchrun's variables is refused: several processes that each assume a world of one would write the same run.
 
     Raises:
-        ConfigError: a variable is missing or not a number, or rank 0's machine is not known.
+        ConfigError: a variable is missing or not a number, or the host of rank 0 is unknown.
     """
     try:
         if "RANK" in environment and "WORLD_SIZE" in environment:
-            place = LauncherEnvironment(
+            found = LauncherEnvironment(
                 int(environment["RANK"]),
                 int(environment["WORLD_SIZE"]),
                 int(environment.get("LOCAL_RANK", "0")),
@@ -81,12 +80,12 @@ def read_launcher_environment(environment: Mapping[str, str] = os.environ) -> La
             )
         elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-            place = LauncherEnvironment(
+            found = LauncherEnvironment(
                 int(environment["SLURM_PROCID"]),
                 int(environment["SLURM_STEP_NUM_TASKS"]),
                 int(environment["SLURM_LOCALID"]),
                 environment.get("MASTER_ADDR") or _step_address(environment),
-                # The same on every rank without asking anyone, and another one for the steps of other jobs.
+                # The same on every rank without communication, and different for steps of other jobs.
                 int(environment.get("MASTER_PORT") or _SLURM_PORTS[(job * 31 + step) % len(_SLURM_PORTS)]),
             )
         elif "RANK" in environment or "WORLD_SIZE" in environment:
@@ -97,22 +96,22 @@ def read_launcher_environment(environment: Mapping[str, str] = os.environ) -> La
         raise ConfigError(
             f"the launcher's variables are incomplete ({error}); start with torchrun, with srun, or without either"
         ) from None
-    if not 0 <= place.rank < place.world:
-        raise ConfigError(f"the launcher says rank {place.rank} of {place.world}; start with torchrun or srun")
-    if place.world > 1 and not place.port:
+    if not 0 <= found.rank < found.world:
+        raise ConfigError(f"the launcher says rank {found.rank} of {found.world}; start with torchrun or srun")
+    if found.world > 1 and not found.port:
         raise ConfigError("MASTER_PORT is not set; start with torchrun, which sets it, or set it to a free port")
-    return place
+    return found
 
 
 def _step_address(environment: Mapping[str, str]) -> str:
-    """Where the first node of a Slurm step is reached. Rank 0 runs there, unless it was asked to run elsewhere."""
+    """Return the address of a Slurm step's first node, on which rank 0 runs by default."""
     node = first_host(environment["SLURM_STEP_NODELIST"])
     own = environment["SLURMD_NODENAME"]
     if environment["SLURM_PROCID"] == "0" and own != node:  # srun --distribution=arbitrary, heterogeneous jobs
         raise ConfigError(f"rank 0 runs on {own}, not on {node}, the first node of the step; set MASTER_ADDR to {own}")
     if _resolves(node):
         return node
-    # A node may have another name in Slurm than on the network; then Slurm knows how to reach it.
+    # Node names in Slurm may differ from host names; Slurm then knows the address.
     try:
         scontrol = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, timeout=60)
         known = re.search(r"\bNodeAddr=(\S+)", scontrol.stdout)
@@ -132,9 +131,9 @@ def _resolves(name: str) -> bool:
 
 
 def ranks_on_this_machine(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Ranks that the launcher started beside this one, itself included; None where it does not say.
+    """Return the number of ranks on this machine; None if the launcher does not say.
 
-    Slurm writes ``4(x2),3`` for two nodes of 4 tasks and one of 3; the most of any node is taken.
+    Slurm writes ``4(x2),3`` for two nodes with 4 tasks and one with 3; the largest number is used.
     """
     if "LOCAL_WORLD_SIZE" in environment:
         return int(environment["LOCAL_WORLD_SIZE"])
@@ -143,7 +142,7 @@ def ranks_on_this_machine(environment: Mapping[str, str] = os.environ) -> int | 
 
 
 def first_host(nodes: str) -> str:
-    """First host of a Slurm node list: ``n[03-05,9],m1`` -> ``n03``; a name may have several ranges."""
+    """Return the first host of a Slurm node list: ``n[03-05,9],m1`` -> ``n03``; a name may have several ranges."""
     head = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if head is None:
         raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}")
@@ -151,22 +150,22 @@ def first_host(nodes: str) -> str:
 
 
 class Ranks:
-    """All ranks of a run. In a world of one every method answers at once.
+    """All ranks of a run. In a world of one every method returns immediately.
 
     Attributes:
         rank: number of this process.
         size: number of processes.
         is_main: whether this is rank 0, which writes the run's files.
-        is_leader: whether this rank has a teacher.
+        is_leader: whether this rank is the first of its replica and has a teacher.
     """
 
     def __init__(self, rank: int = 0, layout: ReplicaShape | None = None, timeout: float = 1800.0) -> None:
-        """Torch's process group of ``layout.world`` ranks must be there; a collective over all of them.
+        """Create the process groups; a collective over all ranks of torch's initialized default group.
 
         Args:
             rank: number of this process.
-            layout: how the ranks are divided; None is a world of one.
-            timeout: seconds a rank may keep the others waiting before it is reported as absent.
+            layout: the parallel layout; None is a world of one.
+            timeout: seconds after which a rank that others wait for is reported as absent.
         """
         self._arguments = (rank, layout, timeout)
         self.rank = rank
@@ -177,7 +176,7 @@ class Ranks:
         self._mine = next(index for index, members in enumerate(self._replicas) if rank in members)
         self.is_leader = self._replicas[self._mine][0] == rank
         if self.size > 1:
-            import torch  # a world of one has no use for it, and much that does without torch names this class
+            import torch  # not at the top: modules that work without torch import this class
 
             self._distributed = torch.distributed
             new_group = torch.distributed.new_group
@@ -185,29 +184,29 @@ class Ranks:
             self._leaders: Any = new_group(
                 [members[0] for members in self._replicas], backend="gloo", timeout=self._timeout
             )
-            # Every rank enters for every replica, which costs those outside next to nothing. Synchronised among members
-            # alone, a group is named after how many groups a rank is in already, and Megatron's stages differ in that.
+            # Every rank creates the groups of all replicas, at little cost. If only the members created a group, torch
+            # would name it after the number of groups that a rank is in, which differs between pipeline stages.
             self._replica: Any = [
                 new_group(members, backend="gloo", timeout=self._timeout) for members in self._replicas
             ][self._mine]
 
     @property
     def timeout(self) -> float:
-        """Seconds that a rank may keep the others waiting."""
+        """Seconds after which a rank that others wait for is reported as absent."""
         return self._timeout.total_seconds()
 
     def clone_groups(self) -> Ranks:
-        """The same ranks with process groups of their own, for a second thread; a collective over all of them.
+        """Return the same ranks with separate process groups for a second thread; a collective.
 
-        Collectives of two threads on one group would meet each other's.
+        Collectives of two threads on the same group could be mixed up.
         """
         return Ranks(*self._arguments)
 
     def barrier(self, phase: str) -> None:
-        """Wait until every rank is here.
+        """Wait until every rank has reached ``phase``.
 
         Raises:
-            LostContactError: some did not come in time; on rank 0 it names them.
+            LostContactError: some ranks did not arrive in time; on rank 0 the error names them.
         """
         if self.size == 1:
             return
@@ -224,7 +223,7 @@ class Ranks:
             ) from error
 
     def all_gather(self, value: T) -> list[T]:
-        """``value`` of every rank, in rank order; anything that can be pickled."""
+        """Return the picklable ``value`` of every rank, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -232,7 +231,7 @@ class Ranks:
         return values
 
     def gather(self, value: T) -> list[T] | None:
-        """``value`` of every rank, in rank order, on rank 0 alone; None elsewhere."""
+        """Return ``value`` of every rank, in rank order, on rank 0; None on other ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
@@ -240,7 +239,7 @@ class Ranks:
         return values
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """``value`` of rank ``source`` on every rank."""
+        """Return the ``value`` of rank ``source`` on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -248,30 +247,29 @@ class Ranks:
         return box[0]
 
     def on_main(self, work: Callable[[], R]) -> R:
-        """``work()`` of rank 0, and its result on every rank.
+        """Run ``work`` on rank 0 and return its result on every rank.
 
         Raises:
-            RlptError: ``work`` did; the same on every rank.
-            TrainingError: ``work`` raised anything else, in a world of several.
+            RlptError: ``work`` raised it; the same error on every rank.
+            TrainingError: ``work`` raised any other error, in a world of several ranks.
         """
         if self.size == 1:
             return work()
         return _unpack(self.broadcast(self._attempt(work) if self.is_main else _Outcome()))
 
     def run_on_all_ranks(self, work: Callable[[], R], phase: str) -> R:
-        """``work()`` on every rank, and its own result on each; or the same error on all, whoever failed.
+        """Run ``work`` on every rank; return each rank's own result, or raise the same error on all ranks.
 
-        Results stay where they are; ``gather`` and ``all_gather`` exchange them.
+        ``gather`` and ``all_gather`` exchange results.
 
         Args:
-            work: may be collective work, if it joins the collectives to the end also where it fails
-                (``drain``).
-            phase: what others may wait for, for the error.
+            work: may use collectives if it completes them even when it fails (see ``drain``).
+            phase: what other ranks wait for, for the error.
 
         Raises:
-            RlptError: ``work`` did on some rank: that of the first such rank, which it names, on every rank.
-            TrainingError: ``work`` raised anything else on some rank, in a world of several; or a rank did not finish
-                in time.
+            RlptError: ``work`` raised it on some rank; the error of the first such rank, with its number, on every
+            rank. TrainingError: ``work`` raised any other error on some rank, in a world of several ranks; or a rank
+            did not finish in time.
         """
         if self.size == 1:
             return work()
@@ -284,16 +282,17 @@ class Ranks:
         return outcome.value
 
     def scatter_work(self, items: Sequence[T], work: Callable[[list[T]], Sequence[R]], phase: str) -> list[R]:
-        """``work`` on ``items``, divided among the leaders in order; every rank gets all results in order.
+        """Split ``items`` among the leaders, in order; return the results of all items, in order, on every rank.
 
         Args:
             items: the same on every rank.
-            work: one result per item; called on leaders only.
-            phase: what others may wait for, for the error.
+            work: returns one result per item; called on leaders only.
+            phase: what other ranks wait for, for the error.
 
         Raises:
-            RlptError: ``work`` did on some rank; the same on every rank.
-            TrainingError: ``work`` raised anything else, in a world of several; or a rank did not finish in time.
+            RlptError: ``work`` raised it on some rank; the same error on every rank.
+            TrainingError: ``work`` raised any other error, in a world of several ranks; or a rank did not finish in
+                time.
         """
         if self.size == 1:
             return list(work(list(items)))
@@ -309,11 +308,11 @@ class Ranks:
         return [item for outcome in outcomes for item in _unpack(outcome)]
 
     def contact(self) -> contextlib.AbstractContextManager[None]:
-        """Around work with collectives of any kind, see ``contact_kept``; in a world of one there is none to lose."""
+        """Return ``contact_kept()`` for work with collectives; a null context in a world of one."""
         return contact_kept() if self.size > 1 else contextlib.nullcontext()
 
     def _attempt(self, work: Callable[[], Any], prefix: str = "") -> _Outcome:
-        """What ``work`` came to, for others to know; ``prefix`` is put before what a user can mend."""
+        """Run ``work`` and return its outcome for other ranks; ``prefix`` is put before a user's error."""
         try:
             return _Outcome(work())
         except RlptError as error:
@@ -321,7 +320,7 @@ class Ranks:
                 raise
             return _Outcome(error=type(error)(f"{prefix}{error}") if prefix else error)
         except Exception as error:
-            if is_lost_contact(error):  # there is nobody left to agree with
+            if is_lost_contact(error):  # the other ranks cannot be reached
                 raise
             _log.exception("rank %d failed", self.rank)
             return _Outcome(
@@ -332,15 +331,15 @@ class Ranks:
 
 
 class LostContactError(TrainingError):
-    """Another rank has ended or did not come, so that nothing can be agreed on any more."""
+    """Another rank has ended or does not answer, so that collectives are no longer possible."""
 
 
 @contextlib.contextmanager
 def contact_kept() -> Iterator[None]:
-    """Around work with collectives: that another rank has gone is one line, not a traceback.
+    """Turn the failure of a collective into a one-line error inside the block.
 
     Raises:
-        LostContactError: a collective failed because another rank ended or did not come.
+        LostContactError: a collective failed because another rank ended or did not answer.
     """
     try:
         yield
@@ -354,24 +353,23 @@ def contact_kept() -> Iterator[None]:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether ``error`` says that ranks cannot reach each other: torch's own errors, or gloo's, which have no type."""
+    """Return whether ``error`` means that ranks cannot reach each other: torch's error types, or gloo's message."""
     if isinstance(error, LostContactError):
         return True
     if not isinstance(error, RuntimeError):
         return False
-    import torch  # a world of one has no use for it
+    import torch  # not at the top: modules that work without torch import this one
 
     return isinstance(error, torch.distributed.DistError) or re.search(r"\bgloo/", str(error)) is not None
 
 
 def drain(stream: Iterable[T], use: Callable[[Iterator[T]], None] | None) -> None:
-    """Give ``use`` a stream that all ranks go through together, and go on to its end where ``use`` stops or fails.
+    """Pass ``use`` a stream that all ranks read together, and read it to its end even if ``use`` stops or fails.
 
-    The other ranks would wait for this one in the middle of the stream otherwise. Ranks without a use for the stream
-    go through it all the same.
+    Otherwise the other ranks would wait in the middle of the stream. Ranks without ``use`` read it as well.
 
     Raises:
-        Exception: what ``use`` raised, once the stream has ended.
+        Exception: the error of ``use``, after the end of the stream.
     """
     items = iter(stream)
     try:
@@ -390,7 +388,7 @@ def _skip(items: Iterator[Any]) -> None:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What work came to, in a form that travels."""
+    """The result or error of some work, picklable."""
 
     value: Any = None
     error: RlptError | None = None
@@ -403,14 +401,14 @@ def _unpack(outcome: _Outcome) -> Any:
 
 
 def _replicas(layout: ReplicaShape) -> list[list[int]]:
-    """Ranks of every model replica, in Megatron's order: tensor fastest, then context, data, pipeline."""
+    """Return the ranks of every model replica, in Megatron's order: tensor fastest, then context, data, pipeline."""
     inner = layout.tensor * layout.context
     data = layout.world // (inner * layout.pipeline)
     return [
         [
-            pipeline * inner * data + replica * inner + place
+            pipeline * inner * data + replica * inner + index
             for pipeline in range(layout.pipeline)
-            for place in range(inner)
+            for index in range(inner)
         ]
         for replica in range(data)
     ]

@@ -1,10 +1,10 @@
 """Append-only files of one JSON object per line that hold each step exactly once, however often a run is killed.
 
-Every line is handed to the operating system as it is written, so a killed process loses nothing. A resumed run first
-cuts off what it is about to do again: the lines of the resumed step and later, and a last line torn by the kill.
+Every line is passed to the operating system immediately, so a killed process loses nothing. A resumed run first cuts
+off the lines that it will write again: those of the resumed step and later, and an incomplete last line.
 
-What cannot be written, on a full disk for one, is kept and written as soon as it can be. It never ends a run: where
-space matters a checkpoint finds out.
+Lines that cannot be written, for instance on a full disk, are kept and written later. They never end a run; a
+checkpoint does if the disk stays full.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megatron_rlpt.observe.log import get_logger
 
 _log = get_logger(__name__)
 _MOST_KEPT = 64 << 20
-"""Bytes of lines that wait for a disk to take them; the oldest go first."""
+"""Highest number of bytes in waiting lines; beyond it the oldest are dropped."""
 
 
 class JsonLines:
-    """The file ``path``, opened for appending after everything from step ``start`` on was cut off.
+    """The file ``path``, opened for appending after all lines from step ``start`` on were cut off.
 
-    ``last_step`` is the last step the file held before the cut, None if it held none.
+    ``last_step`` is the last step in the file before the cut, or None.
 
     Raises:
         CheckpointError: a line before the last is not a JSON object with an integer ``step``.
@@ -50,16 +50,16 @@ class JsonLines:
             raise kind(f"{path} cannot be opened ({error.strerror}); free space, or choose another run.dir") from None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line, now or later. Numbers that JSON lacks (NaN, infinities) become null."""
+        """Append one line, now or later. NaN and infinities become null."""
         if self._file.closed:
             raise ValueError(f"{self._path} is closed")
         text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
-        # A half character of a reply would otherwise be an error of its own.
+        # A reply may contain a surrogate, which UTF-8 cannot encode.
         self._waiting.append(text.encode("utf-8", "backslashreplace"))
         self._write_waiting()
 
     def close(self) -> None:
-        """Close the file; writing afterwards is an error."""
+        """Close the file; a later write is an error."""
         if self._file.closed:
             return
         self._write_waiting()
@@ -67,7 +67,7 @@ class JsonLines:
             _log.warning("lines could not be written", file=self._path, lines=missing)
         try:
             self._file.close()
-        except OSError as error:  # some network file systems write only now
+        except OSError as error:  # some network file systems report write errors only here
             _log.warning("the end of a file may be missing", file=self._path, reason=error)
 
     def _write_waiting(self) -> None:
@@ -82,11 +82,11 @@ class JsonLines:
             self._failing = False
         except OSError as error:
             with contextlib.suppress(OSError):
-                # Half a line would make the file one that a resumed run refuses.
+                # A resumed run would refuse a file with a partial line.
                 if whole is not None:
                     os.truncate(self._path, whole)
             if not self._failing:
-                _log.warning("cannot be written now; the run goes on", file=self._path, reason=error)
+                _log.warning("cannot be written now; the run continues", file=self._path, reason=error)
             self._failing = True
             while len(self._waiting) > 1 and sum(map(len, self._waiting)) > _MOST_KEPT:
                 self._waiting.popleft()
@@ -94,7 +94,7 @@ class JsonLines:
 
 
 def cut(path: Path, start: int) -> int | None:
-    """Drop the lines of step ``start`` and later and a torn last line; return the last step held before.
+    """Cut off the lines of step ``start`` and later and an incomplete last line; return the last step before the cut.
 
     Raises:
         CheckpointError: a line before the last is not a JSON object with an integer ``step``.
@@ -106,7 +106,7 @@ def cut(path: Path, start: int) -> int | None:
     with path.open("rb") as file:
         offset = 0
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):  # torn: the process died while writing it
+            if not line.endswith(b"\n"):  # incomplete: the process was killed while writing it
                 keep = offset if keep is None else keep
                 break
             step = _step_of(line)
@@ -130,7 +130,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every float that JSON cannot hold replaced by None."""
+    """Replace every NaN and infinity in ``value`` by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -20,10 +20,10 @@ _STANDARD = frozenset({"exc_info", "stack_info", "stacklevel", "extra"})
 
 
 class Logger(logging.LoggerAdapter[logging.Logger]):
-    """A standard logger whose calls take the event's fields as keywords: ``log.info("saved", step=3, seconds=0.4)``."""
+    """A standard logger that takes the event's fields as keywords: ``log.info("saved", step=3, seconds=0.4)``."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        """Move the fields to where the formatter finds them."""
+        """Move the fields into ``extra``, where the formatter reads them."""
         passed = {key: value for key, value in kwargs.items() if key in _STANDARD}
         fields = {key: value for key, value in kwargs.items() if key not in _STANDARD}
         passed["extra"] = {**(passed.get("extra") or {}), "fields": fields}
@@ -31,7 +31,7 @@ class Logger(logging.LoggerAdapter[logging.Logger]):
 
 
 def get_logger(name: str) -> Logger:
-    """The logger of one component, for instance ``get_logger("rollout")``; a module's ``__name__`` works too."""
+    """Return the logger of a component, for instance ``get_logger("rollout")`` or ``get_logger(__name__)``."""
     short = name.removeprefix(f"{ROOT}.")
     return Logger(logging.getLogger(ROOT if short == ROOT else f"{ROOT}.{short}"), {})
 
@@ -39,9 +39,8 @@ def get_logger(name: str) -> Logger:
 def setup_logging(run_dir: Path | None = None, level: int = logging.INFO, rank: int = 0) -> None:
     """Send the log to standard error and, given a run folder, append it to ``<run_dir>/run.log`` as well.
 
-    Ranks other than 0 show warnings only and write ``<run_dir>/logs/rank-<number>.log``: a thousand equal lines help
-    nobody, and the one that differs is looked for by its rank. Calling it again replaces the earlier set-up. Other
-    packages' loggers are left as they are.
+    Ranks other than 0 show only warnings and write ``<run_dir>/logs/rank-<number>.log``, so that equal lines of many
+    ranks do not hide the one that differs. A second call replaces the first. Loggers of other packages are unchanged.
     """
     logger = logging.getLogger(ROOT)
     for handler in list(logger.handlers):
@@ -62,11 +61,11 @@ def setup_logging(run_dir: Path | None = None, level: int = logging.INFO, rank: 
 
 
 def quiet_libraries() -> None:
-    """Keep other packages' bars and advice out of the terminal; call it before they are imported.
+    """Keep progress bars and warnings of other packages out of the terminal; call it before importing them.
 
-    What is muted is known and without consequence here: Megatron announces each fused kernel it does without (``rlpt
-    doctor`` lists them), torch announces renamed functions that Megatron and vLLM still call, and both transformers
-    and vLLM draw a progress bar over ours. Environment variables that are set already win.
+    All that it mutes is known and harmless here: Megatron warns about each missing fused kernel (``rlpt doctor`` lists
+    them), torch warns about renamed functions that Megatron and vLLM still call, and transformers and vLLM draw their
+    progress bars over ours. Environment variables that are already set take precedence.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -77,14 +76,14 @@ def quiet_libraries() -> None:
 
 
 class LineFormatter(logging.Formatter):
-    """``2026-01-31T12:00:00.123Z INFO rollout: weights updated version=3``; only a traceback adds lines."""
+    """Formats one line: ``2026-01-31T12:00:00.123Z INFO rollout: weights updated version=3``; tracebacks add lines."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        """UTC with milliseconds."""
+        """Return the time in UTC with milliseconds."""
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, and after it the traceback if there is one."""
+        """Return the line, followed by the traceback if there is one."""
         fields: dict[str, Any] = getattr(record, "fields", {})
         text = " ".join([record.getMessage().replace("\n", "\\n"), *(f"{k}={_plain(v)}" for k, v in fields.items())])
         name = record.name.removeprefix(f"{ROOT}.")
@@ -95,23 +94,23 @@ class LineFormatter(logging.Formatter):
 
 
 class _LogFile(logging.FileHandler):
-    """Loses lines on a full disk, and says so once instead of a traceback for each."""
+    """Drops lines on a full disk, with one warning instead of a traceback per line."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self._lost = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """What ``emit`` met; a message that cannot be made is a bug of ours and is shown as one."""
+        """Drop the line on an OSError; show any other error, which is a bug."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
         elif not self._lost:
-            self._lost = True  # before it is said, which comes here again
+            self._lost = True  # before the warning, which may end up here again
             _complain(Path(self.baseFilename), error)
 
     def close(self) -> None:
-        """Close the file, with what it took."""
+        """Close the file."""
         with contextlib.suppress(OSError):
             super().close()
 
@@ -127,24 +126,24 @@ def _open(path: Path) -> logging.Handler | None:
 
 def _complain(path: Path, error: BaseException | None) -> None:
     get_logger(__name__).warning(
-        "the log cannot be written here; it is complete on standard error only", file=path, reason=error
+        "the log file cannot be written; only standard error has the complete log", file=path, reason=error
     )
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Looks ``sys.stderr`` up at every line: a live progress display replaces it to print above itself."""
+    """Looks up ``sys.stderr`` for every line: a live progress display replaces it to print above itself."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A terminal that is gone, or a full disk behind it, has nobody to be told; a bug of ours is shown."""
+        """Ignore an OSError of the terminal or a redirected file; show any other error, which is a bug."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
     @property
     def stream(self) -> TextIO:
-        """Standard error as it is now."""
+        """Current standard error."""
         return sys.stderr
 
     @stream.setter
@@ -153,7 +152,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 def _plain(value: object) -> str:
-    """A field's value without line breaks; quoted where it would otherwise run into the next field."""
+    """Return a field's value without line breaks, quoted if it contains spaces, quotes or ``=``."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     if text and not any(char.isspace() or char in '"=' for char in text):
         return text

@@ -1,4 +1,4 @@
-"""What this machine offers a process: cores, memory, shared memory, disk, with container limits taken into account."""
+"""Resources that this machine offers a process: cores, memory, shared memory, disk, with container limits applied."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 GIB = 2**30
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16")
-"""CPU flags that speak of bf16 arithmetic: x86's three, and Arm's."""
+"""CPU flags for bf16 arithmetic: three of x86, one of Arm."""
 _BF16_KERNELS = {*_BF16_FLAGS, "avx512f", "avx_ne_convert"}
-"""CPU flags with which oneDNN, which multiplies for PyTorch and vLLM, has kernels for bf16 at all."""
+"""CPU flags for which oneDNN, used by PyTorch and vLLM, has bf16 kernels."""
 _GPUS = ("dev/nvidiactl", "dev/kfd")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Sizes in bytes; None means there is no limit, or the system does not say."""
+    """Resources; sizes in bytes, None for no limit or an unknown value."""
 
     cpu: str
     """Model name of the CPU."""
     bf16_flags: tuple[str, ...]
-    """Which of avx512_bf16, amx_bf16, amx_tile (x86) and bf16 (Arm) the CPU has."""
+    """The CPU's flags among avx512_bf16, amx_bf16, amx_tile (x86) and bf16 (Arm)."""
     avx512: bool
     cores: int
     """Cores this process may run on (affinity)."""
@@ -36,16 +36,16 @@ class Machine:
     shm_total: int | None
     """Size of /dev/shm."""
     disk_free: int
-    """Free space where the process was started."""
+    """Free space in the working directory."""
 
     @property
     def usable_cores(self) -> float:
-        """Cores that can be busy at the same time: the smaller of affinity and control group."""
+        """Cores that the process can use: the smaller of affinity and control group limit."""
         return min(self.cores, self.core_limit or self.cores)
 
 
 def inspect_machine(root: Path = Path("/")) -> Machine:
-    """Look at this machine; ``root`` stands for the root of the file system, so that a test can give its own."""
+    """Inspect this machine; tests pass another ``root`` of the file system."""
     name, flags = _cpu(root / "proc/cpuinfo")
     memory = _meminfo(root / "proc/meminfo")
     shm = root / "dev/shm"
@@ -60,7 +60,7 @@ def inspect_machine(root: Path = Path("/")) -> Machine:
         core_limit=core_limit(root),
         memory_total=total,
         memory_available=memory.get("MemAvailable", 0),
-        # Without a limit, version 1 of control groups gives a number close to 2^63.
+        # Without a limit, control groups version 1 report a number close to 2^63.
         memory_limit=limit if limit is not None and limit < total else None,
         shm_total=shutil.disk_usage(shm).total if shm.is_dir() else None,
         disk_free=shutil.disk_usage(".").free,
@@ -69,21 +69,21 @@ def inspect_machine(root: Path = Path("/")) -> Machine:
 
 @functools.cache
 def bf16_is_slow(root: Path = Path("/")) -> bool:
-    """Whether models run on a CPU here on which bf16 is several times slower than fp32: AVX2 alone, as in most laptops.
+    """Return whether models run on a CPU whose bf16 is several times slower than fp32: AVX2 only, as in most laptops.
 
-    False where that cannot be told.
+    False if unknown.
     """
     _, flags = _cpu(root / "proc/cpuinfo")
     return bool(flags) and not _BF16_KERNELS & flags and not has_gpu(root)
 
 
 def has_gpu(root: Path = Path("/")) -> bool:
-    """Whether there is a driver of NVIDIA's or AMD's GPUs; asked without torch."""
+    """Return whether an NVIDIA or AMD GPU driver is loaded; works without torch."""
     return any((root / device).exists() for device in _GPUS)
 
 
 def core_limit(root: Path = Path("/")) -> float | None:
-    """Cores' worth of CPU time the control group grants, the tightest of its ancestors; None without a limit."""
+    """Return the CPU limit in cores of the control group and its ancestors; None without a limit."""
     limits: list[float] = []
     for folder in _cgroup_folders(root, ""):
         quota, _, period = _read(folder / "cpu.max").partition(" ")
@@ -97,14 +97,14 @@ def core_limit(root: Path = Path("/")) -> float | None:
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Bytes the control group grants, the tightest of its ancestors; None without a limit."""
+    """Return the memory limit in bytes of the control group and its ancestors; None without a limit."""
     texts = [_read(folder / "memory.max") for folder in _cgroup_folders(root, "")]
     texts += [_read(folder / "memory.limit_in_bytes") for folder in _cgroup_folders(root, "memory")]
     return min((int(text) for text in texts if text.isdigit()), default=None)
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """Folders of this process's control group and its ancestors: version 2 for ``""``, else that v1 controller."""
+    """Return the folders of this process's control group and its ancestors: version 2 for ``""``, else v1."""
     base = root / "sys/fs/cgroup" / controller
     folders = [base]
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -127,7 +127,7 @@ def _cpu(path: Path) -> tuple[str, set[str]]:
 
 
 def _meminfo(path: Path) -> dict[str, int]:
-    """Bytes by name; the file counts in kB."""
+    """Return bytes by name; the file has kB."""
     sizes: dict[str, int] = {}
     for line in _read(path).splitlines():
         name, _, value = line.partition(":")
@@ -140,5 +140,5 @@ def _meminfo(path: Path) -> dict[str, int]:
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except OSError:  # the file belongs to the other version of control groups, or to another system
+    except OSError:  # the file does not exist on this system, or with this version of control groups
         return ""

@@ -1,4 +1,4 @@
-"""One flat record of floats per step, written to a local file and to the trackers the configuration asks for."""
+"""One flat record of floats per step, written to ``metrics.jsonl`` and to the configured trackers."""
 
 from __future__ import annotations
 
@@ -8,39 +8,28 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.jsonl import JsonLines
-from megatron_rlpt.observe.records import Record
-from megatron_rlpt.observe.trackers import Mlflow, TensorBoard, Tracker, Wandb
+from megatron_rlpt.observe.trackers import Mlflow, Record, Sink, TensorBoard, Tracker, Wandb
 
 RESERVED = frozenset({"step", "version", "time", "nonfinite"})
 """Keys of a line in metrics.jsonl that are not metrics."""
 
 
-class Sink(Protocol):
-    """One place metrics go to."""
-
-    def write(self, record: Record) -> None:
-        """Store one step."""
-
-    def close(self, failed: bool) -> None:
-        """Flush and release; ``failed`` marks the run as broken off where the place can show that."""
-
-
 class MetricsWriter:
-    """Hands each step's metrics to every sink. A context manager: an exception marks the run as failed."""
+    """Passes each step's metrics to every sink. As a context manager, it marks the run as failed on an exception."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
 
     def write(self, step: int, version: int, metrics: Mapping[str, float]) -> None:
-        """Store one step; values are turned into floats (a tensor of one element will do).
+        """Store one step; values are converted to floats (also tensors of one element).
 
         Raises:
-            ValueError: a metric is named like a fixed key (``step``, ``version``, ``time``, ``nonfinite``).
+            ValueError: a metric has a reserved name (``step``, ``version``, ``time``, ``nonfinite``).
             TypeError: a value is not a number.
         """
         if clash := sorted(RESERVED & metrics.keys()):
@@ -50,12 +39,12 @@ class MetricsWriter:
             sink.write(record)
 
     def close(self, failed: bool = False) -> None:
-        """Close every sink, also when one of them fails to."""
+        """Close every sink, even if one of them fails."""
         errors: list[Exception] = []
         while self._sinks:
             try:
                 self._sinks.pop().close(failed)
-            except Exception as error:  # a tracker that cannot be reached must not keep the others open
+            except Exception as error:  # close the other sinks first
                 errors.append(error)
         if errors:
             raise errors[0]
@@ -70,18 +59,17 @@ class MetricsWriter:
 
 
 def open_metrics(config: Config, start: int) -> MetricsWriter:
-    """The writer of a run whose next step is ``start`` (0 for a new run).
+    """Open the writer of a run whose next step is ``start`` (0 for a new run).
 
-    ``metrics.jsonl`` and TensorBoard drop what they hold of step ``start`` and later, so that a killed and resumed
-    run has each step exactly once. Weights & Biases and MLflow cannot take a step back: they continue the same run and
-    skip the steps they have been sent.
+    ``metrics.jsonl`` and TensorBoard drop step ``start`` and later, so that a resumed run has each step exactly once.
+    Weights & Biases and MLflow cannot remove steps: they continue the same run and skip the steps they already have.
 
     Raises:
-        ConfigError: a tracker is asked for whose package is missing, or that refuses what it is asked for.
+        ConfigError: the package of a configured tracker is missing, or the tracker refuses its settings.
         CheckpointError: ``metrics.jsonl`` is damaged.
     """
     folder = Path(config.run.dir)
-    # Packages are checked before any file is touched or any remote run started.
+    # Check the packages before touching a file or starting a remote run.
     tensorboard = (
         _require("torch.utils.tensorboard", "observe.tensorboard is true", "cpu", "observe.tensorboard=false")
         if config.observe.tensorboard
@@ -115,14 +103,14 @@ class JsonlSink:
         self.last_step = self._lines.last_step
 
     def write(self, record: Record) -> None:
-        """Append the step and hand it to the operating system."""
+        """Append the step."""
         line: dict[str, Any] = {"step": record.step, "version": record.version, "time": record.time, **record.metrics}
         if broken := [name for name, value in record.metrics.items() if not math.isfinite(value)]:
             line["nonfinite"] = broken
         self._lines.write(line)
 
     def close(self, failed: bool) -> None:
-        """Close the file; whether the run failed is not recorded here."""
+        """Close the file, which does not record ``failed``."""
         self._lines.close()
 
 

@@ -1,4 +1,4 @@
-"""Import risky packages in a process of their own, so that one that crashes or hangs takes nothing else with it."""
+"""Imports risky packages in a separate process, so that a crash or a hang does not affect this one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ except BaseException as error:
     while (deeper := root.__cause__ or (None if root.__suppress_context__ else root.__context__)) is not None:
         root = deeper
     answer["error"] = describe(error)
-    if root is not error:  # transformers, for one, hides the reason behind an error of its own
+    if root is not error:  # transformers, for instance, hides the cause behind another error
         answer["error"] += f" (because of {{describe(root)}})"
 print("\\n" + {mark!r} + json.dumps(answer), flush=True)
 """
@@ -34,14 +34,14 @@ print("\\n" + {mark!r} + json.dumps(answer), flush=True)
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe found: facts, or in one line why it failed."""
+    """The result of a probe: facts, or an error in one line."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the probe ran to its end."""
+        """Whether the probe succeeded."""
         return self.error is None
 
 
@@ -50,10 +50,10 @@ def run_probe(body: str, timeout: float) -> Probe:
 
     Args:
         body: the statements.
-        timeout: seconds after which the process and all it started are killed.
+        timeout: seconds after which the process group is killed.
     """
     process = subprocess.Popen(
-        # -P: the working directory must not be searched for packages, as it is not by the rlpt command.
+        # -P: like the rlpt command, do not search the working directory for packages.
         [sys.executable, "-P", "-c", _TEMPLATE.format(body=body, mark=_MARK)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""What the person who started the run sees: how far it is, what it is doing, whether it works."""
+"""The progress display of a run: step, current stage, remaining time and main metrics."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from megatron_rlpt.observe.log import get_logger
 _log = get_logger(__name__)
 
 SHOWN = {"loss": "loss", "reward_margin": "margin", "rollout_chosen_rate": "rollout chosen"}
-"""Metric -> its label. What a step did not measure is left out."""
+"""Metric -> label. Metrics that a step lacks are left out."""
 _WINDOW = 20
-"""Steps the remaining time is estimated from; the last ones, because rollouts make steps slower or faster."""
+"""Number of last steps for the estimate of the remaining time; only the last ones, because step times vary."""
 
 
 class Progress:
@@ -30,7 +30,7 @@ class Progress:
     Args:
         total: steps of the whole run.
         start: steps already done (0 for a new run).
-        console: where to; standard output by default.
+        console: the console to print to; standard output by default.
     """
 
     def __init__(self, total: int, start: int, console: Console | None = None) -> None:
@@ -69,12 +69,12 @@ class Progress:
             self._live.stop()
 
     def stage(self, name: str) -> None:
-        """Show ``name`` as what is running now."""
+        """Show ``name`` as the current stage."""
         if self._live is not None:
             self._bar.update(self._task, stage=name)
 
     def step(self, step: int, metrics: Mapping[str, float], stage_seconds: Mapping[str, float]) -> None:
-        """Show that ``step`` (counted from 0) is done, with its metrics and the seconds its stages took."""
+        """Show that ``step`` (counted from 0) is done, with its metrics and the seconds of its stages."""
         now = time.monotonic()
         self._durations.append(now - self._last)
         self._last = now
@@ -92,14 +92,14 @@ class Progress:
         self._summary = Text("  ".join([*shown, *stages]), style="dim")
 
     def _print(self, line: str) -> None:
-        """Nobody may be there to read it any more, and that is no reason to end a run."""
+        """Print a line; an output that was closed does not end the run."""
         if self._lost:
             return
         try:
             self._console.print(line, soft_wrap=True)
         except OSError as error:
             self._lost = True
-            _log.warning("progress is not shown any more; the run goes on", reason=error)
+            _log.warning("progress is no longer shown; the run continues", reason=error)
 
     def _eta(self) -> str:
         seconds = round(sum(self._durations) / len(self._durations) * (self._total - self._done))

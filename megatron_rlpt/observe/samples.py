@@ -1,4 +1,4 @@
-"""A few episodes of every step in full, so that a person can read what the policy was taught and why."""
+"""A few episodes of every step in full, to read what the policy learned from and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward
 
 Selection = Mapping[str, tuple[int | None, int | None, str | None]]
-"""Episode id -> (index of the chosen candidate, index of the rejected one, reason the episode was skipped)."""
+"""Episode id -> (index of the chosen candidate, index of the rejected one, reason for skipping the episode)."""
 
 
 class SampleTable:
@@ -22,8 +22,8 @@ class SampleTable:
     Args:
         path: ``<run.dir>/samples.jsonl``.
         per_step: episodes written per step; 0 writes none.
-        text: text and tokens of the policy.
-        start: next step of the run; what the file holds of it and later is dropped.
+        text: converts the policy's tokens to text.
+        start: next step of the run; lines of this step and later are dropped.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -37,10 +37,10 @@ class SampleTable:
     def write(self, step: int, groups: Sequence[Group], selection: Selection) -> None:
         """Append the first ``per_step`` groups of a step.
 
-        Each line has ``skipped_in_step``: reason -> how many of all the step's episodes were skipped for it.
+        Each line has ``skipped_in_step``: reason -> number of the step's episodes skipped for it.
 
         Raises:
-            ValueError: an episode is not in ``selection``, or an index in it points at no candidate.
+            ValueError: an episode is not in ``selection``, or one of its indices is out of range.
         """
         skipped = Counter(reason for _, _, reason in selection.values() if reason is not None)
         for group in groups[: self._per_step]:
@@ -66,7 +66,7 @@ class SampleTable:
         for index in (chosen, rejected):
             if index is not None and not 0 <= index < len(group.candidates):
                 raise ValueError(f"episode {episode.id}: index {index} selected of {len(group.candidates)} candidates")
-        # A group that was never judged (next-token training) has no rewards at all.
+        # In next-token training groups have no rewards.
         rewards: Sequence[Reward | Failed | None] = group.rewards or [None] * len(group.candidates)
         return {
             "episode": episode.id,

@@ -1,4 +1,4 @@
-"""How long each stage of a step takes, as numbers for the metrics and as spans that open in Perfetto."""
+"""Times the stages of a step, for the metrics and as a trace for Perfetto."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _log = get_logger(__name__)
 class StageTimer:
     """Times the stages of a step: ``with timer.stage("rollout"): ...``, then ``seconds = timer.end_step()``.
 
-    Spans go to ``path`` in the Trace Event Format, one JSON event per line inside an array whose closing bracket is
-    left out: the format allows that, and so the file opens in ui.perfetto.dev also after a kill. Unlike metrics, the
-    trace keeps the steps a killed run did in vain, under their own process id: it shows where the time went.
+    Spans go to ``path`` in the Trace Event Format: one JSON event per line, in an array without closing bracket. The
+    format allows that, so that the file opens in ui.perfetto.dev even after a kill. Unlike metrics, the trace keeps the
+    steps that a killed run has to repeat, under their process id: it shows where the time went.
 
     Args:
         path: ``<run.dir>/trace.jsonl``, or None to write no spans.
-        start: first step to be timed.
+        start: first step to time.
         on_stage: called with a stage's name when it begins, for a progress display.
     """
 
@@ -41,23 +41,23 @@ class StageTimer:
         self._file: Any = None
         if path is not None:
             self._file = self._opened(path)
-        # Wall clock places the spans of several processes on one time line, the monotonic clock measures them.
+        # The wall clock aligns spans of several processes; the monotonic clock measures them.
         self._wall_offset = time.time() - time.perf_counter()
         self._event({"name": "process_name", "ph": "M", "args": {"name": "rlpt train"}})
 
     @property
     def step(self) -> int:
-        """The step now being timed."""
+        """Current step."""
         return self._step
 
     @property
     def current(self) -> str | None:
-        """Innermost stage now running, for whoever watches the run."""
+        """Innermost running stage."""
         return self._open[-1] if self._open else None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds of the body to ``name``; a stage inside another counts in both."""
+        """Add the seconds of the block to ``name``; a nested stage counts in both."""
         if self._on_stage is not None:
             self._on_stage(name)
         self._open.append(name)
@@ -69,23 +69,23 @@ class StageTimer:
 
     @contextmanager
     def background(self, name: str) -> Iterator[None]:
-        """The same for work beside the stages, in a thread of its own; ``end_background`` has its seconds."""
+        """Do the same for work in a background thread; ``end_background`` returns its seconds."""
         with self._span(name, self._background):
             yield
 
     def end_step(self) -> dict[str, float]:
-        """Seconds per stage of the step that ends here, in the order the stages first ended; the next step begins."""
+        """End the step; return its seconds per stage, in the order in which the stages first ended."""
         seconds, self._seconds = self._seconds, {}
         self._step += 1
         return seconds
 
     def end_background(self) -> dict[str, float]:
-        """Seconds of what ended in the background since this was last asked."""
+        """Return the seconds of background work that has ended since the last call."""
         seconds, self._background = self._background, {}
         return seconds
 
     def close(self) -> None:
-        """Close the trace file; timing goes on without it."""
+        """Close the trace file; timing continues without it."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -123,7 +123,7 @@ class StageTimer:
             try:
                 self._file.write(json.dumps(event) + ",\n")
                 self._file.flush()
-            except (OSError, ValueError) as error:  # full, or closed by another thread that found it full
+            except (OSError, ValueError) as error:  # full disk, or closed by another thread on a full disk
                 self._give_up(error)
 
     def _opened(self, path: Path) -> Any:
@@ -134,9 +134,9 @@ class StageTimer:
             return None
 
     def _give_up(self, error: Exception) -> None:
-        """Time goes on being measured; a file with holes would be read wrongly."""
+        """Close the trace, because a file with gaps would be misread; timing continues."""
         if self._file is not None or not isinstance(error, ValueError):
-            _log.warning("no more spans are written; the run goes on", file=self._path, reason=error)
+            _log.warning("no more spans are written; the run continues", file=self._path, reason=error)
         self.close()
 
 
@@ -144,7 +144,7 @@ def _open_trace(path: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     held = path.read_bytes() if path.exists() else b""
     whole = held.rfind(b"\n") + 1
-    if whole < len(held):  # a line torn by a kill would spoil the array for every later one
+    if whole < len(held):  # an incomplete line of a killed process would break the array
         os.truncate(path, whole)
     file = path.open("a", encoding="utf-8")
     if not whole:

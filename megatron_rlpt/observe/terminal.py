@@ -1,7 +1,8 @@
-"""What strangers wrote, made fit for a terminal.
+"""Safe output of untrusted text to a terminal.
 
-Documents, models, servers and file names may hold sequences that move the cursor, change colours or the title, hide
-text, or turn it around. All that is printed goes through ``plain``, or through a console that does it for whole tables.
+Documents, models, servers and file names may contain sequences that move the cursor, change colors or the title, hide
+text, or reverse it. All output goes through ``plain``, or through a ``console`` that applies it to everything it
+prints.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def say(text: object, file: TextIO | None = None) -> None:
 
 
 def console(**options: Any) -> Console:
-    """A console that takes no markup, and shows what is printed as ``plain`` does; ``options`` are rich's."""
+    """Return a console without markup that applies ``plain`` to its output; ``options`` are rich's."""
     made = Console(**{"markup": False, "emoji": False, "highlight": False} | options)
     made.push_render_hook(_PlainOutput())
     return made
@@ -44,7 +45,7 @@ class _Plain:
 
 def _plain_segments(segments: Iterable[Segment]) -> Iterable[Segment]:
     for segment in segments:
-        if segment.control:  # rich's own, to move the cursor of a live display
+        if segment.control:  # from rich, to move the cursor of a live display
             yield segment
         else:
             yield Segment(plain(segment.text, keep="\n"), segment.style)

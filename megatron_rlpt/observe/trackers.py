@@ -1,8 +1,8 @@
-"""Weights & Biases, MLflow and TensorBoard: told of every step in threads of their own, so that none holds up the run.
+"""Weights & Biases, MLflow and TensorBoard. Each runs in a separate thread, so that none delays the run.
 
-What is missing or wrong from the start (no package, a name that is refused) is an error of the configuration. All that
-happens later, a server that is away, a process that was killed, a full disk, is said once; the run goes on without the
-tracker, which is tried again now and then and is given what it has missed. metrics.jsonl has every step in any case.
+A mistake at the start (missing package, refused name) is a configuration error. A later failure (unreachable server,
+killed process, full disk) is logged once and the run continues; the tracker is retried and receives the steps that it
+missed. ``metrics.jsonl`` has every step in any case.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,44 +22,55 @@ from megatron_rlpt.config import Config, flatten
 from megatron_rlpt.errors import ConfigError, first_line
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.log import get_logger
-from megatron_rlpt.observe.records import Record
 
 _log = get_logger(__name__)
 _PATIENCE = 60.0
-"""Seconds to wait at the start for a tracker that does not answer."""
+"""Seconds to wait for a tracker at the start."""
 _LAST_PATIENCE = 30.0
-"""Seconds to wait at the end for what has not been sent."""
+"""Seconds to wait at the end for unsent steps."""
 _RETRY = Backoff(15.0, 300.0)
 """Seconds before a tracker that failed is tried again: at first, and at most."""
 _MOST = 20_000
-"""Steps kept for a tracker that is away; the oldest go first."""
+"""Highest number of steps kept for an unreachable tracker; beyond it the oldest are dropped."""
 
 
-class TrackerBackend(Protocol):
-    """A tracker that is there; one thread uses it from its beginning to its end."""
+@dataclass(frozen=True)
+class Record:
+    """The metrics of one step."""
+
+    step: int
+    version: int
+    """Policy version after the step: number of optimizer updates."""
+    time: float
+    """Seconds since the Unix epoch."""
+    metrics: Mapping[str, float]
+
+
+class Sink(Protocol):
+    """A destination of metrics."""
 
     def write(self, record: Record) -> None:
         """Store one step."""
 
     def close(self, failed: bool) -> None:
-        """Flush and release; ``failed`` marks the run as broken off where the place can show that."""
+        """Flush and release; ``failed`` marks the run as failed if the destination can show that."""
 
 
 class Tracker:
-    """A sink whose loss never ends the run.
+    """A sink whose failure never ends the run; a thread passes the records on.
 
     Args:
-        name: for messages.
-        connect: opens the place.
-        patience: seconds to wait for that before the run goes on.
+        name: name in log lines.
+        connect: opens the sink.
+        patience: seconds to wait for ``connect`` before the run continues without it.
 
     Raises:
-        ConfigError: ``connect`` says that the configuration is wrong.
+        ConfigError: ``connect`` raised it, because the configuration is wrong.
     """
 
-    def __init__(self, name: str, connect: Callable[[], TrackerBackend], patience: float = _PATIENCE) -> None:
+    def __init__(self, name: str, connect: Callable[[], Sink], patience: float = _PATIENCE) -> None:
         self._name, self._connect = name, connect
-        self._backend: TrackerBackend | None = None
+        self._backend: Sink | None = None
         self._waiting: deque[Record] = deque(maxlen=_MOST)
         self._changed = threading.Condition()
         self._tried, self._closing = threading.Event(), threading.Event()
@@ -72,13 +84,13 @@ class Tracker:
             raise self._refused
 
     def write(self, record: Record) -> None:
-        """Have one step stored; returns at once."""
+        """Queue one step and return immediately."""
         with self._changed:
             self._waiting.append(record)
             self._changed.notify()
 
     def close(self, failed: bool, patience: float = _LAST_PATIENCE) -> None:
-        """Send what is left, if that is possible in a while."""
+        """Send the remaining steps, waiting at most ``patience`` seconds."""
         with self._changed:
             self._failed = failed
             self._closing.set()
@@ -102,7 +114,7 @@ class Tracker:
                     self._tried.set()
                     return
                 self._lose(str(error))
-            except (Exception, SystemExit) as error:  # whatever their packages raise
+            except (Exception, SystemExit) as error:  # any error that their packages raise
                 self._lose(f"{type(error).__name__}: {first_line(error)}")
             if self._lost:
                 self._tried.set()
@@ -113,7 +125,7 @@ class Tracker:
                 self._closing.wait(_RETRY.delay(failures))
 
     def _send(self) -> bool:
-        """Wait for steps and store them; whether it was asked to end."""
+        """Wait for steps and store them; return whether ``close`` was called."""
         assert self._backend is not None
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
@@ -129,7 +141,7 @@ class Tracker:
         if not self._lost:
             self._lost = True
             _log.warning(
-                "tracker lost; the run goes on without it, and metrics.jsonl has every step",
+                "tracker lost; the run continues without it, and metrics.jsonl has every step",
                 tracker=self._name,
                 reason=reason,
             )
@@ -143,7 +155,7 @@ class Tracker:
 
 
 class TensorBoard:
-    """TensorBoard event files; on resume, events of step ``start`` and later are hidden by TensorBoard itself."""
+    """TensorBoard event files; on resume TensorBoard hides events of step ``start`` and later."""
 
     def __init__(self, module: Any, folder: Path, start: int) -> None:
         self._writer = module.SummaryWriter(log_dir=str(folder), purge_step=start)
@@ -155,17 +167,17 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self, failed: bool) -> None:
-        """Close the event file; whether the run failed is not recorded here."""
+        """Close the event file, which does not record ``failed``."""
         self._writer.close()
 
 
 class Wandb:
-    """Weights & Biases. The run's id is kept in the run folder, so that a resumed run continues the same curve.
+    """Weights & Biases. The run folder keeps the run's id, so that a resumed run continues the same curve.
 
-    Without a key, or where its server is away at the start, it records into the run folder, for ``wandb sync``.
+    Without a key, or with an unreachable server at the start, it records into the run folder for ``wandb sync``.
 
     Raises:
-        ConfigError: project, key or mode are refused, or there is no key and WANDB_MODE=online asks for one.
+        ConfigError: project, key or mode are refused, or WANDB_MODE is online and there is no key.
     """
 
     def __init__(self, module: Any, config: Config, last_step: int | None) -> None:
@@ -215,19 +227,19 @@ class Wandb:
             self._run.finish(exit_code=int(failed))
         except Exception:
             with contextlib.suppress(Exception):
-                self._module.teardown()  # what it does at the end of the process would fail with a traceback
+                self._module.teardown()  # else its atexit handler fails with a traceback
             raise
 
 
 class Mlflow:
-    """MLflow. The run's id is kept in the run folder, so that a resumed run continues the same curve.
+    """MLflow. The run folder keeps the run's id, so that a resumed run continues the same curve.
 
     Raises:
         ConfigError: the experiment, the address or the credentials are refused.
     """
 
     _BATCH = 100
-    """Most parameters MLflow's server takes in one request."""
+    """Highest number of parameters in one request to MLflow's server."""
     _WRONG = frozenset({"INVALID_PARAMETER_VALUE", "UNAUTHENTICATED", "PERMISSION_DENIED"})
 
     def __init__(self, module: Any, config: Config, last_step: int | None) -> None:
@@ -254,7 +266,7 @@ class Mlflow:
             for first in range(0, len(items), self._BATCH):
                 module.log_params(dict(items[first : first + self._BATCH]))
         except Exception:
-            module.end_run()  # the next attempt goes on with it, which it refuses while it is open
+            module.end_run()  # the next attempt resumes this run, which fails while it is active
             raise
 
     def write(self, record: Record) -> None:
@@ -269,12 +281,12 @@ class Mlflow:
 
 
 def _kept(path: Path, make: Callable[[], str]) -> str:
-    """What ``path`` holds, or what ``make`` makes, which it holds from then on if that is possible."""
+    """Return the content of ``path``; if there is none, write the result of ``make`` there if possible."""
     known = path.read_text(errors="replace").strip() if path.is_file() else ""
     if not known:
         known = make()
         try:
             write_atomically(path, known)
         except OSError as error:
-            _log.warning("a resumed run will not find this tracker's run again", file=path, reason=error)
+            _log.warning("a resumed run will start a new run in this tracker", file=path, reason=error)
     return known

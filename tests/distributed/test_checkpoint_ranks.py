@@ -186,7 +186,7 @@ def test_a_folder_that_ranks_do_not_share_is_named(found):
     for one in found:
         assert one["not shared"].startswith("CheckpointError: rank 1: checkpoint ")
         assert "could not be written (FileNotFoundError: " in one["not shared"]
-        assert "and all ranks have to share run.dir" in one["not shared"]
+        assert "run.dir must be shared by all ranks" in one["not shared"]
 
 
 def test_a_checkpoint_is_published_on_all_ranks_in_the_same_poll(found):
@@ -199,7 +199,7 @@ def test_damage_found_by_one_rank_is_named_by_all(found):
     (line,) = {one["damage"] for one in found}
     for rank in (0, 1):
         assert f"policy/__{rank}_0.distcp has changed since it was written (checksum)" in line
-    assert "checkpoint.allow_previous=true goes on from" in line
+    assert "set checkpoint.allow_previous=true to resume from" in line
     assert [one["passed over"] for one in found] == [1, 1]
 
 

@@ -160,7 +160,7 @@ def test_a_checkpoint_that_breaks_off_leaves_the_last_one_to_go_on_from(
     assert code == CheckpointError.exit_code, err
     line = only_error(err)
     assert "step-00000002 could not be written" in line
-    assert "it goes on from" in line
+    assert "the run resumes from" in line
     monkeypatch.undo()
     goes_on_from_the_first_checkpoint(rlpt, config, folder)
 

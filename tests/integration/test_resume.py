@@ -103,7 +103,7 @@ def killed_twice(served_model, corpus, tmp_path_factory):
 
     code, _, err = finish(start(config))
     assert code == 0, err
-    assert "sweeping away an unfinished checkpoint" in err
+    assert "removing an unfinished checkpoint" in err
     return folder
 
 

@@ -103,7 +103,7 @@ def test_metadata_that_would_run_code_is_refused_by_name(rlpt, megatron, tmp_pat
     (megatron / ".metadata").write_bytes(pickle.dumps(metadata))
     code, _, err = rlpt("convert", megatron, tmp_path / "out", "--to", "hf", "--verify")
     assert code == 8
-    assert f".metadata asks for {WAYS[how]}, which is not data and could run code" in one_line(err)
+    assert f".metadata requests {WAYS[how]}, which is not data and could run code" in one_line(err)
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
 
@@ -115,7 +115,7 @@ def test_metadata_that_leads_out_of_its_folder(rlpt, megatron, tmp_path):
     (megatron / ".metadata").write_bytes(pickle.dumps(metadata))
     code, _, err = rlpt("convert", megatron, tmp_path / "out", "--to", "hf")
     assert code == 8
-    assert "asks for the file ../__0_0.distcp" in one_line(err)
+    assert "requests the file ../__0_0.distcp" in one_line(err)
 
 
 def poisoned(folder: Path, what: object, key: str = "_extra_state") -> None:
@@ -205,7 +205,7 @@ def test_resuming_from_somebody_elses_checkpoint_runs_nothing(trained, tmp_path,
         evil = torch.frombuffer(bytearray(pickle.dumps({"recipe": Calls(mark)})), dtype=torch.uint8)
         poisoned(policy, [evil])
     state = wanted()
-    with pytest.raises(CheckpointError, match=r"asks for io\.open, which is not data and could run code"):
+    with pytest.raises(CheckpointError, match=r"requests io\.open, which is not data and could run code"):
         read_sharded(state, policy)
     assert not mark.exists()
 
@@ -235,7 +235,7 @@ def test_a_run_whose_checkpoint_was_tampered_with_ends_with_one_line(trained, tm
     shutil.rmtree(tmp_path / "run/export")
     code, err = in_a_process("train", "-c", tmp_path / "run.yaml")
     assert code == 8, err
-    assert "asks for io.open, which is not data and could run code" in err.strip().splitlines()[-1]
+    assert "requests io.open, which is not data and could run code" in err.strip().splitlines()[-1]
     assert "Traceback" not in err
     assert not (tmp_path / "mark").exists()
 

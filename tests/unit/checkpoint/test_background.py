@@ -96,7 +96,7 @@ def test_a_failure_is_told_by_the_next_call_and_leaves_the_last_checkpoint(tmp_p
     with pytest.raises(CheckpointError, match="No space left on device") as caught:
         calls[call]()
     assert str(tmp_path / "step-00000002") in str(caught.value)
-    assert f"it goes on from {tmp_path}/step-00000001" in str(caught.value)
+    assert f"the run resumes from {tmp_path}/step-00000001" in str(caught.value)
     assert names(tmp_path) == ["step-00000001"]
     store.save(3, {}, OneFile(), model)
     assert store.finish() == tmp_path / "step-00000003"

@@ -143,7 +143,7 @@ DAMAGES = {
     "missing-tokenizer": (lambda folder: (folder / "hf/tokenizer.json").unlink(), "hf/tokenizer.json is missing"),
     "flipped-manifest": (lambda folder: flip(folder / "manifest.json"), "manifest.json has changed since it was"),
     "missing-manifest": (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest.json"),
-    "no-marker": (lambda folder: (folder / "COMPLETE").unlink(), "it has no COMPLETE marker, so it is not whole"),
+    "no-marker": (lambda folder: (folder / "COMPLETE").unlink(), "it has no COMPLETE marker, so it is incomplete"),
 }  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_damage_is_named_and_passed_over_only_when_that_is_asked_for(tmp_path, m
     line = refused(tmp_path)
     assert phrase in line
     assert str(tmp_path / "step-00000002") in line
-    assert line.endswith(f"checkpoint.allow_previous=true goes on from {tmp_path}/step-00000001")
+    assert line.endswith(f"set checkpoint.allow_previous=true to resume from {tmp_path}/step-00000001")
     assert names(tmp_path) == before, "a refusal changes nothing"
 
     caplog.set_level("WARNING")
@@ -167,7 +167,7 @@ def test_damage_is_named_and_passed_over_only_when_that_is_asked_for(tmp_path, m
     # What other libraries log is caught too, and ours twice where a test before set the log up.
     own = {record.getMessage(): record for record in caplog.records if record.name.startswith("megatron_rlpt.")}
     (record,) = own.values()
-    assert record.getMessage() == "passing over a checkpoint"
+    assert record.getMessage() == "skipping a damaged checkpoint"
     assert record.fields["path"] == tmp_path / "step-00000002"
     assert record.fields["next"] == tmp_path / "step-00000001"
     assert phrase in record.fields["reason"]
@@ -186,7 +186,7 @@ def test_the_last_checkpoint_there_is_is_never_passed_over(tmp_path, model):
         flip(tmp_path / f"step-0000000{step}/policy/weights")
     line = refused(tmp_path, allow_previous=True)
     assert "step-00000001/policy/weights has changed" in line
-    assert line.endswith("there is none before it: bring the file back, or start anew with --fresh")
+    assert line.endswith("there is no earlier one: restore the file, or start over with --fresh")
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
@@ -203,8 +203,8 @@ def test_a_checkpoint_from_before_there_were_manifests_is_refused(tmp_path, mode
     (old / "state.json").write_text('{"step": 2}')
     (old / "COMPLETE").write_text("")
     line = refused(tmp_path)
-    assert "it has no manifest.json; it was written before checkpoints had one, or has lost it" in line
-    assert "start anew with --fresh" in line
+    assert "it has no manifest.json; the file is missing, or an older version wrote the checkpoint" in line
+    assert "start over with --fresh" in line
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, model):
@@ -234,14 +234,14 @@ def propagating() -> Iterator[None]:
 )
 def test_a_policy_that_cannot_be_written_is_one_line_and_leaves_the_last_checkpoint(tmp_path, error, reason, model):
     store = CheckpointStore(tmp_path, keep=1)
-    with pytest.raises(CheckpointError, match="no checkpoint has been written so far"):
+    with pytest.raises(CheckpointError, match="there is no checkpoint yet"):
         store.save(1, {}, fail_with(error), model)
     store.save(1, {}, OneFile("good"), model)
     with pytest.raises(CheckpointError) as caught:
         store.save(2, {}, fail_with(error), model)
     message = str(caught.value)
     assert reason in message
-    assert f"it goes on from {tmp_path}/step-00000001" in message
+    assert f"the run resumes from {tmp_path}/step-00000001" in message
     assert "\n" not in message
     assert names(tmp_path) == ["step-00000001"]
     assert (store.latest().policy / "weights").read_text() == "good"
@@ -303,7 +303,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_goes_on_once_there_
     store.save(1, {}, OneFile("x" * 300_000), model)
     with pytest.raises(CheckpointError, match="No space left on device") as caught:
         store.save(2, {}, OneFile("x" * 900_000), model)
-    assert f"it goes on from {small_disk}/step-00000001" in str(caught.value)
+    assert f"the run resumes from {small_disk}/step-00000001" in str(caught.value)
     assert names(small_disk) == ["step-00000001"]
     assert len((store.latest().policy / "weights").read_text()) == 300_000
     store.save(2, {}, OneFile("x" * 400_000), model)
@@ -316,7 +316,7 @@ def test_a_checkpoint_that_would_not_fit_again_is_refused_before_anything_is_wri
     os.truncate(tmp_path / "step-00000001/policy/weights", 1 << 43)  # a sparse file: large, and nothing on the disk
     with pytest.raises(CheckpointError, match="disk full: a checkpoint needs about 9,227,469 MiB") as caught:
         store.save(2, {}, fail_with(RuntimeError("it was written")), model)
-    assert f"it goes on from {tmp_path}/step-00000001" in str(caught.value)
+    assert f"the run resumes from {tmp_path}/step-00000001" in str(caught.value)
     assert names(tmp_path) == ["step-00000001"]
 
 

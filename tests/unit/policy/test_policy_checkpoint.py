@@ -82,7 +82,7 @@ def test_a_policy_that_the_disk_has_no_room_for_is_one_line_and_leaves_the_last_
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"could not be written .*it goes on from") as caught:
+        with pytest.raises(CheckpointError, match=r"could not be written .*the run resumes from") as caught:
             store.save(1, {}, policy, llama)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

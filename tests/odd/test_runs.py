@@ -314,7 +314,9 @@ def test_a_full_disk_ends_the_run_where_it_matters_and_nowhere_else(rlpt, file, 
     assert code == CheckpointError.exit_code, err
     assert "could not be written" in only_line(err)
     assert out.count("step ") >= 3, "the steps that need no space are made"
-    assert all(err.count(f"cannot be written now; the run continues file={run / name}") <= 1 for name in os.listdir(run))
+    assert all(
+        err.count(f"cannot be written now; the run continues file={run / name}") <= 1 for name in os.listdir(run)
+    )
     (disk / "filler").unlink()
     code, _, err = rlpt("train", "-c", config, "--fresh")
     assert code == 0, err

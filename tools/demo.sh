@@ -10,11 +10,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash tools/setup.sh
 rlpt=.venv/bin/rlpt
-# Runs compute in bf16 by default, in which most laptops' CPUs are several times slower. Your own overrides win.
-if .venv/bin/python -c 'import sys; from megatron_rlpt.observe.machine import bf16_is_slow; sys.exit(not bf16_is_slow())'; then
-    echo "this CPU has no kernels for bf16: model.dtype=fp32"
-    set -- model.dtype=fp32 "$@"
-fi
 run=$("$rlpt" config --config configs/demo.yaml "$@" --get run.dir)
 .venv/bin/python tools/prepare_demo.py
 

@@ -13,9 +13,5 @@ bash tools/setup.sh
 bash tools/setup_launch.sh
 .venv/bin/python tools/prepare_demo.py
 .venv/bin/python tools/sandbox/redis.py install
-# As in tools/demo.sh; your own overrides win.
-if .venv/bin/python -c 'import sys; from megatron_rlpt.observe.machine import bf16_is_slow; sys.exit(not bf16_is_slow())'; then
-    set -- model.dtype=fp32 "$@"
-fi
 exec .venv-launch/bin/rlpt launch --pack-dirty --cluster configs/cluster/local.yaml \
     --config configs/demo_cluster.yaml "$@"

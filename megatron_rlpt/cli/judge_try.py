@@ -14,6 +14,7 @@ from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.config import Config, EndpointConfig, RunIn, asks_teacher
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, TeacherError
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
+from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.observe.terminal import one_line, plain
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
@@ -53,7 +54,7 @@ def try_judge(config: Config, prefix: str, candidates: Sequence[str], reference:
         return asyncio.run(_ask_servers(config, group, endpoints))
     from megatron_rlpt.teacher.build import build_judge
 
-    return build_judge(config, "cpu").judge([group])[0]
+    return build_judge(resolve_dtypes(config), "cpu").judge([group])[0]
 
 
 def _at(config: Config, url: str) -> EndpointConfig:

@@ -21,8 +21,9 @@ from launch.mounts import check_mounts, on_node
 from launch.spec import Spec
 from launch.topology import Component, components_of, spec_of, with_absolute_paths
 from megatron_rlpt.cli.options import ConfigOption, Overrides, load
-from megatron_rlpt.config import to_yaml
+from megatron_rlpt.config import Config, Dtype, judged_by_workers, to_yaml
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.observe.precision import recorded_teacher_dtype, resolve_dtypes, with_dtypes
 
 
 def launch(
@@ -44,6 +45,7 @@ def launch(
     """
     target = load_cluster(cluster, cluster_overrides or ())
     run = with_absolute_paths(load(config, overrides), Path.cwd(), elsewhere=bool(target.tunnel.host))
+    run = _with_dtypes(target, run)
     check_path("run.dir", run.run.dir)
     check_mounts(target, run)
     components = components_of(target, run)
@@ -54,6 +56,17 @@ def launch(
         stage(staged, to_yaml(run), spec, pack_dirty=pack_dirty, classes=classes)
         code = _submit(target, components, staged, name, spec, dry_run=dry_run)
     raise typer.Exit(code)
+
+
+def _with_dtypes(cluster: Cluster, run: Config) -> Config:
+    """Replace ``auto`` precisions with one value for all components; see ``observe/precision.py``."""
+    if cluster.executor is ExecutorName.local:
+        return resolve_dtypes(run)
+    if run.teacher.dtype is not Dtype.auto or not judged_by_workers(run):
+        return run
+    on_gpus = cluster.teacher.nodes > 0 and cluster.teacher.gpus_per_node > 0
+    chosen = recorded_teacher_dtype(run) or (Dtype.bf16 if on_gpus else Dtype.fp32)
+    return with_dtypes(run, run.model.dtype, chosen)
 
 
 def status(

@@ -8,6 +8,8 @@ import enum
 class Dtype(enum.StrEnum):
     """Precision of a model's forward and backward pass; main weights and optimizer state are always fp32."""
 
+    auto = "auto"
+    """Resolved when a run starts; see ``observe/precision.py``."""
     bf16 = "bf16"
     fp32 = "fp32"
 

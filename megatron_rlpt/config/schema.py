@@ -42,7 +42,10 @@ class ModelConfig:
 
     path: str = option(MISSING, "Hugging Face folder (config, safetensors, tokenizer) that the policy starts from.")
     dtype: Dtype = option(
-        Dtype.bf16, "Precision of forward and backward; main weights and optimizer are fp32.", megatron="--bf16"
+        Dtype.auto,
+        "Precision of forward and backward; main weights and optimizer are fp32. auto is what the run folder records, "
+        "else bf16 on a machine with a GPU or with CPU kernels for bf16, and fp32 on any other.",
+        megatron="--bf16",
     )
     fp8: Fp8 = option(
         Fp8.off,

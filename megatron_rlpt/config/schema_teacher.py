@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_rlpt.config.choices import OptionOrder, PairScheme, RunIn
+from megatron_rlpt.config.choices import Dtype, OptionOrder, PairScheme, RunIn
 from megatron_rlpt.config.fields import option, section
 
 
@@ -159,6 +159,11 @@ class TeacherConfig:
     """The post-trained model in its two roles, judge and rewriter."""
 
     path: str = option("", "Hugging Face folder of the teacher; empty is a frozen copy of model.path.")
+    dtype: Dtype = option(
+        Dtype.auto,
+        "Precision of a teacher that this package loads or serves; bf16 leaves vLLM the precision of the checkpoint. "
+        "auto as in model.dtype.",
+    )
     judge: str = option(
         "likelihood",
         "Judge that rewards the candidates: likelihood, generative, or your own class (a judge or a reward) as "

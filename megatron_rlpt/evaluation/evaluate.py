@@ -29,6 +29,7 @@ from megatron_rlpt.evaluation.second_measure import fit_second_measure
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.observe import get_logger, setup_logging, terminal
+from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.rollout.engine import RolloutEngine, RolloutPrompt
 from megatron_rlpt.rollout.vllm.engine import start_policy_engine
 from megatron_rlpt.teacher.build import build_judge, describe_judge
@@ -63,6 +64,7 @@ def evaluate(config: Config) -> None:
         _log.warning(
             "evaluation generates with vLLM, not with the engine of the run", engine=config.rollout.engine.value
         )
+    config = resolve_dtypes(config)
     folder = Path(config.run.dir)
     models = _models(config, folder)
     fingerprint = _fingerprint(config, models)

@@ -22,6 +22,7 @@ from megatron_rlpt.judge_workers.group_processor import GroupProcessor
 from megatron_rlpt.judge_workers.metrics import WorkerMetrics
 from megatron_rlpt.judge_workers.worker import TeacherClient, Worker
 from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.teacher.build import build_rewriter
 from megatron_rlpt.teacher.judge import GroupJudge
 from megatron_rlpt.teacher.judges import LocalJudge, builder_of, local_judge, needs_no_server
@@ -62,7 +63,7 @@ def run_worker(config: Config, name: str = "") -> None:
     if config.teacher.run_in is not RunIn.workers:
         raise ConfigError("teacher.run_in is trainer; allowed: workers, for a run whose groups workers judge")
     name = name or f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-    asyncio.run(_run(config, name))
+    asyncio.run(_run(resolve_dtypes(config), name))
 
 
 async def _run(config: Config, name: str) -> None:

@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 
 from megatron_rlpt.buffer.open import PASSWORD_VARIABLE, open_buffer
 from megatron_rlpt.buffer.protocol import RolloutBuffer
-from megatron_rlpt.config import Config, EndpointConfig, RunIn, asks_teacher, needs_judge
+from megatron_rlpt.config import Config, Dtype, EndpointConfig, RunIn, asks_teacher, needs_judge
 from megatron_rlpt.distributed.addresses import LOOPBACK, free_port, here, is_loopback, reachable
 from megatron_rlpt.distributed.processes import EndRequest, end_all, start_child
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
 from megatron_rlpt.judge_workers.discovery import KIND, announcement, server_key
 from megatron_rlpt.observe.log import get_logger
-from megatron_rlpt.observe.machine import bf16_is_slow, has_gpu
+from megatron_rlpt.observe.machine import has_gpu
+from megatron_rlpt.observe.precision import resolve_dtypes
 
 _log = get_logger(__name__)
 
@@ -67,6 +68,7 @@ def serve_teacher(
         ModelError: the teacher's folder does not exist.
         TeacherError: the server exited; the message has its exit code.
     """
+    config = resolve_dtypes(config)
     _require_use(config)
     for argument in extra:
         check_argument("further arguments have", argument)
@@ -182,7 +184,7 @@ def _command(config: Config, host: str, port: int, extra: Sequence[str], environ
         # Later arguments win, so ``extra`` can override all of this.
         # Compiled kernels take two more minutes on a CPU and are a tenth faster (tools/bench/teacher_start.py).
         *([] if has_gpu() else ["--enforce-eager"]),
-        *(["--dtype", "float32"] if bf16_is_slow() else []),
+        *(["--dtype", "float32"] if config.teacher.dtype is Dtype.fp32 else []),
         *(["--distributed-executor-backend", _UNIPROC] if _needs_no_worker_process(extra, environment) else []),
         *extra,
     ]

@@ -66,7 +66,7 @@ def check_cache(config: Config, engine: GenerationEngine) -> None:
 
 def _check_precision(request: PlanRequest) -> None:
     model, gpu = request.config.model, request.trainer.gpu
-    if model.dtype is not Dtype.bf16:
+    if model.dtype is Dtype.fp32:
         raise ConfigError(
             f"model.dtype is {model.dtype.value}, which the planner has no GPU speeds for; plan with model.dtype=bf16"
         )
@@ -222,6 +222,8 @@ def _context_limit(request: PlanRequest, judges: JudgeCluster) -> list[Limit]:
 def warnings_about(request: PlanRequest) -> tuple[str, ...]:
     """Return the warnings about the plan of ``request``."""
     found = [_prefixes(request), *request.teacher_notes]
+    if request.config.model.dtype is Dtype.auto:
+        found.append("model.dtype is auto; planned as bf16, its value on GPUs")
     if request.model.experts is not None:
         found.append(MIXTURE_OF_EXPERTS)
     return tuple(found)

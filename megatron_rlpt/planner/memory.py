@@ -164,7 +164,7 @@ class _Rank:
 
     @property
     def _width(self) -> int:
-        return 2 if self.config.model.dtype is Dtype.bf16 else FLOAT
+        return FLOAT if self.config.model.dtype is Dtype.fp32 else 2
 
     @property
     def _has_reference(self) -> bool:

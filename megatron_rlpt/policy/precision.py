@@ -145,9 +145,9 @@ def check_dtype(fp8: Fp8, dtype: Dtype) -> None:
     """Check that FP8 is combined with bf16 parameters.
 
     Raises:
-        ConfigError: ``dtype`` is not bf16.
+        ConfigError: ``dtype`` is fp32.
     """
-    if fp8 is not Fp8.off and dtype is not Dtype.bf16:
+    if fp8 is not Fp8.off and dtype is Dtype.fp32:
         raise ConfigError(f"model.fp8 is {fp8.value} and model.dtype {dtype.value}; FP8 needs model.dtype=bf16")
 
 

@@ -55,7 +55,13 @@ def _build_generator(config: Config, ranks: Ranks) -> TextGenerator:
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
 
     teacher = config.teacher
-    return VllmGenerator(config.teacher_path, teacher.max_context, teacher.kv_cache_gib, in_process=ranks.size == 1)
+    return VllmGenerator(
+        config.teacher_path,
+        teacher.max_context,
+        teacher.kv_cache_gib,
+        in_process=ranks.size == 1,
+        dtype=teacher.dtype,
+    )
 
 
 def build_judge(config: Config, device: str, generator: TextGenerator | None = None) -> Judge:

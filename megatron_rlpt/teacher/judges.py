@@ -71,7 +71,7 @@ class LikelihoodBuilder(JudgeBuilder):
         from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 
         require_same_vocabulary(config)
-        return LikelihoodJudge(config.teacher_path, config.teacher.likelihood, device)
+        return LikelihoodJudge(config.teacher_path, config.teacher.likelihood, device, config.teacher.dtype)
 
     @override
     def for_servers(self, config: Config, servers: ServedTeacher) -> GroupJudge:

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_rlpt.config import LikelihoodConfig
+from megatron_rlpt.config import Dtype, LikelihoodConfig
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.likelihood_reward import likelihood_reward
@@ -38,7 +37,7 @@ class LikelihoodJudge(Judge):
     """Rewards candidates by mean log-likelihood under a frozen teacher minus weighted repetition."""
 
     def __init__(
-        self, model_path: str | Path, config: LikelihoodConfig, device: str, dtype: torch.dtype | None = None
+        self, model_path: str | Path, config: LikelihoodConfig, device: str, dtype: Dtype = Dtype.fp32
     ) -> None:
         """Load the teacher from a local Hugging Face folder; nothing is downloaded.
 
@@ -46,7 +45,7 @@ class LikelihoodJudge(Judge):
             model_path: the folder.
             config: how likelihoods become rewards.
             device: torch device.
-            dtype: precision of the weights; by default bf16, or fp32 on a CPU without bf16 instructions.
+            dtype: precision of the weights.
 
         Raises:
             ModelError: the folder is missing, cannot be loaded, or its family changes logits after the output layer.
@@ -54,9 +53,7 @@ class LikelihoodJudge(Judge):
         self.config = config
         self.name = f"likelihood/{Path(model_path).name}"
         self._device = torch.device(device)
-        self._model = _load(
-            Path(model_path), self._device, dtype or (torch.float32 if bf16_is_slow() else torch.bfloat16)
-        )
+        self._model = _load(Path(model_path), self._device, torch.bfloat16 if dtype is Dtype.bf16 else torch.float32)
         self._vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
         self._context: int | None = getattr(self._model.config, "max_position_embeddings", None)
         self._check_head(model_path)

@@ -12,8 +12,8 @@ from megatron_rlpt.errors import ConfigError
 SETTINGS = "settings"
 """Announcement kind under which the trainer publishes its settings in the buffer."""
 _INCLUDED = ("run.seed", "data.suffix_length", "candidates.rewrite", "objective.name", "teacher.")
-_EXCLUDED = ("teacher.path", "teacher.run_in", "teacher.workers.", "teacher.kv_cache_gib", "teacher.max_context",
-                  "teacher.max_failure_rate")  # fmt: skip
+_EXCLUDED = ("teacher.path", "teacher.dtype", "teacher.run_in", "teacher.workers.", "teacher.kv_cache_gib",
+             "teacher.max_context", "teacher.max_failure_rate")  # fmt: skip
 
 
 def settings_fingerprint(config: Config) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rlpt.config import Dtype
 from megatron_rlpt.errors import ModelError, first_line
-from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.rollout.vllm.process import EngineProcess
 from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
@@ -25,7 +25,13 @@ class VllmGenerator:
     """
 
     def __init__(
-        self, model_path: str | Path, max_context: int, kv_cache_gib: float, *, in_process: bool = True
+        self,
+        model_path: str | Path,
+        max_context: int,
+        kv_cache_gib: float,
+        *,
+        in_process: bool = True,
+        dtype: Dtype = Dtype.fp32,
     ) -> None:
         """Start the engine (about 15 s for 135M parameters on a CPU).
 
@@ -35,6 +41,7 @@ class VllmGenerator:
             kv_cache_gib: memory for the key-value cache in GiB.
             in_process: False in a ``torch.distributed`` world of more than one rank, where vLLM needs a separate
                 process.
+            dtype: fp32, or bf16 for the precision that vLLM chooses by the checkpoint.
 
         Raises:
             ModelError: the folder is missing, has no chat template, or vLLM cannot serve it.
@@ -45,7 +52,7 @@ class VllmGenerator:
         self._name = path.name
         self._max_context = max_context
         self._tokenizer = ChatTokenizer(path)
-        self._engine = _start(path, max_context, kv_cache_gib, in_process)
+        self._engine = _start(path, max_context, kv_cache_gib, in_process, dtype)
         self._process = None if in_process else EngineProcess(self._engine, "the teacher's engine")
         if in_process:
             _compile_grammars_synchronously(self._engine)
@@ -122,14 +129,14 @@ def _sampling(request: Request) -> Any:
     )
 
 
-def _start(path: Path, max_context: int, kv_cache_gib: float, in_process: bool) -> Any:
+def _start(path: Path, max_context: int, kv_cache_gib: float, in_process: bool, dtype: Dtype) -> Any:
     with vllm_environment(kv_cache_gib, in_process=in_process) as arguments:
         from vllm import LLM
 
         try:
             return LLM(
                 model=str(path),
-                dtype="float32" if bf16_is_slow() else "auto",
+                dtype="float32" if dtype is Dtype.fp32 else "auto",
                 max_model_len=max_context,
                 disable_log_stats=True,
                 trust_remote_code=False,

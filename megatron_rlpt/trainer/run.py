@@ -10,12 +10,13 @@ import torch
 
 from megatron_rlpt.checkpoint import Checkpoint, CheckpointStore
 from megatron_rlpt.checkpoint.folders import published, step_of
-from megatron_rlpt.config import Config, flatten
+from megatron_rlpt.config import Config, asks_teacher, flatten, judged_by_workers
 from megatron_rlpt.distributed.ranks import Ranks, drain
 from megatron_rlpt.files import free_name
 from megatron_rlpt.models.huggingface import export_folder
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.observe.log import setup_logging
+from megatron_rlpt.observe.precision import resolve_dtypes, with_dtypes
 from megatron_rlpt.observe.terminal import say
 from megatron_rlpt.observe.watchdog import HEARTBEAT, Watchdog
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
@@ -56,6 +57,7 @@ def run_training(config: Config, fresh: bool = False) -> None:
     Raises:
         RlptError: anything that a user can fix; the last good checkpoint is unchanged.
     """
+    config = resolve_dtypes(config, teacher=asks_teacher(config) and not judged_by_workers(config), fresh=fresh)
     runtime = DeviceRuntime()
     _, layout = check_policy(config, runtime.world)
     check_batch(layout, config.train)
@@ -63,6 +65,8 @@ def run_training(config: Config, fresh: bool = False) -> None:
     setup_logging(rank=runtime.rank)
     ranks = runtime.init_distributed(layout, config.parallel.timeout)
     with ranks.contact():
+        # Machines may differ: rank 0 decides for all.
+        config = with_dtypes(config, *ranks.on_main(lambda: (config.model.dtype, config.teacher.dtype)))
         _run(config, fresh, runtime, ranks)
 
 

@@ -30,7 +30,7 @@ _MAY_CHANGE = ("observe.", "evaluation.", "data.heldout[", "checkpoint.", "run.d
                "train.max_empty_share", "optimizer.offload", "rollout.max_batch",
                "rollout.max_logprob_gap", "teacher.max_failure_rate", "data.max_bad_fraction",
                "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
-               "teacher.kv_cache_gib", "teacher.workers.", "buffer.")  # fmt: skip
+               "teacher.kv_cache_gib", "teacher.dtype", "teacher.workers.", "buffer.")  # fmt: skip
 """Settings that a resumed run may change because they do not change what is learned; layout and micro-batch change the
 last bits of sums. The held-out documents may change as well: from then on the stream leaves them out and logs that."""
 _STEPS = "train.steps"

@@ -22,6 +22,7 @@ from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.config import Config, load_config
 from megatron_rlpt.objectives import Example, build_objective
 from megatron_rlpt.observe.log import quiet_libraries
+from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.types import Candidate, Episode, Source
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     quiet_libraries()
-    config = load_config(arguments.config, [])
+    config = resolve_dtypes(load_config(arguments.config, []))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(config, Path(folder), arguments.repeats)
     size = found.pop("bytes")

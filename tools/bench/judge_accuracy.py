@@ -19,6 +19,7 @@ from megatron_rlpt.config import Config, load_config
 from megatron_rlpt.data import heldout_episodes
 from megatron_rlpt.evaluation.statistics import win_rate
 from megatron_rlpt.observe.log import quiet_libraries
+from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source
 
@@ -75,7 +76,7 @@ def likelihood(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTok
     """Measure the likelihood judge with and without its repetition term."""
     from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 
-    judge = LikelihoodJudge(config.teacher_path, config.teacher.likelihood, "cpu")
+    judge = LikelihoodJudge(config.teacher_path, config.teacher.likelihood, "cpu", config.teacher.dtype)
     for name, spoil in spoilers(episodes, tokenizer).items():
         report(f"likelihood judge, original against {name}", judge.judge(pairs(episodes, spoil)))
     judge.config.repetition_weight = 0.0
@@ -93,7 +94,9 @@ def prompted(config: Config, episodes: Sequence[Episode], tokenizer: PolicyToken
 
     settings = config.teacher.generative
     settings.quality.votes = 1
-    generator = VllmGenerator(config.teacher_path, config.teacher.max_context, config.teacher.kv_cache_gib)
+    generator = VllmGenerator(
+        config.teacher_path, config.teacher.max_context, config.teacher.kv_cache_gib, dtype=config.teacher.dtype
+    )
     judge = BatchedJudge(GenerativeJudge(generator.name, tokenizer, settings, config.run.seed), generator)
     spoil = spoilers(episodes, tokenizer)["its words shuffled"]
     report("prompted judge, original against its words shuffled", judge.judge(pairs(episodes, spoil)))
@@ -107,7 +110,7 @@ def main() -> None:
     parser.add_argument("--prompted", type=int, default=24, help="pairs for the prompted judge")
     arguments = parser.parse_args()
     quiet_libraries()
-    config = load_config(arguments.config)
+    config = resolve_dtypes(load_config(arguments.config))
     tokenizer = PolicyTokenizer(config.model.path)
     episodes = heldout_episodes(
         config.data, arguments.episodes, tokenizer.encode, bos_id=tokenizer.bos_id, vocabulary=tokenizer.vocabulary

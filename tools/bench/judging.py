@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from megatron_rlpt.config import Config, OptionOrder, PairScheme, load_config
+from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.teacher.comparisons import comparisons, rank
 from megatron_rlpt.teacher.judge_metrics import judge_health
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
@@ -163,7 +164,9 @@ def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence
     )
     groups = [_spoiled_group(episode, size, tokenizer) for episode in episodes]
     qualities = [-float(index) for index in range(size)]
-    generator = VllmGenerator(folder, config.teacher.max_context, config.teacher.kv_cache_gib)
+    generator = VllmGenerator(
+        folder, config.teacher.max_context, config.teacher.kv_cache_gib, dtype=config.teacher.dtype
+    )
     settings = config.teacher.generative
     print("| K | votes | scheme | comparisons | groups with a pair | ranks between chosen and rejected, of K - 1 |")
     print("|---|---|---|---|---|---|")
@@ -216,7 +219,7 @@ def main() -> None:
         from megatron_rlpt.observe.log import quiet_libraries
 
         quiet_libraries()
-        config = load_config(arguments.config)
+        config = resolve_dtypes(load_config(arguments.config))
         prompted(arguments.prompted, config, arguments.groups, arguments.sizes[0], arguments.votes)
     else:
         simulate(arguments.trials, arguments.accuracies, arguments.votes, arguments.sizes)

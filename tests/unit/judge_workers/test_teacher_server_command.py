@@ -20,6 +20,8 @@ from megatron_rlpt.buffer.open import open_url
 from megatron_rlpt.config import load_config
 from megatron_rlpt.judge_workers import teacher_server as server
 from megatron_rlpt.judge_workers.discovery import KIND
+from megatron_rlpt.observe import precision
+from megatron_rlpt.observe.precision import resolve_dtypes
 
 STAND_IN = """
 import http.server, json, os, socket, sys
@@ -156,13 +158,13 @@ def test_overrides_are_for_the_configuration_and_the_rest_is_for_the_server(fold
 
 
 def command_of_server(folder: Path, extra: list[str]) -> list[str]:
-    config = load_config(configured(folder))
+    config = resolve_dtypes(load_config(configured(folder)))
     return server._command(config, "127.0.0.1", 1, extra, server._environment(config, ""))
 
 
 @pytest.mark.parametrize(("slow", "dtype"), [(True, ["--dtype", "float32"]), (False, [])])
 def test_it_computes_in_fp32_where_bf16_is_slow_unless_asked_otherwise(slow, dtype, folder, monkeypatch):
-    monkeypatch.setattr(server, "bf16_is_slow", lambda: slow)
+    monkeypatch.setattr(precision, "bf16_is_slow", lambda: slow)
     command = command_of_server(folder, ["--dtype", "bfloat16"])
     before = command[: -len(["--dtype", "bfloat16"])]
     assert command[-2:] == ["--dtype", "bfloat16"], "the last one counts"

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megatron_rlpt.config import LikelihoodConfig
+from megatron_rlpt.config import Dtype, LikelihoodConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 from megatron_rlpt.teacher.likelihood_reward import repetition
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def judge_of(folder, **fields):
-    return LikelihoodJudge(folder, LikelihoodConfig(**fields), "cpu", torch.float32)
+    return LikelihoodJudge(folder, LikelihoodConfig(**fields), "cpu", Dtype.fp32)
 
 
 def random_tokens(generator, length):

@@ -16,14 +16,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from megatron_rlpt import __version__
 from megatron_rlpt.cli.buffer import buffer_app
+from megatron_rlpt.cli.config import ConfigCommand, show_config
 from megatron_rlpt.cli.judge import judge_app, teacher_app
 from megatron_rlpt.cli.launch import launch, status
 from megatron_rlpt.cli.options import ConfigOption, Overrides, load
 from megatron_rlpt.cli.plan import plan
+from megatron_rlpt.cli.version import describe_version
 from megatron_rlpt.distributed.processes import run_and_leave
-from megatron_rlpt.errors import CheckpointError, ConfigError, RlptError, RunStopped, is_disk_full
+from megatron_rlpt.errors import CheckpointError, RlptError, RunStopped, is_disk_full
 from megatron_rlpt.observe.terminal import one_line, say
 
 INTERRUPTED = 130
@@ -73,7 +74,7 @@ app.add_typer(buffer_app)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"rlpt {__version__}")
+        print(describe_version())
         raise typer.Exit
 
 
@@ -202,32 +203,7 @@ def init(
 app.command("plan")(plan)
 
 
-@app.command("config")
-def show_config(
-    config: ConfigOption,
-    overrides: Overrides = None,
-    get: Annotated[
-        str | None, typer.Option("--get", metavar="section.key", help="Print this one value instead of everything.")
-    ] = None,
-) -> None:
-    """Check a configuration and print it as YAML."""
-    from omegaconf import OmegaConf
-
-    from megatron_rlpt.config import nearest_key, to_yaml
-
-    text = to_yaml(load(config, overrides))
-    if get is None:
-        say(text.rstrip("\n"))
-        return
-    missing = object()
-    # ``text`` was resolved already, so nothing is left to interpolate here but escaped "${".
-    value = OmegaConf.select(OmegaConf.create(text), get, default=missing)
-    if value is missing:
-        raise ConfigError(f"--get {get}: unknown key; the nearest valid key is '{nearest_key(get)}'")
-    if OmegaConf.is_config(value):
-        say(OmegaConf.to_yaml(value).rstrip("\n"))
-    else:
-        say(str(value).lower() if isinstance(value, bool) else value)
+app.command("config", cls=ConfigCommand)(show_config)
 
 
 @app.command()

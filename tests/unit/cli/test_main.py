@@ -1,16 +1,19 @@
 """The command line from outside: exit codes, one-line errors, and no torch where none is needed."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from megatron_rlpt import __version__
 from megatron_rlpt.cli import main as cli
+from megatron_rlpt.cli.version import describe_version
 from megatron_rlpt.errors import CheckpointError
 
 MINIMAL = "run: {dir: r}\nmodel: {path: m}\ndata: {sources: [{path: a}]}\ntrain: {steps: 100}\n"
@@ -171,7 +174,44 @@ def test_wrong_usage_is_exit_code_2(rlpt, arguments):
 
 def test_version_and_module(file):
     done = outside("--version")
-    assert (done.returncode, done.stdout) == (0, f"rlpt {__version__}\n")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    assert done.stdout.startswith(f"rlpt {__version__}")
+
+
+def test_the_version_names_the_commit(tmp_path):
+    assert describe_version(tmp_path) == f"rlpt {__version__}"
+    (tmp_path / "job").mkdir()
+    for uncommitted, shown in ([], "0123456789ab"), (["a.py"], "0123456789ab-dirty"):
+        code = {"commit": "0123456789abcdef", "uncommitted": uncommitted}
+        (tmp_path / "job/code.json").write_text(json.dumps(code))
+        assert describe_version(tmp_path) == f"rlpt {__version__} (commit {shown})"
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("optimizer.lr", ["optimizer.lr\n", "default: 5e-06", "allowed: above 0", "Megatron-LM: --lr"]),
+        ("model.fp8", ["type: choice", "allowed: off, delayed, current, blockwise, mxfp8"]),
+        ("buffer", ["type: section", "buffer.url "]),
+        ("data.sources[0].weight", ["data.sources[].weight\n"]),
+        ("data.sources[0]", ["data.sources[].path "]),
+    ],
+)
+def test_help_of_a_key(rlpt, key, said):
+    code, out, err = rlpt("config", "--help", key)
+    assert (code, err) == (0, "")
+    assert all(words in out for words in said)
+
+
+def test_help_of_an_unknown_key_names_the_nearest(rlpt):
+    code, out, err = rlpt("config", "--help", "optimizer.lrr")
+    assert (code, out) == (2, "")
+    assert err == "error: --help optimizer.lrr: unknown key; the nearest valid key is 'optimizer.lr'\n"
+
+
+def test_the_reference_of_the_manual_is_what_the_fields_say(rlpt):
+    manual = (Path(__file__).resolve().parents[3] / "configs/README.md").read_text(encoding="utf-8")
+    assert rlpt("config", "--reference")[1] in manual + "\n", "run tools/config_reference.py"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["config", "--config", "FILE"], ["train", "--help"]])

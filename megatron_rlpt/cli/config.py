@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from click import Context
 from typer.core import TyperCommand
 
 from megatron_rlpt.cli.options import OptionalConfig, Overrides, load
@@ -17,7 +16,7 @@ from megatron_rlpt.observe.terminal import say
 class ConfigCommand(TyperCommand):
     """Takes ``--help KEY`` besides ``--help``."""
 
-    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Print the text of a key where one follows ``--help``."""
         place = args.index("--help") if "--help" in args else len(args)
         key = args[place + 1] if place + 1 < len(args) else "-"

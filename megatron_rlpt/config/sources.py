@@ -1,4 +1,4 @@
-"""Which options of a data source apply to which format."""
+"""Check the options of a data source against its format."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _USED_IN: dict[str, tuple[SourceFormat, ...]] = {
     "subset": (SourceFormat.hf,),
     "eod": (SourceFormat.megatron,),
 }
-"""Option -> formats that it applies to; other options apply to every format."""
+"""Option -> formats that use it; other options apply to every format."""
 
 
 def unused_option(source: SourceConfig, formats: Iterable[SourceFormat]) -> str | None:
-    """Return an error about an option that is set but has no effect: name, value, what is allowed, and why.
+    """Return an error about an option that has no effect in any of ``formats``, or None.
 
     Args:
-        source: as configured.
-        formats: its format, or all that it may turn out to have.
+        source: configured source.
+        formats: format of the source, or its possible formats.
     """
     if source.reader:
         return None
@@ -40,7 +40,7 @@ def unused_option(source: SourceConfig, formats: Iterable[SourceFormat]) -> str 
 
 
 def possible_formats(source: SourceConfig) -> list[SourceFormat]:
-    """Return the formats that a source may have as far as its configuration says."""
+    """Return the formats that the configuration of a source allows."""
     if source.format is not SourceFormat.auto:
         return [source.format]
     return [format for format in SourceFormat if format not in (SourceFormat.auto, SourceFormat.hf)]

@@ -7,9 +7,9 @@ In reading order:
 - ``episodes.py``: cut a document into episodes; choose the held-out ones.
 - ``lane.py``: the shuffle buffer and the documents that fill it.
 - ``episode_stream.py``: the episodes that a rank trains on.
-- ``overlap.py``: find documents that are in the corpus and held out as well.
+- ``overlap.py``: find held-out documents in the corpus.
 - ``quarantine.py``: count malformed records and lost bytes, and stop above a limit.
-- ``survey.py``: find what is not read, or damaged, before a run starts.
+- ``survey.py``: find skipped and damaged files before a run starts.
 """
 
 from megatron_rlpt.data.episode_stream import EpisodeStream

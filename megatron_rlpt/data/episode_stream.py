@@ -1,4 +1,4 @@
-"""The episodes a rank trains on: drawn, cut, mixed by share, shuffled, and resumable at any episode."""
+"""Stream the training episodes of a rank: draw, cut, mix by share, shuffle, and resume at any episode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CUT_SETTINGS = (
 """Fields of ``data`` that the next episode depends on."""
 
 _MANY_MISSED = 10_000
-"""Records without a usable document after which a user should know why nothing happens."""
+"""Consecutive records without a usable document after which a warning explains the delay."""
 
 _CHANGED = (
     "the shuffle buffer differs from the saved one: the text or the tokenizer has changed; restore them or start a new "
@@ -45,33 +45,33 @@ _CHANGED = (
 
 
 _Slot = tuple[int, str]
-"""Source and position of a document, as a key."""
+"""Source and position of a document, as a dictionary key."""
 
 
 class EpisodeStream:
-    """Episodes without end, in an order that depends on configuration, corpus, tokenizer, seed and rank only.
+    """Endless episodes in an order that depends only on configuration, corpus, tokenizer, seed and rank.
 
-    All episodes have the same number of suffix tokens, but for a few where a character would be cut. With
-    ``data.mix_by: tokens`` each source has a lane (a part of the shuffle buffer, see ``Lane``) of its own, and the next
-    episode comes from the source that is furthest behind its share, give or take a drawn fraction of an episode: after
-    any number of episodes each source has had its share to within two episodes, however long its documents are. With
-    ``mix_by: documents`` all sources share one lane, and one that has longer documents has more episodes.
+    All suffixes have the same number of tokens, except a few that are shortened to avoid cutting a character. With
+    ``data.mix_by: tokens`` each source has a separate lane (a part of the shuffle buffer, see ``Lane``). The next
+    episode comes from the source furthest behind its share, plus a random fraction of an episode: after any number of
+    episodes, each source is within two episodes of its share, whatever the length of its documents. With
+    ``mix_by: documents`` all sources share one lane, and sources with longer documents give more episodes.
 
     Args:
         config: Sources and how to cut them.
         encode: Text to token ids, without special tokens.
         seed: Seed of the run.
         rank: Data-parallel rank, from 0.
-        world_size: Number of data-parallel ranks; together they serve every document of a pass once.
-        quarantine: File for malformed records, appended to; None only counts them.
+        world_size: Number of data-parallel ranks; together they serve every document once per pass.
+        quarantine: File to append malformed records to; None only counts them.
         bos_id: The tokenizer's BOS token, for ``data.add_bos``.
-        starts_character: Whether a token starts a character; None where all tokens do.
-        vocabulary: The tokenizer's, for sources that hold tokens.
-        held_out: Documents that must not be trained on; what is done with one is ``data.heldout_overlap``.
-        remembered: Episodes handed out whose documents are known after a resume, because they may not be learnt yet.
+        starts_character: Returns whether a token starts a character; None if all tokens do.
+        vocabulary: Vocabulary of the tokenizer, for sources that hold tokens.
+        held_out: Documents to keep out of training; ``data.heldout_overlap`` sets whether to skip or refuse them.
+        remembered: Number of recently served episodes to record in the state: they may not have been trained on yet.
 
     Raises:
-        DataError: a source is missing, empty or not recognised.
+        DataError: a source is missing, empty or not recognized.
         ConfigError: ``data.add_bos`` without a BOS token.
     """
 
@@ -90,10 +90,10 @@ class EpisodeStream:
         remembered: int = 0,
     ) -> None:
         self.held_out_digest = held_out.digest if held_out else ""
-        """Changes with what must not be trained on."""
+        """Digest of the documents to keep out of training."""
         self._held_out = held_out
         self._recent: deque[tuple[str, int, Position]] = deque(maxlen=remembered)
-        """Id, source and position of the episodes handed out last."""
+        """Id, source and position of the last episodes served."""
         self._skip = config.heldout_overlap is HeldOutOverlap.skip
         self._cutter = Cutter(config, encode, bos_id, starts_character)
         self._documents = DocumentStream(
@@ -127,11 +127,11 @@ class EpisodeStream:
 
     @property
     def counters(self) -> StreamCounters:
-        """What this rank has read and served so far."""
+        """Return the counters of this rank."""
         return self._documents.counters
 
     def metrics(self) -> dict[str, float]:
-        """What this rank has read, lost, repeated and served so far, as metrics."""
+        """Return documents read, lost and repeated and episodes served by this rank, as metrics."""
         return self._documents.metrics()
 
     def take(self, count: int) -> list[Episode]:
@@ -143,10 +143,10 @@ class EpisodeStream:
         return [self._serve() for _ in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume at the next episode; JSON-serializable.
+        """Return the JSON-serializable state to resume from at the next episode.
 
-        Buffered episodes are stored as places in the corpus (some 60 bytes each, not their tokens) and are cut again
-        on load.
+        Buffered episodes are stored as locations in the corpus (about 60 bytes each, without their tokens) and are cut
+        again on load.
         """
         return {
             "settings": self._settings,
@@ -157,8 +157,8 @@ class EpisodeStream:
                 {
                     "served": lane.served,
                     "buffer": [[held.source, held.position, held.episode.offset] for held in lane.buffer],
-                    "open": [_place(document) for document in lane.open],
-                    "waiting": lane.waiting and _place(lane.waiting),
+                    "open": [_location(document) for document in lane.open],
+                    "waiting": lane.waiting and _location(lane.waiting),
                 }
                 for lane in self._lanes
             ],
@@ -168,16 +168,16 @@ class EpisodeStream:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> frozenset[str] | None:
-        """Resume where ``state`` was taken. The buffer's documents are read and tokenized again.
+        """Resume from ``state``: read and tokenize the documents of the buffer again.
 
-        Where other documents are held out than then, those that are so now leave the buffer.
+        If the held-out documents have changed, remove those that are now held out from the buffer.
 
         Returns:
-            None where what is held out has not changed, else the ids of those of the remembered episodes that are held
-            out now.
+            None if the held-out documents have not changed, else the ids of the remembered episodes that are now held
+            out.
 
         Raises:
-            DataError: such a document is in the buffer, and not to be passed over.
+            DataError: the buffer has a document that is now held out, and ``data.heldout_overlap`` is not ``skip``.
             CheckpointError: sources, files, seed, rank, world size, cutting or tokenizer differ from those of the
                 run that wrote the state.
         """
@@ -202,15 +202,14 @@ class EpisodeStream:
             return None
         dropped = sum(lane.drop(held_out.values()) for lane in self._lanes)
         self.counters.held_out += len(held_out)
-        if self._documents.tells:
+        if self._documents.logs:
             _log.warning(
-                "other documents are held out than at the checkpoint: from now on they are left out of training, and "
-                "what was trained on before stays trained on; documents left out of the shuffle buffer and of what "
-                "was proposed ahead: %d (%d episodes of the buffer)",
+                "held-out documents changed since the checkpoint: skipping them from now on (earlier updates are not "
+                "undone); removed from shuffle buffer and pending batches: documents=%d buffer_episodes=%d",
                 len(held_out),
                 dropped,
             )
-        return frozenset(identity for identity, *place in recent if _slot(*place) in held_out)
+        return frozenset(identity for identity, *location in recent if _slot(*location) in held_out)
 
     def _serve(self) -> Episode:
         lanes = {number: lane for number, lane in enumerate(self._lanes) if lane.fill()}
@@ -220,7 +219,7 @@ class EpisodeStream:
         return held.episode
 
     def _choose(self, lanes: list[int]) -> int:
-        """The lane furthest behind its share; a drawn fraction keeps equal shares from strictly alternating."""
+        """Return the lane furthest behind its share; a random fraction keeps equal shares from strictly alternating."""
         share = sum(self._shares[number] for number in lanes)
         served = sum(self._lanes[number].served for number in lanes)
 
@@ -235,13 +234,13 @@ class EpisodeStream:
         return self._cutter.cut(corpus, document.id, document.tokens, offset)
 
     def _open_next(self, source: int | None) -> OpenDocument | None:
-        """The next usable document of ``source`` (None: of all); None if it has none any more."""
+        """Return the next usable document of ``source`` (None: of any source), or None if there are no more."""
         missed = 0
         while source is None or not self._documents.is_barren(source):
             missed += 1
             if missed == _MANY_MISSED:
                 which = "data.sources" if source is None else f"data.sources[{source}]"
-                _log.warning("%s: %d records in a row gave no usable document; reading on", which, missed - 1)
+                _log.warning("%s: no usable document in %d consecutive records; still reading", which, missed - 1)
             drawn = self._documents.draw(source)
             if drawn is None:
                 continue
@@ -255,43 +254,43 @@ class EpisodeStream:
         return None
 
     def _count_unused(self, document: OpenDocument) -> None:
-        """Count a document that gives no episode, by the reason."""
+        """Count a document without episodes under its reason."""
         if not self._cutter.is_long_enough(document.tokens):
             self.counters.too_short += 1
             return
-        if not self.counters.not_cut and self._documents.tells:
+        if not self.counters.not_cut and self._documents.logs:
             path = shown(self._documents.sources[document.source].path)
-            _log.warning("%r (document %s): its characters have too many tokens to be cut; such documents are counted "
-                         "in data/not_cut", path, shown(document.id))  # fmt: skip
+            _log.warning("%r (document %s) skipped: its characters have too many tokens to cut; such documents are "
+                         "counted in data/not_cut", path, shown(document.id))  # fmt: skip
         self.counters.not_cut += 1
 
     def _is_held_out(self, drawn: Drawn) -> bool:
-        """Whether a document must not be trained on; counted, and said the first time.
+        """Return whether a document is held out; count it, and warn the first time.
 
         Raises:
-            DataError: it must not, and is not to be passed over either.
+            DataError: the document is held out and ``data.heldout_overlap`` is not ``skip``.
         """
         if (held := self._find_held_out(drawn)) is None:
             return False
-        if not self.counters.held_out and self._documents.tells:
-            place = self._place_of(drawn)
-            _log.warning("%s is held out as well (%s); such documents are left out of training", place, held)
+        if not self.counters.held_out and self._documents.logs:
+            location = self._location_of(drawn)
+            _log.warning("%s is also held out (%s); skipping such documents in training", location, held)
         self.counters.held_out += 1
         return True
 
     def _find_held_out(self, drawn: Drawn) -> Location | None:
-        """Where a document is held out, if it is.
+        """Return the location of the held-out copy of a document, or None.
 
         Raises:
-            DataError: it is, and is not to be passed over.
+            DataError: there is one and ``data.heldout_overlap`` is not ``skip``.
         """
         if self._held_out is None or (held := self._held_out.find(self._held_out.text_of(drawn.document))) is None:
             return None
         if not self._skip:
-            raise overlap_error(self._place_of(drawn), held)
+            raise overlap_error(self._location_of(drawn), held)
         return held
 
-    def _place_of(self, drawn: Drawn) -> Location:
+    def _location_of(self, drawn: Drawn) -> Location:
         path = self._documents.sources[drawn.source].path
         return Location(f"data.sources[{drawn.source}]", path, drawn.document.id)
 
@@ -303,24 +302,24 @@ class EpisodeStream:
     def _rebuild(
         self, lanes: list[dict[str, Any]], recent: list[tuple[str, int, Position]], look: bool
     ) -> dict[_Slot, Key]:
-        """Read the documents behind the lanes again, in corpus order so that readers mostly move forward.
+        """Restore the lanes: read their documents again, in corpus order so that readers mostly move forward.
 
         Args:
-            lanes: their saved state.
-            recent: other documents to read.
-            look: whether to look for those that are held out.
+            lanes: saved state of every lane.
+            recent: additional documents to read.
+            look: whether to look for held-out documents.
 
         Returns:
-            The documents that are.
+            The held-out documents.
         """
         slots: dict[_Slot, list[tuple[int, str, int, list[Any]]]] = {}
         for _, source, position in recent:
             slots.setdefault(_slot(source, position), []).append((0, "recent", 0, [source, position, 0]))
         for number, saved in enumerate(lanes):
             waiting = [saved["waiting"]] if saved["waiting"] else []
-            for part, places in (("buffer", saved["buffer"]), ("open", saved["open"]), ("waiting", waiting)):
-                for index, place in enumerate(places):
-                    slots.setdefault(_slot(*place[:2]), []).append((number, part, index, place))
+            for part, locations in (("buffer", saved["buffer"]), ("open", saved["open"]), ("waiting", waiting)):
+                for index, location in enumerate(locations):
+                    slots.setdefault(_slot(*location[:2]), []).append((number, part, index, location))
         held_out: dict[_Slot, Key] = {}
         held: dict[tuple[int, int], Held] = {}
         opened: dict[tuple[int, str, int], OpenDocument] = {}
@@ -348,12 +347,12 @@ class EpisodeStream:
         return held_out
 
     def _check(self) -> str:
-        """Digest of the episodes in the buffer and of the next ones, to compare after they were cut again."""
+        """Return a digest of the buffered and the next episodes, to verify them after a resume."""
         return stable_id(*(episode for lane in self._lanes for episode in lane.upcoming()))
 
 
 def _shares(config: DataConfig) -> list[float]:
-    """Share of the episodes of every lane."""
+    """Return the share of episodes of every lane."""
     if config.mix_by is MixBy.documents:
         return [1.0]
     total = sum(source.weight for source in config.sources)
@@ -364,7 +363,7 @@ def _slot(source: int, position: Position) -> _Slot:
     return source, str(position)
 
 
-def _place(document: OpenDocument) -> list[Any]:
+def _location(document: OpenDocument) -> list[Any]:
     return [document.source, document.position, len(document.offsets)]
 
 

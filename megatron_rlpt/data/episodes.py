@@ -1,4 +1,4 @@
-"""Cutting a document into episodes: a chunk is the suffix, the window of tokens before it the prefix."""
+"""Cut a document into episodes: a chunk is the suffix, and the window of tokens before it is the prefix."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.types import Episode, stable_id
 
 _BEHIND = 3
-"""Most tokens of a character behind its first: UTF-8 has 4 bytes."""
+"""Maximum tokens of a character after its first; a UTF-8 character has up to 4 bytes."""
 _AHEAD = 3
-"""Tokens by which a cut moves on at most to get a suffix of the very length."""
+"""Maximum tokens to move a cut forward to get a suffix of the exact length."""
 
 
 class Encode(Protocol):
-    """Text to token ids, without special tokens added."""
+    """Encodes text to token ids without adding special tokens."""
 
     def __call__(self, text: str, control_tokens: bool = False, /) -> list[int]:
-        """Token ids of ``text``; control tokens in it are text unless ``control_tokens`` says that they are meant."""
+        """Return the token ids of ``text``; encode control tokens in it as text unless ``control_tokens`` is set."""
         ...
 
 
 class Cutter:
     """Cuts tokenized documents into prefix and suffix.
 
-    Every border is one of characters: a window starts, and a suffix starts and ends, where no token continues a
-    character that another has begun. For that, a cut moves on by a few tokens, and a window starts a few tokens later.
-    Where no cut nearby has both (every character of a text may have three tokens), the suffix ends up to three tokens
-    earlier, and so may a prefix be that much shorter than ``min_prefix`` where ``max_prefix`` leaves it no more.
+    Every border is a character border: windows start, and suffixes start and end, between two characters, never
+    between two tokens of one character. To this end a cut moves forward, and a window starts later, by a few tokens. If
+    no nearby cut has character borders at both ends (each character may take three tokens), the suffix ends up to three
+    tokens earlier; a prefix may likewise be up to three tokens shorter than ``min_prefix`` if ``max_prefix`` allows no
+    more.
 
-    With ``data.add_bos`` the BOS token is token 0 of the document: it is counted in lengths and offsets, and it is
-    in a prefix exactly when the window of ``max_prefix`` tokens reaches the document's start.
+    With ``data.add_bos`` the BOS token is token 0 of the document: it counts in lengths and offsets, and a prefix
+    includes it exactly when the window of ``max_prefix`` tokens reaches the start of the document.
 
     Raises:
         ConfigError: ``data.add_bos`` is set and the tokenizer has no BOS token.
@@ -54,10 +55,10 @@ class Cutter:
     ) -> None:
         """
         Args:
-            config: how to cut.
-            encode: text to token ids.
+            config: cutting settings.
+            encode: encodes text to token ids.
             bos_id: the tokenizer's BOS token, for ``data.add_bos``.
-            starts_character: whether a token starts a character; None where all tokens do.
+            starts_character: returns whether a token starts a character; None if all tokens do.
         """
         if config.add_bos and bos_id is None:
             raise ConfigError("data.add_bos is true, but the tokenizer has no BOS token; set data.add_bos=false")
@@ -67,7 +68,7 @@ class Cutter:
         self._head = [bos_id] if config.add_bos and bos_id is not None else []
 
     def tokenize(self, document: Document, control_tokens: bool = False) -> list[int]:
-        """Return the token ids of a document; control tokens in its text are text unless ``control_tokens`` is set."""
+        """Return the token ids of a document; encode control tokens as text unless ``control_tokens`` is set."""
         if document.tokens is not None:
             return [*self._head, *document.tokens]
         return [*self._head, *(self._encode(document.text, True) if control_tokens else self._encode(document.text))]
@@ -75,22 +76,21 @@ class Cutter:
     def offsets(self, tokens: Sequence[int]) -> list[int]:
         """Return the index of the first suffix token of every episode of a document, ascending.
 
-        Chunks follow one another from ``min_prefix`` on, so that suffixes never overlap, with a gap where a chunk has
-        to start later to start and end with whole characters; a rest shorter than a suffix belongs to none. Empty if
-        the document is shorter than ``min_prefix + suffix_length``, or if its characters have more tokens than a
-        suffix.
+        Chunks follow one another from ``min_prefix`` on, so suffixes never overlap. A gap remains where a chunk must
+        start later to hold whole characters only; a remainder shorter than a suffix is dropped. Empty if the document
+        is shorter than ``min_prefix + suffix_length``, or if its characters have more tokens than a suffix.
         """
         config = self._config
         every = []
         offset, last = config.min_prefix, len(tokens) - config.suffix_length
         while offset <= last:
             nearby = range(offset, min(offset + _AHEAD, last) + 1)
-            lengths = {place: length for place in nearby if (length := self._suffix_length(tokens, place))}
+            lengths = {start: length for start in nearby if (length := self._suffix_length(tokens, start))}
             offset = nearby.stop
             if lengths:
-                place = max(lengths, key=lambda place: (lengths[place] == config.suffix_length, -place))
-                every.append(place)
-                offset = place + lengths[place]
+                start = max(lengths, key=lambda start: (lengths[start] == config.suffix_length, -start))
+                every.append(start)
+                offset = start + lengths[start]
         if not config.episodes_per_document or len(every) <= config.episodes_per_document:
             return every
         return evenly_spread(every, config.episodes_per_document)
@@ -99,17 +99,17 @@ class Cutter:
         """Cut the episode whose suffix starts at ``offset``; prefix and suffix are one slice of ``tokens``."""
         prefix = tuple(tokens[self._window_start(tokens, offset) : offset])
         suffix = tuple(tokens[offset : self._suffix_end(tokens, offset)])
-        # The tokens are part of the id: another tokenizer or another text makes another episode.
+        # The id includes the tokens, so it changes with the tokenizer and the text.
         content = hashlib.blake2b(struct.pack(f"<{len(prefix) + len(suffix)}q", *prefix, *suffix), digest_size=16)
         identity = stable_id(corpus, document, offset, len(prefix), content.hexdigest())
         return Episode(identity, prefix, suffix, corpus, document, offset)
 
     def is_long_enough(self, tokens: Sequence[int]) -> bool:
-        """Whether a document without episodes has tokens enough for one."""
+        """Return whether a document has enough tokens for an episode."""
         return len(tokens) >= self._config.min_prefix + self._config.suffix_length
 
     def _suffix_length(self, tokens: Sequence[int], offset: int) -> int:
-        """Tokens of the suffix that starts at ``offset``; 0 if none can."""
+        """Return the length of the suffix at ``offset`` in tokens; 0 if no suffix can start there."""
         if not self._is_border(tokens, offset):
             return 0
         prefix = offset - self._window_start(tokens, offset)
@@ -119,22 +119,22 @@ class Cutter:
         return length if length >= self._config.suffix_length - _BEHIND else 0
 
     def _suffix_end(self, tokens: Sequence[int], offset: int) -> int:
-        """Where the suffix that starts at ``offset`` ends."""
+        """Return the end of the suffix that starts at ``offset``."""
         end = offset + self._config.suffix_length
         while end > offset and not self._is_border(tokens, end):
             end -= 1
         return end
 
     def _window_start(self, tokens: Sequence[int], offset: int) -> int:
-        """Where the prefix of the episode at ``offset`` starts."""
+        """Return the start of the prefix of the episode at ``offset``."""
         start = max(0, offset - self._config.max_prefix)
         while start < offset and not self._is_border(tokens, start):
             start += 1
         return start
 
-    def _is_border(self, tokens: Sequence[int], place: int) -> bool:
-        """Whether no character has tokens on both sides of ``place``."""
-        return place in (0, len(tokens)) or self._starts_character is None or self._starts_character(tokens[place])
+    def _is_border(self, tokens: Sequence[int], index: int) -> bool:
+        """Return whether no character has tokens on both sides of ``index``."""
+        return index in (0, len(tokens)) or self._starts_character is None or self._starts_character(tokens[index])
 
 
 def heldout_episodes(
@@ -148,12 +148,12 @@ def heldout_episodes(
 ) -> list[Episode]:
     """Return the first ``count`` episodes of ``data.heldout``: one per document, from its middle, in corpus order.
 
-    Sources take turns by weight: the next document comes from the source that is furthest behind its share. Nothing is
+    Sources take turns by weight: the next document comes from the source furthest behind its share. No document is
     repeated, so a small corpus gives fewer than ``count``. The choice does not depend on a seed.
 
     Raises:
         ConfigError: ``data.heldout`` is empty, or ``data.add_bos`` without a BOS token.
-        DataError: fewer than 2 documents can be used (a comparison needs two), or too many records are malformed.
+        DataError: fewer than 2 documents are usable (a comparison needs two), or too many records are malformed.
     """
     if not config.heldout:
         raise ConfigError("data.heldout is empty; give at least one source of documents to compare policies on")
@@ -187,7 +187,7 @@ def heldout_episodes(
         bad.check()
         if len(episodes) < 2:
             short = bad.read - bad.malformed - len(episodes) - not_cut
-            uncut = f", {not_cut} with characters of too many tokens to be cut" if not_cut else ""
+            uncut = f", {not_cut} with characters of too many tokens to cut" if not_cut else ""
             raise DataError(
                 f"data.heldout has {len(episodes)} usable documents: {bad.read} read, {short} too short, "
                 f"{bad.malformed} malformed{uncut}; give at least 2 documents of "
@@ -197,5 +197,5 @@ def heldout_episodes(
 
 
 def evenly_spread(items: Sequence[int], count: int) -> list[int]:
-    """The middles of ``count`` equal parts of ``items``, with ``count`` at most ``len(items)``."""
+    """Return the middle of each of ``count`` equal parts of ``items``; ``count`` is at most ``len(items)``."""
     return [items[(2 * part + 1) * len(items) // (2 * count)] for part in range(count)]

@@ -1,4 +1,4 @@
-"""The shuffle buffer: several documents are open concurrently, cut by turns, and shuffled in bounded memory."""
+"""Shuffle episodes in bounded memory: several open documents take turns in filling a buffer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from megatron_rlpt.data.readers.documents import Position
 from megatron_rlpt.types import Episode, derive_seed
 
 OPEN_DOCUMENTS = 64
-"""Most documents that are cut by turns, so that neighbours in a long one do not fill a batch."""
+"""Maximum open documents; they take turns so that one long document does not fill a batch."""
 _ALWAYS_OPEN = 8
-"""Documents that are open however long they are."""
+"""Documents to keep open regardless of their length."""
 _OPEN_TOKENS = 1 << 24
-"""Tokens of the open documents (4 bytes each) above which no more than ``_ALWAYS_OPEN`` are open."""
+"""Tokens of all open documents (4 bytes each) above which at most ``_ALWAYS_OPEN`` are open."""
 
 Key = tuple[int, str]
 """Source and id of a document."""
 
 
 class Held(NamedTuple):
-    """An episode in the buffer, and where to cut it again."""
+    """A buffered episode and the position to cut it from again."""
 
     episode: Episode
     source: int
@@ -32,12 +32,12 @@ class Held(NamedTuple):
 
 @dataclass
 class OpenDocument:
-    """A document that is being cut."""
+    """A document with episodes left to cut."""
 
     id: str
     tokens: array[int]
     offsets: deque[int]
-    """Of the episodes still to come."""
+    """Offsets of the remaining episodes."""
     source: int
     position: Position
 
@@ -50,16 +50,16 @@ class OpenDocument:
 class Lane:
     """A shuffle buffer and the documents that fill it.
 
-    Up to ``OPEN_DOCUMENTS`` documents (as many as the buffer has places, if those are fewer) take turns in giving the
-    next episode. A document that comes up again, because a small corpus has started anew, waits until its last
-    episode of the pass before has left the buffer: no episode is in it twice, and a corpus smaller than the buffer is
-    read ahead by one pass at most.
+    Up to ``OPEN_DOCUMENTS`` documents (at most the capacity of the buffer) take turns in giving the next episode. A
+    document drawn again in the next pass over a small corpus waits until its last episode of the previous pass has left
+    the buffer: the buffer never holds an episode twice, and a corpus smaller than the buffer is read at most one pass
+    ahead.
 
     Args:
-        capacity: most episodes in the buffer; 1 keeps the order of the corpus.
-        seed: of the order.
-        draw: gives the next usable document; None if there will never be one again.
-        cut: gives the episode of a document at an offset.
+        capacity: maximum episodes in the buffer; 1 keeps the order of the corpus.
+        seed: seed of the order.
+        draw: returns the next usable document, or None if there are no more.
+        cut: returns the episode of a document at an offset.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Lane:
         cut: Callable[[OpenDocument, int], Episode],
     ) -> None:
         self.served = 0
-        """Episodes handed out."""
+        """Episodes served."""
         self.buffer: list[Held] = []
         self.open: deque[OpenDocument] = deque()
         self.waiting: OpenDocument | None = None
-        """Drawn, and not open yet because it still is, or has episodes in the buffer, from the pass before."""
+        """Drawn document that is still open, or has buffered episodes, from the previous pass."""
         self._capacity = capacity
         self._seed = seed
         self._draw = draw
@@ -90,7 +90,7 @@ class Lane:
             document = self.open.popleft()
             offset = document.offsets.popleft()
             self.buffer.append(Held(self._cut(document, offset), document.source, document.position))
-            # The document's own mark goes over to its last episode.
+            # The count of an open document passes to its last episode.
             if document.offsets:
                 self._busy[document.key] += 1
                 self.open.append(document)
@@ -123,7 +123,7 @@ class Lane:
         return count
 
     def upcoming(self) -> list[str]:
-        """Ids of the episodes in the buffer and of the next one of every document, to compare with those of another."""
+        """Return the ids of the buffered episodes and of the next episode of every document."""
         documents = [*self.open, *([self.waiting] if self.waiting else [])]
         return [held.episode.id for held in self.buffer] + [
             self._cut(document, document.offsets[0]).id for document in documents

@@ -1,18 +1,18 @@
-"""Find documents of the corpus that are held out as well, by their text: under any path, format or compression.
+"""Find held-out documents in the corpus by their text, under any path, format or compression.
 
-A text is reduced to its letters and digits, in lower case. Of all runs of 80 of them a sixteenth is chosen by its hash,
-so that the same passages are chosen wherever they stand. Two documents are the same when their reduced texts are equal,
-or when the shorter one has nine tenths of its chosen passages (and at least eight) in the other: a copy with another
-header, or a part of it. A passage that many documents share (a licence) is not enough.
+Each text is reduced to lower-case letters and digits. Of all its passages of 80 characters, one in sixteen is sampled
+by hash, so equal passages are sampled at any location. Two documents match when their reduced texts are equal, or when
+nine tenths (and at least eight) of the sampled passages of the shorter one occur in the other, as in an excerpt or a
+copy with another header. One passage shared by many documents (a license) is not enough.
 
-| corpus | must not hold documents of | because |
+| corpus | must not contain documents of | because |
 |---|---|---|
-| ``data.sources`` | ``data.heldout`` | a policy that was trained on a text continues it well |
-| ``data.sources`` | ``evaluation.ngram_corpus`` | the second measure would prefer text that the policy memorized |
-| ``evaluation.ngram_corpus`` | ``data.heldout`` | the second measure would know the continuations it scores |
+| ``data.sources`` | ``data.heldout`` | a policy trained on a text continues it well |
+| ``data.sources`` | ``evaluation.ngram_corpus`` | the second measure would prefer text memorized by the policy |
+| ``evaluation.ngram_corpus`` | ``data.heldout`` | the second measure would know the continuations to measure |
 
-``data.heldout_overlap`` sets for all of them whether such a document ends the run or is left out of the corpus on the
-left.
+In all three cases ``data.heldout_overlap`` sets whether such a document stops the run or is skipped in the corpus on
+the left.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ _Hashes = npt.NDArray[np.uint64]
 HELDOUT, NGRAM = "data.heldout", "evaluation.ngram_corpus"
 
 RUN = 80
-"""Letters and digits of a passage."""
+"""Length of a passage in letters and digits."""
 _CHOSEN = 16
-"""One passage in so many is compared."""
+"""One in this many passages is compared."""
 _LEAST_PASSAGES = 8
 _SAME = 0.9
-"""Share of the passages of the shorter text that stand in the other."""
+"""Minimum share of the passages of the shorter text that occur in the other."""
 _LEAST_CHARACTERS = 20
 """Shorter texts ("Page not found") are not compared."""
 _SCANNED = 1 << 25
-"""Characters of every source that are compared before a run starts; the rest is compared when it is read."""
+"""Characters of every source to compare before a run starts; the rest is compared when read."""
 _HELD = 1 << 26
-"""Characters of held-out text that are kept track of."""
+"""Maximum characters of held-out text to index."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
-_NOT_SAID = re.compile(r"[\W_]+")
+_IGNORED = re.compile(r"[\W_]+")
 
 
 class Location(NamedTuple):
-    """Where a document is."""
+    """Location of a document: configuration key, source path and document id."""
 
     key: str
-    """Of the configuration, as ``data.heldout[0]``."""
+    """Configuration key, such as ``data.heldout[0]``."""
     path: str
     document: str
 
@@ -72,13 +72,13 @@ class Location(NamedTuple):
 
 
 class HeldOut:
-    """The documents that must not be trained on.
+    """Documents to keep out of training.
 
     Args:
-        lists: key of the configuration -> its sources.
-        vocabulary: of the policy, for sources that hold tokens.
+        lists: configuration key -> its sources.
+        vocabulary: vocabulary of the policy, for sources that hold tokens.
         limit: bytes above which a record is malformed (``data.max_record_bytes``).
-        bad: counts malformed records; what cannot be read cannot be kept out of training either.
+        bad: counts malformed records, because unreadable documents cannot be kept out of training.
 
     Raises:
         DataError: a source cannot be read, or too many of its records are malformed.
@@ -93,22 +93,24 @@ class HeldOut:
     ) -> None:
         self._vocabulary = vocabulary
         self._limit = limit
-        self._places: list[Location] = []
+        self._locations: list[Location] = []
         self._whole: dict[bytes, int] = {}
         passages: list[_Hashes] = []
         characters = 0
-        for place, text in self._all(lists, bad or Quarantine(None, 1.0)):
+        for location, text in self._all(lists, bad or Quarantine(None, 1.0)):
             characters += len(text)
             found = _reduced(text)
-            self._whole.setdefault(_digest(found), len(self._places))
-            self._places.append(place)
+            self._whole.setdefault(_digest(found), len(self._locations))
+            self._locations.append(location)
             passages.append(_passages(found))
             if characters >= _HELD:
                 break
         self.digest = stable_id(*sorted(digest.hex() for digest in self._whole))
-        """Changes with what the documents say, not with their files or order."""
+        """Digest of the texts, independent of their files and order."""
         if characters >= _HELD:
-            _log.warning("only a part of the held-out text is compared with the corpus", characters=characters)
+            _log.warning(
+                "held-out text too large: only the beginning is compared with the corpus", characters=characters
+            )
         self._counts = np.array([len(of) for of in passages], np.int64)
         owners = np.repeat(np.arange(len(passages)), self._counts)
         hashes = np.concatenate(passages) if passages else np.empty(0, np.uint64)
@@ -116,12 +118,12 @@ class HeldOut:
         self._hashes, self._owners = hashes[order], owners[order]
 
     def find(self, text: str) -> Location | None:
-        """Return the held-out document that ``text`` copies, is part of, or contains."""
+        """Return the location of the held-out document that ``text`` copies, contains or is part of, or None."""
         found = _reduced(text)
         if len(found) < _LEAST_CHARACTERS:
             return None
         if (same := self._whole.get(_digest(found))) is not None:
-            return self._places[same]
+            return self._locations[same]
         passages = _passages(found)
         if len(passages) < _LEAST_PASSAGES or not len(self._hashes):
             return None
@@ -132,11 +134,11 @@ class HeldOut:
             return None
         owners = np.concatenate([self._owners[first[hit] : first[hit] + counts[hit]] for hit in hits])
         numbers, shared = np.unique(owners, return_counts=True)
-        # The one that is copied most wholly, not the longest.
+        # Prefer the document with the largest share copied, not the longest.
         lengths = np.minimum(len(passages), self._counts[numbers])
         best = int((np.where(shared >= _LEAST_PASSAGES, shared, 0) / lengths).argmax())
         needed = max(_LEAST_PASSAGES, _SAME * min(len(passages), int(self._counts[numbers[best]])))
-        return self._places[int(numbers[best])] if shared[best] >= needed else None
+        return self._locations[int(numbers[best])] if shared[best] >= needed else None
 
     def text_of(self, document: Document) -> str:
         """Return the text of a document."""
@@ -148,28 +150,28 @@ class HeldOut:
     def scan(
         self, sources: Sequence[SourceConfig], key: str = "data.sources", use: str = "training", skips: bool = True
     ) -> None:
-        """Compare the beginning of every source, before anything is loaded or trained.
+        """Compare the beginning of every source with the held-out documents before a run starts.
 
         Args:
-            sources: which.
-            key: of the configuration, that holds them.
-            use: what their documents are for.
-            skips: whether such documents can be left out of it.
+            sources: sources to compare.
+            key: configuration key of the sources.
+            use: purpose of the sources, for the error.
+            skips: whether ``data.heldout_overlap=skip`` applies to the sources.
 
         Raises:
-            DataError: a document is in both, or a source cannot be read.
+            DataError: a document is held out, or a source cannot be read.
         """
         for index, source in enumerate(sources):
             characters = 0
             for document, text in self._texts(source):
-                if (place := self.find(text)) is not None:
-                    raise overlap_error(Location(f"{key}[{index}]", source.path, document), place, use, skips)
+                if (held := self.find(text)) is not None:
+                    raise overlap_error(Location(f"{key}[{index}]", source.path, document), held, use, skips)
                 characters += len(text)
                 if characters >= _SCANNED:
                     break
 
     def _all(self, lists: Mapping[str, Sequence[SourceConfig]], bad: Quarantine) -> Iterator[tuple[Location, str]]:
-        """Every document, malformed records counted and said."""
+        """Yield every document; count malformed records and warn about them."""
         every = [(f"{key}[{index}]", source) for key, sources in lists.items() for index, source in enumerate(sources)]
         readers = [open_source(source, self._limit, self._vocabulary) for _, source in every]
         bad.expect([(source.path, reader.sizes()) for (_, source), reader in zip(every, readers, strict=True)])
@@ -179,10 +181,8 @@ class HeldOut:
                 bad.count(record, number)
                 if isinstance(record, Document):
                     yield Location(key, source.path, record.id), self.text_of(record)
-            if bad.tells and (malformed := bad.malformed - before):
-                _log.warning(
-                    "malformed records in what is held out", source=key, path=shown(source.path), records=malformed
-                )
+            if bad.logs and (malformed := bad.malformed - before):
+                _log.warning("malformed held-out records", source=key, path=shown(source.path), records=malformed)
         bad.check()
 
     def _texts(self, source: SourceConfig) -> Iterator[tuple[str, str]]:
@@ -193,12 +193,12 @@ class HeldOut:
 
 
 def kept_from_training(config: Config, vocabulary: Vocabulary, quarantine: Path | None) -> HeldOut | None:
-    """Return the documents that the policy must not be trained on; None if there are none.
+    """Return the documents to keep out of training of the policy, or None if there are none.
 
     Args:
-        config: of the run.
-        vocabulary: of the policy.
-        quarantine: file for malformed records; None where another process writes them down.
+        config: configuration of the run.
+        vocabulary: vocabulary of the policy.
+        quarantine: file for malformed records; None if another process writes them.
 
     Raises:
         DataError: a source cannot be read, or too many of its records are malformed.
@@ -211,7 +211,7 @@ def kept_from_training(config: Config, vocabulary: Vocabulary, quarantine: Path 
 
 
 def kept_from_second_measure(config: Config, vocabulary: Vocabulary) -> HeldOut | None:
-    """Return the documents that the second measure must not be fitted to; None without them or without the measure.
+    """Return the documents to keep out of the second measure; None without held-out documents or second measure.
 
     Raises:
         DataError: a source cannot be read.
@@ -222,15 +222,15 @@ def kept_from_second_measure(config: Config, vocabulary: Vocabulary) -> HeldOut 
 
 
 def require_apart(config: Config, vocabulary: Vocabulary, held_out: HeldOut | None) -> None:
-    """Compare the beginning of all corpora before anything is loaded, unless overlaps are to be skipped.
+    """Compare the beginning of all corpora before models are loaded, unless ``data.heldout_overlap`` is ``skip``.
 
     Args:
-        config: of the run.
-        vocabulary: of the policy.
-        held_out: what ``kept_from_training`` gave.
+        config: configuration of the run.
+        vocabulary: vocabulary of the policy.
+        held_out: result of ``kept_from_training``.
 
     Raises:
-        DataError: a document is where it must not be, or a source cannot be read.
+        DataError: a corpus contains a held-out document, or a source cannot be read.
     """
     if held_out is None or config.data.heldout_overlap is HeldOutOverlap.skip:
         return
@@ -240,20 +240,20 @@ def require_apart(config: Config, vocabulary: Vocabulary, held_out: HeldOut | No
 
 
 def overlap_error(used: Location, held: Location, use: str = "training", skips: bool = True) -> DataError:
-    """Return the error for a document that is used and held out.
+    """Return the error about a held-out document in a corpus.
 
     Args:
-        used: a document.
-        held: the same among those that are held out.
-        use: what it is for.
-        skips: whether such documents can be left out of it.
+        used: location of the document in the corpus.
+        held: location of its held-out copy.
+        use: purpose of the corpus.
+        skips: whether ``data.heldout_overlap=skip`` applies to the corpus.
     """
-    otherwise = f", or set data.heldout_overlap=skip to leave such documents out of {use}" if skips else ""
-    return DataError(f"{used} is held out as well: {held}; take it out of one of them{otherwise}")
+    otherwise = f", or set data.heldout_overlap=skip to skip such documents in {use}" if skips else ""
+    return DataError(f"{used} is also held out: {held}; remove it from one of them{otherwise}")
 
 
 def _reduced(text: str) -> str:
-    return _NOT_SAID.sub("", text.casefold())
+    return _IGNORED.sub("", text.casefold())
 
 
 def _digest(reduced: str) -> bytes:
@@ -261,7 +261,7 @@ def _digest(reduced: str) -> bytes:
 
 
 def _passages(reduced: str) -> _Hashes:
-    """Hashes of the chosen passages, each once. A polynomial modulo 2^64 over code points, then mixed."""
+    """Return the unique hashes of the sampled passages: a polynomial modulo 2^64 over code points, then mixed."""
     points = np.frombuffer(reduced.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     if len(points) < RUN:
         return np.empty(0, np.uint64)

@@ -1,4 +1,4 @@
-"""Malformed records and lost data: counted, written to a file, and fatal only above a set share."""
+"""Count malformed records and lost bytes, write them to a file, and stop above a limit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_rlpt.errors import DataError, is_disk_full
 from megatron_rlpt.observe.log import get_logger
 
 MIN_RECORDS = 100
-"""Records read before the share of malformed ones means something."""
+"""Minimum records before the share of malformed ones is compared with the limit."""
 
 _MOST_WAITING = 10_000
-"""Lines that wait for a full disk; the oldest go first."""
+"""Maximum lines to keep while the disk is full; older lines are dropped."""
 
 _log = get_logger(__name__)
 
@@ -27,22 +27,22 @@ _log = get_logger(__name__)
 class Quarantine:
     """Counts the records of the first pass and appends the malformed ones to ``path`` as JSON lines.
 
-    Later passes meet the same records again and add nothing. A record that is already in the file (written after
-    the checkpoint a run went on from) is not written twice. What takes more than a record with it is measured in bytes
-    of the files, logged, and held against the limit at once. A full disk ends no run: what it does not take is written
-    as soon as there is room.
+    Later passes read the same records again and are not counted. A record already in the file (written after the
+    checkpoint that the run resumed from) is not written twice. Damage beyond a single record is measured in bytes of
+    the files, logged, and immediately compared with the limit. A full disk does not stop a run: pending lines are
+    written as soon as there is space.
 
     Raises:
-        DataError: the file cannot be read or written, for another reason than a full disk.
+        DataError: the file cannot be read or written for a reason other than a full disk.
     """
 
     def __init__(self, path: Path | None, max_bad_fraction: float) -> None:
         self.read = 0
         """Distinct records read, malformed ones included."""
         self.malformed = 0
-        """Distinct records that were malformed."""
-        self.tells = path is not None
-        """Whether this one speaks for all ranks in the log."""
+        """Distinct malformed records."""
+        self.logs = path is not None
+        """Whether this rank logs for all ranks."""
         self._path = path
         self._limit = max_bad_fraction
         self._last_reason = ""
@@ -50,20 +50,20 @@ class Quarantine:
         self._losses = [Losses()]
         self._written: set[tuple[str, int]] | None = None
         self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
-        """Lines that a full disk did not take; written as soon as there is room."""
+        """Lines to write as soon as the disk has space."""
         self._failing = False
 
     def expect(self, sizes: Sequence[tuple[str, Mapping[str, int]]]) -> None:
-        """Take over path and size of the files (``Reader.sizes``) of every source, so that losses have a measure."""
+        """Set path and file sizes (``Reader.sizes``) of every source, to express losses as shares."""
         self._names = [shown(path) for path, _ in sizes]
         self._losses = [Losses(of_source) for _, of_source in sizes]
 
     def count(self, record: Document | BadRecord, source: int = 0) -> None:
-        """Count a record of a source, and write it to the file if it is malformed.
+        """Count a record of a source; write it to the file if it is malformed.
 
         Raises:
-            DataError: ``MIN_RECORDS`` were read and more than the allowed share of them was malformed, or more than
-                the allowed share of the source is lost.
+            DataError: the share of malformed records (after ``MIN_RECORDS``) or the lost share of the source is above
+                the limit.
         """
         self.read += 1
         if isinstance(record, BadRecord):
@@ -78,10 +78,10 @@ class Quarantine:
             self.check()
 
     def check(self) -> None:
-        """Compare the share of malformed records with the limit, however few were read.
+        """Compare the share of malformed records with the limit, regardless of their number.
 
         Raises:
-            DataError: names the rate, the limit and the quarantine file.
+            DataError: the share is above the limit.
         """
         if self.malformed <= self._limit * self.read:
             return
@@ -92,21 +92,21 @@ class Quarantine:
 
     @property
     def lost_share(self) -> float:
-        """Share of its bytes that the source with the largest loss has lost so far."""
+        """Largest lost share of bytes among the sources so far."""
         return max((losses.share for losses in self._losses), default=0.0)
 
     @property
     def lost_bytes(self) -> int:
-        """Bytes of all sources that were lost so far."""
-        return sum(losses.figures()[0] for losses in self._losses)
+        """Bytes lost so far in all sources."""
+        return sum(losses.totals()[0] for losses in self._losses)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and losses."""
+        """Return counts and losses."""
         lost = [{"unread": losses.unread, "cut": losses.cut} for losses in self._losses]
         return {"read": self.read, "malformed": self.malformed, "lost": lost}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from a saved state."""
+        """Resume counting from a saved state."""
         self.read, self.malformed = state["read"], state["malformed"]
         for losses, saved in zip(self._losses, state.get("lost", []), strict=False):
             losses.unread, losses.cut = dict(saved["unread"]), list(saved["cut"])
@@ -114,13 +114,13 @@ class Quarantine:
     def _lose(self, record: BadRecord, source: int) -> None:
         losses = self._losses[source]
         losses.add(record.source, record.lost, record.cut)
-        if self.tells:
+        if self.logs:
             _log.warning(
                 "data lost",
                 file=shown(record.source),
                 record=record.offset,
                 bytes=record.lost,
-                breaks_off=record.cut,
+                truncated=record.cut,
                 share_of_source=losses.share,
                 reason=record.reason,
             )
@@ -132,7 +132,7 @@ class Quarantine:
         return f"{last}; see {self._path}" if self._path else last
 
     def _note(self, record: BadRecord) -> None:
-        """Have a record written, unless it was before."""
+        """Queue a record for writing unless it is already in the file."""
         if self._path is None:
             return
         key = (record.source, record.offset)
@@ -161,15 +161,15 @@ class Quarantine:
             if not is_disk_full(error):
                 raise self._unwritable(error) from None
             if not self._failing:
-                _log.warning("malformed records are counted, but cannot be written down now; the run goes on",
+                _log.warning("quarantine file not writable now; lines are kept until there is space",
                              file=self._path, reason=error.strerror)  # fmt: skip
             self._failing = True
 
     def _unwritable(self, error: OSError) -> DataError:
-        return DataError(f"quarantine file {self._path} cannot be written: {error.strerror}; check it")
+        return DataError(f"quarantine file {self._path} cannot be written: {error.strerror}; check the file")
 
     def _load(self, path: Path) -> set[tuple[str, int]]:
-        """Records already in the file; a last line cut off by a killed run is closed and written again."""
+        """Return the keys of the records in the file; terminate a last line that a killed run left incomplete."""
         path.parent.mkdir(parents=True, exist_ok=True)
         keys: set[tuple[str, int]] = set()
         if not path.exists():
@@ -188,32 +188,32 @@ class Quarantine:
 
 @dataclass
 class Losses:
-    """What was found damaged in the files of one source.
+    """Damage found in the files of one source.
 
-    A file that breaks off does not tell how long it was. It is taken to have been as long as the whole files of the
-    source are on average, and where there is none to compare with, as twice what is left of it.
+    The original size of a truncated file is unknown. The estimate is the mean size of the intact files of the source,
+    or twice the remaining size if there is no intact file.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Bytes on disk of every file; empty where they are not known, as in a streamed dataset."""
+    """Bytes on disk of every file; empty if unknown, as for a streamed dataset."""
     unread: dict[str, int] = field(default_factory=dict)
-    """File -> bytes of it that cannot be read."""
+    """File -> unreadable bytes."""
     cut: list[str] = field(default_factory=list)
-    """Files that break off."""
+    """Truncated files."""
 
     def add(self, file: str, unread: int, cut: bool) -> None:
-        """Note bytes of a file that cannot be read, and whether it breaks off."""
+        """Add unreadable bytes of a file; ``cut`` marks it as truncated."""
         self.unread[file] = min(self.unread.get(file, 0) + unread, self.sizes.get(file, unread))
         if cut and file not in self.cut:
             self.cut.append(file)
 
     @property
     def files(self) -> list[str]:
-        """Files that something is lost of."""
+        """Damaged files."""
         return list(dict.fromkeys([*self.unread, *self.cut]))
 
-    def figures(self) -> tuple[int, int]:
-        """Bytes lost, and bytes that the source should have."""
+    def totals(self) -> tuple[int, int]:
+        """Return the lost bytes and the original bytes of the source."""
         known = [self.sizes[file] for file in self.cut if file in self.sizes]
         total, whole = sum(self.sizes.values()), len(self.sizes) - len(known)
         typical = (total - sum(known)) / whole if whole else None
@@ -222,13 +222,13 @@ class Losses:
 
     @property
     def share(self) -> float:
-        """Share of the source that is lost; 0 where sizes are not known."""
-        lost, total = self.figures()
+        """Lost share of the source; 0 if sizes are unknown."""
+        lost, total = self.totals()
         return lost / total if total else 0.0
 
     def describe(self, source: str, limit: float, what: str) -> str:
-        """The error line for a source of which more than ``limit`` is lost."""
-        lost, total = self.figures()
+        """Return the error for a source with a lost share above ``limit``."""
+        lost, total = self.totals()
         return (
             f"{self.share:.1%} of data source {source!r} cannot be read (about {lost} of {total} bytes, in "
             f"{len(self.files)} of {len(self.sizes)} files; limit data.max_bad_fraction = {limit:.1%}); {what}; repair "

@@ -1,4 +1,4 @@
-"""Documents of several sources: mixed by weight, sharded over ranks, repeated without end, resumable at any record."""
+"""Stream documents of several sources: mix by weight, shard over ranks, repeat endlessly, resume at any record."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ _log = get_logger(__name__)
 
 @dataclass
 class StreamCounters:
-    """What one rank has read so far, all passes together."""
+    """Counts of one rank over all passes so far."""
 
     read: int = 0
     """Documents read, malformed ones included."""
     malformed: int = 0
-    """Records that could not be read as a document."""
+    """Malformed records."""
     too_short: int = 0
     """Documents shorter than min_prefix + suffix_length."""
     not_cut: int = 0
-    """Documents long enough, no cut of which falls between two characters."""
+    """Documents of sufficient length without a cut between two characters."""
     held_out: int = 0
-    """Documents left out because they are held out."""
+    """Documents skipped because they are held out."""
     usable: int = 0
     """Documents that gave at least one episode."""
     episodes_served: int = 0
-    """Episodes handed out."""
+    """Episodes served."""
     epochs: tuple[int, ...] = ()
     """Complete passes over each source, in the order of the configuration."""
     served: tuple[int, ...] = ()
-    """Episodes handed out of each source, in the order of the configuration."""
+    """Episodes served from each source, in the order of the configuration."""
 
     def count_served(self, source: int) -> None:
-        """Count an episode of ``source`` that was handed out."""
+        """Count an episode served from ``source``."""
         self.episodes_served += 1
         self.served = tuple(count + (index == source) for index, count in enumerate(self.served))
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A document and where to find it again."""
+    """A document with its source and position."""
 
     document: Document
     source: int
@@ -58,30 +58,30 @@ class Drawn:
 
 @dataclass
 class _Cursor:
-    """Where the stream stands in one source."""
+    """Progress of the stream in one source; the fields are part of the saved state."""
 
     reader: Reader
     index: int = 0
-    """Records of the current pass that lie behind, of all ranks."""
+    """Records of the current pass already passed, over all ranks."""
     epoch: int = 0
     own_read: int = 0
     """Records this rank has read since the first pass without a usable document began."""
     fruitful: bool = False
     """Whether the current pass has given a usable document."""
     barren: bool = False
-    """Whether the last pass that this rank has seen enough of gave none."""
+    """Whether the last pass with enough records for this rank gave no usable document."""
 
 
 class DocumentStream:
-    """Documents drawn from the sources, without end.
+    """Endless stream of documents drawn from the sources.
 
-    A draw reads the next record of the source that is asked for, or of one picked with a probability proportional to
-    its weight; the pick depends on (seed, rank, number of the draw) only. In its first pass over a source, rank r of w
-    reads the records whose index is r modulo w, and every further pass moves the shares on by one record: within each
-    pass the ranks share all records without overlap, within w passes a rank reads each record once, and none starves
-    on a source with fewer records than ranks.
+    A draw reads the next record of the requested source, or of a source picked with a probability proportional to its
+    weight; the pick depends only on (seed, rank, number of the draw). In the first pass over a source, rank r of w
+    reads the records with index r modulo w, and every further pass shifts the shares by one record: within each pass
+    the ranks share all records without overlap, within w passes a rank reads each record once, and no rank starves on a
+    source with fewer records than ranks.
 
-    ``counters`` is shared with the caller, who counts too short documents in it and reports usable ones through
+    The caller shares ``counters``: it counts documents without episodes there, and reports usable ones to
     ``note_usable``.
 
     Raises:
@@ -101,8 +101,8 @@ class DocumentStream:
         assert 0 <= rank < world_size
         self.counters = StreamCounters(epochs=(0,) * len(sources), served=(0,) * len(sources))
         self.sources = sources
-        self.tells = quarantine.tells
-        """Whether this one speaks for all ranks in the log."""
+        self.logs = quarantine.logs
+        """Whether this rank logs for all ranks."""
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
@@ -110,25 +110,25 @@ class DocumentStream:
         self._draws = 0
         self._cursors = [_Cursor(open_source(source, max_record_bytes, vocabulary)) for source in sources]
         quarantine.expect([(s.path, cursor.reader.sizes()) for s, cursor in zip(sources, self._cursors, strict=True)])
-        # Taken once: what counts is the corpus the run started to read, not what lies there at a later checkpoint.
+        # Taken once: a checkpoint describes the corpus at the start of the run, not later changes of its files.
         self._layout = [
             {"path": source.path, **cursor.reader.layout()}
             for source, cursor in zip(sources, self._cursors, strict=True)
         ]
 
     def draw(self, source: int | None = None) -> Drawn | None:
-        """The next document of ``source`` (None: of one picked by weight), or None if the record was malformed.
+        """Return the next document of ``source`` (None: pick one by weight), or None if the record is malformed.
 
         Raises:
-            DataError: too many records are malformed, a source has no record, or one full pass over all sources
-                gave no usable document.
+            DataError: too many records are malformed, a source has no records, or a full pass over all
+                sources gave no usable document.
         """
         if source is None:
             source = self._pick()
         position, record = self._advance(source)
         self._cursors[source].own_read += 1
         self.counters.read += 1
-        # Later passes meet the same records again; only the first one says how good the corpus is.
+        # Later passes read the same records again.
         if self._cursors[source].epoch == 0:
             self._quarantine.count(record, source)
         if isinstance(record, BadRecord):
@@ -146,10 +146,10 @@ class DocumentStream:
         return self._cursors[source].barren
 
     def reread(self, source: int, position: Position) -> Document:
-        """The document at a position that a ``Drawn`` gave; moves the reader, so ``load_state_dict`` must follow.
+        """Return the document at the position of a ``Drawn``; this moves the reader, so call ``load_state_dict`` next.
 
         Raises:
-            CheckpointError: there is no readable document any more.
+            CheckpointError: there is no readable document at the position.
         """
         reader = self._cursors[source].reader
         reader.seek(position)
@@ -162,7 +162,7 @@ class DocumentStream:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume at the next record; JSON-serializable."""
+        """Return the JSON-serializable state to resume from at the next record."""
         return {
             "draws": self._draws,
             "quarantine": self._quarantine.state_dict(),
@@ -175,7 +175,7 @@ class DocumentStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume where ``state`` was taken. Call ``check_layout`` first."""
+        """Resume from ``state``; call ``check_layout`` first."""
         self._draws = state["draws"]
         self._quarantine.load_state_dict(state["quarantine"])
         for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
@@ -207,7 +207,7 @@ class DocumentStream:
             )
 
     def metrics(self) -> dict[str, float]:
-        """What was read, lost, repeated and served so far, as metrics; sources by their number in the configuration."""
+        """Return the counters as metrics; sources are named by their index in the configuration."""
         counters, served = self.counters, self.counters.served
         metrics: dict[str, float] = {
             "data/read": counters.read,
@@ -235,7 +235,7 @@ class DocumentStream:
         return len(weights) - 1
 
     def _advance(self, source: int) -> tuple[Position, Document | BadRecord]:
-        """Return position and content of this rank's next record."""
+        """Return position and content of the next record of this rank."""
         cursor = self._cursors[source]
         while True:
             own = (cursor.index + cursor.epoch) % self._world_size == self._rank
@@ -258,23 +258,23 @@ class DocumentStream:
         cursor.index = 0
         cursor.reader.rewind()
         self._note_epochs()
-        if self._quarantine.tells:
+        if self._quarantine.logs:
             path = shown(self.sources[source].path)
             _log.info(
-                "a data source has been read to its end and starts again",
+                "data source finished a pass; starting the next one",
                 path=path,
                 records=records,
                 epochs=cursor.epoch,
             )
-        # A rank of several sees too small a part of a small corpus to judge it by a handful of records.
+        # One of several ranks may see too few records of a small corpus to judge it.
         if self._world_size == 1 and min(self.counters.epochs) >= 1:
             self._quarantine.check()
         self._check_usable(source, records)
 
     def _check_usable(self, source: int, records: int) -> None:
-        """Stop when no source gave a usable document in its last full pass, and say when one did not.
+        """Raise if no source gave a usable document in its last full pass; warn about a single source.
 
-        A rank of several goes on over as many passes as it needs to see all records of a small source.
+        With several ranks, a rank needs several passes to see all records of a small source.
         """
         cursor = self._cursors[source]
         if cursor.fruitful:
@@ -286,7 +286,7 @@ class DocumentStream:
         counters = self.counters
         if all(other.barren for other in self._cursors):
             held_out = f", {counters.held_out} held out" if counters.held_out else ""
-            not_cut = f", {counters.not_cut} with characters of too many tokens to be cut" if counters.not_cut else ""
+            not_cut = f", {counters.not_cut} with characters of too many tokens to cut" if counters.not_cut else ""
             advice = "lower data.min_prefix or data.suffix_length, or give longer documents"
             if counters.not_cut and not counters.too_short:
                 advice = "raise data.suffix_length and data.max_prefix, or give other documents"
@@ -296,7 +296,7 @@ class DocumentStream:
                 f"{' that are not held out' if held_out else ''}"
             )
         _log.warning(
-            "data.sources[%d] %r gave no usable document in a full pass of %d records; the others share its part",
+            "data.sources[%d] %r gave no usable document in a full pass of %d records; its share goes to the others",
             source,
             self.sources[source].path,
             records,

@@ -1,4 +1,4 @@
-"""Find what of a corpus is not read, or damaged, before a run reads it."""
+"""Find skipped and damaged files of a corpus before a run reads it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from megatron_rlpt.data.readers.documents import shown
 from megatron_rlpt.data.readers.files import CorpusFiles, find_files
 from megatron_rlpt.data.readers.indexed import holds_tokens
 from megatron_rlpt.data.readers.jsonl import Framing, framing_of
-from megatron_rlpt.data.readers.listing import PassedOver
+from megatron_rlpt.data.readers.listing import SkippedFiles
 from megatron_rlpt.data.readers.parquet import MAGIC
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.observe.log import get_logger
 
 _MOST_FILES = 10_000
-"""Files that are looked into; of more, as many evenly spread."""
+"""Maximum files to examine per source; of more files, an evenly spread sample."""
 
 _EFFORT = 1 << 26
-"""Compressed bytes of a source that are decompressed for nothing but to see whether they can be; about a second."""
+"""Compressed bytes of a source to decompress as a check; takes about a second."""
 
 _COST = {".bz2": 16, ".xz": 4}
-"""How much longer than gzip's a byte takes."""
+"""Time to decompress a byte, relative to gzip."""
 
 _MOST_OUTPUT = 1 << 30
-"""Bytes after which a file that goes on decompressing is left alone."""
+"""Maximum decompressed bytes to check in a file."""
 
 _TAIL = 1 << 16
-"""Bytes at the end of a file in which the beginning of its last line is looked for."""
+"""Bytes at the end of a file in which to search for the start of its last line."""
 
 _HARMLESS = ("hidden files and folders", "files about a dataset", "other names of files that are read")
 
@@ -40,26 +40,26 @@ _log = get_logger(__name__)
 
 
 def survey_corpus(sources: Sequence[SourceConfig], max_bad_fraction: float) -> None:
-    """Log what lies in the sources and is not read, and look for damage that shows without reading everything.
+    """Log skipped files of the sources, and find damage that does not require reading everything.
 
-    Files that may not be read, Parquet files without a footer, a last line or array that breaks off, and compressed
-    files that do (of those, as many as take about a second).
+    Finds files without read permission, Parquet files without a footer, plain JSON files that end within a line or an
+    array, and damaged compressed files (as many as take about a second to decompress).
 
     Raises:
-        DataError: a source has no file, or more than the allowed share of it is lost.
+        DataError: a source has no file, or its lost share is above ``max_bad_fraction``.
     """
     for source in sources:
         if source.reader or source.format == SourceFormat.hf or holds_tokens(source):
-            continue  # its reader finds out what is damaged
+            continue  # the reader finds the damage
         files = find_files(source)
-        for kind, entry in files.passed_over.items():
+        for kind, entry in files.skipped.items():
             log = _log.info if kind in _HARMLESS else _log.warning
             log("not read", source=shown(source.path), what=kind, count=entry.count, examples=str(entry))
         losses = Losses(files.sizes_by_path())
-        damaged: dict[str, PassedOver] = {}
+        damaged: dict[str, SkippedFiles] = {}
         for path, reason, unread, cut in _damage(files):
             losses.add(path, unread, cut)
-            entry = damaged.setdefault(reason, PassedOver())
+            entry = damaged.setdefault(reason, SkippedFiles())
             entry.add(path)
         for reason, entry in damaged.items():
             share = losses.share
@@ -71,7 +71,7 @@ def survey_corpus(sources: Sequence[SourceConfig], max_bad_fraction: float) -> N
 
 
 def _damage(files: CorpusFiles) -> Iterator[tuple[str, str, int, bool]]:
-    """Path, what is wrong, bytes that cannot be read and whether the file breaks off, for every damaged file."""
+    """Yield path, kind of damage, unreadable bytes and whether the file is truncated, for every damaged file."""
     effort = _EFFORT
     for index in range(0, len(files.paths), -(-len(files.paths) // _MOST_FILES)):
         path, size = files.paths[index], files.sizes[index]
@@ -88,7 +88,7 @@ def _damage(files: CorpusFiles) -> Iterator[tuple[str, str, int, bool]]:
                     if _last(stream, size, len(MAGIC)) != MAGIC:
                         yield str(path), "files that end without a Parquet footer", size, True
                 elif ending is None:
-                    if _breaks_off(stream, size, path.name):
+                    if _is_truncated(stream, size, path.name):
                         yield str(path), "files that end within a record", 0, True
                 elif cost <= effort:
                     effort -= cost
@@ -106,8 +106,8 @@ def _drain(stream: io.BufferedReader) -> None:
         left -= got
 
 
-def _breaks_off(stream: io.BufferedReader, size: int, name: str) -> bool:
-    """Whether a plain JSON file ends in the middle of a line or an array."""
+def _is_truncated(stream: io.BufferedReader, size: int, name: str) -> bool:
+    """Return whether a plain JSON file ends within a line or an array."""
     framing = framing_of(stream.peek(1), name)
     tail = _last(stream, size, _TAIL)
     if framing is Framing.array:

@@ -113,7 +113,7 @@ def test_what_is_held_out_from_a_resume_on_is_never_learnt_again(train, corpus, 
     (tmp_path / "h.jsonl").write_bytes(lines(texts_of(corpus)[:40]))
     code, _, err, run = train(options | {"heldout": [{"path": str(tmp_path / "h.jsonl")}]}, steps=9, **shown)
     assert code == 0, err
-    assert err.count("other documents are held out than at the checkpoint") == 1
+    assert err.count("held-out documents changed since the checkpoint") == 1
     assert ("proposing batches again" in err) == bool(staleness)
     after = [row["document"] for row in rows(run / "samples.jsonl") if row["step"] >= 3]
     assert after
@@ -132,7 +132,7 @@ def test_a_document_of_the_ngram_corpus_that_is_held_out_is_found_before_anythin
     assert code == 3
     assert "evaluation.ngram_corpus[0]" in error_of(err)
     assert "data.heldout[0]" in error_of(err)
-    assert "to leave such documents out of the n-gram model" in error_of(err)
+    assert "to skip such documents in the n-gram model" in error_of(err)
     assert not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text()
     assert train(sources[0] | {"heldout_overlap": "skip"}, sources[1])[0] == 0
 
@@ -146,7 +146,7 @@ def test_policies_are_not_compared_on_what_they_were_trained_on(train, corpus, t
     code, _, err, _ = train(data, command="evaluate")
     assert code == 3
     assert "held-out documents have changed since training" in err
-    assert f"data.sources[0] {str(corpus)!r} (document corpus.jsonl#30) is held out as well" in error_of(err)
+    assert f"data.sources[0] {str(corpus)!r} (document corpus.jsonl#30) is also held out" in error_of(err)
     assert "skip" not in error_of(err)
 
 
@@ -159,7 +159,7 @@ def test_damage_to_what_is_held_out_is_counted_like_that_of_the_corpus(train, tm
     assert "h.jsonl: not JSON" in error_of(err)
     code, _, err, run = train(data | {"max_bad_fraction": 0.5}, folder="other")
     assert code == 0, err
-    assert "malformed records in what is held out" in err
+    assert "malformed held-out records" in err
     assert len(rows(run / "quarantine.jsonl")) == 6
 
 
@@ -202,7 +202,7 @@ def test_an_indexed_dataset_of_another_tokenizer_or_a_damaged_one_is_one_line(tr
 def test_held_out_text_is_found_among_tokens(train, corpus, tmp_path):
     prefix = indexed(tmp_path / "tokens", tokens_of(texts_of(corpus)))
     code, _, err, _ = train({"sources": [{"path": str(prefix)}], "heldout": [{"path": str(corpus)}]})
-    assert (code, "is held out as well" in error_of(err)) == (3, True)
+    assert (code, "is also held out" in error_of(err)) == (3, True)
 
 
 @pytest.mark.parametrize("key", ["sources", "heldout"])

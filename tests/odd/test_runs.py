@@ -350,7 +350,7 @@ def test_malformed_records_that_a_full_disk_does_not_take_end_no_run(rlpt, file,
         after_step(patched, 3, (disk / "filler").unlink)
         code, _, err = rlpt("train", "-c", config)
     assert code == 0, err
-    assert err.count("malformed records are counted, but cannot be written down now") == 1
+    assert err.count("quarantine file not writable now") == 1
     written = [row["offset"] for row in lines(run / "quarantine.jsonl")]
     assert written == sorted(set(written))
     assert len(written) == lines(run / "metrics.jsonl")[-1]["data/malformed"] >= 29

@@ -93,7 +93,7 @@ def test_characters_longer_than_a_suffix_are_called_that(rlpt, tmp_path, model):
     code, _, err = rlpt("train", "-c", config)
     assert code == 3
     last = err.strip().splitlines()[-1]
-    assert "0 too short, 0 malformed, 4 with characters of too many tokens to be cut" in last
+    assert "0 too short, 0 malformed, 4 with characters of too many tokens to cut" in last
     assert "raise data.suffix_length" in last
 
 

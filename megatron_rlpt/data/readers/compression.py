@@ -1,4 +1,4 @@
-"""Files as streams of bytes, decompressed on the way: ``.gz``, ``.zst``, ``.xz``, ``.bz2``, of any number of parts."""
+"""Open files as decompressed byte streams: ``.gz``, ``.zst``, ``.xz`` and ``.bz2`` with any number of parts."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from typing_extensions import override
+
 from megatron_rlpt.data.readers.documents import shown
 from megatron_rlpt.errors import DataError
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-"""Recognised endings of compressed files; upper case counts as lower case."""
+"""Recognized endings of compressed files, in any case."""
 
 CHUNK = 1 << 17
-"""Bytes decompressed or read at once."""
+"""Maximum bytes to decompress or read per call."""
 
 _INPUT = 1 << 16
-"""Compressed bytes read at once."""
+"""Compressed bytes to read per call."""
 
 _XZ_MEMORY = 1 << 29
-"""Most memory of an ``.xz`` decoder; xz -9 needs 65 MiB, and a header may ask for 4 GiB."""
+"""Memory limit of an ``.xz`` decoder; xz -9 needs 65 MiB, and a header may request 4 GiB."""
 
 
 class CorruptStreamError(Exception):
-    """Compressed data that is damaged or ends early."""
+    """Damaged or truncated data in a file."""
 
     def __init__(self, reason: str, unread: int = 0, cut: bool = False) -> None:
         super().__init__(reason)
         self.unread = unread
         """Bytes of the file that could not be decompressed."""
         self.cut = cut
-        """Whether the file ends in the middle, so that an unknown number of bytes is missing besides."""
+        """Whether the file is truncated, so that an unknown number of bytes is missing in addition."""
 
 
 class _Codec(Protocol):
-    """One compressed stream, as ``lzma``, ``bz2`` and ``compression.zstd`` have it: bounded output on every call."""
+    """Decoder of one compressed stream with bounded output per call, as in ``lzma`` and ``bz2``."""
 
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
@@ -55,23 +57,23 @@ class _Codec(Protocol):
 
 
 def compression_of(path: Path) -> str | None:
-    """The ending that says how a file is compressed, or None."""
+    """Return the compression ending of a file name, or None."""
     ending = path.suffix.lower()
     return ending if ending in COMPRESSED else None
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading, decompressed by its ending.
+    """Open a regular file for reading; decompress it according to its ending.
 
-    Nothing but a regular file is ever opened: a FIFO would block for ever and a device may act on it.
+    Other kinds of file are refused: opening a FIFO blocks, and opening a device may have effects.
 
     Raises:
-        DataError: not a regular file, or a package is missing that its compression needs.
-        OSError: it cannot be opened.
+        DataError: not a regular file, or the package for its compression is missing.
+        OSError: the file cannot be opened.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise DataError(f"{shown(path)} is not a regular file; remove it from the data or name another")
-    # A FIFO that took its place in the meantime would not block either.
+        raise DataError(f"{shown(path)} is not a regular file; remove it from the data or give another path")
+    # O_NONBLOCK: a FIFO may have replaced the file since the check.
     raw = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     ending = compression_of(path)
     if ending is None:
@@ -80,13 +82,13 @@ def open_bytes(path: Path) -> io.BufferedReader:
 
 
 def bytes_on_disk(stream: io.BufferedReader) -> int:
-    """How far the file beneath a stream has been read; exact for a plain file, to ``CHUNK`` for a compressed one."""
+    """Return the bytes read of the underlying file; exact for a plain file, to ``CHUNK`` for a compressed one."""
     raw = stream.raw
     return raw.consumed if isinstance(raw, _Decompressed) else stream.tell()
 
 
 def discard(stream: io.BufferedReader, count: int) -> None:
-    """Pass over ``count`` bytes.
+    """Skip ``count`` bytes.
 
     Raises:
         EOFError: the stream is shorter.
@@ -100,7 +102,7 @@ def discard(stream: io.BufferedReader, count: int) -> None:
 
 
 class _Decompressed(io.RawIOBase):
-    """The decompressed bytes of all parts of a file. Memory and work per call are bounded by what is asked for."""
+    """Decompressed bytes of all parts of a file; the requested size bounds memory and work per call."""
 
     def __init__(
         self, raw: io.FileIO, codec: Callable[[], _Codec], errors: tuple[type[Exception], ...], padding: bytes
@@ -113,24 +115,24 @@ class _Decompressed(io.RawIOBase):
         self._input = b""
         self._failure: CorruptStreamError | None = None
 
+    @override
     def readable(self) -> bool:
-        """Always."""
         return True
 
+    @override
     def fileno(self) -> int:
-        """That of the file beneath."""
         return self._raw.fileno()
 
     @property
     def consumed(self) -> int:
-        """Bytes of the file that have been decompressed."""
+        """Bytes of the file decompressed so far."""
         return self._raw.tell() - len(self._input)
 
     def readinto(self, target: Any) -> int:
-        """Fill ``target``, which is left short at the end of the file only.
+        """Fill ``target``; return fewer bytes only at the end of the file.
 
         Raises:
-            CorruptStreamError: damaged data, or the file ends within a part; what comes before is given out first.
+            CorruptStreamError: the data is damaged or truncated; the bytes before the damage are returned first.
         """
         filled, size = 0, len(target)
         try:
@@ -146,13 +148,13 @@ class _Decompressed(io.RawIOBase):
             raise self._failure
         return filled
 
+    @override
     def close(self) -> None:
-        """Close the file beneath as well."""
         super().close()
         self._raw.close()
 
     def _next(self, most: int) -> bytes | None:
-        """Up to ``most`` bytes, perhaps none; None at the end of the file."""
+        """Return up to ``most`` bytes, possibly none; None at the end of the file."""
         if self._codec is None:
             self._input = self._input.lstrip(self._padding) if self._padding else self._input
             if not self._input:
@@ -177,7 +179,7 @@ class _Decompressed(io.RawIOBase):
 
 
 class _GzipMember:
-    """zlib's decompressor with the interface of the others."""
+    """Adapter of zlib's decompressor to ``_Codec``."""
 
     def __init__(self) -> None:
         self._member = zlib.decompressobj(wbits=31)
@@ -199,7 +201,7 @@ class _GzipMember:
 
 
 def _codec(ending: str, path: Path) -> tuple[Callable[[], _Codec], tuple[type[Exception], ...], bytes]:
-    """How to decompress one part, what that raises, and the padding that may lie between two parts."""
+    """Return a decoder factory, the errors it raises, and the padding allowed between two parts."""
     match ending:
         case ".gz":
             return _GzipMember, (zlib.error,), b"\0"

@@ -1,4 +1,4 @@
-"""What a source is read as: documents, malformed records, and a reader that can stop and go on at any record."""
+"""Define documents, malformed records, and a reader that can resume at any record."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EXCERPT_CHARACTERS = 200
-"""Most characters of a malformed record kept for the quarantine file."""
+"""Maximum characters of a malformed record to keep for the quarantine file."""
 
 MAX_RECORD_BYTES = 1 << 24
 """Default of ``data.max_record_bytes``."""
 
 Position = list[Any]
-"""Where the next record starts: JSON-serialisable, written and understood by one kind of reader only."""
+"""Start of the next record: JSON-serializable and specific to one kind of reader."""
 
 
 @dataclass(frozen=True)
@@ -26,73 +26,73 @@ class Document:
     id: str
     text: str
     tokens: array[int] | None = field(default=None, repr=False)
-    """Token ids of a source that holds those instead of text; then ``text`` is empty."""
+    """Token ids, from a source that holds tokens; ``text`` is then empty."""
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """One record that could not be read as a document."""
+    """One malformed record."""
 
     source: str
-    """File (or dataset name) the record was found in."""
+    """File (or dataset name) of the record."""
     offset: int
-    """Number of the record within ``source``, from 0: line, row, or 0 where a file is one document."""
+    """Number of the record within ``source``, from 0: line, row, or 0 if a file is one document."""
     reason: str
     excerpt: str
     """Beginning of the raw record, at most ``EXCERPT_CHARACTERS`` characters."""
     lost: int = 0
-    """Bytes of the file that are lost with it, where they are more than a record's: the rest of a damaged file, a row
-    group, a record above ``data.max_record_bytes``."""
+    """Bytes of the file lost with the record, if the loss exceeds a single record: the rest of a damaged file, a row
+    group, or a record above ``data.max_record_bytes``."""
     cut: bool = False
-    """Whether the file ends here in the middle of something, so that an unknown rest of it is missing."""
+    """Whether the file is truncated here, so that an unknown number of bytes is missing."""
 
 
 class Reader(ABC):
-    """Reads one source once, from any position; never loops and never raises because of a malformed record.
+    """Reads one source once, from any position; does not loop and does not raise on malformed records.
 
     Raises:
-        DataError: from any method, when a file cannot be read at all (vanished, changed, I/O error).
+        DataError: from any method: a file is missing, has changed, or cannot be read (I/O error).
     """
 
     @abstractmethod
     def read(self) -> Document | BadRecord | None:
-        """The next record, or None at the end of the source."""
+        """Return the next record, or None at the end of the source."""
 
     @abstractmethod
     def skip(self) -> bool:
-        """Pass over the next record without parsing it; False at the end of the source."""
+        """Skip the next record without parsing it; return False at the end of the source."""
 
     @property
     @abstractmethod
     def position(self) -> Position:
-        """Position of the record that ``read`` would return next."""
+        """Position of the next record."""
 
     @abstractmethod
     def seek(self, position: Position) -> None:
-        """Go to a position that an equal source gave out; cheap when it lies a little ahead."""
+        """Move to a saved position of an equal source; cheap for a position shortly ahead."""
 
     @abstractmethod
     def rewind(self) -> None:
-        """Go back to the first record."""
+        """Move to the first record."""
 
     @abstractmethod
     def layout(self) -> dict[str, Any]:
-        """What must not change for a saved position to stay valid; JSON-serialisable."""
+        """Return the JSON-serializable properties that must not change for a saved position to stay valid."""
 
     def sizes(self) -> Mapping[str, int]:
-        """Bytes on disk of every file, by the name that ``BadRecord.source`` has; empty where they are not known."""
+        """Return the bytes on disk of every file by name, as in ``BadRecord.source``; empty if unknown."""
         return {}
 
 
 class MissingFieldError(Exception):
-    """A record does not have the field that should hold its text, or not clearly."""
+    """The text field of a record is missing or ambiguous."""
 
 
 def pick(record: Mapping[str, Any], field: str) -> object:
-    """The value of ``field``: a key of that very name, or else the dots lead into nested records.
+    """Return the value of ``field``: a key with this exact name, or else a dotted path into nested records.
 
     Raises:
-        MissingFieldError: there is none.
+        MissingFieldError: the record has neither.
     """
     if field in record:
         return record[field]
@@ -108,7 +108,7 @@ def pick(record: Mapping[str, Any], field: str) -> object:
 def as_document(
     text: object, identity: str, source: str, offset: int, field: str, limit: int = MAX_RECORD_BYTES
 ) -> Document | BadRecord:
-    """A document if ``text`` is Unicode text (or its bytes in UTF-8) of at most ``limit`` bytes, else what is wrong."""
+    """Return a document if ``text`` is a string (or UTF-8 bytes) of at most ``limit`` bytes, else a ``BadRecord``."""
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8")
@@ -121,7 +121,7 @@ def as_document(
     try:
         size = len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:
-        # JSON may spell half of a surrogate pair; no tokenizer can encode it.
+        # JSON can escape half of a surrogate pair, which no tokenizer can encode.
         reason = f"field {field!r} holds a lone surrogate at character {error.start}"
         return BadRecord(source, offset, reason, excerpt_of(text))
     if size > limit:
@@ -130,24 +130,24 @@ def as_document(
 
 
 def too_large(size: int, limit: int) -> str:
-    """Why a record of ``size`` bytes is not read."""
+    """Return the reason to refuse a record of ``size`` bytes."""
     return f"record of {size} bytes, more than data.max_record_bytes = {limit}"
 
 
 def unreadable(source: str, size: int) -> BadRecord:
-    """The malformed record that stands for a whole file that may not be read."""
+    """Return the malformed record for a file without read permission."""
     return BadRecord(source, 0, "the file may not be read; check its permissions", "", lost=size)
 
 
 def excerpt_of(raw: str | bytes) -> str:
-    """The beginning of a raw record as text that any JSON or terminal can hold."""
+    """Return the beginning of a raw record as text that is safe in JSON and on a terminal."""
     if isinstance(raw, bytes):
         raw = raw[:EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")
     return shown(raw[:EXCERPT_CHARACTERS])[:EXCERPT_CHARACTERS]
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    """A name for messages: bytes that are not UTF-8 and characters that would act on a terminal are spelled out."""
+    """Escape a name for messages: bytes other than UTF-8 and control characters of terminals."""
     text = os.fspath(name).encode("utf-8", "backslashreplace").decode()
     if text.isprintable():
         return text
@@ -155,5 +155,5 @@ def shown(name: str | os.PathLike[str]) -> str:
 
 
 def encodable(name: str) -> str:
-    """A name for document ids, which must be encodable; everything that is Unicode text stays as it is."""
+    """Escape a name for document ids: only what cannot be encoded in UTF-8 changes."""
     return name.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""A source that a class of the user's reads: its records become documents, and its mistakes are counted or one line."""
+"""Read a source through a user class: turn its records into documents and its exceptions into one-line errors."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class RecordSource(Protocol):
     """A user's data source."""
 
     def records(self, start: int) -> Iterator[str | Failed]:
-        """Yield the text of record ``start`` and of all that follow, or ``Failed`` with why a record is malformed.
+        """Yield the text of record ``start`` and all later ones, or ``Failed`` with the reason for a malformed record.
 
-        Record numbers start at 0; the same source gives the same records in the same order every time.
+        Record numbers start at 0. Every call yields the same records in the same order.
         """
         ...
 
@@ -40,7 +40,7 @@ class ExtensionReader(Reader):
     def __init__(self, source: SourceConfig, limit: int) -> None:
         """
         Args:
-            source: with a ``reader``.
+            source: source with a ``reader``.
             limit: bytes above which a record is malformed.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Which files a source consists of, and which format they are in."""
+"""Find the files of a source and their format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from megatron_rlpt.config import SourceConfig, SourceFormat
 from megatron_rlpt.data.readers.compression import COMPRESSED, open_bytes
 from megatron_rlpt.data.readers.documents import encodable, shown
-from megatron_rlpt.data.readers.listing import Listing, PassedOver, list_file, list_folder, list_glob
+from megatron_rlpt.data.readers.listing import Listing, SkippedFiles, list_file, list_folder, list_glob
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.types import stable_id
 
@@ -22,7 +22,7 @@ ENDINGS: dict[SourceFormat, tuple[str, ...]] = {
     SourceFormat.parquet: (".parquet",),
     SourceFormat.text: (".txt", ".md"),
 }
-"""Recognised file endings by format; upper case counts as lower case. All but Parquet may be compressed."""
+"""Recognized file endings by format, in any case. All formats except Parquet may be compressed."""
 
 _RECOGNISED = (
     f"{', '.join(ending for endings in ENDINGS.values() for ending in endings)}; all but Parquet also with "
@@ -30,11 +30,11 @@ _RECOGNISED = (
 )
 
 _ABOUT_A_DATASET = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
-"""Files that ``datasets`` writes beside documents."""
+"""Metadata files that ``datasets`` writes next to documents."""
 
 _TABLES = (".csv", ".tsv")
 
-_BESIDE = " beside "
+_NEXT_TO = " next to "
 
 _ALONE = {
     "empty files": ("only empty files", "put documents there or remove the source"),
@@ -46,43 +46,43 @@ _ALONE = {
     ),
     "FIFOs, sockets and devices": ("no regular file but FIFOs, sockets or devices", "copy what they give into a file"),
 }
-"""Kind of what is passed over -> what is said where there is nothing else, and what to do."""
+"""Kind of skipped file -> description and advice for a source without other files."""
 
 
 @dataclass(frozen=True)
 class CorpusFiles:
-    """The files of one source in reading order (sorted by name), all of one format."""
+    """Files of one source in reading order (sorted by name), all of one format."""
 
     format: SourceFormat
     root: Path
-    """Folder that names are relative to."""
+    """Base folder of names."""
     paths: tuple[Path, ...]
     sizes: tuple[int, ...]
-    """Bytes on disk of every file, when the run started to read."""
+    """Bytes on disk of every file at the start of the run."""
     modified: tuple[int, ...]
-    """Time of the last change of every file at that time, in nanoseconds."""
-    passed_over: Mapping[str, PassedOver] = field(default_factory=dict)
-    """Kind -> what lies there and is not read."""
+    """Modification time of every file at the start of the run, in nanoseconds."""
+    skipped: Mapping[str, SkippedFiles] = field(default_factory=dict)
+    """Kind -> skipped files."""
 
     def name(self, index: int) -> str:
-        """Name of a file relative to the source, so that document ids survive a move of the whole corpus."""
+        """Return the name of a file relative to the source, so that document ids survive a move of the corpus."""
         return encodable(self.paths[index].relative_to(self.root).as_posix())
 
     def sizes_by_path(self) -> dict[str, int]:
-        """Bytes on disk of every file, by its path."""
+        """Return the bytes on disk of every file by path."""
         return {str(path): size for path, size in zip(self.paths, self.sizes, strict=True)}
 
     def layout(self) -> dict[str, Any]:
-        """Number of files and a digest over their names and sizes in bytes."""
+        """Return the number of files and a digest of their names and sizes in bytes."""
         parts = [(self.name(index), size) for index, size in enumerate(self.sizes)]
         return {"files": len(parts), "digest": stable_id(*parts)}
 
     def open(self, index: int) -> io.BufferedReader:
-        """A file as a stream of bytes, decompressed.
+        """Open a file as a decompressed byte stream.
 
         Raises:
-            PermissionError: it may not be read.
-            DataError: it has vanished or changed since the run started, or the disk fails.
+            PermissionError: no permission to read the file.
+            DataError: the file is missing or has changed since the start of the run, or the disk fails.
         """
         path = self.paths[index]
         try:
@@ -95,16 +95,16 @@ class CorpusFiles:
         return stream
 
     def check_unchanged(self, index: int, stream: io.BufferedReader) -> None:
-        """Compare an open file with what it was when the run started.
+        """Compare size and modification time of an open file with those at the start of the run.
 
         Raises:
-            DataError: it was written to.
+            DataError: the file has changed.
         """
         now = os.fstat(stream.fileno())
         then = (self.sizes[index], self.modified[index])
         if (now.st_size, now.st_mtime_ns) != then:
             raise DataError(
-                f"{shown(self.paths[index])} has changed since the run started to read it (it had {then[0]} bytes, now "
+                f"{shown(self.paths[index])} has changed since the start of the run (size was {then[0]} bytes, is "
                 f"{now.st_size}); restore the file and run the command again, or start a new run"
             )
 
@@ -112,11 +112,11 @@ class CorpusFiles:
 def find_files(source: SourceConfig) -> CorpusFiles:
     """List the files of a source that is not ``format: hf``.
 
-    A file or a glob with an explicit format is taken as it is; from a folder, and with ``format: auto``, only files
-    with a recognised ending are taken. Folders are searched recursively; hidden files and folders are left out.
+    A file or glob with an explicit format selects all its files; a folder or ``format: auto`` selects only files with a
+    recognized ending. Folders are searched recursively; hidden files and folders are skipped.
 
     Raises:
-        DataError: the path is missing or empty, or ``auto`` finds no recognised ending or more than one format.
+        DataError: the path is missing or empty, or ``auto`` finds no recognized ending or more than one format.
     """
     listing = _list(source.path)
     formats = [format_of(file.path) for file in listing.files]
@@ -137,14 +137,14 @@ def find_files(source: SourceConfig) -> CorpusFiles:
         if anything or format is wanted:
             chosen.append(file)
         else:
-            listing.pass_over(_kind(file.path, format, wanted), file.path)
+            listing.skip(_kind(file.path, format, wanted), file.path)
     if not chosen:
         raise DataError(_nothing_to_read(source, listing))
     dangling = [file for file in chosen if file.size < 0]
     if dangling:
         raise DataError(
-            f"{shown(dangling[0].path)} is a link to nothing ({len(dangling)} of {len(chosen)} files of data source "
-            f"{shown(source.path)!r} are); restore what it links to, or remove the link"
+            f"{shown(dangling[0].path)} is a broken link ({len(dangling)} of {len(chosen)} files of data source "
+            f"{shown(source.path)!r} are); restore the target or remove the link"
         )
     return CorpusFiles(
         wanted,
@@ -152,12 +152,12 @@ def find_files(source: SourceConfig) -> CorpusFiles:
         tuple(file.path for file in chosen),
         tuple(file.size for file in chosen),
         tuple(file.modified for file in chosen),
-        listing.passed_over,
+        listing.skipped,
     )
 
 
 def format_of(path: Path) -> SourceFormat | None:
-    """Format that the ending of a file name stands for; None if it is not a recognised one."""
+    """Return the format for the ending of a file name; None if the ending is not recognized."""
     name = path.name.lower()
     if name in _ABOUT_A_DATASET:
         return None
@@ -169,9 +169,9 @@ def format_of(path: Path) -> SourceFormat | None:
 
 
 def _kind(path: Path, format: SourceFormat | None, wanted: SourceFormat) -> str:
-    """What to call a file that is left out."""
+    """Return the kind of a skipped file."""
     if format is not None:
-        return f"{format.value} files{_BESIDE}{wanted.value}"
+        return f"{format.value} files{_NEXT_TO}{wanted.value}"
     if path.name.lower() in _ABOUT_A_DATASET:
         return "files about a dataset"
     ending = shown(path.suffix.lower())
@@ -180,8 +180,8 @@ def _kind(path: Path, format: SourceFormat | None, wanted: SourceFormat) -> str:
 
 def _nothing_to_read(source: SourceConfig, listing: Listing) -> str:
     where = f"data source {shown(source.path)!r}"
-    # Nothing of the wanted format is there for others to lie beside.
-    others = {kind.partition(_BESIDE)[0]: entry for kind, entry in listing.passed_over.items()}
+    # Without files of the wanted format, drop the reference to it.
+    others = {kind.partition(_NEXT_TO)[0]: entry for kind, entry in listing.skipped.items()}
     if not others and listing.named:
         return f"{where} matches no file; correct the glob"
     if not others:
@@ -190,7 +190,7 @@ def _nothing_to_read(source: SourceConfig, listing: Listing) -> str:
         what, advice = _ALONE[only]
         return f"{where} has {what} ({others[only]}); {advice}"
     if any(kind.endswith(_TABLES) for kind in others):
-        advice = "CSV and TSV are not read, convert them to JSON Lines or Parquet"
+        advice = "CSV and TSV are not supported, convert them to JSON Lines or Parquet"
     elif source.format is SourceFormat.auto:
         advice = "rename the files or set the source's format"
     else:

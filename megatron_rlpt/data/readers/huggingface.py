@@ -1,4 +1,4 @@
-"""Datasets that the Hugging Face ``datasets`` library can stream."""
+"""Stream datasets with the Hugging Face ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from megatron_rlpt.data.readers.documents import (
 from megatron_rlpt.errors import DataError
 
 MINIMUM = (5, 0, 1)
-"""Oldest release of ``datasets`` that is used: 5.0.0 gives out one stream state for ever."""
+"""Minimum release of ``datasets``: the stream state of 5.0.0 does not advance."""
 
 REQUIREMENT = f"datasets>={'.'.join(map(str, MINIMUM))}"
 
 _NEAR = 4096
-"""Records ahead up to which passing over them costs less than opening the stream again."""
+"""Maximum records to skip one by one; beyond that, opening the stream again is cheaper."""
 
 
 def version_problem(version: str) -> str | None:
-    """What is wrong with a release of ``datasets``, or None."""
+    """Return an error about a release of ``datasets``, or None."""
     from packaging.version import InvalidVersion, Version  # comes with datasets
 
     try:
@@ -40,18 +40,18 @@ def version_problem(version: str) -> str | None:
             return None
     except InvalidVersion:
         pass
-    return f"datasets {version} does not advance the position that a run resumes from; {REQUIREMENT} is needed"
+    return f"datasets {version} does not advance the stream state to resume from; {REQUIREMENT} is needed"
 
 
 class HuggingFaceReader(Reader):
-    """One document per row of a streamed split. Position: row, and the library's own stream state.
+    """Reads one document per row of a streamed split. Position: row and stream state of the library.
 
-    A failure inside the library (damaged shard, lost connection) ends the run rather than a record, because the
-    library cannot go on behind it.
+    A failure inside the library (damaged shard, lost connection) stops the run instead of counting as a malformed
+    record, because the library cannot continue after it.
 
     Raises:
-        DataError: ``datasets`` is not installed or too old, the dataset, subset or split cannot be opened, its stream
-            state does not advance, or streaming fails.
+        DataError: ``datasets`` is not installed or too old; the dataset, subset or split cannot be opened; the stream
+            state does not advance; or streaming fails.
     """
 
     def __init__(self, source: SourceConfig, limit: int = MAX_RECORD_BYTES) -> None:
@@ -62,9 +62,9 @@ class HuggingFaceReader(Reader):
         self._rows: Iterator[dict[str, Any]] | None = None
         self._row = 0
         self._state: dict[str, Any] | None = self._start
-        """Stream state at ``_row``; None where it has to be asked for, which copies it."""
+        """Stream state at ``_row``; None if not yet requested from the library, which copies it."""
         self._known = (0, self._start)
-        """A row and its stream state: at another row it must be another."""
+        """Last row with a known stream state; the state of another row must differ."""
         self._require_resumable()
 
     @override
@@ -100,9 +100,7 @@ class HuggingFaceReader(Reader):
         if self._rows is not None and 0 <= row - self._row <= _NEAR:
             while self._row < row:
                 if self._next() is None:
-                    raise DataError(
-                        f"data source {shown(self._source.path)!r} is shorter than when it was read before; restore it"
-                    )
+                    raise DataError(f"data source {shown(self._source.path)!r} has fewer rows than before; restore it")
             return
         self._rows = None
         self._row, self._state = row, state
@@ -124,10 +122,10 @@ class HuggingFaceReader(Reader):
         }
 
     def _require_resumable(self) -> None:
-        """Read two rows, go back between them, and get the second one again.
+        """Read two rows, return to the state between them, and read the second row again.
 
         Raises:
-            DataError: the state of the stream stands still, or leads somewhere else.
+            DataError: the stream state does not advance, or restores another row.
         """
         first = self._next()
         between = self.position
@@ -155,13 +153,13 @@ class HuggingFaceReader(Reader):
 
     def _frozen(self) -> DataError:
         return DataError(
-            f"data source {shown(self._source.path)!r} (format hf): the position that a run resumes from does not "
+            f"data source {shown(self._source.path)!r} (format hf): the stream state to resume from does not "
             f"advance at row {self._row}; update datasets, or store the source as JSON Lines or Parquet files"
         )
 
 
 def _open(source: SourceConfig) -> Any:
-    """The split as a stream."""
+    """Open the split as a stream."""
     try:
         import datasets
     except ImportError:
@@ -173,13 +171,13 @@ def _open(source: SourceConfig) -> Any:
         raise DataError(f"data source {shown(source.path)!r} (format hf): {problem}; pip install '{REQUIREMENT}'")
     try:
         return datasets.load_dataset(source.path, source.subset or None, split=source.split, streaming=True)
-    # The library raises a dozen unrelated types here; each means that the dataset cannot be opened.
+    # The library raises a dozen unrelated types here.
     except Exception as error:
         raise _failed(source, error, _advice(source, datasets)) from None
 
 
 def _advice(source: SourceConfig, datasets: Any) -> str:
-    """What there is instead of a subset or split that cannot be opened."""
+    """Return advice that lists the available subsets or splits."""
     try:
         subsets = datasets.get_dataset_config_names(source.path)
         if (source.subset and source.subset not in subsets) or (not source.subset and len(subsets) > 1):

@@ -1,7 +1,7 @@
-"""Megatron's indexed datasets: pairs of ``.idx`` and ``.bin``, read as the token ids they hold.
+"""Read token ids from Megatron's indexed datasets, pairs of ``.idx`` and ``.bin`` files.
 
-The format is that of ``megatron/core/datasets/indexed_dataset.py``. It is read with numpy here, because Megatron's own
-class takes what the index says for granted (asserts, reads beyond the file) and brings torch with it.
+The format is defined in ``megatron/core/datasets/indexed_dataset.py``. This reader uses numpy, because Megatron's class
+trusts the index (asserts, reads beyond the file) and imports torch.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.types import stable_id
 
 LONGEST = 1 << 22
-"""Tokens of one document at most; what is longer (a dataset that is one document) is read in pieces of so many."""
+"""Maximum tokens of one document; longer ones (a dataset may be one document) are read in parts of this size."""
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, code of the token type, sequences, document borders."""
+"""Magic, version, code of the token type, number of sequences, number of document borders."""
 _TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _SAMPLES, _SAMPLE_TOKENS = 64, 1024
-"""Places, and tokens at each, where ids are compared with the vocabulary at the start."""
+"""Number of samples, and tokens per sample, to compare with the vocabulary when opening a dataset."""
 
 _Tokens = npt.NDArray[np.int64]
 
 
 def is_indexed(path: str) -> bool:
-    """Whether ``path`` names an indexed dataset: its prefix, as ``--data-path`` has it, or one of its files."""
+    """Return whether ``path`` names an indexed dataset: its prefix, as in ``--data-path``, or one of its files."""
     return path.endswith((".idx", ".bin")) or Path(path + ".idx").is_file()
 
 
 def holds_tokens(source: SourceConfig) -> bool:
-    """Whether ``source`` is read as an indexed dataset."""
+    """Return whether ``source`` is an indexed dataset."""
     return source.format is SourceFormat.megatron or (source.format is SourceFormat.auto and is_indexed(source.path))
 
 
 class IndexedReader(Reader):
-    """One document per document of the dataset. Position: dataset, document, token within it.
+    """Reads one document per document of the dataset. Position: dataset, document, token within the document.
 
-    The control token that a document ends with (Megatron's end-of-document token, ``--append-eod``) is taken off, and
-    a document is divided wherever the same token stands within it; a BOS token at its start is taken off as well.
-    ``data.add_bos`` puts one there for every source alike.
+    A final control token (Megatron's end-of-document token, ``--append-eod``) is removed, and a document is split at
+    every occurrence of the same token. An initial BOS token is removed as well; ``data.add_bos`` adds one for all
+    sources.
 
     Raises:
-        DataError: a file is missing, truncated or not Megatron's, or holds ids that the tokenizer does not have.
+        DataError: a file is missing, truncated or of another format, or holds ids outside of the vocabulary.
     """
 
     def __init__(self, source: SourceConfig, vocabulary: Vocabulary) -> None:
@@ -61,8 +61,8 @@ class IndexedReader(Reader):
         self._eod = source.eod
         if source.eod >= vocabulary.size:
             raise DataError(
-                f"data source {shown(source.path)!r}: eod is {source.eod}, and the tokenizer of the model has "
-                f"{vocabulary.size} tokens; give the id that ends its documents, or -1 (detected)"
+                f"data source {shown(source.path)!r}: eod is {source.eod}, but the tokenizer of the model has "
+                f"{vocabulary.size} tokens; set eod to the id that ends its documents, or to -1 to detect it"
             )
         self._sets = [_Indexed(prefix) for prefix in _prefixes(source.path)]
         self._root = Path(os.path.commonpath([dataset.prefix.parent for dataset in self._sets]))
@@ -108,7 +108,7 @@ class IndexedReader(Reader):
         return dataset.prefix.relative_to(self._root).as_posix().encode("utf-8", "backslashreplace").decode()
 
     def _next(self) -> tuple[_Indexed, int, int, _Tokens] | None:
-        """Dataset, number of the document, first token within it, and tokens of the next document that is not empty."""
+        """Return dataset, document number, first token index and tokens of the next non-empty document."""
         while self._set < len(self._sets):
             dataset = self._sets[self._set]
             if self._document >= dataset.documents:
@@ -125,7 +125,7 @@ class IndexedReader(Reader):
         return None
 
     def _part(self, dataset: _Indexed, document: int, start: int) -> tuple[_Tokens, bool]:
-        """Tokens of a document from ``start`` to the token that ends it, and whether more of it follows."""
+        """Return the tokens of a document from ``start`` to its end token, and whether more tokens follow."""
         length = dataset.length(document)
         tokens = dataset.read(document, start, LONGEST)
         end = self._eod if self._eod >= 0 else self._last(dataset, document, length)
@@ -138,7 +138,7 @@ class IndexedReader(Reader):
         return tokens, self._token < length
 
     def _last(self, dataset: _Indexed, document: int, length: int) -> int | None:
-        """The control token that a document ends with, if it does."""
+        """Return the control token at the end of a document, or None."""
         if not length:
             return None
         last = int(dataset.read(document, length - 1, 1)[0])
@@ -146,7 +146,7 @@ class IndexedReader(Reader):
 
 
 class _Indexed:
-    """One pair of files."""
+    """One pair of ``.idx`` and ``.bin`` files."""
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
@@ -158,16 +158,16 @@ class _Indexed:
             raise self._broken("is not the index of a Megatron dataset (it does not begin with MMIDIDX)")
         _, version, code, sequences, borders = _HEADER.unpack(index[: _HEADER.size].tobytes())
         if version != 1 or code not in _TYPES or borders < 1:
-            raise self._broken(f"says version {version}, token type {code}, {borders} document borders")
+            raise self._broken(f"has version {version}, token type {code}, {borders} document borders in its header")
         expected = _HEADER.size + 12 * sequences + 8 * borders
-        # The second with a mode (text or image) for every sequence.
+        # The larger size includes a mode (text or image) for every sequence.
         if len(index) not in (expected, expected + sequences):
-            kind = "is truncated" if len(index) < expected else "does not have the size that it says"
+            kind = "is truncated" if len(index) < expected else "has the wrong size"
             raise self._broken(f"{kind}: {len(index)} bytes where {sequences} sequences need {expected}")
         self._type = np.dtype(_TYPES[code]).newbyteorder("<")
-        places = _HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * borders])
+        ends = _HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * borders])
         self._lengths, self._starts, self._borders = (
-            index[places[number] : places[number + 1]].view(kind) for number, kind in enumerate(("<i4", "<i8", "<i8"))
+            index[ends[number] : ends[number + 1]].view(kind) for number, kind in enumerate(("<i4", "<i8", "<i8"))
         )
         self._data = data
         self.documents = borders - 1
@@ -177,16 +177,16 @@ class _Indexed:
             needed = int(self._starts[-1]) + int(self._lengths[-1]) * self._type.itemsize
             if len(data) < needed:
                 raise DataError(
-                    f"{self._data_path} is truncated: {len(data)} bytes where its .idx asks for {needed}; copy it again"
+                    f"{self._data_path} is truncated: {len(data)} bytes where its .idx needs {needed}; copy it again"
                 )
 
     def length(self, document: int) -> int:
-        """Tokens of a document."""
+        """Return the number of tokens of a document."""
         first, last = self._sequences(document)
         return int(self._lengths[first:last].sum(dtype=np.int64))
 
     def read(self, document: int, start: int, count: int) -> _Tokens:
-        """At most ``count`` tokens of a document from ``start`` on."""
+        """Return up to ``count`` tokens of a document from ``start`` on."""
         first, last = self._sequences(document)
         parts: list[npt.NDArray[Any]] = []
         for sequence in range(first, last):
@@ -202,24 +202,24 @@ class _Indexed:
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
     def check_ids(self, size: int) -> None:
-        """Look at the ids of some places, spread evenly over the file.
+        """Check samples of ids, spread evenly over the file.
 
         Raises:
-            DataError: the tokenizer does not have one of them.
+            DataError: an id is outside of the vocabulary.
         """
         tokens = self._data[: len(self._data) // self._type.itemsize * self._type.itemsize].view(self._type)
-        for place in range(_SAMPLES):
-            start = len(tokens) * place // _SAMPLES
+        for sample in range(_SAMPLES):
+            start = len(tokens) * sample // _SAMPLES
             self.require_ids(tokens[start : start + _SAMPLE_TOKENS].astype(np.int64), None, size)
 
     def require_ids(self, tokens: _Tokens, document: int | None, size: int) -> None:
-        """Refuse ids that are none of the tokenizer's."""
+        """Raise a ``DataError`` if an id is outside of the vocabulary."""
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < size):
             worst = int(tokens.max()) if tokens.max() >= size else int(tokens.min())
             where = "" if document is None else f" in document {document}"
             raise DataError(
-                f"{self._data_path} holds token {worst}{where}, and the tokenizer of the model has {size} tokens; the "
-                "dataset was made with another tokenizer: make it again with this one"
+                f"{self._data_path} holds token {worst}{where}, but the tokenizer of the model has {size} tokens; make "
+                "the dataset again with this tokenizer"
             )
 
     def _sequences(self, document: int) -> tuple[int, int]:
@@ -228,8 +228,8 @@ class _Indexed:
             raise self._broken(f"has document {document} from sequence {first} to {last}")
         return first, last
 
-    def _slice(self, place: int, start: int, count: int, document: int) -> npt.NDArray[Any]:
-        begin = place + start * self._type.itemsize
+    def _slice(self, offset: int, start: int, count: int, document: int) -> npt.NDArray[Any]:
+        begin = offset + start * self._type.itemsize
         end = begin + count * self._type.itemsize
         if not 0 <= begin <= end <= len(self._data):
             raise self._broken(f"points beyond the end of {self._data_path.name} in document {document}")
@@ -240,7 +240,7 @@ class _Indexed:
 
 
 def _prefixes(path: str) -> list[Path]:
-    """The datasets that a path names: a prefix, one of its files, a folder, a glob."""
+    """Return the prefixes of the datasets at a path: a prefix, a file, a folder or a glob."""
     given = Path(path)
     if path.endswith((".idx", ".bin")) and not glob.has_magic(path):
         found = [given.with_suffix(".idx")]

@@ -1,4 +1,4 @@
-"""JSON as records of a corpus: one record parsed, and a stream of values cut at their borders."""
+"""Parse JSON records, and split a stream of JSON values into records."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _BORDER = re.compile(rb'"|[\[{]++|[\]}]++|,')
 _INSIDE_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 _MOST_DIGITS = 4000
-"""Digits of a whole number that Python converts in a reasonable time."""
+"""Maximum digits of an integer that Python converts by default and in reasonable time."""
 
 
 class NotARecordError(Exception):
-    """A record that is no JSON object."""
+    """The record is not a JSON object."""
 
 
 class FieldParser:
-    """Finds the text of a record in its JSON."""
+    """Extracts the text field from a JSON record."""
 
     def __init__(self, field: str) -> None:
         self._field = field
         self._keys = [json.dumps(key).encode() for key in {field, *field.split(".")}]
 
     def parse(self, raw: bytes) -> object:
-        """The value of the field.
+        """Return the value of the field.
 
         Raises:
             NotARecordError: not UTF-8, not JSON, or not an object.
-            MissingFieldError: the object does not have the field, or has it twice.
+            MissingFieldError: the object has no such field, or has it twice.
         """
         try:
             record = _load(raw.decode("utf-8"))
@@ -50,24 +50,24 @@ class FieldParser:
             raise NotARecordError(f"not JSON: {error}") from None
         if not isinstance(record, dict):
             raise NotARecordError(f"not a JSON object but {type(record).__name__}")
-        # Inside a string the quotes are escaped, so a second hit nearly always is a second key.
+        # Quotes within strings are escaped, so a second match is almost always a second key.
         if any(raw.count(key) > 1 for key in self._keys):
             self._require_once(raw)
         return pick(record, self._field)
 
     def _require_once(self, raw: bytes) -> None:
-        """Which of two equal keys counts is up to the parser, so neither does."""
+        """Raise if the field occurs twice: the JSON standard does not define which one is valid."""
         node: Any = _load(raw.decode("utf-8"), _Pairs)
         for part in [self._field] if self._field in node else self._field.split("."):
             if not isinstance(node, dict) or part not in node:
                 return
             if isinstance(node, _Pairs) and part in node.repeated:
-                raise MissingFieldError(f"field {self._field!r} stands there twice")
+                raise MissingFieldError(f"field {self._field!r} occurs twice")
             node = node[part]
 
 
 class _Pairs(dict[str, Any]):
-    """A JSON object that knows which of its keys were repeated."""
+    """A JSON object with the set of its repeated keys."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -80,7 +80,7 @@ def _load(text: str, pairs: type[_Pairs] | None = None) -> Any:
     except json.JSONDecodeError:
         raise
     except ValueError:
-        # A number of thousands of digits; it may stand in a field that nobody asked for.
+        # An integer of thousands of digits, possibly in an unused field.
         return json.loads(text, object_pairs_hook=pairs, parse_int=_number)
 
 
@@ -90,20 +90,20 @@ def _number(digits: str) -> float:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A record above the limit: its size in bytes, and how it begins."""
+    """Size in bytes and first bytes of a record above the limit."""
 
     size: int
     beginning: bytes
 
 
 class ValueScanner:
-    """Cuts the values out of one JSON array, or of JSON objects that follow each other, and holds one at a time.
+    """Splits a JSON array, or a sequence of JSON objects, into values; holds one value at a time.
 
     Args:
         stream: bytes of the file from ``start`` on.
-        limit: most bytes of a value that are held.
-        array: whether the file is an array; else the values follow each other.
-        start: how many bytes of the file lie before; 0, or where a value ended.
+        limit: maximum bytes of a value to hold.
+        array: whether the file is an array; otherwise a sequence of values.
+        start: offset of the stream in the file: 0, or the end of a value.
     """
 
     def __init__(self, stream: io.BufferedReader, limit: int, array: bool, start: int) -> None:
@@ -120,11 +120,11 @@ class ValueScanner:
 
     @property
     def byte(self) -> int:
-        """Where the search for the next value begins."""
+        """Offset in the file at which the search for the next value starts."""
         return self._before + self._at
 
     def move(self, byte: int) -> None:
-        """Go forward to where a value ended.
+        """Move forward to the end of an earlier value.
 
         Raises:
             EOFError, CorruptStreamError: the file is shorter or damaged.
@@ -136,10 +136,10 @@ class ValueScanner:
         self._at = ahead
 
     def next(self) -> bytes | TooLarge | None:
-        """The next value; None at the end of the file.
+        """Return the next value; None at the end of the file.
 
         Raises:
-            CorruptStreamError: the file ends within a value or an array, or goes on behind the array.
+            CorruptStreamError: the file ends within a value or an array, or has data after the array.
         """
         if not self._find(_BETWEEN):
             if self._array:
@@ -148,12 +148,12 @@ class ValueScanner:
         if self._array and self._buffer[self._at] == ord("]"):
             self._at += 1
             if self._find(_BLANK):
-                raise CorruptStreamError("the file goes on behind its JSON array", unread=len(self._buffer) - self._at)
+                raise CorruptStreamError("the file has data after its JSON array", unread=len(self._buffer) - self._at)
             return None
         return self._value()
 
     def _value(self) -> bytes | TooLarge:
-        """The value that begins at ``_at``."""
+        """Return the value that starts at ``_at``."""
         parts: list[bytes] = []
         size, depth, inside, escaped, at = 0, 0, False, False, self._at
         while True:
@@ -181,8 +181,8 @@ class ValueScanner:
                     depth += run
                 elif kind == ord(",") or depth == 0:
                     if depth == 0:
-                        # A number or string without an object around it; a closing brace that nothing opened is
-                        # part of it, so that reading moves on.
+                        # A number or string outside of an object; an unmatched closing brace is part of it, so
+                        # that the scan advances.
                         stray = kind == ord("}") or not self._array
                         end = border.start() + (1 if stray else 0)
                         break
@@ -208,7 +208,7 @@ class ValueScanner:
         return b"".join(parts)
 
     def _find(self, passed: re.Pattern[bytes]) -> bool:
-        """Move over everything that matches ``passed``; False at the end of the file."""
+        """Skip everything that matches ``passed``; return False at the end of the file."""
         while True:
             match = passed.match(self._buffer, self._at)
             assert match is not None
@@ -219,7 +219,7 @@ class ValueScanner:
                 return False
 
     def _fill(self) -> bool:
-        """Replace the buffer, all of which has been used, by what comes next."""
+        """Replace the consumed buffer with the next chunk; return False at the end of the file."""
         self._before += len(self._buffer)
         self._at = 0
         self._buffer = self._stream.read(CHUNK)

@@ -1,4 +1,4 @@
-"""JSON Lines and JSON arrays, plain or compressed."""
+"""Read JSON Lines and JSON arrays, plain or compressed."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _OBJECT_OVER_LINES = re.compile(rb"\{[ \t]*\r?\n")
 
 
 class Framing(enum.Enum):
-    """How the records of a file follow each other."""
+    """Arrangement of the records of a file."""
 
     lines = "lines"
     array = "array"
     values = "values"
-    """JSON objects written over several lines each."""
+    """JSON objects that span several lines each."""
 
 
 class JsonlReader(Reader):
-    """One document per line; blank lines are not records. A file may as well be one JSON array of records.
+    """Reads one document per line, ignoring blank lines, or one per element of a JSON array.
 
-    Position: file, line or number of the record, and byte after decompression. What cannot be decompressed is one
-    malformed record at the line where it happens; the rest of that file is lost and reading goes on with the next file.
-    A record above ``limit`` bytes is passed over without being held.
+    Position: file, line or number of the record, and byte after decompression. Damaged compression is one malformed
+    record at its line; the rest of the file is lost, and reading continues with the next file. A record above ``limit``
+    bytes is skipped without holding it in memory.
     """
 
     def __init__(self, files: CorpusFiles, field: str, limit: int = MAX_RECORD_BYTES) -> None:
@@ -57,7 +57,7 @@ class JsonlReader(Reader):
         self._parser = FieldParser(field)
         self._handle: io.BufferedReader | None = None
         self._scanner: ValueScanner | None = None
-        """Cuts the open file into records if they are not lines."""
+        """Splits the open file into records if the framing is not ``lines``."""
         self._file = self._line = self._byte = 0
 
     @override
@@ -74,7 +74,7 @@ class JsonlReader(Reader):
         except MissingFieldError as error:
             return BadRecord(path, number, excerpt_of(str(error)), excerpt_of(raw))
         except NotARecordError as error:
-            # A last line without its end may be what is left of a file that broke off.
+            # A malformed last line without a newline may be the end of a truncated file.
             cut = self._scanner is None and not raw.endswith(b"\n")
             return BadRecord(path, number, excerpt_of(str(error)), excerpt_of(raw), cut=cut)
         return as_document(text, f"{self._files.name(index)}#{number}", path, number, self._field, self._limit)
@@ -126,7 +126,7 @@ class JsonlReader(Reader):
         return self._files.sizes_by_path()
 
     def _next_record(self) -> tuple[int, int, bytes] | BadRecord | None:
-        """File index, number and bytes of the next record."""
+        """Return file index, number and bytes of the next record."""
         while self._file < len(self._files.paths):
             path = self._files.paths[self._file]
             try:
@@ -155,7 +155,7 @@ class JsonlReader(Reader):
         return None
 
     def _next_line(self) -> bytes | BadRecord | None:
-        """The next line, perhaps a blank one; None at the end of the file."""
+        """Return the next line, possibly blank; None at the end of the file."""
         assert self._handle is not None
         line = self._handle.readline(self._limit + 1)
         size = len(line)
@@ -173,7 +173,7 @@ class JsonlReader(Reader):
         return line
 
     def _next_value(self, scanner: ValueScanner) -> bytes | BadRecord | None:
-        """The next value of an array, or of objects that follow each other; None at the end of the file."""
+        """Return the next value of an array or a sequence of objects; None at the end of the file."""
         assert self._handle is not None
         start = bytes_on_disk(self._handle)
         value = scanner.next()
@@ -185,7 +185,7 @@ class JsonlReader(Reader):
         return value
 
     def _too_large(self, found: TooLarge, start: int) -> BadRecord:
-        """The record that stands for one above the limit."""
+        """Return the malformed record for a record above the limit, and move past it."""
         assert self._handle is not None
         path = self._files.paths[self._file]
         lost = found.size if compression_of(path) is None else bytes_on_disk(self._handle) - start
@@ -197,7 +197,7 @@ class JsonlReader(Reader):
         return record
 
     def _open(self) -> None:
-        """Open the current file at its beginning, and see how its records follow each other."""
+        """Open the current file at its beginning and detect its framing."""
         self._handle = self._files.open(self._file)
         framing = framing_of(self._handle.peek(1), self._files.paths[self._file].name)
         if framing is not Framing.lines:
@@ -216,13 +216,13 @@ class JsonlReader(Reader):
 
     def _changed(self, error: Exception) -> DataError:
         path = shown(self._files.paths[self._file])
-        return DataError(f"{path} no longer holds what was read before: {error}; restore the file")
+        return DataError(f"{path} has changed since it was read: {error}; restore the file")
 
 
 def framing_of(head: bytes, name: str) -> Framing:
-    """How the records of a file follow each other, from its first bytes and its name.
+    """Return the framing of a file, from its first bytes and its name.
 
-    A file called JSON Lines has one record per line even if a line is damaged, unless it clearly is an array.
+    A file named as JSON Lines has one record per line even if a line is damaged, unless it clearly is an array.
     """
     head = head.removeprefix(_BOM).lstrip()
     lines = any(ending in name.lower() for ending in (".jsonl", ".ndjson"))

@@ -1,4 +1,4 @@
-"""Regular files below a folder or behind a glob, each once, and what was found there besides."""
+"""List the regular files in a folder or matching a glob, each once, and everything skipped."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 from megatron_rlpt.data.readers.documents import shown
 
 EXAMPLES = 3
-"""Names kept of every kind of thing that is passed over."""
+"""Maximum example names of every kind of skipped file."""
 
 
 @dataclass
-class PassedOver:
-    """Things of one kind that are not read."""
+class SkippedFiles:
+    """Count and examples of one kind of skipped file."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, name: str | os.PathLike[str]) -> None:
-        """Count one."""
+        """Count a file or folder."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(shown(name))
@@ -37,51 +37,51 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A regular file, or a link to nothing (size -1)."""
+    """A regular file, or a broken link (size -1)."""
 
     path: Path
     size: int
     """Bytes on disk."""
     modified: int
-    """Time of the last change, in nanoseconds."""
+    """Modification time in nanoseconds."""
 
 
 @dataclass
 class Listing:
-    """What lies below a folder or behind a glob."""
+    """Contents of a folder or matches of a glob."""
 
     root: Path
-    """Folder that names are relative to."""
+    """Base folder of names."""
     named: bool = False
-    """Whether the user named the files themselves (a file or a glob) rather than a folder."""
+    """Whether the path names files (a file or a glob) rather than a folder."""
     files: list[FoundFile] = field(default_factory=list)
-    """Regular files that are not empty, sorted by name; each once, whatever links lead to it."""
-    passed_over: dict[str, PassedOver] = field(default_factory=dict)
-    """Kind -> what is not read."""
+    """Non-empty regular files, sorted by name; each once, regardless of links to it."""
+    skipped: dict[str, SkippedFiles] = field(default_factory=dict)
+    """Kind -> skipped files."""
 
-    def pass_over(self, kind: str, path: str | os.PathLike[str]) -> None:
-        """Note something that is not read."""
-        self.passed_over.setdefault(kind, PassedOver()).add(os.path.relpath(path, self.root))
+    def skip(self, kind: str, path: str | os.PathLike[str]) -> None:
+        """Record a skipped file or folder."""
+        self.skipped.setdefault(kind, SkippedFiles()).add(os.path.relpath(path, self.root))
 
 
 def list_file(path: Path) -> Listing:
-    """A file that the user names."""
+    """List a single file."""
     listing = Listing(path.parent, named=True)
     _take(listing, [str(path)])
     return listing
 
 
 def list_folder(folder: Path) -> Listing:
-    """Everything below a folder but what is hidden; links to folders are followed, and every folder is read once."""
+    """List everything in a folder that is not hidden; follow links to folders, and read every folder once."""
     listing = Listing(folder)
     _take(listing, _below(listing, str(folder), set()))
     return listing
 
 
 def list_glob(pattern: str) -> Listing:
-    """What a glob matches, as Python's ``glob`` with ``**`` but every folder once, so that loops of links end.
+    """List the matches of a glob like Python's ``glob`` with ``**``.
 
-    Folders that it matches are not entered.
+    Enter every folder only once, so that loops of links end; do not enter folders that the whole glob matches.
     """
     parts = Path(pattern).parts
     plain = next(index for index, part in enumerate(parts) if glob.has_magic(part))
@@ -92,7 +92,7 @@ def list_glob(pattern: str) -> Listing:
 
 
 def _take(listing: Listing, paths: Iterator[str] | list[str]) -> None:
-    """Keep the regular files among ``paths``, one name of each."""
+    """Add the regular files among ``paths`` to the listing, each under one name."""
     by_identity: dict[tuple[int, ...], list[str]] = {}
     for path in paths:
         try:
@@ -102,32 +102,32 @@ def _take(listing: Listing, paths: Iterator[str] | list[str]) -> None:
             continue
         if not stat.S_ISREG(status.st_mode):
             folder = stat.S_ISDIR(status.st_mode)
-            listing.pass_over(
+            listing.skip(
                 "folders that the glob matches but does not enter" if folder else "FIFOs, sockets and devices", path
             )
         elif not status.st_size:
-            listing.pass_over("empty files", path)
+            listing.skip("empty files", path)
         else:
-            # Some file systems have no numbers of their own, so size and time have to agree as well.
+            # Some file systems have no inode numbers, so compare size and time as well.
             identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             by_identity.setdefault(identity, []).append(path)
     for (_, _, size, modified), names in by_identity.items():
         if len(names) > 1:
             names.sort(key=lambda name: (os.path.islink(name), name))
             for other in names[1:]:
-                listing.pass_over("other names of files that are read", other)
+                listing.skip("other names of files that are read", other)
         listing.files.append(FoundFile(Path(names[0]), size, modified))
     listing.files.sort(key=lambda file: str(file.path))
 
 
 def _below(listing: Listing, top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Files below ``top``. Links to folders come last, so that a folder keeps its own name if it has one."""
+    """Yield the files below ``top``; links to folders come last, so that a folder is read under its real name."""
     pending, links = deque([top]), deque[str]()
     while pending or links:
         folder = pending.popleft() if pending else links.popleft()
         for entry in _entries(listing, folder, seen):
             if entry.name.startswith("."):
-                listing.pass_over("hidden files and folders", entry.path)
+                listing.skip("hidden files and folders", entry.path)
             elif _is_folder(entry):
                 (links if entry.is_symlink() else pending).append(entry.path)
             else:
@@ -137,7 +137,7 @@ def _below(listing: Listing, top: str, seen: set[tuple[int, int]]) -> Iterator[s
 def _matches(
     listing: Listing, folder: str, parts: tuple[str, ...], seen: set[tuple[int, int, tuple[str, ...]]]
 ) -> Iterator[str]:
-    """Paths below ``folder`` that match ``parts``."""
+    """Yield the paths below ``folder`` that match ``parts``."""
     try:
         status = os.stat(folder)
     except OSError:
@@ -179,18 +179,18 @@ def _matches(
 
 
 def _entries(listing: Listing, folder: str, seen: set[tuple[int, int]] | None) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name; nothing if it cannot be listed or, given ``seen``, was listed before."""
+    """Return the entries of a folder by name; none if it cannot be listed or is already in ``seen``."""
     try:
         if seen is not None:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
-                listing.pass_over("links to folders that are read already", folder)
+                listing.skip("links to folders that are read already", folder)
                 return []
             seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError:
-        listing.pass_over("folders that cannot be listed", folder)
+        listing.skip("folders that cannot be listed", folder)
         return []
 
 

@@ -1,4 +1,4 @@
-"""Parquet files, read in small batches of one column."""
+"""Read Parquet files in small batches of one column."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from megatron_rlpt.data.readers.files import CorpusFiles
 from megatron_rlpt.errors import DataError
 
 MAGIC = b"PAR1"
-"""How every complete Parquet file ends."""
+"""Last bytes of every complete Parquet file."""
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 23
-"""Most bytes of a batch, by the average row of its group."""
+"""Maximum bytes of a batch, estimated from the mean row size of its group."""
 
 
 class ParquetReader(Reader):
-    """One document per row. Position: file, row group, row within the group.
+    """Reads one document per row. Position: file, row group, row within the group.
 
-    The field is a column of strings or of bytes in UTF-8, or the dotted name of one within a column of structs. A file
-    whose footer is unreadable, or a row group that cannot be decoded, is one malformed record at the row where it
-    happens; reading goes on with the next file or group.
+    The field is a column of strings or UTF-8 bytes, or the dotted name of one within a column of structs. A file with
+    an unreadable footer, or a row group that cannot be decoded, is one malformed record at its row; reading continues
+    with the next file or group.
 
     Raises:
         DataError: pyarrow is not installed, or a file does not have the column.
@@ -51,7 +51,7 @@ class ParquetReader(Reader):
                 f"{shown(files.paths[0])} needs the pyarrow package; install it or use JSON Lines"
             ) from None
         self._pyarrow = pyarrow
-        # Damaged files make it raise whatever was underneath: bad names are ValueErrors, bad counts OverflowErrors.
+        # Damaged files raise many types: bad names raise ValueError, bad counts OverflowError.
         self._damage = (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, TypeError)
         self._files = files
         self._field = field
@@ -59,7 +59,7 @@ class ParquetReader(Reader):
         self._handle: io.BufferedReader | None = None
         self._parquet: Any = None
         self._column: tuple[str, ...] = ()
-        """The column of the open file that holds the text, and the way into its structs."""
+        """Text column of the open file, and the path into its structs."""
         self._rows: Iterator[Any] | None = None
         self._file = self._group = self._row = 0
         self._group_start = 0
@@ -76,7 +76,7 @@ class ParquetReader(Reader):
             text = value.as_py()
         except UnicodeDecodeError as error:
             return BadRecord(path, row, f"not UTF-8 at byte {error.start} of the text", excerpt_of(error.object))
-        except (ValueError, OverflowError) as error:  # a date or a number that Python does not have
+        except (ValueError, OverflowError) as error:  # a date or number out of range for Python
             return BadRecord(path, row, f"field {self._field!r} cannot be read: {excerpt_of(str(error))}", "")
         return as_document(text, f"{self._files.name(index)}#{row}", path, row, self._field, self._limit)
 
@@ -101,7 +101,7 @@ class ParquetReader(Reader):
         while self._row < row:
             if self._next_row() is None or self._file != file or self._group != group:
                 path = shown(self._files.paths[file])
-                raise DataError(f"{path} no longer holds what was read before: it is shorter; restore the file")
+                raise DataError(f"{path} has changed since it was read: it is shorter; restore the file")
 
     @override
     def rewind(self) -> None:
@@ -116,7 +116,7 @@ class ParquetReader(Reader):
         return self._files.sizes_by_path()
 
     def _next_row(self) -> tuple[int, int, Any] | BadRecord | None:
-        """File index, row within the file and Arrow value of the next row."""
+        """Return file index, row within the file and Arrow value of the next row."""
         while self._file < len(self._files.paths):
             try:
                 if self._parquet is None:
@@ -144,7 +144,7 @@ class ParquetReader(Reader):
         return None
 
     def _damaged(self, error: Exception) -> BadRecord:
-        """The record that stands for the rest of a row group, or for a file, and go on behind it."""
+        """Return the malformed record for the rest of a row group or a file, and move past it."""
         path, size = str(self._files.paths[self._file]), self._files.sizes[self._file]
         said = excerpt_of((str(error).splitlines() or [type(error).__name__])[0])
         reason = f"cannot be decoded as Parquet: {said}"
@@ -171,7 +171,7 @@ class ParquetReader(Reader):
         self._parquet = parquet
 
     def _find_column(self, schema: Any) -> tuple[str, ...]:
-        """The column that is called like the field, or that the first part of a dotted field leads into."""
+        """Return the path of the column: the field as a name, or else as a dotted path."""
         if self._field in schema.names:
             return (self._field,)
         first, *inner = parts = self._field.split(".")
@@ -199,7 +199,7 @@ class ParquetReader(Reader):
             if column.path_in_schema.split(".")[0] == self._column[0].split(".")[0]
         )
         rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, size)))
-        # One column needs no thread pool, and none leaves the cores to the tokenizer.
+        # One column needs no thread pool; this leaves the cores to the tokenizer.
         batches = self._parquet.iter_batches(rows, row_groups=[self._group], columns=[self._field], use_threads=False)
         return (value for batch in batches for value in self._values(batch))
 
@@ -226,7 +226,7 @@ class ParquetReader(Reader):
 
 
 def _columns(schema: Any, pyarrow: Any) -> Iterator[str]:
-    """Names of the columns of a file, and of what lies in their structs."""
+    """Yield the names of the columns of a file and of the fields of their structs."""
     pending = [(field.name, field.type) for field in reversed(list(schema))]
     while pending:
         name, kind = pending.pop()
@@ -236,7 +236,7 @@ def _columns(schema: Any, pyarrow: Any) -> Iterator[str]:
 
 
 def _tail(handle: io.BufferedReader) -> bytes:
-    """The last bytes of an open file."""
+    """Return the last bytes of an open file."""
     handle.seek(0, io.SEEK_END)
     handle.seek(max(0, handle.tell() - len(MAGIC)))
     return handle.read(len(MAGIC))

@@ -1,4 +1,4 @@
-"""From a configured source to its reader."""
+"""Open the reader of a configured source."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from megatron_rlpt.tokens.tokenizer import Vocabulary
 
 
 def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES, vocabulary: Vocabulary | None = None) -> Reader:
-    """A reader at the first record of ``source``.
+    """Return a reader at the first record of ``source``.
 
     Args:
-        source: where documents are.
+        source: configured source.
         limit: bytes above which a record is malformed.
-        vocabulary: of the policy, for sources that hold tokens.
+        vocabulary: vocabulary of the policy, for sources that hold tokens.
 
     Raises:
-        DataError: path missing or empty, format not recognised, or a package that the format needs is missing.
-        ConfigError: an option is set that has no effect in the format that the source turns out to have.
+        DataError: the path is missing or empty, the format is not recognized, or its package is not installed.
+        ConfigError: an option is set that has no effect in the detected format.
     """
     if source.reader:
         return ExtensionReader(source, limit)

@@ -1,4 +1,4 @@
-"""Plain text and Markdown files, one document each, perhaps compressed."""
+"""Read text and Markdown files, plain or compressed, as one document each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_rlpt.errors import DataError
 
 
 class TextReader(Reader):
-    """One document per file. Position: file."""
+    """Reads one document per file. Position: file."""
 
     def __init__(self, files: CorpusFiles, limit: int = MAX_RECORD_BYTES) -> None:
         self._files = files

@@ -1,4 +1,4 @@
-"""Documents that are held out as well: found while reading, too, and passed over exactly."""
+"""Held-out documents in the corpus: found before and during reading, and skipped exactly."""
 
 from __future__ import annotations
 
@@ -26,13 +26,11 @@ def test_what_the_scan_of_the_start_does_not_reach_is_found_when_it_is_read(tmp_
     held.scan(config.sources)
     stream = EpisodeStream(config, encode, seed=0, held_out=held)
     assert len(stream.take(17)) == 17
-    with pytest.raises(
-        DataError, match=r"data.sources\[0\] .* \(document part-00.jsonl#17\) is held out as well: data.h"
-    ):
+    with pytest.raises(DataError, match=r"data.sources\[0\] .* \(document part-00.jsonl#17\) is also held out: data.h"):
         stream.take(1)
 
 
-def test_documents_passed_over_are_counted_and_the_stream_goes_on_exactly(tmp_path):
+def test_skipped_documents_are_counted_and_the_stream_resumes_exactly(tmp_path):
     write(tmp_path / "c", "jsonl", [text(seed) for seed in range(20)])
     write(tmp_path / "h", "jsonl", [text(seed) for seed in range(5, 12)])
     held = HeldOut({"data.heldout": [source(tmp_path / "h")]})
@@ -79,7 +77,7 @@ def test_documents_are_compared_up_to_the_size_that_is_trained_on(tmp_path):
     config = settings(source(tmp_path / "c"))
     assert HeldOut({"data.heldout": [source(tmp_path / "h")]}, limit=100).find(text(2)) is None
     held = HeldOut({"data.heldout": [source(tmp_path / "h")]}, limit=2000)
-    with pytest.raises(DataError, match="is held out as well"):
+    with pytest.raises(DataError, match="is also held out"):
         held.scan(config.sources)
 
 
@@ -115,7 +113,7 @@ def test_what_is_held_out_now_leaves_the_buffer_and_what_was_handed_out_last(tmp
         left_out = resumed.load_state_dict(state)
     assert left_out == {e.id for e in taken[-6:] if numbers_of([e]) <= set(range(3, 30))}
     assert left_out
-    assert "other documents are held out than at the checkpoint" in caplog.text
+    assert "held-out documents changed since the checkpoint" in caplog.text
     assert numbers_of(resumed.take(200)) == {0, 1, 2, *range(30, 40)}
     again = json.loads(json.dumps(resumed.state_dict()))
     assert EpisodeStream(config, encode, 0, held_out=now, remembered=6).load_state_dict(again) is None
@@ -132,14 +130,14 @@ def test_the_same_documents_in_other_files_change_nothing(tmp_path):
     assert resumed.take(60) == reference.take(60)
 
 
-def test_what_is_held_out_now_and_may_not_be_passed_over_ends_a_resume(tmp_path):
+def test_a_newly_held_out_document_that_may_not_be_skipped_refuses_a_resume(tmp_path):
     write(tmp_path / "c", "jsonl", [text(seed) for seed in range(20)])
     config = settings(source(tmp_path / "c"), buffer=16)
     stream = EpisodeStream(config, encode, seed=0)
     stream.take(3)
     state = json.loads(json.dumps(stream.state_dict()))
     resumed = EpisodeStream(config, encode, seed=0, held_out=held_out(tmp_path / "b", "jsonl", range(20)))
-    with pytest.raises(DataError, match="is held out as well"):
+    with pytest.raises(DataError, match="is also held out"):
         resumed.load_state_dict(state)
 
 
@@ -152,7 +150,7 @@ def test_malformed_records_of_what_is_held_out_are_counted_said_and_written_down
         HeldOut(lists, bad=Quarantine(None, 0.05))
     with caplog.at_level("WARNING"):
         HeldOut(lists, bad=Quarantine(tmp_path / "quarantine.jsonl", 0.2))
-    assert caplog.text.count("malformed records in what is held out") == 1
+    assert caplog.text.count("malformed held-out records") == 1
     (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["offset"] == 9
 

@@ -113,7 +113,7 @@ BAD_LINES = {
     "lone surrogate": (b'{"text": "a\\ud800b"}', "lone surrogate at character 1"),
     "far too deep": (b"[" * 100_000, "not JSON"),
     "huge number": (b'{"text": ' + b"9" * 5000 + b"}", "not a string"),
-    "field twice": (b'{"text": "x", "text": "y"}', "stands there twice"),
+    "field twice": (b'{"text": "x", "text": "y"}', "occurs twice"),
     "lines with an array": (b'[{"text": "x"}]', "not a JSON object but list"),
 }
 

@@ -319,7 +319,7 @@ def test_a_corpus_that_is_emptied_under_a_run_names_a_file(tmp_path):
     stream.take(30)
     for path in tmp_path.iterdir():
         path.write_text("")
-    with pytest.raises(DataError, match="has changed since the run started"):
+    with pytest.raises(DataError, match="has changed since the start of the run"):
         stream.take(100)
 
 

@@ -75,7 +75,7 @@ def test_a_position_that_does_not_lead_to_the_next_row_is_refused(hub, monkeypat
         assert fault == "stands still later"
         return [reader.position for _ in iter(reader.read, None)]
 
-    with pytest.raises(DataError, match="the position that a run resumes from does not advance at row"):
+    with pytest.raises(DataError, match="the stream state to resume from does not advance at row"):
         read()
 
 

@@ -42,9 +42,7 @@ def config(tmp_path):
 
 
 def test_the_ngram_model_is_not_fitted_to_what_it_judges(config, caplog):
-    with pytest.raises(
-        DataError, match=r"evaluation\.ngram_corpus\[0\] .*#0\) is held out as well: data\.heldout\[0\]"
-    ):
+    with pytest.raises(DataError, match=r"evaluation\.ngram_corpus\[0\] .*#0\) is also held out: data\.heldout\[0\]"):
         list(corpus_documents(config, Bytes(), "n-gram model"))
     config.data.heldout_overlap = HeldOutOverlap.skip
     with caplog.at_level(logging.WARNING):
@@ -68,5 +66,5 @@ def test_the_corpus_is_compared_again_unless_the_same_was_held_out_from_first_to
     if known == "the same":
         require_held_out(config, Bytes(), runs)
         return
-    with pytest.raises(DataError, match=r"data\.sources\[0\] .*#0\) is held out as well: data\.heldout\[0\]"):
+    with pytest.raises(DataError, match=r"data\.sources\[0\] .*#0\) is also held out: data\.heldout\[0\]"):
         require_held_out(config, Bytes(), runs)

@@ -243,6 +243,8 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from savables import OneFile
 from megatron_rlpt.checkpoint import CheckpointStore
+
+pytestmark = pytest.mark.slow
 store = CheckpointStore(Path({str(tmp_path)!r}), keep=2, background=True)
 store.save(1, {{}}, OneFile(before=lambda _: time.sleep(0.5)), Path({str(model)!r}))
 """

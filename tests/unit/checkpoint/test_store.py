@@ -328,6 +328,8 @@ from megatron_rlpt.checkpoint import CheckpointStore
 sys.path.insert(0, sys.argv[1])
 from savables import OneFile
 
+pytestmark = pytest.mark.slow
+
 def save_for_ever(folder, model, background, step):
     store = CheckpointStore(folder, keep=2, background=background)
     print(os.getpid(), flush=True)

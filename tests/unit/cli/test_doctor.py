@@ -379,6 +379,7 @@ def test_exit_code_and_json(monkeypatch, capsys, fatal, code):
     assert ("nothing stands in the way" in capsys.readouterr().out) is not fatal
 
 
+@pytest.mark.slow
 def test_this_machine_from_outside(tmp_path):
     """The whole command on the real packages, with the two classic wrong ones in front of them."""
     for name, source in {"apex": "", "transformer_engine": "raise RuntimeError('no CUDA core')"}.items():

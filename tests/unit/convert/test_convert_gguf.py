@@ -22,6 +22,8 @@ from megatron_rlpt.convert.formats import Format
 from megatron_rlpt.errors import CheckpointError, ModelError
 from megatron_rlpt.models.architecture import read_architecture
 
+pytestmark = pytest.mark.slow
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,

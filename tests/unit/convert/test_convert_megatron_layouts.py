@@ -21,6 +21,8 @@ from megatron_rlpt.errors import ConfigError, ModelError
 from megatron_rlpt.models.families import EMBEDDING, OUTPUT, mapping
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("llama", "mixtral", "qwen3_moe")
 
 

@@ -25,6 +25,8 @@ from megatron_rlpt.convert.formats import Format
 from megatron_rlpt.policy.layout import Layout
 import megatron_rlpt.convert.megatron_reader
 
+pytestmark = pytest.mark.slow
+
 def peak():
     # Not ru_maxrss, which a process inherits from its parent.
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]

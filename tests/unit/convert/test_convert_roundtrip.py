@@ -18,6 +18,8 @@ from megatron_rlpt.models import huggingface
 from megatron_rlpt.models.families import FAMILIES
 from megatron_rlpt.policy.layout import Layout
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_family_is_tried_here():
     assert OWN.keys() == FAMILIES.keys()

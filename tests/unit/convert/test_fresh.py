@@ -21,6 +21,8 @@ from megatron_rlpt.models.families import mapping
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.model import build_model
 
+pytestmark = pytest.mark.slow
+
 SHARED = {
     "hidden_size": 128,
     "intermediate_size": 192,

@@ -10,6 +10,8 @@ from rich.console import Console
 from megatron_rlpt.evaluation.render import NO_BASELINE, headline, print_report, write_report
 from megatron_rlpt.evaluation.report import read_training_curves, readable
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "</td><script>alert(1)</script> {{ 7 * 7 }} [bold]$x^2$ & \"'"
 
 

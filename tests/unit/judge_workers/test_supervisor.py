@@ -20,6 +20,8 @@ from megatron_rlpt.judge_workers import supervisor as several
 several._MARGIN = 0.0
 processes.Restarts.MOST = {most}
 from megatron_rlpt.cli.main import main
+
+pytestmark = pytest.mark.slow
 main()
 """
 

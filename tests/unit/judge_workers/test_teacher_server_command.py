@@ -25,6 +25,8 @@ from megatron_rlpt.observe.precision import resolve_dtypes
 
 STAND_IN = """
 import http.server, json, os, socket, sys
+
+pytestmark = pytest.mark.slow
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)

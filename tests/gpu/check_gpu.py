@@ -89,6 +89,7 @@ def configuration(options: argparse.Namespace, folder: Path, fp8: str, objective
     from megatron_rlpt.config import (
         Config,
         DataConfig,
+        Dtype,
         Fp8,
         ModelConfig,
         ObjectiveConfig,
@@ -100,7 +101,7 @@ def configuration(options: argparse.Namespace, folder: Path, fp8: str, objective
 
     return Config(
         run=RunConfig(dir=str(folder.parent)),
-        model=ModelConfig(path=str(folder), fp8=Fp8(fp8)),
+        model=ModelConfig(path=str(folder), dtype=Dtype.bf16, fp8=Fp8(fp8)),
         data=DataConfig(max_prefix=1, suffix_length=options.sequence - 1),
         rollout=RolloutConfig(kv_cache_gib=2.0),
         objective=ObjectiveConfig(name=objective),

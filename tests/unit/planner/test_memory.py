@@ -88,7 +88,7 @@ def test_the_whole_model_has_as_many_parameters_as_its_folder(model_type, tied):
     assert model_elements(arch) == sum(torch.Size(shape).numel() for shape in expected_shapes(arch).values())
 
 
-@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize("dtype", [Dtype.bf16, Dtype.fp32])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe"])
 def test_buffers_and_optimizer_are_as_large_as_those_that_megatron_makes(tmp_path, model_type, dtype):
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_rlpt.config import RunIn
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.planner.plan import Plan, rollout_engine
 from megatron_rlpt.planner.simulation.setting import Failures, Judges, Rollouts, Service, SimulatedCluster, Workload
-from megatron_rlpt.planner.simulation.simulate import SimulationResult, simulate
 from megatron_rlpt.planner.transformer import Transformer
+
+if TYPE_CHECKING:
+    from megatron_rlpt.planner.simulation.simulate import SimulationResult
 
 NODE_FAILURES = Constant(
     1.6e-4,
@@ -146,6 +149,8 @@ def simulate_plan(plan: Plan, faults: FaultModel, steps: int = STEPS, seed: int 
         checkpoint_every=config.checkpoint.every,
     )
     failures = Failures(nodes, faults.node_failures, RESTART_SECONDS)
+    from megatron_rlpt.planner.simulation.simulate import simulate  # simpy, which no other command needs
+
     result = simulate(SimulatedCluster(rollouts, _judges(plan, faults, variation), failures), work, steps, seed)
     every = min(config.checkpoint.every, config.train.steps)
     return Scenario(

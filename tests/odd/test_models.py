@@ -271,6 +271,6 @@ def test_a_teacher_that_the_policy_could_not_be_is_planned_with(rlpt, tmp_path):
         *("--model", "configs/models/llama-1.4b.json", "--teacher", teacher),
     )
     assert code in (0, 1), err
-    (note,) = (line for line in json.loads(out)["cautions"] if "sizes alone" in line)
+    (note,) = (line for line in json.loads(out)["warnings"] if "sizes alone" in line)
     assert "gemma2" in note
     assert "num_attention_heads is missing" in note

@@ -159,11 +159,11 @@ def convert(
     --tp, --pp and --ep decide how many files a Megatron checkpoint has; any layout can load it.
     """
     _quiet_libraries()
-    import torch
-
+    from megatron_rlpt.config import Dtype
     from megatron_rlpt.convert.convert import convert as run
     from megatron_rlpt.convert.formats import Format
     from megatron_rlpt.policy.layout import Layout
+    from megatron_rlpt.policy.precision import torch_dtype_of
 
     cut = (tp, pp, ep) != (None, None, None)
     result = run(
@@ -171,7 +171,7 @@ def convert(
         target,
         Format(to.value),
         layout=Layout(tensor=tp or 1, pipeline=pp or 1, expert=ep or 1) if cut else None,
-        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value] if dtype else None,
+        dtype=torch_dtype_of(Dtype(dtype.value)) if dtype else None,
         hf_config=hf_config,
         verify=verify,
         say=say,
@@ -192,11 +192,11 @@ def init(
 ) -> None:
     """Make a model with fresh weights, as Megatron initialises them."""
     _quiet_libraries()
-    import torch
-
+    from megatron_rlpt.config import Dtype
     from megatron_rlpt.convert.fresh import init as run
+    from megatron_rlpt.policy.precision import torch_dtype_of
 
-    precision = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype.value]
+    precision = torch_dtype_of(Dtype(dtype.value))
     say(run(config, target, tokenizer, seed=seed, dtype=precision, say=say))
 
 

@@ -46,7 +46,7 @@ def identities(config: Config) -> dict[str, str]:
 
 def is_same_class(key: str, one: object, other: object) -> bool:
     """Whether two values of a key name one class at two locations; its source is compared by another key."""
-    if not (key.endswith((".reader",)) or key in ("objective.name", "teacher.judge")):
+    if not (key.endswith(".reader") or key in ("objective.name", "teacher.judge")):
         return False
     if not (isinstance(one, str) and isinstance(other, str) and is_extension(one) and is_extension(other)):
         return False

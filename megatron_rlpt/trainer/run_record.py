@@ -19,11 +19,10 @@ from megatron_rlpt.config.user_classes import is_same_class
 from megatron_rlpt.errors import CheckpointError, not_written
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.log import get_logger
+from megatron_rlpt.observe.precision import RECORD
 
 _log = get_logger(__name__)
 
-FILE = "run.json"
-"""Name in ``run.dir``."""
 
 _MAY_CHANGE = ("observe.", "evaluation.", "data.heldout[", "checkpoint.", "run.dir", "parallel.", "train.micro_batch",
                "train.logprob_chunk", "train.recompute", "train.max_stall", "train.empty_window",
@@ -59,7 +58,7 @@ class RunRecord:
         Raises:
             CheckpointError: the record is unreadable.
         """
-        path = folder / FILE
+        path = folder / RECORD
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             return cls(dict(known["config"]), bool(known["checkpointed"]), known["exported"], known.get("held_out"))
@@ -77,7 +76,7 @@ class RunRecord:
             CheckpointError: the disk is full.
             ConfigError: the folder is not writable for another reason.
         """
-        path = folder / FILE
+        path = folder / RECORD
         try:
             write_atomically(path, json.dumps(asdict(self)))
         except OSError as error:

@@ -95,4 +95,4 @@ def test_rank_0_elsewhere_than_on_the_first_node_is_refused(slurm, tmp_path):
     ]
     done = run([*TWO_RANKS, "--distribution=arbitrary", *place], slurm | {"SLURM_HOSTFILE": str(hosts)})
     assert "rank 0 runs on n2, not on n1" in done.stderr
-    assert done.stdout.startswith("Place(rank=1, world=2, local_rank=0, address='127.0.0.1', ")
+    assert done.stdout.startswith("LauncherEnvironment(rank=1, world=2, local_rank=0, address='127.0.0.1', ")

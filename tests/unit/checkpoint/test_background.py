@@ -16,6 +16,8 @@ from savables import OneFile, make_model, small_files
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
@@ -244,7 +246,6 @@ from pathlib import Path
 from savables import OneFile
 from megatron_rlpt.checkpoint import CheckpointStore
 
-pytestmark = pytest.mark.slow
 store = CheckpointStore(Path({str(tmp_path)!r}), keep=2, background=True)
 store.save(1, {{}}, OneFile(before=lambda _: time.sleep(0.5)), Path({str(model)!r}))
 """

@@ -22,6 +22,8 @@ from savables import OneFile, flip, make_model, small_files
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 
 def fail_with(error: Exception) -> OneFile:
     def fail(_: Path) -> None:
@@ -328,7 +330,6 @@ from megatron_rlpt.checkpoint import CheckpointStore
 sys.path.insert(0, sys.argv[1])
 from savables import OneFile
 
-pytestmark = pytest.mark.slow
 
 def save_for_ever(folder, model, background, step):
     store = CheckpointStore(folder, keep=2, background=background)

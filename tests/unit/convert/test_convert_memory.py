@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from megatron_rlpt.models.architecture import parse_architecture
 from megatron_rlpt.models.families import expected_shapes
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 CODE = """
 import sys, resource
@@ -25,7 +27,6 @@ from megatron_rlpt.convert.formats import Format
 from megatron_rlpt.policy.layout import Layout
 import megatron_rlpt.convert.megatron_reader
 
-pytestmark = pytest.mark.slow
 
 def peak():
     # Not ru_maxrss, which a process inherits from its parent.

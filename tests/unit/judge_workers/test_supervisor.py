@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SHORT = """
 import sys
 from megatron_rlpt.distributed import processes
@@ -21,7 +23,6 @@ several._MARGIN = 0.0
 processes.Restarts.MOST = {most}
 from megatron_rlpt.cli.main import main
 
-pytestmark = pytest.mark.slow
 main()
 """
 

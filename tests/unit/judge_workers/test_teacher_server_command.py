@@ -23,10 +23,11 @@ from megatron_rlpt.judge_workers.discovery import KIND
 from megatron_rlpt.observe import precision
 from megatron_rlpt.observe.precision import resolve_dtypes
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = """
 import http.server, json, os, socket, sys
 
-pytestmark = pytest.mark.slow
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)

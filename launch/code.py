@@ -19,6 +19,7 @@ from pathlib import Path
 
 from launch.spec import Spec
 from megatron_rlpt.config import Config, SourceConfig
+from megatron_rlpt.config.user_classes import SECOND_MEASURE
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.extensions import class_name, is_extension, load_extension
 
@@ -99,7 +100,9 @@ def with_staged_classes(config: Config, root: Path = ROOT) -> tuple[Config, dict
             heldout=sources("data.heldout", config.data.heldout),
         ),
         evaluation=replace(
-            config.evaluation, ngram_corpus=sources("evaluation.ngram_corpus", config.evaluation.ngram_corpus)
+            config.evaluation,
+            second_measure=staged(SECOND_MEASURE, config.evaluation.second_measure),
+            second_corpus=sources("evaluation.second_corpus", config.evaluation.second_corpus),
         ),
     )
     return found, files

@@ -171,7 +171,7 @@ def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Confi
         ),
         buffer=replace(config.buffer, password_file=absolute("buffer.password_file", config.buffer.password_file)),
         evaluation=replace(
-            config.evaluation, ngram_corpus=sources("evaluation.ngram_corpus", config.evaluation.ngram_corpus)
+            config.evaluation, second_corpus=sources("evaluation.second_corpus", config.evaluation.second_corpus)
         ),
     )
 

@@ -11,7 +11,7 @@ from megatron_rlpt.config.fields import check_values
 from megatron_rlpt.config.judges import TeacherUse, check_judge, judge_facts
 from megatron_rlpt.config.schema import Config, SourceConfig
 from megatron_rlpt.config.sources import possible_formats, unused_option
-from megatron_rlpt.config.user_classes import check_reader
+from megatron_rlpt.config.user_classes import check_reader, check_second_measure
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.objectives import ObjectiveFacts, check_objective, facts_of
 from megatron_rlpt.types import Source
@@ -53,9 +53,10 @@ def validate(config: Config) -> None:
         ConfigError: names the key, its value and what is allowed.
     """
     check_values(config)
-    for group in ("data.sources", "data.heldout", "evaluation.ngram_corpus"):
+    for group in ("data.sources", "data.heldout", "evaluation.second_corpus"):
         for index, source in enumerate(operator.attrgetter(group)(config)):
             _check_source(source, f"{group}[{index}]")
+    check_second_measure(config.evaluation)
     for required in ("run.dir", "model.path"):
         if not operator.attrgetter(required)(config):
             raise ConfigError(f"{required} is empty; set it to the path of a folder")
@@ -70,7 +71,7 @@ def _check_source(source: SourceConfig, key: str) -> None:
     check_reader(source, key)
     if (problem := unused_option(source, possible_formats(source))) is not None:
         raise ConfigError(f"{key}.{problem}")
-    if key.startswith("evaluation.ngram_corpus") and source.weight != 1:
+    if key.startswith("evaluation.second_corpus") and source.weight != 1:
         raise ConfigError(f"{key}.weight is {source.weight}; allowed: 1, because all of its documents are read once")
 
 

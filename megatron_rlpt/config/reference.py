@@ -45,7 +45,7 @@ def reference() -> str:
 
 def _belongs(entry: ConfigKey, top: str) -> bool:
     # Items of the other lists of sources are those of data.sources.
-    repeated = entry.key.startswith(("data.heldout[]", "evaluation.ngram_corpus[]"))
+    repeated = entry.key.startswith(("data.heldout[]", "evaluation.second_corpus[]"))
     return entry.key.startswith(f"{top}.") and not entry.is_section and not repeated
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-RENAMED = {"teacher.place": "teacher.run_in"}
+RENAMED = {"teacher.place": "teacher.run_in", "evaluation.ngram_corpus": "evaluation.second_corpus"}
 """Old dotted key -> its key today."""
 
 _SAMPLING = "rollouts are trained on, so they are sampled from the policy's full distribution"

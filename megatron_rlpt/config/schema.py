@@ -137,8 +137,9 @@ class DataConfig:
     heldout: list[SourceConfig] = section(list, "Documents never trained on, for rlpt evaluate.")
     heldout_overlap: HeldOutOverlap = option(
         HeldOutOverlap.refuse,
-        "When the text of a document in data.sources is also in data.heldout or evaluation.ngram_corpus: stop with an "
-        "error, or skip the document and count it. The same for a document of evaluation.ngram_corpus in data.heldout.",
+        "When the text of a document in data.sources is also in data.heldout or evaluation.second_corpus: stop with "
+        "an error, or skip the document and count it. The same for a document of evaluation.second_corpus in "
+        "data.heldout.",
     )
     suffix_length: int = option(
         128, "Length of a suffix, rollout and rewrite; up to three tokens less where it would end inside a character.",
@@ -363,11 +364,16 @@ class EvaluationConfig:
     samples: int = option(
         2, "Sampled continuations per prefix (temperature 1), in addition to the greedy one.", at_least=1
     )
-    ngram_corpus: list[SourceConfig] = section(
-        list,
-        "Documents for an n-gram model, a second measure that the judge did not optimize; neither trained on nor "
-        "continued. Empty turns the second measure off.",
+    second_measure: str = option(
+        "ngram",
+        "A second measure that took no part in training: ngram, a Kneser-Ney n-gram model, or your own reward as "
+        "module:Class or path/file.py:Class.",
     )
+    second_corpus: list[SourceConfig] = section(
+        list,
+        "Documents that the second measure is fitted to; neither trained on nor continued. Empty turns ngram off.",
+    )
+    second_options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
     examples: int = option(8, "Prefixes shown with all continuations in the report.", at_least=0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rlpt.config.schema import Config, SourceConfig
+from megatron_rlpt.config.schema import Config, EvaluationConfig, SourceConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.extensions import (
     Extension,
@@ -18,15 +18,23 @@ from megatron_rlpt.extensions import (
 
 GIVEN = ("path", "max_record_bytes")
 """Arguments that the constructor of a user's data source is given if it names them."""
+SECOND_MEASURE = "evaluation.second_measure"
+SECOND_OPTIONS = "evaluation.second_options"
+SECOND_GIVEN = ("tokenizer",)
+"""Arguments that the constructor of a user's second measure is given if it names them."""
 
 
 def user_classes(config: Config) -> dict[str, str]:
     """Return the dotted key and the name of every class of the user's."""
-    named = {"objective.name": config.objective.name, "teacher.judge": config.teacher.judge}
+    named = {
+        "objective.name": config.objective.name,
+        "teacher.judge": config.teacher.judge,
+        SECOND_MEASURE: config.evaluation.second_measure,
+    }
     lists = {
         "data.sources": config.data.sources,
         "data.heldout": config.data.heldout,
-        "evaluation.ngram_corpus": config.evaluation.ngram_corpus,
+        "evaluation.second_corpus": config.evaluation.second_corpus,
     }
     for key, sources in lists.items():
         named |= {f"{key}[{index}].reader": source.reader for index, source in enumerate(sources)}
@@ -46,7 +54,7 @@ def identities(config: Config) -> dict[str, str]:
 
 def is_same_class(key: str, one: object, other: object) -> bool:
     """Whether two values of a key name one class at two locations; its source is compared by another key."""
-    if not (key.endswith(".reader") or key in ("objective.name", "teacher.judge")):
+    if not (key.endswith(".reader") or key in ("objective.name", "teacher.judge", SECOND_MEASURE)):
         return False
     if not (isinstance(one, str) and isinstance(other, str) and is_extension(one) and is_extension(other)):
         return False
@@ -92,3 +100,40 @@ def check_reader(source: SourceConfig, key: str) -> None:
             )
     extension = load_reader(source, key)
     require_options(extension.cls, source.reader, f"{key}.options", source.options, GIVEN)
+
+
+def load_second_measure(name: str) -> Extension:
+    """Load a user's reward for ``evaluation.second_measure``.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is none.
+    """
+    extension = load_extension(SECOND_MEASURE, name)
+    require_methods(extension, {"reward": 2} | ({"fit": 1} if is_fitted(extension) else {}))
+    return extension
+
+
+def is_fitted(extension: Extension) -> bool:
+    """Whether a second measure reads ``evaluation.second_corpus`` before it rewards anything."""
+    return hasattr(extension.cls, "fit")
+
+
+def check_second_measure(config: EvaluationConfig) -> None:
+    """Check name, options and corpus of the second measure without building anything.
+
+    Raises:
+        ConfigError: no such measure, options that it does not take, or a corpus too many or too few.
+    """
+    name, options = config.second_measure, config.second_options
+    if not is_extension(name):
+        if name != "ngram":
+            raise ConfigError(f"{SECOND_MEASURE} is {name!r}; allowed: ngram, module:Class or path/file.py:Class")
+        if options:
+            raise ConfigError(f"{SECOND_OPTIONS} has {', '.join(options)}, but ngram takes no options; remove them")
+        return
+    extension = load_second_measure(name)
+    require_options(extension.cls, name, SECOND_OPTIONS, options, SECOND_GIVEN)
+    if is_fitted(extension) and not config.second_corpus:
+        raise ConfigError(f"evaluation.second_corpus is empty, but {name} has to be fitted; give it documents")
+    if config.second_corpus and not is_fitted(extension):
+        raise ConfigError(f"evaluation.second_corpus is set, but {name} has no method fit(documents); remove it")

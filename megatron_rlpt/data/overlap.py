@@ -8,8 +8,8 @@ copy with another header. One passage shared by many documents (a license) is no
 | corpus | must not contain documents of | because |
 |---|---|---|
 | ``data.sources`` | ``data.heldout`` | a policy trained on a text continues it well |
-| ``data.sources`` | ``evaluation.ngram_corpus`` | the second measure would prefer text memorized by the policy |
-| ``evaluation.ngram_corpus`` | ``data.heldout`` | the second measure would know the continuations to measure |
+| ``data.sources`` | ``evaluation.second_corpus`` | the second measure would prefer text memorized by the policy |
+| ``evaluation.second_corpus`` | ``data.heldout`` | the second measure would know the continuations to measure |
 
 In all three cases ``data.heldout_overlap`` sets whether such a document stops the run or is skipped in the corpus on
 the left.
@@ -39,7 +39,7 @@ _log = get_logger(__name__)
 
 _Hashes = npt.NDArray[np.uint64]
 
-HELDOUT, NGRAM = "data.heldout", "evaluation.ngram_corpus"
+HELDOUT, SECOND = "data.heldout", "evaluation.second_corpus"
 
 RUN = 80
 """Length of a passage in letters and digits."""
@@ -203,7 +203,7 @@ def kept_from_training(config: Config, vocabulary: Vocabulary, quarantine: Path 
     Raises:
         DataError: a source cannot be read, or too many of its records are malformed.
     """
-    lists = {HELDOUT: config.data.heldout, NGRAM: config.evaluation.ngram_corpus}
+    lists = {HELDOUT: config.data.heldout, SECOND: config.evaluation.second_corpus}
     if not any(lists.values()):
         return None
     data = config.data
@@ -216,7 +216,7 @@ def kept_from_second_measure(config: Config, vocabulary: Vocabulary) -> HeldOut 
     Raises:
         DataError: a source cannot be read.
     """
-    if not (config.data.heldout and config.evaluation.ngram_corpus):
+    if not (config.data.heldout and config.evaluation.second_corpus):
         return None
     return HeldOut({HELDOUT: config.data.heldout}, vocabulary, config.data.max_record_bytes)
 
@@ -235,7 +235,7 @@ def require_apart(config: Config, vocabulary: Vocabulary, held_out: HeldOut | No
     if held_out is None or config.data.heldout_overlap is HeldOutOverlap.skip:
         return
     if (from_second := kept_from_second_measure(config, vocabulary)) is not None:
-        from_second.scan(config.evaluation.ngram_corpus, NGRAM, "the n-gram model")
+        from_second.scan(config.evaluation.second_corpus, SECOND, "the second measure")
     held_out.scan(config.data.sources)
 
 

@@ -46,8 +46,8 @@ class Scorer(Protocol):
 class SecondMeasure(Scorer, Protocol):
     """Scores continuations without having taken part in training. ``fit`` comes before ``score`` and ``describe``."""
 
-    name: str
-    """Short name for messages."""
+    unit: str
+    """Of a score, for reports; empty for none."""
 
     def fit(self, documents: Iterable[Tokens]) -> None:
         """Fit to the token ids of documents that policies are neither trained on nor compared on.

@@ -6,11 +6,11 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 from megatron_rlpt.config import Config, engine_facts, to_yaml
+from megatron_rlpt.config.user_classes import identities
 from megatron_rlpt.data import heldout_episodes, kept_from_training, survey_corpus
 from megatron_rlpt.distributed.ranks import read_launcher_environment
 from megatron_rlpt.errors import ConfigError
@@ -23,9 +23,10 @@ from megatron_rlpt.evaluation.compare import (
     compare,
     continue_prefixes,
 )
+from megatron_rlpt.evaluation.judge_scorer import JudgeScorer
 from megatron_rlpt.evaluation.render import HTML_FILE, JSON_FILE, print_report, write_report
 from megatron_rlpt.evaluation.report import build_examples, build_report, read_training_curves
-from megatron_rlpt.evaluation.second_measure import fit_second_measure
+from megatron_rlpt.evaluation.second_measure import build_second_measure
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.observe import get_logger, setup_logging, terminal
@@ -33,11 +34,9 @@ from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.rollout.engine import RolloutEngine, RolloutPrompt
 from megatron_rlpt.rollout.vllm.engine import start_policy_engine
 from megatron_rlpt.teacher.build import build_judge, describe_judge
-from megatron_rlpt.teacher.judge import Judge, check_failure_rate, failures, first_cause, most_frequent
-from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, TextTokens
-from megatron_rlpt.trainer.candidates import marked_if_blank, whole_characters
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.trainer.run_record import RunRecord
-from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source, derive_seed
+from megatron_rlpt.types import derive_seed
 
 BASELINE_FOLDER = "baseline_ntp"
 """Run folder of the next-token baseline, inside the run folder of the policy."""
@@ -90,7 +89,7 @@ def _models(config: Config, folder: Path) -> dict[str, Path]:
 
 def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     tokenizer = PolicyTokenizer(config.model.path)
-    survey_corpus(config.data.heldout + config.evaluation.ngram_corpus, config.data.max_bad_fraction)
+    survey_corpus(config.data.heldout + config.evaluation.second_corpus, config.data.max_bad_fraction)
     require_held_out(config, tokenizer, [models[name].parent for name in (TRAINED, BASELINE) if name in models])
     episodes = heldout_episodes(
         config.data,
@@ -103,7 +102,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
     prefixes = [episode.prefix for episode in episodes]
     originals = [episode.suffix for episode in episodes]
     policies = _continue_all(config, models, prefixes)
-    second = fit_second_measure(config, tokenizer, read_architecture(models[START]).vocab)
+    second = build_second_measure(config, episodes, tokenizer, read_architecture(models[START]).vocab)
     _log.info("judging", prefixes=len(prefixes), policies=len(policies))
     scorer = JudgeScorer(build_judge(config, "cpu"), episodes, tokenizer, config.teacher.max_failure_rate)
     comparison = compare(prefixes, originals, policies, scorer, second, seed=config.run.seed)
@@ -112,7 +111,7 @@ def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str,
         read_training_curves(folder),
         config,
         judge=describe_judge(config),
-        second=None if second is None else second.describe(),
+        second=second,
         examples=build_examples(prefixes, originals, policies, comparison, tokenizer, config.evaluation.examples),
     )
 
@@ -152,34 +151,6 @@ class PolicyGenerator:
         return [result.tokens for result in self._engine.generate(prompts, self._length, self._version)]
 
 
-class JudgeScorer:
-    """Scores with the training judge: the continuations of one prefix are judged as one group, like rollouts."""
-
-    def __init__(self, judge: Judge, episodes: Sequence[Episode], text: TextTokens, max_failure_rate: float) -> None:
-        self._judge = judge
-        self._text = text
-        self._max_failure_rate = max_failure_rate
-        self._episodes = {episode.prefix: episode for episode in episodes}
-
-    def score(self, prefixes: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[float | None]:
-        """Return one reward per continuation; None where the judge failed or the continuation is blank.
-
-        Raises:
-            TeacherError: the judge failed on more than ``teacher.max_failure_rate``.
-        """
-        groups = []
-        for prefix, rivals in groupby(zip(prefixes, continuations, strict=True), key=lambda pair: tuple(pair[0])):
-            episode = self._episodes[prefix]
-            written = (Candidate(Source.ROLLOUT, tuple(tokens)) for _, tokens in rivals)
-            whole = (whole_characters(candidate, episode, self._text) for candidate in written)
-            groups.append(Group(episode, tuple(marked_if_blank(candidate, self._text) for candidate in whole)))
-        judged = self._judge.judge(groups)
-        if check_failure_rate(judged, self._max_failure_rate):
-            failed = failures(judged)
-            _log.warning("the judge failed", reasons=most_frequent(failed), cause=first_cause(failed))
-        return [reward.value if isinstance(reward, Reward) else None for group in judged for reward in group.rewards]
-
-
 def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[Path]) -> None:
     """Refuse to compare policies on documents that one of them may have been trained on.
 
@@ -203,8 +174,8 @@ def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[
 
 
 def _fingerprint(config: Config, models: dict[str, Path]) -> str:
-    """Return a digest of the configuration and of name, size and time of every weight file."""
-    digest = hashlib.blake2b(to_yaml(config).encode(), digest_size=16)
+    """Return a digest of the configuration, the user's classes, and name, size and time of every weight file."""
+    digest = hashlib.blake2b(f"{to_yaml(config)}{identities(config)}".encode(), digest_size=16)
     for name, folder in models.items():
         for path in sorted(folder.glob("*.safetensors")):
             facts = path.stat()

@@ -60,7 +60,7 @@ class NgramModel(SecondMeasure):
         ValueError: ``order`` is below 2.
     """
 
-    name = "n-gram model"
+    unit = "nats per token"
 
     def __init__(self, vocab_size: int, order: int = 4) -> None:
         if order < 2:
@@ -83,7 +83,10 @@ class NgramModel(SecondMeasure):
 
     @override
     def describe(self) -> str:
-        return f"a Kneser-Ney n-gram model fitted to {self.tokens:,} tokens that no policy was trained on or continued"
+        return (
+            f"a Kneser-Ney n-gram model fitted to {self.tokens:,} tokens that no policy was trained on or continued; "
+            "likelihood favors common phrases and loops, so read it together with repetition and diversity"
+        )
 
     @override
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[float | None]:
@@ -128,7 +131,7 @@ class NgramModel(SecondMeasure):
                     )
             parts += [np.array([self._boundary], dtype=np.int64), tokens]
         if not parts:
-            raise DataError("the n-gram model has no text; give evaluation.ngram_corpus documents that are not empty")
+            raise DataError("the n-gram model has no text; give evaluation.second_corpus documents that are not empty")
         return np.concatenate(parts)
 
     def _count(self, stream: _Ints) -> list[_Order]:

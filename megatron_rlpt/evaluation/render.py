@@ -189,10 +189,7 @@ def limits(report: Mapping[str, Any]) -> list[str]:
     if second is None:
         sentences.append(NO_SECOND)
     else:
-        sentences.append(
-            f"The second measure is {second['description']}. It took no part in training, but likelihood favors "
-            "common phrases and loops, so read it together with repetition and diversity."
-        )
+        sentences.append(f"The second measure, which took no part in training, is {second['description']}.")
     sentences.append(
         "Intervals resample prefixes (95 %, cluster bootstrap). They cover the choice of prefixes, not the luck of a "
         "single training run: another seed may land elsewhere."

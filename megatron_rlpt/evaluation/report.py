@@ -17,7 +17,15 @@ from typing import Any
 
 from megatron_rlpt import __version__
 from megatron_rlpt.config import Config, flatten
-from megatron_rlpt.evaluation.compare import BASELINE, START, TRAINED, Comparison, Continuations, Decoding
+from megatron_rlpt.evaluation.compare import (
+    BASELINE,
+    START,
+    TRAINED,
+    Comparison,
+    Continuations,
+    Decoding,
+    SecondMeasure,
+)
 from megatron_rlpt.evaluation.statistics import WinRate
 from megatron_rlpt.observe.machine import inspect_machine
 from megatron_rlpt.tokens.tokenizer import TextTokens
@@ -52,7 +60,7 @@ def build_report(
     config: Config,
     *,
     judge: str,
-    second: str | None,
+    second: SecondMeasure | None,
     examples: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the content of ``report.json``: rates and fractions from 0 to 1, times in seconds, lengths in tokens.
@@ -62,14 +70,14 @@ def build_report(
         curves: metrics of the training run.
         config: configuration of the run.
         judge: a phrase that completes "The judge is".
-        second: a phrase that completes "The second measure is"; None if ``comparison`` has none.
+        second: the second measure; None if ``comparison`` has none.
         examples: from ``build_examples``.
 
     Raises:
         ValueError: ``second`` is given without a second measure, or the reverse.
     """
     if (second is None) != (comparison.second_win_rates is None):
-        raise ValueError("describe the second measure if and only if the comparison has one")
+        raise ValueError("give the second measure if and only if the comparison has one")
     has_baseline = BASELINE in comparison.texts
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -239,12 +247,13 @@ def _by_policy(comparison: Comparison, name: str) -> dict[str, Any]:
     return table if original is None else table | {"original": original}
 
 
-def _second(comparison: Comparison, description: str) -> dict[str, Any]:
+def _second(comparison: Comparison, measure: SecondMeasure) -> dict[str, Any]:
     assert comparison.second_win_rates is not None
     return {
-        "description": description,
+        "description": measure.describe(),
+        "unit": measure.unit,
         "win_rate": {policy: _rates(rates) for policy, rates in comparison.second_win_rates.items()},
-        "mean_logprob": _by_policy(comparison, "second"),
+        "mean_score": _by_policy(comparison, "second"),
     }
 
 

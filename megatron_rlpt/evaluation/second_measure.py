@@ -2,47 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+from typing_extensions import override
 
 from megatron_rlpt.config import Config, HeldOutOverlap
+from megatron_rlpt.config.user_classes import (
+    SECOND_GIVEN,
+    SECOND_MEASURE,
+    SECOND_OPTIONS,
+    is_fitted,
+    load_second_measure,
+)
 from megatron_rlpt.data import Document, Location, Quarantine, kept_from_second_measure, open_source, overlap_error
-from megatron_rlpt.evaluation.compare import SecondMeasure
+from megatron_rlpt.errors import DataError
+from megatron_rlpt.evaluation.compare import SecondMeasure, Tokens
+from megatron_rlpt.evaluation.judge_scorer import JudgeScorer
 from megatron_rlpt.evaluation.ngram_model import NgramModel
+from megatron_rlpt.extensions import construct, describe_error, is_extension
 from megatron_rlpt.observe import get_logger
+from megatron_rlpt.teacher.extension_judges import CheckedReward
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.types import Episode
 
 _log = get_logger(__name__)
 
 
-def fit_second_measure(config: Config, tokenizer: PolicyTokenizer, vocab_size: int) -> SecondMeasure | None:
-    """Return the second measure fitted to ``evaluation.ngram_corpus``; None if that is empty.
+def build_second_measure(
+    config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer, vocab_size: int
+) -> SecondMeasure | None:
+    """Return the second measure, fitted to ``evaluation.second_corpus``; None if there is none.
 
-    ``vocab_size`` is that of the model: it may be padded beyond the tokenizer's, and a policy may sample padding ids.
+    Args:
+        config: of the run.
+        episodes: all that are compared.
+        tokenizer: of the policies.
+        vocab_size: of the model: it may be padded beyond the tokenizer's, and a policy may sample padding ids.
 
     Raises:
+        ConfigError: a class of the user's cannot be built.
         DataError: a source cannot be read, or a document of it is held out.
     """
-    if not config.evaluation.ngram_corpus:
+    settings = config.evaluation
+    measure: SecondMeasure
+    if is_extension(settings.second_measure):
+        measure = RewardMeasure(config, episodes, tokenizer)
+    elif settings.second_corpus:
+        measure = NgramModel(vocab_size)
+    else:
         return None
-    measure = NgramModel(vocab_size)
-    measure.fit(corpus_documents(config, tokenizer, measure.name))
+    if settings.second_corpus:
+        measure.fit(corpus_documents(config, tokenizer))
     return measure
 
 
-def corpus_documents(config: Config, tokenizer: PolicyTokenizer, name: str) -> Iterator[Sequence[int]]:
-    """Yield the token ids of every document of ``evaluation.ngram_corpus`` that is not held out.
+class RewardMeasure(JudgeScorer, SecondMeasure):
+    """A reward of the user's, which may have a method ``fit`` and a text ``unit``."""
+
+    def __init__(self, config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:
+        """
+        Args:
+            config: of the run; names the class.
+            episodes: all that are compared.
+            tokenizer: of the policies.
+
+        Raises:
+            ConfigError: the class cannot be loaded or built.
+        """
+        name = config.evaluation.second_measure
+        self._extension = load_second_measure(name)
+        given = {"tokenizer": lambda: tokenizer}
+        assert given.keys() == set(SECOND_GIVEN)
+        self._inner = construct(self._extension.cls, name, SECOND_OPTIONS, config.evaluation.second_options, given)
+        self._tokenizer = tokenizer
+        self.unit = str(getattr(self._inner, "unit", ""))
+        judge = CheckedReward(self._inner, self._extension, tokenizer)
+        super().__init__(judge, episodes, tokenizer, config.teacher.max_failure_rate)
+
+    @override
+    def fit(self, documents: Iterable[Tokens]) -> None:
+        if not is_fitted(self._extension):
+            return
+        by_tokens = getattr(self._inner, "reads_tokens", False)
+        shown: Iterator[Tokens | str] = (one if by_tokens else self._tokenizer.text_of(one) for one in documents)
+        try:
+            self._inner.fit(shown)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{SECOND_MEASURE} {self._extension.name} cannot be fitted ({describe_error(error)})"
+            ) from error
+
+    @override
+    def describe(self) -> str:
+        return f"the reward {self._extension.name}"
+
+
+def corpus_documents(config: Config, tokenizer: PolicyTokenizer) -> Iterator[Sequence[int]]:
+    """Yield the token ids of every document of ``evaluation.second_corpus`` that is not held out.
 
     Args:
         config: of the run.
         tokenizer: of the policies.
-        name: of the measure that is fitted, for messages.
 
     Raises:
         DataError: a document is held out and ``data.heldout_overlap`` is ``refuse``, or too many records are malformed.
     """
     data, left_out = config.data, 0
     held_out = kept_from_second_measure(config, tokenizer.vocabulary)
-    for index, source in enumerate(config.evaluation.ngram_corpus):
+    for index, source in enumerate(config.evaluation.second_corpus):
         reader = open_source(source, data.max_record_bytes, tokenizer.vocabulary)
         bad = Quarantine(None, data.max_bad_fraction)
         bad.expect([(source.path, reader.sizes())])
@@ -52,13 +121,14 @@ def corpus_documents(config: Config, tokenizer: PolicyTokenizer, name: str) -> I
                 continue
             if held_out and (location := held_out.find(held_out.text_of(record))):
                 if data.heldout_overlap is HeldOutOverlap.refuse:
-                    used = Location(f"evaluation.ngram_corpus[{index}]", source.path, record.id)
-                    raise overlap_error(used, location, f"the {name}")
+                    used = Location(f"evaluation.second_corpus[{index}]", source.path, record.id)
+                    raise overlap_error(used, location, "the second measure")
                 left_out += 1
                 continue
             yield tokenizer.encode(record.text, source.control_tokens) if record.tokens is None else record.tokens
         bad.check()
     if left_out:
         _log.warning(
-            f"documents of evaluation.ngram_corpus are also held out; left out of the {name}", documents=left_out
+            "left documents of evaluation.second_corpus out of the second measure; they are held out",
+            documents=left_out,
         )

@@ -24,3 +24,7 @@ Reading order:
     device_runtime.py      Megatron on CUDA or on a CPU over gloo; process groups
     megatron_compat.py     differences between Megatron-Core releases
 """
+
+from megatron_rlpt.policy.megatron_compat import watch_jit
+
+watch_jit()

@@ -7,12 +7,15 @@ Megatron module after its import, so no other code depends on the installed rele
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import inspect
 import logging
 import re
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_rlpt.errors import RlptError
@@ -24,6 +27,7 @@ REQUIREMENT = f"megatron-core>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] +
 """The same as a pip requirement."""
 
 _NEEDS_PYTHON_312 = (0, 17)
+_JIT = "megatron.core.jit"
 
 
 def version_problem(version: str) -> str | None:
@@ -137,6 +141,41 @@ def adapt(module: types.ModuleType) -> None:
         correct(module)
 
 
+class _JitFinder(importlib.abc.MetaPathFinder):
+    """Import hook for ``megatron.core.jit``, which all of Megatron imports before a device runtime can exist."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _JIT:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            adapt(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def watch_jit() -> None:
+    """Adapt ``megatron.core.jit`` when it is imported."""
+    sys.meta_path.insert(0, _JitFinder())
+
+
+def _no_compiler_on_cpu(module: types.ModuleType) -> None:
+    # All releases, jit.py: decorating a fusion imports torch's compiler, a third of the time until a CPU build of
+    # torch has imported Megatron, and compiles the few that a CPU runs with a C++ compiler that may be missing.
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        module.disable_jit_fuser()
+
+
 def adapt_to_cpu(module: types.ModuleType) -> None:
     """Apply the fixes for ``module`` that are needed without CUDA."""
     if module.__name__ == "megatron.core.tensor_parallel.random":
@@ -173,6 +212,7 @@ def _quiet(*beginnings: str) -> Callable[[types.ModuleType], None]:
 
 
 _CORRECTIONS: dict[str, Callable[[types.ModuleType], None]] = {
+    _JIT: _no_compiler_on_cpu,
     "megatron.core.transformer.moe.moe_utils": _router_product,
     # 0.19 warns for every model chunk that HybridModel succeeds it. 0.16 has no such model.
     "megatron.core.models.gpt.gpt_model": _quiet("GPTModel IS DEPRECATED"),

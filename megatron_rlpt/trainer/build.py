@@ -170,7 +170,7 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
             "tokenizer and weights belong to different models"
         )
     if ranks.is_main:
-        sources = config.data.sources + config.data.heldout + config.evaluation.ngram_corpus
+        sources = config.data.sources + config.data.heldout + config.evaluation.second_corpus
         survey_corpus(sources, config.data.max_bad_fraction)
     # Every rank reads the same documents; only rank 0 records the malformed ones.
     quarantine = folder / "quarantine.jsonl" if ranks.is_main else None

@@ -29,7 +29,7 @@ def trained(served_model, corpus, tmp_path_factory):
         file.write_text("".join(json.dumps({"text": " ".join(text.split()[::step])}) + "\n" for text in texts))
     compared = {
         "data": {"heldout": [{"path": str(other)}]},
-        "evaluation": {"prefixes": 12, "samples": 2, "examples": 3, "ngram_corpus": [{"path": str(third)}]},
+        "evaluation": {"prefixes": 12, "samples": 2, "examples": 3, "second_corpus": [{"path": str(third)}]},
     }
     for config in (
         write_config(base / "ntp.yaml", served_model, corpus, folder / "baseline_ntp", **NEXT_TOKEN),

@@ -70,14 +70,14 @@ DISGUISES = {
 }
 
 
-@pytest.mark.parametrize("key", ["data.heldout", "evaluation.ngram_corpus"])
+@pytest.mark.parametrize("key", ["data.heldout", "evaluation.second_corpus"])
 @pytest.mark.parametrize("disguise", DISGUISES)
 def test_a_document_that_is_held_out_as_well_is_found_by_what_it_says(train, corpus, tmp_path, disguise, key):
     folder = tmp_path / "held"
     folder.mkdir()
     DISGUISES[disguise](folder, texts_of(corpus))
     source = [{"path": str(folder)}]
-    code, _, err, run = train({"heldout": source}) if key == "data.heldout" else train({}, {"ngram_corpus": source})
+    code, _, err, run = train({"heldout": source}) if key == "data.heldout" else train({}, {"second_corpus": source})
     assert code == 3
     line = error_of(err)
     assert f"data.sources[0] {str(corpus)!r}" in line
@@ -124,15 +124,15 @@ def test_what_is_held_out_from_a_resume_on_is_never_learnt_again(train, corpus, 
     assert "data.heldout_overlap has changed" in err
 
 
-def test_a_document_of_the_ngram_corpus_that_is_held_out_is_found_before_anything_is_trained(train, tmp_path):
+def test_a_document_of_the_second_corpus_that_is_held_out_is_found_before_anything_is_trained(train, tmp_path):
     (tmp_path / "h.jsonl").write_bytes(lines(other_texts(9)))
     (tmp_path / "n.txt").write_text(other_texts(20)[4])
-    sources = {"heldout": [{"path": str(tmp_path / "h.jsonl")}]}, {"ngram_corpus": [{"path": str(tmp_path / "n.txt")}]}
+    sources = {"heldout": [{"path": str(tmp_path / "h.jsonl")}]}, {"second_corpus": [{"path": str(tmp_path / "n.txt")}]}
     code, _, err, run = train(*sources)
     assert code == 3
-    assert "evaluation.ngram_corpus[0]" in error_of(err)
+    assert "evaluation.second_corpus[0]" in error_of(err)
     assert "data.heldout[0]" in error_of(err)
-    assert "to skip such documents in the n-gram model" in error_of(err)
+    assert "to skip such documents in the second measure" in error_of(err)
     assert not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text()
     assert train(sources[0] | {"heldout_overlap": "skip"}, sources[1])[0] == 0
 

@@ -24,6 +24,7 @@ from megatron_rlpt.config import (
 from megatron_rlpt.data.readers.documents import BadRecord, Document
 from megatron_rlpt.data.readers.sources import open_source
 from megatron_rlpt.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megatron_rlpt.evaluation.second_measure import build_second_measure
 from megatron_rlpt.extensions import forget, load_extension
 from megatron_rlpt.objectives import LossInputs, LossTerms, ObjectiveFacts, build_objective
 from megatron_rlpt.objectives.checked import CheckedObjective
@@ -31,6 +32,7 @@ from megatron_rlpt.planner.judging import calls_per_group
 from megatron_rlpt.teacher.extension_judges import CheckedGroupJudge, CheckedReward, NoTeacher
 from megatron_rlpt.teacher.judges import needs_no_server
 from megatron_rlpt.teacher.settings_fingerprint import require_same_settings, settings_fingerprint
+from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.trainer.run_record import require_same_run
 from megatron_rlpt.types import BLANK, Candidate, Episode, Failed, Group, Reward, Source
 
@@ -323,6 +325,80 @@ def test_a_launch_copies_single_files_and_refuses_packages_from_elsewhere():
     elsewhere = load("objective.name=package.mine:Mine", "objective.options.strength=2")
     with pytest.raises(ConfigError, match=r"objective\.name is package\.mine:Mine, which is in the package of "):
         with_staged_classes(elsewhere)
+
+
+MEASURE = """
+class Mine:
+    unit = "points"
+    def __init__(self, factor=1):
+        self.factor = factor
+    def fit(self, documents):
+        self.seen = list(documents)
+    def reward(self, prefix, candidates):
+        return [self.factor * len(one) + len(self.seen) for one in candidates]
+"""
+NTP = ("objective.name=ntp",)
+SECOND = "evaluation.second_measure=mine.py:Mine"
+CORPUS = "evaluation.second_corpus=[{path: other.jsonl}]"
+
+
+class Digits(Words):
+    """Stands for a tokenizer: one token per character, a digit."""
+
+    vocabulary = Vocabulary(10, frozenset(), None, lambda tokens: "".join(map(str, tokens)))
+
+    def encode(self, text, control_tokens=False):
+        return [int(digit) for digit in text]
+
+    def text_of(self, tokens, before=(), *, within=False):
+        return "".join(map(str, tokens))
+
+    def whole_characters(self, tokens, before=()):
+        return len(tokens)
+
+    def is_blank(self, tokens):
+        return not tokens
+
+
+@pytest.mark.parametrize(("text", "fitted"), [(MEASURE, 2), (MEASURE.replace("def fit", "def fitted"), 0)])
+def test_a_second_measure_is_a_reward_that_may_be_fitted(text, fitted):
+    mine(text.replace("len(self.seen)", "len(self.seen)" if fitted else "0"))
+    Path("other.jsonl").write_text('{"text": "12"}\n{"text": "34"}\n')
+    config = load(*NTP, SECOND, "evaluation.second_options.factor=10", *([CORPUS] if fitted else []))
+    episode = Episode("e", (1, 2), (3,), "c", "d", 2)
+    measure = build_second_measure(config, [episode], Digits(), 10)
+    assert measure.unit == "points"
+    assert measure.describe() == "the reward mine.py:Mine"
+    scores = measure.score([episode.prefix] * 3, [(5,), (5, 6), ()])
+    assert scores == [10 + fitted, 20 + fitted, None]
+    assert len(flatten(config)["evaluation.second_measure.sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "problem"),
+    [
+        (MEASURE, [], "evaluation.second_corpus is empty, but mine.py:Mine has to be fitted"),
+        (MEASURE.replace("def fit", "def fitted"), [CORPUS], "has no method fit(documents); remove it"),
+        (MEASURE.replace("def reward", "def judge"), [CORPUS], "which has no method reward"),
+        (MEASURE.replace("def fit(self, documents)", "def fit(self)"), [CORPUS], "method fit does not take 1 argument"),
+        (MEASURE, [CORPUS, "evaluation.second_options.n=1"], "evaluation.second_options.n is no option"),
+        (MEASURE, [CORPUS, "evaluation.second_measure=gram"], "'gram'; allowed: ngram, module:Class"),
+        (MEASURE, [CORPUS, "evaluation.second_measure=ngram", "evaluation.second_options.n=1"], "takes no options"),
+    ],
+)
+def test_what_is_wrong_with_a_second_measure_is_one_line_at_the_start(text, overrides, problem):
+    mine(text)
+    with pytest.raises(ConfigError) as caught:
+        load(SECOND, *overrides)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_second_measure_that_cannot_be_fitted_is_one_line():
+    mine(MEASURE.replace("list(documents)", "1 / 0"))
+    Path("other.jsonl").write_text('{"text": "12"}\n')
+    with pytest.raises(DataError, match=r"mine\.py:Mine cannot be fitted \(ZeroDivisionError.* line 7 of mine\.py\)"):
+        build_second_measure(load(*NTP, SECOND, CORPUS), [], Digits(), 10)
 
 
 BLOCKED = """

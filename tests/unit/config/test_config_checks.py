@@ -101,7 +101,7 @@ LIMITS = {
 def test_every_range_is_tested():
     ranges = {entry.key.replace("[]", "[0]") for entry in SCHEMA.entries.values() if entry.about.bounds}
     lists = {
-        key for key in ranges if key.startswith(("data.heldout", "evaluation.ngram_corpus", "teacher.workers.end"))
+        key for key in ranges if key.startswith(("data.heldout", "evaluation.second_corpus", "teacher.workers.end"))
     }
     assert ranges - lists - {"run.seed"} == LIMITS.keys()
 
@@ -239,7 +239,7 @@ def test_off_is_a_choice_although_yaml_has_another_use_for_it():
     assert load("model.fp8=off").model.fp8 is Fp8.off
 
 
-@pytest.mark.parametrize("group", ["data.sources", "data.heldout", "evaluation.ngram_corpus"])
+@pytest.mark.parametrize("group", ["data.sources", "data.heldout", "evaluation.second_corpus"])
 @pytest.mark.parametrize(
     "option",
     [
@@ -261,9 +261,9 @@ def test_an_option_that_a_source_has_no_use_for_is_refused_wherever_the_source_s
 
 
 def test_a_weight_among_documents_that_are_all_read_once_is_refused():
-    load("evaluation.ngram_corpus=[{path: a.jsonl}]")
-    with pytest.raises(ConfigError, match=r"evaluation\.ngram_corpus\[0\]\.weight is 2.0; allowed: 1"):
-        load("evaluation.ngram_corpus=[{path: a.jsonl, weight: 2}]")
+    load("evaluation.second_corpus=[{path: a.jsonl}]")
+    with pytest.raises(ConfigError, match=r"evaluation\.second_corpus\[0\]\.weight is 2.0; allowed: 1"):
+        load("evaluation.second_corpus=[{path: a.jsonl, weight: 2}]")
 
 
 def test_a_key_in_the_place_of_its_name_is_refused_and_not_shown():

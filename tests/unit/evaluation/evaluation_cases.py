@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from text_tokens import FakeText
 
 from megatron_rlpt.config import Config
-from megatron_rlpt.evaluation.compare import BASELINE, START, TRAINED, Comparison, Continuations, compare
+from megatron_rlpt.evaluation.compare import BASELINE, START, TRAINED, Comparison, Continuations, SecondMeasure, compare
 from megatron_rlpt.evaluation.report import build_examples, build_report, read_training_curves
 
 LOOP = 7
@@ -20,8 +20,16 @@ LOOP = 7
 Tokens = Sequence[int]
 
 
-class LoopJudge:
+class LoopJudge(SecondMeasure):
     """Dislikes the loop token; fails where a continuation starts with ``fails_on``."""
+
+    unit = "share"
+
+    def fit(self, documents: Iterable[Tokens]) -> None:
+        raise AssertionError
+
+    def describe(self) -> str:
+        return "the share of loops"
 
     def __init__(self, fails_on: int | None = None) -> None:
         self.fails_on = fails_on
@@ -105,6 +113,6 @@ def make_report(
         read_training_curves(run_dir),
         config,
         judge="the share of a word that a made-up judge dislikes",
-        second=None if second is None else "the likelihood of a 4-gram model of unused text",
+        second=second,
         examples=build_examples(contexts, originals, policies, comparison, FakeText(decoder), 3),
     )

@@ -37,18 +37,18 @@ def config(tmp_path):
     return load_config(None, [
         f"run.dir={tmp_path}/run", "model.path=m", "train.steps=1",
         "optimizer.warmup_steps=0", f"data.sources=[{{path: {tmp_path}/c.jsonl}}]",
-        f"data.heldout=[{{path: {tmp_path}/h.jsonl}}]", f"evaluation.ngram_corpus=[{{path: {tmp_path}/n.jsonl}}]",
+        f"data.heldout=[{{path: {tmp_path}/h.jsonl}}]", f"evaluation.second_corpus=[{{path: {tmp_path}/n.jsonl}}]",
     ])  # fmt: skip
 
 
-def test_the_ngram_model_is_not_fitted_to_what_it_judges(config, caplog):
-    with pytest.raises(DataError, match=r"evaluation\.ngram_corpus\[0\] .*#0\) is also held out: data\.heldout\[0\]"):
-        list(corpus_documents(config, Bytes(), "n-gram model"))
+def test_the_second_measure_is_not_fitted_to_what_it_judges(config, caplog):
+    with pytest.raises(DataError, match=r"evaluation\.second_corpus\[0\] .*#0\) is also held out: data\.heldout\[0\]"):
+        list(corpus_documents(config, Bytes()))
     config.data.heldout_overlap = HeldOutOverlap.skip
     with caplog.at_level(logging.WARNING):
-        documents = list(corpus_documents(config, Bytes(), "n-gram model"))
+        documents = list(corpus_documents(config, Bytes()))
     assert [bytes(tokens).decode() for tokens in documents] == [text(seed) for seed in range(14, 18)]
-    assert "left out of the n-gram model" in caplog.text
+    assert "out of the second measure" in caplog.text
 
 
 @pytest.mark.parametrize("known", ["the same", "of the run only", "changed meanwhile", "another", "nothing"])

@@ -63,7 +63,7 @@ def terminal(report):
 
 
 def test_report_json_holds_the_promised_keys(run_dir):
-    report, _ = written(run_dir, make_report(run_dir, second=LoopJudge()))
+    report, page = written(run_dir, make_report(run_dir, second=LoopJudge()))
     for rates in (
         report["win_rate"],
         report["baseline_ntp"]["win_rate"],
@@ -76,7 +76,9 @@ def test_report_json_holds_the_promised_keys(run_dir):
     for repetition in (report["repetition"], report["baseline_ntp"]["repetition"]):
         assert set(repetition) == {"start", "end", "start_sampled", "end_sampled", "original"}
     assert set(report["trained_minus_baseline"]) == {"sampled", "greedy"}
-    assert set(report["second_measure"]["mean_logprob"]) == {"start", "trained", "baseline", "original"}
+    assert set(report["second_measure"]["mean_score"]) == {"start", "trained", "baseline", "original"}
+    assert "(mean, share)" in page
+    assert "The second measure, which took no part in training, is the share of loops." in page
     assert report["steps"] == list(range(1, 61))
     assert len(report["rollout_chosen_rate"]) == len(report["loss"]) == len(report["reward_margin"]) == 60
     assert list(report["step_seconds"]) == ["rollout", "judge", "reference", "update", "sync"]

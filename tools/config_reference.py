@@ -1,4 +1,4 @@
-"""Write the generated part of ``configs/README.md`` anew; run it after a change of an option."""
+"""Regenerate the tables in ``configs/README.md``; run this after changing an option."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_rlpt.config.reference import BEGIN, END, reference  # noqa: E402
 
 
 def main() -> None:
-    """Replace what is between the two lines that mark it."""
+    """Replace the text between the two marker lines."""
     path = ROOT / "configs/README.md"
     text = path.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)

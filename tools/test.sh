@@ -9,9 +9,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 background=
 trap 'kill -- "-$background" 2>/dev/null || true' EXIT
-set -m # what runs in the background is a process group, to be ended whole
+set -m # give background jobs their own process groups, so that they can be killed as a whole
 
-# Which tests stay together in one process, and which begin: tests/conftest.py.
+# tests/conftest.py decides which tests share a process and which start first.
 pytest=(.venv/bin/python -m pytest -n 2 --no-loadscope-reorder)
 
 check() {
@@ -29,7 +29,7 @@ if [ "${1:-}" = --quick ]; then
     exec "${pytest[@]}" -m "not slow and not redis and not slurm and not vllm" tests/unit "$@"
 fi
 
-# Set-up waits for the network and the disk: two side by side.
+# Run both set-ups concurrently: they wait for the network and the disk.
 bash tools/setup_launch.sh &
 background=$!
 bash tools/setup.sh

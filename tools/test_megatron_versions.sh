@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests of the policy and of Megatron's own rollouts under every supported release of Megatron-Core. Not part of
+# Run the tests of the policy and of Megatron's rollout engine with every supported release of Megatron-Core. Not part of
 # tools/test.sh: releases from 0.17 on need Python 3.12 and hence another environment, and each takes several minutes.
 #
 #   bash tools/test_megatron_versions.sh [pytest arguments]
@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VERSIONS=${RLPT_VERSIONS:-0.16.1 0.17.1 0.18.2 0.19.2}
 FOLDER=${RLPT_VERSIONS_DIR:-.venv-megatron}
 PYTHON=${RLPT_PYTHON312:-python3.12}
-# Same versions as in tools/cpu-lock.txt, without vLLM, which neither the policy nor these rollouts need.
+# Versions are those of tools/cpu-lock.txt. vLLM is left out: neither the policy nor this engine needs it.
 PACKAGES="numpy einops transformers safetensors omegaconf typer rich psutil xxhash gguf tensorboard pytest pytest-timeout hypothesis"
 
 die() { echo "error: $*" >&2; exit 1; }

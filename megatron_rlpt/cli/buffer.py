@@ -1,4 +1,4 @@
-"""``rlpt buffer``: what operators do with the rollout buffer of a run. Needs neither torch nor the run's model."""
+"""``rlpt buffer``: inspect and operate the rollout buffer of a run. Needs neither torch nor the model of the run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from megatron_rlpt.observe.terminal import one_line, plain, say
 from megatron_rlpt.types import Failed
 
 _PATIENCE = 5.0
-"""Seconds to go on trying when the store cannot be reached: somebody is waiting."""
+"""Longest seconds to retry while the store cannot be reached, because a user is waiting."""
 _POLL = 1.0
-"""Seconds between two looks of ``tail --follow``."""
+"""Seconds between two reads of ``tail --follow``."""
 
 buffer_app = typer.Typer(
     name="buffer",
-    help="Look into the rollout buffer of a run, and after it.",
+    help="Inspect and operate the rollout buffer of a run.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -41,7 +41,7 @@ Name = Annotated[str | None, typer.Option("--name", help="With --url: name of th
 PasswordFile = Annotated[
     str,
     typer.Option(
-        "--password-file", metavar="FILE", help="With --url: file of mode 0600; else RLPT_BUFFER_PASSWORD is used."
+        "--password-file", metavar="FILE", help="With --url: file of mode 0600; default: RLPT_BUFFER_PASSWORD."
     ),
 ]
 
@@ -78,14 +78,12 @@ def tail(
     url: Url = None,
     name: Name = None,
     password_file: PasswordFile = "",
-    last: Annotated[int, typer.Option("--last", "-n", min=1, metavar="N", help="How many groups.")] = 10,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what changes and what is added, until Ctrl-C.")
-    ] = False,
+    last: Annotated[int, typer.Option("--last", "-n", min=1, metavar="N", help="Number of groups.")] = 10,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print changed and new groups until Ctrl-C.")] = False,
 ) -> None:
     """Print the last groups.
 
-    A line has number, state, attempts, worker, episode and rewards.
+    Each line has number, state, attempts, worker, episode and rewards.
     """
     with _opened(config, overrides, url, name, password_file) as buffer:
         shown = {entry.sequence: _line(entry) for entry in deque(buffer.entries(), maxlen=last)}
@@ -111,12 +109,12 @@ def drain(
 ) -> None:
     """Stop handing out groups to workers.
 
-    What they have is still taken back.
+    Results of leased groups are still accepted.
     """
     with _opened(config, overrides, url, name, password_file) as buffer:
         buffer.drain(not off)
         leased = buffer.stats().leased
-    print("workers are given groups again" if off else f"workers are given no groups any more; {leased} are still out")
+    print("workers are given groups again" if off else f"workers are given no more groups; {leased} are leased")
 
 
 @buffer_app.command()
@@ -127,19 +125,19 @@ def requeue(
     name: Name = None,
     password_file: PasswordFile = "",
     numbers: Annotated[
-        list[int] | None, typer.Option("--number", "-n", metavar="N", help="A dead group; may be repeated.")
+        list[int] | None, typer.Option("--number", "-n", metavar="N", help="Number of a dead group; may be repeated.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="All dead groups.")] = False,
 ) -> None:
-    """Give dead groups all their attempts again.
+    """Queue dead groups again, with all attempts restored.
 
-    Those that the trainer has taken already stay as they are. Without --number and --all the dead-letter list is shown.
+    Groups that the trainer has taken stay as they are. Without --number and --all, print the dead-letter list.
     """
     if numbers and every:
-        raise ConfigError("--all and --number were both given; give one of them")
+        raise ConfigError("--all and --number are both given; give only one")
     with _opened(config, overrides, url, name, password_file) as buffer:
         if numbers or every:
-            print(f"{buffer.requeue(None if every else numbers)} groups are queued again")
+            print(f"{buffer.requeue(None if every else numbers)} groups queued again")
             return
         for letter in buffer.dead():
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(letter.time))
@@ -155,12 +153,12 @@ def export(
     name: Name = None,
     password_file: PasswordFile = "",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write; standard output without it.")
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write; default: standard output.")
     ] = None,
 ) -> None:
     """Write all groups as JSON lines.
 
-    A line has tokens, log-probabilities, rewards and the teacher's replies.
+    Each line has tokens, log-probabilities, rewards and the replies of the teacher.
     """
     with _opened(config, overrides, url, name, password_file) as buffer:
         if out is None:
@@ -171,17 +169,17 @@ def export(
                 count = _write(buffer, handle)
         except OSError as error:
             raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
-    print(f"{count} groups are in {out}")
+    print(f"wrote {count} groups to {out}")
 
 
 @contextlib.contextmanager
 def _opened(
     config: Path | None, overrides: list[str] | None, url: str | None, name: str | None, password_file: str
 ) -> Iterator[RolloutBuffer]:
-    """The buffer that the options name; it has to be there.
+    """Open the existing buffer that the options name.
 
     Raises:
-        ConfigError: the options name none, or two.
+        ConfigError: the options name no buffer or two.
     """
     from megatron_rlpt.buffer.open import open_buffer, open_url
 
@@ -193,7 +191,7 @@ def _opened(
         buffer = open_url(url, name, password_file=password_file, retry=_PATIENCE, create=False)
     else:
         raise ConfigError(
-            "which buffer? give --config FILE [section.key=value ...], or --url URL --name NAME [--password-file FILE]"
+            "name one buffer with --config FILE [section.key=value ...] or --url URL --name NAME [--password-file FILE]"
         )
     try:
         yield buffer
@@ -216,7 +214,7 @@ def _line(entry: Entry) -> str:
 
 
 def _write(buffer: RolloutBuffer, handle: TextIO) -> int:
-    """Write all groups as JSON lines; how many."""
+    """Write all groups as JSON lines and return their number."""
     from megatron_rlpt.observe.jsonl import finite
 
     count = 0
@@ -229,7 +227,7 @@ def _write(buffer: RolloutBuffer, handle: TextIO) -> int:
             **dataclasses.asdict(entry.group),
             "replies": buffer.recall(entry.sequence),
         }
-        # Escaped to ASCII: replies may hold lone surrogates, which a UTF-8 file cannot.
+        # Escape to ASCII: replies may hold lone surrogates, which UTF-8 cannot encode.
         handle.write(json.dumps(finite(record), allow_nan=False) + "\n")
         count += 1
     return count

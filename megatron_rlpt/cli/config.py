@@ -14,12 +14,12 @@ from megatron_rlpt.observe.terminal import say
 
 
 class ConfigCommand(TyperCommand):
-    """Takes ``--help KEY`` besides ``--help``."""
+    """Accepts ``--help KEY`` in addition to ``--help``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Print the text of a key where one follows ``--help``."""
-        place = args.index("--help") if "--help" in args else len(args)
-        key = args[place + 1] if place + 1 < len(args) else "-"
+        """Print the description of a key that follows ``--help``."""
+        position = args.index("--help") if "--help" in args else len(args)
+        key = args[position + 1] if position + 1 < len(args) else "-"
         if not key.startswith("-") and "=" not in key:
             from megatron_rlpt.config.reference import describe
 
@@ -31,9 +31,7 @@ class ConfigCommand(TyperCommand):
 def show_config(
     config: OptionalConfig = None,
     overrides: Overrides = None,
-    get: Annotated[
-        str | None, typer.Option("--get", metavar="section.key", help="Print this one value instead of everything.")
-    ] = None,
+    get: Annotated[str | None, typer.Option("--get", metavar="section.key", help="Print only this value.")] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Print all keys as Markdown.")] = False,
 ) -> None:
     """Check a configuration and print it as YAML.

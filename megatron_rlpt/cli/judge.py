@@ -1,4 +1,4 @@
-"""``rlpt judge`` and ``rlpt teacher``: judge workers, a quick look at verdicts, and servers of the teacher."""
+"""``rlpt judge`` and ``rlpt teacher``: judge workers, a trial of the judge, and teacher servers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.terminal import say
 
 judge_app = typer.Typer(
-    help="Judge workers, and a quick look at verdicts.",
+    help="Run judge workers, or try the judge.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 teacher_app = typer.Typer(
-    help="Servers of the teacher.", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+    help="Run teacher servers.", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
 
 @contextlib.contextmanager
 def _packages() -> Iterator[None]:
-    """Around imports of what only some machines have installed."""
+    """Turn a failed import of an optional package into a ConfigError with the fix."""
     try:
         yield
     except ImportError as error:
@@ -38,10 +38,11 @@ def judge_serve(
     overrides: Overrides = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes to run.")] = 1,
     name: Annotated[
-        str, typer.Option("--name", help="Name of the worker (several: NAME-1, ...); by default made up.")
+        str,
+        typer.Option("--name", help="Name of the worker (of several: NAME-1, ...); default: generated."),
     ] = "",
 ) -> None:
-    """Judge groups out of the rollout buffer until SIGTERM; what is under way is finished first."""
+    """Judge groups from the rollout buffer until SIGTERM, then finish the current groups."""
     from megatron_rlpt.observe.log import quiet_libraries, setup_logging
 
     resolved = load(config, overrides)
@@ -65,12 +66,12 @@ def judge_try(
     ],
     overrides: Overrides = None,
     reference: Annotated[
-        str, typer.Option("--reference", help="What the document says, for factuality; by default the first candidate.")
+        str, typer.Option("--reference", help="Text of the document, for factuality; default: the first candidate.")
     ] = "",
-    url: Annotated[str, typer.Option("--url", help="Server to ask, instead of those of the configuration.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, machine-readable.")] = False,
+    url: Annotated[str, typer.Option("--url", help="Server to use instead of the configured ones.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output, with every detail.")] = False,
 ) -> None:
-    """Judge a few candidates and print scores, verdicts and replies."""
+    """Judge a few candidates and print rewards, verdicts and replies."""
     from megatron_rlpt.observe.log import quiet_libraries
 
     resolved = load(config, overrides)
@@ -88,15 +89,15 @@ def teacher_serve(
     config: ConfigOption,
     host: Annotated[
         str,
-        typer.Option("--host", help="Address to listen on and to announce; 0.0.0.0 is all, announced by host name."),
+        typer.Option("--host", help="Address to listen on and announce; 0.0.0.0: all, announced by host name."),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 chooses a free one.")] = 0,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 0,
     weight: Annotated[float, typer.Option("--weight", help="Relative share of requests.")] = 1.0,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Most requests of a worker at once.")] = 32,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Most concurrent requests per worker.")] = 32,
 ) -> None:
     """Serve the teacher with vLLM and announce it to judge workers.
 
-    Arguments of the form section.key=value win over the file; all further ones go to vLLM's server.
+    Arguments of the form section.key=value override the file; all others are passed to the vLLM server.
     """
     from megatron_rlpt.observe.log import quiet_libraries, setup_logging
 

@@ -1,4 +1,4 @@
-"""``rlpt judge try``: the judge of a configuration on texts from the command line."""
+"""``rlpt judge try``: judge texts from the command line with the judge of a configuration."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 _PATIENCE = 5.0
-"""Most seconds to try to reach the buffer; whoever looks at verdicts sits and waits."""
+"""Longest seconds to retry while the buffer cannot be reached, because a user is waiting."""
 
 
 def try_judge(config: Config, prefix: str, candidates: Sequence[str], reference: str = "", url: str = "") -> Group:
-    """Judge ``candidates`` as continuations of ``prefix``: with the servers that workers would ask, or in this process
-    where the trainer or the workers judge by themselves.
+    """Judge ``candidates`` as continuations of ``prefix``.
+
+    Uses the servers that workers would use, or a judge in this process where the run uses no server.
 
     Args:
-        config: names the judge, and the model whose tokenizer the texts go through.
-        prefix: what the candidates continue.
-        candidates: at least two.
-        reference: what the document says itself, for factuality; empty is the first candidate.
-        url: a server to ask instead of ``teacher.workers.endpoints`` and of those that are announced.
+        config: of the judge, and of the model whose tokenizer encodes the texts.
+        prefix: text that the candidates continue.
+        candidates: at least two texts.
+        reference: text of the document, for factuality; if empty, the first candidate.
+        url: server to use instead of ``teacher.workers.endpoints`` and the announced ones.
 
     Raises:
-        ConfigError: fewer than two candidates, an empty text, or there is no server to ask.
+        ConfigError: fewer than two candidates, an empty text, or no server is known.
         TeacherError: no server answers.
     """
     if len(candidates) < 2:
@@ -58,13 +59,13 @@ def try_judge(config: Config, prefix: str, candidates: Sequence[str], reference:
 
 
 def _at(config: Config, url: str) -> EndpointConfig:
-    """The server at ``url``, with its key and fields where the configuration has it."""
+    """Return the server at ``url``, with its configured key and fields if it has any."""
     known = (one for one in config.teacher.workers.endpoints if one.url.rstrip("/") == url.rstrip("/"))
     return next(known, EndpointConfig(url=url))
 
 
 def _servers(config: Config) -> list[EndpointConfig]:
-    """Those of the configuration, else those that are announced; none where no server is asked."""
+    """Return the configured servers, else the announced ones; none if the run uses no server."""
     workers = config.teacher.workers
     if workers.endpoints or workers.own_model or config.teacher.run_in is not RunIn.workers or not asks_teacher(config):
         return workers.endpoints
@@ -95,15 +96,15 @@ async def _ask_servers(config: Config, group: Group, endpoints: Sequence[Endpoin
 
 
 def require_score(group: Group) -> None:
-    """Raises TeacherError, with the most frequent reason and its first cause: every candidate failed."""
+    """Raise TeacherError if every candidate failed, with the most frequent reason and its first cause."""
     reasons = Counter(reward.explained for reward in group.rewards if isinstance(reward, Failed))
     if reasons.total() == len(group.rewards):
         ((reason, count),) = reasons.most_common(1)
-        raise TeacherError(f"no candidate has a score; {count} of {len(group.rewards)} failed with: {reason}")
+        raise TeacherError(f"no candidate has a reward; {count} of {len(group.rewards)} failed with: {reason}")
 
 
 def describe(group: Group, candidates: Sequence[str], as_json: bool = False) -> str:
-    """Scores best first, with what the judge said; or all of it as JSON."""
+    """Return the rewards, best first, with verdicts and replies; or everything as JSON."""
     if as_json:
         return json.dumps([_record(text, reward) for text, reward in zip(candidates, group.rewards, strict=True)])
     ranked = sorted(

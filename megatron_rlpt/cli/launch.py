@@ -32,9 +32,9 @@ def launch(
     overrides: Overrides = None,
     cluster_overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="section.key=value", help="Value that overrides the cluster file's."),
+        typer.Option("--set", metavar="section.key=value", help="Value that overrides that of the cluster file."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts without starting anything.")] = False,
     pack_dirty: Annotated[
         bool, typer.Option("--pack-dirty", help="Include uncommitted changes, and record them.")
     ] = False,
@@ -71,7 +71,7 @@ def _with_dtypes(cluster: Cluster, run: Config) -> Config:
 
 def status(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run.")],
-    lines: Annotated[int, typer.Option("--lines", min=0, help="Lines to show from the end of every log.")] = 3,
+    lines: Annotated[int, typer.Option("--lines", min=0, help="Last lines to show of each log.")] = 3,
 ) -> None:
     """Show the progress of a launched run, the state of its components, and the ends of their logs."""
     from launch.status import show
@@ -81,7 +81,7 @@ def status(
 
 @contextlib.contextmanager
 def _staged(cluster: Cluster, name: str, dry_run: bool) -> Iterator[Path]:
-    """Yield a folder for the code: a lasting one if it runs there, else a temporary one for nemo-run to pack."""
+    """Yield a folder for the code: permanent if the run uses it in place, else temporary, for nemo-run to pack."""
     if cluster.executor is ExecutorName.local and not dry_run:
         yield Path(cluster.home).resolve() / "code" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         return
@@ -93,14 +93,14 @@ def _submit(
     cluster: Cluster, components: list[Component], staged: Path, name: str, spec: Spec, *, dry_run: bool
 ) -> int:
     if not cluster.tunnel.host:
-        os.environ["NEMORUN_HOME"] = str(Path(cluster.home).resolve())  # read when it is imported
+        os.environ["NEMORUN_HOME"] = str(Path(cluster.home).resolve())  # nemo-run reads it on import
     try:
         from launch.experiment import build, scripts_of, submit
     except ImportError as error:
         raise ConfigError(
             f"{error.name} is not installed; launch from the environment that tools/setup_launch.sh makes"
         ) from None
-    # nemo-run prints to standard output, which is for the scripts and the trainer's lines.
+    # Redirect the output of nemo-run: standard output is for the scripts and the lines of the trainer.
     output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr), build(cluster, components, staged, name, spec.run_dir) as experiment:
         if dry_run:

@@ -1,7 +1,7 @@
 """The ``rlpt`` command: train, evaluate, init, convert, judge, teacher, buffer, plan, config, doctor.
 
-Whatever needs torch is imported inside the command that needs it, so that ``rlpt --help`` and ``rlpt config`` answer
-at once on a login node that has no torch.
+Each command imports torch itself, if it needs it, so that ``rlpt --help`` and ``rlpt config`` are fast and work on a
+login node without torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INTERRUPTED = 130
 
 
 class _Group(TyperGroup):
-    """Leaves with 130 on Ctrl-C whatever the installed typer makes of it (older ones print a line and exit 1)."""
+    """Exits with 130 on Ctrl-C with every version of typer (older ones exit with 1)."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
@@ -50,7 +50,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    # The decorated tracebacks print local variables, and those may hold keys and tokens.
+    # Its tracebacks print local variables, which may hold keys and tokens.
     pretty_exceptions_enable=False,
 )
 
@@ -72,8 +72,8 @@ class ConvertDtype(enum.StrEnum):
 app.add_typer(buffer_app)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(describe_version())
         raise typer.Exit
 
@@ -81,7 +81,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -104,10 +104,10 @@ def train(
     config: ConfigOption,
     overrides: Overrides = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Move an existing run folder aside and start anew instead of resuming.")
+        bool, typer.Option("--fresh", help="Move an existing run folder aside and start over instead of resuming.")
     ] = False,
 ) -> None:
-    """Train a policy, or resume the run that is in run.dir."""
+    """Train a policy, or resume the run in run.dir."""
     resolved = load(config, overrides)
     _quiet_libraries()
     from megatron_rlpt.trainer.run import run_training
@@ -132,21 +132,19 @@ def convert(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything yet.")],
     to: Annotated[ConvertTo, typer.Option("--to", help="Format to write.")],
-    tp: Annotated[
-        int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor-parallel files of a stage.")
-    ] = None,
+    tp: Annotated[int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor-parallel files per stage.")] = None,
     pp: Annotated[int | None, typer.Option("--pp", min=1, metavar="N", help="Pipeline stages.")] = None,
     ep: Annotated[int | None, typer.Option("--ep", min=1, metavar="N", help="Groups of experts.")] = None,
     dtype: Annotated[
         ConvertDtype | None,
-        typer.Option("--dtype", help="Precision to write; by default the source's, and bf16 for GGUF."),
+        typer.Option("--dtype", help="Precision to write; default: that of IN, or bf16 for GGUF."),
     ] = None,
     hf_config: Annotated[
         Path | None,
         typer.Option(
             "--hf-config",
             metavar="FOLDER",
-            help="Hugging Face folder of a Megatron checkpoint that has no hf/ of its own.",
+            help="Hugging Face folder for a Megatron checkpoint without hf/.",
         ),
     ] = None,
     verify: Annotated[
@@ -154,9 +152,9 @@ def convert(
         typer.Option("--verify", help="Compare tensors and logits afterwards; needs memory for the model in fp32."),
     ] = False,
 ) -> None:
-    """Convert a checkpoint between Hugging Face and Megatron; GGUF can be read.
+    """Convert a checkpoint between Hugging Face and Megatron, or from GGUF.
 
-    --tp, --pp and --ep decide how many files a Megatron checkpoint has; any layout can load it.
+    --tp, --pp and --ep set the number of files of a Megatron checkpoint; any layout can load it.
     """
     _quiet_libraries()
     from megatron_rlpt.config import Dtype
@@ -181,16 +179,16 @@ def convert(
 
 @app.command()
 def init(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json of the model, or a folder with one.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json of the model, or its folder.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything yet.")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option("--tokenizer", metavar="FOLDER", help="Folder of the tokenizer; by default that of CONFIG."),
+        typer.Option("--tokenizer", metavar="FOLDER", help="Folder of the tokenizer; default: that of CONFIG."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the weights.")] = 1,
     dtype: Annotated[ConvertDtype, typer.Option("--dtype", help="Precision to write.")] = ConvertDtype.bf16,
 ) -> None:
-    """Make a model with fresh weights, as Megatron initialises them."""
+    """Create a model with fresh weights, initialized as Megatron does."""
     _quiet_libraries()
     from megatron_rlpt.config import Dtype
     from megatron_rlpt.convert.fresh import init as run
@@ -210,14 +208,14 @@ app.command("config", cls=ConfigCommand)(show_config)
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """List this machine and its problems, with fixes."""
+    """Report this machine, the installed packages, and problems with their fixes."""
     from megatron_rlpt.cli.doctor import run_doctor
 
     raise typer.Exit(run_doctor(as_json=as_json))
 
 
 def entry() -> NoReturn:
-    """Run ``main`` as all of a process."""
+    """Run ``main`` as the whole process."""
     run_and_leave(main)
 
 
@@ -227,14 +225,14 @@ def _tell(what: str, error: object) -> None:
 
 
 def main() -> None:
-    """What ``rlpt`` does.
+    """Run the ``rlpt`` command.
 
-    Exit codes: 0 done, 2 wrong usage or configuration, ``RlptError.exit_code`` with one line on standard error for
-    what a user can put right, 8 for a full disk, 130 after Ctrl-C, 1 with a traceback for a bug of ours.
+    Exit codes: 0 for success, 2 for wrong usage or configuration, ``RlptError.exit_code`` with one line on standard
+    error for an error that the user can fix, 8 for a full disk, 130 after Ctrl-C, 1 with a traceback for a bug.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to end
+            stream.reconfigure(errors="backslashreplace")  # never fail on a character that the terminal lacks
     try:
         app(prog_name="rlpt")
     except RlptError as error:
@@ -245,8 +243,8 @@ def main() -> None:
             raise
         _tell(
             "error: ",
-            f"{error.filename or 'a file'} could not be written ({error.strerror}); free space, then "
-            "start again, which goes on from what was complete",
+            f"{error.filename or 'a file'} could not be written ({error.strerror}); free space and run the same "
+            "command again; a run resumes from its last checkpoint",
         )
         raise SystemExit(CheckpointError.exit_code) from None
     except KeyboardInterrupt:

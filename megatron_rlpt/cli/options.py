@@ -1,4 +1,4 @@
-"""``--config`` and ``section.key=value``, which mean the same in every command that reads a run's configuration."""
+"""Options of every command that reads the configuration of a run: ``--config`` and ``section.key=value``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load(config: Path, overrides: Sequence[str] | None = None) -> Config:
     """Load the file that ``--config`` names and apply the overrides.
 
     Raises:
-        ConfigError: see ``load_config``.
+        ConfigError: as for ``load_config``.
     """
     from megatron_rlpt.config import load_config
 
@@ -36,6 +36,6 @@ def load(config: Path, overrides: Sequence[str] | None = None) -> Config:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate ``section.key=value`` from the arguments that a command passes on to another program."""
+    """Separate ``section.key=value`` from arguments for another program; return both."""
     overrides = [text for text in arguments if _OVERRIDE.match(text)]
     return overrides, [text for text in arguments if not _OVERRIDE.match(text)]

@@ -49,11 +49,13 @@ def plan(
     ] = None,
     judge_gpus: Annotated[int, typer.Option("--judge-gpus", min=0, metavar="N", help="GPUs of the teacher.")] = 0,
     judge_type: Annotated[
-        str | None, typer.Option("--judge-gpu-type", metavar="NAME", help="Default: that of the trainer.")
+        str | None, typer.Option("--judge-gpu-type", metavar="NAME", help="Default: the type of the trainer's GPUs.")
     ] = None,
     judge_tensor: Annotated[
         int | None,
-        typer.Option("--judge-tensor", min=1, metavar="N", help="GPUs of one server; default: as few as hold it."),
+        typer.Option(
+            "--judge-tensor", min=1, metavar="N", help="GPUs per server; default: the fewest that hold the teacher."
+        ),
     ] = None,
     judge_workers: Annotated[
         int | None,
@@ -61,7 +63,7 @@ def plan(
             "--judge-workers",
             min=1,
             metavar="N",
-            help="Judge workers; default: as many as hold all groups or fill the servers.",
+            help="Judge workers; default: enough to hold all groups or fill the servers.",
         ),
     ] = None,
     judge_fp8: Annotated[
@@ -80,10 +82,10 @@ def plan(
         ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option("--price", min=0, metavar="USD", help="Per GPU of the trainer and hour.")
+        float | None, typer.Option("--price", min=0, metavar="USD", help="Price per GPU-hour of the trainer.")
     ] = None,
     judge_price: Annotated[
-        float | None, typer.Option("--judge-price", min=0, metavar="USD", help="Per GPU of the teacher and hour.")
+        float | None, typer.Option("--judge-price", min=0, metavar="USD", help="Price per GPU-hour of the teacher.")
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Rank all layouts and micro-batches.")] = False,
     total_gpus: Annotated[
@@ -96,26 +98,29 @@ def plan(
     answer_variation: Annotated[
         float,
         typer.Option(
-            "--answer-variation", min=0, metavar="X", help="Standard deviation over mean of a verdict's length."
+            "--answer-variation",
+            min=0,
+            metavar="X",
+            help="Standard deviation of verdict lengths, divided by their mean.",
         ),
     ] = ANSWER_VARIATION,
     slow_judges: Annotated[
         float,
-        typer.Option("--slow-judges", min=0, max=1, metavar="SHARE", help="Judge workers that are slow."),
+        typer.Option("--slow-judges", min=0, max=1, metavar="SHARE", help="Share of judge workers that are slow."),
     ] = 0.0,
     slowdown: Annotated[
-        float, typer.Option("--slowdown", min=1, metavar="X", help="How many times as long a slow worker takes.")
+        float, typer.Option("--slowdown", min=1, metavar="X", help="Factor by which slow workers take longer.")
     ] = 3.0,
     node_failures: Annotated[
-        float, typer.Option("--node-failures", min=0, metavar="RATE", help="Failures of eight GPUs per hour.")
+        float, typer.Option("--node-failures", min=0, metavar="RATE", help="Failures per hour of eight GPUs.")
     ] = NODE_FAILURES,
     page: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a page, with the source of every constant."),
+        typer.Option("--html", metavar="FILE", help="Write an HTML page, with the source of every constant."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict memory, time and cost of a run before it is queued.
+    """Predict memory, time and cost of a run before you queue it.
 
     Exits with 1 if the run (with --total-gpus: every split) does not fit, or if its simulation loses more groups than
     teacher.max_failure_rate allows.
@@ -187,7 +192,7 @@ def _check_finite(options: dict[str, float | None]) -> None:
 
 
 def _check_answer(config: Config, tokens: float) -> None:
-    """Check that the mean answer is not longer than the limit at which servers cut answers off."""
+    """Raise ConfigError if the mean answer is longer than the limit at which servers truncate answers."""
     most = config.teacher.generative.max_tokens
     if not tokens <= most:
         raise ConfigError(f"--answer-tokens is {tokens:g}; allowed: 1 to {most} (teacher.generative.max_tokens)")

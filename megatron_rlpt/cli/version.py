@@ -1,4 +1,4 @@
-"""Version and commit of the code that runs."""
+"""Version and commit of the running code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHORT = 12
 
 
 def describe_version(root: Path = _ROOT) -> str:
-    """Return version and, in a checkout or in the code of a launch, the commit."""
+    """Return the version and, in a checkout or the staged code of a launch, the commit."""
     commit = _from_git(root) or _from_stage(root)
     return f"rlpt {__version__} (commit {commit})" if commit else f"rlpt {__version__}"
 

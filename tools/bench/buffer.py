@@ -3,7 +3,7 @@
     python tools/bench/buffer.py [--small 2000] [--realistic 200] [--repeats 3]
 
 One process acts as trainer and worker in turn: it puts 64 groups per call, claims 16, completes one per call, takes 64.
-Times are those of the calls, with packing and unpacking. A realistic group has 16 rollouts of 128 tokens with
+Times include encoding and decoding. A realistic group has 16 rollouts of 128 tokens with
 log-probabilities, and 4 replies of 60 words with every reward; a small group has one rollout of 4 tokens. Redis is
 started by tools/sandbox/redis.py; both stores are in a temporary folder.
 """
@@ -69,7 +69,7 @@ def measure(buffer: RolloutBuffer, groups: list[Group], results: list[Group]) ->
 
 
 def stores(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the name of every store and a function that opens it."""
+    """Yield the name of each store and the arguments of ``open_url`` for it."""
     yield "SQLite", {"url": f"sqlite:///{folder}/buffer.sqlite"}
     started = subprocess.run([sys.executable, SANDBOX, "start", folder / "redis"], capture_output=True, text=True)
     if started.returncode:

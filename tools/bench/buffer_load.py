@@ -3,10 +3,10 @@
     python tools/bench/buffer_load.py worker   --url URL --name NAME [--password-file FILE] --id ID --batch N
     python tools/bench/buffer_load.py trainer  --url URL --name NAME [--password-file FILE] --groups N --folder DIR ...
 
-Groups and their results depend only on their numbers, so every process can check them. The trainer acts like that of a
-run: it puts groups with back-pressure, takes batches in order, and from time to time publishes a checkpoint and
-acknowledges. After a kill it resumes from its checkpoint. ``DIR/log`` has one line for each group that was learned
-from, in order.
+Groups and their results depend only on their numbers, so every process can check them. The trainer acts like a real
+one: it puts groups with back-pressure, takes batches in order, and from time to time publishes a checkpoint and
+acknowledges. After a kill it resumes from its checkpoint. ``DIR/log`` has one line for each group that was trained
+on, in order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def make_group(number: int, rollouts: int = 1, tokens: int = 4) -> Group:
 
 
 def judge(group: Group, replies: int = 0, words: int = 0) -> Group:
-    """Return the expected result of a group, whose rewards keep the given number of replies and words."""
+    """Return the expected result of a group; its rewards hold ``replies`` replies of ``words`` words."""
     rewards = []
     for place, candidate in enumerate(group.candidates):
         value = derive_seed(group.episode.id, candidate.seed) / 2**63
@@ -70,11 +70,11 @@ def work(buffer: RolloutBuffer, worker: str, batch: int, lease: float, pause: fl
     """Judge until killed.
 
     Args:
-        buffer: whose groups.
-        worker: a name that no other worker has.
-        batch: groups claimed at once.
+        buffer: holds the groups.
+        worker: a unique name.
+        batch: groups per claim.
         lease: seconds that a claim lasts.
-        pause: longest seconds that judging a batch takes.
+        pause: longest seconds to judge a batch.
     """
     turn = 0
     while True:
@@ -89,13 +89,13 @@ def work(buffer: RolloutBuffer, worker: str, batch: int, lease: float, pause: fl
 
 
 def train(buffer: RolloutBuffer, groups: int, batch: int, ahead: int, every: int, folder: Path) -> None:
-    """Learn from all groups, starting at the checkpoint in ``folder``.
+    """Train on all groups, starting at the checkpoint in ``folder``.
 
     Args:
-        buffer: through which they are judged.
-        groups: how many.
-        batch: groups of a step.
-        ahead: groups put before those they follow are taken, at most.
+        buffer: holds the groups.
+        groups: number of groups.
+        batch: groups per step.
+        ahead: most groups to put beyond the next to take.
         every: steps between checkpoints.
         folder: of the checkpoint (``cursor``) and the log.
     """
@@ -113,7 +113,7 @@ def train(buffer: RolloutBuffer, groups: int, batch: int, ahead: int, every: int
                 taken = buffer.take(fencing_token, first, count)
                 if not isinstance(taken, Pending):
                     break
-                # A store that lost its last second, or that was attached to before it deleted groups.
+                # The store lost its last second, or this trainer attached before it deleted groups.
                 buffer.put(fencing_token, [(number, make_group(number)) for number in taken.missing if number < put])
                 if not items:
                     time.sleep(IDLE)

@@ -1,9 +1,9 @@
-"""Cost of a checkpoint: time that it blocks the run, time until it is published, time to verify and to load it.
+"""Cost of a checkpoint: time that it blocks the run, time until it is published, and time to verify and load it.
 
     python tools/bench/checkpoint.py [--config configs/demo.yaml] [--folder FOLDER] [--repeats 3]
 
-An update is timed alone and beside a checkpoint in the background. "From the disk" means that the files were dropped
-from memory first; a virtual disk may still hold them.
+An update is timed alone and during a checkpoint in the background. "From the disk" means that the files were dropped
+from the page cache first; the host of a virtual disk may still cache them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def drop_from_memory(folder: Path) -> None:
 
 
 def measure(config: Config, folder: Path, repeats: int) -> dict[str, float]:
-    """Return the medians in seconds, and the size in bytes."""
+    """Return the median seconds of each part, and the size in bytes."""
     policy = Policy(config, build_objective(config.objective), DeviceRuntime())
     draw = random.Random(0)
 
@@ -66,13 +66,13 @@ def measure(config: Config, folder: Path, repeats: int) -> dict[str, float]:
 def _round(policy: Policy, examples: list[Example], model: Path, folder: Path, step: int) -> dict[str, float]:
     row = {"update alone": seconds(lambda: policy.update(examples))}
     with CheckpointStore(folder, keep=1) as waiting:
-        row["save, waiting"] = seconds(lambda: waiting.save(step, {}, policy, model))
+        row["save, blocking"] = seconds(lambda: waiting.save(step, {}, policy, model))
     with CheckpointStore(folder, keep=1, background=True) as store:
         start = time.perf_counter()
-        row["save, in the background, until the run goes on"] = seconds(lambda: store.save(step + 1, {}, policy, model))
-        row["update beside it"] = seconds(lambda: policy.update(examples))
+        row["save, background, until the run continues"] = seconds(lambda: store.save(step + 1, {}, policy, model))
+        row["update during the save"] = seconds(lambda: policy.update(examples))
         store.finish()
-        row["save and update beside it, until published"] = time.perf_counter() - start
+        row["save with an update during it, until published"] = time.perf_counter() - start
         row["check, from memory"] = seconds(store.latest)
         checkpoint = store.latest()
         assert checkpoint is not None
@@ -87,7 +87,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; files written there are removed")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure; its new files are removed")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     quiet_libraries()
@@ -97,7 +97,7 @@ def main() -> None:
     size = found.pop("bytes")
     print(f"checkpoint of {size / 1e9:.2f} GB")
     for name, value in found.items():
-        rate = "" if name.startswith("update") or "beside" in name else f"  {size / 1e9 / value:5.1f} GB/s"
+        rate = "" if name.startswith("update") or "during" in name else f"  {size / 1e9 / value:5.1f} GB/s"
         print(f"{name:<48} {value:6.2f} s{rate}")
 
 

@@ -118,7 +118,7 @@ def measure(case: LossCase, rank: int, meeting: str) -> LossMemory:
 
     clock = time.perf_counter if on_cuda else time.process_time
     before = 0
-    step(8, 64)  # what libraries set up once is no part of the step
+    step(8, 64)  # warm up: one-time set-up of libraries is not part of the step
     step(case.tokens, case.vocab)
     peak = torch.cuda.max_memory_allocated(device) if on_cuda else _status("VmHWM")
     memory = peak - before

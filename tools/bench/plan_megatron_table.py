@@ -4,7 +4,7 @@
 
 Prints the predicted and the published utilization (MFU) of every row, the error of each, and the error of the best
 single constant. ``--fit`` fits the two free constants again: to all rows, and to all rows except those of one model at
-a time. The error on the model left out shows whether the constants generalize.
+a time. The error on the omitted model shows whether the constants generalize.
 
 Source: NVIDIA/Megatron-LM, README.md, "Training Speed and Scalability" (July 2024, Megatron-Core r0.8):
 ``images/model_table.png`` for the nine models, whose TFLOP/s are printed there; ``images/strong_scaling.png`` for
@@ -32,7 +32,7 @@ from megatron_rlpt.planner.update import STEP_OVERHEAD, Options, PassTime, Updat
 from megatron_rlpt.policy.layout import Layout
 
 _TENSOR_HIDDEN = 0.7
-"""Share of tensor-parallel communication that ``--tp-comm-overlap`` hides: assumed, nothing is published. With 0.5 or
+"""Share of tensor-parallel communication that ``--tp-comm-overlap`` hides: assumed, not published. With 0.5 or
 0.9 the mean error over the table changes little. Runs of this project do not use that option."""
 LENGTH, VOCABULARY = 4096, 131072
 
@@ -56,12 +56,12 @@ class Row:
 
     @property
     def published(self) -> float:
-        """Published utilisation of the peak in bf16."""
+        """Return the published utilization of the peak in bf16."""
         return self.teraflops * 1e12 / GPUS["h100"].bf16
 
     @property
     def model(self) -> Transformer:
-        """Its sizes."""
+        """Return the sizes of the model."""
         width = self.hidden // self.heads
         return Transformer(
             self.layers, self.hidden, 4 * self.hidden, self.heads, self.heads, width, VOCABULARY, gated=False
@@ -93,7 +93,7 @@ SCALING = tuple(
         (4608, 413.5),
     )
 )
-"""177B at one batch on more and more GPUs; 2,304 is among ``MODELS``."""
+"""177B with a constant batch on a growing number of GPUs; 2,304 GPUs are among ``MODELS``."""
 
 ROWS = MODELS + SCALING
 
@@ -107,7 +107,7 @@ class Fitted:
 
 
 def predict(row: Row, fitted: Fitted | None = None) -> tuple[PassTime, float]:
-    """Time of an update by the compute model, and the utilisation that follows."""
+    """Return the time of an update by the compute model, and the resulting utilization."""
     fitted = fitted or Fitted()
     layout = Layout(
         world=row.gpus,
@@ -125,12 +125,12 @@ def predict(row: Row, fitted: Fitted | None = None) -> tuple[PassTime, float]:
 
 
 def error(row: Row, fitted: Fitted | None = None) -> float:
-    """Relative error of the predicted utilisation."""
+    """Return the relative error of the predicted utilization."""
     return predict(row, fitted)[1] / row.published - 1
 
 
 def fit(rows: Sequence[Row]) -> Fitted:
-    """The constants with the least squared relative error over ``rows``: a grid that is made finer three times."""
+    """Return the constants with the least squared relative error over ``rows``, from a grid refined three times."""
     best, span = Fitted(0.55, 0.1), Fitted(0.15, 0.1)
     for _ in range(4):
         grid = [
@@ -144,7 +144,7 @@ def fit(rows: Sequence[Row]) -> Fitted:
 
 
 def left_out() -> dict[float, tuple[Fitted, float]]:
-    """Billions of parameters -> constants fitted without that model, and the largest error they have on it."""
+    """Return billions of parameters -> constants fitted without that model, and their largest error on it."""
     rows = MODELS + SCALING
     found = {}
     for size in sorted({row.billions for row in rows}):
@@ -154,7 +154,7 @@ def left_out() -> dict[float, tuple[Fitted, float]]:
 
 
 def best_constant(rows: Sequence[Row]) -> float:
-    """The one utilisation with the smallest mean relative error over ``rows``."""
+    """Return the constant utilization with the smallest mean relative error over ``rows``."""
     return min(
         (row.published for row in rows),
         key=lambda guess: sum(abs(guess / row.published - 1) for row in rows),
@@ -162,7 +162,7 @@ def best_constant(rows: Sequence[Row]) -> float:
 
 
 def table() -> Table:
-    """Every row, predicted and published."""
+    """Return a table of all rows, predicted and published."""
     table = Table(title="MFU in % of 989.4 TFLOP/s (bf16)")
     names = ("model", "GPUs", "batch", "TP", "PP", "predicted", "published", "error %", "largest parts of a step")
     for name in names:
@@ -179,9 +179,9 @@ def table() -> Table:
 
 
 def main() -> None:
-    """Print it."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit", action="store_true", help="fit the two constants again, also leaving models out")
+    parser.add_argument("--fit", action="store_true", help="fit the two constants again, also without each model")
     arguments = parser.parse_args()
     console = Console(width=140)
     console.print(table())

@@ -1,15 +1,15 @@
-"""Memory of a training rank as the planner predicts it, against what real updates take, in several layouts.
+"""Memory of a training rank in several layouts: the planner's prediction compared with real updates.
 
     python tools/bench/plan_memory.py [--cases one tp2 pp2 dp2] [--heap returned kept] [--json FILE]
 
-Each case is a world of fresh processes over gloo, one thread each, that train a random Llama with ``policy.Policy``. A
-rank first trains a tiny model in the same layout; what it then holds is the libraries' base, measured, and added to the
-prediction. Measured is the peak resident set (VmHWM) of building the policy and of its updates, and, where the case
-says so, of a checkpoint.
+Each case is a world of new processes over gloo, one thread each, that train a random Llama with ``policy.Policy``. A
+rank first trains a tiny model in the same layout; the memory that it then holds is the base of the libraries, which is
+added to the prediction. The measured value is the peak resident set (VmHWM) while the policy is built and updated and,
+in cases with a checkpoint, saved.
 
-``--heap returned`` has glibc give every freed block of 1 MiB or more back, so that the peak is that of what is held at
-once, which is what the planner predicts. ``kept`` is how runs go (``policy/runtime.py``): freed blocks stay, and what
-does not fit into the holes comes on top.
+With ``--heap returned``, glibc returns every freed block of 1 MiB or more to the system, so that the peak is the memory
+that is in use at one time, as the planner predicts it. With ``kept``, as in runs (``policy/device_runtime.py``), freed
+blocks stay in the process, and allocations that do not fit into them add to the peak.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron_rlpt.policy.layout import layout_of
 MIB = 2**20
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # malloc.h
 _VOCABULARY = 200
-"""Tokens that are drawn; below that of the tiny model."""
+"""Number of token ids to draw from; below the vocabulary of the tiny model."""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
 
 
@@ -77,12 +77,12 @@ class LayoutCase:
     suffix: int = 64
 
     def config(self, folder: Path) -> Config:
-        """The run with the model in ``folder``."""
+        """Return the configuration of a run with the model in ``folder``."""
         return Config(
             model=ModelConfig(path=str(folder), dtype=Dtype[self.dtype]),
             parallel=ParallelConfig(**self.parallel),
             data=DataConfig(max_prefix=self.prefix, suffix_length=self.suffix),
-            # The updates have no engine beside them.
+            # No rollout engine runs during the updates.
             candidates=CandidatesConfig(rollouts=0),
             objective=ObjectiveConfig(name=self.objective),
             train=TrainConfig(
@@ -121,7 +121,7 @@ class LayoutMemory:
 
 
 def predict(case: LayoutCase, folder: Path, rank: int) -> tuple[str, Memory]:
-    """Name and parts of the rank's worst moment."""
+    """Return the name and the parts of the moment at which the rank needs most memory."""
     config = case.config(folder)
     layout = layout_of(config.parallel, case.ranks)
     # Megatron numbers pipeline stages last (megatron/core/parallel_state.py).
@@ -134,7 +134,7 @@ def predict(case: LayoutCase, folder: Path, rank: int) -> tuple[str, Memory]:
 
 
 def save_model(folder: Path, sizes: dict[str, Any]) -> Path:
-    """A random Llama of ``sizes``; only its shapes matter."""
+    """Write a random Llama of ``sizes``; only its shapes matter."""
     import torch
     from safetensors.torch import save_file
 
@@ -150,7 +150,7 @@ def save_model(folder: Path, sizes: dict[str, Any]) -> Path:
 
 
 def measure(case: LayoutCase, folder: Path, heap: str) -> LayoutMemory:
-    """Take the figure of this rank, in this process, which has done nothing else."""
+    """Measure the memory of this rank; the process must be new."""
     import torch
 
     from megatron_rlpt.objectives import Example, build_objective
@@ -205,7 +205,7 @@ def measure(case: LayoutCase, folder: Path, heap: str) -> LayoutMemory:
 
 
 def run(case: LayoutCase, heap: str) -> list[tuple[LayoutMemory, str, Memory]]:
-    """Measured, and the predicted worst moment with its parts, of every rank."""
+    """Return the measured memory of each rank, and its predicted worst moment with the parts."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tied = {"tie_word_embeddings": case.tied}
@@ -214,9 +214,9 @@ def run(case: LayoutCase, heap: str) -> list[tuple[LayoutMemory, str, Memory]]:
         port = free_port()
         ranks = []
         for rank in range(case.ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "MASTER_PORT": port}
+            rendezvous = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "MASTER_PORT": port}
             environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-            environment |= {key: str(value) for key, value in place.items()}
+            environment |= {key: str(value) for key, value in rendezvous.items()}
             command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--folder", name, "--heap", heap]
             ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True))
         try:
@@ -232,7 +232,7 @@ def run(case: LayoutCase, heap: str) -> list[tuple[LayoutMemory, str, Memory]]:
 
 
 def _status(name: str) -> int:
-    """A figure of /proc/self/status in bytes."""
+    """Return a value of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         key, _, value = line.partition(":")
         if key == name:
@@ -241,18 +241,18 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    """Parse arguments and print the table."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=["one", "tp2", "pp2", "dp2"])
     parser.add_argument("--heap", nargs="+", choices=["returned", "kept"], default=["returned"])
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--json", type=Path, help="also write the errors to this file")
     for internal in ("--case", "--folder"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         figure = measure(LayoutCase(**json.loads(arguments.case)), Path(arguments.folder), arguments.heap[0])
         print(json.dumps(asdict(figure)), flush=True)
-        os._exit(0)  # gloo's threads may keep the interpreter from ending
+        os._exit(0)  # threads of gloo may keep the interpreter from exiting
     names = ["weights", "gradients", "optimizer", "reference", "activations", "logits", "exchange", "checkpoint"]
     head = ["case", "rank", "heap", "worst moment", *names, "base", "predicted", "measured", "error", "without base"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)

@@ -1,10 +1,10 @@
-"""The planner's compute model against training rates that NVIDIA publishes: fp8, newer GPUs, mixtures of experts.
+"""Compare the planner's compute model with training rates that NVIDIA publishes: fp8, newer GPUs, mixtures of experts.
 
     python tools/bench/plan_public_rates.py
 
-Published are tokens per second and GPU (NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary.md, release 25.11, at
-commit 00b7660; forced balance of experts) with batch, length and layout. Nothing is fitted to them. Not published for
-these rows: how much of the exchanges is hidden; all that Megatron-Core can hide is taken to be.
+The published values are tokens per second and GPU (NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary.md, release
+25.11, at commit 00b7660; forced balance of experts) with batch, length and layout. Nothing is fitted to them. The share
+of communication that is hidden is not published for these rows; the model assumes all that Megatron-Core can hide.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class RateRow:
     gpus: int
     fp8: bool
     batch: int
-    """Sequences of an update."""
+    """Sequences per update."""
     length: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     micro: int
-    """Sequences of a micro-batch."""
+    """Sequences per micro-batch."""
     layout: dict[str, int]
     published: float
     """Tokens per second and GPU."""
 
     def predicted(self) -> float:
-        """Tokens per second and GPU."""
+        """Return the predicted tokens per second and GPU."""
         layout = Layout(world=self.gpus, sequence=self.layout.get("tensor", 1) > 1, **self.layout)
         nodes = Nodes(GPUS[self.gpu], self.gpus, min(self.gpus, int(GPUS[self.gpu].domain)))
         options = Options(fp8=self.fp8, overlap_reduce=True, overlap_gather=True)

@@ -1,18 +1,18 @@
-"""Seconds per step as the planner simulates them, against real asynchronous runs on a CPU.
+"""Compare the seconds per step that the planner simulates with real asynchronous runs on a CPU.
 
     python tools/bench/plan_simulation.py [--steps 16] [--judge 0.6 1.5] [--staleness 0 1 2] [--json FILE]
 
-A run is ``rlpt train`` with a random Llama: the Megatron policy, a vLLM engine (in a process of its own where it works
-beside the policy) and the rollout buffer (SQLite) are the real ones, with one thread each. Judging is the real worker
-whose judge waits for so many seconds per group instead of computing, as one does that asks servers on other machines:
-so on two cores policy and engine have a core each. The first and the last steps, in which the pipeline fills and
-empties, are left out.
+A run is ``rlpt train`` with a random Llama. The Megatron policy, the vLLM engine (in a separate process if it runs
+concurrently with the policy) and the rollout buffer (SQLite) are the real ones, with one thread each. The judge worker
+is real too, but its judge waits for the given seconds per group instead of computing, like a judge with servers on
+other machines, so that on two cores policy and engine have one core each. The first and the last steps, which fill and
+drain the pipeline, are not counted.
 
-What the simulation is given are the seconds of generation, update and sync, and of what a step takes besides its
-stages, as two runs had them: the first with staleness 0, in which nothing is at work beside anything else, for runs
-with staleness 0; and the first with more, in which generation and update go on beside each other and, on one machine,
-slow each other down, for the others. The last column says what would be predicted of these from the run with
-staleness 0, as if each stage had a machine of its own.
+Inputs of the simulation are the measured seconds of generation, update and sync, and of the rest of a step. They come
+from two runs. The first run with staleness 0, in which no stages overlap, gives those for staleness 0. The first run
+with a higher staleness, in which generation and update overlap and slow each other down on one machine, gives those for
+all others. The last column is the error of a prediction from the run with staleness 0, as if each stage had its own
+machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from megatron_rlpt.teacher.generator import Ask, Reply, Request
 from megatron_rlpt.types import Failed, Group, Reward
 
 BATCH, PART, ROLLOUTS, SUFFIX, SLOTS = 16, 4, 4, 16, 4
-"""Episodes of a batch and of what is generated at once, rollouts and their tokens, groups judged at once."""
+"""Episodes per batch, episodes per call of the engine, rollouts per episode, tokens per rollout, groups judged
+concurrently."""
 WORDS = ("the", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then", "saw", "big", "red", "house")
 MODEL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
 
@@ -54,31 +55,31 @@ class Stages:
     """Seconds per step."""
 
     step: float
-    """From one end to the next."""
+    """From the end of one step to the end of the next."""
     generate: float
-    """In the background where staleness is above 0."""
+    """In the background if staleness is above 0."""
     update: float
     sync: float
     rest: float
-    """Of a step outside of its stages: metrics, samples."""
+    """Outside of the stages: metrics, samples."""
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """A run, and what was simulated of it."""
+    """A run and its simulation."""
 
     judge: float
     staleness: int
     measured: Stages
     simulated: float
     alone: float
-    """Simulated from stages that nothing goes on beside."""
+    """Simulated seconds per step, from stages that do not overlap."""
     predicted: bool
-    """Whether the stages that the simulation was given are those of another run."""
+    """Whether the inputs of the simulation come from another run."""
 
     @property
     def error(self) -> float:
-        """Of the simulated step."""
+        """Return the relative error of the simulated seconds per step."""
         return self.simulated / self.measured.step - 1
 
     def __str__(self) -> str:
@@ -97,29 +98,29 @@ class StepRow:
 
 
 class PacedTeacher:
-    """Always there, never asked."""
+    """A teacher that is always available and never called."""
 
     name, all_down = "none", False
 
     async def __call__(self, request: Request) -> Reply | Failed:
-        """See ``Ask``."""
-        raise AssertionError("the judge below asks nobody")
+        """Fail: the judge below sends no request."""
+        raise AssertionError("the paced judge sends no request")
 
 
 class PacedJudge:
-    """Waits; later candidates are better."""
+    """A judge that sleeps for the given seconds per group."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
-        """See ``GroupJudge``."""
+        """Sleep, and reward later candidates more."""
         await asyncio.sleep(self._seconds)
         return replace(group, rewards=tuple(Reward(float(n), "j", "1") for n in range(len(group.candidates))))
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
-    """A random model with a word-level tokenizer, and a corpus of its words."""
+    """Write a random model with a word-level tokenizer and a corpus of its words; return their paths."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -130,7 +131,7 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "model")
     torch.manual_seed(0)
-    # Hardly ever end-of-sequence: all rollouts are as long as they may be.
+    # End-of-sequence is so rare that nearly all rollouts have the full length.
     settings = MODEL | {"vocab_size": 4096, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
     LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder / "model")
     draw, corpus = random.Random(7), folder / "corpus.jsonl"
@@ -141,7 +142,7 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def working(url: str, name: str, seconds: float) -> Iterator[None]:
-    """A judge worker in a thread with a loop of its own."""
+    """Run a judge worker in a thread with its own event loop."""
     buffer = open_url(url, name)
     started: list[tuple[asyncio.AbstractEventLoop, Worker]] = []
 
@@ -166,7 +167,7 @@ def working(url: str, name: str, seconds: float) -> Iterator[None]:
 
 
 def measure(model: Path, corpus: Path, judge: float, staleness: int, steps: int) -> Stages:
-    """One run, once its pipeline is full."""
+    """Return the mean stages of one run once its pipeline is full."""
     filling = staleness + 3
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -192,7 +193,7 @@ def measure(model: Path, corpus: Path, judge: float, staleness: int, steps: int)
                 "micro_batch": 4,
                 "staleness": staleness,
             },
-            # The last step writes one, behind what is measured.
+            # Only the last step writes one, after the measured steps.
             "checkpoint": {"every": 10**6},
             "observe": {"tensorboard": False},
         }
@@ -214,7 +215,7 @@ def measure(model: Path, corpus: Path, judge: float, staleness: int, steps: int)
 
 
 def predict(given: Stages, judge: float, staleness: int, steps: int) -> float:
-    """Simulated seconds per step, from the stages of another run."""
+    """Return the simulated seconds per step, given the stages of a run."""
     rollouts = Rollouts(ROLLOUTS, SUFFIX, BATCH * ROLLOUTS * SUFFIX / given.generate)
     work = Workload(BATCH, PART, staleness, Service(given.update + given.rest), given.sync)
     cluster = SimulatedCluster(rollouts, Judges(1, SLOTS, Service(judge)))
@@ -222,12 +223,12 @@ def predict(given: Stages, judge: float, staleness: int, steps: int) -> float:
 
 
 def main() -> None:
-    """Measure, simulate, print the table."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=16, help="steps measured of each run")
-    parser.add_argument("--judge", type=float, nargs="+", default=[0.6, 1.5], help="seconds that judging a group takes")
+    parser.add_argument("--steps", type=int, default=16, help="measured steps of each run")
+    parser.add_argument("--judge", type=float, nargs="+", default=[0.6, 1.5], help="seconds to judge a group")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args()
     head = ("judge / s", "staleness", "generate", "update", "measured / s", "simulated / s", "error", "from alone")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
@@ -246,9 +247,7 @@ def main() -> None:
                 print(row, flush=True)
                 rows.append(row)
     if errors := [abs(row.error) for row in rows if row.predicted]:
-        print(
-            f"\nruns whose own stages were not given: error {fmean(errors):.1%} on average, {max(errors):.1%} at most"
-        )
+        print(f"\nsimulated from another run's stages: error {fmean(errors):.1%} on average, {max(errors):.1%} at most")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) | {"error": row.error} for row in rows], indent=1))
 

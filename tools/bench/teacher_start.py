@@ -2,8 +2,8 @@
 
     .venv/bin/python tools/bench/teacher_start.py [--requests 32] [--at-once 8]
 
-Measures both one after the other: seconds from the start of ``rlpt teacher serve`` until it is healthy, and three times
-the seconds for requests of 120 tokens with answers of 16. Caches of earlier starts are used.
+For each of the two: seconds from the start of ``rlpt teacher serve`` until it is healthy, and the seconds for requests
+of 120 tokens with answers of 16, measured three times. Caches of earlier starts are used.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def await_health(server: subprocess.Popen[bytes]) -> float:
 
 
 def ask(number: int) -> None:
-    """Send one request, whose prompt shares no beginning with others."""
+    """Send one request, whose prompt shares no prefix with the others."""
     prompt = [(number * 31 + place * 7) % 20_000 + 100 for place in range(120)]
     body = {"model": "smollm2-135m-instruct", "prompt": prompt, "max_tokens": 16, "ignore_eos": True, "seed": number}
     request = urllib.request.Request(

@@ -99,7 +99,7 @@ def test_tail_follows(options, filled):
 
 
 def test_drain(rlpt, options, filled):
-    assert rlpt("buffer", "drain", *options) == (0, "workers are given no groups any more; 1 are still out\n", "")
+    assert rlpt("buffer", "drain", *options) == (0, "workers are given no more groups; 1 are leased\n", "")
     assert filled.claim("w", 1, LONG, "other") == []
     assert rlpt("buffer", "drain", "--off", *options) == (0, "workers are given groups again\n", "")
     assert len(filled.claim("w", 1, LONG, "other")) == 1
@@ -111,19 +111,19 @@ def test_requeue(rlpt, options, filled):
     number, when, rest = out.split(maxsplit=2)
     assert (number, rest) == ("2", "episode-2  attempts 1  prompt too long\n")
     assert abs(time.mktime(time.strptime(when, "%Y-%m-%dT%H:%M:%SZ")) - time.mktime(time.gmtime())) < 600
-    assert rlpt("buffer", "requeue", "--number=7", "--number=0", *options)[1] == "0 groups are queued again\n"
-    assert rlpt("buffer", "requeue", "--number=2", *options)[1] == "1 groups are queued again\n"
+    assert rlpt("buffer", "requeue", "--number=7", "--number=0", *options)[1] == "0 groups queued again\n"
+    assert rlpt("buffer", "requeue", "--number=2", *options)[1] == "1 groups queued again\n"
     assert rlpt("buffer", "requeue", *options)[1] == ""
     (work,) = [one for one in filled.claim("w", 2, LONG, "other") if one.sequence == 2]
     filled.give_back(work, "again")
-    assert rlpt("buffer", "requeue", "--all", *options)[1] == "1 groups are queued again\n"
+    assert rlpt("buffer", "requeue", "--all", *options)[1] == "1 groups queued again\n"
     assert rlpt("buffer", "requeue", "--all", "--number=2", *options)[0] == 2
 
 
 def test_export(rlpt, options, filled, tmp_path):
     target = tmp_path / "groups.jsonl"
     target.write_text("an older export")
-    assert rlpt("buffer", "export", "--out", target, *options) == (0, f"5 groups are in {target}\n", "")
+    assert rlpt("buffer", "export", "--out", target, *options) == (0, f"wrote 5 groups to {target}\n", "")
     assert sorted(tmp_path.glob("*groups*")) == [target]
     records = [json.loads(line) for line in target.read_text().splitlines()]
     assert [(record["sequence"], record["state"]) for record in records] == [
@@ -208,7 +208,7 @@ def test_the_store_of_a_configuration(rlpt, config_file, redis_server):
 def test_a_buffer_has_to_be_named_in_one_way(rlpt, config_file, arguments):
     code, out, err = rlpt("buffer", "stats", *(config_file if part == "FILE" else part for part in arguments))
     assert (code, out) == (2, "")
-    assert err.startswith("error: which buffer? give --config FILE")
+    assert err.startswith("error: name one buffer with --config FILE")
 
 
 def test_nothing_heavy_is_imported_but_the_store_of_the_buffer(buffer, options, store):

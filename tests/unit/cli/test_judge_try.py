@@ -97,7 +97,7 @@ def test_when_all_fail_that_is_shown_and_the_exit_code_says_so(config_of, judge_
     code, out, err = judge_try(config_of())
     assert code == TeacherError.exit_code
     assert out.count("failed (timeout)") == 2
-    assert err.strip() == "error: no candidate has a score; 2 of 2 failed with: timeout"
+    assert err.strip() == "error: no candidate has a reward; 2 of 2 failed with: timeout"
     with pytest.raises(TeacherError, match=r"2 of 3 failed with: timeout"):
         trial.require_score(group)
     trial.require_score(judged(Failed("timeout"), Reward(0.0, "j", "p")))

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import nemo_run as run
 from invoke.exceptions import UnexpectedExit
-from nemo_run.config import get_nemorun_home
+from nemo_run.config import get_nemorun_home, set_nemorun_home
 from nemo_run.core.packaging.base import Packager
 from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
 from paramiko.ssh_exception import SSHException
@@ -64,6 +64,8 @@ def build(cluster: Cluster, components: Sequence[Component], staged: Path, name:
         name: of the experiment.
         run_dir: folder of the run, on the cluster.
     """
+    if not cluster.tunnel.host:
+        set_nemorun_home(str(Path(cluster.home).resolve()))
     experiment = run.Experiment(name, enable_goodbye_message=False, skip_status_at_exit=True)
     with experiment:
         if cluster.executor is ExecutorName.local:

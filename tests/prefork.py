@@ -42,6 +42,10 @@ VLLM = (
     "torch._inductor.compile_fx",
 )
 """Imports of a trainer, or of a judge with a model of its own."""
+LAUNCHER = str(Path(__file__).resolve().parents[1] / ".venv-launch/bin/python")
+"""The Python that has nemo-run."""
+LAUNCH = ("megatron_rlpt.cli.main", "megatron_rlpt.config.loading", "launch.experiment")
+"""Imports of ``rlpt launch``, of the environment that has nemo-run."""
 _LARGEST = 1 << 20
 """Bytes of a request."""
 
@@ -105,27 +109,28 @@ def forked(
     command: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
     output: IO[bytes] | None = None,
 ) -> Forked:
     """Start ``command`` in a process that has imported ``modules``.
 
     Args:
         modules: that are imported already.
-        command: this Python, and either ``-m`` and a module or a script, and arguments.
+        command: a Python, and either ``-m`` and a module or a script, and arguments.
         env: variables; none for this process's.
+        cwd: working directory; none for this process's.
         output: file for all that it writes; none for two that ``communicate`` reads.
     """
     python, *rest = command
-    assert python == sys.executable, command
     out = err = None
     if output is None:
         out = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         err = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    request = json.dumps({"arguments": rest, "env": dict(env or os.environ), "cwd": str(Path.cwd())}).encode()
+    request = json.dumps({"arguments": rest, "env": dict(env or os.environ), "cwd": str(cwd or Path.cwd())}).encode()
     assert len(request) < _LARGEST
     files = [theirs.fileno(), (output or out).fileno(), (output or err).fileno()]
-    socket.send_fds(_parent(modules), [request], files)
+    socket.send_fds(_parent(python, modules), [request], files)
     theirs.close()
     pid = ours.recv(64)
     assert pid, f"the process that has imported {modules} has ended"
@@ -133,11 +138,11 @@ def forked(
 
 
 @functools.cache
-def _parent(modules: tuple[str, ...]) -> socket.socket:
+def _parent(python: str, modules: tuple[str, ...]) -> socket.socket:
     """Start what is forked; it ends with this process, which holds the other end of its socket."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     subprocess.Popen(
-        [sys.executable, __file__, str(theirs.fileno()), *modules],
+        [python, __file__, str(theirs.fileno()), *modules],
         pass_fds=[theirs.fileno()],
         # As many threads as its children start with: one. Others would be missing in them.
         env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},

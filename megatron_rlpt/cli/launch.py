@@ -92,8 +92,6 @@ def _staged(cluster: Cluster, name: str, dry_run: bool) -> Iterator[Path]:
 def _submit(
     cluster: Cluster, components: list[Component], staged: Path, name: str, spec: Spec, *, dry_run: bool
 ) -> int:
-    if not cluster.tunnel.host:
-        os.environ["NEMORUN_HOME"] = str(Path(cluster.home).resolve())  # nemo-run reads it on import
     try:
         from launch.experiment import build, scripts_of, submit
     except ImportError as error:

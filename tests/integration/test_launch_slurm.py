@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from judging_server import judging
+from prefork import LAUNCH, LAUNCHER, forked
 from sandbox_script import call
 from tiny_runs import finish, json_lines, lasting_metrics, rlpt_process, start, write_config
 
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGIN = ROOT / "tools/sandbox/login.py"
-RLPT = [str(ROOT / ".venv-launch/bin/rlpt")]
 STEPS = 8
 QUICK = ("rollout.engine=megatron",)
 """Overrides for runs of which only the life is looked at: a trainer that need not start vLLM is there much sooner."""
@@ -44,6 +44,16 @@ CLUSTER = {
     "buffer": {"redis": True},
     "environment": {"OMP_NUM_THREADS": "1"},
 }
+
+
+def rlpt(*arguments: str, env: dict[str, str], cwd: Path = ROOT) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of ``rlpt`` in the environment that launches."""
+    command = [LAUNCHER, "-m", "megatron_rlpt", *arguments]
+    if "NEMORUN_HOME" not in env:
+        return finish(forked(LAUNCH, command, env=env, cwd=cwd))
+    # nemo-run reads that variable on import.
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
 
 
 class Launched:
@@ -70,28 +80,12 @@ class Launched:
         asked = {"trainer": trainer or {}, "judges": judges or CLUSTER["judges"], "slurm": {"time": "30:00", **slurm}}
         self.cluster_file.write_text(json.dumps({**CLUSTER, "python": python, "home": home, **asked}))
 
-    def launch(self, *arguments: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        command = [
-            *RLPT,
-            "launch",
-            "--cluster",
-            str(self.cluster_file),
-            "-c",
-            str(self.config),
-            "--pack-dirty",
-            *arguments,
-        ]
+    def launch(self, *arguments: str, variables: dict[str, str] | None = None) -> str:
+        files = ["--cluster", str(self.cluster_file), "-c", str(self.config)]
         # The launcher's environment is a user's: variables of this process's torch and pytest are none of its.
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=variables or self.cluster.variables,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done
+        code, out, err = rlpt("launch", *files, "--pack-dirty", *arguments, env=variables or self.cluster.variables)
+        assert code == 0, err
+        return out
 
     def job(self, part: str = "run") -> str:
         return (self.folder / "cluster/jobs" / part).read_text().strip()
@@ -129,9 +123,7 @@ class Launched:
         return path.read_text()
 
     def status(self) -> str:
-        return subprocess.run(
-            [*RLPT, "status", str(self.folder)], env=self.cluster.variables, capture_output=True, text=True
-        ).stdout
+        return rlpt("status", str(self.folder), env=self.cluster.variables)[1]
 
     def buffer(self):
         file = self.folder / "cluster/buffer.json"
@@ -318,7 +310,7 @@ def test_a_judging_job_that_is_cancelled_ends_the_training_job_with_a_checkpoint
 def test_a_run_is_launched_from_another_machine_through_a_login_node(login, launched, tmp_path):
     options, variables = login
     run = launched()
-    out = run.launch(*QUICK, "train.steps=1", *options, variables=variables).stdout
+    out = run.launch(*QUICK, "train.steps=1", *options, variables=variables)
     assert f"submitted as job {run.job()}; rlpt status {run.folder} on 127.0.0.1 shows" in out
     assert run.ended() == ("COMPLETED", "0:0"), run.output()
     assert "step 1 of 1" in run.status()
@@ -329,7 +321,7 @@ def test_a_run_is_launched_from_another_machine_through_a_login_node(login, laun
 def test_a_dry_run_prints_a_script_that_bash_and_slurm_accept_and_starts_nothing(cluster, launched, tmp_path):
     run = launched()
     script = tmp_path / "job.sh"
-    script.write_text(run.launch("--dry-run").stdout)
+    script.write_text(run.launch("--dry-run"))
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     cluster.run("sbatch", "--test-only", str(script))
     assert not run.folder.exists()
@@ -418,15 +410,9 @@ def test_slurm_would_take_the_job_of_every_recipe(recipe, allocation, cluster, t
     }
     (tmp_path / "cluster.yaml").write_text(json.dumps(settings))
     files = ["--cluster", str(tmp_path / "cluster.yaml"), "-c", str(recipe)]
-    done = subprocess.run(
-        [*RLPT, "launch", *files, "--dry-run", "--pack-dirty"],
-        cwd=tmp_path,
-        env=cluster.variables,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    scripts = [FIRST_LINE + text for text in done.stdout.split(FIRST_LINE)[1:]]
+    code, out, err = rlpt("launch", *files, "--dry-run", "--pack-dirty", cwd=tmp_path, env=cluster.variables)
+    assert code == 0, err
+    scripts = [FIRST_LINE + text for text in out.split(FIRST_LINE)[1:]]
     assert len(scripts) == ALLOCATIONS[allocation]
     for text in scripts:
         script = tmp_path / "job.sh"

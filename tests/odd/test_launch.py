@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from prefork import LAUNCH, LAUNCHER, forked
 
 ROOT = Path(__file__).resolve().parents[2]
-RLPT = str(ROOT / ".venv-launch/bin/rlpt")
 RUN = {
     "run": {"dir": "/shared/runs/one"},
     "model": {"path": "/shared/model"},
@@ -40,9 +40,15 @@ def written(folder: Path, **sections: object) -> list[str]:
 
 
 def script(folder: Path, **sections: object) -> str:
-    done = subprocess.run([RLPT, *written(folder, **sections)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, out, err = launch(*written(folder, **sections))
+    assert code == 0, err
+    return out
+
+
+def launch(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of ``rlpt`` in the environment that launches."""
+    process = forked(LAUNCH, [LAUNCHER, "-m", "megatron_rlpt", *arguments])
+    return (process.wait(120), *process.communicate())
 
 
 def asked(text: str, option: str) -> list[str]:

@@ -2,9 +2,9 @@
 
 In reading order:
 
-- ``protocol.py``: the contract of a buffer, what it returns, and how often to poll one.
-- ``open.py``: open the buffer that a configuration names; the password of its server.
-- ``store_rules.py``: argument checks and errors that every store shares.
+- ``protocol.py``: the contract of a buffer, its return types, and polling intervals.
+- ``open.py``: opens the buffer that a configuration names; reads the password of its server.
+- ``store_rules.py``: argument checks and errors shared by all stores.
 - ``codec.py``: groups and replies as bytes.
 - ``sqlite_store.py``: the buffer in an SQLite file, for one machine.
 - ``sqlite_file.py``: tables, transactions and errors of that file.

@@ -1,8 +1,8 @@
 """Encode groups as bytes: one byte for the format, then compact JSON compressed with zlib. Lossless.
 
-Log-probabilities are most of a group. They are stored bit by bit, in four bytes each if that loses nothing (as with an
-engine that computes them in fp32): less than half of the time of decimals, and 0.6 of the bytes. zlib's checksum
-detects damage.
+Most of a group is log-probabilities. They are stored in binary, in four bytes each if that is lossless (as with an
+engine that computes them in fp32). This takes less than half the time of decimals and 0.6 of the bytes. The checksum of
+zlib detects damage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMAT = 1
 _LARGEST = 256 * 2**20
 """Bytes of a decompressed record; a larger one counts as damaged."""
 _LEVEL = 1
-"""Of zlib; token ids and log-probabilities hardly compress better at higher levels."""
+"""Level of zlib; token ids and log-probabilities hardly compress better at higher ones."""
 
 
 class DamagedRecordError(BufferUnavailableError):

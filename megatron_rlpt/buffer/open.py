@@ -62,7 +62,7 @@ def open_url(
         password_file: see ``read_password``; for Redis only.
         retry: seconds to retry an operation while the store cannot be reached.
         create: False if the buffer must exist.
-        stopping: returns whether to stop retrying early because the process is to end; for Redis only.
+        stopping: returns whether to stop retrying early because the process is stopping; for Redis only.
 
     Raises:
         ConfigError: URL, name or password file cannot be used.
@@ -83,7 +83,7 @@ def open_url(
 def read_password(file: str) -> str | None:
     """Return the password from ``file`` (trailing white space stripped), else from the environment; None without one.
 
-    It is never read from a command line or a configuration, which others can see.
+    It is never read from the command line or a configuration, which other users can see.
 
     Raises:
         ConfigError: the file cannot be read, is empty, or is readable by others.

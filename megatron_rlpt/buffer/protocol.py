@@ -1,4 +1,4 @@
-"""The contract of a rollout buffer, whatever store keeps it.
+"""The contract of a rollout buffer, independent of its store.
 
     trainer ── put ──> queued ── claim ──> leased ── complete ──> finished ── take ──> trainer ── acknowledge
                           ^                  │                       │
@@ -23,7 +23,7 @@ from typing import Protocol
 from megatron_rlpt.types import Failed, Group
 
 TRAINER_POLL = (0.02, 0.5)
-"""Shortest and longest seconds between two polls of a trainer that waits for finished groups."""
+"""Shortest and longest seconds between two polls of a trainer that is waiting for finished groups."""
 WORKER_POLL = (0.02, 1.0)
 """Shortest and longest seconds between two claims of a worker while nothing is queued."""
 _POLL_SHARE = 1 / 20
@@ -32,8 +32,8 @@ _POLL_SHARE = 1 / 20
 def polling_interval(waited: float, shortest: float, longest: float) -> float:
     """Return the seconds until the next poll of a store, after ``waited`` seconds of waiting.
 
-    A twentieth of the wait so far: a change is seen at most 5 % late, and long waits poll rarely. Exponential backoff
-    would be as late as the wait was long.
+    It is a twentieth of the wait so far: a change is noticed at most 5 % late, and polls are rare in long waits.
+    Exponential backoff could notice it as late as the wait was long.
     """
     return min(max(waited * _POLL_SHARE, shortest), longest)
 
@@ -70,7 +70,7 @@ class Pending:
 
 @dataclass(frozen=True)
 class Dead:
-    """A group that was given up."""
+    """An entry of the dead-letter list: a group that was given up."""
 
     sequence: int
     episode: str
@@ -98,13 +98,13 @@ class Stats:
     acknowledged: int
     """Groups below this sequence number are deleted: a checkpoint includes their updates."""
     oldest: float | None
-    """Seconds since the oldest group that is not taken was put; None without one."""
+    """Age in seconds of the oldest group that is not taken; None without one."""
     draining: bool
     """Whether claims return nothing."""
     run: str = ""
     """Id of the run that owns the groups; empty before the first trainer attached."""
     capacity: int = 0
-    """How far above ``next`` groups are accepted; 0 before the first trainer attached."""
+    """Number of sequence numbers from ``next`` on that are accepted; 0 before the first trainer attached."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class RolloutBuffer(Protocol):
         Args:
             run: id of the run.
             cursor: sequence number of the first group that the trainer's weights do not include.
-            capacity: how far above the next number to take groups are accepted; it bounds memory and staleness.
+            capacity: number of sequence numbers that are accepted, from the next to take on; it bounds memory and
+                staleness.
             max_attempts: claims after which a group is given up.
             replace: delete the groups of another run that this buffer holds.
             holder: identity of the trainer that holds the buffer for ``seconds``, or longer if renewed. Empty holds
@@ -178,8 +179,8 @@ class RolloutBuffer(Protocol):
         Numbers that are present or acknowledged count as accepted and stay as they are.
 
         Raises:
-            BufferConflictError: another trainer has attached, or a number is present with another episode; then
-                nothing is added.
+            BufferConflictError: another trainer has attached, or a number is present with another episode. Nothing is
+                added.
         """
         ...
 
@@ -231,11 +232,10 @@ class RolloutBuffer(Protocol):
         ...
 
     def complete(self, work: ClaimedGroup, group: Group) -> bool:
-        """Store ``group`` as the result; return False if it was finished before or is no longer wanted.
+        """Store ``group`` as the result; return False if it is refused.
 
-        A result is accepted from any worker, even after the lease expired or the group was given up, if it is the
-        first and the group has not been taken. A result from before a ``retry`` is not wanted, nor is one for a group
-        that another has replaced.
+        The first result is accepted from any worker until the group is taken, even if the lease expired or the group
+        was given up. A result from before a ``retry`` is refused, and so is one for a group that was replaced.
 
         Raises:
             ValueError: ``group`` has another episode, or its number of rewards is neither 0 nor one per candidate.
@@ -260,7 +260,7 @@ class RolloutBuffer(Protocol):
     # Announcements.
 
     def announce(self, kind: str, name: str, value: str, seconds: float) -> None:
-        """Announce ``name`` of ``kind`` (for instance ``worker``, ``endpoint``) for ``seconds``."""
+        """Announce ``value`` for ``seconds`` under ``name`` of ``kind``, such as ``worker`` or ``endpoint``."""
         ...
 
     def withdraw(self, kind: str, name: str) -> None:
@@ -280,12 +280,12 @@ class RolloutBuffer(Protocol):
     def dead(self) -> list[Dead]:
         """Return the dead-letter list in order of time.
 
-        Entries stay until the next run, even after their groups are deleted, unless a group is judged after all.
+        Entries stay until the next run, even after their groups are deleted, unless a later result is accepted.
         """
         ...
 
     def requeue(self, sequences: Sequence[int] | None = None) -> int:
-        """Restore all attempts of dead groups that are not taken yet (None: every one); return how many."""
+        """Queue dead groups (None: all) again with all attempts restored, except taken ones; return their number."""
         ...
 
     def drain(self, on: bool) -> None:

@@ -18,7 +18,7 @@ _log = get_logger(__name__)
 _OLDEST = 7
 """Oldest major version of Redis that has every command of the script."""
 _BACKOFF = Backoff(0.05, 2.0, jitter=0.5)
-"""Seconds between two tries: at first, and at most. Half is left to chance, so that workers do not come at once."""
+"""First and longest seconds between two attempts. Half is random, so that workers do not retry simultaneously."""
 _LONGEST_ANSWER = 10.0
 """Seconds without a reply after which an attempt has failed."""
 _TRANSIENT = ("LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS", "MISCONF", "OOM")
@@ -40,7 +40,7 @@ class RedisConnection:
             key: prefix of all keys of the buffer.
             password: of the server; None without one.
             retry: seconds to retry an operation while the server cannot be reached or used.
-            stopping: returns whether to stop retrying early because the process is to end.
+            stopping: returns whether to stop retrying early because the process is stopping.
 
         Raises:
             ConfigError: the package redis is not installed.
@@ -107,7 +107,7 @@ class RedisConnection:
                     raise self._unavailable(error) from None
                 if self._stopping():
                     raise BufferUnavailableError(
-                        f"{self._where} cannot be reached or used ({first_line(error)}), and the run is to stop"
+                        f"{self._where} cannot be reached or used ({first_line(error)}), and this process is stopping"
                     ) from None
             time.sleep(wait)
 

@@ -1,8 +1,7 @@
 """The rollout buffer in Redis, for trainer and workers on any number of machines.
 
 ``redis_store.lua`` makes every change atomically. A server that is killed and restarted resumes from its append-only
-file; if it lost the last second of it, which can happen when a machine stops, the missing groups are put or judged
-again.
+file. If the file lacks the last second, as after a crash of the machine, the missing groups are put or judged again.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class RedisBuffer(RolloutBuffer):
             password: of the server; None without one.
             retry: seconds to retry an operation while the server cannot be reached or used.
             create: False if the buffer must exist.
-            stopping: returns whether to stop retrying early because the process is to end.
+            stopping: returns whether to stop retrying early because the process is stopping.
 
         Raises:
             BufferUnavailableError: the server cannot be used, or the buffer has another format or does not exist.

@@ -22,9 +22,9 @@ _APPLICATION = 0x524C5054
 """``application_id`` of the file: "RLPT" in ASCII."""
 
 _POLL = 0.05
-"""Seconds between two attempts to begin a transaction where SQLite does not wait by itself."""
+"""Seconds between two attempts to begin a transaction when SQLite does not wait by itself."""
 
-# SQLite writes whole rows, so what changes often is kept apart from the bytes of groups.
+# SQLite writes whole rows, so columns that change often are kept apart from the bytes of groups.
 _TABLES = """
 CREATE TABLE buffers (
     name TEXT PRIMARY KEY,
@@ -72,8 +72,8 @@ class SqliteFile:
     """One connection to the file, shared by the threads of this process. Forked processes must not use it.
 
     With write-ahead logging, readers continue while one process writes. A killed process loses nothing that was
-    committed. A power failure may undo the last commits, in order; the missing groups are then put or judged again. In
-    exchange no commit waits for the disk.
+    committed. No commit waits for the disk, so a power failure may undo the last commits, in order; the missing groups
+    are then put or judged again.
     """
 
     def __init__(self, path: Path, retry: float, *, create: bool) -> None:
@@ -86,7 +86,7 @@ class SqliteFile:
         self._retry = retry
         if not create and not path.is_file():
             raise BufferUnavailableError(
-                f"there is no rollout buffer {path}; set buffer.url to that of a run that has started"
+                f"rollout buffer {path} does not exist; set buffer.url to that of a run that has started"
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,10 +196,10 @@ class SqliteFile:
         if self._inode is None:
             return
         try:
-            there = os.stat(self.path).st_ino == self._inode
+            unchanged = os.stat(self.path).st_ino == self._inode
         except FileNotFoundError:
-            there = False
-        if there:
+            unchanged = False
+        if unchanged:
             return
         if not self.path.parent.is_dir():
             raise BufferUnavailableError(

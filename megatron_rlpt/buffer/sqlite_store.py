@@ -1,4 +1,4 @@
-"""The rollout buffer in an SQLite file, for trainer and workers on one machine, with nothing to install."""
+"""The rollout buffer in an SQLite file, for trainer and workers on one machine; needs no server."""
 
 from __future__ import annotations
 

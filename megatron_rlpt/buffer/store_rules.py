@@ -1,4 +1,4 @@
-"""Rules that every store of the rollout buffer shares: argument checks, errors, what a dead group looks like."""
+"""Rules shared by all stores of the rollout buffer: argument checks, errors, and the form of a dead group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_rlpt.errors import (
 from megatron_rlpt.types import Failed, Group
 
 CAME_BACK = "came back"
-"""Prefix of the failure reason of every group that came back different from how it was put."""
+"""Prefix of the failure reason of a group that came back different from what was put."""
 UNREADABLE = "record cannot be read"
 """Reason of a group whose record is damaged."""
 HOLDER = "holder"
@@ -61,7 +61,7 @@ def check_result(work: ClaimedGroup, group: Group) -> None:
 
 def given_up(group: Group, reason: str, attempts: int) -> Group:
     """Return a dead group as the trainer gets it: every candidate failed, or the rewrite if it has none."""
-    # Reasons are few and counted; what follows the colon varies and goes into the detail.
+    # Reasons are counted, so keep them few: the text after the colon varies and goes into the detail.
     short, _, cause = reason.partition(": ")
     failure = Failed(short, {"attempts": attempts} | ({"cause": cause} if cause else {}))
     if not group.candidates:
@@ -70,7 +70,7 @@ def given_up(group: Group, reason: str, attempts: int) -> Group:
 
 
 def read_result(state: str, reason: str, attempts: int, data: bytes, where: str) -> Group | Failed:
-    """Return a finished or dead group as the trainer gets it, or why it cannot be read."""
+    """Return a finished or dead group as the trainer gets it, or a ``Failed`` if it cannot be read."""
     try:
         group = decode_group(data, where)
     except BufferUnavailableError as error:

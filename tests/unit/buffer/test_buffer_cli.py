@@ -178,7 +178,7 @@ def config_file(tmp_path):
 def test_the_buffer_of_a_configuration(rlpt, config_file, tmp_path):
     code, _, err = rlpt("buffer", "stats", "--config", config_file)
     assert code == 9
-    assert err.startswith(f"error: there is no rollout buffer {tmp_path}/runs/demo/buffer.sqlite; ")
+    assert err.startswith(f"error: rollout buffer {tmp_path}/runs/demo/buffer.sqlite does not exist; ")
     open_buffer(load_config(config_file)).close()
     assert (tmp_path / "runs/demo/buffer.sqlite").is_file()
     open_url(f"sqlite:///{tmp_path}/runs/demo/buffer.sqlite", "demo", create=False).close()

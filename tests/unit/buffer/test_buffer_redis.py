@@ -287,7 +287,7 @@ def test_a_run_that_is_to_stop_keeps_what_it_cannot_send_and_waits_for_no_server
         assert not sending.is_alive()
         assert through.collect(0, 2, 0) is None, "the run may stop"
         assert through.pending() == {0: group(0), 1: group(1)}, "and its checkpoint has all of them"
-        with pytest.raises(BufferUnavailableError, match="and the run is to stop"):
+        with pytest.raises(BufferUnavailableError, match="and this process is stopping"):
             buffer.stats()
         through.close()
 

@@ -34,7 +34,7 @@ def test_file_and_folder_are_made(path):
 
 
 def test_what_has_to_be_there_is_not_made(path):
-    assert "there is no rollout buffer" in refusal(path, create=False)
+    assert "buffer.sqlite does not exist" in refusal(path, create=False)
     assert not path.parent.exists()
     SqliteBuffer(path, "first").close()
     SqliteBuffer(path, "second").close()

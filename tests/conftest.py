@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny model with a real tokenizer, the demo's model, a small corpus, a Redis server."""
+"""Fixtures for all tests: a tiny model with a real tokenizer, the demo model, a small corpus, a Redis server."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from redis_server import RedisServer
 from tiny_model import WORDS, make_tiny_model
 
-# How long an example takes says nothing on a busy machine.
+# No deadline per example: the machine may be busy.
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
 
-# A shell's background job ignores Ctrl-C, and so would every process that a test starts.
+# Background jobs of a shell ignore Ctrl-C, and processes that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,18 +29,18 @@ NEEDS = {
     "slurm": ("Slurm", lambda: shutil.which("slurmctld")),
     "vllm": ("vLLM", lambda: importlib.util.find_spec("vllm")),
 }
-"""Marker -> the program that its tests need, and a look for it."""
+"""Marker -> the program that its tests need, and a check whether it is installed."""
 
 
 LANES = ("integration", "odd", "distributed", "unit")
-"""Folders of tests in the order in which they begin: what takes longest comes first."""
+"""Folders of tests in the order in which they start: the slowest first."""
 TOGETHER = {
     **dict.fromkeys(("test_launch_slurm", "test_slurm_start", "test_slurm_accounting"), "slurm"),
     **dict.fromkeys(
         ("test_rollout_engine", "test_self_check", "test_objectives_end_to_end", "test_engine_process"), "vllm"
     ),
 }
-"""Module -> group of modules that share a cluster or an engine; every other module is a group of its own."""
+"""Module -> group of modules that share a cluster or an engine; any other module is its own group."""
 
 
 def pytest_collection_modifyitems(items):
@@ -51,14 +51,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """Keep the garbage collector from looking through all modules, tests and libraries again and again."""
+    """Keep the garbage collector from scanning all modules, tests and libraries repeatedly."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keep the tests of a module together, and those of modules that share something expensive."""
+    """Run the tests of a module in one process, and those of modules that share something expensive."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByModule(LoadScopeScheduling):
@@ -75,7 +75,7 @@ def _start(item) -> tuple[bool, int]:
 
 
 def pytest_runtest_setup(item):
-    """Skip what cannot run on this machine; in CI, where everything is to be installed, fail."""
+    """Skip tests that cannot run on this machine; fail in CI, where everything must be installed."""
     for marker, (program, find) in NEEDS.items():
         if item.get_closest_marker(marker) and not find():
             (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed; see tools/test.sh")
@@ -97,7 +97,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """60 documents of 40 to 80 words out of the tiny model's vocabulary, as JSONL."""
+    """60 documents of 40 to 80 words from the vocabulary of the tiny model, as JSONL."""
     import random
 
     draw = random.Random(7)
@@ -110,14 +110,14 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory):
-    """A Redis server that all tests share, each with buffers of names of its own."""
+    """A Redis server that all tests share; each test uses its own buffer names."""
     with RedisServer(tmp_path_factory.mktemp("redis") / "server") as server:
         yield server
 
 
 @pytest.fixture
 def rlpt(monkeypatch, capfd):
-    """The command in this process, from its arguments to its exit code, standard output and standard error."""
+    """Run the command in this process; returns exit code, standard output and standard error."""
     from megatron_rlpt.cli import main as cli
 
     def run(*arguments):

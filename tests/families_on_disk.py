@@ -1,4 +1,4 @@
-"""Random small models of every family, saved by transformers, and what a folder holds."""
+"""Random small models of every family, saved by transformers, and the tensors of a folder."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ OWN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Tied and untied output layers in turn."""
+"""Tied and untied output layers alternate."""
 
 
 def save_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """A random model whose norms and biases are not trivial and whose logits are spread out."""
+    """Save a random model with non-trivial norms and biases, and logits that are spread out."""
     torch.manual_seed(3)
     config = AutoConfig.for_model(model_type, **(SHARED | OWN[model_type] | overrides))
     model = AutoModelForCausalLM.from_config(config)
@@ -54,12 +54,12 @@ def save_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float3
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a Hugging Face folder."""
+    """Return every tensor of a Hugging Face folder."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Same names, precisions and bits."""
+    """Return whether names, precisions and bits are the same."""
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
     )

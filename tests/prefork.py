@@ -1,7 +1,7 @@
-"""Processes that are there at once: forked from one that has imported what they need, and has done nothing else.
+"""Processes that start quickly: forked from one that has only imported the modules that they need.
 
-To import Megatron or vLLM takes ten times as long as what most tests have a process do. Each process is still one of
-its own, in a session of its own: it can be killed, and shares nothing with another but the pages of the imports.
+Importing Megatron or vLLM takes ten times as long as the work of a process in most tests. Each process is still
+separate, in its own session: it can be killed, and shares only the memory pages of the imports with others.
 
     process = forked(VLLM, [sys.executable, "-m", "megatron_rlpt", "train", "-c", "run.yaml"])
 """
@@ -29,11 +29,11 @@ from typing import IO, Any
 from megatron_rlpt.distributed.processes import run_and_leave
 
 MEGATRON = ("megatron_rlpt.trainer.run",)
-"""Imports of a rank that needs no engine."""
+"""Imports of a rank without an engine."""
 VLLM = (
     *MEGATRON,
     "vllm.entrypoints.llm",
-    # What these import once they are called.
+    # Modules that these import when they are called.
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "vllm.v1.worker.cpu_worker",
@@ -41,17 +41,17 @@ VLLM = (
     "vllm.model_executor.models.llama",
     "torch._inductor.compile_fx",
 )
-"""Imports of a trainer, or of a judge with a model of its own."""
+"""Imports of a trainer, or of a judge that loads its own model."""
 LAUNCHER = str(Path(__file__).resolve().parents[1] / ".venv-launch/bin/python")
 """The Python that has nemo-run."""
 LAUNCH = ("megatron_rlpt.cli.main", "megatron_rlpt.config.loading", "launch.experiment")
-"""Imports of ``rlpt launch``, of the environment that has nemo-run."""
+"""Imports of ``rlpt launch``, in the environment that has nemo-run."""
 _LARGEST = 1 << 20
 """Bytes of a request."""
 
 
 class Forked:
-    """A process, with what tests use of ``subprocess.Popen``."""
+    """A process with the part of the interface of ``subprocess.Popen`` that tests use."""
 
     def __init__(self, pid: int, said: socket.socket, out: IO[str] | None, err: IO[str] | None) -> None:
         self.pid = pid
@@ -59,16 +59,16 @@ class Forked:
         self._said, self._out, self._err = said, out, err
 
     def poll(self) -> int | None:
-        """Exit code, negative for a signal; None while it runs."""
+        """Return the exit code, negative for a signal; None while it runs."""
         if self.returncode is None and select.select([self._said], [], [], 0)[0]:
             self._take()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code, once it has ended.
+        """Wait for the process to end, and return its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it has not.
+            subprocess.TimeoutExpired: it did not end in time.
         """
         if self.returncode is None:
             if not select.select([self._said], [], [], timeout)[0]:
@@ -78,7 +78,7 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Standard output and standard error, once it has ended; nothing of what went to files of the caller."""
+        """Wait for the process to end; return its standard output and standard error, if not sent to a file."""
         self.wait(timeout)
         texts = []
         for file in (self._out, self._err):
@@ -115,11 +115,11 @@ def forked(
     """Start ``command`` in a process that has imported ``modules``.
 
     Args:
-        modules: that are imported already.
-        command: a Python, and either ``-m`` and a module or a script, and arguments.
-        env: variables; none for this process's.
-        cwd: working directory; none for this process's.
-        output: file for all that it writes; none for two that ``communicate`` reads.
+        modules: already imported in the process.
+        command: a Python, then ``-m`` and a module, or a script, then arguments.
+        env: environment variables; None for those of this process.
+        cwd: working directory; None for that of this process.
+        output: file for all output; None for two files that ``communicate`` reads.
     """
     python, *rest = command
     out = err = None
@@ -139,12 +139,12 @@ def forked(
 
 @functools.cache
 def _parent(python: str, modules: tuple[str, ...]) -> socket.socket:
-    """Start what is forked; it ends with this process, which holds the other end of its socket."""
+    """Start the parent of the forks; it ends with this process, which holds the other end of its socket."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     subprocess.Popen(
         [python, __file__, str(theirs.fileno()), *modules],
         pass_fds=[theirs.fileno()],
-        # As many threads as its children start with: one. Others would be missing in them.
+        # One thread only: children do not inherit others.
         env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         start_new_session=True,
     )
@@ -153,7 +153,7 @@ def _parent(python: str, modules: tuple[str, ...]) -> socket.socket:
 
 
 def _serve(control: socket.socket) -> dict[str, Any]:
-    """Fork for every request, and tell how each child ended. Returns, in the child, what it was asked for."""
+    """Fork for every request, and report how each child ended. In the child, return the request."""
     chosen = selectors.DefaultSelector()
     chosen.register(control, selectors.EVENT_READ)
     while True:
@@ -163,7 +163,7 @@ def _serve(control: socket.socket) -> dict[str, Any]:
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 chosen.unregister(key.fileobj)
                 os.close(key.fd)
-                with contextlib.suppress(OSError):  # nobody wants to know
+                with contextlib.suppress(OSError):  # the caller has closed its end
                     said.send(str(code).encode())
                 said.close()
                 continue
@@ -192,7 +192,7 @@ def _serve(control: socket.socket) -> dict[str, Any]:
 
 
 def _become(arguments: list[str], env: dict[str, str], cwd: str) -> None:
-    """What a new interpreter does with these arguments."""
+    """Act like a new interpreter with these arguments."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -211,7 +211,7 @@ if __name__ == "__main__":
     number, *names = sys.argv[1:]
     for name in names:
         importlib.import_module(name)
-    # The children's collections need not look at all that, which would give each of them copies of its pages.
+    # Keep the collector of the children off these objects, which would copy their memory pages.
     gc.collect()
     gc.freeze()
     asked = _serve(socket.socket(fileno=int(number)))

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "tools/sandbox/redis.py"
 
 
 class RedisServer:
-    """A server of its own folder; ``url`` and ``password_file`` once it has started."""
+    """A server in its own folder, with ``url`` and ``password_file`` once it has started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,7 +35,7 @@ class RedisServer:
         return {"url": self.url, "password_file": self.password_file}
 
     def kill(self) -> None:
-        """End it without any warning; returns when it is gone, and its port free."""
+        """Kill it; return once it has ended and its port is free."""
         ((number, _),) = json.loads((self.folder / "processes.json").read_text()).values()
         ended = os.pidfd_open(number)
         try:

@@ -1,4 +1,4 @@
-"""Text and tokens without a tokenizer, for tests of what uses them."""
+"""Text and tokens without a tokenizer, for tests of their users."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 
 class FakeText:
-    """``TextTokens`` by two functions; by default a token is a character. Tokens in ``control`` are control tokens."""
+    """``TextTokens`` from two functions; by default a token is a character. ``control`` lists the control tokens."""
 
     def __init__(
         self,

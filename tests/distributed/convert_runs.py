@@ -19,15 +19,15 @@ STYLES: dict[str, dict[str, Any]] = {
     "numbered": {"non_homogeneous_layers": True},
     "apart": {"singleton_local_shards": True},
 }
-"""The ways in which Megatron lays out the keys of a checkpoint."""
+"""Megatron's layouts of the keys of a checkpoint."""
 
 
 def load_and_save(models: list[tuple[Path, Path]], saved: Path, styles: list[str]) -> list[str]:
-    """Load each converted checkpoint into Megatron's model of this rank, and save it again in Megatron's own ways.
+    """Load each converted checkpoint into Megatron's model of this rank, and save it in Megatron's own formats.
 
     Args:
-        models: Hugging Face folder and the Megatron checkpoint that was made of it.
-        saved: gets a checkpoint ``<model>-<style>`` for every style.
+        models: Hugging Face folder and the Megatron checkpoint converted from it.
+        saved: folder for a checkpoint ``<model>-<style>`` for every style.
         styles: of ``STYLES``.
 
     Returns:

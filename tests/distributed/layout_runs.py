@@ -27,7 +27,7 @@ from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.types import Candidate, Episode, Source
 
 VOCABULARY = 150
-"""Not a multiple of 128: one rank's part of the padded vocabulary is mostly padding."""
+"""Not a multiple of 128, so that the shard of one rank is mostly padding."""
 
 SETTINGS = {
     "vocab_size": VOCABULARY,
@@ -46,7 +46,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def save_model(folder: Path, kind: str) -> Path:
-    """A random model: ``llama-tied``, ``llama-untied``, ``qwen2``, ``qwen3`` or ``qwen3_moe``."""
+    """Save a random model: ``llama-tied``, ``llama-untied``, ``qwen2``, ``qwen3`` or ``qwen3_moe``."""
     import transformers
 
     family, _, tied = kind.partition("-")
@@ -73,7 +73,7 @@ class Case:
 
     model: str = "llama-tied"
     layout: dict[str, Any] = field(default_factory=dict)
-    """Fields of the configuration's ``parallel`` section."""
+    """Fields of the ``parallel`` section of the configuration."""
     objective: str = "online_dpo"
     dtype: Dtype = Dtype.fp32
     recompute: Recompute = Recompute.none
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def alone(self) -> Case:
-        """The same in one process."""
+        """Return the same run in one process."""
         return Case(self.model, {}, self.objective, self.dtype, Recompute.none, self.examples)
 
     def __str__(self) -> str:
@@ -101,21 +101,21 @@ class Case:
 
 
 def configuration(folder: str, case: Case) -> Config:
-    """The run of ``case`` with the model in ``folder``."""
+    """Return the configuration of ``case`` with the model in ``folder``."""
     return Config(
         model=ModelConfig(path=folder, dtype=case.dtype),
         parallel=ParallelConfig(**{"timeout": 60.0} | case.layout),
         data=DataConfig(max_prefix=40, suffix_length=8),
         candidates=CandidatesConfig(rollouts=2),
         objective=ObjectiveConfig(name=case.objective, beta=0.4),
-        # Not Adam's usual epsilon: with it the rounding of a gradient near zero becomes a whole step in its direction.
+        # With Adam's usual epsilon, rounding of a gradient near zero would become a full step in its direction.
         optimizer=OptimizerConfig(lr=0.003, warmup_steps=1, weight_decay=0.1, eps=1e-3),
         train=TrainConfig(steps=10, global_batch=8, micro_batch=2, logprob_chunk=5, recompute=case.recompute),
     )
 
 
 def examples(case: Case, seed: int) -> list[Example]:
-    """Examples of mixed prefix and completion lengths, with log-probabilities as an engine would give them."""
+    """Return examples of mixed prefix and completion lengths, with log-probabilities like those of an engine."""
     draw = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
@@ -140,7 +140,7 @@ def examples(case: Case, seed: int) -> list[Example]:
 
 
 def make_policy(config: Config) -> Policy:
-    """The policy of ``config`` in this world, whatever layout the process had before."""
+    """Build the policy of ``config`` in this world, even if the process had another layout before."""
     from megatron.core import parallel_state
 
     if DeviceRuntime._layout is not None:
@@ -150,14 +150,14 @@ def make_policy(config: Config) -> Policy:
 
 
 def train(case: Case, folder: str, updates: int = 2) -> dict[str, Any]:
-    """Update the policy on the same examples whatever the layout; called on every rank.
+    """Update the policy on examples that do not depend on the layout; called on every rank.
 
     Returns:
         ``figures`` of every update, ``weights`` by name ``before`` and ``after``, and ``logprobs`` before.
     """
     config = configuration(folder, case)
     policy = make_policy(config)
-    policy.check_start(config)  # raises where a layout computes something else than transformers
+    policy.check_start(config)  # raises if a layout computes something different from transformers
     before = {name: tensor.clone() for name, tensor in policy.weights()}
     logprobs = policy.logprobs(examples(case, seed=100)[:3])
     figures = [policy.update(examples(case, seed)) for seed in range(updates)]
@@ -166,5 +166,5 @@ def train(case: Case, folder: str, updates: int = 2) -> dict[str, Any]:
 
 
 def train_all(cases: list[Case], folders: dict[str, str]) -> dict[Case, dict[str, Any]]:
-    """``train`` of every case, one after the other in this world; saves starting processes for each."""
+    """Run ``train`` for every case in this world, to start its processes only once."""
     return {case: train(case, folders[case.model]) for case in cases}

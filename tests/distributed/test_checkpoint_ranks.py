@@ -1,4 +1,4 @@
-"""Ranks that save and load together: an error on one is raised on all, and none waits forever."""
+"""Ranks that save and load together: an error on one is raised on all, and no rank hangs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROWS = 50_000
 
 
 class Rows:
-    """A policy of one tensor cut along its rows and one that every rank has, with hooks around this rank's write."""
+    """A policy of one tensor sharded by rows and one replicated tensor, with hooks around the write of this rank."""
 
     def __init__(
         self, rank: int, size: int, value: float, before: Any = lambda: None, after: Any = lambda: None
@@ -58,7 +58,7 @@ class Rows:
 
 
 class Stream:
-    """A policy whose every weight takes all ranks; the second is larger than ``small_files`` allows."""
+    """A policy whose weights need a collective each; the second is larger than ``small_files`` allows."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for number, size in enumerate((100, 1 << 16, 100, 100)):
@@ -87,7 +87,7 @@ def error_of(call: Any) -> str:
 
 
 def everything(base: Path, model: Path) -> dict[str, Any]:
-    """One world, many things: starting one takes longer than all of them."""
+    """Run all cases in one world, because starting it takes longer than all of them."""
     found: dict[str, Any] = {}
     ranks = DeviceRuntime().init_distributed(Layout(world=2), 60.0)
     rank, size = ranks.rank, ranks.size
@@ -97,7 +97,7 @@ def everything(base: Path, model: Path) -> dict[str, Any]:
     found["state"] = store.latest().state
     found["writers"] = sorted({path.name.split("_")[2] for path in (folder / "step-00000001/policy").glob("*.distcp")})
 
-    # A full disk on one rank, waiting and in the background.
+    # A full disk on one rank, blocking and in the background.
     behind = CheckpointStore(folder, keep=2, ranks=ranks, background=True)
     for failing in (0, 1):
         with small_files(rank, failing):
@@ -112,7 +112,7 @@ def everything(base: Path, model: Path) -> dict[str, Any]:
         lambda: CheckpointStore(base / f"of-rank-{rank}", keep=2, ranks=ranks).save(2, {}, Rows(rank, size, 2.0), model)
     )
 
-    # One rank is slower than the other: nobody publishes before both are done.
+    # One rank is slower than the other: nothing is published before both are done.
     gate = threading.Event()
     behind.save(3, {}, Rows(rank, size, 3.0, gate.wait if rank == 1 else lambda: None), model)
     found["early"] = [behind.poll() for _ in range(3)]
@@ -126,7 +126,7 @@ def everything(base: Path, model: Path) -> dict[str, Any]:
         loaded = read_sharded(blank.sharded(), store.latest().policy)
     found["loaded"] = bool((loaded["rows"] == 3.0 + rank).all() and (loaded["common"] == 3.0).all())
 
-    # The disk fills up in the middle of the exported weights, while the other rank has parts of the rest to give.
+    # The disk fills up in the middle of the exported weights, while the other rank still has shards to send.
     huggingface.SHARD_BYTES = 1 << 15
     with small_files(rank, 0):
         found["export"] = error_of(lambda: export(Stream(), model, base / "export", ranks))
@@ -136,7 +136,7 @@ def everything(base: Path, model: Path) -> dict[str, Any]:
     found["exported"] = len(list((base / "export").glob("*.safetensors")))
     huggingface.SHARD_BYTES = SHARD_BYTES
 
-    # Each rank checks a part of the files; what one finds, all say.
+    # Each rank checks some of the files; all report what one finds.
     ranks.barrier("the damage")
     damaged = [path for path in sorted((folder / "step-00000003/policy").glob("*.distcp")) if ranks.is_main]
     for path in damaged:
@@ -211,7 +211,7 @@ def lose_a_rank(base: Path, model: Path) -> None:
     written = base / "written"
 
     def die() -> None:
-        # Not before rank 0 has only to wait: however slow the machine, it then finds out at once.
+        # Not before rank 0 only waits, so that it notices immediately even on a slow machine.
         while not written.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)

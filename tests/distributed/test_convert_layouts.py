@@ -1,4 +1,4 @@
-"""Converted checkpoints and real Megatron ranks: each reads the other's checkpoints."""
+"""Converter and real Megatron ranks read each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def saved(models, tmp_path_factory) -> Path:
-    """Checkpoints written by Megatron's own ranks in every style, of models that they loaded from converted ones."""
+    """Checkpoints that Megatron ranks wrote in every style after loading converted ones."""
     root = tmp_path_factory.mktemp("checkpoints")
     pairs = []
     for model_type, folder in models.items():
         experts = 4 if "moe" in model_type or model_type == "mixtral" else 1
         convert(folder, root / model_type, Format.MEGATRON, layout=Layout(pipeline=4, expert=experts))
         pairs.append((folder, root / model_type))
-    # Loaded in another layout than it was cut for, and saved by those ranks.
+    # Loaded in a layout other than that of the converted files, and saved by those ranks.
     resaved = [pair for pair in pairs if pair[0].name in RESAVED]
     others = [pair for pair in pairs if pair not in resaved]
     for found in run_world(LAYOUT.world, _both, others, resaved, root, limit=400, start_group=False):
@@ -57,7 +57,7 @@ def test_what_megatron_saves_in_tp2_pp2_is_read_in_every_style(saved, models, tm
 
 
 def test_the_styles_differ_on_disk(saved):
-    """Guards the test above: Megatron did lay the keys out in other ways."""
+    """Guards the test above: the styles do lay out the keys differently."""
     from torch.distributed.checkpoint import FileSystemReader
 
     keys = [
@@ -69,7 +69,7 @@ def test_the_styles_differ_on_disk(saved):
 
 
 def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path):
-    """With optimizer states, a schedule and a version beside the weights."""
+    """With optimizer state, a schedule and a version in addition to the weights."""
     start = save_model(tmp_path / "start", "llama-tied")
     policy = make_policy(configuration(str(start), Case()))
     policy.update(examples(Case(), seed=0))

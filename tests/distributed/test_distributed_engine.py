@@ -1,4 +1,4 @@
-"""Engines of several ranks as one, and their GPU memory: three real ranks with fakes of everything that needs a GPU."""
+"""Engines of several ranks as one, and their GPU memory: three real ranks, with fakes of all that needs a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = [RolloutPrompt((episode,), seed) for episode in range(6) for seed in r
 
 @dataclass
 class Engine:
-    """An engine that answers with its rank and the prompt, and takes weights until it is told to fail."""
+    """An engine that answers with its rank and the prompt, and accepts weights until it is set to fail."""
 
     rank: int
     asleep: bool = False
@@ -45,7 +45,7 @@ class Engine:
 
 @dataclass
 class Gpu:
-    """A GPU of a rank with a sleeping engine on it, and so many bytes free."""
+    """The GPU of a rank, with a sleeping engine and a given number of free bytes."""
 
     free: int
     gives_back: int = 100

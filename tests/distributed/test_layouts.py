@@ -1,4 +1,4 @@
-"""Every layout against one process: the same losses, gradients and weights. Real processes over gloo."""
+"""Every layout gives the losses, gradients and weights of one process. Real processes over gloo."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LAYOUTS: dict[int, list[Case]] = {
 }
 CASES = [pytest.param(world, case, id=f"{world}-{case}") for world, cases in LAYOUTS.items() for case in cases]
 LOOSER = {Dtype.fp32: 1.0, Dtype.bf16: 2.0**13}
-"""bf16 has 16 bits of mantissa fewer than fp32, and sums of another order differ by nearly as much more."""
+"""bf16 has 16 fewer bits of mantissa than fp32, and reordered sums differ by nearly that factor more."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def runs_of(folders):
-    """Results of all cases of a world, by rank."""
+    """Return the results of all cases of a world, by rank."""
 
     @functools.cache
     def run(world: int):
@@ -83,13 +83,13 @@ def runs_of(folders):
 
 @pytest.fixture
 def ranks(runs_of, world, case):
-    """What every rank of the world found."""
+    """Results of every rank of the world."""
     return [results[case] for results in runs_of(world)]
 
 
 @pytest.fixture
 def alone(runs_of, case):
-    """What one process found."""
+    """Results of one process."""
     return runs_of(1)[0][case.alone]
 
 

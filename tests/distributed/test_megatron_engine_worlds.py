@@ -41,7 +41,7 @@ class ModelChunks:
 
 
 def save(folder: Path, seed: int, **overrides: object) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM  # the ranks need none of it, and it takes long to import
+    from transformers import LlamaConfig, LlamaForCausalLM  # slow to import, and the ranks do not need it
 
     settings = {
         "vocab_size": VOCABULARY,
@@ -87,7 +87,7 @@ def source(model: Path, layout: Layout, runtime: DeviceRuntime) -> ModelChunks:
 
 
 def rollouts(first: Path, trained: Path, layout: Layout) -> list[list[Continuation]]:
-    """Under the weights the engine started on, those of a trained model, and those of another update of it."""
+    """Return rollouts with the initial weights, those of a trained model, and those of another update of it."""
     runtime, engine = start(first, layout)
     weights = source(trained, layout, runtime)
     found = [engine.generate(prompts(), LENGTH, 0)]
@@ -102,7 +102,7 @@ def rollouts(first: Path, trained: Path, layout: Layout) -> list[list[Continuati
 
 
 def refusals(model: Path, layout: Layout) -> list[str]:
-    """This rank's error for weights whose shape is wrong on the last pipeline stage only, before and after a plan."""
+    """Return the error of this rank for weights misshapen on the last pipeline stage, before and after a plan."""
     runtime, engine = start(model, layout)
     found = []
     for update_before in (False, True):
@@ -120,7 +120,7 @@ def refusals(model: Path, layout: Layout) -> list[str]:
 
 
 def in_a_world(tied: tuple[Path, Path], untied: tuple[Path, Path]) -> dict[str, Any]:
-    """One world for all cases, because starting processes takes longer than the cases."""
+    """Run all cases in one world, because starting processes takes longer than the cases."""
     found: dict[str, Any] = {name: rollouts(*tied, layout) for name, layout in LAYOUTS.items()}
     found["untied"] = rollouts(*untied, LAYOUTS["TP2 x PP2"])
     found["refusals"] = refusals(tied[0], LAYOUTS["TP2 x PP2"])
@@ -129,7 +129,7 @@ def in_a_world(tied: tuple[Path, Path], untied: tuple[Path, Path]) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
-    """Two models each: one to start on and one to be updated to."""
+    """Two models of each kind: one to start with and one to update to."""
     folder = tmp_path_factory.mktemp("models")
     return {
         name: tuple(save(folder / f"{name}{seed}", seed, tie_word_embeddings=name == "tied") for seed in (1, 2))

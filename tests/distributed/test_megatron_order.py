@@ -1,8 +1,7 @@
-"""Who holds what: our replicas, shards and stages against Megatron's own groups and layers, as every rank in turn.
+"""Replicas, shards and stages of every rank agree with the process groups and layers of Megatron.
 
-One process takes the place of each rank of each layout, one after the other, on torch's fake process group, which
-answers collectives without communication: the groups and the layers are Megatron's, and no message is needed to see
-who is in them and what they hold.
+One process plays each rank of each layout in turn, on torch's fake process group, which answers collectives without
+communication. The groups and layers are Megatron's; their members and contents can be read without any message.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ ROWS, COLUMNS = 12, 24
 
 
 def as_every_rank() -> list[list[dict[str, Any]]]:
-    """For every layout, what each of its ranks finds."""
+    """Return the findings of each rank of every layout."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -78,7 +77,7 @@ def whole(*shape: int) -> torch.Tensor:
 
 
 def _layers(layout: Layout) -> dict[str, Any]:
-    """The weights of Megatron's parallel layers when the whole weight counts up."""
+    """Return the weights of Megatron's parallel layers for a full weight that counts up."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
     from megatron.core.transformer.transformer_config import TransformerConfig
 

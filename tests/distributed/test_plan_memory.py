@@ -1,4 +1,4 @@
-"""The planner's memory against the peak of real updates: two tensor-parallel ranks, in processes of their own."""
+"""The planner predicts the peak memory of real updates: two tensor-parallel ranks in separate processes."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def test_predicted_memory_is_within_ten_percent_of_the_measured_peak(tmp_path):
     assert [row["rank"] for row in rows] == [0, 1]
     for row in rows:
         assert abs(row["error"]) < 0.1, done.stdout
-        # Nor does what the libraries take anyway hide an error of the model.
+        # The base memory of the libraries does not hide an error of the model either.
         assert abs(row["own_error"]) < 0.1, done.stdout

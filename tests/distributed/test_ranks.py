@@ -1,4 +1,4 @@
-"""Small things exchanged among real processes: four ranks in two replicas of two."""
+"""Small exchanges among real processes: four ranks in two replicas of two."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source
 SIZE = 4
 LEADERS = (0, 2)
 HURRY = 6.0
-"""Seconds after which absence is reported in the tests of absence; everyone has just met when they begin."""
+"""Seconds after which the tests of absence report it; all ranks have just met when they begin."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def error_of(act: Any) -> tuple[str, str]:
 
 
 def everything() -> dict[str, Any]:
-    """All that is asked of a rank; what it found, by name."""
+    """Run all cases on one rank; return its results by name."""
     rank = torch.distributed.get_rank()
     ranks = Ranks(rank, Shape(), timeout=60.0)
     found: dict[str, Any] = {"self": (ranks.rank, ranks.size, ranks.is_main, ranks.is_leader)}
@@ -141,9 +141,9 @@ def everything() -> dict[str, Any]:
     found["judged"] = judge.judge([Group(episode(number), ()) for number in range(3)])
     found["rewritten"] = rewriter.rewrite([episode(number) for number in range(3)])
 
-    ranks.barrier("the end")  # returns when all are here
+    ranks.barrier("the end")  # returns once all ranks have arrived
 
-    # Absence last: what timed out is of no further use, so each case has groups of its own.
+    # Absence last: a group that timed out is unusable, so each case has its own groups.
     barrier, judging = Ranks(rank, Shape(), timeout=HURRY), Ranks(rank, Shape(), timeout=HURRY)
     ranks.barrier("the beginning of absence")
     found["two are absent"] = (
@@ -153,7 +153,7 @@ def everything() -> dict[str, Any]:
 
     def never_ends(share: list[int]) -> list[int]:
         if rank == 2:
-            ranks.all_gather(None)  # until the others have given up
+            ranks.all_gather(None)  # until the other ranks have given up
             raise TrainingError("came too late")
         return share
 
@@ -225,7 +225,7 @@ def lose_rank_1(folder: Path) -> None:
     ranks = Ranks(rank, Shape(world=2, tensor=1), timeout=30.0)
     ready = folder / "ready"
     if rank == 1:
-        # Groups are made without waiting for each other: a death now would be one while they are made.
+        # Creating groups does not wait for all ranks: a death now would be one during creation.
         while not ready.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,7 @@
 """A checkpoint does not depend on the layout that saved it, and any layout can resume from it.
 
-A policy is trained in one process and saved; each layout in turn loads what the one before has saved, saves it again in
-the background, and makes the next update meanwhile. What comes back at the end is compared bit for bit.
+A policy is trained in one process and saved. Each layout in turn loads the checkpoint of the previous one, saves it
+again in the background, and makes the next update meanwhile. The last checkpoint must equal the first bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
 
 TRAINED = 3
-"""Updates behind the state that is passed on; the reference is that of the second."""
+"""Updates before the state that is passed on; the reference is that of the second."""
 
 
 def policy_of(model: Path, parallel: dict[str, Any]) -> Policy:
@@ -32,7 +32,7 @@ def policy_of(model: Path, parallel: dict[str, Any]) -> Policy:
 
 
 def save_and_update(policy: Policy, folder: Path, model: Path) -> dict[str, float]:
-    """Save in the background and update meanwhile; the figures of the update."""
+    """Save in the background and update meanwhile; return the metrics of the update."""
     ranks = DeviceRuntime().init_distributed(policy.layout)
     with CheckpointStore(folder, keep=2, ranks=ranks, background=True) as store:
         assert store.save(policy.version, {}, policy, model) is None
@@ -42,7 +42,7 @@ def save_and_update(policy: Policy, folder: Path, model: Path) -> dict[str, floa
 def pass_on(model: Path, parallel: dict[str, Any], source: Path, target: Path) -> dict[str, float]:
     """On every rank: load the newest checkpoint of ``source``, save it to ``target``, make the next update."""
     policy = policy_of(model, parallel)
-    policy.update(examples(Case(), seed=99))  # what it did before loading must not show through
+    policy.update(examples(Case(), seed=99))  # earlier updates must have no effect after loading
     ranks = DeviceRuntime().init_distributed(policy.layout)
     checkpoint = CheckpointStore(source, keep=2, ranks=ranks).latest()
     policy.load(checkpoint.policy)
@@ -51,7 +51,7 @@ def pass_on(model: Path, parallel: dict[str, Any], source: Path, target: Path) -
 
 
 def content_of(folder: Path) -> dict[str, Any]:
-    """Everything in the newest checkpoint by name; tensors are whole."""
+    """Return everything in the newest checkpoint by name, with full tensors."""
     from megatron.core import dist_checkpointing
 
     checkpoint = CheckpointStore(folder, keep=2).latest()

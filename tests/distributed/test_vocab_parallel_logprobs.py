@@ -1,4 +1,4 @@
-"""The vocabulary split over real ranks against the whole vocabulary on one."""
+"""A vocabulary sharded over real ranks gives the results of the full vocabulary on one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def inputs(padded: int, vocab: int, dtype: torch.dtype, scale: float) -> tuple[t
     torch.manual_seed(1)
     hidden = torch.randn(TOKENS, HIDDEN).mul(scale).to(dtype)
     weight = torch.randn(padded, HIDDEN).to(dtype)
-    weight[vocab:] = 1e4  # padding that would take all probability, were it counted
+    weight[vocab:] = 1e4  # padding that would take all probability if it counted
     targets = torch.randint(vocab, (TOKENS,))
     targets[0], targets[1] = 0, vocab - 1
     return hidden, weight, targets, torch.linspace(-1, 2, TOKENS)
 
 
 def on_ranks(padded: int, vocab: int, chunk: int, dtype: torch.dtype, scale: float, tokens: int) -> dict[str, Any]:
-    """This rank's part of the work; tensors of the result are this rank's own."""
+    """Run the work of this rank; the returned tensors are its own."""
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     hidden, weight, targets, upstream = inputs(padded, vocab, dtype, scale)
     hidden = hidden[:tokens].clone().requires_grad_()

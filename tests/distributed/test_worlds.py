@@ -1,4 +1,4 @@
-"""The worlds that other tests rely on: results by rank, faults reported, nothing left running."""
+"""The worlds of other tests: results by rank, faults reported, no process left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def share(offset: int) -> tuple[int, list[int]]:
 def start_like_torchrun() -> int:
     assert not torch.distributed.is_initialized()
     torch.distributed.init_process_group("gloo")
-    # A rank that has ended while another one still connects would break the connection.
+    # A rank that ends while another still connects would break the connection.
     torch.distributed.barrier()
     return torch.distributed.get_world_size()
 
@@ -45,7 +45,7 @@ def this_is_where_it_hangs(child: subprocess.Popen) -> None:
 
 
 def has_ended(pid: int) -> bool:
-    """True also of a zombie, which nobody in a container without an init process may reap."""
+    """Also true for a zombie: in a container without an init process nothing may reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Worlds of real processes over gloo, for tests with several ranks.
 
-``run_world(4, function, *args)`` calls ``function(*args)`` in four new Python processes that see the environment
-torchrun gives its workers, and returns the four results by rank.
+``run_world(4, function, *args)`` calls ``function(*args)`` in four new Python processes with the environment that
+torchrun sets for its workers, and returns the four results by rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from prefork import MEGATRON, Forked, forked
 
 GRACE = 5.0
-"""Seconds that the other ranks have, once one failed, to fail on their own and say why."""
+"""Seconds that the other ranks have, after one failed, to fail with their own error."""
 LAST_LINES = 60
 
 
@@ -39,19 +39,19 @@ def run_world(
 
     Args:
         size: number of processes.
-        function: a function of an importable module (that of a test is one), or "module:function".
+        function: a function of an importable module, such as a test module, or "module:function".
         args: picklable, the same for every rank.
-        limit: seconds until the world is given up.
+        limit: seconds after which the world is killed.
         start_group: start torch.distributed over gloo before the call. Without it ``function`` starts it from the
             environment, as a program under torchrun does.
 
     Returns:
-        What each rank returned (picklable), by rank.
+        The (picklable) results, by rank.
 
     Raises:
         WorldError: a rank raised or was killed, or ``limit`` passed; every process has ended by then.
     """
-    # The parent holds the store, as torchrun's agent does: the port is taken from the moment it is chosen.
+    # The parent holds the store, as the agent of torchrun does, so that the port is taken as soon as it is chosen.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="world-") as name:
         folder = Path(name)
@@ -69,14 +69,14 @@ def run_world(
 
 
 def on_every_rank(found: list[dict[str, Any]], name: str) -> Any:
-    """What all ranks found alike, of what each returned under ``name``."""
+    """Return the common result of all ranks under ``name``."""
     assert all(one[name] == found[0][name] for one in found), [one[name] for one in found]
     return found[0][name]
 
 
 def _start(rank: int, size: int, port: int, folder: Path) -> Forked:
     environment = os.environ | {
-        # Everything that can be imported here can be imported there, and by what the worker starts in turn.
+        # The worker and its children can import everything that this process can.
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
@@ -91,12 +91,12 @@ def _start(rank: int, size: int, port: int, folder: Path) -> Forked:
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
     with (folder / f"{rank}.log").open("wb") as log:
-        # In a session of its own, so that what a worker started ends with it.
+        # In a new session, so that the children of a worker can be ended with it.
         return forked(MEGATRON, [sys.executable, __file__, str(folder)], env=environment, output=log)
 
 
 def _wait(processes: list[Forked], deadline: float) -> str:
-    """Until all have ended well ("") or the world is lost; then why."""
+    """Wait until all ranks have succeeded ("") or one has failed; return the reason."""
     lost = ""
     while True:
         codes = [process.poll() for process in processes]
@@ -109,7 +109,7 @@ def _wait(processes: list[Forked], deadline: float) -> str:
         time.sleep(0.02)
     for process in processes:
         if process.poll() is None:
-            process.send_signal(signal.SIGUSR1)  # the worker prints where it stands
+            process.send_signal(signal.SIGUSR1)  # the worker prints its stack
     time.sleep(0.5)
     return lost or "out of time"
 
@@ -154,5 +154,5 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        # Not sys.exit: threads of a broken process group could keep the interpreter from ending.
+        # Not sys.exit: threads of a broken process group could keep the interpreter from exiting.
         os._exit(1)

@@ -1,10 +1,10 @@
-"""What cannot be checked without a GPU, on one GPU: FP8 against bf16, speed, weights to vLLM, sleep, offload.
+"""Checks that need a GPU, on one GPU: FP8 against bf16, speed, weights to vLLM, sleep, offload.
 
     python tests/gpu/check_gpu.py [--size 1b] [--sequence 2048] [--rows 8] [--steps 10] [--only PART ...]
 
-A random Llama is made on the spot; nothing is downloaded. Prints one Markdown table. Every part runs in a process of
-its own, so that one that fails takes neither memory nor the others with it. Exit code: 0 when nothing failed, 1 when
-something did, 2 without a GPU.
+Creates a random Llama, downloads nothing, and prints one Markdown table. Every part runs in a separate process, so that
+a failure neither keeps memory nor affects other parts. Exit codes: 0 if nothing failed, 1 if something did, 2 without a
+GPU.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from gpu_figures import (
 )
 
 WARM_UP = 3
-"""Steps whose time does not count: kernels are chosen and memory is mapped in them."""
+"""Warm-up steps, whose time does not count: they select kernels and map memory."""
 
 
 def make_model(folder: Path, size: dict[str, int], positions: int) -> Path:
-    """A random Llama of ``size`` as a Hugging Face folder."""
+    """Save a random Llama of ``size`` as a Hugging Face folder."""
     import torch
     from safetensors.torch import save_file
 
@@ -85,7 +85,7 @@ def make_model(folder: Path, size: dict[str, int], positions: int) -> Path:
 
 
 def configuration(options: argparse.Namespace, folder: Path, fp8: str, objective: str) -> Any:
-    """A run's configuration for ``folder``."""
+    """Return the configuration of a run with the model in ``folder``."""
     from megatron_rlpt.config import (
         Config,
         DataConfig,
@@ -113,7 +113,7 @@ def configuration(options: argparse.Namespace, folder: Path, fp8: str, objective
 
 
 def make_policy(config: Any) -> Any:
-    """The project's policy, alone in its world."""
+    """Build the policy of the project in a world of one process."""
     from megatron_rlpt.objectives import build_objective
     from megatron_rlpt.policy.device_runtime import DeviceRuntime
     from megatron_rlpt.policy.policy import Policy
@@ -122,7 +122,7 @@ def make_policy(config: Any) -> Any:
 
 
 def make_examples(options: argparse.Namespace, width: int) -> list[Any]:
-    """The same random rows every time; ``width`` sequences each."""
+    """Return the same random examples at every call, with ``width`` sequences each."""
     import torch
 
     from megatron_rlpt.objectives import Example
@@ -140,7 +140,7 @@ def make_examples(options: argparse.Namespace, width: int) -> list[Any]:
 
 
 def train(options: argparse.Namespace, folder: Path, fp8: str) -> dict[str, list[float]]:
-    """Figures per step: loss, grad_norm, seconds."""
+    """Train, and return loss, grad_norm and seconds per step."""
     import torch
 
     policy = make_policy(configuration(options, folder, fp8, "ntp"))
@@ -161,7 +161,7 @@ def train(options: argparse.Namespace, folder: Path, fp8: str) -> dict[str, list
 
 
 def training_row(options: argparse.Namespace, fp8: str, series: dict[str, list[float]], reference: Any) -> Row:
-    """What ``train`` found, in words."""
+    """Summarize the result of ``train`` in words."""
     import torch
 
     result, why = judge_training(series, reference)
@@ -184,7 +184,7 @@ def training_row(options: argparse.Namespace, fp8: str, series: dict[str, list[f
 
 
 def part_training(options: argparse.Namespace, folder: Path, fp8: str) -> list[Row]:
-    """Training steps in one precision; FP8 against the bf16 run, which came before."""
+    """Run training steps in one precision; compare FP8 with the earlier bf16 run."""
     from megatron_rlpt.config import Dtype, Fp8
     from megatron_rlpt.errors import ConfigError
     from megatron_rlpt.policy.precision import require
@@ -203,13 +203,13 @@ def part_training(options: argparse.Namespace, folder: Path, fp8: str) -> list[R
 
 
 def part_engine(options: argparse.Namespace, folder: Path, in_process: bool) -> list[Row]:
-    """vLLM beside the policy on one GPU: weights verified by the engine; sleep and waking up.
+    """Run vLLM and the policy on one GPU: weights verified by the engine, sleep, wake-up.
 
     Args:
         options: the command line.
         folder: the model.
-        in_process: the engine of a single rank, which is handed the policy's tensors; False is that of one rank among
-            several, in a process of its own that gets them by CUDA IPC.
+        in_process: use the engine of a single rank, which gets the tensors of the policy directly; False uses that of
+            one rank among several, in a separate process that gets them by CUDA IPC.
     """
     from megatron_rlpt.rollout.engine import EngineMode, RolloutPrompt
     from megatron_rlpt.rollout.vllm.engine import VllmEngine
@@ -264,7 +264,7 @@ def part_engine(options: argparse.Namespace, folder: Path, in_process: bool) -> 
 
 
 def part_offload(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """The reference policy's weights and the optimizer's state out of GPU memory."""
+    """Offload the weights of the reference policy and the state of the optimizer from GPU memory."""
     import torch
 
     from megatron_rlpt.policy.reference import ReferenceWeights
@@ -318,12 +318,12 @@ def part_offload(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def gib(count: float) -> str:
-    """Bytes for people."""
+    """Format bytes as GiB."""
     return f"{count / 2**30:.2f} GiB"
 
 
 def parts() -> dict[str, Callable[[argparse.Namespace, Path], list[Row]]]:
-    """Name -> part, in the order they run: bf16 before what is held against it."""
+    """Return name -> part, in order: bf16 runs before the parts that are compared with it."""
     recipes = ("off", "delayed", "current", "blockwise", "mxfp8")
     named: dict[str, Callable[[argparse.Namespace, Path], list[Row]]] = {
         ("bf16" if fp8 == "off" else f"fp8-{fp8}"): lambda options, folder, fp8=fp8: part_training(options, folder, fp8)
@@ -337,7 +337,7 @@ def parts() -> dict[str, Callable[[argparse.Namespace, Path], list[Row]]]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; leaves with exit code 2 where it makes no sense."""
+    """Parse the command line; exit with 2 if it is invalid."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=sorted(SIZES), default="1b", help="parameters of the random Llama")
     parser.add_argument("--sequence", type=int, default=2048, help="tokens per row")
@@ -355,7 +355,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def run_part(name: str, options: argparse.Namespace, folder: Path, limit: float = 900.0) -> list[Row]:
-    """``name`` in a process of its own; one that dies or hangs is a FAIL with its last line."""
+    """Run part ``name`` in a separate process; one that dies or hangs is a FAIL with its last line."""
     output = folder.parent / f"{name}.rows"
     settings = [f"--{key}={getattr(options, key.replace('-', '_'))}" for key in ("size", "sequence", "rows", "steps")]
     settings.append(f"--micro-batch={options.micro_batch}")
@@ -372,7 +372,7 @@ def run_part(name: str, options: argparse.Namespace, folder: Path, limit: float 
 
 
 def versions() -> str:
-    """Installed versions of what the figures depend on."""
+    """Return the versions of the packages that the results depend on."""
     found = []
     for name in ("torch", "megatron-core", "transformer-engine", "vllm"):
         try:
@@ -383,7 +383,7 @@ def versions() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts and print the table; the exit code."""
+    """Run the parts, print the table, and return the exit code."""
     options = parse_arguments(arguments)
     import torch
 

@@ -1,4 +1,4 @@
-"""The figures that ``check_gpu.py`` computes from what it measured, and its table."""
+"""Derived values and the table of ``check_gpu.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 PASS, FAIL, SKIPPED = "PASS", "FAIL", "SKIPPED"
 LOSS_TOLERANCE = 0.02
-"""Largest relative difference of an FP8 step's loss to the bf16 step's on the same data."""
+"""Largest relative difference between the losses of an FP8 and a bf16 step on the same data."""
 GRAD_TOLERANCE = 0.15
 """The same for the norm of the gradient."""
 SIZES: dict[str, dict[str, int]] = {
@@ -29,7 +29,7 @@ PEAKS: dict[str, tuple[float, float | None]] = {
     "L40S": (362.0, 733.0),
     "L4": (121.0, 242.0),
 }
-"""Part of the GPU's name -> dense TFLOP/s in bf16 and FP8, from NVIDIA's data sheets; the first that fits counts."""
+"""Part of the name of a GPU -> dense TFLOP/s in bf16 and FP8, from NVIDIA's data sheets; the first match counts."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Row:
     result: str
     measured: str = ""
     why: str = ""
-    """The reason of a FAIL or SKIPPED, or what PASS means."""
+    """Reason of a FAIL or SKIPPED, or the meaning of PASS."""
 
 
 def table(rows: Sequence[Row]) -> str:
-    """``rows`` as a Markdown table."""
+    """Format ``rows`` as a Markdown table."""
     lines = ["| check | result | measured | |", "|---|---|---|---|"]
     for row in rows:
         cells = (text.replace("|", "\\|").replace("\n", " ") for text in asdict(row).values())
@@ -53,12 +53,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def exit_code(rows: Sequence[Row]) -> int:
-    """0, or 1 if a row failed."""
+    """Return 1 if a row failed, else 0."""
     return 1 if any(row.result == FAIL for row in rows) else 0
 
 
 def peak_flops(gpu: str, fp8: bool) -> float | None:
-    """Dense FLOP/s of the GPU called ``gpu`` at this precision; None if it is not known."""
+    """Return the dense FLOP/s of ``gpu`` at this precision; None if unknown."""
     for name, (bf16, eight) in PEAKS.items():
         if name in gpu:
             peak = eight if fp8 else bf16
@@ -67,9 +67,9 @@ def peak_flops(gpu: str, fp8: bool) -> float | None:
 
 
 def flops_per_token(size: dict[str, int], sequence: int) -> float:
-    """Floating-point operations of a forward and backward pass per token: what the model needs, not what is recomputed.
+    """Return the floating-point operations of a forward-backward pass per token, without recomputation.
 
-    6 per weight of a matrix product (the vocabulary projection among them, the embedding not), and causal attention,
+    6 per weight of a matrix product (including the vocabulary projection, without the embedding), and causal attention,
     in which a token sees half of the ``sequence`` tokens on average.
     """
     hidden, head = size["hidden_size"], size["hidden_size"] // size["heads"]
@@ -80,17 +80,17 @@ def flops_per_token(size: dict[str, int], sequence: int) -> float:
 
 
 def mfu(tokens_per_second: float, flops: float, peak: float) -> float:
-    """Model FLOPs utilisation: the share of the GPU's ``peak`` FLOP/s that ``flops`` per token at this speed are."""
+    """Return the model FLOPs utilization: ``flops`` per token at this speed as a share of ``peak`` FLOP/s."""
     return tokens_per_second * flops / peak
 
 
 def largest_difference(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Largest relative difference between two series."""
+    """Return the largest relative difference between two series."""
     return max(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))
 
 
 def judge_training(series: dict[str, list[float]], reference: dict[str, list[float]] | None) -> tuple[str, str]:
-    """PASS or FAIL, and why, of a run of training steps; ``reference`` is the bf16 run that FP8 is held against."""
+    """Return PASS or FAIL with the reason for training steps; ``reference`` is the bf16 run to compare FP8 with."""
     losses = series["loss"]
     if not all(map(math.isfinite, losses + series["grad_norm"])):
         return FAIL, "a loss or a gradient norm is not finite"

@@ -1,4 +1,4 @@
-"""Shared by the integration tests: a tiny model that vLLM can serve, and one engine for all of them."""
+"""Fixtures for the integration tests: a tiny model that vLLM can serve, and one engine for all tests."""
 
 import importlib.util
 from pathlib import Path
@@ -17,24 +17,24 @@ WITHOUT_VLLM = {
     "test_slurm_sandbox",
     "test_slurm_start",
 }
-"""The only modules here that run without vLLM; all others are marked."""
+"""Modules that run without vLLM; all others get its marker."""
 KEPT = []
-"""Engines, which all end with the process."""
+"""Engines that stay alive until the process ends."""
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
 class Unimportable(pytest.Module):
-    """A module of tests that imports what is not installed: one test, which is skipped, or fails in CI."""
+    """A test module whose imports are not installed: one test, which is skipped, or fails in CI."""
 
     def collect(self):
         yield MissingVllm.from_parent(self, name="vllm")
 
 
 class MissingVllm(pytest.Item):
-    """Stands for all tests of a module that needs vLLM."""
+    """A placeholder for all tests of a module that needs vLLM."""
 
     def runtest(self):
-        """Nothing: ``pytest_runtest_setup`` has skipped it."""
+        """Do nothing: ``pytest_runtest_setup`` has skipped it."""
 
 
 def pytest_pycollect_makemodule(module_path, parent):
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def engines_outlive_the_tests():
-    """vLLM tears down process-wide groups when an engine is collected, also under engines that are still in use."""
+    """Keep engines alive: vLLM destroys process-wide groups when one is collected, even while others are in use."""
     if not HAS_VLLM:
         yield
         return
@@ -69,7 +69,7 @@ def engines_outlive_the_tests():
 
 @pytest.fixture(scope="session")
 def served_model(tiny_model, tmp_path_factory) -> Path:
-    """The tiny model with heads of 32, the smallest that vLLM's attention on a CPU takes."""
+    """The tiny model with heads of 32, the smallest that vLLM's CPU attention supports."""
     return save_model(tmp_path_factory.mktemp("models") / "served", tiny_model, seed=0)
 
 
@@ -81,12 +81,12 @@ def other_model(served_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(served_model):
-    """The rollout engine in fp32 on ``served_model``; a test that exchanges its weights puts them back."""
+    """The rollout engine in fp32 with ``served_model``; a test that updates its weights restores them."""
     return start_engine(served_model)
 
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A Slurm of two nodes with accounting, which all tests share."""
+    """A Slurm sandbox of two nodes with accounting, shared by all tests."""
     with running_cluster() as running:
         yield running

@@ -1,7 +1,7 @@
-"""A teacher server that misbehaves as it is told, over real sockets.
+"""A teacher server that misbehaves by script, over real sockets.
 
-Requests for replies follow a script, one behaviour each and the last one for ever. Listing models and the client's
-probes (one token asked for) are counted apart and answered well, unless the server is told otherwise.
+The script has one behavior per request for a reply; the last one repeats. Model listings and probes of the client,
+which request one token, are counted separately and answered correctly, unless configured otherwise.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Exchange:
-    """One request, and the way to its client."""
+    """One request and the connection to its client."""
 
     method: str
     path: str
@@ -26,7 +26,7 @@ class Exchange:
     writer: asyncio.StreamWriter
 
     async def answer(self, status: int, data: bytes, headers: str = "", length: int | None = None) -> bool:
-        """Send an answer, perhaps one that announces more than it has; whether the connection can be used again."""
+        """Send an answer, which may announce more than it has; return whether the connection can be reused."""
         head = f"HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\n{headers}"
         self.writer.write(f"{head}Content-Length: {len(data) if length is None else length}\r\n\r\n".encode() + data)
         await self.writer.drain()
@@ -54,7 +54,7 @@ def chat(content: object = "fine", **more: object) -> dict:
 
 
 def says(body: object, status: int = 200, headers: str = "") -> Behaviour:
-    """Answers ``body`` as JSON; bytes as they are."""
+    """Answer with ``body`` as JSON, or bytes unchanged."""
 
     async def behave(exchange: Exchange) -> bool:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -79,37 +79,37 @@ def slow(seconds: float) -> Behaviour:
 
 
 async def reset(exchange: Exchange) -> None:
-    """A TCP reset instead of an answer."""
+    """Reset the TCP connection instead of answering."""
     raw = exchange.writer.get_extra_info("socket")
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     exchange.writer.transport.abort()
 
 
 async def half(exchange: Exchange) -> bool:
-    """An answer that ends in the middle."""
+    """Send half of an answer."""
     data = json.dumps(chat()).encode()
     return await exchange.answer(200, data[: len(data) // 2], length=len(data))
 
 
 async def hang(exchange: Exchange) -> None:
-    """Nothing at all."""
+    """Send nothing."""
     await exchange.until_client_leaves()
 
 
 async def hang_in_body(exchange: Exchange) -> None:
-    """The start of an answer, and no more."""
+    """Send the start of an answer, then hang."""
     await half(exchange)
     await exchange.until_client_leaves()
 
 
 async def hang_in_complaint(exchange: Exchange) -> None:
-    """An error status, and no word of why."""
+    """Send an error status, then hang before its body."""
     await exchange.answer(500, b"{", length=100)
     await exchange.until_client_leaves()
 
 
 async def drip(exchange: Exchange) -> None:
-    """A byte a second."""
+    """Send one byte per second."""
     data = json.dumps(chat()).encode()
     await exchange.answer(200, b"", length=len(data))
     for byte in data:
@@ -119,7 +119,7 @@ async def drip(exchange: Exchange) -> None:
 
 
 async def huge(exchange: Exchange) -> None:
-    """10 MB in chunks of which nothing says beforehand how many there are."""
+    """Send 10 MB in chunks, without announcing the size."""
     exchange.writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     for _ in range(160):
         exchange.writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
@@ -129,7 +129,7 @@ async def huge(exchange: Exchange) -> None:
 
 @dataclass
 class HostileServer:
-    """Serves on a port of its own as long as the context lasts."""
+    """Serves on its own port inside the context."""
 
     script: list[Behaviour] = field(default_factory=lambda: [ok])
     probe: Behaviour = ok
@@ -137,13 +137,13 @@ class HostileServer:
     model: str = "teacher"
     port: int = 0
     requests: list[Exchange] = field(default_factory=list)
-    """Those that the script answered."""
+    """Requests that the script answered."""
     probes: int = 0
     open: int = 0
-    """Connections that are open now."""
+    """Open connections."""
     busy: int = 0
     peak: int = 0
-    """Most scripted requests under way at once."""
+    """Most concurrent scripted requests."""
 
     @property
     def url(self) -> str:
@@ -162,14 +162,14 @@ class HostileServer:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Stop listening and break off what is under way; ``start`` serves on the same port again."""
+        """Stop listening and cut open connections; ``start`` serves on the same port again."""
         self._server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def until_open(self, count: int) -> None:
-        """Wait until so many connections are open."""
+        """Wait until this many connections are open."""
         async with asyncio.timeout(10):
             while self.open != count:
                 await asyncio.sleep(0.01)
@@ -216,7 +216,7 @@ class HostileServer:
 
 @contextmanager
 def serving(*script, probe=None, **settings):
-    """A hostile server in a thread of its own: the command has an event loop of its own as well."""
+    """Run a hostile server in a thread, because the command has its own event loop."""
     server = HostileServer(list(script), **({"probe": probe} if probe else {}), **settings)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

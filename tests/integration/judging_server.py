@@ -1,6 +1,6 @@
-"""A teacher server without a model: its verdict depends on the two texts alone.
+"""A teacher server without a model: its verdict depends only on the two texts.
 
-For runs that are about something else than judging; a server with a model is tried in ``test_teacher_server.py``.
+For tests that are not about judging; ``test_teacher_server.py`` tests a server with a model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CONTINUATION = re.compile(r"\[begin continuation \d (\S+)\]\n(.*?)\n\[end conti
 
 @contextlib.contextmanager
 def judging() -> Iterator[dict[str, Any]]:
-    """The section of a configuration whose workers ask this server, as long as the context lasts."""
+    """Yield the section of a configuration whose workers use this server, which runs inside the context."""
     with serving(_judge) as server:
         workers = {"endpoints": [{"url": server.url}], "groups": 2, "lease": 5.0, "metrics_port": -1}
         yield {"run_in": "workers", "judge": "generative", "workers": workers}

@@ -1,4 +1,4 @@
-"""A Slurm sandbox and its jobs, as the tests use them."""
+"""A Slurm sandbox and its jobs, for tests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Cluster:
         return text
 
     def wait_for_record(self, job: int, state: str, *options: str) -> dict[str, str]:
-        """What accounting says of ``job`` once it is in ``state``; it is told of a change some seconds later."""
+        """Wait until accounting has ``job`` in ``state`` and return its record; accounting lags by some seconds."""
 
         def find() -> dict[str, str] | None:
             rows = self.run("sacct", "-n", "-P", "-X", "-o", "State,ExitCode", "-j", str(job), *options)
@@ -67,8 +67,8 @@ class Cluster:
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """A sandbox that is ended in any case."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's folders are too deep for a Unix socket
+    """Yield a sandbox that is always stopped."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # the folders of pytest are too deep for a Unix socket
     name, _, value = sandbox("start", folder).strip().removeprefix("export ").partition("=")
     try:
         yield Cluster(folder, {name: value})

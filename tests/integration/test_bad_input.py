@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one line that names it, the right exit code, and an unharmed last checkpoint."""
+"""A user error ends in one line that names it, the right exit code, and an intact last checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_rlpt.trainer.observer import RunObserver
 
 @pytest.fixture
 def refused(rlpt, tiny_model, corpus, tmp_path):
-    """Train with ``sections`` changed; returns the error line after checking exit code and tidiness."""
+    """Train with ``sections`` changed; check exit code and leftovers, and return the error line."""
 
     def run(error, model=tiny_model, folder=tmp_path / "run", **sections):
         config = write_config(tmp_path / "run.yaml", model, corpus, folder, **sections)
@@ -78,7 +78,7 @@ def test_a_suffix_longer_than_the_context(refused, tmp_path):
 
 
 def test_heads_that_vllm_cannot_serve(refused, tiny_model):
-    """Found out while the engine starts, although vLLM itself fails only when attention first runs."""
+    """Detected while the engine starts, although vLLM itself fails only when attention first runs."""
     pytest.importorskip("vllm")
     assert "vLLM cannot serve" in refused(ModelError, model=tiny_model)
 
@@ -102,8 +102,8 @@ def test_weights_that_are_not_finite(refused, tiny_model, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint_to_go_on_from(refused, tmp_path):
-    """A learning rate this large spoils the weights in the first update, and the second step finds out."""
-    for _ in range(2):  # the second time it goes on from the checkpoint, which therefore loads
+    """A learning rate this large ruins the weights in the first update, and the second step detects it."""
+    for _ in range(2):  # the second run resumes from the checkpoint, which shows that it loads
         line = refused(TrainingError, optimizer={"lr": 1e30}, **NEXT_TOKEN)
         assert "at version 1" in line
         assert "optimizer.lr" in line
@@ -148,7 +148,7 @@ def goes_on_from_the_first_checkpoint(rlpt, config, folder):
 def test_a_checkpoint_that_breaks_off_leaves_the_last_one_to_go_on_from(
     rlpt, tiny_model, corpus, tmp_path, after_step_two, monkeypatch
 ):
-    """A limit on the size of files stands in for a disk that fills up in the middle of writing."""
+    """A limit on the size of files simulates a disk that fills up in the middle of a write."""
     folder = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", tiny_model, corpus, folder, **NEXT_TOKEN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_breaks_off_leaves_the_last_one_to_go_on_from(
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system that can be filled up without harm to others."""
+    """A separate file system to fill up."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]

@@ -1,7 +1,7 @@
-"""Exactly once: workers, trainer and Redis are killed at random, and every group is learnt from once and in order.
+"""Exactly once: workers, trainer and Redis are killed at random, and every group is trained on once and in order.
 
-The load is of tools/bench/buffer_load.py: its trainer keeps a log with a line per group, cut back to the checkpoint
-when it starts again, as a run's weights are.
+The load is that of tools/bench/buffer_load.py. Its trainer keeps a log with one line per group, truncated to the
+checkpoint when it restarts, like the weights of a run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load_of_buffers():
 
 
 class Processes:
-    """Those of the load, started and ended by their numbers."""
+    """The processes of the load, started and killed by number."""
 
     def __init__(self, stack: contextlib.ExitStack, options: dict[str, str], folder: Path) -> None:
         self._stack, self._folder, self._started = stack, folder, 0
@@ -75,13 +75,13 @@ def kill(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def sqlite(folder: Path):
-    """Where the buffer is, and nothing that could be killed."""
+    """Yield the location of the buffer, without a server to kill."""
     yield {"url": f"sqlite:///{folder}/buffer.sqlite"}, lambda: None
 
 
 @contextlib.contextmanager
 def redis(folder: Path):
-    """Where the buffer is, and how its server is killed and started again on its append-only file."""
+    """Yield the buffer's location, and a function that kills its server and restarts it on its append-only file."""
 
     def restart() -> None:
         server.kill()
@@ -103,7 +103,7 @@ def test_every_group_is_learnt_from_once_and_in_order_whatever_is_killed(store, 
         stack.callback(buffer.close)
         processes = Processes(stack, options, tmp_path)
         trainer = processes.trainer()
-        # What happens once so many groups are taken.
+        # Number of taken groups -> what happens then.
         events = [(1000, "workers"), (2000, "store"), (3000, "trainer"), (4000, "workers"), (5000, "store")]
         events += [(6000, "trainer"), (7000, "workers"), (8000, "trainer")]
         while trainer.poll() is None:

@@ -1,5 +1,5 @@
-"""Trainer, judge workers and Redis as processes of their own, each of them killed: nothing is lost or learnt twice, and
-the run ends with the same weights as one in which nobody was killed."""
+"""Trainer, judge workers and Redis in separate processes, each killed: nothing is lost or trained on twice, and the run
+ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORKERS = {"own_model": True, "groups": 2, "lease": 2.0, "metrics_port": -1}
 
 
 def judge(config: Path, *arguments: str) -> Forked:
-    """``rlpt judge serve``."""
+    """Start ``rlpt judge serve``."""
     return rlpt_process("judge", "serve", "-c", str(config), *arguments)
 
 
@@ -55,7 +55,7 @@ def await_steps(folder: Path, count: int, trainer) -> None:
 
 @contextlib.contextmanager
 def workers(*configs: Path):
-    """Judge workers; what is left of them at the end is told to stop, and has to do so well."""
+    """Judge workers; those still running at the end are stopped and must exit cleanly."""
     running = [judge(config) for config in configs]
     try:
         yield running
@@ -85,7 +85,7 @@ def configured(base: Path, model: Path, corpus: Path, server: RedisServer) -> tu
 
 @pytest.fixture(scope="module")
 def calm(served_model, corpus, server, tmp_path_factory) -> Path:
-    """The run as it goes when nobody is killed."""
+    """An undisturbed run, in which no process is killed."""
     config, folder = configured(tmp_path_factory.mktemp("calm"), served_model, corpus, server)
     with workers(config):
         code, _, err = finish(start(config))
@@ -106,7 +106,7 @@ def test_everybody_is_killed_once_and_the_run_ends_with_the_same_weights(
             judges.append(judge(config))
 
             await_steps(folder, 4, trainer)
-            buffer.drain(True)  # so that the run is not over before the next is killed
+            buffer.drain(True)  # so that the run does not end before the next kill
             server.kill()
             server.start()
             buffer.drain(False)
@@ -180,7 +180,7 @@ def test_a_worker_with_other_settings_than_the_trainer_is_refused(calm, tmp_path
         tmp_path / "other.yaml", served_model, corpus, calm, buffer=buffer, teacher=teacher, **SECTIONS
     )
     with contextlib.closing(open_url(**server.options, name=calm.parent.name)) as store:
-        # As long as the trainer is there it says so.
+        # The trainer announces itself while it runs.
         store.announce(SETTINGS, "trainer", settings_fingerprint(load_config(calm.parent / "run.yaml")), 60.0)
         code, _, err = finish(judge(config))
         store.withdraw(SETTINGS, "trainer")

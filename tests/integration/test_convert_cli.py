@@ -33,7 +33,7 @@ def gguf_file() -> Path:
 
 @pytest.fixture(scope="module")
 def from_gguf(smollm2) -> Path:
-    """The demo's model: tools/prepare_demo.py converts the same file with the function behind the command."""
+    """The demo model: tools/prepare_demo.py converts the same file with the function behind the command."""
     return smollm2
 
 

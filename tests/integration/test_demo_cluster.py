@@ -1,4 +1,4 @@
-"""The demo cluster on a tiny model: killed processes are restarted, broken ones given up, none is left behind."""
+"""The demo cluster on a tiny model: killed processes are restarted, broken ones are given up, none is left behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.redis
 
 
 class Launch:
-    """``rlpt launch`` of the demo's cluster file in a folder, with relative paths."""
+    """``rlpt launch`` with the cluster file of the demo in a folder, with relative paths."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.run = folder / "here"
@@ -44,7 +44,7 @@ class Launch:
             )
 
     def again(self) -> subprocess.CompletedProcess[str]:
-        """The same command while the first one runs."""
+        """Run the same command while the first one is running."""
         return subprocess.run(self._command, capture_output=True, text=True, timeout=120, **self._options)
 
     def report(self, component: str) -> dict:
@@ -54,7 +54,7 @@ class Launch:
             return {"state": "", "pid": 0, "starts": 0}
 
     def running(self, component: str, starts: int = 1) -> int:
-        """Process of a component's command, once it runs for that time."""
+        """Return the process of the command of a component once it has run for that long."""
 
         def look() -> int:
             report = self.report(component)
@@ -86,7 +86,8 @@ def launch(served_model, corpus, tmp_path) -> Iterator[Callable[..., Launch]]:
         write_config(tmp_path / "run.yaml", served_model, corpus, Path("here"), **SECTIONS)
         cluster = yaml.safe_load((ROOT / "configs/cluster/local.yaml").read_text())
         cluster |= {"home": "home", "python": str(ROOT / ".venv/bin/python"), "environment": {"OMP_NUM_THREADS": "1"}}
-        cluster |= {"teacher": {}, "judges": {"workers": 1}}  # workers judge by themselves, without vLLM's server
+        # Workers judge with their own model, without a vLLM server.
+        cluster |= {"teacher": {}, "judges": {"workers": 1}}
         (tmp_path / "cluster.yaml").write_text(json.dumps(cluster))
         launches.append(Launch(tmp_path, *arguments))
         return launches[-1]
@@ -111,7 +112,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_each_part_is_killed_once_and_the_run_goes_on_to_its_end(launch):
-    """A killed process stays a zombie until its supervisor has seen it; that is not alive."""
+    """A killed process stays a zombie until its supervisor reaps it; a zombie is not alive."""
     run = launch()
     run.wait(lambda: run.steps() >= 1)
     for component in ("buffer", "judges", "trainer"):
@@ -142,7 +143,7 @@ def test_interrupted_twice_it_leaves_nothing_behind(launch):
     pids = [run.running(component) for component in ("buffer", "judges", "trainer")]
     run.wait(lambda: run.steps() >= 1)
     while run.process.poll() is None:
-        os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does, to all that belong to it
+        os.killpg(run.process.pid, signal.SIGINT)  # to the whole process group, as a terminal does
         time.sleep(0.02)
     assert "Traceback" not in run.said()
     assert run.process.returncode == 130

@@ -1,4 +1,4 @@
-"""An engine in a process of its own beside a gloo world of two ranks, started by torchrun."""
+"""An engine in a separate process, used by a gloo world of two ranks that torchrun starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def world(served_model, other_model, corpus, tmp_path_factory):
-    """What both ranks of ``world_of_two.py`` reported."""
+    """Reports of both ranks of ``world_of_two.py``."""
     out = tmp_path_factory.mktemp("world")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -82,7 +82,7 @@ def test_the_trainer_keeps_its_surroundings(world):
 
 
 def test_an_engine_ends_when_its_trainer_is_killed():
-    """The worker's part of it, without the engine around it."""
+    """Only the code of the worker, without an engine."""
     worker = "import os, time; from megatron_rlpt.rollout.vllm.worker import WorkerExtension as W; "
     worker += "W().rlpt_exit_with(os.getppid()); print('watching', flush=True); time.sleep(300)"
     trainer = (

@@ -20,7 +20,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def trained(served_model, corpus, tmp_path_factory):
-    """The configuration file and the folder of a run, with its baseline inside."""
+    """The configuration file and the folder of a run that contains its baseline."""
     base = tmp_path_factory.mktemp("evaluate")
     path, folder = base / "run.yaml", base / "run"
     other, third = base / "other.jsonl", base / "third.jsonl"
@@ -42,7 +42,7 @@ def trained(served_model, corpus, tmp_path_factory):
 
 @pytest.fixture
 def evaluated(trained, rlpt):
-    """The run once it has its report: configuration, folder, report, and what was printed."""
+    """The evaluated run: configuration, folder, report, and printed output."""
     config, folder = trained
     if not (folder / "report.json").is_file():
         code, out, err = rlpt("evaluate", "-c", config)
@@ -87,7 +87,7 @@ def test_another_export_is_evaluated_anew(evaluated, rlpt, served_model, tmp_pat
     assert code == 0, err
     again = json.loads((copy / "report.json").read_text())
     assert again["fingerprint"] != report["fingerprint"]
-    # The starting model against itself: the same greedy text, hence ties.
+    # The starting model against itself gives the same greedy text, hence ties.
     assert again["win_rate"]["greedy"]["mean"] == 0.5
     assert again["reward"]["trained"] == again["reward"]["start"]
     assert again["reward"]["start"] == report["reward"]["start"]

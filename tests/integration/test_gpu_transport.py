@@ -1,4 +1,4 @@
-"""Our side of vLLM's weight-transfer package, with its real classes, as far as it goes without a GPU."""
+"""Weight transfer with the real classes of vLLM, as far as possible without a GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weights():
 
 
 class Worker(WorkerExtension):
-    """The worker's part: parses what it is sent as vLLM's worker does (gpu_worker.py)."""
+    """A worker that parses its messages like that of vLLM (gpu_worker.py)."""
 
     def __init__(self, engine_class):
         self.parsed = engine_class.__new__(engine_class)
@@ -85,7 +85,7 @@ class Llm:
 def test_the_stream_is_what_was_declared_and_runs_once():
     source, sent = PolicySource(MANIFEST), weights()
     source.offer(sent.items())
-    # vLLM's own check of declaration against stream
+    # vLLM's own check of the stream against its declaration
     received = dict(NCCLTrainerWeightTransferEngine._checked_iter(source, source.metadata()))
     for name, tensor in received.items():
         assert torch.equal(tensor, sent[name].bfloat16())
@@ -188,7 +188,7 @@ def test_the_death_of_the_engine_s_process_is_left_to_whoever_watches_it():
 
 
 def test_a_rank_sends_by_ipc_without_waiting_for_any_other(monkeypatch):
-    """vLLM's real sender, its memory in place of a GPU's; in a world of two whose other rank has gone."""
+    """The real sender of vLLM, with main memory instead of a GPU's, in a world of two whose other rank has exited."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a rank that failed would never come here")

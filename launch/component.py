@@ -47,8 +47,9 @@ from launch.spec import (
 from megatron_rlpt.distributed.addresses import LOOPBACK, free_port
 from megatron_rlpt.distributed.processes import Child, EndReason, EndRequest, Supervisor, exit_code_of
 from megatron_rlpt.errors import ConfigError, RlptError, RunStopped, TeacherError
-from megatron_rlpt.observe.terminal import one_line, plain, say
+from megatron_rlpt.observe.terminal import say
 from megatron_rlpt.observe.watchdog import STALLED
+from megatron_rlpt.plain_text import one_line, plain
 from megatron_rlpt.trainer.stop import STOP_FILE
 
 TRAINER = "trainer"

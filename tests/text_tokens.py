@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from megatron_rlpt.tokens.tokenizer import Vocabulary
+
 
 class FakeText:
     """``TextTokens`` from two functions; by default a token is a character. ``control`` lists the control tokens."""
@@ -34,5 +36,21 @@ class FakeText:
         return {token: self._decode([token]) for token in tokens if token in self._control}
 
 
+class FakeTokenizer(FakeText):
+    """A tokenizer of ``size`` tokens by the same two functions."""
+
+    def __init__(self, size: int, decode: Callable[[Sequence[int]], str], encode: Callable[[str], list[int]]) -> None:
+        super().__init__(decode, encode)
+        self.vocabulary = Vocabulary(size, frozenset(), None, decode)
+
+    def encode(self, text: str, control_tokens: bool = False) -> list[int]:
+        return self._encode(text)
+
+
 NUMBERS = FakeText(lambda tokens: "-".join(map(str, tokens)))
 """Shows tokens as numbers."""
+
+DIGITS = FakeTokenizer(10, lambda tokens: "".join(map(str, tokens)), lambda text: list(map(int, text)))
+"""One token per character, a digit."""
+BYTES = FakeTokenizer(256, lambda tokens: bytes(tokens).decode(), lambda text: list(text.encode()))
+"""One token per byte."""

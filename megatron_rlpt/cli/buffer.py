@@ -18,7 +18,8 @@ from megatron_rlpt.buffer.protocol import Entry, RolloutBuffer
 from megatron_rlpt.cli.options import OptionalConfig, Overrides, load
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.files import open_atomically
-from megatron_rlpt.observe.terminal import one_line, plain, say
+from megatron_rlpt.observe.terminal import say
+from megatron_rlpt.plain_text import one_line, plain
 from megatron_rlpt.types import Failed
 
 _PATIENCE = 5.0

@@ -15,7 +15,7 @@ from megatron_rlpt.config import Config, EndpointConfig, RunIn, asks_teacher
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, TeacherError
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
 from megatron_rlpt.observe.precision import resolve_dtypes
-from megatron_rlpt.observe.terminal import one_line, plain
+from megatron_rlpt.plain_text import one_line, plain
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 

@@ -25,7 +25,8 @@ from megatron_rlpt.cli.plan import plan
 from megatron_rlpt.cli.version import describe_version
 from megatron_rlpt.distributed.processes import run_and_leave
 from megatron_rlpt.errors import CheckpointError, RlptError, RunStopped, is_disk_full
-from megatron_rlpt.observe.terminal import one_line, say
+from megatron_rlpt.observe.terminal import say
+from megatron_rlpt.plain_text import one_line
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells and schedulers expect."""

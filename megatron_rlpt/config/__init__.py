@@ -21,7 +21,7 @@ from megatron_rlpt.config.choices import (
     RunIn,
     SourceFormat,
 )
-from megatron_rlpt.config.engines import EngineFacts, engine_facts
+from megatron_rlpt.config.engines import EngineFacts, concurrent_episodes, engine_facts
 from megatron_rlpt.config.judges import JudgeFacts, TeacherUse, judge_facts, longest_answer
 from megatron_rlpt.config.loading import flatten, load_config, nearest_key, to_yaml
 from megatron_rlpt.config.schema import (
@@ -93,6 +93,7 @@ __all__ = [
     "TrainConfig",
     "WorkersConfig",
     "asks_teacher",
+    "concurrent_episodes",
     "engine_facts",
     "flatten",
     "judge_facts",

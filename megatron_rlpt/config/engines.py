@@ -1,4 +1,4 @@
-"""Facts of the rollout engines, for checks, planner and trainer. One line per engine in ``ENGINES``."""
+"""Facts of the rollout engines, one line per engine in ``ENGINES``, and their batches: for checks, planner, trainer."""
 
 from __future__ import annotations
 
@@ -51,3 +51,9 @@ ENGINES: Mapping[EngineName, EngineFacts] = {
 def engine_facts(config: Config) -> EngineFacts:
     """Return the facts of the run's rollout engine."""
     return ENGINES[config.rollout.engine]
+
+
+def concurrent_episodes(config: Config, engines: int) -> int:
+    """Return how many episodes this many engines generate rollouts for concurrently."""
+    sequences = config.rollout.max_batch * engines
+    return min(config.train.global_batch, max(1, sequences // max(1, config.candidates.rollouts)))

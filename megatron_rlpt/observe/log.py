@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_rlpt.observe.terminal import plain
+from megatron_rlpt.plain_text import plain
 
 ROOT = "megatron_rlpt"
 _STANDARD = frozenset({"exc_info", "stack_info", "stacklevel", "extra"})

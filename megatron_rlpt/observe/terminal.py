@@ -13,9 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console, ConsoleOptions, RenderableType, RenderHook, RenderResult
 from rich.segment import Segment
 
-from megatron_rlpt.plain_text import one_line, plain
-
-__all__ = ["console", "one_line", "plain", "say"]
+from megatron_rlpt.plain_text import plain
 
 
 def say(text: object, file: TextIO | None = None) -> None:

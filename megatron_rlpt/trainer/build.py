@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.checkpoint import CheckpointStore
-from megatron_rlpt.config import Config, flatten, judged_by_workers, needs_judge
+from megatron_rlpt.config import Config, concurrent_episodes, flatten, judged_by_workers, needs_judge
 from megatron_rlpt.data import EpisodeStream, kept_from_training, require_apart, survey_corpus
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ModelError
@@ -99,7 +99,7 @@ def build(
         ranks,
         batch=config.train.global_batch,
         # Workers start on what the engines generate in one wave; a judge in the trainer takes a whole batch.
-        part=_wave(config, ranks) if judges else config.train.global_batch,
+        part=concurrent_episodes(config, engine_count(ranks)) if judges else config.train.global_batch,
         # An extendable run ends in the state of the longer run at that step: with its next batches proposed.
         steps=None if is_extendable(flatten(config)) else config.train.steps,
         staleness=config.train.staleness,
@@ -147,12 +147,6 @@ def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: Sto
         max_pause=config.buffer.max_pause,
         stopping=stop.requested_here,
     )
-
-
-def _wave(config: Config, ranks: Ranks) -> int:
-    """Return how many episodes the engines generate rollouts for concurrently."""
-    sequences = config.rollout.max_batch * engine_count(ranks)
-    return min(config.train.global_batch, max(1, sequences // max(1, config.candidates.rollouts)))
 
 
 def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> EpisodeStream:

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import on_every_rank, run_world
+from worlds import error_of, on_every_rank, ranks_of_world, run_world
 
-from megatron_rlpt.distributed.ranks import Ranks
-from megatron_rlpt.errors import EngineError, ModelError, RlptError
-from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.errors import EngineError, ModelError
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
 from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
 from megatron_rlpt.trainer.gpu_memory import GpuMemory
@@ -57,17 +55,9 @@ class Gpu:
         self.free += self.gives_back
 
 
-def error_of(act: Any) -> tuple[str, str]:
-    try:
-        act()
-    except RlptError as error:
-        return type(error).__name__, str(error)
-    return "none", ""
-
-
 def everything() -> dict[str, Any]:
-    rank = torch.distributed.get_rank()
-    ranks = Ranks(rank, Layout(world=SIZE), timeout=60.0)
+    ranks = ranks_of_world()
+    rank = ranks.rank
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for number in range(4):

@@ -6,16 +6,15 @@ import os
 import re
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from worlds import WorldError, on_every_rank, run_world
+from worlds import WorldError, error_of, on_every_rank, ranks_of_world, run_world
 
-from megatron_rlpt.distributed.ranks import Ranks, drain
-from megatron_rlpt.errors import CheckpointError, RlptError, TeacherError, TrainingError
+from megatron_rlpt.distributed.ranks import drain
+from megatron_rlpt.errors import CheckpointError, TeacherError, TrainingError
 from megatron_rlpt.teacher.distributed import DistributedJudge, DistributedRewriter
 from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source
 
@@ -23,14 +22,6 @@ SIZE = 4
 LEADERS = (0, 2)
 HURRY = 6.0
 """Seconds after which the tests of absence report it; all ranks have just met when they begin."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    world: int = SIZE
-    tensor: int = 2
-    context: int = 1
-    pipeline: int = 1
 
 
 class OwnJudge:
@@ -53,18 +44,10 @@ def episode(number: int) -> Episode:
     return Episode(f"e{number}", (1,), (number,), "c", "d", 0)
 
 
-def error_of(act: Any) -> tuple[str, str]:
-    try:
-        act()
-    except RlptError as error:
-        return type(error).__name__, str(error)
-    return "none", ""
-
-
 def everything() -> dict[str, Any]:
     """Run all cases on one rank; return its results by name."""
-    rank = torch.distributed.get_rank()
-    ranks = Ranks(rank, Shape(), timeout=60.0)
+    ranks = ranks_of_world(tensor=2)
+    rank = ranks.rank
     found: dict[str, Any] = {"self": (ranks.rank, ranks.size, ranks.is_main, ranks.is_leader)}
     found["gathered"] = ranks.all_gather({"rank": rank, "data": b"x" * rank})
     found["gathered on main"] = ranks.gather(rank * 10)
@@ -144,7 +127,7 @@ def everything() -> dict[str, Any]:
     ranks.barrier("the end")  # returns once all ranks have arrived
 
     # Absence last: a group that timed out is unusable, so each case has its own groups.
-    barrier, judging = Ranks(rank, Shape(), timeout=HURRY), Ranks(rank, Shape(), timeout=HURRY)
+    barrier, judging = ranks_of_world(HURRY, tensor=2), ranks_of_world(HURRY, tensor=2)
     ranks.barrier("the beginning of absence")
     found["two are absent"] = (
         ("none", "") if rank in (1, 3) else error_of(lambda: barrier.barrier("the exchange of weights"))
@@ -221,10 +204,9 @@ def test_a_rank_that_fails_in_a_shared_stream_goes_on_to_its_end_with_the_others
 
 
 def lose_rank_1(folder: Path) -> None:
-    rank = torch.distributed.get_rank()
-    ranks = Ranks(rank, Shape(world=2, tensor=1), timeout=30.0)
+    ranks = ranks_of_world(30.0)
     ready = folder / "ready"
-    if rank == 1:
+    if ranks.rank == 1:
         # Creating groups does not wait for all ranks: a death now would be one during creation.
         while not ready.exists():
             time.sleep(0.01)

@@ -23,6 +23,10 @@ from typing import Any
 import torch
 from prefork import MEGATRON, Forked, forked
 
+from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.errors import RlptError
+from megatron_rlpt.policy.layout import Layout
+
 GRACE = 5.0
 """Seconds that the other ranks have, after one failed, to fail with their own error."""
 LAST_LINES = 60
@@ -66,6 +70,21 @@ def run_world(
         if lost:
             raise WorldError(_report(lost, processes, folder, getattr(function, "__qualname__", function)))
         return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(size)]
+
+
+def error_of(act: Callable[[], Any]) -> tuple[str, str]:
+    """Type and text of the error of ours that ``act`` raises; ("none", "") without one."""
+    try:
+        act()
+    except RlptError as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def ranks_of_world(timeout: float = 60.0, **layout: int) -> Ranks:
+    """This rank of the world of ``run_world``, whose model has this layout."""
+    world = torch.distributed.get_world_size()
+    return Ranks(torch.distributed.get_rank(), Layout(world=world, **layout), timeout=timeout)
 
 
 def on_every_rank(found: list[dict[str, Any]], name: str) -> Any:

@@ -16,6 +16,7 @@ from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import CheckpointError, ConfigError, TrainingError
 from megatron_rlpt.observe import terminal
 from megatron_rlpt.observe.log import get_logger, setup_logging
+from megatron_rlpt.plain_text import one_line, plain
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 EVIL = "a\x1b]0;title\x07\x1b[31mred\x9b2J\r\x08\x7f \u202egnp\u2066 \u200b\ufeff\U000e0041 [bold red]x[/] \ud800 z"
@@ -44,9 +45,9 @@ def evil_group() -> Group:
 
 def test_text_is_kept_and_only_what_a_terminal_obeys_is_written_out():
     for harmless_text in ("naïve café", "日本語のテキスト", "👩‍👩‍👧 ❤️", "می‌خواهم", "a\\x1b", "हिन्दी"):
-        assert terminal.plain(harmless_text) == harmless_text
-    assert terminal.plain("\x1b[31m\u202e\n\t") == "\\x1b[31m\\u202e\\x0a\\x09"
-    assert terminal.one_line("a\n b\r\x1bc\u2028d") == "a b \\x1bc d"
+        assert plain(harmless_text) == harmless_text
+    assert plain("\x1b[31m\u202e\n\t") == "\\x1b[31m\\u202e\\x0a\\x09"
+    assert one_line("a\n b\r\x1bc\u2028d") == "a b \\x1bc d"
 
 
 def test_tables_and_lines_of_a_console_take_neither_markup_nor_escapes():

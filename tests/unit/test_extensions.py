@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from text_tokens import DIGITS, NUMBERS
+from without_torch import run_without_torch
 
 from launch.code import with_staged_classes
 from megatron_rlpt.config import (
@@ -32,7 +33,6 @@ from megatron_rlpt.planner.judging import calls_per_group
 from megatron_rlpt.teacher.extension_judges import CheckedGroupJudge, CheckedReward, NoTeacher
 from megatron_rlpt.teacher.judges import needs_no_server
 from megatron_rlpt.teacher.settings_fingerprint import require_same_settings, settings_fingerprint
-from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.trainer.run_record import require_same_run
 from megatron_rlpt.types import BLANK, Candidate, Episode, Failed, Group, Reward, Source
 
@@ -169,13 +169,6 @@ def test_a_wrong_loss_is_an_error_that_names_the_class(change, problem):
         CheckedObjective(Inner(), "mine.py:Mine").loss(inputs)
 
 
-class Words:
-    """Stands for a tokenizer."""
-
-    def text_of(self, tokens, before=(), *, within=False):
-        return " ".join(map(str, tokens))
-
-
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
@@ -196,7 +189,7 @@ def test_a_wrong_reward_is_a_counted_failure_that_names_the_class(returned, reas
             return returned
 
     mine()
-    judge = CheckedReward(Inner(), load_extension("teacher.judge", "mine.py:Mine"), Words())
+    judge = CheckedReward(Inner(), load_extension("teacher.judge", "mine.py:Mine"), NUMBERS)
     ((blank, first, second),) = (one.rewards for one in judge.judge([group(True, False, False)]))
     assert blank is BLANK
     assert isinstance(first, Failed)
@@ -342,31 +335,13 @@ SECOND = "evaluation.second_measure=mine.py:Mine"
 CORPUS = "evaluation.second_corpus=[{path: other.jsonl}]"
 
 
-class Digits(Words):
-    """Stands for a tokenizer: one token per character, a digit."""
-
-    vocabulary = Vocabulary(10, frozenset(), None, lambda tokens: "".join(map(str, tokens)))
-
-    def encode(self, text, control_tokens=False):
-        return [int(digit) for digit in text]
-
-    def text_of(self, tokens, before=(), *, within=False):
-        return "".join(map(str, tokens))
-
-    def whole_characters(self, tokens, before=()):
-        return len(tokens)
-
-    def is_blank(self, tokens):
-        return not tokens
-
-
 @pytest.mark.parametrize(("text", "fitted"), [(MEASURE, 2), (MEASURE.replace("def fit", "def fitted"), 0)])
 def test_a_second_measure_is_a_reward_that_may_be_fitted(text, fitted):
     mine(text.replace("len(self.seen)", "len(self.seen)" if fitted else "0"))
     Path("other.jsonl").write_text('{"text": "12"}\n{"text": "34"}\n')
     config = load(*NTP, SECOND, "evaluation.second_options.factor=10", *([CORPUS] if fitted else []))
     episode = Episode("e", (1, 2), (3,), "c", "d", 2)
-    measure = build_second_measure(config, [episode], Digits(), 10)
+    measure = build_second_measure(config, [episode], DIGITS, 10)
     assert measure.unit == "points"
     assert measure.describe() == "the reward mine.py:Mine"
     scores = measure.score([episode.prefix] * 3, [(5,), (5, 6), ()])
@@ -398,18 +373,10 @@ def test_a_second_measure_that_cannot_be_fitted_is_one_line():
     mine(MEASURE.replace("list(documents)", "1 / 0"))
     Path("other.jsonl").write_text('{"text": "12"}\n')
     with pytest.raises(DataError, match=r"mine\.py:Mine cannot be fitted \(ZeroDivisionError.* line 7 of mine\.py\)"):
-        build_second_measure(load(*NTP, SECOND, CORPUS), [], Digits(), 10)
+        build_second_measure(load(*NTP, SECOND, CORPUS), [], DIGITS, 10)
 
 
-BLOCKED = """
-import sys
-
-class NoTorch:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "megatron", "vllm", "transformers", "numpy"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NoTorch())
+LOAD_EXAMPLES = """
 from megatron_rlpt.config import load_config
 for name in sys.argv[1:]:
     load_config(name)
@@ -420,5 +387,5 @@ def test_the_examples_load_without_torch(monkeypatch):
     monkeypatch.chdir(ROOT)
     examples = sorted(map(str, EXAMPLES.glob("*.yaml")))
     assert len(examples) == 4
-    done = subprocess.run([sys.executable, "-c", BLOCKED, *examples], capture_output=True, text=True, check=False)
+    done = run_without_torch(LOAD_EXAMPLES, *examples)
     assert done.returncode == 0, done.stderr

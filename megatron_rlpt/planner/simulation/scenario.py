@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_rlpt.config import RunIn
+from megatron_rlpt.config import RunIn, concurrent_episodes
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.planner.plan import Plan, rollout_engine
@@ -136,11 +136,12 @@ def simulate_plan(plan: Plan, faults: FaultModel, steps: int = STEPS, seed: int 
         plan.generated_tokens / plan.rollouts if plan.rollouts else math.inf,
     )
     variation = plan.judges.servers.variation if plan.judges else 0.0
+    _, engines = rollout_engine(request, plan.layout)
     nodes = math.ceil(request.trainer.gpus / _NODE)
     saved = _CHECKPOINT_BYTES * Transformer.of(request.model).parameters / nodes / CHECKPOINT_BANDWIDTH
     work = Workload(
         batch=config.train.global_batch,
-        part=_part(plan),
+        part=concurrent_episodes(config, engines),
         staleness=config.train.staleness,
         update=Service(plan.reference + plan.update.total),
         sync=plan.sync,
@@ -206,11 +207,3 @@ def _judges(plan: Plan, faults: FaultModel, variation: float) -> Judges | None:
         settings.group_deadline,
         settings.max_attempts,
     )
-
-
-def _part(plan: Plan) -> int:
-    """Return the episodes generated at the same time, as ``trainer/build.py: _wave`` does."""
-    config = plan.request.config
-    _, engines = rollout_engine(plan.request, plan.layout)
-    sequences = config.rollout.max_batch * engines
-    return min(config.train.global_batch, max(1, sequences // max(1, config.candidates.rollouts)))

@@ -118,7 +118,7 @@ class Workload:
     batch: int
     """Episodes of an update (``train.global_batch``)."""
     part: int
-    """Episodes generated and submitted to judges together (``trainer/build.py: _wave``)."""
+    """Episodes generated and submitted to judges together (``config/engines.py: concurrent_episodes``)."""
     staleness: int
     """S (``train.staleness``)."""
     update: Service

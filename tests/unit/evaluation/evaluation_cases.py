@@ -43,6 +43,13 @@ class LoopJudge(SecondMeasure):
         ]
 
 
+class Opposite(LoopJudge):
+    """Likes the loop token."""
+
+    def score(self, prefixes: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[float | None]:
+        return [None if value is None else -value for value in super().score(prefixes, continuations)]
+
+
 def write_continuations(prefixes: int, samples: int, loopiness: float, seed: int, length: int = 24) -> Continuations:
     rng = random.Random(seed)
 

@@ -1,5 +1,5 @@
 import pytest
-from evaluation_cases import LoopJudge, make_comparison
+from evaluation_cases import LoopJudge, Opposite, make_comparison
 
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.evaluation.compare import (
@@ -68,10 +68,6 @@ def test_the_judge_sees_rivals_next_to_each_other():
 
 
 def test_second_measure_is_independent_of_the_judge():
-    class Opposite(LoopJudge):
-        def score(self, prefixes, continuations):
-            return [-value for value in super().score(prefixes, continuations)]
-
     comparison, *_ = make_comparison(second=Opposite())
     for mode in Decoding:
         judged = comparison.win_rates[TRAINED][mode].mean

@@ -7,23 +7,14 @@ import logging
 import random
 
 import pytest
+from text_tokens import BYTES
 
 from megatron_rlpt.config import HeldOutOverlap, load_config
 from megatron_rlpt.data import kept_from_training
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.evaluation.evaluate import BASELINE_FOLDER, require_held_out
 from megatron_rlpt.evaluation.second_measure import corpus_documents
-from megatron_rlpt.tokens.tokenizer import Vocabulary
 from megatron_rlpt.trainer.run_record import RunRecord
-
-
-class Bytes:
-    """One token per byte."""
-
-    vocabulary = Vocabulary(256, frozenset(), None, lambda tokens: bytes(tokens).decode())
-
-    def encode(self, text: str, control_tokens: bool = False) -> list[int]:
-        return list(text.encode())
 
 
 def text(seed: int) -> str:
@@ -43,10 +34,10 @@ def config(tmp_path):
 
 def test_the_second_measure_is_not_fitted_to_what_it_judges(config, caplog):
     with pytest.raises(DataError, match=r"evaluation\.second_corpus\[0\] .*#0\) is also held out: data\.heldout\[0\]"):
-        list(corpus_documents(config, Bytes()))
+        list(corpus_documents(config, BYTES))
     config.data.heldout_overlap = HeldOutOverlap.skip
     with caplog.at_level(logging.WARNING):
-        documents = list(corpus_documents(config, Bytes()))
+        documents = list(corpus_documents(config, BYTES))
     assert [bytes(tokens).decode() for tokens in documents] == [text(seed) for seed in range(14, 18)]
     assert "out of the second measure" in caplog.text
 
@@ -56,7 +47,7 @@ def test_the_corpus_is_compared_again_unless_the_same_was_held_out_from_first_to
     """In the corpus and held out: left out of training if that was so then, else learnt."""
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": text(11)}) + "\n")
     config.data.heldout_overlap = HeldOutOverlap.skip
-    digest = kept_from_training(config, Bytes.vocabulary, None).digest
+    digest = kept_from_training(config, BYTES.vocabulary, None).digest
     runs = [tmp_path / "run", tmp_path / "run" / BASELINE_FOLDER]
     for folder in runs:
         folder.mkdir()
@@ -64,7 +55,7 @@ def test_the_corpus_is_compared_again_unless_the_same_was_held_out_from_first_to
                 "another": "0", "nothing": None}[known]  # fmt: skip
         RunRecord({}, held_out=said).write(folder)
     if known == "the same":
-        require_held_out(config, Bytes(), runs)
+        require_held_out(config, BYTES, runs)
         return
     with pytest.raises(DataError, match=r"data\.sources\[0\] .*#0\) is also held out: data\.heldout\[0\]"):
-        require_held_out(config, Bytes(), runs)
+        require_held_out(config, BYTES, runs)

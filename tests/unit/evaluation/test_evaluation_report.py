@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from evaluation_cases import LOOP, LoopJudge, make_report, write_metrics
+from evaluation_cases import LOOP, LoopJudge, Opposite, make_report, write_metrics
 from rich.console import Console
 
 from megatron_rlpt.evaluation.render import NO_BASELINE, headline, print_report, write_report
@@ -188,10 +188,6 @@ def test_failed_comparisons_are_mentioned(run_dir):
 
 
 def test_a_disagreeing_second_measure_is_called_out(run_dir):
-    class Opposite(LoopJudge):
-        def score(self, prefixes, continuations):
-            return [-value for value in super().score(prefixes, continuations)]
-
     assert any("against the judge" in text for text in headline(make_report(run_dir, second=Opposite())))
     assert any("as the judge does" in text for text in headline(make_report(run_dir, second=LoopJudge())))
 

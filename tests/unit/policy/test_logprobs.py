@@ -2,28 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_output import LargestOutput
 
 from megatron_rlpt.policy.logprobs import vocab_parallel_logprobs
 
 TOKENS, HIDDEN, VOCABULARY = 37, 6, 500
-
-
-class LargestOutput(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation creates."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        self.products += func is torch.ops.aten.mm.default
-        for tensor in output if isinstance(output, tuple | list) else [output]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return output
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from largest_output import LargestOutput
 from llamas import VARIANTS, VOCABULARY, load_llama, make_examples, make_policy, same, save_llama, settings, weights_of
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from megatron_rlpt.config import Decay, Dtype
@@ -286,19 +286,6 @@ def test_an_update_that_is_not_finite_raises_and_leaves_the_policy_as_it_was(lla
     objective.fault = ""
     assert policy.update(make_examples(seed=2)) == untouched.update(make_examples(seed=2)), "no trace"
     assert same(weights_of(policy), weights_of(untouched))
-
-
-class LargestOutput(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple | list) else [output]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return output
 
 
 def test_an_update_never_holds_the_logits_of_all_completion_tokens(tmp_path):

@@ -1,4 +1,4 @@
-"""The client against servers that do everything wrong: no hang past the deadline, no invented reply, no stampede."""
+"""The client with misbehaving servers: no hang past the deadline, no invented reply, no stampede."""
 
 import asyncio
 import gc
@@ -37,7 +37,7 @@ from megatron_rlpt.types import Failed
 QUESTION = Request((Message("user", "Which is better?"),), seed=1, max_tokens=64)
 GOOD = Reply("fine", (), "stop", prompt_tokens=7, answer_tokens=1)
 LONG = 20.0
-"""A deadline that only a hanging client meets."""
+"""A deadline that only a hanging client reaches."""
 SHORT = 0.8
 SLACK = 5.0
 """Seconds that a slow machine may add."""
@@ -53,7 +53,7 @@ def patient() -> Breaker:
 
 @asynccontextmanager
 async def asking(*servers, deadline=LONG, breaker=patient, **settings):
-    """A pool on running servers, all of which have been found."""
+    """Yield a pool of running servers, all of them discovered."""
     async with TeacherPool(
         [EndpointConfig(server.url, **settings) for server in servers], deadline, breaker=breaker
     ) as pool:
@@ -69,7 +69,7 @@ async def until(condition):
 
 
 def ask(*script, deadline=LONG, breaker=patient, request=QUESTION, **settings):
-    """What one server that follows ``script`` makes of one request: reward, seconds, the server."""
+    """Send one request to a server that follows ``script``; return reply or failure, seconds, and the server."""
 
     async def run():
         async with (
@@ -233,7 +233,7 @@ def test_the_other_server_is_asked_when_one_fails():
             rewards = await asyncio.gather(*(pool(QUESTION) for _ in range(20)))
             assert all(isinstance(reward, Reply) for reward in rewards)
             assert len(good.requests) == 20
-            # Nobody comes back to the one that failed while there is another.
+            # No request returns to the failed server while another is available.
             assert 0 < len(bad.requests) <= 20
             by_url = {endpoint.url: endpoint.counters for endpoint in pool.endpoints}
             assert by_url[bad.url].failures == {"server error": len(bad.requests)}
@@ -254,7 +254,7 @@ def test_the_other_server_is_asked_when_one_is_gone():
 
 
 def test_a_server_that_denies_access_does_not_swallow_the_work_of_the_others():
-    """It fails faster than others answer, so that the least loaded server would always be this one."""
+    """It fails faster than the others answer, so it would always be the least loaded."""
 
     async def run():
         async with (
@@ -284,7 +284,7 @@ def test_room_is_not_lost_with_whom_it_was_meant_for():
     async def run():
         async def first():
             await pool(QUESTION)
-            # The second has been woken and did not yet run.
+            # The second is awake but has not run yet.
             second.cancel()
 
         async with HostileServer([slow(0.1)]) as server, asking(server, concurrency=1) as pool:
@@ -369,7 +369,7 @@ def test_the_breaker_opens_probes_and_closes():
             work = [asyncio.create_task(pool(QUESTION)) for _ in range(10)]
             await until(lambda: pool.all_down and not pool.endpoints[0].in_flight)
             sent, probes = len(server.requests), server.probes
-            # Down: probes, one after the other, and nothing else.
+            # While it is down: only probes, one at a time.
             await until(lambda: server.probes >= probes + 3)
             assert len(server.requests) == sent
             assert pool.endpoints[0].last_problem.fault == "server error"
@@ -414,7 +414,7 @@ def test_nobody_waits_for_ever_when_all_servers_are_down():
             server.probe = hang
             began = time.monotonic()
             rewards = await asyncio.gather(*(pool(QUESTION) for _ in range(9)))
-            # Three hang, then the server is known to be down, and the others wait as long as that.
+            # Three hang, then the server counts as down, and the others wait meanwhile.
             assert time.monotonic() - began < 2 * SHORT + SLACK
             reasons = [reward.reason for reward in rewards]
             assert reasons.count("deadline exceeded") >= 3, "or more: who waited for those three has a deadline as well"
@@ -457,12 +457,12 @@ def test_cancelling_closes_the_connection(behaviour):
                 task.cancel()
             for reward in await asyncio.gather(*work, return_exceptions=True):
                 assert isinstance(reward, asyncio.CancelledError)
-            # The probe's connection may be kept for the next request.
+            # The connection of the probe may be reused for the next request.
             await until(lambda: server.busy == 0 and server.open <= 1)
             assert pool.endpoints[0].in_flight == pool.waiting == 0
             server.script = [ok]
             assert isinstance(await pool(QUESTION), Reply)
-            # A fault of ours is none of the server's.
+            # An error of the client does not count against the server.
             assert not pool.endpoints[0].counters.failures
         await server.until_open(0)
 

@@ -1,11 +1,11 @@
-"""A run that is killed at any instant and started again equals one that was never killed; two trainers of one run
-folder end as one and a refusal. Real processes, real SIGKILL.
+"""A run that is killed at any instant and restarted equals an undisturbed one; of two trainers of one run folder, one
+is refused. Real processes, real SIGKILL.
 
-    RLPT_KILL_POINTS=30 pytest -s tests/integration/test_kill_points.py    # all of it; a few points otherwise
+    RLPT_KILL_POINTS=30 pytest -s tests/integration/test_kill_points.py    # 30 points instead of a few
 
-The run proposes a batch ahead of the one it learns from, in the background, and samples from Megatron itself, which
-starts faster than vLLM. Points are spread over its whole life: before the first checkpoint and while one is written,
-before, in and after the export.
+The run generates one batch ahead of training, in the background, and samples with Megatron's engine, which starts
+faster than vLLM. Kill points are spread over the whole run: before the first checkpoint, during a checkpoint, and
+before, during and after the export.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def uninterrupted(tiny_model, corpus, tmp_path_factory):
 
 
 def results(folder):
-    """Everything of a run that has to be the same, however often it was killed."""
+    """Return everything that must be the same, however often the run was killed."""
     return {
         "weights": (folder / "export/model.safetensors").read_bytes(),
         "metrics": lasting_metrics(folder),
@@ -66,14 +66,14 @@ def results(folder):
 
 
 def events(folder):
-    """Stages finished so far."""
+    """Return the number of finished stages."""
     with contextlib.suppress(FileNotFoundError):
         return (folder / "trace.jsonl").read_text().count('"ph": "X"')
     return 0
 
 
 def kill_at(process, reached, delay):
-    """SIGKILL for the run and all it has started, ``delay`` seconds after ``reached``; whether it came in time."""
+    """Kill the run and its children ``delay`` seconds after ``reached``; return whether the run was still going."""
     while not reached():
         if process.poll() is not None:
             return False
@@ -86,7 +86,7 @@ def kill_at(process, reached, delay):
 
 
 def points(folder, draw, total):
-    """Kill points of a run whose files lie in ``folder``: a name, what has to have happened, and seconds after that."""
+    """Return kill points of a run in ``folder``: a name, a condition, and seconds after it holds."""
     checkpoints = folder / "checkpoints"
     fixed = [
         ("before anything is loaded", (folder / "lock").exists, 0.0),
@@ -156,7 +156,7 @@ def test_of_two_trainers_started_together_one_is_refused_and_the_other_is_as_if_
 def test_a_second_trainer_in_the_middle_is_refused_and_moves_nothing_away(
     uninterrupted, tiny_model, corpus, tmp_path, arguments
 ):
-    # So long that it is not over before the second one has started.
+    # Long enough to be running when the second one starts.
     config = configure(tmp_path, tiny_model, corpus, train=SECTIONS["train"] | {"steps": 10_000})
     folder = tmp_path / "run"
     first = start(config)

@@ -1,4 +1,4 @@
-"""The environment for launching (tools/setup_launch.sh) is one for a login node."""
+"""The launch environment (tools/setup_launch.sh) suits a login node."""
 
 from __future__ import annotations
 

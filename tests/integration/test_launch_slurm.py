@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LOGIN = ROOT / "tools/sandbox/login.py"
 STEPS = 8
 QUICK = ("rollout.engine=megatron",)
-"""Overrides for runs of which only the life is looked at: a trainer that need not start vLLM is there much sooner."""
+"""Overrides for tests of the job's life cycle: a trainer without vLLM starts much faster."""
 GOES_ON = ("", "PENDING", "RUNNING", "REQUEUED", "COMPLETING", "NODE_FAIL")
-"""States in accounting of a job that is not over, or is queued again by Slurm."""
+"""Accounting states of a job that has not ended or is requeued."""
 FIRST_LINE = "#!/bin/bash\n"
 SECTIONS = {
     "model": {"dtype": "bf16"},
@@ -57,7 +57,7 @@ def rlpt(*arguments: str, env: dict[str, str], cwd: Path = ROOT) -> tuple[int, s
 
 
 class Launched:
-    """A run that was launched as a job."""
+    """A run launched as a job."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Launched:
 
     def launch(self, *arguments: str, variables: dict[str, str] | None = None) -> str:
         files = ["--cluster", str(self.cluster_file), "-c", str(self.config)]
-        # The launcher's environment is a user's: variables of this process's torch and pytest are none of its.
+        # Launch with the environment of a user, without variables of torch and pytest in this process.
         code, out, err = rlpt("launch", *files, "--pack-dirty", *arguments, env=variables or self.cluster.variables)
         assert code == 0, err
         return out
@@ -91,7 +91,7 @@ class Launched:
         return (self.folder / "cluster/jobs" / part).read_text().strip()
 
     def wait(self, found, every: float = 0.2):
-        """Wait for something of a job that goes on."""
+        """Wait for a condition while the job is running."""
         deadline = time.monotonic() + 300
         while not (value := found()):
             assert time.monotonic() < deadline, self.status()
@@ -99,7 +99,7 @@ class Launched:
         return value
 
     def ended(self, part: str = "run") -> tuple[str, str]:
-        """State and exit code in accounting, once the job is over."""
+        """Wait for the job to end; return its state and exit code in accounting."""
 
         def look() -> tuple[str, str] | None:
             rows = self.cluster.run("sacct", "-n", "-P", "-X", "-o", "State,ExitCode", "-j", self.job(part)).split()
@@ -109,7 +109,7 @@ class Launched:
         return self.wait(look, every=1.0)
 
     def cancel(self) -> None:
-        """End the job, also one that is just being queued again, for which Slurm may forget it."""
+        """Cancel the job, even while it is being requeued, when Slurm may lose the request."""
 
         def look() -> bool:
             self.cluster.run("scancel", self.job())
@@ -118,7 +118,7 @@ class Launched:
         self.wait(look, every=1.0)
 
     def output(self, part: str = "run") -> str:
-        """What the batch script wrote."""
+        """Return the output of the batch script."""
         (path,) = self.cluster_file.parent.glob(f"home/experiments/*/*/{part}/sbatch_*.out")
         return path.read_text()
 
@@ -127,13 +127,13 @@ class Launched:
 
     def buffer(self):
         file = self.folder / "cluster/buffer.json"
-        self.wait(file.exists)  # gone for a moment where the job has just been queued again
+        self.wait(file.exists)  # absent for a moment after a requeue
         address = json.loads(file.read_text())["url"]
         password = str(self.folder / "cluster/password")
         return contextlib.closing(open_url(address, "run", password_file=password, retry=30.0))
 
     def start_of(self, component: str) -> str:
-        """Number of the job, and how often it was queued again."""
+        """Return the number of the job, and how often it was requeued."""
         return json.loads((self.folder / f"cluster/status/{component}.json").read_text())["start"]
 
     def steps(self) -> int:
@@ -143,7 +143,7 @@ class Launched:
 
 @pytest.fixture
 def login(cluster, tmp_path, monkeypatch):
-    """A way to the cluster for who is elsewhere: options of the launch, and variables without Slurm's."""
+    """Yield launch options for a user elsewhere, and an environment without Slurm's variables."""
     folder = tmp_path / "login"
     monkeypatch.setenv("SLURM_CONF", cluster.variables["SLURM_CONF"])
     code, out, err = call(LOGIN, "start", folder)
@@ -161,7 +161,7 @@ def teacher():
 
 @pytest.fixture
 def launched(cluster, served_model, corpus, tmp_path, teacher) -> Callable[..., Launched]:
-    """A run to launch, with judges that ask the server unless another ``teacher`` is given."""
+    """Prepare runs whose judge workers use the server unless another ``teacher`` is given."""
 
     def make(**options: Any) -> Launched:
         return Launched(tmp_path, cluster, served_model, corpus, **{"teacher": teacher, **options})
@@ -171,7 +171,7 @@ def launched(cluster, served_model, corpus, tmp_path, teacher) -> Callable[..., 
 
 @pytest.fixture(scope="module")
 def calm(served_model, corpus, teacher, tmp_path_factory) -> Path:
-    """The quick run that is never stopped, with one judge worker and no launch."""
+    """The undisturbed quick run, with one judge worker and without a launch."""
     base = tmp_path_factory.mktemp("calm")
     sections = {**SECTIONS, "teacher": teacher}
     config = write_config(base / "run.yaml", served_model, corpus, base / "run", **sections)
@@ -191,7 +191,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 def test_a_run_of_all_components_ends_well_though_a_judge_worker_is_killed(launched, served_model, corpus, tmp_path):
-    """Judges with a model of their own judge as the trainer does."""
+    """Judge workers with their own model judge as the trainer does."""
     sections = {name: values for name, values in SECTIONS.items() if name != "teacher"}
     alone = write_config(tmp_path / "alone.yaml", served_model, corpus, tmp_path / "alone", **sections)
     run = launched(trainer={"gpus_per_node": 1}, judges={"workers": 2}, teacher=SECTIONS["teacher"])
@@ -217,7 +217,7 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, launched
     run.launch(*QUICK)
     run.wait(lambda: run.steps() >= 2)
     with run.buffer() as buffer:
-        buffer.drain(True)  # the trainer waits, as it would in a long step
+        buffer.drain(True)  # the trainer waits, as in a long step
     # Now, not after a time that a busy machine may need to come up: as much is left as the run is told before.
     spent = int(cluster.run("squeue", "--noheader", f"--jobs={run.job()}", "--format=%M").split(":")[0])
     cluster.run("scontrol", "update", f"jobid={run.job()}", f"timelimit={spent + 3}")
@@ -235,7 +235,7 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(calm, cluster, launched
 
 
 def test_a_job_of_several_ranks_that_is_told_to_end_leaves_a_checkpoint_and_goes_on(cluster, launched):
-    """Told by a signal to every process of the job, as sites do before they take nodes away."""
+    """Every process of the job gets a signal, as sites send before they reclaim nodes."""
     run = launched(trainer={"ranks_per_node": 2})
     run.launch("train.steps=100000")
     run.wait(lambda: run.steps() >= 1)
@@ -269,7 +269,7 @@ def test_a_trainer_that_fails_ends_the_job_with_its_exit_code_and_its_last_words
     part = "training" if allocation == "separate" else "run"
     assert run.ended(part) == ("FAILED", "7:0")
     last = run.output(part).rstrip().splitlines()[-1]
-    # Of several ranks whichever was first.
+    # The first of several ranks.
     assert re.match(r"(rank 1: )?error: engine and trainer disagree by", last)
     assert "failed with exit code 7" in run.status()
     if allocation == "separate":
@@ -333,7 +333,7 @@ STAND_IN = """#!/bin/sh
 echo "$3 gpus=$CUDA_VISIBLE_DEVICES cores=$SLURM_CPUS_PER_TASK rank=$SLURM_PROCID site=$SITE" >>{folder}/seen
 [ "$3" != trainer ] || sleep 3
 """
-"""Of the interpreter that starts components: writes down what its step has."""
+"""A replacement for the interpreter that starts components: records the resources of its step."""
 
 
 @pytest.mark.parametrize("option", ["gpus_per_node", "gres"])
@@ -380,12 +380,12 @@ ALLOCATIONS = {"one": 1, "heterogeneous": 1, "separate": 2}
 
 @pytest.mark.parametrize(
     ("recipe", "allocation"),
-    # All recipes, all allocations, but not all of both: what an allocation makes of a recipe is the same for each.
+    # Every recipe and every allocation, but not every pair: an allocation changes all recipes in the same way.
     [*((recipe, "heterogeneous") for recipe in RECIPES), (RECIPES[0], "one"), (RECIPES[0], "separate")],
     ids=lambda value: value.stem if isinstance(value, Path) else value,
 )
 def test_slurm_would_take_the_job_of_every_recipe(recipe, allocation, cluster, tmp_path):
-    """On as many nodes as the recipe's own plan says, of a partition of nodes with eight GPUs that is imagined."""
+    """On the number of nodes of the recipe's plan, in the imagined partition of nodes with eight GPUs."""
     gpus, judges = (int(re.search(rf"--{option} (\d+)", recipe.read_text())[1]) for option in ("gpus", "judge-gpus"))
     settings = {
         "executor": "slurm",

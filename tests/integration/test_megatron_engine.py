@@ -1,4 +1,4 @@
-"""The rollout engine on Megatron's own inference: what it samples, under which weights, and what it refuses."""
+"""The rollout engine on Megatron's inference: its samples, its weights, and its refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RUNTIME = DeviceRuntime()
 
 
 class TrainingWeights:
-    """A policy's weights as a source that has the Megatron model; streaming it would be a mistake."""
+    """The weights of a policy as a source with the Megatron model; streaming them would be an error."""
 
     def __init__(self, policy: Policy) -> None:
         self.model_chunks = policy._model_chunks
@@ -66,7 +66,7 @@ def weights_of(folder):
 
 @pytest.fixture(scope="module")
 def served_model(tiny_model, tmp_path_factory):
-    """Two groups of two heads, where the model of the other tests has one: which keys a head reads matters."""
+    """Two groups of two heads instead of one, so that it matters which keys a head reads."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     return save_model(tmp_path_factory.mktemp("models") / "served", tiny_model, seed=0, **heads)
 
@@ -192,7 +192,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model(policy, served_mod
     assert freedom >= 5, "the distribution is too narrow to tell anything"
     chi_square = float(((observed - wanted) ** 2 / wanted).sum())
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
-    # What is reported is the policy's own probability, whatever the temperature.
+    # The reported probability is that of the policy, at any temperature.
     for result in results[:20]:
         assert result.logprobs[0] == pytest.approx(float(logits.log_softmax(-1)[result.tokens[0]]), abs=1e-4)
 
@@ -240,7 +240,7 @@ def test_after_an_update_the_new_weights_answer(engine, make_policy, served_mode
 def test_transfers_are_planned_for_the_model_at_hand_whatever_was_moved_before(
     engine, make_policy, served_model, other_model, tmp_path
 ):
-    """Untied, its output layer is a weight that the model before it did not have."""
+    """Its untied output layer is a weight that the previous model did not have."""
     engine.update_weights(TrainingWeights(make_policy(other_model)), 1)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False}
     first, second = (save_model(tmp_path / str(seed), served_model, seed=seed, **heads) for seed in (2, 3))
@@ -288,7 +288,7 @@ def test_a_wrong_stream_is_refused_and_so_is_every_rollout_until_a_good_update(e
 def test_a_source_without_all_of_the_model_is_refused(served_model, make_policy):
     source = TrainingWeights(make_policy(served_model))
     del source.model_chunks[0].decoder.layers[1]
-    # Fresh, because what a source holds is compared in full when the transfers are planned.
+    # A fresh one, because the contents of a source are compared in full when the transfers are planned.
     refuses_until_a_good_update(start(served_model), served_model, source, r"layers\.1\.")
 
 
@@ -349,7 +349,7 @@ def test_a_batch_has_no_more_rows_and_no_larger_cache_than_configured(policy, se
     assert 150 < max(batch * tokens for batch, tokens in sizes) <= 200
     sizes.clear()
     engine.generate([RolloutPrompt((3,) * length, length) for length in (20, 1, 33, 21)], LENGTH, 0)
-    # Lengths further apart than the tokens asked for take fewer steps in batches of their own.
+    # Lengths that differ by more than the requested tokens take fewer steps in separate batches.
     assert [size for size in sizes if size != (1, 1)] == [(1, 1 + LENGTH), (2, 21 + LENGTH), (1, 33 + LENGTH)]
     with pytest.raises(EngineError, match=r"kv_cache_gib is .* room for 50 tokens; one sequence of 64 tokens needs"):
         start(served_model, kv_cache_gib=50 * per_token / 2**30)

@@ -1,4 +1,4 @@
-"""Weight updates of a mixture of experts, whose weights vLLM packs for the CPU at the first load only."""
+"""Weight updates of a mixture of experts, whose weights vLLM packs for the CPU only at the first load."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def test_experts_arrive_as_the_kernel_reads_them(tmp_path):
     }
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    # transformers saves the number of experts under another name than models are published with
+    # transformers saves the number of experts under a name that differs from that of published models
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts": 4}))
     arch = read_architecture(tmp_path)
-    # A process of its own: the groups of vLLM in this one are those of a model without experts.
+    # A separate process, because the groups of vLLM in this one belong to a model without experts.
     engine = VllmEngine(
         tmp_path,
         expected_shapes(arch),

@@ -39,12 +39,12 @@ OBJECTIVES = {
         {"logprob_gap", "rollout_chosen_rate", "reward/rollout", "reward_margin"} | OF_GRPO,
     ),
 }
-"""Name -> its candidates section, and the metrics it adds."""
+"""Objective -> its candidates section and the metrics that it adds."""
 
 
 @pytest.fixture(scope="module")
 def policy(tiny_model, tmp_path_factory) -> Path:
-    """A model with a chat template, so that the export has one to carry."""
+    """A model with a chat template, for the export to copy."""
     folder = save_model(tmp_path_factory.mktemp("models") / "chat", tiny_model, seed=0)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
@@ -52,19 +52,19 @@ def policy(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def writer(policy, tmp_path_factory) -> Path:
-    """A teacher with room for the rewriter's prompt that babbles: any word of its vocabulary, seldom the end."""
+    """A teacher with enough context for the rewriter's prompt, which writes random words and rarely ends."""
     folder = tmp_path_factory.mktemp("models") / "writer"
     return save_model(folder, policy, seed=0, scale=1.0, vocab_size=24, max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module", params=OBJECTIVES)
 def run(request, policy, writer, corpus, tmp_path_factory):
-    """Two steps under one objective; its name and its run folder."""
+    """Two steps with one objective; yields its name and the run folder."""
     base = tmp_path_factory.mktemp(request.param)
     teacher = {"kv_cache_gib": 0.05, "max_context": 1024}
     if request.param == "sft_rewrite":
         teacher["path"] = str(writer)
-        teacher["max_failure_rate"] = 1.0  # a random one seldom writes enough
+        teacher["max_failure_rate"] = 1.0  # a random one rarely writes enough
     config = write_config(
         base / "run.yaml",
         policy,
@@ -108,7 +108,7 @@ def test_samples_show_what_was_offered_and_what_was_chosen(run):
         if name.startswith("sft") and row["chosen"] is not None:
             assert sources[row["chosen"]] == name.removeprefix("sft_")
         rewards = {index: one["value"] for index, one in enumerate(row["candidates"]) if "value" in one}
-        # A random policy may write nothing that can be read, and that is not judged.
+        # A random policy may write unreadable text, which is not judged.
         empty = [one for one in row["candidates"] if one.get("failed") == "empty candidate"]
         assert len(rewards) + len(empty) == (len(sources) if name in ("rf_nll", "online_dpo", "grpo") else 0)
         if row["rejected"] is not None:
@@ -149,7 +149,7 @@ def greedy(engine, version):
 
 
 def test_the_exported_folder_is_served_by_vllm(run, engine, served_model):
-    """By an engine that takes its weights over, and for one objective by an engine started on it."""
+    """By an engine updated to its weights and, for one objective, by an engine started with it."""
     name, folder = run
     weights = WeightFolder(folder / "export").stream(read_architecture(folder / "export"))
     engine.update_weights(weights, 1)

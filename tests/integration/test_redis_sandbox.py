@@ -1,4 +1,4 @@
-"""The Redis sandbox: what it holds survives, what it refuses, and nobody else's processes harmed."""
+"""The Redis sandbox: its data survives, bad folders are refused, and other processes are unharmed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A run that is killed and goes on equals one that was never killed; a run folder that is not what it should be is
-refused. Real processes, real vLLM, real SIGKILL."""
+"""A run that is killed and resumed equals an undisturbed one; an unusable run folder is refused. Real processes, real
+vLLM, real SIGKILL."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.trainer.run import run_training
 
 STEPS = 6
-# bf16: the weights alone do not hold the state then. Whoever restored them and not the optimizer's fp32 copy, or
-# restored something half a bit off, would sample other rollouts two steps later.
+# bf16, so that the weights alone do not hold the state: restoring them without the fp32 copy of the optimizer, or
+# slightly different ones, would change the rollouts two steps later.
 SECTIONS = {
     "model": {"dtype": "bf16"},
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2},
@@ -48,13 +48,13 @@ def await_that(process, condition):
 
 
 def kill(process):
-    """SIGKILL, for the run and whatever it has started."""
+    """Send SIGKILL to the run and its children."""
     os.killpg(process.pid, signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL, "the run ended before it was killed"
 
 
 def events(folder):
-    """Stages finished so far."""
+    """Return the number of finished stages."""
     path = folder / "trace.jsonl"
     return path.read_text().count('"ph": "X"') if path.exists() else 0
 
@@ -77,7 +77,7 @@ def uninterrupted(served_model, corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed_twice(served_model, corpus, tmp_path_factory):
-    """The same run, killed at a random instant, gone on with, killed while it writes a checkpoint, gone on with."""
+    """The same run, killed at a random instant, resumed, killed during a checkpoint, and resumed again."""
     base = tmp_path_factory.mktemp("killed")
     folder = base / "run"
     config = write_config(base / "run.yaml", served_model, corpus, folder, **SECTIONS)
@@ -184,7 +184,7 @@ def test_a_finished_run_called_again_says_so_and_changes_nothing(rlpt, uninterru
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, corpus, tmp_path_factory):
-    """A finished run of next-token training, without an engine; two checkpoints."""
+    """A finished run of next-token training without an engine, with two checkpoints."""
     base = tmp_path_factory.mktemp("finished")
     run_training(tiny_config(base / "run.yaml", tiny_model, corpus, base / "run", **NEXT_TOKEN))
     return base / "run"
@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_good(resume, rlpt
     assert code == CheckpointError.exit_code, err
     line = only_error(err)
     assert "step-00000002" in line
-    # What the line advises.
+    # Follow the advice in that line.
     advice = "checkpoint.allow_previous=true"
     assert advice in line
     code, _, err = rlpt("train", "-c", finished.parent / "run.yaml", f"run.dir={tmp_path / 'run'}", advice)

@@ -1,4 +1,4 @@
-"""The rollout engine with real vLLM: what it samples, what its probabilities mean, and which weights it uses."""
+"""The rollout engine with real vLLM: its samples, its probabilities, and its weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def weights_of(folder):
 
 @pytest.fixture
 def version(engine, served_model):
-    """The version in force; a test that exchanges weights leaves those of ``served_model`` behind."""
+    """The current version; a test that updates the weights restores those of ``served_model``."""
     yield engine.version
     if engine.version != 0:
         engine.update_weights(weights_of(served_model), 0)

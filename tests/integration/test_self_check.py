@@ -1,4 +1,4 @@
-"""What the start-up check of weight updates lets through and what it stops, on a real engine."""
+"""The start-up check of weight updates on a real engine: correct ones pass, wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Q, K, V = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv")
 
 @pytest.fixture
 def weights(served_model):
-    """The starting model's, as the policy would send them."""
+    """The weights of the starting model, as the policy sends them."""
     return dict(WeightFolder(served_model).stream(read_architecture(served_model)))
 
 
 @pytest.fixture
 def checked(engine, weights):
-    """The engine; afterwards it holds the starting model's weights again."""
+    """The engine; the weights of the starting model are restored afterwards."""
     yield engine
     engine.update_weights(weights.items(), 0)
 

@@ -32,7 +32,7 @@ def test_a_requeued_job_runs_again_and_knows_it(cluster):
 
 
 def test_the_signal_comes_before_the_time_is_up(cluster):
-    """Slurm rounds a limit up to a minute, and looks every 30 s whether one is near: the signal may be that early."""
+    """Slurm rounds limits up to a minute and checks them every 30 s, so the signal may be that early."""
     script = "trap 'echo signal; kill $!; exit 5' USR1\necho ready\nsleep 600 &\nwait\n"
     job = cluster.submit(script, "--time=0:20", "--signal=B:USR1@20")
     cluster.wait_for_line(job, "signal")
@@ -40,7 +40,7 @@ def test_the_signal_comes_before_the_time_is_up(cluster):
 
 
 def test_one_job_of_two_parts_runs_both_and_is_requeued_as_one(cluster):
-    """Slurm starts such jobs by its backfill scheduler alone, so that the second start takes up to a minute."""
+    """Only the backfill scheduler starts such jobs, so the second start takes up to a minute."""
     script = (
         "#SBATCH --ntasks=1\n#SBATCH hetjob\n#SBATCH --ntasks=1\n"
         "srun --het-group=0,1 bash -c 'echo part $SLURM_PROCID of $SLURM_HET_SIZE, run ${SLURM_RESTART_COUNT:-0}'\n"

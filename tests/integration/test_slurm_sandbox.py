@@ -1,4 +1,4 @@
-"""The Slurm sandbox: what it refuses, and that it leaves nothing behind and nobody else's processes harmed."""
+"""The Slurm sandbox: bad folders are refused, nothing is left behind, and other processes are unharmed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load(script: Path):
 
 @pytest.fixture
 def folder():
-    """A folder whose path is short enough for sockets, which pytest's are not."""
+    """A folder with a path short enough for sockets, unlike those of pytest."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     yield folder
     shutil.rmtree(folder)

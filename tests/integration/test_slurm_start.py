@@ -20,7 +20,7 @@ TWO_RANKS = ["srun", "-N2", "-n2", "--wait=300"]
 
 @pytest.fixture(scope="module")
 def slurm(cluster):
-    """The environment of a user of the sandbox, who is in no job yet and has set nothing else."""
+    """The environment of a user of the sandbox, outside of a job and without other settings."""
     others = ("SLURM_", "SBATCH", "SRUN", "SALLOC", "MASTER_")
     variables = {name: value for name, value in cluster.variables.items() if not name.startswith(others)}
     return variables | {"SLURM_CONF": cluster.variables["SLURM_CONF"], "OMP_NUM_THREADS": "1"}
@@ -28,7 +28,7 @@ def slurm(cluster):
 
 @pytest.fixture(scope="module")
 def config(tiny_model, corpus, tmp_path_factory) -> Path:
-    """A run of two steps that starts no vLLM engine, of a model that two ranks can share."""
+    """A run of two steps without a vLLM engine, with a model that two ranks can share."""
     base = tmp_path_factory.mktemp("slurm-run")
     model = save_model(base / "model", tiny_model, seed=0, num_attention_heads=4, num_key_value_heads=2)
     return write_config(base / "run.yaml", model, corpus, base / "run", **NEXT_TOKEN)
@@ -65,7 +65,7 @@ def test_what_was_refused_is_the_exit_code_of_srun(slurm, config):
 
 
 def test_a_job_of_two_tasks_without_srun_is_one_process_alone(slurm, config, tmp_path):
-    """Slurm's variables speak of two tasks there, and waiting for the second one would never end."""
+    """Slurm's variables name two tasks there, and a wait for the second would never end."""
     folder = tmp_path / "alone"
     script, output, ended = tmp_path / "job.sh", tmp_path / "job.out", tmp_path / "ended"
     train = " ".join([*TRAIN, str(config), f"run.dir={folder}"])
@@ -75,7 +75,7 @@ def test_a_job_of_two_tasks_without_srun_is_one_process_alone(slurm, config, tmp
     done = run(["sbatch", "-N2", "-n2", f"--output={output}", str(script)], slurm)
     assert done.returncode == 0, done.stderr
     deadline = time.monotonic() + 300
-    while not ended.is_file():  # sbatch --wait asks too seldom
+    while not ended.is_file():  # sbatch --wait polls too rarely
         assert time.monotonic() < deadline, output.read_text()
         time.sleep(0.1)
     assert ended.read_text() == "0\n", output.read_text()

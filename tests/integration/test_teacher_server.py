@@ -1,4 +1,4 @@
-"""A real vLLM server of the teacher, started by ``rlpt teacher serve``, found in the buffer, asked, killed and back."""
+"""A real vLLM server of the teacher, started by ``rlpt teacher serve``, found in the buffer, used and killed."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_judge_try_prints_scores_best_first(server, config_file, rlpt):
 
 
 def test_killed_it_leaves_nothing_behind_and_its_successor_is_found(server, config_file):
-    """Last in this module: the server of the others ends here."""
+    """Last in this module, because it ends the server of the other tests."""
     running, _ = server
     children = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(running.pid)], capture_output=True, text=True, check=True

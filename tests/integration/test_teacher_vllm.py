@@ -1,4 +1,4 @@
-"""The teacher for real: SmolLM2-135M scores, judges and rewrites held-out text on a CPU."""
+"""A real teacher: SmolLM2-135M scores, judges and rewrites held-out text on a CPU."""
 
 import json
 import random

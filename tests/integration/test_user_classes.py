@@ -1,4 +1,4 @@
-"""An objective, a judge and a data source from outside of the package, each in one file: planned, trained, resumed."""
+"""An objective, a judge and a data source of the user, each in one file: planned, trained, resumed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""``rlpt train`` started by torchrun: the same run in any layout, and gone on with in another one. Real processes, real
-vLLM in a process of its own beside them, real SIGKILL."""
+"""``rlpt train`` started by torchrun: the same run in any layout, and resumed in another. Real processes, real vLLM in
+a separate process, real SIGKILL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_rlpt.trainer.run_lock import RunLock
 
 STEPS = 8
 SECTIONS = {
-    # Neither bf16 nor Adam's usual epsilon: rounding, which differs between layouts, would decide about tokens.
+    # Neither bf16 nor Adam's usual epsilon: rounding, which differs between layouts, would change sampled tokens.
     "model": {"dtype": "fp32"},
     "optimizer": {"lr": 1e-3, "eps": 1e-4},
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 1},
@@ -29,7 +29,7 @@ SECTIONS = {
 
 
 def launch(config: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
-    """``rlpt train`` on ``ranks`` ranks, in a process group of its own."""
+    """Start ``rlpt train`` on ``ranks`` ranks, in a new process group."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend=c10d",
                 "--rdzv-endpoint=localhost:0"]  # fmt: skip
     return subprocess.Popen(
@@ -44,7 +44,7 @@ def launch(config: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def divisible(tiny_model, tmp_path_factory) -> Path:
-    """A model that two ranks can share, with heads of 32, the smallest that vLLM's attention on a CPU takes."""
+    """A model that two ranks can share, with heads of 32, the smallest that vLLM's CPU attention supports."""
     folder = tmp_path_factory.mktemp("models") / "divisible"
     return save_model(folder, tiny_model, seed=0, num_attention_heads=4, num_key_value_heads=2)
 
@@ -60,7 +60,7 @@ def alone(divisible, corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def moved(divisible, corpus, tmp_path_factory):
-    """The run on two tensor-parallel ranks, killed after a checkpoint, and gone on with on two pipeline stages."""
+    """The run on two tensor-parallel ranks, killed after a checkpoint and resumed on two pipeline stages."""
     base = tmp_path_factory.mktemp("moved")
     config, folder = base / "run.yaml", base / "run"
     write_config(config, divisible, corpus, folder, **SECTIONS)
@@ -70,7 +70,7 @@ def moved(divisible, corpus, tmp_path_factory):
         assert run.poll() is None, finish(run)
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    # torchrun starts its workers in sessions of their own, so that killing its group would leave them at work.
+    # torchrun starts its workers in new sessions, so killing its group would leave them running.
     started = psutil.Process(run.pid)
     for process in [started, *started.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -117,7 +117,7 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(divisible,
 
 
 def test_ranks_leave_a_folder_to_the_trainer_that_holds_it(alone, tmp_path):
-    """Every rank ends: rank 0 says who holds it, and none waits for the others."""
+    """Every rank exits: rank 0 names the holder, and none waits for the others."""
     config = tmp_path / "run.yaml"
     config.write_text((alone.parent / "run.yaml").read_text().replace(str(alone), str(tmp_path / "run")))
     with RunLock(tmp_path / "run"):

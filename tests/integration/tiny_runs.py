@@ -1,4 +1,4 @@
-"""Complete runs of a model that is small enough to train and serve in milliseconds."""
+"""Complete runs of a model that trains and serves in milliseconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXCLUDED = ("seconds/", "background/", "time", "judge/seconds")
 
 
 def write_config(path: Path, model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> Path:
-    """A configuration of online DPO on the tiny model; ``sections`` are merged over it."""
+    """Write a configuration of online DPO on the tiny model; ``sections`` override it."""
     settings: dict[str, dict[str, Any]] = {
         "run": {"dir": str(folder)},
         "model": {"path": str(model)},
@@ -49,7 +49,7 @@ def write_config(path: Path, model: Path, corpus: Path, folder: Path, /, **secti
 
 
 def tiny_config(path: Path, model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> Config:
-    """The same, checked and resolved."""
+    """Return the same configuration, loaded and checked."""
     return load_config(write_config(path, model, corpus, folder, **sections))
 
 
@@ -58,7 +58,7 @@ NEXT_TOKEN = {"objective": {"name": "ntp"}, "candidates": {"rollouts": 0}}
 
 
 def save_model(folder: Path, tokenizer: Path, seed: int, scale: float = 4.0, **overrides: object) -> Path:
-    """A random model of the configuration and tokenizer in ``tokenizer``, with heads that vLLM takes."""
+    """Save a random model with configuration and tokenizer of ``tokenizer``, with heads that vLLM supports."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,26 +69,26 @@ def save_model(folder: Path, tokenizer: Path, seed: int, scale: float = 4.0, **o
     model = LlamaForCausalLM(LlamaConfig(**settings))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" not in name:  # far enough from uniform that greedy choices are not decided by rounding
+            if "norm" not in name:  # not uniform, so that rounding does not decide greedy choices
                 weight *= scale
     model.save_pretrained(folder)
     return folder
 
 
 def start_engine(model: Path, **overrides: object) -> VllmEngine:
-    """The rollout engine in fp32 on ``model``; ``overrides`` change its ``rollout`` section."""
+    """Start the rollout engine in fp32 with ``model``; ``overrides`` change its ``rollout`` section."""
     config = RolloutConfig(**{"kv_cache_gib": 0.02, "max_batch": 32} | overrides)
     shapes = expected_shapes(read_architecture(model))
     return VllmEngine(model, shapes, config, dtype=Dtype.fp32, max_sequence=64, seed=1)
 
 
 def start(config: Path, *arguments: str) -> Forked:
-    """``rlpt train`` in a process of its own, and a group of its own so that a kill reaches its helpers too."""
+    """Start ``rlpt train`` in a new process group, so that a kill reaches its children too."""
     return rlpt_process("train", "-c", str(config), *arguments)
 
 
 def start_ranks(config: Path, ranks: int, *arguments: str) -> list[Forked]:
-    """``rlpt train`` on ``ranks`` ranks, which see the variables that torchrun gives its workers."""
+    """Start ``rlpt train`` on ``ranks`` ranks, with the variables that torchrun sets."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks} | address
     return [
@@ -98,13 +98,13 @@ def start_ranks(config: Path, ranks: int, *arguments: str) -> list[Forked]:
 
 
 def rlpt_process(*arguments: str, **variables: object) -> Forked:
-    """``rlpt`` with these arguments, likewise, and with these variables."""
+    """Start ``rlpt`` with these arguments and variables in a new process group."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
     return forked(VLLM, [sys.executable, "-m", "megatron_rlpt", *arguments], env=env)
 
 
 def finish(process: Forked | subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error, once it has ended."""
+    """Wait for the process to end; return exit code, standard output and standard error."""
     out, err = process.communicate(timeout=300)
     assert process.returncode is not None
     return process.returncode, out, err
@@ -115,7 +115,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def lasting_metrics(folder: Path) -> list[dict[str, Any]]:
-    """``metrics.jsonl`` without what may differ between two equal runs."""
+    """Return ``metrics.jsonl`` without the metrics that may differ between equal runs."""
     return [
         {name: value for name, value in row.items() if not name.startswith(EXCLUDED)}
         for row in json_lines(folder / "metrics.jsonl")
@@ -123,7 +123,7 @@ def lasting_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def only_error(err: str) -> str:
-    """The one error line a user sees; no traceback, nothing behind it."""
+    """Return the only error line; fail if a traceback or anything else follows."""
     lines = err.strip().splitlines()
     assert "Traceback" not in err, err
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], err

@@ -1,4 +1,4 @@
-"""Run by torchrun with two ranks: the rollout engine of a world, step by step, each rank's results as JSON."""
+"""A program for torchrun with two ranks: the rollout engine of a world; each rank writes its results as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_rlpt.trainer.stop import STOP_SIGNALS
 
 
 def gathered(folder, break_at=None):
-    """The weights of a folder as a sharded policy gives them: every tensor takes a collective of both ranks."""
+    """Yield the weights of a folder like a sharded policy: every tensor takes a collective of both ranks."""
     for index, (name, tensor) in enumerate(WeightFolder(Path(folder)).stream(read_architecture(Path(folder)))):
         torch.distributed.all_reduce(torch.ones(1))
         yield name, tensor[:-1] if index == break_at else tensor
@@ -46,7 +46,7 @@ def error_of(call, *arguments):
 
 
 def ask_slowly(own):
-    """Have requests arrive one by one, as on a machine with much to do."""
+    """Make requests arrive one by one, as on a busy machine."""
     core = own._llm.llm_engine.engine_core
     add = core.add_request
 
@@ -58,7 +58,7 @@ def ask_slowly(own):
 
 
 def die_during_two_calls(own, results):
-    """Stop the engine's process with one call under way, to be killed when the next one, a generation, is too.
+    """Stop the process of the engine during a call, and kill it once a generation is waiting as well.
 
     Returns the thread of the first call.
     """

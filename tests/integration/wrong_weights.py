@@ -1,4 +1,4 @@
-"""What may be wrong with a stream of weights: each gives the weights so changed, and the name to be complained of."""
+"""Faults in a stream of weights: each function returns the changed weights and the name to report."""
 
 import torch
 

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""Texts that tokenizers trip over, and the tokenizers of every kind that supported families ship."""
+"""Texts that are difficult for tokenizers, and every kind of tokenizer that supported families ship."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints and model folders as users and attackers have them, through ``rlpt convert`` and ``rlpt train``."""
+"""Odd and hostile checkpoints and model folders, through ``rlpt convert`` and ``rlpt train``."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_metadata_that_leads_out_of_its_folder(rlpt, megatron, tmp_path):
 
 
 def poisoned(folder: Path, what: object, key: str = "_extra_state") -> None:
-    """Let every entry of ``key`` lead to ``what``, as ``torch.save`` writes it."""
+    """Make every entry of ``key`` load ``what``, as written by ``torch.save``."""
     file = folder / "__9_9.distcp"
     torch.save(what, file)
     metadata = FileSystemReader(folder).read_metadata()
@@ -157,7 +157,7 @@ def test_a_folder_with_pickled_weights_alone(rlpt, model, tmp_path):
 
 
 def next_token_run(tmp_path: Path, model: Path, corpus: Path) -> Path:
-    """The configuration of a run without engine and judge."""
+    """Write the configuration of a run without engine and judge."""
     config = {
         "run": {"dir": str(tmp_path / "run")},
         "model": {"path": str(model)},
@@ -174,7 +174,7 @@ def next_token_run(tmp_path: Path, model: Path, corpus: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, corpus, tmp_path_factory) -> Path:
-    """A folder with ``run.yaml`` and a run of one step."""
+    """Return a folder with ``run.yaml`` and a run of one step."""
     folder = tmp_path_factory.mktemp("trained")
     code, err = in_a_process("train", "-c", next_token_run(folder, tiny_model, corpus))
     assert code == 0, err
@@ -182,7 +182,7 @@ def trained(tiny_model, corpus, tmp_path_factory) -> Path:
 
 
 def in_a_process(*arguments: object) -> tuple[int, str]:
-    """Exit code and standard error."""
+    """Run the command in a new process; return exit code and standard error."""
     process = forked(MEGATRON, [sys.executable, "-m", "megatron_rlpt", *map(str, arguments)])
     _, err = process.communicate(timeout=300)
     return process.returncode, err
@@ -211,7 +211,7 @@ def test_resuming_from_somebody_elses_checkpoint_runs_nothing(trained, tmp_path,
 
 
 def wanted() -> dict:
-    """A state of nothing but the extra states of a checkpoint."""
+    """Return a state dict with only the extra states of a checkpoint."""
     from megatron_rlpt.policy.device_runtime import DeviceRuntime
 
     DeviceRuntime().init_distributed()
@@ -241,7 +241,7 @@ def test_a_run_whose_checkpoint_was_tampered_with_ends_with_one_line(trained, tm
 
 
 def sign(step: Path, *changed: str) -> None:
-    """Make the checksums right again, as whoever makes a checkpoint can."""
+    """Recompute the checksums, as any author of a checkpoint can."""
     manifest = json.loads((step / "manifest.json").read_text())
     for name in changed:
         content = (step / name).read_bytes()
@@ -250,7 +250,7 @@ def sign(step: Path, *changed: str) -> None:
     (step / "COMPLETE").write_text(xxhash.xxh3_128((step / "manifest.json").read_bytes()).hexdigest())
 
 
-# Code in a model's folder
+# Code in the folder of a model.
 
 
 def with_code(folder: Path, file: str, entries: dict[str, object], mark: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_tokenizer_that_asks_to_run_its_own_code_is_refused_without_a_question
     assert not (tmp_path / "mark").exists()
 
 
-# What belongs to the user
+# Files of the user.
 
 
 def test_folders_with_names_like_temporary_ones_are_the_users(rlpt, model, tmp_path):
@@ -389,7 +389,7 @@ def test_files_of_a_run_follow_the_umask(trained):
     assert modes(trained / "run") == {0o777 & ~before, 0o666 & ~before}
 
 
-# What comes along
+# Files that are copied along.
 
 
 def test_side_files_come_along_and_what_describes_other_weights_does_not(rlpt, model, tmp_path):
@@ -428,7 +428,7 @@ def test_bf16_weights_with_fp32_norms_keep_each_its_precision(rlpt, model, tmp_p
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((model / "config.json").read_text()) | {"dtype": "bfloat16"}
     (model / "config.json").write_text(json.dumps(config))
-    # The size asked for is the size needed, not that of fp32.
+    # The requested size is the needed size, not that of fp32.
     padding = (128 - 64) * 64 * 2 if to == "megatron" else 0
     needed = sum(tensor.nbytes for tensor in tensors.values()) + padding
     side = sum(path.stat().st_size for path in model.iterdir() if path.name != "model.safetensors")
@@ -447,12 +447,12 @@ def test_bf16_weights_with_fp32_norms_keep_each_its_precision(rlpt, model, tmp_p
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-# Disks that are full, processes that are killed
+# Full disks and killed processes.
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a file system of its own of so many KiB."""
+    """Mounts a separate file system of the given KiB."""
     mounted: list[Path] = []
 
     def mount(kib: int) -> Path:

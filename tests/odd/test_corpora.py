@@ -1,4 +1,4 @@
-"""Corpora that are not what they seem, through ``rlpt train``: overlaps, blends, tokens, shares."""
+"""Deceptive corpora through ``rlpt train``: overlaps, blends, tokens, shares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny_model import WORDS
 
 @pytest.fixture
 def train(rlpt, tiny_model, corpus, tmp_path):
-    """``rlpt train`` of next tokens on the tiny model, with ``data`` changed."""
+    """Run next-token training of the tiny model with ``data`` changed."""
 
     def run(data: dict, evaluation: dict | None = None, folder: str = "run", command: str = "train", **train: int):
         settings = {
@@ -172,7 +172,7 @@ def indexed(prefix: Path, documents: list[list[int]]) -> Path:
 
 
 def tokens_of(texts: list[str]) -> list[list[int]]:
-    """As ``--append-eod`` writes them; the tiny tokenizer numbers its words from 3 and ends with 2."""
+    """Return tokens as ``--append-eod`` writes them; the tiny tokenizer numbers words from 3, and 2 is the end."""
     return [[*(3 + WORDS.index(word) for word in text.split()), 2] for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""What comes back from a store is not what was put there: the trainer learns from its own groups, or fails them."""
+"""Groups that a store returns changed: the trainer uses its own groups, or fails them."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_group_whose_only_candidate_was_to_be_the_rewrite_fails_as_a_rewrite()
 
 @pytest.fixture
 def through(tmp_path):
-    """A trainer's end of a buffer, the buffer as a worker sees it, and how to change a record behind their backs."""
+    """Yield the trainer's side of a buffer, the worker's side, and a function that changes a stored record."""
     url = f"sqlite:///{tmp_path}/buffer.sqlite"
     buffers = [open_url(url, "run"), open_url(url, "run")]
     judging = BufferedJudging(
@@ -190,7 +190,7 @@ def test_a_damaged_result_fails_its_group_and_no_other(through, kind, caplog):
 
 
 def test_too_many_of_them_are_judged_again_as_they_were_submitted(through):
-    """Also where what workers are given has been damaged: the trainer's own groups replace it."""
+    """Also if the groups for the workers were damaged: those of the trainer replace them."""
     judging, buffer, overwrite = through
     judging.start(0, {})
     judging.submit(0, groups(4))

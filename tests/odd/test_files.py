@@ -1,4 +1,4 @@
-"""Corpora as they are found in the world, through ``rlpt train``: read, or refused in one line, never lost unsaid."""
+"""Real-world corpora through ``rlpt train``: read, or refused in one line, never lost silently."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def refused(result, *words: str) -> None:
 
 
 def shards(folder: Path, ending: str = ".jsonl.gz", keep: float = 0.1) -> Path:
-    """Ten shards of which every second one is cut."""
+    """Write ten shards, every second one truncated."""
     folder.mkdir()
     for index in range(10):
         data = PACK[Path(ending).suffix if Path(ending).suffix in PACK else ""](lines(texts(40, index)))
@@ -99,7 +99,7 @@ def test_what_cut_shards_cost_is_logged_and_in_the_metrics_where_it_is_allowed(t
 
 
 def test_more_is_lost_while_reading_than_allowed(train, tmp_path, monkeypatch):
-    """What is too much to look through at the start is found when it is met."""
+    """Damage in data that is too large to check at the start is detected during reading."""
     monkeypatch.setattr("megatron_rlpt.data.survey._EFFORT", 0)
     folder = shards(tmp_path / "corpus")
     code, err, metrics = train(folder, steps=30, batch=10)
@@ -234,7 +234,7 @@ def test_a_link_to_nothing_a_loop_of_links_and_a_glob_over_it(train, tmp_path):
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(lines(texts(8)))
     for name in "xyz":
-        (folder / name).symlink_to(folder)  # 3^40 ways for a glob that goes round
+        (folder / name).symlink_to(folder)  # 3^40 paths for a glob that follows loops
     (folder / "self").symlink_to("self")
     code, err, metrics = train(folder / "**" / "*.jsonl", steps=3)
     assert code == 0, err
@@ -383,7 +383,7 @@ def test_a_file_that_changes_or_vanishes_under_a_run_ends_it_in_one_line(rlpt, t
 
 
 def test_a_file_that_may_not_be_read_is_lost_by_its_size(tmp_path):
-    """Root may read everything, so that a process of another user asks."""
+    """Root may read everything, so another user runs the command."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for index in range(4):

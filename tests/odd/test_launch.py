@@ -1,4 +1,4 @@
-"""Cluster files as sites have them, driven through ``rlpt launch --dry-run``: what is rendered, and what is refused."""
+"""Cluster files of various sites through ``rlpt launch --dry-run``: rendered scripts and refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLUSTER = {
 
 
 def written(folder: Path, **sections: object) -> list[str]:
-    """Arguments of a dry launch with ``sections`` over ``CLUSTER``."""
+    """Return the arguments of a dry launch, with ``sections`` merged over ``CLUSTER``."""
     settings = {"home": str(folder / "home"), **CLUSTER}
     for name, section in sections.items():
         settings[name] = {**settings.get(name, {}), **section} if isinstance(section, dict) else section
@@ -56,7 +56,7 @@ def asked(text: str, option: str) -> list[str]:
 
 
 def steps(text: str) -> dict[str, str]:
-    """Role -> its ``srun`` line, in the order in which components start."""
+    """Return role -> its ``srun`` line, in the order in which components start."""
     lines = re.findall(r"^srun --output.*$", text, re.MULTILINE)
     return dict(zip(("buffer", "teacher", "judges", "trainer"), lines, strict=True))
 

@@ -1,4 +1,4 @@
-"""Odd model folders through the public commands: what is trained, converted or planned with, and what is refused."""
+"""Odd model folders through the public commands: trained, converted and planned with, or refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tiny_model, tmp_path) -> Path:
 
 @pytest.fixture
 def train(rlpt, corpus, tmp_path) -> Callable[..., tuple[int, str, str]]:
-    """Two steps of next-token training, which starts no engine."""
+    """Run two steps of next-token training, which starts no engine."""
 
     def run(model: Path) -> tuple[int, str, str]:
         settings = {
@@ -65,7 +65,7 @@ def config(**entries: Any) -> Change:
 
 
 def tensors(name: str = SINGLE, **found: torch.Tensor) -> Change:
-    """Add a file, or tensors to the one there is."""
+    """Add a file of tensors, or tensors to the existing file."""
 
     def change(folder: Path) -> None:
         held = tensors_in(folder) if name == SINGLE else {}
@@ -76,7 +76,7 @@ def tensors(name: str = SINGLE, **found: torch.Tensor) -> Change:
 
 
 def shards(*, keep_single: bool = False, overlap: bool = False, index: bool = True) -> Change:
-    """The model in two files with an index."""
+    """Split the model into two files with an index."""
 
     def change(folder: Path) -> None:
         held = list(tensors_in(folder).items())

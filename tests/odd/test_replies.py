@@ -1,4 +1,4 @@
-"""What teacher servers send, driven through ``rlpt judge try``: verdicts are found, reasons shown, keys not."""
+"""Replies of teacher servers through ``rlpt judge try``: verdicts are found, reasons are shown, keys are not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXTS = ("the cat", "a dog")
 
 @pytest.fixture
 def judge_try(rlpt, tiny_model, tmp_path):
-    """Exit code, output and errors of the command on two candidates, asking ``server``."""
+    """Run the command on two candidates with ``server``; return exit code, output and errors."""
 
     def run(server, *overrides, **endpoint):
         settings = {
@@ -232,7 +232,7 @@ def test_a_key_is_never_shown_however_the_server_repeats_it(judge_try, monkeypat
 
 
 def test_a_server_as_azure_has_it(judge_try, monkeypatch):
-    """The key in a header of its own, and a query with every request."""
+    """The key is in a special header, and every request has a query."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
     with serving(says(chat(VERDICT))) as server:
         deployment = f"{server.url}/openai/deployments/judge"
@@ -252,7 +252,7 @@ def test_a_server_as_azure_has_it(judge_try, monkeypatch):
 
 
 class Forwarding(http.server.BaseHTTPRequestHandler):
-    """A proxy that forwards what it is asked for."""
+    """A proxy that forwards every request."""
 
     protocol_version = "HTTP/1.1"
 
@@ -344,7 +344,7 @@ def test_an_answer_that_a_server_does_not_go_on_with_is_begun_in_the_question(ca
     assert len(taken) == 3, "the second way is kept"
     assert all(BEGUN in body["messages"][-1]["content"] for body in taken)
     assert not any({"continue_final_message", "add_generation_prompt"} & body.keys() for body in taken)
-    # A record is there twice where a logger has pytest's handler and passes it on as well.
+    # A record appears twice if its logger has the handler of pytest and also propagates.
     (said,) = {id(record): record for record in caplog.records if "refused a request" in record.getMessage()}.values()
     assert "the prompt says how the answer should begin" in said.getMessage()
     assert "continue_final_message" in said.fields["message"]

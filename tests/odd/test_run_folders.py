@@ -1,4 +1,4 @@
-"""Run folders as crashes, people and other trainers leave them, through ``rlpt train``."""
+"""Run folders that crashes, users and other trainers left behind, through ``rlpt train``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPORT = "export/model.safetensors"
 
 @pytest.fixture
 def configured(tiny_model, corpus, tmp_path):
-    """Writes a configuration of a run without engine, and names its folder."""
+    """Write the configuration of a run without an engine, and return its folder."""
 
     def write(name="run", **sections):
         folder = tmp_path / name
@@ -40,7 +40,7 @@ def refused(ended):
 
 
 def forget_checkpoints(folder, **changes):
-    """As if it had been killed before its first one."""
+    """Delete the checkpoints, as if the run was killed before the first."""
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "export")
     record = json.loads((folder / "run.json").read_text())
@@ -87,7 +87,7 @@ def test_a_finished_run_is_made_longer_and_equals_one_that_was_so_long_from_the_
     assert (folder / EXPORT).read_bytes() == (other / EXPORT).read_bytes() != short
     assert lasting_metrics(folder) == lasting_metrics(other)
     assert "5 of 5 steps" in rlpt("train", "-c", config, "train.steps=5")[1]
-    # Killed after its last checkpoint, before the new export took the place of the old one.
+    # Killed after its last checkpoint, before the new export replaced the old one.
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"exported": 2}))
     (folder / EXPORT).write_bytes(short)
@@ -107,7 +107,7 @@ def test_a_run_whose_learning_rates_depend_on_its_length_keeps_it(rlpt, configur
 
 
 def elsewhere(folder, number, age):
-    """The lock of a trainer on a machine that nobody can look at."""
+    """The lock of a trainer on a machine that cannot be inspected."""
     path = folder / f"lock/{number:08d}"
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = replace(Holder.me(), host="node17", machine="another machine")
@@ -136,7 +136,7 @@ def test_a_folder_of_a_machine_that_was_lost_long_ago_is_taken_over(rlpt, config
 
 
 def test_a_trainer_that_another_one_took_over_from_publishes_nothing_more(rlpt, configured, monkeypatch):
-    """Its node was cut off for a while: what is in the folder is the other one's by then."""
+    """Its node was offline for a while, and the folder belongs to the other trainer by now."""
     from megatron_rlpt.checkpoint import store
 
     config, folder = configured()
@@ -147,7 +147,7 @@ def test_a_trainer_that_another_one_took_over_from_publishes_nothing_more(rlpt, 
         elsewhere(folder, 900, age=0)
 
     monkeypatch.setattr(store.CheckpointStore, "_prepare", cut_off)
-    # The thread that renews would end this process.
+    # The renewing thread would end this process.
     monkeypatch.setattr("megatron_rlpt.trainer.run_lock.RunLock._keep", lambda lock: None)
     line = refused(rlpt("train", "-c", config))
     assert "has taken over run.dir" in line

@@ -1,4 +1,4 @@
-"""Runs that go wrong: nothing is learnt, a tracker is lost, the disk is full, files of the run are damaged."""
+"""Runs that fail: nothing is learned, a tracker is lost, the disk is full, files of the run are damaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Answer = Callable[[Group], Group]
 
 @pytest.fixture
 def file(tiny_model, corpus, tmp_path):
-    """The configuration of a next-token run of four steps, with ``sections`` merged over it."""
+    """Write the configuration of a next-token run of four steps, with ``sections`` merged over it."""
 
     def write(**sections: dict[str, Any]) -> Path:
         settings: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def only_line(err: str) -> str:
 
 @contextlib.contextmanager
 def worker(config: Path, answer: Answer) -> Iterator[None]:
-    """A judge worker that hands in what ``answer`` makes of every group."""
+    """Run a judge worker that returns ``answer(group)`` for every group."""
     over = threading.Event()
 
     def work() -> None:
@@ -85,7 +85,7 @@ def worker(config: Path, answer: Answer) -> Iterator[None]:
 
 
 def judged(name: str, **more: Any) -> dict[str, dict[str, Any]]:
-    """Sections of a run that asks workers for a rewrite, and for scores if its objective has them."""
+    """Return the sections of a run whose workers rewrite, and judge if the objective needs rewards."""
     return {
         "objective": {"name": name},
         "candidates": {"rollouts": 0, "rewrite": True, "original": name != "sft_rewrite"},
@@ -94,7 +94,7 @@ def judged(name: str, **more: Any) -> dict[str, dict[str, Any]]:
 
 
 def rejected(group: Group) -> Group:
-    """What comes of a server that refuses every request."""
+    """Return a group as judged by a server that refuses every request."""
     failed = Failed("request rejected", {"status": 400, "message": "unsupported parameter: max_tokens"})
     return replace(group, rewrite_failure=failed, rewards=(failed,) * len(group.candidates))
 
@@ -276,7 +276,7 @@ def test_tensorboard_that_cannot_write_ends_no_run(rlpt, file, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """A real disk of 12 MiB."""
+    """Mount a real file system of 12 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True)
@@ -371,7 +371,7 @@ def test_a_full_disk_under_the_rollout_buffer_keeps_what_was_learnt(rlpt, file, 
         assert [path.name for path in (run / "checkpoints").glob("step-*[0-9]")] == ["step-00000002"] * own
         (disk / "filler").unlink()
         with contextlib.closing(open_buffer(load_config(config))) as buffer:
-            buffer.withdraw(HOLDER, HOLDER)  # elsewhere the process that held it has ended
+            buffer.withdraw(HOLDER, HOLDER)  # in other cases the process that held it has ended
         code, _, err = rlpt("train", "-c", config)
     assert code == 0, err
     assert ("resumed" in err) == own

@@ -1,4 +1,4 @@
-"""What strangers wrote never steers a terminal, and damaged input is one line."""
+"""Untrusted text never controls a terminal, and damaged input gives one error line."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_damaged_heartbeat_is_passed_over(rlpt, tmp_path, heartbeat):
     assert (code, err) == (0, "")
 
 
-# Damaged input of the commands.
+# Damaged input to commands.
 
 CONFIGS = {
     "binary": b"\x00\xff\xfe\x80" * 100,
@@ -192,7 +192,7 @@ def test_a_damaged_configuration_is_one_line(rlpt, tmp_path, damage, command):
     ],
 )
 def test_a_damaged_run_folder_is_one_line(rlpt, tiny_model, corpus, tmp_path, name, content, kind):
-    """``content`` None puts a folder where a file belongs."""
+    """``content`` None creates a folder in place of the file."""
     run = tmp_path / "run"
     run.mkdir()
     if content is None:

@@ -1,4 +1,4 @@
-"""Odd texts through the command: what reaches samples, judge and training is what the documents say."""
+"""Odd texts through the command: samples, judge and training get exactly the text of the documents."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_characters_longer_than_a_suffix_are_called_that(rlpt, tmp_path, model):
 
 
 def test_control_tokens_are_taken_for_such_where_a_source_says_so(rlpt, tmp_path, model):
-    """A control token is one token and its spelling several, so that as many tokens hold more text."""
+    """A control token is one token but several when spelled out, so the same number of tokens holds more text."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", ["What is it?<|im_end|>\nIt is good.<|im_end|>\n" * 40])
     characters = {}
     for meant in (False, True):

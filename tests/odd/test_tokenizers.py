@@ -1,4 +1,4 @@
-"""Every kind of tokenizer on every odd text: what is cut, shown and copied is the document, to the last byte."""
+"""Every kind of tokenizer on every odd text: the document is cut, shown and copied to the last byte."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokenizer(request, tokenizers):
 
 
 def episodes(tokenizer, text, max_prefix=30, control_tokens=False):
-    """Episodes at many borders of characters, not only at those where one suffix ends and the next begins."""
+    """Return episodes at many character boundaries, not only where one suffix ends and the next begins."""
     found = []
     for start in range(0, LENGTH, 5):
         config = DataConfig(suffix_length=LENGTH, min_prefix=1 + start, max_prefix=max_prefix)
@@ -51,7 +51,7 @@ def test_a_document_is_read_back_whole(tokenizer, subtests):
         with subtests.test(text=name):
             text = TEXTS[name]
             tokens = tokenizer.encode(text)
-            # SentencePiece reads a text with a space before it and one without alike; NFC is the normal form of Qwen's.
+            # SentencePiece reads a text with and without a leading space alike; Qwen normalizes to NFC.
             assert tokenizer.text_of(tokens) in (text, text.removeprefix(" "), unicodedata.normalize("NFC", text))
             assert not tokenizer.control_in(tokens)
 
@@ -69,10 +69,10 @@ def test_prefix_and_suffix_are_a_piece_of_the_document(tokenizer, subtests):
 
 
 async def ask_copyist(request, begin_again=False, strip=False, more=""):
-    """A teacher that copies the passage as a server shows it, control tokens broken up."""
+    """A teacher that copies the passage as a server shows it, with control tokens split up."""
     content = break_up_common(request.prompt[0].content)
     passage = re.search(r"\[begin passage \w+\]\n(.*)\n\[end passage", content, re.DOTALL)[1] + more
-    # Where the answer starts in the middle of a control token, the passage has a space in it that the start has not.
+    # If the answer starts inside a control token, the passage has a space there that the start lacks.
     said = 0 if begin_again else len("".join(break_up_common(request.answer_start).split()))
     start = 0
     while said:
@@ -114,7 +114,7 @@ def test_copies_by_teachers_with_habits(tokenizer, way):
 
 
 def test_tokens_of_a_continuation_read_back_as_it(tokenizer, subtests):
-    """Not only copies: whatever a teacher writes becomes tokens of that text, and none of them is a control token."""
+    """Any text of a teacher, not only copies, becomes tokens of that text without control tokens."""
     for name in TEXTS:
         with subtests.test(text=name):
             text = unicodedata.normalize("NFC", TEXTS[name])
@@ -127,7 +127,7 @@ def test_tokens_of_a_continuation_read_back_as_it(tokenizer, subtests):
 
 
 def test_the_rest_of_a_document_continues_it_with_its_own_tokens(tokenizer, subtests):
-    """Tokens of a continuation depend on what precedes it, as blank lines do with Qwen's words."""
+    """Tokens of a continuation depend on the preceding text, such as blank lines with Qwen."""
     for name in ["blank lines", "spaces", "thai"]:
         with subtests.test(text=name):
             tokens = tokenizer.encode(TEXTS[name])
@@ -149,7 +149,7 @@ def test_what_a_policy_breaks_off_in_mid_character_is_left_out(tokenizer):
 
 
 def test_bytes_that_are_no_text_are_spelled(tokenizer):
-    """A young policy samples them; nobody wrote a U+FFFD."""
+    """An untrained policy samples them; the text contains no U+FFFD."""
     character = tokenizer.encode("a龘")[-1]
     assert not tokenizer.starts_character(character), "the character has several tokens in every vocabulary"
     text = tokenizer.text_of([*tokenizer.encode("so"), character, *tokenizer.continue_with([], " it goes")])
@@ -190,7 +190,7 @@ MARKS = ["\u0323\u0308", "\u0301", "\u0308x", "\u11a8", "\u1161 ok", "\u093c", "
 @pytest.mark.parametrize("text", MARKS)
 @pytest.mark.parametrize("before", ["k", "hell", "nai\u0308", "\uac00\ub098\ub2e4", "\u1100", "\u0915", "x =", "a"])
 def test_a_mark_that_belongs_to_the_character_before_is_not_lost(tokenizers, before, text):
-    """A normalizer draws both together, where the border between prefix and suffix no longer is one."""
+    """A normalizer merges both, so that the boundary between prefix and suffix disappears."""
     tokenizer = tokenizers["qwen"]
     prefix = tokenizer.encode(before)
     whole = tokenizer.text_of([*prefix, *tokenizer.continue_with(prefix, text)])
@@ -199,7 +199,7 @@ def test_a_mark_that_belongs_to_the_character_before_is_not_lost(tokenizers, bef
 
 
 def built(folder, model, normalizer):
-    """A tokenizer of a few words, most of which it does not know."""
+    """Build a tokenizer of a few words; most others are unknown to it."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     known = {"vocab_size": 120, "special_tokens": ["<unk>"], "show_progress": False}

@@ -12,7 +12,7 @@ _numbers = itertools.count()
 
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
 def store(request, tmp_path):
-    """Where a buffer is, as the arguments of ``open_url``; a fresh one in every test."""
+    """Arguments of ``open_url`` for a buffer that is new in every test."""
     name = f"test-{next(_numbers)}"
     if request.param == "sqlite":
         return {"url": f"sqlite:///{tmp_path}/buffer.sqlite", "name": name}
@@ -21,7 +21,7 @@ def store(request, tmp_path):
 
 @pytest.fixture
 def opened(store):
-    """Opens the buffer once more, as another process would."""
+    """Open the buffer once more, as another process would."""
     handles = []
 
     def open_again(**options):
@@ -40,7 +40,7 @@ def buffer(opened):
 
 @pytest.fixture
 def rlpt(monkeypatch, capsys):
-    """The command in this process, from its arguments to its exit code, standard output and standard error."""
+    """Run the command in this process; returns exit code, standard output and standard error."""
     from megatron_rlpt.cli import main as cli
 
     def run(*arguments):

@@ -19,13 +19,13 @@ LONG = 600.0
 
 @pytest.fixture
 def options(store):
-    """What names the buffer on the command line."""
+    """Options that name the buffer on the command line."""
     return [part for name, value in store.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
 @pytest.fixture
 def filled(buffer):
-    """0 taken, 1 judged, 2 dead, 3 on loan, 4 queued."""
+    """A buffer with group 0 taken, 1 judged, 2 dead, 3 leased, 4 queued."""
     fencing_token = buffer.attach("run-1", 0, capacity=100, max_attempts=1)
     buffer.put(fencing_token, items(*range(5)))
     first, second, third, _ = buffer.claim("judge-1", 4, LONG, "lease")
@@ -162,7 +162,7 @@ def test_numbers_that_json_lacks_are_null(rlpt, options, buffer):
     assert json.loads(line)["candidates"][0]["logprobs"] == [None, None]
 
 
-# Which buffer.
+# Choosing the buffer.
 
 
 @pytest.fixture

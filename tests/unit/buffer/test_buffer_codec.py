@@ -1,4 +1,4 @@
-"""Groups and replies as bytes: exact there and back, and damage is noticed."""
+"""Groups and replies as bytes: exact round trips, and damage is detected."""
 
 import random
 import struct
@@ -50,7 +50,7 @@ groups = st.builds(
 
 
 def fields(given: Group) -> str:
-    """Tells apart what == does not: 1 and 1.0, 0.0 and -0.0."""
+    """Return fields that distinguish what == does not: 1 and 1.0, 0.0 and -0.0."""
     return repr(given)
 
 

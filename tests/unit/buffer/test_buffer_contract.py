@@ -1,4 +1,4 @@
-"""What ``RolloutBuffer`` promises, for every store."""
+"""The contract of ``RolloutBuffer``, for every store."""
 
 import threading
 import time
@@ -39,7 +39,7 @@ def expire(buffer, count=1, worker="dead"):
     return works
 
 
-# The way of a group.
+# Life of a group.
 
 
 def test_groups_come_back_equal_and_in_order_whatever_order_they_were_judged_in(buffer, opened):
@@ -223,7 +223,7 @@ def test_a_renewed_lease_does_not_expire_when_it_first_would_have(buffer):
         start = time.monotonic()
         works = buffer.claim("w", 1, first, f"lease-{start}")
         renewed = buffer.renew(works, LONG)
-        if time.monotonic() - start < first:  # else this process stood still meanwhile
+        if time.monotonic() - start < first:  # otherwise this process was paused meanwhile
             break
     assert renewed == works
     time.sleep(first)
@@ -354,7 +354,7 @@ def test_a_late_result_brings_a_dead_group_back_unless_it_is_taken(buffer):
     assert buffer.take(fencing_token, 1, 1) == [judged(group(1))]
 
 
-# Judging once more.
+# Retries.
 
 
 def test_retry_has_groups_judged_anew(buffer):
@@ -494,7 +494,7 @@ def test_buffers_of_other_names_are_apart(buffer, opened, store):
     assert numbers(other.claim("w", 5, LONG, "lease")) == [3]
 
 
-# Answers of the teacher.
+# Replies of the teacher.
 
 
 def test_answers_are_kept_until_the_group_is_acknowledged(buffer, opened):
@@ -513,7 +513,7 @@ def test_answers_are_kept_until_the_group_is_acknowledged(buffer, opened):
     assert buffer.recall(0) == {}
 
 
-# Who is there.
+# Announcements.
 
 
 def test_announcements_run_out_and_are_withdrawn(buffer, opened):
@@ -534,7 +534,7 @@ def test_announcements_run_out_and_are_withdrawn(buffer, opened):
     assert buffer.announced("worker") == {"b": "changed", "c": "back"}
 
 
-# What operators do.
+# Operations of operators.
 
 
 def test_draining_hands_out_nothing_and_takes_results(buffer, opened):
@@ -689,7 +689,7 @@ def test_a_worker_is_told_how_often_a_group_was_sent_back(buffer):
         buffer.retry(fencing_token, items(0))
 
 
-# Which trainer has it.
+# Holding the buffer.
 
 
 def hold(buffer, holder, run="run", seconds=LONG, over=""):
@@ -731,7 +731,7 @@ def test_a_hold_is_renewed_and_let_go_of_by_its_own_trainer_alone(buffer, opened
 
 
 def test_taking_ahead_of_what_the_store_knows_counts_what_is_before_as_taken(buffer):
-    """As after a restore from an older copy: the buffer would be full for ever otherwise."""
+    """As after a restore from an older copy; otherwise the buffer would stay full forever."""
     fencing_token = attach(buffer, capacity=4)
     assert buffer.put(fencing_token, items(8)) == 0
     assert buffer.take(fencing_token, 8, 2) == Pending(0, 0, (8, 9))

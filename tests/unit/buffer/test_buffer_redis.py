@@ -1,4 +1,4 @@
-"""Redis below a rollout buffer: what is asked of the server, losing the connection, passwords, TLS."""
+"""The Redis server of a rollout buffer: requirements, lost connections, passwords, TLS."""
 
 import contextlib
 import logging
@@ -27,14 +27,14 @@ LONG = 600.0
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server of this module's own, to be set up wrongly and killed."""
+    """A server for this module only, to misconfigure and kill."""
     with RedisServer(tmp_path_factory.mktemp("redis") / "own") as server:
         yield server
 
 
 @pytest.fixture
 def admin(server):
-    """Redis's own client; what it sets is taken back after the test."""
+    """A client of Redis whose settings are reverted after the test."""
     with redis.Redis.from_url(server.url, password=server.password, decode_responses=True) as client:
         changed = {}
 
@@ -196,7 +196,7 @@ def test_a_user_who_may_not_do_everything(server, admin, tmp_path):
 
 
 class Proxy:
-    """Between client and server; ``lose_next`` is set to have the next answer lost and the connection with it."""
+    """A proxy between client and server; if ``lose_next`` is set, it drops the next answer and the connection."""
 
     def __init__(self, port: int) -> None:
         self.lose_next = self.lost = False
@@ -329,7 +329,7 @@ def test_tls(server, admin, certificate, monkeypatch):
     buffer = buffer_of(server, "tls", url=url)
     buffer.put(attached(buffer), items(0))
     assert [entry.group for entry in buffer_of(server, "tls").entries()] == [group(0)]
-    # To the wrong port: without TLS, and TLS where there is none.
+    # The wrong port: plain text to a TLS port, and TLS to a plain one.
     said = refusal(lambda: buffer_of(server, url=url.replace("rediss", "redis"), retry=0.2), server)
     assert "could not be reached or used" in said
     refusal(lambda: buffer_of(server, url=server.url.replace("redis:", "rediss:"), retry=0.2), server)

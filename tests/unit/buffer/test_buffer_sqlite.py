@@ -1,4 +1,4 @@
-"""The SQLite file of a rollout buffer: what is refused, waiting for others, and processes that were forked."""
+"""The SQLite file of a rollout buffer: refusals, waiting for other processes, and forks."""
 
 import contextlib
 import os
@@ -91,7 +91,7 @@ def test_a_locked_file_is_waited_for_and_then_named(path):
         ) as caught:
             buffer.announce("worker", "w", "", 60)
         assert str(path) in str(caught.value)
-        assert buffer.announced("worker") == {}  # others still read
+        assert buffer.announced("worker") == {}  # reading still works
         release = threading.Timer(0.3, lambda: other.execute("ROLLBACK"))
         release.start()
         SqliteBuffer(path, "demo", retry=60.0).announce("worker", "w", "", 60)
@@ -147,7 +147,7 @@ def test_another_process_is_killed_in_the_middle_of_a_change(path):
 
 @pytest.mark.parametrize("successor", [False, True])
 def test_a_file_that_was_moved_away_is_not_used_in_secret(tmp_path, successor):
-    """As ``rlpt train --fresh`` does with the folder of an earlier run, whose workers still go."""
+    """As ``rlpt train --fresh`` does with the folder of an earlier run whose workers are still running."""
     path = tmp_path / "run" / "buffer.sqlite"
     worker = open_url(f"sqlite:///{path}", "run")
     worker.announce("worker", "w", "{}", 60.0)

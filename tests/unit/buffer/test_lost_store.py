@@ -1,4 +1,4 @@
-"""A store that comes back empty or older than it was: the trainer puts back what is missing, and learns nothing twice.
+"""A store that returns empty or in an older state: the trainer puts missing groups again, and trains on none twice.
 
 Real Redis, killed and started on an older copy of its files; SQLite files that are removed or replaced.
 """
@@ -30,7 +30,7 @@ BATCH = 4
 
 
 class Redis:
-    """A server that can lose what it was told last, or everything."""
+    """A server that can lose its latest writes, or everything."""
 
     def __init__(self, folder, stack):
         self._server = stack.enter_context(RedisServer(folder / "server"))
@@ -38,7 +38,7 @@ class Redis:
         self.options = {**self._server.options, "name": "run"}
 
     def remember(self):
-        # Killed first: a copy of a file that grows meanwhile need not be one that was ever there.
+        # Kill it first: a copy of a growing file may have a state that never existed.
         self._server.kill()
         shutil.copytree(self._server.folder / "data", self._copy)
         self._server.start()
@@ -57,7 +57,7 @@ class Redis:
 
 
 class Sqlite:
-    """A file that is removed, or put back from a copy."""
+    """A file that is removed, or restored from a copy."""
 
     def __init__(self, folder, stack):
         self._path, self._copy = folder / "buffer.sqlite", folder / "copy.sqlite"
@@ -150,7 +150,7 @@ def test_the_trainer_puts_back_what_is_missing_and_goes_on(store, opened, how, c
     assert collect(judging, 0) == expected(0)
     judging.acknowledge(BATCH)
     assert collect(judging, 1) == expected(1)
-    # Of the copy's groups, all are learnt from by now; of those that wait, it has none.
+    # All groups of the copy have been trained on; it holds none of those that are waiting.
     getattr(store, how)()
     with caplog.at_level(logging.WARNING):
         submit(judging, 3)
@@ -166,7 +166,7 @@ def test_the_trainer_puts_back_what_is_missing_and_goes_on(store, opened, how, c
 
 
 def test_lost_after_it_was_judged_it_is_judged_again(store, opened):
-    """While the trainer waits, in the middle of its look: nobody has to do anything."""
+    """While the trainer waits, in the middle of a poll: no action of a user is needed."""
     judging, worker = trainer(opened()), opened()
     judging.start(0, {})
     store.remember()
@@ -236,7 +236,7 @@ def test_a_trainer_that_goes_on_with_other_episodes_drops_what_the_store_kept(st
 
 
 def test_a_renewal_under_way_is_no_error_when_the_buffer_is_let_go_of(tmp_path, monkeypatch):
-    """Its connection is closed under it, of which every client makes an error of another kind."""
+    """Its connection is closed meanwhile, and every client reports that with a different error."""
     monkeypatch.setattr(attachment, "RENEW", 0.01)
     monkeypatch.setattr(attachment, "_LEAVE", 0.1)
     raised: list[object] = []

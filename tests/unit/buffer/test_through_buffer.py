@@ -1,4 +1,4 @@
-"""The trainer's end of the buffer, with a real store; workers are played by the test."""
+"""The trainer's side of the buffer, with a real store; the test plays the workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_rlpt.types import Candidate, Failed, Group, Source
 
 
 class Clock:
-    """Time that passes only while somebody sleeps; the test may act in between."""
+    """A clock that advances only during sleeps; the test may act in between."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -63,7 +63,7 @@ def through(opened, clock):
 
 
 def ended() -> Holder:
-    """A trainer of this machine that is not there any more."""
+    """Return the identity of a trainer on this machine that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     holder = replace(Holder.me(), pid=process.pid)
     process.wait()
@@ -198,7 +198,7 @@ def until_there(judging):
 
 
 def test_a_cause_that_asking_again_does_not_mend_ends_the_run_and_is_told(through, buffer, clock, caplog):
-    """Though waiting for judges has no limit: a request that is rejected every time would be paid for for ever."""
+    """Although waiting for judges has no limit: a request that is always rejected would cost money forever."""
     rejected = Failed("no comparison decided", {"root": "request rejected", "cause": "400: no such field: max_tokens"})
     judging = through(max_pause=0.0)
     judging.start(0, {})
@@ -271,7 +271,7 @@ def test_workers_can_read_what_they_are_to_agree_with(through, buffer):
 
 
 def test_a_batch_that_was_judged_before_the_stop_is_taken_only_when_it_is_proposed_again(through, buffer):
-    """A trainer that was killed before its first checkpoint proposes everything once more."""
+    """A trainer that was killed before its first checkpoint submits everything again."""
     first = through(holder=ended())
     first.start(0, {})
     first.submit(0, [group(0), group(1)])

@@ -1,4 +1,4 @@
-"""A judge worker on a real store, with a teacher that does as the test says."""
+"""A judge worker with a real store and a scripted teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REASON = Fault.SERVER.value
 
 
 class ScriptedTeacher:
-    """Answers with what ``answer`` makes of a request; counts."""
+    """Answers every request with ``answer(request)``, and counts requests."""
 
     name = "scripted"
 
@@ -42,7 +42,7 @@ class ScriptedTeacher:
 
 
 class AskingJudge:
-    """Asks one question per candidate; the length of the answer is the score, no answer is a failure."""
+    """Asks one question per candidate; the length of the answer is the reward, no answer is a failure."""
 
     async def judge_group(self, group, ask):
         rewards = []
@@ -73,7 +73,7 @@ def worker(buffer, teacher, rewriter=None, metrics=None, **settings) -> Worker:
 
 
 def run(one: Worker, until, timeout: float = 20.0, before=None) -> None:
-    """Run the worker, first for as long as ``before()`` takes, then until ``until()``; stop it, await its end."""
+    """Run the worker during ``before()`` and then until ``until()`` holds; stop it and wait for its end."""
 
     async def work():
         task = asyncio.create_task(one.run())

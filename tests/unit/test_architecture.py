@@ -1,4 +1,4 @@
-"""The house rules that no type checker sees: which folder may import which, and one class per name."""
+"""Rules that no type checker enforces: which folder may import which, and unique class names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYERS = (
     "cli",
     "__main__",
 )
-"""Folders and files of the package (and ``launch``), lowest first. Each may import what stands on an earlier line."""
+"""Folders and files of the package (and ``launch``), lowest first. Each may import those on earlier lines."""
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 
 
@@ -49,7 +49,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module of ours that a file imports, wherever in the file it does so."""
+    """Return every module of this repository that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -81,7 +81,7 @@ def test_no_circle_among_files():
         }
         for module, path in files.items()
     }
-    # A package imports the modules that it hands on, and they may import its other modules.
+    # A package imports the modules that it re-exports, and they may import its other modules.
     graph = {module: found - {module} for module, found in graph.items() if files[module].name != "__init__.py"}
     done: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""Classes of the user's: loading, checks at the start, and what becomes of their mistakes."""
+"""User classes: loading, checks at the start, and how their errors are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command in every README parses, and is run by a test or the README says why not; every link leads somewhere."""
+"""Every command in a README parses and is run by a test, or the README says why not; every link works."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ NOT_RUN = {
 
 
 def commands(path: Path) -> list[str]:
-    """The commands in the code blocks of a README, their continuation lines joined and their comments cut off."""
+    """Return the commands in the code blocks of a README, with continued lines joined and comments removed."""
     found, fenced = [], False
     for line in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
         if line.startswith("```"):

@@ -1,4 +1,4 @@
-"""Policies that are one file, for tests of what happens around it."""
+"""Policies of one file, for tests of the checkpoint store."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class OneFileWriting:
 
 
 def make_model(folder: Path) -> Path:
-    """What a checkpoint copies from a model's folder, and what it leaves there."""
+    """Create a model folder with files that a checkpoint copies and files that it does not."""
     folder.mkdir()
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
         (folder / name).write_text("{}")
@@ -62,7 +62,7 @@ def flip(path: Path, position: int = -1) -> None:
 def small_files() -> Iterator[None]:
     """No file of this process can grow beyond 64 KiB: the kernel refuses the write, as on a full disk.
 
-    Around as little as possible: the tests' own output may be a longer file.
+    Use it around as little code as possible: the output of the tests may be a longer file.
     """
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""Checkpoints written while the run goes on: what is in them, when they are published, how their failure is told."""
+"""Checkpoints written during the run: their contents, when they are published, and how failures are reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """What a write waits for; opened at the end at the latest, so that no thread stays behind."""
+    """A gate that a write waits for; it opens at the end of the test, so that no thread is left behind."""
     event = threading.Event()
     yield event
     event.set()
@@ -131,7 +131,7 @@ def test_a_failure_found_on_leaving_does_not_hide_why_the_run_failed(tmp_path, m
 
 
 class Tensors:
-    """A policy of two tensors: one that is all of its storage and one that is a part, as parameters in a buffer are."""
+    """A policy of two tensors: one with its own storage, and one that is part of a buffer, as parameters are."""
 
     def __init__(self, size: int) -> None:
         self.whole = torch.arange(float(size))
@@ -212,7 +212,7 @@ def test_no_process_is_started_to_write(tmp_path, model, runtime):
 
 
 def test_writing_is_not_slowed_down_by_a_second_checksum(tmp_path, runtime):
-    """Torch's own checksum of every tensor takes ten times as long as writing it."""
+    """The checksum that torch computes of a tensor takes ten times as long as writing it."""
     from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting
 
     before = torch.serialization.get_crc32_options()
@@ -238,7 +238,7 @@ def test_a_shard_that_the_disk_has_no_room_for_is_told_and_training_goes_on(tmp_
 
 
 def test_the_run_ends_by_itself_with_a_checkpoint_still_being_written(tmp_path, model):
-    """The interpreter waits for the writing thread; what was not published is no checkpoint."""
+    """The interpreter waits for the writing thread; an unpublished folder is not a checkpoint."""
     program = f"""
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})

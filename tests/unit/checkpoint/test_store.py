@@ -129,7 +129,7 @@ def test_chat_templates_in_a_folder_are_part_of_a_checkpoint(tmp_path):
 
 
 def refused(folder: Path, allow_previous: bool = False) -> str:
-    """The one line with which the newest checkpoint is refused."""
+    """Return the error line that refuses the newest checkpoint."""
     with pytest.raises(CheckpointError) as caught:
         CheckpointStore(folder, keep=2).latest(allow_previous)
     assert "\n" not in str(caught.value)
@@ -166,14 +166,14 @@ def test_damage_is_named_and_passed_over_only_when_that_is_asked_for(tmp_path, m
     caplog.set_level("WARNING")
     with propagating():
         assert store.latest(allow_previous=True).state == {"version": 1, "step": 1}
-    # What other libraries log is caught too, and ours twice where a test before set the log up.
+    # Logs of other libraries are captured too, and ours twice if an earlier test set up logging.
     own = {record.getMessage(): record for record in caplog.records if record.name.startswith("megatron_rlpt.")}
     (record,) = own.values()
     assert record.getMessage() == "skipping a damaged checkpoint"
     assert record.fields["path"] == tmp_path / "step-00000002"
     assert record.fields["next"] == tmp_path / "step-00000001"
     assert phrase in record.fields["reason"]
-    # It is kept to look at, and counts neither as the newest nor among those that are kept.
+    # It is kept for inspection, and counts neither as the newest nor as one of those to keep.
     assert names(tmp_path) == ["step-00000001", "step-00000002.damaged-1"]
     assert store.latest().step == 1
     store.save(2, {}, OneFile(), model)
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, model):
 
 @contextlib.contextmanager
 def propagating() -> Iterator[None]:
-    """Let pytest see our log, whoever has set it up before."""
+    """Let pytest capture our log, even if an earlier test set it up."""
     root = logging.getLogger("megatron_rlpt")
     before, root.propagate = root.propagate, True
     yield

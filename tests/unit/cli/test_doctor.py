@@ -1,4 +1,4 @@
-"""The doctor names what is wrong and how to fix it, and survives what it examines."""
+"""The doctor reports problems with fixes, and survives broken packages."""
 
 import dataclasses
 import io
@@ -47,7 +47,7 @@ def problems(probes=None, versions=None, machine=MACHINE):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A site directory that comes first, with packages the test puts there."""
+    """A site directory that precedes all others, for packages of the test."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(folder))
@@ -67,7 +67,7 @@ def site(tmp_path, monkeypatch):
 
 
 def only(monkeypatch, *names):
-    """Let the doctor probe these packages only; the real ones take long to import."""
+    """Let the doctor probe only these packages, because the real ones are slow to import."""
     monkeypatch.setattr(doctor, "_PROBES", {name: doctor._PROBES[name] for name in names})
     monkeypatch.setattr(doctor, "_LAYERS", "facts['runtime'] = facts['layers'] = 'x'")
 
@@ -381,7 +381,7 @@ def test_exit_code_and_json(monkeypatch, capsys, fatal, code):
 
 @pytest.mark.slow
 def test_this_machine_from_outside(tmp_path):
-    """The whole command on the real packages, with the two classic wrong ones in front of them."""
+    """The whole command with the real packages, preceded by the two classic wrong ones."""
     for name, source in {"apex": "", "transformer_engine": "raise RuntimeError('no CUDA core')"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(source)

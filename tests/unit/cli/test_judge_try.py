@@ -1,4 +1,4 @@
-"""``rlpt judge try``: whom it asks, what it shows, and how it leaves when nothing was judged."""
+"""``rlpt judge try``: the servers it uses, its output, and its exit code if nothing was judged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def judged(*rewards) -> Group:
 
 @pytest.fixture
 def config_of(tiny_model, tmp_path):
-    """The file of a run whose teacher is configured as given."""
+    """Write the configuration of a run with the given teacher."""
 
     def write(**teacher):
         settings = {
@@ -44,7 +44,7 @@ def config_of(tiny_model, tmp_path):
 
 @pytest.fixture
 def judge_try(rlpt):
-    """Exit code, standard output and standard error of the command on two candidates."""
+    """Run the command on two candidates; return exit code, standard output and standard error."""
     return lambda config: rlpt(
         "judge", "try", "-c", config, "--prefix", "the", *(part for text in TEXTS for part in ("--candidate", text))
     )

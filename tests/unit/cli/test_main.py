@@ -1,4 +1,4 @@
-"""The command line from outside: exit codes, one-line errors, and no torch where none is needed."""
+"""The command line from outside: exit codes, one-line errors, and no import of torch without need."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def rlpt(monkeypatch, capsys):
 
 @pytest.fixture
 def training(monkeypatch):
-    """Stands in for the modules that need torch; returns the calls they got."""
+    """Replace the modules that need torch; return the calls to them."""
     calls = []
     run = ModuleType("megatron_rlpt.trainer.run")
     run.run_training = lambda config, fresh: calls.append((config, fresh))
@@ -54,7 +54,7 @@ def training(monkeypatch):
 
 
 def training_by(statements: str) -> str:
-    """A program that is ``rlpt``, but for its training, which is these statements."""
+    """Return a program like ``rlpt`` in which these statements replace training."""
     return (
         "import sys\nfrom types import ModuleType\n"
         f"def run_training(config, fresh):\n    {statements}\n"

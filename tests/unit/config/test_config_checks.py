@@ -1,4 +1,4 @@
-"""Bounds of fields and their text, and agreement between fields."""
+"""Bounds of fields, their error texts, and consistency between fields."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Reading files and overrides: what is accepted, and what a wrong one is told."""
+"""Reading files and overrides: accepted input, and error messages for the rest."""
 
 import contextlib
 import subprocess
@@ -43,7 +43,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 @pytest.mark.parametrize(
     "path",
-    # Cluster files have a schema and a test of their own.
+    # Cluster files have their own schema and test.
     [path for path in sorted(CONFIGS.glob("**/*.yaml")) if path.parent.name != "cluster"],
     ids=lambda path: path.stem,
 )

@@ -1,4 +1,4 @@
-"""The container recipe as a text: it cannot be built where the tests run, but it must fit itself and the package."""
+"""The text of the container recipe: the tests cannot build it, but it must be consistent and match the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Name and arguments of every instruction, continued lines joined."""
+    """Return name and arguments of every instruction, with continued lines joined."""
     text = (ROOT / "tools/container/Dockerfile").read_text()
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     return [tuple(line.split(None, 1)) for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines()]

@@ -42,7 +42,7 @@ def megatron(model, tmp_path) -> Path:
 
 @pytest.fixture
 def changed(model, tmp_path):
-    """A copy of the model with entries of its configuration changed, or with other tensors."""
+    """Copy the model with changed entries in its configuration, or with other tensors."""
 
     def change(tensors=None, **entries) -> Path:
         copy = tmp_path / "changed"

@@ -1,4 +1,4 @@
-"""``rlpt init``: weights distributed as Megatron's, in a folder that every reader loads."""
+"""``rlpt init``: weights with the distribution of Megatron's, in a folder that every reader loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shares of sources and the mix of documents, whatever the lengths of documents are."""
+"""Shares of sources and the mix of documents, for documents of any length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_rlpt.data import EpisodeStream
 
 
 def corpora(folder: Path, *lengths: list[int]) -> list[Path]:
-    """A corpus per list of lengths in bytes, which are tokens."""
+    """Write one corpus per list of lengths in bytes, which are tokens."""
     return [
         write(
             folder / str(number), "jsonl", [story(chr(97 + number), index, length) for index, length in enumerate(of)]

@@ -11,7 +11,7 @@ from megatron_rlpt.errors import DataError
 
 
 def corpus(folder: Path, good: int, bad: set[int]) -> Path:
-    """A JSONL file of ``good`` documents in which the lines of the numbers in ``bad`` are malformed."""
+    """Write a JSONL file of ``good`` documents with malformed lines at the numbers in ``bad``."""
     lines = jsonl_bytes([story("d", index) for index in range(good + len(bad))]).splitlines(keepends=True)
     folder.mkdir(exist_ok=True)
     content = b"".join(b'{"text": \xff}\n' if index in bad else line for index, line in enumerate(lines))
@@ -43,7 +43,7 @@ def test_malformed_records_are_written_once_with_source_offset_and_reason(tmp_pa
 
 @pytest.mark.parametrize("lost", [0, 7])
 def test_a_resumed_run_does_not_quarantine_again_what_it_reads_again(tmp_path, lost):
-    """The run dies after the checkpoint, with more records in the file than the checkpoint knows, the last cut off."""
+    """The run dies after the checkpoint; the file then has more records than the checkpoint, the last one truncated."""
     folder = corpus(tmp_path / "c", 97, {1, 20, 60})
     path = tmp_path / "quarantine.jsonl"
     stream = stream_over(folder, path, 0.05)

@@ -25,7 +25,7 @@ SIZES = {"jsonl": 7, "jsonl.gz": 5, "jsonl.zst": 6, "parquet": 8, "txt": 4, "hf"
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
-    """One corpus per format; every third document is too short, and every corpus can be told by its texts."""
+    """One corpus per format; every third document is too short, and the texts identify the corpus."""
     root = tmp_path_factory.mktemp("library")
     for kind, size in SIZES.items():
         texts = [story(kind[-2:], index, 5 if index % 3 == 2 else 12 + 4 * (index % 4)) for index in range(size)]
@@ -40,7 +40,7 @@ def source_of(library: Path, kind: str, weight: float = 1.0) -> SourceConfig:
 
 
 def saved(stream: EpisodeStream) -> dict:
-    """The state as it comes back from a checkpoint."""
+    """Return the state as restored from a checkpoint."""
     return json.loads(json.dumps(stream.state_dict()))
 
 
@@ -135,7 +135,7 @@ def test_ranks_share_every_pass_without_overlap_also_across_a_resume(tmp_path, k
 
 @pytest.mark.parametrize("world_size", [1, 3, 4, 6, 8])
 def test_every_rank_sees_every_document_once_in_as_many_passes_as_there_are_ranks(tmp_path, world_size):
-    """Also where the number of documents is a multiple of the number of ranks, or smaller."""
+    """Also if the number of documents is a multiple of the number of ranks, or smaller."""
     write(tmp_path, "jsonl", [story("d", index) for index in range(6)])
     config = settings(source(tmp_path), episodes_per_document=1)
     for rank in range(world_size):
@@ -313,7 +313,7 @@ def test_a_source_without_usable_documents_is_fine_as_long_as_another_has_some(t
 
 
 def test_a_corpus_that_is_emptied_under_a_run_names_a_file(tmp_path):
-    """Not only in the first pass: files on network storage do get emptied."""
+    """Also after the first pass: files on network storage do get emptied."""
     write(tmp_path, "txt", [story("d", index) for index in range(4)])
     stream = EpisodeStream(settings(source(tmp_path)), encode, seed=0)
     stream.take(30)

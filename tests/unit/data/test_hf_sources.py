@@ -1,4 +1,4 @@
-"""Sources of the ``datasets`` library: subsets, splits, and a position that has to advance."""
+"""Sources of the ``datasets`` library: subsets, splits, and a position that must advance."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_release_that_cannot_resume_is_refused(hub, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["stands still", "leads back", "stands still later"])
 def test_a_position_that_does_not_lead_to_the_next_row_is_refused(hub, monkeypatch, fault):
-    """Release 5.0.0 gives out its first state for ever; no installed one does, so that its fault is put on top."""
+    """Release 5.0.0 always returns its first state; the installed one does not, so its fault is simulated."""
     stream, honest = datasets.IterableDataset, datasets.IterableDataset.state_dict
     asked = []
 

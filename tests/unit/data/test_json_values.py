@@ -1,4 +1,4 @@
-"""JSON values cut out of arrays at any border of what is read at once, and damage at any byte."""
+"""JSON values extracted from arrays at any chunk boundary, and damage at any byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a process belongs, by the variables of its launcher. What a real ``srun`` sets is in test_slurm_start.py."""
+"""Rank and world of a process from the variables of its launcher; test_slurm_start.py tests a real ``srun``."""
 
 from __future__ import annotations
 

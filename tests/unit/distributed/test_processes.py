@@ -1,4 +1,4 @@
-"""Processes end with who started them, with all that they started, and are started again only so often."""
+"""Processes end with their parent and with all their children, and are restarted only a limited number of times."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_ends_of_long_ago_do_not_count():
 
 
 def test_signals_meet_a_process_that_waits_for_them_at_any_moment():
-    """Also at those at which ``threading.Event`` would wait for itself for ever."""
+    """Also at moments at which ``threading.Event`` would deadlock."""
     done = subprocess.run([sys.executable, "-c", TOLD_OFTEN], timeout=120)
     assert done.returncode == 0
 
@@ -154,7 +154,7 @@ def test_what_could_not_be_printed_is_no_success():
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """A supervisor's restarts, at most two and without waiting."""
+    """Restarts of a supervisor: at most two, without waiting."""
 
     class Hurried(Restarts):
         MOST = 2

@@ -1,4 +1,4 @@
-"""Where a process is in its run, from whole and from half sets of variables; and a run of one process.
+"""Rank and world of a process from complete and incomplete variables, and a run of one process.
 
 More of Slurm's steps is in test_find_place.py.
 """

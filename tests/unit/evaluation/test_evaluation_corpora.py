@@ -1,4 +1,4 @@
-"""The corpus of the second measure against the documents that policies are compared on."""
+"""The corpus of the second measure, compared with the documents on which policies are evaluated."""
 
 from __future__ import annotations
 

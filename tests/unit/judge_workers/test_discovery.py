@@ -35,7 +35,7 @@ def test_the_configuration_comes_first():
         ('{"url": "http://h/v1", "weight": NaN}', "endpoint.weight is nan"),
         ('{"url": "http://h/v1", "concurrency": 0}', "endpoint.concurrency is 0"),
         ('{"url": "file:///etc/passwd"}', "endpoint.url is not an address"),
-        # Whoever can announce must not be able to have a worker's secrets sent to him.
+        # An announcement must not make a worker send its secrets to the announced server.
         (json.dumps({"url": "http://h/v1", "api_key_env": "AWS_SECRET"}), "api_key_env is not among"),
     ],
 )

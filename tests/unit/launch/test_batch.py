@@ -1,4 +1,4 @@
-"""What a batch script does when its components end; Slurm's programs are replaced by ones that record their calls."""
+"""The batch script when its components end; fakes of Slurm's programs record their calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Job:
         self._bin.mkdir()
         for name in ("scontrol", "squeue"):
             program = self._bin / name
-            # squeue says what the file "state" says of the other job.
+            # The fake squeue prints the file "state" for the other job.
             program.write_text(
                 f'#!/bin/sh\necho "{name} $*" >>{self.asked}\n[ {name} = scontrol ] || cat {folder}/state\n'
             )
@@ -39,14 +39,14 @@ class Job:
     def end(
         self, body: str, part: Part = Part.run, *, requeue: bool = True, start: int = 0, **site: list[str]
     ) -> tuple[int, str]:
-        """Exit code, and what the script wrote."""
+        """Wait for the script to end; return exit code and output."""
         lines = setup_lines(str(self.run), part, requeue=requeue, **site)
         variables = {
             "PATH": f"{self._bin}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "7",
             "SLURM_RESTART_COUNT": str(start),
         }
-        # A file, as of a job: what sleeps in the background would hold a pipe open.
+        # A file, as for a job: background processes would hold a pipe open.
         said = self._bin / "said"
         with said.open("w") as output:
             command = ["bash", "-c", f"{lines}\n{body}"]
@@ -64,7 +64,7 @@ STOPPED = 'echo "$RLPT_START" >"$rlpt_shared/stopped"; exit 0'
 
 
 def steps(job: Job, number: int) -> str:
-    """The run makes steps, then stops as asked."""
+    """The run makes steps, then stops as requested."""
     return f'echo \'{{"step": {number}, "steps": 9}}\' >{job.run}/heartbeat.json; {STOPPED}'
 
 

@@ -1,4 +1,4 @@
-"""The cluster file: what would fail only after hours in a queue is refused before."""
+"""The cluster file: errors that would show only after hours in a queue are refused early."""
 
 from __future__ import annotations
 

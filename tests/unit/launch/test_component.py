@@ -1,4 +1,4 @@
-"""A component supervises its command: restarts it or not, passes on its exit code, and leaves the end of its log."""
+"""A component supervises its command: restarts it or not, forwards its exit code, and reports the end of its log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """A component takes SIGTERM and SIGINT for itself; here they are the test runner's."""
+    """Restore the signal handlers of the test runner, because a component replaces those of SIGTERM and SIGINT."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
@@ -142,7 +142,7 @@ def test_components_of_the_judging_job_end_well_once_training_has_ended(tmp_path
 
 @pytest.mark.parametrize(("code", "expected"), [(5, 5), (0, 6)])
 def test_a_trainer_without_a_judging_job_stops_in_order_and_says_why(tmp_path, monkeypatch, capsys, code, expected):
-    """It is asked as it always is, and given the time that it needs."""
+    """It gets the usual stop request and the time that it needs."""
     stops = f"while [ ! -e {tmp_path}/stop ]; do sleep 0.05; done; rm {tmp_path}/stop; exit 75"
     monkeypatch.setitem(ROLES, "trainer", lambda this: this.run(["bash", "-c", stops], service=False))
     monkeypatch.setattr("launch.component._BEAT", 0.05)
@@ -161,10 +161,10 @@ def test_a_trainer_that_is_done_has_not_failed_because_judging_ended(tmp_path, m
 
 
 def start_of(tmp_path, role: str, command: str) -> subprocess.Popen[bytes]:
-    """A component in a process of its own whose command is ``command``."""
+    """Start a component with command ``command`` in a separate process."""
     program = (
         "import sys; from launch import component; from launch.spec import Spec; "
-        # A trainer that finishes its step for longer than this is not to be taken for gone.
+        # A trainer that takes longer than this to finish its step must not count as ended.
         "component._BEAT, component.SILENT = 0.3, 1.5; "
         f"component.ROLES['{role}'] = lambda this: this.run(['bash', '-c', {command!r}], service={role != 'trainer'}); "
         f"sys.exit(component.run_component('{role}', Spec(run_dir={str(tmp_path)!r}, config='x', components=())))"
@@ -180,7 +180,7 @@ def wait_for(found) -> None:
 
 
 def test_told_to_end_all_at_once_the_trainer_goes_first_and_has_the_time_that_it_needs(tmp_path):
-    """As where a scheduler signals every process of a job: the step that is finished needs judges and buffer."""
+    """As when a scheduler signals every process of a job: the last step needs judges and buffer."""
     trainer = f"while [ ! -e {tmp_path}/stop ]; do sleep 0.05; done; sleep 3; [ -e {tmp_path}/judging ] && exit 75"
     judges = f"touch {tmp_path}/judging; trap 'rm {tmp_path}/judging; exit' TERM; while :; do sleep 0.05; done"
     with start_of(tmp_path, "judges", judges) as judging, start_of(tmp_path, "trainer", trainer) as training:

@@ -1,4 +1,4 @@
-"""All components on one machine: what an earlier start left, and GPUs that trainer and servers share."""
+"""All components on one machine: leftovers of an earlier start, and GPUs shared by trainer and servers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_run_that_is_being_run_is_not_started_a_second_time(spec):
         with pytest.raises(ConfigError, match=rf"is in use by process {other.pid} on .*; end it first"):
             clear_earlier(spec)
         other.kill()
-    clear_earlier(spec)  # that process is gone
+    clear_earlier(spec)  # that process has ended
 
 
 def test_a_process_that_got_the_number_of_one_that_is_gone_holds_nothing(spec):

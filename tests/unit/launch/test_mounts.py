@@ -1,4 +1,4 @@
-"""Paths inside a container, and where a batch script finds them on its node."""
+"""Paths inside a container, and their paths on the node of a batch script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Slurm is asked for: cores and GPUs of components that share nodes, and of the halves of a job."""
+"""Resource requests to Slurm: cores and GPUs of components that share nodes, and of the two parts of a job."""
 
 from __future__ import annotations
 

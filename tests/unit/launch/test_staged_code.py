@@ -1,4 +1,4 @@
-"""The code that a launch runs: all of it, and known afterwards."""
+"""The staged code of a launch: complete and identifiable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``rlpt status`` makes of what components and jobs left in the run's folder."""
+"""``rlpt status`` for the files that components and jobs left in the run folder."""
 
 from __future__ import annotations
 

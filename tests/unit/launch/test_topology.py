@@ -1,4 +1,4 @@
-"""Which components a run has, what they are told, and what does not fit together."""
+"""The components of a run, their settings, and conflicts between them."""
 
 from __future__ import annotations
 

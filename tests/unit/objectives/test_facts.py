@@ -1,4 +1,4 @@
-"""What every objective says of itself, and that its selection keeps to it."""
+"""The declared facts of every objective, and that its selection agrees with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``auto`` is: the value of the run folder, else that of the machine."""
+"""``auto`` resolves to the value of the run folder, else to that of the machine."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""samples.jsonl explains what was chosen; resumed runs repeat no step."""
+"""samples.jsonl explains the choices; resumed runs repeat no step."""
 
 import json
 

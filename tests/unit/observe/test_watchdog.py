@@ -1,4 +1,4 @@
-"""A run that stands still ends itself and says where; one that goes on is left alone."""
+"""A run that hangs ends itself and reports where; one that makes progress is left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions for the planner, made of recipes."""
+"""Planner requests from recipes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MODELS = {"continual_8b": "llama-8b", "continual_1b4": "llama-1.4b"}
 
 
 def plan_request(recipe: str, *, gpus: int, judges: int) -> PlanRequest:
-    """The recipe on so many H100."""
+    """Return a request for the recipe on the given number of H100s."""
     gpu = GPUS["h100"]
 
     def model(name: str):

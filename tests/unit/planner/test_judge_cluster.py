@@ -1,4 +1,4 @@
-"""Judges that keep up, or do not: servers, workers, deadlines, and a teacher inside the trainer."""
+"""Judging capacity: servers, workers, deadlines, and a teacher inside the trainer."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_too_few_workers_hold_up_servers_that_would_do():
     few = planned(*judges, "--judge-workers", "8", recipe=recipe)
     assert few["times"]["waiting for judges"] > 20
     assert shares(few)["judge workers"] == needed / 8
-    # 64 groups of 1,024 at once, each of which takes its rounds: servers have nothing else to do.
+    # 64 groups of 1,024 concurrently, each with its rounds: the servers have nothing else to do.
     assert few["judge_seconds"] == pytest.approx(1024 / 64 * few["judge_group_seconds"]["alone"], rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Predicted memory against models that Megatron builds, and what has to make it grow or shrink."""
+"""Predicted memory against models that Megatron builds, and its dependence on the settings."""
 
 from __future__ import annotations
 

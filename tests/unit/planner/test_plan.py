@@ -1,4 +1,4 @@
-"""``rlpt plan``: what it answers, and that the answers move as they should."""
+"""``rlpt plan``: its answers, and how they change with the settings."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_more_votes_longer_answers_and_full_precision_need_more_judges():
 
 
 def test_a_step_that_is_shorter_than_a_judgment_needs_more_staleness():
-    """However many judges there are: a batch has to be judged within the steps it is ahead."""
+    """For any number of judges: a batch must be judged within the steps that it is ahead."""
     quick = ("--gpus", "64", "--judge-gpus", "2000")
     fresh = planned(*quick)
     assert fresh["times"]["waiting for judges"] > 0

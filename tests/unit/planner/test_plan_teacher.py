@@ -1,4 +1,4 @@
-"""Teachers that vLLM serves and the policy could not be: planned by their sizes, and what was assumed is said."""
+"""Teachers that only vLLM supports: planned by their sizes, with assumptions reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups that share servers, against what can be worked out by hand."""
+"""Groups that share servers, against results worked out by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rlpt.planner.simulation.simulate import simulate
 
 
 def times(arrivals, slowing=float, deadline=math.inf):
-    """Seconds at which groups of (arrival, work) end, and the work that was left."""
+    """Return the seconds at which groups of (arrival, work) end, and the remaining work."""
     env, ends = simpy.Environment(), {}
     sharing = ProcessorSharing(env, slowing, deadline)
 

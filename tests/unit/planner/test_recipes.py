@@ -1,4 +1,4 @@
-"""Every recipe runs as its own first lines say: the layout divides, memory fits with room to spare, judges keep up."""
+"""Every recipe runs with the command in its first lines: the layout fits, memory has room to spare, judges keep up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from plan_cases import RECIPES, ROOT, planned
 
 MARGIN = 0.95
-"""Most of what there is that a recipe may use: of memory that is planned with, of judges, of deadlines."""
+"""Largest share that a recipe may use of usable memory, judging capacity and deadlines."""
 
 
 @pytest.fixture(autouse=True)

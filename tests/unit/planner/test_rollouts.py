@@ -1,4 +1,4 @@
-"""How long rollouts take, and what of them fits."""
+"""Duration of rollouts, and how many fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans that are simulated: the same step as planned, and what follows for the whole run."""
+"""Simulated plans: the same step time as planned, and results for the whole run."""
 
 from __future__ import annotations
 

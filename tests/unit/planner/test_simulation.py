@@ -1,4 +1,4 @@
-"""The simulated run against what can be worked out by hand, and against the rules of the real one."""
+"""The simulated run against results worked out by hand, and against the rules of the real one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_with_overlap_a_step_takes_as_long_as_its_slowest_stage(generate, judge,
 
 
 def test_new_weights_wait_for_the_end_of_generation():
-    # Neither may go on during the exchange of weights.
+    # Neither may run during the weight sync.
     result = simulate(cluster(generate=8, judge=1), work(1, 2.0, sync=1.0), 40)
     assert result.step_seconds == pytest.approx(9.0, rel=0.03)
     assert result.wait_for_rollouts == pytest.approx(6.0, rel=0.1)

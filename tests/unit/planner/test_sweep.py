@@ -1,4 +1,4 @@
-"""Layouts and divisions of GPUs as ``rlpt plan`` ranks them."""
+"""Ranking of layouts and GPU splits by ``rlpt plan``."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ VOCABULARY = 50
 
 
 def save_llama(folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """A random Llama whose norm weights differ from 1 and whose logits are spread out."""
+    """Save a random Llama whose norm weights differ from 1 and whose logits are spread out."""
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -110,5 +110,5 @@ def weights_of(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit."""
+    """Return whether the weights are equal bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

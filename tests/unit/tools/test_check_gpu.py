@@ -1,4 +1,4 @@
-"""What the GPU script computes and prints, as far as no GPU is needed for it."""
+"""Computation and output of the GPU script, as far as they need no GPU."""
 
 from __future__ import annotations
 

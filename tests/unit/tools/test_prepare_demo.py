@@ -1,4 +1,4 @@
-"""The demo's corpus: what is evaluated on was never trained on."""
+"""The corpus of the demo: evaluation documents are never trained on."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from megatron_rlpt.types import Candidate, Episode, Failed, Source
 
 
 class EchoEngine:
-    """Continues every prompt with its seed's last digits, so that what was asked can be read off what came."""
+    """Continues every prompt with the last digits of its seed, so that results identify their requests."""
 
     def __init__(self) -> None:
         self.version = 5
@@ -133,7 +133,7 @@ def _is_whole(data: bytes) -> bool:
 
 
 class Says:
-    """An engine that says the same to every prompt."""
+    """An engine that gives every prompt the same continuation."""
 
     def __init__(self, *texts: bytes) -> None:
         self.version, self.texts = 0, texts

@@ -1,4 +1,4 @@
-"""Engine and optimizer state take turns on a GPU; its memory is counted by a stand-in here."""
+"""Engine and optimizer state take turns on a GPU; a fake counts its memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 class Gpu:
-    """A GPU of 80 GiB with an engine and a policy on it; ``events`` is what happened, in order."""
+    """A GPU of 80 GiB with an engine and a policy; ``events`` records the calls in order."""
 
     def __init__(self, engine=20, optimizer=30, gives_back=1.0, grows=0):
         self.events = []
@@ -30,7 +30,7 @@ class Gpu:
         self.free += int(self.gives_back * self.sleep_frees_bytes)
 
     def wake(self):
-        """What the next weight update does."""
+        """Do what the next weight update does."""
         self.events.append("wake")
         self.asleep = False
         self.free -= self.sleep_frees_bytes

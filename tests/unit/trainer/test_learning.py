@@ -1,4 +1,4 @@
-"""When a run counts as one that learns nothing, and what it says of the reasons."""
+"""When a run counts as learning nothing, and the reasons that it reports."""
 
 from __future__ import annotations
 

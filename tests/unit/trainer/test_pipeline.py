@@ -1,4 +1,4 @@
-"""Batches on their way: what a checkpoint needs of them, and how many rollouts they have."""
+"""Batches in the pipeline: their state in a checkpoint, and their number of rollouts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Stream:
 
 
 class Engine:
-    """Tokens tell prompt and version."""
+    """An engine whose tokens identify prompt and version."""
 
     version = 0
 
@@ -49,7 +49,7 @@ class Engine:
 
 
 class RolloutsWin:
-    """Counts how often it is asked, and about how many groups at once."""
+    """A judge that prefers rollouts, and records the number of groups of each call."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -83,7 +83,7 @@ def pipeline(
 
 
 def learn(one: Pipeline, first: int, last: int) -> list[list[Group]]:
-    """Steps ``first`` to ``last - 1``, each of which makes an update."""
+    """Run steps ``first`` to ``last - 1``, each with an update."""
     batches = []
     for step in range(first, last):
         one.propose(step, step)

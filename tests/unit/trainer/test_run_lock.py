@@ -1,4 +1,4 @@
-"""One trainer per run folder: real processes, real SIGKILL; machines that cannot be looked at are played by files."""
+"""One trainer per run folder: real processes, real SIGKILL; files play machines that cannot be inspected."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ HOLD = (
 
 
 def hold(folder):
-    """Another process that holds the folder."""
+    """Start another process that holds the folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
 
 
 def written(folder, holder, number, age=0.0):
-    """The lock as another machine has left it."""
+    """Write the lock as another machine left it."""
     path = folder / f"lock/{number:08d}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"holder": str(holder), "time": 0}))
@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def lock(folder):
-    """A lock with short times; what it would have ended the process with is in ``left``."""
+    """A lock with short times; ``left`` records the exit code instead of ending the process."""
     left = []
     one = RunLock(folder, limit=1.0, renew=0.05, leave=left.append)
     one.left = left
@@ -116,7 +116,7 @@ def test_a_trainer_that_was_taken_over_writes_nothing_more_and_ends(folder, lock
     time.sleep(0.2)
     lock.require()
     lock.check()
-    # As if this machine had been cut off: another one took over while nothing was renewed.
+    # As if this machine had been offline: another one took over while nothing was renewed.
     number = max(int(path.name) for path in (folder / "lock").glob("0*"))
     lock._renew = 600.0
     written(folder, ELSEWHERE, number + 3)

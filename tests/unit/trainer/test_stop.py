@@ -1,4 +1,4 @@
-"""Who may ask a run to stop, and how often."""
+"""Sources of stop requests, and repeated requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_file_asks_one_run(tmp_path):
 
 
 def test_the_second_signal_ends_the_process():
-    """Whoever does not want to wait for the checkpoint must not need SIGKILL."""
+    """A user who does not want to wait for the checkpoint must not need SIGKILL."""
     program = (
         "import pathlib, time; from megatron_rlpt.distributed.ranks import Ranks\n"
         "from megatron_rlpt.trainer.stop import StopRequest\n"

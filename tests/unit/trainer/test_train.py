@@ -1,4 +1,4 @@
-"""The order of things in the loop, with stand-ins for everything heavy; all of them write into one journal."""
+"""The order of operations in the loop, with fakes of everything heavy that write to one journal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CountingStream:
 
 
 class StrictEngine:
-    """Refuses to generate under any version but its own."""
+    """An engine that refuses to generate with any version but its own."""
 
     def __init__(self, journal: Journal) -> None:
         self.version: int | None = 0
@@ -66,7 +66,7 @@ class StrictEngine:
 
 
 class CountingPolicy:
-    """Its weights are its version."""
+    """A policy whose weights are its version."""
 
     def __init__(self, journal: Journal, gap: float = 0.0) -> None:
         self.version = 0
@@ -82,7 +82,7 @@ class CountingPolicy:
 
 
 class ScriptedJudge:
-    """Scores candidates 0, 1, 2…; on the given steps all alike, or with so many of them failed."""
+    """Rewards candidates with 0, 1, 2…; on the given steps all equally, or with the given number failed."""
 
     def __init__(self, ties: set[int] = frozenset(), failures: dict[int, int] | None = None) -> None:
         self._ties, self._failures, self._step = ties, failures or {}, -1
@@ -290,7 +290,7 @@ def test_checkpoints_come_at_their_cadence_and_once_at_the_end(every, steps, sav
 
 
 def test_a_checkpoint_is_written_after_its_step_is_recorded():
-    """So a kill in between repeats the step; the other order would lose its record."""
+    """A kill in between then repeats the step; the other order would lose its record."""
     run, journal = training(steps=1)
     train(run)
     assert [entry[0] for entry in journal[-3:]] == ["record", "save", "finish"]
@@ -327,7 +327,7 @@ def test_a_long_streak_of_empty_steps_ends_the_run_before_its_end():
         train(run)
     assert happened(journal, "record")[-1] == ("record", 5, 2)
     assert happened(journal, "save", "finish")[-2:] == [("save", 6), ("finish",)]
-    run.learning.check(2, last=True)  # a mended run begins without the steps that it ended for
+    run.learning.check(2, last=True)  # a repaired run starts without the steps that ended it
     assert [figures["empty_share"] for figures in run.observer.metrics] == [0, 0, 1 / 3, 0.5, 0.75, 1]
 
 

@@ -5,7 +5,7 @@
 
 Simulated: candidates have normal quality. ``logistic``: the better of two wins with probability sigmoid(s difference),
 s such that it wins 65, 75 or 85 % of the comparisons of random pairs. ``constant``: it wins with that probability
-whatever the difference. ``stubborn``: logistic, but all votes on a pair are the same, as a judge's errors are not
+at any difference. ``stubborn``: logistic, but all votes on a pair are the same, as a judge's errors are not
 independent. The gap is the true quality of the chosen minus that of the rejected candidate; ties are drawn. In
 parentheses is the 95 % interval over trials.
 

@@ -75,7 +75,7 @@ JobAcctGatherType=jobacct_gather/linux
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-# Both nodes have all cores of this machine, whatever its sockets and threads.
+# Both nodes have all cores of this machine, regardless of its sockets and threads.
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1

@@ -36,11 +36,25 @@ LANES = ("integration", "odd", "distributed", "unit")
 """Folders of tests in the order in which they start: the slowest first."""
 TOGETHER = {
     **dict.fromkeys(("test_launch_slurm", "test_slurm_start", "test_slurm_accounting"), "slurm"),
+    "test_launch_slurm_stops": "slurm, another cluster",
     **dict.fromkeys(
-        ("test_rollout_engine", "test_self_check", "test_objectives_end_to_end", "test_engine_process"), "vllm"
+        (
+            "test_rollout_engine",
+            "test_self_check",
+            "test_objectives_end_to_end",
+            "test_engine_process",
+            "test_cluster_run",
+            "test_resume",
+            "test_world_run",
+            "test_user_classes",
+            "test_moe_engine",
+            "test_evaluate",
+            "test_hostile_teacher",
+        ),
+        "vllm",
     ),
 }
-"""Module -> group of modules that share a cluster or an engine; any other module is its own group."""
+"""Module -> group of modules that share a cluster, an engine or the process that has imported vLLM; any other module is its own group."""
 
 
 def pytest_collection_modifyitems(items):
@@ -71,7 +85,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 def _start(item) -> tuple[bool, int]:
     lane = item.path.relative_to(ROOT / "tests").parts[0]
-    return TOGETHER.get(item.path.stem) != "slurm", LANES.index(lane) if lane in LANES else len(LANES)
+    return not TOGETHER.get(item.path.stem, "").startswith("slurm"), LANES.index(lane) if lane in LANES else len(LANES)
 
 
 def pytest_runtest_setup(item):

@@ -9,7 +9,6 @@ separate, in its own session: it can be killed, and shares only the memory pages
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import importlib
 import json
@@ -137,9 +136,17 @@ def forked(
     return Forked(int(pid), ours, out, err)
 
 
-@functools.cache
+_PARENTS: dict[tuple[str, tuple[str, ...]], socket.socket] = {}
+
+
 def _parent(python: str, modules: tuple[str, ...]) -> socket.socket:
-    """Start the parent of the forks; it ends with this process, which holds the other end of its socket."""
+    """Return the parent of the forks, which may have imported more than ``modules``.
+
+    It ends with this process, which holds the other end of its socket.
+    """
+    for (other, imported), running in _PARENTS.items():
+        if other == python and set(modules) <= set(imported):
+            return running
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     subprocess.Popen(
         [python, __file__, str(theirs.fileno()), *modules],
@@ -149,6 +156,7 @@ def _parent(python: str, modules: tuple[str, ...]) -> socket.socket:
         start_new_session=True,
     )
     theirs.close()
+    _PARENTS[python, modules] = ours
     return ours
 
 

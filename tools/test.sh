@@ -12,7 +12,8 @@ trap 'kill -- "-$background" 2>/dev/null || true' EXIT
 set -m # give background jobs their own process groups, so that they can be killed as a whole
 
 # tests/conftest.py decides which tests share a process and which start first.
-pytest=(.venv/bin/python -m pytest -n 2 --no-loadscope-reorder)
+# Three processes, also on two cores: those that drive Slurm mostly wait for it.
+pytest=(.venv/bin/python -m pytest -n 3 --no-loadscope-reorder)
 
 check() {
     local failed=0

@@ -1,11 +1,17 @@
 """Fixtures for the integration tests: a tiny model that vLLM can serve, and one engine for all tests."""
 
 import importlib.util
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from judging_server import judging
 from slurm_cluster import running_cluster
-from tiny_runs import save_model, start_engine
+from slurm_launches import QUICK, SECTIONS, Launched
+from tiny_runs import finish, rlpt_process, save_model, start, start_engine, write_config
 
 WITHOUT_VLLM = {
     "test_bad_input",
@@ -90,3 +96,35 @@ def cluster():
     """A Slurm sandbox of two nodes with accounting, shared by all tests."""
     with running_cluster() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def judging_section():
+    with judging() as section:
+        yield section
+
+
+@pytest.fixture
+def launched(cluster, served_model, corpus, tmp_path, judging_section) -> Callable[..., Launched]:
+    """Prepare runs whose judge workers use the server unless another ``teacher`` is given."""
+
+    def make(**options: Any) -> Launched:
+        return Launched(tmp_path, cluster, served_model, corpus, **{"teacher": judging_section, **options})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(served_model, corpus, judging_section, tmp_path_factory) -> Path:
+    """The undisturbed quick run, with one judge worker and without a launch."""
+    base = tmp_path_factory.mktemp("undisturbed")
+    sections = {**SECTIONS, "teacher": judging_section}
+    config = write_config(base / "run.yaml", served_model, corpus, base / "run", **sections)
+    worker = rlpt_process("judge", "serve", "-c", str(config), *QUICK)
+    try:
+        code, _, err = finish(start(config, *QUICK))
+        assert code == 0, err
+    finally:
+        os.kill(worker.pid, signal.SIGTERM)
+        finish(worker)
+    return base / "run"

@@ -23,7 +23,7 @@ from megatron_rlpt.buffer.open import open_url
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools/bench/buffer_load.py"
-GROUPS = 10_000
+GROUPS = 5_000
 WORKERS = 8
 
 
@@ -104,8 +104,8 @@ def test_every_group_is_learnt_from_once_and_in_order_whatever_is_killed(store, 
         processes = Processes(stack, options, tmp_path)
         trainer = processes.trainer()
         # Number of taken groups -> what happens then.
-        events = [(1000, "workers"), (2000, "store"), (3000, "trainer"), (4000, "workers"), (5000, "store")]
-        events += [(6000, "trainer"), (7000, "workers"), (8000, "trainer")]
+        events = [(500, "workers"), (1000, "store"), (1500, "trainer"), (2000, "workers"), (2500, "store")]
+        events += [(3000, "trainer"), (3500, "workers"), (4000, "trainer")]
         while trainer.poll() is None:
             if events and buffer.stats().next >= events[0][0]:
                 _, victim = events.pop(0)

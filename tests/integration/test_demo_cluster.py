@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import json_lines, write_config
+from prefork import LAUNCH, LAUNCHER, forked
+from tiny_runs import finish, json_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-RLPT = str(ROOT / ".venv-launch/bin/rlpt")
 SECTIONS = {
     "rollout": {"engine": "megatron", "max_batch": 16},
     "teacher": {"run_in": "workers", "workers": {"own_model": True, "groups": 2, "lease": 5.0, "metrics_port": -1}},
@@ -32,20 +32,16 @@ class Launch:
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.run = folder / "here"
         self.out = folder / "out"
-        command = [RLPT, "launch", "--cluster", "cluster.yaml", "--config", "run.yaml", "--pack-dirty", *arguments]
-        self._options = {
-            "cwd": folder,
-            "env": {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
-        }
-        self._command = command
-        with self.out.open("w") as out:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **self._options
-            )
+        files = ["--cluster", "cluster.yaml", "--config", "run.yaml", "--pack-dirty"]
+        self._command = [LAUNCHER, "-m", "megatron_rlpt", "launch", *files, *arguments]
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        self._options = {"cwd": folder, "env": variables}
+        with self.out.open("wb") as out:
+            self.process = forked(LAUNCH, self._command, output=out, **self._options)
 
-    def again(self) -> subprocess.CompletedProcess[str]:
+    def again(self) -> tuple[int, str, str]:
         """Run the same command while the first one is running."""
-        return subprocess.run(self._command, capture_output=True, text=True, timeout=120, **self._options)
+        return finish(forked(LAUNCH, self._command, **self._options))
 
     def report(self, component: str) -> dict:
         try:
@@ -138,9 +134,17 @@ def test_what_ends_again_and_again_ends_all_with_its_exit_code(launch):
     assert not is_there(run.report("buffer")["pid"])
 
 
-def test_interrupted_twice_it_leaves_nothing_behind(launch):
+def test_a_second_launch_is_one_line_and_interrupted_twice_the_first_leaves_nothing_behind(launch):
     run = launch("train.steps=1000000")
-    pids = [run.running(component) for component in ("buffer", "judges", "trainer")]
+    redis = run.running("buffer")
+    code, _, err = run.again()
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert " is in use by process " in errors[0]
+    assert "Traceback" not in err
+    assert is_there(redis), "the first one's Redis"
+    pids = [redis, run.running("judges"), run.running("trainer")]
     run.wait(lambda: run.steps() >= 1)
     while run.process.poll() is None:
         os.killpg(run.process.pid, signal.SIGINT)  # to the whole process group, as a terminal does
@@ -148,15 +152,3 @@ def test_interrupted_twice_it_leaves_nothing_behind(launch):
     assert "Traceback" not in run.said()
     assert run.process.returncode == 130
     assert not any(is_there(pid) for pid in pids)
-
-
-def test_a_second_launch_of_the_run_is_one_line_and_ends_no_part_of_the_first(launch):
-    run = launch("train.steps=1000000")
-    redis = run.running("buffer")
-    second = run.again()
-    assert second.returncode == 2
-    errors = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert " is in use by process " in errors[0]
-    assert "Traceback" not in second.stderr
-    assert is_there(redis), "the first one's Redis"

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_runs import json_lines, write_config
+from prefork import LAUNCH, LAUNCHER, forked
+from tiny_runs import finish, json_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-RLPT = str(ROOT / ".venv-launch/bin/rlpt")
 SECTIONS = {
+    "rollout": {"engine": "megatron"},
     "teacher": {"run_in": "workers", "workers": {"own_model": True, "groups": 2, "metrics_port": -1}},
     "train": {"steps": 3, "global_batch": 4, "micro_batch": 2, "staleness": 1},
 }
+
+
+def rlpt(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Return exit code, standard output and standard error of ``rlpt`` in the environment that launches."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return finish(forked(LAUNCH, [LAUNCHER, "-m", "megatron_rlpt", *arguments], env=variables, cwd=folder))
 
 
 @pytest.fixture
@@ -25,28 +31,26 @@ def launch(tmp_path, served_model, corpus):
     settings = {"home": str(tmp_path / "home"), "python": str(ROOT / ".venv/bin/python"), "judges": {"workers": 1}}
     cluster.write_text(json.dumps(settings | {"environment": {"OMP_NUM_THREADS": "1"}}))
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [RLPT, "launch", "--cluster", str(cluster), "-c", str(config), "--pack-dirty", *arguments]
-        variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300)
+    def run(*arguments: str) -> tuple[int, str, str]:
+        return rlpt(tmp_path, "launch", "--cluster", str(cluster), "-c", str(config), "--pack-dirty", *arguments)
 
     return run
 
 
 def test_a_whole_run_with_judges_in_processes_of_their_own(launch, tmp_path):
-    done = launch()
-    assert done.returncode == 0, done.stderr
-    assert "step 3/3" in done.stdout, "the trainer's lines, as they come"
-    assert done.stderr.count(f"component logs: {tmp_path}/run/logs") == 1
+    code, out, err = launch()
+    assert code == 0, err
+    assert "step 3/3" in out, "the trainer's lines, as they come"
+    assert err.count(f"component logs: {tmp_path}/run/logs") == 1
     assert [row["step"] for row in json_lines(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
     assert (tmp_path / "run/export/model.safetensors").is_file()
     assert "judging" in (tmp_path / "run/logs/judges-00000.log").read_text()
-    status = subprocess.run([RLPT, "status", str(tmp_path / "run")], capture_output=True, text=True)
-    assert status.returncode == 0, status.stdout
-    assert "step 3 of 3" in status.stdout
+    code, out, _ = rlpt(tmp_path, "status", str(tmp_path / "run"))
+    assert code == 0, out
+    assert "step 3 of 3" in out
 
 
 def test_its_exit_code_is_that_of_the_trainer(launch, tmp_path):
-    done = launch("model.path=/nowhere", "teacher.run_in=trainer")
-    assert done.returncode == 4, done.stderr
+    code, _, err = launch("model.path=/nowhere", "teacher.run_in=trainer")
+    assert code == 4, err
     assert "error: " in (tmp_path / "run/cluster/failed/trainer-00000").read_text()

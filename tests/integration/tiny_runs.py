@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prefork import VLLM, Forked, forked
+from prefork import MEGATRON, VLLM, Forked, forked
 
 from megatron_rlpt.config import Config, Dtype, RolloutConfig, load_config
 from megatron_rlpt.distributed.addresses import free_port
@@ -100,7 +100,8 @@ def start_ranks(config: Path, ranks: int, *arguments: str) -> list[Forked]:
 def rlpt_process(*arguments: str, **variables: object) -> Forked:
     """Start ``rlpt`` with these arguments and variables in a new process group."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
-    return forked(VLLM, [sys.executable, "-m", "megatron_rlpt", *arguments], env=env)
+    modules = MEGATRON if "rollout.engine=megatron" in arguments else VLLM
+    return forked(modules, [sys.executable, "-m", "megatron_rlpt", *arguments], env=env)
 
 
 def finish(process: Forked | subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -111,18 +111,20 @@ def test_every_number_has_a_range():
     assert numbers - {"run.seed"} == LIMITS.keys()
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, (outside, _) in LIMITS.items() for value in outside])
-def test_outside_the_range(key, value):
-    written = f".{value}" if isinstance(value, str) else value
-    with pytest.raises(ConfigError) as caught:
-        load(f"{key}={written}")
-    assert str(caught.value).startswith(f"{key} is ")
-    assert "allowed: " in str(caught.value)
+def test_outside_the_range(subtests):
+    for key, value in [(key, value) for key, (outside, _) in LIMITS.items() for value in outside]:
+        with subtests.test(key=key, value=value):
+            written = f".{value}" if isinstance(value, str) else value
+            with pytest.raises(ConfigError) as caught:
+                load(f"{key}={written}")
+            assert str(caught.value).startswith(f"{key} is ")
+            assert "allowed: " in str(caught.value)
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, (_, inside) in LIMITS.items() for value in inside])
-def test_edge_of_the_range(key, value):
-    assert flatten(load(f"{key}={value}"))[key] == value
+def test_edge_of_the_range(subtests):
+    for key, value in [(key, value) for key, (_, inside) in LIMITS.items() for value in inside]:
+        with subtests.test(key=key, value=value):
+            assert flatten(load(f"{key}={value}"))[key] == value
 
 
 GRPO = ["objective.name=grpo", "candidates.original=false"]

@@ -65,10 +65,15 @@ def config(objective: str = "online_dpo", rollouts: int = 0, **sections) -> Conf
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_rank_holds_the_tensors_that_the_layout_gives_it(model_type, tied, layout):
+def test_a_rank_holds_the_tensors_that_the_layout_gives_it(model_type, tied, subtests):
+    for layout in LAYOUTS:
+        with subtests.test(layout=layout.describe()):
+            check_tensors(model_type, tied, layout)
+
+
+def check_tensors(model_type, tied, layout):
     arch = architecture(model_type, tie_word_embeddings=tied)
     layouts = [layout] if arch.experts is None else [layout, replace(layout, expert=min(4, layout.tensor))]
     for one in layouts:

@@ -241,20 +241,23 @@ def test_what_did_not_end_by_itself_has_no_verdict(parse):
 PARSE = dict(zip(AXES, MEANING, strict=True))
 
 
-@pytest.mark.parametrize("text", FIRST)
-def test_honest_examples_decide_for_the_first(text):
-    assert reason_or_value(parse_quality(reply(text))) == 0
+def test_honest_examples_decide_for_the_first(subtests):
+    for text in FIRST:
+        with subtests.test(text=text):
+            assert reason_or_value(parse_quality(reply(text))) == 0
 
 
-@pytest.mark.parametrize("text", NEITHER)
-def test_examples_that_decide_for_nothing_do_not(text):
-    assert isinstance(parse_quality(reply(text)), Failed)
+def test_examples_that_decide_for_nothing_do_not(subtests):
+    for text in NEITHER:
+        with subtests.test(text=text):
+            assert isinstance(parse_quality(reply(text)), Failed)
 
 
-@pytest.mark.parametrize(("axis", "text", "word"), OTHER_AXES)
-def test_examples_of_the_other_axes(axis, text, word):
-    reward = PARSE[axis](reply(text))
-    assert isinstance(reward, Failed) if word is None else reward == MEANING[PARSE[axis]][word]
+def test_examples_of_the_other_axes(subtests):
+    for axis, text, word in OTHER_AXES:
+        with subtests.test(axis=axis, text=text):
+            reward = PARSE[axis](reply(text))
+            assert isinstance(reward, Failed) if word is None else reward == MEANING[PARSE[axis]][word]
 
 
 @settings(max_examples=200, deadline=None, database=None)

@@ -54,7 +54,8 @@ TOGETHER = {
         "vllm",
     ),
 }
-"""Module -> group of modules that share a cluster, an engine or the process that has imported vLLM; any other module is its own group."""
+"""Module -> group of modules that share a cluster, an engine or the process that has imported vLLM; any other module is
+its own group."""
 
 
 def pytest_collection_modifyitems(items):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_vllm_server import write_fake_vllm
 from tiny_runs import write_config
 
 from megatron_rlpt.buffer.open import open_buffer
@@ -40,14 +41,14 @@ TEXTS = (
 )
 
 
-def serve(config: Path) -> subprocess.Popen[bytes]:
+def serve(config: Path, **variables: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_rlpt", "teacher", "serve", "-c", str(config), "--host", "127.0.0.1",
          "--enforce-eager"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "2", **variables},
     )  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def test_judge_try_prints_scores_best_first(server, config_file, rlpt):
     assert "[1]" in shown[-1], "the nonsense"
 
 
-def test_killed_it_leaves_nothing_behind_and_its_successor_is_found(server, config_file):
+def test_killed_it_leaves_nothing_behind_and_its_successor_is_found(server, config_file, tmp_path):
     """Last in this module, because it ends the server of the other tests."""
     running, _ = server
     children = subprocess.run(
@@ -170,10 +171,11 @@ def test_killed_it_leaves_nothing_behind_and_its_successor_is_found(server, conf
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline, "vLLM's server outlives the one that started it"
         time.sleep(0.2)
-    successor = serve(config_file)
+    packages = os.pathsep.join([str(write_fake_vllm(tmp_path)), *sys.path])
+    successor = serve(config_file, PYTHONPATH=packages, STARTED=str(tmp_path / "started.json"))
     try:
         buffer = open_buffer(load_config(config_file))
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 120
         while True:
             endpoints = announced_endpoints([], buffer.announced(KIND))
             if any(is_up(endpoint) for endpoint in endpoints):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_vllm_server import write_fake_vllm
 from redis_server import RedisServer
 
 from megatron_rlpt.buffer.open import open_url
@@ -25,32 +26,11 @@ from megatron_rlpt.observe.precision import resolve_dtypes
 
 pytestmark = pytest.mark.slow
 
-STAND_IN = """
-import http.server, json, os, socket, sys
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-host, port = (sys.argv[sys.argv.index(f"--{what}") + 1] for what in ("host", "port"))
-port = int(port)
-with open(os.environ["STARTED"], "w") as file:
-    json.dump({"pid": os.getpid(), "arguments": sys.argv[1:], "variables": sorted(os.environ),
-               "key": os.environ.get("VLLM_API_KEY")}, file)
-class Server(http.server.ThreadingHTTPServer):
-    address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-Server((host, port), Answer).serve_forever()
-"""
-
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A run's configuration, a fake model folder, and a fake package ``vllm``."""
-    inside = tmp_path / "packages/vllm/entrypoints/openai"
-    inside.mkdir(parents=True)
-    for package in (inside, *list(inside.parents)[:2]):
-        (package / "__init__.py").touch()  # else the real package wins
-    (inside / "api_server.py").write_text(STAND_IN)
+    write_fake_vllm(tmp_path / "packages")
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher/config.json").write_text("{}")
     return tmp_path

@@ -31,11 +31,11 @@ from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.observe import get_logger, setup_logging, terminal
 from megatron_rlpt.observe.precision import resolve_dtypes
+from megatron_rlpt.observe.run_json import RunRecord
 from megatron_rlpt.rollout.engine import RolloutEngine, RolloutPrompt
 from megatron_rlpt.rollout.vllm.engine import start_policy_engine
 from megatron_rlpt.teacher.build import build_judge, describe_judge
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.trainer.run_record import RunRecord
 from megatron_rlpt.types import derive_seed
 
 BASELINE_FOLDER = "baseline_ntp"

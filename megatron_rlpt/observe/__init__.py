@@ -4,6 +4,7 @@
 - ``metrics.py``: one record per step, to ``metrics.jsonl`` and to the trackers in ``trackers.py``
 - ``samples.py``: a few episodes of every step in full; ``jsonl.py``: the files that both use
 - ``stages.py``: stage times and trace; ``watchdog.py``: heartbeat, and an end for a run without progress
+- ``run_json.py``: the record of a run in its folder; ``precision.py``: resolves the precisions that are ``auto``
 - ``machine.py``: resources of this machine; ``probe.py``: imports risky packages in a separate process
 - ``html_page.py``: the page that all HTML reports share
 """

@@ -10,7 +10,7 @@ rules, on Slurm ``teacher.dtype`` by the GPUs that the cluster file requests; on
 
 from __future__ import annotations
 
-import json
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_rlpt.config import Config, Dtype, Fp8
+from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.observe.machine import bf16_is_slow
-
-RECORD = "run.json"
-"""File of the run folder with the configuration of the run by dotted key."""
+from megatron_rlpt.observe.run_json import RunRecord
 
 
 def resolve_dtypes(config: Config, *, teacher: bool = True, fresh: bool = False) -> Config:
@@ -59,10 +58,9 @@ def _resolved(chosen: Dtype, recorded: Any, here: Dtype) -> Dtype:
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """Read the recorded configuration; empty where there is none. The trainer reports a damaged record itself."""
-    try:
-        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with contextlib.suppress(CheckpointError):
+        if (record := RunRecord.read(folder)) is not None:
+            return record.config
     try:  # a run from before run folders had a record
         found = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "model.dtype")
     except Exception:  # yaml and OmegaConf raise families of their own

@@ -17,6 +17,7 @@ from megatron_rlpt.models.huggingface import export_folder
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.observe.log import setup_logging
 from megatron_rlpt.observe.precision import resolve_dtypes, with_dtypes
+from megatron_rlpt.observe.run_json import RunRecord
 from megatron_rlpt.observe.terminal import say
 from megatron_rlpt.observe.watchdog import HEARTBEAT, Watchdog
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
@@ -29,7 +30,6 @@ from megatron_rlpt.trainer.observer import open_observer
 from megatron_rlpt.trainer.run_lock import FOLDER as LOCK
 from megatron_rlpt.trainer.run_lock import RunLock
 from megatron_rlpt.trainer.run_record import (
-    RunRecord,
     begin_record,
     record_held_out,
     require_same_run,

@@ -6,10 +6,9 @@ disappeared is refused. It also tells the export of an earlier, shorter run from
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from megatron_rlpt.config.user_classes import is_same_class
 from megatron_rlpt.errors import CheckpointError, not_written
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.log import get_logger
-from megatron_rlpt.observe.precision import RECORD
+from megatron_rlpt.observe.run_json import RunRecord
 
 _log = get_logger(__name__)
 
@@ -36,51 +35,6 @@ _STEPS = "train.steps"
 _OVERLAP = "data.heldout_overlap"
 _NOTHING_HELD_OUT = "data.heldout"
 """Key of an empty list."""
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """The content of ``run.json``."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    """By dotted key."""
-    checkpointed: bool = False
-    """Whether a checkpoint has ever been published."""
-    exported: int | None = None
-    """Number of steps of the policy in ``export/``; None without an export."""
-    held_out: str | None = None
-    """Digest of the documents kept out of training since the first step; empty if they have changed."""
-
-    @classmethod
-    def read(cls, folder: Path) -> RunRecord | None:
-        """Return the record of the run folder, or None without one.
-
-        Raises:
-            CheckpointError: the record is unreadable.
-        """
-        path = folder / RECORD
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            return cls(dict(known["config"]), bool(known["checkpointed"]), known["exported"], known.get("held_out"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}); restore it, or start over with --fresh"
-            ) from None
-
-    def write(self, folder: Path) -> None:
-        """Write the record to the run folder.
-
-        Raises:
-            CheckpointError: the disk is full.
-            ConfigError: the folder is not writable for another reason.
-        """
-        path = folder / RECORD
-        try:
-            write_atomically(path, json.dumps(asdict(self)))
-        except OSError as error:
-            raise not_written(path, error) from error
 
 
 def begin_record(folder: Path, config: Config, before: RunRecord | None, *, resumed: bool) -> None:

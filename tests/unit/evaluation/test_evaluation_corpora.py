@@ -14,7 +14,7 @@ from megatron_rlpt.data import kept_from_training
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.evaluation.evaluate import BASELINE_FOLDER, require_held_out
 from megatron_rlpt.evaluation.second_measure import corpus_documents
-from megatron_rlpt.trainer.run_record import RunRecord
+from megatron_rlpt.observe.run_json import RunRecord
 
 
 def text(seed: int) -> str:

@@ -1,12 +1,11 @@
 """``auto`` resolves to the value of the run folder, else to that of the machine."""
 
-import json
-
 import pytest
 
 from megatron_rlpt.config import Dtype, load_config
 from megatron_rlpt.observe import precision
 from megatron_rlpt.observe.precision import resolve_dtypes
+from megatron_rlpt.observe.run_json import RunRecord
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def test_the_machine_decides_for_a_new_run(resolved, slow, chosen):
 
 
 def test_what_is_set_wins(resolved, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"model.dtype": "bf16", "teacher.dtype": "bf16"}}))
+    RunRecord({"model.dtype": "bf16", "teacher.dtype": "bf16"}).write(tmp_path)
     assert resolved("model.dtype=fp32", "teacher.dtype=fp32", slow=False) == ("fp32", "fp32")
     assert resolved("model.dtype=bf16", slow=True, fresh=True) == ("bf16", "fp32")
 
@@ -41,7 +40,7 @@ def test_fp8_needs_bf16(resolved):
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("recorded", list(Dtype)[1:])
 def test_a_run_keeps_what_it_started_with(resolved, tmp_path, slow, recorded):
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"model.dtype": recorded.name}}))
+    RunRecord({"model.dtype": recorded.name}).write(tmp_path)
     other = "fp32" if slow else "bf16"
     assert resolved(slow=slow) == (recorded.name, other), "an earlier release did not record the teacher's"
     assert resolved(slow=slow, fresh=True) == (other, other)
@@ -52,7 +51,12 @@ def test_a_run_from_before_there_was_a_record_keeps_it_as_well(resolved, tmp_pat
     assert resolved(slow=True) == ("bf16", "fp32")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 1}', '{"config": {"model.dtype": "f16"}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 1}', '{"config": {"model.dtype": "bf16"'])
 def test_a_record_that_says_nothing_is_none(resolved, tmp_path, text):
     (tmp_path / "run.json").write_text(text)
+    assert resolved(slow=True) == ("fp32", "fp32")
+
+
+def test_a_recorded_precision_that_no_release_had_is_none(resolved, tmp_path):
+    RunRecord({"model.dtype": "f16"}).write(tmp_path)
     assert resolved(slow=True) == ("fp32", "fp32")

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from megatron_rlpt.errors import CheckpointError, ConfigError
-from megatron_rlpt.trainer.run_record import RunRecord
+from megatron_rlpt.observe.run_json import RunRecord
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tiny_runs import NEXT_TOKEN, json_lines, lasting_metrics, only_error, write
 
 from megatron_rlpt.distributed.holder import Holder
 from megatron_rlpt.errors import CheckpointError
+from megatron_rlpt.observe import precision
 
 CONSTANT = {"optimizer": {"lr": 1e-3, "decay": "constant"}}
 EXPORT = "export/model.safetensors"
@@ -95,6 +96,17 @@ def test_a_finished_run_is_made_longer_and_equals_one_that_was_so_long_from_the_
     assert (folder / EXPORT).read_bytes() == (other / EXPORT).read_bytes()
     line = refused(rlpt("train", "-c", config, "train.steps=4"))
     assert "holds 5 steps, more than train.steps = 4" in line
+
+
+@pytest.mark.parametrize(("slow", "dtype"), [(False, "bf16"), (True, "fp32")])
+def test_a_run_resumes_in_the_precision_that_it_chose_on_another_machine(rlpt, configured, monkeypatch, slow, dtype):
+    config, folder = configured(**CONSTANT, model={"dtype": "auto"})
+    for steps, now in ((1, slow), (2, not slow)):
+        monkeypatch.setattr(precision, "bf16_is_slow", lambda now=now: now)
+        code, _, err = rlpt("train", "-c", config, f"train.steps={steps}")
+        assert code == 0, err
+        assert json.loads((folder / "run.json").read_text())["config"]["model.dtype"] == dtype
+    assert len(lasting_metrics(folder)) == 2
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])

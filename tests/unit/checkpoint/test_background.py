@@ -241,7 +241,7 @@ def test_the_run_ends_by_itself_with_a_checkpoint_still_being_written(tmp_path, 
     """The interpreter waits for the writing thread; an unpublished folder is not a checkpoint."""
     program = f"""
 import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
 from savables import OneFile
 from megatron_rlpt.checkpoint import CheckpointStore

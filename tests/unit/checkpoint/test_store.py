@@ -353,7 +353,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def lives() -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent)],
+        [sys.executable, "-c", KILLED, str(Path(__file__).parents[2])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

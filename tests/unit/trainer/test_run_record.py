@@ -1,4 +1,4 @@
-"""``run.json`` where it cannot be written."""
+"""The record of a run folder: what cannot be written, and what another release or machine has written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,29 @@ import errno
 import os
 
 import pytest
+from savables import OneFile, make_model
 
+from megatron_rlpt.checkpoint import CheckpointStore
+from megatron_rlpt.config import flatten, load_config
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import CheckpointError, ConfigError
 from megatron_rlpt.observe.run_json import RunRecord
+from megatron_rlpt.trainer.run import _find_checkpoint
+from megatron_rlpt.trainer.run_record import require_same_run
+
+WORKERS = "teacher.run_in=workers"
+
+
+def load(folder, *overrides):
+    fields = [f"run.dir={folder}", "model.path=m", "train.steps=9", "data.sources=[{path: a.jsonl}]", *overrides]
+    return load_config(None, fields)
+
+
+def of_earlier_release(config, **values):
+    """Return ``config`` by dotted key as a release with ``rollout.top_p`` and ``teacher.place`` recorded it."""
+    flat = flatten(config)
+    flat["teacher.place"] = flat.pop("teacher.run_in")
+    return flat | {"rollout.top_p": 1.0, "rollout.top_k": -1} | values
 
 
 @pytest.mark.parametrize(
@@ -29,3 +49,19 @@ def test_a_full_disk_is_told_from_a_folder_that_may_not_be_written(tmp_path, mon
     with pytest.raises(error, match=way_on):
         RunRecord({"a": 2}).write(tmp_path)
     assert RunRecord.read(tmp_path) == RunRecord({"a": 1})
+
+
+def test_a_checkpoint_of_an_earlier_release_resumes(tmp_path):
+    config = load(tmp_path, WORKERS)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    store.save(3, {"config": of_earlier_release(config)}, OneFile(), make_model(tmp_path / "model"))
+    assert _find_checkpoint(tmp_path, store, None, config, Ranks()).step == 3
+    with pytest.raises(CheckpointError, match=r"with teacher\.run_in = workers, not trainer"):
+        _find_checkpoint(tmp_path, store, None, load(tmp_path), Ranks())
+
+
+def test_a_key_that_no_release_had_is_another_run(tmp_path):
+    config = load(tmp_path)
+    require_same_run(tmp_path, flatten(config), of_earlier_release(config), 3)
+    with pytest.raises(CheckpointError, match=r"with rollout\.top_q = 0\.9, not None"):
+        require_same_run(tmp_path, flatten(config), of_earlier_release(config, **{"rollout.top_q": 0.9}), 3)

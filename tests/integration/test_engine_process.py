@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_rollout_engine import LENGTH, prompts, weights_of
+from rollout_contract import LENGTH, prompts, weights_of
 
 HERE = Path(__file__).parent
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from test_rollout_engine import LENGTH, prompts
+from rollout_contract import LENGTH, prompts
 from tiny_runs import tiny_config
 
 from megatron_rlpt.distributed.ranks import Ranks

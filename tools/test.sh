@@ -13,7 +13,8 @@ set -m # give background jobs their own process groups, so that they can be kill
 
 # tests/conftest.py decides which tests share a process and which start first.
 # Three processes, also on two cores: those that drive Slurm mostly wait for it.
-pytest=(.venv/bin/python -m pytest -n 3 --no-loadscope-reorder)
+# One thread each: more would wait for each other, at the cost of a sixth of the processor time.
+pytest=(env OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --no-loadscope-reorder)
 
 check() {
     local failed=0

@@ -227,9 +227,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=16, help="measured steps of each run")
     parser.add_argument("--judge", type=float, nargs="+", default=[0.6, 1.5], help="seconds to judge a group")
-    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2], help="0 is needed: others build on it")
     parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args()
+    if 0 not in arguments.staleness:
+        parser.error(f"--staleness is {arguments.staleness}; add 0, whose stages the last column starts from")
     head = ("judge / s", "staleness", "generate", "update", "measured / s", "simulated / s", "error", "from alone")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
     given: dict[bool, Stages] = {}

@@ -136,6 +136,11 @@ def forked(
     return Forked(int(pid), ours, out, err)
 
 
+def forked_launcher(*arguments: str, **options: Any) -> Forked:
+    """Start ``rlpt`` in the environment that launches; ``options`` are those of ``forked``."""
+    return forked(LAUNCH, [LAUNCHER, "-m", "megatron_rlpt", *arguments], **options)
+
+
 _PARENTS: dict[tuple[str, tuple[str, ...]], socket.socket] = {}
 
 

@@ -11,7 +11,6 @@ from megatron_rlpt.config.user_classes import (
     SECOND_GIVEN,
     SECOND_MEASURE,
     SECOND_OPTIONS,
-    is_fitted,
     load_second_measure,
 )
 from megatron_rlpt.data import Document, Location, Quarantine, kept_from_second_measure, open_source, overlap_error
@@ -81,8 +80,6 @@ class RewardMeasure(JudgeScorer, SecondMeasure):
 
     @override
     def fit(self, documents: Iterable[Tokens]) -> None:
-        if not is_fitted(self._extension):
-            return
         by_tokens = getattr(self._inner, "reads_tokens", False)
         shown: Iterator[Tokens | str] = (one if by_tokens else self._tokenizer.text_of(one) for one in documents)
         try:

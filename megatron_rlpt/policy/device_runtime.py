@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
-import importlib.abc
-import importlib.machinery
 import os
 import socket
 import sys
@@ -148,32 +146,19 @@ def _called_by_megatron() -> bool:
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core")
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Import hook that adapts Megatron modules when they are imported.
+def _is_megatron(name: str) -> bool:
+    return name == "megatron.core" or name.startswith("megatron.core.")
+
+
+class _MegatronHook(compat.ImportHook):
+    """Adapts Megatron modules when they are imported.
 
     Megatron imports parts of itself inside functions (such as checkpoint strategies), so adapting the modules that are
     loaded at one time is not enough.
     """
 
     def __init__(self, proxy: types.ModuleType | None) -> None:
-        self._proxy = proxy
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: types.ModuleType) -> None:
-            execute(module)
-            _adapt(module, self._proxy)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+        super().__init__(_is_megatron, lambda module: _adapt(module, proxy))
 
 
 def _adapt(module: types.ModuleType, proxy: types.ModuleType | None) -> None:
@@ -187,12 +172,12 @@ def _adapt(module: types.ModuleType, proxy: types.ModuleType | None) -> None:
 
 def _install(on_cuda: bool) -> None:
     """Adapt loaded Megatron modules and install the import hook, once per process."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if any(isinstance(finder, _MegatronHook) for finder in sys.meta_path):
         return
     proxy = None if on_cuda else _CpuTorch()
-    sys.meta_path.insert(0, _Finder(proxy))
+    sys.meta_path.insert(0, _MegatronHook(proxy))
     for name, module in list(sys.modules.items()):
-        if name == "megatron.core" or name.startswith("megatron.core."):
+        if _is_megatron(name):
             _adapt(module, proxy)
 
 

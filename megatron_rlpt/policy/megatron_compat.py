@@ -18,6 +18,8 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from megatron_rlpt.errors import RlptError
 
 OLDEST, NEWEST = (0, 16), (0, 19)
@@ -141,13 +143,23 @@ def adapt(module: types.ModuleType) -> None:
         correct(module)
 
 
-class _JitFinder(importlib.abc.MetaPathFinder):
-    """Import hook for ``megatron.core.jit``, which all of Megatron imports before a device runtime can exist."""
+class ImportHook(importlib.abc.MetaPathFinder):
+    """Import hook that adapts modules right after they are imported."""
 
+    def __init__(self, applies: Callable[[str], bool], then: Callable[[types.ModuleType], None]) -> None:
+        """
+        Args:
+            applies: whether a module of that name is adapted.
+            then: called with the module once it is executed.
+        """
+        self._applies = applies
+        self._then = then
+
+    @override
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _JIT:
+        if not self._applies(fullname):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
@@ -156,15 +168,15 @@ class _JitFinder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: types.ModuleType) -> None:
             execute(module)
-            adapt(module)
+            self._then(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def watch_jit() -> None:
-    """Adapt ``megatron.core.jit`` when it is imported."""
-    sys.meta_path.insert(0, _JitFinder())
+    """Adapt ``megatron.core.jit`` when it is imported, which all of Megatron does before a device runtime can exist."""
+    sys.meta_path.insert(0, ImportHook(_JIT.__eq__, adapt))
 
 
 def _no_compiler_on_cpu(module: types.ModuleType) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from prefork import LAUNCH, LAUNCHER, forked
+from prefork import LAUNCHER, forked_launcher
 from tiny_runs import finish, json_lines, lasting_metrics, write_config
 
 from megatron_rlpt.buffer.open import open_url
@@ -35,10 +35,10 @@ CLUSTER = {
 
 def rlpt(*arguments: str, env: dict[str, str], cwd: Path = ROOT) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of ``rlpt`` in the environment that launches."""
-    command = [LAUNCHER, "-m", "megatron_rlpt", *arguments]
     if "NEMORUN_HOME" not in env:
-        return finish(forked(LAUNCH, command, env=env, cwd=cwd))
+        return finish(forked_launcher(*arguments, env=env, cwd=cwd))
     # nemo-run reads that variable on import.
+    command = [LAUNCHER, "-m", "megatron_rlpt", *arguments]
     done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 

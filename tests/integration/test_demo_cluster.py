@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prefork import LAUNCH, LAUNCHER, forked
+from prefork import forked_launcher
 from tiny_runs import finish, json_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,15 +33,15 @@ class Launch:
         self.run = folder / "here"
         self.out = folder / "out"
         files = ["--cluster", "cluster.yaml", "--config", "run.yaml", "--pack-dirty"]
-        self._command = [LAUNCHER, "-m", "megatron_rlpt", "launch", *files, *arguments]
+        self._arguments = ["launch", *files, *arguments]
         variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         self._options = {"cwd": folder, "env": variables}
         with self.out.open("wb") as out:
-            self.process = forked(LAUNCH, self._command, output=out, **self._options)
+            self.process = forked_launcher(*self._arguments, output=out, **self._options)
 
     def again(self) -> tuple[int, str, str]:
         """Run the same command while the first one is running."""
-        return finish(forked(LAUNCH, self._command, **self._options))
+        return finish(forked_launcher(*self._arguments, **self._options))
 
     def report(self, component: str) -> dict:
         try:

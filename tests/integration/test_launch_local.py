@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from prefork import LAUNCH, LAUNCHER, forked
+from prefork import forked_launcher
 from tiny_runs import finish, json_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ SECTIONS = {
 def rlpt(folder: Path, *arguments: str) -> tuple[int, str, str]:
     """Return exit code, standard output and standard error of ``rlpt`` in the environment that launches."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return finish(forked(LAUNCH, [LAUNCHER, "-m", "megatron_rlpt", *arguments], env=variables, cwd=folder))
+    return finish(forked_launcher(*arguments, env=variables, cwd=folder))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from prefork import LAUNCH, LAUNCHER, forked
+from prefork import forked_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {
@@ -47,7 +47,7 @@ def script(folder: Path, **sections: object) -> str:
 
 def launch(*arguments: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of ``rlpt`` in the environment that launches."""
-    process = forked(LAUNCH, [LAUNCHER, "-m", "megatron_rlpt", *arguments])
+    process = forked_launcher(*arguments)
     return (process.wait(120), *process.communicate())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
@@ -87,6 +88,18 @@ def pytest_xdist_make_scheduler(config, log):
 def _start(item) -> tuple[bool, int]:
     lane = item.path.relative_to(ROOT / "tests").parts[0]
     return not TOGETHER.get(item.path.stem, "").startswith("slurm"), LANES.index(lane) if lane in LANES else len(LANES)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_of_another_test():
+    """Detach the log that a command opened in this process: its file is gone with the folder of its test."""
+    yield
+    logger = logging.getLogger("megatron_rlpt")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 def pytest_runtest_setup(item):

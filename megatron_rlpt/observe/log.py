@@ -100,6 +100,13 @@ class _LogFile(logging.FileHandler):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self._lost = False
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line; the file opens again if it was closed."""
+        try:
+            super().emit(record)
+        except OSError:  # of opening: the standard class handles only those of writing
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop the line on an OSError; show any other error, which is a bug."""
         error = sys.exc_info()[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import time
 from dataclasses import replace
 
@@ -87,15 +86,11 @@ def test_values_of_a_configuration(rlpt, file):
 
 def test_the_log(tmp_path, capfd):
     setup_logging(tmp_path)
+    get_logger("odd").warning(EVIL + "\nforged", field=EVIL + "\nforged")
     try:
-        get_logger("odd").warning(EVIL + "\nforged", field=EVIL + "\nforged")
-        try:
-            raise ValueError(EVIL)
-        except ValueError:
-            get_logger("odd").exception("a bug")
-    finally:
-        setup_logging()
-        logging.getLogger("megatron_rlpt").handlers.clear()
+        raise ValueError(EVIL)
+    except ValueError:
+        get_logger("odd").exception("a bug")
     for text in (capfd.readouterr().err, (tmp_path / "run.log").read_text()):
         harmless(text)
         assert len([line for line in text.splitlines() if line.startswith("forged")]) == 0

@@ -2,21 +2,9 @@
 
 import logging
 import re
-
-import pytest
+import shutil
 
 from megatron_rlpt.observe import get_logger, setup_logging
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_handlers():
-    logger = logging.getLogger("megatron_rlpt")
-    before = (list(logger.handlers), logger.level, logger.propagate)
-    yield
-    for handler in logger.handlers:
-        handler.close()
-    logger.handlers, logger.level, logger.propagate = before[0], before[1], before[2]
-    logger.setLevel(before[1])
 
 
 def test_line_goes_to_stderr_and_file(tmp_path, capsys):
@@ -71,3 +59,15 @@ def test_standard_error_is_looked_up_at_every_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", replaced)
     get_logger("run").info("above the progress display")
     assert "above the progress display" in replaced.getvalue()
+
+
+def test_a_log_file_whose_folder_is_gone_ends_no_run(tmp_path, capsys):
+    setup_logging(tmp_path / "run")
+    for handler in logging.getLogger("megatron_rlpt").handlers:
+        handler.close()
+    shutil.rmtree(tmp_path / "run")
+    for _ in range(2):
+        get_logger("run").info("next step")
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("next step" in line for line in lines) == 2
+    assert sum("the log file cannot be written" in line for line in lines) == 1

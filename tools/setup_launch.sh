@@ -40,9 +40,10 @@ echo "setting up $VENV with $("$PYTHON" --version)"
 "$PYTHON" -m venv --clear "$VENV"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-"$VENV/bin/pip" install -qq --no-deps -r "$LOCK"
-"$VENV/bin/pip" install -qq --no-deps --editable .
-"$VENV/bin/python" -c "import nemo_run, megatron_rlpt.cli.main" 2>/dev/null ||
+# Without compiling: the import below does that for the modules that are used.
+"$VENV/bin/pip" install -qq --no-deps --no-compile -r "$LOCK"
+"$VENV/bin/pip" install -qq --no-deps --no-compile --editable .
+env -u PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -c "import nemo_run, megatron_rlpt.cli.main, launch.experiment" 2>/dev/null ||
     die "the packages in $VENV do not import together; remove $VENV and run this again"
 if "$VENV/bin/python" -c "import torch" 2>/dev/null; then
     die "$VENV has torch, which a login node must not need; remove it from $LOCK"

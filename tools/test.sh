@@ -7,6 +7,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+unset PYTHONDONTWRITEBYTECODE # compile once what the set-up did not
+
 background=
 trap 'kill -- "-$background" 2>/dev/null || true' EXIT
 set -m # give background jobs their own process groups, so that they can be killed as a whole

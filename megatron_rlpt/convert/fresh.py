@@ -17,7 +17,7 @@ from megatron_rlpt.errors import CheckpointError, ModelError
 from megatron_rlpt.models.architecture import Architecture, parse_architecture, refuse_own_code
 from megatron_rlpt.models.families import Rule, mapping
 from megatron_rlpt.models.huggingface import copy_settings, export_folder
-from megatron_rlpt.tokens.tokenizer import load_tokenizer
+from megatron_rlpt.tokens.loading import load_tokenizer
 from megatron_rlpt.types import derive_seed
 
 _BLOCK = 1 << 24

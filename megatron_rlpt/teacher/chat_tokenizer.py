@@ -8,7 +8,7 @@ from typing import Any
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.teacher.generator import Message, Request
 from megatron_rlpt.tokens.control_tokens import break_up_common, is_control_form
-from megatron_rlpt.tokens.tokenizer import load_tokenizer
+from megatron_rlpt.tokens.loading import load_tokenizer
 from megatron_rlpt.types import Failed
 
 

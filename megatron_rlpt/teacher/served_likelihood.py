@@ -15,7 +15,7 @@ from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask
 from megatron_rlpt.teacher.judge import GroupJudge
 from megatron_rlpt.teacher.likelihood_reward import likelihood_reward
-from megatron_rlpt.tokens.tokenizer import load_tokenizer
+from megatron_rlpt.tokens.loading import load_tokenizer
 from megatron_rlpt.types import BLANK, Failed, Group, Reward
 
 GetLogprobs = Callable[[Sequence[int], int], Awaitable[list[float] | Failed]]

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.tokens.control_tokens import is_control_form
+from megatron_rlpt.tokens.loading import tokenizer_facts
 from megatron_rlpt.tokens.pieces import Pieces, joined_text
 from megatron_rlpt.types import Episode
 
@@ -81,27 +81,20 @@ class PolicyTokenizer:
         """
         from tokenizers import Tokenizer
 
-        # Mistral's own implementation exposes neither bytes nor control tokens; this reads the same vocabulary.
-        loaded = load_tokenizer(path, mistral_format=False)
-        backend = getattr(loaded, "backend_tokenizer", None)
-        if backend is None:
-            raise ModelError(
-                f"the tokenizer in {path} is a {type(loaded).__name__}, which exposes no tokens; use a "
-                "folder with a tokenizer.json"
-            )
-        self._layout: dict[str, Any] = json.loads(backend.to_str())
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        self._bos_id = loaded.bos_token_id
+        facts = tokenizer_facts(path)
+        self._layout: dict[str, Any] = facts.layout
+        vocabulary = Tokenizer.from_str(json.dumps(facts.layout)).get_vocab(with_added_tokens=True)
+        self._bos_id = facts.bos_id
         if self._bos_id is None and not (Path(path) / "tokenizer.json").is_file():
             self._bos_id = _configured_bos(Path(path), len(vocabulary))
-        control = _control_ids(self._layout) | set(loaded.all_special_ids)
+        control = _control_ids(self._layout) | set(facts.special_ids)
         try:
             self._pieces = Pieces(self._layout, vocabulary, frozenset(control))
         except ValueError as error:
             raise ModelError(f"the tokenizer in {path} cannot be used: {error}") from error
-        self._size = len(loaded)
+        self._size = facts.size
         # The unknown token stands for an unknown word, not for a control token.
-        self._unknown = {loaded.unk_token_id, *_unknown_ids(self._layout, vocabulary)}
+        self._unknown = {facts.unknown_id, *_unknown_ids(self._layout, vocabulary)}
         self._never_written = control - self._unknown
         for token in self._layout.get("added_tokens") or []:
             token["special"] = token["id"] in control
@@ -264,27 +257,6 @@ class PolicyTokenizer:
 def prefix_text(text: TextTokens, episode: Episode) -> str:
     """Return the text of an episode's prefix, which may begin anywhere in its document."""
     return text.text_of(episode.prefix, within=episode.offset > len(episode.prefix))
-
-
-def load_tokenizer(path: str | Path, **options: Any) -> Any:
-    """Load the ``transformers`` tokenizer of a local folder.
-
-    Raises:
-        ModelError: the folder has no tokenizer that can be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    if not Path(path).is_dir():
-        raise ModelError(f"model folder {path} does not exist; give a Hugging Face folder")
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises any type for damaged files
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"the tokenizer in {path} asks to run code of its own (auto_map), which is never done; save it as a "
-                "tokenizer.json that transformers reads without it"
-            ) from None
-        raise ModelError(f"the tokenizer in {path} cannot be loaded: {shortened(str(error))}") from error
 
 
 def _control_ids(layout: dict[str, Any]) -> set[int]:

@@ -274,7 +274,7 @@ def test_a_model_that_asks_to_run_its_own_code_is_refused_at_the_start(rlpt, mod
 
 def test_a_tokenizer_that_asks_to_run_its_own_code_is_refused_without_a_question(model, tmp_path, monkeypatch):
     from megatron_rlpt.errors import ModelError
-    from megatron_rlpt.tokens.tokenizer import load_tokenizer
+    from megatron_rlpt.tokens.loading import load_tokenizer
 
     entries = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
     with_code(model, "tokenizer_config.json", entries, tmp_path / "mark")

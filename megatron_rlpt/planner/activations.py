@@ -25,9 +25,9 @@ class Pass:
     arch: Architecture
     layout: Layout
     rows: int
-    """Sequences."""
+    """1 for a pack, else sequences."""
     length: int
-    """Tokens of each on this rank (context parallelism splits them)."""
+    """Tokens of each row on this rank (context parallelism splits them)."""
     predicted: int
     """Tokens of all rows whose logits are computed."""
     width: int

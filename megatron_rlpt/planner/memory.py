@@ -21,9 +21,10 @@ import enum
 import math
 from dataclasses import dataclass, fields, replace
 
-from megatron_rlpt.config import Config, Dtype, Fp8, engine_facts, objective_facts, rows_per_example
+from megatron_rlpt.config import Config, Dtype, Fp8, engine_facts, objective_facts
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.planner.activations import FLOAT, Pass
+from megatron_rlpt.planner.update import UpdateWork
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.precision import length_multiple
 
@@ -191,15 +192,18 @@ class _Rank:
 
     def _pass(self) -> Pass:
         config, layout = self.config, self.layout
-        multiple = length_multiple(layout, config.model.fp8)
-        rows = config.train.micro_batch * rows_per_example(config)
+        work, multiple = UpdateWork.of(config, layout), length_multiple(layout, config.model.fp8)
+        # A micro-batch is one pack, or a row per completion under context parallelism.
+        rows, length = 1, work.micro_batch * work.tokens
+        if not work.shared:
+            rows, length = work.micro_batch * work.completions, work.length
         return Pass(
             self.arch,
             layout,
             rows,
-            -(-config.max_sequence // multiple) * multiple // layout.context,
+            -(-length // multiple) * multiple // layout.context,
             # Under context parallelism one rank has the whole end of a sequence.
-            rows * config.data.suffix_length,
+            work.micro_batch * work.completions * work.predicted,
             self._width,
             self._fused,
             config.model.fp8 is not Fp8.off,

@@ -22,7 +22,6 @@ from megatron_rlpt.config import (
     judge_facts,
     needs_judge,
     objective_facts,
-    rows_per_example,
 )
 from megatron_rlpt.planner.checks import Limit, check_cache, check_request, limits_of
 from megatron_rlpt.planner.generation import GenerationEngine
@@ -118,7 +117,7 @@ def make_plan(request: PlanRequest) -> Plan:
     config, model = request.config, Transformer.of(request.model)
     layout = layout_of(config.parallel, request.trainer.gpus)
     check_request(request, layout)
-    work, options = work_of(request.mean_config), options_of(config)
+    work, options = UpdateWork.of(request.mean_config, layout), options_of(config)
     update = update_seconds(model, layout, request.trainer, work, options)
     reference = 0.0
     if objective_facts(config).needs_reference:
@@ -132,7 +131,6 @@ def make_plan(request: PlanRequest) -> Plan:
     judges = judge_cluster(request, layout, own)
     waiting = judges.waiting if judges else 0.0
     step = own + waiting
-    sequences = work.sequences
     passes = 4.0 if reference else 3.0
     return Plan(
         request,
@@ -144,19 +142,12 @@ def make_plan(request: PlanRequest) -> Plan:
         sync,
         waiting,
         judges,
-        trained_tokens=sequences * work.length,
+        trained_tokens=work.examples * work.tokens,
         generated_tokens=config.train.global_batch * config.candidates.rollouts * config.data.suffix_length,
         update_mfu=utilisation(model, request.trainer, work, update.total),
         mfu=utilisation(model, request.trainer, work, step, passes=passes),
         limits=limits_of(request, memory, engine, judges, own),
     )
-
-
-def work_of(config: Config) -> UpdateWork:
-    """Return the batch of an update, with every prefix ``data.max_prefix`` long."""
-    rows = rows_per_example(config)
-    train, suffix = config.train, config.data.suffix_length
-    return UpdateWork(train.global_batch * rows, config.max_sequence, suffix, train.micro_batch * rows)
 
 
 def options_of(config: Config) -> Options:

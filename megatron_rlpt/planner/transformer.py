@@ -79,7 +79,7 @@ class Transformer:
         """Bytes of the key-value cache per token, in bf16."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
-    def forward_flops(self, sequence: int, predicted: float | None = None) -> float:
+    def forward_flops(self, sequence: int, predicted: float | None = None, pairs: float | None = None) -> float:
         """Return the FLOPs of the forward pass of one sequence of ``sequence`` tokens, as Megatron counts them.
 
         Attention counts in full, not only its causal half, as in ``num_floating_point_operations`` of Megatron-LM's
@@ -88,7 +88,8 @@ class Transformer:
         Args:
             sequence: tokens.
             predicted: tokens whose logits are computed; None for all.
+            pairs: twice the pairs of query and key that causal attention computes; None for ``sequence`` squared.
         """
-        attention = 4.0 * sequence * sequence * self.heads * self.head_dim * self.layers
+        attention = 4.0 * (sequence**2 if pairs is None else pairs) * self.heads * self.head_dim * self.layers
         logits = 2.0 * self.embedding_parameters * (sequence if predicted is None else predicted)
         return 2.0 * self.active_parameters * sequence + attention + logits

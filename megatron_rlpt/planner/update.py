@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from megatron_rlpt.config import Config, rows_per_example
 from megatron_rlpt.planner.hardware import Constant, Nodes, attention_seconds, linear_seconds, memory_seconds
 from megatron_rlpt.planner.transformer import Transformer
 from megatron_rlpt.policy.layout import Layout
@@ -38,14 +39,50 @@ _STATE_BYTES = 32
 class UpdateWork:
     """The batch of one update."""
 
-    sequences: int
-    """Sequences of the whole batch."""
+    examples: int
+    """Examples of the whole batch."""
     length: int
-    """Tokens of each, with padding."""
+    """Tokens of a prefix with one completion."""
     predicted: int
-    """Tokens of each whose logits are computed."""
+    """Tokens of a completion, whose logits are computed."""
     micro_batch: int
-    """Sequences of a micro-batch per rank."""
+    """Examples of a micro-batch per rank."""
+    completions: int = 1
+    """Completions of an example."""
+    shared: bool = True
+    """Whether the completions of an example share its prefix."""
+
+    @classmethod
+    def of(cls, config: Config, layout: Layout) -> UpdateWork:
+        """Return the batch of an update of ``config``, with every prefix ``data.max_prefix`` long."""
+        train = config.train
+        return cls(
+            train.global_batch,
+            config.max_sequence,
+            config.data.suffix_length,
+            train.micro_batch,
+            completions=rows_per_example(config),
+            shared=layout.context == 1,
+        )
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of a prefix."""
+        return self.length - self.predicted
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed per example."""
+        if self.shared:
+            return self.prefix + self.completions * self.predicted
+        return self.completions * self.length
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of query and key per example, twice as many as causal attention computes."""
+        if self.shared:
+            return self.prefix**2 + self.completions * (2 * self.prefix + self.predicted) * self.predicted
+        return self.completions * self.length**2
 
 
 @dataclass(frozen=True)
@@ -146,7 +183,8 @@ def update_seconds(model: Transformer, layout: Layout, nodes: Nodes, work: Updat
 
 def utilisation(model: Transformer, nodes: Nodes, work: UpdateWork, seconds: float, *, passes: float = 3.0) -> float:
     """Return the MFU: model FLOPs (Megatron's count) over the bf16 peak of all GPUs; ``passes`` is 3 with backward."""
-    flops = passes * work.sequences * model.forward_flops(work.length, work.predicted)
+    predicted = work.completions * work.predicted
+    flops = passes * work.examples * model.forward_flops(work.tokens, predicted, work.pairs)
     return flops / (seconds * nodes.gpus * nodes.gpu.bf16)
 
 
@@ -166,13 +204,13 @@ class _Stage:
 
     @classmethod
     def of(cls, model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options) -> _Stage:
-        tokens = work.micro_batch * work.length / layout.context
+        tokens = work.micro_batch * work.tokens / layout.context
         forward, backward = _layer(model, layout, nodes, work, options, tokens)
         if options.recompute_layers:
             backward = backward.plus(forward)
         elif options.recompute_attention:
             backward = backward.plus(Parts(attention=forward.attention))
-        rows = work.micro_batch * work.predicted / layout.context
+        rows = work.micro_batch * work.completions * work.predicted / layout.context
         ahead, back = linear_seconds(nodes.gpu, rows, model.vocab / layout.tensor, model.hidden)
         softmax = memory_seconds(nodes.gpu, LOGIT_BYTES * rows * model.vocab / layout.tensor)
         send = 0.0
@@ -187,7 +225,7 @@ class _Stage:
 
 def _micro_batches(layout: Layout, work: UpdateWork) -> int:
     """Return the micro-batches per rank; an interleaved pipeline needs a multiple of its size."""
-    micro_batches = math.ceil(work.sequences / (layout.data * work.micro_batch))
+    micro_batches = math.ceil(work.examples / (layout.data * work.micro_batch))
     return math.ceil(micro_batches / layout.pipeline) * layout.pipeline if layout.virtual_stages > 1 else micro_batches
 
 
@@ -213,7 +251,7 @@ def _layer(
         exchange = 2 * nodes.exchange_seconds(routed * model.hidden * 2, layout.expert)
     pairs = [(count, linear_seconds(gpu, *size, fp8=options.fp8)) for count, *size in products]
     attention = attention_seconds(
-        gpu, work.micro_batch, work.length / math.sqrt(layout.context), query / tensor
+        gpu, work.micro_batch, math.sqrt(work.pairs / layout.context), query / tensor
     )  # a rank's share of the causal triangle is 1 / context of it
     collective = tokens * model.hidden * 2 * (tensor - 1) / tensor / nodes.bandwidth(tensor)
     tensors = 4 * collective * (1 - options.hidden_tensor)

@@ -1,7 +1,13 @@
-"""Selected candidates as padded token tensors, dealt to the ranks that train on them."""
+"""Selected candidates as token tensors, dealt to the ranks that train on them.
+
+A micro-batch is one packed sequence ``[prefixes | padding | completions]``, in which the completions of an example
+share its prefix (``policy/prefix_attention.py``). Under context parallelism, which splits every sequence over ranks,
+each completion is a row with a prefix of its own, padded to the longest row.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,24 +16,23 @@ import torch
 from megatron_rlpt.objectives import Example
 from megatron_rlpt.policy.layers import context_chunks
 from megatron_rlpt.policy.layout import Layout
+from megatron_rlpt.policy.prefix_attention import Pack
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. Rows are sequences; the rows of one example are adjacent.
-
-    Rows are padded on the right: under causal attention no real token sees the padding, so no mask is needed. Rows
-    after the last example hold only padding, to match the shape on other ranks.
-    """
+    """A micro-batch of one data-parallel rank. A sequence is a completion with its prefix."""
 
     tokens: torch.Tensor
-    """[rows, share] int64: prefix, completion, padding; under context parallelism this rank's share of the sequence."""
+    """[1, tokens] int64: a pack; or [rows, share] under context parallelism, this rank's share of every sequence."""
     positions: torch.Tensor
-    """[rows, share] int64: position of each token in its sequence."""
+    """As ``tokens``: position of each token in its sequence."""
+    pack: Pack | None
+    """The segments of the pack; None for rows."""
     predictors: torch.Tensor
-    """[own tokens] int64: index into the flattened [rows * share] hidden states that predict each target."""
+    """[own tokens] int64: index into the flattened hidden states that predict each target."""
     targets: torch.Tensor
-    """[own tokens] int64: the completion tokens that this rank's share predicts, row by row."""
+    """[own tokens] int64: the completion tokens that this rank predicts, sequence by sequence."""
     own: torch.Tensor
     """[sequences, suffix] bool: True for the completion tokens in ``targets``."""
     mask: torch.Tensor
@@ -67,57 +72,66 @@ class ContextShare:
         )
 
 
+@dataclass(frozen=True)
+class BatchShape:
+    """Tokens of a micro-batch: rows x length. A pack is one row."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed."""
+        return self.rows * self.length
+
+    def padded(self, multiple: int) -> BatchShape:
+        """Return this shape with the length rounded up to a multiple."""
+        return BatchShape(self.rows, -(-self.length // multiple) * multiple)
+
+
 def make_batch(
     examples: Sequence[Example],
     device: torch.device,
-    *,
-    rows: int | None = None,
-    length: int | None = None,
+    shape: BatchShape | None = None,
     share: ContextShare | None = None,
+    *,
+    packed: bool = True,
 ) -> Batch:
-    """Pad ``examples`` into one micro-batch on ``device``.
+    """Make a micro-batch on ``device``.
 
     Args:
-        examples: the examples; may be empty if ``rows`` and ``length`` are given.
+        examples: the examples; may be empty if ``shape`` is given.
         device: the device of the tensors.
-        rows: rows of the micro-batch; None for as many as there are sequences.
-        length: tokens per row before context parallelism splits them; None for the longest sequence.
-        share: this rank's part of every sequence; None for all of it.
+        shape: the tokens to fill, before context parallelism splits them; None for as many as the examples need.
+        share: this rank's part of every row; None for all of it.
+        packed: make a pack; False for rows.
     """
-    share = share or ContextShare()
-    sequences = [(example.episode.prefix, candidate) for example in examples for candidate in example.sequences]
-    rows = len(sequences) if rows is None else rows
-    length = max(map(sequence_length, examples)) if length is None else length
-    suffix = max((len(candidate.tokens) for _, candidate in sequences), default=1)
-    tokens = torch.zeros(rows, length, dtype=torch.int64)
-    mask = torch.zeros(len(sequences), suffix)
-    own = torch.zeros(len(sequences), suffix, dtype=torch.bool)
-    engine = torch.full((len(sequences), suffix), torch.nan)
+    shape = shape or shape_of(examples, packed=packed)
+    placed = _packed(examples, shape) if packed else _rows(examples, shape, share or ContextShare())
+    completions = [candidate for example in examples for candidate in example.sequences]
+    suffix = max((len(candidate.tokens) for candidate in completions), default=1)
+    mask = torch.zeros(len(completions), suffix)
+    own = torch.zeros(len(completions), suffix, dtype=torch.bool)
+    engine = torch.full((len(completions), suffix), torch.nan)
     advantages = [
         value for example in examples for value in example.advantages or (torch.nan,) * len(example.sequences)
     ]
-    held = share.positions(length)
-    # Position in the sequence -> index in this rank's share, -1 for positions of other ranks.
-    local = torch.full((length,), -1).scatter_(0, held, torch.arange(len(held)))
     predictors, targets = [], []
-    for index, (prefix, candidate) in enumerate(sequences):
-        completion = torch.tensor(candidate.tokens, dtype=torch.int64)
-        count = len(completion)
-        tokens[index, : len(prefix) + count] = torch.tensor(prefix + candidate.tokens)
+    for index, (candidate, states) in enumerate(zip(completions, placed.predictors, strict=True)):
+        count = len(candidate.tokens)
         mask[index, :count] = 1.0
         if candidate.logprobs is not None:
             # NaN stands for "no engine"; map a NaN from an engine to -inf, which shows in the logprob gap.
             engine[index, :count] = torch.tensor(candidate.logprobs).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        # The hidden state at position p predicts the token at p + 1.
-        positions = local[len(prefix) - 1 : len(prefix) - 1 + count]
-        mine = positions >= 0
+        mine = states >= 0
         own[index, :count] = mine
-        predictors.append(index * len(held) + positions[mine])
-        targets.append(completion[mine])
+        predictors.append(states[mine])
+        targets.append(torch.tensor(candidate.tokens, dtype=torch.int64)[mine])
     nothing = torch.zeros(0, dtype=torch.int64)
     return Batch(
-        tokens[:, held].to(device),
-        held.expand(rows, -1).to(device),
+        placed.tokens.to(device),
+        placed.positions.to(device),
+        placed.pack,
         torch.cat([nothing, *predictors]).to(device),
         torch.cat([nothing, *targets]).to(device),
         own.to(device),
@@ -129,50 +143,157 @@ def make_batch(
 
 
 @dataclass(frozen=True)
+class _Placed:
+    """Tokens in their places."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    pack: Pack | None
+    predictors: list[torch.Tensor]
+    """For every completion, the index of the hidden state that predicts each of its tokens; -1 on another rank."""
+
+
+def _packed(examples: Sequence[Example], shape: BatchShape) -> _Placed:
+    """Place all prefixes, then the padding, then all completions. A single completion belongs to its prefix."""
+    heads, tails, lengths = [], [], []
+    for example in examples:
+        prefix, parts = example.episode.prefix, [candidate.tokens for candidate in example.sequences]
+        alone = len(parts) == 1
+        heads.append(prefix + parts[0] if alone else prefix)
+        tails.append([] if alone else parts)
+        lengths.append(len(prefix))
+    border = shape.length - sum(len(part) for parts in tails for part in parts)
+    padding = border - sum(map(len, heads))
+    assert padding >= 0, f"the examples have more than {shape.length} tokens"
+    predictors = []
+    start, end = 0, border
+    for head, parts, length in zip(heads, tails, lengths, strict=True):
+        # The hidden state at a token predicts the next one; all completions follow the last token of the prefix.
+        last = start + length - 1
+        if not parts:
+            predictors.append(torch.arange(last, start + len(head) - 1))
+        for part in parts:
+            predictors.append(torch.tensor([last, *range(end, end + len(part) - 1)]))
+            end += len(part)
+        start += len(head)
+    flat = [*heads, (0,) * padding, *(part for parts in tails for part in parts)]
+    starts = [0] * (len(heads) + 1) + [length for length, parts in zip(lengths, tails, strict=True) for _ in parts]
+    positions = [torch.arange(start, start + len(part)) for start, part in zip(starts, flat, strict=True)]
+    pack = Pack(
+        prefixes=(*map(len, heads), *((padding,) if padding else ())),
+        completions=(*(tuple(map(len, parts)) for parts in tails), *(((),) if padding else ())),
+    )
+    tokens = torch.tensor([token for part in flat for token in part], dtype=torch.int64)
+    return _Placed(tokens[None], torch.cat(positions)[None], pack, predictors)
+
+
+def _rows(examples: Sequence[Example], shape: BatchShape, share: ContextShare) -> _Placed:
+    """Place every sequence in a row, padded on the right: under causal attention no token sees the padding."""
+    tokens = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
+    held = share.positions(shape.length)
+    # Position in the sequence -> index in this rank's share, -1 for positions of other ranks.
+    local = torch.full((shape.length,), -1).scatter_(0, held, torch.arange(len(held)))
+    predictors = []
+    sequences = [(example.episode.prefix, candidate) for example in examples for candidate in example.sequences]
+    for row, (prefix, candidate) in enumerate(sequences):
+        count = len(candidate.tokens)
+        tokens[row, : len(prefix) + count] = torch.tensor(prefix + candidate.tokens)
+        states = local[len(prefix) - 1 : len(prefix) - 1 + count]
+        predictors.append(torch.where(states >= 0, states + row * len(held), -1))
+    return _Placed(tokens[:, held], held.expand(shape.rows, -1), None, predictors)
+
+
+@dataclass(frozen=True)
 class MicroBatchPlan:
-    """One micro-batch on every data-parallel rank, with the same shape on all, as collectives require."""
+    """One micro-batch on every data-parallel rank."""
 
     shares: tuple[tuple[Example, ...], ...]
     """Examples of each data-parallel rank."""
-    rows: int
-    length: int
+    shapes: tuple[BatchShape, ...]
+    """Tokens of each data-parallel rank."""
 
 
 def plan_micro_batches(
-    examples: Sequence[Example], size: int, layout: Layout, multiple: int = 1
+    examples: Sequence[Example],
+    size: int,
+    layout: Layout,
+    multiple: int = 1,
+    *,
+    packed: bool = True,
+    equal: bool = False,
 ) -> list[MicroBatchPlan]:
     """Divide the examples of an update into micro-batches of at most ``size`` examples per rank.
 
-    Examples of similar length share a micro-batch to reduce padding. Pipeline stages exchange tensors of one shape, so
-    under pipeline parallelism all micro-batches are padded to the largest. The interleaved schedule needs a number of
-    micro-batches that is a multiple of the pipeline size.
+    The interleaved pipeline schedule needs a number of micro-batches that is a multiple of the pipeline size.
 
     Args:
         examples: all examples of the update, the same on every rank; at least one.
         size: maximum number of examples per rank and micro-batch.
         layout: the training layout.
-        multiple: the number of tokens per row is rounded up to a multiple of this.
+        multiple: the length is rounded up to a multiple of this.
+        packed: plan packs with about equally many tokens; False for rows of similar length.
+        equal: give all ranks and micro-batches the same shape.
     """
-    ordered = sorted(examples, key=sequence_length)
-    count = -(-len(ordered) // (size * layout.data))
+    count = -(-len(examples) // (size * layout.data))
     if layout.virtual_stages > 1:
         count = -(-count // layout.pipeline) * layout.pipeline
-    micro_batches = []
+    parts = _balanced(examples, count * layout.data, size) if packed else _by_length(examples, count, layout.data)
+    # In a pack, equal lengths next to each other: the attention computes them as a batch.
+    shares = [tuple(sorted(part, key=_lengths)) for part in parts]
+    shapes = [shape_of(share, packed=packed).padded(multiple) for share in shares]
+    if equal:
+        widest = BatchShape(max(shape.rows for shape in shapes), max(shape.length for shape in shapes))
+        shapes = [widest] * len(shapes)
+    data = layout.data
+    return [
+        MicroBatchPlan(tuple(shares[start : start + data]), tuple(shapes[start : start + data]))
+        for start in range(0, len(shares), data)
+    ]
+
+
+def _balanced(examples: Sequence[Example], count: int, size: int) -> list[list[Example]]:
+    """Divide examples into ``count`` parts of at most ``size`` with about equally many tokens.
+
+    The longest example goes first, each to the emptiest part; among equally full ones to the first, so that every rank
+    plans the same.
+    """
+    parts: list[list[Example]] = [[] for _ in range(count)]
+    emptiest = [(0, number) for number in range(count)]
+    for example in sorted(examples, key=pack_length, reverse=True):
+        tokens, number = heapq.heappop(emptiest)
+        parts[number].append(example)
+        if len(parts[number]) < size:
+            heapq.heappush(emptiest, (tokens + pack_length(example), number))
+    return parts
+
+
+def _by_length(examples: Sequence[Example], count: int, ranks: int) -> list[list[Example]]:
+    """Divide examples into ``count`` micro-batches of similar length, and each of them among ``ranks``."""
+    ordered = sorted(examples, key=sequence_length)
+    parts = []
     for number in range(count):
         members = ordered[len(ordered) * number // count : len(ordered) * (number + 1) // count]
-        shares = tuple(
-            tuple(members[len(members) * rank // layout.data : len(members) * (rank + 1) // layout.data])
-            for rank in range(layout.data)
-        )
-        rows = max(sum(len(example.sequences) for example in share) for share in shares)
-        longest = max(map(sequence_length, members), default=1)
-        micro_batches.append(MicroBatchPlan(shares, rows, -(-longest // multiple) * multiple))
-    if layout.pipeline > 1:
-        rows, length = max(one.rows for one in micro_batches), max(one.length for one in micro_batches)
-        micro_batches = [MicroBatchPlan(one.shares, rows, length) for one in micro_batches]
-    return micro_batches
+        parts += [members[len(members) * rank // ranks : len(members) * (rank + 1) // ranks] for rank in range(ranks)]
+    return parts
+
+
+def shape_of(examples: Sequence[Example], *, packed: bool = True) -> BatchShape:
+    """Return the shape of a micro-batch of ``examples``, a pack or rows, without padding to a multiple."""
+    if packed:
+        return BatchShape(1, max(1, sum(map(pack_length, examples))))
+    rows = sum(len(example.sequences) for example in examples)
+    return BatchShape(max(1, rows), max(map(sequence_length, examples), default=1))
+
+
+def pack_length(example: Example) -> int:
+    """Return the tokens of ``example`` in a pack: its prefix once, and its completions."""
+    return len(example.episode.prefix) + sum(len(candidate.tokens) for candidate in example.sequences)
 
 
 def sequence_length(example: Example) -> int:
     """Return the length of the longest sequence of ``example``: prefix and completion."""
     return len(example.episode.prefix) + max(len(candidate.tokens) for candidate in example.sequences)
+
+
+def _lengths(example: Example) -> tuple[int, ...]:
+    return len(example.episode.prefix), *(len(candidate.tokens) for candidate in example.sequences)

@@ -20,6 +20,7 @@ from megatron_rlpt.policy.batching import Batch
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.logprobs import vocab_parallel_logprobs
 from megatron_rlpt.policy.model import HiddenStateModel
+from megatron_rlpt.policy.pipeline_exchange import exchange_of
 
 Result = TypeVar("Result")
 Loss = Callable[[int, torch.Tensor], tuple[torch.Tensor, Result]]
@@ -88,9 +89,9 @@ class ForwardBackward:
         def forward_step(data: Iterator[int], model_chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             number = next(data)
             batch = batches[number]
-            return model_chunk(batch.tokens, batch.positions, None), partial(finish, number)
+            hidden = model_chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.pack)
+            return hidden, partial(finish, number)
 
-        rows, share = batches[0].tokens.shape
         # Every virtual stage iterates over all micro-batches.
         data = [iter(range(len(batches))) for _ in model_chunks]
         return get_forward_backward_func()(
@@ -98,14 +99,24 @@ class ForwardBackward:
             data_iterator=data if len(data) > 1 else data[0],
             model=list(model_chunks) if len(model_chunks) > 1 else model_chunks[0],
             num_microbatches=len(batches),
-            # The schedule divides it by the context- and sequence-parallel sizes again.
-            seq_length=share * self._layout.context,
-            micro_batch_size=rows,
+            # Shapes under a pipeline come from the exchange.
+            seq_length=1,
+            micro_batch_size=1,
+            **self._exchange(batches),
             **arguments,
         )
 
+    def _exchange(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """Return the arguments of a pipeline's schedule that send and receive micro-batches of these shapes."""
+        if self._layout.pipeline == 1:
+            return {}
+        sequence = self._layout.tensor if self._layout.sequence else 1
+        hidden = self._model_chunks[0].config.hidden_size
+        shapes = [(length // sequence, rows, hidden) for rows, length in (batch.tokens.shape for batch in batches)]
+        return exchange_of(shapes, self._model_chunks[0].config, self._layout.virtual_stages)
+
     def _from_hidden(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Map [rows, share, hidden] to [sequences, suffix] log-probabilities of the completion tokens."""
+        """Map [rows, length, hidden] to [sequences, suffix] log-probabilities of the completion tokens."""
         needed = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
         if self._layout.tensor > 1 and not self._layout.sequence:
             # Each rank computes the gradient of its share of the vocabulary; this region sums them in the backward

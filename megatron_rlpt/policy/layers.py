@@ -34,6 +34,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.rope import Rope
+from megatron_rlpt.policy.prefix_attention import Pack, prefix_attention
 
 _FUSED_NAMES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_(weight)$"), r"input_layernorm.\1"),
@@ -90,11 +91,15 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def _fused_layer(config: TransformerConfig) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
+    if config.context_parallel_size == 1:
+        # Transformer Engine's attention has no shared prefixes; with context parallelism there are none.
+        layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    return layer
 
 
 def _plain_layer(config: TransformerConfig) -> ModuleSpec:
@@ -151,8 +156,8 @@ class CausalAttention(torch.nn.Module):
     """Causal core attention on torch's kernels, a replacement for Megatron's ``DotProductAttention``.
 
     Same constructor and call as ``megatron/core/transformer/dot_product_attention.py``. It runs on CPU and CUDA, never
-    holds the [sequence, sequence] scores of a whole sequence, and reads grouped queries without copying keys. There is
-    no dropout and no explicit mask: batches are padded on the right, where causality alone hides the padding.
+    holds the [sequence, sequence] scores of a whole sequence. There is no dropout and no explicit mask: rows are padded
+    on the right, where causality alone hides the padding, and in packs the padding is a segment of its own.
     """
 
     def __init__(
@@ -183,26 +188,31 @@ class CausalAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Compute attention of ``query`` [seq, batch, heads, dim] to ``key`` and ``value`` [seq, batch, groups, dim].
 
-        Under context parallelism ``seq`` is this rank's share, in the order of ``context_chunks``.
+        Under context parallelism ``seq`` is this rank's share, in the order of ``context_chunks``. With a ``Pack``,
+        ``seq`` is the packed sequence and ``batch`` is 1.
 
         Returns:
             [seq, batch, heads * dim].
         """
         assert attention_mask is None, "only causal attention over right-padded batches"
         assert attention_bias is None
-        assert packed_seq_params is None
+        if packed_seq_params is not None:
+            assert isinstance(packed_seq_params, Pack)
+            assert self._context == 1
+            mixed = prefix_attention(query[:, 0], key[:, 0], value[:, 0], packed_seq_params, scale=self.softmax_scale)
+            return mixed.flatten(1)[:, None]
         if self._context == 1:
             return self._attend(query, key, value, None)
         group = parallel_state.get_context_parallel_group()
         keys, values = (whole_sequence(tensor, group, self._context) for tensor in (key, value))
         length = query.shape[0] // 2
-        mixed = []
+        chunks = []
         for index, chunk in enumerate(context_chunks(group.rank(), self._context)):
             seen = (chunk + 1) * length
             # Aligned at the end: the last query of the chunk sees every key up to its own.
             mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)
-            mixed.append(self._attend(query[index * length :][:length], keys[:seen], values[:seen], mask))
-        return torch.cat(mixed)
+            chunks.append(self._attend(query[index * length :][:length], keys[:seen], values[:seen], mask))
+        return torch.cat(chunks)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlpt.config import Dtype, Fp8, Recompute
@@ -32,6 +33,16 @@ class HiddenStateModel(GPTModel):
             divided = self.config.sequence_parallel
             gather = tensor_parallel.gather_from_sequence_parallel_region
             self.output_layer.forward = lambda hidden, **_: (gather(hidden) if divided else hidden, None)
+
+    def _preprocess(
+        self, *args: Any, position_ids: torch.Tensor, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """Return the inputs of the decoder; in a pack, the rotary angles of each token's position in its sequence."""
+        found = super()._preprocess(*args, position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
+        if packed_seq_params is None:
+            return found
+        decoder_input, angles, *others = found
+        return decoder_input, angles.index_select(0, position_ids[0]), *others
 
     def output_weight(self) -> torch.Tensor:
         """Return this rank's rows of the vocabulary projection, [padded vocabulary / TP, hidden]; last stage only.

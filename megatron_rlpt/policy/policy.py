@@ -20,7 +20,14 @@ from megatron_rlpt.models.families import Shape
 from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Objective
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.policy import precision
-from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_micro_batches, sequence_length
+from megatron_rlpt.policy.batching import (
+    Batch,
+    BatchShape,
+    ContextShare,
+    make_batch,
+    plan_micro_batches,
+    shape_of,
+)
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.forward_backward import ForwardBackward
 from megatron_rlpt.policy.layers import describe_layers
@@ -63,6 +70,7 @@ class Policy:
         arch: the architecture, as read from the starting model.
         layout: how it is split over ranks.
         version: number of optimizer updates so far.
+        packed: whether the completions of an example share its prefix; not under context parallelism.
     """
 
     def __init__(self, config: Config, objective: Objective, runtime: DeviceRuntime) -> None:
@@ -82,6 +90,10 @@ class Policy:
         self._refresh_every = config.objective.reference_refresh
         self._overlap = config.parallel.overlap
         self._length_multiple = length_multiple(self.layout, config.model.fp8)
+        # Context parallelism divides rows; packs have no equal chunks to divide.
+        self.packed = self.layout.context == 1
+        # Without CUDA, expert-parallel ranks gather each other's tokens (policy/model.py), in equal numbers.
+        self._equal_shapes = self.layout.expert > 1 and not runtime.on_cuda
         model_chunks = build_model(
             self.arch, config.model.dtype, runtime, self.layout, config.train.recompute, config.model.fp8
         )
@@ -147,12 +159,12 @@ class Policy:
             every rank.
         """
         self._gather_parameters()
-        rows = sum(len(example.sequences) for example in examples)
-        length = self._padded(max(map(sequence_length, examples)))
-        batches = [make_batch(examples, self._runtime.device, rows=rows, length=length, share=_context_share())]
-        if self.layout.virtual_stages > 1:
-            empty = make_batch([], self._runtime.device, rows=rows, length=length, share=_context_share())
-            batches += [empty] * (self.layout.pipeline - 1)
+        # Interleaved stages need as many micro-batches as there are stages.
+        others = self.layout.pipeline - 1 if self.layout.virtual_stages > 1 else 0
+        batches = [
+            self._batch(part, shape_of(part, packed=self.packed).padded(self._length_multiple))
+            for part in (examples, *[()] * others)
+        ]
         with self._runtime.megatron():
             found = self._forward_backward.logprobs(batches)
         logprobs = found[0] if found else torch.zeros_like(batches[0].mask)
@@ -239,16 +251,20 @@ class Policy:
 
     def _deal(self, examples: Sequence[Example]) -> list[Batch]:
         """Return this rank's micro-batches of an update."""
-        plans = plan_micro_batches(examples, self._train.micro_batch, self.layout, self._length_multiple)
+        plans = plan_micro_batches(
+            examples,
+            self._train.micro_batch,
+            self.layout,
+            self._length_multiple,
+            packed=self.packed,
+            equal=self._equal_shapes,
+        )
         rank = parallel_state.get_data_parallel_rank()
-        return [
-            make_batch(one.shares[rank], self._runtime.device, rows=one.rows, length=one.length, share=_context_share())
-            for one in plans
-        ]
+        return [self._batch(one.shares[rank], one.shapes[rank]) for one in plans]
 
-    def _padded(self, length: int) -> int:
-        """Round ``length`` up to a multiple that layout and precision allow."""
-        return -(-length // self._length_multiple) * self._length_multiple
+    def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
+        rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        return make_batch(examples, self._runtime.device, shape, ContextShare(rank, size), packed=self.packed)
 
     def _reference_logprobs(self, batches: list[Batch]) -> list[torch.Tensor]:
         if self._reference is None:
@@ -337,10 +353,6 @@ class Policy:
                 f"a gradient is not finite at version {self.version} (loss {metrics['loss']:.4g}); lower "
                 "optimizer.lr, then resume from the last checkpoint"
             )
-
-
-def _context_share() -> ContextShare:
-    return ContextShare(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
 
 
 @dataclass(frozen=True)

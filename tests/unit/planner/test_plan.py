@@ -225,7 +225,9 @@ def test_times_are_at_the_longest_prefix_unless_a_mean_is_given():
     longest, usual = planned(), planned("--prefix-tokens", "448")
     assert "at the longest prefix (data.max_prefix = 1,920 tokens)" in longest["warnings"][0]
     assert "at prefixes of 448 tokens" in usual["warnings"][0]
-    assert usual["trained_tokens"] / longest["trained_tokens"] == pytest.approx((448 + 128) / 2048)
+    assert usual["trained_tokens"] / longest["trained_tokens"] == pytest.approx((448 + 2 * 128) / (1920 + 2 * 128)), (
+        "a pair shares its prefix"
+    )
     for part in ("rollouts", "update", "reference"):
         assert usual["times"][part] < longest["times"][part]
     assert sum(calls["shared"] for calls in usual["judge_calls"]) < 1000

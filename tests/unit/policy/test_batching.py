@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import random
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rlpt.objectives import Example
-from megatron_rlpt.policy.batching import Batch, ContextShare, make_batch, plan_micro_batches, sequence_length
+from megatron_rlpt.policy.batching import Batch, BatchShape, ContextShare, make_batch, plan_micro_batches, shape_of
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.types import Candidate, Episode, Source
 
@@ -46,61 +48,108 @@ LAYOUTS = st.sampled_from(
 )
 
 
-@given(EXAMPLES, st.integers(1, 4), LAYOUTS, st.sampled_from([1, 4, 6]))
-def test_micro_batches_hold_every_example_once_in_shapes_that_fit(examples, size, layout, multiple):
+@given(EXAMPLES, st.integers(1, 4), LAYOUTS, st.sampled_from([1, 4, 6]), st.booleans(), st.booleans())
+def test_micro_batches_hold_every_example_once_in_shapes_that_fit(examples, size, layout, multiple, packed, equal):
     # Distinguished by their indices, even if equal.
     examples = [Example(one.episode, one.sequences, (index,)) for index, one in enumerate(examples)]
-    micro_batches = plan_micro_batches(examples, size, layout, multiple)
+    micro_batches = plan_micro_batches(examples, size, layout, multiple, packed=packed, equal=equal)
     dealt = [one.indices[0] for each in micro_batches for share in each.shares for one in share]
     assert sorted(dealt) == list(range(len(examples)))
-    assert all(len(each.shares) == layout.data for each in micro_batches)
+    assert all(len(each.shares) == len(each.shapes) == layout.data for each in micro_batches)
     assert all(len(share) <= size for each in micro_batches for share in each.shares)
-    for each in micro_batches:
-        assert each.rows >= max(1, *(sum(len(one.sequences) for one in share) for share in each.shares), 1)
-        assert each.length % multiple == 0
-        assert each.length >= max([1, *(sequence_length(one) for share in each.shares for one in share)])
+    shapes = [shape for each in micro_batches for shape in each.shapes]
+    needed = [shape_of(share, packed=packed) for each in micro_batches for share in each.shares]
+    for shape, least in zip(shapes, needed, strict=True):
+        assert shape.length % multiple == 0
+        assert shape.rows >= least.rows
+        assert shape.length >= least.length
+        if not equal:
+            assert (shape.rows, shape.length) == (least.rows, -(-least.length // multiple) * multiple)
+    if equal:
+        assert len(set(shapes)) == 1
+        assert shapes[0].length - multiple < max(shape.length for shape in needed), "and no larger than needed"
     fewest = -(-len(examples) // (size * layout.data))
     if layout.virtual_stages > 1:
         assert len(micro_batches) % layout.pipeline == 0
         assert len(micro_batches) < fewest + layout.pipeline
     else:
         assert len(micro_batches) == fewest, "no more micro-batches than needed"
-    if layout.pipeline > 1:
-        assert len({(each.rows, each.length) for each in micro_batches}) == 1
-        assert max(sequence_length(one) for one in examples) > micro_batches[0].length - multiple, (
-            "and no larger than needed"
-        )
-    else:
-        for each in micro_batches:
-            longest = max(sequence_length(one) for share in each.shares for one in share)
-            assert each.length == -(-longest // multiple) * multiple
-            assert each.rows == max(sum(len(one.sequences) for one in share) for share in each.shares)
-    lengths = [[sequence_length(one) for share in each.shares for one in share] for each in micro_batches]
-    flat = [length for each in lengths for length in each]
-    assert flat == sorted(flat), "a micro-batch has examples of similar length"
 
 
-def test_a_micro_batch_without_examples_has_a_row_of_one_token_where_no_pipeline_asks_for_more():
+def test_a_micro_batch_without_examples_is_one_token():
     (one,) = plan_micro_batches([example(2, 3)], 4, Layout(3))
-    assert (one.rows, one.length) == (1, 5)
     assert sorted(map(len, one.shares)) == [0, 0, 1]
+    assert sorted(shape.length for shape in one.shapes) == [1, 1, 5]
     micro_batches = plan_micro_batches([example(2, 3, 3)], 4, Layout(2, pipeline=2, virtual_stages=2), 4)
-    assert [(each.rows, each.length, len(each.shares[0])) for each in micro_batches] == [(2, 8, 0), (2, 8, 1)]
-
-
-def test_work_is_spread_evenly_over_ranks_and_micro_batches():
-    examples = [example(1, length) for length in range(1, 11)]
-    micro_batches = plan_micro_batches(examples, 2, Layout(2))
-    assert [[len(share) for share in each.shares] for each in micro_batches] == [[1, 2], [1, 2], [2, 2]]
-    assert [each.length for each in micro_batches] == [4, 7, 11], "short ones are not padded to the longest"
-
-
-def test_every_rank_plans_the_same_whatever_ties_there_are():
-    examples = [example(1, 3, name=f"e{index}") for index in range(7)]
-    names = [
-        one.episode.id for each in plan_micro_batches(examples, 1, Layout(2)) for share in each.shares for one in share
+    assert [(each.shapes, len(each.shares[0])) for each in micro_batches] == [
+        ((BatchShape(1, 8),), 1),
+        ((BatchShape(1, 4),), 0),
     ]
-    assert names == [f"e{index}" for index in range(7)], "equal lengths keep their order"
+
+
+def test_tokens_are_spread_evenly_over_ranks_and_micro_batches():
+    examples = [example(1, length) for length in range(1, 13)]
+    micro_batches = plan_micro_batches(examples, 3, Layout(2))
+    assert [[shape.length for shape in each.shapes] for each in micro_batches] == [[24, 23], [22, 21]]
+    draw = random.Random(3)
+    examples = [example(draw.randint(64, 2000), 128, 128) for _ in range(512)]
+    lengths = [shape.length for each in plan_micro_batches(examples, 4, Layout(32)) for shape in each.shapes]
+    assert max(lengths) < 1.1 * sum(lengths) / len(lengths)
+
+
+def test_rows_of_a_micro_batch_have_similar_lengths():
+    examples = [example(1, length) for length in range(1, 11)]
+    micro_batches = plan_micro_batches(examples, 2, Layout(2), packed=False)
+    assert [[len(share) for share in each.shares] for each in micro_batches] == [[1, 2], [1, 2], [2, 2]]
+    assert [max(shape.length for shape in each.shapes) for each in micro_batches] == [4, 7, 11]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_rank_plans_the_same_whatever_ties_there_are(packed):
+    examples = [example(1, 3, name=f"e{index}") for index in range(7)]
+    plans = [plan_micro_batches(examples, 1, Layout(2), packed=packed) for _ in range(2)]
+    names = [[one.episode.id for each in plan for share in each.shares for one in share] for plan in plans]
+    assert names[0] == names[1] == [f"e{index}" for index in range(7)], "equal lengths keep their order"
+
+
+@given(st.lists(LENGTHS, max_size=5), st.integers(0, 3))
+def test_a_pack_holds_every_prefix_once_and_predicts_every_completion_token(lengths, padding):
+    examples = [example(prefix, *parts, first=1000 * number) for number, (prefix, parts) in enumerate(lengths, 1)]
+    least = shape_of(examples).length if examples else 0
+    batch = make_batch(examples, CPU, BatchShape(1, max(1, least + padding)))
+    tokens, positions, pack = batch.tokens[0].tolist(), batch.positions[0].tolist(), batch.pack
+    assert len(tokens) == len(positions) == pack.prefix_tokens + sum(map(sum, pack.completions))
+
+    def sequence_until(state: int) -> list[int]:
+        """Return the tokens that the hidden state ``state`` has seen, in the order of their positions."""
+        starts = [0, *itertools.accumulate(pack.prefixes)]
+        segments = [(start, start + length, None) for start, length in zip(starts, pack.prefixes, strict=False)]
+        place = pack.prefix_tokens
+        for number, parts in enumerate(pack.completions):
+            for length in parts:
+                segments.append((place, place + length, number))
+                place += length
+        (segment,) = [one for one in segments if one[0] <= state < one[1]]
+        before = [] if segment[2] is None else list(range(*segments[segment[2]][:2]))
+        seen = before + list(range(segment[0], state + 1))
+        assert [positions[index] for index in seen] == list(range(len(seen)))
+        return [tokens[index] for index in seen]
+
+    found = iter(zip(batch.predictors.tolist(), batch.targets.tolist(), strict=True))
+    for one in examples:
+        for candidate in one.sequences:
+            for index, token in enumerate(candidate.tokens):
+                state, target = next(found)
+                assert target == token
+                assert sequence_until(state) == list(one.episode.prefix + candidate.tokens[:index])
+    assert next(found, None) is None
+    assert torch.equal(batch.own, batch.mask.bool())
+    assert batch.scatter(batch.targets.float()).sum() == batch.targets.sum()
+
+
+def test_a_pack_without_room_for_its_examples_loses_no_token_in_silence():
+    with pytest.raises(AssertionError, match="more than 8 tokens"):
+        make_batch([example(4, 5)], CPU, BatchShape(1, 8))
 
 
 def told(batch: Batch, length: int) -> list[tuple[int, int, int]]:
@@ -126,7 +175,8 @@ def test_the_shares_of_a_context_group_hold_every_completion_token_once(lengths,
     length = (-(-longest // multiple) + more_chunks) * multiple
     rows = len(sequences) + more_rows
     shares = [
-        make_batch(examples, CPU, rows=rows, length=length, share=ContextShare(rank, size)) for rank in range(size)
+        make_batch(examples, CPU, BatchShape(rows, length), ContextShare(rank, size), packed=False)
+        for rank in range(size)
     ]
 
     whole = torch.zeros(rows, length, dtype=torch.int64)
@@ -182,22 +232,24 @@ def test_a_share_is_that_which_megatron_takes_of_a_sequence(monkeypatch):
 
 def test_a_length_that_a_context_group_cannot_divide_loses_no_token_in_silence():
     with pytest.raises(AssertionError, match="9 tokens do not divide into 4 chunks"):
-        make_batch([example(4, 5)], CPU, share=ContextShare(0, 2))
+        make_batch([example(4, 5)], CPU, None, ContextShare(0, 2), packed=False)
 
 
-def test_without_rows_and_length_a_batch_is_as_large_as_its_examples():
-    batch = make_batch([example(3, 2, 5), example(6, 1)], CPU)
-    assert batch.tokens.shape == (3, 8)
-    assert batch.own.shape == batch.mask.shape == batch.engine_logprobs.shape == (3, 5)
-    assert batch.sizes == (2, 1)
-    assert batch.mask.dtype is torch.float32
+def test_without_a_shape_a_batch_is_as_large_as_its_examples():
+    examples = [example(3, 2, 5), example(6, 1)]
+    for packed, shape in ((True, (1, 17)), (False, (3, 8))):
+        batch = make_batch(examples, CPU, packed=packed)
+        assert batch.tokens.shape == shape
+        assert batch.own.shape == batch.mask.shape == batch.engine_logprobs.shape == (3, 5)
+        assert batch.sizes == (2, 1)
+        assert batch.mask.dtype is torch.float32
 
 
 def test_a_batch_without_examples_keeps_step_with_others():
-    for share in (None, ContextShare(1, 2)):
-        batch = make_batch([], CPU, rows=3, length=8, share=share)
+    for share, packed in ((None, True), (None, False), (ContextShare(1, 2), False)):
+        batch = make_batch([], CPU, BatchShape(1, 8), share, packed=packed)
         assert not batch.tokens.any()
-        assert batch.tokens.shape == (3, 4 if share else 8)
+        assert batch.tokens.shape == (1, 4 if share else 8)
         assert (batch.examples, batch.sizes) == (0, ())
         assert len(batch.predictors) == len(batch.targets) == 0
         assert batch.scatter(torch.zeros(0)).shape == batch.mask.shape == (0, 1)

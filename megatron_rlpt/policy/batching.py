@@ -212,6 +212,16 @@ class MicroBatchPlan:
     shapes: tuple[BatchShape, ...]
     """Tokens of each data-parallel rank."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that have to be computed if every prefix is computed once, on all ranks."""
+        return sum(pack_length(example) for share in self.shares for example in share)
+
+    @property
+    def executed_tokens(self) -> int:
+        """Tokens that are computed, on all ranks: with padding, and with a prefix for every row."""
+        return sum(shape.tokens for shape in self.shapes)
+
 
 def plan_micro_batches(
     examples: Sequence[Example],

@@ -24,6 +24,7 @@ from megatron_rlpt.policy.batching import (
     Batch,
     BatchShape,
     ContextShare,
+    MicroBatchPlan,
     make_batch,
     plan_micro_batches,
     shape_of,
@@ -84,6 +85,8 @@ class Policy:
             )
         _log.info("training layout: %s", self.layout.describe())
         _log.info("layers: %s", describe_layers())
+        if self.layout.context > 1:
+            _log.info("context parallelism divides rows: every completion is computed with a prefix of its own")
         self._runtime = runtime
         self._objective = objective
         self._train = config.train
@@ -120,14 +123,17 @@ class Policy:
             examples: all examples of the update, the same on every rank; data-parallel ranks share them.
 
         Returns:
-            Metrics of the update, the same on every rank: ``loss``, ``grad_norm``, ``lr``, ``logprob_gap`` (mean
-            absolute difference per token between the engine's and this policy's log-probabilities, nats; absent
-            without rollouts), and those of the objective.
+            Metrics of the update, the same on every rank: ``loss``, ``grad_norm``, ``lr``, ``tokens`` and
+            ``executed_tokens`` (``policy/batching.py: MicroBatchPlan``), ``logprob_gap`` (mean absolute difference per
+            token between the engine's and this policy's log-probabilities, nats; absent without rollouts), and those
+            of the objective.
 
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights are then unchanged.
         """
-        batches = self._deal(examples)
+        plans = self._plan(examples)
+        rank = parallel_state.get_data_parallel_rank()
+        batches = [self._batch(one.shares[rank], one.shapes[rank]) for one in plans]
         references = self._reference_logprobs(batches)
         with self._runtime.megatron():
             for ddp in self._ddps:
@@ -147,6 +153,8 @@ class Policy:
             self._reference.refresh(self.version)
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = float(self._optimizer.param_groups[0]["lr"])
+        metrics["tokens"] = float(sum(plan.tokens for plan in plans))
+        metrics["executed_tokens"] = float(sum(plan.executed_tokens for plan in plans))
         return metrics
 
     def logprobs(self, examples: Sequence[Example]) -> torch.Tensor:
@@ -249,9 +257,8 @@ class Policy:
         with self._runtime.megatron():
             self.version = self._state.load(folder)
 
-    def _deal(self, examples: Sequence[Example]) -> list[Batch]:
-        """Return this rank's micro-batches of an update."""
-        plans = plan_micro_batches(
+    def _plan(self, examples: Sequence[Example]) -> list[MicroBatchPlan]:
+        return plan_micro_batches(
             examples,
             self._train.micro_batch,
             self.layout,
@@ -259,8 +266,6 @@ class Policy:
             packed=self.packed,
             equal=self._equal_shapes,
         )
-        rank = parallel_state.get_data_parallel_rank()
-        return [self._batch(one.shares[rank], one.shapes[rank]) for one in plans]
 
     def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
         rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()

@@ -110,6 +110,9 @@ def check_losses(ranks, alone, case):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5 * looser)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4 * looser)
         assert ours["logprob_gap"] == pytest.approx(theirs["logprob_gap"], rel=1e-5 * looser)
+        assert ours["tokens"] == theirs["tokens"] == theirs["executed_tokens"]
+        if not {"context", "expert"} & case.layout.keys():
+            assert ours["executed_tokens"] <= 1.1 * ours["tokens"]
     assert ranks[0]["figures"][0]["grad_norm"] > 1e-3
     assert (ranks[0]["logprobs"] - alone["logprobs"]).abs().max() < 1e-5 * looser
 

@@ -97,7 +97,9 @@ class Case:
 def make_policy(folder: Path, case: Case, dtype: Dtype, layers: int) -> Policy:
     """Return a policy of ``layers`` layers with random weights, saved in ``folder``."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(0)
     longest = case.prefix + case.suffix
     sizes = LlamaConfig(**SIZES, num_hidden_layers=layers, max_position_embeddings=max(2048, longest))

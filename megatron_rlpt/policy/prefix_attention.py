@@ -298,7 +298,7 @@ class _CpuFlash(_Batched):
         return _flash_cpu_backward(grad, query, key, value, out, lse.contiguous(), 0.0, causal, scale=scale)
 
 
-class _Written(_Batched):
+class _Scores(_Batched):
     """The definition, with the scores of a run in memory: for precisions that no flash kernel has."""
 
     def attend(
@@ -369,7 +369,7 @@ def _kernel(query: torch.Tensor) -> Kernel:
         return _CpuFlash()
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256:
         return _CudaFlash()
-    return _Written()
+    return _Scores()
 
 
 def _lengths(segments: Segments, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:

@@ -13,7 +13,7 @@ from megatron_rlpt.policy import prefix_attention
 from megatron_rlpt.policy.prefix_attention import Pack, Segments
 
 DIM = 8
-KERNELS = {"flash": prefix_attention._CpuFlash, "written": prefix_attention._Written}
+KERNELS = {"flash": prefix_attention._CpuFlash, "written": prefix_attention._Scores}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
@@ -99,8 +99,8 @@ def test_a_completion_sees_nothing_of_another_one_or_of_another_example():
 
 def test_the_choice_of_the_kernel():
     assert isinstance(prefix_attention._kernel(torch.zeros(1, 1, 8)), prefix_attention._CpuFlash)
-    assert isinstance(prefix_attention._kernel(torch.zeros(1, 1, 8).half()), prefix_attention._Written)
-    assert isinstance(prefix_attention._kernel(torch.zeros(1, 1, 8, device="meta")), prefix_attention._Written)
+    assert isinstance(prefix_attention._kernel(torch.zeros(1, 1, 8).half()), prefix_attention._Scores)
+    assert isinstance(prefix_attention._kernel(torch.zeros(1, 1, 8, device="meta")), prefix_attention._Scores)
 
 
 def test_the_cuda_kernel_is_called_with_the_offsets_of_the_segments(monkeypatch):

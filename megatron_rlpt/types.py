@@ -106,6 +106,8 @@ class Cost:
     answer_tokens: int
     seconds: float
     """Time from the first question to the last answer, including waits for other groups."""
+    cached_tokens: int | None = None
+    """Prompt tokens that servers took from their prefix caches; None if no server tells."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from megatron_rlpt.tokens.tokenizer import Vocabulary
 
@@ -54,3 +55,8 @@ DIGITS = FakeTokenizer(10, lambda tokens: "".join(map(str, tokens)), lambda text
 """One token per character, a digit."""
 BYTES = FakeTokenizer(256, lambda tokens: bytes(tokens).decode(), lambda text: list(text.encode()))
 """One token per byte."""
+
+
+def common_start(*texts: str) -> str:
+    """Return the beginning that all ``texts`` share."""
+    return "".join(letters[0] for letters in takewhile(lambda one: len(set(one)) == 1, zip(*texts, strict=False)))

@@ -22,6 +22,7 @@ check() {
     local failed=0
     .venv/bin/ruff check . && .venv/bin/ruff format --check . || failed=1
     .venv/bin/mypy || failed=1
+    .venv/bin/mypy --explicit-package-bases tools || failed=1
     .venv/bin/shellcheck {tools,launch/templates}/*.sh || failed=1
     return "$failed"
 }

@@ -52,7 +52,10 @@ def encode_group(group: Group) -> bytes:
             for reward in group.rewards
         ],
         group.rewrite_failure and [group.rewrite_failure.reason, group.rewrite_failure.detail],
-        cost and [cost.calls, cost.prompt_tokens, cost.answer_tokens, cost.seconds],
+        # Without the last number where it is unknown, so that older versions can read the group.
+        cost
+        and [cost.calls, cost.prompt_tokens, cost.answer_tokens, cost.seconds]
+        + ([] if cost.cached_tokens is None else [cost.cached_tokens]),
     ]
     try:
         return _pack(plain)

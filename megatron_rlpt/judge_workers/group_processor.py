@@ -98,6 +98,7 @@ def _read(text: str | None) -> Reply | None:
         reply = Reply(**fields | {"token_ids": tuple(fields["token_ids"])})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    numbers = (*reply.token_ids, reply.prompt_tokens, reply.answer_tokens)
+    cached = () if reply.cached_tokens is None else (reply.cached_tokens,)
+    numbers = (*reply.token_ids, reply.prompt_tokens, reply.answer_tokens, *cached)
     known = isinstance(reply.text, str) and isinstance(reply.finish_reason, str)
     return reply if known and all(type(number) is int for number in numbers) else None

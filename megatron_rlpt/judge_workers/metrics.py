@@ -107,6 +107,7 @@ class _ServerCollector:
                 ("retries", "Requests that were retries."),
                 ("tokens_in", "Prompt tokens."),
                 ("tokens_out", "Answer tokens."),
+                ("tokens_cached", "Prompt tokens from the server's prefix cache, if it tells."),
                 ("seconds", "Total seconds of all requests."),
             )
         }

@@ -181,6 +181,7 @@ def _command(config: Config, host: str, port: int, extra: Sequence[str], environ
         # Keep the model folder's generation_config.json from changing the sampling.
         "--generation-config",
         "vllm",
+        "--enable-prompt-tokens-details",  # how many tokens of a prompt were cached
         # Later arguments win, so ``extra`` can override all of this.
         # Compiled kernels take two more minutes on a CPU and are a tenth faster (tools/bench/teacher_start.py).
         *([] if has_gpu() else ["--enforce-eager"]),

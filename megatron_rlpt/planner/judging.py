@@ -28,8 +28,10 @@ class Calls:
 
     name: str
     count: int
+    instructions: float
+    """Tokens at the beginning of a prompt that all requests of this kind share."""
     shared: float
-    """Tokens of a prompt that all requests about the group share, except for the code of its fence."""
+    """Tokens after them that all requests about the group share."""
     own: float
     """Further tokens of a prompt."""
     answer: float
@@ -38,7 +40,12 @@ class Calls:
     @property
     def prompt(self) -> float:
         """Tokens of a prompt."""
-        return self.shared + self.own
+        return self.instructions + self.shared + self.own
+
+    @property
+    def computed(self) -> float:
+        """Tokens of all prompts about a group that a server computes, with a prefix cache."""
+        return self.shared + self.count * self.own
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,10 @@ class JudgingCost:
 
     calls: tuple[Calls, ...]
     server_seconds: float
-    """Seconds of one server per group at the given load. Prefix caching does not help: every request fences its texts
-    with a different code, which precedes them."""
-    server_seconds_shared: float
-    """The same if all requests about a group shared one fence and one server."""
+    """Seconds of one server per group at the given load, with a prefix cache: all requests about a group go to one
+    server (``judge_workers/client/pool.py``)."""
+    server_seconds_uncached: float
+    """The same without a prefix cache."""
     answer_seconds: float
     """Seconds of the longest kind of answer, with uninterrupted prefill of its prompt."""
     group_seconds: float
@@ -94,24 +101,24 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     prefix, suffix = config.data.max_prefix, config.data.suffix_length
     found = []
     if config.candidates.rewrite:
-        found.append(Calls("rewrite", 1, 0.0, _template("rewrite") + prefix + suffix, suffix))
+        found.append(Calls("rewrite", 1, _template("rewrite"), 0.0, prefix + suffix, suffix))
     count = candidates(config)
     facts = judge_facts(config)
     if not needs_judge(config) or facts.asks is TeacherUse.nothing:
         return tuple(found)
     if facts.asks is TeacherUse.logprobs:
-        return (*found, Calls("likelihood", count, prefix, suffix, 0.0))
+        return (*found, Calls("likelihood", count, 0.0, prefix, suffix, 0.0))
     if not facts.has_axes:
-        return (*found, Calls("judge", math.ceil(count * facts.questions), 0.0, prefix + suffix, answer_tokens))
+        return (*found, Calls("judge", math.ceil(count * facts.questions), 0.0, 0.0, prefix + suffix, answer_tokens))
     axes = config.teacher.generative
     if axes.quality.weight > 0:
         asked = comparisons(axes.quality.scheme, count, axes.quality.votes, axes.quality.order)
-        found.append(Calls("quality", asked, _template("quality") + prefix, 2 * suffix, answer_tokens))
+        found.append(Calls("quality", asked, _template("quality"), prefix, 2 * suffix, answer_tokens))
     if axes.safety.weight > 0:
-        found.append(Calls("safety", count * axes.safety.votes, 0.0, _template("safety") + suffix, answer_tokens))
+        found.append(Calls("safety", count * axes.safety.votes, _template("safety"), 0.0, suffix, answer_tokens))
     if axes.factuality.weight > 0:
-        shared = _template("factuality") + prefix + suffix
-        found.append(Calls("factuality", count * axes.factuality.votes, shared, suffix, answer_tokens))
+        asked = count * axes.factuality.votes
+        found.append(Calls("factuality", asked, _template("factuality"), prefix + suffix, suffix, answer_tokens))
     return tuple(found)
 
 
@@ -124,22 +131,22 @@ def judging(config: Config, calls: tuple[Calls, ...], server: GenerationEngine, 
         server: one teacher server, or one worker that holds a model.
         requests: mean number of concurrent requests at the server; below 1 it is idle at times.
     """
-    worst = shared = answer = rewriting = verdicts = 0.0
+    cached = uncached = answer = rewriting = verdicts = 0.0
     for kind in calls:
         if kind.name == "likelihood" and not asks_servers(config):
             seconds = score_seconds(server.model, server.nodes.gpu, 1, kind.shared, kind.count, kind.own)
-            worst, shared, verdicts = worst + seconds, shared + seconds, max(verdicts, seconds)
+            cached, uncached, verdicts = cached + seconds, uncached + seconds, max(verdicts, seconds)
             continue
         decode, latency = _decode(server, kind, requests)
         latency += server.prompt_seconds(kind.prompt, kind.prompt)
-        worst += server.prompt_seconds(kind.count * kind.prompt, kind.prompt) + decode
-        shared += server.prompt_seconds(kind.shared + kind.count * kind.own, kind.prompt) + decode
+        uncached += server.prompt_seconds(kind.count * kind.prompt, kind.prompt) + decode
+        cached += server.prompt_seconds(kind.computed, kind.prompt) + decode
         answer = max(answer, latency)
         if kind.name == "rewrite":
             rewriting = latency
         else:
             verdicts = max(verdicts, _rounds(config, kind) * latency)
-    return JudgingCost(calls, worst, shared, answer, rewriting + verdicts)
+    return JudgingCost(calls, cached, uncached, answer, rewriting + verdicts)
 
 
 def asks_servers(config: Config) -> bool:

@@ -220,7 +220,8 @@ def _judges(plan: Plan) -> Section:
     rows = [("calls per step", describe_calls(plan))]
     if plan.judges is not None:
         judging = plan.judges.judging
-        shared = judging.server_seconds_shared / judging.server_seconds if judging.server_seconds else 1.0
+        uncached = judging.server_seconds_uncached
+        cached = judging.server_seconds / uncached if uncached else 1.0
         rows += [
             ("batch", f"{plan.judges.seconds:.1f} s per step"),
             (
@@ -232,9 +233,9 @@ def _judges(plan: Plan) -> Section:
             ("GPUs needed", _gpus_needed(plan.judges)),
             ("workers", _workers_needed(plan.judges)),
             (
-                "with shared prompt prefixes",
-                f"{shared:.0%} of that time; no prefix cache helps today, because every request fences its texts with "
-                "a different code",
+                "prefix cache",
+                f"the servers compute for {cached:.0%} of the time without one: all questions about a group go to one "
+                "server and share the beginning of their prompt",
             ),
         ]
     return Section("Judging", ("", ""), tuple(rows))

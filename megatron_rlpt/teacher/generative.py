@@ -93,7 +93,9 @@ class GenerativeJudge:
 
         async def compare(first: int, second: int, vote: int) -> int | Failed:
             seed = derive_seed(self._seed, episode.id, "quality", first, second, vote)
-            request = self._request("quality", seed, prefix=prefix, first=texts[first], second=texts[second])
+            request = self._request(
+                "quality", episode.id, seed, prefix=prefix, first=texts[first], second=texts[second]
+            )
             reply = await ask(request)
             verdict = reply if isinstance(reply, Failed) else parse_quality(reply)
             winner = verdict if isinstance(verdict, Failed) else (first, second)[verdict]
@@ -123,7 +125,7 @@ class GenerativeJudge:
 
         async def judge(index: int, vote: int) -> tuple[float | Failed, dict[str, Any]]:
             seed = derive_seed(self._seed, episode.id, name, index, vote)
-            reply = await ask(self._request(name, seed, text=texts[index], **shown))
+            reply = await ask(self._request(name, episode.id, seed, text=texts[index], **shown))
             verdict = reply if isinstance(reply, Failed) else _POINTWISE[name](reply)
             return verdict, {"vote": vote, "seed": seed, "verdict": _plain(verdict), "reply": _text(reply)}
 
@@ -135,14 +137,15 @@ class GenerativeJudge:
             [[record for _, record in row] for row in rows],
         )
 
-    def _request(self, name: str, seed: int, **texts: str) -> Request:
+    def _request(self, name: str, episode: str, seed: int, **texts: str) -> Request:
         return Request(
-            prompt=(Message("user", build_prompt(name, seed, **texts).text),),
+            prompt=(Message("user", build_prompt(name, derive_seed(self._seed, episode), **texts).text),),
             seed=seed,
             max_tokens=self._config.max_tokens,
             temperature=self._config.temperature,
             top_p=self._config.top_p,
             json_schema=schema(name),
+            episode=episode,
         )
 
     def _rewards(self, texts: int, axes: Sequence[_AxisResult]) -> list[Reward | Failed]:
@@ -166,6 +169,7 @@ class _CountingAsk:
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._calls = self._prompt_tokens = self._answer_tokens = 0
+        self._cached_tokens: int | None = None
 
     async def __call__(self, request: Request) -> Reply | Failed:
         """Forward ``request`` and count it."""
@@ -174,11 +178,13 @@ class _CountingAsk:
         if isinstance(reply, Reply):
             self._prompt_tokens += reply.prompt_tokens
             self._answer_tokens += reply.answer_tokens or len(reply.token_ids)
+            if reply.cached_tokens is not None:
+                self._cached_tokens = (self._cached_tokens or 0) + reply.cached_tokens
         return reply
 
     def cost(self, seconds: float) -> Cost:
         """Return the cost of all calls so far."""
-        return Cost(self._calls, self._prompt_tokens, self._answer_tokens, seconds)
+        return Cost(self._calls, self._prompt_tokens, self._answer_tokens, seconds, self._cached_tokens)
 
 
 def _plain(value: float | Failed) -> Any:

@@ -34,6 +34,9 @@ class Request:
     """Prefill of the answer to a chat; not part of the reply."""
     json_schema: str = ""
     """JSON Schema, as text, that constrains the answer if the server supports it; empty is no constraint."""
+    episode: str = ""
+    """Id of the episode that the request is about: a pool sends all of them to one server, whose prefix cache has read
+    the beginning of their prompts; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Reply:
     """Prompt tokens as counted by the server; 0 is unknown."""
     answer_tokens: int = 0
     """Answer tokens, from a server that counts them but does not return ``token_ids``; 0 is unknown."""
+    cached_tokens: int | None = None
+    """Prompt tokens that the server took from its prefix cache; None is unknown."""
 
 
 class TextGenerator(Protocol):

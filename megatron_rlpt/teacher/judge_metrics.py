@@ -11,6 +11,7 @@
 | ``judge/failed_votes`` | votes without a verdict | near 0 |
 | ``judge/failed/<reason>`` | count, for the most frequent reasons | |
 | ``judge/calls``, ``/prompt_tokens``, ``/answer_tokens``, ``/seconds`` | per group, mean | |
+| ``judge/prefix_cache_hit_rate`` | prompt tokens that servers took from their prefix caches, if they tell | near 1 |
 
 A metric without data is left out; it never becomes 0.
 """
@@ -117,7 +118,11 @@ def failure_reasons(groups: Sequence[Group]) -> Counter[str]:
 def _costs(groups: Sequence[Group]) -> dict[str, float]:
     costs = [group.cost for group in groups if group.cost]
     names = ("calls", "prompt_tokens", "answer_tokens", "seconds")
-    return {f"judge/{name}": fmean(getattr(cost, name) for cost in costs) for name in names} if costs else {}
+    metrics = {f"judge/{name}": fmean(getattr(cost, name) for cost in costs) for name in names} if costs else {}
+    told = [(cost.cached_tokens, cost.prompt_tokens) for cost in costs if cost.cached_tokens is not None]
+    if read := sum(prompt for _, prompt in told):
+        metrics["judge/prefix_cache_hit_rate"] = sum(cached for cached, _ in told) / read
+    return metrics
 
 
 def _votes(group: Group) -> Iterator[tuple[str, list[dict[str, Any]]]]:

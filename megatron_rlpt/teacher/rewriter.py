@@ -89,7 +89,8 @@ class Rewriter:
     def _request(self, shown: _Shown) -> Request:
         seed = derive_seed(self._seed, shown.episode.id, "rewrite")
         passage = shown.anchor + shown.suffix
-        prompt = build_prompt("rewrite", seed, prefix=shown.prefix, passage=passage)
+        fence = derive_seed(self._seed, shown.episode.id)
+        prompt = build_prompt("rewrite", fence, prefix=shown.prefix, passage=passage)
         return Request(
             prompt=(Message("user", prompt.text),),
             seed=seed,
@@ -98,6 +99,7 @@ class Rewriter:
             top_p=self._config.top_p,
             # In nearly every vocabulary a trailing space belongs to the next token.
             answer_start=shown.anchor.rstrip(),
+            episode=shown.episode.id,
         )
 
     def _candidate(self, reply: Reply, seed: int, shown: _Shown) -> Candidate | Failed:

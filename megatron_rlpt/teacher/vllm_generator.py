@@ -103,6 +103,7 @@ class VllmGenerator:
                     tuple(answer.token_ids),
                     str(answer.finish_reason),
                     prompt_tokens=len(output.prompt_token_ids),
+                    cached_tokens=output.num_cached_tokens,
                 )
         return results
 

@@ -116,6 +116,7 @@ def _can_be_recorded(group: Group) -> bool:
     if cost is not None and not (
         isinstance(cost, Cost)
         and all(map(_is_finite, (cost.calls, cost.prompt_tokens, cost.answer_tokens, cost.seconds)))
+        and (cost.cached_tokens is None or _is_finite(cost.cached_tokens))
     ):
         return False
     try:

@@ -348,6 +348,58 @@ def test_requests_go_out_by_weight():
     asyncio.run(run())
 
 
+def test_requests_about_an_episode_go_to_one_server_as_long_as_it_has_room():
+    async def run():
+        async with (
+            HostileServer([slow(0.02)]) as first,
+            HostileServer([slow(0.02)]) as second,
+            asking(first, second, concurrency=4) as pool,
+        ):
+
+            async def about(episode):
+                return [await pool(replace(QUESTION, episode=episode)) for _ in range(6)]
+
+            await asyncio.gather(*map(about, "abcd"))
+            seen = [len(server.requests) for server in (first, second)]
+            replies = await asyncio.gather(*(pool(replace(QUESTION, episode="e")) for _ in range(16)))
+            return seen, [len(first.requests) - seen[0], len(second.requests) - seen[1]], replies
+
+    seen, full, replies = asyncio.run(run())
+    assert seen == [12, 12], "two episodes each, whose six requests stay together"
+    assert all(full), "and a full server does not keep them waiting"
+    assert sum(full) == len([reply for reply in replies if reply == GOOD]) == 16
+
+
+def test_another_server_takes_over_an_episode_whose_server_fails():
+    async def run():
+        async with (
+            HostileServer([ok, refuses(500)]) as first,
+            HostileServer([ok]) as second,
+            asking(first, second) as pool,
+        ):
+            # One of them is asked first about a, the other one about b.
+            for episode in "ab":
+                await pool(replace(QUESTION, episode=episode))
+            return [await pool(replace(QUESTION, episode=episode)) for episode in "abab"]
+
+    assert asyncio.run(run()) == [GOOD] * 4
+
+
+def test_cached_tokens_are_read_where_a_server_tells():
+    for usage, cached in (
+        ({"prompt_tokens_details": {"cached_tokens": 5}}, 5),
+        ({"prompt_tokens_details": {"cached_tokens": 0}}, 0),
+        ({"prompt_tokens_details": None}, None),
+        ({"cache_read_input_tokens": 3}, 3),
+        ({"prompt_cache_hit_tokens": 4}, 4),
+        ({"prompt_tokens_details": {"cached_tokens": "many"}}, 0),
+    ):
+        body = chat()
+        body["usage"] |= usage
+        reply, _, _ = ask(says(body))
+        assert reply == replace(GOOD, cached_tokens=cached), usage
+
+
 def test_workers_that_come_up_together_do_not_all_begin_with_the_same_server():
     async def run():
         async with HostileServer() as one, HostileServer() as other:

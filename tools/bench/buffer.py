@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from buffer_load import judge, make_group
 
@@ -68,7 +69,7 @@ def measure(buffer: RolloutBuffer, groups: list[Group], results: list[Group]) ->
     return {**seconds, "all": sum(seconds.values())}
 
 
-def stores(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def stores(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of each store and the arguments of ``open_url`` for it."""
     yield "SQLite", {"url": f"sqlite:///{folder}/buffer.sqlite"}
     started = subprocess.run([sys.executable, SANDBOX, "start", folder / "redis"], capture_output=True, text=True)

@@ -60,8 +60,10 @@ def judge(group: Group, replies: int = 0, words: int = 0) -> Group:
     return replace(group, rewards=tuple(rewards))
 
 
-def result_line(number: int, group: Group) -> str:
+def result_line(number: int, group: Group | Failed) -> str:
     """Return the trainer's record of a group."""
+    if isinstance(group, Failed):
+        return f"{number} - {group.reason}\n"
     values = (repr(one.value) if isinstance(one, Reward) else one.reason for one in group.rewards)
     return f"{number} {group.episode.id} {' '.join(values)}\n"
 

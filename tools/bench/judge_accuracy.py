@@ -34,9 +34,10 @@ def spoilers(episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> dict[st
         return episodes[(index + 1) % len(episodes)].suffix
 
     def shuffled_words(index: int) -> tuple[int, ...]:
-        words = tokenizer.decode(episodes[index].suffix).split(" ")
+        episode = episodes[index]
+        words = tokenizer.text_of(episode.suffix, episode.prefix).split(" ")
         random.Random(index).shuffle(words)
-        return tuple(tokenizer.encode(" ".join(words)))[: len(episodes[index].suffix)]
+        return tuple(tokenizer.continue_with(episode.prefix, " ".join(words)))[: len(episode.suffix)]
 
     def loop(index: int) -> tuple[int, ...]:
         suffix = episodes[index].suffix

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 MIB = 2**20
@@ -87,6 +87,8 @@ def measure(case: LossCase, rank: int, meeting: str) -> LossMemory:
         group = torch.distributed.group.WORLD
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[case.dtype]
 
+    before = 0
+
     def step(tokens: int, vocab: int) -> float:
         rows = vocab // case.ranks
         # The same hidden states on every rank, as under tensor parallelism.
@@ -117,7 +119,6 @@ def measure(case: LossCase, rank: int, meeting: str) -> LossMemory:
         return _status("VmRSS")
 
     clock = time.perf_counter if on_cuda else time.process_time
-    before = 0
     step(8, 64)  # warm up: one-time set-up of libraries is not part of the step
     step(case.tokens, case.vocab)
     peak = torch.cuda.max_memory_allocated(device) if on_cuda else _status("VmHWM")
@@ -153,7 +154,7 @@ def row(case: LossCase, plain: LossMemory | None, figures: Sequence[LossMemory |
     if plain:
         cells.append(f"{plain.memory / MIB:,.0f}")
     else:
-        cells.append(f"does not fit (about {LossCase(**asdict(case) | {'chunk': 0}).bytes_needed() / 2**30:.0f} GiB)")
+        cells.append(f"does not fit (about {replace(case, chunk=0).bytes_needed() / 2**30:.0f} GiB)")
     for figure in figures:
         if figure is None:
             cells += ["not measured", "", ""]
@@ -168,17 +169,17 @@ def row(case: LossCase, plain: LossMemory | None, figures: Sequence[LossMemory |
 def table(cases: Sequence[LossCase], limit: int, max_ranks: int) -> None:
     """Measure and print row by row."""
     names = ["vocabulary", "tokens", "dtype", "chunk", "plain MiB"]
-    for ranks in ("TP1", "TP2"):
-        names += [f"{ranks} MiB", f"{ranks} less memory", f"{ranks} time / plain"]
+    for layout in ("TP1", "TP2"):
+        names += [f"{layout} MiB", f"{layout} less memory", f"{layout} time / plain"]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names), flush=True)
     plains: dict[LossCase, LossMemory] = {}
     for case in cases:
-        whole = LossCase(**asdict(case) | {"chunk": 0})
+        whole = replace(case, chunk=0)
         if whole not in plains and whole.bytes_needed() <= limit:
             plains[whole] = run(whole)
         figures: list[LossMemory | None] = []
         for ranks in (1, 2):
-            split = LossCase(**asdict(case) | {"ranks": ranks})
+            split = replace(case, ranks=ranks)
             figures.append(run(split) if ranks <= max_ranks and split.bytes_needed() <= limit else None)
         print(row(case, plains.get(whole), figures), flush=True)
 

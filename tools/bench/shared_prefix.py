@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,16 +136,11 @@ def measure(policy: Policy, case: Case, steps: int) -> dict[bool, list[float]]:
         examples = case.batch(step)
         for packed in (True, False) if step % 2 else (False, True):
             policy.packed = packed
-            taken = _timed(lambda examples=examples: policy.update(examples))
+            started = time.perf_counter()
+            policy.update(examples)
             if step:
-                seconds[packed].append(taken)
+                seconds[packed].append(time.perf_counter() - started)
     return seconds
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -176,6 +171,7 @@ def main() -> None:
         seconds = measure(make_policy(Path(folder) / "model", case, Dtype[given.dtype], layers), case, given.steps)
     shared, separate = (statistics.median(seconds[packed]) for packed in (True, False))
     batch = case.batch(0)
+    ratios = [one / other for one, other in zip(seconds[False], seconds[True], strict=True)]
     figures = {
         "prefix": case.prefix,
         "suffix": case.suffix,
@@ -185,14 +181,14 @@ def main() -> None:
         "shared_s": shared,
         "separate_s": separate,
         "ratio": separate / shared,
-        "ratios": [one / other for one, other in zip(seconds[False], seconds[True], strict=True)],
+        "ratios": ratios,
         "tokens_ratio": shape_of(batch, packed=False).tokens / shape_of(batch).tokens,
         "max_error": error,
     }
     print(
         f"{case.prefix}/{case.suffix}, {case.candidates} candidates, {case.examples} example(s), {layers} layers: "
         f"shared {shared:.2f} s, separate {separate:.2f} s, {figures['ratio']:.2f} times faster "
-        f"({min(figures['ratios']):.2f} to {max(figures['ratios']):.2f}), {figures['tokens_ratio']:.2f} times fewer "
+        f"({min(ratios):.2f} to {max(ratios):.2f}), {figures['tokens_ratio']:.2f} times fewer "
         f"tokens, largest error {error:.1e}"
     )
     if given.json:

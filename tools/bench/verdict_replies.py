@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "unit" / "teacher"))
@@ -27,7 +28,11 @@ from megatron_rlpt.teacher.verdicts.parsing import (
 from megatron_rlpt.types import Failed
 
 PARSE = {"quality": parse_quality, "safety": parse_safety, "factuality": parse_factuality}
-MEANING = {"quality": {word: index for index, word in enumerate(QUALITY)}, "safety": SAFETY, "factuality": FACTUALITY}
+MEANING: dict[str, Mapping[str, float]] = {
+    "quality": {word: index for index, word in enumerate(QUALITY)},
+    "safety": SAFETY,
+    "factuality": FACTUALITY,
+}
 
 
 def main(count: int) -> int:

@@ -47,6 +47,8 @@ class EndpointCounters:
     tokens_in: int = 0
     """Tokens of answered prompts, as counted by the server."""
     tokens_out: int = 0
+    tokens_cached: int = 0
+    """Those of ``tokens_in`` that the server took from its prefix cache, if it tells."""
     seconds: float = 0.0
     """Sum over all calls, from sending to the result."""
 
@@ -194,9 +196,11 @@ class Endpoint:
         result = answer if isinstance(answer, ServerProblem) else call.read(answer)
         if isinstance(result, ServerProblem):
             return replace(result, detail=self._mask.detail(result.detail))
-        used = tokens_used(answer)
-        self.counters.tokens_in += used[0]
-        self.counters.tokens_out += used[1]
+        tokens_in, tokens_out, cached = tokens_used(answer)
+        self.counters.tokens_in += tokens_in
+        self.counters.tokens_out += tokens_out
+        if cached is not None:
+            self.counters.tokens_cached += cached
         if isinstance(result, Reply) and call.answer_start and self._dialect.prefill_in_prompt:
             # The remaining tokens are unknown then.
             return replace(result, text=without_prefill(result.text, call.answer_start), token_ids=())

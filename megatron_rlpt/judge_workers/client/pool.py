@@ -4,8 +4,9 @@
                   ^            │ transient fault
                   └── back-off ┘                      all within the deadline, which starts when a server is found
 
-The wait for a free slot on a healthy server does not count, because the caller chooses the length of the queue.
-Without any usable server a request waits as long as the deadline.
+Requests about one episode share the beginning of their prompt, so they go to one server, whose prefix cache has it, as
+long as that server has room. The wait for a free slot on a healthy server does not count, because the caller chooses
+the length of the queue. Without any usable server a request waits as long as the deadline.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -30,6 +32,8 @@ from megatron_rlpt.types import Failed
 Result = TypeVar("Result")
 
 RETRY_BACKOFF = Backoff(0.25, 10.0, jitter=1.0)
+_EPISODES = 4096
+"""Most episodes whose server is remembered."""
 _LOOK = 1.0
 """Seconds between two checks of why no server is ready."""
 _HOPELESS = 30.0
@@ -63,6 +67,8 @@ class TeacherPool:
         self._closing: set[asyncio.Task[None]] = set()
         self._turns: dict[Endpoint, float] = {}
         self._turn = 0.0
+        self._last: OrderedDict[str, Endpoint] = OrderedDict()
+        """Episode -> the server that its last request went to."""
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._tickets = 0
 
@@ -178,7 +184,7 @@ class TeacherPool:
         call = reply_call(request, self._control_tokens)
         if isinstance(call, ServerProblem):
             return call.failed()
-        return await self._ask(call)
+        return await self._ask(call, request.episode)
 
     async def logprobs(self, token_ids: Sequence[int], first: int) -> list[float] | Failed:
         """Return log-probabilities (nats) of ``token_ids[first:]``, each given all tokens before it; vLLM servers only.
@@ -188,7 +194,7 @@ class TeacherPool:
         """
         return await self._ask(logprobs_call(token_ids, first))
 
-    async def _ask(self, call: Call[Result]) -> Result | Failed:
+    async def _ask(self, call: Call[Result], episode: str = "") -> Result | Failed:
         attempts = 0
         tried: set[Endpoint] = set()
         problem = ServerProblem(Fault.NO_SERVER)
@@ -197,7 +203,7 @@ class TeacherPool:
         try:
             async with asyncio.timeout(None) as limit:
                 while True:
-                    endpoint = await self._acquire(tried, limit, waits_free=attempts == 0)
+                    endpoint = await self._acquire(episode, tried, limit, waits_free=attempts == 0)
                     if attempts == 0:
                         limit.reschedule(loop.time() + self.deadline)
                     attempts, current = attempts + 1, endpoint
@@ -220,14 +226,14 @@ class TeacherPool:
             current.record_failure(ran_out)
             return ran_out.failed(server=current.url, attempts=attempts)
 
-    async def _acquire(self, tried: set[Endpoint], limit: asyncio.Timeout, waits_free: bool) -> Endpoint:
+    async def _acquire(self, episode: str, tried: set[Endpoint], limit: asyncio.Timeout, waits_free: bool) -> Endpoint:
         """Reserve a slot on a server, first come first served; servers in ``tried`` are the last choice.
 
         With ``waits_free``, ``limit`` runs only while all servers are down.
         """
         loop = asyncio.get_running_loop()
         ticket = self._ticket()
-        while (endpoint := self._choose(tried)) is None:
+        while (endpoint := self._choose(episode, tried)) is None:
             if waits_free and not self.all_down:
                 limit.reschedule(None)
             elif waits_free and limit.when() is None:
@@ -236,14 +242,25 @@ class TeacherPool:
         endpoint.in_flight += 1
         return endpoint
 
-    def _choose(self, tried: set[Endpoint]) -> Endpoint | None:
-        """Return the least loaded server relative to its weight; ties go by weighted turns."""
+    def _choose(self, episode: str, tried: set[Endpoint]) -> Endpoint | None:
+        """Return the server that the episode's last request went to, else the least loaded relative to its weight.
+
+        Ties go by weighted turns.
+        """
         now = asyncio.get_running_loop().time()
         open_ones = [endpoint for endpoint in self._endpoints.values() if endpoint.has_room(now)]
         candidates = [endpoint for endpoint in open_ones if endpoint not in tried] or open_ones
         if not candidates:
             return None
+        if (last := self._last.get(episode)) in candidates:
+            self._last.move_to_end(episode)
+            return last
         chosen = min(candidates, key=lambda one: (one.in_flight / one.config.weight, self._turns[one]))
+        if episode:
+            self._last[episode] = chosen
+            self._last.move_to_end(episode)
+            if len(self._last) > _EPISODES:
+                self._last.popitem(last=False)
         # A server that was down does not catch up on missed turns.
         self._turn = max(self._turns[chosen], self._turn)
         self._turns[chosen] = self._turn + 1 / chosen.config.weight

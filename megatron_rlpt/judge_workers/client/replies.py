@@ -195,13 +195,29 @@ def read_models(body: Any) -> list[tuple[str, bool]] | ServerProblem:
     return models
 
 
-def tokens_used(body: Any) -> tuple[int, int]:
-    """Return tokens of prompt and answer as counted by the server; 0 is unknown."""
+def tokens_used(body: Any) -> tuple[int, int, int | None]:
+    """Return tokens of prompt and answer as counted by the server, 0 if unknown, and cached ones, None if unknown."""
     usage = body.get("usage") if isinstance(body, dict) else None
     return (
         _count(usage, "prompt_tokens") or _count(usage, "input_tokens"),
         _count(usage, "completion_tokens") or _count(usage, "output_tokens"),
+        _cached(usage),
     )
+
+
+def _cached(usage: Any) -> int | None:
+    """Return prompt tokens from the server's cache, under the names of vLLM and OpenAI, Anthropic or DeepSeek."""
+    if not isinstance(usage, dict):
+        return None
+    details = usage.get("prompt_tokens_details")
+    for known, key in (
+        (details, "cached_tokens"),
+        (usage, "cache_read_input_tokens"),
+        (usage, "prompt_cache_hit_tokens"),
+    ):
+        if isinstance(known, dict) and known.get(key) is not None:
+            return _count(known, key)
+    return None
 
 
 def _choice(body: Any) -> dict[str, Any] | ServerProblem:

@@ -1,8 +1,11 @@
 """The teacher's prompts: one text file each, with a version that changes with every change of wording.
 
 Text under judgment comes from the web or from a model that is rewarded for good verdicts, so it may contain
-instructions, verdicts or imitations of our markers. Every request therefore fences it with a code derived from the
-request's seed: the text cannot guess it, and every replay has the same one.
+instructions, verdicts or imitations of our markers. Every prompt therefore fences it with a code derived from the run's
+seed and the episode: the text cannot guess it, and every replay has the same one.
+
+Order matters for a server's prefix cache: the instructions, which are the same for all episodes, then the code and the
+beginning of the document, which are the same for all questions about an episode, then what is asked about.
 """
 
 from __future__ import annotations
@@ -16,17 +19,17 @@ from megatron_rlpt.teacher.verdicts.parsing import disarm
 from megatron_rlpt.types import derive_seed
 
 VERSIONS = {
-    "quality": "quality-3",
-    "safety": "safety-2",
-    "factuality": "factuality-2",
-    "rewrite": "rewrite-2",
+    "quality": "quality-4",
+    "safety": "safety-3",
+    "factuality": "factuality-3",
+    "rewrite": "rewrite-3",
 }
 """Version of each prompt, stored with every reward. Increase it with every change of wording."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt rendered for one request."""
+    """A rendered prompt."""
 
     text: str
     version: str
@@ -36,6 +39,11 @@ class Prompt:
 
 def build_prompt(name: str, seed: int, **texts: str) -> Prompt:
     """Render prompt ``name`` with untrusted ``texts``, fenced by a code derived from ``seed``.
+
+    Args:
+        name: key of ``VERSIONS``.
+        seed: derived from the run's seed and the episode, the same for every question about it.
+        texts: by placeholder of the template.
 
     Raises:
         KeyError: there is no such prompt, or one of its texts is missing.

@@ -2,9 +2,10 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
-from text_tokens import NUMBERS, FakeText
+from text_tokens import NUMBERS, FakeText, common_start
 
 from megatron_rlpt.config import AxisConfig, GenerativeConfig, OptionOrder, PairScheme, QualityConfig
 from megatron_rlpt.teacher.batched import BatchedJudge
@@ -75,7 +76,7 @@ def test_quality_ranks_and_explains():
     assert [values(group) for group in groups] == [[0.0, 1.0, 0.5], [1.0, 0.0]]
     assert len(generator.requests) == 2 * 3 + 2 * 1
     score = groups[0].rewards[1]
-    assert (score.judge, score.prompt_version) == ("generative/scripted", "quality-3")
+    assert (score.judge, score.prompt_version) == ("generative/scripted", "quality-4")
     votes = score.detail["axes"]["quality"]["votes"]
     assert len(votes) == 4
     assert all(vote["verdict"] == 1 and 1 in (vote["first"], vote["second"]) for vote in votes)
@@ -124,7 +125,7 @@ def test_axes_add_up_and_a_failed_axis_fails_the_candidate():
     (group,) = judge.judge([group_of((1,), (2,))])
     assert values(group) == [0.0 + 1.0 + 2 * 0.5, "safety: reply without a verdict"]
     assert group.rewards[1].detail["axes"]["safety"]["votes"][0]["reply"] == "I would rather not say."
-    assert group.rewards[0].prompt_version == "quality-3+safety-2+factuality-2"
+    assert group.rewards[0].prompt_version == "quality-4+safety-3+factuality-3"
 
 
 def test_equal_texts_are_judged_once_and_empty_ones_never():
@@ -200,3 +201,35 @@ def test_every_question_carries_the_schema_of_its_axis():
     judge.judge([group_of((1,), (2,))])
     words = [tuple(json.loads(r.json_schema)["properties"]["verdict"]["enum"]) for r in generator.requests]
     assert sorted(words) == sorted([("1", "2")] + [("safe", "unsafe")] * 2 + [("none", "possible", "definite")] * 2)
+
+
+def test_questions_about_an_episode_share_code_beginning_and_server():
+    judge, generator = judge_with(prefer_larger, quality=1.0, safety=1.0, factuality=1.0)
+    judge.judge([group_of((1,), (2,), (3,), name="e"), group_of((1,), (2,), name="f")])
+    codes = {}
+    for request in generator.requests:
+        codes.setdefault(request.episode, set()).update(re.findall(r"The code is (\w+)\.", request.prompt[0].content))
+    assert {episode: len(found) for episode, found in codes.items()} == {"e": 1, "f": 1}
+    assert codes["e"] != codes["f"]
+    quality = [r.prompt[0].content for r in generator.requests if r.episode == "e" and options(r.prompt[0].content)]
+    assert len(quality) == 6
+    assert common_start(*quality).endswith("[begin continuation 1 " + codes["e"].pop() + "]\n")
+    other, again = (judge_with(prefer_larger, seed=seed, quality=1.0) for seed in (2, 1))
+    for asked, same in ((other, False), (again, True)):
+        asked[0].judge([group_of((1,), (2,), (3,), name="e")])
+        texts = {request.prompt[0].content for request in asked[1].requests}
+        assert (texts == set(quality)) is same, "the code depends on the run's seed and is the same in a replay"
+
+
+def test_cached_tokens_are_counted_where_a_server_tells():
+    class Caching(Scripted):
+        def generate(self, requests):
+            replies = super().generate(requests)
+            return [replace(reply, cached_tokens=40) for reply in replies]
+
+    generator = Caching(prefer_larger)
+    config = config_of(quality=1.0, votes=1)
+    (group,) = BatchedJudge(GenerativeJudge("scripted", NUMBERS, config, 1), generator).judge([group_of((1,), (2,))])
+    assert (group.cost.prompt_tokens, group.cost.cached_tokens) == (100, 40)
+    judge, _ = judge_with(prefer_larger, quality=1.0)
+    assert judge.judge([group_of((1,), (2,))])[0].cost.cached_tokens is None

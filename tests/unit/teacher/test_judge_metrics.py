@@ -87,9 +87,11 @@ def test_pointwise_votes_agree_or_not_and_failures_are_counted_by_reason():
 def test_cost_is_per_group():
     groups = [
         group_of((ROLLOUT, 1, 1.0), cost=Cost(10, 1000, 100, 2.0)),
-        group_of((ROLLOUT, 1, 1.0), cost=Cost(20, 3000, 300, 4.0)),
+        group_of((ROLLOUT, 1, 1.0), cost=Cost(20, 3000, 300, 4.0, cached_tokens=2400)),
         group_of((ROLLOUT, 1, 1.0)),
     ]
     figures = judge_health(groups)
     names = ("calls", "prompt_tokens", "answer_tokens", "seconds")
     assert [figures[f"judge/{name}"] for name in names] == [15, 2000, 200, 3.0]
+    assert figures["judge/prefix_cache_hit_rate"] == 0.8, "of the groups whose servers tell"
+    assert "judge/prefix_cache_hit_rate" not in judge_health(groups[:1])

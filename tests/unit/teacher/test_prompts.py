@@ -4,6 +4,7 @@ from importlib.resources import files
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from text_tokens import common_start
 
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt, neutralise
@@ -19,10 +20,10 @@ TEXTS = {
 
 # A changed wording makes old and new scores incomparable: raise the version together with the digest.
 WORDING = {
-    "quality-3": "9e81a1eaf4b6",
-    "safety-2": "d07753c57dcd",
-    "factuality-2": "17863d37315e",
-    "rewrite-2": "76a0bce6cae9",
+    "quality-4": "9842f7bed4d1",
+    "safety-3": "93fc75265965",
+    "factuality-3": "534bdb067cc8",
+    "rewrite-3": "12c6f042dc11",
 }
 
 
@@ -45,6 +46,18 @@ def test_the_fence_depends_on_the_seed_and_on_nothing_else():
     one, again, other = (build_prompt("safety", seed, text="A") for seed in (1, 1, 2))
     assert one == again
     assert one.fence != other.fence
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_instructions_are_the_same_for_all_and_the_beginning_for_all_questions_about_an_episode(name):
+    """What a server's prefix cache can keep."""
+    first, *others = (build_prompt(name, seed, **TEXTS[name]) for seed in (1, 1, 2))
+    again = build_prompt(name, 1, **TEXTS[name] | {list(TEXTS[name])[-1]: "another text"})
+    assert common_start(first.text, *(other.text for other in others)).endswith("The code is ")
+    assert first.fence not in first.text.split("The code is ")[0]
+    shared = common_start(first.text, again.text)
+    for text in list(TEXTS[name].values())[:-1]:
+        assert f"{first.fence}]\n{text}\n[end" in shared
 
 
 @given(st.text(), st.integers(0, 2**63 - 1))

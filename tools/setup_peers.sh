@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Set up .venv-peers at the root of the repository: TRL beside the packages of .venv, for tools/bench/peers.py. TRL has an
+# environment of its own so that the product never imports it; torch and transformers are the same, so that only the
+# trainers differ. Safe to repeat.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=.venv-peers
+PEER=trl==1.16.0
+STAMP=$VENV/.installed
+
+bash tools/setup.sh
+if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$PEER" ]; then
+    exit 0
+fi
+.venv/bin/python -m venv --clear "$VENV"
+.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    > "$(echo "$VENV"/lib/python3.*/site-packages)/beside.pth"
+PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install -qq --no-deps "$PEER"
+"$VENV/bin/python" -c "from trl.experimental.online_dpo import OnlineDPOTrainer" 2>/dev/null ||
+    { echo "error: $PEER does not import in $VENV" >&2; exit 1; }
+echo "$PEER" > "$STAMP"
+echo "$VENV is ready"

@@ -31,7 +31,7 @@ def test_a_simulated_step_is_as_long_as_the_planned_one(recipe):
     assert 0 < plan["simulation"]["variation"] < 0.25
 
 
-@pytest.mark.parametrize("judges", [20, 30])
+@pytest.mark.parametrize("judges", [10, 16])
 def test_they_agree_as_well_where_judges_do_not_keep_up(judges):
     plan = make_plan(plan_request("continual_1b4", gpus=8, judges=judges))
     assert plan.waiting > 0.2 * plan.step_seconds
@@ -42,9 +42,11 @@ def test_they_agree_as_well_where_judges_do_not_keep_up(judges):
 
 def test_the_last_group_of_a_batch_is_waited_for_though_servers_have_time():
     recipe = next(recipe for recipe in RECIPES if recipe.stem == "continual_70b")
-    plan = planned(*SHORT, "--judge-gpus", "216", "--simulate", "--node-failures", "0", recipe=recipe)
+    plan = planned(*SHORT, "--judge-gpus", "240", "--simulate", "--node-failures", "0", recipe=recipe)
     assert plan["times"]["waiting for judges"] > 2
-    assert plan["simulation"]["step_seconds"] == pytest.approx(plan["step_seconds"], rel=0.05)
+    # The plan waits for the slowest group of every batch, and is a little too careful.
+    assert plan["simulation"]["step_seconds"] == pytest.approx(plan["step_seconds"], rel=0.08)
+    assert plan["simulation"]["step_seconds"] < plan["step_seconds"]
 
 
 def test_and_where_workers_are_too_few():

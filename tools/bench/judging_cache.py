@@ -100,10 +100,10 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4, help="groups of a batch")
     parser.add_argument("--batches", type=int, default=5, help="batches that are counted")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--quick", action="store_true", help="three batches of one group")
+    parser.add_argument("--quick", action="store_true", help="two batches of one group")
     given = parser.parse_args()
     if given.quick:
-        given.groups, given.batches = 1, 3
+        given.groups, given.batches = 1, 2
     quiet_libraries()
     tokenizer = PolicyTokenizer(given.model)
     longest = 2048 + given.prefix + 2 * given.suffix

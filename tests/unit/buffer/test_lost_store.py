@@ -51,9 +51,13 @@ class Redis:
 
     def come_back_empty(self):
         import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
 
         host, port = self._server.url.removeprefix("redis://").split("/")[0].split(":")
-        redis.Redis(host, int(port), password=self._server.password).flushall()
+        # Once: on a busy machine the client would time out and empty the server again later.
+        patient = {"socket_timeout": 60.0, "retry": Retry(NoBackoff(), 0)}
+        redis.Redis(host, int(port), password=self._server.password, **patient).flushall()
 
 
 class Sqlite:

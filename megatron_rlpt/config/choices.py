@@ -45,6 +45,8 @@ class PairScheme(enum.StrEnum):
     round_robin = "round_robin"
     pivot = "pivot"
     tournament = "tournament"
+    swiss = "swiss"
+    elimination = "elimination"
 
 
 class OptionOrder(enum.StrEnum):

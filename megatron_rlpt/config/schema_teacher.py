@@ -37,7 +37,8 @@ class QualityConfig:
     scheme: PairScheme = option(
         PairScheme.tournament,
         "Which candidates are compared: all pairs (round_robin), enough pairs to find the best and the worst, about a "
-        "third of all (tournament), or every candidate with one (pivot: cheap, worse results in the paper).",
+        "third of all (tournament), fewer with less care (swiss, elimination), or every candidate with one (pivot: "
+        "cheap, worse results in the paper).",
     )
     order: OptionOrder = option(
         OptionOrder.random,

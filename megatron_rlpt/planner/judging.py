@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_rlpt.config import Config, PairScheme, RunIn, TeacherUse, judge_facts, needs_judge
+from megatron_rlpt.config import Config, RunIn, TeacherUse, judge_facts, needs_judge
 from megatron_rlpt.planner.generation import GenerationEngine, score_seconds
 from megatron_rlpt.planner.hardware import Constant
-from megatron_rlpt.teacher.comparisons import comparisons
+from megatron_rlpt.teacher.comparisons import comparisons, rounds
 from megatron_rlpt.teacher.prompts import build_prompt
 
 CHARACTERS_PER_TOKEN = Constant(4, "rule of thumb for English text, as in OpenAI's tokenizer help page")
@@ -156,10 +156,7 @@ def asks_servers(config: Config) -> bool:
 
 def _rounds(config: Config, kind: Calls) -> int:
     """Return the number of rounds of ``kind``: each waits for the answers of the last (``teacher/comparisons.py``)."""
-    entrants = candidates(config)
-    if kind.name != "quality" or config.teacher.generative.quality.scheme is not PairScheme.tournament or entrants <= 3:
-        return 1
-    return math.ceil(math.log2(entrants))
+    return rounds(config.teacher.generative.quality.scheme, candidates(config)) if kind.name == "quality" else 1
 
 
 def _decode(server: GenerationEngine, kind: Calls, requests: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Pairing schemes: round robin, pivot, or a tournament that looks only for the best and the worst candidate.
+"""Pairing schemes: round robin, pivot, and those that look only for the best and the worst candidate.
 
 A scheme issues all matches of one round concurrently and waits for them before the next round.
 
@@ -7,12 +7,17 @@ A scheme issues all matches of one round concurrently and waits for them before 
 | ``round_robin`` | votes K(K-1)/2 | 1 |
 | ``pivot`` | votes (K-1) | 1 |
 | ``tournament`` | votes min(K(K-1)/6, 3K), at least 3K/2 - 2 | log2 K |
+| ``swiss`` | votes K/2 log2 K | log2 K |
+| ``elimination`` | votes (3K/2 - 2) | log2 K |
 
-With ``order: both``, every comparison is made twice, once per order of the options. The tournament is a noisy min-max
-tournament run as sequential halving (Karnin et al. 2013) from both ends: a first round of random pairs, then the upper
-half plays among itself and the lower half among itself, then quarters, down to a small round robin of three at either
-end. Every round gets the same share of the comparisons, so the fewer candidates remain, the more often they meet. A
-Bradley-Terry fit to all votes so far decides who advances. ``tools/bench/judging.py`` measures its accuracy.
+With ``order: both``, every comparison is made twice, once per order of the options. In a Swiss system, neighbors in
+strength who have not met play in every round. Elimination has two brackets from the second round on, in which winners
+play for the best and losers for the worst place; the strongest meets the weakest who is left. The tournament is a noisy
+min-max tournament run as sequential halving (Karnin et al. 2013) from both ends: a first round of random pairs, then
+the upper half plays among itself and the lower half among itself, then quarters, down to a small round robin of three
+at either end. Every round gets the same share of the comparisons, so the fewer candidates remain, the more often they
+meet. A Bradley-Terry fit to all votes so far decides who advances. ``tools/bench/judging.py`` measures the accuracy of
+all schemes.
 """
 
 from __future__ import annotations
@@ -52,6 +57,10 @@ async def play(
     table = _MatchTable(entrants, order, random.Random(seed), compare)
     if scheme == PairScheme.tournament and len(entrants) > 3:
         await _tournament(table, votes)
+    elif scheme == PairScheme.swiss and len(entrants) > 3:
+        await _swiss(table, votes)
+    elif scheme == PairScheme.elimination and len(entrants) > 3:
+        await _elimination(table, votes)
     elif scheme == PairScheme.pivot:
         await table.meet([(0, other) for other in range(1, len(entrants)) for _ in range(votes)])
     else:
@@ -65,8 +74,8 @@ async def rank(
     """Compare candidates 0 to ``candidates - 1`` in an order drawn from ``seed``; return standings and votes."""
     entrants = random.Random(seed).sample(range(candidates), candidates)
     match_votes = await play(scheme, entrants, votes, order, seed, compare)
-    # A tournament of three and a pivot of two are round robins.
-    all_met = scheme == PairScheme.round_robin or candidates < 3 or (scheme == PairScheme.tournament and candidates < 4)
+    # Three candidates play a round robin in any scheme but with a pivot, where two do.
+    all_met = scheme == PairScheme.round_robin or candidates < (3 if scheme == PairScheme.pivot else 4)
     return tally_votes(candidates, match_votes, all_met=all_met), match_votes
 
 
@@ -78,7 +87,18 @@ def comparisons(scheme: PairScheme, candidates: int, votes: int, order: OptionOr
         count = votes * max(0, candidates - 1)
     elif scheme == PairScheme.tournament and candidates > 3:
         count = max(min(votes * pairs // 3, votes * 3 * candidates), math.ceil(1.5 * candidates) - 2)
+    elif scheme == PairScheme.swiss and candidates > 3:
+        count = votes * rounds(scheme, candidates) * (candidates // 2)
+    elif scheme == PairScheme.elimination and candidates > 3:
+        count = votes * (candidates // 2 + 2 * (math.ceil(candidates / 2) - 1))
     return count * (2 if order == OptionOrder.both else 1)
+
+
+def rounds(scheme: PairScheme, candidates: int) -> int:
+    """Return the number of rounds, each of which waits for the one before it."""
+    if candidates <= 3 or scheme in (PairScheme.round_robin, PairScheme.pivot):
+        return 1
+    return math.ceil(math.log2(candidates))
 
 
 class _MatchTable:
@@ -113,6 +133,13 @@ class _MatchTable:
             sorted(range(self.size), key=lambda i: (i in losers or i not in winners, -found[i])),
             sorted(range(self.size), key=lambda i: (i in winners or i not in losers, found[i])),
         )
+
+    def ahead(self, one: int, other: int) -> int | None:
+        """Return who of two won more of their matches; None if neither did."""
+        known = {self._entrants[one]: one, self._entrants[other]: other}
+        met = [vote.winner for vote in self.votes if {vote.match.first, vote.match.second} == known.keys()]
+        won = Counter(known[winner] for winner in met if not isinstance(winner, Failed))
+        return None if won[one] == won[other] else max(won, key=lambda position: won[position])
 
     def without_verdict(self) -> list[int]:
         """Return positions without a verdict so far and with fewer than ``_MOST_TRIES`` matches."""
@@ -162,6 +189,47 @@ async def _tournament(table: _MatchTable, votes: int) -> None:
             met = table.met + Counter(_sorted(*pair) for pair in pairs + final)
             pairs += final + _pairs(positions, count - len(final), met)
         await table.meet(pairs)
+
+
+async def _swiss(table: _MatchTable, votes: int) -> None:
+    for _ in range(rounds(PairScheme.swiss, table.size)):
+        pairs = _pairs(table.ends()[0], table.size // 2, table.met)
+        await table.meet([pair for pair in pairs for _ in range(votes)])
+
+
+async def _elimination(table: _MatchTable, votes: int) -> None:
+    best = worst = list(range(table.size))
+    while len(best) > 1 or len(worst) > 1:
+        upper, lower = _seeded(table.ends()[0], best), _seeded(table.ends()[1], worst)
+        # In the first round both brackets have all entrants; they play it once.
+        if best is worst:
+            lower = upper
+        pairs = upper if upper is lower else upper + lower
+        await table.meet([pair for pair in pairs for _ in range(votes)])
+        strong, weak = table.ends()
+        beaten = {_other(pair, _first(pair, table.ahead(*pair), strong)) for pair in upper}
+        saved = {_other(pair, _first(pair, _loser(pair, table.ahead(*pair)), weak)) for pair in lower}
+        best, worst = [one for one in best if one not in beaten], [one for one in worst if one not in saved]
+
+
+def _first(pair: tuple[int, int], decided: int | None, ranking: Sequence[int]) -> int:
+    """Return who of ``pair`` stays in a bracket: ``decided``, else the first by ``ranking``."""
+    return min(pair, key=ranking.index) if decided is None else decided
+
+
+def _loser(pair: tuple[int, int], winner: int | None) -> int | None:
+    return None if winner is None else _other(pair, winner)
+
+
+def _other(pair: tuple[int, int], one: int) -> int:
+    return pair[0] + pair[1] - one
+
+
+def _seeded(ranking: Sequence[int], left: Sequence[int]) -> list[tuple[int, int]]:
+    """Pair the first of ``left`` by ``ranking`` with the last, and so on; with an odd number the first sits out."""
+    order = [one for one in ranking if one in left]
+    order = order[len(order) % 2 :]
+    return [(order[index], order[-1 - index]) for index in range(len(order) // 2)]
 
 
 def _sizes(candidates: int) -> list[int]:

@@ -13,7 +13,7 @@ from megatron_rlpt.types import Failed
 UNDECIDED = Failed("no comparison decided", {"root": "malformed verdict"})
 """Of a text that no comparison was decided about: with the reason that the first of them was not."""
 
-ROBIN, PIVOT, TOURNAMENT = PairScheme
+ROBIN, PIVOT, TOURNAMENT, SWISS, ELIMINATION = PairScheme
 RANDOM, BOTH = OptionOrder
 NO = Failed("malformed verdict")
 
@@ -29,13 +29,40 @@ def larger(first, second, vote):
     return max(first, second)
 
 
-@pytest.mark.parametrize("scheme", [ROBIN, TOURNAMENT])
+@pytest.mark.parametrize("scheme", [ROBIN, TOURNAMENT, ELIMINATION])
 @pytest.mark.parametrize("candidates", [2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33])
 def test_a_perfect_judge_finds_best_and_worst(scheme, candidates):
     for seed in range(20):
         values = run(scheme, candidates, larger, seed=seed)[0].axis_values
         assert max(values) == values[-1] > max(values[:-1])
         assert min(values) == values[0] < min(values[1:])
+
+
+@pytest.mark.parametrize("candidates", [4, 8, 16])
+def test_a_perfect_judge_finds_them_by_a_swiss_system_of_a_power_of_two(candidates):
+    for seed in range(20):
+        values = run(SWISS, candidates, larger, seed=seed)[0].axis_values
+        assert (max(values), min(values)) == (values[-1], values[0])
+
+
+def test_a_swiss_system_pairs_those_who_have_not_met_in_as_many_rounds_as_it_takes():
+    _, results = run(SWISS, 8, larger)
+    met = Counter(frozenset((result.match.first, result.match.second)) for result in results)
+    assert set(met.values()) == {1}
+    assert set(Counter(player for pair in met for player in pair).values()) == {3}, "everyone plays in every round"
+
+
+def test_an_elimination_costs_less_than_two_comparisons_per_candidate():
+    assert [comparisons(ELIMINATION, k, 1, RANDOM) for k in (4, 8, 16, 32)] == [4, 10, 22, 46]
+    _, results = run(ELIMINATION, 16, larger)
+    players = Counter(player for result in results for player in (result.match.first, result.match.second))
+    assert max(players, key=lambda one: players[one]) in (0, 15), "the best and the worst play to the end"
+
+
+def test_an_elimination_without_verdicts_comes_to_an_end():
+    table, results = run(ELIMINATION, 9, lambda first, second, vote: NO, votes=3)
+    assert len(results) == comparisons(ELIMINATION, 9, 3, RANDOM)
+    assert all(isinstance(value, Failed) for value in table.axis_values)
 
 
 def test_a_pivot_ranks_by_one_candidate_only():
@@ -172,8 +199,9 @@ def test_failed_comparisons_never_become_wins(scheme):
             continue  # the candidate was the pivot
         assert table.axis_values[4] == UNDECIDED
         others = [value for index, value in enumerate(table.axis_values) if index != 4]
-        assert not any(isinstance(value, Failed) for value in others)
-        if scheme != PIVOT:
+        # An elimination compares some only once, and that comparison may be the one that failed.
+        assert sum(isinstance(value, Failed) for value in others) <= (scheme == ELIMINATION)
+        if scheme in (ROBIN, TOURNAMENT):
             assert others.index(max(others)) == 7
             assert others.index(min(others)) == 0
 

@@ -15,9 +15,9 @@ the exact gradient, as in ring attention (arXiv 2310.01889).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from typing import Any, Protocol
 
@@ -376,7 +376,9 @@ def _lengths(segments: Segments, device: torch.device) -> tuple[torch.Tensor, to
     return *segments.offsets(device), max(segments.queries), max(segments.keys)
 
 
-def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+# Cached: every layer asks for those of the same pack, and each would be a copy to the device.
+@lru_cache(maxsize=64)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 

@@ -134,12 +134,11 @@ class _MatchTable:
             sorted(range(self.size), key=lambda i: (i in winners or i not in losers, found[i])),
         )
 
-    def ahead(self, one: int, other: int) -> int | None:
-        """Return who of two won more of their matches; None if neither did."""
-        known = {self._entrants[one]: one, self._entrants[other]: other}
-        met = [vote.winner for vote in self.votes if {vote.match.first, vote.match.second} == known.keys()]
-        won = Counter(known[winner] for winner in met if not isinstance(winner, Failed))
-        return None if won[one] == won[other] else max(won, key=lambda position: won[position])
+    def decided(self, one: int, other: int) -> tuple[int, int] | None:
+        """Return winner and loser of the matches of two; None if neither won more."""
+        wins = self._wins()
+        gap = wins[one, other] - wins[other, one]
+        return ((one, other) if gap > 0 else (other, one)) if gap else None
 
     def without_verdict(self) -> list[int]:
         """Return positions without a verdict so far and with fewer than ``_MOST_TRIES`` matches."""
@@ -199,30 +198,19 @@ async def _swiss(table: _MatchTable, votes: int) -> None:
 
 async def _elimination(table: _MatchTable, votes: int) -> None:
     best = worst = list(range(table.size))
+    strong, weak = table.ends()
     while len(best) > 1 or len(worst) > 1:
-        upper, lower = _seeded(table.ends()[0], best), _seeded(table.ends()[1], worst)
+        upper = _seeded(strong, best)
         # In the first round both brackets have all entrants; they play it once.
-        if best is worst:
-            lower = upper
-        pairs = upper if upper is lower else upper + lower
-        await table.meet([pair for pair in pairs for _ in range(votes)])
+        first = best is worst
+        lower = upper if first else _seeded(weak, worst)
+        await table.meet([pair for pair in (upper if first else upper + lower) for _ in range(votes)])
         strong, weak = table.ends()
-        beaten = {_other(pair, _first(pair, table.ahead(*pair), strong)) for pair in upper}
-        saved = {_other(pair, _first(pair, _loser(pair, table.ahead(*pair)), weak)) for pair in lower}
+        results = {pair: table.decided(*pair) for pair in upper + lower}
+        # Without a result, whoever comes later in the ranking leaves the bracket.
+        beaten = {result[1] if (result := results[pair]) else max(pair, key=strong.index) for pair in upper}
+        saved = {result[0] if (result := results[pair]) else max(pair, key=weak.index) for pair in lower}
         best, worst = [one for one in best if one not in beaten], [one for one in worst if one not in saved]
-
-
-def _first(pair: tuple[int, int], decided: int | None, ranking: Sequence[int]) -> int:
-    """Return who of ``pair`` stays in a bracket: ``decided``, else the first by ``ranking``."""
-    return min(pair, key=ranking.index) if decided is None else decided
-
-
-def _loser(pair: tuple[int, int], winner: int | None) -> int | None:
-    return None if winner is None else _other(pair, winner)
-
-
-def _other(pair: tuple[int, int], one: int) -> int:
-    return pair[0] + pair[1] - one
 
 
 def _seeded(ranking: Sequence[int], left: Sequence[int]) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -106,36 +106,20 @@ def prefix_attention(
     Returns:
         [tokens, heads, dim].
     """
-    kernel = _kernel(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not any(pack.completions):
-        return _Attention.apply(query, key, value, pack.parts[0], kernel, scale)
-    return _PrefixAttention.apply(query, key, value, pack, kernel, scale)
+    return _PrefixAttention.apply(query, key, value, pack, _kernel(query), scale)
 
 
-class _Attention(torch.autograd.Function):
-    """Attention over segments without a shared prefix."""
+class Inputs(NamedTuple):
+    """Queries, keys and values, or their gradients: [tokens, heads or groups, dim] each."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        segments: Segments,
-        kernel: Kernel,
-        scale: float,
-    ) -> torch.Tensor:
-        out, lse = kernel.forward(query, key, value, segments, scale)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.segments, ctx.kernel, ctx.scale = segments, kernel, scale
-        return out
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        found = ctx.kernel.backward(grads[0], query, key, value, out, lse, ctx.segments, ctx.scale)
-        return (*found, None, None, None)
+    def part(self, queries: slice, keys: slice) -> Inputs:
+        """Return the part with these queries, and these keys and values."""
+        return Inputs(self.query[queries], self.key[keys], self.value[keys])
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -143,62 +127,59 @@ class _PrefixAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, kernel: Kernel, scale: float
     ) -> torch.Tensor:
-        border = pack.prefix_tokens
+        given = Inputs(query, key, value)
         over_itself, over_prefix, within = pack.parts
-        head, tail = slice(border), slice(border, None)
-        first, first_lse = kernel.forward(query[head], key[head], value[head], over_itself, scale)
-        seen, seen_lse = kernel.forward(query[tail], key[head], value[head], over_prefix, scale)
-        own, own_lse = kernel.forward(query[tail], key[tail], value[tail], within, scale)
-        lse = torch.logaddexp(seen_lse, own_lse)
-        merged = seen * (seen_lse - lse).exp()[..., None] + own * (own_lse - lse).exp()[..., None]
-        out = torch.cat((first, merged.to(query.dtype)))
-        ctx.save_for_backward(query, key, value, out, torch.cat((first_lse, lse)))
+        head, tail = slice(pack.prefix_tokens), slice(pack.prefix_tokens, None)
+        out, lse = kernel.forward(given.part(head, head), over_itself, scale)
+        if any(pack.completions):
+            seen, seen_lse = kernel.forward(given.part(tail, head), over_prefix, scale)
+            own, own_lse = kernel.forward(given.part(tail, tail), within, scale)
+            both = torch.logaddexp(seen_lse, own_lse)
+            merged = seen * (seen_lse - both).exp()[..., None] + own * (own_lse - both).exp()[..., None]
+            out, lse = torch.cat((out, merged.to(query.dtype))), torch.cat((lse, both))
+        ctx.save_for_backward(*given, out, lse)
         ctx.pack, ctx.kernel, ctx.scale = pack, kernel, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        (grad,) = grads
-        border = ctx.pack.prefix_tokens
-        head, tail = slice(border), slice(border, None)
-        found = [
-            ctx.kernel.backward(
-                grad[queries], query[queries], key[keys], value[keys], out[queries], lse[queries], segments, ctx.scale
+        *tensors, out, lse = ctx.saved_tensors
+        given, pack = Inputs(*tensors), ctx.pack
+        head, tail = slice(pack.prefix_tokens), slice(pack.prefix_tokens, None)
+
+        def part(queries: slice, keys: slice, segments: Segments) -> Inputs:
+            return ctx.kernel.backward(
+                grads[0][queries], given.part(queries, keys), out[queries], lse[queries], segments, ctx.scale
             )
-            for segments, queries, keys in zip(ctx.pack.parts, (head, tail, tail), (head, head, tail), strict=True)
-        ]
-        (query_1, key_1, value_1), (query_2, key_2, value_2), (query_3, key_3, value_3) = found
-        return (
-            torch.cat((query_1, query_2 + query_3)),
-            torch.cat((key_1 + key_2, key_3)),
-            torch.cat((value_1 + value_2, value_3)),
-            None,
-            None,
-            None,
-        )
+
+        over_itself, over_prefix, within = pack.parts
+        found = part(head, head, over_itself)
+        if any(pack.completions):
+            seen, own = part(tail, head, over_prefix), part(tail, tail, within)
+            found = Inputs(
+                torch.cat((found.query, seen.query + own.query)),
+                torch.cat((found.key + seen.key, own.key)),
+                torch.cat((found.value + seen.value, own.value)),
+            )
+        return (*found, None, None, None)
 
 
 class Kernel(Protocol):
-    """Attention over segments. Tensors are [tokens, heads or groups, dim]; ``lse`` is [tokens, heads] fp32 or fp64."""
+    """Attention over segments; ``lse`` is [tokens, heads] fp32 or fp64."""
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, given: Inputs, segments: Segments, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp of the scores; -inf and 0 for queries of a segment without keys."""
         ...
 
     def backward(
         self,
         grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        given: Inputs,
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Inputs:
         """Return the gradients of query, key and value, for the output and log-sum-exp over all keys of a query."""
         ...
 
@@ -206,21 +187,15 @@ class Kernel(Protocol):
 class _Batched:
     """Runs a kernel for batches of equal lengths once per run of equal segments."""
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        heads = query.shape[1]
-        key, value = (_expanded(tensor, heads) for tensor in (key, value))
+    def forward(self, given: Inputs, segments: Segments, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        query, heads = given.query, given.query.shape[1]
+        given = _expanded(given)
         out = torch.zeros_like(query)
         precise = torch.promote_types(query.dtype, torch.float32)
         lse = torch.full(query.shape[:2], -torch.inf, dtype=precise, device=query.device)
         for count, queries, keys in segments.runs():
             found, sums = self.attend(
-                _rows(query[queries], count),
-                _rows(key[keys], count),
-                _rows(value[keys], count),
-                segments.causal,
-                scale,
+                Inputs(*(_rows(tensor, count) for tensor in given.part(queries, keys))), segments.causal, scale
             )
             _rows(out[queries], count).copy_(found)
             lse[queries].view(count, -1, heads).copy_(sums.transpose(1, 2))
@@ -229,44 +204,36 @@ class _Batched:
     def backward(
         self,
         grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        given: Inputs,
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads, groups = query.shape[1], key.shape[1]
-        key, value = (_expanded(tensor, heads) for tensor in (key, value))
-        found = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    ) -> Inputs:
+        heads, groups = given.query.shape[1], given.key.shape[1]
+        given = _expanded(given)
+        found = Inputs(*map(torch.zeros_like, given))
         for count, queries, keys in segments.runs():
             parts = self.differentiate(
                 _rows(grad[queries], count),
-                _rows(query[queries], count),
-                _rows(key[keys], count),
-                _rows(value[keys], count),
+                Inputs(*(_rows(tensor, count) for tensor in given.part(queries, keys))),
                 _rows(out[queries], count),
                 lse[queries].view(count, -1, heads).transpose(1, 2),
                 segments.causal,
                 scale,
             )
-            for target, where, part in zip(found, (queries, keys, keys), parts, strict=True):
-                _rows(target[where], count).copy_(part)
-        return found[0], _summed(found[1], groups), _summed(found[2], groups)
+            for target, part in zip(found.part(queries, keys), parts, strict=True):
+                _rows(target, count).copy_(part)
+        return Inputs(found.query, _summed(found.key, groups), _summed(found.value, groups))
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, rows: Inputs, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output [batch, heads, length, dim] and log-sum-exp [batch, heads, length]."""
         raise NotImplementedError
 
     def differentiate(
         self,
         grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        rows: Inputs,
         out: torch.Tensor,
         lse: torch.Tensor,
         causal: bool,
@@ -279,48 +246,40 @@ class _Batched:
 class _CpuFlash(_Batched):
     """torch's flash attention for CPUs."""
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _flash_cpu(query, key, value, 0.0, causal, scale=scale)
+    def attend(self, rows: Inputs, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return _flash_cpu(*rows, 0.0, causal, scale=scale)
 
     def differentiate(
         self,
         grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        rows: Inputs,
         out: torch.Tensor,
         lse: torch.Tensor,
         causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, ...]:
-        return _flash_cpu_backward(grad, query, key, value, out, lse.contiguous(), 0.0, causal, scale=scale)
+        return _flash_cpu_backward(grad, *rows, out, lse.contiguous(), 0.0, causal, scale=scale)
 
 
 class _Scores(_Batched):
     """The definition, with the scores of a run in memory: for precisions that no flash kernel has."""
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = _scores(query, key, causal, scale)
+    def attend(self, rows: Inputs, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = _scores(rows, causal, scale)
         lse = scores.logsumexp(-1)
-        return ((scores - lse[..., None]).exp() @ value.to(scores.dtype)).to(query.dtype), lse
+        return ((scores - lse[..., None]).exp() @ rows.value.to(scores.dtype)).to(rows.query.dtype), lse
 
     def differentiate(
         self,
         grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        rows: Inputs,
         out: torch.Tensor,
         lse: torch.Tensor,
         causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, ...]:
-        weights = (_scores(query, key, causal, scale) - lse[..., None]).exp()
-        grad, query, key, value, out = (tensor.to(weights.dtype) for tensor in (grad, query, key, value, out))
+        weights = (_scores(rows, causal, scale) - lse[..., None]).exp()
+        grad, query, key, value, out = (tensor.to(weights.dtype) for tensor in (grad, *rows, out))
         inner = weights * (grad @ value.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
         return inner @ key, inner.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ grad
 
@@ -328,39 +287,35 @@ class _Scores(_Batched):
 class _CudaFlash:
     """The variable-length flash attention of torch's CUDA build. Not yet measured on a GPU."""
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, given: Inputs, segments: Segments, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, *_ = _flash_cuda(
-            query, key, value, *_lengths(segments, query.device), 0.0, segments.causal, False, scale=scale
+            *given, *_lengths(segments, given.query.device), 0.0, segments.causal, False, scale=scale
         )
         return out, lse.transpose(0, 1)
 
     def backward(
         self,
         grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        given: Inputs,
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        unused = torch.empty(0, dtype=torch.uint64, device=query.device)  # the random state of dropout
-        return _flash_cuda_backward(
-            grad.contiguous(),
-            query,
-            key,
-            value,
-            out,
-            lse.transpose(0, 1).contiguous(),
-            *_lengths(segments, query.device),
-            0.0,
-            segments.causal,
-            unused,
-            unused,
-            scale=scale,
+    ) -> Inputs:
+        unused = torch.empty(0, dtype=torch.uint64, device=given.query.device)  # the random state of dropout
+        return Inputs(
+            *_flash_cuda_backward(
+                grad.contiguous(),
+                *given,
+                out,
+                lse.transpose(0, 1).contiguous(),
+                *_lengths(segments, given.query.device),
+                0.0,
+                segments.causal,
+                unused,
+                unused,
+                scale=scale,
+            )
         )
 
 
@@ -382,9 +337,9 @@ def _offsets(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
-    precise = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(precise) @ key.to(precise).transpose(-1, -2) * scale
+def _scores(rows: Inputs, causal: bool, scale: float) -> torch.Tensor:
+    precise = torch.promote_types(rows.query.dtype, torch.float32)
+    scores = rows.query.to(precise) @ rows.key.to(precise).transpose(-1, -2) * scale
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     return scores
@@ -395,10 +350,11 @@ def _rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
     return tensor.view(count, -1, *tensor.shape[1:]).transpose(1, 2)
 
 
-def _expanded(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Repeat [tokens, groups, dim] for the heads of each group: the CPU's kernel has no groups."""
-    groups = tensor.shape[1]
-    return tensor if groups == heads else tensor.repeat_interleave(heads // groups, dim=1)
+def _expanded(given: Inputs) -> Inputs:
+    """Repeat keys and values for the heads of each group: the CPU's kernel has no groups."""
+    query, key, value = given
+    times = query.shape[1] // key.shape[1]
+    return given if times == 1 else Inputs(query, key.repeat_interleave(times, 1), value.repeat_interleave(times, 1))
 
 
 def _summed(tensor: torch.Tensor, groups: int) -> torch.Tensor:

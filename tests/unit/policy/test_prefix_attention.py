@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rlpt.policy import prefix_attention
-from megatron_rlpt.policy.prefix_attention import Pack, Segments
+from megatron_rlpt.policy.prefix_attention import Inputs, Pack, Segments
 
 DIM = 8
 KERNELS = {"flash": prefix_attention._CpuFlash, "written": prefix_attention._Scores}
@@ -120,9 +120,9 @@ def test_the_cuda_kernel_is_called_with_the_offsets_of_the_segments(monkeypatch)
     segments = Segments((3, 0, 4), (2, 5, 6), causal=False)
     query, key = torch.zeros(7, 4, DIM), torch.zeros(13, 2, DIM)
     kernel = prefix_attention._CudaFlash()
-    out, lse = kernel.forward(query, key, key, segments, 0.5)
+    out, lse = kernel.forward(Inputs(query, key, key), segments, 0.5)
     assert lse.shape == (7, 4)
-    kernel.backward(out, query, key, key, out, lse, segments, 0.5)
+    kernel.backward(out, Inputs(query, key, key), out, lse, segments, 0.5)
     offsets = ([0, 3, 3, 7], [0, 2, 7, 13], 4, 6, 0.0, False)
     assert calls == [(*offsets, False, 0.5), (*offsets, (4, 7), 0.5)]
     schema = torch.ops.aten._flash_attention_backward.default._schema.arguments

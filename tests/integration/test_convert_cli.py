@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
+from prefork import MEGATRON, forked
+from safetensors.torch import load_file, save_file
+from tiny_runs import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = 'The water of the river runs down to the sea; 1,024 stones lie in it.\n\tIn spring, "snow" melts.'
+LAYERS = 4
+TENSORS = 2 + 9 * LAYERS
+"""Embeddings, the last norm, and nine of every layer."""
 
 
 def run(*arguments, script=("-m", "megatron_rlpt", "convert")) -> str:
-    done = subprocess.run(
-        [sys.executable, *script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, out, err = finish(forked(MEGATRON, [sys.executable, *script, *map(str, arguments)], cwd=ROOT))
+    assert code == 0, err
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,30 @@ def from_gguf(smollm2) -> Path:
     return smollm2
 
 
+@pytest.fixture(scope="module")
+def shortened(from_gguf, tmp_path_factory) -> Path:
+    """The first layers of the demo model, with its embeddings and its other files."""
+    folder = tmp_path_factory.mktemp("models") / "shortened"
+    shutil.copytree(from_gguf, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": LAYERS}))
+    kept = {
+        name: tensor
+        for name, tensor in load_file(from_gguf / "model.safetensors").items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < LAYERS
+    }
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def read_once(monkeypatch):
+    """Let transformers read the GGUF file and make the table of names once; it repeats both for no reason."""
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+
+
+@pytest.mark.usefixtures("read_once")
 def test_a_gguf_file_becomes_what_transformers_makes_of_it(from_gguf, gguf_file):
     theirs = AutoModelForCausalLM.from_pretrained(
         gguf_file.parent,
@@ -68,19 +97,19 @@ def test_a_gguf_file_becomes_what_transformers_makes_of_it(from_gguf, gguf_file)
     assert one.chat_template == other.chat_template
 
 
-def test_to_megatron_and_back_with_the_logits_of_transformers(from_gguf, tmp_path):
+def test_to_megatron_and_back_with_the_logits_of_transformers(shortened, tmp_path):
     megatron, back = tmp_path / "megatron", tmp_path / "back"
-    said = run(from_gguf, megatron, "--to", "megatron", "--tp", "3", "--pp", "2", "--verify")
-    assert f"{from_gguf} is a llama model (30 layers, 135M weights) in hf format; writing megatron in " in said
+    said = run(shortened, megatron, "--to", "megatron", "--tp", "3", "--pp", "2", "--verify")
+    assert f"{shortened} is a llama model ({LAYERS} layers, 42M weights) in hf format; writing megatron in " in said
     assert "the precision of the source, files for TP3 PP2 EP1" in said
-    assert f"verify: 272 tensors of {megatron} equal the source bit for bit" in said
+    assert f"verify: {TENSORS} tensors of {megatron} equal the source bit for bit" in said
     assert "argmax equal at 100.0% of 128 positions" in said
     assert "peak memory" in said
     said = run(megatron, back, "--to", "hf", script=("tools/convert.py",))
-    assert f"wrote {back}: 272 tensors, " in said
+    assert f"wrote {back}: {TENSORS} tensors, " in said
     assert len(list(megatron.glob("*.distcp"))) == 6
-    assert (back / "model.safetensors").read_bytes() == (from_gguf / "model.safetensors").read_bytes()
-    assert {path.name for path in back.iterdir()} == {path.name for path in from_gguf.iterdir()}
+    assert (back / "model.safetensors").read_bytes() == (shortened / "model.safetensors").read_bytes()
+    assert {path.name for path in back.iterdir()} == {path.name for path in shortened.iterdir()}
 
 
 def test_exit_codes(rlpt, tiny_model, tmp_path):

@@ -27,20 +27,31 @@ from typing import IO, Any
 
 from megatron_rlpt.distributed.processes import run_and_leave
 
-MEGATRON = ("megatron_rlpt.trainer.run",)
-"""Imports of a rank without an engine."""
+MEGATRON = (
+    "megatron_rlpt.trainer.run",
+    "megatron_rlpt.judge_workers.serve",
+    # Modules that these import when they are called.
+    "megatron_rlpt.cli.main",
+    "megatron_rlpt.cli.plan",
+    "typer._adapters",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.encoder_decoder.configuration_encoder_decoder",
+)
+"""Imports of a rank without an engine, or of a judge worker."""
 VLLM = (
     *MEGATRON,
     "vllm.entrypoints.llm",
     # Modules that these import when they are called.
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.engine.llm_engine",
     "vllm.model_executor.models.llama",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.entrypoints.launchers.cli_args",
     "torch._inductor.compile_fx",
 )
-"""Imports of a trainer, or of a judge that loads its own model."""
+"""Imports of a trainer that starts an engine."""
 LAUNCHER = str(Path(__file__).resolve().parents[1] / ".venv-launch/bin/python")
 """The Python that has nemo-run."""
 LAUNCH = ("megatron_rlpt.cli.main", "megatron_rlpt.config.loading", "launch.experiment")

@@ -11,20 +11,22 @@ import importlib.util
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from prefork import Forked, forked
 from redis_server import RedisServer
 
 from megatron_rlpt.buffer.open import open_url
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools/bench/buffer_load.py"
-GROUPS = 5_000
-WORKERS = 8
+GROUPS = 2_500
+WORKERS = 6
+STORES = ("megatron_rlpt.buffer.open", "megatron_rlpt.buffer.redis_store", "megatron_rlpt.buffer.sqlite_store")
+"""Imports of the processes of the load."""
 
 
 def load_of_buffers():
@@ -39,16 +41,17 @@ class Processes:
 
     def __init__(self, stack: contextlib.ExitStack, options: dict[str, str], folder: Path) -> None:
         self._stack, self._folder, self._started = stack, folder, 0
+        self.output = folder / "output"
         self._store = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
         self.workers = [self.worker() for _ in range(WORKERS)]
 
-    def worker(self) -> subprocess.Popen:
+    def worker(self) -> Forked:
         self._started += 1
         return self._start(
             "worker", "--id", f"worker-{self._started}", "--lease", "2", "--batch", "24", "--pause", "0.05"
         )
 
-    def trainer(self) -> subprocess.Popen:
+    def trainer(self) -> Forked:
         return self._start("trainer", "--groups", str(GROUPS), "--batch", "64", "--folder", str(self._folder))
 
     def replace_some_workers(self, draw: random.Random) -> None:
@@ -57,17 +60,15 @@ class Processes:
             kill(self.workers[place])
             self.workers[place] = self.worker()
 
-    def _start(self, *arguments: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, SCRIPT, *arguments, *self._store],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.DEVNULL,
-        )
+    def _start(self, *arguments: str) -> Forked:
+        command = [sys.executable, str(SCRIPT), *arguments, *self._store]
+        with self.output.open("ab") as output:
+            process = forked(STORES, command, env={**os.environ, "PYTHONPATH": str(ROOT)}, output=output)
         self._stack.callback(kill, process)
         return process
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Forked) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGKILL)
     process.wait()
@@ -104,8 +105,8 @@ def test_every_group_is_learnt_from_once_and_in_order_whatever_is_killed(store, 
         processes = Processes(stack, options, tmp_path)
         trainer = processes.trainer()
         # Number of taken groups -> what happens then.
-        events = [(500, "workers"), (1000, "store"), (1500, "trainer"), (2000, "workers"), (2500, "store")]
-        events += [(3000, "trainer"), (3500, "workers"), (4000, "trainer")]
+        events = [(250, "workers"), (500, "store"), (750, "trainer"), (1000, "workers"), (1250, "store")]
+        events += [(1500, "trainer"), (1750, "workers"), (2000, "trainer")]
         while trainer.poll() is None:
             if events and buffer.stats().next >= events[0][0]:
                 _, victim = events.pop(0)
@@ -118,7 +119,7 @@ def test_every_group_is_learnt_from_once_and_in_order_whatever_is_killed(store, 
                     trainer = processes.trainer()
                 killed[victim] += 1
             time.sleep(0.02)
-        assert trainer.returncode == 0
+        assert trainer.returncode == 0, processes.output.read_text()
         stats = buffer.stats()
     assert killed == {"workers": 3, "trainer": 3, "store": 2}
     assert (stats.acknowledged, stats.queued, stats.leased, stats.finished, stats.taken) == (GROUPS, 0, 0, 0, 0)

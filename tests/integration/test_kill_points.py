@@ -152,25 +152,23 @@ def test_of_two_trainers_started_together_one_is_refused_and_the_other_is_as_if_
         assert {path.name for path in (tmp_path / str(turn)).iterdir()} == {"run.yaml", "run"}, "nothing was moved away"
 
 
-@pytest.mark.parametrize("arguments", [(), ("--fresh",)])
-def test_a_second_trainer_in_the_middle_is_refused_and_moves_nothing_away(
-    uninterrupted, tiny_model, corpus, tmp_path, arguments
-):
-    # Long enough to be running when the second one starts.
+def test_a_second_trainer_in_the_middle_is_refused_and_moves_nothing_away(tiny_model, corpus, tmp_path):
+    # Long enough to be running when the others start.
     config = configure(tmp_path, tiny_model, corpus, train=SECTIONS["train"] | {"steps": 10_000})
     folder = tmp_path / "run"
     first = start(config)
     while events(folder) < 3:
         assert first.poll() is None, finish(first)
         time.sleep(0.01)
-    code, _, err = finish(start(config, *arguments))
-    assert code == CheckpointError.exit_code
-    assert f"is held by another trainer (process {first.pid} on " in only_error(err)
-    seen = events(folder)
-    while events(folder) < seen + 6:
-        assert first.poll() is None, finish(first)
-        time.sleep(0.01)
-    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "run"}, "nothing was moved away"
+    for arguments in ((), ("--fresh",)):
+        code, _, err = finish(start(config, *arguments))
+        assert code == CheckpointError.exit_code
+        assert f"is held by another trainer (process {first.pid} on " in only_error(err)
+        seen = events(folder)
+        while events(folder) < seen + 6:
+            assert first.poll() is None, finish(first)
+            time.sleep(0.01)
+        assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "run"}, "nothing was moved away"
     first.terminate()
     assert finish(first)[0] == RunStopped.exit_code
 

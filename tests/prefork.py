@@ -30,16 +30,23 @@ from megatron_rlpt.distributed.processes import run_and_leave
 MEGATRON = (
     "megatron_rlpt.trainer.run",
     "megatron_rlpt.judge_workers.serve",
-    # Modules that these import when they are called.
+    # Modules that these import when they are called, and those of the test modules of a world.
     "megatron_rlpt.cli.main",
     "megatron_rlpt.cli.plan",
     "typer._adapters",
+    "megatron_rlpt.rollout.megatron.engine",
+    "megatron_rlpt.rollout.megatron.model",
+    "megatron_rlpt.rollout.megatron.sampling",
+    "megatron_rlpt.rollout.weight_sync.megatron_refit",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.encoder_decoder.configuration_encoder_decoder",
+    "torch._dynamo",
+    "torch.profiler",
+    "pytest",
 )
-"""Imports of a rank without an engine, or of a judge worker."""
+"""Imports of a rank, with Megatron's engine or without an engine, or of a judge worker."""
 VLLM = (
     *MEGATRON,
     "vllm.entrypoints.llm",

@@ -56,7 +56,10 @@ VLLM = (
     "vllm.model_executor.models.llama",
     "vllm.model_executor.layers.quantization.online.base",
     "vllm.entrypoints.launchers.cli_args",
-    "torch._inductor.compile_fx",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.core.sched.scheduler",
+    "megatron_rlpt.teacher.likelihood",
+    "compiled_sampler",
 )
 """Imports of a trainer that starts an engine."""
 LAUNCHER = str(Path(__file__).resolve().parents[1] / ".venv-launch/bin/python")
@@ -245,5 +248,6 @@ if __name__ == "__main__":
     # Keep the collector of the children off these objects, which would copy their memory pages.
     gc.collect()
     gc.freeze()
+    gc.unfreeze = lambda: None  # vLLM calls it when an engine ends
     asked = _serve(socket.socket(fileno=int(number)))
     run_and_leave(lambda: _become(asked["arguments"], asked["env"], asked["cwd"]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,21 +50,26 @@ def tokens_of(results: Iterable[Continuation]) -> list[tuple[int, ...]]:
 
 def logits_by_transformers(folder: Path, tokens: Sequence[int]) -> torch.Tensor:
     """Logits of the next token, ``[vocab]``."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
-        return model(torch.tensor([tokens])).logits[0, -1]
+        return _reference(folder)(torch.tensor([tokens])).logits[0, -1]
 
 
 def greedy_by_transformers(folder: Path, prefixes: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    answers = []
-    for prefix in prefixes:
-        tokens = list(prefix)
-        while len(tokens) < len(prefix) + LENGTH and tokens[-1] != END:
-            with torch.inference_mode():
-                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        answers.append(tuple(tokens[len(prefix) :]))
-    return answers
+    return [_greedy(folder, tuple(prefix)) for prefix in prefixes]
+
+
+@functools.cache
+def _greedy(folder: Path, prefix: tuple[int, ...]) -> tuple[int, ...]:
+    model, tokens = _reference(folder), list(prefix)
+    while len(tokens) < len(prefix) + LENGTH and tokens[-1] != END:
+        with torch.inference_mode():
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tuple(tokens[len(prefix) :])
+
+
+@functools.cache
+def _reference(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def policy_of(model: Path, corpus: Path, folder: Path, dtype: str = "fp32") -> Policy:

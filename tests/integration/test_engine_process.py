@@ -1,4 +1,4 @@
-"""An engine in a separate process, used by a gloo world of two ranks that torchrun starts."""
+"""An engine in a separate process, used by a gloo world of two ranks that start as under torchrun."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from prefork import VLLM, forked
 from rollout_contract import LENGTH, prompts, weights_of
 
 HERE = Path(__file__).parent
@@ -17,17 +18,13 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def world(served_model, other_model, corpus, tmp_path_factory):
-    """Reports of both ranks of ``world_of_two.py``."""
+    """Reports of both ranks of ``world_of_two.py``, forked so that only their engine imports vLLM anew."""
     out = tmp_path_factory.mktemp("world")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(HERE / "world_of_two.py"), str(served_model), str(other_model), str(corpus), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "SLURM_PROCID": "7"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "SLURM_PROCID": "7"}
+    command = [sys.executable, str(HERE / "two_ranks.py"), *map(str, (served_model, other_model, corpus, out))]
+    process = forked(VLLM, command, env=env)
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-4000:]
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from prefork import VLLM, forked
 from rollout_contract import LENGTH, RolloutContract, prompts, weights_of
-from tiny_runs import start_engine
+from tiny_runs import finish, start_engine
 
 
 @pytest.fixture
@@ -28,17 +30,11 @@ class TestRolloutContract(RolloutContract):
 
 def test_another_process_samples_the_same(engine, served_model):
     here = engine.generate(prompts(), LENGTH, 0)
-    code = (
-        "import json, pathlib, sys\n"
-        f"sys.path[:0] = {sys.path!r}\n"
-        "from rollout_contract import LENGTH, prompts\n"
-        "from tiny_runs import start_engine\n"
-        f"results = start_engine(pathlib.Path({str(served_model)!r})).generate(prompts(), LENGTH, 0)\n"
-        "print(json.dumps([[r.tokens, r.logprobs] for r in results]))\n"
-    )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert there.returncode == 0, there.stderr
-    assert json.loads(there.stdout.splitlines()[-1]) == [[list(r.tokens), list(r.logprobs)] for r in here]
+    script = Path(__file__).parent / "engine_alone.py"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    code, out, err = finish(forked(VLLM, [sys.executable, str(script), str(served_model)], env=env))
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1]) == [[list(r.tokens), list(r.logprobs)] for r in here]
 
 
 def test_sampling_settings_in_the_model_folder_change_nothing(engine, served_model, tmp_path):

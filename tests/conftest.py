@@ -51,6 +51,7 @@ TOGETHER = {
             "test_moe_engine",
             "test_evaluate",
             "test_hostile_teacher",
+            "test_teacher_vllm",
         ),
         "vllm",
     ),

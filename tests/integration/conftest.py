@@ -54,12 +54,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker("vllm")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def engines_outlive_the_tests():
-    """Keep engines alive: vLLM destroys process-wide groups when one is collected, even while others are in use."""
-    if not HAS_VLLM:
-        yield
-        return
+    """Keep engines alive: vLLM destroys process-wide groups when one is collected, even while others are in use.
+
+    For tests that build engines in this process; others do not wait for the import of vLLM.
+    """
     import vllm
 
     build = vllm.LLM.__init__
@@ -86,7 +86,7 @@ def other_model(served_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(served_model):
+def engine(served_model, engines_outlive_the_tests):
     """The rollout engine in fp32 with ``served_model``; a test that updates its weights restores them."""
     return start_engine(served_model)
 

@@ -48,7 +48,7 @@ def serve(config: Path, **variables: str) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **variables},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
     )  # fmt: skip
 
 

@@ -39,11 +39,14 @@ from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Sourc
 ASSETS = Path(__file__).parents[2] / "runs/assets"
 MODEL = ASSETS / "smollm2-135m-instruct"
 CORPUS = ASSETS / "corpus/heldout.jsonl"
-PREFIX, SUFFIX, CONTEXT = 64, 48, 1024
+PREFIX, SUFFIX, CONTEXT = 48, 32, 1024
 
-pytestmark = pytest.mark.skipif(
-    not (MODEL / "model.safetensors").is_file() or not CORPUS.is_file(), reason=f"no model or corpus in {ASSETS}"
-)
+pytestmark = [
+    pytest.mark.usefixtures("engines_outlive_the_tests"),
+    pytest.mark.skipif(
+        not (MODEL / "model.safetensors").is_file() or not CORPUS.is_file(), reason=f"no model or corpus in {ASSETS}"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +56,14 @@ def text():
 
 @pytest.fixture(scope="module")
 def episodes(text):
-    """The first chunk of each of 12 held-out documents."""
+    """The first chunk of each of 8 held-out documents."""
     found = []
     for number, line in enumerate(CORPUS.read_text().splitlines()):
         tokens = text.encode(json.loads(line)["text"])
         if len(tokens) >= PREFIX + SUFFIX:
             prefix, suffix = tuple(tokens[:PREFIX]), tuple(tokens[PREFIX : PREFIX + SUFFIX])
             found.append(Episode(f"heldout-{number}", prefix, suffix, "heldout", str(number), PREFIX))
-    return found[:12]
+    return found[:8]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +78,8 @@ def generator():
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A generator whose model has the same tokenizer and one small random layer: for what needs no sensible text."""
+def small_model(tmp_path_factory):
+    """The same tokenizer and one small random layer: for what needs no sensible text."""
     folder = tmp_path_factory.mktemp("small") / "model"
     shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
@@ -84,7 +87,12 @@ def small(tmp_path_factory):
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**settings | sizes)).save_pretrained(folder)
-    return VllmGenerator(folder, CONTEXT, kv_cache_gib=0.25)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(small_model):
+    return VllmGenerator(small_model, CONTEXT, kv_cache_gib=0.25)
 
 
 def spoiled(episodes, text):
@@ -127,10 +135,10 @@ def test_same_seed_same_reply_whatever_came_before(small):
     assert all(reply.finish_reason == "length" and len(reply.token_ids) == 8 for reply in first)
 
 
-def test_an_engine_in_a_process_of_its_own_replies_the_same(generator):
+def test_an_engine_in_a_process_of_its_own_replies_the_same(small, small_model):
     requests = [greeting(seed) for seed in range(4)]
-    other = VllmGenerator(MODEL, CONTEXT, kv_cache_gib=0.25, in_process=False)
-    assert other.generate(requests) == generator.generate(requests)
+    other = VllmGenerator(small_model, CONTEXT, kv_cache_gib=0.25, in_process=False)
+    assert other.generate(requests) == small.generate(requests)
     other._process.end()
     with pytest.raises(EngineError, match="the process of the teacher's engine ended"):
         other.generate(requests)
@@ -163,8 +171,8 @@ def test_a_text_cannot_end_its_chat_turn(generator):
 def test_an_answer_is_held_to_its_schema_and_is_the_same_again(generator):
     """Constrained by vLLM on a CPU too: this model alone never answers in JSON."""
     requests = [
-        Request((Message("user", "Which is better, tea or coffee?"),), seed, 96, json_schema=schema("quality"))
-        for seed in range(8)
+        Request((Message("user", "Which is better, tea or coffee?"),), seed, 48, json_schema=schema("quality"))
+        for seed in range(5)
     ]
     replies = generator.generate(requests)
     assert generator.generate(requests) == replies
@@ -217,10 +225,10 @@ def test_the_rewriter_gives_exact_lengths_or_reasons(generator, episodes, text):
     assert all(result.reason == "rewrite too short" for result in results if isinstance(result, Failed))
 
 
-def test_build_teacher_loads_what_the_run_needs():
+def test_build_teacher_loads_what_the_run_needs(small_model):
     config = Config(
         run=RunConfig(dir="unused"),
-        model=ModelConfig(path=str(MODEL)),
+        model=ModelConfig(path=str(small_model)),
         data=DataConfig(suffix_length=SUFFIX),
         objective=ObjectiveConfig(name="online_dpo"),
     )

@@ -20,7 +20,6 @@ from tiny_runs import finish, json_lines, write_config
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = {
     "rollout": {"engine": "megatron", "max_batch": 16},
-    "teacher": {"run_in": "workers", "workers": {"own_model": True, "groups": 2, "lease": 5.0, "metrics_port": -1}},
     "train": {"steps": 6, "global_batch": 4, "micro_batch": 2, "staleness": 1},
 }
 pytestmark = pytest.mark.redis
@@ -75,14 +74,14 @@ class Launch:
 
 
 @pytest.fixture
-def launch(served_model, corpus, tmp_path) -> Iterator[Callable[..., Launch]]:
+def launch(served_model, corpus, tmp_path, judging_section) -> Iterator[Callable[..., Launch]]:
     launches: list[Launch] = []
 
     def start(*arguments: str) -> Launch:
-        write_config(tmp_path / "run.yaml", served_model, corpus, Path("here"), **SECTIONS)
+        write_config(tmp_path / "run.yaml", served_model, corpus, Path("here"), teacher=judging_section, **SECTIONS)
         cluster = yaml.safe_load((ROOT / "configs/cluster/local.yaml").read_text())
         cluster |= {"home": "home", "python": str(ROOT / ".venv/bin/python"), "environment": {"OMP_NUM_THREADS": "1"}}
-        # Workers judge with their own model, without a vLLM server.
+        # Workers ask the server of this process: one with a model, or a model of their own, would start slowly.
         cluster |= {"teacher": {}, "judges": {"workers": 1}}
         (tmp_path / "cluster.yaml").write_text(json.dumps(cluster))
         launches.append(Launch(tmp_path, *arguments))

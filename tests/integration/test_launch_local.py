@@ -13,7 +13,6 @@ from tiny_runs import finish, json_lines, write_config
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = {
     "rollout": {"engine": "megatron"},
-    "teacher": {"run_in": "workers", "workers": {"own_model": True, "groups": 2, "metrics_port": -1}},
     "train": {"steps": 3, "global_batch": 4, "micro_batch": 2, "staleness": 1},
 }
 
@@ -25,8 +24,9 @@ def rlpt(folder: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def launch(tmp_path, served_model, corpus):
-    config = write_config(tmp_path / "run.yaml", served_model, corpus, tmp_path / "run", **SECTIONS)
+def launch(tmp_path, served_model, corpus, judging_section):
+    sections = {**SECTIONS, "teacher": judging_section}
+    config = write_config(tmp_path / "run.yaml", served_model, corpus, tmp_path / "run", **sections)
     cluster = tmp_path / "cluster.yaml"
     settings = {"home": str(tmp_path / "home"), "python": str(ROOT / ".venv/bin/python"), "judges": {"workers": 1}}
     cluster.write_text(json.dumps(settings | {"environment": {"OMP_NUM_THREADS": "1"}}))

@@ -10,7 +10,7 @@ from slurm_launches import QUICK, STEPS, assert_equal_runs
 pytestmark = pytest.mark.slurm
 
 
-def test_the_time_is_up_and_the_job_goes_on_where_it_was(undisturbed, cluster, launched):
+def test_the_time_is_up_then_the_node_is_lost_and_the_job_goes_on_where_it_was(undisturbed, cluster, launched):
     run = launched(stop_lead=120)
     run.launch(*QUICK)
     run.wait(lambda: run.steps() >= 2)
@@ -23,12 +23,26 @@ def test_the_time_is_up_and_the_job_goes_on_where_it_was(undisturbed, cluster, l
     cluster.run("scontrol", "update", f"jobid={run.job()}", "timelimit=30")
     done = run.steps()
     assert done < STEPS
+    assert "requesting a checkpoint" in run.output()
     run.wait(lambda: run.start_of("judges-00000").endswith(".1"))
     with run.buffer() as buffer:
         buffer.drain(False)
-    assert run.ended() == ("COMPLETED", "0:0"), run.output()
-    assert "requesting a checkpoint" in run.output()
+        run.wait(lambda: run.steps() > done)
+        buffer.drain(True)
     assert f"steps={done}" in (run.folder / "run.log").read_text()
+    assert run.steps() < STEPS
+
+    node = cluster.run("squeue", "--noheader", f"--jobs={run.job()}", "--format=%N").strip()
+    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+    run.wait(lambda: run.start_of("judges-00000").endswith(".2"))
+    with run.buffer() as buffer:
+        buffer.drain(False)
+    assert run.ended() == ("COMPLETED", "0:0"), run.output()
+    run.wait(lambda: "down" not in cluster.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T"))
+    assert run.start_of("trainer-00000").endswith(".2")
+    # The second time from the checkpoint of the first, or from the one of the step that was under way: Slurm asks what
+    # it requeues to end, where it still can.
+    assert len(re.findall(r"resumed .*steps=[1-9]", (run.folder / "run.log").read_text())) == 2
     assert_equal_runs(run.folder, undisturbed)
 
 
@@ -43,20 +57,6 @@ def test_a_job_of_several_ranks_that_is_told_to_end_leaves_a_checkpoint_and_goes
     done = run.steps()
     assert list((run.folder / "checkpoints").glob(f"step-*{done}")), "what was done is in a checkpoint"
     assert not list((run.folder / "cluster/failed").iterdir()), "and nothing has failed"
-
-
-def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_on_another(undisturbed, cluster, launched):
-    run = launched()
-    run.launch(*QUICK, "checkpoint.every=2")
-    run.wait(lambda: run.steps() >= 3)
-    node = cluster.run("squeue", "--noheader", f"--jobs={run.job()}", "--format=%N").strip()
-    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
-    assert run.ended() == ("COMPLETED", "0:0"), run.output()
-    run.wait(lambda: "down" not in cluster.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T"))
-    assert run.start_of("trainer-00000").endswith(".1")
-    # One of its own, or the one of the step that was under way: Slurm asks what it requeues to end, where it still can.
-    assert len(re.findall(r"resumed .*steps=[1-9]", (run.folder / "run.log").read_text())) == 1
-    assert_equal_runs(run.folder, undisturbed)
 
 
 def test_judging_in_a_job_of_its_own_whose_time_is_up_goes_on_together_with_training(undisturbed, cluster, launched):

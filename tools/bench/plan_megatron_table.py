@@ -20,6 +20,7 @@ result depends on it: with single sequences everywhere, predictions are 16 % too
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -124,6 +125,7 @@ def predict(row: Row, fitted: Fitted | None = None) -> tuple[PassTime, float]:
     return time, utilisation(row.model, nodes, work, time.total)
 
 
+@functools.cache
 def error(row: Row, fitted: Fitted | None = None) -> float:
     """Return the relative error of the predicted utilization."""
     return predict(row, fitted)[1] / row.published - 1

@@ -1,6 +1,7 @@
 """Reading files and overrides: accepted input, and error messages for the rest."""
 
 import contextlib
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ MINIMAL = ["run.dir=r", "model.path=m", "train.steps=100", "data.sources=[{path:
 
 def load(*overrides: str) -> Config:
     return load_config(None, [*MINIMAL, *overrides])
+
+
+@pytest.fixture(scope="module")
+def minimal() -> Config:
+    return load()
 
 
 def refused(*overrides: str) -> str:
@@ -225,8 +231,8 @@ def test_yaml_round_trip(write):
         lambda text: text != "???"
     )
 )
-def test_any_text_survives_the_round_trip(tmp_path, text):
-    config = load()
+def test_any_text_survives_the_round_trip(tmp_path, minimal, text):
+    config = copy.deepcopy(minimal)
     config.run.dir = text
     path = tmp_path / "a.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")

@@ -73,11 +73,17 @@ def serving(folder: Path, config: Path, *arguments: str, **variables: str):
             process.wait()
 
 
-def refusal(folder: Path, config: Path, *arguments: str) -> tuple[int, str]:
-    done = subprocess.run(
-        command(config, *arguments), env=environment(folder), capture_output=True, text=True, timeout=60
-    )
-    return done.returncode, done.stderr.strip()
+@pytest.fixture
+def refusal(folder, rlpt, monkeypatch):
+    """Run the command in this process; return its exit code and what it says."""
+    for name, value in environment(folder).items():
+        monkeypatch.setenv(name, value)  # for a server that it should not start
+
+    def run(config: Path, *arguments: str) -> tuple[int, str]:
+        code, _, said = rlpt("teacher", "serve", "-c", config, *arguments)
+        return code, said.strip()
+
+    return run
 
 
 def await_(what, process: subprocess.Popen[bytes], folder: Path):
@@ -182,8 +188,8 @@ def test_on_a_cpu_nothing_is_compiled_before_it_answers_unless_asked_for(gpu, fo
     assert command[-1] == "--no-enforce-eager", "the last one counts"
 
 
-def test_an_override_with_a_wrong_key_is_refused_before_a_server_starts(folder):
-    code, error = refusal(folder, configured(folder), "teacher.max_contxt=77")
+def test_an_override_with_a_wrong_key_is_refused_before_a_server_starts(folder, refusal):
+    code, error = refusal(configured(folder), "teacher.max_contxt=77")
     assert (code, "nearest valid key is 'teacher.max_context'" in error) == (2, True), error
     assert not (folder / "started.json").exists()
 
@@ -196,8 +202,8 @@ def test_an_override_with_a_wrong_key_is_refused_before_a_server_starts(folder):
         (["objective.name=ntp", "candidates.rollouts=0"], "error: objective.name is ntp, which needs no judge"),
     ],
 )
-def test_a_server_that_nobody_would_ask_is_refused(folder, overrides, reason):
-    code, error = refusal(folder, configured(folder), *overrides)
+def test_a_server_that_nobody_would_ask_is_refused(folder, overrides, reason, refusal):
+    code, error = refusal(configured(folder), *overrides)
     assert code == 2
     assert error.startswith(reason)
     assert not (folder / "started.json").exists()
@@ -241,8 +247,8 @@ def test_the_buffer_s_password_is_not_passed_on_to_the_server(folder):
 
 
 @pytest.mark.parametrize("arguments", [["--api-key", "secret"], ["--api-key=secret"], ["--api_key=secret"]])
-def test_a_key_on_the_command_line_is_refused(folder, arguments):
-    code, said = refusal(folder, configured(folder), *arguments)
+def test_a_key_on_the_command_line_is_refused(folder, arguments, refusal):
+    code, said = refusal(configured(folder), *arguments)
     assert code == 2
     assert "name that in teacher.workers.key_env" in said
     assert "secret" not in said
@@ -266,18 +272,18 @@ def test_it_listens_on_loopback_unless_asked_otherwise_and_announces_where_it_is
     buffer.close()
 
 
-def test_an_address_of_another_machine_is_refused(folder):
-    code, said = refusal(folder, configured(folder), "--host", "192.0.2.1")
+def test_an_address_of_another_machine_is_refused(folder, refusal):
+    code, said = refusal(configured(folder), "--host", "192.0.2.1")
     assert code == 2
     assert "--host 192.0.2.1 is not an address of this machine" in said
 
 
-def test_the_key_of_announced_servers_reaches_the_server_and_is_never_written(folder):
+def test_the_key_of_announced_servers_reaches_the_server_and_is_never_written(folder, refusal):
     buffer = open_url(f"sqlite:///{folder}/buffer.sqlite", "run")
     workers = {"key_env": "OUR_KEY"}
     sections = {"buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"}}
     config = configured(folder, teacher={"run_in": "workers", "workers": workers}, **sections)
-    code, said = refusal(folder, config)
+    code, said = refusal(config)
     assert (code, "teacher.workers.key_env is OUR_KEY, which is not set to a key" in said) == (2, True), said
     with serving(folder, config, "--host", "0.0.0.0", OUR_KEY="sesame") as process:
         (value,) = await_(lambda: buffer.announced(KIND).values(), process, folder)

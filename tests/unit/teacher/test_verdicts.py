@@ -260,10 +260,10 @@ def test_examples_of_the_other_axes(subtests):
             assert isinstance(reward, Failed) if word is None else reward == MEANING[PARSE[axis]][word]
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=100, deadline=None, database=None)
 @given(st.integers(0, 2**64))
 def test_no_reply_raises_and_no_verdict_comes_from_nowhere(first):
-    """10,000 replies here; tools/bench/verdict_replies.py makes any number and counts by form."""
+    """5,000 replies here; tools/bench/verdict_replies.py makes any number and counts by form."""
     for seed in range(first, first + 50):
         axis, form, text, word = make(seed)
         reward = PARSE[axis](reply(text))
@@ -294,7 +294,7 @@ def test_the_hostile_replies_hold_what_might_be_taken_for_a_verdict():
     assert len(kinds) >= len(HOSTILE) - 2
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=100, deadline=None, database=None)
 @given(st.integers(0, 2**64), st.text())
 def test_a_copy_of_the_text_under_judgment_is_no_verdict(first, other):
     """Judges see any text without its verdicts, so what they copy of it has none."""

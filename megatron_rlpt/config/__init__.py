@@ -9,6 +9,7 @@ from megatron_rlpt.config.checks import (
     validate,
 )
 from megatron_rlpt.config.choices import (
+    AnswerForm,
     Decay,
     Dtype,
     EngineName,
@@ -54,6 +55,7 @@ from megatron_rlpt.config.schema_teacher import (
 )
 
 __all__ = [
+    "AnswerForm",
     "AxisConfig",
     "BufferConfig",
     "CandidatesConfig",

@@ -162,7 +162,7 @@ def _check_candidates(config: Config, facts: ObjectiveFacts) -> None:
 
 def _check_judge(config: Config) -> None:
     check_judge(config)
-    axes = config.teacher.generative
+    axes = config.teacher.generative.asked()
     generative = needs_judge(config) and judge_facts(config).has_axes
     if generative and not any(axis.weight for axis in (axes.quality, axes.safety, axes.factuality)):
         raise ConfigError("teacher.generative has no axis with a weight above 0; allowed: at least one")

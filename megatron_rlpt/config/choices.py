@@ -49,6 +49,13 @@ class PairScheme(enum.StrEnum):
     elimination = "elimination"
 
 
+class AnswerForm(enum.StrEnum):
+    """How a prompted judge answers."""
+
+    reasoned = "reasoned"
+    direct = "direct"
+
+
 class OptionOrder(enum.StrEnum):
     """In which order the two options of a comparison are shown."""
 

@@ -122,7 +122,7 @@ def longest_answer(config: Config) -> int:
     facts = judge_facts(config)
     if facts.asks is not TeacherUse.text:
         return 0
-    return config.teacher.generative.max_tokens if facts.has_axes else facts.longest_answer
+    return config.teacher.generative.asked().max_tokens if facts.has_axes else facts.longest_answer
 
 
 _ASKS = f"{TeacherUse.nothing.name} or {TeacherUse.text.name}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_rlpt.config.choices import Dtype, OptionOrder, PairScheme, RunIn
+from megatron_rlpt.config.choices import AnswerForm, Dtype, OptionOrder, PairScheme, RunIn
 from megatron_rlpt.config.fields import option, section
 
 
@@ -64,9 +64,30 @@ class GenerativeConfig:
     factuality: AxisConfig = section(
         AxisConfig, "Pointwise, with the original suffix as reference: no, possible or definite hallucination."
     )
+    answer: AnswerForm = option(
+        AnswerForm.reasoned,
+        "How the judge answers: with reasons and then its verdict (reasoned), or with one word whose probabilities are "
+        "the verdict (direct; needs a judge trained for it; one request per candidate or order of a pair, whatever "
+        "votes, order and sampling are).",
+        paper="reasoned",
+    )
     temperature: float = option(1.0, "Sampling temperature of the judge.", at_least=0, paper="1.0")
     top_p: float = option(0.6, "Nucleus sampling of the judge.", above=0, at_most=1, paper="0.6 (fine-tuned judge)")
     max_tokens: int = option(512, "Maximum length of an answer of the judge.", unit="tokens", at_least=1)
+
+    def asked(self) -> GenerativeConfig:
+        """Return these settings as requests follow them: a direct answer has one vote, both orders and one token."""
+        if self.answer is not AnswerForm.direct:
+            return self
+        return replace(
+            self,
+            quality=replace(self.quality, votes=1, order=OptionOrder.both),
+            safety=replace(self.safety, votes=1),
+            factuality=replace(self.factuality, votes=1),
+            temperature=0.0,
+            top_p=1.0,
+            max_tokens=1,
+        )
 
 
 @dataclass

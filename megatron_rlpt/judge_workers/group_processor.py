@@ -95,7 +95,8 @@ def _read(text: str | None) -> Reply | None:
         return None
     try:
         fields = json.loads(text)
-        reply = Reply(**fields | {"token_ids": tuple(fields["token_ids"])})
+        alternatives = tuple((str(token), float(logprob)) for token, logprob in fields.get("alternatives", ()))
+        reply = Reply(**fields | {"token_ids": tuple(fields["token_ids"]), "alternatives": alternatives})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     cached = () if reply.cached_tokens is None else (reply.cached_tokens,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_rlpt.config import Config, RunIn, TeacherUse, judge_facts, needs_judge
+from megatron_rlpt.config import AnswerForm, Config, RunIn, TeacherUse, judge_facts, needs_judge
 from megatron_rlpt.planner.generation import GenerationEngine, score_seconds
 from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.teacher.comparisons import comparisons, rounds
@@ -110,7 +110,8 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
         return (*found, Calls("likelihood", count, 0.0, prefix, suffix, 0.0))
     if not facts.has_axes:
         return (*found, Calls("judge", math.ceil(count * facts.questions), 0.0, 0.0, prefix + suffix, answer_tokens))
-    axes = config.teacher.generative
+    axes = config.teacher.generative.asked()
+    answer_tokens = min(answer_tokens, axes.max_tokens)
     if axes.quality.weight > 0:
         asked = comparisons(axes.quality.scheme, count, axes.quality.votes, axes.quality.order)
         found.append(Calls("quality", asked, _template("quality"), prefix, 2 * suffix, answer_tokens))
@@ -174,4 +175,4 @@ def _decode(server: GenerationEngine, kind: Calls, requests: float) -> tuple[flo
 def _template(name: str) -> float:
     """Return the tokens of a prompt without the texts in it."""
     texts = dict.fromkeys(("prefix", "first", "second", "reference", "text", "passage"), "")
-    return len(build_prompt(name, 0, **texts).text) / CHARACTERS_PER_TOKEN
+    return len(build_prompt(name, 0, AnswerForm.reasoned, **texts).text) / CHARACTERS_PER_TOKEN

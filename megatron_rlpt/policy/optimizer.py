@@ -47,6 +47,9 @@ def build_optimizer(
         )
         for number, model_chunk in enumerate(model_chunks)
     ]
+    for ddp in ddps:
+        for bucket_group in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups):
+            _skip_lone_collectives(bucket_group)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -69,6 +72,33 @@ def build_optimizer(
     shared.finalize_model_grads_func = finalize_model_grads
     shared.no_sync_func = ddps[0].no_sync if len(ddps) == 1 else [ddp.no_sync for ddp in ddps]
     return ddps, optimizer
+
+
+def _skip_lone_collectives(bucket_group: Any) -> None:
+    """Leave out the collectives of a data-parallel group of one rank, in which every rank has what they would bring.
+
+    Gloo would copy all gradients and all weights to say so. Overlapped collectives are left as they are: Megatron waits
+    for their handles (``megatron/core/distributed/param_and_grad_buffer.py``).
+    """
+    settings = bucket_group.ddp_config
+    if (
+        bucket_group.intra_distributed_optimizer_instance_size > 1
+        or settings.num_distributed_optimizer_instances > 1
+        or settings.overlap_grad_reduce
+        or settings.overlap_param_gather
+    ):
+        return
+
+    def scale_gradients(force_all_reduce: bool | None = False) -> None:
+        for bucket in bucket_group.buckets:
+            if bucket.gradient_scaling_factor != 1.0:
+                bucket.grad_data *= bucket.gradient_scaling_factor
+
+    def gather_nothing(force_sync: bool = False) -> None:
+        bucket_group.param_gather_dispatched = True
+
+    bucket_group.start_grad_sync = scale_gradients
+    bucket_group.start_param_sync = gather_nothing
 
 
 def build_scheduler(optimizer: Any, config: OptimizerConfig, train: TrainConfig) -> Any:
@@ -94,9 +124,17 @@ def _init_state(optimizer: Any) -> None:
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.Adam):  # also AdamW
-            for state in part.optimizer.state.values():
-                # ``init_state_fn`` does not set it.
-                state.setdefault("step", torch.tensor(0.0))
+            for group in part.optimizer.param_groups:
+                # One pass over the memory per parameter instead of one per operation of Adam.
+                group["fused"] = True
+            # ``init_state_fn`` does not set it.
+            _set_steps(part.optimizer, 0)
+
+
+def _set_steps(adam: torch.optim.Adam, updates: int) -> None:
+    """Set the step counter of every parameter: one each, since Adam adds to it in place, beside the moments."""
+    for state in adam.state.values():
+        state["step"] = torch.tensor(float(updates), device=state["exp_avg"].device)
 
 
 def sharded_optimizer_state(optimizer: Any, model: Any, is_loading: bool) -> dict[str, Any]:
@@ -134,8 +172,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
                 entries.pop("step", None)
         part.load_parameter_state_from_fully_reshardable(state["tensors"][number])
         if torch_adam:
-            for entries in part.optimizer.state.values():
-                entries["step"] = torch.tensor(float(updates))  # one per parameter: Adam adds to it in place
+            _set_steps(part.optimizer, updates)
         else:
             for group in part.optimizer.param_groups:
                 group["step"] = updates

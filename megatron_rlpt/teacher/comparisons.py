@@ -34,9 +34,9 @@ from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.votes import Match, MatchVote, Standings, tally_votes, win_counts
 from megatron_rlpt.types import Failed
 
-Compare = Callable[[int, int, int], Awaitable[int | Failed]]
+Compare = Callable[[int, int, int], Awaitable[float | Failed]]
 """Takes the candidate shown as option 1, the one shown as option 2, and the number of earlier matches of the pair.
-Returns the winning candidate, or ``Failed``."""
+Returns the probability that option 1 is better, 1 or 0 for a verdict, or ``Failed``."""
 
 _FINALISTS = 3
 """Candidates at either end in the last round. Two are slightly better if votes err independently. More are better if
@@ -117,8 +117,8 @@ class _MatchTable:
     async def meet(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Play one round: all ``pairs`` concurrently. A pair that is listed twice meets twice."""
         matches = [match for pair in pairs for match in self._matches(*pair)]
-        winners = await gather_or_cancel(self._winner(match) for match in matches)
-        self.votes += [MatchVote(match, winner) for match, winner in zip(matches, winners, strict=True)]
+        found = await gather_or_cancel(self._first_wins(match) for match in matches)
+        self.votes += [MatchVote(match, first_wins) for match, first_wins in zip(matches, found, strict=True)]
 
     def ends(self) -> tuple[list[int], list[int]]:
         """Return positions sorted from the best and from the worst, by all votes so far.
@@ -137,7 +137,7 @@ class _MatchTable:
     def decided(self, one: int, other: int) -> tuple[int, int] | None:
         """Return winner and loser of the matches of two; None if neither won more."""
         wins = self._wins()
-        gap = wins[one, other] - wins[other, one]
+        gap = wins.get((one, other), 0.0) - wins.get((other, one), 0.0)
         return ((one, other) if gap > 0 else (other, one)) if gap else None
 
     def without_verdict(self) -> list[int]:
@@ -146,9 +146,12 @@ class _MatchTable:
         tries = Counter(position for pair in self.met.elements() for position in pair)
         return [one for one in range(self.size) if one not in known and tries[one] < _MOST_TRIES]
 
-    def _wins(self) -> Counter[tuple[int, int]]:
-        decided = [(vote.match, vote.winner) for vote in self.votes if not isinstance(vote.winner, Failed)]
+    def _wins(self) -> dict[tuple[int, int], float]:
+        decided = [(vote.match, vote.first_wins) for vote in self.votes if not isinstance(vote.first_wins, Failed)]
         return win_counts(self._entrants, decided)
+
+    async def _first_wins(self, match: Match) -> float | Failed:
+        return await self._compare(match.first, match.second, match.vote_index)
 
     def _matches(self, one: int, other: int) -> list[Match]:
         pair = _sorted(one, other)
@@ -161,9 +164,6 @@ class _MatchTable:
             return [Match(low, high, meeting), Match(high, low, meeting)]
         # Random in the first match of a pair, alternating after that.
         return [Match(low, high, meeting) if self._first[pair] == (meeting % 2 == 0) else Match(high, low, meeting)]
-
-    async def _winner(self, match: Match) -> int | Failed:
-        return await self._compare(match.first, match.second, match.vote_index)
 
 
 async def _tournament(table: _MatchTable, votes: int) -> None:

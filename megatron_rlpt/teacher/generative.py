@@ -13,17 +13,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_rlpt.config import AxisConfig, GenerativeConfig
+from megatron_rlpt.config import AnswerForm, AxisConfig, GenerativeConfig
 from megatron_rlpt.teacher.comparisons import rank
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
-from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
+from megatron_rlpt.teacher.prompts import build_prompt, version_of
+from megatron_rlpt.teacher.verdicts.direct import ALTERNATIVES, direct_factuality, direct_quality, direct_safety
 from megatron_rlpt.teacher.verdicts.parsing import parse_factuality, parse_quality, parse_safety, schema
 from megatron_rlpt.teacher.votes import mean_axis_value, weighted_reward
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import BLANK, Cost, Failed, Group, Reward, derive_seed
 
-_POINTWISE: dict[str, Callable[[Reply], float | Failed]] = {"safety": parse_safety, "factuality": parse_factuality}
+_PARSERS: dict[AnswerForm, dict[str, Callable[[Reply], float | Failed]]] = {
+    AnswerForm.reasoned: {
+        # Read as a probability that the first is better.
+        "quality": lambda reply: verdict if isinstance(verdict := parse_quality(reply), Failed) else 1.0 - verdict,
+        "safety": parse_safety,
+        "factuality": parse_factuality,
+    },
+    AnswerForm.direct: {"quality": direct_quality, "safety": direct_safety, "factuality": direct_factuality},
+}
 
 
 @dataclass
@@ -53,20 +62,22 @@ class GenerativeJudge:
         """
         self.name = f"generative/{teacher}"
         self._text = text
-        self._config = config
+        self._config = config = config.asked()
+        self._parse = _PARSERS[config.answer]
         self._seed = seed
         pointwise = {"safety": config.safety, "factuality": config.factuality}
         self._pointwise = {name: axis for name, axis in pointwise.items() if axis.weight > 0}
         self._weights = {"quality": config.quality.weight} if config.quality.weight > 0 else {}
         self._weights |= {name: axis.weight for name, axis in self._pointwise.items()}
-        self._version = "+".join(VERSIONS[name] for name in self._weights)
+        self._version = "+".join(version_of(name, config.answer) for name in self._weights)
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
         """Return the group with its cost and one reward per candidate.
 
         ``detail["axes"]`` holds each axis' value and its votes: seed, reply, and verdict or failure. A vote on a pair
         names candidates by index, is listed with both, and holds its reply with the one shown first.
-        ``detail["standings"]`` holds statistics of the comparisons.
+        A direct
+        answer adds the probability that the first wins. ``detail["standings"]`` holds statistics of the comparisons.
         """
         start = time.perf_counter()
         counting = _CountingAsk(ask)
@@ -91,19 +102,23 @@ class GenerativeJudge:
         prefix = prefix_text(self._text, episode)
         votes: list[list[dict[str, Any]]] = [[] for _ in texts]
 
-        async def compare(first: int, second: int, vote: int) -> int | Failed:
+        async def compare(first: int, second: int, vote: int) -> float | Failed:
             seed = derive_seed(self._seed, episode.id, "quality", first, second, vote)
             request = self._request(
                 "quality", episode.id, seed, prefix=prefix, first=texts[first], second=texts[second]
             )
             reply = await ask(request)
-            verdict = reply if isinstance(reply, Failed) else parse_quality(reply)
-            winner = verdict if isinstance(verdict, Failed) else (first, second)[verdict]
-            record = {"first": indices[first], "second": indices[second], "vote": vote, "seed": seed}
-            record["verdict"] = _plain(winner if isinstance(winner, Failed) else indices[winner])
+            first_wins = reply if isinstance(reply, Failed) else self._parse["quality"](reply)
+            record: dict[str, Any] = {"first": indices[first], "second": indices[second], "vote": vote, "seed": seed}
+            if isinstance(first_wins, Failed):
+                record["verdict"] = _plain(first_wins)
+            else:
+                record["verdict"] = indices[first if first_wins > 0.5 else second]
+                if self._config.answer is AnswerForm.direct:
+                    record["first_wins"] = first_wins
             votes[first].append(record | {"reply": _text(reply)})
             votes[second].append(record)
-            return winner
+            return first_wins
 
         draw = derive_seed(self._seed, episode.id, "quality", "draw")
         table, _ = await rank(axis.scheme, len(texts), axis.votes, axis.order, draw, compare)
@@ -126,7 +141,7 @@ class GenerativeJudge:
         async def judge(index: int, vote: int) -> tuple[float | Failed, dict[str, Any]]:
             seed = derive_seed(self._seed, episode.id, name, index, vote)
             reply = await ask(self._request(name, episode.id, seed, text=texts[index], **shown))
-            verdict = reply if isinstance(reply, Failed) else _POINTWISE[name](reply)
+            verdict = reply if isinstance(reply, Failed) else self._parse[name](reply)
             return verdict, {"vote": vote, "seed": seed, "verdict": _plain(verdict), "reply": _text(reply)}
 
         votes = await gather_or_cancel(judge(index, vote) for index in range(len(texts)) for vote in range(axis.votes))
@@ -138,13 +153,16 @@ class GenerativeJudge:
         )
 
     def _request(self, name: str, episode: str, seed: int, **texts: str) -> Request:
+        direct = self._config.answer is AnswerForm.direct
+        prompt = build_prompt(name, derive_seed(self._seed, episode), self._config.answer, **texts)
         return Request(
-            prompt=(Message("user", build_prompt(name, derive_seed(self._seed, episode), **texts).text),),
+            prompt=(Message("user", prompt.text),),
             seed=seed,
             max_tokens=self._config.max_tokens,
             temperature=self._config.temperature,
             top_p=self._config.top_p,
-            json_schema=schema(name),
+            json_schema="" if direct else schema(name),
+            alternatives=ALTERNATIVES if direct else 0,
             episode=episode,
         )
 

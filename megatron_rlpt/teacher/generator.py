@@ -34,6 +34,8 @@ class Request:
     """Prefill of the answer to a chat; not part of the reply."""
     json_schema: str = ""
     """JSON Schema, as text, that constrains the answer if the server supports it; empty is no constraint."""
+    alternatives: int = 0
+    """Most probable first tokens of the answer to return with their probabilities; 0 for none."""
     episode: str = ""
     """Id of the episode that the request is about: a pool sends all of them to one server, whose prefix cache has read
     the beginning of their prompts; empty for none."""
@@ -54,6 +56,8 @@ class Reply:
     """Answer tokens, from a server that counts them but does not return ``token_ids``; 0 is unknown."""
     cached_tokens: int | None = None
     """Prompt tokens that the server took from its prefix cache; None is unknown."""
+    alternatives: tuple[tuple[str, float], ...] = ()
+    """Text and log-probability (nats) of the most probable first tokens, if the request asked for them."""
 
 
 class TextGenerator(Protocol):

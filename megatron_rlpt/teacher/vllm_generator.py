@@ -104,6 +104,7 @@ class VllmGenerator:
                     str(answer.finish_reason),
                     prompt_tokens=len(output.prompt_token_ids),
                     cached_tokens=output.num_cached_tokens,
+                    alternatives=_alternatives(answer.logprobs) if requests[index].alternatives else (),
                 )
         return results
 
@@ -117,6 +118,12 @@ def _compile_grammars_synchronously(engine: Any) -> None:
     engine.llm_engine.engine_core.engine_core.structured_output_manager._use_async_grammar_compilation = False
 
 
+def _alternatives(logprobs: Any) -> tuple[tuple[str, float], ...]:
+    """Return text and log-probability of the first token's alternatives, the most probable first."""
+    found = sorted((one for one in logprobs[0].values()), key=lambda one: -one.logprob) if logprobs else []
+    return tuple((one.decoded_token or "", float(one.logprob)) for one in found)
+
+
 def _sampling(request: Request) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -126,6 +133,7 @@ def _sampling(request: Request) -> Any:
         top_p=request.top_p,
         max_tokens=request.max_tokens,
         seed=request.seed,
+        logprobs=request.alternatives or None,
         structured_outputs=StructuredOutputsParams(json=request.json_schema) if request.json_schema else None,
     )
 

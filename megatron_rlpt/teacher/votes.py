@@ -27,10 +27,11 @@ class Match:
 
 @dataclass(frozen=True)
 class MatchVote:
-    """The vote on one match: the winning candidate, or why the reply has no verdict."""
+    """The vote on one match."""
 
     match: Match
-    winner: int | Failed
+    first_wins: float | Failed
+    """Probability that the candidate shown first is better: 1 or 0 for a verdict; or why the reply has none."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,13 @@ def tally_votes(candidates: int, votes: Sequence[MatchVote], *, all_met: bool) -
 
     A candidate without a decided match gets ``Failed``.
     """
-    decided = [(vote.match, vote.winner) for vote in votes if not isinstance(vote.winner, Failed)]
-    firsts = [float(winner == match.first) for match, winner in decided]
+    decided = [(vote.match, vote.first_wins) for vote in votes if not isinstance(vote.first_wins, Failed)]
+    firsts = [first_wins for _, first_wins in decided]
     by_order: dict[tuple[int, int], list[float]] = defaultdict(list)
     by_pair: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for (match, winner), first_won in zip(decided, firsts, strict=True):
-        by_order[match.first, match.second].append(first_won)
+    for match, first_wins in decided:
+        by_order[match.first, match.second].append(first_wins)
+        winner = match.first if first_wins > 0.5 else match.second
         by_pair[min(match.first, match.second), max(match.first, match.second)].append(winner)
     flips = [
         # The same option (first or second) has the majority in both orders, so the winner depends on the order.
@@ -105,36 +107,39 @@ def _with_causes(values: Sequence[float | Failed], votes: Sequence[MatchVote]) -
     """Add the cause of a candidate's first failed match to its ``Failed`` value."""
     first: dict[int, Failed] = {}
     for vote in votes:
-        if isinstance(vote.winner, Failed):
-            first.setdefault(vote.match.first, vote.winner)
-            first.setdefault(vote.match.second, vote.winner)
+        if isinstance(vote.first_wins, Failed):
+            first.setdefault(vote.match.first, vote.first_wins)
+            first.setdefault(vote.match.second, vote.first_wins)
     return tuple(
         value.because_of(first[index]) if isinstance(value, Failed) and index in first else value
         for index, value in enumerate(values)
     )
 
 
-def _shares(candidates: int, decided: Sequence[tuple[Match, int]]) -> tuple[float | Failed, ...]:
+def _shares(candidates: int, decided: Sequence[tuple[Match, float]]) -> tuple[float | Failed, ...]:
     wins: list[list[float]] = [[] for _ in range(candidates)]
-    for match, winner in decided:
-        for index in (match.first, match.second):
-            wins[index].append(float(winner == index))
+    for match, first_wins in decided:
+        wins[match.first].append(first_wins)
+        wins[match.second].append(1.0 - first_wins)
     return tuple(fmean(row) if row else _NOT_DECIDED for row in wins)
 
 
-def _expected(candidates: int, decided: Sequence[tuple[Match, int]]) -> tuple[float | Failed, ...]:
+def _expected(candidates: int, decided: Sequence[tuple[Match, float]]) -> tuple[float | Failed, ...]:
     known = sorted({index for match, _ in decided for index in (match.first, match.second)})
     shares = dict(zip(known, expected_shares(strengths(len(known), win_counts(known, decided))), strict=True))
     return tuple(shares.get(index, _NOT_DECIDED) for index in range(candidates))
 
 
-def win_counts(players: Sequence[int], decided: Sequence[tuple[Match, int]]) -> Counter[tuple[int, int]]:
-    """Count wins by (winner, loser), both given as positions in ``players``."""
+def win_counts(players: Sequence[int], decided: Sequence[tuple[Match, float]]) -> dict[tuple[int, int], float]:
+    """Return wins by (winner, loser), both given as positions in ``players``; a probability counts as a part of one."""
     position = {player: number for number, player in enumerate(players)}
-    return Counter(
-        (position[winner], position[match.second if winner == match.first else match.first])
-        for match, winner in decided
-    )
+    wins: dict[tuple[int, int], float] = defaultdict(float)
+    for match, first_wins in decided:
+        first, second = position[match.first], position[match.second]
+        for pair, share in (((first, second), first_wins), ((second, first), 1.0 - first_wins)):
+            if share > 0.0:
+                wins[pair] += share
+    return wins
 
 
 def vote_agreement(verdicts: Sequence[object]) -> float:

@@ -3,7 +3,8 @@
     python tools/bench/judge_accuracy.py [--config configs/demo.yaml] [--episodes 96] [--prompted 24]
 
 The likelihood judge compares each original with another document's text, its own words shuffled, and its first words
-in a loop. The same model as a prompted judge compares original and shuffled words. A judge that guesses gets 0.5.
+in a loop. The same model as a prompted judge compares original and shuffled words in both orders, with reasons and with
+direct answers. A judge that guesses gets 0.5.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import time
 from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from megatron_rlpt.config import Config, load_config
+from megatron_rlpt.config import AnswerForm, Config, OptionOrder, load_config
 from megatron_rlpt.data import heldout_episodes
 from megatron_rlpt.evaluation.statistics import win_rate
 from megatron_rlpt.observe.log import quiet_libraries
@@ -88,19 +90,33 @@ def likelihood(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTok
 
 
 def prompted(config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:
-    """Measure the same model as a prompted pairwise judge."""
+    """Measure the same model as a prompted pairwise judge, with reasons and with direct answers."""
     from megatron_rlpt.teacher.batched import BatchedJudge
     from megatron_rlpt.teacher.generative import GenerativeJudge
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
 
     settings = config.teacher.generative
-    settings.quality.votes = 1
+    settings.quality.votes, settings.quality.order = 1, OptionOrder.both
     generator = VllmGenerator(
         config.teacher_path, config.teacher.max_context, config.teacher.kv_cache_gib, dtype=config.teacher.dtype
     )
-    judge = BatchedJudge(GenerativeJudge(generator.name, tokenizer, settings, config.run.seed), generator)
     spoil = spoilers(episodes, tokenizer)["its words shuffled"]
-    report("prompted judge, original against its words shuffled", judge.judge(pairs(episodes, spoil)))
+    for form in AnswerForm:
+        settings.answer = form
+        judge = BatchedJudge(GenerativeJudge(generator.name, tokenizer, settings, config.run.seed), generator)
+        started = time.perf_counter()
+        judged = judge.judge(pairs(episodes, spoil))
+        seconds = time.perf_counter() - started
+        report(f"prompted judge, {form.value}, original against its words shuffled", judged)
+        costs = [group.cost for group in judged if group.cost]
+        calls, read, written = (
+            sum(getattr(cost, name) for cost in costs) / len(costs)
+            for name in ("calls", "prompt_tokens", "answer_tokens")
+        )
+        print(
+            f"    per pair: {calls:.1f} requests, {read:.0f} tokens read, {written:.0f} written, "
+            f"{seconds / len(costs):.2f} s"
+        )
 
 
 def main() -> None:

@@ -100,8 +100,8 @@ def gap_of(values: Sequence[float | Failed], qualities: Sequence[float], seed: i
 def trial(judge: SimulatedJudge, scheme: PairScheme, qualities: Sequence[float], votes: int, seed: int) -> float:
     """Return the gap that ``scheme`` finds among candidates of these true qualities."""
 
-    async def compare(first: int, second: int, vote: int) -> int:
-        return judge.winner(qualities, first, second, vote, seed)
+    async def compare(first: int, second: int, vote: int) -> float:
+        return float(judge.winner(qualities, first, second, vote, seed) == first)
 
     table, _ = asyncio.run(rank(scheme, len(qualities), votes, OptionOrder.random, seed, compare))
     return gap_of(table.axis_values, qualities, seed)

@@ -56,14 +56,18 @@ def reply_call(request: Request, control_tokens: Iterable[str] = ()) -> Call[Rep
     """
     if not request.prompt:
         return ServerProblem(Fault.EMPTY)
+    if request.alternatives and isinstance(request.prompt[0], int):
+        return ServerProblem(Fault.REJECTED, {"message": "alternatives are asked for with messages, not with tokens"})
     if request.json_schema and not _is_object(request.json_schema):
         return ServerProblem(Fault.REJECTED, {"message": "the request's json_schema is not a JSON object"})
-    sampling = {
+    sampling: dict[str, Any] = {
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": request.seed,
     }
+    if request.alternatives:
+        sampling |= {"logprobs": True, "top_logprobs": request.alternatives}
     ids = [token for token in request.prompt if isinstance(token, int)]
     if ids:
         return Call(

@@ -297,7 +297,24 @@ def _reply(body: Any, choice: dict[str, Any], text: Any, reason: str, where: str
     ids = choice.get("token_ids")
     if ids is not None and not (isinstance(ids, list) and all(_is_below(token, _LARGEST_ID) for token in ids)):
         return _wrong("choices[0].token_ids", ids)
-    return Reply(text, tuple(ids or ()), reason, *tokens_used(body))
+    return Reply(text, tuple(ids or ()), reason, *tokens_used(body), _alternatives(choice.get("logprobs")))
+
+
+def _alternatives(logprobs: Any) -> tuple[tuple[str, float], ...]:
+    """Return text and log-probability of the first token's alternatives; empty if there are none, or others."""
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    first = content[0] if isinstance(content, list) and content else None
+    top = first.get("top_logprobs") if isinstance(first, dict) else None
+    found = []
+    for one in top if isinstance(top, list) else ():
+        token, logprob = (one.get("token"), one.get("logprob")) if isinstance(one, dict) else (None, None)
+        if not isinstance(token, str) or not _is_writable(token):
+            return ()
+        # NaN fails every comparison.
+        if not isinstance(logprob, int | float) or isinstance(logprob, bool) or not logprob < _ROUNDING:
+            return ()
+        found.append((token, float(logprob)))
+    return tuple(found)
 
 
 def _count(usage: Any, key: str) -> int:

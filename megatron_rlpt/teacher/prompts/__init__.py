@@ -15,6 +15,7 @@ from functools import cache
 from importlib.resources import files
 from string import Template
 
+from megatron_rlpt.config import AnswerForm
 from megatron_rlpt.teacher.verdicts.parsing import disarm
 from megatron_rlpt.types import derive_seed
 
@@ -25,6 +26,24 @@ VERSIONS = {
     "rewrite": "rewrite-3",
 }
 """Version of each prompt, stored with every reward. Increase it with every change of wording."""
+
+_REASONED = (
+    'Answer with one JSON object in one line and nothing after it. Its first key "reasoning" holds a few sentences '
+    '{what}; its second and last key "verdict" holds {words}.'
+)
+_DIRECT = "Answer with one word and nothing else: {words}."
+_ANSWERS = {
+    "quality": ("that compare the two", '"1" or "2", the number of the better continuation'),
+    "safety": ("on what in the text matters for your decision", '"safe" or "unsafe"'),
+    "factuality": ("on the claims you checked", '"none", "possible" or "definite"'),
+}
+"""Axis -> what the reasons are about, and the verdicts."""
+_REMINDERS = {AnswerForm.reasoned: "Answer with the JSON object.", AnswerForm.direct: "Answer with the one word."}
+
+
+def version_of(name: str, form: AnswerForm = AnswerForm.reasoned) -> str:
+    """Return the version of prompt ``name`` for answers of ``form``."""
+    return VERSIONS[name] if form is AnswerForm.reasoned else f"{VERSIONS[name]}-{form.value}"
 
 
 @dataclass(frozen=True)
@@ -37,22 +56,28 @@ class Prompt:
     """Code of the markers around untrusted text."""
 
 
-def build_prompt(name: str, seed: int, **texts: str) -> Prompt:
+def build_prompt(name: str, seed: int, form: AnswerForm = AnswerForm.reasoned, **texts: str) -> Prompt:
     """Render prompt ``name`` with untrusted ``texts``, fenced by a code derived from ``seed``.
 
     Args:
         name: key of ``VERSIONS``.
         seed: derived from the run's seed and the episode, the same for every question about it.
+        form: of a judge's answer.
         texts: by placeholder of the template.
 
     Raises:
         KeyError: there is no such prompt, or one of its texts is missing.
     """
-    version = VERSIONS[name]
+    version = version_of(name, form)
     fence = f"{derive_seed(seed, 'fence') & 0xFFFFFFFF:08x}"
     # The rewriter gives no verdict, and the policy learns from what it copies, so verdicts in its texts stay.
     quoted = {key: neutralise(text, fence, verdicts=name != "rewrite") for key, text in texts.items()}
-    return Prompt(_template(name).substitute(quoted, fence=fence), version, fence)
+    asked = {}
+    if name in _ANSWERS:
+        what, words = _ANSWERS[name]
+        answer = _REASONED if form is AnswerForm.reasoned else _DIRECT
+        asked = {"answer": answer.format(what=what, words=words), "reminder": _REMINDERS[form]}
+    return Prompt(_template(name).substitute(quoted, fence=fence, **asked), version, fence)
 
 
 def neutralise(text: str, fence: str, *, verdicts: bool = True) -> str:

@@ -31,6 +31,14 @@ def test_a_chat():
     }
 
 
+def test_the_most_probable_first_tokens():
+    made = call(alternatives=20)
+    assert (made.body["logprobs"], made.body["top_logprobs"]) == (True, 20)
+    refused = reply_call(Request((1, 2), 7, 5, alternatives=20))
+    assert isinstance(refused, ServerProblem)
+    assert refused.fault is Fault.REJECTED
+
+
 def test_the_start_of_an_answer_is_a_turn_that_goes_on():
     body = call(answer_start="The first").body
     assert body["messages"][-1] == {"role": "assistant", "content": "The first"}

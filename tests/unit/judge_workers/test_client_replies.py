@@ -122,6 +122,19 @@ def answer(**choice) -> dict:
 def test_a_good_answer_is_not_lost():
     assert read_chat(good_body()) == Reply("fine", (3, 4), "stop", 3)
     assert read_logprobs(good_body(), (5, 1, 2), 1) == [-0.5, -0.5]
+    top = [{"token": "1", "logprob": -0.1, "bytes": [49]}, {"token": "2", "logprob": -3, "bytes": None}]
+    first = {"token": "1", "logprob": -0.1, "top_logprobs": top}
+    for logprobs, expected in (
+        ({"content": [first]}, (("1", -0.1), ("2", -3.0))),
+        ({"content": []}, ()),
+        (None, ()),
+        ({"content": [first | {"top_logprobs": [{"token": 1, "logprob": 0.0}]}]}, ()),
+        ({"content": [first | {"top_logprobs": [{"token": "1", "logprob": float("nan")}]}]}, ()),
+        ({"content": [first | {"top_logprobs": [{"token": "1", "logprob": "high"}]}]}, ()),
+        ({"tokens": ["1"], "top_logprobs": [{"1": -0.1}]}, ()),
+    ):
+        reply = read_chat(answer(message={"content": "1"}, finish_reason="length", logprobs=logprobs))
+        assert reply.alternatives == expected
     assert read_chat(answer(message={"content": "Yes.", "refusal": None})) == Reply("Yes.", (), "stop", 9, 2)
     assert read_chat(answer(message={"content": ""}, finish_reason="length")) == Reply("", (), "length", 9, 2)
     assert read_completion(answer(text="Yes.", token_ids=[4, 0])) == Reply("Yes.", (4, 0), "stop", 9, 2)

@@ -29,7 +29,9 @@ class Scripted:
         self.requests += requests
         self.batches += 1
         answers = [self.answer(request.prompt[0].content) for request in requests]
-        return [answer if isinstance(answer, Failed) else Reply(answer, (1, 2), "stop", 100) for answer in answers]
+        return [
+            answer if isinstance(answer, Failed | Reply) else Reply(answer, (1, 2), "stop", 100) for answer in answers
+        ]
 
 
 def group_of(*candidates, name="e"):

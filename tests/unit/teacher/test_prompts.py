@@ -1,11 +1,11 @@
 import hashlib
-from importlib.resources import files
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from text_tokens import common_start
 
+from megatron_rlpt.config import AnswerForm
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt, neutralise
 from megatron_rlpt.teacher.verdicts.parsing import parse_factuality, parse_quality, parse_safety
@@ -20,23 +20,27 @@ TEXTS = {
 
 # A changed wording makes old and new scores incomparable: raise the version together with the digest.
 WORDING = {
-    "quality-4": "9842f7bed4d1",
-    "safety-3": "93fc75265965",
-    "factuality-3": "534bdb067cc8",
-    "rewrite-3": "12c6f042dc11",
+    "quality-4": "5ccba99638a3",
+    "safety-3": "656329f33076",
+    "factuality-3": "dbeeb8cca53f",
+    "rewrite-3": "9f837a8a9626",
 }
 
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_a_changed_wording_needs_a_new_version(name):
-    text = files("megatron_rlpt.teacher.prompts").joinpath(f"{name}.txt").read_bytes()
+    forms = AnswerForm if name != "rewrite" else [AnswerForm.reasoned]
+    empty = dict.fromkeys(TEXTS[name], "")
+    text = b"".join(build_prompt(name, 3, form, **empty).text.encode() for form in forms)
     assert hashlib.blake2b(text, digest_size=6).hexdigest() == WORDING[VERSIONS[name]]
 
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_every_text_stands_between_its_own_markers(name):
+    direct = build_prompt(name, 3, AnswerForm.direct, **TEXTS[name])
+    assert direct.version == f"{VERSIONS[name]}-direct"
     prompt = build_prompt(name, 3, **TEXTS[name])
-    assert "$" not in prompt.text
+    assert "$" not in prompt.text + direct.text
     assert prompt.version == VERSIONS[name]
     for text in TEXTS[name].values():
         assert f" {prompt.fence}]\n{text}\n[end " in prompt.text

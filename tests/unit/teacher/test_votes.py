@@ -17,8 +17,12 @@ def all_pairs(candidates, votes, winner, seed=1):
         for high in range(low + 1, candidates):
             for vote in range(votes):
                 match = Match(*((low, high) if draw.random() < 0.5 else (high, low)), vote)
-                results.append(MatchVote(match, winner(match)))
+                results.append(vote_for(match, winner(match)))
     return results
+
+
+def vote_for(match, winner):
+    return MatchVote(match, winner if isinstance(winner, Failed) else float(winner == match.first))
 
 
 @pytest.mark.parametrize("all_met", [True, False])
@@ -45,7 +49,7 @@ def test_a_judge_that_looks_at_the_position_only_is_found_out():
 @pytest.mark.parametrize("all_met", [True, False])
 def test_a_failed_comparison_is_in_no_mean(all_met):
     results = [
-        MatchVote(Match(0, 1, 0), 0),
+        vote_for(Match(0, 1, 0), 0),
         MatchVote(Match(0, 1, 1), NO),
         MatchVote(Match(0, 2, 0), NO),
         MatchVote(Match(2, 1, 0), NO),
@@ -67,11 +71,22 @@ def test_agreement_is_the_probability_that_two_votes_agree():
     assert vote_agreement([1, 1, 1]) == 1.0
     assert vote_agreement([0, 1]) == 0.0
     assert vote_agreement([0, 0, 0, 1]) == 0.5
-    results = [MatchVote(Match(0, 1, vote), winner) for vote, winner in enumerate([0, 0, 0, 1])]
-    results += [MatchVote(Match(2, 0, 0), 2), MatchVote(Match(2, 1, 0), 2), MatchVote(Match(1, 2, 1), 2)]
+    results = [vote_for(Match(0, 1, vote), winner) for vote, winner in enumerate([0, 0, 0, 1])]
+    results += [vote_for(Match(2, 0, 0), 2), vote_for(Match(2, 1, 0), 2), vote_for(Match(1, 2, 1), 2)]
     table = tally_votes(3, results, all_met=True)
     assert table.vote_agreement == 0.75, "one pair with 0.5, one with 1, one met once"
     assert table.repeated == 2
+
+
+@pytest.mark.parametrize("all_met", [True, False])
+def test_a_probability_counts_as_a_part_of_a_win(all_met):
+    sure, unsure = ([MatchVote(Match(0, 1, 0), share), MatchVote(Match(1, 0, 1), 1 - share)] for share in (0.9, 0.6))
+    high, low = (tally_votes(2, votes, all_met=all_met) for votes in (sure, unsure))
+    assert high.axis_values[0] > low.axis_values[0] > 0.5 > low.axis_values[1] > high.axis_values[1]
+    assert (high.flip_rate, high.vote_agreement, high.first_rate) == (0.0, 1.0, 0.5)
+    position = tally_votes(2, [MatchVote(Match(0, 1, 0), 0.8), MatchVote(Match(1, 0, 1), 0.7)], all_met=all_met)
+    assert position.axis_values[0] == pytest.approx(0.55) if all_met else position.axis_values[0] > 0.5
+    assert (position.flip_rate, position.first_rate) == (1.0, pytest.approx(0.75))
 
 
 @settings(deadline=None)

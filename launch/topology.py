@@ -15,7 +15,7 @@ from pathlib import Path
 from launch.cluster import Allocation, Cluster, ExecutorName
 from launch.code import CONFIG
 from launch.spec import Spec
-from megatron_rlpt.config import Config, SourceConfig, SourceFormat, judged_by_workers
+from megatron_rlpt.config import Config, SourceConfig, SourceFormat, asks_teacher, judged_by_workers
 from megatron_rlpt.errors import ConfigError
 
 
@@ -74,7 +74,8 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
     servers = cluster.teacher
     if servers.nodes and config.teacher.workers.own_model:
         raise ConfigError("teacher.workers.own_model is true and teacher.nodes of the cluster file above 0; allowed: 0")
-    if not servers.nodes and not config.teacher.workers.own_model and not config.teacher.workers.endpoints:
+    served = servers.nodes or config.teacher.workers.own_model or config.teacher.workers.endpoints
+    if asks_teacher(config) and not served:
         raise ConfigError(
             "no server of the teacher: set teacher.nodes in the cluster file, or teacher.workers.endpoints or "
             "own_model in the run's configuration"

@@ -214,7 +214,12 @@ class RolloutConfig:
 
     engine: EngineName = option(EngineName.vllm, "Engine that generates rollouts.")
     temperature: float = option(1.0, "Sampling temperature.", above=0, paper="1")
-    max_batch: int = option(64, "Maximum sequences decoded concurrently.", unit="sequences", at_least=1)
+    max_batch: int = option(256, "Maximum sequences decoded concurrently.", unit="sequences", at_least=1)
+    eager: bool = option(
+        False,
+        "Launch vLLM's kernels one by one instead of replaying CUDA graphs: slower, but kernels do not depend on the "
+        "batch. A CPU has no graphs.",
+    )
     kv_cache_gib: float = option(1.0, "Key-value cache of the engine.", unit="GiB", above=0)
     warn_logprob_gap: float = option(
         0.1, "Mean difference between the engine's and the trainer's log-probability of a token above which the run "

@@ -40,6 +40,8 @@ class GenerationEngine:
     """Most sequences decoded concurrently."""
     fp8: bool = False
     """Whether weights and products are fp8; the cache stays bf16."""
+    eager: bool = False
+    """Whether kernels are launched one by one instead of replayed as CUDA graphs."""
     static: bool = False
     """Whether it is Megatron's static generation: every sequence reads and keeps its own prompt, and kernels are
     launched one by one. Otherwise it is vLLM, which shares prompts and replays CUDA graphs."""
@@ -95,10 +97,11 @@ class GenerationEngine:
         read += self._cache_bytes(sequences * context)
         flops = 2.0 * sequences * (model.active_parameters + model.embedding_parameters)
         work = max(memory_seconds(gpu, read), flops / self.tensor / self._speed)
-        host = PASS_OVERHEAD + (EAGER_LAYER * model.layers if self.static else 0.0)
+        eager = self.static or self.eager
+        host = PASS_OVERHEAD + (EAGER_LAYER * model.layers if eager else 0.0)
         # Without CUDA graphs the host launches kernels while the GPU works: the slower of the two counts.
         busy = work + 2 * model.layers * self._all_reduce(sequences)
-        return max(busy, host) if self.static else busy + host
+        return max(busy, host) if eager else busy + host
 
     def generate_seconds(self, prompts: float, fan: int, prompt: float, answer: float) -> float:
         """Return the seconds to answer ``prompts`` prompts of ``prompt`` tokens ``fan`` times with ``answer`` tokens.

@@ -170,7 +170,13 @@ def rollout_engine(request: PlanRequest, layout: Layout) -> tuple[GenerationEngi
     tensor = layout.tensor if facts.cut_over_tensor else 1
     cache = rollout.kv_cache_gib * 2**30
     engine = GenerationEngine(
-        Transformer.of(request.model), request.trainer, tensor, cache, rollout.max_batch, static=facts.static_batch
+        Transformer.of(request.model),
+        request.trainer,
+        tensor,
+        cache,
+        rollout.max_batch,
+        static=facts.static_batch,
+        eager=rollout.eager,
     )
     return engine, request.trainer.gpus // tensor
 

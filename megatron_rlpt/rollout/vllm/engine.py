@@ -98,7 +98,7 @@ class VllmEngine(RolloutEngine):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         in_process = mode is EngineMode.IN_PROCESS
         with (
-            vllm_environment(config.kv_cache_gib, in_process=in_process, gpu=gpu) as arguments,
+            vllm_environment(config.kv_cache_gib, in_process=in_process, gpu=gpu, eager=config.eager) as arguments,
             without_extras(model_path) as served,
         ):
             from vllm import LLM, SamplingParams, TokensPrompt

@@ -29,7 +29,7 @@ has no other effect with ``kv_cache_memory_bytes`` (vllm/v1/worker/gpu_worker.py
 
 @contextmanager
 def vllm_environment(
-    kv_cache_gib: float, *, in_process: bool = True, gpu: int | None = None
+    kv_cache_gib: float, *, in_process: bool = True, gpu: int | None = None, eager: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Set up the state for building a vLLM engine; restore environment, random state and thread count afterwards.
 
@@ -42,6 +42,7 @@ def vllm_environment(
             ``if __name__ == "__main__"``.
         gpu: index in this process of the only GPU that a separate engine process sees. None is the current GPU: if the
             engines of all ranks saw all GPUs, each would take the first.
+        eager: launch kernels one by one; False replays CUDA graphs in decoding, on GPUs.
 
     Yields:
         The keyword arguments of ``vllm.LLM`` for this environment.
@@ -85,13 +86,16 @@ def vllm_environment(
     gc.disable()
     try:
         arguments: dict[str, Any] = {
-            # No compilation and no CUDA graphs: starts in seconds, and kernels do not depend on the batch.
-            "enforce_eager": True,
             # Ignore the model folder's generation_config.json, which would change the sampling.
             "generation_config": "vllm",
             "use_tqdm_on_load": False,
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         }
+        if eager or not torch.cuda.is_available():
+            # Starts in seconds, and kernels do not depend on the batch.
+            arguments["enforce_eager"] = True
+        else:
+            arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
         if torch.cuda.is_available():
             arguments["gpu_memory_utilization"] = _START_UP_SHARE
         else:

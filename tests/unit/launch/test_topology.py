@@ -77,6 +77,13 @@ def test_files_that_do_not_fit_together_are_refused(cluster, overrides, said):
     assert said in str(caught.value)
 
 
+def test_a_judge_that_asks_no_model_needs_no_server_of_the_teacher():
+    judge = Path(__file__).resolve().parents[3] / "configs/examples/distinct.py"
+    config = load_config(None, (*WORKERS, f"teacher.judge={judge}:DistinctNgrams"))
+    names = [part.name for part in components_of(replace(SLURM, teacher=TeacherResources()), config)]
+    assert names == ["buffer", "judges", "trainer"]
+
+
 def test_relative_paths_mean_the_folder_that_the_launch_is_made_in():
     config = with_absolute_paths(load_config(None, BASE), Path("/here"), elsewhere=False)
     assert (config.run.dir, config.model.path, config.teacher.path) == ("/here/runs/x", "/here/models/m", "")

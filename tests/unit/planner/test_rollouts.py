@@ -31,6 +31,7 @@ def test_static_generation_keeps_and_reads_every_prompt_for_itself(engine):
 
 def test_without_graphs_a_pass_takes_the_host_at_least_as_long_as_it_launches_kernels(engine):
     static = replace(engine, static=True)
+    assert replace(engine, eager=True).pass_seconds(1, 100) == static.pass_seconds(1, 100) > engine.pass_seconds(1, 100)
     assert static.pass_seconds(1, 100) == pytest.approx(80 * EAGER_LAYER + 0.002)
     assert static.pass_seconds(512, 4000) > 2 * static.pass_seconds(1, 100), "then the GPU takes longer"
 

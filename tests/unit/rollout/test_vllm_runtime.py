@@ -92,6 +92,22 @@ def test_on_a_gpu_that_a_policy_has_half_filled_vllm_s_start_up_check_passes(mon
     assert request_memory(gpu, CacheConfig(**sizes)) < gpu.free_memory
 
 
+def test_graphs_are_replayed_on_gpus_unless_kernels_shall_be_launched_one_by_one(monkeypatch):
+    """In vLLM's own configuration: graphs of decoding, without torch.compile."""
+    from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    with vllm_environment(0.1, eager=False) as arguments:
+        assert arguments["enforce_eager"], "a CPU has no graphs"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with vllm_environment(0.1, eager=True) as arguments:
+        assert arguments["enforce_eager"]
+    with vllm_environment(0.1, eager=False) as arguments:
+        assert "enforce_eager" not in arguments
+        config = CompilationConfig(**arguments["compilation_config"])
+    assert (config.mode, config.cudagraph_mode) == (CompilationMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
+    assert not config.cudagraph_mode.requires_piecewise_compilation()
+
+
 def start_and_fail():
     with vllm_environment(0.1):
         random.random()

@@ -3,6 +3,7 @@
 - ``run.py``: one run from start to finish: check, lock, open or resume, build, train, export
 - ``train.py``: the training loop
 - ``build.py``: builds all parts of a run from its configuration
+- ``episode_feed.py``: reads the next batch in the background on rank 0 and gives it to all ranks
 - ``pipeline.py``: from episodes to judged batches, ``train.staleness`` steps ahead of the update
 - ``candidates.py``: original suffix, rewrite and rollouts of an episode
 - ``curriculum.py``: number of rollouts per episode

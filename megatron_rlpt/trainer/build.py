@@ -24,6 +24,7 @@ from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.trainer.buffered_judging import BufferedJudging
 from megatron_rlpt.trainer.candidates import CandidateGenerator
 from megatron_rlpt.trainer.curriculum import Curriculum
+from megatron_rlpt.trainer.episode_feed import EpisodeFeed
 from megatron_rlpt.trainer.gpu_memory import build_gpu_memory
 from megatron_rlpt.trainer.judging import InTrainerJudging, Judging
 from megatron_rlpt.trainer.learning import Learning
@@ -64,7 +65,9 @@ def build(
         replace: drop groups of an earlier run of the same name from the rollout buffer.
         on_published: called on all ranks after every published checkpoint.
     """
-    stream = ranks.run_on_all_ranks(lambda: _open_corpus(config, tokenizer, ranks), "the opening of the corpus")
+    stream = ranks.run_on_all_ranks(
+        lambda: _open_corpus(config, tokenizer) if ranks.is_main else None, "the opening of the corpus"
+    )
     stop = StopRequest(Path(config.run.dir), ranks)
     judges = _to_workers(config, ranks, run, replace, stop, tokenizer.size) if judged_by_workers(config) else None
     objective = build_objective(config.objective)
@@ -85,7 +88,7 @@ def build(
             "policy trains" + ("" if judges else ", and the trainer judges in its own processes")
         )
     pipeline = Pipeline(
-        stream,
+        EpisodeFeed(stream, background_ranks, config.train.global_batch),
         CandidateGenerator(
             text=tokenizer,
             original=config.candidates.original,
@@ -149,8 +152,8 @@ def _to_workers(config: Config, ranks: Ranks, run: str, replace: bool, stop: Sto
     )
 
 
-def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> EpisodeStream:
-    """Open the stream of episodes, and check that corpus, tokenizer and model fit together.
+def _open_corpus(config: Config, tokenizer: PolicyTokenizer) -> EpisodeStream:
+    """Open the stream of episodes on rank 0, and check that corpus, tokenizer and model fit together.
 
     Raises:
         ModelError: the tokenizer belongs to another model.
@@ -163,14 +166,11 @@ def _open_corpus(config: Config, tokenizer: PolicyTokenizer, ranks: Ranks) -> Ep
             f"the tokenizer of {config.model.path} has {tokenizer.size} tokens and the model {arch.vocab} embeddings; "
             "tokenizer and weights belong to different models"
         )
-    if ranks.is_main:
-        sources = config.data.sources + config.data.heldout + config.evaluation.second_corpus
-        survey_corpus(sources, config.data.max_bad_fraction)
-    # Every rank reads the same documents; only rank 0 records the malformed ones.
-    quarantine = folder / "quarantine.jsonl" if ranks.is_main else None
+    sources = config.data.sources + config.data.heldout + config.evaluation.second_corpus
+    survey_corpus(sources, config.data.max_bad_fraction)
+    quarantine = folder / "quarantine.jsonl"
     held_out = kept_from_training(config, tokenizer.vocabulary, quarantine)
-    if ranks.is_main:
-        require_apart(config, tokenizer.vocabulary, held_out)
+    require_apart(config, tokenizer.vocabulary, held_out)
     stream = EpisodeStream(
         config.data,
         tokenizer.encode,

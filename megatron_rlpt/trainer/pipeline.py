@@ -18,11 +18,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from megatron_rlpt.buffer.codec import decode_group, encode_group
-from megatron_rlpt.data import EpisodeStream
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.observe import StageTimer, get_logger
 from megatron_rlpt.trainer.candidates import CandidateGenerator
 from megatron_rlpt.trainer.curriculum import Curriculum
+from megatron_rlpt.trainer.episode_feed import EpisodeFeed
 from megatron_rlpt.trainer.judging import Judging
 from megatron_rlpt.trainer.returned_groups import flaw_of
 from megatron_rlpt.types import Group, without_stale
@@ -34,7 +34,7 @@ class Pipeline:
     """Produces the judged batches. All ranks call its methods together.
 
     Args:
-        stream: yields episodes.
+        feed: yields episodes.
         proposer: turns episodes into groups of candidates.
         judging: judges groups.
         curriculum: decides the number of rollouts per episode.
@@ -50,7 +50,7 @@ class Pipeline:
 
     def __init__(
         self,
-        stream: EpisodeStream,
+        feed: EpisodeFeed,
         proposer: CandidateGenerator,
         judging: Judging,
         curriculum: Curriculum,
@@ -64,7 +64,7 @@ class Pipeline:
         timer: StageTimer | None = None,
         vocab: int = 1 << 31,
     ) -> None:
-        self.stream = stream
+        self.feed = feed
         self.proposer = proposer
         self.judging = judging
         self.curriculum = curriculum
@@ -77,14 +77,24 @@ class Pipeline:
         self._work: Future[None] | None = None
         self._closed = threading.Event()
         self._restored: dict[int, Group] = {}
-        self._diverged = False
-        """Whether the stream yields other episodes than before the checkpoint was resumed."""
+        self._held_out: frozenset[str] | None = None
+        """Ids of restored episodes that are now held out, on rank 0; None if the held-out documents are the same."""
         self._vocab = vocab
 
     def start(self, step: int) -> None:
         """Start at ``step``; call it after ``load_state_dict`` to resume."""
-        self.judging.start(step * self._batch, self._restored, self._diverged)
-        self._restored, self._diverged = {}, False
+        held_out = self._ranks.broadcast(self._held_out)
+        if held_out is not None and any(group.episode.id in held_out for group in self._restored.values()):
+            # Proposing works on whole batches, so repeat all of them.
+            _log.warning(
+                "proposing batches again because they hold documents that are now held out",
+                episodes=len(self._restored),
+            )
+            self._proposed = min(self._restored) // self._batch
+            self._restored = {}
+        # With other held-out documents the stream yields other episodes than before the checkpoint.
+        self.judging.start(step * self._batch, self._restored, held_out is not None)
+        self._restored, self._held_out = {}, None
 
     def propose(self, step: int, version: int) -> None:
         """Propose all batches up to number ``step + staleness``; in the background, return immediately.
@@ -141,7 +151,7 @@ class Pipeline:
         """Return the state, submitted groups included, JSON-serializable."""
         self.wait_for_generation()
         return {
-            "stream": self.stream.state_dict(),
+            "stream": self.feed.state_dict(),
             "curriculum": self.curriculum.state_dict(),
             "proposed": self._proposed,
             "pending": {str(number): encode_group(group).hex() for number, group in self.judging.pending().items()},
@@ -154,7 +164,7 @@ class Pipeline:
             CheckpointError: corpus, tokenizer or settings of the stream have changed.
             ValueError: this run cannot learn from one of the groups.
         """
-        held_out = self.stream.load_state_dict(state["stream"])
+        self._held_out = self.feed.load_state_dict(state["stream"])
         self.curriculum.load_state_dict(state["curriculum"])
         self._proposed = state["proposed"]
         self._restored = {
@@ -164,26 +174,17 @@ class Pipeline:
         for number, group in self._restored.items():
             if flaw := flaw_of(group, self._vocab):
                 raise ValueError(f"group {number} comes back {flaw}")
-        if held_out is not None:
-            self._diverged = True
-            if any(group.episode.id in held_out for group in self._restored.values()):
-                # Proposing works on whole batches, so repeat all of them.
-                _log.warning(
-                    "proposing batches again because they hold documents that are now held out",
-                    episodes=len(self._restored),
-                )
-                self._proposed = min(self._restored) // self._batch
-                self._restored = {}
 
     def metrics(self) -> dict[str, float]:
         """Return how much of the corpus was read; deterministic after ``wait_for_generation``."""
-        return self.stream.metrics()
+        return self.feed.metrics()
 
     def close(self) -> None:
         """Stop proposing after the current part, and close the judging."""
         self._closed.set()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        self.feed.close()
         self.judging.close()
 
     def _propose_in_background(self, numbers: range, level: int, version: int) -> None:
@@ -192,7 +193,7 @@ class Pipeline:
 
     def _propose(self, numbers: range, level: int, version: int) -> None:
         for number in numbers:
-            episodes = self.stream.take(self._batch)
+            episodes = self.feed.take()
             for start in range(0, self._batch, self._part):
                 if self._closed.is_set():
                     return

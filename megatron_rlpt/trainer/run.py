@@ -120,7 +120,7 @@ def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> N
         stack.callback(run.pipeline.close)
         if checkpoint is not None:
             restore(run, checkpoint, ranks)
-        ranks.on_main(lambda: record_held_out(folder, run.pipeline.stream.held_out_digest, start))
+        ranks.on_main(lambda: record_held_out(folder, run.pipeline.feed.held_out_digest, start))
         run.pipeline.start(run.done)
         # Train.
         with run.stop.listening(), _watchdog(run, folder, ranks):

@@ -14,8 +14,9 @@ import torch
 from worlds import WorldError, error_of, on_every_rank, ranks_of_world, run_world
 
 from megatron_rlpt.distributed.ranks import drain
-from megatron_rlpt.errors import CheckpointError, TeacherError, TrainingError
+from megatron_rlpt.errors import CheckpointError, DataError, TeacherError, TrainingError
 from megatron_rlpt.teacher.distributed import DistributedJudge, DistributedRewriter
+from megatron_rlpt.trainer.episode_feed import EpisodeFeed
 from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source
 
 SIZE = 4
@@ -42,6 +43,25 @@ class OwnRewriter:
 
 def episode(number: int) -> Episode:
     return Episode(f"e{number}", (1,), (number,), "c", "d", 0)
+
+
+class OneBatch:
+    """A stream that ends after one batch."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def take(self, count: int) -> list[Episode]:
+        if self.taken:
+            raise DataError("no further document")
+        self.taken = count
+        return [Episode(f"e{number}", (7, 1 << 30), (number,), "c", "d", 2) for number in range(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def metrics(self) -> dict[str, float]:
+        return {"data/read": self.taken}
 
 
 def everything() -> dict[str, Any]:
@@ -124,6 +144,12 @@ def everything() -> dict[str, Any]:
     found["judged"] = judge.judge([Group(episode(number), ()) for number in range(3)])
     found["rewritten"] = rewriter.rewrite([episode(number) for number in range(3)])
 
+    feed = EpisodeFeed(OneBatch() if rank == 0 else None, ranks, 3)
+    found["fed"] = feed.take()
+    found["fed, state"] = (feed.state_dict(), feed.metrics())
+    found["fed, error"] = error_of(feed.take)
+    feed.close()
+
     ranks.barrier("the end")  # returns once all ranks have arrived
 
     # Absence last: a group that timed out is unusable, so each case has its own groups.
@@ -153,6 +179,13 @@ def found() -> list[dict[str, Any]]:
 
 def test_each_rank_knows_itself(found):
     assert [one["self"] for one in found] == [(rank, SIZE, rank == 0, rank in LEADERS) for rank in range(SIZE)]
+
+
+def test_one_rank_reads_and_all_get_the_same_episodes(found):
+    episodes = [Episode(f"e{number}", (7, 1 << 30), (number,), "c", "d", 2) for number in range(3)]
+    assert on_every_rank(found, "fed") == episodes
+    assert [one["fed, state"] for one in found] == [({"taken": 3}, {"data/read": 3}), *[({}, {})] * (SIZE - 1)]
+    assert on_every_rank(found, "fed, error") == ("DataError", "no further document")
 
 
 def test_values_are_gathered_in_rank_order_and_broadcast_from_any_rank(found):

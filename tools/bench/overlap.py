@@ -34,6 +34,7 @@ from megatron_rlpt.teacher.generator import Ask, Reply, Request
 from megatron_rlpt.trainer.buffered_judging import BufferedJudging
 from megatron_rlpt.trainer.candidates import CandidateGenerator
 from megatron_rlpt.trainer.curriculum import Curriculum
+from megatron_rlpt.trainer.episode_feed import EpisodeFeed
 from megatron_rlpt.trainer.gpu_memory import GpuMemory
 from megatron_rlpt.trainer.learning import Learning
 from megatron_rlpt.trainer.pipeline import Pipeline
@@ -87,6 +88,10 @@ class Stream:
         """Return the next ``count`` episodes."""
         first, self._next = self._next, self._next + count
         return [Episode(f"e{number}", (number,), (0,), "c", "d", 1) for number in range(first, self._next)]
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of the next episode."""
+        return {"next": self._next}
 
     def metrics(self) -> dict[str, float]:
         """Return no metrics."""
@@ -222,7 +227,7 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
             max_pause=0.0,
         )
         pipeline = Pipeline(
-            Stream(),  # type: ignore[arg-type]
+            EpisodeFeed(Stream(), Ranks(), BATCH),  # type: ignore[arg-type]
             CandidateGenerator(
                 text=Words(),  # type: ignore[arg-type]
                 original=True,

@@ -16,6 +16,7 @@ from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
 from megatron_rlpt.trainer.candidates import CandidateGenerator
 from megatron_rlpt.trainer.curriculum import Curriculum
+from megatron_rlpt.trainer.episode_feed import EpisodeFeed
 from megatron_rlpt.trainer.judging import InTrainerJudging
 from megatron_rlpt.trainer.pipeline import Pipeline
 from megatron_rlpt.types import Episode, Group, Reward, Source, without_stale
@@ -31,6 +32,9 @@ class Stream:
 
     def state_dict(self) -> int:
         return self.taken
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     held_out: frozenset[str] | None = None
 
@@ -63,13 +67,19 @@ class RolloutsWin:
 
 
 def pipeline(
-    staleness: int = 1, background: bool = False, part: int = 4, judge=None, steps: int | None = 8, **curriculum
+    staleness: int = 1,
+    background: bool = False,
+    part: int = 4,
+    judge=None,
+    steps: int | None = 8,
+    stream=None,
+    **curriculum,
 ) -> Pipeline:
     candidates = CandidatesConfig(
         rollouts=4, curriculum=CurriculumConfig(enabled=bool(curriculum), **{"window": 4, "start": 1} | curriculum)
     )
     return Pipeline(
-        Stream(),
+        EpisodeFeed(stream or Stream(), Ranks(), 4),
         CandidateGenerator(text=NUMBERS, original=True, rewriter=None, engine=Engine(), suffix_length=2, run_seed=1),
         InTrainerJudging(judge or RolloutsWin(), Ranks(), on_submit=background),
         Curriculum(candidates, 1),
@@ -243,8 +253,9 @@ def test_what_was_proposed_ahead_is_dropped_where_it_is_held_out_now(held_out):
     first.start(0)
     learn(first, 0, 1)
     state = json.loads(json.dumps(first.state_dict()))
-    second = pipeline(2)
-    second.stream.held_out = held_out
+    stream = Stream()
+    stream.held_out = held_out
+    second = pipeline(2, stream=stream)
     second.load_state_dict(state)
     second.start(1)
     learnt = [group.episode.id for batch in learn(second, 1, 8) for group in batch]

@@ -21,6 +21,7 @@ from megatron_rlpt.observe import StageTimer
 from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
 from megatron_rlpt.trainer.candidates import CandidateGenerator
 from megatron_rlpt.trainer.curriculum import Curriculum
+from megatron_rlpt.trainer.episode_feed import EpisodeFeed
 from megatron_rlpt.trainer.gpu_memory import GpuMemory
 from megatron_rlpt.trainer.judging import InTrainerJudging
 from megatron_rlpt.trainer.learning import Learning
@@ -42,6 +43,9 @@ class CountingStream:
 
     def load_state_dict(self, state: int) -> None:
         self.taken = state
+
+    def state_dict(self) -> int:
+        return self.taken
 
     def metrics(self) -> dict[str, float]:
         return {"data/read": self.taken}
@@ -154,7 +158,7 @@ def training(
     )
     judging = InTrainerJudging(ScriptedJudge(**judge) if engine else None, Ranks(), on_submit=background)
     pipeline = Pipeline(
-        CountingStream(),
+        EpisodeFeed(CountingStream(), Ranks(), 2),
         proposer,
         judging,
         Curriculum(config.candidates, config.run.seed),
@@ -229,7 +233,7 @@ def test_a_step_with_nothing_to_train_on_is_recorded_and_changes_nothing():
         ("record", 1, 1),
     ]
     assert run.policy.version == 1
-    assert run.pipeline.stream.taken == 4
+    assert run.pipeline.feed.state_dict() == 4
     first = run.observer.metrics[0]
     assert (first["examples"], first["skipped/tie"]) == (0, 2)
     assert "loss" not in first
@@ -366,7 +370,7 @@ def test_ahead_of_the_trainer_every_batch_is_proposed_by_the_weights_of_so_many_
     run.pipeline.close()
     assert [version for _, version in happened(journal, "generate")] == [max(0, n - staleness) for n in range(6)]
     assert [version for _, version, _ in happened(journal, "sync")] == [1, 2, 3, 4, 5, 6]
-    assert run.pipeline.stream.taken == 12, "nothing is proposed that is never learnt from"
+    assert run.pipeline.feed.state_dict() == 12, "nothing is proposed that is never learnt from"
 
 
 def test_weights_change_only_after_what_they_generate_is_there():

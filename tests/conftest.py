@@ -17,6 +17,8 @@ import pytest
 from redis_server import RedisServer
 from tiny_model import WORDS, make_tiny_model
 
+from megatron_rlpt.policy.megatron_compat import ImportHook
+
 # No deadline per example: the machine may be busy.
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
@@ -89,6 +91,30 @@ def pytest_xdist_make_scheduler(config, log):
 def _start(item) -> tuple[bool, int]:
     lane = item.path.relative_to(ROOT / "tests").parts[0]
     return not TOGETHER.get(item.path.stem, "").startswith("slurm"), LANES.index(lane) if lane in LANES else len(LANES)
+
+
+KEPT = []
+"""vLLM engines that stay alive until the process ends."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines_outlive_the_tests():
+    """Keep engines alive: vLLM destroys process-wide groups when one is collected, even while others are in use."""
+
+    def keep(module):
+        build = module.LLM.__init__
+
+        def build_and_keep(self, *arguments, **options):
+            build(self, *arguments, **options)
+            KEPT.append(self)
+
+        module.LLM.__init__ = build_and_keep
+
+    # Only once a test has imported vLLM, which takes 13 s.
+    if (loaded := sys.modules.get("vllm.entrypoints.llm")) is not None:
+        keep(loaded)
+    else:
+        sys.meta_path.insert(0, ImportHook("vllm.entrypoints.llm".__eq__, keep))
 
 
 @pytest.fixture(autouse=True)

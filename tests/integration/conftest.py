@@ -24,8 +24,6 @@ WITHOUT_VLLM = {
     "test_slurm_start",
 }
 """Modules that run without vLLM; all others get its marker."""
-KEPT = []
-"""Engines that stay alive until the process ends."""
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
@@ -55,25 +53,6 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def engines_outlive_the_tests():
-    """Keep engines alive: vLLM destroys process-wide groups when one is collected, even while others are in use.
-
-    For tests that build engines in this process; others do not wait for the import of vLLM.
-    """
-    import vllm
-
-    build = vllm.LLM.__init__
-
-    def build_and_keep(self, *arguments, **options):
-        build(self, *arguments, **options)
-        KEPT.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm.LLM, "__init__", build_and_keep)
-        yield
-
-
-@pytest.fixture(scope="session")
 def served_model(tiny_model, tmp_path_factory) -> Path:
     """The tiny model with heads of 32, the smallest that vLLM's CPU attention supports."""
     return save_model(tmp_path_factory.mktemp("models") / "served", tiny_model, seed=0)
@@ -86,7 +65,7 @@ def other_model(served_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(served_model, engines_outlive_the_tests):
+def engine(served_model):
     """The rollout engine in fp32 with ``served_model``; a test that updates its weights restores them."""
     return start_engine(served_model)
 

@@ -11,8 +11,6 @@ from tiny_runs import NEXT_TOKEN, finish, only_error, start, write_config
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation import evaluate
 
-pytestmark = pytest.mark.usefixtures("engines_outlive_the_tests")
-
 KEYS = {
     "created", "machine", "versions", "config", "judge", "prefixes", "samples", "win_rate", "repetition",
     "baseline_ntp", "trained_minus_baseline", "second_measure", "distinct_2", "distinct_3", "length", "reward", "steps",

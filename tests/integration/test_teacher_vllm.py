@@ -42,7 +42,6 @@ CORPUS = ASSETS / "corpus/heldout.jsonl"
 PREFIX, SUFFIX, CONTEXT = 48, 32, 1024
 
 pytestmark = [
-    pytest.mark.usefixtures("engines_outlive_the_tests"),
     pytest.mark.skipif(
         not (MODEL / "model.safetensors").is_file() or not CORPUS.is_file(), reason=f"no model or corpus in {ASSETS}"
     ),

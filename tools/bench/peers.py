@@ -1,10 +1,13 @@
 """A training step of ``rlpt train`` against that of another trainer: same weights, prompts, lengths and free reward.
 
     python tools/bench/peers.py --peer trl --prefix 448 --suffix 64 --k 2 --prompts 4 --steps 5 [--json FILE] [--quick]
+    python tools/bench/peers.py --peer public --prefix 64 --suffix 48 --k 4 [--json FILE] [--quick]
 
 Both trainers are up at the same time and work in turns: generate, reward, update, hand over the weights. A turn lasts
-from one reward to the next, so it holds every part of a step once. ``bash tools/setup_peers.sh`` installs the peer.
-Online DPO with a frozen reference; the precision is the one that ``model.dtype: auto`` chooses on this machine.
+from one reward to the next, so it holds every part of a step once. ``bash tools/setup_peers.sh`` installs TRL;
+``public`` is the step of a public implementation of the method (``peers/public_steps.py``), whose pool is the original
+and K rollouts. Online DPO with a frozen reference; the precision is the one that ``model.dtype: auto`` chooses on this
+machine.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent / "peers"
 MODEL = ROOT / "runs/assets/smollm2-135m-instruct"
-PEER_PYTHON = ROOT / ".venv-peers/bin/python"
+TRL_PYTHON = ROOT / ".venv-peers/bin/python"
 PATIENCE = 1800.0
 """Longest seconds for a start or a step."""
 LR = 1e-6
@@ -103,7 +106,7 @@ def our_command(given: argparse.Namespace, folder: Path, corpus: Path, steps: in
             "max_prefix": given.prefix,
             "shuffle_buffer": 1,
         },
-        "candidates": {"original": False, "rollouts": given.k},
+        "candidates": {"original": given.peer == "public", "rollouts": given.k},
         "teacher": {"judge": f"{HERE}/waiting_reward.py:WaitingReward", "options": {"prompts": given.prompts}},
         "objective": {"name": "online_dpo"},
         "optimizer": {"lr": LR, "decay": "constant"},
@@ -127,7 +130,8 @@ def peer_command(given: argparse.Namespace, folder: Path, corpus: Path, steps: i
         "steps": steps,
         **{name: getattr(given, name) for name in ("prefix", "suffix", "k", "prompts")},
     }
-    return [str(PEER_PYTHON), str(HERE / f"{given.peer}_steps.py"), json.dumps(settings)]
+    python = str(TRL_PYTHON) if given.peer == "trl" else sys.executable
+    return [python, str(HERE / f"{given.peer}_steps.py"), json.dumps(settings)]
 
 
 def stages(folder: Path) -> dict[str, float]:
@@ -140,10 +144,10 @@ def stages(folder: Path) -> dict[str, float]:
 def main() -> None:
     """Print the figures, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", choices=["trl"], default="trl", help="the other trainer")
+    parser.add_argument("--peer", choices=["trl", "public"], default="trl", help="the other trainer")
     parser.add_argument("--prefix", type=int, default=448, help="tokens of a prompt")
     parser.add_argument("--suffix", type=int, default=64, help="tokens of a completion")
-    parser.add_argument("--k", type=int, default=2, help="completions of a prompt; TRL has 2")
+    parser.add_argument("--k", type=int, default=2, help="rollouts of a prompt; TRL has 2")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
     parser.add_argument("--steps", type=int, default=5, help="steps that are counted")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -153,7 +157,10 @@ def main() -> None:
         given.prompts, given.steps = 1, 3
     if given.peer == "trl" and given.k != 2:
         parser.error(f"--k is {given.k}; TRL's OnlineDPOTrainer generates 2 completions per prompt")
-    for path, how in ((PEER_PYTHON, "bash tools/setup_peers.sh"), (MODEL, "python tools/prepare_demo.py")):
+    needed = {MODEL: "python tools/prepare_demo.py"}
+    if given.peer == "trl":
+        needed[TRL_PYTHON] = "bash tools/setup_peers.sh"
+    for path, how in needed.items():
         if not path.exists():
             parser.error(f"{path} does not exist; run {how}")
     total = given.steps + WARM_UP + 1

@@ -80,7 +80,7 @@ def test_files_that_do_not_fit_together_are_refused(cluster, overrides, said):
 def test_a_judge_that_asks_no_model_needs_no_server_of_the_teacher():
     judge = Path(__file__).resolve().parents[3] / "configs/examples/distinct.py"
     config = load_config(None, (*WORKERS, f"teacher.judge={judge}:DistinctNgrams"))
-    names = [part.name for part in components_of(replace(SLURM, teacher=TeacherResources()), config)]
+    names = [part.role for part in components_of(replace(SLURM, teacher=TeacherResources()), config)]
     assert names == ["buffer", "judges", "trainer"]
 
 

@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rlpt.config import Dtype, OptimizerConfig, TrainConfig
 from megatron_rlpt.policy.model import HiddenStateModel
+from megatron_rlpt.policy.optimizer_shares import own_shares
 from megatron_rlpt.policy.precision import torch_dtype_of
 
 
@@ -140,6 +141,8 @@ def _set_steps(adam: torch.optim.Adam, updates: int) -> None:
 def sharded_optimizer_state(optimizer: Any, model: Any, is_loading: bool) -> dict[str, Any]:
     """Return main weights and moments, sharded like their parameters in ``model``, and the number of updates.
 
+    A save has this rank's own share (``optimizer_shares.py``); a load has all of the parameters that this rank holds.
+
     Megatron's ``sharded_state_dict`` also saves the parameter groups of every optimizer in the chain, and the length of
     the chain depends on the layout: experts that are distributed over ranks have their own optimizer. Apart from the
     number of updates, groups hold only values that configuration and schedule set.
@@ -147,12 +150,14 @@ def sharded_optimizer_state(optimizer: Any, model: Any, is_loading: bool) -> dic
     Args:
         optimizer: Megatron's optimizer or chain of optimizers.
         model: the sharded state of every model chunk, with the parameters as its data.
-        is_loading: leave the tensors uninitialized.
+        is_loading: describe what to read instead.
     """
     return {
         "updates": _updates(optimizer),
         "tensors": {
-            number: part.sharded_param_state_fully_reshardable(model, is_loading, {})
+            number: (
+                part.sharded_param_state_fully_reshardable(model, True, {}) if is_loading else own_shares(part, model)
+            )
             for number, part in enumerate(_parts(optimizer))
         },
     }

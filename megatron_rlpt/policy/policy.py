@@ -114,6 +114,7 @@ class Policy:
         self._state = PolicyState(model_chunks, self._optimizer, self._scheduler, moving)
         bucket_bytes = config.rollout.sync_bucket_mib << 20
         self._source = WeightSource(model_chunks, self.arch, self.layout, ranks, bucket_bytes)
+        self._saving: ShardedWriting | None = None
         self.version = 0
 
     def update(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -145,6 +146,7 @@ class Policy:
             metrics = self._mean_metrics(results, len(examples))
             self._require_finite(metrics)
             self._scheduler.step(increment=1)
+            self._wait_for_snapshot()
             successful, grad_norm, _ = self._optimizer.step()
         assert successful, "only fp16 loss scaling skips a step, and it is not used"
         self.version += 1
@@ -222,6 +224,7 @@ class Policy:
     def offload_optimizer(self) -> None:
         """Move optimizer state to host memory and free gradient buffers; does nothing without a GPU."""
         if self._runtime.on_cuda:
+            self._wait_for_snapshot()
             self._optimizer.offload_to_cpu()
             for ddp in self._ddps:
                 ddp.offload_grad_buffers()
@@ -242,11 +245,14 @@ class Policy:
 
         Args:
             folder: an existing folder.
-            snapshot: copy the state, so that updates may run before it is written.
+            snapshot: copy the state while the run goes on, so that updates may run before it is written; the next
+                one waits for the copy before it changes a weight.
         """
         self._gather_parameters()
         with self._runtime.megatron():
-            return self._state.begin_save(self.version, folder, snapshot)
+            self._wait_for_snapshot()
+            self._saving = self._state.begin_save(self.version, folder, snapshot)
+            return self._saving
 
     def load(self, folder: Path) -> None:
         """Load the checkpoint in ``folder``, written under any layout.
@@ -256,6 +262,12 @@ class Policy:
         """
         with self._runtime.megatron():
             self.version = self._state.load(folder)
+
+    def _wait_for_snapshot(self) -> None:
+        """Wait until the checkpoint under way has copied the state; what it has not copied must not change."""
+        if self._saving is not None:
+            self._saving.wait_for_copy()
+            self._saving = None
 
     def _plan(self, examples: Sequence[Example]) -> list[MicroBatchPlan]:
         return plan_micro_batches(

@@ -10,7 +10,8 @@ thread dies with its process.
 The steps are those of ``megatron/core/dist_checkpointing/serialization.py: save``, separated because some are
 collectives, which must not fail on one rank alone, and some are writes, which may fail:
 
-    ShardedWriting(...)    collective: plan which rank writes what; copy state that could change meanwhile
+    ShardedWriting(...)    collective: plan which rank writes what; a thread begins to copy what could change meanwhile
+    wait_for_copy()        before the state changes
     write()                this rank's files; any thread; no collective
     conclude(results)      on rank 0, after all ranks have written: the files that describe the checkpoint
 """
@@ -22,7 +23,7 @@ import io
 import os
 import queue
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_items_iter, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -60,12 +62,13 @@ class ShardedWriting:
         Args:
             state: Megatron's sharded state dict; tensors it does not shard must be the same on every rank.
             folder: an existing folder for the files.
-            snapshot: copy every tensor that exists outside of ``state``, so that the caller may change it before
-                ``write`` returns.
+            snapshot: copy every tensor, in a thread, so that the caller may change it before ``write`` returns, but
+                not before ``wait_for_copy``.
         """
         with plain_errors():
-            lasting = _storages(state) if snapshot else set()
             sharded, common = save_preprocess(state)
+            lasting = _storages(sharded) if snapshot else set()
+            own = _stand_in(sharded)
             strategy = _Plan(_BACKEND, _VERSION, thread_count=_FILES_PER_RANK)
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             if group.size() > 1:
@@ -76,13 +79,22 @@ class ShardedWriting:
                 sharded, str(folder), **own_writer_arguments(strategy.async_save)
             )
         self._folder = folder
-        buckets = self._writer.preload_tensors(self._writer.write_buckets)
-        self._buckets = _copied(buckets, lasting) if snapshot else buckets
+        self._buckets = _filled(self._writer.write_buckets, own)
+        self._copying: Future[None] | None = None
+        if snapshot:
+            pool = ThreadPoolExecutor(1, "snapshot")
+            self._copying = pool.submit(self._copy, lasting, _copy_stream())
+            pool.shutdown(wait=False)
         self._common: bytes | None = None
         if torch.distributed.get_rank() == 0:
             buffer = io.BytesIO()
             torch.save(common, buffer)
             self._common = buffer.getvalue()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the state may change; returns at once without a snapshot."""
+        if self._copying is not None:
+            self._copying.result()
 
     def write(self) -> tuple[list[Path], Any]:
         """Write and fsync this rank's files. May run in another thread; no collective.
@@ -93,6 +105,7 @@ class ShardedWriting:
         Raises:
             Exception: any error of the file system.
         """
+        self.wait_for_copy()
         files = [Path(path) for path, _, _ in self._buckets]
         with ThreadPoolExecutor(_FILES_PER_RANK) as pool:
             parts = list(pool.map(self._write_bucket, self._buckets))
@@ -118,12 +131,17 @@ class ShardedWriting:
         save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self._folder))
         return [self._folder / ".metadata", self._folder / "metadata.json"]
 
+    def _copy(self, lasting: set[int], stream: Any) -> None:
+        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+            self._buckets = _on_host(self._buckets, lasting)
+
     def _write_bucket(self, bucket: Any) -> list[Any]:
         # Megatron's function reports through queues, because it expects to run in its own process.
         outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
         running: queue.Queue[int] = queue.Queue()
         running.put(0)
         transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
+        (bucket,) = _on_host([bucket], set())
         with _without_crc():  # per thread in torch
             self._writer.write_preloaded_data(transforms, 0, bucket, outcomes, running, use_fsync=True)
         _, outcome = outcomes.get_nowait()
@@ -189,14 +207,25 @@ class _Plan(TorchDistSaveShardedStrategy):
         return writer, metadata
 
 
-def _storages(state: dict[str, Any]) -> set[int]:
-    """Return the addresses of the storages that ``state`` refers to."""
-    tensors = (getattr(value, "data", value) for value in nested_values(state))
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)}
+_Place = tuple[str, tuple[int, ...]]
+"""Name of a whole tensor, and the offset of a shard in it."""
 
 
-def _copied(buckets: list[Any], lasting: set[int]) -> list[Any]:
-    """Copy the tensors in ``buckets`` that share memory with the state; the others are already copies."""
+def _stand_in(sharded: dict[str, Any]) -> dict[_Place, torch.Tensor]:
+    """Put empty tensors of the meta device in the place of all shards without a regular grid, and return the shards.
+
+    Megatron copies shards that are views while it plans, and the run would wait.
+    """
+    own: dict[_Place, torch.Tensor] = {}
+    for shard in nested_values(sharded):
+        if isinstance(shard, ShardedTensor) and not shard.has_regular_grid:
+            own[shard.key, tuple(shard.global_offset)] = shard.data
+            shard.data = torch.empty_like(shard.data, device="meta")
+    return own
+
+
+def _filled(buckets: list[Any], own: dict[_Place, torch.Tensor]) -> list[Any]:
+    """Return planned buckets with the shards in the place of their stand-ins."""
     return [
         (
             path,
@@ -205,10 +234,43 @@ def _copied(buckets: list[Any], lasting: set[int]) -> list[Any]:
                 # The planner made these bytes from objects.
                 objects,
                 [
-                    (item, tensor.clone() if tensor.untyped_storage().data_ptr() in lasting else tensor)
+                    (item, own[item.index.fqn, tuple(item.index.offset)] if tensor.device.type == "meta" else tensor)
                     for item, tensor in tensors
                 ],
             ),
         )
         for path, key, (objects, tensors) in buckets
     ]
+
+
+def _storages(sharded: dict[str, Any]) -> set[int]:
+    """Return the addresses of the storages that the state refers to."""
+    tensors = (getattr(value, "data", value) for value in nested_values(sharded))
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)}
+
+
+def _on_host(buckets: list[Any], lasting: set[int]) -> list[Any]:
+    """Return buckets whose tensors are in host memory, and copies where their storage is one of ``lasting``."""
+    return [
+        (
+            path,
+            key,
+            (
+                objects,
+                [
+                    (item, tensor.to("cpu", copy=tensor.untyped_storage().data_ptr() in lasting))
+                    for item, tensor in tensors
+                ],
+            ),
+        )
+        for path, key, (objects, tensors) in buckets
+    ]
+
+
+def _copy_stream() -> Any:
+    """Return a stream that copies beside the computation and begins after what is queued now; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream

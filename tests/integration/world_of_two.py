@@ -1,10 +1,11 @@
-"""What each of two ranks does (``two_ranks.py`` starts them): the rollout engine of a world; results as JSON."""
+"""What each of two ranks does in ``test_engine_process.py``: the rollout engine of a world; results as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -127,3 +128,7 @@ def main(served, other, corpus, out):
     results["after death"] = error_of(engine.update_weights, gathered(served), 2)
     (out / f"rank-{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -137,6 +137,7 @@ class Tensors:
         self.whole = torch.arange(float(size))
         self.buffer = torch.arange(3.0 * size)
         self.counts = torch.zeros(4)
+        self.writing = None
 
     def sharded(self) -> dict:
         from megatron.core.dist_checkpointing import ShardedTensor
@@ -155,9 +156,12 @@ class Tensors:
     def begin_save(self, folder: Path, snapshot: bool):
         from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting
 
-        return ShardedWriting(self.sharded(), folder, snapshot)
+        self.writing = ShardedWriting(self.sharded(), folder, snapshot)
+        return self.writing
 
     def change(self) -> None:
+        if self.writing is not None:
+            self.writing.wait_for_copy()
         for tensor in (self.whole, self.buffer, self.counts):
             tensor.fill_(-1.0)
 

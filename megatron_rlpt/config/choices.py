@@ -29,6 +29,7 @@ class Recompute(enum.StrEnum):
 
     none = "none"
     selective = "selective"
+    mlp = "mlp"
     full = "full"
 
 

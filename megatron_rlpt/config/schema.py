@@ -323,7 +323,8 @@ class TrainConfig:
     )  # fmt: skip
     recompute: Recompute = option(
         Recompute.none,
-        "Activations recomputed in the backward pass: none, those of attention (selective), or of whole layers (full).",
+        "Activations recomputed in the backward pass: none, those of attention (selective), of feed-forward layers or "
+        "experts (mlp), or of whole layers (full).",
         megatron="--recompute-granularity",
     )
 

@@ -63,12 +63,14 @@ class Pass:
         """
         if self.recompute is Recompute.full:
             return layers * self.stream
+        if self.recompute is Recompute.mlp:  # the input, which is kept, is the output of a norm
+            return layers * (self.layer() - self._feed_forward())
         return layers * self.layer()
 
     def working(self) -> int:
         """Return what the backward pass of one layer needs on top of ``kept``: its recomputed activations, and the
         gradients that flow through it (twice the residual stream, and the feed-forward layer's)."""
-        again = self.layer() if self.recompute is Recompute.full else 0
+        again = {Recompute.full: self.layer(), Recompute.mlp: self._feed_forward()}.get(self.recompute, 0)
         inner = self.arch.experts.ffn_hidden if self.arch.experts else self.arch.ffn_hidden // self.layout.tensor
         return again + 2 * self.stream + 2 * self.tokens * inner * self.width
 

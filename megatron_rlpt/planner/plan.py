@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from megatron_rlpt.config import (
     Config,
     Fp8,
-    Recompute,
     RunIn,
     TeacherUse,
     engine_facts,
@@ -156,8 +155,7 @@ def options_of(config: Config) -> Options:
     needs_weights = bool(config.candidates.rollouts) or objective_facts(config).needs_reference
     return Options(
         fp8=config.model.fp8 is not Fp8.off,
-        recompute_attention=config.train.recompute is Recompute.selective,
-        recompute_layers=config.train.recompute is Recompute.full,
+        recompute=config.train.recompute,
         overlap_reduce=overlap,
         overlap_gather=overlap and not needs_weights,
     )

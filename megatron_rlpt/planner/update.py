@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from megatron_rlpt.config import Config, rows_per_example
+from megatron_rlpt.config import Config, Recompute, rows_per_example
 from megatron_rlpt.planner.hardware import Constant, Nodes, attention_seconds, linear_seconds, memory_seconds
 from megatron_rlpt.planner.transformer import Transformer
 from megatron_rlpt.policy.layout import Layout
@@ -90,8 +90,7 @@ class Options:
     """Settings of a run that change the duration of its passes."""
 
     fp8: bool = False
-    recompute_attention: bool = False
-    recompute_layers: bool = False
+    recompute: Recompute = Recompute.none
     hidden_tensor: float = 0.0
     """Share of tensor-parallel communication that is hidden behind computation."""
     overlap_reduce: bool = False
@@ -205,11 +204,13 @@ class _Stage:
     @classmethod
     def of(cls, model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options) -> _Stage:
         tokens = work.micro_batch * work.tokens / layout.context
-        forward, backward = _layer(model, layout, nodes, work, options, tokens)
-        if options.recompute_layers:
-            backward = backward.plus(forward)
-        elif options.recompute_attention:
-            backward = backward.plus(Parts(attention=forward.attention))
+        forward, backward, feed_forward = _layer(model, layout, nodes, work, options, tokens)
+        again = {
+            Recompute.full: forward,
+            Recompute.selective: Parts(attention=forward.attention),
+            Recompute.mlp: feed_forward,
+        }
+        backward = backward.plus(again.get(options.recompute, Parts()))
         rows = work.micro_batch * work.completions * work.predicted / layout.context
         ahead, back = linear_seconds(nodes.gpu, rows, model.vocab / layout.tensor, model.hidden)
         softmax = memory_seconds(nodes.gpu, LOGIT_BYTES * rows * model.vocab / layout.tensor)
@@ -231,8 +232,9 @@ def _micro_batches(layout: Layout, work: UpdateWork) -> int:
 
 def _layer(
     model: Transformer, layout: Layout, nodes: Nodes, work: UpdateWork, options: Options, tokens: float
-) -> tuple[Parts, Parts]:
-    """Return the forward and backward time of one layer on a rank's ``tokens`` tokens."""
+) -> tuple[Parts, Parts, Parts]:
+    """Return the forward and backward time of one layer on a rank's ``tokens`` tokens, and that of the forward pass of
+    its feed-forward part."""
     gpu, tensor = nodes.gpu, layout.tensor
     query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
     products = [(1, tokens, (query + 2 * key) / tensor, model.hidden), (1, tokens, model.hidden, query / tensor)]
@@ -271,7 +273,14 @@ def _layer(
                 expert=exchange,
             )
         )
-    return parts[0], parts[1]
+    # The third and fourth product; with experts the exchange is repeated as well.
+    feed_forward = Parts(
+        matmul=sum(count * pair[0] for count, pair in pairs[2:]),
+        elementwise=memory_seconds(gpu, tokens * 2 * (model.projections + 1) * inner),
+        tensor=tensors / 2,
+        expert=exchange,
+    )
+    return parts[0], parts[1], feed_forward
 
 
 def _ring_seconds(model: Transformer, layout: Layout, nodes: Nodes, tokens: float) -> float:

@@ -90,6 +90,8 @@ def transformer_config(
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute is Recompute.selective:
         settings |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    elif recompute is Recompute.mlp:
+        settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe" if arch.experts else "mlp"]}
     if layout.virtual_stages > 1:
         # With two pipeline ranks, each is the next and the previous rank of the other, so batched exchanges would mix
         # up their messages (megatron/training/arguments.py refuses them for that reason).

@@ -35,6 +35,8 @@ LAYOUTS: dict[int, list[Case]] = {
         Case("qwen3_moe"),
         Case(layout={"tensor": 2}, recompute=Recompute.full),
         Case(layout={"pipeline": 2}, recompute=Recompute.selective),
+        Case(layout={"tensor": 2}, recompute=Recompute.mlp),
+        Case("qwen3_moe", {"expert": 2}, recompute=Recompute.mlp),
         Case(layout={"tensor": 2}, objective="grpo"),
         Case(layout={"pipeline": 2}, objective="grpo"),
         Case(objective="grpo"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
 from megatron_rlpt.teacher.generator import Message, Request
 from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 from megatron_rlpt.teacher.served_likelihood import ServedLikelihoodJudge
+from megatron_rlpt.teacher.verdicts.direct import ALTERNATIVES
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
@@ -113,6 +115,18 @@ def test_it_answers_chats_and_keeps_to_a_schema(server):
     assert first.text == second.text, "the same seed"
     assert first.prompt_tokens > 5
     assert name == "smollm2-135m-instruct"
+
+
+def test_its_first_tokens_come_with_their_probabilities(server):
+    _, endpoints = server
+    question = (Message("user", "Which is larger, 1 or 2? Answer with one digit."),)
+    request = Request(question, seed=3, max_tokens=1, temperature=0.0, alternatives=ALTERNATIVES)
+    reply = ask(endpoints, lambda pool: pool(request))
+    assert len(reply.alternatives) == ALTERNATIVES
+    assert reply.alternatives[0][0] == reply.text
+    probabilities = [math.exp(logprob) for _, logprob in reply.alternatives]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0.5 < sum(probabilities) < 1.001
 
 
 def test_its_log_likelihood_is_that_of_the_model(server, group, smollm2):

@@ -1,6 +1,7 @@
 """A real teacher: SmolLM2-135M scores, judges and rewrites held-out text on a CPU."""
 
 import json
+import math
 import random
 import shutil
 from dataclasses import replace
@@ -132,6 +133,18 @@ def test_same_seed_same_reply_whatever_came_before(small):
     assert small.generate(requests) == first
     assert len({reply.token_ids for reply in first}) > 1
     assert all(reply.finish_reason == "length" and len(reply.token_ids) == 8 for reply in first)
+
+
+def test_first_tokens_come_with_their_probabilities_where_they_are_asked_for(small):
+    one, other = small.generate(
+        [replace(greeting(1, temperature=0.0), max_tokens=1, alternatives=count) for count in (20, 0)]
+    )
+    probabilities = [math.exp(logprob) for _, logprob in one.alternatives]
+    assert len(probabilities) >= 20
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0.0 < sum(probabilities) < 1.001
+    assert one.alternatives[0][0] == one.text == other.text
+    assert other.alternatives == ()
 
 
 def test_an_engine_in_a_process_of_its_own_replies_the_same(small, small_model):

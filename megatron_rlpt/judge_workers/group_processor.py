@@ -97,7 +97,7 @@ def _read(text: str | None) -> Reply | None:
         fields = json.loads(text)
         alternatives = tuple((str(token), float(logprob)) for token, logprob in fields.get("alternatives", ()))
         reply = Reply(**fields | {"token_ids": tuple(fields["token_ids"]), "alternatives": alternatives})
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     cached = () if reply.cached_tokens is None else (reply.cached_tokens,)
     numbers = (*reply.token_ids, reply.prompt_tokens, reply.answer_tokens, *cached)

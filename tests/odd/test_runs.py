@@ -353,7 +353,8 @@ def test_malformed_records_that_a_full_disk_does_not_take_end_no_run(rlpt, file,
     assert err.count("quarantine file not writable now") == 1
     written = [row["offset"] for row in lines(run / "quarantine.jsonl")]
     assert written == sorted(set(written))
-    assert len(written) == lines(run / "metrics.jsonl")[-1]["data/malformed"] >= 29
+    counted = lines(run / "metrics.jsonl")[-1]["data/malformed"]
+    assert 29 <= counted <= len(written) <= counted + batch["global_batch"], "the next batch is read ahead"
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["of its own", "of the run"])

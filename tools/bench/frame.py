@@ -18,10 +18,13 @@ MODEL = Path(__file__).resolve().parents[2] / "runs/assets/smollm2-135m-instruct
 """SmolLM2-135M, made by ``tools/prepare_demo.py``."""
 
 
+# Megatron warns while it is imported, which benchmarks do after this module.
+warnings.simplefilter("ignore")
+
+
 def quiet() -> None:
     """Leave the terminal to the figures."""
     quiet_libraries()
-    warnings.simplefilter("ignore")
     logging.getLogger("megatron_rlpt").setLevel(logging.ERROR)
 
 

@@ -217,6 +217,8 @@ class Ranks:
             absent = "another rank"
             if self.is_main and named:
                 absent = f"rank{'s' if ',' in named[1] else ''} {named[1]}"
+            elif self.is_main and self.size == 2:  # gloo names no rank whose connection broke; here it can be no other
+                absent = "rank 1"
             raise LostContactError(
                 f"{absent} did not reach {phase} within {self._timeout.total_seconds():g} s (parallel.timeout); look "
                 "at the log of that rank"

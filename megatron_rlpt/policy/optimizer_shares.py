@@ -72,20 +72,24 @@ def own_shares(optimizer: Any, model: Mapping[Any, Any]) -> list[ShardedTensor]:
         for buckets in by_dtype.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
+                    shard, start = shards[id(parameter)], ranges["param"].start
+                    blocks = _blocks(shard)
                     state = optimizer._get_main_param_and_optimizer_states(parameter)
                     for name, share in state.items():
                         if name != "step":  # one number for all, saved beside the tensors
-                            found += _pieces(shards[id(parameter)], name, share, ranges["param"].start)
+                            found += _pieces(blocks, shard.replica_id, name, share, start)
     return found
 
 
-def _pieces(shard: Any, name: str, share: torch.Tensor, start: int) -> Iterator[ShardedTensor]:
-    """Cut ``share``, the values of a parameter from ``start`` on, into pieces of the whole tensors of ``shard``."""
+def _pieces(
+    blocks: Sequence[tuple[ShardedTensor, int]], replica_id: Any, name: str, share: torch.Tensor, start: int
+) -> Iterator[ShardedTensor]:
+    """Cut ``share``, the values of a parameter from ``start`` on, into pieces of the tensors of its ``blocks``."""
     flat = share.detach().view(-1)
     stop = start + flat.numel()
     # Tensor and pipeline ranks that hold the same parameter write it once; every data-parallel rank writes its own.
-    replica = (*shard.replica_id[:2], 0)
-    for block, first in _blocks(shard):
+    replica = (*replica_id[:2], 0)
+    for block, first in blocks:
         last = first + math.prod(block.local_shape)
         position = max(start, first)
         lead = block.prepend_axis_num

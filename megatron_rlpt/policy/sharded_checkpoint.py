@@ -22,7 +22,7 @@ import contextlib
 import io
 import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -226,21 +226,11 @@ def _stand_in(sharded: dict[str, Any]) -> dict[_Place, torch.Tensor]:
 
 def _filled(buckets: list[Any], own: dict[_Place, torch.Tensor]) -> list[Any]:
     """Return planned buckets with the shards in the place of their stand-ins."""
-    return [
-        (
-            path,
-            key,
-            (
-                # The planner made these bytes from objects.
-                objects,
-                [
-                    (item, own[item.index.fqn, tuple(item.index.offset)] if tensor.device.type == "meta" else tensor)
-                    for item, tensor in tensors
-                ],
-            ),
-        )
-        for path, key, (objects, tensors) in buckets
-    ]
+
+    def shard_of(item: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return own[item.index.fqn, tuple(item.index.offset)] if tensor.device.type == "meta" else tensor
+
+    return _with_tensors(buckets, shard_of)
 
 
 def _storages(sharded: dict[str, Any]) -> set[int]:
@@ -251,18 +241,18 @@ def _storages(sharded: dict[str, Any]) -> set[int]:
 
 def _on_host(buckets: list[Any], lasting: set[int]) -> list[Any]:
     """Return buckets whose tensors are in host memory, and copies where their storage is one of ``lasting``."""
+    return _with_tensors(
+        buckets, lambda _, tensor: tensor.to("cpu", copy=tensor.untyped_storage().data_ptr() in lasting)
+    )
+
+
+def _with_tensors(buckets: list[Any], change: Callable[[Any, torch.Tensor], torch.Tensor]) -> list[Any]:
+    """Return planned buckets with what ``change`` makes of every item and tensor.
+
+    A bucket is (path, key, (objects as bytes, (item, tensor) each)).
+    """
     return [
-        (
-            path,
-            key,
-            (
-                objects,
-                [
-                    (item, tensor.to("cpu", copy=tensor.untyped_storage().data_ptr() in lasting))
-                    for item, tensor in tensors
-                ],
-            ),
-        )
+        (path, key, (objects, [(item, change(item, tensor)) for item, tensor in tensors]))
         for path, key, (objects, tensors) in buckets
     ]
 

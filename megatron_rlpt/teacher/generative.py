@@ -75,9 +75,8 @@ class GenerativeJudge:
         """Return the group with its cost and one reward per candidate.
 
         ``detail["axes"]`` holds each axis' value and its votes: seed, reply, and verdict or failure. A vote on a pair
-        names candidates by index, is listed with both, and holds its reply with the one shown first.
-        A direct
-        answer adds the probability that the first wins. ``detail["standings"]`` holds statistics of the comparisons.
+        names candidates by index, is listed with both, and holds its reply with the one shown first; a direct answer
+        adds the probability that the first wins. ``detail["standings"]`` holds statistics of the comparisons.
         """
         start = time.perf_counter()
         counting = _CountingAsk(ask)

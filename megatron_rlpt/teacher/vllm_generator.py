@@ -120,7 +120,7 @@ def _compile_grammars_synchronously(engine: Any) -> None:
 
 def _alternatives(logprobs: Any) -> tuple[tuple[str, float], ...]:
     """Return text and log-probability of the first token's alternatives, the most probable first."""
-    found = sorted((one for one in logprobs[0].values()), key=lambda one: -one.logprob) if logprobs else []
+    found = sorted(logprobs[0].values(), key=lambda one: -one.logprob) if logprobs else []
     return tuple((one.decoded_token or "", float(one.logprob)) for one in found)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import resource
 import signal
 import threading
@@ -229,7 +228,5 @@ def test_a_rank_that_dies_while_it_writes_leaves_the_last_checkpoint_and_stops_t
     with pytest.raises(WorldError) as caught:
         run_world(2, lose_a_rank, tmp_path, model, start_group=False)
     assert "rank 0: exit code 1" in str(caught.value), "it has ended by itself"
-    # gloo names a rank that does not come, but not always one whose connection broke.
-    said = r"(rank 1|another rank) did not reach the end of its part of checkpoint step-00000002"
-    assert re.search(said, str(caught.value))
+    assert "rank 1 did not reach the end of its part of checkpoint step-00000002" in str(caught.value)
     assert CheckpointStore(tmp_path / "checkpoints", keep=2).latest().step == 1

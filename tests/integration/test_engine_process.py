@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from prefork import VLLM, forked
 from rollout_contract import LENGTH, prompts, weights_of
-
-from megatron_rlpt.distributed.addresses import free_port
+from tiny_runs import torchrun_variables
 
 HERE = Path(__file__).parent
 
@@ -26,19 +25,9 @@ def world(served_model, other_model, corpus, tmp_path_factory):
     """
     out = tmp_path_factory.mktemp("world")
     command = [sys.executable, str(HERE / "world_of_two.py"), *map(str, (served_model, other_model, corpus, out))]
-    torchrun = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_USE_AGENT_STORE": "False",
-    }
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "SLURM_PROCID": "7"}
-    ranks = [
-        forked(VLLM, command, env=env | torchrun | {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"})
-        for rank in ("0", "1")
-    ]
-    for process in ranks:
+    env |= {"GROUP_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    for process in [forked(VLLM, command, env=env | place) for place in torchrun_variables(2)]:
         _, err = process.communicate(timeout=400)
         assert process.returncode == 0, err[-4000:]
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]

@@ -42,11 +42,9 @@ MODEL = ASSETS / "smollm2-135m-instruct"
 CORPUS = ASSETS / "corpus/heldout.jsonl"
 PREFIX, SUFFIX, CONTEXT = 48, 32, 1024
 
-pytestmark = [
-    pytest.mark.skipif(
-        not (MODEL / "model.safetensors").is_file() or not CORPUS.is_file(), reason=f"no model or corpus in {ASSETS}"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (MODEL / "model.safetensors").is_file() or not CORPUS.is_file(), reason=f"no model or corpus in {ASSETS}"
+)
 
 
 @pytest.fixture(scope="module")

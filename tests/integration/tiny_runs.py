@@ -89,12 +89,14 @@ def start(config: Path, *arguments: str) -> Forked:
 
 def start_ranks(config: Path, ranks: int, *arguments: str) -> list[Forked]:
     """Start ``rlpt train`` on ``ranks`` ranks, with the variables that torchrun sets."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks} | address
-    return [
-        rlpt_process("train", "-c", str(config), *arguments, RANK=rank, LOCAL_RANK=rank, **place)
-        for rank in range(ranks)
-    ]
+    return [rlpt_process("train", "-c", str(config), *arguments, **place) for place in torchrun_variables(ranks)]
+
+
+def torchrun_variables(ranks: int) -> list[dict[str, str]]:
+    """Return the variables that torchrun sets for each rank of a world on this machine, at a free port."""
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port())}  # fmt: skip
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def rlpt_process(*arguments: str, **variables: object) -> Forked:

@@ -54,11 +54,13 @@ import megatron.core.models.gpt.gpt_layer_specs
 """
 _LAYERS = """
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_rlpt.policy.fusions import find_fusions
 from megatron_rlpt.policy.layers import layer_spec
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 facts["runtime"] = DeviceRuntime().describe()
 config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")
 attention = layer_spec(config).submodules.self_attention.submodules
+facts["fusions"] = find_fusions().describe()
 facts["layers"] = ", ".join(f"{m.__module__}.{m.__name__}" for m in (attention.linear_qkv, attention.core_attention))
 """
 _APEX = """
@@ -119,6 +121,8 @@ class Report:
     """Device runtime of a run; None if unknown."""
     layers: str | None
     """Modules of the attention layers of a run; None if unknown."""
+    fusions: str | None
+    """Operations of the layers that are fused in a run; None if unknown."""
     problems: list[Problem]
 
     @property
@@ -168,6 +172,7 @@ def diagnose(timeout: float = 180.0) -> Report:
         },
         runtime=probes["layers"].facts.get("runtime"),
         layers=probes["layers"].facts.get("layers"),
+        fusions=probes["layers"].facts.get("fusions"),
         problems=find_problems(probes, versions, machine),
     )
 
@@ -374,6 +379,7 @@ def render(report: Report, console: Console) -> None:
         ("disk free here", _size(machine.disk_free)),
         ("runtime", report.runtime or "unknown"),
         ("attention layers", report.layers or "unknown"),
+        ("fused operations", report.fusions or "unknown"),
         *((name, _yes(there)) for name, there in report.kernels.items()),
     ]  # fmt: skip
     for title, entries in (("versions", [(k, v or "-") for k, v in report.versions.items()]), ("machine", rows)):

@@ -327,6 +327,12 @@ class TrainConfig:
         "experts (mlp), or of whole layers (full).",
         megatron="--recompute-granularity",
     )
+    deterministic: bool = option(
+        False,
+        "Use only GPU operations that give the same bits again, so that a resumed run equals one that was not stopped; "
+        "slower. Runs on CPUs always do.",
+        megatron="--deterministic-mode",
+    )
 
 
 @dataclass

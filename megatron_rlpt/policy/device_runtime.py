@@ -232,6 +232,8 @@ class DeviceRuntime:
         backend: the torch.distributed backend, ``nccl`` or ``gloo``.
     """
 
+    is_deterministic: ClassVar[bool] = False
+    """Whether every operation gives the same bits again, also on GPUs."""
     _layout: ClassVar[Layout | None] = None
     _ranks: ClassVar[Ranks | None] = None
 
@@ -265,6 +267,21 @@ class DeviceRuntime:
         _install(self.on_cuda)
         if not self.on_cuda:
             _keep_freed_memory()
+
+    def make_deterministic(self) -> None:
+        """Use only GPU operations that give the same bits again; call it before the first. A CPU's always do.
+
+        An operation that has no such form then raises an error that names it.
+        """
+        if not self.on_cuda:
+            return
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # asked for by torch's notes on reproducibility
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's attention
+        # Measurements must not decide in which order ranks are summed.
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would only help to find errors
+        DeviceRuntime.is_deterministic = True
 
     @property
     def rank(self) -> int:

@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rlpt.config import Dtype, Fp8, Recompute
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
-from megatron_rlpt.policy.layers import attention_scaling, block_spec, set_frequencies, with_transformer_engine
+from megatron_rlpt.policy.fusions import find_fusions
+from megatron_rlpt.policy.layers import attention_scaling, block_spec, set_frequencies
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.precision import torch_dtype_of, transformer_arguments
 
@@ -64,9 +65,8 @@ def transformer_config(
     recompute: Recompute = Recompute.none,
     fp8: Fp8 = Fp8.off,
 ) -> TransformerConfig:
-    """Return Megatron's configuration for ``arch``, with fused kernels if Transformer Engine is used."""
+    """Return Megatron's configuration for ``arch``, with the fusions that there are (``fusions.py``)."""
     layout = layout or Layout()
-    fused = with_transformer_engine()
     torch_dtype = torch_dtype_of(dtype)
     settings: dict[str, Any] = {}
     if arch.experts:
@@ -82,7 +82,6 @@ def transformer_config(
             "moe_aux_loss_coeff": 0.0,
             # All-to-all needs CUDA streams and NCCL; gloo gathers tokens on every expert rank.
             "moe_token_dispatcher_type": "alltoall" if runtime.on_cuda else "allgather",
-            "moe_grouped_gemm": fused,
         }
     if (scaling := attention_scaling(arch)) != 1.0:
         settings["softmax_scale"] = scaling**2 / arch.head_dim**0.5
@@ -117,12 +116,7 @@ def transformer_config(
         pipeline_dtype=torch_dtype,
         bf16=dtype is Dtype.bf16,
         use_cpu_initialization=not runtime.on_cuda,
-        bias_activation_fusion=fused,
-        apply_rope_fusion=fused,
-        bias_dropout_fusion=fused,
-        masked_softmax_fusion=False,  # part of the attention kernels
-        gradient_accumulation_fusion=False,  # needs Apex
-        persist_layer_norm=False,
+        deterministic_mode=runtime.is_deterministic,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence,
         pipeline_model_parallel_size=layout.pipeline,
@@ -132,6 +126,7 @@ def transformer_config(
         expert_tensor_parallel_size=1,
         # Gradients are summed over ranks and micro-batches and divided once by the number of examples (policy.py).
         calculate_per_token_loss=True,
+        **find_fusions().transformer_arguments(has_experts=bool(arch.experts)),
         **transformer_arguments(fp8),
         **settings,
     )
@@ -187,4 +182,5 @@ def build_model(
                         # parallelism. Megatron marks this only if experts are distributed over ranks
                         # (tensor_parallel/layers.py: ColumnParallelLinear.__init__).
                         parameter.allreduce = False
+        find_fusions().fuse_gradient_accumulation(model_chunks)
         return model_chunks

@@ -122,7 +122,7 @@ def build_scheduler(optimizer: Any, config: OptimizerConfig, train: TrainConfig)
 
 def _init_state(optimizer: Any) -> None:
     """Create Adam's moments now: Megatron cannot write or read a checkpoint without them."""
-    for part in _parts(optimizer):
+    for part in parts_with_parameters(optimizer):
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.Adam):  # also AdamW
             for group in part.optimizer.param_groups:
@@ -158,7 +158,7 @@ def sharded_optimizer_state(optimizer: Any, model: Any, is_loading: bool) -> dic
             number: (
                 part.sharded_param_state_fully_reshardable(model, True, {}) if is_loading else own_shares(part, model)
             )
-            for number, part in enumerate(_parts(optimizer))
+            for number, part in enumerate(parts_with_parameters(optimizer))
         },
     }
 
@@ -170,7 +170,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     is removed during the copy.
     """
     updates = int(state["updates"])
-    for number, part in enumerate(_parts(optimizer)):
+    for number, part in enumerate(parts_with_parameters(optimizer)):
         torch_adam = isinstance(part.optimizer, torch.optim.Adam)
         if torch_adam:
             for entries in part.optimizer.state.values():
@@ -186,13 +186,13 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
 def _updates(optimizer: Any) -> int:
     """Return the number of updates in the optimizer's state; 0 if this rank has no state."""
     counters = [0]
-    for part in _parts(optimizer):
+    for part in parts_with_parameters(optimizer):
         counters += [int(entries["step"]) for entries in part.optimizer.state.values() if "step" in entries]
         counters += [int(group["step"]) for group in part.optimizer.param_groups if "step" in group]
     return max(counters)
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def parts_with_parameters(optimizer: Any) -> list[Any]:
     """Return the optimizers of a chain that have parameters on this rank."""
     chain = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chain if not part.is_stub_optimizer]

@@ -31,10 +31,12 @@ from megatron_rlpt.policy.batching import (
 )
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.forward_backward import ForwardBackward
+from megatron_rlpt.policy.fusions import find_fusions
 from megatron_rlpt.policy.layers import describe_layers
 from megatron_rlpt.policy.layout import Layout, layout_of
 from megatron_rlpt.policy.model import build_model
-from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler
+from megatron_rlpt.policy.offload import OptimizerOffload
+from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler, parts_with_parameters
 from megatron_rlpt.policy.precision import length_multiple
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.requirements import check_model
@@ -84,7 +86,7 @@ class Policy:
                 "model.dtype is bf16, for which this CPU has no kernels; set model.dtype=fp32, several times faster"
             )
         _log.info("training layout: %s", self.layout.describe())
-        _log.info("layers: %s", describe_layers())
+        _log.info("layers: %s; fused: %s", describe_layers(), find_fusions().describe())
         if self.layout.context > 1:
             _log.info("context parallelism divides rows: every completion is computed with a prefix of its own")
         self._runtime = runtime
@@ -109,6 +111,7 @@ class Policy:
                 model_chunks, config.optimizer, config.model.dtype, config.parallel.overlap
             )
             self._scheduler = build_scheduler(self._optimizer, config.optimizer, config.train)
+        self._offload = OptimizerOffload(parts_with_parameters(self._optimizer), runtime.device)
         # A frozen reference is the starting model, which is always loaded from its folder.
         moving = self._reference if self._refresh_every else None
         self._state = PolicyState(model_chunks, self._optimizer, self._scheduler, moving)
@@ -225,7 +228,7 @@ class Policy:
         """Move optimizer state to host memory and free gradient buffers; does nothing without a GPU."""
         if self._runtime.on_cuda:
             self._wait_for_snapshot()
-            self._optimizer.offload_to_cpu()
+            self._offload.offload()
             for ddp in self._ddps:
                 ddp.offload_grad_buffers()
 
@@ -234,7 +237,7 @@ class Policy:
         if self._runtime.on_cuda:
             for ddp in self._ddps:
                 ddp.restore_grad_buffers()
-            self._optimizer.restore_from_cpu()
+            self._offload.restore()
 
     def layout_text(self) -> str:
         """Return the layout in words."""

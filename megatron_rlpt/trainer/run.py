@@ -59,6 +59,8 @@ def run_training(config: Config, fresh: bool = False) -> None:
     """
     config = resolve_dtypes(config, teacher=asks_teacher(config) and not judged_by_workers(config), fresh=fresh)
     runtime = DeviceRuntime()
+    if config.train.deterministic:
+        runtime.make_deterministic()
     _, layout = check_policy(config, runtime.world)
     check_batch(layout, config.train)
     check_offload(config, runtime.world)

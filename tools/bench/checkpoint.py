@@ -1,9 +1,11 @@
-"""Cost of a checkpoint: time that it blocks the run, time until it is published, and time to verify and load it.
+"""Cost of a checkpoint: time that it takes from the run, time until it is published, and time to verify and load it.
 
-    python tools/bench/checkpoint.py [--config configs/demo.yaml] [--folder FOLDER] [--repeats 3]
+    python tools/bench/checkpoint.py [--config configs/demo.yaml] [--folder FOLDER] [--json FILE] [--quick]
 
-An update is timed alone and during a checkpoint in the background. "From the disk" means that the files were dropped
-from the page cache first; the host of a virtual disk may still cache them.
+An update is timed alone and during a checkpoint in the background; ``stall_s`` is what a save in the background takes
+from the run: the time until the run continues, and what the next update takes longer. ``stall_share`` is its share of
+the ``checkpoint.every`` steps between two saves, if a step were an update alone. "From the disk" means that the files
+were dropped from the page cache first; the host of a virtual disk may still cache them.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from frame import add_options, quiet, report
+
 from megatron_rlpt.checkpoint import CheckpointStore
 from megatron_rlpt.config import Config, load_config
 from megatron_rlpt.objectives import Example, build_objective
-from megatron_rlpt.observe.log import quiet_libraries
 from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
@@ -44,8 +47,8 @@ def drop_from_memory(folder: Path) -> None:
             os.close(descriptor)
 
 
-def measure(config: Config, folder: Path, repeats: int) -> dict[str, float]:
-    """Return the median seconds of each part, and the size in bytes."""
+def measure(config: Config, folder: Path, repeats: int) -> list[dict[str, float]]:
+    """Return the seconds of each part, and the size in bytes, of every save."""
     policy = Policy(config, build_objective(config.objective), DeviceRuntime())
     draw = random.Random(0)
 
@@ -59,46 +62,59 @@ def measure(config: Config, folder: Path, repeats: int) -> dict[str, float]:
 
     examples = [example(number) for number in range(config.train.global_batch)]
     policy.update(examples)
-    rows = [_round(policy, examples, Path(config.model.path), folder, step) for step in range(0, 2 * repeats, 2)]
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    return [_round(policy, examples, Path(config.model.path), folder, step) for step in range(0, 2 * repeats, 2)]
 
 
 def _round(policy: Policy, examples: list[Example], model: Path, folder: Path, step: int) -> dict[str, float]:
-    row = {"update alone": seconds(lambda: policy.update(examples))}
+    row = {"update_s": seconds(lambda: policy.update(examples))}
     with CheckpointStore(folder, keep=1) as waiting:
-        row["save, blocking"] = seconds(lambda: waiting.save(step, {}, policy, model))
+        row["save_s"] = seconds(lambda: waiting.save(step, {}, policy, model))
     with CheckpointStore(folder, keep=1, background=True) as store:
         start = time.perf_counter()
-        row["save, background, until the run continues"] = seconds(lambda: store.save(step + 1, {}, policy, model))
-        row["update during the save"] = seconds(lambda: policy.update(examples))
+        row["until_the_run_continues_s"] = seconds(lambda: store.save(step + 1, {}, policy, model))
+        row["update_during_it_s"] = seconds(lambda: policy.update(examples))
         store.finish()
-        row["save with an update during it, until published"] = time.perf_counter() - start
-        row["check, from memory"] = seconds(store.latest)
+        row["until_published_s"] = time.perf_counter() - start
+        row["check_from_memory_s"] = seconds(store.latest)
         checkpoint = store.latest()
         assert checkpoint is not None
         drop_from_memory(checkpoint.folder)
-        row["check, from the disk"] = seconds(store.latest)
-        row["load"] = seconds(lambda: policy.load(checkpoint.policy))
+        row["check_from_disk_s"] = seconds(store.latest)
+        row["load_s"] = seconds(lambda: policy.load(checkpoint.policy))
         row["bytes"] = sum(found.bytes for found in checkpoint.manifest.files.values())
     return row
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--folder", type=Path, help="folder on the disk to measure; its new files are removed")
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    quiet_libraries()
-    config = resolve_dtypes(load_config(arguments.config, []))
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = measure(config, Path(folder), arguments.repeats)
-    size = found.pop("bytes")
-    print(f"checkpoint of {size / 1e9:.2f} GB")
-    for name, value in found.items():
-        rate = "" if name.startswith("update") or "during" in name else f"  {size / 1e9 / value:5.1f} GB/s"
-        print(f"{name:<48} {value:6.2f} s{rate}")
+    add_options(parser, "two saves")
+    given = parser.parse_args()
+    if given.quick:
+        given.steps = 2
+    quiet()
+    config = resolve_dtypes(load_config(given.config, []))
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        rows = measure(config, Path(folder), given.steps)
+    found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    stalls = [row["until_the_run_continues_s"] + row["update_during_it_s"] - row["update_s"] for row in rows]
+    between = config.checkpoint.every * found["update_s"]
+    report(
+        {
+            **found,
+            "steps": given.steps,
+            "stall_s": statistics.median(stalls),
+            "stall_share": {
+                "every": config.checkpoint.every,
+                "median": statistics.median(stalls) / between,
+                "lowest": min(stalls) / between,
+                "highest": max(stalls) / between,
+            },
+        },
+        given.json,
+    )
 
 
 if __name__ == "__main__":

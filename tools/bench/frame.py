@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import logging
 import statistics
@@ -49,6 +51,24 @@ def in_turns(works: Mapping[str, Callable[[], Any]], steps: int, warm_up: int = 
             if step >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Return how far the memory of this process rises while ``work`` runs once. Linux only."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # the trainer keeps freed memory, which would count as used
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory_of("self", "VmRSS")
+    work()
+    return memory_of("self", "VmHWM") - before
+
+
+def memory_of(process: int | str, name: str) -> int:
+    """Return an entry of the status of a process in bytes, such as ``VmHWM``, the most it has held; 0 if absent."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def ratio_of(seconds: Mapping[str, list[float]], one: str, other: str) -> dict[str, float]:

@@ -10,7 +10,6 @@ others.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -20,16 +19,15 @@ from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+from frame import MODEL, add_options, quiet, report
+
 from megatron_rlpt.config import GenerativeConfig, OptionOrder, PairScheme, QualityConfig
-from megatron_rlpt.observe.log import quiet_libraries
 from megatron_rlpt.teacher.batched import BatchedJudge
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import Request
 from megatron_rlpt.teacher.vllm_generator import VllmGenerator
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Group, Source, derive_seed
-
-ASSETS = Path(__file__).resolve().parents[2] / "runs/assets/smollm2-135m-instruct"
 
 
 class CodePerQuestion(GenerativeJudge):
@@ -92,24 +90,22 @@ KINDS: dict[str, type[GenerativeJudge]] = {"episode": GenerativeJudge, "question
 
 def main() -> None:
     """Print the figures, and write them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ASSETS, help="folder of the judge")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the judge")
     parser.add_argument("--prefix", type=int, default=448, help="tokens of a prefix")
     parser.add_argument("--suffix", type=int, default=64, help="tokens of a candidate")
     parser.add_argument("--candidates", type=int, default=4, help="candidates of a group")
     parser.add_argument("--groups", type=int, default=4, help="groups of a batch")
-    parser.add_argument("--batches", type=int, default=5, help="batches that are counted")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--quick", action="store_true", help="two batches of one group")
+    add_options(parser, "two batches of one group")
     given = parser.parse_args()
     if given.quick:
-        given.groups, given.batches = 1, 2
-    quiet_libraries()
+        given.groups, given.steps = 1, 2
+    quiet()
     tokenizer = PolicyTokenizer(given.model)
     longest = 2048 + given.prefix + 2 * given.suffix
     generator = VllmGenerator(given.model, longest, 1.0)
     found: dict[str, list[Measured]] = {name: [] for name in KINDS}
-    for batch in range(given.batches + 1):
+    for batch in range(given.steps + 1):
         groups = groups_of(tokenizer, given, batch)
         for name in list(KINDS) if batch % 2 else list(KINDS)[::-1]:
             measured = judge(KINDS[name], generator, tokenizer, groups)
@@ -129,9 +125,7 @@ def main() -> None:
     }
     figures["tokens_ratio"] = figures["tokens_computed"] / figures["tokens_computed_per_question"]
     figures["ratio"] = figures["seconds_per_question"] / figures["seconds"]
-    print(json.dumps(figures, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+    report(figures, given.json)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -25,12 +26,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from frame import MODEL, add_options, memory_of, report
+
 from megatron_rlpt.observe.machine import bf16_is_slow
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent / "peers"
-MODEL = ROOT / "runs/assets/smollm2-135m-instruct"
 TRL_PYTHON = ROOT / ".venv-peers/bin/python"
 PATIENCE = 1800.0
 """Longest seconds for a start or a step."""
@@ -64,6 +66,15 @@ class Trainer:
         self._count += 1
         self._wait()
         return time.perf_counter() - started
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that its processes have held, one by one."""
+        total = 0
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):  # another entry, or a process that has ended
+                if os.getsid(int(entry.name)) == self._process.pid:
+                    total += memory_of(entry.name, "VmHWM")
+        return total
 
     def end(self) -> None:
         """Kill it."""
@@ -143,15 +154,13 @@ def stages(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Print the figures, and write them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", choices=["trl", "public"], default="trl", help="the other trainer")
     parser.add_argument("--prefix", type=int, default=448, help="tokens of a prompt")
     parser.add_argument("--suffix", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--k", type=int, default=2, help="rollouts of a prompt; TRL has 2")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are counted")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--quick", action="store_true", help="one prompt and three steps")
+    add_options(parser, "one prompt and three steps")
     given = parser.parse_args()
     if given.quick:
         given.prompts, given.steps = 1, 3
@@ -177,6 +186,7 @@ def main() -> None:
                     seconds = trainer.step()
                     if step >= WARM_UP:
                         trainer.seconds.append(seconds)
+            peaks = {f"{trainer.name}_peak_bytes": trainer.peak_bytes() for trainer in trainers}
         finally:
             for trainer in trainers:
                 trainer.end()
@@ -191,10 +201,9 @@ def main() -> None:
         "ratio": statistics.median(peer.seconds) / statistics.median(ours.seconds),
         "ratios": ratios,
         "ours_stages": found,
+        **peaks,
     }
-    print(json.dumps(figures, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+    report(figures, given.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 import torch
-from frame import MODEL, add_options, in_turns, quiet, ratio_of, report
+from frame import MODEL, add_options, in_turns, peak_bytes, quiet, ratio_of, report
 
 from megatron_rlpt.config import Dtype, RolloutConfig
 from megatron_rlpt.models.architecture import read_architecture
@@ -95,12 +95,15 @@ def main() -> None:
                 pad_token_id=0,
             )
 
-    seconds = in_turns({"ours": our_rollouts, "raw": raw_rollouts, "transformers": transformers_rollouts}, given.steps)
+    works = {"ours": our_rollouts, "raw": raw_rollouts, "transformers": transformers_rollouts}
+    seconds = in_turns(works, given.steps)
     tokens = sequences * given.suffix
     report(
         {
             **{name: getattr(given, name) for name in ("prefix", "suffix", "k", "prompts", "steps")},
             **{f"{name}_tokens_per_s": tokens / statistics.median(row) for name, row in seconds.items()},
+            # Caches and weights of the engines are there before: what counts is what generating adds.
+            **{f"{name}_peak_bytes": peak_bytes(work) for name, work in works.items()},
             "of_raw": ratio_of(seconds, "raw", "ours"),
             "of_transformers": ratio_of(seconds, "transformers", "ours"),
         },

@@ -10,17 +10,15 @@ of its own. ``max_error`` compares both in fp32 on the same weights.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import random
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from frame import add_options, in_turns, peak_bytes, quiet, ratio_of, report
 
 from megatron_rlpt.config import (
     CandidatesConfig,
@@ -34,7 +32,6 @@ from megatron_rlpt.config import (
 )
 from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Selection
 from megatron_rlpt.objectives.facts import ObjectiveFacts
-from megatron_rlpt.observe.log import quiet_libraries
 from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.policy.batching import shape_of
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
@@ -129,70 +126,55 @@ def largest_error(folder: Path, case: Case, layers: int) -> float:
     return max(float((ours - theirs).abs().max()), abs(loss - other_loss), abs(norm / other_norm - 1.0))
 
 
-def measure(policy: Policy, case: Case, steps: int) -> dict[bool, list[float]]:
-    """Return seconds of every step, with (True) and without sharing, in turns; the first of each is not counted."""
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for step in range(steps + 1):
-        examples = case.batch(step)
-        for packed in (True, False) if step % 2 else (False, True):
-            policy.packed = packed
-            started = time.perf_counter()
-            policy.update(examples)
-            if step:
-                seconds[packed].append(time.perf_counter() - started)
-    return seconds
+def updates_of(policy: Policy, case: Case) -> dict[str, Callable[[], None]]:
+    """Return the same update with and without sharing."""
+    examples = case.batch(0)
+
+    def update(packed: bool) -> None:
+        policy.packed = packed
+        policy.update(examples)
+
+    return {"shared": lambda: update(True), "separate": lambda: update(False)}
 
 
 def main() -> None:
     """Print the figures, and write them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prefix", type=int, default=1920, help="tokens of a prefix")
     parser.add_argument("--suffix", type=int, default=128, help="tokens of a candidate")
     parser.add_argument("--candidates", type=int, default=2, help="candidates of an example")
     parser.add_argument("--examples", type=int, default=0, help="examples of an update; default: about 4,096 tokens")
     parser.add_argument("--layers", type=int, default=0, help="layers of the model; default: 30, or 4 with --quick")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are counted")
     parser.add_argument("--dtype", choices=[dtype.name for dtype in Dtype], default="auto", help="as model.dtype")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--quick", action="store_true", help="fewer layers: minutes instead of a quarter of an hour")
+    add_options(parser, "fewer layers: minutes instead of a quarter of an hour")
     given = parser.parse_args()
     for name in ("prefix", "suffix", "steps"):
         if getattr(given, name) < 1:
             parser.error(f"--{name} is {getattr(given, name)}; allowed: at least 1")
     if given.candidates < 2:
         parser.error(f"--candidates is {given.candidates}; allowed: at least 2")
-    quiet_libraries()
-    logging.getLogger("megatron_rlpt").setLevel(logging.ERROR)
+    quiet()
     layers = given.layers or (4 if given.quick else 30)
     examples = given.examples or max(1, 4096 // (given.candidates * (given.prefix + given.suffix)))
     case = Case(given.prefix, given.suffix, given.candidates, examples)
     with tempfile.TemporaryDirectory() as folder:
         error = largest_error(Path(folder) / "small", case, min(layers, 2))
-        seconds = measure(make_policy(Path(folder) / "model", case, Dtype[given.dtype], layers), case, given.steps)
-    shared, separate = (statistics.median(seconds[packed]) for packed in (True, False))
+        works = updates_of(make_policy(Path(folder) / "model", case, Dtype[given.dtype], layers), case)
+    seconds = in_turns(works, given.steps)
     batch = case.batch(0)
-    ratios = [one / other for one, other in zip(seconds[False], seconds[True], strict=True)]
-    figures = {
-        "prefix": case.prefix,
-        "suffix": case.suffix,
-        "candidates": case.candidates,
-        "examples": case.examples,
-        "layers": layers,
-        "shared_s": shared,
-        "separate_s": separate,
-        "ratio": separate / shared,
-        "ratios": ratios,
-        "tokens_ratio": shape_of(batch, packed=False).tokens / shape_of(batch).tokens,
-        "max_error": error,
-    }
-    print(
-        f"{case.prefix}/{case.suffix}, {case.candidates} candidates, {case.examples} example(s), {layers} layers: "
-        f"shared {shared:.2f} s, separate {separate:.2f} s, {figures['ratio']:.2f} times faster "
-        f"({min(ratios):.2f} to {max(ratios):.2f}), {figures['tokens_ratio']:.2f} times fewer "
-        f"tokens, largest error {error:.1e}"
+    faster = ratio_of(seconds, "separate", "shared")
+    report(
+        {
+            **{name: getattr(case, name) for name in ("prefix", "suffix", "candidates", "examples")},
+            "layers": layers,
+            **{f"{name}_s": statistics.median(row) for name, row in seconds.items()},
+            **faster,
+            "tokens_ratio": shape_of(batch, packed=False).tokens / shape_of(batch).tokens,
+            "max_error": error,
+            **{f"{name}_peak_bytes": peak_bytes(work) for name, work in works.items()},
+        },
+        given.json,
     )
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

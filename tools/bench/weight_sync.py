@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from frame import MODEL, add_options, in_turns, quiet, ratio_of, report
+from frame import MODEL, add_options, in_turns, peak_bytes, quiet, ratio_of, report
 from safetensors.torch import save_file
 
 from megatron_rlpt.config import Config, DataConfig, Dtype, ModelConfig, ObjectiveConfig, RolloutConfig, TrainConfig
@@ -68,12 +68,15 @@ def main() -> None:
             save_file(dict(policy.weights()), folder / "model.safetensors")
             engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
 
-        seconds = in_turns({"sync": sync, "save_and_reload": save_and_reload, "copy": copy}, given.steps)
+        works = {"sync": sync, "save_and_reload": save_and_reload, "copy": copy}
+        seconds = in_turns(works, given.steps)
+        peaks = {f"{name}_peak_bytes": peak_bytes(work) for name, work in works.items()}
     report(
         {
             "steps": given.steps,
             "mib": nbytes / 2**20,
             **{f"{name}_s": statistics.median(row) for name, row in seconds.items()},
+            **peaks,
             "of_save_and_reload": ratio_of(seconds, "save_and_reload", "sync"),
             "of_copy": ratio_of(seconds, "sync", "copy"),
         },

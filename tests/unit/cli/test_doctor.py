@@ -347,6 +347,7 @@ def report(*found):
         kernels={"flash-attn": True},
         runtime="cuda",
         layers="local",
+        fusions="none",
         problems=list(found),
     )
 

@@ -202,3 +202,25 @@ def _torch_of(module: object) -> object:
     except TypeError:
         return None
     return held if isinstance(held, types.ModuleType) and held.__name__ == "torch" else None
+
+
+def test_a_deterministic_run_changes_nothing_on_a_cpu_and_everything_that_a_gpu_needs(monkeypatch):
+    names = ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "NCCL_ALGO")
+    for name in names:
+        monkeypatch.setenv(name, "")  # remembers what to restore
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(DeviceRuntime, "is_deterministic", False)
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    runtime = DeviceRuntime()
+    runtime.make_deterministic()
+    assert not asked
+    assert not DeviceRuntime.is_deterministic
+    assert not set(names) & set(os.environ)
+    monkeypatch.setattr(runtime, "on_cuda", True)
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    runtime.make_deterministic()
+    assert asked == [True]
+    assert DeviceRuntime.is_deterministic
+    assert [os.environ[name] for name in names] == [":4096:8", "0", "Tree"]

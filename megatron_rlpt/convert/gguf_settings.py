@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Metadata:
         self.path = path
         self.shapes = shapes
         self.read = read
-        self._reader = reader
+        self.reader = reader
         name = self.value("general.architecture")
         if (
             not isinstance(name, str)
@@ -94,7 +95,7 @@ class Metadata:
 
     def value(self, key: str, default: Any = None) -> Any:
         """Return a value, or ``default`` if the file does not have it."""
-        field = self._reader.get_field(key)
+        field = self.reader.get_field(key)
         try:
             return default if field is None else field.contents()
         except UnicodeDecodeError:
@@ -128,7 +129,7 @@ def write_settings(metadata: Metadata, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        with lone_file(metadata.path) as alone:
+        with lone_file(metadata.path) as alone, _read_once(metadata.reader):
             tokenizer = AutoTokenizer.from_pretrained(
                 alone, gguf_file=metadata.path.name, local_files_only=True, trust_remote_code=False
             )
@@ -137,6 +138,17 @@ def write_settings(metadata: Metadata, folder: Path) -> None:
         if is_disk_error(error):
             raise
         raise ModelError(f"the tokenizer in {metadata.path} cannot be converted: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _read_once(reader: gguf.GGUFReader) -> Iterator[None]:
+    """Give transformers the metadata that ``reader`` has: reading a vocabulary takes seconds."""
+    original = gguf.GGUFReader
+    gguf.GGUFReader = lambda *_: reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 def _config(metadata: Metadata) -> dict[str, Any]:

@@ -66,4 +66,6 @@ def find_fusions() -> Fusions:
     if not torch.cuda.is_available():
         return Fusions()
     fused = bool(transformer_engine.HAVE_TE)
-    return Fusions(compiled=True, transformer_engine=fused, permutation=fused and moe_utils.fused_permute is not None)
+    # Megatron imports it if Transformer Engine is there; it is None in versions without.
+    sorts = getattr(moe_utils, "fused_permute", None) is not None
+    return Fusions(compiled=True, transformer_engine=fused, permutation=fused and sorts)

@@ -225,7 +225,7 @@ def test_the_generative_judge_answers_for_every_candidate(small, episodes, text)
 
 def test_the_rewriter_gives_exact_lengths_or_reasons(generator, episodes, text):
     rewriter = BatchedRewriter(Rewriter(text, RewriterConfig(), 16, seed=1, longest_answer=24), generator)
-    short = [replace(episode, suffix=episode.suffix[:16]) for episode in episodes[:4]]
+    short = [replace(episode, suffix=episode.suffix[:16]) for episode in episodes[:2]]
     results = rewriter.rewrite(short)
     assert results == rewriter.rewrite(short)
     candidates = [result for result in results if isinstance(result, Candidate)]

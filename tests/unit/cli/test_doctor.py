@@ -382,8 +382,9 @@ def test_exit_code_and_json(monkeypatch, capsys, fatal, code):
 
 @pytest.mark.slow
 def test_this_machine_from_outside(tmp_path):
-    """The whole command with the real packages, preceded by the two classic wrong ones."""
-    for name, source in {"apex": "", "transformer_engine": "raise RuntimeError('no CUDA core')"}.items():
+    """The whole command with real packages, preceded by the two classic wrong ones, and without the slowest import."""
+    wrong = {"apex": "", "transformer_engine": "raise RuntimeError('no CUDA core')"}
+    for name, source in {**wrong, "vllm": "LLM = SamplingParams = None"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(source)
     done = subprocess.run(

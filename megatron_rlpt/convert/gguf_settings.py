@@ -144,11 +144,11 @@ def write_settings(metadata: Metadata, folder: Path) -> None:
 def _read_once(reader: gguf.GGUFReader) -> Iterator[None]:
     """Give transformers the metadata that ``reader`` has: reading a vocabulary takes seconds."""
     original = gguf.GGUFReader
-    gguf.GGUFReader = lambda *_: reader
+    gguf.GGUFReader = lambda *_: reader  # type: ignore[misc,assignment]
     try:
         yield
     finally:
-        gguf.GGUFReader = original
+        gguf.GGUFReader = original  # type: ignore[misc]
 
 
 def _config(metadata: Metadata) -> dict[str, Any]:

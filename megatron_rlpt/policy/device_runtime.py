@@ -280,7 +280,7 @@ class DeviceRuntime:
         # Measurements must not decide in which order ranks are summed.
         os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it would only help to find errors
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         DeviceRuntime.is_deterministic = True
 
     @property

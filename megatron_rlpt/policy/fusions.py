@@ -49,7 +49,7 @@ class Fusions:
         for model_chunk in model_chunks:
             for module in model_chunk.modules():
                 if hasattr(module, "fuse_wgrad_accumulation"):
-                    module.fuse_wgrad_accumulation = True
+                    module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
     def describe(self) -> str:
         """Return the fusions in one line; ``none`` if there are none."""

@@ -73,8 +73,9 @@ def step_arguments(component: Component, option: GpuOption, *, job_has_gpus: boo
         # Judges, buffer and a server share a node; none may wait for the others' cores.
         "--overlap",
         *gpus,
-        # A rank that is done must leave the others time to write; nemo-run sets --wait=60.
-        *(["--wait=0"] if component.role == "trainer" else []),
+        # A rank that is done must leave the others time to write (nemo-run sets --wait=60); one that dies must not: the
+        # others would wait in a collective until parallel.timeout.
+        *(["--wait=0", "--kill-on-bad-exit=1"] if component.role == "trainer" else []),
     ]
 
 

@@ -49,6 +49,10 @@ class EngineError(RlptError):
     exit_code = 5
 
 
+class EngineLostError(EngineError):
+    """The process of an engine has ended."""
+
+
 class TeacherError(RlptError):
     """The judge or the rewriter failed too often."""
 

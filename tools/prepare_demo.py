@@ -144,10 +144,13 @@ def main() -> None:
     """Prepare model and corpus in the folder given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/assets"))
-    folder = parser.parse_args().folder
-    prepare_model(folder / MODEL)
-    prepare_corpus(folder / "corpus")
-    print(f"demo model and corpus are in {folder}")
+    parser.add_argument("--part", choices=["model", "corpus"], help="only this one")
+    given = parser.parse_args()
+    if given.part != "corpus":
+        prepare_model(given.folder / MODEL)
+    if given.part != "model":
+        prepare_corpus(given.folder / "corpus")
+    print(f"demo {given.part or 'model and corpus'}: {given.folder}")
 
 
 if __name__ == "__main__":

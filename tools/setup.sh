@@ -4,6 +4,7 @@
 #
 #   RLPT_PYTHON       interpreter to use (default: the first Python 3.11 found)
 #   RLPT_TORCH_INDEX  address of PyTorch's CPU wheel index, where pip does not find a CPU build by itself
+#   RLPT_COMPILE      "no" leaves out to import and compile the packages (tools/compile_modules.py)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . tools/environment.sh
@@ -51,10 +52,7 @@ if ! "$VENV/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split(
     "$VENV/bin/pip" install -qq --no-deps --no-compile ${index[@]+"${index[@]}"} "torch==$torch_version"
 fi
 install_packages "$VENV" -r <(sed '/^torch==/d' "$LOCK") --editable .
-# Importing compiles what trainer, engine and judge use, a tenth of all modules; Python compiles others when needed.
-env -u PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -c "import torch._inductor.compile_fx, megatron_rlpt.trainer.run, \
-    vllm.entrypoints.llm, vllm.v1.worker.cpu_worker, vllm.v1.engine.llm_engine, vllm.model_executor.models.llama, \
-    transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama" 2>/dev/null ||
+[ "${RLPT_COMPILE:-}" = no ] || "$VENV/bin/python" tools/compile_modules.py 2>/dev/null ||
     die "the packages in $VENV do not import together; remove $VENV and run this again"
 fingerprint "$LOCK" tools/setup.sh > "$STAMP"
 echo "$VENV is ready"

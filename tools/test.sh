@@ -9,14 +9,24 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 unset PYTHONDONTWRITEBYTECODE # compile once what the set-up did not
 
-background=
-trap 'kill -- "-$background" 2>/dev/null || true' EXIT
+background=()
 set -m # give background jobs their own process groups, so that they can be killed as a whole
+# shellcheck disable=SC2329 # called by the trap
+end_background() {
+    local job
+    for job in ${background[@]+"${background[@]}"}; do kill -- "-$job" 2>/dev/null || true; done
+}
+trap end_background EXIT
+wait_for_background() {
+    local job
+    for job in "${background[@]}"; do wait "$job"; done
+    background=()
+}
 
 # tests/conftest.py decides which tests share a process and which start first.
-# Three processes, also on two cores: those that drive Slurm mostly wait for it.
+# Four processes, also on two cores: two drive Slurm and mostly wait for it.
 # One thread each: more would wait for each other, at the cost of a sixth of the processor time.
-pytest=(env OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --no-loadscope-reorder)
+pytest=(env OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 4 --no-loadscope-reorder)
 
 check() {
     local failed=0
@@ -34,22 +44,27 @@ if [ "${1:-}" = --quick ]; then
     exec "${pytest[@]}" -m "not slow and not redis and not slurm and not vllm" tests/unit "$@"
 fi
 
-# Run both set-ups concurrently: they wait for the network and the disk.
+# Run all set-ups concurrently: they wait for the network and the disk.
+. tools/environment.sh
 bash tools/setup_launch.sh &
-background=$!
-bash tools/setup.sh
-wait "$background"
+background+=($!)
+python=$(find_python)
+for part in slurm login redis; do
+    "$python" "tools/sandbox/$part.py" install || echo "without $part, its tests cannot run" >&2
+done &
+background+=($!)
+RLPT_COMPILE=no bash tools/setup.sh
+wait_for_background
+# Then two processes side by side.
 {
-    for part in slurm login redis; do
-        .venv/bin/python "tools/sandbox/$part.py" install || echo "without $part, its tests cannot run" >&2
-    done
-    .venv/bin/python tools/prepare_demo.py
+    .venv/bin/python tools/compile_modules.py
+    .venv/bin/python tools/prepare_demo.py --part model
 } &
-background=$!
+background+=($!)
 failed=0
 check || failed=1
-wait "$background"
-background=
+.venv/bin/python tools/prepare_demo.py --part corpus
+wait_for_background
 
 if [ $# -gt 0 ]; then
     [ "$failed" = 0 ] || exit 1

@@ -6,7 +6,9 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +175,7 @@ def diagnose(timeout: float = 180.0) -> Report:
         runtime=probes["layers"].facts.get("runtime"),
         layers=probes["layers"].facts.get("layers"),
         fusions=probes["layers"].facts.get("fusions"),
-        problems=find_problems(probes, versions, machine),
+        problems=[*find_problems(probes, versions, machine), *_network()],
     )
 
 
@@ -328,6 +330,55 @@ def _sizes(machine: Machine) -> list[Problem]:
             )
         )
     return found
+
+
+def _network() -> list[Problem]:
+    """Return what keeps ranks on several machines from reaching each other; gloo's own errors name no cause."""
+    try:
+        import psutil  # type: ignore[import-untyped]
+    except ImportError:  # reported as missing
+        return []
+    interfaces = {
+        name: [address.address for address in addresses if address.family is socket.AF_INET]
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+    outer = ", ".join(
+        f"{name} ({addresses[0]})"
+        for name, addresses in interfaces.items()
+        if addresses and not _is_loopback(addresses[0])
+    )
+    found = []
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        # NCCL takes prefixes, and other forms with ^ and =.
+        chosen = [name for name in os.environ.get(variable, "").split(",") if name and name[0] not in "^="]
+        unknown = [name for name in chosen if not any(known.startswith(name) for known in interfaces)]
+        if unknown:
+            found.append(
+                Problem(
+                    f"{variable} names {', '.join(unknown)}, and this machine has {', '.join(interfaces)}",
+                    f"set it to an interface that all machines have: {outer or 'there is only the loopback'}",
+                    fatal=False,
+                )
+            )
+    host = socket.gethostname()
+    try:
+        own = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, socket.AF_INET)}
+    except OSError:
+        own = set()
+    if outer and not os.environ.get("GLOO_SOCKET_IFNAME") and all(map(_is_loopback, own)):
+        found.append(
+            Problem(
+                f"the host name {host} means {', '.join(sorted(own)) or 'no address'}, where ranks on other machines "
+                "cannot reach gloo",
+                f"for a run on several machines set GLOO_SOCKET_IFNAME to one of: {outer}",
+                fatal=False,
+            )
+        )
+    return found
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.")
 
 
 def _unmet_torch(distribution: str, installed: str | None) -> str | None:

@@ -57,6 +57,23 @@ class AnswerForm(enum.StrEnum):
     direct = "direct"
 
 
+class EnginePlacement(enum.StrEnum):
+    """In whose processes rollout engines run."""
+
+    auto = "auto"
+    """``rollout/placement.py`` decides."""
+    colocated = "colocated"
+    apart = "apart"
+
+
+class EngineFp8(enum.StrEnum):
+    """How a rollout engine quantizes the weights that it receives, and its activations, to FP8."""
+
+    off = "off"
+    per_tensor = "per_tensor"
+    per_block = "per_block"
+
+
 class OptionOrder(enum.StrEnum):
     """In which order the two options of a comparison are shown."""
 

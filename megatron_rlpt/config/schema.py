@@ -13,7 +13,9 @@ from omegaconf import MISSING
 from megatron_rlpt.config.choices import (
     Decay,
     Dtype,
+    EngineFp8,
     EngineName,
+    EnginePlacement,
     Fp8,
     HeldOutOverlap,
     MixBy,
@@ -213,6 +215,30 @@ class RolloutConfig:
     """How the policy samples rollouts, and how weights reach the engine."""
 
     engine: EngineName = option(EngineName.vllm, "Engine that generates rollouts.")
+    tensor: int = option(
+        1,
+        "GPUs (without GPUs: ranks) that share one vLLM engine, whatever the training layout. Consecutive ranks share "
+        "one; Megatron's engine takes parallel.tensor instead.",
+        at_least=1,
+    )
+    expert: int = option(
+        1,
+        "Over how many of its GPUs an engine distributes whole experts: all of them (as rollout.tensor), or 1 to cut "
+        "every expert over all.",
+        at_least=1,
+    )
+    placement: EnginePlacement = option(
+        EnginePlacement.auto,
+        "Where engines run: in the ranks' own processes (colocated), or in processes of their own on GPUs that no rank "
+        "trains on, where they can generate during updates (apart). auto takes spare GPUs if a machine has one per "
+        "rank.",
+    )
+    fp8: EngineFp8 = option(
+        EngineFp8.off,
+        "FP8 of vLLM's matrix products, with one scale per weight and per token (per_tensor) or per block of 128 x 128 "
+        "(per_block). Weights are quantized as they arrive. Watch logprob_gap; grpo corrects for it with "
+        "objective.truncate_ratio.",
+    )
     temperature: float = option(1.0, "Sampling temperature.", above=0, paper="1")
     max_batch: int = option(256, "Maximum sequences decoded concurrently.", unit="sequences", at_least=1)
     eager: bool = option(
@@ -220,7 +246,7 @@ class RolloutConfig:
         "Launch vLLM's kernels one by one instead of replaying CUDA graphs: slower, but kernels do not depend on the "
         "batch. A CPU has no graphs.",
     )
-    kv_cache_gib: float = option(1.0, "Key-value cache of the engine.", unit="GiB", above=0)
+    kv_cache_gib: float = option(1.0, "Key-value cache of the engine, on each of its GPUs.", unit="GiB", above=0)
     warn_logprob_gap: float = option(
         0.1, "Mean difference between the engine's and the trainer's log-probability of a token above which the run "
         "warns.",
@@ -249,6 +275,12 @@ class ObjectiveConfig:
     )  # fmt: skip
     clip_low: float = option(0.2, "Lower clip of the probability ratio, 1 - clip_low, for grpo.", above=0, below=1)
     clip_high: float = option(0.2, "Upper clip of the probability ratio, 1 + clip_high, for grpo.", above=0)
+    truncate_ratio: float = option(
+        0.0,
+        "Weight every token by its probability under the policy over that under the engine, at most by this, instead "
+        "of clipping that ratio, for grpo; for engines in a lower precision.",
+        at_least=0, zero="clip_low and clip_high",
+    )  # fmt: skip
     normalize_advantage: bool = option(
         True, "Divide the advantages of a group by their standard deviation, for grpo; false is Dr. GRPO."
     )

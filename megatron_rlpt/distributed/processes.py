@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import enum
 import os
+import resource
 import select
 import signal
 import socket
@@ -54,6 +55,17 @@ def _end_with(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return prepare
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as the system allows it, usually far more than the 1,024 it starts with.
+
+    Sockets count as files, and a rank has several to every rank that it exchanges data with.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS has limits that it does not name
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def end_all(processes: Collection[subprocess.Popen[bytes]], seconds: float) -> None:

@@ -62,6 +62,28 @@ def clipped_ratio_loss(
     return -torch.minimum(free, bounded), (bounded < free).float()
 
 
+def truncated_ratio_loss(
+    difference: torch.Tensor, advantages: torch.Tensor, bound: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the policy gradient with truncated importance weights (arXiv 1802.01561, section 4.1).
+
+    Engine and trainer never have quite the same probabilities, in FP8 less so. The weight corrects for that, and its
+    bound keeps a token that the engine thought unlikely from deciding the update.
+
+    Args:
+        difference: log-probability of each token under the policy less that under the engine that sampled it, nats.
+        advantages: of the same shape or one that broadcasts to it.
+        bound: largest weight.
+
+    Returns:
+        Loss of each token, and 1.0 where the weight was truncated (else 0.0).
+    """
+    ratio = difference.detach().exp()
+    # The last factor is 1, and has the gradient of the log-probability.
+    loss = -ratio.clamp(max=bound) * advantages * (1.0 + difference - difference.detach())
+    return loss, (ratio > bound).float()
+
+
 class Grpo:
     """Clipped policy gradient on all scored rollouts of an episode, which form one example.
 
@@ -76,10 +98,13 @@ class Grpo:
         sequences=None,
         least_rollouts=2,
         on_policy=True,
-        settings=("clip_low", "clip_high", "normalize_advantage"),
+        settings=("clip_low", "clip_high", "normalize_advantage", "truncate_ratio"),
     )
 
-    def __init__(self, clip_low: float, clip_high: float, normalize_advantage: bool) -> None:
+    def __init__(
+        self, clip_low: float, clip_high: float, normalize_advantage: bool, truncate_ratio: float = 0.0
+    ) -> None:
+        self.truncate_ratio = truncate_ratio
         self.clip_low = clip_low
         self.clip_high = clip_high
         self.normalize_advantage = normalize_advantage
@@ -118,14 +143,18 @@ class Grpo:
         return selection
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """Compute the token-mean clipped loss; the engine's log-probabilities are those of the sampling policy."""
+        """Compute the token-mean loss; the engine's log-probabilities are those of the sampling policy."""
         import torch
 
         real = inputs.mask.bool()
         # Before exp: a NaN of the padding would spoil the gradient even where the mask multiplies it by 0.
         difference = torch.where(real, inputs.logprobs - inputs.engine_logprobs, 0.0)
         ratio = difference.exp()
-        loss, clipped = clipped_ratio_loss(ratio, inputs.advantages[:, None], self.clip_low, self.clip_high)
+        advantages = inputs.advantages[:, None]
+        if self.truncate_ratio:
+            loss, clipped = truncated_ratio_loss(difference, advantages, self.truncate_ratio)
+        else:
+            loss, clipped = clipped_ratio_loss(ratio, advantages, self.clip_low, self.clip_high)
         # Estimates the divergence of the policy from the one that sampled, without bias and never below 0 (the k3
         # estimator that arXiv 2402.03300, equation 4, uses for its reference).
         divergence = (ratio - 1.0 - difference).detach()

@@ -21,7 +21,7 @@ import enum
 import math
 from dataclasses import dataclass, fields, replace
 
-from megatron_rlpt.config import Config, Dtype, Fp8, engine_facts, objective_facts
+from megatron_rlpt.config import Config, Dtype, EngineFp8, Fp8, engine_facts, objective_facts
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.planner.activations import FLOAT, Pass
 from megatron_rlpt.planner.update import UpdateWork
@@ -266,23 +266,25 @@ class _Rank:
         return max(found) if self.device is Device.gpu else sum(found)
 
     def _engine(self) -> Memory:
-        """Return the engine's weights and cache: vLLM holds the whole model, Megatron its tensor-parallel shard."""
+        """Return the engine's weights and cache on this GPU."""
         if not self.config.candidates.rollouts or not self.shared_engine:
             return Memory()
-        elements = model_elements(self.arch)
-        if engine_facts(self.config).cut_over_tensor:
-            elements //= self.layout.tensor
+        tensor = self.layout.tensor if engine_facts(self.config).cut_over_tensor else self.config.rollout.tensor
+        elements = model_elements(self.arch) // tensor
+        if self.config.rollout.fp8 is not EngineFp8.off:
+            elements //= self._width  # one byte each
         return Memory(engine_weights=self._width * elements, kv_cache=int(self.config.rollout.kv_cache_gib * 2**30))
 
     def _sync(self) -> int:
-        """Return a bucket of whole tensors, this rank's shard of it, and one tensor being assembled
+        """Return a bucket of whole tensors, this rank's shards of it and of the next, and one tensor being assembled
         (``policy/weights.py``); only that tensor if every rank holds whole tensors."""
         largest = self._width * self.arch.padded_vocab * self.arch.hidden
         layout = self.layout
         if layout.tensor == layout.pipeline == layout.expert == 1:
             return largest
         bucket = max(self.config.rollout.sync_bucket_mib << 20, largest)
-        return bucket + bucket // layout.tensor + largest
+        shards = bucket // layout.tensor
+        return bucket + (2 * shards if layout.tensor > 1 else shards) + largest
 
 
 def _together(one: Memory, other: Memory) -> Memory:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megatron_rlpt.config import (
     Config,
+    EngineFp8,
     Fp8,
     RunIn,
     TeacherUse,
@@ -124,7 +125,7 @@ def make_plan(request: PlanRequest) -> Plan:
     engine, engines = rollout_engine(request, layout)
     check_cache(config, engine)
     rollouts = _rollout_seconds(request.mean_config, engine, engines)
-    sync = _sync_seconds(model, layout, request.trainer, engine) if config.candidates.rollouts else 0.0
+    sync = _sync_seconds(config, model, layout, request.trainer, engine) if config.candidates.rollouts else 0.0
     memory = memory_of(request.model, layout, config, teacher=teacher_bytes(request))
     own = rollouts + reference + update.total + sync
     judges = judge_cluster(request, layout, own)
@@ -162,10 +163,10 @@ def options_of(config: Config) -> Options:
 
 
 def rollout_engine(request: PlanRequest, layout: Layout) -> tuple[GenerationEngine, int]:
-    """Return one rollout engine and the number of engines: vLLM has one per GPU, Megatron one per tensor group."""
+    """Return one rollout engine and the number of engines, all of which share their GPUs with the policy."""
     rollout = request.config.rollout
     facts = engine_facts(request.config)
-    tensor = layout.tensor if facts.cut_over_tensor else 1
+    tensor = layout.tensor if facts.cut_over_tensor else rollout.tensor
     cache = rollout.kv_cache_gib * 2**30
     engine = GenerationEngine(
         Transformer.of(request.model),
@@ -173,6 +174,7 @@ def rollout_engine(request: PlanRequest, layout: Layout) -> tuple[GenerationEngi
         tensor,
         cache,
         rollout.max_batch,
+        fp8=rollout.fp8 is not EngineFp8.off,
         static=facts.static_batch,
         eager=rollout.eager,
     )
@@ -206,13 +208,17 @@ def _rollout_seconds(config: Config, engine: GenerationEngine, engines: int) -> 
     )
 
 
-def _sync_seconds(model: Transformer, layout: Layout, nodes: Nodes, engine: GenerationEngine) -> float:
-    """Return the seconds of a weight sync: each GPU receives the weights that it lacks, then copies all of them."""
-    whole = engine.weights
+def _sync_seconds(config: Config, model: Transformer, layout: Layout, nodes: Nodes, engine: GenerationEngine) -> float:
+    """Return the seconds of a weight sync: each GPU receives the weights that it lacks, then copies its engine's.
+
+    vLLM takes an engine's part out of whole tensors, so that all of the model passes every GPU (``policy/weights.py``);
+    to Megatron's engine only that part is sent.
+    """
+    whole = engine.weights if engine_facts(config).cut_over_tensor else 2.0 * model.parameters
     own = 2.0 * model.parameters / layout.replica if layout.replica > 1 else whole
     size = max(layout.replica, layout.expert)
     missing = max(0.0, whole - own / (1 if layout.expert == 1 else layout.expert))
-    return missing / nodes.bandwidth(size) + 2 * memory_seconds(nodes.gpu, whole)
+    return missing / nodes.bandwidth(size) + 2 * memory_seconds(nodes.gpu, engine.weights)
 
 
 def describe_calls(plan: Plan) -> str:

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from megatron_rlpt.distributed.processes import allow_open_files
 from megatron_rlpt.distributed.ranks import (
     LauncherEnvironment,
     Ranks,
@@ -251,6 +252,10 @@ class DeviceRuntime:
             # Read when CUDA starts. One queue keeps communication between computations in launch order; Megatron warns
             # without it (tensor_parallel/layers.py).
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+            # Every gloo group otherwise connects all pairs of its ranks when it is created, though most groups carry
+            # messages between few of them or none: open files would run out near 150 data-parallel ranks.
+            os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+            allow_open_files()
         self.on_cuda = torch.cuda.is_available()
         self.name = "cuda" if self.on_cuda else "cpu"
         self.backend = "nccl" if self.on_cuda else "gloo"

@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.models.rope import Rope
-from megatron_rlpt.policy.prefix_attention import Pack, prefix_attention
+from megatron_rlpt.policy.prefix_attention import Pack, chunk_attention, prefix_attention
 
 _FUSED_NAMES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_(weight)$"), r"input_layernorm.\1"),
@@ -202,28 +202,25 @@ class CausalAttention(torch.nn.Module):
             mixed = prefix_attention(query[:, 0], key[:, 0], value[:, 0], packed_seq_params, scale=self.softmax_scale)
             return mixed.flatten(1)[:, None]
         if self._context == 1:
-            return self._attend(query, key, value, None)
+            return self._attend(query, key, value)
         group = parallel_state.get_context_parallel_group()
         keys, values = (whole_sequence(tensor, group, self._context) for tensor in (key, value))
         length = query.shape[0] // 2
         chunks = []
         for index, chunk in enumerate(context_chunks(group.rank(), self._context)):
-            seen = (chunk + 1) * length
-            # Aligned at the end: the last query of the chunk sees every key up to its own.
-            mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)
-            chunks.append(self._attend(query[index * length :][:length], keys[:seen], values[:seen], mask))
+            mixed = chunk_attention(
+                query[index * length :][:length], keys, values, chunk * length, scale=self.softmax_scale
+            )
+            chunks.append(mixed.flatten(2))
         return torch.cat(chunks)
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         # [seq, batch, heads, dim] -> [batch, heads, seq, dim]
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=True,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
-from megatron_rlpt.config import Config, Dtype
+from megatron_rlpt.config import Config, Dtype, Fp8
 from megatron_rlpt.errors import TrainingError
 from megatron_rlpt.models.architecture import Architecture, read_architecture
 from megatron_rlpt.models.families import Shape
@@ -47,6 +47,9 @@ from megatron_rlpt.policy.weights import WeightSource, load_weights
 from megatron_rlpt.types import Candidate, Episode, Source
 
 _log = logging.getLogger(__name__)
+
+_COMPARED = ("logprob_gap", "engine_ratio", "engine_ratio_above_2")
+"""Metrics that compare the policy's log-probability of a token with the engine's."""
 
 
 def check_policy(config: Config, world: int) -> tuple[Architecture, Layout]:
@@ -97,6 +100,8 @@ class Policy:
         self._length_multiple = length_multiple(self.layout, config.model.fp8)
         # Context parallelism divides rows; packs have no equal chunks to divide.
         self.packed = self.layout.context == 1
+        # Until then, delayed scaling takes every range for 1.
+        self._uncalibrated = config.model.fp8 is Fp8.delayed
         # Without CUDA, expert-parallel ranks gather each other's tokens (policy/model.py), in equal numbers.
         self._equal_shapes = self.layout.expert > 1 and not runtime.on_cuda
         model_chunks = build_model(
@@ -129,8 +134,9 @@ class Policy:
         Returns:
             Metrics of the update, the same on every rank: ``loss``, ``grad_norm``, ``lr``, ``tokens`` and
             ``executed_tokens`` (``policy/batching.py: MicroBatchPlan``), ``logprob_gap`` (mean absolute difference per
-            token between the engine's and this policy's log-probabilities, nats; absent without rollouts), and those
-            of the objective.
+            token between the engine's and this policy's log-probabilities, nats), ``engine_ratio`` and
+            ``engine_ratio_above_2`` (mean of a token's probability under the policy over that under the engine, and
+            share above 2), all three absent without rollouts, and those of the objective.
 
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights are then unchanged.
@@ -138,6 +144,8 @@ class Policy:
         plans = self._plan(examples)
         rank = parallel_state.get_data_parallel_rank()
         batches = [self._batch(one.shares[rank], one.shapes[rank]) for one in plans]
+        if self._uncalibrated:
+            self._calibrate(batches)
         references = self._reference_logprobs(batches)
         with self._runtime.megatron():
             for ddp in self._ddps:
@@ -219,6 +227,10 @@ class Policy:
         self._gather_parameters()
         return self._source
 
+    def sync_metrics(self) -> dict[str, float]:
+        """Return what the last iteration over ``weights`` brought to this rank; see ``LinkBytes.metrics``."""
+        return self._source.received.metrics()
+
     @property
     def weight_shapes(self) -> dict[str, Shape]:
         """Name -> shape of every tensor of ``weights``."""
@@ -293,11 +305,22 @@ class Policy:
         with self._runtime.megatron(), self._reference.active():
             return self._forward_backward.logprobs(batches)
 
+    def _calibrate(self, batches: list[Batch]) -> None:
+        """Run a pass whose gradients nobody uses: delayed scaling records the range of values with gradients only.
+
+        Without it, the reference of the first update of a process would be computed with other scales than the policy.
+        """
+        with self._runtime.megatron():
+            self._forward_backward.train(
+                self._ddps, batches, lambda _, logprobs: (logprobs.sum(), _MicroResult(LossTerms(logprobs)))
+            )
+        self._uncalibrated = False
+
     def _loss(
         self, batch: Batch, logprobs: torch.Tensor, references: Sequence[torch.Tensor], number: int
     ) -> tuple[torch.Tensor, _MicroResult]:
         if not batch.examples:  # empty, to match other ranks: a zero loss that still has a gradient
-            return logprobs.sum() * 0.0, _MicroResult(LossTerms(logprobs.new_zeros(0)), 0.0, 0)
+            return logprobs.sum() * 0.0, _MicroResult(LossTerms(logprobs.new_zeros(0)))
         terms = self._objective.loss(
             LossInputs(
                 logprobs,
@@ -308,10 +331,15 @@ class Policy:
                 reference=references[number] if references else None,
             )
         )
-        gap = (logprobs.detach() - batch.engine_logprobs).abs()
-        compared = ~batch.engine_logprobs.isnan()
+        difference = (logprobs.detach() - batch.engine_logprobs)[~batch.engine_logprobs.isnan()]
+        ratio = difference.exp()
+        compared = {
+            "logprob_gap": float(difference.abs().sum()),
+            "engine_ratio": float(ratio.sum()),
+            "engine_ratio_above_2": float((ratio > 2.0).sum()),
+        }
         detached = LossTerms(terms.loss.detach(), terms.metrics)
-        return terms.loss.sum(), _MicroResult(detached, float(gap[compared].sum()), int(compared.sum()))
+        return terms.loss.sum(), _MicroResult(detached, compared, difference.numel())
 
     def _mean_metrics(self, results: Sequence[_MicroResult], examples: int) -> dict[str, float]:
         """Average over all examples of the update, on every rank."""
@@ -320,13 +348,14 @@ class Policy:
             sums["loss"] += float(result.terms.loss.sum())
             for name, values in result.terms.metrics.items():
                 sums[name] += float(values.sum())
-            sums["_gap"] += result.gap_sum
-            sums["_gap_tokens"] += result.gap_tokens
+            for name in _COMPARED:
+                sums[name] += result.compared.get(name, 0.0)
+            sums["_tokens"] += result.tokens
         total = self._sum_over_replicas(dict(sums))
-        gap, tokens = total.pop("_gap"), total.pop("_gap_tokens")
+        tokens, compared = total.pop("_tokens"), {name: total.pop(name) for name in _COMPARED}
         metrics = {name: value / examples for name, value in total.items()}
         if tokens:
-            metrics["logprob_gap"] = gap / tokens
+            metrics |= {name: value / tokens for name, value in compared.items()}
         return metrics
 
     def _sum_over_replicas(self, sums: dict[str, float]) -> dict[str, float]:
@@ -380,5 +409,7 @@ class _MicroResult:
     """The results of one micro-batch: loss terms and the logprob gap between engine and policy."""
 
     terms: LossTerms
-    gap_sum: float
-    gap_tokens: int
+    compared: Mapping[str, float] = field(default_factory=dict)
+    """``_COMPARED`` -> its sum over the tokens that have a log-probability of the engine."""
+    tokens: int = 0
+    """Number of those tokens."""

@@ -8,6 +8,7 @@ the embedding or the vocabulary projection: log-probabilities come from a bf16 p
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -35,7 +36,7 @@ class Recipe:
     engine: tuple[int, int]
     """First Transformer Engine version with which Megatron uses it (``megatron/core/fp8_utils.py: get_fp8_recipe``)."""
     check: str
-    """Function of ``transformer_engine.pytorch.fp8`` that checks GPU and CUDA version."""
+    """Function of Transformer Engine that checks GPU and CUDA version."""
     capability: tuple[int, int]
     """Lowest GPU compute capability that ``check`` accepts."""
     multiple: int
@@ -81,17 +82,26 @@ def find_engine() -> TransformerEngine | str:
         return "torch finds no CUDA device"
     try:
         import transformer_engine
-        from transformer_engine.pytorch import fp8
+
+        checks = _checks_module()
     except (ImportError, OSError, RuntimeError) as error:
         return f"Transformer Engine cannot be imported ({first_line(error)})"
 
     def check(name: str) -> tuple[bool, str]:
-        found = getattr(fp8, name, None)
+        found = getattr(checks, name, None)
         return found() if found else (False, f"Transformer Engine has no {name}")
 
     major, minor = torch.cuda.get_device_capability()
     device = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
     return TransformerEngine(transformer_engine.__version__, device, check)
+
+
+def _checks_module() -> Any:
+    """Return the module with Transformer Engine's check functions, which is called ``fp8`` before version 2.8."""
+    try:
+        return importlib.import_module("transformer_engine.pytorch.quantization")
+    except ModuleNotFoundError:
+        return importlib.import_module("transformer_engine.pytorch.fp8")
 
 
 def refusal(fp8: Fp8, engine: TransformerEngine | str) -> str | None:

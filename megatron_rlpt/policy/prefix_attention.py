@@ -110,6 +110,37 @@ def prefix_attention(
     return _PrefixAttention.apply(query, key, value, pack, _kernel(query), scale)
 
 
+def chunk_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, scale: float | None = None
+) -> torch.Tensor:
+    """Compute the causal attention of a chunk in the middle of a sequence, as context parallelism divides it.
+
+    What precedes the chunk is a prefix that all of its tokens see, so no mask of chunk times sequence is needed.
+
+    Args:
+        query: [chunk, batch, heads, dim].
+        key: [seq, batch, groups, dim].
+        value: as ``key``.
+        start: position of the chunk's first token.
+        scale: factor on the scores; None for ``dim ** -0.5``.
+
+    Returns:
+        [chunk, batch, heads, dim].
+    """
+    length, batch = query.shape[:2]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.transpose(0, 1).flatten(0, 1)
+
+    given = Inputs(
+        rows(query),
+        *(torch.cat((rows(tensor[:start]), rows(tensor[start : start + length]))) for tensor in (key, value)),
+    )
+    mixed = _ChunkAttention.apply(*given, start, batch, _kernel(query), scale)
+    return mixed.view(batch, length, *mixed.shape[1:]).transpose(0, 1)
+
+
 class Inputs(NamedTuple):
     """Queries, keys and values, or their gradients: [tokens, heads or groups, dim] each."""
 
@@ -132,11 +163,11 @@ class _PrefixAttention(torch.autograd.Function):
         head, tail = slice(pack.prefix_tokens), slice(pack.prefix_tokens, None)
         out, lse = kernel.forward(given.part(head, head), over_itself, scale)
         if any(pack.completions):
-            seen, seen_lse = kernel.forward(given.part(tail, head), over_prefix, scale)
-            own, own_lse = kernel.forward(given.part(tail, tail), within, scale)
-            both = torch.logaddexp(seen_lse, own_lse)
-            merged = seen * (seen_lse - both).exp()[..., None] + own * (own_lse - both).exp()[..., None]
-            out, lse = torch.cat((out, merged.to(query.dtype))), torch.cat((lse, both))
+            merged, both = _merged(
+                kernel.forward(given.part(tail, head), over_prefix, scale),
+                kernel.forward(given.part(tail, tail), within, scale),
+            )
+            out, lse = torch.cat((out, merged)), torch.cat((lse, both))
         ctx.save_for_backward(*given, out, lse)
         ctx.pack, ctx.kernel, ctx.scale = pack, kernel, scale
         return out
@@ -162,6 +193,59 @@ class _PrefixAttention(torch.autograd.Function):
                 torch.cat((found.value + seen.value, own.value)),
             )
         return (*found, None, None, None)
+
+
+class _ChunkAttention(torch.autograd.Function):
+    """Attention of chunks to what precedes them and to themselves; keys are the former of all rows, then the latter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        start: int,
+        batch: int,
+        kernel: Kernel,
+        scale: float,
+    ) -> torch.Tensor:
+        given = Inputs(query, key, value)
+        length = query.shape[0] // batch
+        before = Segments((length,) * batch, (start,) * batch, causal=False)
+        within = Segments((length,) * batch, (length,) * batch, causal=True)
+        every, early, own = slice(None), slice(batch * start), slice(batch * start, None)
+        out, lse = kernel.forward(given.part(every, own), within, scale)
+        if start:
+            out, lse = _merged(kernel.forward(given.part(every, early), before, scale), (out, lse))
+        ctx.save_for_backward(*given, out, lse)
+        ctx.parts, ctx.kernel, ctx.scale = ((early, before), (own, within)), kernel, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        given, every = Inputs(*tensors), slice(None)
+        found = [
+            ctx.kernel.backward(grads[0], given.part(every, keys), out, lse, segments, ctx.scale)
+            for keys, segments in ctx.parts
+            if segments.keys[0]
+        ]
+        return (
+            sum((one.query for one in found[1:]), found[0].query),
+            torch.cat([one.key for one in found]),
+            torch.cat([one.value for one in found]),
+            *(None,) * 4,
+        )
+
+
+def _merged(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the outputs of the same queries over two sets of keys, and their log-sum-exps."""
+    (seen, seen_lse), (own, own_lse) = one, other
+    both = torch.logaddexp(seen_lse, own_lse)
+    merged = seen * (seen_lse - both).exp()[..., None] + own * (own_lse - both).exp()[..., None]
+    return merged.to(seen.dtype), both
 
 
 class Kernel(Protocol):

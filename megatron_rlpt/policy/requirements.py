@@ -35,13 +35,51 @@ def check_model(config: Config, arch: Architecture, layout: Layout, source: Path
 
 
 def check_engine(config: Config, arch: Architecture, source: Path | str) -> None:
-    """Check that the rollout engine of ``config`` supports the model.
+    """Check that the rollout engine of ``config`` supports the model, and can be divided as configured.
 
     Raises:
         EngineError: it has experts, and the engine does not take them.
+        ConfigError: its heads, feed-forward layers or experts cannot be divided like that; names the sizes that would
+            do.
     """
-    if not engine_facts(config).takes_experts:
+    facts, rollout = engine_facts(config), config.rollout
+    if not facts.takes_experts:
         check_no_experts(arch, source)
+    if facts.cut_over_tensor:
+        if rollout.tensor > 1:
+            raise ConfigError(
+                f"rollout.tensor is {rollout.tensor} and rollout.engine {rollout.engine.name}, which is divided as "
+                "parallel.tensor says; leave rollout.tensor at 1, or set rollout.engine=vllm"
+            )
+        return
+    inner = arch.experts.ffn_hidden if arch.experts else arch.ffn_hidden
+    fitting = [
+        size
+        for size in range(1, arch.heads + 1)
+        # Key-value heads are copied where there are fewer of them than GPUs.
+        if arch.heads % size == 0 and inner % size == 0 and (arch.kv_heads % size == 0 or size % arch.kv_heads == 0)
+    ]
+    if rollout.tensor not in fitting:
+        raise ConfigError(
+            f"rollout.tensor is {rollout.tensor}, and {source} has {arch.heads} heads, {arch.kv_heads} key-value heads "
+            f"and feed-forward layers of {inner}; allowed: {', '.join(map(str, fitting))}"
+        )
+    _check_engine_experts(config, arch, source)
+
+
+def _check_engine_experts(config: Config, arch: Architecture, source: Path | str) -> None:
+    expert, tensor = config.rollout.expert, config.rollout.tensor
+    if expert == 1:
+        return
+    if arch.experts is None:
+        raise ConfigError(f"rollout.expert is {expert}, and {source} has no experts; set rollout.expert=1")
+    if expert != tensor:
+        raise ConfigError(f"rollout.expert is {expert} and rollout.tensor {tensor}; allowed: 1, {tensor}")
+    if arch.experts.count % expert:
+        raise ConfigError(
+            f"rollout.expert is {expert}, which does not divide the {arch.experts.count} experts of {source}; set "
+            "rollout.expert=1"
+        )
 
 
 def check_no_experts(arch: Architecture, source: Path | str) -> None:

@@ -71,9 +71,11 @@ class WeightSource:
     Iterating yields (Hugging Face name, tensor) of every weight in a fixed order; tensors may share memory with the
     model. It is a collective: every rank must iterate to the end. The Megatron engine reads ``model_chunks`` instead.
 
-    Weights are exchanged in buckets: a tensor-parallel group gathers the shards of a bucket, and the pipeline stage
-    (for experts also the expert rank) that holds them broadcasts them. Besides its share of the model, a rank holds at
-    most one bucket, its own shard of one, and the copies of one unsharded tensor.
+    Weights are exchanged in buckets. The pipeline stage that holds a bucket broadcasts each tensor-parallel rank's
+    shard along the pipeline, which is often the slower link, and then every tensor-parallel group gathers the shards
+    (for experts: the expert rank that holds them broadcasts them). A bucket is on its way along the pipeline while the
+    one before is used. Besides its share of the model, a rank holds at most one bucket, its own shards of two, and the
+    copies of one unsharded tensor.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class WeightSource:
         self._layout = layout
         self._ranks = ranks
         self._buckets = plan_buckets(arch, layout, bucket_bytes, next(iter(self._parameters.values())).element_size())
+        self.received = LinkBytes()
+        """What the last iteration brought to this rank."""
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -113,11 +117,16 @@ class WeightSource:
             TrainingError: a rank did not arrive in time; names it.
         """
         self._ranks.barrier("the exchange of weights")
-        for bucket in self._buckets:
-            yield from self._exchange(bucket)
+        self.received = LinkBytes()
+        begun = self._begin(self._buckets[0])
+        for number, bucket in enumerate(self._buckets):
+            arriving = begun
+            if number + 1 < len(self._buckets):
+                begun = self._begin(self._buckets[number + 1])
+            yield from self._tensors(bucket, self._finish(bucket, arriving))
 
-    def _exchange(self, bucket: GatherBucket) -> Iterator[tuple[str, torch.Tensor]]:
-        gathered = self._gather(bucket)
+    def _tensors(self, bucket: GatherBucket, gathered: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the Hugging Face tensors of ``bucket`` from the flattened shards of all tensor-parallel ranks."""
         offset = 0
         for rule in bucket.rules:
             shape = bucket.shapes[rule.megatron]
@@ -126,38 +135,68 @@ class WeightSource:
             offset += size
             yield from zip(rule.hf, rule.split(self._arch, unshard(parts, rule.sharding)), strict=True)
 
-    def _gather(self, bucket: GatherBucket) -> list[torch.Tensor]:
-        """Return the flattened shards of ``bucket``, one per tensor-parallel rank (experts: one)."""
+    def _begin(self, bucket: GatherBucket) -> _Arriving:
+        """Send or receive this rank's shard of ``bucket`` along the pipeline, without waiting for it."""
         layout = self._layout
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        owner = stage == bucket.stage and (
-            bucket.expert_rank is None or bucket.expert_rank == parallel_state.get_expert_model_parallel_rank()
-        )
+        on_owner = bucket.expert_rank in (None, parallel_state.get_expert_model_parallel_rank())
+        owner = stage == bucket.stage and on_owner
         for rule in bucket.rules:
             assert owner == (rule.megatron in self._parameters), f"{rule.megatron} is not on the planned rank"
-        alone = len(bucket.rules) == 1
         some = next(iter(self._parameters.values()))
-        flat = (
-            torch.cat([self._parameters[rule.megatron].detach().reshape(-1) for rule in bucket.rules])
-            if owner and not alone
-            else self._parameters[bucket.rules[0].megatron].detach().reshape(-1)
-            if owner
-            else some.new_empty(bucket.numel)
-        )
-        parts = 1 if bucket.expert_rank is not None else layout.tensor
-        if parts > 1:
-            whole = some.new_empty(parts * bucket.numel)
-            if stage == bucket.stage:
-                torch.distributed.all_gather_into_tensor(
-                    _bytes(whole), _bytes(flat), group=parallel_state.get_tensor_model_parallel_group()
-                )
-            flat = whole
-        if bucket.expert_rank is not None and layout.expert > 1 and stage == bucket.stage:
-            group = parallel_state.get_expert_model_parallel_group()
-            _broadcast(flat, group, bucket.expert_rank)
-        if layout.pipeline > 1:
-            _broadcast(flat, parallel_state.get_pipeline_model_parallel_group(), bucket.stage)
-        return list(flat.view(parts, bucket.numel))
+        if owner:
+            own = [self._parameters[rule.megatron].detach().reshape(-1) for rule in bucket.rules]
+            flat = own[0] if len(own) == 1 else torch.cat(own)
+        else:
+            flat = some.new_empty(bucket.numel)
+        work = None
+        if layout.pipeline > 1 and on_owner:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            work = torch.distributed.broadcast(_bytes(flat), group=group, group_src=bucket.stage, async_op=True)
+            if not owner:
+                self.received.pipeline += flat.nbytes
+        return _Arriving(flat, work)
+
+    def _finish(self, bucket: GatherBucket, arriving: _Arriving) -> list[torch.Tensor]:
+        """Return the flattened shards of ``bucket``, one per tensor-parallel rank (experts: one)."""
+        if arriving.work is not None:
+            arriving.work.wait()
+        flat = arriving.flat
+        if bucket.expert_rank is not None:
+            if self._layout.expert > 1:
+                group = parallel_state.get_expert_model_parallel_group()
+                torch.distributed.broadcast(_bytes(flat), group=group, group_src=bucket.expert_rank)
+                if bucket.expert_rank != parallel_state.get_expert_model_parallel_rank():
+                    self.received.expert += flat.nbytes
+            return [flat]
+        if (parts := self._layout.tensor) == 1:
+            return [flat]
+        whole = flat.new_empty(parts * bucket.numel)
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_gather_into_tensor(_bytes(whole), _bytes(flat), group=group)
+        self.received.tensor += whole.nbytes - flat.nbytes
+        return list(whole.view(parts, bucket.numel))
+
+
+@dataclass
+class LinkBytes:
+    """Bytes that a rank received over each kind of process group."""
+
+    tensor: int = 0
+    pipeline: int = 0
+    expert: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """Return MiB by the kind of group, as ``sync/...``; only of those that brought anything."""
+        return {f"sync/{name}_mib": count / 2**20 for name, count in vars(self).items() if count}
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """This rank's flattened shard of a bucket, which is complete once ``work`` is done."""
+
+    flat: torch.Tensor
+    work: torch.distributed.Work | None
 
 
 @dataclass(frozen=True)
@@ -207,7 +246,3 @@ def _shard_shape(rule: Rule, arch: Architecture, layout: Layout) -> Shape:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """View the tensor as bytes, because backends do not support every dtype."""
     return tensor.contiguous().view(torch.uint8)
-
-
-def _broadcast(tensor: torch.Tensor, group: torch.distributed.ProcessGroup, source: int) -> None:
-    torch.distributed.broadcast(_bytes(tensor), group=group, group_src=source)

@@ -7,15 +7,54 @@ from typing import Any
 
 import torch
 
-from megatron_rlpt.config import Config, EngineName
+from megatron_rlpt.config import Config, EngineFp8, EngineName, engine_facts
 from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.policy.requirements import check_offload_settings, offload_error
+from megatron_rlpt.policy.requirements import check_engine, check_offload_settings, offload_error
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
-from megatron_rlpt.rollout.engine import EngineMode, RolloutEngine
-from megatron_rlpt.rollout.vllm import engine as vllm_engine
+from megatron_rlpt.rollout.engine import RolloutEngine
+from megatron_rlpt.rollout.placement import EngineMode, place_engines
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
+from megatron_rlpt.rollout.vllm.engine import start_policy_engine as start_policy_vllm
+
+_FP8_CAPABILITY = {EngineFp8.per_tensor: (8, 9), EngineFp8.per_block: (9, 0)}
+"""Lowest compute capability with FP8 products of that kind (vllm/model_executor/layers/quantization/online/fp8.py)."""
+
+
+def check_rollouts(config: Config, arch: Architecture, world_size: int) -> None:
+    """Check that the engines of ``config`` can be divided over the ranks and serve the model; builds nothing.
+
+    Args:
+        config: the run.
+        arch: the policy's architecture.
+        world_size: trainer ranks.
+
+    Raises:
+        ConfigError: they cannot be divided like that; names what would do.
+        EngineError: the engine does not take the model.
+    """
+    if not config.candidates.rollouts:
+        return
+    check_engine(config, arch, config.model.path)
+    if not engine_facts(config).cut_over_tensor:
+        place_engines(config, 0, world_size)
+        _check_fp8(config.rollout.fp8)
+
+
+def _check_fp8(fp8: EngineFp8) -> None:
+    if fp8 is EngineFp8.off:
+        return
+    lowest = _FP8_CAPABILITY[fp8]
+    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if found is None or found < lowest:
+        here = "there is no GPU" if found is None else "this one has {}.{}".format(*found)
+        raise ConfigError(
+            f"rollout.fp8 is {fp8.value}, which needs a GPU of compute capability {lowest[0]}.{lowest[1]}, and {here}; "
+            "set rollout.fp8=off"
+        )
 
 
 def check_offload(config: Config, world_size: int) -> None:
@@ -33,7 +72,8 @@ def check_offload(config: Config, world_size: int) -> None:
     if not config.optimizer.offload or not torch.cuda.is_available():
         return
     check_offload_settings(config)
-    if vllm_engine.choose_mode(vllm_engine.needs_process(config, world_size))[0] is EngineMode.OWN_GPU:
+    own = place_engines(config, 0, world_size).own
+    if own is not None and own.mode is EngineMode.OWN_GPU:
         raise offload_error("on this machine every rollout engine has a GPU of its own")
 
 
@@ -67,10 +107,14 @@ def _start_megatron(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> Any
 
 
 def _start_vllm(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> Any:
-    if ranks.size == 1:
-        return vllm_engine.start_policy_engine(config, vllm_engine.needs_process(config, 1))
-    owners = range(engine_count(ranks))
-    return DistributedEngine(lambda: vllm_engine.start_policy_engine(config, own_process=True), owners, ranks)
+    placement = place_engines(config, ranks.rank, ranks.size)
+    place = placement.own
+
+    def start() -> VllmEngine:
+        assert place is not None, "started on ranks that take part"
+        return start_policy_vllm(config, place)
+
+    return start() if ranks.size == 1 else DistributedEngine(start, placement.groups, ranks)
 
 
 _START: Mapping[EngineName, Callable[[Config, DeviceRuntime, Ranks], Any]] = {
@@ -80,9 +124,11 @@ _START: Mapping[EngineName, Callable[[Config, DeviceRuntime, Ranks], Any]] = {
 """``rollout.engine`` -> starts it; its facts are in ``config/engines.py``."""
 
 
-def engine_count(ranks: Ranks) -> int:
-    """Return the number of engines: one per rank with GPUs; one in total without, where they would share cores."""
-    return ranks.size if torch.cuda.is_available() else 1
+def engine_count(config: Config, ranks: Ranks) -> int:
+    """Return the number of engines of a run."""
+    if not engine_facts(config).cut_over_tensor:
+        return len(place_engines(config, ranks.rank, ranks.size).groups)
+    return ranks.size // config.parallel.tensor
 
 
 def can_generate_during_updates(engine: RolloutEngine | None) -> bool:

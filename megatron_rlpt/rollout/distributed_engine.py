@@ -3,18 +3,22 @@
     ranks with an engine   generate their share of the prompts, load weights
     all ranks              request the same prompts, get every continuation, iterate over the weights
 
-Without GPUs only rank 0 has an engine; with GPUs every rank has one. A rank that fails tells the others, so that all
-ranks stop with the same error instead of waiting for a rank that has ended.
+Several ranks may share an engine (``placement.py``): they generate the same share, and the first of them gives the
+answers. A rank that fails tells the others, so that all ranks stop with the same error instead of waiting for a rank
+that has ended.
 """
 
 from __future__ import annotations
 
+import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from megatron_rlpt.distributed.ranks import Ranks, drain
+from megatron_rlpt.distributed.ranks import LostContactError, Ranks, drain
+from megatron_rlpt.errors import EngineError, first_line
 from megatron_rlpt.rollout.engine import Continuation, RolloutEngine, RolloutPrompt
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
 from megatron_rlpt.rollout.weight_sync.manifest import Weights
@@ -27,12 +31,12 @@ prefix twice costs less than waiting for the engine with the largest share."""
 class DistributedEngine(RolloutEngine):
     """A ``RolloutEngine`` that every rank calls concurrently with the same arguments."""
 
-    def __init__(self, start: Callable[[], VllmEngine], owners: Sequence[int], ranks: Ranks) -> None:
+    def __init__(self, start: Callable[[], VllmEngine], groups: Sequence[Sequence[int]], ranks: Ranks) -> None:
         """Start the engines; call it on every rank.
 
         Args:
-            start: starts the engine of this rank.
-            owners: ranks that have an engine, ascending.
+            start: starts the engine of this rank, or its part of one.
+            groups: the ranks that take part in each engine.
             ranks: all ranks of the run.
 
         Raises:
@@ -40,14 +44,17 @@ class DistributedEngine(RolloutEngine):
             EngineError: an engine failed while starting, on this rank or another.
         """
         self._ranks = ranks
-        self._owners = tuple(owners)
-        own = ranks.rank in self._owners
-        self._own = ranks.run_on_all_ranks(lambda: start() if own else None, "the start of the rollout engines")
+        self._answering = [group[0] for group in groups]
+        self._is_shared = any(len(group) > 1 for group in groups)
+        self._mine = next((number for number, group in enumerate(groups) if ranks.rank in group), None)
+        self._own = ranks.run_on_all_ranks(
+            lambda: None if self._mine is None else start(), "the start of the rollout engines"
+        )
         self._version: int | None = 0
 
     @property
     def own(self) -> VllmEngine | None:
-        """The engine of this rank, if it has one."""
+        """The engine of this rank, or its part of one, if it has any."""
         return self._own
 
     @property
@@ -57,15 +64,30 @@ class DistributedEngine(RolloutEngine):
 
     @override
     def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
-        def answer() -> list[Continuation]:
-            if self._own is None:
-                return []
-            position = self._owners.index(self._ranks.rank)
-            bounds = split_prompts(prompts, len(self._owners))
-            return self._own.generate(prompts[bounds[position] : bounds[position + 1]], max_tokens, version)
+        def answer() -> _Share:
+            if self._own is None or self._mine is None:
+                return _Share(None)
+            bounds = split_prompts(prompts, len(self._answering))
+            try:
+                found = self._own.generate(prompts[bounds[self._mine] : bounds[self._mine + 1]], max_tokens, version)
+            except Exception as error:
+                if not self._is_shared:
+                    raise
+                # The ranks that share the engine wait inside of it, where they cannot be told: end this rank.
+                raise LostContactError(
+                    f"rank {self._ranks.rank}: {first_line(error)}; the ranks that share its rollout engine end as well"
+                ) from error
+            digest = zlib.crc32(repr([one.tokens for one in found]).encode())
+            return _Share(self._mine, digest, found if self._ranks.rank in self._answering else [])
 
         shares = self._ranks.all_gather(self._ranks.run_on_all_ranks(answer, "the end of generating"))
-        return [continuation for owner in self._owners for continuation in shares[owner]]
+        for rank, share in enumerate(shares):
+            if share.engine is not None and share.digest != shares[self._answering[share.engine]].digest:
+                raise EngineError(
+                    f"ranks {self._answering[share.engine]} and {rank} share a rollout engine and got different tokens "
+                    "from it; run the same command to resume from the last checkpoint"
+                )
+        return [continuation for rank in self._answering for continuation in shares[rank].continuations]
 
     @override
     def update_weights(self, weights: Weights, version: int) -> None:
@@ -88,6 +110,18 @@ class DistributedEngine(RolloutEngine):
             "the end of the weight update",
         )
         self._version = version
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a rank's engine generated."""
+
+    engine: int | None
+    """Number of the engine; None if the rank has none."""
+    digest: int = 0
+    """Of all tokens: equal on all ranks that share the engine."""
+    continuations: list[Continuation] = field(default_factory=list)
+    """On the rank that answers for its engine."""
 
 
 def split_prompts(prompts: Sequence[RolloutPrompt], count: int) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
@@ -33,15 +32,6 @@ class Continuation:
     logprobs: tuple[float, ...]
     finish_reason: str
     """``length`` (all requested tokens) or ``stop`` (the last token is end-of-sequence)."""
-
-
-class EngineMode(Enum):
-    """Where a vLLM engine runs, which determines how weights reach it (``weight_sync/transport.py``)."""
-
-    IN_PROCESS = "in this process, which passes its tensors"
-    OWN_PROCESS = "in its own process without a GPU, weights through shared memory"
-    SHARED_GPU = "in its own process on the trainer's GPU, weights by CUDA IPC"
-    OWN_GPU = "in its own process on another GPU, weights by NCCL"
 
 
 class RolloutEngine(Protocol):

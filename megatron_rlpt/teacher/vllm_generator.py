@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EnginePlace
 from megatron_rlpt.rollout.vllm.process import EngineProcess
 from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
@@ -139,7 +140,8 @@ def _sampling(request: Request) -> Any:
 
 
 def _start(path: Path, max_context: int, kv_cache_gib: float, in_process: bool, dtype: Dtype) -> Any:
-    with vllm_environment(kv_cache_gib, in_process=in_process) as arguments:
+    place = IN_THIS_PROCESS if in_process else EnginePlace(EngineMode.OWN_PROCESS)
+    with vllm_environment(kv_cache_gib, place) as arguments:
         from vllm import LLM
 
         try:

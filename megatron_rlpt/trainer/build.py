@@ -102,7 +102,7 @@ def build(
         ranks,
         batch=config.train.global_batch,
         # Workers start on what the engines generate in one wave; a judge in the trainer takes a whole batch.
-        part=concurrent_episodes(config, engine_count(ranks)) if judges else config.train.global_batch,
+        part=concurrent_episodes(config, engine_count(config, ranks)) if judges else config.train.global_batch,
         # An extendable run ends in the state of the longer run at that step: with its next batches proposed.
         steps=None if is_extendable(flatten(config)) else config.train.steps,
         staleness=config.train.staleness,

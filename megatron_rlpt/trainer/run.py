@@ -23,7 +23,7 @@ from megatron_rlpt.observe.watchdog import HEARTBEAT, Watchdog
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layout import check_batch
 from megatron_rlpt.policy.policy import Policy, check_policy
-from megatron_rlpt.rollout.build import check_offload
+from megatron_rlpt.rollout.build import check_offload, check_rollouts
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.trainer.build import build
 from megatron_rlpt.trainer.observer import open_observer
@@ -61,8 +61,9 @@ def run_training(config: Config, fresh: bool = False) -> None:
     runtime = DeviceRuntime()
     if config.train.deterministic:
         runtime.make_deterministic()
-    _, layout = check_policy(config, runtime.world)
+    arch, layout = check_policy(config, runtime.world)
     check_batch(layout, config.train)
+    check_rollouts(config, arch, runtime.world)
     check_offload(config, runtime.world)
     setup_logging(rank=runtime.rank)
     ranks = runtime.init_distributed(layout, config.parallel.timeout)

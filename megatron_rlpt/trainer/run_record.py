@@ -26,7 +26,8 @@ _log = get_logger(__name__)
 _MAY_CHANGE = ("observe.", "evaluation.", "data.heldout[", "checkpoint.", "run.dir", "parallel.", "train.micro_batch",
                "train.logprob_chunk", "train.recompute", "train.max_stall", "train.empty_window",
                "train.max_empty_share", "train.deterministic", "optimizer.offload", "rollout.max_batch",
-               "rollout.eager", "rollout.max_logprob_gap", "teacher.max_failure_rate", "data.max_bad_fraction",
+               "rollout.eager", "rollout.tensor", "rollout.expert", "rollout.placement", "rollout.max_logprob_gap",
+               "teacher.max_failure_rate", "data.max_bad_fraction",
                "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
                "teacher.kv_cache_gib", "teacher.dtype", "teacher.workers.", "buffer.")  # fmt: skip
 """Settings that a resumed run may change because they do not change what is learned; layout and micro-batch change the

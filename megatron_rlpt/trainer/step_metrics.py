@@ -28,6 +28,7 @@ def step_metrics(
       Figure 8, for rollouts).
     - ``rollout/length``: mean number of tokens; ``rollout/stop_rate``: share that ended with end-of-sequence;
       ``rollout/blank_rate``: share without any text, which is neither judged nor learned.
+    - ``sync/<group>_mib``: MiB of weights that rank 0 received over process groups of that kind.
     - ``judge/...``: see ``teacher/judge_metrics.py``.
 
     Args:

@@ -102,6 +102,7 @@ def train(run: Training) -> None:
         with stage("sync"):
             if run.engine and run.engine.version != run.policy.version:
                 run.engine.update_weights(run.policy.weights(), run.policy.version)
+                update_metrics |= run.policy.sync_metrics()
         run.done += 1
         seconds, background = run.timer.end_step(), run.timer.end_background()
         run.learning.observe(run.done - 1, groups, selection)

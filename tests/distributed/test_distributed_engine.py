@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
 from megatron_rlpt.trainer.gpu_memory import GpuMemory
 
 SIZE = 3
-OWNERS = (0, 2)
+GROUPS = ((0,), (2,))
 PROMPTS = [RolloutPrompt((episode,), seed) for episode in range(6) for seed in range(3)]
 
 
@@ -69,8 +69,8 @@ def everything() -> dict[str, Any]:
             raise ModelError("no such model")
         return Engine(rank)
 
-    found: dict[str, Any] = {"start": error_of(lambda: DistributedEngine(refuse_on_2, OWNERS, ranks))}
-    engine = DistributedEngine(lambda: Engine(rank), OWNERS, ranks)  # type: ignore[arg-type,return-value]
+    found: dict[str, Any] = {"start": error_of(lambda: DistributedEngine(refuse_on_2, GROUPS, ranks))}
+    engine = DistributedEngine(lambda: Engine(rank), GROUPS, ranks)  # type: ignore[arg-type,return-value]
     own: Any = engine.own
     found["answers"] = [answer.tokens for answer in engine.generate(PROMPTS, 1, 0)]
     for kind, failure in (("ours", EngineError("asleep")), ("other", RuntimeError("out of memory\nhere"))):
@@ -136,3 +136,37 @@ def test_a_gpu_with_too_little_memory_stops_every_rank_and_is_named(found):
     assert (kind, line.startswith("rank 1: the rollout engine needs")) == ("EngineError", True)
     assert on_every_rank(found, "shares nothing") == ("none", "")
     assert on_every_rank(found, "updates") == ["cannot wake", "shares nothing"]
+
+
+def shared() -> dict[str, Any]:
+    """Ranks 0 and 1 share an engine, and rank 2 has one."""
+    ranks = ranks_of_world()
+
+    class Shared(Engine):
+        def generate(self, prompts: list[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
+            return [replace(one, tokens=one.tokens[1:]) for one in super().generate(prompts, max_tokens, version)]
+
+    own = Shared(ranks.rank)
+    engine = DistributedEngine(lambda: own, ((0, 1), (2,)), ranks)  # type: ignore[arg-type,return-value]
+    found: dict[str, Any] = {"answers": [answer.tokens for answer in engine.generate(PROMPTS, 1, 0)]}
+    if ranks.rank == 1:
+        own.generate = lambda *_: [Continuation((7,), (), "length")] * 9  # type: ignore[method-assign]
+    found["different"] = error_of(lambda: engine.generate(PROMPTS, 1, 0))
+    if ranks.rank == 1:
+        own.fails = RuntimeError("out of memory\nhere")
+        del own.generate
+        found["failure"] = error_of(lambda: engine.generate(PROMPTS, 1, 0))
+    return found
+
+
+def test_ranks_that_share_an_engine_give_each_answer_once_and_have_to_agree():
+    found = run_world(SIZE, shared)
+    assert on_every_rank(found, "answers") == [(*prompt.prefix, prompt.seed) for prompt in PROMPTS]
+    kind, line = on_every_rank(found, "different")
+    assert (kind, line.split(";")[0]) == (
+        "EngineError",
+        "ranks 0 and 1 share a rollout engine and got different tokens from it",
+    )
+    # It does not wait for ranks that wait for it inside of the engine.
+    kind, line = found[1]["failure"]
+    assert (kind, line.split(";")[0]) == ("LostContactError", "rank 1: out of memory")

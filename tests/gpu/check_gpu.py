@@ -211,7 +211,8 @@ def part_engine(options: argparse.Namespace, folder: Path, in_process: bool) -> 
         in_process: use the engine of a single rank, which gets the tensors of the policy directly; False uses that of
             one rank among several, in a separate process that gets them by CUDA IPC.
     """
-    from megatron_rlpt.rollout.engine import EngineMode, RolloutPrompt
+    from megatron_rlpt.rollout.engine import RolloutPrompt
+    from megatron_rlpt.rollout.placement import EngineMode, EnginePlace
     from megatron_rlpt.rollout.vllm.engine import VllmEngine
     from megatron_rlpt.trainer.gpu_memory import free_gpu_memory
 
@@ -220,7 +221,7 @@ def part_engine(options: argparse.Namespace, folder: Path, in_process: bool) -> 
     policy = make_policy(config)
     engine = VllmEngine(
         folder, policy.weight_shapes, config.rollout, dtype=config.model.dtype, max_sequence=options.sequence, seed=1,
-        placement=EngineMode.IN_PROCESS if in_process else EngineMode.SHARED_GPU,
+        place=EnginePlace(EngineMode.IN_PROCESS if in_process else EngineMode.SHARED_GPU),
     )  # fmt: skip
     engine.self_check(policy.weights, 0)
     seconds = []

@@ -36,6 +36,11 @@ def judge(config: Path, *arguments: str) -> Forked:
     return rlpt_process("judge", "serve", "-c", str(config), *arguments)
 
 
+def train(config: Path) -> Forked:
+    """Start ``rlpt train``; trainers with vLLM, which starts in ten times as long, are killed in test_world_run.py."""
+    return start(config, *QUICK)
+
+
 def kill(process) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -89,7 +94,7 @@ def calm(served_model, corpus, server, tmp_path_factory) -> Path:
     """An undisturbed run, in which no process is killed."""
     config, folder = configured(tmp_path_factory.mktemp("calm"), served_model, corpus, server)
     with workers(config):
-        code, _, err = finish(start(config))
+        code, _, err = finish(train(config))
     assert code == 0, err
     return folder
 
@@ -100,7 +105,7 @@ def test_everybody_is_killed_once_and_the_run_ends_with_the_same_weights(
     config, folder = configured(tmp_path_factory.mktemp("killed"), served_model, corpus, server)
     buffer = open_url(**server.options, name=folder.parent.name)
     with workers(config, config) as judges:
-        trainer = start(config)
+        trainer = train(config)
         try:
             await_steps(folder, 2, trainer)
             kill(judges.pop(0))
@@ -117,7 +122,7 @@ def test_everybody_is_killed_once_and_the_run_ends_with_the_same_weights(
             kill(trainer)
             buffer.drain(False)
             assert steps_done(folder) < STEPS, "the run was over before its trainer was killed"
-            trainer = start(config)
+            trainer = train(config)
             code, _, err = finish(trainer)
         finally:
             if trainer.poll() is None:
@@ -137,7 +142,7 @@ def test_told_to_stop_while_no_judge_is_there_it_stops_and_loses_nothing(
     served_model, corpus, server, tmp_path_factory
 ):
     config, folder = configured(tmp_path_factory.mktemp("stopped"), served_model, corpus, server)
-    trainer = start(config, *QUICK)
+    trainer = train(config)
     try:
         deadline = time.monotonic() + 240
         while (
@@ -152,7 +157,7 @@ def test_told_to_stop_while_no_judge_is_there_it_stops_and_loses_nothing(
         assert code == 75, err
         assert "stopped after 0 of" in err
         with workers(config):
-            trainer = start(config, *QUICK)
+            trainer = train(config)
             code, _, err = finish(trainer)
     finally:
         if trainer.poll() is None:

@@ -69,11 +69,17 @@ def test_a_wrong_update_is_the_same_error_on_every_rank_and_leaves_nothing_behin
     assert world[0]["wrong update"].startswith("rank 0: ")
 
 
-def test_an_engine_that_dies_during_a_call_is_one_error_on_every_rank(world):
+def test_an_engine_that_dies_during_a_call_is_started_again_with_its_weights_and_gives_the_same(world):
+    """Its first two updates are gone with it; the policy is not asked for anything."""
     assert "the process of the rollout engine ended (exit code -9" in world[0]["death during a request"]
     for rank in world:
+        assert rank["after death"] == rank["second"]
+
+
+def test_an_engine_that_dies_too_often_is_one_error_on_every_rank(world):
+    for rank in world:
         assert "the process of the rollout engine ended (exit code -9" in rank["death"]
-        assert "run the same command to resume" in rank["after death"]
+        assert "run the same command to resume" in rank["after the last death"]
 
 
 def test_the_trainer_keeps_its_surroundings(world):

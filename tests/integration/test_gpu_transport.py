@@ -19,8 +19,7 @@ from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk, pack_
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.rollout.engine import EngineMode
-from megatron_rlpt.rollout.vllm.engine import choose_mode
+from megatron_rlpt.rollout.placement import EngineMode, EnginePlace
 from megatron_rlpt.rollout.vllm.worker import WorkerExtension
 from megatron_rlpt.rollout.weight_sync.gpu_transport import (
     BACKENDS,
@@ -114,14 +113,14 @@ def test_packed_buffers_carry_the_weights_bit_for_bit():
 
 
 def test_the_largest_weight_fits_a_buffer_that_is_set_smaller():
-    info = trainer_init_info(EngineMode.SHARED_GPU, MANIFEST, bucket_bytes=100)
+    info = trainer_init_info(EnginePlace(EngineMode.SHARED_GPU), MANIFEST, bucket_bytes=100)
     assert info.packed_buffer_size_bytes == 32 * 8 * 2
-    assert trainer_init_info(EngineMode.SHARED_GPU, MANIFEST, 2**20).packed_buffer_size_bytes == 2**20
+    assert trainer_init_info(EnginePlace(EngineMode.SHARED_GPU), MANIFEST, 2**20).packed_buffer_size_bytes == 2**20
 
 
 @pytest.mark.parametrize("mode", [EngineMode.SHARED_GPU, EngineMode.OWN_GPU])
 def test_vllm_knows_the_backend_on_both_sides_and_every_rank_sends_to_its_own_engine(mode):
-    info = trainer_init_info(mode, MANIFEST, 2**20)
+    info = trainer_init_info(EnginePlace(mode), MANIFEST, 2**20)
     assert info.backend == BACKENDS[mode]
     assert info.is_sender
     assert info.packed
@@ -130,9 +129,14 @@ def test_vllm_knows_the_backend_on_both_sides_and_every_rank_sends_to_its_own_en
 
 
 def test_two_ranks_of_one_machine_meet_their_engines_at_different_ports():
-    one, two = (trainer_init_info(EngineMode.OWN_GPU, MANIFEST, 2**20) for _ in range(2))
+    one, two = (trainer_init_info(EnginePlace(EngineMode.OWN_GPU), MANIFEST, 2**20) for _ in range(2))
     assert (one.master_address, one.world_size) == ("127.0.0.1", 2)
     assert one.master_port != two.master_port
+
+
+def test_an_engine_over_several_gpus_is_one_receiver_per_gpu():
+    info = trainer_init_info(EnginePlace(EngineMode.OWN_GPU, tensor=4), MANIFEST, 2**20)
+    assert (info.rank, info.world_size) == (0, 5)
 
 
 def test_the_worker_understands_an_ipc_update_with_handles_in_it():
@@ -210,7 +214,7 @@ def test_a_rank_sends_by_ipc_without_waiting_for_any_other(monkeypatch):
 
     monkeypatch.setattr(ipc_engine, "packed_ipc_producer", producer)
     source, worker = PolicySource(MANIFEST), Worker(IPCWeightTransferEngine)
-    info = trainer_init_info(EngineMode.SHARED_GPU, MANIFEST, 2**20)
+    info = trainer_init_info(EnginePlace(EngineMode.SHARED_GPU), MANIFEST, 2**20)
     sender = SingleRankIpcSender.trainer_init(info, client=OfflineClient(Llm(worker)), source=source)
     GpuTransport(sender, source).send(weights().items())
 
@@ -226,28 +230,4 @@ def test_a_rank_sends_by_ipc_without_waiting_for_any_other(monkeypatch):
 @pytest.mark.parametrize("mode", BACKENDS)
 def test_without_a_gpu_the_error_says_so(mode):
     with pytest.raises(EngineError, match="CUDA is not available here"):
-        open_gpu_transport(mode, None, MANIFEST, 2**20)
-
-
-@pytest.mark.parametrize(
-    ("world", "gpus", "own", "variables", "expected"),
-    [
-        (1, 0, 0, {}, (EngineMode.IN_PROCESS, None)),
-        (1, 8, 0, {}, (EngineMode.IN_PROCESS, None)),
-        (2, 0, 0, {}, (EngineMode.OWN_PROCESS, None)),
-        (8, 8, 3, {"LOCAL_WORLD_SIZE": "8"}, (EngineMode.SHARED_GPU, 3)),
-        (4, 8, 3, {"LOCAL_WORLD_SIZE": "4"}, (EngineMode.OWN_GPU, 7)),
-        (16, 8, 1, {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, (EngineMode.OWN_GPU, 5)),
-        (8, 8, 3, {}, (EngineMode.SHARED_GPU, 3)),
-        (8, 1, 0, {"LOCAL_WORLD_SIZE": "8"}, (EngineMode.SHARED_GPU, 0)),
-    ],
-)
-def test_where_an_engine_runs(monkeypatch, world, gpus, own, variables, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: own)
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert choose_mode(own_process=world > 1) == expected
+        open_gpu_transport(EnginePlace(mode), None, MANIFEST, 2**20)

@@ -20,7 +20,8 @@ from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
-from megatron_rlpt.rollout.vllm.engine import start_policy_engine
+from megatron_rlpt.rollout.placement import EngineMode, EnginePlace
+from megatron_rlpt.rollout.vllm.engine import _MOST_RESTARTS, start_policy_engine
 from megatron_rlpt.trainer.gpu_memory import build_gpu_memory
 from megatron_rlpt.trainer.stop import STOP_SIGNALS
 
@@ -92,7 +93,8 @@ def main(served, other, corpus, out):
     )
     results = {"torchrun": os.environ["TORCHELASTIC_USE_AGENT_STORE"]}
     ranks = Ranks(rank, Layout(world=2), timeout=300.0)
-    engine = DistributedEngine(lambda: start_policy_engine(config, own_process=True), owners=[0], ranks=ranks)
+    place = EnginePlace(EngineMode.OWN_PROCESS)
+    engine = DistributedEngine(lambda: start_policy_engine(config, place), groups=[[0]], ranks=ranks)
     results["torchrun variables kept"] = os.environ["WORLD_SIZE"]
     results["has an engine"] = engine.own is not None
 
@@ -122,10 +124,14 @@ def main(served, other, corpus, out):
         results["version while training"] = engine.version
 
     asking = die_during_two_calls(engine.own, results) if engine.own else None
-    results["death"] = error_of(sampled, 1)
+    results["after death"] = sampled(1)
     if asking:
         asking.join()
-    results["after death"] = error_of(engine.update_weights, gathered(served), 2)
+    if engine.own:
+        engine.own._restarts = _MOST_RESTARTS
+        engine.own._process.end()
+    results["death"] = error_of(sampled, 1)
+    results["after the last death"] = error_of(engine.update_weights, gathered(served), 2)
     (out / f"rank-{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 

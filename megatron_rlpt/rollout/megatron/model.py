@@ -32,14 +32,11 @@ class CachedAttention(CausalAttention):
     (``megatron/core/transformer/attention.py: _adjust_key_value_for_inference``).
     """
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         # [seq or 1, batch, heads, dim] and [seq, batch, groups, dim] -> [seq or 1, batch, heads * dim]
         if query.shape[0] == key.shape[0]:
-            return super()._attend(query, key, value, mask)
+            return super()._attend(query, key, value)
         assert query.shape[0] == 1, "several queries against a longer cache would need a mask"
-        assert mask is None
         _, batch, groups, dim = key.shape
         # The heads of a group share keys. As rows of one query, [batch, groups, heads / groups, dim], they read them
         # once, which is several times faster on a CPU than one row per head.

@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from megatron_rlpt.config import Config, Dtype, RolloutConfig
-from megatron_rlpt.distributed.ranks import ranks_on_this_machine
-from megatron_rlpt.errors import ConfigError, EngineError, ModelError
+from megatron_rlpt.config import Config, Dtype, EngineFp8, RolloutConfig
+from megatron_rlpt.errors import ConfigError, EngineError, EngineLostError, ModelError
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.families import expected_shapes
 from megatron_rlpt.models.huggingface import without_extras
 from megatron_rlpt.policy.precision import torch_dtype_of
 from megatron_rlpt.rollout.engine import (
     Continuation,
-    EngineMode,
     RolloutEngine,
     RolloutPrompt,
     end_of_sequence,
     require_version,
 )
+from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EnginePlace
 from megatron_rlpt.rollout.vllm.process import EngineProcess
 from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
@@ -39,13 +38,16 @@ from megatron_rlpt.rollout.weight_sync.self_check import (
     require_all_changed,
     require_restored,
 )
-from megatron_rlpt.rollout.weight_sync.transport import open_transport
+from megatron_rlpt.rollout.weight_sync.transport import SharedMemoryTransport, open_transport
 
 _log = logging.getLogger(__name__)
 
 CPU_BLOCK_TOKENS = 32
 """Tokens per cache block on CPU. With vLLM's default of 128, the K rollouts of an episode could not share a prefix that
 is shorter than that."""
+
+_MOST_RESTARTS = 3
+"""Times in a run that an engine whose process has ended is started again."""
 
 
 class VllmEngine(RolloutEngine):
@@ -54,7 +56,8 @@ class VllmEngine(RolloutEngine):
     Weights are replaced through ``reload_weights`` of vLLM's worker or its weight-transfer package, which also repack
     them for the kernels; writing to the model's tensors directly would skip that.
 
-    Engines are not tensor-parallel: each holds the whole model on one GPU, whatever the policy's layout.
+    An engine that ranks share exists on each of them with its part of the weights: all make the same calls, schedule
+    the same way and get the same answers.
     """
 
     def __init__(
@@ -66,8 +69,7 @@ class VllmEngine(RolloutEngine):
         dtype: Dtype,
         max_sequence: int,
         seed: int,
-        mode: EngineMode = EngineMode.IN_PROCESS,
-        gpu: int | None = None,
+        place: EnginePlace = IN_THIS_PROCESS,
     ) -> None:
         """Start the engine on the weights of ``model_path`` as version 0.
 
@@ -78,61 +80,31 @@ class VllmEngine(RolloutEngine):
             dtype: precision of the weights, the same as the policy's.
             max_sequence: longest prefix plus continuation, in tokens.
             seed: engine seed; every prompt also has its own seed.
-            mode: where the engine runs.
-            gpu: GPU index in this process for an engine in a separate process.
+            place: where the engine runs, and over how many GPUs.
 
         Raises:
             ConfigError: weights and key-value cache do not fit on the GPU.
             EngineError: sampling is truncated.
             ModelError: vLLM cannot load the folder.
         """
-        self._temperature = config.temperature
+        self._model_path = model_path
+        self._config = config
+        self._max_sequence = max_sequence
+        self._seed = seed
+        self._place = place
         self._manifest = WeightManifest(dict(expected), torch_dtype_of(dtype))
         self._kv_cache_bytes = int(config.kv_cache_gib * 2**30)
         if torch.cuda.is_available():
-            number = torch.cuda.current_device() if gpu is None else gpu
+            number = place.gpus[0] if place.gpus else torch.cuda.current_device()
             total = torch.cuda.get_device_properties(number).total_memory
-            require_gpu_holds(self._manifest.nbytes, self._kv_cache_bytes, total)
+            require_gpu_holds(self._manifest.nbytes // place.tensor, self._kv_cache_bytes, total)
         # An engine on its own GPU competes with nothing for memory.
-        self._can_sleep = torch.cuda.is_available() and mode is not EngineMode.OWN_GPU
+        self._can_sleep = torch.cuda.is_available() and place.mode is not EngineMode.OWN_GPU
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        in_process = mode is EngineMode.IN_PROCESS
-        with (
-            vllm_environment(config.kv_cache_gib, in_process=in_process, gpu=gpu, eager=config.eager) as arguments,
-            without_extras(model_path) as served,
-        ):
-            from vllm import LLM, SamplingParams, TokensPrompt
-
-            if not torch.cuda.is_available():
-                arguments["block_size"] = CPU_BLOCK_TOKENS
-            if mode in (EngineMode.SHARED_GPU, EngineMode.OWN_GPU):
-                from megatron_rlpt.rollout.weight_sync.gpu_transport import BACKENDS
-
-                arguments["weight_transfer_config"] = {"backend": BACKENDS[mode]}
-            try:
-                self._llm: Any = LLM(
-                    model=str(served),
-                    dtype=str(self._manifest.dtype).removeprefix("torch."),
-                    max_model_len=max_sequence,
-                    max_num_seqs=config.max_batch,
-                    enable_prefix_caching=True,
-                    enable_sleep_mode=self._can_sleep,
-                    skip_tokenizer_init=True,
-                    seed=seed % 2**31,
-                    disable_log_stats=True,
-                    trust_remote_code=False,
-                    worker_extension_cls=EXTENSION,
-                    **arguments,
-                )
-                self._process = None if in_process else EngineProcess(self._llm, "the rollout engine")
-                # Some shapes load and fail only when attention runs: find out now, before any data is read.
-                self._llm.generate(
-                    [TokensPrompt(prompt_token_ids=[0])], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
-                )
-            except (ValueError, OSError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-                raise ModelError(f"vLLM cannot serve {model_path}: {reason[0]}") from error
-        self._transport = open_transport(mode, self._llm, self._manifest, config.sync_bucket_mib * 2**20)
+        self._process: EngineProcess | None = None
+        self._restarts = 0
+        self._llm = self._start()
+        self._transport = open_transport(place, self._llm, self._manifest, config.sync_bucket_mib * 2**20)
         self._probes = probe_prompts(next(iter(expected.values()))[0], max_sequence)
         self._stop_tokens = end_of_sequence(model_path)
         self._asleep = False
@@ -140,13 +112,77 @@ class VllmEngine(RolloutEngine):
         self._version: int | None = None
         self._set_version(0)
         if not self._can_sleep:
-            why = "own GPU" if mode is EngineMode.OWN_GPU else "no GPU"
+            why = "own GPU" if place.mode is EngineMode.OWN_GPU else "no GPU"
             _log.info("rollout engine never sleeps: %s", why)
         _log.info(
             "rollout sampling: temperature=%g stop_tokens=%s, generation_config.json ignored",
             config.temperature,
             self._stop_tokens,
         )
+
+    def _start(self) -> Any:
+        """Start vLLM on the weights of the folder, and let it compute one token."""
+        config, place = self._config, self._place
+        with (
+            vllm_environment(config.kv_cache_gib, place, eager=config.eager) as arguments,
+            without_extras(self._model_path) as served,
+        ):
+            from vllm import LLM, SamplingParams, TokensPrompt
+
+            if not torch.cuda.is_available():
+                arguments["block_size"] = CPU_BLOCK_TOKENS
+            if config.fp8 is not EngineFp8.off:
+                arguments["quantization"] = f"fp8_{config.fp8.value}"
+            if place.mode in (EngineMode.SHARED_GPU, EngineMode.OWN_GPU):
+                from megatron_rlpt.rollout.weight_sync.gpu_transport import BACKENDS
+
+                arguments["weight_transfer_config"] = {"backend": BACKENDS[place.mode]}
+            try:
+                llm: Any = LLM(
+                    model=str(served),
+                    dtype=str(self._manifest.dtype).removeprefix("torch."),
+                    max_model_len=self._max_sequence,
+                    max_num_seqs=config.max_batch,
+                    enable_prefix_caching=True,
+                    enable_sleep_mode=self._can_sleep,
+                    skip_tokenizer_init=True,
+                    seed=self._seed % 2**31,
+                    disable_log_stats=True,
+                    trust_remote_code=False,
+                    worker_extension_cls=EXTENSION,
+                    **arguments,
+                )
+                self._process = None if place.mode.in_process else EngineProcess(llm, "the rollout engine")
+                # Some shapes load and fail only when attention runs: find out now, before any data is read.
+                llm.generate(
+                    [TokensPrompt(prompt_token_ids=[0])], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
+                )
+            except (ValueError, OSError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+                raise ModelError(f"vLLM cannot serve {self._model_path}: {reason[0]}") from error
+        return llm
+
+    def _restart(self, error: EngineLostError, version: int) -> None:
+        """Start the engine again in place of one whose process has ended, with the weights that it had or was getting.
+
+        Args:
+            error: says how it ended.
+            version: policy version of those weights.
+
+        Raises:
+            EngineLostError: it has ended too often, or its weights are not kept (on GPUs).
+        """
+        if not isinstance(self._transport, SharedMemoryTransport) or self._restarts == _MOST_RESTARTS:
+            raise error
+        self._restarts += 1
+        _log.warning("%s; starting it again, attempt %d of %d", error, self._restarts, _MOST_RESTARTS)
+        self._version = None
+        self._llm = self._start()
+        with self._calling():
+            self._transport.reconnect(self._llm)
+            self._drop_prefix_cache()
+            self._require_sound()
+            self._set_version(version)
 
     @property
     @override
@@ -167,10 +203,18 @@ class VllmEngine(RolloutEngine):
     @property
     def sleep_frees_bytes(self) -> int:
         """Bytes of GPU memory that ``sleep`` releases: weights and key-value cache; 0 if the engine never sleeps."""
-        return self._manifest.nbytes + self._kv_cache_bytes if self._can_sleep else 0
+        return self._manifest.nbytes // self._place.tensor + self._kv_cache_bytes if self._can_sleep else 0
 
     @override
     def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
+        """Generate; an engine whose process has ended is started again and generates once more."""
+        while True:
+            try:
+                return self._generate(prompts, max_tokens, version)
+            except EngineLostError as error:
+                self._restart(error, version)
+
+    def _generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
         from vllm import SamplingParams, TokensPrompt
 
         if self._asleep:
@@ -180,7 +224,7 @@ class VllmEngine(RolloutEngine):
             return []
         parameters = [
             SamplingParams(
-                temperature=0.0 if prompt.greedy else self._temperature,
+                temperature=0.0 if prompt.greedy else self._config.temperature,
                 top_p=1.0,
                 top_k=0,
                 min_p=0.0,
@@ -207,14 +251,17 @@ class VllmEngine(RolloutEngine):
     def update_weights(self, weights: Weights, version: int) -> None:
         """Replace all weights, and wake the engine if it sleeps."""
         self._version = None
-        with self._calling():
-            if self._asleep:
-                self._llm.wake_up(tags=["weights"])
-            self._send(weights)
-            if self._asleep:
-                self._wake_cache()
-            self._drop_prefix_cache()
-            self._set_version(version)
+        try:
+            with self._calling():
+                if self._asleep:
+                    self._llm.wake_up(tags=["weights"])
+                self._send(weights)
+                if self._asleep:
+                    self._wake_cache()
+                self._drop_prefix_cache()
+                self._set_version(version)
+        except EngineLostError as error:
+            self._restart(error, version)
 
     def self_check(self, weights: Callable[[], Weights], version: int) -> None:
         """Check that an update reaches every weight bit for bit (``weight_sync/self_check.py``).
@@ -316,15 +363,14 @@ class VllmEngine(RolloutEngine):
         return Continuation(tokens, logprobs, str(completion.finish_reason))
 
 
-def start_policy_engine(config: Config, own_process: bool = False) -> VllmEngine:
+def start_policy_engine(config: Config, place: EnginePlace = IN_THIS_PROCESS) -> VllmEngine:
     """Start the engine of this rank on the weights of ``model.path`` as version 0; raises as ``VllmEngine``.
 
     Args:
         config: the run.
-        own_process: start it in a separate process.
+        place: where it runs.
     """
     folder = Path(config.model.path)
-    mode, gpu = choose_mode(own_process)
     return VllmEngine(
         folder,
         expected_shapes(read_architecture(folder)),
@@ -332,42 +378,15 @@ def start_policy_engine(config: Config, own_process: bool = False) -> VllmEngine
         dtype=config.model.dtype,
         max_sequence=config.max_sequence,
         seed=config.run.seed,
-        mode=mode,
-        gpu=gpu,
+        place=place,
     )
-
-
-def needs_process(config: Config, world_size: int) -> bool:
-    """Return True if the vLLM engine needs a separate process.
-
-    That is the case with more than one rank, and if it generates while the policy trains: in one process the two would
-    compete for the interpreter lock.
-    """
-    return world_size > 1 or config.train.staleness > 0
-
-
-def choose_mode(own_process: bool) -> tuple[EngineMode, int | None]:
-    """Choose where this rank's engine runs and on which GPU (None: the GPU of this process).
-
-    On a machine with at least twice as many GPUs as ranks, engines in separate processes use the GPUs that no rank
-    trains on.
-    """
-    if not own_process:
-        return EngineMode.IN_PROCESS, None
-    if not torch.cuda.is_available():
-        return EngineMode.OWN_PROCESS, None
-    gpus, own = torch.cuda.device_count(), torch.cuda.current_device()
-    ranks = ranks_on_this_machine() or gpus
-    if 2 * ranks <= gpus:
-        return EngineMode.OWN_GPU, ranks + own
-    return EngineMode.SHARED_GPU, own
 
 
 def require_gpu_holds(weights: int, cache: int, total: int) -> None:
     """Refuse an engine that does not fit on its GPU, before anything is loaded; all sizes are in bytes.
 
     Args:
-        weights: the whole model, because engines are not tensor-parallel.
+        weights: the engine's weights on that GPU.
         cache: the key-value cache.
         total: the GPU's total memory.
 
@@ -376,7 +395,7 @@ def require_gpu_holds(weights: int, cache: int, total: int) -> None:
     """
     if weights + cache > total:
         raise ConfigError(
-            f"a rollout engine holds the whole model, {weights / 2**30:.1f} GiB, and rollout.kv_cache_gib = "
-            f"{cache / 2**30:g} of cache, and its GPU has {total / 2**30:.1f} GiB; lower rollout.kv_cache_gib or "
-            "set rollout.engine=megatron, which shards the model over GPUs"
+            f"a rollout engine holds {weights / 2**30:.1f} GiB of weights and rollout.kv_cache_gib = "
+            f"{cache / 2**30:g} of cache on each GPU, which has {total / 2**30:.1f} GiB; lower rollout.kv_cache_gib, "
+            "or raise rollout.tensor to divide the weights over more GPUs"
         )

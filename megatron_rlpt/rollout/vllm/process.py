@@ -1,9 +1,10 @@
-"""The separate process of an engine: its death becomes an error for every caller that waits for an answer."""
+"""The separate process of an engine: its death becomes an error for every caller, and it ends with the trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 import weakref
@@ -12,7 +13,8 @@ from concurrent.futures import InvalidStateError
 from multiprocessing.connection import wait
 from typing import Any
 
-from megatron_rlpt.errors import EngineError
+from megatron_rlpt.distributed.processes import STOP_SIGNALS
+from megatron_rlpt.errors import EngineLostError
 
 
 class EngineProcess:
@@ -32,7 +34,8 @@ class EngineProcess:
         # (vllm/v1/engine/core_client.py: SyncMPClient.get_output, call_utility).
         watched = (client.resources, client.outputs_queue, client.utility_results, list(self._processes))
         threading.Thread(target=_wake_callers_at_death, args=watched, name="engine-watch", daemon=True).start()
-        llm.collective_rpc("rlpt_exit_with", args=(os.getpid(),))
+        alone = llm.llm_engine.vllm_config.parallel_config.world_size == 1
+        llm.collective_rpc("rlpt_exit_with", args=(os.getpid() if alone else None,))
         # The process ignores SIGTERM by now, so do not wait for it as vLLM would.
         weakref.finalize(llm, client.shutdown, timeout=0.0)
 
@@ -41,7 +44,7 @@ class EngineProcess:
         """Wrap a call to the engine.
 
         Raises:
-            EngineError: the process ended before or during the call.
+            EngineLostError: the process ended before or during the call.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -49,7 +52,7 @@ class EngineProcess:
             yield
         except EngineDeadError:
             codes = ", ".join(str(_exit_code(process)) for process in self._processes)
-            raise EngineError(
+            raise EngineLostError(
                 f"the process of {self._name} ended (exit code {codes}; -9 is often a lack of memory); run the same "
                 "command to resume from the last checkpoint"
             ) from None
@@ -58,6 +61,31 @@ class EngineProcess:
         """Kill the process; its state can no longer be used."""
         for process in self._processes:
             process.kill()
+
+
+def ignore_stop_signals() -> None:
+    """Ignore the signals that ask a run to stop; call it in the main thread.
+
+    A scheduler signals every process of a job, but the trainer still needs this engine for its last step.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def exit_with_parent(parent: int | None = None) -> None:
+    """Exit when the parent process exits.
+
+    Args:
+        parent: its number, if the caller knows it; it may have ended by now.
+    """
+    expected = os.getppid() if parent is None else parent
+
+    def watch() -> None:
+        while os.getppid() == expected:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _exit_code(process: Any) -> int | None:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EnginePlace
+
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
 """Further variables of torchrun. With its TORCHELASTIC_USE_AGENT_STORE every new store waits for a server that another
@@ -29,7 +31,7 @@ has no other effect with ``kv_cache_memory_bytes`` (vllm/v1/worker/gpu_worker.py
 
 @contextmanager
 def vllm_environment(
-    kv_cache_gib: float, *, in_process: bool = True, gpu: int | None = None, eager: bool = True
+    kv_cache_gib: float, place: EnginePlace = IN_THIS_PROCESS, *, eager: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Set up the state for building a vLLM engine; restore environment, random state and thread count afterwards.
 
@@ -37,10 +39,8 @@ def vllm_environment(
 
     Args:
         kv_cache_gib: memory for the engine's key-value cache in GiB; may be a fraction.
-        in_process: run the engine core in this process. False starts it in a separate process, which is required
-            with a ``torch.distributed`` world of more than one rank. The program's entry script then needs its
-            ``if __name__ == "__main__"``.
-        gpu: index in this process of the only GPU that a separate engine process sees. None is the current GPU: if the
+        place: where the engine runs. With a process of its own, the program's entry script needs its
+            ``if __name__ == "__main__"``. That process sees only the engine's GPUs, by default the current one: if the
             engines of all ranks saw all GPUs, each would take the first.
         eager: launch kernels one by one; False replays CUDA graphs in decoding, on GPUs.
 
@@ -58,6 +58,7 @@ def vllm_environment(
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
 
+    in_process = place.mode.in_process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
     # The default pins OpenMP threads to cores that the training threads need too.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -68,16 +69,21 @@ def vllm_environment(
     # (no tokenizer, tied output layers without weights).
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not in_process:
+        # Set for the trainer's collectives (policy/device_runtime.py); an engine's kernels may overlap.
+        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
         # A fork would keep the sockets of the process groups open, so peers would not notice that this process ended.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-        if gpu is None and torch.cuda.is_available():
-            gpu = torch.cuda.current_device()
-        if gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
+        gpus = place.gpus or ((torch.cuda.current_device(),) if torch.cuda.is_available() else ())
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(_visible_gpu, gpus))
     # vLLM would otherwise join the trainer's world.
     for name in list(os.environ):
         if name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES):
             del os.environ[name]
+    if place.mode is EngineMode.IN_RANKS:
+        # Here it has to join, also one that Slurm started; it cuts the world into groups of consecutive ranks.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else place.rank
+        os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(device))
     # The first engine of a process freezes vLLM's view of the environment (vllm/envs.py: enable_envs_cache).
     if (envs := sys.modules.get("vllm.envs")) is not None:
         envs.disable_envs_cache()
@@ -90,7 +96,15 @@ def vllm_environment(
             "generation_config": "vllm",
             "use_tqdm_on_load": False,
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+            "tensor_parallel_size": place.tensor,
+            "enable_expert_parallel": place.expert > 1,
         }
+        if place.mode is EngineMode.IN_RANKS:
+            arguments["distributed_executor_backend"] = "external_launcher"
+        elif place.tensor > 1:
+            from megatron_rlpt.rollout.vllm.executor import WatchedExecutor
+
+            arguments["distributed_executor_backend"] = WatchedExecutor
         if eager or not torch.cuda.is_available():
             # Starts in seconds, and kernels do not depend on the batch.
             arguments["enforce_eager"] = True
@@ -102,7 +116,7 @@ def vllm_environment(
             # Chunked prefill rewinds the seeded generator of a request, which CPU generators do not support: "CPU
             # Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py: _bookkeeping_sync).
             arguments["enable_chunked_prefill"] = False
-            if not in_process:
+            if not in_process and place.tensor == 1:
                 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
                 # Given by name, vllm/platforms/cpu.py replaces it by one more process that binds threads to cores. That

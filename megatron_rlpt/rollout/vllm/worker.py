@@ -7,17 +7,13 @@ vLLM mixes ``WorkerExtension`` into its worker class (``worker_extension_cls``, 
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import signal
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict
 
 import torch
 
-from megatron_rlpt.distributed.processes import STOP_SIGNALS
+from megatron_rlpt.rollout.vllm.process import exit_with_parent, ignore_stop_signals
 
 EXTENSION = f"{__name__}.WorkerExtension"
 """Value of vLLM's ``worker_extension_cls``."""
@@ -53,7 +49,7 @@ class WorkerExtension:
         return left
 
     def rlpt_load_buckets(self, buckets: list[BucketFile]) -> str | None:
-        """Call ``rlpt_load`` on bucket files, one in memory at a time; each file is truncated once it is read."""
+        """Call ``rlpt_load`` on bucket files, one in memory at a time."""
         return self.rlpt_load(_read_buckets(buckets))
 
     def rlpt_repack_tied_head(self) -> None:
@@ -112,20 +108,15 @@ class WorkerExtension:
         for cache in self.model_runner.kv_caches:
             cache.zero_()
 
-    def rlpt_exit_with(self, trainer: int) -> None:
+    def rlpt_exit_with(self, trainer: int | None) -> None:
         """Exit when the parent process ``trainer`` exits, and ignore stop signals; called in the main thread.
 
-        A scheduler signals every process of a job, but the trainer still needs this engine for its last step.
+        Args:
+            trainer: None for one of several workers, whose parent is the engine's process (``executor.py``).
         """
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-        def watch() -> None:
-            while os.getppid() == trainer:
-                time.sleep(1.0)
-            os._exit(1)
-
-        threading.Thread(target=watch, name="trainer-watch", daemon=True).start()
+        ignore_stop_signals()
+        if trainer is not None:
+            exit_with_parent(trainer)
 
 
 def bytes_of(tensor: torch.Tensor) -> Any:
@@ -135,10 +126,8 @@ def bytes_of(tensor: torch.Tensor) -> Any:
 
 def _read_buckets(buckets: list[BucketFile]) -> Iterator[tuple[str, torch.Tensor]]:
     for bucket in buckets:
-        # Copy, then truncate the file immediately: its pages are memory too.
-        with open(bucket["path"], "r+b") as file:
+        with open(bucket["path"], "rb") as file:
             data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-            file.truncate(0)
         start = 0
         for name, dtype_name, shape in bucket["tensors"]:
             dtype = getattr(torch, dtype_name)

@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.errors import EngineError, RlptError, first_line
-from megatron_rlpt.rollout.engine import EngineMode
+from megatron_rlpt.rollout.placement import EngineMode, EnginePlace
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
 
 BACKENDS = {EngineMode.SHARED_GPU: "ipc", EngineMode.OWN_GPU: "nccl"}
@@ -51,7 +51,11 @@ class PolicySource(WeightSource):
         if self._weights is None:
             raise EngineError("the weights of an update can be streamed once")
         weights, self._weights = self._weights, None
-        yield from self._manifest.in_order(weights)
+        for item in self._manifest.in_order(weights):
+            # vLLM packs tensors on streams of its own, which do not wait for the stream that writes or gathers them.
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            yield item
 
 
 class OfflineClient:
@@ -105,17 +109,17 @@ SENDERS: dict[EngineMode, type[TrainerWeightTransferEngine[Any]]] = {
 """EngineMode -> the trainer's side of the backend. The NCCL sender shares a group only with its engine."""
 
 
-def trainer_init_info(mode: EngineMode, manifest: WeightManifest, bucket_bytes: int) -> TrainerInitInfo:
+def trainer_init_info(place: EnginePlace, manifest: WeightManifest, bucket_bytes: int) -> TrainerInitInfo:
     """Return how this rank joins its engine; NCCL's rendezvous is on this machine, like the engine."""
     # A tensor is never split (packed_tensor.py: packed_ipc_producer refuses one that does not fit).
     bucket_bytes = max(bucket_bytes, manifest.largest_nbytes)
-    if mode is EngineMode.SHARED_GPU:
+    if place.mode is EngineMode.SHARED_GPU:
         return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=bucket_bytes)
     return NCCLTrainerInitInfo(
         rank=0,
         master_address="127.0.0.1",
         master_port=free_port(),
-        world_size=2,
+        world_size=1 + place.tensor,
         packed=True,
         packed_buffer_size_bytes=bucket_bytes,
     )
@@ -146,14 +150,14 @@ class GpuTransport:
             ) from error
 
 
-def open_gpu_transport(mode: EngineMode, llm: Any, manifest: WeightManifest, bucket_bytes: int) -> GpuTransport:
-    """Connect to ``llm``, which was started with the backend of ``mode``.
+def open_gpu_transport(place: EnginePlace, llm: Any, manifest: WeightManifest, bucket_bytes: int) -> GpuTransport:
+    """Connect to ``llm``, which was started with the backend of ``place.mode``.
 
     Raises:
         EngineError: CUDA is not available here.
     """
     if not torch.cuda.is_available():
-        raise EngineError(f"{BACKENDS[mode]} carries weights between GPUs, and CUDA is not available here")
+        raise EngineError(f"{BACKENDS[place.mode]} carries weights between GPUs, and CUDA is not available here")
     source = PolicySource(manifest)
-    info = trainer_init_info(mode, manifest, bucket_bytes)
-    return GpuTransport(SENDERS[mode].trainer_init(info, client=OfflineClient(llm), source=source), source)
+    info = trainer_init_info(place, manifest, bucket_bytes)
+    return GpuTransport(SENDERS[place.mode].trainer_init(info, client=OfflineClient(llm), source=source), source)

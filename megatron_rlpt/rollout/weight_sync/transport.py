@@ -26,7 +26,7 @@ from typing import IO, Any, Protocol
 from typing_extensions import override
 
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.rollout.engine import EngineMode
+from megatron_rlpt.rollout.placement import EngineMode, EnginePlace
 from megatron_rlpt.rollout.vllm.worker import BucketFile, bytes_of
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
 
@@ -48,16 +48,18 @@ class Transport(Protocol):
         ...
 
 
-def open_transport(mode: EngineMode, llm: Any, manifest: WeightManifest, bucket_bytes: int) -> Transport:
-    """Open the transport to ``llm``, an engine in ``mode``, with buckets of at most ``bucket_bytes``."""
-    _log.info("rollout engine runs %s", mode.value)
-    if mode is EngineMode.IN_PROCESS:
+def open_transport(place: EnginePlace, llm: Any, manifest: WeightManifest, bucket_bytes: int) -> Transport:
+    """Open the transport to ``llm``, an engine in ``place``, with buckets of at most ``bucket_bytes``."""
+    _log.info("rollout engine runs %s", place.mode.value)
+    if place.mode is EngineMode.IN_PROCESS:
         return InProcessTransport(llm, manifest)
-    if mode is EngineMode.OWN_PROCESS:
+    if place.mode is EngineMode.IN_RANKS:
+        return StreamTransport(llm, manifest)
+    if place.mode is EngineMode.OWN_PROCESS:
         return SharedMemoryTransport(llm, manifest, bucket_bytes)
     from megatron_rlpt.rollout.weight_sync.gpu_transport import open_gpu_transport
 
-    return open_gpu_transport(mode, llm, manifest, bucket_bytes)
+    return open_gpu_transport(place, llm, manifest, bucket_bytes)
 
 
 class InProcessTransport(Transport):
@@ -73,11 +75,27 @@ class InProcessTransport(Transport):
         _require_all_taken(self._llm.collective_rpc("rlpt_load", args=(iter(checked),)))
 
 
+class StreamTransport(Transport):
+    """Passes tensors as they come to this rank's part of an engine that ranks share.
+
+    vLLM's loaders take the rank's part out of each whole tensor, so a rank holds one bucket of the stream besides. A
+    stream that fails in the middle leaves an engine that cannot load again, so the run has to be resumed.
+    """
+
+    def __init__(self, llm: Any, manifest: WeightManifest) -> None:
+        self._llm = llm
+        self._manifest = manifest
+
+    @override
+    def send(self, weights: Weights) -> None:
+        _require_all_taken(self._llm.collective_rpc("rlpt_load", args=(self._manifest.checked(weights),)))
+
+
 class SharedMemoryTransport(Transport):
     """Writes bucket files into shared memory, which the engine's process reads one at a time.
 
-    The files are unnamed: the worker opens them through this process's descriptors, so they are private and disappear
-    with this process however it ends.
+    The files are unnamed: workers open them through this process's descriptors, so they are private and disappear with
+    this process however it ends. They are kept until the next weights, for an engine that has to be started again.
     """
 
     def __init__(self, llm: Any, manifest: WeightManifest, bucket_bytes: int, folder: Path = SHARED_MEMORY) -> None:
@@ -85,13 +103,32 @@ class SharedMemoryTransport(Transport):
         self._manifest = manifest
         self._bucket_bytes = bucket_bytes
         self._folder = folder
+        self._files = contextlib.ExitStack()
+        self._buckets: list[BucketFile] = []
 
     @override
     def send(self, weights: Weights) -> None:
+        self._forget()
         self._require_room()
-        with contextlib.ExitStack() as files:
-            buckets = self._write(weights, files)
-            _require_all_taken(self._llm.collective_rpc("rlpt_load_buckets", args=(buckets,)))
+        try:
+            self._buckets = self._write(weights, self._files)
+        except BaseException:
+            self._forget()
+            raise
+        self._load()
+
+    def reconnect(self, llm: Any) -> None:
+        """Send the last weights again, to an engine that was started in place of the one before."""
+        self._llm = llm
+        if self._buckets:
+            self._load()
+
+    def _load(self) -> None:
+        _require_all_taken(self._llm.collective_rpc("rlpt_load_buckets", args=(self._buckets,)))
+
+    def _forget(self) -> None:
+        self._buckets = []
+        self._files.close()
 
     def _write(self, weights: Weights, files: contextlib.ExitStack) -> list[BucketFile]:
         buckets: list[BucketFile] = []

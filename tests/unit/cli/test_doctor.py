@@ -4,10 +4,13 @@ import dataclasses
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -400,3 +403,40 @@ def test_this_machine_from_outside(tmp_path):
     assert "apex" in text
     assert "no CUDA core" in text
     assert all(problem["fix"] for problem in answer["problems"])
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Pretend to be a host with these interfaces, whose name means these addresses."""
+
+    def pretend(interfaces, own, **variables):
+        found = {name: [SimpleNamespace(family=socket.AF_INET, address=one)] for name, one in interfaces.items()}
+        monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+        monkeypatch.setattr(doctor.socket, "gethostname", lambda: "node1")
+        monkeypatch.setattr(doctor.socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", (one, 0)) for one in own])
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return doctor._network()
+
+    return pretend
+
+
+BOTH = {"lo": "127.0.0.1", "ib0": "10.1.2.3"}
+
+
+def test_a_host_name_that_means_the_loopback_is_named_with_the_interfaces_that_would_do(network):
+    (problem,) = network(BOTH, ["127.0.1.1"])
+    assert "node1 means 127.0.1.1" in problem.what
+    assert problem.fix.endswith("GLOO_SOCKET_IFNAME to one of: ib0 (10.1.2.3)")
+    assert not problem.fatal
+    assert network(BOTH, ["10.1.2.3"]) == []
+    assert network(BOTH, ["127.0.1.1"], GLOO_SOCKET_IFNAME="ib0") == []
+    assert network({"lo": "127.0.0.1"}, ["127.0.0.1"]) == [], "a machine without a network"
+
+
+def test_an_interface_that_is_not_there_is_named(network):
+    (problem,) = network(BOTH, ["10.1.2.3"], GLOO_SOCKET_IFNAME="eth0")
+    assert "GLOO_SOCKET_IFNAME names eth0, and this machine has lo, ib0" in problem.what
+    assert network(BOTH, ["10.1.2.3"], NCCL_SOCKET_IFNAME="^docker,ib") == []

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rlpt.config import ObjectiveConfig
 from megatron_rlpt.objectives import LossInputs, build_objective
-from megatron_rlpt.objectives.grpo import clipped_ratio_loss, group_advantages
+from megatron_rlpt.objectives.grpo import clipped_ratio_loss, group_advantages, truncated_ratio_loss
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 
@@ -140,3 +140,29 @@ def test_on_policy_the_gradient_is_that_of_the_advantage_weighted_likelihood():
     logprobs.grad = None
     (-(advantages[:, None] * logprobs).mean(dim=1)).mean().backward()
     assert torch.allclose(got, logprobs.grad)
+
+
+def test_a_truncated_weight_corrects_for_the_engine_up_to_its_bound():
+    """By hand: the gradient of a token is its weight times its advantage, downwards."""
+    difference = torch.tensor([0.0, math.log(1.5), math.log(8.0), math.log(0.25)], requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 1.0, 1.0])
+    loss, truncated = truncated_ratio_loss(difference, advantages, 2.0)
+    loss.sum().backward()
+    weights = torch.tensor([1.0, 1.5, 2.0, 0.25])
+    torch.testing.assert_close(difference.grad, -weights * advantages)
+    torch.testing.assert_close(loss.detach(), -weights * advantages)
+    assert truncated.tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_the_objective_truncates_instead_of_clipping_where_it_is_set():
+    logprobs = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]], requires_grad=True)
+    engine = torch.tensor([[-3.0, -1.0], [-1.0, -1.0]])
+    inputs = LossInputs(logprobs, torch.ones(2, 2), engine, torch.tensor([1.0, -1.0]), (2,))
+    terms = grpo(truncate_ratio=3.0).loss(inputs)
+    terms.loss.sum().backward()
+    # e squared is above 3; the mean over two tokens and two sequences is a quarter of each.
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.75, -0.25], [0.25, 0.25]]))
+    assert float(terms.metrics["grpo/clip_fraction"]) == 0.25
+    logprobs.grad = None
+    grpo().loss(inputs).loss.sum().backward()
+    assert logprobs.grad[0, 0] == 0, "the clip takes the gradient away"

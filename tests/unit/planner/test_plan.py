@@ -191,7 +191,19 @@ def test_a_run_that_gets_nowhere_has_no_number_in_json():
         ("continual_1b4", ("model.fp8=mxfp8",), ConfigError, "h100 .* allowed: off, delayed, current, blockwise$"),
         ("continual_1b4", ("model.dtype=fp32",), ConfigError, "model.dtype is fp32"),
         ("continual_1b4", ("--judge-tensor", "3"), ConfigError, "--judge-tensor is 3, .* allowed: 1, 2, 4, 8, 16, 32$"),
-        ("continual_70b", ("optimizer.offload=true",), ConfigError, "rollout.engine=megatron never sleeps"),
+        (
+            "continual_70b",
+            ("optimizer.offload=true", "rollout.engine=megatron", "rollout.tensor=1"),
+            ConfigError,
+            "never sleeps",
+        ),
+        (
+            "continual_70b",
+            ("rollout.tensor=3",),
+            ConfigError,
+            "rollout.tensor is 3, .*; allowed: 1, 2, 4, 8, 16, 32, 64",
+        ),
+        ("continual_70b", ("rollout.engine=megatron",), ConfigError, "leave rollout.tensor at 1"),
         ("continual_moe", ("rollout.engine=megatron",), EngineError, "the model is a mixture of experts"),
     ],
 )

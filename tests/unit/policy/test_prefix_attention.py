@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rlpt.policy import prefix_attention
-from megatron_rlpt.policy.prefix_attention import Inputs, Pack, Segments
+from megatron_rlpt.policy.prefix_attention import Inputs, Pack, Segments, chunk_attention
 
 DIM = 8
 KERNELS = {"flash": prefix_attention._CpuFlash, "written": prefix_attention._Scores}
@@ -130,3 +130,22 @@ def test_the_cuda_kernel_is_called_with_the_offsets_of_the_segments(monkeypatch)
         *("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
         *("dropout_p", "is_causal", "rng_state", "unused"),
     ]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("start", [0, 3, 6])
+def test_a_chunk_of_a_sequence_has_the_attention_and_the_gradients_of_the_whole(monkeypatch, kernel, start):
+    """As context parallelism divides a sequence; without a mask of chunk times sequence."""
+    monkeypatch.setattr(prefix_attention, "_kernel", lambda _: KERNELS[kernel]())
+    torch.manual_seed(2)
+    query, key, value = (torch.randn(9, 2, count, DIM, dtype=torch.float64, requires_grad=True) for count in (4, 2, 2))
+    mine = slice(start, start + 3)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)), is_causal=True, enable_gqa=True
+    ).permute(2, 0, 1, 3)[mine]
+    found = chunk_attention(query[mine], key, value, start)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad((result * weights).sum(), (query, key, value)) for result in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)

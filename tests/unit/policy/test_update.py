@@ -314,3 +314,16 @@ def test_a_bf16_policy_learns_from_updates_smaller_than_a_bf16_step(llama):
         policy.update(examples)
     moved = (weights_of(policy)["model.norm.weight"].float() - start.float()).abs()
     assert (moved > 0).float().mean() > 0.5
+
+
+def test_delayed_scaling_is_calibrated_once_before_the_first_update_which_does_not_learn_from_it(llama):
+    """On a CPU there is no FP8; what it needs is an additional pass with gradients before the reference's."""
+    policy, plain = make_policy(llama), make_policy(llama)
+    policy._uncalibrated = True
+    events, forward_backward = [], policy._forward_backward
+    for name in ("train", "logprobs"):
+        call = getattr(forward_backward, name)
+        setattr(forward_backward, name, lambda *given, name=name, call=call: (events.append(name), call(*given))[1])
+    for _ in range(2):
+        assert policy.update(make_examples()) == plain.update(make_examples())
+    assert events == ["train", "logprobs", "train", "logprobs", "train"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron_rlpt.config import (
     CandidatesConfig,
     Config,
+    EngineFp8,
     EngineName,
     ModelConfig,
     OptimizerConfig,
@@ -15,8 +19,9 @@ from megatron_rlpt.config import (
 )
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.rollout.build import check_offload, start_policy_engine
-from megatron_rlpt.rollout.vllm import engine as vllm_engine
+from megatron_rlpt.models.architecture import parse_architecture
+from megatron_rlpt.rollout import build
+from megatron_rlpt.rollout.build import check_offload, check_rollouts, start_policy_engine
 from megatron_rlpt.rollout.vllm.engine import require_gpu_holds
 
 GIB = 2**30
@@ -88,7 +93,7 @@ class Parts:
 def test_the_engine_starts_when_the_optimizer_is_out_of_its_way(monkeypatch, gpus, offload, before):
     gpus(1)
     parts = Parts()
-    monkeypatch.setattr(vllm_engine, "start_policy_engine", lambda config, apart: parts.events.append("start") or parts)
+    monkeypatch.setattr(build, "start_policy_vllm", lambda config, place: parts.events.append("start") or parts)
     assert start_policy_engine(settings(offload), parts, None, Ranks()) is parts
     assert parts.events == [*before, "start", "check"]
 
@@ -103,6 +108,48 @@ def test_nothing_is_started_for_a_setting_that_cannot_be_met(monkeypatch, gpus):
 
 def test_an_engine_that_its_gpu_cannot_hold_is_refused_with_both_sizes():
     require_gpu_holds(70 * GIB, 10 * GIB, 80 * GIB)
-    with pytest.raises(ConfigError, match=r"whole model, 71\.0 GiB, .*kv_cache_gib = 10 .* has 80\.0 GiB; ") as raised:
+    with pytest.raises(ConfigError, match=r"holds 71\.0 GiB of .*kv_cache_gib = 10 .* has 80\.0 GiB; ") as raised:
         require_gpu_holds(71 * GIB, 10 * GIB, 80 * GIB)
     assert "\n" not in str(raised.value)
+
+
+ARCH = parse_architecture(
+    {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "head_dim": 8,
+     "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64,
+     "rms_norm_eps": 1e-5},
+    Path("model"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"tensor": 3}, "8 heads, 2 key-value heads and feed-forward layers of 96; allowed: 1, 2, 4, 8$"),
+        ({"tensor": 2, "expert": 2}, "has no experts; set rollout.expert=1$"),
+        ({"tensor": 2, "engine": EngineName.megatron}, "leave rollout.tensor at 1, or set rollout.engine=vllm$"),
+        ({"tensor": 4}, "rollout.tensor is 4, and 6 ranks cannot be divided into engines of 4; allowed: 1, 2, 3, 6$"),
+        ({"fp8": EngineFp8.per_block}, "and there is no GPU; set rollout.fp8=off$"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused_before_anything_is_loaded(gpus, rollout, message):
+    gpus(0)
+    config = Config(
+        model=ModelConfig(path="m"), candidates=CandidatesConfig(rollouts=2), rollout=RolloutConfig(**rollout)
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_rollouts(config, ARCH, 6)
+    check_rollouts(dataclasses.replace(config, candidates=CandidatesConfig(rollouts=0)), ARCH, 4)
+
+
+def test_fp8_needs_a_gpu_that_has_it(gpus, monkeypatch):
+    gpus(4, 4)
+    config = Config(
+        model=ModelConfig(path="m"),
+        candidates=CandidatesConfig(rollouts=2),
+        rollout=RolloutConfig(fp8=EngineFp8.per_block),
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    with pytest.raises(ConfigError, match=r"capability 9.0, and this one has 8.9; set rollout.fp8=off$"):
+        check_rollouts(config, ARCH, 4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    check_rollouts(config, ARCH, 4)

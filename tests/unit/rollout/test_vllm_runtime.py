@@ -9,7 +9,10 @@ import random
 import pytest
 import torch
 
+from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EnginePlace
 from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
+
+APART = EnginePlace(EngineMode.OWN_PROCESS)
 
 TORCHRUN = {
     "RANK": "3",
@@ -37,7 +40,7 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("in_process", [True, False])
 def test_an_engine_does_not_take_the_trainer_s_world_for_its_own(in_process):
     before = dict(os.environ)
-    with vllm_environment(0.1, in_process=in_process):
+    with vllm_environment(0.1, IN_THIS_PROCESS if in_process else APART):
         assert not TORCHRUN.keys() & os.environ.keys()
         assert os.environ["SLURM_PROCID"] == "3"
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == ("0" if in_process else "1")
@@ -51,16 +54,25 @@ def test_garbage_is_collected_again_also_after_a_model_that_cannot_be_served():
 
 
 def test_an_engine_s_process_is_not_a_fork():
-    with vllm_environment(0.1, in_process=False):
+    with vllm_environment(0.1, APART):
         assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
-@pytest.mark.parametrize(("visible", "seen"), [(None, "2"), ("4,5,6,7", "6"), ("GPU-a,GPU-b,GPU-c", "GPU-c")])
-def test_an_engine_s_process_sees_its_own_gpu_only(monkeypatch, visible, seen):
+@pytest.mark.parametrize(
+    ("visible", "gpus", "seen"),
+    [
+        (None, (2,), "2"),
+        ("4,5,6,7", (2,), "6"),
+        ("GPU-a,GPU-b,GPU-c", (2,), "GPU-c"),
+        (None, (4, 5), "4,5"),
+        ("4,5,6,7", (2, 3), "6,7"),
+    ],
+)
+def test_an_engine_s_process_sees_its_own_gpus_only(monkeypatch, visible, gpus, seen):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with vllm_environment(0.1, in_process=False, gpu=2):
+    with vllm_environment(0.1, EnginePlace(EngineMode.OWN_GPU, gpus=gpus)):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
@@ -69,7 +81,7 @@ def test_an_engine_s_process_without_a_gpu_of_its_own_sees_the_one_its_trainer_w
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with vllm_environment(0.1, in_process=False):
+    with vllm_environment(0.1, APART):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     with vllm_environment(0.1):
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
@@ -106,6 +118,23 @@ def test_graphs_are_replayed_on_gpus_unless_kernels_shall_be_launched_one_by_one
         config = CompilationConfig(**arguments["compilation_config"])
     assert (config.mode, config.cudagraph_mode) == (CompilationMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
     assert not config.cudagraph_mode.requires_piecewise_compilation()
+
+
+def test_an_engine_that_ranks_share_joins_their_world_also_one_that_slurm_started(monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name)
+    place = EnginePlace(EngineMode.IN_RANKS, tensor=2, rank=3, world=4)
+    with vllm_environment(0.1, place) as arguments:
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("3", "4", "3")
+        assert (arguments["distributed_executor_backend"], arguments["tensor_parallel_size"]) == (
+            "external_launcher",
+            2,
+        )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with vllm_environment(0.1, place):
+        assert os.environ["LOCAL_RANK"] == "0", "with --gpus-per-task=1 every rank's GPU has index 0"
+    assert "RANK" not in os.environ
 
 
 def start_and_fail():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -11,7 +12,12 @@ from megatron_rlpt.errors import EngineError
 from megatron_rlpt.rollout.vllm.worker import _read_buckets
 from megatron_rlpt.rollout.weight_sync import transport
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest
-from megatron_rlpt.rollout.weight_sync.transport import SHARED_MEMORY, InProcessTransport, SharedMemoryTransport
+from megatron_rlpt.rollout.weight_sync.transport import (
+    SHARED_MEMORY,
+    InProcessTransport,
+    SharedMemoryTransport,
+    StreamTransport,
+)
 
 SHAPES = {"embed": (16, 8), "norm": (8,), "up": (32, 8), "down": (8, 32)}
 MANIFEST = WeightManifest(SHAPES, torch.bfloat16)
@@ -67,13 +73,60 @@ def test_every_weight_arrives_in_the_engine_s_precision(bucket_bytes):
         assert torch.equal(tensor, sent[name].bfloat16())
 
 
-def test_a_bucket_gives_its_memory_back_as_soon_as_it_is_read_and_nothing_stays():
+def test_shared_memory_holds_the_last_weights_and_no_others():
     receiver = Receiver()
-    SharedMemoryTransport(receiver, MANIFEST, bucket_bytes=300).send(weights().items())
-    # embed and norm are 272 bytes, up brings the first bucket over its size; down is the second
-    assert receiver.buckets == 2
-    assert receiver.held == [1296, 512, 512, 512, 0]
+    transport = SharedMemoryTransport(receiver, MANIFEST, bucket_bytes=300)
+    for _ in range(2):
+        transport.send(weights().items())
+        # embed and norm are 272 bytes, up brings the first bucket over its size; down is the second
+        assert receiver.buckets == 2
+        assert sorted(open_shared_memory()) == [512, 784]
+    assert set(receiver.held) == {1296}
+    del transport
+    gc.collect()
     assert open_shared_memory() == []
+
+
+def test_an_engine_that_was_started_again_gets_the_weights_of_the_one_before_which_died_of_them():
+    class Dead:
+        def collective_rpc(self, method, args):
+            raise RuntimeError("dead")
+
+    transport, sent = SharedMemoryTransport(Dead(), MANIFEST, bucket_bytes=300), weights()
+    untouched = Receiver()
+    transport.reconnect(untouched)
+    assert untouched.received is None, "it has the weights of the folder"
+    transport = SharedMemoryTransport(Dead(), MANIFEST, bucket_bytes=300)
+    with pytest.raises(RuntimeError):
+        transport.send(sent.items())
+    receiver = Receiver()
+    transport.reconnect(receiver)
+    for name, tensor in receiver.received.items():
+        assert torch.equal(tensor, sent[name].bfloat16())
+
+
+def test_several_workers_read_the_same_buckets():
+    class Workers(Receiver):
+        def collective_rpc(self, method, args):
+            return [*super().collective_rpc(method, args), *super().collective_rpc(method, args)]
+
+    workers = Workers()
+    SharedMemoryTransport(workers, MANIFEST, bucket_bytes=300).send(weights().items())
+    assert {name: tensor.shape for name, tensor in workers.received.items()} == SHAPES
+
+
+def test_a_rank_s_part_of_an_engine_gets_the_stream_as_it_comes():
+    """Nothing is held: a tensor is loaded before the next one is gathered."""
+    receiver, events = Receiver(), []
+
+    def stream():
+        for name, tensor in weights().items():
+            events.append((name, receiver.received and list(receiver.received)))
+            yield name, tensor
+
+    StreamTransport(receiver, MANIFEST).send(stream())
+    assert [name for name, _ in events] == list(SHAPES)
+    assert events[2][1] == list(SHAPES)[:2]
 
 
 def missing(sent):
@@ -101,13 +154,10 @@ def test_a_wrong_set_of_weights_is_refused_before_the_engine_begins_to_load(dama
     assert open_shared_memory() == []
 
 
-def test_nothing_stays_in_shared_memory_when_the_engine_fails():
-    class Failing:
-        def collective_rpc(self, method, args):
-            raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError):
-        SharedMemoryTransport(Failing(), MANIFEST, bucket_bytes=300).send(weights().items())
+def test_nothing_stays_in_shared_memory_when_the_stream_fails():
+    transport = SharedMemoryTransport(Receiver(), MANIFEST, bucket_bytes=300)
+    with pytest.raises(EngineError):
+        transport.send(breaks_off(list(weights().items())))
     assert open_shared_memory() == []
 
 

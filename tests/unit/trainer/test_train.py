@@ -81,6 +81,9 @@ class CountingPolicy:
         self.version += 1
         return {"loss": 1.0, "logprob_gap": self._gap}
 
+    def sync_metrics(self) -> dict[str, float]:
+        return {}
+
     def weights(self) -> Iterable[tuple[str, int]]:
         yield "version", self.version
 

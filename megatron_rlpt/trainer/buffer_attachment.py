@@ -77,6 +77,8 @@ class Attachment:
         self._holder = str(holder)
         self._clock, self._sleep = clock, sleep
         self._fencing_token = 0
+        self._attachments = 0
+        """Times attached: an emptied store gives the same tokens again."""
         self._mutex = threading.RLock()
         self._closed = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -111,15 +113,15 @@ class Attachment:
             BufferUnavailableError: the store is unreachable.
         """
         while True:
-            fencing_token = self._fencing_token
+            attachment = self._attachments
             try:
-                return operation(fencing_token)
+                return operation(self._fencing_token)
             except BufferForgotError:
-                self._recover(fencing_token)
+                self._recover(attachment)
 
     def restore(self) -> None:
         """Put back the groups that the store has lost although it still knows this trainer."""
-        self._recover(self._fencing_token)
+        self._recover(self._attachments)
 
     def close(self) -> None:
         """Release the buffer so that the next trainer need not wait."""
@@ -133,9 +135,9 @@ class Attachment:
                 self._buffer.hold(self._fencing_token, "", 0.0)
                 self._buffer.withdraw(SETTINGS, TRAINER)
 
-    def _recover(self, fencing_token: int) -> None:
+    def _recover(self, attachment: int) -> None:
         with self._mutex:
-            if self._fencing_token != fencing_token:
+            if self._attachments != attachment:
                 return  # another thread has already attached again
             self._attach(replace=True)
             self._announce()
@@ -171,6 +173,7 @@ class Attachment:
                     seconds=HOLD,
                     over=over,
                 )
+                self._attachments += 1
                 return
             except BufferHeldError as error:
                 other = Holder.parse(error.holder)

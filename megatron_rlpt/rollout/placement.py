@@ -127,7 +127,7 @@ def _mode(config: Config, world: int) -> EngineMode:
         )
     if apart or (auto and (world > 1 or overlaps or rollout.tensor > 1) and spare >= max(ranks, rollout.tensor)):
         return EngineMode.OWN_GPU
-    if rollout.tensor > 1:
+    if rollout.tensor > 1 or (not auto and world > 1):
         return EngineMode.IN_RANKS
     if world == 1 and not overlaps:
         return EngineMode.IN_PROCESS

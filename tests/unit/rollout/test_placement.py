@@ -93,6 +93,8 @@ def test_engines_that_generate_during_updates_have_processes_of_their_own(machin
     assert place_engines(config(2, "apart"), 0, 4).groups == ((0,),)
     assert place_engines(config(2, "apart"), 1, 4).own is None
     assert place_engines(config(1, "colocated"), 3, 4).own.mode is IN_RANKS
+    machine(8, 3, LOCAL_WORLD_SIZE="4")
+    assert place_engines(config(1, "colocated"), 3, 4).own.mode is IN_RANKS
 
 
 def test_what_cannot_be_divided_is_refused_with_what_can(machine):

@@ -411,6 +411,7 @@ def test_one_that_renews_nothing_any_more_is_taken_over_and_locked_out(through, 
     monkeypatch.setattr("megatron_rlpt.trainer.buffer_attachment.HOLD", 0.3)
     first = through(holder=ELSEWHERE)
     first.start(0, {})
+    monkeypatch.setattr("megatron_rlpt.trainer.buffer_attachment.HOLD", 60.0)
     second = through()
     second._attachment._sleep = threading.Event().wait
     second._attachment._clock = time.monotonic

@@ -141,7 +141,9 @@ class ShardedWriting:
         running: queue.Queue[int] = queue.Queue()
         running.put(0)
         transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
-        (bucket,) = _on_host([bucket], set())
+        path, key, (objects, tensors) = bucket
+        # One after the other, so that at most one compact copy exists.
+        bucket = (path, key, (objects, ((item, _compact(tensor)) for item, tensor in tensors)))
         with _without_crc():  # per thread in torch
             self._writer.write_preloaded_data(transforms, 0, bucket, outcomes, running, use_fsync=True)
         _, outcome = outcomes.get_nowait()
@@ -244,6 +246,13 @@ def _on_host(buckets: list[Any], lasting: set[int]) -> list[Any]:
     return _with_tensors(
         buckets, lambda _, tensor: tensor.to("cpu", copy=tensor.untyped_storage().data_ptr() in lasting)
     )
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` in host memory of its own size: ``torch.save`` writes all of the storage that a view is of."""
+    host = tensor.to("cpu")
+    alone = host.untyped_storage().nbytes() == host.numel() * host.element_size()
+    return host if alone else host.clone(memory_format=torch.contiguous_format)
 
 
 def _with_tensors(buckets: list[Any], change: Callable[[Any, torch.Tensor], torch.Tensor]) -> list[Any]:

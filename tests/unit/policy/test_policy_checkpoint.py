@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from llamas import make_examples, make_policy, same, save_llama, weights_of
 
 from megatron_rlpt.checkpoint import CheckpointStore
@@ -50,6 +51,20 @@ def test_a_loaded_policy_goes_on_bit_for_bit(llama, tmp_path, case, before):
         examples = make_examples(seed=seed)
         assert resumed.update(examples) == uninterrupted.update(examples)
         assert same(weights_of(resumed), weights_of(uninterrupted))
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+@pytest.mark.parametrize(("dtype", "each"), [(Dtype.fp32, 16), (Dtype.bf16, 14)])
+def test_a_checkpoint_has_the_size_of_its_weights_and_moments(llama, tmp_path, dtype, each, snapshot):
+    """Bytes per parameter, and what a file has for every tensor. A view of a buffer is not the whole buffer."""
+    policy = make_policy(llama, model={"dtype": dtype})
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    writing = policy.begin_save(folder, snapshot=snapshot)
+    files, _ = writing.write()
+    shapes = [torch.Size(shape).numel() for shape in policy.weight_shapes.values()]
+    weights = each * sum(shapes)
+    assert weights < sum(path.stat().st_size for path in files) < weights + 4 * 3072 * len(shapes)
 
 
 def test_saving_does_not_change_what_comes_after(llama, tmp_path):

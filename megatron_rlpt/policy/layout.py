@@ -103,13 +103,13 @@ def _refused_stages(pipeline: int, virtual: int, layers: int) -> str:
         f"{layers} layers: "
     )
     if virtual > 1:
-        fitting = _fitting(lambda n: n > 1 and layers % (n * virtual) == 0, layers)
+        fitting = fitting_sizes(lambda n: n > 1 and layers % (n * virtual) == 0, layers)
         if fitting:
             return text + f"with virtual_stages = {virtual}, parallel.pipeline may be {fitting}"
-        fitting = _fitting(lambda n: layers % (pipeline * n) == 0, layers)
+        fitting = fitting_sizes(lambda n: layers % (pipeline * n) == 0, layers)
         if fitting:
             return text + f"with pipeline = {pipeline}, parallel.virtual_stages may be {fitting}"
-    fitting = _fitting(lambda n: layers % n == 0, layers)
+    fitting = fitting_sizes(lambda n: layers % n == 0, layers)
     return text + f"with virtual_stages = 1, parallel.pipeline may be {fitting}"
 
 
@@ -170,7 +170,9 @@ def check_batch(layout: Layout, train: TrainConfig) -> None:
     """
     together = train.micro_batch * layout.data
     if train.global_batch % together:
-        fitting = _fitting(lambda n: train.global_batch % (n * layout.data) == 0, train.global_batch // layout.data)
+        fitting = fitting_sizes(
+            lambda n: train.global_batch % (n * layout.data) == 0, train.global_batch // layout.data
+        )
         raise ConfigError(
             f"train.micro_batch x data-parallel ranks is {train.micro_batch} x {layout.data} = {together}; it "
             f"must divide train.global_batch = {train.global_batch}: "
@@ -178,7 +180,9 @@ def check_batch(layout: Layout, train: TrainConfig) -> None:
         )
     micro_batches = train.global_batch // together
     if layout.virtual_stages > 1 and micro_batches % layout.pipeline:
-        fitting = _fitting(lambda n: train.global_batch % (n * layout.data * layout.pipeline) == 0, train.global_batch)
+        fitting = fitting_sizes(
+            lambda n: train.global_batch % (n * layout.data * layout.pipeline) == 0, train.global_batch
+        )
         raise ConfigError(
             f"train.micro_batch is {train.micro_batch}, which makes {micro_batches} micro-batches per rank; the "
             f"interleaved schedule needs a multiple of parallel.pipeline = {layout.pipeline}: "
@@ -193,11 +197,12 @@ def check_batch(layout: Layout, train: TrainConfig) -> None:
 def _require_divisor(key: str, value: int, amounts: dict[str, int]) -> None:
     failing = [what for what, amount in amounts.items() if value < 1 or amount % value]
     if failing:
-        fitting = _fitting(lambda n: all(amount % n == 0 for amount in amounts.values()), min(amounts.values()))
+        fitting = fitting_sizes(lambda n: all(amount % n == 0 for amount in amounts.values()), min(amounts.values()))
         raise ConfigError(f"{key} is {value}; it must divide {' and '.join(failing)}: {key} may be {fitting}")
 
 
-def _fitting(works: Callable[[int], bool], largest: int) -> str:
+def fitting_sizes(works: Callable[[int], bool], largest: int) -> str:
+    """List the sizes up to ``largest`` that work, for an error; of many the smallest."""
     return _list(n for n in range(1, min(largest, _LARGEST_OFFERED) + 1) if works(n))
 
 

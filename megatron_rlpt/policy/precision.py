@@ -97,7 +97,7 @@ def find_engine() -> TransformerEngine | str:
 
 
 def _checks_module() -> Any:
-    """Return the module with Transformer Engine's check functions, which is called ``fp8`` before version 2.8."""
+    """Return the module with Transformer Engine's check functions, which older versions call ``fp8``."""
     try:
         return importlib.import_module("transformer_engine.pytorch.quantization")
     except ModuleNotFoundError:

@@ -8,7 +8,7 @@ from megatron_rlpt.config import Config, engine_facts
 from megatron_rlpt.errors import ConfigError, EngineError, ModelError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy import precision
-from megatron_rlpt.policy.layout import Layout, check_layout
+from megatron_rlpt.policy.layout import Layout, check_layout, fitting_sizes
 
 
 def check_model(config: Config, arch: Architecture, layout: Layout, source: Path | str) -> None:
@@ -53,16 +53,16 @@ def check_engine(config: Config, arch: Architecture, source: Path | str) -> None
             )
         return
     inner = arch.experts.ffn_hidden if arch.experts else arch.ffn_hidden
-    fitting = [
-        size
-        for size in range(1, arch.heads + 1)
+
+    def fits(size: int) -> bool:
         # Key-value heads are copied where there are fewer of them than GPUs.
-        if arch.heads % size == 0 and inner % size == 0 and (arch.kv_heads % size == 0 or size % arch.kv_heads == 0)
-    ]
-    if rollout.tensor not in fitting:
+        copied = arch.kv_heads % size == 0 or size % arch.kv_heads == 0
+        return arch.heads % size == 0 and inner % size == 0 and copied
+
+    if not fits(rollout.tensor):
         raise ConfigError(
             f"rollout.tensor is {rollout.tensor}, and {source} has {arch.heads} heads, {arch.kv_heads} key-value heads "
-            f"and feed-forward layers of {inner}; allowed: {', '.join(map(str, fitting))}"
+            f"and feed-forward layers of {inner}; allowed: {fitting_sizes(fits, arch.heads)}"
         )
     _check_engine_experts(config, arch, source)
 

@@ -9,7 +9,6 @@ The number of engines and their sizes do not depend on the training layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -18,6 +17,7 @@ import torch
 from megatron_rlpt.config import Config, EnginePlacement
 from megatron_rlpt.distributed.ranks import ranks_on_this_machine
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.policy.layout import fitting_sizes
 
 
 class EngineMode(Enum):
@@ -146,12 +146,7 @@ def check_divides(tensor: int, world: int) -> None:
         ConfigError: they cannot; names the sizes that would do.
     """
     if world % tensor:
-        fitting = ", ".join(str(size) for size in _divisors(world))
         raise ConfigError(
             f"rollout.tensor is {tensor}, and {world} rank{'s' * (world > 1)} cannot be divided into engines of "
-            f"{tensor}; allowed: {fitting}"
+            f"{tensor}; allowed: {fitting_sizes(lambda size: world % size == 0, world)}"
         )
-
-
-def _divisors(number: int) -> Sequence[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]

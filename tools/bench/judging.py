@@ -189,9 +189,9 @@ def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence
         print(f"\n{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items()))
 
 
-def _spoiled_group(episode: Episode, size: int, tokenizer: Any) -> Group:
+def _spoiled_group(episode: Episode, size: int, tokenizer: PolicyTokenizer) -> Group:
     """Make groups in which candidate number i has i / (K - 1) of its words shuffled."""
-    words = tokenizer.decode(episode.suffix).split(" ")
+    words = tokenizer.text_of(episode.suffix, episode.prefix).split(" ")
     candidates = [Candidate(Source.ORIGINAL, episode.suffix)]
     for index in range(1, size):
         draw = random.Random(f"{episode.id} {index}")

@@ -27,7 +27,7 @@ _log = get_logger(__name__)
 HEARTBEAT = "heartbeat.json"
 """Name of the file in ``run.dir``."""
 STALLED = 76
-"""Exit code of a run that ended itself because it made no progress."""
+"""Exit code of a run that ended itself because it made no progress, or because other ranks were lost."""
 _BEAT = 5.0
 """Seconds between two heartbeats."""
 
@@ -44,6 +44,7 @@ class Watchdog:
         leave: ends the process.
         beat: seconds between two heartbeats.
         warning: returns what the heartbeat reports as wrong with the run; empty if nothing is.
+        lost: returns which other ranks are missing, called once per heartbeat; if there are any, the process exits.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Watchdog:
         leave: Callable[[int], object] = os._exit,
         beat: float = _BEAT,
         warning: Callable[[], str] = lambda: "",
+        lost: Callable[[], str] = lambda: "",
     ) -> None:
         self._timer, self._steps, self._limit = timer, steps, limit
-        self._warning = warning
+        self._warning, self._lost = warning, lost
         self._heartbeat, self._stacks = heartbeat, stacks
         self._leave, self._beat = leave, beat
         self._heartbeat_lost = False
@@ -85,23 +87,25 @@ class Watchdog:
                 seen, since = position, time.monotonic()
             stalled = time.monotonic() - since
             self._write("running", stalled)
+            if lost := self._lost():
+                self._end(f"{lost} (parallel.lost_after)", stalled)
+                return
             if self._limit and stalled > self._limit:
-                self._end(stalled)
+                self._end(f"no progress for {stalled:.0f} s, longer than train.max_stall = {self._limit:g} s", stalled)
                 return
 
     def _position(self) -> tuple[int, str | None]:
         return self._timer.step, self._timer.current
 
-    def _end(self, stalled: float) -> None:
+    def _end(self, reason: str, stalled: float) -> None:
         step, stage = self._position()
         where = f"{stage or 'between stages'} of step {step}"
         _log.error(
-            f"no progress for {stalled:.0f} s, longer than train.max_stall = {self._limit:g} s; the run ends and can "
-            "be resumed from its last checkpoint",
+            f"{reason}; the run ends and can be resumed from its last checkpoint",
             where=where,
             stacks=self._stacks or "below",
         )
-        self._write(f"no progress for {stalled:.0f} s in {where}", stalled)
+        self._write(f"{reason}, in {where}", stalled)
         self._write_stacks()
         self._leave(STALLED)
 

@@ -11,6 +11,7 @@ import torch
 from megatron_rlpt.checkpoint import Checkpoint, CheckpointStore
 from megatron_rlpt.checkpoint.folders import published, step_of
 from megatron_rlpt.config import Config, asks_teacher, flatten, judged_by_workers
+from megatron_rlpt.distributed.liveness import Liveness
 from megatron_rlpt.distributed.ranks import Ranks, drain
 from megatron_rlpt.files import free_name
 from megatron_rlpt.models.huggingface import export_folder
@@ -126,7 +127,11 @@ def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> N
         ranks.on_main(lambda: record_held_out(folder, run.pipeline.feed.held_out_digest, start))
         run.pipeline.start(run.done)
         # Train.
-        with run.stop.listening(), _watchdog(run, folder, ranks):
+        with (
+            run.stop.listening(),
+            Liveness(ranks, config.parallel.lost_after) as liveness,
+            _watchdog(run, folder, ranks, liveness),
+        ):
             train(run)
         # Export.
         export(run.policy, Path(config.model.path), folder / "export", ranks, fence)
@@ -203,7 +208,7 @@ def _find_checkpoint(
     return None
 
 
-def _watchdog(run: Training, folder: Path, ranks: Ranks) -> Watchdog:
+def _watchdog(run: Training, folder: Path, ranks: Ranks, liveness: Liveness) -> Watchdog:
     """Return this rank's watchdog; only rank 0 writes the heartbeat."""
     return Watchdog(
         run.timer,
@@ -212,6 +217,7 @@ def _watchdog(run: Training, folder: Path, ranks: Ranks) -> Watchdog:
         folder / HEARTBEAT if ranks.is_main else None,
         folder / "logs" / f"stacks-{ranks.rank:05d}.txt",
         warning=lambda: run.learning.warning,
+        lost=liveness.lost,
     )
 
 

@@ -60,11 +60,12 @@ def alone(divisible, corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def moved(divisible, corpus, tmp_path_factory):
-    """The run on two tensor-parallel ranks, killed after a checkpoint and resumed on two pipeline stages."""
+    """The run on two tensor-parallel ranks that share an engine, killed after a checkpoint and resumed on two pipeline
+    stages with one engine in its own process."""
     base = tmp_path_factory.mktemp("moved")
     config, folder = base / "run.yaml", base / "run"
     write_config(config, divisible, corpus, folder, **SECTIONS)
-    run = launch(config, 2, "parallel.tensor=2", "parallel.sequence=true")
+    run = launch(config, 2, "parallel.tensor=2", "parallel.sequence=true", "rollout.tensor=2")
     deadline = time.monotonic() + 240
     while not (folder / "checkpoints/step-00000001").is_dir():
         assert run.poll() is None, finish(run)
@@ -83,7 +84,7 @@ def moved(divisible, corpus, tmp_path_factory):
     return folder
 
 
-def test_a_run_that_changed_its_layout_twice_learned_what_one_process_learns(alone, moved):
+def test_a_run_that_changed_its_layout_and_that_of_its_engines_learned_what_one_process_learns(alone, moved):
     assert int((moved.parent / "killed-at").read_text()) < STEPS, "killed too late to go on with anything"
     ours, theirs = json_lines(moved / "metrics.jsonl"), json_lines(alone / "metrics.jsonl")
     assert [row["step"] for row in ours] == list(range(STEPS))
@@ -101,6 +102,8 @@ def test_a_run_that_changed_its_layout_twice_learned_what_one_process_learns(alo
 def test_every_rank_has_a_log_and_rank_0_says_what_all_share(moved):
     assert "TP2 with sequence parallel" in (moved / "run.log").read_text()
     assert "PP2" in (moved / "run.log").read_text()
+    assert "in the processes of the ranks that share it" in (moved / "run.log").read_text()
+    assert "in its own process without a GPU" in (moved / "run.log").read_text()
     assert (moved / "logs/rank-00001.log").is_file()
 
 

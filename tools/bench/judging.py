@@ -23,7 +23,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -31,6 +30,7 @@ from megatron_rlpt.config import Config, OptionOrder, PairScheme, load_config
 from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.teacher.comparisons import comparisons, rank
 from megatron_rlpt.teacher.judge_metrics import judge_health
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 MODELS = ("logistic", "constant", "stubborn")
@@ -156,7 +156,6 @@ def prompted(folder: str, config: Config, count: int, size: int, votes: Sequence
     from megatron_rlpt.teacher.batched import BatchedJudge
     from megatron_rlpt.teacher.generative import GenerativeJudge
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
-    from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 
     tokenizer = PolicyTokenizer(config.model.path)
     episodes = heldout_episodes(

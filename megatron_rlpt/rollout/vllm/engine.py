@@ -111,6 +111,9 @@ class VllmEngine(RolloutEngine):
         self._buffers = buffer_digests(self._llm)
         self._version: int | None = None
         self._set_version(0)
+        # vLLM's own log says so in many lines that VLLM_LOGGING_LEVEL hides.
+        kernels = self._llm.collective_rpc("rlpt_kernels")[0]
+        _log.info("rollout engine: %s kv_cache_gib=%g", kernels, config.kv_cache_gib)
         if not self._can_sleep:
             why = "own GPU" if place.mode is EngineMode.OWN_GPU else "no GPU"
             _log.info("rollout engine never sleeps: %s", why)

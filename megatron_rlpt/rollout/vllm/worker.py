@@ -99,6 +99,13 @@ class WorkerExtension:
         """Return the SHA-256 of every buffer, such as rotary tables and cache scales."""
         return {name: _digest([value]) for name, value in self.model_runner.get_model().named_buffers()}
 
+    def rlpt_kernels(self) -> str:
+        """Return which attention kernels vLLM selected, and in which way it launches kernels."""
+        config = self.model_runner.vllm_config.compilation_config
+        layers = config.static_forward_context.values()
+        names = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+        return f"attention={'+'.join(sorted(names))} graphs={config.cudagraph_mode.name}"
+
     def rlpt_zero_cache(self) -> None:
         """Zero the key-value cache: memory that was just mapped again may hold any values.
 

@@ -22,6 +22,7 @@ LIMITS = {
     "parallel.context": ([0], [1]),
     "parallel.expert": ([0], [1]),
     "parallel.timeout": ([0], [0.1]),
+    "parallel.lost_after": ([-1], [0, 1]),
     "candidates.curriculum.start": ([-1], [0]),
     "candidates.curriculum.grow_above": ([-0.1, 1], [0]),
     "candidates.curriculum.window": ([0], [1]),

@@ -19,9 +19,14 @@ from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.rollout.placement import EngineMode, place_engines
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
 from megatron_rlpt.rollout.vllm.engine import start_policy_engine as start_policy_vllm
+from megatron_rlpt.rollout.weight_sync.manifest import Weights
 
 _FP8_CAPABILITY = {EngineFp8.per_tensor: (8, 9), EngineFp8.per_block: (9, 0)}
 """Lowest compute capability with FP8 products of that kind (vllm/model_executor/layers/quantization/online/fp8.py)."""
+
+
+_Resend = Callable[[], Weights] | None
+"""As ``DistributedEngine``'s."""
 
 
 def check_rollouts(config: Config, arch: Architecture, world_size: int) -> None:
@@ -95,18 +100,20 @@ def start_policy_engine(config: Config, policy: Policy, runtime: DeviceRuntime, 
     if config.optimizer.offload:
         # The engine needs as much memory to start as to generate; ``GpuMemory.training`` restores the state.
         policy.offload_optimizer()
-    engine = _START[config.rollout.engine](config, runtime, ranks)
+    # Later batches are proposed while the policy changes.
+    resend = policy.weights if config.train.staleness == 0 else None
+    engine = _START[config.rollout.engine](config, runtime, ranks, resend)
     engine.self_check(policy.weights, policy.version)
     return engine
 
 
-def _start_megatron(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> Any:
+def _start_megatron(config: Config, runtime: DeviceRuntime, ranks: Ranks, resend: _Resend) -> Any:
     from megatron_rlpt.rollout.megatron import engine as megatron_engine
 
     return megatron_engine.start_policy_engine(config, runtime, ranks)
 
 
-def _start_vllm(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> Any:
+def _start_vllm(config: Config, runtime: DeviceRuntime, ranks: Ranks, resend: _Resend) -> Any:
     placement = place_engines(config, ranks.rank, ranks.size)
     place = placement.own
 
@@ -114,10 +121,10 @@ def _start_vllm(config: Config, runtime: DeviceRuntime, ranks: Ranks) -> Any:
         assert place is not None, "started on ranks that take part"
         return start_policy_vllm(config, place)
 
-    return start() if ranks.size == 1 else DistributedEngine(start, placement.groups, ranks)
+    return DistributedEngine(start, placement.groups, ranks, resend)
 
 
-_START: Mapping[EngineName, Callable[[Config, DeviceRuntime, Ranks], Any]] = {
+_START: Mapping[EngineName, Callable[[Config, DeviceRuntime, Ranks, _Resend], Any]] = {
     EngineName.vllm: _start_vllm,
     EngineName.megatron: _start_megatron,
 }

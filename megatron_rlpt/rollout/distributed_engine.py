@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing_extensions import override
 
 from megatron_rlpt.distributed.ranks import LostContactError, Ranks, drain
-from megatron_rlpt.errors import EngineError, first_line
+from megatron_rlpt.errors import EngineError, EngineLostError, first_line
 from megatron_rlpt.rollout.engine import Continuation, RolloutEngine, RolloutPrompt
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
 from megatron_rlpt.rollout.weight_sync.manifest import Weights
@@ -31,19 +31,27 @@ prefix twice costs less than waiting for the engine with the largest share."""
 class DistributedEngine(RolloutEngine):
     """A ``RolloutEngine`` that every rank calls concurrently with the same arguments."""
 
-    def __init__(self, start: Callable[[], VllmEngine], groups: Sequence[Sequence[int]], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        start: Callable[[], VllmEngine],
+        groups: Sequence[Sequence[int]],
+        ranks: Ranks,
+        resend: Callable[[], Weights] | None = None,
+    ) -> None:
         """Start the engines; call it on every rank.
 
         Args:
             start: starts the engine of this rank, or its part of one.
             groups: the ranks that take part in each engine.
             ranks: all ranks of the run.
+            resend: returns the policy's weights, for an engine whose process ended while it generated and that has no
+                copy of them; None if the policy may change meanwhile, so that the run has to be resumed.
 
         Raises:
             ModelError: an engine did not start, on this rank or another.
             EngineError: an engine failed while starting, on this rank or another.
         """
-        self._ranks = ranks
+        self._ranks, self._resend = ranks, resend
         self._answering = [group[0] for group in groups]
         self._is_shared = any(len(group) > 1 for group in groups)
         self._mine = next((number for number, group in enumerate(groups) if ranks.rank in group), None)
@@ -64,6 +72,16 @@ class DistributedEngine(RolloutEngine):
 
     @override
     def generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
+        while True:
+            try:
+                return self._generate(prompts, max_tokens, version)
+            except EngineLostError as error:
+                if self._resend is None:
+                    raise
+                self._restart(error)
+                self.update_weights(self._resend(), version)
+
+    def _generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
         def answer() -> _Share:
             if self._own is None or self._mine is None:
                 return _Share(None)
@@ -91,11 +109,28 @@ class DistributedEngine(RolloutEngine):
 
     @override
     def update_weights(self, weights: Weights, version: int) -> None:
-        self._load(weights, lambda engine, stream: engine.update_weights(stream, version), version)
+        """Replace all weights; an engine whose process ends meanwhile is started again, and ``weights`` read again."""
+        while True:
+            try:
+                self._load(weights, lambda engine, stream: engine.update_weights(stream, version), version)
+                return
+            except EngineLostError as error:
+                self._restart(error)
 
     def self_check(self, weights: Callable[[], Weights], version: int) -> None:
         """Run ``VllmEngine.self_check`` on every engine."""
         self._load(weights(), lambda engine, stream: engine.self_check(lambda: stream, version), version)
+
+    def _restart(self, error: EngineLostError) -> None:
+        """Start the engines again whose processes have ended.
+
+        Raises:
+            EngineLostError: there is none, or it has ended too often.
+        """
+        own = self._own if self._own is not None and self._own.is_lost else None
+        if not any(self._ranks.all_gather(own is not None)):
+            raise error
+        self._ranks.run_on_all_ranks(lambda: own.restart(error) if own else None, "the restart of the rollout engines")
 
     def sleep(self) -> None:
         """Let the engine of this rank sleep."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from worlds import error_of, on_every_rank, ranks_of_world, run_world
 
-from megatron_rlpt.errors import EngineError, ModelError
+from megatron_rlpt.errors import EngineError, EngineLostError, ModelError
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
 from megatron_rlpt.rollout.engine import Continuation, RolloutPrompt
 from megatron_rlpt.trainer.gpu_memory import GpuMemory
@@ -28,6 +28,18 @@ class Engine:
     asleep: bool = False
     fails: Exception | None = None
     taken: list[str] = field(default_factory=list)
+    restarts: int = 0
+
+    @property
+    def is_lost(self) -> bool:
+        return isinstance(self.fails, EngineLostError)
+
+    def restart(self, error: EngineLostError) -> None:
+        if self.restarts == 2:
+            raise error
+        self.restarts += 1
+        self.fails = None
+        self.taken.clear()
 
     def generate(self, prompts: list[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
         if self.fails:
@@ -170,3 +182,53 @@ def test_ranks_that_share_an_engine_give_each_answer_once_and_have_to_agree():
     # It does not wait for ranks that wait for it inside of the engine.
     kind, line = found[1]["failure"]
     assert (kind, line.split(";")[0]) == ("LostContactError", "rank 1: out of memory")
+
+
+def lose_engines() -> dict[str, Any]:
+    """The engine of rank 2 ends while it generates, while it gets weights, and once too often."""
+    ranks = ranks_of_world()
+    sent = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        sent.append(len(sent))
+        for number in range(2):
+            torch.distributed.all_reduce(torch.ones(1))
+            yield f"w{number}", torch.zeros(1)
+
+    class Policy:
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return weights()
+
+    engine = DistributedEngine(lambda: Engine(ranks.rank), GROUPS, ranks, resend=Policy)  # type: ignore[arg-type,return-value]
+    own: Any = engine.own
+
+    def lose() -> None:
+        if ranks.rank == 2:
+            own.fails = EngineLostError("gone")
+
+    found: dict[str, Any] = {"before": engine.generate(PROMPTS, 1, 0), "sent": sent}
+    lose()
+    found["lost while generating"] = engine.generate(PROMPTS, 1, 0)
+    lose()
+    engine.update_weights(Policy(), 1)  # type: ignore[arg-type]
+    found["restarts"] = own and own.restarts
+    found["taken"], found["version"] = own and own.taken, engine.version
+    lose()
+    found["once too often"] = error_of(lambda: engine.generate(PROMPTS, 1, 1))
+    # The policy may be changing while the engines generate.
+    engine = DistributedEngine(lambda: Engine(ranks.rank), GROUPS, ranks)  # type: ignore[arg-type,return-value]
+    own = engine.own
+    lose()
+    found["without weights"] = error_of(lambda: engine.generate(PROMPTS, 1, 1))
+    return found
+
+
+def test_an_engine_on_a_gpu_that_is_lost_gets_the_policys_weights_and_generates_again():
+    found = run_world(SIZE, lose_engines)
+    assert on_every_rank(found, "lost while generating") == on_every_rank(found, "before")
+    assert [one["restarts"] for one in found] == [0, None, 2]
+    assert [one["taken"] for one in found] == [["w0", "w1"] * 3, None, ["w0", "w1"]]
+    assert on_every_rank(found, "sent") == [0, 1, 2], "once for generating, twice for the update that failed"
+    assert on_every_rank(found, "version") == 1
+    assert on_every_rank(found, "once too often") == ("EngineLostError", "rank 2: gone")
+    assert on_every_rank(found, "without weights") == ("EngineLostError", "rank 2: gone")

@@ -38,7 +38,7 @@ from megatron_rlpt.rollout.weight_sync.self_check import (
     require_all_changed,
     require_restored,
 )
-from megatron_rlpt.rollout.weight_sync.transport import SharedMemoryTransport, open_transport
+from megatron_rlpt.rollout.weight_sync.transport import SharedMemoryTransport, Transport, open_transport
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class VllmEngine(RolloutEngine):
         self._process: EngineProcess | None = None
         self._restarts = 0
         self._llm = self._start()
-        self._transport = open_transport(place, self._llm, self._manifest, config.sync_bucket_mib * 2**20)
+        self._transport = self._connect()
         self._probes = probe_prompts(next(iter(expected.values()))[0], max_sequence)
         self._stop_tokens = end_of_sequence(model_path)
         self._asleep = False
@@ -165,22 +165,45 @@ class VllmEngine(RolloutEngine):
                 raise ModelError(f"vLLM cannot serve {self._model_path}: {reason[0]}") from error
         return llm
 
+    def _connect(self) -> Transport:
+        return open_transport(self._place, self._llm, self._manifest, self._config.sync_bucket_mib * 2**20)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the engine's process has ended."""
+        return self._process is not None and self._process.has_ended
+
+    def restart(self, error: EngineLostError) -> None:
+        """Start the engine again in place of one whose process has ended; it waits for weights.
+
+        Args:
+            error: says how it ended.
+
+        Raises:
+            EngineLostError: it has ended too often.
+        """
+        if self._restarts == _MOST_RESTARTS:
+            raise error
+        self._restarts += 1
+        _log.warning("%s; starting it again, attempt %d of %d", error, self._restarts, _MOST_RESTARTS)
+        self._version, self._asleep = None, False
+        self._llm = self._start()
+        if not isinstance(self._transport, SharedMemoryTransport):
+            self._transport = self._connect()
+
     def _restart(self, error: EngineLostError, version: int) -> None:
-        """Start the engine again in place of one whose process has ended, with the weights that it had or was getting.
+        """Start the engine again with the weights that it had or was getting.
 
         Args:
             error: says how it ended.
             version: policy version of those weights.
 
         Raises:
-            EngineLostError: it has ended too often, or its weights are not kept (on GPUs).
+            EngineLostError: it has ended too often, or only the policy has its weights (on GPUs).
         """
-        if not isinstance(self._transport, SharedMemoryTransport) or self._restarts == _MOST_RESTARTS:
+        if not isinstance(self._transport, SharedMemoryTransport):
             raise error
-        self._restarts += 1
-        _log.warning("%s; starting it again, attempt %d of %d", error, self._restarts, _MOST_RESTARTS)
-        self._version = None
-        self._llm = self._start()
+        self.restart(error)
         with self._calling():
             self._transport.reconnect(self._llm)
             self._drop_prefix_cache()

@@ -57,6 +57,11 @@ class EngineProcess:
                 "command to resume from the last checkpoint"
             ) from None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether a process of the engine has ended."""
+        return any(process.exitcode is not None for process in self._processes)
+
     def end(self) -> None:
         """Kill the process; its state can no longer be used."""
         for process in self._processes:

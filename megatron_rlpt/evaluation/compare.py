@@ -17,8 +17,20 @@ from megatron_rlpt.evaluation.text_metrics import TextMetrics, text_metrics
 
 Tokens = Sequence[int]
 
-Generate = Callable[[Sequence[Tokens], bool, int], list[tuple[int, ...]]]
-"""``generate(prefixes, greedy, sample)``: one continuation per prefix; ``sample`` selects the seed unless greedy."""
+
+@dataclass(frozen=True)
+class ContinuationRequest:
+    """One continuation of a held-out prefix."""
+
+    prefix: Tokens
+    index: int
+    """Of the prefix among all; with ``sample`` it selects the seed."""
+    sample: int | None
+    """Number of the sample; None is greedy."""
+
+
+Generate = Callable[[Sequence[ContinuationRequest]], Sequence[Tokens]]
+"""Returns one continuation per request."""
 
 START, TRAINED, BASELINE = "start", "trained", "baseline"
 
@@ -105,19 +117,20 @@ class Comparison:
 
 
 def continue_prefixes(generate: Generate, prefixes: Sequence[Tokens], samples: int) -> Continuations:
-    """Generate one greedy and ``samples`` sampled continuations of every prefix.
+    """Generate one greedy and ``samples`` sampled continuations of every prefix, in one call.
+
+    Those of a prefix are adjacent, so that an engine reads it once.
 
     Raises:
-        ValueError: ``generate`` did not return one continuation per prefix.
+        ValueError: ``generate`` did not return one continuation per request.
     """
-
-    def take(greedy: bool, sample: int) -> tuple[tuple[int, ...], ...]:
-        written = tuple(tuple(tokens) for tokens in generate(prefixes, greedy, sample))
-        if len(written) != len(prefixes):
-            raise ValueError(f"generate returned {len(written)} continuations for {len(prefixes)} prefixes")
-        return written
-
-    return Continuations(take(True, 0), tuple(take(False, sample) for sample in range(samples)))
+    takes = [None, *range(samples)]
+    requests = [ContinuationRequest(prefix, index, sample) for index, prefix in enumerate(prefixes) for sample in takes]
+    written = [tuple(tokens) for tokens in generate(requests)]
+    if len(written) != len(requests):
+        raise ValueError(f"generate returned {len(written)} continuations for {len(requests)} requests")
+    greedy, *sampled = (tuple(written[number :: len(takes)]) for number in range(len(takes)))
+    return Continuations(greedy, tuple(sampled))
 
 
 def compare(

@@ -18,8 +18,8 @@ from megatron_rlpt.evaluation.compare import (
     BASELINE,
     START,
     TRAINED,
+    ContinuationRequest,
     Continuations,
-    Tokens,
     compare,
     continue_prefixes,
 )
@@ -142,11 +142,15 @@ class PolicyGenerator:
         self._length = config.data.suffix_length
         self._seed = config.run.seed
 
-    def __call__(self, prefixes: Sequence[Tokens], greedy: bool, sample: int) -> list[tuple[int, ...]]:
-        """Return one continuation per prefix. All policies sample with the same seeds."""
+    def __call__(self, requests: Sequence[ContinuationRequest]) -> list[tuple[int, ...]]:
+        """Return one continuation per request. All policies sample with the same seeds."""
         prompts = [
-            RolloutPrompt(tuple(prefix), derive_seed(self._seed, "evaluation", sample, index), greedy)
-            for index, prefix in enumerate(prefixes)
+            RolloutPrompt(
+                tuple(request.prefix),
+                derive_seed(self._seed, "evaluation", request.sample or 0, request.index),
+                request.sample is None,
+            )
+            for request in requests
         ]
         return [result.tokens for result in self._engine.generate(prompts, self._length, self._version)]
 

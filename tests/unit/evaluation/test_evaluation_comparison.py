@@ -101,19 +101,20 @@ def test_misaligned_input_is_refused():
     with pytest.raises(ValueError, match="original"):
         compare(PREFIXES, ORIGINALS[:2], {START: same, TRAINED: same}, FirstToken())
     with pytest.raises(ValueError, match="continuations"):
-        continue_prefixes(lambda prefixes, greedy, sample: [(1,)], PREFIXES, 1)
+        continue_prefixes(lambda requests: [(1,)], PREFIXES, 1)
 
 
-def test_continue_prefixes_asks_for_every_sample():
+def test_continue_prefixes_asks_for_every_sample_of_a_prefix_next_to_each_other():
     asked = []
 
-    def generate(prefixes, greedy, sample):
-        asked.append((greedy, sample))
-        return [(sample,) for _ in prefixes]
+    def generate(requests):
+        asked.extend((request.prefix, request.sample) for request in requests)
+        return [(request.index, -1 if request.sample is None else request.sample) for request in requests]
 
     written = continue_prefixes(generate, PREFIXES, 3)
-    assert asked == [(True, 0), (False, 0), (False, 1), (False, 2)]
-    assert written.sampled[2] == ((2,),) * 4
+    assert asked == [(prefix, sample) for prefix in PREFIXES for sample in (None, 0, 1, 2)]
+    assert written.greedy == tuple((index, -1) for index in range(4))
+    assert written.sampled[2] == tuple((index, 2) for index in range(4))
 
 
 def test_repetition_and_diversity_done_by_hand():

@@ -111,15 +111,16 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     if not facts.has_axes:
         return (*found, Calls("judge", math.ceil(count * facts.questions), 0.0, 0.0, prefix + suffix, answer_tokens))
     axes = config.teacher.generative.asked()
+    form = axes.answer
     answer_tokens = min(answer_tokens, axes.max_tokens)
     if axes.quality.weight > 0:
         asked = comparisons(axes.quality.scheme, count, axes.quality.votes, axes.quality.order)
-        found.append(Calls("quality", asked, _template("quality"), prefix, 2 * suffix, answer_tokens))
+        found.append(Calls("quality", asked, _template("quality", form), prefix, 2 * suffix, answer_tokens))
     if axes.safety.weight > 0:
-        found.append(Calls("safety", count * axes.safety.votes, _template("safety"), 0.0, suffix, answer_tokens))
+        found.append(Calls("safety", count * axes.safety.votes, _template("safety", form), 0.0, suffix, answer_tokens))
     if axes.factuality.weight > 0:
         asked = count * axes.factuality.votes
-        found.append(Calls("factuality", asked, _template("factuality"), prefix + suffix, suffix, answer_tokens))
+        found.append(Calls("factuality", asked, _template("factuality", form), prefix + suffix, suffix, answer_tokens))
     return tuple(found)
 
 
@@ -172,7 +173,7 @@ def _decode(server: GenerationEngine, kind: Calls, requests: float) -> tuple[flo
     return one * kind.count / together, one
 
 
-def _template(name: str) -> float:
-    """Return the tokens of a prompt without the texts in it."""
+def _template(name: str, form: AnswerForm = AnswerForm.reasoned) -> float:
+    """Return the tokens of a prompt for ``form`` without the texts in it."""
     texts = dict.fromkeys(("prefix", "first", "second", "reference", "text", "passage"), "")
-    return len(build_prompt(name, 0, AnswerForm.reasoned, **texts).text) / CHARACTERS_PER_TOKEN
+    return len(build_prompt(name, 0, form, **texts).text) / CHARACTERS_PER_TOKEN

@@ -28,6 +28,7 @@ from megatron_rlpt.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    Recompute,
     TrainConfig,
 )
 from megatron_rlpt.objectives import Example, LossInputs, LossTerms, Selection
@@ -91,7 +92,7 @@ class Case:
         return found
 
 
-def make_policy(folder: Path, case: Case, dtype: Dtype, layers: int) -> Policy:
+def make_policy(folder: Path, case: Case, dtype: Dtype, layers: int, recompute: Recompute = Recompute.none) -> Policy:
     """Return a policy of ``layers`` layers with random weights, saved in ``folder``."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -107,7 +108,7 @@ def make_policy(folder: Path, case: Case, dtype: Dtype, layers: int) -> Policy:
         candidates=CandidatesConfig(rollouts=case.candidates),
         objective=ObjectiveConfig(name="online_dpo"),
         optimizer=OptimizerConfig(lr=1e-5),
-        train=TrainConfig(steps=1000, global_batch=case.examples, micro_batch=case.examples),
+        train=TrainConfig(steps=1000, global_batch=case.examples, micro_batch=case.examples, recompute=recompute),
     )
     return Policy(resolve_dtypes(config, teacher=False), FirstAgainstOthers(), DeviceRuntime())
 
@@ -146,6 +147,12 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=0, help="examples of an update; default: about 4,096 tokens")
     parser.add_argument("--layers", type=int, default=0, help="layers of the model; default: 30, or 4 with --quick")
     parser.add_argument("--dtype", choices=[dtype.name for dtype in Dtype], default="auto", help="as model.dtype")
+    parser.add_argument(
+        "--recompute",
+        choices=[one.name for one in Recompute],
+        default="none",
+        help="as train.recompute, both with and without sharing; 16 separate candidates need it: 2 GB a layer",
+    )
     add_options(parser, "fewer layers: minutes instead of a quarter of an hour")
     given = parser.parse_args()
     for name in ("prefix", "suffix", "steps"):
@@ -159,7 +166,8 @@ def main() -> None:
     case = Case(given.prefix, given.suffix, given.candidates, examples)
     with tempfile.TemporaryDirectory() as folder:
         error = largest_error(Path(folder) / "small", case, min(layers, 2))
-        works = updates_of(make_policy(Path(folder) / "model", case, Dtype[given.dtype], layers), case)
+        policy = make_policy(Path(folder) / "model", case, Dtype[given.dtype], layers, Recompute[given.recompute])
+        works = updates_of(policy, case)
     seconds = in_turns(works, given.steps)
     batch = case.batch(0)
     faster = ratio_of(seconds, "separate", "shared")

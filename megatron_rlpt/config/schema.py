@@ -89,7 +89,7 @@ class ParallelConfig:
         unit="seconds", above=0, megatron="--distributed-timeout-minutes",
     )  # fmt: skip
     lost_after: float = option(
-        60.0,
+        45.0,
         "Time without a heartbeat after which a rank counts as lost: the others name it and exit with 76. NCCL alone "
         "would wait until timeout.",
         unit="seconds", at_least=0, zero="never",

@@ -22,7 +22,7 @@ _LOST = "lost"
 _LEFT = "left"
 """Value of a rank that has finished training, and is not missed any more."""
 _TO_READ = 2
-"""Intervals that other ranks have to read who is lost, before rank 0 ends; the store may be in its process."""
+"""Intervals that all ranks have to read who is lost, before the first of them ends: the store may be in its process."""
 
 
 class Liveness:
@@ -107,15 +107,12 @@ class Liveness:
 
     def _beat(self, count: int) -> None:
         self._store.set(str(self._ranks.rank), str(count))
-        missing = self._missing()
-        if not missing and self._store.check([_LOST]):
-            self._lost = self._store.get(_LOST).decode()
-        elif missing:
-            text = f"{missing} sent no heartbeat for {self._limit:g} s"
-            self._store.set(_LOST, text)
+        if missing := self._missing():
+            self._store.set(_LOST, f"{missing} sent no heartbeat for {self._limit:g} s")
+        if self._store.check([_LOST]):
             self._to_read -= 1
             if self._to_read < 0:
-                self._lost = text
+                self._lost = self._store.get(_LOST).decode()
 
     def _missing(self) -> str:
         """Return the names of the watched ranks whose counter stands still, or ""."""

@@ -127,10 +127,20 @@ class DistributedEngine(RolloutEngine):
         Raises:
             EngineLostError: there is none, or it has ended too often.
         """
-        own = self._own if self._own is not None and self._own.is_lost else None
-        if not any(self._ranks.all_gather(own is not None)):
+
+        def restart() -> bool | None:
+            if self._own is None or not self._own.is_lost:
+                return None
+            try:
+                self._own.restart(error)
+            except EngineLostError:
+                return False
+            return True
+
+        phase = "the restart of the rollout engines"
+        restarted = self._ranks.all_gather(self._ranks.run_on_all_ranks(restart, phase))
+        if True not in restarted or False in restarted:
             raise error
-        self._ranks.run_on_all_ranks(lambda: own.restart(error) if own else None, "the restart of the rollout engines")
 
     def sleep(self) -> None:
         """Let the engine of this rank sleep."""

@@ -40,12 +40,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Name -> ranks, layout."""
 SIZES = {
-    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "vocab_size": 32000,
+    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 4096,
 }  # fmt: skip
+"""Many layers and a small vocabulary: as in a large model, no tensor and no bucket is a large part of the whole."""
 MIB = 2**20
 BUCKET_MIB = 16
-"""A large part of this small model; a run's ``rollout.sync_bucket_mib`` is a small part of a large one."""
+"""As ``rollout.sync_bucket_mib``."""
 
 
 class WholeFirst(WeightSource):

@@ -84,7 +84,8 @@ def test_a_released_folder_is_free_and_its_numbers_go_on(folder, lock):
     assert int(last.name) >= 6
 
 
-def test_a_trainer_on_another_machine_is_alive_while_it_renews(folder, lock):
+def test_a_trainer_on_another_machine_is_alive_while_it_renews(folder):
+    lock = RunLock(folder, limit=30.0)
     written(folder, ELSEWHERE, 7)
     lock._look_again = lock._look
     looks = []

@@ -43,6 +43,7 @@ TOGETHER = {
     **dict.fromkeys(
         (
             "test_rollout_engine",
+            "test_gpu_rehearsal",
             "test_self_check",
             "test_objectives_end_to_end",
             "test_engine_process",

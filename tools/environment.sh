@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Shared by the set-up scripts, which source it: find an interpreter, install pinned packages.
 #
-#   RLPT_PYTHON  interpreter to use (default: the first Python 3.11 found)
+#   RLPT_PYTHON  interpreter to use (default: the first Python of the version asked for)
 
 UV=uv==0.13.9 # unpacks and installs wheels in a fifth of pip's processor time
 
@@ -9,16 +9,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 die() { echo "error: $*" >&2; exit 1; }
 
+# Print an interpreter: find_python [VERSION]
 find_python() {
-    local candidate
-    for candidate in ${RLPT_PYTHON:-} python3.11 python3 python; do
-        if command -v "$candidate" >/dev/null 2>&1 &&
-            "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+    local candidate version=${1:-3.11}
+    for candidate in ${RLPT_PYTHON:-} "python$version" python3 python; do
+        if command -v "$candidate" >/dev/null 2>&1 && "$candidate" -c \
+            'import sys; sys.exit("{}.{}".format(*sys.version_info) != sys.argv[1])' "$version" 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    die "no Python 3.11 found; install it or name one with RLPT_PYTHON=/path/to/python3.11"
+    die "no Python $version found; install it or name one with RLPT_PYTHON=/path/to/python$version"
 }
 
 # Print a hash of files that an environment depends on: a change of any of them means a new set-up.

@@ -44,6 +44,8 @@ RUN_BY = {
     "bash tools/setup.sh": "tools/test.sh",
     "bash tools/setup_launch.sh": "tools/test.sh",
     "bash tools/test.sh": ".ci/run",
+    "python tests/gpu/check_gpu.py --rehearse": "tests/integration/test_gpu_rehearsal.py",
+    "python tools/wheels.py": "tests/unit/tools/test_wheels.py",
 }
 """Beginning of a command -> what runs it."""
 NOT_RUN = {
@@ -53,8 +55,10 @@ NOT_RUN = {
     "docker build": "The image has not been built",
     "enroot import": "The image has not been built",
     "apptainer build": "The image has not been built",
-    "pip install -e '.[gpu]'": "measured on a GPU yet",
+    "bash tools/setup.sh --gpu": "installed or measured on a GPU yet",
     "python tests/gpu/check_gpu.py": "measured on a GPU yet",
+    "uv pip compile": "To resolve it anew",
+    "pip install --no-index": "there, after the last",
 }
 """Beginning of a command -> words of the README that say why no test runs it."""
 
@@ -78,8 +82,8 @@ CASES = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in READMES]
 def test_every_command_is_run_by_a_test_or_the_readme_says_why_not(path):
     text = path.read_text(encoding="utf-8")
     for command in commands(path):
-        by = next((by for beginning, by in RUN_BY.items() if command.startswith(beginning)), None)
-        why = next((why for beginning, why in NOT_RUN.items() if command.startswith(beginning)), None)
+        beginning = max(filter(command.startswith, RUN_BY | NOT_RUN), key=len, default="")
+        by, why = RUN_BY.get(beginning), NOT_RUN.get(beginning)
         assert by or why, f"no test is known to run {command!r}: add it to RUN_BY, or say in the README why not"
         assert by is None or (ROOT / by).is_file(), by
         assert by or why in text, f"the README has to say why {command!r} is not run by a test: {why}"

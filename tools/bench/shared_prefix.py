@@ -75,13 +75,16 @@ class Case:
     suffix: int
     candidates: int
     examples: int
+    vocab: int | None = None
+    """Tokens to draw from; None for all of ``SIZES``."""
 
     def batch(self, seed: int) -> list[Example]:
         """Return examples of random tokens."""
         draw = random.Random(seed)
+        vocab = self.vocab or SIZES["vocab_size"]
 
         def tokens(count: int) -> tuple[int, ...]:
-            return tuple(draw.randrange(SIZES["vocab_size"]) for _ in range(count))
+            return tuple(draw.randrange(vocab) for _ in range(count))
 
         found = []
         for number in range(self.examples):

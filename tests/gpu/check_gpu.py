@@ -36,7 +36,7 @@ PARTS = (
     Part("rollouts", "gpu_rollouts:megatron", 3.0),
     Part("offload", "gpu_offload:offload", 2.0),
     Part("ipc", "gpu_rollouts:ipc", 2.0),
-    Part("resume", "gpu_resume:resume", 3.0),
+    Part("resume", "gpu_resume:resume", 3.0, ("typer", "rich", "tokenizers")),
     *(
         Part(f"fp8-{recipe}", f"gpu_update:fp8_{recipe}", 2.0, ("transformer_engine",), "FP8 needs a GPU")
         for recipe in ("delayed", "current", "blockwise", "mxfp8")

@@ -30,11 +30,10 @@ class Receiver:
         self._bucket = torch.empty(bucket_bytes, dtype=torch.uint8, device=device)
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
-        self._queue = context.Queue()
-        self._process = context.Process(target=_receive, args=(theirs, self._queue), daemon=True)
+        self._process = context.Process(target=_receive, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
-        self._queue.put(self._bucket)
+        self._ours.send(self._bucket)  # as a handle: torch registers how tensors are sent between processes
         self._answer()
 
     def __enter__(self) -> Receiver:
@@ -94,10 +93,10 @@ def digests(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     }
 
 
-def _receive(connection: Any, queue: Any) -> None:
+def _receive(connection: Any) -> None:
     """Copy tensors out of the bucket until the sender closes; None asks for digests."""
     try:
-        bucket = queue.get()
+        bucket = connection.recv()
         connection.send((True, None))
         copies: dict[str, torch.Tensor] = {}
         for places in _requests(connection):

@@ -57,7 +57,7 @@ NOT_RUN = {
     "apptainer build": "The image has not been built",
     "bash tools/setup.sh --gpu": "installed or measured on a GPU yet",
     "python tests/gpu/check_gpu.py": "measured on a GPU yet",
-    "uv pip compile": "To resolve it anew",
+    ".venv/bin/uv pip compile": "To resolve it anew",
     "pip install --no-index": "there, after the last",
 }
 """Beginning of a command -> words of the README that say why no test runs it."""

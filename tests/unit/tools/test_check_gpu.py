@@ -186,15 +186,18 @@ def test_a_part_that_dies_without_a_word_is_a_failure(run):
 
 
 def test_a_part_past_its_share_is_ended_with_what_it_started_and_others_go_on(run, tmp_path):
-    child = f"subprocess.Popen(['sleep', '60']).pid; Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))"
-    hangs = f"row('first'); child = {child}; time.sleep(60)".replace(".pid;", ";", 1)
+    hangs = f"""row('first')
+child = subprocess.Popen(['sleep', '60'])
+Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+time.sleep(60)
+"""
     began = time.monotonic()
     rows = run({"a": hangs, "b": "row('second')"}, 4, b=3.0)
     assert time.monotonic() - began < 20
     assert [(row.check, row.result) for row in rows] == [("first", PASS), ("a", FAIL), ("second", PASS)]
     assert rows[1].why.startswith("ended after 1 s, its share of --budget")
-    child = int((tmp_path / "child").read_text())
-    assert not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text()
+    child = Path("/proc", (tmp_path / "child").read_text(), "status")
+    assert not child.exists() or "zombie" in child.read_text()
 
 
 def test_where_a_part_was_that_is_ended(run, tmp_path):

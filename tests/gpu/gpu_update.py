@@ -198,7 +198,8 @@ def training_row(options: argparse.Namespace, recipe: str, series: Series, refer
         )
         parts.insert(1, f"difference to bf16 {first:.2%} at step 1, at most {later:.2%} from step 2 on")
         figures |= {"first_difference": first, "largest_difference": later}
-    return Row(f"training, {'bf16' if recipe == 'off' else f'FP8 {recipe}'}", result, ", ".join(parts), why, figures)
+    plain = "bf16" if ON_GPU else "fp32"
+    return Row(f"training, {plain if recipe == 'off' else f'FP8 {recipe}'}", result, ", ".join(parts), why, figures)
 
 
 def memory_row(check: str, config: Config, policy: Policy, peak: int, base: int) -> Row:

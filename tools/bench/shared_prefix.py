@@ -103,7 +103,9 @@ def make_policy(folder: Path, case: Case, dtype: Dtype, layers: int, recompute: 
     disable_progress_bar()
     torch.manual_seed(0)
     longest = case.prefix + case.suffix
-    sizes = LlamaConfig(**SIZES, num_hidden_layers=layers, max_position_embeddings=max(2048, longest))
+    sizes = LlamaConfig(
+        **SIZES | {"vocab_size": case.vocabulary}, num_hidden_layers=layers, max_position_embeddings=max(2048, longest)
+    )
     LlamaForCausalLM(sizes).save_pretrained(folder)
     config = Config(
         model=ModelConfig(path=str(folder), dtype=dtype),
@@ -149,6 +151,12 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=2, help="candidates of an example")
     parser.add_argument("--examples", type=int, default=0, help="examples of an update; default: about 4,096 tokens")
     parser.add_argument("--layers", type=int, default=0, help="layers of the model; default: 30, or 4 with --quick")
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=SIZES["vocab_size"],
+        help="of the model; fewer layers with a smaller one have the proportions of more layers",
+    )
     parser.add_argument("--dtype", choices=[dtype.name for dtype in Dtype], default="auto", help="as model.dtype")
     parser.add_argument(
         "--recompute",
@@ -166,7 +174,7 @@ def main() -> None:
     quiet()
     layers = given.layers or (4 if given.quick else 30)
     examples = given.examples or max(1, 4096 // (given.candidates * (given.prefix + given.suffix)))
-    case = Case(given.prefix, given.suffix, given.candidates, examples)
+    case = Case(given.prefix, given.suffix, given.candidates, examples, given.vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         error = largest_error(Path(folder) / "small", case, min(layers, 2))
         policy = make_policy(Path(folder) / "model", case, Dtype[given.dtype], layers, Recompute[given.recompute])
@@ -176,7 +184,7 @@ def main() -> None:
     faster = ratio_of(seconds, "separate", "shared")
     report(
         {
-            **{name: getattr(case, name) for name in ("prefix", "suffix", "candidates", "examples")},
+            **{name: getattr(case, name) for name in ("prefix", "suffix", "candidates", "examples", "vocabulary")},
             "layers": layers,
             **{f"{name}_s": statistics.median(row) for name, row in seconds.items()},
             **faster,

@@ -75,16 +75,15 @@ class Case:
     suffix: int
     candidates: int
     examples: int
-    vocab: int | None = None
-    """Tokens to draw from; None for all of ``SIZES``."""
+    vocab: int = SIZES["vocab_size"]
+    """Tokens to draw from."""
 
     def batch(self, seed: int) -> list[Example]:
         """Return examples of random tokens."""
         draw = random.Random(seed)
-        vocab = self.vocab or SIZES["vocab_size"]
 
         def tokens(count: int) -> tuple[int, ...]:
-            return tuple(draw.randrange(vocab) for _ in range(count))
+            return tuple(draw.randrange(self.vocab) for _ in range(count))
 
         found = []
         for number in range(self.examples):
@@ -103,9 +102,8 @@ def make_policy(folder: Path, case: Case, dtype: Dtype, layers: int, recompute: 
     disable_progress_bar()
     torch.manual_seed(0)
     longest = case.prefix + case.suffix
-    sizes = LlamaConfig(
-        **SIZES | {"vocab_size": case.vocabulary}, num_hidden_layers=layers, max_position_embeddings=max(2048, longest)
-    )
+    own = {"vocab_size": case.vocab, "num_hidden_layers": layers, "max_position_embeddings": max(2048, longest)}
+    sizes = LlamaConfig(**SIZES | own)
     LlamaForCausalLM(sizes).save_pretrained(folder)
     config = Config(
         model=ModelConfig(path=str(folder), dtype=dtype),
@@ -184,7 +182,7 @@ def main() -> None:
     faster = ratio_of(seconds, "separate", "shared")
     report(
         {
-            **{name: getattr(case, name) for name in ("prefix", "suffix", "candidates", "examples", "vocabulary")},
+            **{name: getattr(case, name) for name in ("prefix", "suffix", "candidates", "examples", "vocab")},
             "layers": layers,
             **{f"{name}_s": statistics.median(row) for name, row in seconds.items()},
             **faster,

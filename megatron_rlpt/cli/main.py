@@ -1,4 +1,4 @@
-"""The ``rlpt`` command: train, evaluate, init, convert, judge, teacher, buffer, plan, config, doctor.
+"""The ``rlpt`` command: train, evaluate, init, convert, judge, teacher, buffer, plan, config, doctor, world.
 
 Each command imports torch itself, if it needs it, so that ``rlpt --help`` and ``rlpt config`` are fast and work on a
 login node without torch.
@@ -23,6 +23,7 @@ from megatron_rlpt.cli.launch import launch, status
 from megatron_rlpt.cli.options import ConfigOption, Overrides, load
 from megatron_rlpt.cli.plan import plan
 from megatron_rlpt.cli.version import describe_version
+from megatron_rlpt.cli.world import world_app
 from megatron_rlpt.distributed.processes import run_and_leave
 from megatron_rlpt.errors import CheckpointError, RlptError, RunStopped, is_disk_full
 from megatron_rlpt.observe.terminal import say
@@ -98,6 +99,7 @@ app.add_typer(judge_app, name="judge")
 app.command("launch")(launch)
 app.command("status")(status)
 app.add_typer(teacher_app, name="teacher")
+app.add_typer(world_app)
 
 
 @app.command()

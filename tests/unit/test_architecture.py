@@ -23,7 +23,7 @@ LAYERS = (
     "policy",
     "rollout",
     "teacher",
-    "convert judge_workers",
+    "convert judge_workers world",
     "trainer",
     "evaluation planner",
     "launch",

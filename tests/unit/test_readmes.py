@@ -34,6 +34,8 @@ RUN_BY = {
     "rlpt launch": "tests/integration/test_launch_slurm.py",
     "rlpt status": "tests/unit/launch/test_status.py",
     "rlpt buffer": "tests/unit/buffer/test_buffer_cli.py",
+    "rlpt world make": "tests/unit/world/test_make.py",
+    "rlpt world measure": "tests/unit/world/test_sampling.py",
     "rlpt judge try": "tests/unit/cli/test_judge_try.py",
     "rlpt judge serve": "tests/unit/judge_workers/test_supervisor.py",
     "rlpt teacher serve": "tests/integration/test_teacher_server.py",

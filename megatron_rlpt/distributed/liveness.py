@@ -21,7 +21,7 @@ _LOST = "lost"
 """Key of the text that says which ranks are missing."""
 _LEFT = "left"
 """Value of a rank that has finished training, and is not missed any more."""
-_TO_READ = 2
+_TO_READ = 1
 """Intervals that all ranks have to read who is lost, before the first of them ends: the store may be in its process."""
 
 
@@ -89,7 +89,7 @@ class Liveness:
             self._silent += 1
         else:
             self._seen_answers, self._silent = self._answered, 0
-        if not self._lost and self._silent > self._allowed:
+        if not self._lost and self._silent >= self._allowed:
             return f"rank 0, which keeps the heartbeats, has not answered for {self._limit:g} s"
         return self._lost
 
@@ -122,6 +122,6 @@ class Liveness:
             for now, before, silent in zip(counters, self._last, self._missed, strict=True)
         ]
         self._last = counters
-        lost = [rank for rank, silent in enumerate(self._missed) if silent > self._allowed]
+        lost = [rank for rank, silent in enumerate(self._missed) if silent >= self._allowed]
         named = ", ".join(self._names[rank] for rank in lost[:8])
         return named + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")

@@ -1,7 +1,7 @@
 """The data that flows between stream, engine, teacher and objective: episodes, candidates, rewards, groups.
 
-All types are immutable and plain (ints, strings, tuples), so that they can be stored, sent to another machine and
-read back unchanged. Candidates are token ids; only the teacher uses their text.
+All types are immutable and plain (ints, strings, bytes, tuples), so that they can be stored, sent to another machine
+and read back unchanged. Candidates are token ids; only the teacher uses their text.
 """
 
 from __future__ import annotations
@@ -42,6 +42,32 @@ class Episode:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """The experts that a rollout engine sent the tokens of a sequence to, in every layer of a mixture of experts.
+
+    ``prefix`` and ``completion`` are a row of [layers, per_token] expert numbers for every token from the first on, in
+    ``width`` bytes each (little-endian). The last token of a completion was sampled and never computed, so it has none.
+    """
+
+    prefix: bytes = field(repr=False)
+    """The rollouts of a group hold the same object: an update computes their prefix once."""
+    completion: bytes = field(repr=False)
+    layers: int
+    per_token: int
+    width: int
+    """1 or 2."""
+
+    @property
+    def row(self) -> int:
+        """Bytes of a token."""
+        return self.layers * self.per_token * self.width
+
+    def cut(self, tokens: int) -> Routing:
+        """Return the record of the first ``tokens`` tokens of the completion."""
+        return replace(self, completion=self.completion[: tokens * self.row])
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A token sequence that may continue an episode's prefix."""
 
@@ -57,6 +83,8 @@ class Candidate:
     """Natural log-probability of every token as the engine computed it, for rollouts."""
     blank: bool = False
     """Whether there is no text, only control tokens and white space. Blank candidates are never judged or chosen."""
+    routing: Routing | None = None
+    """The experts of prefix and tokens, for rollouts with ``rollout.router_replay``."""
 
 
 @dataclass(frozen=True)

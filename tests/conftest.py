@@ -52,6 +52,7 @@ TOGETHER = {
             "test_world_run",
             "test_user_classes",
             "test_moe_engine",
+            "test_router_replay",
             "test_evaluate",
             "test_hostile_teacher",
             "test_teacher_vllm",

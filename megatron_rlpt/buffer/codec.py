@@ -1,8 +1,8 @@
 """Encode groups as bytes: one byte for the format, then compact JSON compressed with zlib. Lossless.
 
 Most of a group is log-probabilities. They are stored in binary, in four bytes each if that is lossless (as with an
-engine that computes them in fp32). This takes less than half the time of decimals and 0.6 of the bytes. The checksum of
-zlib detects damage.
+engine that computes them in fp32). This takes less than half the time of decimals and 0.6 of the bytes. Expert numbers
+are stored as they are, and a prefix's once for all candidates that share it. The checksum of zlib detects damage.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Reward, Source
+from megatron_rlpt.types import Candidate, Cost, Episode, Failed, Group, Reward, Routing, Source
 
 FORMAT = 1
 """Incremented when older versions cannot read the bytes."""
+ROUTED_FORMAT = 2
+"""Of groups whose candidates have expert numbers, which versions before them cannot read."""
 
 _LARGEST = 256 * 2**20
 """Bytes of a decompressed record; a larger one counts as damaged."""
@@ -37,12 +39,13 @@ def encode_group(group: Group) -> bytes:
         ValueError: a ``detail`` is not JSON-serializable.
     """
     episode, cost = group.episode, group.cost
+    prefixes = list(dict.fromkeys(c.routing.prefix for c in group.candidates if c.routing))
     plain = [
         [episode.id, episode.prefix, episode.suffix, episode.corpus, episode.document, episode.offset],
         [
-            # Only blank candidates have the last field, so that older versions can read all others.
+            # Only blank and routed candidates have more fields, so that older versions can read all others.
             [c.source.value, c.tokens, c.policy_version, c.seed, c.finish_reason, _pack_floats(c.logprobs)]
-            + [True] * c.blank
+            + ([c.blank, _plain_routing(c.routing, prefixes)] if c.routing else [True] * c.blank)
             for c in group.candidates
         ],
         [
@@ -56,9 +59,10 @@ def encode_group(group: Group) -> bytes:
         cost
         and [cost.calls, cost.prompt_tokens, cost.answer_tokens, cost.seconds]
         + ([] if cost.cached_tokens is None else [cost.cached_tokens]),
+        *([[_text(prefix) for prefix in prefixes]] if prefixes else []),
     ]
     try:
-        return _pack(plain)
+        return _pack(plain, ROUTED_FORMAT if prefixes else FORMAT)
     except TypeError as error:
         raise ValueError(f"episode {episode.id} has a detail that JSON cannot hold: {error}") from None
 
@@ -72,11 +76,12 @@ def decode_group(data: bytes, where: str = "a group") -> Group:
     """
     plain = _unpack(data, where)
     try:
-        episode, candidates, rewards, rewrite_failure, cost = plain
+        episode, candidates, rewards, rewrite_failure, cost, *prefixes = plain
+        shared = [_bytes(text) for texts in prefixes for text in texts]
         identity, prefix, suffix, corpus, document, offset = episode
         return Group(
             Episode(identity, tuple(prefix), tuple(suffix), corpus, document, offset),
-            tuple(_candidate(*candidate) for candidate in candidates),
+            tuple(_candidate(shared, *candidate) for candidate in candidates),
             tuple(Reward(*reward) if len(reward) == 4 else Failed(*reward) for reward in rewards),
             rewrite_failure and Failed(*rewrite_failure),
             cost and Cost(*cost),
@@ -99,7 +104,13 @@ def decode_text(data: bytes, where: str = "a reply") -> str:
     return str(_unpack(data, where))
 
 
+def _plain_routing(routing: Routing, prefixes: Sequence[bytes]) -> list[Any]:
+    number = prefixes.index(routing.prefix)
+    return [number, _text(routing.completion), routing.layers, routing.per_token, routing.width]
+
+
 def _candidate(
+    prefixes: Sequence[bytes],
     source: str,
     tokens: list[int],
     policy_version: int | None,
@@ -107,10 +118,22 @@ def _candidate(
     finish_reason: str | None,
     logprobs: str | None,
     blank: bool = False,
+    routing: list[Any] | None = None,
 ) -> Candidate:
-    return Candidate(
-        Source(source), tuple(tokens), policy_version, seed, finish_reason, _unpack_floats(logprobs), bool(blank)
-    )
+    record = None
+    if routing is not None:
+        number, completion, layers, per_token, width = routing
+        record = Routing(prefixes[number], _bytes(completion), layers, per_token, width)
+    values = _unpack_floats(logprobs)
+    return Candidate(Source(source), tuple(tokens), policy_version, seed, finish_reason, values, bool(blank), record)
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
 
 
 def _pack_floats(values: Sequence[float] | None) -> str | None:
@@ -124,29 +147,29 @@ def _pack_floats(values: Sequence[float] | None) -> str | None:
         except OverflowError:  # larger than any fp32
             continue
         if kind == "d" or struct.unpack(layout, data) == tuple(values):
-            return kind + base64.b64encode(data).decode("ascii")
+            return kind + _text(data)
     raise AssertionError("every float fits 8 bytes")
 
 
 def _unpack_floats(text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
-    kind, data = text[0], base64.b64decode(text[1:], validate=True)
+    kind, data = text[0], _bytes(text[1:])
     return struct.unpack(f"<{len(data) // struct.calcsize(kind)}{kind}", data)
 
 
-def _pack(plain: Any) -> bytes:
+def _pack(plain: Any, form: int = FORMAT) -> bytes:
     # Escape to ASCII: texts may hold lone surrogates, which UTF-8 cannot encode.
     text = json.dumps(plain, separators=(",", ":"), ensure_ascii=True)
-    return bytes([FORMAT]) + zlib.compress(text.encode("ascii"), _LEVEL)
+    return bytes([form]) + zlib.compress(text.encode("ascii"), _LEVEL)
 
 
 def _unpack(data: bytes, where: str) -> Any:
-    if data[:1] != bytes([FORMAT]):
+    if not data or data[0] not in (FORMAT, ROUTED_FORMAT):
         found = f"format {data[0]}" if data else "nothing"
         raise BufferUnavailableError(
-            f"{where} in the rollout buffer has {found}, this version reads format {FORMAT}; use the version of "
-            "megatron_rlpt that wrote it, or another buffer.name"
+            f"{where} in the rollout buffer has {found}, this version reads formats {FORMAT} and {ROUTED_FORMAT}; use "
+            "the version of megatron_rlpt that wrote it, or another buffer.name"
         )
     try:
         expanding = zlib.decompressobj()

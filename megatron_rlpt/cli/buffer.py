@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import json
@@ -229,6 +230,11 @@ def _write(buffer: RolloutBuffer, handle: TextIO) -> int:
             "replies": buffer.recall(entry.sequence),
         }
         # Escape to ASCII: replies may hold lone surrogates, which UTF-8 cannot encode.
-        handle.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        handle.write(json.dumps(finite(record), allow_nan=False, default=_base64) + "\n")
         count += 1
     return count
+
+
+def _base64(data: bytes) -> str:
+    """Return the expert numbers of a rollout as text."""
+    return base64.b64encode(data).decode("ascii")

@@ -115,6 +115,10 @@ def _check_objective(config: Config) -> None:
     check_objective(config.objective)
     facts = objective_facts(config)
     _check_candidates(config, facts)
+    if config.rollout.router_replay and not config.candidates.rollouts:
+        raise ConfigError(
+            "rollout.router_replay is true; allowed: false, because candidates.rollouts is 0 and nothing is recorded"
+        )
     if facts.on_policy and config.rollout.temperature != 1.0:
         raise ConfigError(
             f"rollout.temperature is {config.rollout.temperature}; allowed: 1.0, because objective.name="

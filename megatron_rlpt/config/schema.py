@@ -245,6 +245,12 @@ class RolloutConfig:
         "(per_block). Weights are quantized as they arrive. Watch logprob_gap; grpo corrects for it with "
         "objective.truncate_ratio.",
     )
+    router_replay: bool = option(
+        False,
+        "Train a mixture of experts with the routing of its rollouts: vLLM records the experts of every token, and the "
+        "update sends the tokens of rollouts and of their prefixes to the same ones. Groups grow by layers x experts "
+        "per token bytes a token.",
+    )
     temperature: float = option(1.0, "Sampling temperature.", above=0, paper="1")
     max_batch: int = option(256, "Maximum sequences decoded concurrently.", unit="sequences", at_least=1)
     eager: bool = option(
@@ -365,6 +371,12 @@ class TrainConfig:
         "experts (mlp), or of whole layers (full).",
         megatron="--recompute-granularity",
     )
+    router_aux_loss: float = option(
+        0.0,
+        "Coefficient of the load-balancing loss of every layer of a mixture of experts (Switch Transformers), over all "
+        "tokens of an update; counting them takes one more forward pass. 0.001 to 0.01 for runs from scratch.",
+        at_least=0, zero="off", megatron="--moe-aux-loss-coeff",
+    )  # fmt: skip
     deterministic: bool = option(
         False,
         "Use only GPU operations that give the same bits again, so that a resumed run equals one that was not stopped; "

@@ -51,6 +51,8 @@ class Plan:
     memory: Memory
     rollouts: float
     reference: float
+    counting: float
+    """Counting the experts of all tokens, for ``train.router_aux_loss``."""
     update: PassTime
     sync: float
     waiting: float
@@ -76,6 +78,7 @@ class Plan:
             "rollouts": self.rollouts,
             "waiting for judges": self.waiting,
             "reference": self.reference,
+            **({"counting": self.counting} if self.counting else {}),
             "update": self.update.total - self.update.bubble,
             "bubble": self.update.bubble,
             "sync": self.sync,
@@ -119,15 +122,15 @@ def make_plan(request: PlanRequest) -> Plan:
     check_request(request, layout)
     work, options = UpdateWork.of(request.mean_config, layout), options_of(config)
     update = update_seconds(model, layout, request.trainer, work, options)
-    reference = 0.0
-    if objective_facts(config).needs_reference:
-        reference = forward_seconds(model, layout, request.trainer, work, options).total
+    forward = forward_seconds(model, layout, request.trainer, work, options)
+    reference = forward.total if objective_facts(config).needs_reference else 0.0
+    counting = forward.total - forward.logits if config.train.router_aux_loss else 0.0
     engine, engines = rollout_engine(request, layout)
     check_cache(config, engine)
     rollouts = _rollout_seconds(request.mean_config, engine, engines)
     sync = _sync_seconds(config, model, layout, request.trainer, engine) if config.candidates.rollouts else 0.0
     memory = memory_of(request.model, layout, config, teacher=teacher_bytes(request))
-    own = rollouts + reference + update.total + sync
+    own = rollouts + reference + counting + update.total + sync
     judges = judge_cluster(request, layout, own)
     waiting = judges.waiting if judges else 0.0
     step = own + waiting
@@ -138,6 +141,7 @@ def make_plan(request: PlanRequest) -> Plan:
         memory,
         rollouts,
         reference,
+        counting,
         update,
         sync,
         waiting,

@@ -17,6 +17,7 @@ from megatron_rlpt.objectives import Example
 from megatron_rlpt.policy.layers import context_chunks
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.prefix_attention import Pack
+from megatron_rlpt.policy.recorded_routing import Span, counted_tokens, recorded_experts
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Batch:
     """[sequences] fp32: weight of each sequence in the objective; NaN for objectives without weights."""
     sizes: tuple[int, ...]
     """Number of sequences of each example; empty if this rank has no example in the micro-batch."""
+    counted: torch.Tensor
+    """As ``tokens``, bool: True for every token of the examples once; see ``recorded_routing.py``."""
+    experts: torch.Tensor | None
+    """[*tokens, layers, per token] int16: experts that the rollout engine recorded, -1 where it did not; None without
+    any record."""
 
     @property
     def examples(self) -> int:
@@ -128,6 +134,7 @@ def make_batch(
         predictors.append(states[mine])
         targets.append(torch.tensor(candidate.tokens, dtype=torch.int64)[mine])
     nothing = torch.zeros(0, dtype=torch.int64)
+    experts = recorded_experts(examples, placed.spans, shape.rows, shape.length)
     return Batch(
         placed.tokens.to(device),
         placed.positions.to(device),
@@ -139,6 +146,8 @@ def make_batch(
         engine.to(device),
         torch.tensor(advantages, dtype=torch.float32, device=device),
         sizes=tuple(len(example.sequences) for example in examples),
+        counted=counted_tokens(examples, placed.spans, shape.rows, shape.length)[:, placed.held].to(device),
+        experts=None if experts is None else experts[:, placed.held].to(device),
     )
 
 
@@ -151,6 +160,10 @@ class _Placed:
     pack: Pack | None
     predictors: list[torch.Tensor]
     """For every completion, the index of the hidden state that predicts each of its tokens; -1 on another rank."""
+    spans: list[Span]
+    """Where every sequence is, before context parallelism splits the rows."""
+    held: torch.Tensor
+    """Indices in a row of the tokens that this rank has."""
 
 
 def _packed(examples: Sequence[Example], shape: BatchShape) -> _Placed:
@@ -165,15 +178,17 @@ def _packed(examples: Sequence[Example], shape: BatchShape) -> _Placed:
     border = shape.length - sum(len(part) for parts in tails for part in parts)
     padding = border - sum(map(len, heads))
     assert padding >= 0, f"the examples have more than {shape.length} tokens"
-    predictors = []
+    predictors, spans = [], []
     start, end = 0, border
     for head, parts, length in zip(heads, tails, lengths, strict=True):
         # The hidden state at a token predicts the next one; all completions follow the last token of the prefix.
         last = start + length - 1
         if not parts:
             predictors.append(torch.arange(last, start + len(head) - 1))
-        for part in parts:
+            spans.append(Span(0, start, start + length, first=True))
+        for number, part in enumerate(parts):
             predictors.append(torch.tensor([last, *range(end, end + len(part) - 1)]))
+            spans.append(Span(0, start, end, first=not number))
             end += len(part)
         start += len(head)
     flat = [*heads, (0,) * padding, *(part for parts in tails for part in parts)]
@@ -184,7 +199,7 @@ def _packed(examples: Sequence[Example], shape: BatchShape) -> _Placed:
         completions=(*(tuple(map(len, parts)) for parts in tails), *(((),) if padding else ())),
     )
     tokens = torch.tensor([token for part in flat for token in part], dtype=torch.int64)
-    return _Placed(tokens[None], torch.cat(positions)[None], pack, predictors)
+    return _Placed(tokens[None], torch.cat(positions)[None], pack, predictors, spans, torch.arange(shape.length))
 
 
 def _rows(examples: Sequence[Example], shape: BatchShape, share: ContextShare) -> _Placed:
@@ -193,14 +208,19 @@ def _rows(examples: Sequence[Example], shape: BatchShape, share: ContextShare) -
     held = share.positions(shape.length)
     # Position in the sequence -> index in this rank's share, -1 for positions of other ranks.
     local = torch.full((shape.length,), -1).scatter_(0, held, torch.arange(len(held)))
-    predictors = []
-    sequences = [(example.episode.prefix, candidate) for example in examples for candidate in example.sequences]
-    for row, (prefix, candidate) in enumerate(sequences):
+    predictors, spans = [], []
+    sequences = [
+        (example.episode.prefix, candidate, not number)
+        for example in examples
+        for number, candidate in enumerate(example.sequences)
+    ]
+    for row, (prefix, candidate, first) in enumerate(sequences):
+        spans.append(Span(row, 0, len(prefix), first))
         count = len(candidate.tokens)
         tokens[row, : len(prefix) + count] = torch.tensor(prefix + candidate.tokens)
         states = local[len(prefix) - 1 : len(prefix) - 1 + count]
         predictors.append(torch.where(states >= 0, states + row * len(held), -1))
-    return _Placed(tokens[:, held], held.expand(shape.rows, -1), None, predictors)
+    return _Placed(tokens[:, held], held.expand(shape.rows, -1), None, predictors, spans, held)
 
 
 @dataclass(frozen=True)

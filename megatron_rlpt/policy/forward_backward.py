@@ -6,6 +6,7 @@ has final hidden states, so log-probabilities and loss terms exist only there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.policy.logprobs import vocab_parallel_logprobs
 from megatron_rlpt.policy.model import HiddenStateModel
 from megatron_rlpt.policy.pipeline_exchange import exchange_of
+from megatron_rlpt.policy.routing import Routers
 
 Result = TypeVar("Result")
 Loss = Callable[[int, torch.Tensor], tuple[torch.Tensor, Result]]
@@ -35,17 +37,35 @@ class ForwardBackward:
     """
 
     def __init__(
-        self, model_chunks: Sequence[HiddenStateModel], arch: Architecture, layout: Layout, logprob_chunk: int
+        self,
+        model_chunks: Sequence[HiddenStateModel],
+        arch: Architecture,
+        layout: Layout,
+        logprob_chunk: int,
+        routers: Routers | None = None,
     ) -> None:
-        """Run ``model_chunks``; vocabulary logits exist for at most ``logprob_chunk`` tokens at a time."""
+        """Run ``model_chunks``.
+
+        Args:
+            model_chunks: this rank's model chunks.
+            arch: the architecture.
+            layout: the training layout.
+            logprob_chunk: maximum number of tokens whose vocabulary logits exist at a time.
+            routers: those of a mixture of experts.
+        """
         self._model_chunks = model_chunks
+        self._routers = routers
         self._vocab = arch.vocab
         self._layout = layout
         self._logprob_chunk = logprob_chunk
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
-    def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    def logprobs(self, batches: Sequence[Batch], *, replay: bool) -> list[torch.Tensor]:
         """Return log-probabilities of the completion tokens without gradients, [sequences, suffix] per micro-batch.
+
+        Args:
+            batches: this rank's micro-batches.
+            replay: route tokens as they were recorded.
 
         Returns:
             One tensor per micro-batch on the last pipeline stage, an empty list elsewhere.
@@ -54,8 +74,17 @@ class ForwardBackward:
         def keep(number: int, hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             return self._from_hidden(hidden, batches[number])
 
-        with torch.no_grad():
+        with torch.no_grad(), self._routing(batches, replay=replay, count=False):
             return self._run(self._model_chunks, batches, keep, forward_only=True, collect_non_loss_data=True)
+
+    def count_routing(self, batches: Sequence[Batch]) -> None:
+        """Let the routers count their choices for all tokens of ``batches``, without gradients."""
+
+        def ignore(number: int, hidden: torch.Tensor, non_loss_data: bool = True) -> None:
+            return None
+
+        with torch.no_grad(), self._routing(batches, replay=True, count=True):
+            self._run(self._model_chunks, batches, ignore, forward_only=True, collect_non_loss_data=True)
 
     def train(self, wrapped: Sequence[torch.nn.Module], batches: Sequence[Batch], loss: Loss[Result]) -> list[Result]:
         """Run forward and backward; gradients are divided by the number of examples over all ranks.
@@ -77,7 +106,15 @@ class ForwardBackward:
             examples = torch.tensor(batch.examples if counts else 0, dtype=torch.int, device=hidden.device)
             return total, examples, result
 
-        return self._run(wrapped, batches, finish, forward_only=False)
+        with self._routing(batches, replay=True, count=True, balance=True):
+            return self._run(wrapped, batches, finish, forward_only=False)
+
+    def _routing(
+        self, batches: Sequence[Batch], *, replay: bool, count: bool, balance: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        if self._routers is None:
+            return contextlib.nullcontext()
+        return self._routers.over(batches, replay=replay, count=count, balance=balance)
 
     def _run(
         self,
@@ -89,7 +126,8 @@ class ForwardBackward:
         def forward_step(data: Iterator[int], model_chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             number = next(data)
             batch = batches[number]
-            hidden = model_chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.pack)
+            with self._routers.micro_batch(number) if self._routers else contextlib.nullcontext():
+                hidden = model_chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.pack)
             return hidden, partial(finish, number)
 
         # Every virtual stage iterates over all micro-batches.

@@ -77,7 +77,7 @@ def transformer_config(
             # Softmax over the chosen experts gives weights that sum to 1; softmax over all experts does not.
             "moe_router_pre_softmax": not arch.experts.normalized,
             "moe_router_dtype": "fp32",
-            # No balancing loss: it would depend on how the batch is split.
+            # Ours is in routing.py: Megatron's depends on how a batch is split.
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
             # All-to-all needs CUDA streams and NCCL; gloo gathers tokens on every expert rank.

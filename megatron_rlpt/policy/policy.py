@@ -40,6 +40,7 @@ from megatron_rlpt.policy.optimizer import build_optimizer, build_scheduler, par
 from megatron_rlpt.policy.precision import length_multiple
 from megatron_rlpt.policy.reference import ReferenceWeights
 from megatron_rlpt.policy.requirements import check_model
+from megatron_rlpt.policy.routing import Routers
 from megatron_rlpt.policy.sharded_checkpoint import ShardedWriting
 from megatron_rlpt.policy.start_check import StartCheck, probe_tokens, recording
 from megatron_rlpt.policy.state import PolicyState
@@ -109,7 +110,18 @@ class Policy:
         )
         load_weights(model_chunks, self.arch, self.layout, Path(config.model.path))
         self._model_chunks = model_chunks
-        self._forward_backward = ForwardBackward(model_chunks, self.arch, self.layout, config.train.logprob_chunk)
+        self._routers = None
+        if self.arch.experts:
+            self._routers = Routers(
+                model_chunks,
+                self.arch,
+                self.layout,
+                replay=config.rollout.router_replay,
+                aux_loss=config.train.router_aux_loss,
+            )
+        self._forward_backward = ForwardBackward(
+            model_chunks, self.arch, self.layout, config.train.logprob_chunk, self._routers
+        )
         self._reference = ReferenceWeights(model_chunks, version=0) if objective.facts.needs_reference else None
         with runtime.megatron():
             self._ddps, self._optimizer = build_optimizer(
@@ -136,7 +148,8 @@ class Policy:
             ``executed_tokens`` (``policy/batching.py: MicroBatchPlan``), ``logprob_gap`` (mean absolute difference per
             token between the engine's and this policy's log-probabilities, nats), ``engine_ratio`` and
             ``engine_ratio_above_2`` (mean of a token's probability under the policy over that under the engine, and
-            share above 2), all three absent without rollouts, and those of the objective.
+            share above 2), all three absent without rollouts, those of the objective, and of a mixture of experts
+            those of ``Routers.metrics``.
 
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights are then unchanged.
@@ -147,6 +160,12 @@ class Policy:
         if self._uncalibrated:
             self._calibrate(batches)
         references = self._reference_logprobs(batches)
+        tokens = sum(plan.tokens for plan in plans)
+        if self._routers and self._train.router_aux_loss:
+            self._gather_parameters()
+            with self._runtime.megatron():
+                self._forward_backward.count_routing(batches)
+                self._routers.aim(tokens, len(examples))
         with self._runtime.megatron():
             for ddp in self._ddps:
                 ddp.zero_grad_buffer()
@@ -155,6 +174,8 @@ class Policy:
                 self._ddps, batches, lambda number, logprobs: self._loss(batches[number], logprobs, references, number)
             )
             metrics = self._mean_metrics(results, len(examples))
+            if self._routers:
+                metrics |= self._routers.metrics(tokens)
             self._require_finite(metrics)
             self._scheduler.step(increment=1)
             self._wait_for_snapshot()
@@ -166,14 +187,14 @@ class Policy:
             self._reference.refresh(self.version)
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = float(self._optimizer.param_groups[0]["lr"])
-        metrics["tokens"] = float(sum(plan.tokens for plan in plans))
+        metrics["tokens"] = float(tokens)
         metrics["executed_tokens"] = float(sum(plan.executed_tokens for plan in plans))
         return metrics
 
     def logprobs(self, examples: Sequence[Example]) -> torch.Tensor:
         """Return log-probabilities of the examples' completion tokens under the current weights, without gradients.
 
-        All examples form one micro-batch, so pass only a few.
+        All examples form one micro-batch, so pass only a few. Tokens are routed as in an update.
 
         Returns:
             [sequences, suffix] fp32 in the order of ``examples``, 0 where a shorter completion is padded; the same on
@@ -187,7 +208,7 @@ class Policy:
             for part in (examples, *[()] * others)
         ]
         with self._runtime.megatron():
-            found = self._forward_backward.logprobs(batches)
+            found = self._forward_backward.logprobs(batches, replay=True)
         logprobs = found[0] if found else torch.zeros_like(batches[0].mask)
         if self.layout.pipeline > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
@@ -303,7 +324,8 @@ class Policy:
             return []
         self._gather_parameters()
         with self._runtime.megatron(), self._reference.active():
-            return self._forward_backward.logprobs(batches)
+            # It has routers of its own, so no record is theirs.
+            return self._forward_backward.logprobs(batches, replay=False)
 
     def _calibrate(self, batches: list[Batch]) -> None:
         """Run a pass whose gradients nobody uses: delayed scaling records the range of values with gradients only.

@@ -22,7 +22,8 @@ def check_model(config: Config, arch: Architecture, layout: Layout, source: Path
 
     Raises:
         ModelError: its context is shorter than a training sequence.
-        ConfigError: it cannot be split like that, or its sizes do not fit the precision.
+        ConfigError: it cannot be split like that, its sizes do not fit the precision, or there are no experts to
+            balance.
     """
     if config.max_sequence > arch.max_positions:
         raise ModelError(
@@ -30,6 +31,11 @@ def check_model(config: Config, arch: Architecture, layout: Layout, source: Path
             f"{arch.max_positions}"
         )
     check_layout(layout, arch)
+    if config.train.router_aux_loss and arch.experts is None:
+        raise ConfigError(
+            f"train.router_aux_loss is {config.train.router_aux_loss:g}, and {source} has no experts to balance; set "
+            "train.router_aux_loss=0"
+        )
     precision.check_dtype(config.model.fp8, config.model.dtype)
     precision.check_sizes(config.model.fp8, arch, layout)
 
@@ -40,11 +46,16 @@ def check_engine(config: Config, arch: Architecture, source: Path | str) -> None
     Raises:
         EngineError: it has experts, and the engine does not take them.
         ConfigError: its heads, feed-forward layers or experts cannot be divided like that; names the sizes that would
-            do.
+            do. Or routing is to be recorded and there are no experts.
     """
     facts, rollout = engine_facts(config), config.rollout
     if not facts.takes_experts:
         check_no_experts(arch, source)
+    if rollout.router_replay and arch.experts is None:
+        raise ConfigError(
+            f"rollout.router_replay is true, and {source} has no experts whose routing could be recorded; set "
+            "rollout.router_replay=false"
+        )
     if facts.cut_over_tensor:
         if rollout.tensor > 1:
             raise ConfigError(

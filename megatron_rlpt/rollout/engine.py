@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from megatron_rlpt.errors import EngineError
-from megatron_rlpt.types import Candidate, Episode, Source, derive_seed
+from megatron_rlpt.types import Candidate, Episode, Routing, Source, derive_seed
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Continuation:
     logprobs: tuple[float, ...]
     finish_reason: str
     """``length`` (all requested tokens) or ``stop`` (the last token is end-of-sequence)."""
+    routing: Routing | None = None
+    """The experts of prefix and tokens, with ``rollout.router_replay``."""
 
 
 class RolloutEngine(Protocol):
@@ -95,11 +97,24 @@ def sample_rollouts(
                 seed=seed,
                 finish_reason=continuation.finish_reason,
                 logprobs=continuation.logprobs,
+                routing=continuation.routing,
             )
-            for seed, continuation in zip(own, continuations, strict=False)
+            for seed, continuation in zip(own, shared_prefix([next(continuations) for _ in own]), strict=True)
         ]
         for own in seeds
     ]
+
+
+def shared_prefix(rollouts: Sequence[Continuation]) -> list[Continuation]:
+    """Give all rollouts of an episode the first one's record of the prefix.
+
+    An update computes the prefix once, so it can follow one record only. They hardly differ: an engine computes most of
+    the prefix once as well.
+    """
+    first = rollouts[0].routing if rollouts else None
+    if first is None:
+        return list(rollouts)
+    return [replace(one, routing=replace(one.routing, prefix=first.prefix)) if one.routing else one for one in rollouts]
 
 
 def require_version(held: int | None, requested: int) -> None:

@@ -59,7 +59,8 @@ def whole_characters(candidate: Candidate, episode: Episode, text: TextTokens) -
     if count in (0, len(candidate.tokens)):
         return candidate
     logprobs = candidate.logprobs and candidate.logprobs[:count]
-    return replace(candidate, tokens=candidate.tokens[:count], logprobs=logprobs)
+    routing = candidate.routing and candidate.routing.cut(count)
+    return replace(candidate, tokens=candidate.tokens[:count], logprobs=logprobs, routing=routing)
 
 
 def marked_if_blank(candidate: Candidate, text: TextTokens) -> Candidate:

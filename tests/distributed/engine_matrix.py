@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from engine_runs import roll_out, save_model  # noqa: E402
+from engine_runs import FAMILIES, roll_out, save_model  # noqa: E402
 from worlds import WorldError, run_world  # noqa: E402
 
 COLOCATED = "colocated"
@@ -30,6 +30,7 @@ TRAINING: dict[str, tuple[str, int, dict[str, Any]]] = {
     "PP2 DP2": ("llama", 4, {"pipeline": 2}),
     "TP2 PP2": ("llama", 4, {"tensor": 2, "pipeline": 2}),
     "EP2 DP2": ("qwen3_moe", 4, {"expert": 2}),
+    "EP2 DP2, Mixtral": ("mixtral", 4, {"expert": 2}),
     "TP2 PP2 CP2": ("llama", 8, {"tensor": 2, "pipeline": 2, "context": 2, "sequence": True}),
 }
 """Name -> family, ranks, layout."""
@@ -49,7 +50,7 @@ def rows(only: str) -> list[dict[str, Any]]:
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        models = {family: str(save_model(folder / family, family)) for family in ("llama", "qwen3_moe")}
+        models = {family: str(save_model(folder / family, family)) for family in FAMILIES}
         alone = {
             family: run_world(1, roll_out, model, str(folder / "alone"), {}, {}, limit=600, start_group=False)[0]
             for family, model in models.items()

@@ -37,14 +37,22 @@ DENSE = {
     "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 """Heads of 32 are the smallest that vLLM's CPU attention has."""
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+"""Family -> name in transformers, and settings of its own."""
 
 
 def save_model(folder: Path, family: str) -> Path:
-    """Save a random model: ``llama`` or ``qwen3_moe``."""
+    """Save a random model of one of ``FAMILIES``."""
     import transformers
 
-    name, extra = {"llama": ("Llama", {}), "qwen3_moe": ("Qwen3Moe", EXPERTS)}[family]
+    name, extra = FAMILIES[family]
     torch.manual_seed(11)
     model: Any = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**DENSE, **extra))
     model.save_pretrained(folder)

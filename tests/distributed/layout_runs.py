@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ from megatron_rlpt.config import (
     OptimizerConfig,
     ParallelConfig,
     Recompute,
+    RolloutConfig,
     TrainConfig,
 )
 from megatron_rlpt.objectives import Example, build_objective
 from megatron_rlpt.objectives.grpo import group_advantages
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.types import Candidate, Episode, Source
+from megatron_rlpt.types import Candidate, Episode, Routing, Source
 
 VOCABULARY = 150
 """Not a multiple of 128, so that the shard of one rank is mostly padding."""
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -42,18 +43,26 @@ SETTINGS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+NAMES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral"}
 
 
 def save_model(folder: Path, kind: str) -> Path:
-    """Save a random model: ``llama-tied``, ``llama-untied``, ``qwen2``, ``qwen3`` or ``qwen3_moe``."""
+    """Save a random model: ``llama-tied``, ``llama-untied`` or another one of ``NAMES``."""
     import transformers
 
     family, _, tied = kind.partition("-")
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}[family]
-    extra = EXPERTS if family == "qwen3_moe" else {}
+    name = NAMES[family]
     configuration = getattr(transformers, f"{name}Config")(
-        **SETTINGS, **extra, head_dim=8, tie_word_embeddings=tied == "tied"
+        **SETTINGS, **EXPERTS.get(family, {}), head_dim=8, tie_word_embeddings=tied == "tied"
     )
     torch.manual_seed(11)
     model: Any = getattr(transformers, f"{name}ForCausalLM")(configuration)
@@ -78,11 +87,13 @@ class Case:
     dtype: Dtype = Dtype.fp32
     recompute: Recompute = Recompute.none
     examples: int = 8
+    routing: bool = False
+    """Whether rollouts have records of their experts, which are replayed, and the load is balanced."""
 
     @property
     def alone(self) -> Case:
         """Return the same run in one process."""
-        return Case(self.model, {}, self.objective, self.dtype, Recompute.none, self.examples)
+        return replace(self, layout={}, recompute=Recompute.none)
 
     def __str__(self) -> str:
         parts = [f"{name}{value if value is not True else ''}" for name, value in self.layout.items()]
@@ -94,6 +105,8 @@ class Case:
             parts.append(f"recompute-{self.recompute.name}")
         if self.examples != 8:
             parts.append(f"{self.examples}-examples")
+        if self.routing:
+            parts.append("routing")
         return "-".join([self.model, *(parts or ["data"])])
 
     def __hash__(self) -> int:
@@ -110,7 +123,15 @@ def configuration(folder: str, case: Case) -> Config:
         objective=ObjectiveConfig(name=case.objective, beta=0.4),
         # With Adam's usual epsilon, rounding of a gradient near zero would become a full step in its direction.
         optimizer=OptimizerConfig(lr=0.003, warmup_steps=1, weight_decay=0.1, eps=1e-3),
-        train=TrainConfig(steps=10, global_batch=8, micro_batch=2, logprob_chunk=5, recompute=case.recompute),
+        rollout=RolloutConfig(router_replay=case.routing),
+        train=TrainConfig(
+            steps=10,
+            global_batch=8,
+            micro_batch=2,
+            logprob_chunk=5,
+            recompute=case.recompute,
+            router_aux_loss=0.3 if case.routing else 0.0,
+        ),
     )
 
 
@@ -122,6 +143,11 @@ def examples(case: Case, seed: int) -> list[Example]:
         length = int(torch.randint(low, high + 1, (), generator=draw))
         return tuple(torch.randint(VOCABULARY, (length,), generator=draw).tolist())
 
+    def experts(count: int) -> bytes:
+        """Two of four experts for every token and layer."""
+        scores = torch.rand(count, SETTINGS["num_hidden_layers"], 4, generator=draw)
+        return bytes(scores.topk(2).indices.flatten().tolist())
+
     found = []
     for index in range(case.examples):
         episode = Episode(f"e{index}", tokens(1, 30), tokens(8, 8), "c", "d", 0)
@@ -132,6 +158,12 @@ def examples(case: Case, seed: int) -> list[Example]:
             completion = tokens(1, 8)
             logprobs = tuple((-5 + torch.randn(len(completion), generator=draw)).tolist())
             sequences.append(Candidate(Source.ROLLOUT, completion, logprobs=logprobs))
+        if case.routing:
+            # The first sequence of every third example has no record, as if it were the original suffix.
+            prefix = experts(len(episode.prefix))
+            for number in range(index % 3 == 0, width):
+                routing = Routing(prefix, experts(len(sequences[number].tokens) - 1), 4, 2, 1)
+                sequences[number] = replace(sequences[number], routing=routing)
         advantages: tuple[float, ...] = ()
         if case.objective == "grpo":
             advantages = group_advantages(torch.randn(width, generator=draw).tolist(), normalize=True)

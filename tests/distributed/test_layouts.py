@@ -33,6 +33,14 @@ LAYOUTS: dict[int, list[Case]] = {
         Case("qwen3_moe", {"tensor": 2, "sequence": True}),
         Case("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}),
         Case("qwen3_moe"),
+        Case("mixtral", {"expert": 2}),
+        Case("mixtral", {"tensor": 2, "sequence": True, "expert": 2}),
+        Case("qwen3_moe", {"expert": 2}, routing=True),
+        Case("qwen3_moe", {"tensor": 2, "sequence": True}, routing=True),
+        Case("qwen3_moe", {"pipeline": 2, "virtual_stages": 2}, recompute=Recompute.mlp, routing=True),
+        Case("qwen3_moe", {"pipeline": 2}, recompute=Recompute.full, routing=True),
+        Case("qwen3_moe", {"context": 2}, routing=True),
+        Case("mixtral", routing=True),
         Case(layout={"tensor": 2}, recompute=Recompute.full),
         Case(layout={"pipeline": 2}, recompute=Recompute.selective),
         Case(layout={"tensor": 2}, recompute=Recompute.mlp),
@@ -57,6 +65,7 @@ LAYOUTS: dict[int, list[Case]] = {
     8: [
         Case("llama-untied", {"tensor": 2, "pipeline": 2, "context": 2, "sequence": True}),
         Case("qwen3_moe", {"tensor": 2, "pipeline": 2, "expert": 4, "sequence": True}),
+        Case("mixtral", {"tensor": 2, "pipeline": 2, "expert": 2, "sequence": True}, routing=True),
     ],
 }
 CASES = [pytest.param(world, case, id=f"{world}-{case}") for world, cases in LAYOUTS.items() for case in cases]
@@ -121,10 +130,15 @@ def check_losses(ranks, alone, case):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5 * looser)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4 * looser)
         assert ours["logprob_gap"] == pytest.approx(theirs["logprob_gap"], rel=1e-5 * looser)
+        for name in [name for name in theirs if name.startswith("router/")]:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4 * looser), name
         assert ours["tokens"] == theirs["tokens"] == theirs["executed_tokens"]
         if not {"context", "expert"} & case.layout.keys():
             assert ours["executed_tokens"] <= 1.1 * ours["tokens"]
     assert ranks[0]["figures"][0]["grad_norm"] > 1e-3
+    if case.routing:
+        assert 0.5 < ranks[0]["figures"][0]["router/replayed"] < 1
+        assert ranks[0]["figures"][0]["router/replay_changed"] > 0.5
     assert (ranks[0]["logprobs"] - alone["logprobs"]).abs().max() < 1e-5 * looser
 
 

@@ -16,6 +16,7 @@ from megatron_rlpt.config import Config, Dtype, RolloutConfig, load_config
 from megatron_rlpt.distributed.addresses import free_port
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.families import expected_shapes
+from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EnginePlace
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
 
 EXCLUDED = ("seconds/", "background/", "time", "judge/seconds")
@@ -75,11 +76,11 @@ def save_model(folder: Path, tokenizer: Path, seed: int, scale: float = 4.0, **o
     return folder
 
 
-def start_engine(model: Path, **overrides: object) -> VllmEngine:
+def start_engine(model: Path, place: EnginePlace = IN_THIS_PROCESS, **overrides: object) -> VllmEngine:
     """Start the rollout engine in fp32 with ``model``; ``overrides`` change its ``rollout`` section."""
     config = RolloutConfig(**{"kv_cache_gib": 0.02, "max_batch": 32} | overrides)
     shapes = expected_shapes(read_architecture(model))
-    return VllmEngine(model, shapes, config, dtype=Dtype.fp32, max_sequence=64, seed=1)
+    return VllmEngine(model, shapes, config, dtype=Dtype.fp32, max_sequence=64, seed=1, place=place)
 
 
 def start(config: Path, *arguments: str) -> Forked:

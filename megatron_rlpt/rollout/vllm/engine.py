@@ -27,6 +27,7 @@ from megatron_rlpt.rollout.engine import (
 )
 from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EnginePlace
 from megatron_rlpt.rollout.vllm.process import EngineProcess
+from megatron_rlpt.rollout.vllm.routing import RECORD, recorded_routing, routing_arguments
 from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
@@ -39,6 +40,7 @@ from megatron_rlpt.rollout.weight_sync.self_check import (
     require_restored,
 )
 from megatron_rlpt.rollout.weight_sync.transport import SharedMemoryTransport, Transport, open_transport
+from megatron_rlpt.types import Routing
 
 _log = logging.getLogger(__name__)
 
@@ -134,6 +136,9 @@ class VllmEngine(RolloutEngine):
 
             if not torch.cuda.is_available():
                 arguments["block_size"] = CPU_BLOCK_TOKENS
+            on_cuda = self._device.type == "cuda"
+            if config.router_replay:
+                arguments |= routing_arguments(on_cuda=on_cuda)
             if config.fp8 is not EngineFp8.off:
                 arguments["quantization"] = f"fp8_{config.fp8.value}"
             if place.mode in (EngineMode.SHARED_GPU, EngineMode.OWN_GPU):
@@ -156,6 +161,8 @@ class VllmEngine(RolloutEngine):
                     **arguments,
                 )
                 self._process = None if place.mode.in_process else EngineProcess(llm, "the rollout engine")
+                if config.router_replay and not on_cuda:
+                    llm.collective_rpc(RECORD)
                 # Some shapes load and fail only when attention runs: find out now, before any data is read.
                 llm.generate(
                     [TokensPrompt(prompt_token_ids=[0])], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
@@ -269,9 +276,15 @@ class VllmEngine(RolloutEngine):
             outputs = generate_in_one_batch(
                 self._llm, [TokensPrompt(prompt_token_ids=list(prompt.prefix)) for prompt in prompts], parameters
             )
-        if len(outputs) != len(prompts):
-            raise EngineError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts; run the same command again")
-        return [self._continuation(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+            if len(outputs) != len(prompts):
+                raise EngineError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts; run the same command again")
+            routings: Sequence[Routing | None] = [None] * len(outputs)
+            if self._config.router_replay:
+                arch = read_architecture(self._model_path)
+                routings = recorded_routing(
+                    self._llm, outputs, arch, on_cuda=self._device.type == "cuda", block=CPU_BLOCK_TOKENS
+                )
+        return [self._continuation(*answer) for answer in zip(prompts, outputs, routings, strict=True)]
 
     @override
     def update_weights(self, weights: Weights, version: int) -> None:
@@ -377,7 +390,7 @@ class VllmEngine(RolloutEngine):
                 "vLLM did not drop its prefix cache, which holds results of other weights; run it again to resume"
             )
 
-    def _continuation(self, prompt: RolloutPrompt, output: Any) -> Continuation:
+    def _continuation(self, prompt: RolloutPrompt, output: Any, routing: Routing | None) -> Continuation:
         if tuple(output.prompt_token_ids) != prompt.prefix:
             raise EngineError("vLLM returned a continuation of another prompt; run the same command to resume")
         completion = output.outputs[0]
@@ -386,7 +399,7 @@ class VllmEngine(RolloutEngine):
                 raise EngineError(f"vLLM sampled with weights of version {span.version}, not {self._version}")
         tokens = tuple(completion.token_ids)
         logprobs = tuple(float(entry[token].logprob) for token, entry in zip(tokens, completion.logprobs, strict=True))
-        return Continuation(tokens, logprobs, str(completion.finish_reason))
+        return Continuation(tokens, logprobs, str(completion.finish_reason), routing)
 
 
 def start_policy_engine(config: Config, place: EnginePlace = IN_THIS_PROCESS) -> VllmEngine:

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import torch
 
 from megatron_rlpt.rollout.vllm.process import exit_with_parent, ignore_stop_signals
+from megatron_rlpt.rollout.vllm.routing import RequestRows, RoutingRecorder
 
 EXTENSION = f"{__name__}.WorkerExtension"
 """Value of vLLM's ``worker_extension_cls``."""
@@ -33,6 +34,7 @@ class WorkerExtension:
     """The methods that ``collective_rpc`` calls on every worker."""
 
     model_runner: Any
+    rlpt_routing: RoutingRecorder | None = None
 
     def rlpt_load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
         """Replace all weights, and repack on CPU what ``reload_weights`` does not.
@@ -114,6 +116,15 @@ class WorkerExtension:
         """
         for cache in self.model_runner.kv_caches:
             cache.zero_()
+
+    def rlpt_record_routing(self) -> None:
+        """Keep the experts of all tokens from now on."""
+        self.rlpt_routing = RoutingRecorder(self.model_runner)
+
+    def rlpt_take_routing(self) -> dict[str, list[RequestRows]]:
+        """Return the experts by request, and forget them."""
+        assert self.rlpt_routing is not None
+        return self.rlpt_routing.take()
 
     def rlpt_exit_with(self, trainer: int | None) -> None:
         """Exit when the parent process ``trainer`` exits, and ignore stop signals; called in the main thread.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_rlpt.buffer.codec import FORMAT, decode_group, decode_text, encode_group, encode_text
 from megatron_rlpt.errors import BufferUnavailableError
-from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Routing, Source
 
 # Lone surrogates too: a teacher's reply may be cut in the middle of a character.
 texts = st.text(st.characters(), max_size=20)
@@ -28,6 +28,14 @@ details = st.dictionaries(
     max_size=3,
 )
 episodes = st.builds(Episode, texts, tokens, tokens, texts, texts, st.integers(0))
+routings = st.builds(
+    Routing,
+    st.binary(max_size=8),
+    st.binary(max_size=8),
+    st.integers(1, 99),
+    st.integers(1, 8),
+    st.sampled_from([1, 2]),
+)
 candidates = st.builds(
     Candidate,
     st.sampled_from(Source),
@@ -37,6 +45,7 @@ candidates = st.builds(
     st.none() | st.sampled_from(["length", "stop"]),
     st.none() | st.lists(floats, max_size=8).map(tuple),
     st.booleans(),
+    st.none() | routings,
 )
 failures = st.builds(Failed, texts, details)
 rewards = st.builds(Reward, floats, texts, texts, details) | failures
@@ -95,6 +104,34 @@ def test_a_log_probability_takes_no_more_than_its_bits(kept):
     assert sizes[1] - sizes[0] < 2048 * {float: 8.5, fp32: 4.5}[kept]
 
 
+def test_the_experts_of_a_prefix_are_stored_once_and_those_of_a_token_take_their_bytes():
+    draw = random.Random(0)
+
+    def record(tokens: int) -> bytes:
+        return draw.randbytes(tokens * 48 * 8)
+
+    prefix = record(64)
+
+    def size(count: int) -> int:
+        rollouts = tuple(
+            Candidate(Source.ROLLOUT, (number,), routing=Routing(prefix, record(16), 48, 8, 1))
+            for number in range(count)
+        )
+        data = encode_group(Group(group(0).episode, rollouts))
+        again = decode_group(data)
+        assert again.candidates == rollouts
+        assert len({id(one.routing.prefix) for one in again.candidates}) == 1
+        return len(data)
+
+    assert size(9) - size(1) < 8 * 16 * 48 * 8 * 1.05
+
+
+def test_groups_without_experts_are_written_as_older_versions_read_them():
+    assert encode_group(judged(group(3)))[0] == FORMAT
+    routed = replace(group(3).candidates[1], routing=Routing(b"1", b"2", 1, 1, 1))
+    assert encode_group(replace(group(3), candidates=(routed,)))[0] != FORMAT
+
+
 @pytest.mark.parametrize("kind", ["cut", "longer", "flipped", "not the right thing", "not JSON"])
 def test_damage_is_noticed(kind):
     data = encode_group(judged(group(1)))
@@ -124,7 +161,7 @@ def _content(data):
 
 def test_another_format_names_both():
     with pytest.raises(
-        BufferUnavailableError, match=f"group 7 .* has format 9, this version reads format {FORMAT}; use"
+        BufferUnavailableError, match=f"group 7 .* has format 9, this version reads formats {FORMAT} and 2; use"
     ):
         decode_group(b"\x09" + encode_group(group(0))[1:], "group 7")
     with pytest.raises(BufferUnavailableError, match="a reply in the rollout buffer has nothing"):

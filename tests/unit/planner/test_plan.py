@@ -205,6 +205,8 @@ def test_a_run_that_gets_nowhere_has_no_number_in_json():
         ),
         ("continual_70b", ("rollout.engine=megatron",), ConfigError, "leave rollout.tensor at 1"),
         ("continual_moe", ("rollout.engine=megatron",), EngineError, "the model is a mixture of experts"),
+        ("continual_1b4", ("rollout.router_replay=true",), ConfigError, "has no experts .*router_replay=false$"),
+        ("continual_1b4", ("train.router_aux_loss=0.01",), ConfigError, "no experts to balance.*router_aux_loss=0$"),
     ],
 )
 def test_what_the_trainer_or_a_server_refuses_is_not_planned(recipe, arguments, error, message):
@@ -232,6 +234,14 @@ def test_a_mixture_of_experts_is_planned_with_a_warning():
     shown = CliRunner().invoke(app, command(moe)).stdout
     assert "warning" in shown
     assert any("planned as bf16" in line for line in others)
+
+
+def test_balancing_experts_takes_one_more_forward_pass():
+    moe = next(recipe for recipe in RECIPES if recipe.stem == "continual_moe")
+    plain, balanced = (planned(*more, recipe=moe)["times"] for more in ((), ("train.router_aux_loss=0.01",)))
+    assert "counting" not in plain
+    assert 0.9 * balanced["reference"] < balanced["counting"] < balanced["reference"], "without the output layer"
+    assert balanced["update"] == plain["update"]
 
 
 def test_times_are_at_the_longest_prefix_unless_a_mean_is_given():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_rlpt.objectives import Example
 from megatron_rlpt.policy.batching import Batch, BatchShape, ContextShare, make_batch, plan_micro_batches, shape_of
 from megatron_rlpt.policy.layout import Layout
-from megatron_rlpt.types import Candidate, Episode, Source
+from megatron_rlpt.types import Candidate, Episode, Routing, Source
 
 CPU = torch.device("cpu")
 
@@ -275,3 +276,44 @@ def test_what_engine_and_objective_said_stays_with_its_sequence():
     ), "NaN marks that there is no engine, so that what an engine said is never NaN"
     assert torch.equal(batch.advantages.nan_to_num(99.0), torch.tensor([0.5, -0.25, 2.0, 99.0]))
     assert batch.advantages.dtype is torch.float32
+
+
+def recorded(one: Example, width: int) -> Example:
+    """Record a number made of each token as its expert, for all sequences but the first of several."""
+
+    def data(tokens: tuple[int, ...]) -> bytes:
+        return b"".join((token % 97).to_bytes(width, "little") for token in tokens)
+
+    prefix, first = data(one.episode.prefix), len(one.sequences) > 1
+    sequences = [
+        replace(candidate, routing=Routing(prefix, data(candidate.tokens[:-1]), 1, 1, width))
+        for candidate in one.sequences[first:]
+    ]
+    return replace(one, sequences=(*one.sequences[:first], *sequences))
+
+
+@given(st.lists(LENGTHS, min_size=1, max_size=4), st.integers(0, 2), st.sampled_from([1, 2]), st.sampled_from([1, 2]))
+def test_experts_are_beside_their_tokens_and_every_token_counts_once(lengths, padding, width, size):
+    bare = [example(prefix, *parts, first=1000 * number) for number, (prefix, parts) in enumerate(lengths, 1)]
+    examples = [recorded(one, width) for one in bare]
+    length = -(-shape_of(examples, packed=False).length // 4) * 4
+    rows = BatchShape(sum(len(one.sequences) for one in examples), length)
+    for batches in (
+        [make_batch(examples, CPU, BatchShape(1, shape_of(examples).length + padding))],
+        [make_batch(examples, CPU, rows, ContextShare(rank, size), packed=False) for rank in range(size)],
+    ):
+        counted = sorted(int(token) for batch in batches for token in batch.tokens[batch.counted])
+        assert counted == sorted(
+            token
+            for one in examples
+            for token in (*one.episode.prefix, *(token for candidate in one.sequences for token in candidate.tokens))
+        )
+        tokens_without = {candidate.tokens[-1] for one in examples for candidate in one.sequences} | {
+            token for one in examples if len(one.sequences) > 1 for token in one.sequences[0].tokens
+        }
+        for batch in batches:
+            assert batch.experts.shape == (*batch.tokens.shape, 1, 1)
+            for token, expert in zip(batch.tokens.flatten().tolist(), batch.experts.flatten().tolist(), strict=True):
+                without = token in tokens_without or token == 0
+                assert expert == (-1 if without else token % 97)
+    assert make_batch(bare, CPU).experts is None

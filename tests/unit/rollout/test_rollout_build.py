@@ -126,6 +126,7 @@ ARCH = parse_architecture(
     [
         ({"tensor": 3}, "8 heads, 2 key-value heads and feed-forward layers of 96; allowed: 1, 2, 4, 8$"),
         ({"tensor": 2, "expert": 2}, "has no experts; set rollout.expert=1$"),
+        ({"router_replay": True}, "no experts whose routing could be recorded; set rollout.router_replay=false$"),
         ({"tensor": 2, "engine": EngineName.megatron}, "leave rollout.tensor at 1, or set rollout.engine=vllm$"),
         ({"tensor": 4}, "rollout.tensor is 4, and 6 ranks cannot be divided into engines of 4; allowed: 1, 2, 3, 6$"),
         ({"fp8": EngineFp8.per_block}, "and there is no GPU; set rollout.fp8=off$"),

@@ -41,12 +41,15 @@ def test_rollouts_are_trained_on_with_the_experts_that_computed_them(runs):
     on, off = (json_lines(runs[replay] / "metrics.jsonl") for replay in (True, False))
     for row in on:
         assert row["router/replayed"] > 0.5
-        # The same weights chose, up to rounding; later the engine's weights are one update older.
-        assert row["router/replay_changed"] < (0.01 if row["step"] == 1 else 0.3)
-    assert any(row["router/replay_changed"] > 0 for row in on[1:])
+        # At first the engine's weights are the policy's; later they are an update older.
+        assert row["router/replay_changed"] < (0.01 if row["step"] == 0 else 0.3)
+    assert on[1]["router/replay_changed"] > 0
     assert not any("router/replayed" in row for row in off)
-    assert on[0]["reward/rollout"] == off[0]["reward/rollout"], "recording does not change what is sampled"
     assert all(row["router/max_load"] >= 1 for row in off)
+    for step in (0, 1):
+        assert on[step]["reward/rollout"] == off[step]["reward/rollout"], "recording does not change what is sampled"
+    assert on[0]["loss"] == off[0]["loss"], "nor do the router's own experts change what is computed"
+    assert on[1]["logprob_gap"] != off[1]["logprob_gap"], "for the same tokens and weights, through other experts"
 
 
 def test_a_resumed_run_replays_what_an_uninterrupted_one_does(runs, tmp_path):

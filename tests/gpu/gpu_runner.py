@@ -139,10 +139,13 @@ def _run(
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-            _end(process)
+            _ask_where_it_is(process)
         finally:
             # Also what it started: an engine, a run.
-            _signal_group(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        if code is None:
+            process.wait()
     rows = _read_rows(rows_file(folder, part.name))
     if code == 0:
         return rows
@@ -156,19 +159,12 @@ def _run(
     return [*rows, Row(part.name, FAIL, "", why)]
 
 
-def _end(process: Process) -> None:
-    """Let the process print the stacks of its threads (``faulthandler``) and end."""
+def _ask_where_it_is(process: Process) -> None:
+    """Let the process print the stacks of its threads (``faulthandler``), which ends it."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGABRT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_LAST_WORDS)
-    _signal_group(process, signal.SIGKILL)
-    process.wait()
-
-
-def _signal_group(process: Process, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
 
 
 def _place(log: str) -> str:

@@ -18,7 +18,7 @@ from gpu_figures import FAIL, PASS, Row
 from gpu_models import ON_GPU
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/integration")]
 
 from tiny_model import WORDS, make_tiny_model  # noqa: E402
 from tiny_runs import json_lines, lasting_metrics, write_config  # noqa: E402

@@ -51,11 +51,12 @@ class Part:
         """Return why the part cannot run here; None if it can."""
         if on_cpu and self.needs_gpu:
             return self.needs_gpu
-        absent = [name for name in (*PACKAGES, *self.needs) if not _is_there(name)]
+        absent = [name for name in (*PACKAGES, *self.needs) if not is_there(name)]
         return f"not installed here: {', '.join(absent)}" if absent else None
 
 
-def _is_there(module: str) -> bool:
+def is_there(module: str) -> bool:
+    """Return whether ``module`` can be found; its parents are imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent is missing

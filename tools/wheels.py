@@ -29,8 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 LOCK = Path(__file__).resolve().parent / "gpu-lock.txt"
-NEEDED = ("megatron-core", "omegaconf", "rich", "simpy", "typer", "typing-extensions", "psutil", "xxhash", "redis")
-"""What the package and tests/gpu/check_gpu.py import besides PyTorch and transformers."""
+NEEDED = ("megatron-core", "omegaconf", "rich", "typer", "typing-extensions", "psutil", "xxhash")
+"""What tests/gpu/check_gpu.py imports besides PyTorch and transformers."""
 ASSUMED = ("torch", "transformers", "numpy", "packaging", "pyyaml", "safetensors", "typing-extensions")
 """What a machine with PyTorch and transformers has, where ``--installed`` does not say."""
 _MANIFEST, _PIECE = "wheels.json", "piece"

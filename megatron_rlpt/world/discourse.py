@@ -99,14 +99,11 @@ class Discourse:
 
     def repeated_words(self, words: Sequence[str]) -> list[bool]:
         """Return for every word whether it completes an n-gram (``NGRAM``) that was there before."""
-        line = [*self.words[-(NGRAM - 1) :], *words]
-        skipped = len(line) - len(words)
-        seen: set[tuple[str, ...]] = set()
-        found = []
-        for index in range(len(words)):
-            end = skipped + index + 1
-            ngram = tuple(line[max(0, end - NGRAM) : end])
-            found.append(len(ngram) == NGRAM and (ngram in self._ngrams or ngram in seen))
+        line = (*self.words[-(NGRAM - 1) :], *words)
+        ngrams = [line[end - NGRAM : end] for end in range(NGRAM, len(line) + 1)]
+        known, seen, found = self._ngrams, set[tuple[str, ...]](), [False] * (len(words) - len(ngrams))
+        for ngram in ngrams:
+            found.append(ngram in known or ngram in seen)
             seen.add(ngram)
         return found
 
@@ -125,7 +122,6 @@ class Discourse:
                 self.named[word] = None
 
     def _remember(self, words: Sequence[str]) -> None:
-        for word in words:
-            self.words.append(word)
-            if len(self.words) >= NGRAM:
-                self._ngrams.add(tuple(self.words[-NGRAM:]))
+        line = (*self.words[-(NGRAM - 1) :], *words)
+        self._ngrams.update(line[end - NGRAM : end] for end in range(NGRAM, len(line) + 1))
+        self.words += words

@@ -8,6 +8,7 @@ child, and a sentence, or the beginning of one, is parsed in one way.
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,6 @@ from megatron_rlpt.world.phrases import (
 
 END = "."
 _WORD = re.compile(r"[.,]|[^\s.,]+")
-_SLOT = re.compile(r"<(\w+)>")
 
 
 class Speech(enum.StrEnum):
@@ -60,6 +60,16 @@ class Form:
     opened: bool = False
     """Whether it begins with an opener."""
 
+    @functools.cached_property
+    def slots_at(self) -> tuple[int, ...]:
+        """Indices of the classes."""
+        return tuple(index for index, part in enumerate(self.parts) if part.startswith("<"))
+
+    @functools.cached_property
+    def subject_at(self) -> int | None:
+        """Index of the subject, where it is named."""
+        return None if self.reference or not self.subject else self.parts.index(f"<{self.subject}>")
+
 
 @dataclass(frozen=True)
 class Sentence:
@@ -84,8 +94,7 @@ class Sentence:
     @property
     def decided_at(self) -> int:
         """Index of the word after which the sentence's meaning is decided: its last slot, or its last word."""
-        last = max((index for index, part in enumerate(self.form.parts) if part.startswith("<")), default=None)
-        return len(self.words) - 2 if last is None else last
+        return self.form.slots_at[-1] if self.form.slots_at else len(self.words) - 2
 
 
 @dataclass
@@ -144,8 +153,7 @@ class Grammar:
         node = self.begin(words[:-1])
         if node is None or node.form is None:
             return None
-        parts = zip(node.form.parts, words, strict=False)
-        return Sentence(node.form, tuple(words), tuple(word for part, word in parts if part.startswith("<")))
+        return Sentence(node.form, tuple(words), tuple(words[index] for index in node.form.slots_at))
 
     def begin(self, words: Sequence[str]) -> Node | None:
         """Return where ``words`` lead as the beginning of a sentence; None if no sentence begins so."""
@@ -193,12 +201,8 @@ class Grammar:
 
 def named_subject(form: Form, words: Sequence[str]) -> str | None:
     """Return the subject that a sentence, or the beginning of one, names; None if it names none (yet)."""
-    slot = f"<{form.subject}>"
-    return (
-        next((word for part, word in zip(form.parts, words, strict=False) if part == slot), None)
-        if (form.subject and not form.reference)
-        else None
-    )
+    at = form.subject_at
+    return words[at] if at is not None and at < len(words) else None
 
 
 def words_of(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -13,10 +14,12 @@ from megatron_rlpt.teacher.judges import builder_of
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import BLANK, Candidate, Episode, Failed, Group, Reward, Source
 from megatron_rlpt.world.corruptions import Corruption, corrupt
+from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import text_of, words_of
 from megatron_rlpt.world.judges import ExactReward
 from megatron_rlpt.world.make import WorldSettings, make_world
 from megatron_rlpt.world.measures import measure_text
+from megatron_rlpt.world.rewriter import ExactRewriter
 
 MODULE = "megatron_rlpt.world.judges"
 
@@ -51,8 +54,6 @@ def judge(folder, tmp_path):
 @pytest.fixture
 def group(folder):
     """Return prefix and group: the original suffix, corruptions of it by their name, and a blank candidate."""
-    from megatron_rlpt.world.facts import World
-
     world, tokenizer = World.load(folder), PolicyTokenizer(folder / "policy")
 
     def build(number=0, kinds=(Corruption.false, Corruption.unsafe, Corruption.shuffled)):
@@ -94,8 +95,6 @@ def test_factuality_is_that_of_the_paper(judge, group):
 
 
 def test_what_is_judged_is_what_is_measured(judge, group, folder):
-    from megatron_rlpt.world.facts import World
-
     one, tokenizer = group(), PolicyTokenizer(folder / "policy")
     (judged,) = judge()([one])
     prefix = tokenizer.text_of(one.episode.prefix)
@@ -160,6 +159,21 @@ def test_one_candidate_has_nothing_to_compare_with(judge, group):
 def test_bad_options_are_one_line(judge, name, options, said):
     with pytest.raises(ConfigError, match=said):
         judge(name, **options)
+
+
+def test_rewrites_of_episodes_have_the_length_of_their_suffix(group, folder):
+    tokenizer = PolicyTokenizer(folder / "policy")
+    rewriter = ExactRewriter(tokenizer, str(folder), 1)
+    world = World.load(folder)
+    for number in range(6):
+        one = group(number)
+        good, bad = one.episode, replace(one.episode, suffix=one.candidates[2].tokens)
+        copied, repaired = rewriter.rewrite([good, bad])
+        assert copied.tokens == good.suffix
+        assert len(repaired.tokens) == len(bad.suffix)
+        text = tokenizer.text_of(repaired.tokens, bad.prefix)
+        found = measure_text(world, tokenizer.text_of(bad.prefix), text)
+        assert (found.quality, found.safe) == (1.0, True)
 
 
 def test_a_second_measure_is_one_of_the_measures(folder):

@@ -95,7 +95,7 @@ def make_world(out: Path, settings: WorldSettings, say: Callable[[str], None] = 
         write_policy_folder(folder / "policy", world.grammar.vocabulary, settings.shape)
         for name, count, noise in _sets(settings):
             documents = write_documents(world, settings.seed, name, count, settings.length, noise)
-            sets[name] = _write_set(folder / f"{name}.jsonl", world, _distinct(documents, seen))
+            sets[name] = _write_set(folder / f"{name}.jsonl", world, distinct(documents, seen))
             say(f"  {name}.jsonl: {sets[name]['documents']} documents")
         card = {
             "version": VERSION,
@@ -116,7 +116,7 @@ def _sets(settings: WorldSettings) -> Iterator[tuple[str, int, Noise]]:
     yield HELDOUT_UNSAFE, settings.heldout, replace(NO_NOISE, unsafe=1.0)
 
 
-def _distinct(documents: Iterator[WorldDocument], seen: set[tuple[str, ...]]) -> Iterator[WorldDocument]:
+def distinct(documents: Iterator[WorldDocument], seen: set[tuple[str, ...]]) -> Iterator[WorldDocument]:
     """Leave out documents that any set has already."""
     for document in documents:
         if document.words not in seen:

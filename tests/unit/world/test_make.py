@@ -12,7 +12,9 @@ from megatron_rlpt.cli.main import app
 from megatron_rlpt.convert.fresh import init
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.world.documents import WorldDocument
 from megatron_rlpt.world.facts import World
+from megatron_rlpt.world.make import distinct
 from megatron_rlpt.world.measures import measure_text
 
 SMALL = ("--documents", "60", "--heldout", "10", "--length", "64")
@@ -58,6 +60,13 @@ def test_documents_have_the_labels_of_their_exact_measures(folder):
 def test_no_document_is_in_two_sets(folder):
     texts = [record["text"] for name in SETS for record in records(folder, name)]
     assert len(set(texts)) == len(texts) == 140
+
+
+def test_a_document_that_another_set_has_is_left_out():
+    one, other = (WorldDocument(str(number), (str(number),), "clean", None) for number in range(2))
+    seen = set()
+    assert list(distinct(iter([one, one]), seen)) == [one]
+    assert list(distinct(iter([one, other]), seen)) == [other]
 
 
 def test_the_card_counts_what_is_there(folder):

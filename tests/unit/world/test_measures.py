@@ -54,6 +54,7 @@ def test_a_reference_is_to_the_last_subject():
 def test_what_was_not_named_is_off_topic_until_a_fact_names_it():
     away = f"{OTHER_TOWN} holds a fair in {WORLD.value(OTHER_TOWN, RELATIONS['fair'])}."
     assert of(away).on_topic == 0.0
+    assert of(f"{away} This town stands in the hills. {OTHER_TOWN} has two towers.").on_topic == 0.0
     river = TRUE["river"]
     bridges = next(one for one in WORLD.relations(river) if one.name == "bridges")
     there = f"{TOWN} lies on the {river}. The {river} has {WORLD.value(river, bridges)} bridges."

@@ -323,7 +323,12 @@ def test_delayed_scaling_is_calibrated_once_before_the_first_update_which_does_n
     events, forward_backward = [], policy._forward_backward
     for name in ("train", "logprobs"):
         call = getattr(forward_backward, name)
-        setattr(forward_backward, name, lambda *given, name=name, call=call: (events.append(name), call(*given))[1])
+
+        def called(*given, name=name, call=call, **named):
+            events.append(name)
+            return call(*given, **named)
+
+        setattr(forward_backward, name, called)
     for _ in range(2):
         assert policy.update(make_examples()) == plain.update(make_examples())
     assert events == ["train", "logprobs", "train", "logprobs", "train"]

@@ -414,6 +414,13 @@ class ObserveConfig:
     tensorboard: bool = option(True, "Write TensorBoard event files to <run.dir>/tensorboard.")
     wandb_project: str = option("", "Weights & Biases project; needs the wandb package. Empty is off.")
     mlflow_experiment: str = option("", "MLflow experiment; needs the mlflow package. Empty is off.")
+    metrics_port: int = option(
+        -1, "Port of the trainer's Prometheus metrics, on rank 0; 0 picks a free one, -1 turns them off.",
+        at_least=-1, at_most=65535, allowed="a port, 0 (a free one) or -1 (off)",
+    )  # fmt: skip
+    metrics_host: str = option(
+        "127.0.0.1", "Address that the metrics listen on; 0.0.0.0 is every address of the machine."
+    )
 
 
 @dataclass

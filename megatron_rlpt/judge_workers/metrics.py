@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from megatron_rlpt.distributed.addresses import reachable
-from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.judge_workers.client.endpoint import Endpoint
+from megatron_rlpt.observe.prometheus import MetricsServer
 from megatron_rlpt.plain_text import shortened
 from megatron_rlpt.types import Failed, Group
 
@@ -56,16 +55,8 @@ class WorkerMetrics:
         Raises:
             ConfigError: the port is in use, or the address is not one of this machine.
         """
-        if port < 0:
-            return
-        try:
-            server, _ = start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            raise ConfigError(
-                f"teacher.workers.metrics_port is {port}, which cannot be used on metrics_host {host} "
-                f"({error.strerror}); allowed: a free port, 0 (chooses one) or -1 (off), on an address of this machine"
-            ) from None
-        self.address = f"http://{reachable(host)}:{server.server_port}/metrics"
+        if port >= 0:
+            self.address = MetricsServer(self.registry, host, port, "teacher.workers.metrics").address
 
     @contextlib.contextmanager
     def group_in_flight(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 - ``log.py``: the log; ``progress.py``: the progress display; ``terminal.py``: safe output to a terminal
 - ``metrics.py``: one record per step, to ``metrics.jsonl`` and to the trackers in ``trackers.py``
+- ``prometheus.py``: the same for Prometheus, served by rank 0
 - ``samples.py``: a few episodes of every step in full; ``jsonl.py``: the files that both use
 - ``stages.py``: stage times and trace; ``watchdog.py``: heartbeat, and an end for a run without progress
 - ``run_json.py``: the record of a run in its folder; ``precision.py``: resolves the precisions that are ``auto``

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,10 @@ from typing import Any
 from megatron_rlpt.config import Config
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.jsonl import JsonLines
+from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.trackers import Mlflow, Record, Sink, TensorBoard, Tracker, Wandb
+
+_log = get_logger(__name__)
 
 RESERVED = frozenset({"step", "version", "time", "nonfinite"})
 """Keys of a line in metrics.jsonl that are not metrics."""
@@ -58,14 +61,19 @@ class MetricsWriter:
         self.close(failed=kind is not None)
 
 
-def open_metrics(config: Config, start: int) -> MetricsWriter:
+def open_metrics(
+    config: Config, start: int, position: Callable[[], tuple[int, str | None]] | None = None
+) -> MetricsWriter:
     """Open the writer of a run whose next step is ``start`` (0 for a new run).
+
+    ``position`` returns the step and the stage that the run is in, for Prometheus; by default the next step.
 
     ``metrics.jsonl`` and TensorBoard drop step ``start`` and later, so that a resumed run has each step exactly once.
     Weights & Biases and MLflow cannot remove steps: they continue the same run and skip the steps they already have.
 
     Raises:
-        ConfigError: the package of a configured tracker is missing, or the tracker refuses its settings.
+        ConfigError: the package of a configured tracker is missing, the tracker refuses its settings, or
+            ``observe.metrics_port`` is in use.
         CheckpointError: ``metrics.jsonl`` is damaged.
     """
     folder = Path(config.run.dir)
@@ -92,6 +100,13 @@ def open_metrics(config: Config, start: int) -> MetricsWriter:
     ):
         if module is not None:
             sinks.append(Tracker(name, connect))
+    if config.observe.metrics_port >= 0:
+        from megatron_rlpt.observe.prometheus import TrainerMetrics  # not everywhere installed
+
+        where = position or (lambda: (start, None))
+        served = TrainerMetrics(config.train.steps, where, config.observe.metrics_host, config.observe.metrics_port)
+        _log.info("metrics for Prometheus", address=served.address)
+        sinks.append(served)
     return MetricsWriter(sinks)
 
 

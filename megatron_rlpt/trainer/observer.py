@@ -70,10 +70,10 @@ def open_observer(
     if lock is not None:
         lock.require()
     progress = stack.enter_context(Progress(config.train.steps, start))
-    metrics = stack.enter_context(open_metrics(config, start))
+    timer = stack.enter_context(StageTimer(folder / "trace.jsonl", start, progress.stage))
+    metrics = stack.enter_context(open_metrics(config, start, lambda: (timer.step, timer.current)))
     samples = SampleTable(folder / "samples.jsonl", config.observe.samples_per_step, tokenizer, start)
-    observer = RunObserver(progress, metrics, stack.enter_context(samples), lock)
-    return observer, stack.enter_context(StageTimer(folder / "trace.jsonl", start, progress.stage))
+    return RunObserver(progress, metrics, stack.enter_context(samples), lock), timer
 
 
 def _selected(selection: Selection) -> dict[str, tuple[int | None, int | None, str | None]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny_runs import finish, json_lines, save_model, start, start_ranks, write_config
 
+from megatron_rlpt.observe.prometheus import ALWAYS, prometheus_name
 from megatron_rlpt.trainer.run_lock import RunLock
 
 STEPS = 8
@@ -97,6 +99,14 @@ def test_a_run_that_changed_its_layout_and_that_of_its_engines_learned_what_one_
     for name, weight in weights.items():
         moved_by = (expected[name] - start[name]).abs().max()
         assert (weight - expected[name]).abs().max() < 0.02 * moved_by, name
+
+
+def test_a_run_has_what_the_dashboard_asks_of_a_trainer(alone):
+    dashboard = (Path(__file__).parents[2] / "tools/grafana/dashboard.json").read_text()
+    asked = set(re.findall(r"rlpt_train_\w+", dashboard)) - {f"rlpt_train_{name}" for name in ALWAYS}
+    known = {prometheus_name(name)[0] for row in json_lines(alone / "metrics.jsonl") for name in row}
+    assert asked - known <= {"rlpt_train_rewrite_chosen_rate"}, "only with rewrites"
+    assert len(asked) > 10
 
 
 def test_every_rank_has_a_log_and_rank_0_says_what_all_share(moved):

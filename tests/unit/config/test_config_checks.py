@@ -63,6 +63,7 @@ LIMITS = {
     "teacher.workers.group_deadline": ([0], [0.1]),
     "teacher.workers.drain": ([-1], [0]),
     "teacher.workers.metrics_port": ([-2, 65536], [-1, 65535]),
+    "observe.metrics_port": ([-2, 65536], [-1, 65535]),
     "buffer.retry": ([-1, "inf"], [0]),
     "buffer.max_pause": ([-1], [0]),
     "objective.beta": ([0], [0.01]),

@@ -16,6 +16,7 @@ from megatron_rlpt.errors import BufferUnavailableError, ConfigError, TeacherErr
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
 from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.plain_text import one_line, plain
+from megatron_rlpt.teacher.judge_metrics import voted_axes
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
@@ -125,7 +126,7 @@ def _record(text: str, reward: Reward | Failed) -> dict[str, Any]:
 
 def _explanation(detail: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {value:.3f}" for name, value in detail.items() if isinstance(value, float)]
-    for name, axis in detail.get("axes", {}).items():
+    for name, axis in voted_axes(detail).items():
         lines.append(f"{name}: {axis['value']}")
         for vote in axis["votes"]:
             between = f" of [{vote['first']}] and [{vote['second']}]" if "first" in vote else ""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,8 @@ from megatron_rlpt.teacher.votes import vote_agreement
 from megatron_rlpt.types import Candidate, Failed, Group, Reward, Source
 
 _MOST_REASONS = 5
+_STANDINGS = {"first_rate", "flip_rate", "agreement", "decided", "both_orders", "repeated"}
+"""Statistics of comparisons that metrics are made of (``Standings.statistics``)."""
 
 
 def judge_health(groups: Sequence[Group]) -> dict[str, float]:
@@ -39,7 +41,7 @@ def judge_health(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _comparisons(groups: Sequence[Group]) -> dict[str, float]:
-    tables = [next((o.detail["standings"] for o in g.rewards if "standings" in o.detail), None) for g in groups]
+    tables = [next((table for o in g.rewards if (table := _standings(o.detail))), None) for g in groups]
     known = [table for table in tables if table]
     points = [
         (vote_agreement(verdicts), 1)
@@ -111,7 +113,7 @@ def failure_reasons(groups: Sequence[Group]) -> Counter[str]:
     reasons: Counter[str] = Counter()
     for group in groups:
         reasons.update(vote["verdict"]["failed"] for _, row in _votes(group) for vote in row if _failed(vote))
-        reasons.update(o.root for o in group.rewards if isinstance(o, Failed) and "axes" not in o.detail)
+        reasons.update(o.root for o in group.rewards if isinstance(o, Failed) and not voted_axes(o.detail))
     return reasons
 
 
@@ -125,13 +127,29 @@ def _costs(groups: Sequence[Group]) -> dict[str, float]:
     return metrics
 
 
+def voted_axes(detail: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``detail["axes"]`` as ``GenerativeJudge`` writes it; empty where a judge explains itself otherwise."""
+    axes = detail.get("axes")
+    return axes if isinstance(axes, Mapping) and all(_is_voted(axis) for axis in axes.values()) else {}
+
+
+def _is_voted(axis: Any) -> bool:
+    votes = axis.get("votes") if isinstance(axis, Mapping) and "value" in axis else None
+    return isinstance(votes, list) and all(isinstance(vote, Mapping) and "verdict" in vote for vote in votes)
+
+
+def _standings(detail: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    table = detail.get("standings")
+    return table if isinstance(table, Mapping) and table.keys() >= _STANDINGS else None
+
+
 def _votes(group: Group) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield axis and votes of every distinct text; a vote on a pair once, with the text shown first."""
     seen: set[tuple[int, ...]] = set()
     for candidate, reward in zip(group.candidates, group.rewards, strict=True):
         if candidate.tokens not in seen:
             seen.add(candidate.tokens)
-            for name, axis in reward.detail.get("axes", {}).items():
+            for name, axis in voted_axes(reward.detail).items():
                 yield name, [vote for vote in axis["votes"] if "reply" in vote]
 
 

@@ -134,18 +134,19 @@ class ExactComparisons:
 
         draw = derive_seed(self._seed, episode, "exact", "draw")
         standings, _ = await rank(self._scheme, len(found), self._votes, self._order, draw, compare)
+        statistics = {"standings": standings.statistics()}
         won = dict(zip(distinct, standings.axis_values, strict=True))
         rewards = tuple(
-            BLANK if measures is None else self._reward(measures, won[one.tokens])
+            BLANK if measures is None else self._reward(measures, won[one.tokens], statistics)
             for one, measures in zip(group.candidates, measured, strict=True)
         )
         calls = comparisons(self._scheme, len(found), self._votes, self._order)
         return replace(group, rewards=rewards, cost=Cost(calls, 0, 0, 0.0))
 
-    def _reward(self, measures: Measures, won: float | Failed) -> Reward | Failed:
+    def _reward(self, measures: Measures, won: float | Failed, statistics: dict[str, Any]) -> Reward | Failed:
         axes: dict[str, float | Failed] = {**axis_values(measures), "quality": won}
         value = weighted_reward(axes, self._weights)
-        detail = {"measures": measures.as_dict()}
+        detail = {"measures": measures.as_dict()} | statistics
         if isinstance(value, Failed):
             # With one candidate there is nothing to compare; the reason tells it from a failing judge.
             return replace(Failed("nothing to compare with"), detail=detail)
@@ -204,4 +205,4 @@ def _choice(name: str, value: str, kind: Any) -> Any:
 
 
 def _detail(axes: Mapping[str, float | Failed]) -> dict[str, Any]:
-    return {"axes": {name: {"value": value} for name, value in axes.items() if isinstance(value, float)}}
+    return {name: value for name, value in axes.items() if isinstance(value, float)}

@@ -95,3 +95,17 @@ def test_cost_is_per_group():
     assert [figures[f"judge/{name}"] for name in names] == [15, 2000, 200, 3.0]
     assert figures["judge/prefix_cache_hit_rate"] == 0.8, "of the groups whose servers tell"
     assert "judge/prefix_cache_hit_rate" not in judge_health(groups[:1])
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        {"axes": {"quality": {"value": 0.5}}},
+        {"axes": {"quality": 0.5}},
+        {"axes": ["quality"], "standings": "none"},
+        {"axes": {"quality": {"value": 0.5, "votes": ["yes"]}}, "standings": {"won": 3}},
+    ],
+)
+def test_a_judge_may_explain_itself_in_any_way(detail):
+    candidates = ((ROLLOUT, 4, 0.1), (ORIGINAL, 4, "no words"))
+    assert judge_health([group_of(*candidates, detail=detail)]) == judge_health([group_of(*candidates)])

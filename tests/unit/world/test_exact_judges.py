@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.teacher.judge_metrics import judge_health
 from megatron_rlpt.teacher.judges import builder_of
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import BLANK, Candidate, Episode, Failed, Group, Reward, Source
@@ -129,6 +130,13 @@ def test_a_judge_that_errs_is_wrong_as_often_as_asked(judge, group):
     compare = judge("ExactComparisons", scheme="round_robin", votes=99, error_rate=0.3)
     (judged,) = compare([group(0, (Corruption.shuffled,))])
     assert values(judged)[0] == pytest.approx(0.7, abs=0.15)
+
+
+def test_bias_and_cost_of_comparisons_are_in_the_metrics(judge, group):
+    figures = judge_health(judge("ExactComparisons", scheme="round_robin", votes=3, error_rate=0.3)([group()]))
+    assert figures["judge/calls"] == 18
+    assert 0.4 < figures["judge/agreement"] < 1.0
+    assert "judge/failed_votes" not in judge_health(judge()([group()]))
 
 
 def test_verdicts_depend_on_seed_and_episode_alone(judge, group):

@@ -39,7 +39,6 @@ pip ${RLPT_TORCH_INDEX:+--extra-index-url "$RLPT_TORCH_INDEX"} "$(pinned torch)"
 # Unquoted: one argument per package.
 # shellcheck disable=SC2046,SC2086
 pip $(pinned $PACKAGES)
-pip --no-deps --editable .  # checkpoints record its version
 
 [ $# -gt 0 ] || set -- tests/unit/{policy,checkpoint,rollout} tests/distributed tests/integration/test_megatron_engine.py
 failed=""

@@ -18,6 +18,8 @@ from typing import TypeVar
 
 import xxhash
 
+from megatron_rlpt import __version__
+
 T = TypeVar("T")
 
 FORMAT = 1
@@ -103,7 +105,9 @@ class CheckpointManifest:
 @functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages that a checkpoint's content depends on."""
-    return {name: importlib.metadata.version(name) for name in ("megatron-rlpt", "megatron-core", "torch")}
+    others = {name: importlib.metadata.version(name) for name in ("megatron-core", "torch")}
+    # This one may be used from a working tree, without having been installed.
+    return {"megatron-rlpt": __version__, **others}
 
 
 def sum_files(folder: Path, names: Iterable[str]) -> dict[str, FileSum]:

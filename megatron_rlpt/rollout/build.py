@@ -12,6 +12,7 @@ from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
+from megatron_rlpt.policy.layout import fitting_sizes
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.policy.requirements import check_engine, check_offload_settings, offload_error
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
@@ -25,6 +26,9 @@ _FP8_CAPABILITY = {EngineFp8.per_tensor: (8, 9), EngineFp8.per_block: (9, 0)}
 """Lowest compute capability with FP8 products of that kind (vllm/model_executor/layers/quantization/online/fp8.py)."""
 
 
+_CPU_EXPERT_COLUMNS = 32
+"""vLLM's CPU kernel pads experts to multiples of so many columns (fused_moe/experts/cpu_moe.py), and cannot load new
+weights into what it has padded."""
 _Resend = Callable[[], Weights] | None
 """As ``DistributedEngine``'s."""
 
@@ -47,6 +51,24 @@ def check_rollouts(config: Config, arch: Architecture, world_size: int) -> None:
     if not engine_facts(config).cut_over_tensor:
         place_engines(config, 0, world_size)
         _check_fp8(config.rollout.fp8)
+        _check_cpu_experts(config, arch)
+
+
+def _check_cpu_experts(config: Config, arch: Architecture) -> None:
+    if arch.experts is None or torch.cuda.is_available():
+        return
+    columns, rollout = arch.experts.ffn_hidden, config.rollout
+
+    def fits(size: int) -> bool:
+        return columns % size == 0 and columns // size % _CPU_EXPERT_COLUMNS == 0
+
+    # With expert parallelism every expert stays whole.
+    if not fits(1 if rollout.expert > 1 else rollout.tensor):
+        sizes = fitting_sizes(fits, columns) or "none, since a whole expert has no multiple of them"
+        raise ConfigError(
+            f"rollout.tensor is {rollout.tensor}, and experts have {columns} columns, of which vLLM on a CPU needs "
+            f"multiples of {_CPU_EXPERT_COLUMNS} on each rank; allowed: {sizes}"
+        )
 
 
 def _check_fp8(fp8: EngineFp8) -> None:

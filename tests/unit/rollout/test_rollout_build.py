@@ -19,7 +19,7 @@ from megatron_rlpt.config import (
 )
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.models.architecture import parse_architecture
+from megatron_rlpt.models.architecture import Experts, parse_architecture
 from megatron_rlpt.rollout import build
 from megatron_rlpt.rollout.build import check_offload, check_rollouts, start_policy_engine
 from megatron_rlpt.rollout.vllm.engine import require_gpu_holds
@@ -140,6 +140,29 @@ def test_engines_that_cannot_be_are_refused_before_anything_is_loaded(gpus, roll
     with pytest.raises(ConfigError, match=message):
         check_rollouts(config, ARCH, 6)
     check_rollouts(dataclasses.replace(config, candidates=CandidatesConfig(rollouts=0)), ARCH, 4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rollout", "allowed"),
+    [
+        (128, {"tensor": 4, "expert": 1}, None),
+        (128, {"tensor": 8}, "rollout.tensor is 8, and experts have 128 columns, .*; allowed: 1, 2, 4$"),
+        (128, {"tensor": 8, "expert": 8}, None),
+        (48, {}, "allowed: none, since a whole expert has no multiple of them$"),
+    ],
+)
+def test_experts_that_vllm_cannot_load_twice_on_a_cpu_are_refused(gpus, columns, rollout, allowed):
+    gpus(0)
+    experts = Experts(8, 2, columns, True)
+    arch = dataclasses.replace(ARCH, experts=experts)
+    config = Config(
+        model=ModelConfig(path="m"), candidates=CandidatesConfig(rollouts=2), rollout=RolloutConfig(**rollout)
+    )
+    if allowed is None:
+        check_rollouts(config, arch, 8)
+        return
+    with pytest.raises(ConfigError, match=allowed):
+        check_rollouts(config, arch, 8)
 
 
 def test_fp8_needs_a_gpu_that_has_it(gpus, monkeypatch):

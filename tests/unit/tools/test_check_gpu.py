@@ -153,6 +153,9 @@ from gpu_figures import PASS, Row
 from gpu_runner import append_row
 folder, name = Path(sys.argv[1]), sys.argv[2]
 def row(check): append_row(folder, name, Row(check, PASS, "", "", {{"n": 1.0}}))
+def hang(*arguments, **named):
+    Path(folder, f"{{name}}.hangs").touch()
+    time.sleep(60)
 """
 
 
@@ -167,7 +170,16 @@ def run(tmp_path, monkeypatch):
         def command(part):
             return [sys.executable, "-c", PREAMBLE + scripts[part.name], str(tmp_path), part.name]
 
-        return gpu_runner.run_parts(parts, budget, tmp_path, command)
+        def start(command, output):
+            """Start a script; the seconds of one that hangs count from there, however slowly Python starts."""
+            process = gpu_runner.start_process(command, output)
+            while "hang" in command[2].removeprefix(PREAMBLE) and process.poll() is None:
+                if (tmp_path / f"{command[-1]}.hangs").exists():
+                    break
+                time.sleep(0.01)
+            return process
+
+        return gpu_runner.run_parts(parts, budget, tmp_path, command, start=start)
 
     return run_scripts
 
@@ -189,11 +201,11 @@ def test_a_part_past_its_share_is_ended_with_what_it_started_and_others_go_on(ru
     hangs = f"""row('first')
 child = subprocess.Popen(['sleep', '60'])
 Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
-time.sleep(60)
+hang()
 """
     began = time.monotonic()
-    rows = run({"a": hangs, "b": "row('second')"}, 4, b=3.0)
-    assert time.monotonic() - began < 20
+    rows = run({"a": hangs, "b": "row('second')"}, 59, b=58.0)
+    assert time.monotonic() - began < 59
     assert [(row.check, row.result) for row in rows] == [("first", PASS), ("a", FAIL), ("second", PASS)]
     assert rows[1].why.startswith("ended after 1 s, its share of --budget")
     child = Path("/proc", (tmp_path / "child").read_text(), "status")
@@ -202,8 +214,7 @@ time.sleep(60)
 
 def test_where_a_part_was_that_is_ended(run, tmp_path):
     code = "import gpu_figures; gpu_figures.write_json(Path('/proc/self/fd/0'), {})"
-    hang = f"import gpu_figures; gpu_figures.json.dumps = lambda *a, **k: time.sleep(60)\n{code}"
-    (row,) = run({"a": hang}, 1.5)
+    row, _ = run({"a": f"import gpu_figures; gpu_figures.json.dumps = hang\n{code}", "b": "row('second')"}, 59, b=58.0)
     assert re.search(r"its share of --budget, in \"tests/gpu/gpu_figures\.py\", line \d+ in write_json$", row.why), row
 
 

@@ -23,6 +23,7 @@ from megatron_rlpt.config import (
     RunConfig,
     TrainConfig,
 )
+from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.objectives import Example
 from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.rollout.build import start_policy_engine
@@ -70,11 +71,21 @@ def prompts() -> list[RolloutPrompt]:
 
 
 def examples(answers: list[Any]) -> list[Example]:
-    """Return what the policy learns from: the prompts with their continuations."""
+    """Return what the policy learns from: the prompts with their continuations, and their experts if recorded."""
     return [
         Example(
             Episode(f"e{number}", prompt.prefix, answer.tokens, "c", "d", 0),
-            (Candidate(Source.ROLLOUT, answer.tokens, 0, prompt.seed, answer.finish_reason, answer.logprobs),),
+            (
+                Candidate(
+                    Source.ROLLOUT,
+                    answer.tokens,
+                    policy_version=0,
+                    seed=prompt.seed,
+                    finish_reason=answer.finish_reason,
+                    logprobs=answer.logprobs,
+                    routing=answer.routing,
+                ),
+            ),
             (0,),
         )
         for number, (prompt, answer) in enumerate(zip(prompts(), answers, strict=True))
@@ -86,7 +97,8 @@ def roll_out(model: str, folder: str, layout: dict[str, Any], rollout: dict[str,
 
     Returns:
         ``first`` and ``last`` tokens; ``gap``, the largest difference of a log-probability after the updates, nats;
-        ``received``, MiB of weights by the kind of process group.
+        ``received``, MiB of weights by the kind of process group; ``replayed``, the share of an update's tokens with
+        recorded experts, which mixtures of experts replay (None for others).
     """
     config = Config(
         run=RunConfig(dir=folder),
@@ -100,6 +112,7 @@ def roll_out(model: str, folder: str, layout: dict[str, Any], rollout: dict[str,
             kv_cache_gib=0.02,
             max_batch=32,
             sync_bucket_mib=1,
+            router_replay=read_architecture(Path(model)).experts is not None,
             **{**rollout, "placement": EnginePlacement(rollout.get("placement", "auto"))},
         ),
         train=TrainConfig(steps=4, global_batch=12, micro_batch=3),
@@ -109,8 +122,7 @@ def roll_out(model: str, folder: str, layout: dict[str, Any], rollout: dict[str,
     ranks = runtime.init_distributed(policy.layout, config.parallel.timeout)
     engine = start_policy_engine(config, policy, runtime, ranks)
     first = engine.generate(prompts(), SUFFIX, 0)
-    for _ in range(2):
-        policy.update(examples(first))
+    figures = [policy.update(examples(first)) for _ in range(2)]
     engine.update_weights(policy.weights(), policy.version)
     last = engine.generate(prompts(), SUFFIX, policy.version)
     rows = policy.logprobs(examples(last))
@@ -123,4 +135,5 @@ def roll_out(model: str, folder: str, layout: dict[str, Any], rollout: dict[str,
         "last": [answer.tokens for answer in last],
         "gap": max(gaps),
         "received": policy.sync_metrics(),
+        "replayed": figures[0].get("router/replayed"),
     }

@@ -5,8 +5,8 @@
 Every row starts a world of gloo processes with a tiny policy in one layout and its rollout engines in another,
 generates, updates twice, hands over the weights and generates again. ``differing`` counts continuations that are not
 those of one process with its engine; ``gap`` is the largest difference of a token's log-probability between engine and
-policy; ``replayed`` is the share of an update's tokens that a mixture of experts routes as its engine did. Takes half an
-hour or more on two cores; needs 12 GB of memory for the world of eight.
+policy; ``replayed`` is the share of an update's tokens that a mixture of experts routes as its engine did. Takes half
+an hour or more on two cores; needs 12 GB of memory for the world of eight.
 """
 
 from __future__ import annotations

@@ -58,12 +58,16 @@ def _check_cpu_experts(config: Config, arch: Architecture) -> None:
     if arch.experts is None or torch.cuda.is_available():
         return
     columns, rollout = arch.experts.ffn_hidden, config.rollout
+    if rollout.expert > 1:
+        raise ConfigError(
+            f"rollout.expert is {rollout.expert}, and vLLM's CPU kernel ignores which experts a rank holds; set "
+            "rollout.expert=1, which divides every expert over rollout.tensor ranks"
+        )
 
     def fits(size: int) -> bool:
         return columns % size == 0 and columns // size % _CPU_EXPERT_COLUMNS == 0
 
-    # With expert parallelism every expert stays whole.
-    if not fits(1 if rollout.expert > 1 else rollout.tensor):
+    if not fits(rollout.tensor):
         sizes = fitting_sizes(fits, columns) or "none, since a whole expert has no multiple of them"
         raise ConfigError(
             f"rollout.tensor is {rollout.tensor}, and experts have {columns} columns, of which vLLM on a CPU needs "

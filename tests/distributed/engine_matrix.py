@@ -40,7 +40,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "1, colocated": {"placement": COLOCATED},
     "2, apart": {"tensor": 2, "placement": "apart"},
     "2, colocated": {"tensor": 2},
-    "2 with whole experts, colocated": {"tensor": 2, "expert": 2},
     "4, colocated": {"tensor": 4},
 }
 """Ranks or workers of an engine, and where -> settings of the rollout."""
@@ -58,7 +57,7 @@ def rows(only: str) -> list[dict[str, Any]]:
         }
         for training, (family, size, layout) in TRAINING.items():
             for engines, rollout in ENGINES.items():
-                if only not in f"{training} {engines}" or ("expert" in rollout and family == "llama"):
+                if only not in f"{training} {engines}":
                     continue
                 row: dict[str, Any] = {"training": training, "engines": engines}
                 started = time.monotonic()

@@ -6,13 +6,14 @@ disappeared is refused. It also tells the export of an earlier, shorter run from
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.config import Config, Decay, flatten, to_yaml
+from megatron_rlpt.config import Config, Decay, SourceConfig, flatten, to_yaml
 from megatron_rlpt.config.renamed import with_new_names
 from megatron_rlpt.config.user_classes import is_same_class
 from megatron_rlpt.errors import CheckpointError, not_written
@@ -103,7 +104,7 @@ def require_same_run(folder: Path, now: Mapping[str, Any], then: Mapping[str, An
     Raises:
         CheckpointError: a setting differs; the error names it.
     """
-    then = with_new_names(then)
+    then = _with_new_options(with_new_names(then), now)
     for key in sorted(now.keys() | then.keys()):
         if now.get(key) == then.get(key):
             continue
@@ -127,6 +128,23 @@ def require_same_run(folder: Path, now: Mapping[str, Any], then: Mapping[str, An
             f"{folder} holds a run with {key} = {then.get(key)}, not {now.get(key)}; keep the old value, choose "
             "another run.dir, or start over with --fresh (which moves the folder aside)"
         )
+
+
+def _with_new_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``then`` with the options of ``now`` that an older version did not have, at their defaults.
+
+    A new option's default is what versions without it did.
+    """
+    defaults = flatten(Config())
+    source = {field.name: getattr(SourceConfig(), field.name) for field in dataclasses.fields(SourceConfig)}
+    known = dict(then)
+    for key in now.keys() - then.keys():
+        item, _, name = key.rpartition("].")
+        if key in defaults:
+            known[key] = defaults[key]
+        elif f"{item}].path" in then and name in source:
+            known[key] = source[name]
+    return known
 
 
 def is_extendable(config: Mapping[str, Any]) -> bool:

@@ -65,3 +65,20 @@ def test_a_key_that_no_release_had_is_another_run(tmp_path):
     require_same_run(tmp_path, flatten(config), of_earlier_release(config), 3)
     with pytest.raises(CheckpointError, match=r"with rollout\.top_q = 0\.9, not None"):
         require_same_run(tmp_path, flatten(config), of_earlier_release(config, **{"rollout.top_q": 0.9}), 3)
+
+
+NEW = ("rollout.router_replay", "train.router_aux_loss", "data.sources[0].field")
+"""Options that an earlier release may not have had."""
+
+
+def test_options_that_an_earlier_release_did_not_have_are_as_it_ran(tmp_path):
+    config = load(tmp_path)
+    then = {key: value for key, value in flatten(config).items() if key not in NEW}
+    require_same_run(tmp_path, flatten(config), then, 3)
+    for now, change in (
+        ("rollout.router_replay=true", "rollout.router_replay = False, not True"),
+        ("data.sources=[{path: a.jsonl, field: body}]", r"data.sources\[0\].field = text, not body"),
+        ("data.sources=[{path: a.jsonl}, {path: b.jsonl}]", r"data.sources\[1\].* = None, not "),
+    ):
+        with pytest.raises(CheckpointError, match=f"holds a run with {change}"):
+            require_same_run(tmp_path, flatten(load(tmp_path, now)), then, 3)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefork import Forked
 from safetensors.torch import load_file
 from tiny_runs import finish, json_lines, save_model, start, start_ranks, write_config
 
@@ -63,7 +64,7 @@ def alone(divisible, corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def moved(divisible, corpus, tmp_path_factory):
     """The run on two tensor-parallel ranks that share an engine, killed after a checkpoint and resumed on two pipeline
-    stages with one engine in its own process."""
+    stages with one engine in its own process, which is killed once."""
     base = tmp_path_factory.mktemp("moved")
     config, folder = base / "run.yaml", base / "run"
     write_config(config, divisible, corpus, folder, **SECTIONS)
@@ -79,11 +80,26 @@ def moved(divisible, corpus, tmp_path_factory):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     finish(run)
-    (base / "killed-at").write_text(str(len(json_lines(folder / "metrics.jsonl"))))
-    for rank in start_ranks(config, 2, "parallel.pipeline=2", "parallel.virtual_stages=1"):
+    killed_at = len(json_lines(folder / "metrics.jsonl"))
+    (base / "killed-at").write_text(str(killed_at))
+    ranks = start_ranks(config, 2, "parallel.pipeline=2", "parallel.virtual_stages=1")
+    kill_engine(ranks[0], folder / "metrics.jsonl", killed_at)
+    for rank in ranks:
         code, _, err = finish(rank)
         assert code == 0, err
     return folder
+
+
+def kill_engine(trainer: Forked, metrics: Path, done: int) -> None:
+    """Kill the process of the engine once the resumed run has made a step."""
+    deadline = time.monotonic() + 240
+    while metrics.read_text().count("\n") <= done:
+        assert trainer.poll() is None, finish(trainer)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    engines = [child for child in psutil.Process(trainer.pid).children(recursive=True) if "VLLM" in child.name()]
+    assert len(engines) == 1
+    engines[0].kill()
 
 
 def test_a_run_that_changed_its_layout_and_that_of_its_engines_learned_what_one_process_learns(alone, moved):
@@ -107,6 +123,12 @@ def test_a_run_has_what_the_dashboard_asks_of_a_trainer(alone):
     known = {prometheus_name(name)[0] for row in json_lines(alone / "metrics.jsonl") for name in row}
     assert asked - known <= {"rlpt_train_rewrite_chosen_rate"}, "only with rewrites"
     assert len(asked) > 10
+
+
+def test_an_engine_that_was_killed_was_started_again(moved):
+    log = (moved / "run.log").read_text()
+    assert "the process of the rollout engine ended (exit code -9" in log
+    assert "starting it again, attempt 1 of 3" in log
 
 
 def test_every_rank_has_a_log_and_rank_0_says_what_all_share(moved):

@@ -87,7 +87,8 @@ def _llama(shape: Shape, tokens: int, bos: int, eos: int) -> dict[str, Any]:
         "max_position_embeddings": shape.context,
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-5,
-        "initializer_range": 0.02,
+        # As wide as the layers allow: the usual 0.02 is made for widths of 2,000 and slows a narrow model down.
+        "initializer_range": round(shape.hidden**-0.5, 4),
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,

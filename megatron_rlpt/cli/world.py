@@ -32,6 +32,9 @@ def _root() -> None:
 def make(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything yet.")],
     seed: Annotated[int, typer.Option("--seed", help="Seed of facts and documents.")] = _DEFAULTS.seed,
+    entities: Annotated[
+        int, typer.Option("--entities", metavar="N", help="People, towns, rivers and animals in all.")
+    ] = _DEFAULTS.entities,
     documents: Annotated[
         int, typer.Option("--documents", metavar="N", help="Documents to train on, ordinary and unsafe-heavy each.")
     ] = _DEFAULTS.documents,
@@ -63,6 +66,7 @@ def make(
     """Write facts, documents, a tokenizer and the shape of a policy; equal options give equal files."""
     settings = WorldSettings(
         seed=seed,
+        entities=entities,
         documents=documents,
         heldout=heldout,
         length=length,

@@ -19,8 +19,15 @@ from megatron_rlpt.world.phrases import RELATIONS, Relation
 VERSION = "1"
 """Version of phrases and values: a world of another version has other sentences."""
 
-COUNTS: Mapping[str, int] = {"person": 96, "town": 56, "river": 40, "animal": 56}
-"""Kind -> default number of entities."""
+_SHARES: Mapping[str, float] = {"person": 0.4, "town": 0.22, "river": 0.16, "animal": 0.22}
+LEAST_ENTITIES = 16
+
+
+def counts_of(entities: int) -> dict[str, int]:
+    """Return kind -> number of entities, for ``entities`` (at least ``LEAST_ENTITIES``) in all."""
+    counts = {kind: round(share * entities) for kind, share in _SHARES.items()}
+    return counts | {"person": counts["person"] + entities - sum(counts.values())}
+
 
 _RELATIONS = {kind: tuple(one for one in RELATIONS if one.kind == kind) for kind in KINDS}
 
@@ -48,7 +55,7 @@ class World:
                     raise ValueError(f"{relation.name} of {name} is {value!r}")
 
     @classmethod
-    def make(cls, seed: int, counts: Mapping[str, int] = COUNTS) -> World:
+    def make(cls, seed: int, counts: Mapping[str, int]) -> World:
         """Invent a world.
 
         Args:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.files import new_folder
 from megatron_rlpt.world.documents import NO_NOISE, UNSAFE, Noise, WorldDocument, write_documents
-from megatron_rlpt.world.facts import COUNTS, VERSION, World
+from megatron_rlpt.world.facts import LEAST_ENTITIES, VERSION, World, counts_of
 from megatron_rlpt.world.policy_folder import Shape, write_policy_folder
 
 TRAIN, TRAIN_UNSAFE, HELDOUT, HELDOUT_UNSAFE = "train", "train_unsafe", "heldout", "heldout_unsafe"
@@ -25,6 +25,8 @@ class WorldSettings:
     """What a world's folder holds. Equal settings give equal files."""
 
     seed: int = 1
+    entities: int = 240
+    """Entities of all kinds. A policy needs longer to learn more names."""
     documents: int = 20000
     """Documents to train on, in either set."""
     heldout: int = 1000
@@ -43,6 +45,7 @@ class WorldSettings:
             ConfigError: names the value and what is allowed.
         """
         for name, value, least in (
+            ("--entities", self.entities, LEAST_ENTITIES),
             ("--documents", self.documents, LEAST_DOCUMENTS),
             ("--heldout", self.heldout, LEAST_DOCUMENTS),
             ("--length", self.length, LEAST_LENGTH),
@@ -87,7 +90,7 @@ def make_world(out: Path, settings: WorldSettings, say: Callable[[str], None] = 
     settings.check()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; choose another output or remove it first")
-    world = World.make(settings.seed)
+    world = World.make(settings.seed, counts_of(settings.entities))
     sets = {}
     seen: set[tuple[str, ...]] = set()
     with new_folder(out) as folder:
@@ -106,7 +109,7 @@ def make_world(out: Path, settings: WorldSettings, say: Callable[[str], None] = 
             "sets": sets,
         }
         (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    return f"wrote {out}: {sum(COUNTS.values())} entities, {len(world.grammar.vocabulary)} words, seed {settings.seed}"
+    return f"wrote {out}: {settings.entities} entities, {len(world.grammar.vocabulary)} words, seed {settings.seed}"
 
 
 def _sets(settings: WorldSettings) -> Iterator[tuple[str, int, Noise]]:

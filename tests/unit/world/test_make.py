@@ -13,7 +13,7 @@ from megatron_rlpt.convert.fresh import init
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.world.documents import WorldDocument
-from megatron_rlpt.world.facts import World
+from megatron_rlpt.world.facts import World, counts_of
 from megatron_rlpt.world.make import distinct
 from megatron_rlpt.world.measures import measure_text
 
@@ -60,6 +60,14 @@ def test_documents_have_the_labels_of_their_exact_measures(folder):
 def test_no_document_is_in_two_sets(folder):
     texts = [record["text"] for name in SETS for record in records(folder, name)]
     assert len(set(texts)) == len(texts) == 140
+
+
+@pytest.mark.parametrize("entities", [16, 17, 80, 240])
+def test_entities_are_of_all_kinds_and_as_many_as_asked_for(entities):
+    counts = counts_of(entities)
+    assert sum(counts.values()) == entities
+    assert min(counts.values()) >= 2
+    assert {kind: len(names) for kind, names in World.make(1, counts).names.items()} == counts
 
 
 def test_a_document_that_another_set_has_is_left_out():
@@ -112,6 +120,7 @@ def test_rlpt_init_makes_the_policy_of_one_to_four_million_weights(folder, tmp_p
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (("--entities", "9"), "--entities is 9; allowed: at least 16"),
         (("--documents", "0"), "--documents is 0; allowed: at least 2"),
         (("--length", "500"), "--length is 500; allowed: at most 256"),
         (("--unsafe", "1.5"), "--unsafe is 1.5; allowed: between 0 and 1"),

@@ -84,8 +84,15 @@ WRONG = {
     "list for a score": with_outcome(score([1.0])),
     "a score of nobody": with_outcome(score(judge=None)),
     "a detail that is none": with_outcome(score(detail=["a"])),
-    "axes that are none": with_outcome(score(detail={"axes": {"quality": {"votes": 5}}})),
-    "standings that are none": with_outcome(score(detail={"standings": {"agreement": "x"}})),
+    "standings that are none": with_outcome(
+        score(
+            detail={
+                "standings": dict.fromkeys(
+                    ("first_rate", "flip_rate", "agreement", "decided", "both_orders", "repeated"), "x"
+                )
+            }
+        )
+    ),
     "a failure without a reason": with_outcome(Failed(None)),
     "a failure without a detail": with_outcome(Failed("why", None)),
     "a cost that is none": replace(GOOD, cost=Cost("a", 1, 2, 3.0)),
@@ -209,9 +216,14 @@ def test_too_many_of_them_are_judged_again_as_they_were_submitted(through):
     assert found == [replace(GOOD, episode=group.episode) for group in groups(4)]
 
 
+def test_a_judge_of_the_users_may_explain_itself_in_its_own_way():
+    for detail in ({"axes": {"quality": {"votes": 5}}}, {"axes": ["style"]}, {"standings": {"agreement": "x"}}):
+        assert flaw_of(with_outcome(score(detail=detail)), VOCAB) == ""
+
+
 def test_groups_of_a_checkpoint_are_looked_at_too():
     assert flaw_of(GOOD, VOCAB) == flaw_of(SUBMITTED, VOCAB) == ""
-    for kind in ("NaN", "a reward too few", "rewrite out of the vocabulary", "axes that are none"):
+    for kind in ("NaN", "a reward too few", "rewrite out of the vocabulary", "standings that are none"):
         assert flaw_of(WRONG[kind], VOCAB), kind
     assert flaw_of(replace(SUBMITTED, candidates=(replace(ROLLOUT, logprobs=(-1.0,)),)), VOCAB)
 

@@ -166,7 +166,7 @@ def engine_count(config: Config, ranks: Ranks) -> int:
 
 def can_generate_during_updates(engine: RolloutEngine | None) -> bool:
     """Return True if ``engine`` has its own process and shares no GPU with the policy."""
-    own = engine.own if isinstance(engine, DistributedEngine) else engine
-    if isinstance(engine, DistributedEngine) and own is None:
-        return True  # without GPUs, ranks without an engine follow the rank that has it
-    return isinstance(own, VllmEngine) and own.own_process and not own.sleep_frees_bytes
+    if not isinstance(engine, DistributedEngine):
+        return False
+    own = engine.own  # without GPUs, ranks without an engine follow the rank that has it
+    return own is None or (own.own_process and not own.sleep_frees_bytes)

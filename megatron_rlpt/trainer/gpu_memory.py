@@ -22,7 +22,6 @@ from megatron_rlpt.errors import EngineError
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
 from megatron_rlpt.rollout.engine import RolloutEngine
-from megatron_rlpt.rollout.vllm.engine import VllmEngine
 
 _SLACK = 0.9
 """Share of the promised memory that must become free in a phase change; allocators round and cache."""
@@ -139,8 +138,8 @@ class GpuMemory:
 
 def build_gpu_memory(config: Config, engine: RolloutEngine | None, policy: Policy, ranks: Ranks) -> GpuMemory:
     """Who is in GPU memory when; ``engine`` is what ``start_policy_engine`` returned, None without rollouts."""
-    own = engine.own if isinstance(engine, DistributedEngine) else engine
-    if not isinstance(own, VllmEngine) or not own.sleep_frees_bytes:
+    own = engine.own if isinstance(engine, DistributedEngine) else None
+    if own is None or not own.sleep_frees_bytes:
         return GpuMemory(None, None, ranks)
     return GpuMemory(own, policy if config.optimizer.offload else None, ranks)
 

@@ -6,7 +6,6 @@ disappeared is refused. It also tells the export of an earlier, shorter run from
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -136,7 +135,7 @@ def _with_new_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[s
     A new option's default is what versions without it did.
     """
     defaults = flatten(Config())
-    source = {field.name: getattr(SourceConfig(), field.name) for field in dataclasses.fields(SourceConfig)}
+    source = vars(SourceConfig())
     known = dict(then)
     for key in now.keys() - then.keys():
         item, _, name = key.rpartition("].")

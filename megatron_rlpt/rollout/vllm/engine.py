@@ -94,6 +94,7 @@ class VllmEngine(RolloutEngine):
         self._max_sequence = max_sequence
         self._seed = seed
         self._place = place
+        self._arch = read_architecture(model_path)
         self._manifest = WeightManifest(dict(expected), torch_dtype_of(dtype))
         self._kv_cache_bytes = int(config.kv_cache_gib * 2**30)
         if torch.cuda.is_available():
@@ -198,7 +199,7 @@ class VllmEngine(RolloutEngine):
         if not isinstance(self._transport, SharedMemoryTransport):
             self._transport = self._connect()
 
-    def _restart(self, error: EngineLostError, version: int) -> None:
+    def _restore(self, error: EngineLostError, version: int) -> None:
         """Start the engine again with the weights that it had or was getting.
 
         Args:
@@ -245,7 +246,7 @@ class VllmEngine(RolloutEngine):
             try:
                 return self._generate(prompts, max_tokens, version)
             except EngineLostError as error:
-                self._restart(error, version)
+                self._restore(error, version)
 
     def _generate(self, prompts: Sequence[RolloutPrompt], max_tokens: int, version: int) -> list[Continuation]:
         from vllm import SamplingParams, TokensPrompt
@@ -280,9 +281,8 @@ class VllmEngine(RolloutEngine):
                 raise EngineError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts; run the same command again")
             routings: Sequence[Routing | None] = [None] * len(outputs)
             if self._config.router_replay:
-                arch = read_architecture(self._model_path)
                 routings = recorded_routing(
-                    self._llm, outputs, arch, on_cuda=self._device.type == "cuda", block=CPU_BLOCK_TOKENS
+                    self._llm, outputs, self._arch, on_cuda=self._device.type == "cuda", block=CPU_BLOCK_TOKENS
                 )
         return [self._continuation(*answer) for answer in zip(prompts, outputs, routings, strict=True)]
 
@@ -300,7 +300,7 @@ class VllmEngine(RolloutEngine):
                 self._drop_prefix_cache()
                 self._set_version(version)
         except EngineLostError as error:
-            self._restart(error, version)
+            self._restore(error, version)
 
     def self_check(self, weights: Callable[[], Weights], version: int) -> None:
         """Check that an update reaches every weight bit for bit (``weight_sync/self_check.py``).

@@ -1,4 +1,4 @@
-"""What an evaluation found, as ``evaluation.json`` holds it: one flat list of results, from which every table is made."""
+"""What an evaluation found, as in ``evaluation.json``: one flat list of results, from which every table is made."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ class Evaluation:
     hygiene: Mapping[str, Any] = field(default_factory=dict)
     """Overlap with training text, near-duplicates."""
     examples: tuple[Mapping[str, Any], ...] = ()
-    """``set``, ``prompt`` (id), ``prefix``, ``original``, ``label``, ``continuations`` (``[decoding][model]`` -> text), ``scores``
-    (``[judge][decoding][model]`` -> number or None), ``wins`` (the same against the reference: 0 to 1)."""
+    """``set``, ``prompt`` (id), ``prefix``, ``original``, ``label``, ``continuations`` (``[decoding][model]`` -> text),
+    ``scores`` (``[judge][decoding][model]`` -> number or None), ``wins`` (the same against the reference: 0 to 1)."""
     notes: tuple[str, ...] = ()
     """Sentences about what is missing or limited."""
 
@@ -147,7 +147,7 @@ class Evaluation:
         """
         if data.get("format") != FORMAT:
             raise DataError(
-                f"the evaluation has format {data.get('format')!r}; this version reads {FORMAT}: run rlpt evaluate again"
+                f"the evaluation has format {data.get('format')!r}, needed: {FORMAT}; run rlpt evaluate again"
             )
         try:
             return cls(

@@ -32,8 +32,6 @@ from megatron_rlpt.config.schema import (
     CheckpointConfig,
     Config,
     CurriculumConfig,
-    DataConfig,
-    EvaluationConfig,
     ModelConfig,
     ObjectiveConfig,
     ObserveConfig,
@@ -41,9 +39,10 @@ from megatron_rlpt.config.schema import (
     ParallelConfig,
     RolloutConfig,
     RunConfig,
-    SourceConfig,
     TrainConfig,
 )
+from megatron_rlpt.config.schema_data import DataConfig, SourceConfig
+from megatron_rlpt.config.schema_evaluation import EvaluationConfig, PromptSetConfig
 from megatron_rlpt.config.schema_teacher import (
     AxisConfig,
     BufferConfig,
@@ -86,6 +85,7 @@ __all__ = [
     "OptionOrder",
     "PairScheme",
     "ParallelConfig",
+    "PromptSetConfig",
     "QualityConfig",
     "Recompute",
     "RewriterConfig",

@@ -9,7 +9,8 @@ from megatron_rlpt.config.choices import RunIn
 from megatron_rlpt.config.endpoints import check_endpoints, is_variable, no_variable
 from megatron_rlpt.config.fields import check_values
 from megatron_rlpt.config.judges import TeacherUse, check_judge, judge_facts
-from megatron_rlpt.config.schema import Config, SourceConfig
+from megatron_rlpt.config.schema import Config
+from megatron_rlpt.config.schema_data import SourceConfig
 from megatron_rlpt.config.sources import possible_formats, unused_option
 from megatron_rlpt.config.user_classes import check_reader, check_second_measure
 from megatron_rlpt.errors import ConfigError

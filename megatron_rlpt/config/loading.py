@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from megatron_rlpt.config.checks import validate
 from megatron_rlpt.config.choices import SourceFormat
 from megatron_rlpt.config.renamed import REMOVED, RENAMED
-from megatron_rlpt.config.schema import Config, SourceConfig
+from megatron_rlpt.config.schema import Config
+from megatron_rlpt.config.schema_data import SourceConfig
 from megatron_rlpt.config.structured import Schema
 from megatron_rlpt.config.user_classes import identities
 from megatron_rlpt.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_rlpt.config.choices import SourceFormat
-from megatron_rlpt.config.schema import SourceConfig
+from megatron_rlpt.config.schema_data import SourceConfig
 
 _RECORDS = (SourceFormat.jsonl, SourceFormat.parquet, SourceFormat.hf)
 _USED_IN: dict[str, tuple[SourceFormat, ...]] = {

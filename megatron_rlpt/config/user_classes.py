@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rlpt.config.schema import Config, EvaluationConfig, SourceConfig
+from megatron_rlpt.config.schema import Config
+from megatron_rlpt.config.schema_data import SourceConfig
+from megatron_rlpt.config.schema_evaluation import EvaluationConfig
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.extensions import (
     Extension,

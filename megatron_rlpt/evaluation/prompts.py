@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TextPrompt:
     """A text to continue."""
 
     id: str
@@ -34,13 +34,13 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Format:
+class PromptFormat:
     """A published format of prompts or questions."""
 
     name: str
     measures: tuple[str, ...]
     """What is measured on it unless the configuration says otherwise."""
-    read: Callable[[Path], list[Prompt] | list[Question]]
+    read: Callable[[Path], list[TextPrompt] | list[Question]]
     """Reads a file or folder whole. Raises ``DataError`` with one line that names the file, the record and the fix."""
     fetch: str
     """What to fetch and which file of it to name, as an imperative sentence."""

@@ -85,7 +85,7 @@ class SetFacts:
 
 
 @dataclass(frozen=True)
-class JudgeFacts:
+class JudgeRecord:
     """A judge that decided results."""
 
     name: str
@@ -123,7 +123,7 @@ class Evaluation:
     config: Mapping[str, Any]
     models: tuple[ModelFacts, ...]
     sets: tuple[SetFacts, ...]
-    judges: tuple[JudgeFacts, ...]
+    judges: tuple[JudgeRecord, ...]
     results: tuple[Result, ...]
     agreements: tuple[Agreement, ...] = ()
     hygiene: Mapping[str, Any] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class Evaluation:
                 config=data["config"],
                 models=tuple(ModelFacts(**one) for one in data["models"]),
                 sets=tuple(SetFacts(**one) for one in data["sets"]),
-                judges=tuple(JudgeFacts(**{**one, "trained": tuple(one["trained"])}) for one in data["judges"]),
+                judges=tuple(JudgeRecord(**{**one, "trained": tuple(one["trained"])}) for one in data["judges"]),
                 results=tuple(
                     Result(**{**one, "scale": Scale(one["scale"]), "ci95": _interval(one["ci95"])})
                     for one in data["results"]

@@ -7,7 +7,10 @@ from megatron_rlpt.config.fields import About
 from megatron_rlpt.config.loading import SCHEMA
 from megatron_rlpt.errors import ConfigError
 
-MINIMAL = ["run.dir=r", "model.path=m", "train.steps=100", "data.sources=[{path: a.jsonl}]"]
+MINIMAL = [
+    "run.dir=r", "model.path=m", "train.steps=100", "data.sources=[{path: a.jsonl}]",
+    "evaluation.sets=[{name: s, path: s.jsonl}]",
+]  # fmt: skip
 
 
 def load(*overrides: str):
@@ -97,7 +100,10 @@ LIMITS = {
     "teacher.generative.factuality.weight": ([-1], [0]),
     "teacher.generative.factuality.votes": ([0], [1]),
     "evaluation.prefixes": ([1], [2]),
-    "evaluation.samples": ([0], [1]),
+    "evaluation.samples": ([-1], [0]),
+    "evaluation.seeds": ([0], [1]),
+    "evaluation.sets[0].prompts": ([-1], [0, 1]),
+    "evaluation.sets[0].weight": ([-0.1, "inf"], [0]),
     "evaluation.examples": ([-1], [0]),
     "data.sources[0].weight": ([0, -1, "nan"], [0.1]),
     "data.sources[0].eod": ([-2], [-1, 0]),

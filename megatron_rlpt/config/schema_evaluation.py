@@ -1,0 +1,59 @@
+"""Options of ``rlpt evaluate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from megatron_rlpt.config.fields import option, section
+from megatron_rlpt.config.schema_data import SourceConfig
+
+
+@dataclass
+class PromptSetConfig:
+    """A set of prompts or questions beside data.heldout."""
+
+    name: str = option(MISSING, "Name in results, unlike that of any other set.")
+    format: str = option(
+        "jsonl",
+        "Format of the files: jsonl (records with text or prefix, reference and label), heldout (documents that are "
+        "cut as those of data.heldout), or a published one; megatron_rlpt/evaluation/README.md lists them.",
+    )
+    path: str = option(MISSING, "File or folder to read.")
+    measures: list[str] = section(
+        list, "What to measure: quality, coherence, safety, factuality, perplexity, mc. Empty: what the format is for."
+    )
+    prompts: int = option(0, "Prompts to use, the first of the set.", at_least=0, zero="all")
+    weight: float = option(1.0, "Weight in the mean of a measure over all sets that have it.", at_least=0)
+
+
+@dataclass
+class EvaluationConfig:
+    """How ``rlpt evaluate`` compares models."""
+
+    prefixes: int = option(
+        128, "Held-out prefixes to continue.", at_least=2, allowed="at least 2 (an interval needs two)"
+    )
+    samples: int = option(
+        2, "Sampled continuations per prefix (temperature 1), in addition to the greedy one.", at_least=0, zero="none"
+    )
+    sets: list[PromptSetConfig] = section(list, "Further sets of prompts or questions.")
+    seeds: int = option(
+        1, "Times that a prompted judge is asked about the same texts, each with other seeds.", at_least=1, paper="8"
+    )
+    cache: str = option(
+        "", "Folder that keeps generated texts and verdicts for later evaluations; empty: cache in the output folder."
+    )
+    second_measure: str = option(
+        "ngram",
+        "A second measure that took no part in training: ngram, a Kneser-Ney n-gram model, or your own reward as "
+        "module:Class or path/file.py:Class.",
+    )
+    second_corpus: list[SourceConfig] = section(
+        list,
+        "Documents that the second measure is fitted to; neither trained on nor continued. Empty turns ngram off.",
+    )
+    second_options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
+    examples: int = option(8, "Prefixes shown with all continuations in the report.", at_least=0)

@@ -23,6 +23,8 @@ VERSIONS = {
     "quality": "quality-4",
     "safety": "safety-3",
     "factuality": "factuality-3",
+    "coherence": "coherence-1",
+    "facts": "facts-1",
     "rewrite": "rewrite-3",
 }
 """Version of each prompt, stored with every reward. Increase it with every change of wording."""
@@ -36,6 +38,11 @@ _ANSWERS = {
     "quality": ("that compare the two", '"1" or "2", the number of the better continuation'),
     "safety": ("on what in the text matters for your decision", '"safe" or "unsafe"'),
     "factuality": ("on the claims you checked", '"none", "possible" or "definite"'),
+    "coherence": (
+        "on what either of the two repeats",
+        '"1" or "2", the number of the continuation that repeats itself less, or "tie"',
+    ),
+    "facts": ("that compare the two", '"1" or "2", the number of the continuation closer to the truth, or "tie"'),
 }
 """Axis -> what the reasons are about, and the verdicts."""
 _REMINDERS = {AnswerForm.reasoned: "Answer with the JSON object.", AnswerForm.direct: "Answer with the one word."}

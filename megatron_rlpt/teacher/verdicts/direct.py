@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.verdicts.parsing import FACTUALITY, QUALITY, SAFETY
+from megatron_rlpt.teacher.verdicts.parsing import COMPARISON, FACTUALITY, QUALITY, SAFETY
 from megatron_rlpt.types import Failed
 
 ALTERNATIVES = 20
@@ -36,6 +36,11 @@ def direct_safety(reply: Reply) -> float | Failed:
 def direct_factuality(reply: Reply) -> float | Failed:
     """Return the expected value of the verdict: "none" is 1, "possible" 0.5, "definite" 0."""
     return _expected(reply, FACTUALITY)
+
+
+def direct_comparison(reply: Reply) -> float | Failed:
+    """Return the expected value of the verdict: "1" is 1, "2" 0, "tie" 0.5."""
+    return _expected(reply, COMPARISON)
 
 
 def word_probabilities(alternatives: Sequence[tuple[str, float]], words: Sequence[str]) -> dict[str, float]:

@@ -31,6 +31,8 @@ from megatron_rlpt.types import Failed
 QUALITY = ("1", "2")
 """The better option."""
 SAFETY = {"safe": 1.0, "unsafe": 0.0}
+COMPARISON = {"1": 1.0, "2": 0.0, "tie": 0.5}
+"""How much better the first option is, where two may be equal."""
 FACTUALITY = {"none": 1.0, "possible": 0.5, "definite": 0.0}
 """Verdict value of each hallucination label (paper: 1 / 0.5 / 0)."""
 
@@ -90,7 +92,7 @@ _REASONS = re.compile(
 _ENTITIES = {"&quot;": '"', "&#34;": '"', "&#x22;": '"', "&apos;": "'", "&#39;": "'", "&#x27;": "'"}
 _ENTITY = re.compile("|".join(_ENTITIES))
 _NAME = "verdict"
-_ALL_WORDS = {*QUALITY, *SAFETY, *FACTUALITY}
+_ALL_WORDS = {*COMPARISON, *SAFETY, *FACTUALITY}
 _SIMPLE = re.compile(r"[A-Za-z ]*[0-9]{0,9}")
 _LITERALS = ("true", "false", "null", "True", "False", "None", "NaN", "Infinity")
 _AROUND = " \t\r\n\u00a0\u200b\ufeff"
@@ -125,14 +127,20 @@ def parse_factuality(reply: Reply) -> float | Failed:
     return word if isinstance(word, Failed) else FACTUALITY[word]
 
 
+def parse_comparison(reply: Reply) -> float | Failed:
+    """Return 1.0 for the verdict "1", 0.0 for "2" and 0.5 for "tie"."""
+    word = _verdict(reply, tuple(COMPARISON))
+    return word if isinstance(word, Failed) else COMPARISON[word]
+
+
 def disarm(text: str) -> str:
     """Remove the colon of every verdict key in ``text``, so that nothing in it parses as a verdict."""
     return _KEY.sub(r"\1 -", text)
 
 
 def schema(axis: str) -> str:
-    """Return the JSON Schema of answers on ``axis`` (quality, safety or factuality)."""
-    words = {"quality": QUALITY, "safety": tuple(SAFETY), "factuality": tuple(FACTUALITY)}[axis]
+    """Return the JSON Schema of answers on ``axis`` or to a question of ``pairwise.py``."""
+    words = {"quality": QUALITY, "safety": tuple(SAFETY), "factuality": tuple(FACTUALITY)}.get(axis, tuple(COMPARISON))
     return json.dumps(
         {
             "type": "object",

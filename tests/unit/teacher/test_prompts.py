@@ -15,6 +15,8 @@ TEXTS = {
     "quality": {"prefix": "P", "first": "A", "second": "B"},
     "safety": {"text": "A"},
     "factuality": {"prefix": "P", "reference": "R", "text": "A"},
+    "coherence": {"prefix": "P", "first": "A", "second": "B"},
+    "facts": {"prefix": "P", "reference": "R", "first": "A", "second": "B"},
     "rewrite": {"prefix": "P", "passage": "S"},
 }
 
@@ -23,6 +25,8 @@ WORDING = {
     "quality-4": "5ccba99638a3",
     "safety-3": "656329f33076",
     "factuality-3": "dbeeb8cca53f",
+    "coherence-1": "d58a1e1e5ad3",
+    "facts-1": "9eb064ead833",
     "rewrite-3": "9f837a8a9626",
 }
 

@@ -90,10 +90,15 @@ def with_staged_classes(config: Config, root: Path = ROOT) -> tuple[Config, dict
             for number, entry in enumerate(entries)
         ]
 
+    rewriter = config.teacher.rewriter
     found = replace(
         config,
         objective=replace(config.objective, name=staged("objective.name", config.objective.name)),
-        teacher=replace(config.teacher, judge=staged("teacher.judge", config.teacher.judge)),
+        teacher=replace(
+            config.teacher,
+            judge=staged("teacher.judge", config.teacher.judge),
+            rewriter=replace(rewriter, name=staged("teacher.rewriter.name", rewriter.name)),
+        ),
         data=replace(
             config.data,
             sources=sources("data.sources", config.data.sources),

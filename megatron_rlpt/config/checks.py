@@ -9,6 +9,7 @@ from megatron_rlpt.config.choices import RunIn
 from megatron_rlpt.config.endpoints import check_endpoints, is_variable, no_variable
 from megatron_rlpt.config.fields import check_values
 from megatron_rlpt.config.judges import TeacherUse, check_judge, judge_facts
+from megatron_rlpt.config.rewriters import check_rewriter, rewrites_by_asking
 from megatron_rlpt.config.schema import Config
 from megatron_rlpt.config.schema_data import SourceConfig
 from megatron_rlpt.config.sources import possible_formats, unused_option
@@ -39,7 +40,7 @@ def rows_per_example(config: Config) -> int:
 def asks_teacher(config: Config) -> bool:
     """Return whether a run asks the teacher's model for anything: input of a judge, or rewrites."""
     judged = needs_judge(config) and judge_facts(config).asks is not TeacherUse.nothing
-    return judged or config.candidates.rewrite
+    return judged or rewrites_by_asking(config)
 
 
 def judged_by_workers(config: Config) -> bool:
@@ -127,6 +128,7 @@ def _check_objective(config: Config) -> None:
         )
     _check_curriculum(config, facts)
     _check_judge(config)
+    check_rewriter(config)
 
 
 def _check_candidates(config: Config, facts: ObjectiveFacts) -> None:
@@ -187,13 +189,13 @@ def _check_workers(config: Config) -> None:
     if not config.teacher.workers.own_model:
         return
     facts = judge_facts(config)
-    if facts.asks is TeacherUse.nothing and not config.candidates.rewrite:
+    if facts.asks is TeacherUse.nothing and not rewrites_by_asking(config):
         raise ConfigError(
             f"teacher.workers.own_model is true; allowed: false, because teacher.judge={config.teacher.judge} asks no "
             "model"
         )
     other = "" if facts.runs_in_worker else f"teacher.judge={config.teacher.judge}"
-    other = "candidates.rewrite=true" if config.candidates.rewrite else other
+    other = "candidates.rewrite=true" if rewrites_by_asking(config) else other
     if other:
         raise ConfigError(
             f"teacher.workers.own_model is true; allowed: false, because {other} needs a server that generates text"

@@ -92,8 +92,13 @@ class GenerativeConfig:
 
 @dataclass
 class RewriterConfig:
-    """The teacher's rewrite of a suffix."""
+    """The rewrite of a suffix."""
 
+    name: str = option(
+        "prompted",
+        "Rewriter: prompted, which asks the teacher, or your own class as module:Class or path/file.py:Class.",
+    )
+    options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
     temperature: float = option(1.0, "Sampling temperature of the rewriter.", at_least=0)
     top_p: float = option(0.6, "Nucleus sampling of the rewriter.", above=0, at_most=1)
     anchor_words: int = option(

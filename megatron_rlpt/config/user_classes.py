@@ -26,11 +26,15 @@ SECOND_GIVEN = ("tokenizer",)
 """Arguments that the constructor of a user's second measure is given if it names them."""
 
 
+_NAMES = ("objective.name", "teacher.judge", "teacher.rewriter.name", SECOND_MEASURE)
+
+
 def user_classes(config: Config) -> dict[str, str]:
     """Return the dotted key and the name of every class of the user's."""
     named = {
         "objective.name": config.objective.name,
         "teacher.judge": config.teacher.judge,
+        "teacher.rewriter.name": config.teacher.rewriter.name,
         SECOND_MEASURE: config.evaluation.second_measure,
     }
     lists = {
@@ -56,7 +60,7 @@ def identities(config: Config) -> dict[str, str]:
 
 def is_same_class(key: str, one: object, other: object) -> bool:
     """Whether two values of a key name one class at two locations; its source is compared by another key."""
-    if not (key.endswith(".reader") or key in ("objective.name", "teacher.judge", SECOND_MEASURE)):
+    if not (key.endswith(".reader") or key in _NAMES):
         return False
     if not (isinstance(one, str) and isinstance(other, str) and is_extension(one) and is_extension(other)):
         return False

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_rlpt.teacher.generator import Ask, Reply, Request
 from megatron_rlpt.teacher.judge import GroupJudge
-from megatron_rlpt.teacher.rewriter import Rewriter
+from megatron_rlpt.teacher.rewriter import EpisodeRewriter
 from megatron_rlpt.types import Candidate, Failed, Group, Source, derive_seed
 
 
@@ -20,7 +20,7 @@ class GroupProcessor:
 
     judge: GroupJudge | None
     """None if the objective needs no rewards."""
-    rewriter: Rewriter | None
+    rewriter: EpisodeRewriter | None
 
     async def process(self, group: Group, ask: Ask) -> Group:
         """Return the group with its rewrite, inserted after the original, and with rewards."""

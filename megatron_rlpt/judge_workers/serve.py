@@ -15,6 +15,7 @@ from megatron_rlpt.backoff import Backoff
 from megatron_rlpt.buffer.open import location_of, open_buffer
 from megatron_rlpt.buffer.protocol import RolloutBuffer
 from megatron_rlpt.config import Config, RunIn, longest_answer, needs_judge
+from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError
 from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints, server_key
@@ -47,7 +48,7 @@ _READY = 600.0
 def most_tokens(config: Config) -> int:
     """Return the longest answer that a worker requests, in tokens; 0 if it requests none."""
     judge = longest_answer(config) if needs_judge(config) else 0
-    return max(judge, answer_tokens(config) if config.candidates.rewrite else 0)
+    return max(judge, answer_tokens(config) if rewrites_by_asking(config) else 0)
 
 
 def run_worker(config: Config, name: str = "") -> None:
@@ -160,7 +161,8 @@ async def _teacher(
     """Yield the teacher client, the processor factory and the metrics of a worker."""
     workers = config.teacher.workers
     if own:
-        yield own, lambda: GroupProcessor(own, None), WorkerMetrics()
+        rewriter = await asyncio.to_thread(build_rewriter, config) if config.candidates.rewrite else None
+        yield own, lambda: GroupProcessor(own if needs_judge(config) else None, rewriter), WorkerMetrics()
         return
     if needs_judge(config):
         await asyncio.to_thread(builder_of(config).check_servers, config)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_rlpt.config import AnswerForm, Config, RunIn, TeacherUse, judge_facts, needs_judge
+from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.planner.generation import GenerationEngine, score_seconds
 from megatron_rlpt.planner.hardware import Constant
 from megatron_rlpt.teacher.comparisons import comparisons, rounds
@@ -100,7 +101,7 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     """
     prefix, suffix = config.data.max_prefix, config.data.suffix_length
     found = []
-    if config.candidates.rewrite:
+    if rewrites_by_asking(config):
         found.append(Calls("rewrite", 1, _template("rewrite"), 0.0, prefix + suffix, suffix))
     count = candidates(config)
     facts = judge_facts(config)

@@ -23,6 +23,7 @@ from megatron_rlpt.config import (
     needs_judge,
     objective_facts,
 )
+from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.planner.checks import Limit, check_cache, check_request, limits_of
 from megatron_rlpt.planner.generation import GenerationEngine
 from megatron_rlpt.planner.hardware import Nodes, memory_seconds
@@ -196,7 +197,7 @@ def teacher_bytes(request: PlanRequest) -> int:
     asked = judge_facts(config).asks if needs_judge(config) else TeacherUse.nothing
     weights = int(2 * Transformer.of(request.teacher).parameters)
     held = 0
-    if config.candidates.rewrite or asked is TeacherUse.text:
+    if rewrites_by_asking(config) or asked is TeacherUse.text:
         held += weights + int(config.teacher.kv_cache_gib * 2**30)
     if asked is TeacherUse.logprobs:
         held += weights

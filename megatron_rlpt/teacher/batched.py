@@ -23,7 +23,7 @@ from typing_extensions import override
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask, Reply, Request, TextGenerator
 from megatron_rlpt.teacher.judge import GroupJudge, Judge
-from megatron_rlpt.teacher.rewriter import BatchRewriter, Rewriter
+from megatron_rlpt.teacher.rewriter import BatchRewriter, EpisodeRewriter
 from megatron_rlpt.types import Candidate, Episode, Failed, Group
 
 Result = TypeVar("Result")
@@ -104,7 +104,7 @@ class BatchedJudge(Judge):
 class BatchedRewriter(BatchRewriter):
     """A ``BatchRewriter`` that uses a generator in this process."""
 
-    inner: Rewriter
+    inner: EpisodeRewriter
     generator: TextGenerator
 
     @override

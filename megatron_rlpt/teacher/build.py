@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rlpt.config import Config, TeacherUse, judge_facts, needs_judge
+from megatron_rlpt.config.rewriters import PROMPTED, rewrites_by_asking
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.teacher.batched import BatchedRewriter
 from megatron_rlpt.teacher.distributed import DistributedJudge, DistributedRewriter
+from megatron_rlpt.teacher.extension_judges import NoTeacher
+from megatron_rlpt.teacher.extension_rewriters import build_extension_rewriter
 from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.judges import builder_of
-from megatron_rlpt.teacher.rewriter import BatchRewriter, Rewriter, answer_tokens
+from megatron_rlpt.teacher.rewriter import BatchRewriter, EpisodeRewriter, Rewriter, answer_tokens
 from megatron_rlpt.tokens.control_tokens import known_special_tokens
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 
@@ -41,9 +44,9 @@ def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     judge: Judge | None = None
     rewriter: BatchRewriter | None = None
     if ranks.is_leader:
-        generator = _build_generator(config, ranks) if prompted or rewrites else None
+        generator = _build_generator(config, ranks) if prompted or rewrites_by_asking(config) else None
         judge = build_judge(config, device, generator) if judged else None
-        rewriter = BatchedRewriter(build_rewriter(config), generator) if generator and rewrites else None
+        rewriter = BatchedRewriter(build_rewriter(config), generator or NoTeacher()) if rewrites else None
     if ranks.size == 1:
         return Teacher(judge, rewriter)
     return Teacher(
@@ -78,12 +81,15 @@ def describe_judge(config: Config) -> str:
     return builder_of(config).describe(config)
 
 
-def build_rewriter(config: Config) -> Rewriter:
-    """Build the rewriter, whichever generator serves it.
+def build_rewriter(config: Config) -> EpisodeRewriter:
+    """Build the rewriter that ``teacher.rewriter.name`` names, whichever generator serves it.
 
     Raises:
+        ConfigError: a class of the user's cannot be built.
         ModelError: the policy's tokenizer cannot be used.
     """
+    if config.teacher.rewriter.name != PROMPTED:
+        return build_extension_rewriter(config)
     return Rewriter(
         PolicyTokenizer(config.model.path),
         config.teacher.rewriter,

@@ -13,6 +13,7 @@ from typing import Protocol
 from typing_extensions import override
 
 from megatron_rlpt.config import Config, PairScheme, TeacherUse, judge_facts, needs_judge
+from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher.batched import BatchedJudge
@@ -156,10 +157,10 @@ class LocalJudge(GroupJudge):
 
     all_down = False
 
-    def __init__(self, judge: Judge, name: str) -> None:
+    def __init__(self, judge: Judge | None, name: str) -> None:
         """
         Args:
-            judge: computes in this process.
+            judge: computes in this process; None if only rewrites are needed.
             name: of it, for the provenance of rewards.
         """
         self._judge = judge
@@ -169,6 +170,7 @@ class LocalJudge(GroupJudge):
 
     @override
     async def judge_group(self, group: Group, ask: Ask) -> Group:
+        assert self._judge is not None
         # Other groups wait, the event loop does not.
         async with self._busy:
             (judged,) = await asyncio.to_thread(self._judge.judge, [group])
@@ -187,7 +189,7 @@ def builder_of(config: Config) -> JudgeBuilder:
 def needs_no_server(config: Config) -> bool:
     """Whether a worker judges by itself: with the teacher's model in its own process, or without any model."""
     asks = needs_judge(config) and judge_facts(config).asks is not TeacherUse.nothing
-    return not config.candidates.rewrite and (config.teacher.workers.own_model or not asks)
+    return not rewrites_by_asking(config) and (config.teacher.workers.own_model or not asks)
 
 
 def local_judge(config: Config) -> LocalJudge:
@@ -197,11 +199,11 @@ def local_judge(config: Config) -> LocalJudge:
         ModelError: the teacher cannot be used, or cannot score the policy's tokens.
     """
     device = "cpu"
-    if judge_facts(config).asks is not TeacherUse.nothing:
+    if needs_judge(config) and judge_facts(config).asks is not TeacherUse.nothing:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    judge = builder_of(config).in_trainer(config, device, _no_generator)
+    judge = builder_of(config).in_trainer(config, device, _no_generator) if needs_judge(config) else None
     return LocalJudge(judge, getattr(judge, "name", config.teacher.judge))
 
 

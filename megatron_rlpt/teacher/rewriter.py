@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_rlpt.config import Config, RewriterConfig
+from megatron_rlpt.config.rewriters import PROMPTED, rewriter_facts
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
 from megatron_rlpt.teacher.thinking import BLANK, without_thought
@@ -19,6 +20,7 @@ from megatron_rlpt.types import Candidate, Episode, Failed, Source, derive_seed
 
 _MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
 """A marker of the prompt, possibly cut off before its code. Small models copy it; the passage ends there."""
+_SHORT, _CUT_OFF = "rewrite too short", "rewrite cut off by max_tokens"
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -27,6 +29,14 @@ class BatchRewriter(Protocol):
 
     def rewrite(self, episodes: Sequence[Episode]) -> list[Candidate | Failed]:
         """Return one candidate or failure per episode, in order."""
+        ...
+
+
+class EpisodeRewriter(Protocol):
+    """Rewrites one suffix at a time, asking the teacher as it goes; many may be under way."""
+
+    async def rewrite_one(self, episode: Episode, ask: Ask) -> Candidate | Failed:
+        """Return a candidate or a failure. Await nothing but ``ask``."""
         ...
 
 
@@ -40,7 +50,7 @@ class _Shown:
     anchor: str
 
 
-class Rewriter:
+class Rewriter(EpisodeRewriter):
     """Produces one rewrite per episode as a candidate (paper, section on the rewriter).
 
     ``BatchedRewriter`` adapts it to ``BatchRewriter``.
@@ -111,19 +121,12 @@ class Rewriter:
         tokens = self._tokens(replace(reply, text=answer) if thought else reply, shown)
         if isinstance(tokens, Failed):
             return tokens
-        # The suffix, and so its copy, may be a few tokens short if characters span several tokens.
-        if len(tokens) < (needed := min(self._length, len(shown.episode.suffix))):
-            detail = {"tokens": len(tokens), "needed": needed, "reply": reply.text}
-            cut_off = reply.finish_reason == "length" and not _MARKER.search(reply.text)
-            return Failed("rewrite cut off by max_tokens" if cut_off else "rewrite too short", detail)
-        kept = tokens[: self._length]
-        kept = kept[: self._text.whole_characters(kept, shown.episode.prefix)]
-        if self._text.is_blank(kept):
-            return Failed("rewrite without text", {"reply": reply.text})
+        kept = kept_tokens(tokens, shown.episode, self._length, self._text)
+        if isinstance(kept, Failed):
+            cut_off = kept.reason == _SHORT and reply.finish_reason == "length" and not _MARKER.search(reply.text)
+            return Failed(_CUT_OFF if cut_off else kept.reason, kept.detail | {"reply": reply.text})
         cut = len(tokens) > len(kept) or reply.finish_reason == "length"
-        return Candidate(
-            source=Source.REWRITE, tokens=tuple(kept), seed=seed, finish_reason="length" if cut else "stop"
-        )
+        return Candidate(source=Source.REWRITE, tokens=kept, seed=seed, finish_reason="length" if cut else "stop")
 
     def _tokens(self, reply: Reply, shown: _Shown) -> Sequence[int] | Failed:
         """Return the tokens of the passage in ``reply``, or a failure."""
@@ -166,11 +169,30 @@ class Rewriter:
         return break_up_common(text, self._control_tokens)
 
 
+def kept_tokens(tokens: Sequence[int], episode: Episode, length: int, text: TextTokens) -> tuple[int, ...] | Failed:
+    """Return the beginning of a rewrite that stands beside the other candidates, or why there is none.
+
+    Args:
+        tokens: the whole rewrite.
+        episode: whose suffix was rewritten. The suffix, and so its copy, may be a few tokens shorter than ``length``
+            if characters span several tokens; a rewrite must not be shorter than that.
+        length: maximum tokens.
+        text: of the policy.
+    """
+    if len(tokens) < (needed := min(length, len(episode.suffix))):
+        return Failed(_SHORT, {"tokens": len(tokens), "needed": needed})
+    kept = tokens[:length]
+    kept = kept[: text.whole_characters(kept, episode.prefix)]
+    return Failed("rewrite without text") if text.is_blank(kept) else tuple(kept)
+
+
 def answer_tokens(config: Config) -> int:
-    """Return the maximum tokens of a rewrite reply: 1.5 times the suffix length if the teacher is the policy's model.
+    """Return the maximum tokens of a rewriter's reply: 1.5 times the suffix length if teacher and policy are one model.
 
     Otherwise about four times, because the teacher's tokenizer may need many more tokens for the same text.
     """
+    if config.teacher.rewriter.name != PROMPTED:
+        return rewriter_facts(config).longest_answer
     length = config.data.suffix_length
     shared = Path(config.teacher_path) == Path(config.model.path)
     return length + (length + 1) // 2 if shared else 4 * length + 64

@@ -30,8 +30,12 @@ from megatron_rlpt.extensions import forget, load_extension
 from megatron_rlpt.objectives import LossInputs, LossTerms, ObjectiveFacts, build_objective
 from megatron_rlpt.objectives.checked import CheckedObjective
 from megatron_rlpt.planner.judging import calls_per_group
+from megatron_rlpt.teacher import extension_rewriters
+from megatron_rlpt.teacher.batched import BatchedRewriter
 from megatron_rlpt.teacher.extension_judges import CheckedGroupJudge, CheckedReward, NoTeacher
+from megatron_rlpt.teacher.extension_rewriters import build_extension_rewriter
 from megatron_rlpt.teacher.judges import needs_no_server
+from megatron_rlpt.teacher.rewriter import answer_tokens
 from megatron_rlpt.teacher.settings_fingerprint import require_same_settings, settings_fingerprint
 from megatron_rlpt.trainer.run_record import require_same_run
 from megatron_rlpt.types import BLANK, Candidate, Episode, Failed, Group, Reward, Source
@@ -253,6 +257,90 @@ def test_the_facts_of_a_judge_decide_what_is_asked_of_the_teacher():
         ConfigError, match=r"own_model is true; allowed: false, because teacher\.judge=mine\.py:Mine asks no"
     ):
         load(*JUDGED, "teacher.workers.own_model=true")
+
+
+REWRITER = """
+from megatron_rlpt.config.judges import TeacherUse
+from megatron_rlpt.config.rewriters import RewriterFacts
+from megatron_rlpt.teacher.generator import Failed, Request
+from megatron_rlpt.types import Candidate, Source
+class Mine:
+    facts = RewriterFacts(asks=TeacherUse.{asks}, longest_answer=30)
+    def __init__(self, seed, said=None):
+        self.said = said
+    async def rewrite_one(self, episode, ask):
+        return Candidate(Source.REWRITE, self.said, seed=3)
+"""
+PLAIN = """
+class Mine:
+    def __init__(self, tokenizer, said):
+        self.said = said
+    def rewrite(self, prefix, suffix):
+        assert (prefix, suffix) == ("12", "34")
+        return eval(self.said)
+"""
+REWRITTEN = ("objective.name=sft_rewrite", "candidates.rewrite=true", "candidates.rollouts=0")
+REWRITES = (*REWRITTEN, "teacher.rewriter.name=mine.py:Mine")
+
+
+def test_the_facts_of_a_rewriter_decide_what_is_asked_of_the_teacher():
+    mine(REWRITER.format(asks="text"))
+    config = load(*REWRITES)
+    assert (asks_teacher(config), answer_tokens(config), needs_no_server(config)) == (True, 30, False)
+    assert [calls.name for calls in calls_per_group(config, 20)] == ["rewrite"]
+    assert len(flatten(config)["teacher.rewriter.name.sha256"]) == 64
+    assert len(with_staged_classes(config)[1]) == 1
+    forget()
+    mine(REWRITER.format(asks="nothing"))
+    config = load(*REWRITES, "teacher.run_in=workers")
+    assert (asks_teacher(config), judged_by_workers(config), needs_no_server(config)) == (False, True, True)
+    assert calls_per_group(config, 20) == ()
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        ("suffix", (3, 4)),
+        ("'56'", (5, 6)),
+        ("'5678'", (5, 6)),
+        ("'5'", "rewrite too short"),
+        ("5", "mine.py:Mine returned neither text nor a candidate"),
+        ("1/0", "mine.py:Mine raised ZeroDivisionError"),
+    ],
+)
+def test_a_rewrite_is_checked_like_one_of_the_teacher(returned, found, monkeypatch):
+    mine(PLAIN)
+    monkeypatch.setattr(extension_rewriters, "PolicyTokenizer", lambda path: DIGITS)
+    rewriter = build_extension_rewriter(
+        load(*REWRITES, f"teacher.rewriter.options.said={returned!r}", "data.suffix_length=2")
+    )
+    (rewrite,) = BatchedRewriter(rewriter, NoTeacher()).rewrite([Episode("e", (1, 2), (3, 4), "c", "d", 0)])
+    if isinstance(found, str):
+        assert isinstance(rewrite, Failed)
+        assert rewrite.reason == found
+    else:
+        assert isinstance(rewrite, Candidate)
+        assert (rewrite.source, rewrite.tokens) == (Source.REWRITE, found)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "problem"),
+    [
+        ("class Mine: pass", [], "has neither a method rewrite(prefix, suffix) nor async rewrite_one(episode, ask)"),
+        (REWRITER.format(asks="text").replace("async def", "def"), [], "method rewrite_one has to be async def"),
+        (REWRITER.format(asks="logprobs"), [], "asks may be nothing or text"),
+        (PLAIN, [], "teacher.rewriter.options lacks said"),
+        (None, ["teacher.rewriter.name=magic"], "teacher.rewriter.name is 'magic'; allowed: prompted, module:Class"),
+        (None, ["teacher.rewriter.options.n=1"], "teacher.rewriter.options has n, but "),
+    ],
+)
+def test_what_is_wrong_with_a_rewriter_is_one_line_at_the_start(text, overrides, problem):
+    if text is not None:
+        mine(text)
+    with pytest.raises(ConfigError) as caught:
+        load(*(REWRITES if text else REWRITTEN), *overrides)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,10 @@ class PromptSetConfig:
     measures: list[str] = section(
         list, "What to measure: quality, coherence, safety, factuality, perplexity, mc. Empty: what the format is for."
     )
+    labels: list[str] = section(
+        list,
+        "Labels of the prompts to use, each also by its part before a slash (safe for safe/homonyms); empty: all.",
+    )
     prompts: int = option(0, "Prompts to use, the first of the set.", at_least=0, zero="all")
     weight: float = option(1.0, "Weight in the mean of a measure over all sets that have it.", at_least=0)
 

@@ -6,6 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+MC1 = "mc1"
+"""Share of questions whose likeliest choice is the right one."""
+MC2 = "mc2"
+"""Share of the probability of all choices that the right ones have."""
+
 
 @dataclass(frozen=True)
 class TextPrompt:
@@ -14,11 +19,12 @@ class TextPrompt:
     id: str
     text: str
     reference: str = ""
-    """Text that is known to be right: the true continuation, an answer, a source to check against."""
+    """Text that is known to be right: the true continuation, an answer, a source to check against. Like ``other``, it
+    begins with the space that separates it from ``text``."""
     other: str = ""
     """A continuation that is known to be wrong, where the set has one."""
     label: str = ""
-    """Category, such as ``safe``, ``unsafe``, a group of people, a kind of question."""
+    """Category, such as ``safe``, ``unsafe``, a kind of question; parts are separated by a slash: ``toxic/women``."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,12 @@ class Question:
     id: str
     text: str
     choices: tuple[str, ...]
+    """Each begins with the space that separates it from ``text``."""
     right: tuple[bool, ...]
     """Per choice, in the same order."""
     label: str = ""
+    measures: tuple[str, ...] = (MC1, MC2)
+    """What it counts for: benchmarks may give other choices for MC1 than for MC2."""
 
 
 @dataclass(frozen=True)

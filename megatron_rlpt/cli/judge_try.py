@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-from megatron_rlpt.buffer.open import open_buffer
-from megatron_rlpt.config import Config, EndpointConfig, RunIn, asks_teacher
-from megatron_rlpt.errors import BufferUnavailableError, ConfigError, TeacherError
-from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
+from megatron_rlpt.config import Config, EndpointConfig
+from megatron_rlpt.errors import ConfigError, TeacherError
+from megatron_rlpt.judge_workers.asking import judge_on_servers, teacher_servers
 from megatron_rlpt.observe.precision import resolve_dtypes
 from megatron_rlpt.plain_text import one_line, plain
 from megatron_rlpt.teacher.judge_metrics import voted_axes
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
-
-_PATIENCE = 5.0
-"""Longest seconds to retry while the buffer cannot be reached, because a user is waiting."""
 
 
 def try_judge(config: Config, prefix: str, candidates: Sequence[str], reference: str = "", url: str = "") -> Group:
@@ -53,7 +47,7 @@ def try_judge(config: Config, prefix: str, candidates: Sequence[str], reference:
         tuple(Candidate(Source.ROLLOUT, row) for row in tokens),
     )
     if endpoints := [_at(config, url)] if url else _servers(config):
-        return asyncio.run(_ask_servers(config, group, endpoints))
+        return judge_on_servers(config, [group], endpoints)[0]
     from megatron_rlpt.teacher.build import build_judge
 
     return build_judge(resolve_dtypes(config), "cpu").judge([group])[0]
@@ -66,34 +60,14 @@ def _at(config: Config, url: str) -> EndpointConfig:
 
 
 def _servers(config: Config) -> list[EndpointConfig]:
-    """Return the configured servers, else the announced ones; none if the run uses no server."""
-    workers = config.teacher.workers
-    if workers.endpoints or workers.own_model or config.teacher.run_in is not RunIn.workers or not asks_teacher(config):
-        return workers.endpoints
-    settings = replace(config.buffer, retry=min(config.buffer.retry, _PATIENCE))
-    why = "none is announced in the rollout buffer"
-    try:
-        with contextlib.closing(open_buffer(replace(config, buffer=settings), create=False)) as buffer:
-            endpoints = announced_endpoints([], buffer.announced(KIND), workers.key_env)
-    except BufferUnavailableError as error:
-        endpoints, why = [], str(error)
-    if not endpoints:
+    """Return the servers to ask; none if the judge asks nothing or its process has the model."""
+    endpoints, why = teacher_servers(config)
+    if why:
         raise ConfigError(
             f"teacher.workers.endpoints is empty and no server is found ({why}); start one with rlpt teacher serve, or "
             "give --url"
         )
     return endpoints
-
-
-async def _ask_servers(config: Config, group: Group, endpoints: Sequence[EndpointConfig]) -> Group:
-    from megatron_rlpt.judge_workers.client.pool import TeacherPool
-    from megatron_rlpt.judge_workers.serve import judge_of
-
-    deadline = config.teacher.workers.request_deadline
-    async with TeacherPool(endpoints, deadline) as pool:
-        await pool.wait_until_ready(deadline)
-        judge = judge_of(config, pool)
-        return await judge.judge_group(group, pool)
 
 
 def require_score(group: Group) -> None:

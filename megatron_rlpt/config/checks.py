@@ -7,6 +7,7 @@ import operator
 from megatron_rlpt.config.buffer_address import RedisAddress, check_name, parse_url
 from megatron_rlpt.config.choices import RunIn
 from megatron_rlpt.config.endpoints import check_endpoints, is_variable, no_variable
+from megatron_rlpt.config.evaluation_judges import check_judges
 from megatron_rlpt.config.fields import check_values
 from megatron_rlpt.config.judges import TeacherUse, check_judge, judge_facts
 from megatron_rlpt.config.rewriters import check_rewriter, rewrites_by_asking
@@ -66,6 +67,7 @@ def validate(config: Config) -> None:
     _check_buffer(config)
     _check_objective(config)
     check_endpoints(config)
+    check_judges(config)
     _check_workers(config)
 
 

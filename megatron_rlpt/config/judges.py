@@ -60,8 +60,12 @@ JUDGES: Mapping[str, JudgeFacts] = {
 """``teacher.judge`` -> facts."""
 
 
-def judge_facts(config: Config) -> JudgeFacts:
+def judge_facts(config: Config, key: str = KEY) -> JudgeFacts:
     """Return the facts of the judge that ``teacher.judge`` names.
+
+    Args:
+        config: names the judge.
+        key: configuration key of the name, for errors.
 
     Raises:
         ConfigError: there is no such judge, or it is a class that does not have what a judge needs.
@@ -69,20 +73,20 @@ def judge_facts(config: Config) -> JudgeFacts:
     name = config.teacher.judge
     if not is_extension(name):
         if name not in JUDGES:
-            raise ConfigError(f"{KEY} is {name!r}; allowed: {', '.join(JUDGES)}, or module:Class")
+            raise ConfigError(f"{key} is {name!r}; allowed: {', '.join(JUDGES)}, or module:Class")
         return JUDGES[name]
-    extension = load_judge(name)
+    extension = load_judge(name, key)
     facts: JudgeFacts = JudgeFacts() if is_reward(extension) else extension.cls.facts
     return facts
 
 
-def load_judge(name: str) -> Extension:
-    """Load a user's judge (``judge_group``) or reward (``reward``).
+def load_judge(name: str, key: str = KEY) -> Extension:
+    """Load a user's judge (``judge_group``) or reward (``reward``); ``key`` is the one that names it, for errors.
 
     Raises:
         ConfigError: it cannot be loaded, or has neither method as it should be.
     """
-    extension = load_extension(KEY, name)
+    extension = load_extension(key, name)
     if is_reward(extension):
         require_methods(extension, {"reward": 2})
         return extension
@@ -103,18 +107,23 @@ def is_reward(extension: Extension) -> bool:
     return hasattr(extension.cls, "reward") and not hasattr(extension.cls, "judge_group")
 
 
-def check_judge(config: Config) -> None:
+def check_judge(config: Config, key: str = "teacher") -> None:
     """Check name and options without building anything.
+
+    Args:
+        config: names the judge in ``teacher.judge``.
+        key: configuration key of the section that it is from, for errors.
 
     Raises:
         ConfigError: no such judge, a class that is none, or options that it does not take.
     """
-    judge_facts(config)
+    judge_facts(config, f"{key}.judge")
     name, options = config.teacher.judge, config.teacher.options
     if is_extension(name):
-        require_options(load_judge(name).cls, name, OPTIONS, options, GIVEN)
+        require_options(load_judge(name, f"{key}.judge").cls, name, f"{key}.options", options, GIVEN)
     elif options:
-        raise ConfigError(f"{OPTIONS} has {', '.join(options)}, but teacher.judge={name} takes no options; remove them")
+        listed = ", ".join(options)
+        raise ConfigError(f"{key}.options has {listed}, but {key}.judge={name} takes no options; remove them")
 
 
 def longest_answer(config: Config) -> int:

@@ -43,9 +43,18 @@ def reference() -> str:
     return "\n".join([*lines, "", END])
 
 
+_REPEATED = (
+    "data.heldout[]",
+    "evaluation.second_corpus[]",
+    "evaluation.judges[].endpoints[]",
+    "evaluation.judges[].generative.",
+    "evaluation.judges[].likelihood.",
+)
+
+
 def _belongs(entry: ConfigKey, top: str) -> bool:
-    # Items of the other lists of sources are those of data.sources.
-    repeated = entry.key.startswith(("data.heldout[]", "evaluation.second_corpus[]"))
+    # Items of the other lists of sources are those of data.sources; judges have the settings of teacher.
+    repeated = entry.key.startswith(_REPEATED)
     return entry.key.startswith(f"{top}.") and not entry.is_section and not repeated
 
 

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from megatron_rlpt.config.fields import option, section
 from megatron_rlpt.config.schema_data import SourceConfig
+from megatron_rlpt.config.schema_teacher import JudgeConfig
 
 
 @dataclass
@@ -60,4 +61,5 @@ class EvaluationConfig:
         "Documents that the second measure is fitted to; neither trained on nor continued. Empty turns ngram off.",
     )
     second_options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
+    judges: list[JudgeConfig] = section(list, "Further judges. One that rewarded no training is evidence.")
     examples: int = option(8, "Prefixes shown with all continuations in the report.", at_least=0)

@@ -217,6 +217,31 @@ class TeacherConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """A judge of ``rlpt evaluate`` besides the one that trained the policy."""
+
+    name: str = option(MISSING, "Name in tables: letters, digits, dots, hyphens and underscores.")
+    judge: str = option(
+        MISSING,
+        "likelihood, generative, or your own class (a judge or a reward) as module:Class or path/file.py:Class.",
+    )
+    measures: list[str] = section(
+        list,
+        "What it decides: quality, coherence, safety, factuality. Empty is all of them for a generative judge and "
+        "quality for any other, whose rewards are compared.",
+    )
+    path: str = option("", "Hugging Face folder of its model; empty is teacher.path, or what the endpoints serve.")
+    options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
+    likelihood: LikelihoodConfig = section(LikelihoodConfig)
+    generative: GenerativeConfig = section(GenerativeConfig)
+    endpoints: list[EndpointConfig] = section(
+        list,
+        "Servers of its model. Without any and without a path it asks the servers of teacher.workers, if there are "
+        "some; else the model is loaded by rlpt evaluate.",
+    )
+
+
+@dataclass
 class BufferConfig:
     """The rollout buffer, where groups wait for judge workers and for the trainer."""
 

@@ -37,6 +37,7 @@ def user_classes(config: Config) -> dict[str, str]:
         "teacher.rewriter.name": config.teacher.rewriter.name,
         SECOND_MEASURE: config.evaluation.second_measure,
     }
+    named |= {f"evaluation.judges[{index}].judge": one.judge for index, one in enumerate(config.evaluation.judges)}
     lists = {
         "data.sources": config.data.sources,
         "data.heldout": config.data.heldout,
@@ -60,7 +61,7 @@ def identities(config: Config) -> dict[str, str]:
 
 def is_same_class(key: str, one: object, other: object) -> bool:
     """Whether two values of a key name one class at two locations; its source is compared by another key."""
-    if not (key.endswith(".reader") or key in _NAMES):
+    if not (key.endswith((".reader", "].judge")) or key in _NAMES):
         return False
     if not (isinstance(one, str) and isinstance(other, str) and is_extension(one) and is_extension(other)):
         return False

@@ -44,7 +44,7 @@ def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     judge: Judge | None = None
     rewriter: BatchRewriter | None = None
     if ranks.is_leader:
-        generator = _build_generator(config, ranks) if prompted or rewrites_by_asking(config) else None
+        generator = start_generator(config, ranks) if prompted or rewrites_by_asking(config) else None
         judge = build_judge(config, device, generator) if judged else None
         rewriter = BatchedRewriter(build_rewriter(config), generator or NoTeacher()) if rewrites else None
     if ranks.size == 1:
@@ -54,7 +54,12 @@ def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     )
 
 
-def _build_generator(config: Config, ranks: Ranks) -> TextGenerator:
+def start_generator(config: Config, ranks: Ranks) -> TextGenerator:
+    """Start the teacher's engine in this process, or beside it in a world of several ranks.
+
+    Raises:
+        ModelError: the teacher cannot be served.
+    """
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
 
     teacher = config.teacher
@@ -73,7 +78,7 @@ def build_judge(config: Config, device: str, generator: TextGenerator | None = N
     Raises:
         ModelError: the teacher cannot be used, or its vocabulary differs from the policy's.
     """
-    return builder_of(config).in_trainer(config, device, lambda: generator or _build_generator(config, Ranks()))
+    return builder_of(config).in_trainer(config, device, lambda: generator or start_generator(config, Ranks()))
 
 
 def describe_judge(config: Config) -> str:

@@ -113,7 +113,9 @@ LIMITS = {
 def test_every_range_is_tested():
     ranges = {entry.key.replace("[]", "[0]") for entry in SCHEMA.entries.values() if entry.about.bounds}
     lists = {
-        key for key in ranges if key.startswith(("data.heldout", "evaluation.second_corpus", "teacher.workers.end"))
+        key
+        for key in ranges
+        if key.startswith(("data.heldout", "evaluation.second_corpus", "evaluation.judges", "teacher.workers.end"))
     }
     assert ranges - lists - {"run.seed"} == LIMITS.keys()
 

@@ -1,0 +1,92 @@
+"""Judge a few groups from outside of a run: find its teacher servers and ask them, without a worker or a trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.config import Config, EndpointConfig, RunIn, TeacherUse, judge_facts
+from megatron_rlpt.errors import BufferUnavailableError
+from megatron_rlpt.judge_workers.client.pool import TeacherPool
+from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
+from megatron_rlpt.teacher.concurrency import gather_or_cancel
+from megatron_rlpt.teacher.judge import GroupJudge
+from megatron_rlpt.teacher.judges import ServedTeacher, builder_of
+from megatron_rlpt.tokens.control_tokens import known_special_tokens
+from megatron_rlpt.types import Group
+
+_PATIENCE = 5.0
+"""Longest seconds to retry while the buffer cannot be reached, because a user is waiting."""
+_AT_ONCE = 64
+"""Groups under way; their requests queue for the servers."""
+
+MakeJudge = Callable[[ServedTeacher], GroupJudge]
+
+
+def teacher_servers(config: Config) -> tuple[list[EndpointConfig], str]:
+    """Return the servers that the judge of ``config`` asks, and why there are none where some were expected.
+
+    Those are the configured ones, else those announced in the rollout buffer. A judge that asks nothing, and one whose
+    model its own process loads, has none.
+    """
+    workers = config.teacher.workers
+    if judge_facts(config).asks is TeacherUse.nothing:
+        return [], ""
+    if workers.endpoints or workers.own_model or config.teacher.run_in is not RunIn.workers:
+        return workers.endpoints, ""
+    settings = replace(config.buffer, retry=min(config.buffer.retry, _PATIENCE))
+    try:
+        with contextlib.closing(open_buffer(replace(config, buffer=settings), create=False)) as buffer:
+            found = announced_endpoints([], buffer.announced(KIND), workers.key_env)
+    except BufferUnavailableError as error:
+        return [], str(error)
+    return found, "" if found else "none is announced in the rollout buffer"
+
+
+def judge_on_servers(
+    config: Config,
+    groups: Sequence[Group],
+    endpoints: Sequence[EndpointConfig],
+    make: MakeJudge | None = None,
+    done: Callable[[int, Group], None] | None = None,
+) -> list[Group]:
+    """Judge ``groups`` by asking servers; return them in order.
+
+    Args:
+        config: of the judge.
+        groups: what to judge.
+        endpoints: servers, of which at least one has to answer within ``teacher.workers.request_deadline``.
+        make: builds the judge for the servers; by default the judge of ``config``.
+        done: called with position and judged group as soon as each is judged.
+
+    Raises:
+        TeacherError: no server answers.
+    """
+    return asyncio.run(_judge(config, groups, endpoints, make, done))
+
+
+async def _judge(
+    config: Config,
+    groups: Sequence[Group],
+    endpoints: Sequence[EndpointConfig],
+    make: MakeJudge | None,
+    done: Callable[[int, Group], None] | None,
+) -> list[Group]:
+    deadline = config.teacher.workers.request_deadline
+    known = known_special_tokens(config.teacher_path)
+    async with TeacherPool(endpoints, deadline, known) as pool:
+        await pool.wait_until_ready(deadline)
+        judge = make(pool) if make else builder_of(config).for_servers(config, pool)
+        room = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(index: int, group: Group) -> Group:
+            async with room:
+                judged = await judge.judge_group(group, pool)
+            if done:
+                done(index, judged)
+            return judged
+
+        return await gather_or_cancel(one(index, group) for index, group in enumerate(groups))

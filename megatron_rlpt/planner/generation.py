@@ -140,7 +140,7 @@ class GenerationEngine:
 def score_seconds(model: Transformer, gpu: Gpu, prefixes: float, prefix: float, fan: int, suffix: float) -> float:
     """Return the seconds to compute the likelihood of ``fan`` suffixes of each of ``prefixes`` prefixes on one GPU.
 
-    Suffixes share the keys and values of their prefix (``teacher/likelihood.py``).
+    Suffixes share the keys and values of their prefix (``teacher/frozen_model.py``).
     """
     tokens = prefixes * (prefix + fan * suffix)
     width = model.heads * model.head_dim

@@ -13,7 +13,8 @@ The files, in the order in which a judge's reply becomes a candidate's reward:
     bradley_terry.py         strengths from incomplete comparisons
     votes.py                 verdicts -> axis value per candidate (``tally_votes``, ``mean_axis_value``);
                              axis values and weights -> reward (``weighted_reward``)
-    likelihood.py            LikelihoodJudge: log-likelihood under a frozen model, no prompt
+    frozen_model.py          log-likelihoods of continuations under a frozen model in this process
+    likelihood.py            LikelihoodJudge: the log-likelihood of a candidate becomes its reward, no prompt
     served_likelihood.py     the same with log-probabilities from teacher servers
     likelihood_reward.py     log-likelihood and repetition -> reward
     extension_judges.py      judges and rewards from a user's class

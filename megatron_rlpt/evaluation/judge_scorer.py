@@ -26,6 +26,11 @@ class JudgeScorer(Scorer):
         self._max_failure_rate = max_failure_rate
         self._episodes = {episode.prefix: episode for episode in episodes}
 
+    @property
+    def inner(self) -> Judge:
+        """The judge that scores."""
+        return self._judge
+
     @override
     def score(self, prefixes: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[float | None]:
         """Return one reward per continuation; None where the judge failed or the continuation is blank.

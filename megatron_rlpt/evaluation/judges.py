@@ -8,52 +8,25 @@ configured or announced, and otherwise loads it into this process, only when the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from typing_extensions import override
-
-from megatron_rlpt import __version__
-from megatron_rlpt.config import (
-    AnswerForm,
-    AxisConfig,
-    Config,
-    EndpointConfig,
-    TeacherUse,
-    flatten,
-    judge_facts,
-)
-from megatron_rlpt.config.evaluation_judges import JUDGE, as_teacher, measures_of
-from megatron_rlpt.config.judges import load_judge
-from megatron_rlpt.distributed.ranks import Ranks
-from megatron_rlpt.errors import ModelError
+from megatron_rlpt.config import Config, flatten
+from megatron_rlpt.config.evaluation_judges import JUDGE, JUDGED, SECOND, as_teacher, measures_of
 from megatron_rlpt.evaluation.in_sample import Recorded, trained_by
 from megatron_rlpt.evaluation.results import JudgeRecord
 from megatron_rlpt.evaluation.verdict_cache import VerdictCache
+from megatron_rlpt.evaluation.verdicts import ConfiguredVerdicts, Done, MakePrompted, SecondVerdicts, Verdicts
 from megatron_rlpt.extensions import is_extension
-from megatron_rlpt.models.digest import folder_digest
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.observe.precision import resolve_dtypes
-from megatron_rlpt.teacher.batched import BatchedJudge
-from megatron_rlpt.teacher.build import start_generator
-from megatron_rlpt.teacher.generator import TextGenerator
-from megatron_rlpt.teacher.judge import GroupJudge, Judge, check_failure_rate, failures, first_cause, most_frequent
+from megatron_rlpt.teacher.judge import check_failure_rate, failures, first_cause, most_frequent
 from megatron_rlpt.teacher.judges import builder_of
-from megatron_rlpt.teacher.prompts import version_of
 from megatron_rlpt.tokens.tokenizer import TextTokens
 from megatron_rlpt.trainer.candidates import marked_if_blank, whole_characters
 from megatron_rlpt.types import Candidate, Episode, Group, Source
 
 _log = get_logger(__name__)
-
-_BLOCK = 64
-"""Groups that an engine in this process judges between two writes of the cache."""
-
-Done = Callable[[int, Group], None]
-"""Takes the position of a group and the judged group."""
-MakePrompted = Callable[[str, int], GroupJudge]
-"""Builds a judge that asks, from the name of the model and a seed."""
 
 
 def comparison_group(episode: Episode, continuations: Sequence[Sequence[int]], text: TextTokens) -> Group:
@@ -61,23 +34,6 @@ def comparison_group(episode: Episode, continuations: Sequence[Sequence[int]], t
     written = (Candidate(Source.ROLLOUT, tuple(tokens)) for tokens in continuations)
     whole = (whole_characters(candidate, episode, text) for candidate in written)
     return Group(episode, tuple(marked_if_blank(candidate, text) for candidate in whole))
-
-
-class Verdicts(Protocol):
-    """What a judge is made of: the model or measure behind it."""
-
-    seeded: bool
-    """Whether another seed gives other verdicts."""
-    prompted: bool
-    """Whether any question may be put to it."""
-
-    def identity(self, measure: str) -> Mapping[str, Any]:
-        """Return what its verdicts depend on besides group and seed."""
-        ...
-
-    def run(self, groups: Sequence[Group], seed: int, measure: str, done: Done) -> None:
-        """Judge every group and hand it to ``done``."""
-        ...
 
 
 class NamedJudge:
@@ -164,14 +120,14 @@ class NamedJudge:
         run: Callable[[Sequence[Group], Done], None],
     ) -> list[Group]:
         cache = self._cache(identity)
-        found = [cache.find(group, seed) if cache else None for group in groups]
+        found = [cache.find(group, seed) if cache is not None else None for group in groups]
         missing = [index for index, group in enumerate(found) if group is None]
-        if cache and len(missing) < len(groups):
+        if cache is not None and len(missing) < len(groups):
             _log.info("stored verdicts", judge=self.facts.name, found=len(groups) - len(missing), asked=len(missing))
 
         def keep(position: int, group: Group) -> None:
             found[missing[position]] = group
-            if cache:
+            if cache is not None:
                 cache.store(group, seed)
 
         if missing:
@@ -194,168 +150,40 @@ class NamedJudge:
         return self._caches[key]
 
 
-class ConfiguredVerdicts(Verdicts):
-    """A judge as ``teacher`` configures it, of the package or of the user's."""
-
-    def __init__(self, config: Config) -> None:
-        """
-        Args:
-            config: with the judge as ``teacher.judge`` and precisions resolved.
-        """
-        self._config = config
-        self._facts = facts = judge_facts(config)
-        self.prompted = facts.has_axes
-        if facts.has_axes:
-            self.seeded = config.teacher.generative.answer is not AnswerForm.direct
-        else:
-            self.seeded = is_extension(config.teacher.judge) and _takes_seed(config.teacher.judge)
-        self._servers: list[EndpointConfig] | None = None
-        self._generator: TextGenerator | None = None
-        self._built: dict[tuple[int, str], Judge] = {}
-
-    @property
-    def teacher(self) -> str:
-        """What identifies its model: the content of its folder, or how servers call it; empty without a model."""
-        if self._facts.asks is TeacherUse.nothing:
-            return ""
-        if endpoints := self._config.teacher.workers.endpoints:
-            return "served " + " ".join(sorted({one.model or one.url.rstrip("/") for one in endpoints}))
-        try:
-            return folder_digest(self._config.teacher_path)
-        except ModelError:
-            return self._config.teacher_path
-
-    @override
-    def identity(self, measure: str) -> Mapping[str, Any]:
-        config = self._variant(0, measure)
-        teacher = config.teacher
-        identity: dict[str, Any] = {
-            "release": __version__,
-            "judge": teacher.judge,
-            "teacher": self.teacher,
-            "tokenizer": folder_digest(config.model.path, ("tokenizer.json", "tokenizer_config.json", "tekken.json")),
-        }
-        if self._facts.has_axes:
-            asked = teacher.generative.asked()
-            axes = ("quality", "safety", "factuality")
-            versions = [version_of(axis, asked.answer) for axis in axes if getattr(asked, axis).weight > 0]
-            return identity | {"settings": asdict(asked), "prompts": versions}
-        if is_extension(teacher.judge):
-            extension = load_judge(teacher.judge)
-            files = {name: _state(value) for name, value in teacher.options.items() if isinstance(value, str)}
-            identity |= {"judge": extension.name.rpartition(":")[2], "sha256": extension.sha256}
-            return identity | {"options": teacher.options, "files": files, "version": extension.version}
-        return identity | {"settings": asdict(teacher.likelihood), "dtype": teacher.dtype.value}
-
-    @override
-    def run(self, groups: Sequence[Group], seed: int, measure: str, done: Done) -> None:
-        config = self._variant(seed, measure)
-        if servers := self._find_servers():
-            from megatron_rlpt.judge_workers.asking import judge_on_servers
-
-            judge_on_servers(config, groups, servers, done=done)
-            return
-        key = (seed if self.seeded else 0, measure)
-        if key not in self._built:
-            self._built[key] = builder_of(config).in_trainer(config, _device(self._facts.asks), self._start)
-        _in_blocks(self._built[key], groups, done)
-
-    def ask(self, make: MakePrompted, groups: Sequence[Group], seed: int, done: Done) -> None:
-        """Let the judge that ``make`` builds ask the model."""
-        if servers := self._find_servers():
-            from megatron_rlpt.judge_workers.asking import judge_on_servers
-
-            judge_on_servers(self._config, groups, servers, lambda pool: make(pool.name, seed), done)
-            return
-        generator = self._start()
-        _in_blocks(BatchedJudge(make(generator.name, seed), generator), groups, done)
-
-    def _variant(self, seed: int, measure: str) -> Config:
-        """Return the configuration with this seed, and with no other axis than ``measure``."""
-        config = replace(self._config, run=replace(self._config.run, seed=seed))
-        if not measure or not self._facts.has_axes:
-            return config
-        axes = config.teacher.generative
-        alone = replace(
-            axes,
-            quality=replace(axes.quality, weight=float(measure == "quality")),
-            safety=_alone(axes.safety, measure == "safety"),
-            factuality=_alone(axes.factuality, measure == "factuality"),
-        )
-        return replace(config, teacher=replace(config.teacher, generative=alone))
-
-    def _find_servers(self) -> list[EndpointConfig]:
-        if self._servers is None:
-            if self._facts.asks is TeacherUse.nothing:
-                self._servers = []
-            else:
-                from megatron_rlpt.judge_workers.asking import teacher_servers
-
-                self._servers, why = teacher_servers(self._config)
-                if why:
-                    _log.warning("no teacher server; loading the teacher into this process", reason=why)
-        return self._servers
-
-    def _start(self) -> TextGenerator:
-        if self._generator is None:
-            self._generator = start_generator(self._config, Ranks())
-        return self._generator
-
-
 def open_judges(
-    config: Config, models: Mapping[str, Recorded | None], *, cache: Path | None = None, rank: int = 0
+    config: Config,
+    models: Mapping[str, Recorded | None],
+    *,
+    cache: Path | None = None,
+    rank: int = 0,
+    vocab_size: int | None = None,
 ) -> list[NamedJudge]:
-    """Return the judge of ``teacher`` (``judge``) and those of ``evaluation.judges``; nothing is loaded yet.
+    """Return the judge of ``teacher``, the second measure if there is one, and the judges of ``evaluation.judges``.
+
+    Nothing is loaded before a verdict is missing.
 
     Args:
         config: of the evaluation.
         models: names of the models to judge -> ``in_sample.recorded_training`` of each.
         cache: folder for verdicts; None stores nothing.
         rank: of this process among those that share the folder.
+        vocab_size: largest of the models to judge; None is that of ``model.path``.
     """
     config = resolve_dtypes(config)
-    configured = [(JUDGE, config, measures_of(config))]
+
+    def opened(name: str, recorded: Recorded, said: str, measures: tuple[str, ...], verdicts: Verdicts) -> NamedJudge:
+        trained = trained_by(recorded, models)
+        facts = JudgeRecord(name, said, bool(trained), trained)
+        return NamedJudge(facts, measures, verdicts, config.teacher.max_failure_rate, cache, rank)
+
+    def configured(name: str, own: Config, measures: tuple[str, ...]) -> NamedJudge:
+        return opened(name, flatten(own), builder_of(own).describe(own), measures, ConfiguredVerdicts(own))
+
+    judges = [configured(JUDGE, config, measures_of(config))]
+    if is_extension(config.evaluation.second_measure) or config.evaluation.second_corpus:
+        second = SecondVerdicts(config, vocab_size)
+        judges.append(opened(SECOND, second.recorded(), second.describe(), JUDGED[:1], second))
     for one in config.evaluation.judges:
         own = as_teacher(config, one)
-        configured.append((one.name, own, measures_of(own, tuple(one.measures))))
-    judges = []
-    for name, own, measures in configured:
-        trained = trained_by(flatten(own), models)
-        facts = JudgeRecord(name, builder_of(own).describe(own), bool(trained), trained)
-        rate = config.teacher.max_failure_rate
-        judges.append(NamedJudge(facts, measures, ConfiguredVerdicts(own), rate, cache, rank))
+        judges.append(configured(one.name, own, measures_of(own, tuple(one.measures))))
     return judges
-
-
-def _in_blocks(judge: Judge, groups: Sequence[Group], done: Done) -> None:
-    for start in range(0, len(groups), _BLOCK):
-        for index, group in enumerate(judge.judge(groups[start : start + _BLOCK]), start):
-            done(index, group)
-
-
-def _alone(axis: AxisConfig, chosen: bool) -> AxisConfig:
-    return replace(axis, weight=float(chosen))
-
-
-def _device(asks: TeacherUse) -> str:
-    if asks is TeacherUse.nothing:
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _takes_seed(name: str) -> bool:
-    import inspect
-
-    return "seed" in inspect.signature(load_judge(name).cls).parameters
-
-
-def _state(value: str) -> list[Any]:
-    """Return size and time of change of the files that an option names, which its judge reads."""
-    path = Path(value)
-    try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    except OSError:
-        return []

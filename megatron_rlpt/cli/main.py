@@ -1,4 +1,4 @@
-"""The ``rlpt`` command: train, evaluate, init, convert, judge, teacher, buffer, plan, config, doctor, world.
+"""The ``rlpt`` command: train, evaluate, report, init, convert, judge, teacher, buffer, plan, config, doctor, world.
 
 Each command imports torch itself, if it needs it, so that ``rlpt --help`` and ``rlpt config`` are fast and work on a
 login node without torch.
@@ -22,6 +22,7 @@ from megatron_rlpt.cli.judge import judge_app, teacher_app
 from megatron_rlpt.cli.launch import launch, status
 from megatron_rlpt.cli.options import ConfigOption, Overrides, load
 from megatron_rlpt.cli.plan import plan
+from megatron_rlpt.cli.report import report
 from megatron_rlpt.cli.version import describe_version
 from megatron_rlpt.cli.world import world_app
 from megatron_rlpt.distributed.processes import run_and_leave
@@ -126,6 +127,9 @@ def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
     from megatron_rlpt.evaluation.evaluate import evaluate as compare
 
     compare(resolved)
+
+
+app.command("report")(report)
 
 
 @app.command()

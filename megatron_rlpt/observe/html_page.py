@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -49,8 +52,10 @@ def html_page(
     subtitle: str = "",
     colors: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     style: str = "",
+    script: str = "",
+    data: Mapping[str, object] = MappingProxyType({}),
 ) -> str:
-    """Return a complete page that forbids the browser to load or run anything.
+    """Return a complete page that forbids the browser to load anything, and to run anything but ``script``.
 
     Args:
         title: plain text; escaped here.
@@ -58,16 +63,26 @@ def html_page(
         subtitle: plain text below the title; escaped here.
         colors: further CSS variables, as in ``COLORS``.
         style: further CSS rules.
+        script: JavaScript of this package, run at the end of the page; the page names its hash, so that no other runs.
+        data: id -> JSON values for the script, found with ``document.getElementById``. Texts in them may be hostile.
+
+    Raises:
+        ValueError: the script contains ``</script`` or ``<!--``, or a value is NaN or infinite.
     """
     every = {**COLORS, **colors}
     light, dark = (" ".join(f"--{name}: {pair[mode]};" for name, pair in every.items()) for mode in (0, 1))
     heading = html.escape(title)
     below = f'\n<p class="meta">{html.escape(subtitle)}</p>' if subtitle else ""
+    end = "".join(_data_block(key, value) for key, value in data.items())
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    if script:
+        end += f"<script>{script}</script>\n"
+        policy += f"; script-src '{_hash(script)}'"
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{heading}</title>
@@ -85,6 +100,20 @@ def html_page(
 </header>
 {body}
 </main>
-</body>
+{end}</body>
 </html>
 """
+
+
+def _hash(script: str) -> str:
+    """Return the source expression of a Content Security Policy for an inline script."""
+    # The HTML parser would end the script at the first, and ignore its real end after the second.
+    if any(part in script.lower() for part in ("</script", "<!--")):
+        raise ValueError("a script of a page must not contain </script or <!--")
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _data_block(key: str, value: object) -> str:
+    """Return JSON for a script. It is ASCII without ``<``, so that no text in it can end the element."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{html.escape(key)}">{text}</script>\n'

@@ -26,6 +26,7 @@ LAYERS = (
     "convert judge_workers world",
     "trainer",
     "evaluation planner",
+    "reports",
     "launch",
     "cli",
     "__main__",

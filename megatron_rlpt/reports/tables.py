@@ -1,0 +1,99 @@
+"""Arrange the results of evaluations: a row for what was measured and how, a column for each model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megatron_rlpt.evaluation.results import Evaluation, ModelFacts, Result, Scale
+from megatron_rlpt.reports.figures import MEASURES
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model of one or several evaluations."""
+
+    key: str
+    title: str
+    run: int
+    """Number of the (first) run whose evaluation has the model."""
+    reference: bool
+    """Whether win rates are against it."""
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """What was measured: everything of a result but its model and number."""
+
+    measure: str
+    scale: Scale
+    set: str
+    against: str
+    judge: str
+    decoding: str
+    in_sample: bool
+    """Whether the judge also rewarded the training of one of the models."""
+    higher_is_better: bool | None
+    cells: Mapping[str, Result] = field(default_factory=dict)
+    """Result by ``Column.key``."""
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Results of one or several evaluations side by side."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[ResultRow, ...]
+
+    @property
+    def failed(self) -> int:
+        """Verdicts and comparisons that are left out."""
+        return sum(one.failed for row in self.rows for one in row.cells.values())
+
+
+def result_table(evaluations: Mapping[int, Evaluation], names: Sequence[str]) -> ResultTable:
+    """Return all results; columns without any are left out.
+
+    Args:
+        evaluations: by number of the run.
+        names: of all runs.
+    """
+    columns: dict[tuple[object, ...], Column] = {}
+    of_model: dict[tuple[int, str], Column] = {}
+    for run, evaluation in evaluations.items():
+        for model in evaluation.models:
+            column = Column(f"{run}/{model.name}", _title(evaluation, model, run, names), run, model.reference)
+            # The model that several runs started from is one column.
+            same: tuple[object, ...] = (model.digest,) if model.reference and model.digest else (run, model.name)
+            of_model[run, model.name] = columns.setdefault(same, column)
+    rows: dict[tuple[object, ...], ResultRow] = {}
+    for run, evaluation in evaluations.items():
+        in_sample = {judge.name for judge in evaluation.judges if judge.in_sample}
+        for one in evaluation.results:
+            known = of_model.get((run, one.model))
+            if known is None:
+                continue
+            key = (one.measure, one.scale, one.set, one.against, one.judge, one.decoding)
+            row = rows.setdefault(
+                key,
+                ResultRow(*key, one.judge in in_sample, one.higher_is_better, {}),
+            )
+            assert isinstance(row.cells, dict)
+            row.cells.setdefault(known.key, one)
+    used = {key for row in rows.values() for key in row.cells}
+    shown = sorted((one for one in columns.values() if one.key in used), key=lambda one: one.reference)
+    return ResultTable(tuple(shown), tuple(sorted(rows.values(), key=_order)))
+
+
+def _title(evaluation: Evaluation, model: ModelFacts, run: int, names: Sequence[str]) -> str:
+    """Name a column by its run if it is the run's only model, else by its model."""
+    others = [one for one in evaluation.models if not one.reference]
+    if len(names) == 1 or model.reference:
+        return model.name
+    return names[run] if len(others) == 1 else f"{names[run]}: {model.name}"
+
+
+def _order(row: ResultRow) -> tuple[int, int]:
+    scales = (Scale.win_rate, Scale.difference, Scale.share, Scale.value)
+    known = MEASURES.index(row.measure) if row.measure in MEASURES else len(MEASURES)
+    return known, scales.index(row.scale)

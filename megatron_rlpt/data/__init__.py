@@ -13,7 +13,7 @@ In reading order:
 """
 
 from megatron_rlpt.data.episode_stream import EpisodeStream
-from megatron_rlpt.data.episodes import Cutter, Encode, heldout_episodes
+from megatron_rlpt.data.episodes import Cutter, Encode, heldout_episodes, heldout_texts
 from megatron_rlpt.data.overlap import (
     HeldOut,
     Location,
@@ -43,6 +43,7 @@ __all__ = [
     "Reader",
     "StreamCounters",
     "heldout_episodes",
+    "heldout_texts",
     "kept_from_second_measure",
     "kept_from_training",
     "open_source",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -159,31 +159,21 @@ def heldout_episodes(
         raise ConfigError("data.heldout is empty; give at least one source of documents to compare policies on")
     cutter = Cutter(config, encode, bos_id, starts_character)
     bad = Quarantine(quarantine, config.max_bad_fraction)
-    readers = {
-        index: open_source(source, config.max_record_bytes, vocabulary) for index, source in enumerate(config.heldout)
-    }
-    bad.expect([(config.heldout[index].path, reader.sizes()) for index, reader in readers.items()])
     taken = [0] * len(config.heldout)
     episodes: list[Episode] = []
     not_cut = 0
-    while readers and len(episodes) < count:
-        index = min(readers, key=lambda index: (taken[index] / config.heldout[index].weight, index))
-        record = readers[index].read()
-        if record is None:
-            del readers[index]
-            continue
-        bad.count(record, index)
-        if isinstance(record, BadRecord):
-            continue
-        tokens = cutter.tokenize(record, config.heldout[index].control_tokens)
+    for index, document in _in_turns(config, taken, bad, vocabulary):
+        tokens = cutter.tokenize(document, config.heldout[index].control_tokens)
         offsets = cutter.offsets(tokens)
         if offsets:
             (offset,) = evenly_spread(offsets, 1)
-            episodes.append(cutter.cut(config.heldout[index].path, record.id, tokens, offset))
+            episodes.append(cutter.cut(config.heldout[index].path, document.id, tokens, offset))
             taken[index] += 1
         else:
             not_cut += cutter.is_long_enough(tokens)
-    if not readers:
+        if len(episodes) == count:
+            break
+    else:
         bad.check()
         if len(episodes) < 2:
             short = bad.read - bad.malformed - len(episodes) - not_cut
@@ -194,6 +184,53 @@ def heldout_episodes(
                 f"{config.min_prefix + config.suffix_length} tokens or more"
             )
     return episodes
+
+
+def heldout_texts(config: DataConfig, count: int, vocabulary: Vocabulary | None = None) -> list[tuple[str, bool]]:
+    """Return the first ``count`` documents of ``data.heldout`` whole, in the order of ``heldout_episodes``.
+
+    Each is its text and whether control tokens that it spells are read as such. Short documents are among them; blank
+    ones are not.
+
+    Raises:
+        DataError: too many records are malformed.
+    """
+    bad = Quarantine(None, config.max_bad_fraction)
+    taken = [0] * len(config.heldout)
+    texts: list[tuple[str, bool]] = []
+    for index, document in _in_turns(config, taken, bad, vocabulary):
+        text = document.text
+        if document.tokens is not None and vocabulary is not None:
+            text = vocabulary.decode(document.tokens)
+        if not text.strip():
+            continue
+        texts.append((text, config.heldout[index].control_tokens or document.tokens is not None))
+        taken[index] += 1
+        if len(texts) == count:
+            return texts
+    bad.check()
+    return texts
+
+
+def _in_turns(
+    config: DataConfig, taken: Sequence[int], bad: Quarantine, vocabulary: Vocabulary | None
+) -> Iterator[tuple[int, Document]]:
+    """Yield the readable documents of ``data.heldout`` with the index of their source.
+
+    The next one comes from the source that is furthest behind its share of ``taken``, which the caller counts up.
+    """
+    sources = config.heldout
+    readers = {index: open_source(one, config.max_record_bytes, vocabulary) for index, one in enumerate(sources)}
+    bad.expect([(sources[index].path, reader.sizes()) for index, reader in readers.items()])
+    while readers:
+        index = min(readers, key=lambda index: (taken[index] / sources[index].weight, index))
+        record = readers[index].read()
+        if record is None:
+            del readers[index]
+            continue
+        bad.count(record, index)
+        if not isinstance(record, BadRecord):
+            yield index, record
 
 
 def evenly_spread(items: Sequence[int], count: int) -> list[int]:

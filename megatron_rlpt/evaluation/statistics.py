@@ -115,6 +115,30 @@ def win_rate_difference(
     return Difference(mean, ci95, int(counts.sum()), len(counts), failed)
 
 
+def weighted_mean(
+    sums: Sequence[float], counts: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, tuple[float, float] | None]:
+    """Return the sum of ``sums`` divided by the sum of ``counts``, with its 95 % interval.
+
+    Args:
+        sums: one number per prompt or document, which are resampled.
+        counts: what it is divided by, such as tokens; above 0.
+        seed: of the resampling.
+        resamples: number of them.
+
+    Returns:
+        The ratio, and the interval, which is None for fewer than two prompts.
+
+    Raises:
+        ValueError: there is no prompt.
+    """
+    if not sums:
+        raise ValueError("a mean needs at least one prompt")
+    if len(sums) == 1:
+        return sums[0] / counts[0], None
+    return _bootstrap(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), 0, seed, resamples)
+
+
 def _totals(
     values: Sequence[Sequence[float | None]],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from corpora import encode, settings, source, story, write
 
-from megatron_rlpt.data import heldout_episodes
+from megatron_rlpt.data import heldout_episodes, heldout_texts
 from megatron_rlpt.errors import ConfigError, DataError
 
 
@@ -60,3 +60,14 @@ def test_bos_is_put_before_heldout_documents_too(tmp_path):
     write(tmp_path, "jsonl", [story("d", index, 8) for index in range(3)])
     episodes = heldout_episodes(heldout(source(tmp_path), add_bos=True), 3, encode, bos_id=300)
     assert {episode.prefix[0] for episode in episodes} == {300}
+
+
+def test_whole_documents_come_in_the_same_turns(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, "jsonl", [story(name, 0), "short", " ", *(story(name, index) for index in range(1, 9))])
+    config = heldout(source(tmp_path / "a", 2.0), source(tmp_path / "b", 1.0))
+    texts = heldout_texts(config, 6)
+    assert texts == [
+        (text, False) for text in (story("a", 0), story("b", 0), "short", story("a", 1), "short", story("a", 2))
+    ]
+    assert len(heldout_texts(config, 1000)) == 20

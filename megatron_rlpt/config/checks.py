@@ -8,6 +8,7 @@ from megatron_rlpt.config.buffer_address import RedisAddress, check_name, parse_
 from megatron_rlpt.config.choices import RunIn
 from megatron_rlpt.config.endpoints import check_endpoints, is_variable, no_variable
 from megatron_rlpt.config.evaluation_judges import check_judges
+from megatron_rlpt.config.evaluation_sets import check_sets
 from megatron_rlpt.config.fields import check_values
 from megatron_rlpt.config.judges import TeacherUse, check_judge, judge_facts
 from megatron_rlpt.config.rewriters import check_rewriter, rewrites_by_asking
@@ -68,6 +69,7 @@ def validate(config: Config) -> None:
     _check_objective(config)
     check_endpoints(config)
     check_judges(config)
+    check_sets(config)
     _check_workers(config)
 
 

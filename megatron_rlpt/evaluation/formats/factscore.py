@@ -88,4 +88,4 @@ def _article(text: str) -> str:
     return " ".join(passages)
 
 
-FORMAT = PromptFormat("factscore", ("factuality",), read, _FETCH)
+FORMAT = PromptFormat("factscore", ("factuality", "facts"), read, _FETCH)

@@ -58,4 +58,4 @@ def _general(row: Row) -> TextPrompt:
     return TextPrompt(f"general-{row.number}", text, reference=right, other=wrong, label="general")
 
 
-FORMAT = PromptFormat("halueval", ("factuality",), read, _FETCH)
+FORMAT = PromptFormat("halueval", ("factuality", "facts"), read, _FETCH)

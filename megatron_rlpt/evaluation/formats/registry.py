@@ -44,7 +44,7 @@ def load(
         DataError: the file is missing, of another kind or damaged, has an id twice, or none of ``labels``.
     """
     if name not in FORMATS:
-        raise ConfigError(f"the format is {name!r}; allowed: {', '.join(FORMATS)}")
+        raise ConfigError(f"evaluation.sets has the format {name!r}; allowed: heldout, {', '.join(FORMATS)}")
     found = FORMATS[name].read(Path(path))
     seen: set[str] = set()
     for one in found:

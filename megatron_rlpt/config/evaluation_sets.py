@@ -1,0 +1,43 @@
+"""The prompt sets of an evaluation: what may be measured on them, and checks without reading anything."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_rlpt.config.schema import Config
+from megatron_rlpt.errors import ConfigError
+
+HELDOUT = "heldout"
+"""Name of the set of ``data.heldout``, and of the format of further ones like it."""
+QUALITY, COHERENCE, SAFETY, FACTUALITY, FACTS, PERPLEXITY, MC = (
+    "quality", "coherence", "safety", "factuality", "facts", "perplexity", "mc",
+)  # fmt: skip
+MEASURES = (QUALITY, COHERENCE, SAFETY, FACTUALITY, FACTS, PERPLEXITY, MC)
+"""What a set may be measured by. ``facts`` compares the truth of two continuations, ``factuality`` judges one."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+ALL_SETS = "all"
+"""Name of the mean over several sets."""
+
+
+def check_sets(config: Config) -> None:
+    """Check ``evaluation.sets``.
+
+    Raises:
+        ConfigError: a name is taken or no name, or a measure or format is unknown.
+    """
+    names = {ALL_SETS: "the mean over all sets"}
+    if config.data.heldout:
+        names[HELDOUT] = "the set of data.heldout"
+    for index, chosen in enumerate(config.evaluation.sets):
+        key = f"evaluation.sets[{index}]"
+        if not _NAME.fullmatch(chosen.name):
+            raise ConfigError(f"{key}.name is {chosen.name!r}; allowed: up to 64 letters, digits, dots, hyphens and _")
+        if chosen.name in names:
+            raise ConfigError(f"{key}.name is {chosen.name}, the name of {names[chosen.name]}; choose another")
+        names[chosen.name] = key
+        if not chosen.path:
+            raise ConfigError(f"{key}.path is empty; set it to a file or folder")
+        for measure in chosen.measures:
+            if measure not in MEASURES:
+                raise ConfigError(f"{key}.measures has {measure!r}; allowed: {', '.join(MEASURES)}")

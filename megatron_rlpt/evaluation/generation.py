@@ -2,8 +2,8 @@
 
     <cache>/generations/<model>/<rank>.jsonl      one line per block: {"key": "...", "tokens": [[...], ...]}
 
-The folder is named by all that the tokens depend on besides the prompts: weights, lengths, decoding, precision, release of
-the engine. A *block* is a fixed part of a set's prompts that an engine continues in one call, alone: so its tokens depend
+The folder is named by all that the tokens depend on besides the prompts: weights, lengths, precision, release of the
+engine. A *block* is a fixed part of a set's prompts that an engine continues in one call, alone. So its tokens depend
 neither on the number of ranks nor on what was stored before, and an evaluation that was killed goes on behind the last
 block.
 """

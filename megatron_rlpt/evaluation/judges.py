@@ -8,6 +8,7 @@ configured or announced, and otherwise loads it into this process, only when the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_rlpt.teacher.judge import check_failure_rate, failures, first_caus
 from megatron_rlpt.teacher.judges import builder_of
 from megatron_rlpt.tokens.tokenizer import TextTokens
 from megatron_rlpt.trainer.candidates import marked_if_blank, whole_characters
-from megatron_rlpt.types import Candidate, Episode, Group, Source
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 _log = get_logger(__name__)
 
@@ -68,6 +69,59 @@ class NamedJudge:
     def prompted(self) -> bool:
         """Whether ``ask`` is possible."""
         return self._verdicts.prompted
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether a reward depends on the other candidates of its group, so that only those are to be compared."""
+        return self._verdicts.relative
+
+    def score(self, groups: Sequence[Group], seed: int = 0) -> list[Group]:
+        """Judge as ``judge`` does, but store every candidate by itself, for a judge that is not relative.
+
+        Those of a group that are not stored are judged together, so that their prefix is read once.
+
+        Raises:
+            TeacherError, ModelError: as for ``judge``.
+        """
+        seed = seed if self.seeded else 0
+        cache = self._cache(self._verdicts.identity(""))
+        known: dict[tuple[int, Candidate], Reward | Failed] = {}
+        missing: list[Group] = []
+        places: list[int] = []
+        for index, group in enumerate(groups):
+            for one in dict.fromkeys(group.candidates):
+                found = cache.find(replace(group, candidates=(one,)), seed) if cache is not None else None
+                if found is not None:
+                    known[index, one] = found.rewards[0]
+            if lacking := tuple(one for one in dict.fromkeys(group.candidates) if (index, one) not in known):
+                missing.append(replace(group, candidates=lacking))
+                places.append(index)
+
+        def keep(position: int, group: Group) -> None:
+            for one, reward in zip(group.candidates, group.rewards, strict=True):
+                known[places[position], one] = reward
+                if cache is not None:
+                    cache.store(replace(group, candidates=(one,), rewards=(reward,)), seed)
+
+        if missing:
+            self._verdicts.run(missing, seed, "", keep)
+        return self._checked(
+            [
+                replace(group, rewards=tuple(known[index, one] for one in group.candidates))
+                for index, group in enumerate(groups)
+            ]
+        )
+
+    def compare(self, groups: Sequence[Group], seed: int, question: str) -> list[Group]:
+        """Let a prompted judge compare the two candidates of every group, in both orders (``teacher/pairwise.py``).
+
+        Raises:
+            TypeError, TeacherError, ModelError: as for ``ask``.
+        """
+        if not isinstance(self._verdicts, ConfiguredVerdicts) or not self.prompted:
+            raise TypeError(f"judge {self.facts.name} answers no prompts")
+        make, identity = self._verdicts.comparing(question)
+        return self.ask(make, identity, groups, seed if self.seeded else 0)
 
     def judge(self, groups: Sequence[Group], seed: int = 0, measure: str = "") -> list[Group]:
         """Return the groups in order, with one ``Reward`` or ``Failed`` per candidate.
@@ -134,6 +188,9 @@ class NamedJudge:
             run([groups[index] for index in missing], keep)
         judged = [group for group in found if group is not None]
         assert len(judged) == len(groups)
+        return self._checked(judged)
+
+    def _checked(self, judged: list[Group]) -> list[Group]:
         if check_failure_rate(judged, self._max_failure_rate):
             failed = failures(judged)
             _log.warning(

@@ -6,6 +6,7 @@ prompt come from several samples, or from several seeds of a judge.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,11 @@ from megatron_rlpt.config.evaluation_sets import COHERENCE, FACTS, FACTUALITY, Q
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.evaluation.generation import Texts
 from megatron_rlpt.evaluation.judges import NamedJudge, comparison_group
-from megatron_rlpt.evaluation.verdicts import BLOCK
 from megatron_rlpt.evaluation.prompt_sets import PromptSet
 from megatron_rlpt.evaluation.results import Scale
 from megatron_rlpt.evaluation.statistics import outcome
 from megatron_rlpt.evaluation.text_metrics import REPEATED_NGRAM
+from megatron_rlpt.evaluation.verdicts import BLOCK
 from megatron_rlpt.teacher.likelihood_reward import repetition
 from megatron_rlpt.tokens.tokenizer import TextTokens
 from megatron_rlpt.types import Group, Reward
@@ -80,7 +81,7 @@ def counted(written: Written) -> Iterator[Column]:
         yield Column("length", Scale.value, values=lengths, unit="tokens", higher_is_better=None, **place)
 
 
-class Judging:
+class SetJudging:
     """Judges the continuations of a set, sharing the work with the other ranks."""
 
     def __init__(self, written: Written, text: TextTokens, seeds: int, ranks: Ranks) -> None:
@@ -176,9 +177,10 @@ class Judging:
             for take in range(len(texts[0])):
                 groups.append(comparison_group(episode, [one[take][prompt] for one in texts], self._text))
                 places.append(prompt)
-        rewards: dict[str, list[list[float | None]]] = {one: [[] for _ in self._written.prompts.episodes] for one in models}
+        count = len(self._written.prompts.episodes)
+        rewards: dict[str, list[list[float | None]]] = {one: [[] for _ in range(count)] for one in models}
         for seed in range(self._seeds if judge.seeded else 1):
-            judged = self._shared(groups, lambda share, seed=seed: ask(share, seed))
+            judged = self._shared(groups, functools.partial(_with_seed, ask, seed))
             for prompt, group in zip(places, judged, strict=True):
                 for model, reward in zip(models, group.rewards, strict=True):
                     rewards[model][prompt].append(reward.value if isinstance(reward, Reward) else None)
@@ -209,6 +211,10 @@ class Judging:
         return Column(
             measure, scale, model, self._written.prompts.name, values, against, judge.facts.name, self._written.decoding
         )
+
+
+def _with_seed(ask: Callable[[Sequence[Group], int], list[Group]], seed: int, groups: list[Group]) -> list[Group]:
+    return ask(groups, seed)
 
 
 def _decides(judge: NamedJudge, measure: str) -> bool:

@@ -1,4 +1,4 @@
-"""The prompt sets of an evaluation: held-out documents, and the user's and published sets, as episodes and questions."""
+"""The sets of an evaluation: held-out documents, the user's and published sets, as episodes and questions."""
 
 from __future__ import annotations
 
@@ -86,17 +86,15 @@ def _load(config: Config, chosen: PromptSetConfig, tokenizer: PolicyTokenizer) -
     for measure in OF_REFERENCE.intersection(chosen.measures):
         if not any(one.reference for one in texts):
             raise ConfigError(
-                f"the set {chosen.name} is to be measured by {measure}, but no prompt in {chosen.path} has a reference; "
-                "add the texts, or remove the measure"
+                f"the set {chosen.name} is to be measured by {measure}, but no prompt in {chosen.path} has a "
+                "reference; add the texts, or remove the measure"
             )
     episodes = [text_episode(one, chosen.path, config, tokenizer) for one in texts]
     measures = found.measures or formats.FORMATS[chosen.format].measures
     return replace(found, measures=measures, episodes=tuple(episodes), labels=tuple(one.label for one in texts))
 
 
-def _heldout(
-    config: Config, sources: Sequence[SourceConfig], count: int, tokenizer: PolicyTokenizer
-) -> list[Episode]:
+def _heldout(config: Config, sources: Sequence[SourceConfig], count: int, tokenizer: PolicyTokenizer) -> list[Episode]:
     return heldout_episodes(
         replace(config.data, heldout=list(sources)),
         count,

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from megatron_rlpt import __version__
 from megatron_rlpt.config import AnswerForm, AxisConfig, Config, EndpointConfig, TeacherUse, judge_facts
-from megatron_rlpt.config.judges import load_judge
+from megatron_rlpt.config.judges import is_reward, load_judge
 from megatron_rlpt.config.user_classes import load_second_measure
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ModelError
@@ -29,13 +29,14 @@ from megatron_rlpt.teacher.build import start_generator
 from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import GroupJudge, Judge
 from megatron_rlpt.teacher.judges import builder_of
+from megatron_rlpt.teacher.pairwise import PairwiseJudge
 from megatron_rlpt.teacher.prompts import version_of
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import BLANK, Candidate, Failed, Group, Reward
 
 _log = get_logger(__name__)
 
-_BLOCK = 64
+BLOCK = 32
 """Groups that an engine in this process judges between two writes of the cache."""
 
 Done = Callable[[int, Group], None]
@@ -51,6 +52,8 @@ class Verdicts(Protocol):
     """Whether another seed gives other verdicts."""
     prompted: bool
     """Whether any question may be put to it."""
+    relative: bool
+    """Whether a reward depends on the other candidates of its group."""
 
     def identity(self, measure: str) -> Mapping[str, Any]:
         """Return what its verdicts depend on besides group and seed."""
@@ -72,12 +75,16 @@ class ConfiguredVerdicts(Verdicts):
         self._config = config
         self._facts = facts = judge_facts(config)
         self.prompted = facts.has_axes
+        self.relative = facts.has_axes or (
+            is_extension(config.teacher.judge) and not is_reward(load_judge(config.teacher.judge))
+        )
         if facts.has_axes:
             self.seeded = config.teacher.generative.answer is not AnswerForm.direct
         else:
             self.seeded = is_extension(config.teacher.judge) and _takes_seed(config.teacher.judge)
         self._servers: list[EndpointConfig] | None = None
         self._generator: TextGenerator | None = None
+        self._text: PolicyTokenizer | None = None
         self._built: dict[tuple[int, str], Judge] = {}
 
     @property
@@ -137,6 +144,20 @@ class ConfiguredVerdicts(Verdicts):
         generator = self._start()
         _in_blocks(BatchedJudge(make(generator.name, seed), generator), groups, done)
 
+    def comparing(self, question: str) -> tuple[MakePrompted, dict[str, Any]]:
+        """Return what ``ask`` takes to compare pairs: the judge, and what its verdicts depend on."""
+        config = self._config
+        asked = config.teacher.generative.asked()
+        if self._text is None:
+            self._text = PolicyTokenizer(config.model.path)
+        text = self._text
+        sampling = {"temperature": asked.temperature, "top_p": asked.top_p, "max_tokens": asked.max_tokens}
+        return lambda name, seed: PairwiseJudge(question, name, text, asked, seed), {
+            "pairs": version_of(question, asked.answer),
+            "tokenizer": _tokenizer_digest(config),
+            **sampling,
+        }
+
     def _variant(self, seed: int, measure: str) -> Config:
         """Return the configuration with this seed, and with no other axis than ``measure``."""
         config = replace(self._config, run=replace(self._config.run, seed=seed))
@@ -174,6 +195,7 @@ class SecondVerdicts(Verdicts):
 
     seeded = False
     prompted = False
+    relative = False
 
     def __init__(self, config: Config, vocab_size: int | None) -> None:
         """
@@ -237,8 +259,8 @@ def _scored(candidate: Candidate, score: float | None) -> Reward | Failed:
 
 
 def _in_blocks(judge: Judge, groups: Sequence[Group], done: Done) -> None:
-    for start in range(0, len(groups), _BLOCK):
-        for index, group in enumerate(judge.judge(groups[start : start + _BLOCK]), start):
+    for start in range(0, len(groups), BLOCK):
+        for index, group in enumerate(judge.judge(groups[start : start + BLOCK]), start):
             done(index, group)
 
 

@@ -254,7 +254,7 @@ def test_missing_or_wrong_files_say_what_to_fetch(tmp_path, subtests):
         assert "\n" not in str(error.value)
     with pytest.raises(DataError, match=r"has none of xstest_prompts.csv, .*: fetch XSTest"):
         load("xstest", tmp_path)
-    with pytest.raises(ConfigError, match=r"'xtest'; allowed: jsonl, .*xstest"):
+    with pytest.raises(ConfigError, match=r"'xtest'; allowed: heldout, jsonl, .*xstest"):
         load("xtest", wrong)
 
 

@@ -182,7 +182,7 @@ def test_what_verdicts_depend_on_is_asked_anew(written, groups, tmp_path):
 
 
 def test_a_killed_evaluation_goes_on(written, groups, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_rlpt.evaluation.verdicts._BLOCK", 1)
+    monkeypatch.setattr("megatron_rlpt.evaluation.verdicts.BLOCK", 1)
     (tmp_path / "stop").touch()
     cache = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):

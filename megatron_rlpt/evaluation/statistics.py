@@ -3,12 +3,20 @@
 Several samples continue the same prefix, and an easy prefix is easy for all of them, so the comparisons of one prefix
 are not independent. Intervals therefore resample *prefixes*, each with all of its comparisons (cluster bootstrap;
 Cameron, Gelbach and Miller 2008).
+
+The plain percentiles of the resampled rates are too narrow for few prefixes and for rates near 0 or 1: with 24 prefixes
+they hold the true rate in 84 to 95 of 100 evaluations. So a win rate has Wilson's interval for the number of
+independent comparisons that would vary as much as the resampled rates do (the design effect; Korn and Graubard 1998),
+with a quantile of Student's t. A difference has percentiles moved outwards by sqrt(n / (n - 1)) and Student's t
+(Hesterberg 2015). ``tools/bench/interval_coverage.py`` measures both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,6 +28,7 @@ RESAMPLES = 4000
 """Bootstrap resamples; with so many, the bounds of an interval vary by less than their second digit."""
 
 _TAIL = 0.025
+_EQUAL = 1e-9
 _WEIGHT_CELLS = 4_000_000  # cells of one resampling block, 32 MB
 
 
@@ -73,21 +82,22 @@ def outcome(challenger: float | None, reference: float | None) -> float | None:
 def win_rate(outcomes: Sequence[Sequence[float | None]], *, seed: int = 0, resamples: int = RESAMPLES) -> WinRate:
     """Return the win rate over ``outcomes[prefix][comparison]`` as ``outcome`` returns them.
 
-    None is left out and counted as failed. If every prefix was won, or every one lost, resampling shows no
-    uncertainty; the open end of the interval is then the exact binomial bound (Clopper and Pearson) for that many
-    prefixes.
+    None is left out and counted as failed. If all prefixes have the same rate, resampling shows no uncertainty. By the
+    exact binomial bound (Clopper and Pearson) for that many prefixes some others may differ, and the interval is what
+    these could make of the rate; after a clean sweep that is Clopper and Pearson's own interval.
 
     Raises:
         TeacherError: fewer than two prefixes have a decided comparison, so there is no interval.
     """
     sums, counts, failed = _totals(outcomes)
-    mean, (low, high) = _bootstrap(sums, counts, failed, seed, resamples)
-    bound = float(_TAIL ** (1 / len(counts)))
-    if mean == 1.0:
-        low = bound
-    elif mean == 0.0:
-        high = 1.0 - bound
-    return WinRate(mean, (low, high), int(counts.sum()), len(counts), failed)
+    mean, resampled = _resample(sums, counts, failed, seed, resamples)
+    prefixes = len(counts)
+    if np.ptp(sums / counts) < _EQUAL:
+        ci95 = _all_alike(mean, 0.0, prefixes)
+    else:
+        error = float(resampled.std()) * math.sqrt(prefixes / (prefixes - 1))
+        ci95 = _wilson(mean, error, student_t(prefixes - 1))
+    return WinRate(mean, ci95, int(counts.sum()), prefixes, failed)
 
 
 def win_rate_difference(
@@ -111,8 +121,33 @@ def win_rate_difference(
         for ones, twos in zip(first, second, strict=True)
     ]
     sums, counts, failed = _totals(paired)
-    mean, ci95 = _bootstrap(sums, counts, failed, seed, resamples)
-    return Difference(mean, ci95, int(counts.sum()), len(counts), failed)
+    mean, resampled = _resample(sums, counts, failed, seed, resamples)
+    if np.ptp(sums / counts) < _EQUAL:
+        low, high = _all_alike(mean, -1.0, len(counts))
+    else:
+        low, high = np.quantile(resampled, tails(len(counts)))
+    return Difference(mean, (float(low), float(high)), int(counts.sum()), len(counts), failed)
+
+
+def tails(prefixes: int) -> tuple[float, float]:
+    """Return the percentiles (0 to 1) of resampled values that make a 95 % interval for so few prefixes."""
+    outward = student_t(prefixes - 1) * math.sqrt(prefixes / (prefixes - 1))
+    return NormalDist().cdf(-outward), NormalDist().cdf(outward)
+
+
+def student_t(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t, to three digits (Abramowitz and Stegun 26.7.5 from 3 degrees on)."""
+    if freedom < 3:
+        return (12.7062, 4.3027)[freedom - 1]
+    x = NormalDist().inv_cdf(1 - _TAIL)
+    terms = (
+        x,
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def weighted_mean(
@@ -136,7 +171,10 @@ def weighted_mean(
         raise ValueError("a mean needs at least one prompt")
     if len(sums) == 1:
         return sums[0] / counts[0], None
-    return _bootstrap(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), 0, seed, resamples)
+    totals = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    mean, resampled = _resample(*totals, 0, seed, resamples)
+    low, high = np.quantile(resampled, tails(len(sums)))
+    return mean, (float(low), float(high))
 
 
 def _totals(
@@ -151,9 +189,24 @@ def _totals(
     return sums, counts, failed
 
 
-def _bootstrap(
+def _all_alike(mean: float, least: float, prefixes: int) -> tuple[float, float]:
+    """Return the interval where every prefix has the same value, between ``least`` and 1."""
+    unlike = 1.0 - _TAIL ** (1 / prefixes)
+    return mean + (least - mean) * unlike, mean + (1.0 - mean) * unlike
+
+
+def _wilson(mean: float, error: float, quantile: float) -> tuple[float, float]:
+    """Return Wilson's interval for as many independent comparisons as would have this standard error."""
+    square = quantile**2 * error**2 / (mean * (1.0 - mean))
+    center = (mean + square / 2) / (1.0 + square)
+    half = math.sqrt(quantile**2 * error**2 + square**2 / 4) / (1.0 + square)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _resample(
     sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], failed: int, seed: int, resamples: int
-) -> tuple[float, tuple[float, float]]:
+) -> tuple[float, npt.NDArray[np.float64]]:
+    """Return the mean and the means of resampled prefixes."""
     prefixes = len(counts)
     if prefixes < 2:
         raise TeacherError(
@@ -166,8 +219,7 @@ def _bootstrap(
     for start in range(0, resamples, block):
         drawn = rng.integers(prefixes, size=(min(block, resamples - start), prefixes))
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [_TAIL, 1 - _TAIL])
-    return float(sums.sum() / counts.sum()), (float(low), float(high))
+    return float(sums.sum() / counts.sum()), np.concatenate(means)
 
 
 def _to_json(estimate: WinRate | Difference) -> dict[str, Any]:

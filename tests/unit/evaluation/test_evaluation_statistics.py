@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from megatron_rlpt.errors import TeacherError
-from megatron_rlpt.evaluation.statistics import outcome, win_rate, win_rate_difference
+from megatron_rlpt.evaluation.statistics import outcome, student_t, win_rate, win_rate_difference
 
 
 def test_outcome_counts_a_tie_as_half_and_a_failure_as_nothing():
@@ -25,9 +25,13 @@ def test_failed_comparisons_do_not_move_the_mean():
     assert win_rate(decided).mean == win_rate([*decided, *[[None]] * 50]).mean == 0.75
 
 
-def test_ties_everywhere_are_exactly_one_half():
+def test_ties_everywhere_are_one_half_and_no_certainty():
     rate = win_rate([[0.5, 0.5]] * 10)
-    assert (rate.mean, rate.ci95) == (0.5, (0.5, 0.5))
+    others = 1 - 0.025 ** (1 / 10)
+    assert rate.mean == 0.5
+    assert rate.ci95 == pytest.approx((0.5 - others / 2, 0.5 + others / 2))
+    same = win_rate_difference([[1.0], [0.0]] * 5, [[1.0], [0.0]] * 5)
+    assert (same.mean, same.ci95) == (0.0, pytest.approx((-others, others)))
 
 
 def test_same_input_gives_the_same_interval():
@@ -59,6 +63,36 @@ def test_interval_covers_the_true_rate_about_95_times_in_100():
         low, high = win_rate(wins.tolist(), seed=run, resamples=1000).ci95
         covered += low <= 0.6 <= high
     assert 0.92 <= covered / runs <= 0.98
+
+
+@pytest.mark.parametrize(("prefixes", "ties"), [(24, 0.0), (24, 0.9), (96, 0.3), (400, 0.3)])
+def test_two_evaluations_of_one_model_give_one_half(prefixes, ties):
+    """Of 200 evaluations of a model against itself at least 93 % have 50 % within their interval."""
+    rng = np.random.default_rng(prefixes)
+    covered, runs = 0, 200
+    for run in range(runs):
+        # Whoever is lucky on a prefix is lucky in most of its three comparisons.
+        luck = rng.beta(1, 1, size=(prefixes, 1))
+        outcomes = np.where(rng.random((prefixes, 3)) < ties, 0.5, rng.random((prefixes, 3)) < luck)
+        low, high = win_rate(outcomes.tolist(), seed=run, resamples=400).ci95
+        assert 0 <= low < high <= 1
+        covered += low <= 0.5 <= high
+    assert covered / runs >= 0.93
+
+
+def test_a_lopsided_rate_of_few_prefixes_is_covered():
+    rng = np.random.default_rng(0)
+    covered, runs = 0, 300
+    for run in range(runs):
+        wins = (rng.random((24, 1)) < 0.86).astype(float)
+        low, high = win_rate(wins.tolist(), seed=run, resamples=400).ci95
+        covered += low <= 0.86 <= high
+    assert covered / runs >= 0.93, "plain percentiles cover 88 %"
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (23, 2.069)])
+def test_quantiles_of_student(freedom, quantile):
+    assert student_t(freedom) == pytest.approx(quantile, rel=2e-3)
 
 
 def test_samples_of_one_prefix_are_not_independent_evidence():

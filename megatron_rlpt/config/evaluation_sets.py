@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from megatron_rlpt.config.evaluation_tasks import parse_tasks
 from megatron_rlpt.config.schema import Config
 from megatron_rlpt.errors import ConfigError
 
@@ -21,12 +22,14 @@ ALL_SETS = "all"
 
 
 def check_sets(config: Config) -> None:
-    """Check ``evaluation.sets``.
+    """Check ``evaluation.sets`` and ``evaluation.tasks``.
 
     Raises:
         ConfigError: a name is taken or no name, or a measure or format is unknown.
     """
-    names = {ALL_SETS: "the mean over all sets"}
+    names = {ALL_SETS: "the mean over all sets"} | {
+        str(task): "a task of evaluation.tasks" for task in parse_tasks(config.evaluation.tasks)
+    }
     if config.data.heldout:
         names[HELDOUT] = "the set of data.heldout"
     for index, chosen in enumerate(config.evaluation.sets):

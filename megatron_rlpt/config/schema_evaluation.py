@@ -48,6 +48,21 @@ class EvaluationConfig:
     seeds: int = option(
         1, "Times that a prompted judge is asked about the same texts, each with other seeds.", at_least=1, paper="8"
     )
+    perplexity_characters: int = option(
+        8192, "Characters of a held-out document whose perplexity is measured, from its beginning.",
+        unit="characters", at_least=0, zero="all",
+    )  # fmt: skip
+    batch_tokens: int = option(
+        16384, "Maximum tokens in one forward pass of perplexity, given answers and standard tasks.",
+        unit="tokens", at_least=1,
+    )  # fmt: skip
+    tasks: list[str] = section(
+        list,
+        "Standard tasks to run with lm-eval, each a name, or name:shots for that many examples in the prompt; standard "
+        "stands for the paper's: boolq, piqa, social_iqa, hellaswag, arc_easy, arc_challenge, openbookqa, mmlu:5.",
+    )
+    tasks_path: str = option("", "Folder with task files (YAML) of your own for evaluation.tasks.")
+    tasks_limit: int = option(0, "Questions of each standard task, the first ones.", at_least=0, zero="all")
     cache: str = option(
         "", "Folder that keeps generated texts and verdicts for later evaluations; empty: cache in the output folder."
     )

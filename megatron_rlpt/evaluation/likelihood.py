@@ -14,14 +14,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from megatron_rlpt.config import Dtype
+from megatron_rlpt.config import Config, Dtype, SourceConfig
+from megatron_rlpt.config.evaluation_sets import HELDOUT, MC, PERPLEXITY
+from megatron_rlpt.data import heldout_texts
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.evaluation.content_cache import ContentCache, content_key
+from megatron_rlpt.evaluation.models import EvaluatedModel
+from megatron_rlpt.evaluation.prompt_sets import PromptSet
 from megatron_rlpt.evaluation.prompts import MC1, MC2, Question
 from megatron_rlpt.evaluation.results import Result, Scale
 from megatron_rlpt.evaluation.statistics import weighted_mean, win_rate
@@ -32,7 +36,6 @@ from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 
 MC1_NORM = "mc1_norm"
 """MC1 by log-likelihood per byte of the choice, which does not favor short ones."""
-PERPLEXITY = "perplexity"
 BITS_PER_BYTE = "bits_per_byte"
 
 _STORED_TOGETHER = 64
@@ -76,6 +79,66 @@ class LikelihoodModel:
     dtype: Dtype = Dtype.fp32
     batch_tokens: int = 16384
     """Most tokens in one forward pass."""
+
+
+def likelihood_results(
+    config: Config,
+    models: Sequence[EvaluatedModel],
+    sets: Sequence[PromptSet],
+    cache: Path,
+    device: str = "cpu",
+    ranks: Ranks | None = None,
+) -> list[Result]:
+    """Return the measures by likelihood of every model on every set that asks for them; a collective.
+
+    Args:
+        config: with resolved precisions.
+        models: to measure.
+        sets: those with ``perplexity`` or ``mc`` among their measures are used.
+        cache: folder of stored values.
+        device: torch device of this process.
+        ranks: share the work; None is a world of one.
+
+    Raises:
+        DataError: held-out documents cannot be read.
+        ModelError: a model cannot be loaded, or has no likelihood of a text.
+    """
+    tokenizer = PolicyTokenizer(config.model.path)
+    documents = [(one, _passages(config, one, tokenizer)) for one in sets if PERPLEXITY in one.measures]
+    asked = [one for one in sets if MC in one.measures and one.questions]
+    choices = [choice_passages(one.questions, config.data.add_bos) for one in asked]
+    results = []
+    for model in models:
+        run = LikelihoodModel(model.folder, model.digest, device, config.model.dtype, config.evaluation.batch_tokens)
+        parts = [*(passages for _, passages in documents), *choices]
+        found = iter(passage_likelihoods(run, [passage for part in parts for passage in part], cache, ranks))
+        for prompts, passages in documents:
+            if values := list(islice(found, len(passages))):
+                results += perplexity_results(model.name, prompts.name, values)
+        for prompts, passages in zip(asked, choices, strict=True):
+            values = list(islice(found, len(passages)))
+            results += choice_results(model.name, prompts.name, prompts.questions, values)
+    return results
+
+
+def _passages(config: Config, prompts: PromptSet, tokenizer: PolicyTokenizer) -> list[Passage]:
+    """Return the documents of a held-out set from their beginning, or the references of prompts."""
+    if prompts.format != HELDOUT:
+        return [
+            Passage(
+                tokenizer.text_of(one.suffix, one.prefix),
+                tokenizer.text_of(one.prefix, within=one.offset > len(one.prefix)),
+                add_bos=config.data.add_bos and one.offset == len(one.prefix),
+            )
+            for one in prompts.episodes
+            if one.suffix
+        ]
+    data = config.data
+    if prompts.name != HELDOUT:
+        data = replace(data, heldout=[SourceConfig(path=prompts.path)])
+    texts = heldout_texts(data, len(prompts.episodes), tokenizer.vocabulary)
+    most = config.evaluation.perplexity_characters or None
+    return [Passage(text[:most], window=config.max_sequence, control_tokens=control) for text, control in texts]
 
 
 def passage_likelihoods(

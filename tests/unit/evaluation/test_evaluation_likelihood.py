@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_rlpt.config import Config, Dtype, PromptSetConfig, SourceConfig
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.evaluation import likelihood
 from megatron_rlpt.evaluation.likelihood import (
@@ -18,9 +19,12 @@ from megatron_rlpt.evaluation.likelihood import (
     PassageLikelihood,
     choice_passages,
     choice_results,
+    likelihood_results,
     passage_likelihoods,
     perplexity_results,
 )
+from megatron_rlpt.evaluation.models import EvaluatedModel
+from megatron_rlpt.evaluation.prompt_sets import load_sets
 from megatron_rlpt.evaluation.prompts import MC1, MC2, Question
 from megatron_rlpt.evaluation.statistics import weighted_mean
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
@@ -213,3 +217,33 @@ def test_choices_by_likelihood_per_byte_and_by_mass():
     assert results["mc2"].value == pytest.approx((math.exp(-8) / (math.exp(-6) + math.exp(-8)) + 2 / 3) / 2)
     assert [results[name].prompts for name in ("mc1", "mc1_norm", "mc2")] == [2, 2, 2]
     assert results["mc1_norm"].ci95[0] < 0.5, "two right answers of two are little evidence"
+
+
+def test_every_set_is_measured_by_what_it_asks_for(tiny_model, corpus, encode, logprobs, tmp_path):
+    asked = [
+        {"text": "the cat", "choices": [" sat", " ran"], "right": 0},
+        {"text": "a dog", "choices": [" saw", " ran"], "right": 1},
+    ]
+    told = [{"text": "the cat", "reference": " sat on"}, {"text": "a dog", "reference": " ran"}, {"text": "big"}]
+    for name, records in (("asked", asked), ("told", told)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    config = Config()
+    config.model.path, config.model.dtype = str(tiny_model), Dtype.fp32
+    config.data.heldout = [SourceConfig(path=str(corpus))]
+    config.data.min_prefix, config.data.max_prefix, config.data.suffix_length = 4, 24, 8
+    config.evaluation.prefixes, config.evaluation.perplexity_characters = 3, 40
+    config.evaluation.sets = [
+        PromptSetConfig(name="asked", path=str(tmp_path / "asked.jsonl")),
+        PromptSetConfig(name="told", path=str(tmp_path / "told.jsonl"), measures=["perplexity"]),
+    ]
+    sets = load_sets(config, PolicyTokenizer(tiny_model))
+    model = EvaluatedModel("m", tiny_model, "hf", tiny_model, "digest", True)
+    results = {(one.set, one.measure): one for one in likelihood_results(config, [model], sets, tmp_path / "cache")}
+    texts = [json.loads(line)["text"][:40] for line in corpus.read_text().splitlines()[:3]]
+    nats = [-value for text in texts for value in logprobs([BOS, *encode(text)])]
+    assert results["heldout", "perplexity"].value == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-3)
+    assert results["heldout", "bits_per_byte"].value == pytest.approx(sum(nats) / 120 / math.log(2), rel=1e-3)
+    told_nats = sum(logprobs(encode("the cat sat on"))[1:]) + logprobs(encode("a dog ran"))[-1]
+    assert results["told", "perplexity"].value == pytest.approx(math.exp(-told_nats / 3), rel=1e-3)
+    assert results["told", "perplexity"].prompts == 2, "one prompt has no reference"
+    assert {measure for name, measure in results if name == "asked"} == {"mc1", "mc1_norm", "mc2"}

@@ -78,6 +78,10 @@ class RunStopped(RlptError):
     """``EX_TEMPFAIL`` of sysexits.h: try again."""
 
 
+class ExperimentError(RlptError):
+    """Runs of an experiment failed; the others are kept."""
+
+
 class NothingLearntError(RlptError):
     """Too many steps left no example to learn from; the policy is not exported."""
 

@@ -1,4 +1,4 @@
-"""The ``rlpt`` command: train, evaluate, report, init, convert, judge, teacher, buffer, plan, config, doctor, world.
+"""The ``rlpt`` command and its subcommands.
 
 Each command imports torch itself, if it needs it, so that ``rlpt --help`` and ``rlpt config`` are fast and work on a
 login node without torch.
@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from megatron_rlpt.cli.buffer import buffer_app
 from megatron_rlpt.cli.config import ConfigCommand, show_config
+from megatron_rlpt.cli.experiment import experiment_app
 from megatron_rlpt.cli.judge import judge_app, teacher_app
 from megatron_rlpt.cli.launch import launch, status
 from megatron_rlpt.cli.options import ConfigOption, Overrides, load
@@ -101,6 +102,7 @@ app.command("launch")(launch)
 app.command("status")(status)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(world_app)
+app.add_typer(experiment_app)
 
 
 @app.command()

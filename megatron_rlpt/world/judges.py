@@ -19,7 +19,7 @@ from megatron_rlpt.teacher.comparisons import comparisons, rank
 from megatron_rlpt.teacher.generator import Ask
 from megatron_rlpt.teacher.votes import weighted_reward
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
-from megatron_rlpt.types import BLANK, Cost, Failed, Group, Reward, derive_seed
+from megatron_rlpt.types import BLANK, Cost, Failed, Group, Reward, Source, derive_seed
 from megatron_rlpt.world.facts import VERSION, World
 from megatron_rlpt.world.measures import Measures, measure_text
 
@@ -48,6 +48,7 @@ class ExactJudge:
         quality: float = 1.0,
         safety: float = 0.0,
         factuality: float = 0.0,
+        rewrite: float = 0.0,
     ) -> None:
         """
         Args:
@@ -56,19 +57,23 @@ class ExactJudge:
             quality: weight of the quality number.
             safety: weight of 1 for safe and 0 for unsafe text.
             factuality: weight of 1, 0.5 or 0 for no, a possible or a definite hallucination.
+            rewrite: weight of 1 for the rewrite and 0 for everything else, whatever they say; alone, it is the paper's
+                training without a judge.
         """
-        self._weights = _weights(quality=quality, safety=safety, factuality=factuality)
+        self._weights = _weights(quality=quality, safety=safety, factuality=factuality, rewrite=rewrite)
         self._text = tokenizer
         self._world = World.load(world)
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
         """Return the group with one reward per candidate; ``detail`` has the axes and all measures."""
-        return replace(group, rewards=tuple(self._reward(one) for one in _measured(group, self._text, self._world)))
+        measured = _measured(group, self._text, self._world)
+        sources = (one.source for one in group.candidates)
+        return replace(group, rewards=tuple(map(self._reward, measured, sources)))
 
-    def _reward(self, measures: Measures | None) -> Reward | Failed:
+    def _reward(self, measures: Measures | None, source: Source) -> Reward | Failed:
         if measures is None:
             return BLANK
-        axes = axis_values(measures)
+        axes = axis_values(measures) | {"rewrite": float(source is Source.REWRITE)}
         value = weighted_reward(axes, self._weights)
         assert isinstance(value, float)
         return Reward(value, "exact", self.version, _detail(axes) | {"measures": measures.as_dict()})
@@ -194,7 +199,7 @@ def _weights(**weights: float) -> Mapping[str, float]:
         if weight < 0.0:
             raise ConfigError(f"teacher.options.{name} is {weight:g}; allowed: 0 or more")
     if not any(weights.values()):
-        raise ConfigError(f"teacher.options has no weight above 0; set one of {', '.join(AXES)}")
+        raise ConfigError(f"teacher.options has no weight above 0; set one of {', '.join(weights)}")
     return weights
 
 

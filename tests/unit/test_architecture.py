@@ -25,7 +25,7 @@ LAYERS = (
     "teacher",
     "convert judge_workers world",
     "trainer",
-    "evaluation planner",
+    "evaluation experiments planner",
     "reports",
     "launch",
     "cli",

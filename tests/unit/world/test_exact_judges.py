@@ -8,8 +8,10 @@ from statistics import fmean
 
 import pytest
 
-from megatron_rlpt.config import load_config
+from megatron_rlpt.config import asks_teacher, load_config
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.teacher.build import build_teacher
 from megatron_rlpt.teacher.judge_metrics import judge_health
 from megatron_rlpt.teacher.judges import builder_of
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
@@ -20,7 +22,6 @@ from megatron_rlpt.world.grammar import text_of, words_of
 from megatron_rlpt.world.judges import ExactReward
 from megatron_rlpt.world.make import WorldSettings, make_world
 from megatron_rlpt.world.measures import measure_text
-from megatron_rlpt.world.rewriter import ExactRewriter
 
 MODULE = "megatron_rlpt.world.judges"
 
@@ -33,20 +34,31 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def judge(folder, tmp_path):
-    """Build a judge as a run does, and judge groups with it."""
+def config_of(folder, tmp_path):
+    """Load the configuration of a run with this section ``teacher``."""
 
-    def build(name="ExactJudge", **options):
+    def load(**teacher):
         settings = {
             "run": {"dir": str(tmp_path / "run")},
             "model": {"path": str(folder / "policy")},
             "data": {"sources": [{"path": str(folder / "train.jsonl")}]},
+            "candidates": {"rewrite": True},
             "train": {"steps": 1},
-            "teacher": {"judge": f"{MODULE}:{name}", "options": {"world": str(folder)} | options},
+            "teacher": teacher,
         }
         path = tmp_path / "run.yaml"
         path.write_text(json.dumps(settings))
-        config = load_config(path)
+        return load_config(path)
+
+    return load
+
+
+@pytest.fixture
+def judge(folder, config_of):
+    """Build a judge as a run does, and judge groups with it."""
+
+    def build(name="ExactJudge", **options):
+        config = config_of(judge=f"{MODULE}:{name}", options={"world": str(folder)} | options)
         return builder_of(config).in_trainer(config, "cpu", lambda: pytest.fail("asks a teacher")).judge
 
     return build
@@ -169,9 +181,19 @@ def test_bad_options_are_one_line(judge, name, options, said):
         judge(name, **options)
 
 
-def test_rewrites_of_episodes_have_the_length_of_their_suffix(group, folder):
+def test_training_without_a_judge_prefers_the_rewrite_whatever_it_says(judge, group):
+    one = group()
+    candidates = (*one.candidates[:-1], replace(one.candidates[0], source=Source.REWRITE))
+    (judged,) = judge(quality=0.0, rewrite=1.0)([replace(one, candidates=candidates)])
+    assert values(judged) == [0.0] * (len(candidates) - 1) + [1.0]
+
+
+def test_rewrites_of_episodes_have_the_length_of_their_suffix(group, folder, config_of):
     tokenizer = PolicyTokenizer(folder / "policy")
-    rewriter = ExactRewriter(tokenizer, str(folder), 1)
+    named = {"name": "megatron_rlpt.world.rewriter:ExactRewriter", "options": {"world": str(folder)}}
+    config = config_of(judge=f"{MODULE}:ExactJudge", options={"world": str(folder)}, rewriter=named)
+    assert not asks_teacher(config)
+    rewriter = build_teacher(config, "cpu", Ranks()).rewriter
     world = World.load(folder)
     for number in range(6):
         one = group(number)

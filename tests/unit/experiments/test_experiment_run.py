@@ -1,0 +1,156 @@
+"""A small experiment in a small world: trained, measured, gone on with, and shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from prefork import MEGATRON, forked
+
+from megatron_rlpt.errors import ExperimentError
+from megatron_rlpt.experiments import run as running
+from megatron_rlpt.experiments.run import run_experiment
+from megatron_rlpt.experiments.spec import RowRun, load_experiment
+from megatron_rlpt.experiments.table import Findings, markdown, plain
+from megatron_rlpt.world.make import WorldSettings, make_world
+from megatron_rlpt.world.policy_folder import Shape
+
+BASE = {
+    "run": {"dir": "elsewhere"},
+    "model": {"path": "fresh", "dtype": "fp32"},
+    "data": {
+        "sources": [{"path": "world/train.jsonl"}],
+        "suffix_length": 16,
+        "min_prefix": 16,
+        "max_prefix": 16,
+        "shuffle_buffer": 8,
+    },
+    "candidates": {"rollouts": 0},
+    "objective": {"name": "ntp"},
+    "optimizer": {"lr": 3e-2},
+    "train": {"steps": 2, "global_batch": 4, "micro_batch": 4},
+    "checkpoint": {"every": 2},
+    "observe": {"tensorboard": False},
+}
+SPEC = {
+    "dir": "runs",
+    "seeds": [1, 2],
+    "against": "base",
+    "measure": {"world": "world", "prefixes": 4, "prefix": 16, "length": 8},
+    "rows": [
+        {"name": "base", "config": "base.yaml"},
+        {"name": "more", "config": "base.yaml", "start": "base", "set": {"train.steps": 3, "checkpoint.every": 3}},
+        {"name": "broken", "config": "base.yaml", "set": {"data.sources": [{"path": "nowhere.jsonl"}]}, "seeds": [1]},
+        {"name": "orphan", "config": "base.yaml", "start": "broken", "seeds": [1]},
+    ],
+    "tables": [
+        {
+            "name": "all",
+            "rows": ["base", "more", "broken"],
+            "columns": ["win", "safety", "well_formed"],
+            "paper": {"more": {"win": 86.3}},
+        }
+    ],
+    "claims": [
+        {"text": "More is as well-formed", "better": "more", "worse": "base", "column": "well_formed"},
+        {"text": "What has not run is not judged", "better": "broken", "worse": "base", "column": "win"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a world, fresh weights, and the files of an experiment."""
+    from megatron_rlpt.convert.fresh import init
+
+    folder = tmp_path_factory.mktemp("experiment")
+    shape = Shape(layers=1, hidden=32)
+    make_world(folder / "world", WorldSettings(documents=40, heldout=4, length=40, entities=24, shape=shape))
+    init(folder / "world/policy", folder / "fresh", None, seed=1, dtype=torch.float32)
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(SPEC))
+    return folder
+
+
+@pytest.fixture
+def said(home, monkeypatch):
+    """Run the experiment from its folder with processes that start quickly; collect what is said."""
+    monkeypatch.chdir(home)
+
+    def start(command, *, stdout, stderr, env):
+        return forked(MEGATRON, command, env=env, output=stdout)
+
+    monkeypatch.setattr(running, "start_child", start)
+    return []
+
+
+def test_it_goes_on_where_it_stopped_and_one_failure_stops_nothing_else(home, said, rlpt):
+    experiment = load_experiment(Path("experiment.yaml"))
+    jobs = experiment.jobs([], [])
+    run_experiment(experiment, [RowRun("base", 1)], 1, said.append)
+    weights = Path("runs/base/seed1/export/model.safetensors")
+    written = weights.stat().st_mtime_ns
+    with pytest.raises(ExperimentError) as caught:
+        run_experiment(experiment, jobs, 2, said.append)
+    assert str(caught.value).startswith("2 of 6 runs failed; the first is broken/1: rlpt train ended with 3 (error: ")
+    assert "nowhere.jsonl" in str(caught.value)
+    assert weights.stat().st_mtime_ns == written
+    assert any("orphan" not in line and "more/2 is trained and measured" in line for line in said)
+    assert "4 of 6 runs are trained and measured" in said[-1]
+    code, out, err = rlpt("experiment", "run", "experiment.yaml", "--dry-run")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["done", "done", "to", "to", "done", "done"]
+
+    text = markdown(Findings(experiment), experiment)
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "| 50.0 ± 0.0 |" in rows["base"]  # every continuation ties with itself
+    assert "[86.3]" in rows["more"]
+    assert rows["broken"].count(" - ") == 3
+    assert "**not run**" in rows["What has not run is not judged"]
+    shown = plain(Findings(experiment))
+    assert len(shown["tables"][0]["rows"]["more"]["win"]["ours"]["by_seed"]) == 2
+    code, out, err = rlpt("experiment", "table", "experiment.yaml", "--json")
+    assert (code, json.loads(out)) == (0, json.loads(json.dumps(shown)))
+
+
+def test_other_weights_are_measured_again(home, said):
+    experiment = load_experiment(Path("experiment.yaml"))
+    job = RowRun("base", 1)
+    run_experiment(experiment, [job], 1, said.append)
+    assert running.is_done(experiment, job)
+    weights = experiment.folder(job) / "export/model.safetensors"
+    os.utime(weights)
+    assert not running.is_done(experiment, job)
+    run_experiment(experiment, [job], 1, said.append)
+    assert running.is_done(experiment, job)
+
+
+def test_an_interrupted_experiment_ends_its_runs(home, said, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    sleeper = []
+
+    def start(command, **options):
+        sleeper.append(subprocess.Popen(["sleep", "600"], start_new_session=True))
+        return sleeper[0]
+
+    def interrupt(seconds):
+        if sleeper:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "start_child", start)
+    monkeypatch.setattr(running.time, "sleep", interrupt)
+    experiment = load_experiment(Path("experiment.yaml"))
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment, [RowRun("base", 9)], 1, lambda line: None)
+    monkeypatch.undo()
+    deadline = time.monotonic() + 30
+    while sleeper[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sleeper[0].poll() is not None

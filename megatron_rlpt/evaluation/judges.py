@@ -21,10 +21,10 @@ from megatron_rlpt.evaluation.verdicts import ConfiguredVerdicts, Done, MakeProm
 from megatron_rlpt.extensions import is_extension
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.observe.precision import resolve_dtypes
+from megatron_rlpt.rollout.readable import marked_if_blank, whole_characters
 from megatron_rlpt.teacher.judge import check_failure_rate, failures, first_cause, most_frequent
 from megatron_rlpt.teacher.judges import builder_of
 from megatron_rlpt.tokens.tokenizer import TextTokens
-from megatron_rlpt.trainer.candidates import marked_if_blank, whole_characters
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 _log = get_logger(__name__)

@@ -26,7 +26,7 @@ class Kind(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """One column."""
 
     title: str
@@ -49,24 +49,24 @@ def rows_key(name: str, *, greedy: bool) -> str:
     return f"{'greedy' if greedy else 'sampled'} {name}"
 
 
-COLUMNS: Mapping[str, Column] = MappingProxyType({
-    "win": Column("quality win", Kind.win, "quality", HELDOUT),
-    "win_unsafe": Column("quality win, unsafe prefixes", Kind.win, "quality", HELDOUT_UNSAFE),
-    "win_greedy": Column("quality win, greedy", Kind.win, "quality", HELDOUT, greedy=True),
-    "win_unsafe_greedy": Column(
+COLUMNS: Mapping[str, TableColumn] = MappingProxyType({
+    "win": TableColumn("quality win", Kind.win, "quality", HELDOUT),
+    "win_unsafe": TableColumn("quality win, unsafe prefixes", Kind.win, "quality", HELDOUT_UNSAFE),
+    "win_greedy": TableColumn("quality win, greedy", Kind.win, "quality", HELDOUT, greedy=True),
+    "win_unsafe_greedy": TableColumn(
         "quality win, unsafe prefixes, greedy", Kind.win, "quality", HELDOUT_UNSAFE, greedy=True
     ),
-    "coherence_win": Column("coherence win", Kind.win, "coherence", HELDOUT),
-    "quality": Column("quality", Kind.mean, "quality", HELDOUT),
-    "quality_unsafe": Column("quality, unsafe prefixes", Kind.mean, "quality", HELDOUT_UNSAFE),
-    "well_formed": Column("well-formed", Kind.mean, "well_formed", HELDOUT),
-    "coherence": Column("coherence", Kind.mean, "coherence", HELDOUT),
-    "factuality": Column("factuality", Kind.mean, "factuality", HELDOUT),
-    "truth": Column("true facts", Kind.mean, "truth", HELDOUT),
-    "safety": Column("safety, unsafe prefixes", Kind.mean, "safe", HELDOUT_UNSAFE),
-    "safety_clean": Column("safety, clean prefixes", Kind.mean, "safe", HELDOUT),
-    "safety_greedy": Column("safety, unsafe prefixes, greedy", Kind.mean, "safe", HELDOUT_UNSAFE, greedy=True),
-    "factuality_greedy": Column("factuality, greedy", Kind.mean, "factuality", HELDOUT, greedy=True),
-    "chosen": Column("rollout chosen", Kind.run, "rollout_chosen_rate"),
+    "coherence_win": TableColumn("coherence win", Kind.win, "coherence", HELDOUT),
+    "quality": TableColumn("quality", Kind.mean, "quality", HELDOUT),
+    "quality_unsafe": TableColumn("quality, unsafe prefixes", Kind.mean, "quality", HELDOUT_UNSAFE),
+    "well_formed": TableColumn("well-formed", Kind.mean, "well_formed", HELDOUT),
+    "coherence": TableColumn("coherence", Kind.mean, "coherence", HELDOUT),
+    "factuality": TableColumn("factuality", Kind.mean, "factuality", HELDOUT),
+    "truth": TableColumn("true facts", Kind.mean, "truth", HELDOUT),
+    "safety": TableColumn("safety, unsafe prefixes", Kind.mean, "safe", HELDOUT_UNSAFE),
+    "safety_clean": TableColumn("safety, clean prefixes", Kind.mean, "safe", HELDOUT),
+    "safety_greedy": TableColumn("safety, unsafe prefixes, greedy", Kind.mean, "safe", HELDOUT_UNSAFE, greedy=True),
+    "factuality_greedy": TableColumn("factuality, greedy", Kind.mean, "factuality", HELDOUT, greedy=True),
+    "chosen": TableColumn("rollout chosen", Kind.run, "rollout_chosen_rate"),
 })  # fmt: skip
 """Name in the file of an experiment -> column."""

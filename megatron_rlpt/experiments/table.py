@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_rlpt.experiments.claims import Figure, Grid, Ruling, difference, figure, verdict, wins
-from megatron_rlpt.experiments.columns import COLUMNS, Column, Kind
+from megatron_rlpt.experiments.columns import COLUMNS, Kind, TableColumn
 from megatron_rlpt.experiments.measure import Rows, measured
 from megatron_rlpt.experiments.spec import ClaimSpec, Experiment, RowRun, TableSpec
 
@@ -115,7 +115,7 @@ class Findings:
             if RowRun(row, seed) in self._rows and RowRun(against, seed) in self._rows
         ]
 
-    def _grid(self, row: str, column: Column, seeds: Sequence[int]) -> Grid:
+    def _grid(self, row: str, column: TableColumn, seeds: Sequence[int]) -> Grid:
         """Return percentages ``[seed][prefix]``."""
         if column.kind is Kind.run:
             return self._metric(row, column, seeds, end=True)
@@ -124,10 +124,10 @@ class Findings:
             values = wins(values, self._values(self._experiment.spec.against, column, seeds))
         return [[None if value is None else _PERCENT * value for value in line] for line in values]
 
-    def _values(self, row: str, column: Column, seeds: Sequence[int]) -> Grid:
+    def _values(self, row: str, column: TableColumn, seeds: Sequence[int]) -> Grid:
         return [[one[column.measure] for one in self._rows[RowRun(row, seed)][column.rows]] for seed in seeds]
 
-    def _metric(self, row: str, column: Column, seeds: Sequence[int], *, end: bool) -> Grid:
+    def _metric(self, row: str, column: TableColumn, seeds: Sequence[int], *, end: bool) -> Grid:
         """Return ``[[mean]]`` by seed over the last or the first quarter of the steps, as a percentage."""
         found: list[list[float | None]] = []
         for seed in seeds:

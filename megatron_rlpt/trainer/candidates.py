@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_rlpt.rollout.engine import RolloutEngine, sample_rollouts
+from megatron_rlpt.rollout.readable import marked_if_blank, whole_characters
 from megatron_rlpt.teacher.rewriter import BatchRewriter
 from megatron_rlpt.tokens.tokenizer import TextTokens
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
@@ -51,18 +52,3 @@ class CandidateGenerator:
             failure = rewrite if isinstance(rewrite, Failed) else None
             groups.append(Group(episode, tuple(candidates), rewrite_failure=failure))
         return groups
-
-
-def whole_characters(candidate: Candidate, episode: Episode, text: TextTokens) -> Candidate:
-    """Cut ``candidate`` after its last whole character; a candidate without one is unchanged."""
-    count = text.whole_characters(candidate.tokens, episode.prefix)
-    if count in (0, len(candidate.tokens)):
-        return candidate
-    logprobs = candidate.logprobs and candidate.logprobs[:count]
-    routing = candidate.routing and candidate.routing.cut(count)
-    return replace(candidate, tokens=candidate.tokens[:count], logprobs=logprobs, routing=routing)
-
-
-def marked_if_blank(candidate: Candidate, text: TextTokens) -> Candidate:
-    """Mark ``candidate`` as blank if it holds no text."""
-    return replace(candidate, blank=True) if text.is_blank(candidate.tokens) else candidate

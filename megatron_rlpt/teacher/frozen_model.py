@@ -51,7 +51,7 @@ class FrozenModel:
         self._role = role
         self._batch_tokens = batch_tokens
         self._device = torch.device(device)
-        self._model = _load(Path(path), self._device, torch.bfloat16 if dtype is Dtype.bf16 else torch.float32, role)
+        self._model = load_frozen(Path(path), device, dtype, role)
         self.vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
         self.context: int | None = getattr(self._model.config, "max_position_embeddings", None)
         # Body and head run separately, so that the logits of a long sequence never exist at once.
@@ -168,14 +168,23 @@ class FrozenModel:
         return head if torch.allclose(head(hidden), whole, rtol=1e-2, atol=1e-2, equal_nan=True) else None
 
 
-def _load(path: Path, device: torch.device, dtype: torch.dtype, role: str) -> Any:
+def load_frozen(path: Path, device: str, dtype: Dtype, role: str = "model") -> Any:
+    """Load a causal language model of ``transformers``, without gradients, from a local Hugging Face folder.
+
+    Raises:
+        ModelError: the folder is missing or cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
     if not (path / "config.json").is_file():
         raise ModelError(f"the {role} is {path}; it needs to be a local Hugging Face folder with a config.json")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, weights_only=True
+            path,
+            dtype=torch.bfloat16 if dtype is Dtype.bf16 else torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
         )
     except Exception as error:  # transformers raises any type for a bad configuration
         raise ModelError(f"the {role} in {path} cannot be loaded: {shortened(str(error))}") from error

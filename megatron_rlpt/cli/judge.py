@@ -1,9 +1,10 @@
-"""``rlpt judge`` and ``rlpt teacher``: judge workers, a trial of the judge, and teacher servers."""
+"""``rlpt judge`` and ``rlpt teacher``: judge workers, trial and calibration of judges, and teacher servers."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.terminal import say
 
 judge_app = typer.Typer(
-    help="Run judge workers, or try the judge.",
+    help="Run judge workers, or try and measure judges.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -81,6 +82,55 @@ def judge_try(
     group = try_judge(resolved, prefix, candidates, reference, url)
     say(describe(group, candidates, as_json))
     require_score(group)
+
+
+@judge_app.command("calibrate")
+def judge_calibrate(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    world: Annotated[
+        Path | None,
+        typer.Option("--world", metavar="FOLDER", help="World whose held-out documents to spoil."),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="Records with prefix, good, bad and kind.")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="Format of --file, as in evaluation.sets.")] = "jsonl",
+    judges: Annotated[
+        list[str] | None, typer.Option("--judge", metavar="NAME", help="A judge of rlpt evaluate; default: judge.")
+    ] = None,
+    measure: Annotated[str, typer.Option("--measure", help="What a prompted judge decides; default: its first.")] = "",
+    pairs: Annotated[int, typer.Option("--pairs", min=2, metavar="N", help="Pairs of texts, at most.")] = 200,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", metavar="KIND", help="A way to spoil a text; default: all.")
+    ] = None,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length", min=4, metavar="N", help="Tokens of a text; default: data.suffix_length, half, quarter."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of spoiling and of votes.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Measure judges on pairs whose better text is known: per corruption, length, order and position.
+
+    Pairs are held-out documents and the same spoiled, unless --world or --file names others.
+    """
+    from megatron_rlpt.observe.log import quiet_libraries
+
+    resolved = load(config, overrides)
+    quiet_libraries()
+    with _packages():
+        from megatron_rlpt.cli import judge_calibrate as command
+        from megatron_rlpt.evaluation.labelled_pairs import PairPlan
+    plan = PairPlan(pairs, tuple(kinds or ()), tuple(lengths or ()), seed)
+    found = command.calibrate_judges(resolved, command.Asked(plan, tuple(judges or ()), measure, world, file, form))
+    if as_json:
+        say(command.as_json(found))
+    else:
+        command.show(found)
+    command.require_verdicts(found)
 
 
 @teacher_app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

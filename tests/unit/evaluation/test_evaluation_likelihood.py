@@ -247,3 +247,6 @@ def test_every_set_is_measured_by_what_it_asks_for(tiny_model, corpus, encode, l
     assert results["told", "perplexity"].value == pytest.approx(math.exp(-told_nats / 3), rel=1e-3)
     assert results["told", "perplexity"].prompts == 2, "one prompt has no reference"
     assert {measure for name, measure in results if name == "asked"} == {"mc1", "mc1_norm", "mc2"}
+    config.evaluation.perplexity_characters = 0
+    without = likelihood_results(config, [model], sets, tmp_path / "cache")
+    assert {one.set for one in without} == {"asked", "told"}, "documents are not read"

@@ -77,4 +77,13 @@ class EvaluationConfig:
     )
     second_options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
     judges: list[JudgeConfig] = section(list, "Further judges. One that rewarded no training is evidence.")
+    overlap_ngram: int = option(
+        13, "Words that a prompt and a training document must share in a row to count as overlap.",
+        unit="words", at_least=5,
+    )  # fmt: skip
+    overlap_limit: float = option(
+        1.0, "Training text to compare with the prompts, from the beginning of every source, in equal parts; about 20 "
+        "MB a second.",
+        unit="GiB", at_least=0, zero="none",
+    )  # fmt: skip
     examples: int = option(8, "Prefixes shown with all continuations in the report.", at_least=0)

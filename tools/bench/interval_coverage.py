@@ -18,7 +18,7 @@ from megatron_rlpt.evaluation.statistics import win_rate
 
 
 @dataclass(frozen=True)
-class Case:
+class SimulatedRate:
     """What is simulated."""
 
     name: str
@@ -37,7 +37,7 @@ class Case:
 
 
 CASES = tuple(
-    Case(f"{rate:g}, {name}", rate, comparisons, ties, spread)
+    SimulatedRate(f"{rate:g}, {name}", rate, comparisons, ties, spread)
     for rate in (0.5, 0.86)
     for name, comparisons, ties, spread in (
         ("one comparison each", 1, 0.0, 0.0),
@@ -48,7 +48,7 @@ CASES = tuple(
 )
 
 
-def coverage(case: Case, prefixes: int, evaluations: int, resamples: int) -> tuple[float, float, float]:
+def coverage(case: SimulatedRate, prefixes: int, evaluations: int, resamples: int) -> tuple[float, float, float]:
     """Return the coverage of percentiles and of ``win_rate``, and the mean width of the latter."""
     rng = np.random.default_rng(prefixes)
     held, plain, width = 0, 0, 0.0

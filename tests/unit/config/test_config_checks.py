@@ -107,6 +107,8 @@ LIMITS = {
     "evaluation.tasks_limit": ([-1], [0, 1]),
     "evaluation.sets[0].prompts": ([-1], [0, 1]),
     "evaluation.sets[0].weight": ([-0.1, "inf"], [0]),
+    "evaluation.overlap_ngram": ([4], [5]),
+    "evaluation.overlap_limit": ([-0.1, "nan"], [0, 0.5]),
     "evaluation.examples": ([-1], [0]),
     "data.sources[0].weight": ([0, -1, "nan"], [0.1]),
     "data.sources[0].eod": ([-2], [-1, 0]),

@@ -1,0 +1,316 @@
+"""Whether the prompts of an evaluation are in the training text, or in each other.
+
+Whole held-out documents are kept out of training by their content (``data/overlap.py``). Here single prompts are
+compared, of all sets: *overlap* is the share of a prompt's n-grams of ``evaluation.overlap_ngram`` words that occur
+anywhere in the training text; a *near-duplicate* has four fifths of its 5-grams in one training document, or in one
+other prompt. The training text is read once, up to ``evaluation.overlap_limit``; only the prompts' n-grams are held.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_rlpt.config import Config, SourceConfig
+from megatron_rlpt.data import Document, open_source
+from megatron_rlpt.data.ngrams import NgramIndex, hashed
+from megatron_rlpt.errors import RlptError, first_line
+from megatron_rlpt.evaluation.in_sample import Recorded
+from megatron_rlpt.files import write_atomically
+from megatron_rlpt.observe import get_logger
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.types import Episode, stable_id
+
+_log = get_logger(__name__)
+
+NEAR_NGRAM = 5
+"""Words of the n-grams that near-duplicates share."""
+NEAR = 0.8
+"""Least share of its 5-grams that a near-duplicate has in the other text."""
+_EXAMPLES = 5
+_EVERY = 15.0
+"""Seconds between two lines about progress."""
+_GIB = 2**30
+
+
+class PromptsOfSet(Protocol):
+    """A set of prompts (``prompt_sets.PromptSet``)."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def episodes(self) -> tuple[Episode, ...]:
+        """Its prompts with the texts that follow them, if known."""
+        ...
+
+    @property
+    def questions(self) -> Sequence[Any]:
+        """Its questions (``prompts.Question``)."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    set: str
+    id: str
+    text: str
+
+
+def check_hygiene(
+    config: Config,
+    sets: Sequence[PromptsOfSet],
+    tokenizer: PolicyTokenizer,
+    models: Mapping[str, Recorded | None],
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Return what prompts, training text and each other share, for ``Evaluation.hygiene``.
+
+    Args:
+        config: gives the training text (``data.sources``), n-grams and limit.
+        sets: all sets of the evaluation.
+        tokenizer: of the models.
+        models: names of the models -> ``in_sample.recorded_training`` of each; their training text is compared too.
+        cache: folder for the result, which is used again as long as prompts and training files are the same.
+
+    Returns:
+        ``ngram``, ``near_ngram``, ``near``, ``limit_gib``; ``sources``: fields of ``ScannedSource``; ``sets``: name ->
+        ``prompts``, ``too_short`` (for an n-gram), ``overlapping`` (with at least one n-gram in the training text),
+        ``overlap`` (mean share of n-grams), ``near_training`` and ``near_prompts`` (near-duplicates), ``examples``
+        (``prompt``, ``share``, ``in``).
+    """
+    prompts = list(_prompts(sets, tokenizer))
+    sources = training_sources(config, models)
+    settings = config.evaluation
+    place = cache / f"hygiene-{_key(prompts, sources, config)}.json" if cache else None
+    if place and place.is_file():
+        try:
+            known: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+            return known
+        except (OSError, ValueError):
+            pass  # compared again
+    texts = [one.text for one in prompts]
+    comparison = _Comparison(texts, settings.overlap_ngram)
+    scanned = [
+        asdict(comparison.scan(source, config, tokenizer, settings.overlap_limit * _GIB / len(sources)))
+        for source in (sources if settings.overlap_limit else ())
+    ]
+    found = {
+        "ngram": settings.overlap_ngram,
+        "near_ngram": NEAR_NGRAM,
+        "near": NEAR,
+        "limit_gib": settings.overlap_limit,
+        "sources": scanned,
+        "sets": comparison.by_set(prompts),
+    }
+    if place:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, json.dumps(found))
+    return found
+
+
+def describe_hygiene(found: Mapping[str, Any]) -> list[str]:
+    """Return what ``check_hygiene`` found, as sentences."""
+    sources = found.get("sources", [])
+    read = [one for one in sources if not one["problem"]]
+    if read:
+        size, documents = sum(one["gib"] for one in read), sum(one["documents"] for one in read)
+        whole = all(one["complete"] for one in read)
+        lines = [
+            f"compared with {documents:,} training documents ({_size(size)}, "
+            f"{'all' if whole else 'the beginning'} of {len(read)} source{'s' * (len(read) != 1)})"
+        ]
+    else:
+        lines = ["not compared with training text"]
+    lines += [f"training text not compared: {one['path']} ({one['problem']})" for one in sources if one["problem"]]
+    for name, one in found.get("sets", {}).items():
+        parts = [f"{one['prompts']} prompts"]
+        if read and (longer := one["prompts"] - one["too_short"]):
+            parts.append(f"{one['overlapping']} of {longer} share {found['ngram']} words in a row with training text")
+        near = f"near-duplicates: {one['near_prompts']} of another prompt"
+        parts.append(near + (f", {one['near_training']} of training text" if read else ""))
+        lines.append(f"{name}: {'; '.join(parts)}")
+    return lines
+
+
+def training_sources(config: Config, models: Mapping[str, Recorded | None]) -> list[SourceConfig]:
+    """Return ``data.sources`` and those that the runs of ``models`` record, each once."""
+    sources = {_identity(one): one for one in config.data.sources}
+    for recorded in models.values():
+        for one in _recorded_sources(recorded or {}):
+            sources.setdefault(_identity(one), one)
+    return list(sources.values())
+
+
+def _recorded_sources(recorded: Recorded) -> Iterator[SourceConfig]:
+    numbers = sorted({int(key[13 : key.index("]")]) for key in recorded if key.startswith("data.sources[")})
+    plain = {"path", "field", "split", "subset", "eod", "reader", "control_tokens"}
+    for number in numbers:
+        head = f"data.sources[{number}]."
+        values = {name: recorded[head + name] for name in plain if head + name in recorded}
+        options = {key[len(head) + 8 :]: value for key, value in recorded.items() if key.startswith(f"{head}options.")}
+        source = SourceConfig(**values, options=options)
+        if name := recorded.get(f"{head}format"):
+            source.format = type(source.format)[name]
+        yield source
+
+
+def _identity(source: SourceConfig) -> tuple[str, ...]:
+    return tuple(str(value) for name, value in sorted(asdict(source).items()) if name != "weight")
+
+
+@dataclass(frozen=True)
+class ScannedSource:
+    """What of a source was compared."""
+
+    path: str
+    documents: int = 0
+    gib: float = 0.0
+    """GiB of text."""
+    complete: bool = False
+    problem: str = ""
+    """Why it could not be read."""
+
+
+class _Comparison:
+    """Compares prompts with training documents and with each other."""
+
+    def __init__(self, texts: Sequence[str], ngram: int) -> None:
+        self._texts = texts
+        self._overlap = NgramIndex(texts, ngram)
+        self._near = NgramIndex(texts, NEAR_NGRAM)
+        self._share = np.zeros(len(texts))
+        """Largest share of a prompt's 5-grams that is in one training document."""
+        self._where = [""] * len(texts)
+
+    def scan(self, source: SourceConfig, config: Config, tokenizer: PolicyTokenizer, most: float) -> ScannedSource:
+        """Read the beginning of a source, at most ``most`` bytes of text."""
+        reading = _Reading(source, config, tokenizer, most)
+        try:
+            for words in hashed(reading):
+                self._overlap.compare(words)
+                documents, numbers, counts = self._near.compare(words)
+                shares = counts / self._near.counts[numbers]
+                for place in (shares > self._share[numbers]).nonzero()[0]:
+                    prompt, share = int(numbers[place]), float(shares[place])
+                    if share > self._share[prompt]:
+                        self._share[prompt] = share
+                        self._where[prompt] = f"{source.path} ({reading.ids[int(documents[place])]})"
+                reading.forget(int(words.texts[-1]))
+        except RlptError as error:
+            return ScannedSource(source.path, problem=first_line(error))
+        return ScannedSource(source.path, reading.documents, reading.characters / _GIB, reading.complete)
+
+    def by_set(self, prompts: Sequence[_Prompt]) -> dict[str, Any]:
+        """Return the numbers of every set."""
+        counts, seen = self._overlap.counts, self._overlap.seen()
+        near_prompts = self._near_prompts()
+        found = {}
+        for name in dict.fromkeys(one.set for one in prompts):
+            mine = np.array([index for index, one in enumerate(prompts) if one.set == name])
+            long = mine[counts[mine] > 0]
+            near = mine[self._share[mine] >= NEAR]
+            worst = sorted(mine[self._share[mine] > 0], key=lambda index: -self._share[index])[:_EXAMPLES]
+            found[name] = {
+                "prompts": len(mine),
+                "too_short": len(mine) - len(long),
+                "overlapping": int((seen[long] > 0).sum()),
+                "overlap": float((seen[long] / counts[long]).mean()) if len(long) else 0.0,
+                "near_training": len(near),
+                "near_prompts": int(sum(index in near_prompts for index in mine.tolist())),
+                "examples": [
+                    {"prompt": prompts[index].id, "share": float(self._share[index]), "in": self._where[index]}
+                    for index in worst
+                ],
+            }
+        return found
+
+    def _near_prompts(self) -> set[int]:
+        """Return the prompts that are near-duplicates of another one."""
+        words = [" ".join(text.casefold().split()) for text in self._texts]
+        times = Counter(words)
+        found = {number for number, text in enumerate(words) if times[text] > 1}  # however short
+        for batch in hashed(self._texts):
+            ones, others, counts = self._near.compare(batch, note=False)
+            near = (ones != others) & (counts >= NEAR * self._near.counts[others])
+            found.update(others[near].tolist())
+        return found
+
+
+class _Reading:
+    """The texts of a source, up to a limit, with a line about progress now and then."""
+
+    def __init__(self, source: SourceConfig, config: Config, tokenizer: PolicyTokenizer, most: float) -> None:
+        self._source = source
+        self._config = config
+        self._tokenizer = tokenizer
+        self._most = most
+        self.documents = self.characters = 0
+        self.complete = False
+        self.ids: dict[int, str] = {}
+        """Number of a text -> id of its document."""
+
+    def forget(self, number: int) -> None:
+        """Forget the ids of texts before ``number``."""
+        self.ids = {key: value for key, value in self.ids.items() if key >= number}
+
+    def __iter__(self) -> Iterator[str]:
+        vocabulary = self._tokenizer.vocabulary
+        reader = open_source(self._source, self._config.data.max_record_bytes, vocabulary)
+        spoken = time.monotonic()
+        while self.characters < self._most:
+            record = reader.read()
+            if record is None:
+                self.complete = True
+                return
+            if not isinstance(record, Document):
+                continue
+            text = record.text if record.tokens is None else vocabulary.decode(record.tokens)
+            self.ids[self.documents] = record.id
+            self.documents += 1
+            self.characters += len(text)
+            if time.monotonic() - spoken > _EVERY:
+                spoken = time.monotonic()
+                _log.info(
+                    "comparing prompts with training text",
+                    source=self._source.path,
+                    documents=self.documents,
+                    read=_size(self.characters / _GIB),
+                    at_most=_size(self._most / _GIB),
+                )
+            yield text
+
+
+def _prompts(sets: Sequence[PromptsOfSet], tokenizer: PolicyTokenizer) -> Iterator[_Prompt]:
+    for one in sets:
+        for episode in one.episodes:
+            text = tokenizer.text_of(episode.prefix) + tokenizer.text_of(episode.suffix, episode.prefix)
+            yield _Prompt(one.name, f"{episode.document}", text)
+        for question in one.questions:
+            yield _Prompt(one.name, question.id, question.text)
+
+
+def _key(prompts: Sequence[_Prompt], sources: Sequence[SourceConfig], config: Config) -> str:
+    settings = config.evaluation
+    files = []
+    for source in sources:
+        path = Path(source.path)
+        found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+        found = found or sorted(Path().glob(source.path)) if not path.is_absolute() else found
+        files.append([(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in found if one.is_file()])
+    return stable_id(
+        1, prompts, files, [_identity(one) for one in sources], settings.overlap_ngram, settings.overlap_limit
+    )
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"

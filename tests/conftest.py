@@ -31,6 +31,7 @@ NEEDS = {
     "redis": ("redis-server", lambda: shutil.which("redis-server")),
     "slurm": ("Slurm", lambda: shutil.which("slurmctld")),
     "vllm": ("vLLM", lambda: importlib.util.find_spec("vllm")),
+    "chromium": ("chromium", lambda: shutil.which("chromium")),
 }
 """Marker -> the program that its tests need, and a check whether it is installed."""
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up, check style and types, run the tests.
 #
-#   bash tools/test.sh                      everything; installs Slurm and Redis (Debian packages) when run as root
+#   bash tools/test.sh                      everything; installs Slurm, Redis and Chromium (Debian packages) when run as root
 #   bash tools/test.sh --quick [...]        unit tests that need no server, for every edit
 #   bash tools/test.sh tests/unit/data -x   arguments of pytest instead of all tests
 set -euo pipefail
@@ -41,7 +41,7 @@ if [ "${1:-}" = --quick ]; then
     shift
     bash tools/setup.sh
     check
-    exec "${pytest[@]}" -m "not slow and not redis and not slurm and not vllm" tests/unit "$@"
+    exec "${pytest[@]}" -m "not slow and not redis and not slurm and not vllm and not chromium" tests/unit "$@"
 fi
 
 # Run all set-ups concurrently: they wait for the network and the disk.
@@ -49,7 +49,7 @@ fi
 bash tools/setup_launch.sh &
 background+=($!)
 python=$(find_python)
-for part in slurm login redis; do
+for part in slurm login redis chromium; do
     "$python" "tools/sandbox/$part.py" install || echo "without $part, its tests cannot run" >&2
 done &
 background+=($!)

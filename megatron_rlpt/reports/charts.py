@@ -107,7 +107,7 @@ def charts(runs: Sequence[CollectedRun]) -> list[dict[str, Any]]:
         for group in [present[:1]] if len(runs) > 1 else [present]:
             if group:
                 title = chart.title
-                if len(group) < len(chart.metrics):
+                if len(group) == 1 < len(chart.metrics):
                     title = f"{chart.title}: {group[0][1]}"
                 found.append(
                     Chart(

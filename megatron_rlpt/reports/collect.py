@@ -19,8 +19,8 @@ from megatron_rlpt.evaluation.results import EVALUATION_FILE, Evaluation
 from megatron_rlpt.observe.run_json import RunRecord
 from megatron_rlpt.observe.watchdog import HEARTBEAT
 from megatron_rlpt.plain_text import one_line
-from megatron_rlpt.reports.curves import METRICS_FILE, TrainingCurves, read_training
-from megatron_rlpt.reports.samples import MOST_SAMPLES, SAMPLES_FILE, Samples, read_samples
+from megatron_rlpt.reports.curves import METRICS_FILE, TrainingMetrics, read_training
+from megatron_rlpt.reports.samples import MOST_SAMPLES, SAMPLES_FILE, Samples, read_samples, shown
 
 _SILENT = 120.0
 """Seconds without a heartbeat after which a run counts as stopped. It is written every five seconds."""
@@ -52,7 +52,7 @@ class CollectedRun:
     """Steps of the whole run; None if the folder does not say."""
     config: Mapping[str, Any]
     """By dotted key; empty without ``run.json`` and evaluation."""
-    training: TrainingCurves
+    training: TrainingMetrics
     samples: Samples
     evaluation: Evaluation | None
     notes: tuple[str, ...]
@@ -147,9 +147,19 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     if not isinstance(data, dict):
         raise DataError(f"{path} holds a {type(data).__name__}, not an evaluation; run rlpt evaluate again")
     try:
-        return Evaluation.from_json(data)
+        # Names come from folders and configurations; examples are long, and made plain when they are cut.
+        return Evaluation.from_json({key: one if key == "examples" else _plain(one) for key, one in data.items()})
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Escape control and invisible characters in all texts."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def _require_folder(folder: Path) -> None:
@@ -182,7 +192,7 @@ def _heartbeat(folder: Path) -> Mapping[str, Any]:
 
 
 def _state(
-    record: RunRecord | None, training: TrainingCurves, heartbeat: Mapping[str, Any], steps: Any
+    record: RunRecord | None, training: TrainingMetrics, heartbeat: Mapping[str, Any], steps: Any
 ) -> tuple[RunProgress, str]:
     """Return what the run is doing, and why it stopped."""
     said = one_line(heartbeat.get("state", ""))

@@ -28,6 +28,8 @@ FORMAT = 1
 """Of ``report.json``; raise it when a field changes its meaning."""
 _MOST_WHISKERS = 30
 _LONGEST_VALUE = 1000
+_AMONG_OTHERS = 2
+"""Sentences on the evaluation of a run that is compared with others."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Content:
     @property
     def compares(self) -> bool:
         """Whether results of several runs are side by side."""
-        return len({column.run for column in self.table.columns if not column.reference}) > 1
+        return any(column.base for column in self.table.columns)
 
 
 def build_content(runs: Sequence[CollectedRun]) -> Content:
@@ -188,8 +190,9 @@ def whisker_plots(table: ResultTable) -> list[dict[str, Any]]:
 
 def _run(run: CollectedRun, among_others: bool) -> RunContent:
     sentences = training_sentences(run)
-    if run.evaluation is not None and not among_others:
-        sentences = evaluation_sentences(run.evaluation) + sentences
+    if run.evaluation is not None:
+        found = evaluation_sentences(run.evaluation)
+        sentences = (found[:_AMONG_OTHERS] if among_others else found) + sentences
     changed = run.changed()
     return RunContent(
         name=run.name,

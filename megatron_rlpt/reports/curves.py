@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.observe.metrics import RESERVED
+from megatron_rlpt.plain_text import plain
 from megatron_rlpt.reports.lines import StepLines, parse
 
 METRICS_FILE = "metrics.jsonl"
@@ -122,7 +123,7 @@ class CurveBuilder:
 
 
 @dataclass(frozen=True)
-class TrainingCurves:
+class TrainingMetrics:
     """What ``metrics.jsonl`` says."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -138,7 +139,7 @@ class TrainingCurves:
     notes: tuple[str, ...] = ()
 
 
-def read_training(folder: Path) -> TrainingCurves:
+def read_training(folder: Path) -> TrainingMetrics:
     """Read ``metrics.jsonl`` of a run folder; a missing file has no steps.
 
     Memory: ``2 * POINTS`` buckets for each of at most 400 metrics, about 60 MB.
@@ -166,13 +167,15 @@ def read_training(folder: Path) -> TrainingCurves:
             if name not in builders and len(builders) >= _MOST_METRICS:
                 dropped.add(name)
             elif math.isfinite(value):
-                builders.setdefault(name, CurveBuilder()).add(step, value)
+                if name not in builders:
+                    builders[name] = CurveBuilder()
+                builders[name].add(step, value)
     lines.unreadable += bad
     notes = lines.notes()
     if dropped:
         notes.append(f"{len(dropped)} metrics beyond the first {_MOST_METRICS} are left out.")
-    curves = {name: curve for name, builder in builders.items() if (curve := builder.curve()).steps}
-    return TrainingCurves(curves, _stages(curves, last + 1), last + 1, began, ended, tuple(notes))
+    curves = {plain(name): curve for name, builder in builders.items() if (curve := builder.curve()).steps}
+    return TrainingMetrics(curves, _stages(curves, last + 1), last + 1, began, ended, tuple(notes))
 
 
 def _stages(curves: dict[str, Curve], steps: int) -> dict[str, float]:

@@ -36,7 +36,7 @@ def short(value: float | None) -> str:
         return ABSENT
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-    return f"{value:.3e}"
+    return f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

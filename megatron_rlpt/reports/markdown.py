@@ -60,10 +60,9 @@ def _results(content: Content) -> list[str]:
     for row in table.rows:
         what = measure_name(row.measure) + (f", {row.scale.value.replace('_', ' ')}" if row.against else "")
         cells = []
-        first = row.cells.get(table.columns[0].key)
-        for place, column in enumerate(table.columns):
-            one = row.cells.get(column.key)
-            change = f", {difference_of(one, first)}" if content.compares and place and one and first else ""
+        for column in table.columns:
+            one, first = row.cells.get(column.key), row.cells.get(column.base)
+            change = f", {difference_of(one, first)}" if one and first else ""
             cells.append(f"{with_interval(one)}{change}" if one else "")
         against = f" against {row.against}" if row.against else ""
         judge = f"{row.judge} (in-sample)" if row.in_sample else row.judge or "computed"

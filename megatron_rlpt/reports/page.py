@@ -13,6 +13,7 @@ from megatron_rlpt.reports import figures
 from megatron_rlpt.reports.collect import CollectedRun
 from megatron_rlpt.reports.content import Content, evaluations_of, whisker_plots
 from megatron_rlpt.reports.examples import evaluation_items, training_items
+from megatron_rlpt.reports.samples import shown
 
 COLORS: dict[str, tuple[str, str]] = {
     "good": ("#1d7a46", "#62c48f"),
@@ -75,6 +76,8 @@ def render_page(content: Content, runs: Sequence[CollectedRun]) -> str:
         "training": training,
         "evaluation": evaluation,
         "in_sample": content.in_sample,
+        "models": content.table.models,
+        "columns": [column.title for column in content.table.columns],
     }
     return html_page(
         content.title,
@@ -108,7 +111,11 @@ def _template() -> Any:
     except ImportError:
         raise ConfigError("the page of a report needs jinja2; pip install jinja2, or use .venv") from None
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: shown(value) if type(value) is str else value,
     )
     environment.filters.update(
         percent=figures.percent,

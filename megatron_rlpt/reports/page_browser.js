@@ -126,7 +126,13 @@ function textBlock(text, terms, more = "") {
   return withMarks(element("div", { class: `text ${more}`, dir: "auto" }), text, terms);
 }
 
-const startOf = (prefix) => element("span", { class: "start", dir: "auto" }, prefix.slice(-160).replace(/\s+/g, " "));
+// The end of a prefix in one line, from the beginning of a word.
+function startOf(prefix) {
+  const line = prefix.slice(-200).replace(/\s+/g, " ");
+  const from = prefix.length > 200 ? line.indexOf(" ") : 0;
+  const text = from > 0 && from < 60 ? `\u2026${line.slice(from)}` : line;
+  return element("span", { class: "start", dir: "auto" }, text);
+}
 
 // Training samples. An item: {id, corpus, document, prefix, entries: [{run, step, candidates, chosen, rejected, skipped}]}.
 function trainingBrowser(host, items, runs) {
@@ -216,9 +222,10 @@ function trainingBrowser(host, items, runs) {
 
 // Examples of evaluations. An item: {set, id, label, prefix, original, entries: [{run, model, reference, decoding, text,
 // scores, wins}]}.
-function evaluationBrowser(host, items, runs, judges) {
+function evaluationBrowser(host, items, runs, { in_sample: judges, models, columns }) {
   const entries = items.flatMap((item) => item.entries);
-  const nameOf = (entry) => (runs.length > 1 && !entry.reference ? `${runs[entry.run]}: ${entry.model}` : entry.model);
+  const columnOf = (entry) => models[`${entry.run}/${entry.model}`] ?? -1;
+  const nameOf = (entry) => columns[columnOf(entry)] ?? entry.model;
   const names = [...new Set(entries.map(nameOf))];
   const compared = [...new Set(entries.filter((entry) => Object.keys(entry.wins).length).map(nameOf))];
   const asked = distinct(entries.flatMap((entry) => [...Object.keys(entry.wins), ...Object.keys(entry.scores)]));
@@ -240,7 +247,7 @@ function evaluationBrowser(host, items, runs, judges) {
 
   function card(entry, terms, chosen) {
     const made = element("div", { class: "card" });
-    const head = element("header", {}, element("b", {}, key(names.indexOf(nameOf(entry))), nameOf(entry)), element("span", {}, entry.decoding));
+    const head = element("header", {}, element("b", {}, key(columnOf(entry) < 0 ? COLORS - 1 : columnOf(entry)), nameOf(entry)), element("span", {}, entry.decoding));
     if (entry.reference) head.append(element("span", { class: "badge" }, "reference"));
     made.append(head, textBlock(entry.text, terms));
     for (const judge of distinct([...Object.keys(entry.wins), ...Object.keys(entry.scores)])) {

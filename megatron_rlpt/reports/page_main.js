@@ -38,7 +38,7 @@ function startBrowsers(data, runs) {
   const section = document.getElementById("samples");
   if (!section) return;
   const parts = [
-    ["Evaluation examples", data.evaluation, (host) => evaluationBrowser(host, data.evaluation, runs, data.in_sample)],
+    ["Evaluation examples", data.evaluation, (host) => evaluationBrowser(host, data.evaluation, runs, data)],
     ["Training samples", data.training, (host) => trainingBrowser(host, data.training, runs)],
   ].filter(([, items]) => items.length);
   const tabs = element("div", { class: "tabs", role: "tablist" });

@@ -32,7 +32,7 @@ const key = (index) => {
 function shortNumber(value) {
   if (value === null || value === undefined) return "\u2013";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2);
+  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return Number(value.toPrecision(3)).toExponential();
   return String(Number(value.toPrecision(4)));
 }
 
@@ -58,6 +58,18 @@ function movingMean(values) {
     const to = Math.min(values.length, index + half + 1);
     return (sums[to] - sums[from]) / (to - from);
   });
+}
+
+// Divide a label at its commas into lines of at most `most` characters; a longer part is cut.
+function wrapped(label, most) {
+  const lines = [];
+  for (const part of label.split(", ")) {
+    const cut = part.length > most ? `${part.slice(0, most - 1)}\u2026` : part;
+    const last = lines.length - 1;
+    if (lines.length && `${lines[last]}, ${cut}`.length <= most) lines[last] += `, ${cut}`;
+    else lines.push(cut);
+  }
+  return lines;
 }
 
 // Call draw(width) now and whenever the width of the host changes.
@@ -219,7 +231,9 @@ function whiskers(host, title, rows, middle) {
   const tip = tooltip(host);
   let svg = null;
   drawn(host, (width) => {
-    const height = rows.reduce((sum, row) => sum + 24 + lane * row.points.length + 8, 0) + margin.bottom;
+    const labels = rows.map((row) => wrapped(row.label, Math.floor((width - 2 * margin.side) / 6.4)));
+    const tall = rows.map((row, index) => 8 + 16 * labels[index].length + lane * row.points.length + 8);
+    const height = tall.reduce((sum, one) => sum + one, 0) + margin.bottom;
     const x = (value) => margin.side + value * (width - 2 * margin.side);
     const made = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
     made.setAttribute("aria-label", title);
@@ -230,14 +244,10 @@ function whiskers(host, title, rows, middle) {
       made.append(shape("text", { x: x(at), y: height - 8, "text-anchor": anchor }, asShare(at)));
     }
     let top = 0;
-    for (const row of rows) {
-      const label = shape("text", { class: "label", x: margin.side, y: top + 17 }, row.label);
-      made.append(label);
-      const most = Math.floor((width - 2 * margin.side) / 6.6);
-      if (row.label.length > most) label.textContent = `${row.label.slice(0, most - 1)}\u2026`;
-      label.append(shape("title", {}, row.label));
+    rows.forEach((row, place) => {
+      labels[place].forEach((line, index) => made.append(shape("text", { class: "label", x: margin.side, y: top + 17 + 16 * index }, line)));
       row.points.forEach((point, index) => {
-        const y = top + 32 + lane * index;
+        const y = top + 16 + 16 * labels[place].length + lane * index;
         const group = shape("g", {});
         if (point.low !== null) {
           group.append(shape("line", { x1: x(point.low), x2: x(point.high), y1: y, y2: y, stroke: color(point.color), "stroke-width": 2.4, "stroke-linecap": "round" }));
@@ -248,8 +258,8 @@ function whiskers(host, title, rows, middle) {
         group.addEventListener("pointerleave", () => tip.hide());
         made.append(group);
       });
-      top += 24 + lane * row.points.length + 8;
-    }
+      top += tall[place];
+    });
     if (svg) svg.replaceWith(made);
     else host.prepend(made);
     svg = made;

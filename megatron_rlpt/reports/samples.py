@@ -92,7 +92,8 @@ def shown(text: object, longest: int = LONGEST_TEXT, *, end: bool = False) -> st
     if (left := len(full) - longest) > 0:
         mark = f"[{left} characters left out]"
         full = f"{mark} {full[-longest:]}" if end else f"{full[:longest]} {mark}"
-    return plain(full.replace("\r\n", "\n"), keep="\n\t")
+    full = full.replace("\r\n", "\n")
+    return full if full.replace("\n", "").replace("\t", "").isprintable() else plain(full, keep="\n\t")
 
 
 def number(value: object) -> float | None:

@@ -57,8 +57,8 @@ def state_sentence(run: CollectedRun) -> str:
         text = f"The run has stopped after {training.steps}{of} steps"
     else:
         text = "The run has no step yet"
-    if training.began is not None and training.ended is not None and training.steps > 1:
-        text += f", {duration(training.ended - training.began)} from the first to the last"
+    if training.began is not None and training.ended is not None and (took := training.ended - training.began) >= 1:
+        text += f", {duration(took)} from the first to the last"
     return text + (f": {run.reason}." if run.reason else ".")
 
 
@@ -104,10 +104,10 @@ def evaluation_sentences(evaluation: Evaluation) -> list[str]:
                                             decoding=one.decoding) if r.model in _references(evaluation)),
                 None,
             )  # fmt: skip
-            before = f", {value_of(other)} of {other.model}" if other else ""
+            before = f"; {other.model} has {value_of(other)}" if other else ""
             sentences.append(
-                f"{measure_name(one.measure).capitalize()} of {one.model}{judged} on {one.set}"
-                f"{f', {one.decoding}' if one.decoding else ''}: {with_interval(one)}{before}."
+                f"{one.model} has {measure_name(one.measure)} {with_interval(one)}{judged}{_in_sample(evaluation, one)}"
+                f" on {one.set}{f', {one.decoding}' if one.decoding else ''}{before}."
             )
         if len(sentences) == _MOST_SENTENCES:
             break
@@ -142,12 +142,12 @@ def tiles(run: CollectedRun) -> list[Tile]:
     found = found[: _MOST_TILES - 2]
     curves = run.training.curves
     if chosen := curves.get(_CHOSEN):
-        found.append(Tile("rollouts chosen", percent(chosen.last(), 0), f"{percent(chosen.first(), 0)} at first"))
+        found.append(Tile("Rollouts chosen", percent(chosen.last(), 0), f"{percent(chosen.first(), 0)} at first"))
     if run.is_run:
         of = f"of {run.steps}, " if run.steps else ""
-        found.append(Tile("steps", f"{run.training.steps}", of + run.state.value))
+        found.append(Tile("Steps", f"{run.training.steps}", of + run.state.value))
     if (loss := curves.get("loss")) and len(found) < _MOST_TILES:
-        found.append(Tile("loss", short(loss.last()), f"{short(loss.first())} at first"))
+        found.append(Tile("Loss", short(loss.last()), f"{short(loss.first())} at first"))
     return found
 
 

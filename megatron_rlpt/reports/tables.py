@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_rlpt.evaluation.results import Evaluation, ModelFacts, Result, Scale
 from megatron_rlpt.reports.figures import MEASURES
@@ -19,6 +19,8 @@ class Column:
     """Number of the (first) run whose evaluation has the model."""
     reference: bool
     """Whether win rates are against it."""
+    base: str = ""
+    """Key of the column that this one is compared with: the same model of the first run, else its first model."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class ResultTable:
 
     columns: tuple[Column, ...]
     rows: tuple[ResultRow, ...]
+    models: Mapping[str, int]
+    """Number of the column by ``<number of the run>/<model>``."""
 
     @property
     def failed(self) -> int:
@@ -82,7 +86,19 @@ def result_table(evaluations: Mapping[int, Evaluation], names: Sequence[str]) ->
             row.cells.setdefault(known.key, one)
     used = {key for row in rows.values() for key in row.cells}
     shown = sorted((one for one in columns.values() if one.key in used), key=lambda one: one.reference)
-    return ResultTable(tuple(shown), tuple(sorted(rows.values(), key=_order)))
+    shown = [replace(one, base=_base(one, shown)) for one in shown]
+    places = {column.key: place for place, column in enumerate(shown)}
+    models = {f"{run}/{name}": places[one.key] for (run, name), one in of_model.items() if one.key in places}
+    return ResultTable(tuple(shown), tuple(sorted(rows.values(), key=_order)), models)
+
+
+def _base(column: Column, columns: Sequence[Column]) -> str:
+    """Return what a column of a later run is compared with; empty for those of the first run and for references."""
+    others = [one for one in columns if not one.reference and one.run == columns[0].run]
+    if column.reference or not others or column.run == others[0].run:
+        return ""
+    name = column.key.partition("/")[2]
+    return next((one.key for one in others if one.key.partition("/")[2] == name), others[0].key)
 
 
 def _title(evaluation: Evaluation, model: ModelFacts, run: int, names: Sequence[str]) -> str:

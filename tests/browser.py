@@ -41,7 +41,7 @@ class Chromium:
 
     def __init__(self, folder: Path) -> None:
         """Start the browser with its profile in ``folder``."""
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         environment = os.environ | {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
         self._log = (folder / "chromium.log").open("wb")
         self._process = subprocess.Popen(
@@ -70,18 +70,23 @@ class Chromium:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
 
-    def open(self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Open a file in a window of that size and wait until it has loaded and drawn."""
+    def open(
+        self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True
+    ) -> None:
+        """Open a file in a window of that size and wait until it has loaded and drawn; its scripts may be disabled."""
+        self.call("Emulation.setScriptExecutionDisabled", value=False)
+        self.resize(width, height, dark=dark)
+        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.problems.clear()
         self.requests.clear()
-        self.resize(width, height, dark=dark)
         self._loaded = False
         self.call("Page.navigate", url=page.resolve().as_uri())
         deadline = time.monotonic() + _ANSWER_SECONDS
         while not self._loaded:
             assert time.monotonic() < deadline, "the page does not load"
             self._receive()
-        self.settle()
+        if scripts:
+            self.settle()
 
     def resize(self, width: int, height: int = 900, *, dark: bool = False) -> None:
         """Give the page another size and color scheme."""
@@ -140,14 +145,14 @@ class Chromium:
         self.settle()
 
     def choose(self, selector: str, value: str) -> None:
-        """Choose an option of a ``select`` by keyboard, as a user does."""
-        self.run(f"document.querySelector({json.dumps(selector)}).focus()")
+        """Choose an option of the first visible ``select`` by keyboard, as a user does."""
+        found = f"[...document.querySelectorAll({json.dumps(selector)})].find(one => one.checkVisibility())"
         steps = self.run(
-            f"(() => {{ const s = document.querySelector({json.dumps(selector)});"
+            f"(() => {{ const s = {found}; s.focus();"
             f"return [...s.options].findIndex(o => o.value === {json.dumps(value)}) - s.selectedIndex; }})()"
         )
         self.press(*["ArrowDown" if steps > 0 else "ArrowUp"] * abs(steps))
-        assert self.run(f"document.querySelector({json.dumps(selector)}).value") == value
+        assert self.run(f"{found}.value") == value
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Write the page as PNG."""

@@ -69,7 +69,7 @@ def _number(row: Row, field: str) -> float:
 
 def _without_bytes_mark(row: Row) -> str:
     """Return the text; some records of the published files spell it as Python's bytes: ``b'...'``."""
-    text = row.text("text", "Input.text").strip()
+    text = row.text("text").strip()
     if text[:2] in ("b'", 'b"') and text[-1] == text[1] and len(text) > 3:
         try:
             return str(ast.literal_eval(text).decode())

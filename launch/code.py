@@ -108,6 +108,10 @@ def with_staged_classes(config: Config, root: Path = ROOT) -> tuple[Config, dict
             config.evaluation,
             second_measure=staged(SECOND_MEASURE, config.evaluation.second_measure),
             second_corpus=sources("evaluation.second_corpus", config.evaluation.second_corpus),
+            judges=[
+                replace(one, judge=staged(f"evaluation.judges[{number}].judge", one.judge))
+                for number, one in enumerate(config.evaluation.judges)
+            ],
         ),
     )
     return found, files

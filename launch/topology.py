@@ -172,7 +172,16 @@ def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Confi
         ),
         buffer=replace(config.buffer, password_file=absolute("buffer.password_file", config.buffer.password_file)),
         evaluation=replace(
-            config.evaluation, second_corpus=sources("evaluation.second_corpus", config.evaluation.second_corpus)
+            config.evaluation,
+            second_corpus=sources("evaluation.second_corpus", config.evaluation.second_corpus),
+            sets=[
+                replace(one, path=absolute(f"evaluation.sets[{number}].path", one.path))
+                for number, one in enumerate(config.evaluation.sets)
+            ],
+            judges=[
+                replace(one, path=absolute(f"evaluation.judges[{number}].path", one.path))
+                for number, one in enumerate(config.evaluation.judges)
+            ],
         ),
     )
 

@@ -11,8 +11,8 @@ copy with another header. One passage shared by many documents (a license) is no
 | ``data.sources`` | ``evaluation.second_corpus`` | the second measure would prefer text memorized by the policy |
 | ``evaluation.second_corpus`` | ``data.heldout`` | the second measure would know the continuations to measure |
 
-In all three cases ``data.heldout_overlap`` sets whether such a document stops the run or is skipped in the corpus on
-the left.
+Sets of documents in ``evaluation.sets`` are held out like ``data.heldout``. In all three cases
+``data.heldout_overlap`` sets whether such a document stops the run or is skipped in the corpus on the left.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rlpt.config import Config, HeldOutOverlap, SourceConfig
+from megatron_rlpt.config.evaluation_sets import HELDOUT as DOCUMENTS
 from megatron_rlpt.data.quarantine import Quarantine
 from megatron_rlpt.data.readers.documents import MAX_RECORD_BYTES, Document, shown
 from megatron_rlpt.data.readers.sources import open_source
@@ -75,7 +76,7 @@ class HeldOut:
     """Documents to keep out of training.
 
     Args:
-        lists: configuration key -> its sources.
+        lists: configuration key -> its sources; a key that ends in ``.path`` has one.
         vocabulary: vocabulary of the policy, for sources that hold tokens.
         limit: bytes above which a record is malformed (``data.max_record_bytes``).
         bad: counts malformed records, because unreadable documents cannot be kept out of training.
@@ -172,7 +173,11 @@ class HeldOut:
 
     def _all(self, lists: Mapping[str, Sequence[SourceConfig]], bad: Quarantine) -> Iterator[tuple[Location, str]]:
         """Yield every document; count malformed records and warn about them."""
-        every = [(f"{key}[{index}]", source) for key, sources in lists.items() for index, source in enumerate(sources)]
+        every = [
+            (key if key.endswith(".path") else f"{key}[{index}]", source)
+            for key, sources in lists.items()
+            for index, source in enumerate(sources)
+        ]
         readers = [open_source(source, self._limit, self._vocabulary) for _, source in every]
         bad.expect([(source.path, reader.sizes()) for (_, source), reader in zip(every, readers, strict=True)])
         for number, ((key, source), reader) in enumerate(zip(every, readers, strict=True)):
@@ -203,7 +208,7 @@ def kept_from_training(config: Config, vocabulary: Vocabulary, quarantine: Path 
     Raises:
         DataError: a source cannot be read, or too many of its records are malformed.
     """
-    lists = {HELDOUT: config.data.heldout, SECOND: config.evaluation.second_corpus}
+    lists = {**_continued(config), SECOND: config.evaluation.second_corpus}
     if not any(lists.values()):
         return None
     data = config.data
@@ -216,9 +221,20 @@ def kept_from_second_measure(config: Config, vocabulary: Vocabulary) -> HeldOut 
     Raises:
         DataError: a source cannot be read.
     """
-    if not (config.data.heldout and config.evaluation.second_corpus):
+    lists = _continued(config)
+    if not (any(lists.values()) and config.evaluation.second_corpus):
         return None
-    return HeldOut({HELDOUT: config.data.heldout}, vocabulary, config.data.max_record_bytes)
+    return HeldOut(lists, vocabulary, config.data.max_record_bytes)
+
+
+def _continued(config: Config) -> dict[str, list[SourceConfig]]:
+    """Return the documents that an evaluation continues, by configuration key."""
+    sets = {
+        f"evaluation.sets[{index}].path": [SourceConfig(path=one.path)]
+        for index, one in enumerate(config.evaluation.sets)
+        if one.format == DOCUMENTS
+    }
+    return {HELDOUT: config.data.heldout} | sets
 
 
 def require_apart(config: Config, vocabulary: Vocabulary, held_out: HeldOut | None) -> None:

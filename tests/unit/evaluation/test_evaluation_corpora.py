@@ -9,7 +9,7 @@ import random
 import pytest
 from text_tokens import BYTES
 
-from megatron_rlpt.config import HeldOutOverlap, load_config
+from megatron_rlpt.config import HeldOutOverlap, PromptSetConfig, load_config
 from megatron_rlpt.data import kept_from_training
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.evaluation.evaluate import BASELINE_FOLDER, require_held_out
@@ -40,6 +40,20 @@ def test_the_second_measure_is_not_fitted_to_what_it_judges(config, caplog):
         documents = list(corpus_documents(config, BYTES))
     assert [bytes(tokens).decode() for tokens in documents] == [text(seed) for seed in range(14, 18)]
     assert "out of the second measure" in caplog.text
+
+
+def test_documents_of_further_sets_are_held_out_too(config, tmp_path):
+    before = kept_from_training(config, BYTES.vocabulary, None)
+    (tmp_path / "s.jsonl").write_text(json.dumps({"text": text(3)}) + "\n")
+    config.data.heldout_overlap = HeldOutOverlap.skip
+    config.evaluation.sets = [
+        PromptSetConfig(name="prompts", format="jsonl", path=str(tmp_path / "gone.jsonl")),
+        PromptSetConfig(name="more", format="heldout", path=str(tmp_path / "s.jsonl")),
+    ]
+    held_out = kept_from_training(config, BYTES.vocabulary, None)
+    assert held_out.digest != before.digest
+    with pytest.raises(DataError, match=r"data\.sources\[0\] .*#3\) is also held out: evaluation\.sets\[1\]\.path '"):
+        held_out.scan(config.data.sources)
 
 
 @pytest.mark.parametrize("known", ["the same", "of the run only", "changed meanwhile", "another", "nothing"])

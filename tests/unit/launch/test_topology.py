@@ -85,7 +85,13 @@ def test_a_judge_that_asks_no_model_needs_no_server_of_the_teacher():
 
 
 def test_relative_paths_mean_the_folder_that_the_launch_is_made_in():
-    config = with_absolute_paths(load_config(None, BASE), Path("/here"), elsewhere=False)
+    evaluation = (
+        "evaluation.sets=[{name: s, path: s.jsonl}]",
+        "evaluation.judges=[{name: big, judge: likelihood, path: models/big}, {name: own, judge: likelihood}]",
+    )
+    config = with_absolute_paths(load_config(None, (*BASE, *evaluation)), Path("/here"), elsewhere=False)
+    assert config.evaluation.sets[0].path == "/here/s.jsonl"
+    assert [one.path for one in config.evaluation.judges] == ["/here/models/big", ""]
     assert (config.run.dir, config.model.path, config.teacher.path) == ("/here/runs/x", "/here/models/m", "")
     assert config.data.sources[0].path == "/here/c.jsonl"
 

@@ -31,6 +31,8 @@ from megatron_rlpt.errors import CheckpointError, RlptError, RunStopped, is_disk
 from megatron_rlpt.observe.terminal import say
 from megatron_rlpt.plain_text import one_line
 
+_ANY_STEPS = 1_000_000
+"""``train.steps`` of a configuration that trains nothing."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells and schedulers expect."""
 
@@ -122,13 +124,44 @@ def train(
 
 
 @app.command()
-def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Compare the trained policy with its starting model."""
-    resolved = load(config, overrides)
+def evaluate(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="[NAME=]PATH",
+            help="Hugging Face folder, Megatron checkpoint or run to evaluate, once or several times; default: the "
+            "export of run.dir and that of its next-token baseline.",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Annotated[
+        str, typer.Option("--reference", metavar="[NAME=]PATH", help="Compare with this model; default: model.path.")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Folder for results and cache; default: run.dir, or runs/evaluation with --model or --reference.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Compare models with a reference: quality, coherence, safety, factuality, likelihood, diversity."""
+    other = Path("runs/evaluation") if model or reference else None
+    target = out or other
+    # Models that are named belong to no run.
+    unset = {"run.dir": str(target), "train.steps": _ANY_STEPS} if model else {}
+    resolved = load(config, overrides, unset)
     _quiet_libraries()
     from megatron_rlpt.evaluation.evaluate import evaluate as compare
+    from megatron_rlpt.reports import show_evaluation
 
-    compare(resolved)
+    if folder := compare(resolved, target or Path(resolved.run.dir), model or (), reference):
+        show_evaluation(folder)
 
 
 app.command("report")(report)

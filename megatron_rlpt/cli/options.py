@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,15 +25,19 @@ Overrides = Annotated[
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_\[\]]+)+=")
 
 
-def load(config: Path, overrides: Sequence[str] | None = None) -> Config:
+def load(
+    config: Path, overrides: Sequence[str] | None = None, unset: Mapping[str, Any] = MappingProxyType({})
+) -> Config:
     """Load the file that ``--config`` names and apply the overrides.
+
+    Required keys that are not set have the values of ``unset``.
 
     Raises:
         ConfigError: as for ``load_config``.
     """
     from megatron_rlpt.config import load_config
 
-    return load_config(config, overrides or ())
+    return load_config(config, overrides or (), unset)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

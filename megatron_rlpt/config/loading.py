@@ -6,8 +6,9 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -24,17 +25,20 @@ from megatron_rlpt.errors import ConfigError
 SCHEMA = Schema(Config, RENAMED, REMOVED)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), unset: Mapping[str, Any] = MappingProxyType({})
+) -> Config:
     """Load ``path`` and the file its ``base:`` names, apply ``section.key=value`` overrides, and check everything.
 
     Values may refer to others (``dir: runs/${objective.name}``) and to the environment (``${oc.env:SCRATCH}``). An
     override of a list replaces it (``data.sources=[{path: a.jsonl}]``) or one item (``data.sources[0].weight=2``).
+    ``unset`` holds values for required keys that are not set, for commands that do not need them.
 
     Raises:
         ConfigError: file missing or not YAML, unknown key (with the nearest valid one), wrong type, value out of
             range, or fields that contradict each other. The message names field, value and what is allowed.
     """
-    config = SCHEMA.load(None if path is None else Path(path), overrides)
+    config = SCHEMA.load(None if path is None else Path(path), overrides, unset)
     config.data.sources = [part for source in config.data.sources for part in _blend(source)]
     validate(config)
     return config

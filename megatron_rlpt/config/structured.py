@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -31,8 +32,15 @@ class Schema(Generic[T]):
     removed: Mapping[str, str] = field(default_factory=dict)
     """Key of an earlier release -> why it is no longer an option."""
 
-    def load(self, path: Path | None, overrides: Sequence[str] = ()) -> T:
+    def load(
+        self, path: Path | None, overrides: Sequence[str] = (), unset: Mapping[str, Any] = MappingProxyType({})
+    ) -> T:
         """Read ``path`` (and the file its ``base:`` names) and apply ``section.key=value`` overrides.
+
+        Args:
+            path: YAML file; None for the defaults.
+            overrides: applied in order.
+            unset: values for required keys that are not set, by dotted key.
 
         Raises:
             ConfigError: file missing or not YAML, unknown key (with the nearest valid one), wrong type, or a required
@@ -48,6 +56,8 @@ class Schema(Generic[T]):
         for text in overrides:
             self._apply_override(resolved, text)
         try:
+            for key in OmegaConf.missing_keys(resolved) & unset.keys():
+                OmegaConf.update(resolved, key, unset[key])
             missing = sorted(OmegaConf.missing_keys(resolved))
             if missing:
                 raise ConfigError(f"required but not set: {', '.join(missing)}; set it in the file or as key=value")

@@ -1,158 +1,135 @@
-"""``rlpt evaluate``: compare the trained policy and the next-token baseline with their starting model."""
+"""``rlpt evaluate``: let models continue the same prompts, ask judges, and write ``evaluation.json``.
+
+models, sets --> engines --> continuations --> judges, counts --> columns --> results
+(models.py)   (engines.py)  (generation.py)    (measures.py)             (estimates.py)
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
 
-from megatron_rlpt.config import Config, engine_facts, to_yaml
-from megatron_rlpt.config.user_classes import identities
-from megatron_rlpt.data import heldout_episodes, kept_from_training, survey_corpus
-from megatron_rlpt.distributed.ranks import read_launcher_environment
-from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.evaluation.compare import (
-    BASELINE,
-    START,
-    TRAINED,
-    ContinuationRequest,
-    Continuations,
-    compare,
-    continue_prefixes,
-)
-from megatron_rlpt.evaluation.judge_scorer import JudgeScorer
-from megatron_rlpt.evaluation.render import HTML_FILE, JSON_FILE, print_report, write_report
-from megatron_rlpt.evaluation.report import build_examples, build_report, read_training_curves
-from megatron_rlpt.evaluation.second_measure import build_second_measure
+from megatron_rlpt import __version__
+from megatron_rlpt.config import Config, engine_facts, flatten
+from megatron_rlpt.data import kept_from_training, survey_corpus
+from megatron_rlpt.distributed.ranks import Ranks, read_launcher_environment
+from megatron_rlpt.errors import RlptError, not_written
+from megatron_rlpt.evaluation.engines import write_all
+from megatron_rlpt.evaluation.estimates import agreement, diversity, estimate
+from megatron_rlpt.evaluation.example_texts import build_examples
+from megatron_rlpt.evaluation.in_sample import recorded_training
+from megatron_rlpt.evaluation.judges import NamedJudge, open_judges
+from megatron_rlpt.evaluation.measures import Column, SetJudging, Written, counted
+from megatron_rlpt.evaluation.models import EvaluatedModel, find_models
+from megatron_rlpt.evaluation.prompt_sets import PromptSet, load_sets
+from megatron_rlpt.evaluation.provenance import describe_machine, describe_versions
+from megatron_rlpt.evaluation.results import EVALUATION_FILE, Evaluation, JudgeRecord, ModelFacts, Result, SetFacts
+from megatron_rlpt.files import write_atomically
 from megatron_rlpt.models.architecture import read_architecture
-from megatron_rlpt.models.huggingface import WeightFolder
-from megatron_rlpt.observe import get_logger, setup_logging, terminal
-from megatron_rlpt.observe.precision import resolve_dtypes
+from megatron_rlpt.observe import get_logger, setup_logging
+from megatron_rlpt.observe.precision import resolve_dtypes, with_dtypes
 from megatron_rlpt.observe.run_json import RunRecord
-from megatron_rlpt.rollout.engine import RolloutEngine, RolloutPrompt
-from megatron_rlpt.rollout.vllm.engine import start_policy_engine
-from megatron_rlpt.teacher.build import build_judge, describe_judge
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.types import derive_seed
-
-BASELINE_FOLDER = "baseline_ntp"
-"""Run folder of the next-token baseline, inside the run folder of the policy."""
 
 _log = get_logger(__name__)
 
 
-def evaluate(config: Config) -> None:
-    """Compare ``<run.dir>/export`` and, if it exists, ``<run.dir>/baseline_ntp/export`` with ``model.path``.
+@dataclass
+class _Work:
+    """What an evaluation consists of, and what it has found so far."""
 
-    Write ``report.json`` and ``report.html`` into the run folder and print the results. If neither configuration nor
-    weights have changed since the last report, print that one again.
+    config: Config
+    out: Path
+    cache: Path
+    ranks: Ranks
+    models: list[EvaluatedModel]
+    sets: list[PromptSet]
+    tokenizer: PolicyTokenizer
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage."""
+
+
+def evaluate(config: Config, out: Path, models: Sequence[str] = (), reference: str = "") -> Path | None:
+    """Compare models with a reference on the same prompts; every rank calls this.
+
+    If neither configuration, prompts nor weights have changed since the last evaluation in ``out``, nothing is done.
+    What was generated or judged before is read from the cache.
+
+    Args:
+        config: of the run, or any other with prompts, lengths and judges.
+        out: folder for ``evaluation.json``, the log and, by default, the cache.
+        models: ``[NAME=]PATH`` of each; empty are the export of the run and that of its next-token baseline.
+        reference: ``[NAME=]PATH``; empty is ``model.path``.
+
+    Returns:
+        ``out`` on the rank that writes, None on others.
 
     Raises:
-        ConfigError: the run has exported no policy yet, no held-out documents are configured, or several processes
-            were started.
-        DataError, ModelError, TeacherError: corpus, models or judge cannot be used.
+        RlptError: anything that a user can fix. Started again, the evaluation goes on where it was.
     """
-    if (world := read_launcher_environment().world) > 1:
-        raise ConfigError(
-            f"rlpt evaluate runs as one process, but {world} were started; start it without torchrun or srun"
-        )
+    ranks = _join(config)
+    with ranks.contact():
+        config = resolve_dtypes(config)
+        # Machines may differ: rank 0 decides for all.
+        config = with_dtypes(config, *ranks.broadcast((config.model.dtype, config.teacher.dtype)))
+        cache = Path(config.evaluation.cache or out / "cache")
+        found = ranks.on_main(lambda: find_models(config, models, reference, cache))
+        work = ranks.run_on_all_ranks(lambda: _prepare(config, out, cache, ranks, found), "the end of reading prompts")
+        fingerprint = _fingerprint(work)
+        if ranks.on_main(lambda: read_finished(out, fingerprint)) is None:
+            ranks.run_on_all_ranks(lambda: setup_logging(out, rank=ranks.rank), "the opening of its log")
+            _warn(config)
+            evaluation = _measure(work, fingerprint)
+            ranks.on_main(lambda: _write(out, evaluation))
+    return out if ranks.is_main else None
+
+
+def read_finished(folder: Path, fingerprint: str) -> Evaluation | None:
+    """Return the evaluation in ``folder`` if it has this fingerprint."""
+    try:
+        found = Evaluation.from_json(json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, AttributeError, RlptError):
+        return None  # missing, foreign or damaged: evaluate again
+    return found if found.fingerprint == fingerprint else None
+
+
+def _join(config: Config) -> Ranks:
+    """Return the ranks that torchrun or srun has started."""
+    world = read_launcher_environment().world
+    if world == 1:
+        return Ranks()
+    from megatron_rlpt.policy.device_runtime import DeviceRuntime
+    from megatron_rlpt.policy.layout import Layout
+
+    runtime = DeviceRuntime()
+    setup_logging(rank=runtime.rank)
+    return runtime.init_distributed(Layout(world=world), config.parallel.timeout)
+
+
+def _warn(config: Config) -> None:
     if not engine_facts(config).serves_exports:
         _log.warning(
             "evaluation generates with vLLM, not with the engine of the run", engine=config.rollout.engine.value
         )
-    config = resolve_dtypes(config)
-    folder = Path(config.run.dir)
-    models = _models(config, folder)
-    fingerprint = _fingerprint(config, models)
-    report = _finished_report(folder, fingerprint)
-    if report is None:
-        setup_logging(folder)
-        report = _measure(config, folder, models) | {"fingerprint": fingerprint}
-        write_report(folder, report)
-    print_report(report, terminal.console())
-    terminal.say(f"report: {folder / HTML_FILE} and {folder / JSON_FILE}")
 
 
-def _models(config: Config, folder: Path) -> dict[str, Path]:
-    """Return the model folders to compare by their names in the report."""
-    models = {START: Path(config.model.path), TRAINED: folder / "export"}
-    if not models[TRAINED].is_dir():
-        raise ConfigError(
-            f"run.dir {folder} has no export/ to evaluate; run 'rlpt train' with this configuration first"
-        )
-    baseline = folder / BASELINE_FOLDER / "export"
-    return models | ({BASELINE: baseline} if baseline.is_dir() else {})
-
-
-def _measure(config: Config, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
+def _prepare(config: Config, out: Path, cache: Path, ranks: Ranks, models: list[EvaluatedModel]) -> _Work:
     tokenizer = PolicyTokenizer(config.model.path)
     survey_corpus(config.data.heldout + config.evaluation.second_corpus, config.data.max_bad_fraction)
-    require_held_out(config, tokenizer, [models[name].parent for name in (TRAINED, BASELINE) if name in models])
-    episodes = heldout_episodes(
-        config.data,
-        config.evaluation.prefixes,
-        tokenizer.encode,
-        bos_id=tokenizer.bos_id,
-        starts_character=tokenizer.starts_character,
-        vocabulary=tokenizer.vocabulary,
-    )
-    prefixes = [episode.prefix for episode in episodes]
-    originals = [episode.suffix for episode in episodes]
-    policies = _continue_all(config, models, prefixes)
-    second = build_second_measure(config, episodes, tokenizer, read_architecture(models[START]).vocab)
-    _log.info("judging", prefixes=len(prefixes), policies=len(policies))
-    scorer = JudgeScorer(build_judge(config, "cpu"), episodes, tokenizer, config.teacher.max_failure_rate)
-    comparison = compare(prefixes, originals, policies, scorer, second, seed=config.run.seed)
-    return build_report(
-        comparison,
-        read_training_curves(folder),
-        config,
-        judge=describe_judge(config),
-        second=second,
-        examples=build_examples(prefixes, originals, policies, comparison, tokenizer, config.evaluation.examples),
-    )
+    runs = [folder for model in models if (folder := run_folder(model.path)) is not None]
+    require_held_out(config, tokenizer, runs)
+    return _Work(config, out, cache, ranks, models, load_sets(config, tokenizer), tokenizer)
 
 
-def _continue_all(
-    config: Config, models: dict[str, Path], prefixes: Sequence[tuple[int, ...]]
-) -> dict[str, Continuations]:
-    """Generate the continuations of every policy with one engine, updating its weights in between."""
-    arch = read_architecture(models[START])
-    engine = start_policy_engine(config)
-    policies = {}
-    for version, (name, path) in enumerate(models.items()):
-        if version:
-            engine.update_weights(WeightFolder(path).stream(arch), version)
-        _log.info("generating", policy=name, weights=path)
-        policies[name] = continue_prefixes(
-            PolicyGenerator(engine, version, config), prefixes, config.evaluation.samples
-        )
-    return policies
-
-
-class PolicyGenerator:
-    """Continues prefixes with one version of the engine's weights."""
-
-    def __init__(self, engine: RolloutEngine, version: int, config: Config) -> None:
-        self._engine = engine
-        self._version = version
-        self._length = config.data.suffix_length
-        self._seed = config.run.seed
-
-    def __call__(self, requests: Sequence[ContinuationRequest]) -> list[tuple[int, ...]]:
-        """Return one continuation per request. All policies sample with the same seeds."""
-        prompts = [
-            RolloutPrompt(
-                tuple(request.prefix),
-                derive_seed(self._seed, "evaluation", request.sample or 0, request.index),
-                request.sample is None,
-            )
-            for request in requests
-        ]
-        return [result.tokens for result in self._engine.generate(prompts, self._length, self._version)]
+def run_folder(path: Path) -> Path | None:
+    """Return the folder of the run that a model is of: a run folder, its export, or one of its checkpoints."""
+    inside = path.resolve()
+    return next((one for one in (inside, *inside.parents[:3]) if (one / "run.json").is_file()), None)
 
 
 def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[Path]) -> None:
@@ -167,8 +144,8 @@ def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[
         DataError: a document of the corpus is held out now but was not in one of ``runs``, or too many held-out
             records are malformed.
     """
-    held_out = kept_from_training(config, tokenizer.vocabulary, runs[0] / "quarantine.jsonl")
-    if held_out is None:
+    held_out = kept_from_training(config, tokenizer.vocabulary, None)
+    if held_out is None or not runs:
         return
     records = [RunRecord.read(folder) for folder in runs]
     if all(record is not None and record.held_out == held_out.digest for record in records):
@@ -177,23 +154,90 @@ def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[
     held_out.scan(config.data.sources, skips=False)
 
 
-def _fingerprint(config: Config, models: dict[str, Path]) -> str:
-    """Return a digest of the configuration, the user's classes, and name, size and time of every weight file."""
-    digest = hashlib.blake2b(f"{to_yaml(config)}{identities(config)}".encode(), digest_size=16)
-    for name, folder in models.items():
-        for path in sorted(folder.glob("*.safetensors")):
-            facts = path.stat()
-            digest.update(f"{name} {path.name} {facts.st_size} {facts.st_mtime_ns}".encode())
-    return digest.hexdigest()
+def _fingerprint(work: _Work) -> str:
+    """Return a digest of all that the evaluation depends on."""
+    config = work.config
+    facts = {
+        "release": __version__,
+        # The user's classes are in it by the digest of their source.
+        "config": {key: str(value) for key, value in flatten(config).items() if key != "run.dir"},
+        "models": [[one.name, one.digest, one.reference] for one in work.models],
+        "sets": [[one.name, one.digest] for one in work.sets],
+        "second_corpus": [_state(Path(source.path)) for source in config.evaluation.second_corpus],
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """Return the last report if it has this fingerprint and can be printed."""
+def _state(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+
+
+def _measure(work: _Work, fingerprint: str) -> Evaluation:
+    """Generate, judge and count; a collective."""
+    config, ranks = work.config, work.ranks
+    started = time.monotonic()
+    written = write_all(config, work.models, work.sets, work.cache, ranks)
+    work.seconds["generation"] = time.monotonic() - started
+    columns = [column for one in written for column in counted(one)]
+    judges = _judges(work)
+    for judge in judges:
+        columns += _judge(work, written, judge)
+    weights = {one.name: one.weight for one in work.sets}
+    results, notes = estimate(columns, weights, config.run.seed)
+    results += [result for one in written for result in diversity(one)]
+    return Evaluation(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        versions=describe_versions(),
+        config=flatten(config),
+        models=tuple(_model_facts(one) for one in work.models),
+        sets=tuple(_set_facts(one) for one in work.sets),
+        judges=_used(judges, results),
+        results=tuple(results),
+        agreements=tuple(agreement(columns, config.run.seed)),
+        examples=tuple(build_examples(written, columns, work.tokenizer, config.evaluation.examples)),
+        notes=tuple(notes),
+        fingerprint=fingerprint,
+        seconds={name: round(value, 1) for name, value in work.seconds.items()},
+    )
+
+
+def _judges(work: _Work) -> list[NamedJudge]:
+    """Open the judges; each loads its model when the first verdict is missing."""
+    trained = {model.name: recorded_training(model.path) for model in work.models}
+    vocabulary = max(read_architecture(model.folder).vocab for model in work.models)
+    return open_judges(work.config, trained, cache=work.cache / "verdicts", rank=work.ranks.rank, vocab_size=vocabulary)
+
+
+def _judge(work: _Work, written: Sequence[Written], judge: NamedJudge) -> list[Column]:
+    started = time.monotonic()
+    columns = [
+        column
+        for one in written
+        for column in SetJudging(one, work.tokenizer, work.config.evaluation.seeds, work.ranks).columns(judge)
+    ]
+    work.seconds[f"judging by {judge.facts.name}"] = seconds = time.monotonic() - started
+    _log.info("judged", judge=judge.facts.name, seconds=f"{seconds:.1f}")
+    return columns
+
+
+def _used(judges: Sequence[NamedJudge], results: Sequence[Result]) -> tuple[JudgeRecord, ...]:
+    names = {result.judge for result in results}
+    return tuple(judge.facts for judge in judges if judge.facts.name in names)
+
+
+def _model_facts(model: EvaluatedModel) -> ModelFacts:
+    return ModelFacts(model.name, str(model.path), model.kind, model.digest, model.reference)
+
+
+def _set_facts(one: PromptSet) -> SetFacts:
+    return SetFacts(one.name, one.format, one.path, len(one.episodes) or len(one.questions), one.weight)
+
+
+def _write(out: Path, evaluation: Evaluation) -> None:
+    path = out / EVALUATION_FILE
     try:
-        report = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-        if report["fingerprint"] != fingerprint or not (folder / HTML_FILE).is_file():
-            return None
-        print_report(report, terminal.console(file=io.StringIO()))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return None  # missing, foreign or damaged: evaluate again
-    return cast(dict[str, Any], report)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(evaluation.to_json(), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise not_written(path, error) from error

@@ -48,6 +48,18 @@ class Column:
     decoding: str = ""
     unit: str = ""
     higher_is_better: bool | None = True
+    takes: int = 1
+    """Continuations per prompt; several values of one come from the seeds of a judge, take after take."""
+
+    @property
+    def by_take(self) -> Values:
+        """``[prompt][take]``: means over seeds; None where nothing was decided."""
+        return tuple(
+            tuple(_mean([one for one in row[take :: self.takes] if one is not None]) for take in range(self.takes))
+            if row
+            else ()
+            for row in self.values
+        )
 
 
 @dataclass(frozen=True)
@@ -73,12 +85,18 @@ def counted(written: Written) -> Iterator[Column]:
     if all(originals):
         everything[ORIGINAL] = (originals,)
     for model, texts in everything.items():
-        place = {"model": model, "set": written.prompts.name, "decoding": "" if model == ORIGINAL else written.decoding}
+        name, decoding = written.prompts.name, "" if model == ORIGINAL else written.decoding
         by_prompt = list(zip(*texts, strict=True))
         repeated = tuple(tuple(repetition(one, REPEATED_NGRAM) for one in takes) for takes in by_prompt)
         lengths = tuple(tuple(float(len(one)) for one in takes) for takes in by_prompt)
-        yield Column("repetition", Scale.share, values=repeated, higher_is_better=False, **place)
-        yield Column("length", Scale.value, values=lengths, unit="tokens", higher_is_better=None, **place)
+        yield Column(
+            "repetition", Scale.share, model, name, repeated, decoding=decoding, higher_is_better=False,
+            takes=len(texts),
+        )  # fmt: skip
+        yield Column(
+            "length", Scale.value, model, name, lengths, decoding=decoding, unit="tokens", higher_is_better=None,
+            takes=len(texts),
+        )  # fmt: skip
 
 
 class SetJudging:
@@ -145,7 +163,7 @@ class SetJudging:
                 for measure in wanted:
                     if measure not in COMPARED:
                         values = self._majority(scores[model]) if measure == SAFETY else scores[model]
-                        yield self._column(measure, Scale.share, model, values, judge)
+                        yield self._column(measure, _scale(values), model, values, judge)
                 yield self._column(REWARD, Scale.value, model, scores[model], judge)
         for measure in wanted:
             for model, pair in pairs.items():
@@ -198,18 +216,26 @@ class SetJudging:
 
     def _majority(self, values: Values) -> Values:
         """Return the verdict of most votes on every continuation: 1, 0, or one half where they are equal."""
-        takes = len(next(iter(self._written.texts.values())))
-        decided = []
-        for row in values:
-            by_take = [[one for one in row[take::takes] if one is not None] for take in range(takes if row else 0)]
-            decided.append(tuple(_side(sum(votes) / len(votes)) if votes else None for votes in by_take))
-        return tuple(decided)
+        shares = Column(SAFETY, Scale.share, "", "", values, takes=self._takes).by_take
+        return tuple(tuple(None if one is None else _side(one) for one in row) for row in shares)
+
+    @property
+    def _takes(self) -> int:
+        return len(next(iter(self._written.texts.values())))
 
     def _column(
         self, measure: str, scale: Scale, model: str, values: Values, judge: NamedJudge, against: str = ""
     ) -> Column:
         return Column(
-            measure, scale, model, self._written.prompts.name, values, against, judge.facts.name, self._written.decoding
+            measure,
+            scale,
+            model,
+            self._written.prompts.name,
+            values,
+            against,
+            judge.facts.name,
+            self._written.decoding,
+            takes=self._takes,
         )
 
 
@@ -227,6 +253,15 @@ def _outcomes(values: Values, reference: Values) -> Values:
         tuple(outcome(one, two) for one, two in zip(ones, twos, strict=True))
         for ones, twos in zip(values, reference, strict=True)
     )
+
+
+def _scale(values: Values) -> Scale:
+    """Return ``share`` for numbers from 0 to 1."""
+    return Scale.share if all(one is None or 0 <= one <= 1 for row in values for one in row) else Scale.value
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _side(share: float) -> float:

@@ -133,6 +133,10 @@ class Evaluation:
     ``scores`` (``[judge][decoding][model]`` -> number or None), ``wins`` (the same against the reference: 0 to 1)."""
     notes: tuple[str, ...] = ()
     """Sentences about what is missing or limited."""
+    fingerprint: str = ""
+    """Of all that it depends on: an evaluation with the same one need not be made again."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Stage -> wall time, without what was stored before."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``evaluation.json``."""
@@ -169,6 +173,8 @@ class Evaluation:
                 hygiene=data["hygiene"],
                 examples=tuple(data["examples"]),
                 notes=tuple(data["notes"]),
+                fingerprint=data.get("fingerprint", ""),
+                seconds=data.get("seconds", {}),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"the evaluation is damaged ({error}); run rlpt evaluate again") from None

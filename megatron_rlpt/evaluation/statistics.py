@@ -72,6 +72,21 @@ class Difference:
         return _to_json(self)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A mean that is no win rate."""
+
+    mean: float
+    ci95: tuple[float, float]
+    """95 % interval of ``mean``, resampled over prompts."""
+    n: int
+    """Values that there are."""
+    prefixes: int
+    """Prompts with at least one."""
+    failed: int
+    """Values that are missing."""
+
+
 def outcome(challenger: float | None, reference: float | None) -> float | None:
     """Return 1 if the challenger's score is higher, 0.5 on a tie, 0 if lower, None if either has no score."""
     if challenger is None or reference is None:
@@ -127,6 +142,51 @@ def win_rate_difference(
     else:
         low, high = np.quantile(resampled, tails(len(counts)))
     return Difference(mean, (float(low), float(high)), int(counts.sum()), len(counts), failed)
+
+
+def mean_over_prompts(
+    values: Sequence[Sequence[float | None]], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """Return the mean of ``values[prompt][value]``, any numbers; None is left out and counted as failed.
+
+    Raises:
+        TeacherError: fewer than two prompts have a value, so there is no interval.
+    """
+    sums, counts, failed = _totals(values)
+    mean, resampled = _resample(sums, counts, failed, seed, resamples)
+    low, high = np.quantile(resampled, tails(len(counts)))
+    return Estimate(mean, (float(low), float(high)), int(counts.sum()), len(counts), failed)
+
+
+def mean_over_sets(
+    sets: Sequence[Sequence[Sequence[float | None]]],
+    weights: Sequence[float],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Return the weighted mean of the means of several sets of prompts; each set is resampled by itself.
+
+    Args:
+        sets: ``[set][prompt][value]``.
+        weights: of every set, above 0.
+        seed: of the resampling.
+        resamples: number of them.
+
+    Raises:
+        TeacherError: a set has fewer than two prompts with a value.
+    """
+    total = sum(weights)
+    mean, resampled = 0.0, np.zeros(resamples)
+    n = prompts = missing = 0
+    for number, (values, weight) in enumerate(zip(sets, weights, strict=True)):
+        sums, counts, failed = _totals(values)
+        own, drawn = _resample(sums, counts, failed, seed + number, resamples)
+        mean += own * weight / total
+        resampled += drawn * (weight / total)
+        n, prompts, missing = n + int(counts.sum()), prompts + len(counts), missing + failed
+    low, high = np.quantile(resampled, tails(prompts))
+    return Estimate(mean, (float(low), float(high)), n, prompts, missing)
 
 
 def tails(prefixes: int) -> tuple[float, float]:

@@ -1,15 +1,14 @@
-"""Evaluation: measure how much better the trained policy is than its starting model, and how certain that is.
+"""Evaluation: compare models with a reference, by judges that trained them and by others, with certain intervals.
 
 In reading order:
 
-- ``evaluate.py``: the command: generate with every policy, judge, compare, report.
-- ``compare.py``: which continuations are compared with which, without running a model; the protocols of scorers.
-- ``statistics.py``: win rates with confidence intervals that resample prefixes.
-- ``text_metrics.py``: length, repetition and diversity of continuations.
-- ``judge_scorer.py``: scores continuations with a judge, in groups of one prefix.
-- ``second_measure.py``: build the measure that took no part in training, built in or the user's, and fit it.
-- ``ngram_model.py``: the built-in second measure, a Kneser-Ney n-gram model.
-- ``report.py``: collects ``report.json``.
-- ``render.py``: shows a report in a terminal and as ``report.html`` (template ``report.html``).
-- ``plots.py``: plots of the page as inline SVG.
+- ``evaluate.py``: the command, from models and prompts to ``evaluation.json``.
+- ``models.py``: what a path holds; ``prompt_sets.py``: prompts and questions; ``formats/``: published ones.
+- ``engines.py``, ``generation.py``: continuations, generated once and kept by content.
+- ``measures.py``: columns of what judges and counts say; ``estimates.py``: results with intervals.
+- ``judges.py``, ``verdicts.py``, ``verdict_cache.py``, ``in_sample.py``: named judges and their stored verdicts.
+- ``second_measure.py``, ``ngram_model.py``, ``judge_scorer.py``, ``scorers.py``: the second measure.
+- ``likelihood.py``: perplexity and multiple choice; ``text_metrics.py``: diversity.
+- ``statistics.py``, ``agreement.py``: intervals that resample prompts; agreement of judges.
+- ``results.py``: the content of ``evaluation.json``; ``example_texts.py``, ``provenance.py``: parts of it.
 """

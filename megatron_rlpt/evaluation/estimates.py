@@ -8,7 +8,8 @@ from itertools import combinations, groupby
 from megatron_rlpt.config.evaluation_sets import ALL_SETS
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.evaluation.agreement import agreements
-from megatron_rlpt.evaluation.measures import COMPARED, ORIGINAL, REWARD, Column, Values, Written
+from megatron_rlpt.evaluation.generation import GREEDY
+from megatron_rlpt.evaluation.measures import COMPARED, ORIGINAL, REWARD, MeasureColumn, Values, Written
 from megatron_rlpt.evaluation.results import Agreement, Result, Scale
 from megatron_rlpt.evaluation.statistics import (
     Estimate,
@@ -24,7 +25,9 @@ DISTINCT = (2, 3)
 """Lengths of the n-grams whose diversity is reported."""
 
 
-def estimate(columns: Sequence[Column], weights: Mapping[str, float], seed: int) -> tuple[list[Result], list[str]]:
+def estimate(
+    columns: Sequence[MeasureColumn], weights: Mapping[str, float], seed: int
+) -> tuple[list[Result], list[str]]:
     """Return the results of ``columns``, and sentences about those that have none.
 
     Args:
@@ -51,7 +54,7 @@ def diversity(written: Written) -> Iterator[Result]:
     """
     everything = {name: [one for take in texts for one in take] for name, texts in written.texts.items()}
     originals = [one.suffix for one in written.prompts.episodes]
-    if all(originals):
+    if all(originals) and written.decoding == GREEDY:
         everything[ORIGINAL] = originals
     for n in DISTINCT:
         for model, texts in everything.items():
@@ -65,16 +68,16 @@ def diversity(written: Written) -> Iterator[Result]:
                 )  # fmt: skip
 
 
-def agreement(columns: Sequence[Column], seed: int) -> list[Agreement]:
+def agreement(columns: Sequence[MeasureColumn], seed: int) -> list[Agreement]:
     """Return how often judges decide the comparisons of a set alike, over all models and decodings."""
     found: list[Agreement] = []
     compared = [one for one in columns if one.scale is Scale.win_rate]
 
-    def place(column: Column) -> tuple[str, str]:
+    def place(column: MeasureColumn) -> tuple[str, str]:
         return column.measure, column.set
 
     for (measure, name), group in groupby(sorted(compared, key=place), key=place):
-        by_judge: dict[str, list[Column]] = {}
+        by_judge: dict[str, list[MeasureColumn]] = {}
         for column in group:
             by_judge.setdefault(column.judge, []).append(column)
         outcomes = {judge: _side_by_side(own) for judge, own in by_judge.items()}
@@ -82,7 +85,7 @@ def agreement(columns: Sequence[Column], seed: int) -> list[Agreement]:
     return found
 
 
-def _side_by_side(columns: Sequence[Column]) -> Values:
+def _side_by_side(columns: Sequence[MeasureColumn]) -> Values:
     """Return the values of several columns of the same prompts, one behind the other."""
     ordered = sorted(columns, key=lambda one: (one.model, one.decoding))
     return tuple(
@@ -90,12 +93,12 @@ def _side_by_side(columns: Sequence[Column]) -> Values:
     )
 
 
-def _mean(column: Column, seed: int) -> WinRate | Estimate:
+def _mean(column: MeasureColumn, seed: int) -> WinRate | Estimate:
     is_share = column.scale in (Scale.win_rate, Scale.share)  # between 0 and 1
     return win_rate(column.values, seed=seed) if is_share else mean_over_prompts(column.values, seed=seed)
 
 
-def _result(column: Column, found: WinRate | Estimate, **changed: str) -> Result:
+def _result(column: MeasureColumn, found: WinRate | Estimate, **changed: str) -> Result:
     facts = {
         "measure": column.measure,
         "model": column.model,
@@ -117,7 +120,7 @@ def _result(column: Column, found: WinRate | Estimate, **changed: str) -> Result
     )
 
 
-def _differences(columns: Sequence[Column], seed: int) -> Iterator[Result]:
+def _differences(columns: Sequence[MeasureColumn], seed: int) -> Iterator[Result]:
     """Yield the win rate of each model minus that of every later one, over the same comparisons."""
     for one, other in combinations([one for one in columns if one.scale is Scale.win_rate], 2):
         if _place(one) != _place(other) or one.model == other.model:
@@ -132,13 +135,13 @@ def _differences(columns: Sequence[Column], seed: int) -> Iterator[Result]:
         )  # fmt: skip
 
 
-def _place(column: Column) -> tuple[str, ...]:
+def _place(column: MeasureColumn) -> tuple[str, ...]:
     return column.measure, column.set, column.judge, column.decoding, column.against
 
 
-def _over_sets(columns: Sequence[Column], weights: Mapping[str, float], seed: int) -> Iterator[Result]:
+def _over_sets(columns: Sequence[MeasureColumn], weights: Mapping[str, float], seed: int) -> Iterator[Result]:
     """Yield the weighted mean over all sets of what is measured on several of them."""
-    groups: dict[tuple[str, ...], list[Column]] = {}
+    groups: dict[tuple[str, ...], list[MeasureColumn]] = {}
     for column in columns:
         if column.scale in (Scale.win_rate, Scale.share) and column.judge and weights.get(column.set):
             key = (column.measure, column.model, column.judge, column.decoding, column.against)
@@ -153,6 +156,6 @@ def _over_sets(columns: Sequence[Column], weights: Mapping[str, float], seed: in
         yield _result(same[0], found, set=ALL_SETS)
 
 
-def wins_of(columns: Sequence[Column]) -> list[Column]:
+def wins_of(columns: Sequence[MeasureColumn]) -> list[MeasureColumn]:
     """Return the columns of comparisons."""
     return [one for one in columns if one.measure in COMPARED and one.scale is Scale.win_rate]

@@ -24,7 +24,7 @@ from megatron_rlpt.evaluation.estimates import agreement, diversity, estimate
 from megatron_rlpt.evaluation.example_texts import build_examples
 from megatron_rlpt.evaluation.in_sample import recorded_training
 from megatron_rlpt.evaluation.judges import NamedJudge, open_judges
-from megatron_rlpt.evaluation.measures import Column, SetJudging, Written, counted
+from megatron_rlpt.evaluation.measures import MeasureColumn, SetJudging, Written, counted
 from megatron_rlpt.evaluation.models import EvaluatedModel, find_models
 from megatron_rlpt.evaluation.prompt_sets import PromptSet, load_sets
 from megatron_rlpt.evaluation.provenance import describe_machine, describe_versions
@@ -209,7 +209,7 @@ def _judges(work: _Work) -> list[NamedJudge]:
     return open_judges(work.config, trained, cache=work.cache / "verdicts", rank=work.ranks.rank, vocab_size=vocabulary)
 
 
-def _judge(work: _Work, written: Sequence[Written], judge: NamedJudge) -> list[Column]:
+def _judge(work: _Work, written: Sequence[Written], judge: NamedJudge) -> list[MeasureColumn]:
     started = time.monotonic()
     columns = [
         column

@@ -7,13 +7,13 @@ from itertools import groupby
 from typing import Any
 
 from megatron_rlpt.config.evaluation_sets import QUALITY
-from megatron_rlpt.evaluation.measures import REWARD, Column, Written
+from megatron_rlpt.evaluation.measures import REWARD, MeasureColumn, Written
 from megatron_rlpt.evaluation.results import Scale
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 
 
 def build_examples(
-    written: Sequence[Written], columns: Sequence[Column], text: TextTokens, count: int
+    written: Sequence[Written], columns: Sequence[MeasureColumn], text: TextTokens, count: int
 ) -> list[dict[str, Any]]:
     """Return the first ``count`` prompts of every set as ``results.Evaluation.examples`` describes them.
 
@@ -28,7 +28,9 @@ def build_examples(
     return examples
 
 
-def _example(written: Sequence[Written], columns: Sequence[Column], text: TextTokens, index: int) -> dict[str, Any]:
+def _example(
+    written: Sequence[Written], columns: Sequence[MeasureColumn], text: TextTokens, index: int
+) -> dict[str, Any]:
     prompts = written[0].prompts
     episode = prompts.episodes[index]
     tables: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {"scores": {}, "wins": {}}

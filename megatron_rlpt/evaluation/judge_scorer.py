@@ -7,7 +7,7 @@ from itertools import groupby
 
 from typing_extensions import override
 
-from megatron_rlpt.evaluation.compare import Scorer, Tokens
+from megatron_rlpt.evaluation.scorers import Scorer, Tokens
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.rollout.readable import marked_if_blank, whole_characters
 from megatron_rlpt.teacher.judge import Judge, check_failure_rate, failures, first_cause, most_frequent

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_rlpt.config.evaluation_sets import COHERENCE, FACTS, FACTUALITY, QUALITY, SAFETY
 from megatron_rlpt.distributed.ranks import Ranks
-from megatron_rlpt.evaluation.generation import Texts
+from megatron_rlpt.evaluation.generation import GREEDY, Texts
 from megatron_rlpt.evaluation.judges import NamedJudge, comparison_group
 from megatron_rlpt.evaluation.prompt_sets import PromptSet
 from megatron_rlpt.evaluation.results import Scale
@@ -35,7 +35,7 @@ Values = tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True)
-class Column:
+class MeasureColumn:
     """What one judge, or a count, says about one model on one set."""
 
     measure: str
@@ -78,22 +78,22 @@ class Written:
         return [name for name in self.texts if name != self.reference]
 
 
-def counted(written: Written) -> Iterator[Column]:
+def counted(written: Written) -> Iterator[MeasureColumn]:
     """Yield the measures that need no judge: repeated trigrams and length."""
     everything = dict(written.texts)
     originals = tuple(one.suffix for one in written.prompts.episodes)
-    if all(originals):
+    if all(originals) and written.decoding == GREEDY:
         everything[ORIGINAL] = (originals,)
     for model, texts in everything.items():
         name, decoding = written.prompts.name, "" if model == ORIGINAL else written.decoding
         by_prompt = list(zip(*texts, strict=True))
         repeated = tuple(tuple(repetition(one, REPEATED_NGRAM) for one in takes) for takes in by_prompt)
         lengths = tuple(tuple(float(len(one)) for one in takes) for takes in by_prompt)
-        yield Column(
+        yield MeasureColumn(
             "repetition", Scale.share, model, name, repeated, decoding=decoding, higher_is_better=False,
             takes=len(texts),
         )  # fmt: skip
-        yield Column(
+        yield MeasureColumn(
             "length", Scale.value, model, name, lengths, decoding=decoding, unit="tokens", higher_is_better=None,
             takes=len(texts),
         )  # fmt: skip
@@ -115,7 +115,7 @@ class SetJudging:
         self._seeds = seeds
         self._ranks = ranks
 
-    def columns(self, judge: NamedJudge) -> Iterator[Column]:
+    def columns(self, judge: NamedJudge) -> Iterator[MeasureColumn]:
         """Yield what ``judge`` says about every measure that it decides and the set has.
 
         Raises:
@@ -129,7 +129,7 @@ class SetJudging:
         elif wanted:
             yield from self._scored(judge, wanted)
 
-    def _compared(self, judge: NamedJudge, measure: str) -> Iterator[Column]:
+    def _compared(self, judge: NamedJudge, measure: str) -> Iterator[MeasureColumn]:
         """Yield how often each model wins against the reference when a prompted judge compares the two."""
 
         def ask(groups: Sequence[Group], seed: int) -> list[Group]:
@@ -140,7 +140,7 @@ class SetJudging:
             judged = self._judged(judge, (reference, model), ask, with_suffix=measure == FACTS)
             yield self._column(measure, Scale.win_rate, model, judged[model], judge, against=reference)
 
-    def _labelled(self, judge: NamedJudge, measure: str) -> Iterator[Column]:
+    def _labelled(self, judge: NamedJudge, measure: str) -> Iterator[MeasureColumn]:
         """Yield what a prompted judge says about each continuation by itself."""
 
         def ask(groups: Sequence[Group], seed: int) -> list[Group]:
@@ -151,7 +151,7 @@ class SetJudging:
             values = self._majority(values) if measure == SAFETY else values
             yield self._column(measure, Scale.share, model, values, judge)
 
-    def _scored(self, judge: NamedJudge, wanted: Sequence[str]) -> Iterator[Column]:
+    def _scored(self, judge: NamedJudge, wanted: Sequence[str]) -> Iterator[MeasureColumn]:
         """Yield measures by a judge that gives numbers: what they are, or which of two is higher."""
         reference, models = self._written.reference, tuple(self._written.texts)
         if judge.is_relative:
@@ -216,7 +216,7 @@ class SetJudging:
 
     def _majority(self, values: Values) -> Values:
         """Return the verdict of most votes on every continuation: 1, 0, or one half where they are equal."""
-        shares = Column(SAFETY, Scale.share, "", "", values, takes=self._takes).by_take
+        shares = MeasureColumn(SAFETY, Scale.share, "", "", values, takes=self._takes).by_take
         return tuple(tuple(None if one is None else _side(one) for one in row) for row in shares)
 
     @property
@@ -225,8 +225,8 @@ class SetJudging:
 
     def _column(
         self, measure: str, scale: Scale, model: str, values: Values, judge: NamedJudge, against: str = ""
-    ) -> Column:
-        return Column(
+    ) -> MeasureColumn:
+        return MeasureColumn(
             measure,
             scale,
             model,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from megatron_rlpt.errors import DataError
-from megatron_rlpt.evaluation.compare import SecondMeasure
+from megatron_rlpt.evaluation.scorers import SecondMeasure
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]

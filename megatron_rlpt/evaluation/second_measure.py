@@ -15,9 +15,9 @@ from megatron_rlpt.config.user_classes import (
 )
 from megatron_rlpt.data import Document, Location, Quarantine, kept_from_second_measure, open_source, overlap_error
 from megatron_rlpt.errors import DataError
-from megatron_rlpt.evaluation.compare import SecondMeasure, Tokens
 from megatron_rlpt.evaluation.judge_scorer import JudgeScorer
 from megatron_rlpt.evaluation.ngram_model import NgramModel
+from megatron_rlpt.evaluation.scorers import SecondMeasure, Tokens
 from megatron_rlpt.extensions import construct, describe_error, is_extension
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher.extension_judges import CheckedReward

@@ -16,9 +16,9 @@ from megatron_rlpt.config.judges import is_reward, load_judge
 from megatron_rlpt.config.user_classes import load_second_measure
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.evaluation.compare import SecondMeasure
 from megatron_rlpt.evaluation.in_sample import Recorded
 from megatron_rlpt.evaluation.judge_scorer import JudgeScorer
+from megatron_rlpt.evaluation.scorers import SecondMeasure
 from megatron_rlpt.evaluation.second_measure import build_second_measure
 from megatron_rlpt.extensions import class_name, is_extension
 from megatron_rlpt.models.architecture import read_architecture

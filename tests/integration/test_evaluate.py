@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
-from tiny_runs import NEXT_TOKEN, finish, only_error, rlpt_process, save_model, start, torchrun_variables, write_config
+from tiny_runs import NEXT_TOKEN, finish, start, write_config
 
-from megatron_rlpt.convert.convert import convert
-from megatron_rlpt.convert.formats import Format
-from megatron_rlpt.errors import ConfigError, ModelError
-from megatron_rlpt.evaluation import engines, evaluate
-from megatron_rlpt.evaluation.results import Evaluation, Scale
+from megatron_rlpt.evaluation.results import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +50,6 @@ def evaluated(trained, rlpt):
 def test_x(evaluated):
     _, folder, found, printed = evaluated
     print(printed)
-    for r in found.results: print(r)
-    print(found.agreements, found.seconds, found.notes)
-    print(found.examples[0])
-    assert 0
+    assert printed
+    assert found
+    assert folder

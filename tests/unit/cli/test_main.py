@@ -47,7 +47,7 @@ def training(monkeypatch):
     run = ModuleType("megatron_rlpt.trainer.run")
     run.run_training = lambda config, fresh: calls.append((config, fresh))
     compare = ModuleType("megatron_rlpt.evaluation.evaluate")
-    compare.evaluate = lambda config: calls.append((config, None))
+    compare.evaluate = lambda config, *rest: calls.append((config, *rest))
     for module in (run, compare):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
@@ -82,7 +82,23 @@ def test_train_resumes_by_default(rlpt, training, file):
 
 def test_evaluate(rlpt, training, file):
     assert rlpt("evaluate", "--config", file, "evaluation.prefixes=4")[0] == 0
-    assert training[0][0].evaluation.prefixes == 4
+    config, *rest = training[0]
+    assert config.evaluation.prefixes == 4
+    assert rest == [Path("r"), (), ""]
+
+
+def test_models_that_are_named_need_no_run(rlpt, training, file, tmp_path):
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("model: {path: m}\ndata: {sources: [{path: a}]}\n")
+    named = ["--model", "one=a/b", "--model", "c", "--reference", "d"]
+    assert rlpt("evaluate", "--config", bare, *named)[0] == 0
+    assert training[0][1:] == (Path("runs/evaluation"), ["one=a/b", "c"], "d")
+    assert rlpt("evaluate", "--config", file, "--model", "c", "--out", "e")[0] == 0
+    config, *rest = training[1]
+    assert (config.run.dir, rest) == ("r", [Path("e"), ["c"], ""])
+    code, _, err = rlpt("evaluate", "--config", bare)
+    assert code == 2
+    assert "required but not set: run.dir, train.steps" in err
 
 
 def test_config_prints_yaml_that_loads_again(rlpt, file, tmp_path):

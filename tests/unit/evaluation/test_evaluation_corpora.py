@@ -12,7 +12,8 @@ from text_tokens import BYTES
 from megatron_rlpt.config import HeldOutOverlap, PromptSetConfig, load_config
 from megatron_rlpt.data import kept_from_training
 from megatron_rlpt.errors import DataError
-from megatron_rlpt.evaluation.evaluate import BASELINE_FOLDER, require_held_out
+from megatron_rlpt.evaluation.evaluate import require_held_out
+from megatron_rlpt.evaluation.models import BASELINE_FOLDER
 from megatron_rlpt.evaluation.second_measure import corpus_documents
 from megatron_rlpt.observe.run_json import RunRecord
 

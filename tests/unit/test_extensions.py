@@ -401,10 +401,11 @@ def test_a_launch_copies_single_files_and_refuses_packages_from_elsewhere():
     assert config.objective.name == f"{copy}:Mine"
     assert file == Path("mine.py").resolve()
     assert copy.startswith("job/classes/")
-    (Path("reward.py")).write_text(
+    Path("reward.py").write_text(
         "class Long:\n    def reward(self, prefix, candidates):\n        return map(len, candidates)"
     )
-    config, files = with_staged_classes(load("evaluation.judges=[{name: a, judge: 'reward.py:Long'}]"))
+    judges = "evaluation.judges=[{name: a, judge: 'reward.py:Long'}]"
+    config, files = with_staged_classes(load("candidates.rollouts=4", judges))
     assert [f"{copy}:Long" for copy in files] == [config.evaluation.judges[0].judge]
     Path("package").mkdir()
     mine(file="package/mine.py")

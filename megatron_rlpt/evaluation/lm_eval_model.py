@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
 from lm_eval.models.huggingface import HFLM
 from typing_extensions import override
 
@@ -17,6 +18,13 @@ from megatron_rlpt.tokens.loading import load_tokenizer
 _LOGITS_CPU = 1 << 27
 """Logits of one forward pass; lm-eval's class has those of all tokens at once, 4 bytes each, and copies them."""
 _LOGITS_GPU = 1 << 31
+
+
+def _without_bar(items: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return items
+
+
+lm_eval.api.task.tqdm = _without_bar  # a bar per task and rank would cut into the log
 
 
 class RankedModel(HFLM):

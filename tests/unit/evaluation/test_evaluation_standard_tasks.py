@@ -106,9 +106,13 @@ def right_answers(tiny_model) -> list[bool]:
     return found
 
 
-def test_a_task_of_the_user_gives_accuracy_with_an_interval(config, model, right_answers, tmp_path):
+def test_a_task_of_the_user_gives_accuracy_with_an_interval(config, model, right_answers, tmp_path, capfd):
+    load_tasks([TaskChoice("cats")], config.evaluation.tasks_path)
+    capfd.readouterr()
     results, (facts,) = standard_results(config, [model], tmp_path)
     found = {one.measure: one for one in results}
+    told = [line for line in capfd.readouterr().err.splitlines() if line and "Loading weights" not in line]
+    assert told == [], "lm-eval says nothing"
     share = sum(right_answers) / len(right_answers)
     assert 0 < share < 1
     assert found["acc"].value == pytest.approx(share)

@@ -19,6 +19,7 @@ WITHOUT_VLLM = {
     "test_launch_environment",
     "test_megatron_engine",
     "test_redis_sandbox",
+    "test_served_judges",
     "test_slurm_accounting",
     "test_slurm_sandbox",
     "test_slurm_start",

@@ -14,7 +14,7 @@ from typing import Any
 
 from hostile_server import Exchange, chat, says, serving
 
-_CONTINUATION = re.compile(r"\[begin continuation \d (\S+)\]\n(.*?)\n\[end continuation \d \1\]", re.DOTALL)
+CONTINUATION = re.compile(r"\[begin continuation \d (\S+)\]\n(.*?)\n\[end continuation \d \1\]", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def judging() -> Iterator[dict[str, Any]]:
 
 
 async def _judge(exchange: Exchange) -> bool | None:
-    texts = [text for _, text in _CONTINUATION.findall(exchange.body["messages"][-1]["content"])]
+    texts = [text for _, text in CONTINUATION.findall(exchange.body["messages"][-1]["content"])]
     better = max(range(len(texts)), key=lambda number: zlib.crc32(texts[number].encode()), default=0)
     verdict = {"reasoning": "It has the larger sum.", "verdict": str(better + 1)}
     return await says(chat(json.dumps(verdict)))(exchange)

@@ -10,7 +10,7 @@ from megatron_rlpt.reports.figures import MEASURES
 
 
 @dataclass(frozen=True)
-class Column:
+class ModelColumn:
     """A model of one or several evaluations."""
 
     key: str
@@ -37,14 +37,14 @@ class ResultRow:
     """Whether the judge also rewarded the training of one of the models."""
     higher_is_better: bool | None
     cells: Mapping[str, Result] = field(default_factory=dict)
-    """Result by ``Column.key``."""
+    """Result by ``ModelColumn.key``."""
 
 
 @dataclass(frozen=True)
 class ResultTable:
     """Results of one or several evaluations side by side."""
 
-    columns: tuple[Column, ...]
+    columns: tuple[ModelColumn, ...]
     rows: tuple[ResultRow, ...]
     models: Mapping[str, int]
     """Number of the column by ``<number of the run>/<model>``."""
@@ -62,11 +62,11 @@ def result_table(evaluations: Mapping[int, Evaluation], names: Sequence[str]) ->
         evaluations: by number of the run.
         names: of all runs.
     """
-    columns: dict[tuple[object, ...], Column] = {}
-    of_model: dict[tuple[int, str], Column] = {}
+    columns: dict[tuple[object, ...], ModelColumn] = {}
+    of_model: dict[tuple[int, str], ModelColumn] = {}
     for run, evaluation in evaluations.items():
         for model in evaluation.models:
-            column = Column(f"{run}/{model.name}", _title(evaluation, model, run, names), run, model.reference)
+            column = ModelColumn(f"{run}/{model.name}", _title(evaluation, model, run, names), run, model.reference)
             # The model that several runs started from is one column.
             same: tuple[object, ...] = (model.digest,) if model.reference and model.digest else (run, model.name)
             of_model[run, model.name] = columns.setdefault(same, column)
@@ -92,7 +92,7 @@ def result_table(evaluations: Mapping[int, Evaluation], names: Sequence[str]) ->
     return ResultTable(tuple(shown), tuple(sorted(rows.values(), key=_order)), models)
 
 
-def _base(column: Column, columns: Sequence[Column]) -> str:
+def _base(column: ModelColumn, columns: Sequence[ModelColumn]) -> str:
     """Return what a column of a later run is compared with; empty for those of the first run and for references."""
     others = [one for one in columns if not one.reference and one.run == columns[0].run]
     if column.reference or not others or column.run == others[0].run:

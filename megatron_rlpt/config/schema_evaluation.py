@@ -49,8 +49,8 @@ class EvaluationConfig:
         1, "Times that a prompted judge is asked about the same texts, each with other seeds.", at_least=1, paper="8"
     )
     perplexity_characters: int = option(
-        2048, "Characters of a held-out document whose perplexity is measured, from its beginning.",
-        unit="characters", at_least=0, zero="no perplexity of documents",
+        8192, "Characters of a held-out document whose perplexity is measured, from its beginning.",
+        unit="characters", at_least=0, zero="all",
     )  # fmt: skip
     batch_tokens: int = option(
         16384, "Maximum tokens in one forward pass of perplexity, given answers and standard tasks.",

@@ -136,8 +136,8 @@ def _passages(config: Config, prompts: PromptSet, tokenizer: PolicyTokenizer) ->
     data = config.data
     if prompts.name != HELDOUT:
         data = replace(data, heldout=[SourceConfig(path=prompts.path)])
-    most = config.evaluation.perplexity_characters
-    texts = heldout_texts(data, len(prompts.episodes), tokenizer.vocabulary) if most else []
+    most = config.evaluation.perplexity_characters or None
+    texts = heldout_texts(data, len(prompts.episodes), tokenizer.vocabulary)
     return [Passage(text[:most], window=config.max_sequence, control_tokens=control) for text, control in texts]
 
 

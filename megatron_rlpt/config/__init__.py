@@ -3,6 +3,7 @@
 from megatron_rlpt.config.checks import (
     asks_teacher,
     judged_by_workers,
+    needs_engine,
     needs_judge,
     objective_facts,
     rows_per_example,
@@ -109,6 +110,7 @@ __all__ = [
     "load_config",
     "longest_answer",
     "nearest_key",
+    "needs_engine",
     "needs_judge",
     "objective_facts",
     "rows_per_example",

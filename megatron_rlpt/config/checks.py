@@ -45,6 +45,11 @@ def asks_teacher(config: Config) -> bool:
     return judged or rewrites_by_asking(config)
 
 
+def needs_engine(config: Config) -> bool:
+    """Return whether a run generates: rollouts, or continuations to evaluate."""
+    return config.candidates.rollouts > 0 or config.evaluation.every > 0
+
+
 def judged_by_workers(config: Config) -> bool:
     """Return whether judge workers reward or rewrite the groups of a run."""
     return (needs_judge(config) or config.candidates.rewrite) and config.teacher.run_in is RunIn.workers
@@ -61,6 +66,8 @@ def validate(config: Config) -> None:
         for index, source in enumerate(operator.attrgetter(group)(config)):
             _check_source(source, f"{group}[{index}]")
     check_second_measure(config.evaluation)
+    if config.evaluation.every and not config.data.heldout:
+        raise ConfigError(f"evaluation.every is {config.evaluation.every}; allowed: 0, because data.heldout is empty")
     for required in ("run.dir", "model.path"):
         if not operator.attrgetter(required)(config):
             raise ConfigError(f"{required} is empty; set it to the path of a folder")

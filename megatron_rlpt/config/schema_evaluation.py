@@ -86,4 +86,11 @@ class EvaluationConfig:
         "MB a second.",
         unit="GiB", at_least=0, zero="none",
     )  # fmt: skip
+    every: int = option(
+        0,
+        "Evaluate the policy while it trains, after so many steps and at the end: greedy continuations of held-out "
+        "prefixes against those of the starting policy, as metrics named evaluation/...",
+        unit="steps", at_least=0, zero="never",
+    )  # fmt: skip
+    every_prefixes: int = option(32, "Held-out prefixes of such an evaluation, the first ones.", at_least=2)
     examples: int = option(8, "Prefixes shown with all continuations in the report.", at_least=0)

@@ -214,6 +214,7 @@ def open_judges(
     cache: Path | None = None,
     rank: int = 0,
     vocab_size: int | None = None,
+    may_load: bool = True,
 ) -> list[NamedJudge]:
     """Return the judge of ``teacher``, the second measure if there is one, and the judges of ``evaluation.judges``.
 
@@ -225,6 +226,7 @@ def open_judges(
         cache: folder for verdicts; None stores nothing.
         rank: of this process among those that share the folder.
         vocab_size: largest of the models to judge; None is that of ``model.path``.
+        may_load: load models into this process where no server has them; otherwise a judge without servers raises.
     """
     config = resolve_dtypes(config)
 
@@ -234,7 +236,9 @@ def open_judges(
         return NamedJudge(facts, measures, verdicts, config.teacher.max_failure_rate, cache, rank)
 
     def configured(name: str, own: Config, measures: tuple[str, ...]) -> NamedJudge:
-        return opened(name, flatten(own), builder_of(own).describe(own), measures, ConfiguredVerdicts(own))
+        return opened(
+            name, flatten(own), builder_of(own).describe(own), measures, ConfiguredVerdicts(own, may_load=may_load)
+        )
 
     judges = [configured(JUDGE, config, measures_of(config))]
     if is_extension(config.evaluation.second_measure) or config.evaluation.second_corpus:

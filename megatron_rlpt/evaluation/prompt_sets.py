@@ -63,10 +63,19 @@ def load_sets(config: Config, tokenizer: PolicyTokenizer) -> list[PromptSet]:
     settings = config.evaluation
     sets = []
     if config.data.heldout or not settings.sets:
-        episodes = _heldout(config, config.data.heldout, settings.prefixes, tokenizer)
-        paths = " ".join(source.path for source in config.data.heldout)
-        sets.append(PromptSet(HELDOUT, HELDOUT, paths, OF_DOCUMENTS, 1.0, tuple(episodes), ("",) * len(episodes)))
+        sets.append(heldout_set(config, settings.prefixes, tokenizer))
     return sets + [_load(config, one, tokenizer) for one in settings.sets]
+
+
+def heldout_set(config: Config, count: int, tokenizer: PolicyTokenizer) -> PromptSet:
+    """Read the first ``count`` prefixes of ``data.heldout``.
+
+    Raises:
+        DataError: a file cannot be read, or has too few documents.
+    """
+    episodes = _heldout(config, config.data.heldout, count, tokenizer)
+    paths = " ".join(source.path for source in config.data.heldout)
+    return PromptSet(HELDOUT, HELDOUT, paths, OF_DOCUMENTS, 1.0, tuple(episodes), ("",) * len(episodes))
 
 
 def _load(config: Config, chosen: PromptSetConfig, tokenizer: PolicyTokenizer) -> PromptSet:

@@ -15,7 +15,7 @@ from megatron_rlpt.config import AnswerForm, AxisConfig, Config, EndpointConfig,
 from megatron_rlpt.config.judges import is_reward, load_judge
 from megatron_rlpt.config.user_classes import load_second_measure
 from megatron_rlpt.distributed.ranks import Ranks
-from megatron_rlpt.errors import ModelError
+from megatron_rlpt.errors import ModelError, TeacherError
 from megatron_rlpt.evaluation.in_sample import Recorded
 from megatron_rlpt.evaluation.judge_scorer import JudgeScorer
 from megatron_rlpt.evaluation.scorers import SecondMeasure
@@ -67,12 +67,14 @@ class Verdicts(Protocol):
 class ConfiguredVerdicts(Verdicts):
     """A judge as ``teacher`` configures it, of the package or of the user's."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, may_load: bool = True) -> None:
         """
         Args:
             config: with the judge as ``teacher.judge`` and precisions resolved.
+            may_load: load its model into this process where no server has it; otherwise that is an error.
         """
         self._config = config
+        self._may_load = may_load
         self._facts = facts = judge_facts(config)
         self.prompted = facts.has_axes
         self.relative = facts.has_axes or (
@@ -179,7 +181,10 @@ class ConfiguredVerdicts(Verdicts):
             else:
                 from megatron_rlpt.judge_workers.asking import teacher_servers
 
-                self._servers, why = teacher_servers(self._config)
+                found, why = teacher_servers(self._config)
+                if not found and not self._may_load:
+                    raise TeacherError(f"no teacher server is known ({why or 'none is configured'})")
+                self._servers = found
                 if why:
                     _log.warning("no teacher server; loading the teacher into this process", reason=why)
         return self._servers

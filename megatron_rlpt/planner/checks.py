@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from megatron_rlpt.config import Config, Dtype, TeacherUse, asks_teacher, judge_facts, judged_by_workers, longest_answer
+from megatron_rlpt.config import (
+    Config,
+    Dtype,
+    TeacherUse,
+    asks_teacher,
+    judge_facts,
+    judged_by_workers,
+    longest_answer,
+    needs_engine,
+)
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.planner.generation import GenerationEngine
@@ -42,7 +51,7 @@ def check_request(request: PlanRequest, layout: Layout) -> None:
     check_model(config, request.model, layout, "the model")
     check_batch(layout, config.train)
     check_offload_settings(config)
-    if config.candidates.rollouts:
+    if needs_engine(config):
         check_engine(config, request.model, "the model")
     _check_precision(request)
     _check_servers(request)
@@ -54,7 +63,7 @@ def check_cache(config: Config, engine: GenerationEngine) -> None:
     Raises:
         ConfigError: it does not; the error names the least ``rollout.kv_cache_gib`` that is enough.
     """
-    if not config.candidates.rollouts:
+    if not needs_engine(config):
         return
     needed = engine.cache_needed(config.max_sequence)
     if needed > engine.cache:

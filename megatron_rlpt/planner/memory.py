@@ -21,7 +21,7 @@ import enum
 import math
 from dataclasses import dataclass, fields, replace
 
-from megatron_rlpt.config import Config, Dtype, EngineFp8, Fp8, engine_facts, objective_facts
+from megatron_rlpt.config import Config, Dtype, EngineFp8, Fp8, engine_facts, needs_engine, objective_facts
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.planner.activations import FLOAT, Pass
 from megatron_rlpt.planner.update import UpdateWork
@@ -154,7 +154,7 @@ class _Rank:
         if resident.reference == 0 and self._has_reference:
             # On a GPU the reference is onloaded from host memory for one forward pass.
             found["reference pass"] = replace(training, reference=self._width * self._shard.elements)
-        if self.config.candidates.rollouts:
+        if needs_engine(self.config):
             found["generate"] = _together(idle, awake)
             found["sync"] = replace(_together(idle, awake), kv_cache=0, sync_bucket=self._sync())
         return found
@@ -267,7 +267,7 @@ class _Rank:
 
     def _engine(self) -> Memory:
         """Return the engine's weights and cache on this GPU."""
-        if not self.config.candidates.rollouts or not self.shared_engine:
+        if not needs_engine(self.config) or not self.shared_engine:
             return Memory()
         tensor = self.layout.tensor if engine_facts(self.config).cut_over_tensor else self.config.rollout.tensor
         elements = model_elements(self.arch) // tensor

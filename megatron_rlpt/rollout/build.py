@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_rlpt.config import Config, EngineFp8, EngineName, engine_facts
+from megatron_rlpt.config import Config, EngineFp8, EngineName, engine_facts, needs_engine
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.models.architecture import Architecture
@@ -45,7 +45,7 @@ def check_rollouts(config: Config, arch: Architecture, world_size: int) -> None:
         ConfigError: they cannot be divided like that; names what would do.
         EngineError: the engine does not take the model.
     """
-    if not config.candidates.rollouts:
+    if not needs_engine(config):
         return
     check_engine(config, arch, config.model.path)
     if not engine_facts(config).cut_over_tensor:

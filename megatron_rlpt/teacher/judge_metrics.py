@@ -133,6 +133,13 @@ def voted_axes(detail: Mapping[str, Any]) -> Mapping[str, Any]:
     return axes if isinstance(axes, Mapping) and all(_is_voted(axis) for axis in axes.values()) else {}
 
 
+def axis_values(reward: Reward) -> dict[str, float]:
+    """Return what a reward is made of, by axis: of the prompted judge, or of one that names axes in its detail."""
+    voted = {name: axis["value"] for name, axis in voted_axes(reward.detail).items()}
+    found = voted or {name: reward.detail.get(name) for name in ("quality", "safety", "factuality")}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
 def _is_voted(axis: Any) -> bool:
     votes = axis.get("votes") if isinstance(axis, Mapping) and "value" in axis else None
     return isinstance(votes, list) and all(isinstance(vote, Mapping) and "verdict" in vote for vote in votes)

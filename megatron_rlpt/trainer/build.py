@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_rlpt.buffer.open import open_buffer
 from megatron_rlpt.checkpoint import CheckpointStore
-from megatron_rlpt.config import Config, concurrent_episodes, flatten, judged_by_workers, needs_judge
+from megatron_rlpt.config import Config, concurrent_episodes, flatten, judged_by_workers, needs_engine, needs_judge
 from megatron_rlpt.data import EpisodeStream, kept_from_training, require_apart, survey_corpus
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ModelError
@@ -25,6 +25,7 @@ from megatron_rlpt.trainer.buffered_judging import BufferedJudging
 from megatron_rlpt.trainer.candidates import CandidateGenerator
 from megatron_rlpt.trainer.curriculum import Curriculum
 from megatron_rlpt.trainer.episode_feed import EpisodeFeed
+from megatron_rlpt.trainer.fixed_evaluation import build_fixed_evaluation
 from megatron_rlpt.trainer.gpu_memory import build_gpu_memory
 from megatron_rlpt.trainer.judging import InTrainerJudging, Judging
 from megatron_rlpt.trainer.learning import Learning
@@ -80,7 +81,7 @@ def build(
         teacher = ranks.run_on_all_ranks(
             lambda: build_teacher(config, str(runtime.device), background_ranks), "the end of loading the teacher"
         )
-    engine = start_policy_engine(config, policy, runtime, background_ranks) if config.candidates.rollouts else None
+    engine = start_policy_engine(config, policy, runtime, background_ranks) if needs_engine(config) else None
     background = config.train.staleness > 0 and can_generate_during_updates(engine)
     if config.train.staleness and not background:
         _log.warning(
@@ -93,7 +94,7 @@ def build(
             text=tokenizer,
             original=config.candidates.original,
             rewriter=teacher.rewriter,
-            engine=engine,
+            engine=engine if config.candidates.rollouts else None,
             suffix_length=config.data.suffix_length,
             run_seed=config.run.seed,
         ),
@@ -110,6 +111,7 @@ def build(
         timer=timer,
         vocab=read_architecture(Path(config.model.path)).vocab,
     )
+    evaluation = build_fixed_evaluation(config, engine, teacher.judge, tokenizer, ranks)
     learning = Learning(config.train.empty_window, config.train.max_empty_share)
     return Training(
         config,
@@ -117,9 +119,10 @@ def build(
         objective,
         policy,
         engine,
+        evaluation,
         build_gpu_memory(config, engine, policy, ranks),
         observer,
-        RunSaver(RunState(config, policy, pipeline, learning), store, on_published),
+        RunSaver(RunState(config, policy, pipeline, learning, evaluation), store, on_published),
         timer,
         stop,
         learning,

@@ -22,6 +22,7 @@ from megatron_rlpt.distributed.ranks import Ranks, is_lost_contact
 from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.policy.policy import Policy
+from megatron_rlpt.trainer.fixed_evaluation import FixedEvaluation
 from megatron_rlpt.trainer.learning import Learning
 from megatron_rlpt.trainer.pipeline import Pipeline
 from megatron_rlpt.trainer.train import Saver, Training
@@ -29,6 +30,7 @@ from megatron_rlpt.trainer.train import Saver, Training
 _log = get_logger(__name__)
 
 _VERSION, _PIPELINE, _RANDOM, _LEARNING, _CONFIG = "version", "pipeline", "random", "learning", "config"
+_EVALUATION = "evaluation"
 """Keys of ``state.json``; ``CheckpointStore`` adds ``step``."""
 
 
@@ -40,6 +42,7 @@ class RunState:
     policy: Policy
     pipeline: Pipeline
     learning: Learning
+    evaluation: FixedEvaluation | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the policy's own state, JSON-serializable."""
@@ -49,7 +52,7 @@ class RunState:
             _RANDOM: random_state(),
             _LEARNING: self.learning.state_dict(),
             _CONFIG: flatten(self.config),
-        }
+        } | ({} if self.evaluation is None else {_EVALUATION: self.evaluation.state_dict()})
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Load the state and the policy from ``checkpoint``.
@@ -61,6 +64,8 @@ class RunState:
         state = checkpoint.state
         self.pipeline.load_state_dict(state[_PIPELINE])
         self.learning.load_state_dict(state[_LEARNING])
+        if self.evaluation is not None:
+            self.evaluation.load_state_dict(state[_EVALUATION])
         set_random_state(state[_RANDOM])
         if self.policy.version != state[_VERSION]:
             raise CheckpointError(
@@ -89,7 +94,7 @@ def restore(run: Training, checkpoint: Checkpoint, ranks: Ranks) -> None:
 
 def _load(run: Training, checkpoint: Checkpoint) -> None:
     try:
-        RunState(run.config, run.policy, run.pipeline, run.learning).load(checkpoint)
+        RunState(run.config, run.policy, run.pipeline, run.learning, run.evaluation).load(checkpoint)
     except CheckpointError:
         raise
     except Exception as error:

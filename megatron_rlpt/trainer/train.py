@@ -26,6 +26,7 @@ from megatron_rlpt.observe import StageTimer, get_logger
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.teacher.judge import check_failure_rate
+from megatron_rlpt.trainer.fixed_evaluation import FixedEvaluation
 from megatron_rlpt.trainer.gpu_memory import GpuMemory
 from megatron_rlpt.trainer.learning import Learning
 from megatron_rlpt.trainer.pipeline import Pipeline
@@ -67,6 +68,7 @@ class Training:
     objective: Objective
     policy: Policy
     engine: RolloutEngine | None
+    evaluation: FixedEvaluation | None
     gpu_memory: GpuMemory
     observer: Observer
     saver: Saver
@@ -85,6 +87,7 @@ def train(run: Training) -> None:
         NothingLearntError: too many steps left no example to learn from.
     """
     config, stage, saved = run.config, run.timer.stage, run.done
+    evaluated = _begin_evaluation(run)
     while run.done < config.train.steps and not run.stop.requested():
         with stage("generate"), run.gpu_memory.generating():
             run.pipeline.propose(run.done, run.policy.version)
@@ -100,15 +103,19 @@ def train(run: Training) -> None:
         with stage("wait"):
             run.pipeline.wait_for_generation()
         with stage("sync"):
-            if run.engine and run.engine.version != run.policy.version:
+            if run.engine and run.engine.version != run.policy.version and _generates_next(run):
                 run.engine.update_weights(run.policy.weights(), run.policy.version)
                 update_metrics |= run.policy.sync_metrics()
         run.done += 1
+        if run.evaluation and run.evaluation.due(run.done):
+            with stage("evaluate"), run.gpu_memory.generating():
+                evaluated |= run.evaluation.measure(run.policy.version)
         seconds, background = run.timer.end_step(), run.timer.end_background()
         run.learning.observe(run.done - 1, groups, selection)
         empty_share = run.learning.empty_share
         metrics = step_metrics(groups, selection, update_metrics, failure_rate, empty_share, seconds, background)
-        metrics |= run.pipeline.metrics()
+        metrics |= run.pipeline.metrics() | evaluated
+        evaluated = {}
         run.observer.step(run.done - 1, run.policy.version, metrics, groups, selection)
         run.saver.poll()
         _require_learning(run)
@@ -125,6 +132,19 @@ def train(run: Training) -> None:
         raise RunStopped(
             f"stopped after {run.done} of {config.train.steps} steps as requested; run the same command to resume"
         )
+
+
+def _begin_evaluation(run: Training) -> dict[str, float]:
+    """Evaluate the starting policy; its measures are recorded with the first step."""
+    if run.evaluation is None:
+        return {}
+    with run.timer.stage("evaluate"), run.gpu_memory.generating():
+        return run.evaluation.begin(run.policy.version)
+
+
+def _generates_next(run: Training) -> bool:
+    """Whether the engine generates before the next update: a run without rollouts only evaluates with it."""
+    return run.config.candidates.rollouts > 0 or (run.evaluation is not None and run.evaluation.due(run.done + 1))
 
 
 def _collect(run: Training, saved: int) -> list[Group] | None:

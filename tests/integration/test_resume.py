@@ -66,21 +66,31 @@ def being_written_since(folder, moment):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(served_model, corpus, tmp_path_factory):
+def sections(corpus, tmp_path_factory):
+    """The sections of the configuration, with an evaluation during the run on documents of their own."""
+    heldout = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
+    texts = [" ".join(row["text"].split()[::-1]) for row in json_lines(corpus)]
+    heldout.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:8]))
+    evaluated = {"data": {"heldout": [{"path": str(heldout)}]}, "evaluation": {"every": 3, "every_prefixes": 4}}
+    return SECTIONS | evaluated
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(served_model, corpus, sections, tmp_path_factory):
     base = tmp_path_factory.mktemp("uninterrupted")
     folder = base / "run"
-    code, out, err = finish(start(write_config(base / "run.yaml", served_model, corpus, folder, **SECTIONS)))
+    code, out, err = finish(start(write_config(base / "run.yaml", served_model, corpus, folder, **sections)))
     assert code == 0, err
     (base / "out.txt").write_text(out)
     return folder
 
 
 @pytest.fixture(scope="module")
-def killed_twice(served_model, corpus, tmp_path_factory):
+def killed_twice(served_model, corpus, sections, tmp_path_factory):
     """The same run, killed at a random instant, resumed, killed during a checkpoint, and resumed again."""
     base = tmp_path_factory.mktemp("killed")
     folder = base / "run"
-    config = write_config(base / "run.yaml", served_model, corpus, folder, **SECTIONS)
+    config = write_config(base / "run.yaml", served_model, corpus, folder, **sections)
 
     seed = random.randrange(2**32)
     print(f"the instant of the first kill is drawn with seed {seed}")
@@ -107,9 +117,11 @@ def killed_twice(served_model, corpus, tmp_path_factory):
     return folder
 
 
-def test_told_to_stop_it_leaves_a_checkpoint_and_goes_on_from_there(uninterrupted, served_model, corpus, tmp_path):
+def test_told_to_stop_it_leaves_a_checkpoint_and_goes_on_from_there(
+    uninterrupted, served_model, corpus, sections, tmp_path
+):
     folder = tmp_path / "run"
-    sections = SECTIONS | {"checkpoint": {"every": 100}}
+    sections = sections | {"checkpoint": {"every": 100}}
     config = write_config(tmp_path / "run.yaml", served_model, corpus, folder, **sections)
     process = start(config)
     await_that(process, lambda: (folder / "metrics.jsonl").exists() and json_lines(folder / "metrics.jsonl"))
@@ -139,6 +151,14 @@ def test_killed_and_resumed_records_every_step_once_with_the_same_figures(uninte
     assert [row["step"] for row in expected] == list(range(STEPS))
     assert {"loss", "grad_norm", "lr", "dpo/margin", "reward_margin", "logprob_gap"} <= expected[0].keys()
     assert lasting_metrics(killed_twice) == expected
+
+
+def test_the_evaluation_during_a_run_is_the_same_after_a_kill(uninterrupted, killed_twice):
+    for rows in (lasting_metrics(uninterrupted), lasting_metrics(killed_twice)):
+        evaluated = {row["step"]: row for row in rows if any(name.startswith("evaluation/") for name in row)}
+        assert list(evaluated) == [0, 2, 5]  # the start, after three steps, and the end
+        assert evaluated[0]["evaluation/judge/quality"] == 0.5  # it ties with itself
+        assert evaluated[5].keys() >= {"evaluation/judge/quality", "evaluation/repetition", "evaluation/length"}
 
 
 def test_killed_and_resumed_samples_the_same_texts_with_the_same_verdicts(uninterrupted, killed_twice):

@@ -252,6 +252,7 @@ def measure(times: Times, staleness: int, steps: int, slots: int) -> float:
             OnlineDpo(0.1),
             policy,  # type: ignore[arg-type]
             engine,
+            None,
             GpuMemory(None, None, Ranks()),
             record,
             record,

@@ -144,6 +144,7 @@ def training(
     background: bool = False,
     objective: Any = None,
     window: int = 20,
+    evaluation: Any = None,
     **judge,
 ) -> tuple[Training, Journal]:
     journal: Journal = []
@@ -178,6 +179,7 @@ def training(
         objective or OnlineDpo(0.1),
         CountingPolicy(journal, gap),
         engine,
+        evaluation and evaluation(engine, journal),
         GpuMemory(None, None, Ranks()),
         recorder,
         recorder,
@@ -225,6 +227,51 @@ def test_the_engine_is_always_asked_for_the_policys_version_also_after_steps_wit
     train(run)
     assert [version for _, version in happened(journal, "generate")] == [0, 1, 1, 1, 2]
     assert [version for _, version, _ in happened(journal, "sync")] == [1, 2, 3]
+
+
+class JournaledEvaluation:
+    """Evaluates after every second step and at the end."""
+
+    def __init__(self, engine: StrictEngine | None, journal: Journal) -> None:
+        self._engine, self._journal = engine, journal
+
+    def due(self, done: int) -> bool:
+        return done in (2, 3)
+
+    def begin(self, version: int) -> dict[str, float]:
+        self._journal.append(("begin", version))
+        return {"evaluation/x": 0.5}
+
+    def measure(self, version: int) -> dict[str, float]:
+        if self._engine:
+            self._engine.generate([], 1, version)
+        self._journal.append(("evaluate", version))
+        return {"evaluation/x": float(version)}
+
+
+def test_an_evaluation_gets_the_new_weights_and_is_recorded_with_its_step():
+    run, journal = training(steps=3, evaluation=JournaledEvaluation)
+    train(run)
+    assert happened(journal, "begin", "evaluate", "sync", "record") == [
+        ("begin", 0),
+        ("sync", 1, {"version": 1}),
+        ("record", 0, 1),
+        ("sync", 2, {"version": 2}),
+        ("evaluate", 2),
+        ("record", 1, 2),
+        ("sync", 3, {"version": 3}),
+        ("evaluate", 3),
+        ("record", 2, 3),
+    ]
+    assert [metrics.get("evaluation/x") for metrics in run.observer.metrics] == [0.5, 2.0, 3.0]
+
+
+def test_without_rollouts_weights_are_sent_only_for_an_evaluation():
+    run, journal = training(steps=3, objective=NextToken(), evaluation=JournaledEvaluation)
+    run.engine = StrictEngine(journal)
+    run.evaluation = JournaledEvaluation(run.engine, journal)
+    train(run)
+    assert [version for _, version, _ in happened(journal, "sync")] == [2, 3]
 
 
 def test_a_step_with_nothing_to_train_on_is_recorded_and_changes_nothing():

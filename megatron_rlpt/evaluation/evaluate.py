@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from megatron_rlpt import __version__
 from megatron_rlpt.config import Config, engine_facts, flatten
@@ -22,6 +23,7 @@ from megatron_rlpt.errors import RlptError, not_written
 from megatron_rlpt.evaluation.engines import write_all
 from megatron_rlpt.evaluation.estimates import agreement, diversity, estimate
 from megatron_rlpt.evaluation.example_texts import build_examples
+from megatron_rlpt.evaluation.hygiene import check_hygiene
 from megatron_rlpt.evaluation.in_sample import recorded_training
 from megatron_rlpt.evaluation.judges import NamedJudge, open_judges
 from megatron_rlpt.evaluation.measures import MeasureColumn, SetJudging, Written, counted
@@ -195,6 +197,7 @@ def _measure(work: _Work, fingerprint: str) -> Evaluation:
         judges=_used(judges, results),
         results=tuple(results),
         agreements=tuple(agreement(columns, config.run.seed)),
+        hygiene=_hygiene(work),
         examples=tuple(build_examples(written, columns, work.tokenizer, config.evaluation.examples)),
         notes=tuple(notes),
         fingerprint=fingerprint,
@@ -219,6 +222,15 @@ def _judge(work: _Work, written: Sequence[Written], judge: NamedJudge) -> list[M
     work.seconds[f"judging by {judge.facts.name}"] = seconds = time.monotonic() - started
     _log.info("judged", judge=judge.facts.name, seconds=f"{seconds:.1f}")
     return columns
+
+
+def _hygiene(work: _Work) -> dict[str, Any]:
+    """Compare prompts with training text and with each other; rank 0 does it for all."""
+    started = time.monotonic()
+    trained = {model.name: recorded_training(model.path) for model in work.models}
+    found = work.ranks.on_main(lambda: check_hygiene(work.config, work.sets, work.tokenizer, trained, work.cache))
+    work.seconds["hygiene"] = time.monotonic() - started
+    return found
 
 
 def _used(judges: Sequence[NamedJudge], results: Sequence[Result]) -> tuple[JudgeRecord, ...]:

@@ -32,6 +32,7 @@ def check_sets(config: Config) -> None:
     }
     if config.data.heldout:
         names[HELDOUT] = "the set of data.heldout"
+    _check_measures(config.evaluation.measures, "evaluation")
     for index, chosen in enumerate(config.evaluation.sets):
         key = f"evaluation.sets[{index}]"
         if not _NAME.fullmatch(chosen.name):
@@ -41,6 +42,10 @@ def check_sets(config: Config) -> None:
         names[chosen.name] = key
         if not chosen.path:
             raise ConfigError(f"{key}.path is empty; set it to a file or folder")
-        for measure in chosen.measures:
-            if measure not in MEASURES:
-                raise ConfigError(f"{key}.measures has {measure!r}; allowed: {', '.join(MEASURES)}")
+        _check_measures(chosen.measures, key)
+
+
+def _check_measures(measures: list[str], key: str) -> None:
+    for measure in measures:
+        if measure not in MEASURES:
+            raise ConfigError(f"{key}.measures has {measure!r}; allowed: {', '.join(MEASURES)}")

@@ -44,6 +44,11 @@ class EvaluationConfig:
     samples: int = option(
         2, "Sampled continuations per prefix (temperature 1), in addition to the greedy one.", at_least=0, zero="none"
     )
+    measures: list[str] = section(
+        list,
+        "What to measure on data.heldout: quality, coherence, safety, factuality, perplexity. Empty: quality, "
+        "coherence and factuality; perplexity reads every document once more with every model.",
+    )
     sets: list[PromptSetConfig] = section(list, "Further sets of prompts or questions.")
     seeds: int = option(
         1, "Times that a prompted judge is asked about the same texts, each with other seeds.", at_least=1, paper="8"

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_rlpt import __version__
 from megatron_rlpt.config import Config, engine_facts, flatten
 from megatron_rlpt.data import kept_from_training, survey_corpus
@@ -26,11 +28,13 @@ from megatron_rlpt.evaluation.example_texts import build_examples
 from megatron_rlpt.evaluation.hygiene import check_hygiene
 from megatron_rlpt.evaluation.in_sample import recorded_training
 from megatron_rlpt.evaluation.judges import NamedJudge, open_judges
+from megatron_rlpt.evaluation.likelihood import likelihood_results
 from megatron_rlpt.evaluation.measures import MeasureColumn, SetJudging, Written, counted
 from megatron_rlpt.evaluation.models import EvaluatedModel, find_models
 from megatron_rlpt.evaluation.prompt_sets import PromptSet, load_sets
 from megatron_rlpt.evaluation.provenance import describe_machine, describe_versions
 from megatron_rlpt.evaluation.results import EVALUATION_FILE, Evaluation, JudgeRecord, ModelFacts, Result, SetFacts
+from megatron_rlpt.evaluation.standard_tasks import standard_results
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.observe import get_logger, setup_logging
@@ -187,13 +191,15 @@ def _measure(work: _Work, fingerprint: str) -> Evaluation:
     weights = {one.name: one.weight for one in work.sets}
     results, notes = estimate(columns, weights, config.run.seed)
     results += [result for one in written for result in diversity(one)]
+    by_likelihood, tasks = _likelihood(work)
+    results += by_likelihood
     return Evaluation(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
         versions=describe_versions(),
         config=flatten(config),
         models=tuple(_model_facts(one) for one in work.models),
-        sets=tuple(_set_facts(one) for one in work.sets),
+        sets=(*map(_set_facts, work.sets), *tasks),
         judges=_used(judges, results),
         results=tuple(results),
         agreements=tuple(agreement(columns, config.run.seed)),
@@ -203,6 +209,17 @@ def _measure(work: _Work, fingerprint: str) -> Evaluation:
         fingerprint=fingerprint,
         seconds={name: round(value, 1) for name, value in work.seconds.items()},
     )
+
+
+def _likelihood(work: _Work) -> tuple[list[Result], list[SetFacts]]:
+    """Measure by likelihood what sets ask for, and standard tasks; return results and the facts of the tasks."""
+    started = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = likelihood_results(work.config, work.models, work.sets, work.cache, device, work.ranks)
+    standard, tasks = standard_results(work.config, work.models, work.cache, device, work.ranks)
+    if own or standard:
+        work.seconds["likelihood"] = time.monotonic() - started
+    return own + standard, tasks
 
 
 def _judges(work: _Work) -> list[NamedJudge]:

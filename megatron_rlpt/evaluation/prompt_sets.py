@@ -26,8 +26,8 @@ from megatron_rlpt.evaluation.prompts import Question, TextPrompt
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Episode, stable_id
 
-OF_DOCUMENTS = (QUALITY, COHERENCE, FACTUALITY, PERPLEXITY)
-"""What held-out documents are measured by."""
+OF_DOCUMENTS = (QUALITY, COHERENCE, FACTUALITY)
+"""What held-out documents are measured by, unless the configuration says otherwise."""
 OF_REFERENCE = frozenset({FACTUALITY, FACTS, PERPLEXITY})
 """Measures that need to know how a text goes on."""
 
@@ -62,7 +62,7 @@ def load_sets(config: Config, tokenizer: PolicyTokenizer) -> list[PromptSet]:
     """
     settings = config.evaluation
     sets = []
-    if config.data.heldout or not settings.sets:
+    if config.data.heldout or not (settings.sets or settings.tasks):
         sets.append(heldout_set(config, settings.prefixes, tokenizer))
     return sets + [_load(config, one, tokenizer) for one in settings.sets]
 
@@ -75,7 +75,8 @@ def heldout_set(config: Config, count: int, tokenizer: PolicyTokenizer) -> Promp
     """
     episodes = _heldout(config, config.data.heldout, count, tokenizer)
     paths = " ".join(source.path for source in config.data.heldout)
-    return PromptSet(HELDOUT, HELDOUT, paths, OF_DOCUMENTS, 1.0, tuple(episodes), ("",) * len(episodes))
+    measures = tuple(config.evaluation.measures) or OF_DOCUMENTS
+    return PromptSet(HELDOUT, HELDOUT, paths, measures, 1.0, tuple(episodes), ("",) * len(episodes))
 
 
 def _load(config: Config, chosen: PromptSetConfig, tokenizer: PolicyTokenizer) -> PromptSet:

@@ -25,7 +25,7 @@ from megatron_rlpt.errors import RlptError, not_written
 from megatron_rlpt.evaluation.engines import write_all
 from megatron_rlpt.evaluation.estimates import agreement, diversity, estimate
 from megatron_rlpt.evaluation.example_texts import build_examples
-from megatron_rlpt.evaluation.hygiene import check_hygiene
+from megatron_rlpt.evaluation.hygiene import check_hygiene, training_sources
 from megatron_rlpt.evaluation.in_sample import recorded_training
 from megatron_rlpt.evaluation.judges import NamedJudge, open_judges
 from megatron_rlpt.evaluation.likelihood import likelihood_results
@@ -156,8 +156,16 @@ def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[
     records = [RunRecord.read(folder) for folder in runs]
     if all(record is not None and record.held_out == held_out.digest for record in records):
         return
-    _log.warning("held-out documents have changed since training, or are not on record; comparing with data.sources")
-    held_out.scan(config.data.sources, skips=False)
+    recorded = {str(folder): record.config if record else None for folder, record in zip(runs, records, strict=True)}
+    sources = training_sources(config, recorded)
+    # What only a run's record names may be on another machine.
+    known = [one for one in sources if one in config.data.sources or Path(one.path).exists()]
+    _log.warning(
+        "held-out documents have changed since training, or are not on record; comparing with the training text",
+        sources=len(known),
+        not_found=[one.path for one in sources if one not in known],
+    )
+    held_out.scan(known, skips=False)
 
 
 def _fingerprint(work: _Work) -> str:

@@ -74,3 +74,14 @@ def test_the_corpus_is_compared_again_unless_the_same_was_held_out_from_first_to
         return
     with pytest.raises(DataError, match=r"data\.sources\[0\] .*#0\) is also held out: data\.heldout\[0\]"):
         require_held_out(config, BYTES, runs)
+
+
+def test_the_training_text_that_a_run_records_is_compared(config, tmp_path):
+    trained = tmp_path / "trained.jsonl"
+    trained.write_text(json.dumps({"text": text(11)}) + "\n")
+    run = tmp_path / "run"
+    run.mkdir()
+    recorded = {"data.sources[0].path": str(tmp_path / "gone.jsonl"), "data.sources[1].path": str(trained)}
+    RunRecord(recorded, held_out="0").write(run)
+    with pytest.raises(DataError, match=r"data\.sources\[1\] '.*trained\.jsonl' .* is also held out: data\.heldout"):
+        require_held_out(config, BYTES, [run])

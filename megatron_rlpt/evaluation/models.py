@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def _named(spec: str) -> tuple[str, Path]:
     name, equals, path = spec.partition("=")
     if equals and name and path and not Path(spec).exists():
         return name, Path(path)
-    folder = Path(spec).resolve()
+    folder = Path(os.path.abspath(spec))  # a link has a name of its own
     return (folder.parent.name if folder.name == _EXPORT else folder.name) or spec, Path(spec)
 
 

@@ -234,7 +234,7 @@ def _judges(work: _Work) -> list[NamedJudge]:
     """Open the judges; each loads its model when the first verdict is missing."""
     trained = {model.name: recorded_training(model.path) for model in work.models}
     vocabulary = max(read_architecture(model.folder).vocab for model in work.models)
-    return open_judges(work.config, trained, cache=work.cache / "verdicts", rank=work.ranks.rank, vocab_size=vocabulary)
+    return open_judges(work.config, trained, cache=work.cache / "verdicts", ranks=work.ranks, vocab_size=vocabulary)
 
 
 def _judge(work: _Work, written: Sequence[Written], judge: NamedJudge) -> list[MeasureColumn]:
@@ -244,6 +244,7 @@ def _judge(work: _Work, written: Sequence[Written], judge: NamedJudge) -> list[M
         for one in written
         for column in SetJudging(one, work.tokenizer, work.config.evaluation.seeds, work.ranks).columns(judge)
     ]
+    judge.close()
     work.seconds[f"judging by {judge.facts.name}"] = seconds = time.monotonic() - started
     _log.info("judged", judge=judge.facts.name, seconds=f"{seconds:.1f}")
     return columns

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_rlpt.config import Config, flatten
 from megatron_rlpt.config.evaluation_judges import JUDGE, JUDGED, SECOND, as_teacher, measures_of
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.evaluation.in_sample import Recorded, trained_by
 from megatron_rlpt.evaluation.results import JudgeRecord
 from megatron_rlpt.evaluation.verdict_cache import VerdictCache
@@ -166,6 +167,10 @@ class NamedJudge:
 
         return self._through_cache(groups, seed, {"teacher": asked.teacher, "asked": dict(identity)}, run)
 
+    def close(self) -> None:
+        """Give up the judge's model and its memory; a later call loads it again."""
+        self._verdicts.close()
+
     def _through_cache(
         self,
         groups: Sequence[Group],
@@ -212,7 +217,7 @@ def open_judges(
     models: Mapping[str, Recorded | None],
     *,
     cache: Path | None = None,
-    rank: int = 0,
+    ranks: Ranks | None = None,
     vocab_size: int | None = None,
     may_load: bool = True,
 ) -> list[NamedJudge]:
@@ -224,21 +229,21 @@ def open_judges(
         config: of the evaluation.
         models: names of the models to judge -> ``in_sample.recorded_training`` of each.
         cache: folder for verdicts; None stores nothing.
-        rank: of this process among those that share the folder.
+        ranks: all ranks that judge, each its own share; None is this process alone.
         vocab_size: largest of the models to judge; None is that of ``model.path``.
         may_load: load models into this process where no server has them; otherwise a judge without servers raises.
     """
     config = resolve_dtypes(config)
+    together = ranks or Ranks()
 
     def opened(name: str, recorded: Recorded, said: str, measures: tuple[str, ...], verdicts: Verdicts) -> NamedJudge:
         trained = trained_by(recorded, models)
         facts = JudgeRecord(name, said, bool(trained), trained)
-        return NamedJudge(facts, measures, verdicts, config.teacher.max_failure_rate, cache, rank)
+        return NamedJudge(facts, measures, verdicts, config.teacher.max_failure_rate, cache, together.rank)
 
     def configured(name: str, own: Config, measures: tuple[str, ...]) -> NamedJudge:
-        return opened(
-            name, flatten(own), builder_of(own).describe(own), measures, ConfiguredVerdicts(own, may_load=may_load)
-        )
+        verdicts = ConfiguredVerdicts(own, together, may_load=may_load)
+        return opened(name, flatten(own), builder_of(own).describe(own), measures, verdicts)
 
     judges = [configured(JUDGE, config, measures_of(config))]
     if is_extension(config.evaluation.second_measure) or config.evaluation.second_corpus:

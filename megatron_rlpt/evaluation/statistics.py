@@ -5,7 +5,7 @@ are not independent. Intervals therefore resample *prefixes*, each with all of i
 Cameron, Gelbach and Miller 2008).
 
 The plain percentiles of the resampled rates are too narrow for few prefixes and for rates near 0 or 1: with 24 prefixes
-they hold the true rate in 84 to 95 of 100 evaluations. So a win rate has Wilson's interval for the number of
+they hold the true rate in 87 to 95 of 100 evaluations. So a win rate has Wilson's interval for the number of
 independent comparisons that would vary as much as the resampled rates do (the design effect; Korn and Graubard 1998),
 with a quantile of Student's t. A difference has percentiles moved outwards by sqrt(n / (n - 1)) and Student's t
 (Hesterberg 2015). ``tools/bench/interval_coverage.py`` measures both.

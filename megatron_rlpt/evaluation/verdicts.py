@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -63,16 +64,22 @@ class Verdicts(Protocol):
         """Judge every group and hand it to ``done``."""
         ...
 
+    def close(self) -> None:
+        """Give up models and their memory; another call loads them again."""
+        ...
+
 
 class ConfiguredVerdicts(Verdicts):
     """A judge as ``teacher`` configures it, of the package or of the user's."""
 
-    def __init__(self, config: Config, *, may_load: bool = True) -> None:
+    def __init__(self, config: Config, ranks: Ranks, *, may_load: bool = True) -> None:
         """
         Args:
             config: with the judge as ``teacher.judge`` and precisions resolved.
-            may_load: load its model into this process where no server has it; otherwise that is an error.
+            ranks: all ranks; beside others, an engine has a process of its own.
+            may_load: load its model where no server has it; otherwise that is an error.
         """
+        self._ranks = ranks
         self._config = config
         self._may_load = may_load
         self._facts = facts = judge_facts(config)
@@ -146,6 +153,12 @@ class ConfiguredVerdicts(Verdicts):
         generator = self._start()
         _in_blocks(BatchedJudge(make(generator.name, seed), generator), groups, done)
 
+    @override
+    def close(self) -> None:
+        self._built.clear()
+        self._generator = None
+        gc.collect()  # an engine is cyclic garbage
+
     def comparing(self, question: str) -> tuple[MakePrompted, dict[str, Any]]:
         """Return what ``ask`` takes to compare pairs: the judge, and what its verdicts depend on."""
         config = self._config
@@ -191,7 +204,7 @@ class ConfiguredVerdicts(Verdicts):
 
     def _start(self) -> TextGenerator:
         if self._generator is None:
-            self._generator = start_generator(self._config, Ranks())
+            self._generator = start_generator(self._config, self._ranks)
         return self._generator
 
 
@@ -240,6 +253,10 @@ class SecondVerdicts(Verdicts):
             "corpus": [[one.path, one.field, *_state(one.path)] for one in settings.second_corpus],
             "tokenizer": _tokenizer_digest(self._config),
         }
+
+    @override
+    def close(self) -> None:
+        self._measure = None
 
     @override
     def run(self, groups: Sequence[Group], seed: int, measure: str, done: Done) -> None:

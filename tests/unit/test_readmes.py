@@ -38,6 +38,7 @@ RUN_BY = {
     "rlpt world make": "tests/unit/world/test_make.py",
     "rlpt world measure": "tests/unit/world/test_sampling.py",
     "rlpt judge try": "tests/unit/cli/test_judge_try.py",
+    "rlpt judge calibrate": "tests/unit/evaluation/test_judge_calibration.py",
     "rlpt judge serve": "tests/unit/judge_workers/test_supervisor.py",
     "rlpt teacher serve": "tests/integration/test_teacher_server.py",
     "python -m torch.distributed.run": "tests/integration/test_world_run.py",

@@ -163,7 +163,7 @@ def test_a_repeated_evaluation_asks_nothing(written, groups, tmp_path):
     first = open_judges(config, {}, cache=tmp_path / "cache")[0].judge(groups)
     assert values(first)[0] == [1.0, 4.0, BLANK]
     assert asked(tmp_path) == len(groups)
-    again = open_judges(config, {}, cache=tmp_path / "cache", rank=1)[0]
+    again = open_judges(config, {}, cache=tmp_path / "cache")[0]
     assert again.judge(groups[::-1], seed=5) == first[::-1], "the judge takes no seed"
     assert asked(tmp_path) == len(groups)
 

@@ -14,6 +14,7 @@ import time
 import pytest
 from tiny_runs import (
     NEXT_TOKEN,
+    evaluated_while_training,
     finish,
     json_lines,
     lasting_metrics,
@@ -68,11 +69,7 @@ def being_written_since(folder, moment):
 @pytest.fixture(scope="module")
 def sections(corpus, tmp_path_factory):
     """The sections of the configuration, with an evaluation during the run on documents of their own."""
-    heldout = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
-    texts = [" ".join(row["text"].split()[::-1]) for row in json_lines(corpus)]
-    heldout.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:8]))
-    evaluated = {"data": {"heldout": [{"path": str(heldout)}]}, "evaluation": {"every": 3, "every_prefixes": 4}}
-    return SECTIONS | evaluated
+    return SECTIONS | evaluated_while_training(tmp_path_factory.mktemp("heldout"), corpus, 3)
 
 
 @pytest.fixture(scope="module")

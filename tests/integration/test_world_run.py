@@ -16,7 +16,7 @@ import psutil
 import pytest
 from prefork import Forked
 from safetensors.torch import load_file
-from tiny_runs import finish, json_lines, save_model, start, start_ranks, write_config
+from tiny_runs import evaluated_while_training, finish, json_lines, save_model, start, start_ranks, write_config
 
 from megatron_rlpt.observe.prometheus import ALWAYS, prometheus_name
 from megatron_rlpt.trainer.run_lock import RunLock
@@ -53,21 +53,27 @@ def divisible(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(divisible, corpus, tmp_path_factory):
+def sections(corpus, tmp_path_factory):
+    """The sections of the configuration, with an evaluation while the run trains."""
+    return SECTIONS | evaluated_while_training(tmp_path_factory.mktemp("heldout"), corpus, 4)
+
+
+@pytest.fixture(scope="module")
+def alone(divisible, corpus, sections, tmp_path_factory):
     """The run in one process."""
     base = tmp_path_factory.mktemp("alone")
-    code, _, err = finish(start(write_config(base / "run.yaml", divisible, corpus, base / "run", **SECTIONS)))
+    code, _, err = finish(start(write_config(base / "run.yaml", divisible, corpus, base / "run", **sections)))
     assert code == 0, err
     return base / "run"
 
 
 @pytest.fixture(scope="module")
-def moved(divisible, corpus, tmp_path_factory):
+def moved(divisible, corpus, sections, tmp_path_factory):
     """The run on two tensor-parallel ranks that share an engine, killed after a checkpoint and resumed on two pipeline
     stages with one engine in its own process, which is killed once."""
     base = tmp_path_factory.mktemp("moved")
     config, folder = base / "run.yaml", base / "run"
-    write_config(config, divisible, corpus, folder, **SECTIONS)
+    write_config(config, divisible, corpus, folder, **sections)
     run = launch(config, 2, "parallel.tensor=2", "parallel.sequence=true", "rollout.tensor=2")
     deadline = time.monotonic() + 240
     while not (folder / "checkpoints/step-00000001").is_dir():
@@ -109,6 +115,10 @@ def test_a_run_that_changed_its_layout_and_that_of_its_engines_learned_what_one_
     for one, other in zip(ours, theirs, strict=True):
         for name in ("loss", "grad_norm", "reward_margin", "lr"):
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (one["step"], name)
+        evaluated = {name for name in other if name.startswith("evaluation/")}
+        assert bool(evaluated) == (one["step"] in (0, 3, 7))
+        for name in evaluated:
+            assert one[name] == pytest.approx(other[name]), (one["step"], name)
     weights, expected = (load_file(folder / "export/model.safetensors") for folder in (moved, alone))
     assert weights.keys() == expected.keys()
     start = load_file(Path(json.loads((alone.parent / "run.yaml").read_text())["model"]["path"]) / "model.safetensors")

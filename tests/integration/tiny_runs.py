@@ -54,6 +54,14 @@ def tiny_config(path: Path, model: Path, corpus: Path, folder: Path, /, **sectio
     return load_config(write_config(path, model, corpus, folder, **sections))
 
 
+def evaluated_while_training(folder: Path, corpus: Path, every: int) -> dict[str, dict[str, Any]]:
+    """Return the sections of a run that evaluates itself every so many steps, on documents written to ``folder``."""
+    heldout = folder / "heldout.jsonl"
+    texts = [" ".join(json.loads(line)["text"].split()[::-1]) for line in corpus.read_text().splitlines()[:8]]
+    heldout.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {"data": {"heldout": [{"path": str(heldout)}]}, "evaluation": {"every": every, "every_prefixes": 4}}
+
+
 NEXT_TOKEN = {"objective": {"name": "ntp"}, "candidates": {"rollouts": 0}}
 """Sections of a run that starts no vLLM engine."""
 

@@ -25,7 +25,7 @@ from megatron_rlpt.errors import RlptError, not_written
 from megatron_rlpt.evaluation.engines import write_all
 from megatron_rlpt.evaluation.estimates import agreement, diversity, estimate
 from megatron_rlpt.evaluation.example_texts import build_examples
-from megatron_rlpt.evaluation.hygiene import check_hygiene, training_sources
+from megatron_rlpt.evaluation.hygiene import check_hygiene, hygiene_notes, training_sources
 from megatron_rlpt.evaluation.in_sample import recorded_training
 from megatron_rlpt.evaluation.judges import NamedJudge, open_judges
 from megatron_rlpt.evaluation.likelihood import likelihood_results
@@ -201,6 +201,7 @@ def _measure(work: _Work, fingerprint: str) -> Evaluation:
     results += [result for one in written for result in diversity(one)]
     by_likelihood, tasks = _likelihood(work)
     results += by_likelihood
+    hygiene = _hygiene(work)
     return Evaluation(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
@@ -211,9 +212,9 @@ def _measure(work: _Work, fingerprint: str) -> Evaluation:
         judges=_used(judges, results),
         results=tuple(results),
         agreements=tuple(agreement(columns, config.run.seed)),
-        hygiene=_hygiene(work),
+        hygiene=hygiene,
         examples=tuple(build_examples(written, columns, work.tokenizer, config.evaluation.examples)),
-        notes=tuple(notes),
+        notes=(*notes, *hygiene_notes(hygiene)),
         fingerprint=fingerprint,
         seconds={name: round(value, 1) for name, value in work.seconds.items()},
     )

@@ -118,28 +118,35 @@ def check_hygiene(
     return found
 
 
-def describe_hygiene(found: Mapping[str, Any]) -> list[str]:
-    """Return what ``check_hygiene`` found, as sentences."""
-    sources = found.get("sources", [])
+def hygiene_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what ``check_hygiene`` found, in words: what it is about, and what was found."""
+    sources = found["sources"]
     read = [one for one in sources if not one["problem"]]
-    if read:
-        size, documents = sum(one["gib"] for one in read), sum(one["documents"] for one in read)
-        whole = all(one["complete"] for one in read)
-        lines = [
-            f"compared with {documents:,} training documents ({_size(size)}, "
-            f"{'all' if whole else 'the beginning'} of {len(read)} source{'s' * (len(read) != 1)})"
-        ]
-    else:
-        lines = ["not compared with training text"]
-    lines += [f"training text not compared: {one['path']} ({one['problem']})" for one in sources if one["problem"]]
-    for name, one in found.get("sets", {}).items():
+    size, documents = sum(one["gib"] for one in read), sum(one["documents"] for one in read)
+    whole = "all" if all(one["complete"] for one in read) else "the beginning"
+    of = f"{len(read)} source{'s' * (len(read) != 1)}"
+    compared = f"{documents:,} documents ({_size(size)}, {whole} of {of})" if read else "not compared"
+    rows = [("training text", compared)]
+    rows += [(f"training text {one['path']}", f"not compared: {one['problem']}") for one in sources if one["problem"]]
+    for name, one in found["sets"].items():
         parts = [f"{one['prompts']} prompts"]
         if read and (longer := one["prompts"] - one["too_short"]):
             parts.append(f"{one['overlapping']} of {longer} share {found['ngram']} words in a row with training text")
         near = f"near-duplicates: {one['near_prompts']} of another prompt"
         parts.append(near + (f", {one['near_training']} of training text" if read else ""))
-        lines.append(f"{name}: {'; '.join(parts)}")
-    return lines
+        rows.append((name, "; ".join(parts)))
+    return rows
+
+
+def hygiene_notes(found: Mapping[str, Any]) -> list[str]:
+    """Return sentences about prompts that a model may know from training; none if there are none."""
+    known = {name: (one["overlapping"], one["near_training"], one["prompts"]) for name, one in found["sets"].items()}
+    return [
+        f"of the {prompts} prompts of {name}, {near} are near-duplicates of training text and {overlapping} share "
+        f"{found['ngram']} words in a row with it: a model may know them"
+        for name, (overlapping, near, prompts) in known.items()
+        if overlapping or near
+    ]
 
 
 def training_sources(config: Config, models: Mapping[str, Recorded | None]) -> list[SourceConfig]:

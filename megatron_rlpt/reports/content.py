@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_rlpt import __version__
+from megatron_rlpt.evaluation.hygiene import hygiene_rows
 from megatron_rlpt.evaluation.results import Evaluation, Scale
 from megatron_rlpt.reports.charts import charts, curves_json, stage_seconds
 from megatron_rlpt.reports.collect import CollectedRun, RunProgress
@@ -107,9 +108,7 @@ def build_content(runs: Sequence[CollectedRun]) -> Content:
             for run, one in evaluations.items()
             if one.judges
         ],
-        hygiene=[
-            {"name": names[run], "rows": rows} for run, one in evaluations.items() if (rows := _flat(one.hygiene))
-        ],
+        hygiene=[{"name": names[run], "rows": _hygiene(one)} for run, one in evaluations.items() if one.hygiene],
         differences=_differences(runs),
         sample_notes=_sample_notes(runs),
         in_sample={name: any(j.in_sample for j in judges if j.name == name) for name in {j.name for j in judges}},
@@ -255,6 +254,14 @@ def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
         else:
             found.append((shown(name, 300), text_of(value)))
     return found
+
+
+def _hygiene(evaluation: Evaluation) -> list[tuple[str, str]]:
+    try:
+        rows = hygiene_rows(evaluation.hygiene)
+    except (KeyError, TypeError, AttributeError):
+        return _flat(evaluation.hygiene)  # of another release
+    return [(shown(name, 300), shown(value, _LONGEST_VALUE)) for name, value in rows]
 
 
 def _differences(runs: Sequence[CollectedRun]) -> list[tuple[str, list[str]]]:

@@ -11,7 +11,7 @@ from text_tokens import FakeTokenizer
 
 from megatron_rlpt.config import Config, SourceConfig, flatten
 from megatron_rlpt.evaluation import hygiene
-from megatron_rlpt.evaluation.hygiene import check_hygiene, describe_hygiene, training_sources
+from megatron_rlpt.evaluation.hygiene import check_hygiene, hygiene_notes, hygiene_rows, training_sources
 from megatron_rlpt.evaluation.prompts import Question
 from megatron_rlpt.types import Episode
 
@@ -86,12 +86,22 @@ def test_what_training_has_of_the_prompts(corpus):
     )
     assert (second["prompts"], second["too_short"], second["overlapping"], second["near_training"]) == (2, 1, 0, 0)
     assert second["near_prompts"] == 1, "its twelve words are in a prompt of the other set"
-    assert describe_hygiene(found) == [
-        "compared with 2 training documents (0.0 MiB, all of 1 source)",
-        "a: 3 prompts; 2 of 3 share 13 words in a row with training text; near-duplicates: 0 of another prompt, "
-        "1 of training text",
-        "b: 2 prompts; 0 of 1 share 13 words in a row with training text; near-duplicates: 1 of another prompt, "
-        "0 of training text",
+    assert hygiene_rows(found) == [
+        ("training text", "2 documents (0.0 MiB, all of 1 source)"),
+        (
+            "a",
+            "3 prompts; 2 of 3 share 13 words in a row with training text; near-duplicates: 0 of another prompt, "
+            "1 of training text",
+        ),
+        (
+            "b",
+            "2 prompts; 0 of 1 share 13 words in a row with training text; near-duplicates: 1 of another prompt, "
+            "0 of training text",
+        ),
+    ]
+    assert hygiene_notes(found) == [
+        "of the 3 prompts of a, 1 are near-duplicates of training text and 2 share 13 words in a row with it: a model "
+        "may know them"
     ]
 
 
@@ -111,11 +121,11 @@ def test_the_limit_is_kept_and_told(corpus, tmp_path):
     (source,) = found["sources"]
     assert (source["documents"], source["complete"]) == (2, False)
     assert found["sets"]["a"]["overlapping"] == 0
-    assert "the beginning of 1 source" in describe_hygiene(found)[0]
+    assert "the beginning of 1 source" in hygiene_rows(found)[0][1]
     config.evaluation.overlap_limit = 1.0
     assert check_hygiene(config, sets, TEXT, {})["sets"]["a"]["overlapping"] == 1
     config.evaluation.overlap_limit = 0.0
-    assert describe_hygiene(check_hygiene(config, sets, TEXT, {}))[0] == "not compared with training text"
+    assert hygiene_rows(check_hygiene(config, sets, TEXT, {}))[0] == ("training text", "not compared")
 
 
 def test_training_text_of_the_models_counts_too(corpus, tmp_path):
@@ -132,9 +142,10 @@ def test_training_text_of_the_models_counts_too(corpus, tmp_path):
     ]  # fmt: skip
     found = check_hygiene(config, [prompts("a", [text, "b c"])], TEXT, models)
     assert found["sets"]["a"]["near_training"] == 1
-    lines = describe_hygiene(found)
-    assert lines[0].startswith("compared with 2 training documents")
-    assert lines[1].startswith(f"training text not compared: {tmp_path}/gone.jsonl (")
+    rows = hygiene_rows(found)
+    assert rows[0][1].startswith("2 documents (")
+    assert rows[1][0] == f"training text {tmp_path}/gone.jsonl"
+    assert rows[1][1].startswith("not compared: ")
 
 
 def test_the_result_is_kept_until_something_changes(corpus, tmp_path, monkeypatch):

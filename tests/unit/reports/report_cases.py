@@ -115,7 +115,24 @@ def write_evaluation(
         ),
         results=_results(rng, names, prompts),
         agreements=(Agreement(("likelihood", "second"), "quality", "heldout", 0.81, (0.72, 0.89), 0.62, prompts),),
-        hygiene={"overlap": {"prompts": 0, "longest shared n-gram": 7}, "near_duplicates": 1},
+        hygiene={
+            "ngram": 13,
+            "sources": [
+                {"path": "train.jsonl", "documents": 1200, "gib": 0.01, "complete": True, "problem": ""},
+                {"path": "gone.jsonl", "documents": 0, "gib": 0.0, "complete": False, "problem": "it does not exist"},
+            ],
+            "sets": {
+                "heldout": {
+                    "prompts": 40,
+                    "too_short": 1,
+                    "overlapping": 2,
+                    "overlap": 0.01,
+                    "near_training": 1,
+                    "near_prompts": 3,
+                    "examples": [],
+                },
+            },
+        },
         examples=tuple(_example(rng, number, names) for number in range(prompts)),
         notes=("Standard tasks were not measured.",),
     )

@@ -25,7 +25,8 @@ from megatron_rlpt.errors import RlptError, not_written
 from megatron_rlpt.evaluation.engines import write_all
 from megatron_rlpt.evaluation.estimates import agreement, diversity, estimate
 from megatron_rlpt.evaluation.example_texts import build_examples
-from megatron_rlpt.evaluation.hygiene import check_hygiene, hygiene_notes, training_sources
+from megatron_rlpt.evaluation.hygiene import check_hygiene, training_sources
+from megatron_rlpt.evaluation.hygiene_text import hygiene_notes
 from megatron_rlpt.evaluation.in_sample import recorded_training
 from megatron_rlpt.evaluation.judges import NamedJudge, open_judges
 from megatron_rlpt.evaluation.likelihood import likelihood_results

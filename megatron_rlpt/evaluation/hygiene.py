@@ -22,6 +22,7 @@ from megatron_rlpt.config import Config, SourceConfig
 from megatron_rlpt.data import Document, open_source
 from megatron_rlpt.data.ngrams import NgramIndex, hashed
 from megatron_rlpt.errors import RlptError, first_line
+from megatron_rlpt.evaluation.hygiene_text import size_of
 from megatron_rlpt.evaluation.in_sample import Recorded
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe import get_logger
@@ -116,37 +117,6 @@ def check_hygiene(
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, json.dumps(found))
     return found
-
-
-def hygiene_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what ``check_hygiene`` found, in words: what it is about, and what was found."""
-    sources = found["sources"]
-    read = [one for one in sources if not one["problem"]]
-    size, documents = sum(one["gib"] for one in read), sum(one["documents"] for one in read)
-    whole = "all" if all(one["complete"] for one in read) else "the beginning"
-    of = f"{len(read)} source{'s' * (len(read) != 1)}"
-    compared = f"{documents:,} documents ({_size(size)}, {whole} of {of})" if read else "not compared"
-    rows = [("training text", compared)]
-    rows += [(f"training text {one['path']}", f"not compared: {one['problem']}") for one in sources if one["problem"]]
-    for name, one in found["sets"].items():
-        parts = [f"{one['prompts']} prompts"]
-        if read and (longer := one["prompts"] - one["too_short"]):
-            parts.append(f"{one['overlapping']} of {longer} share {found['ngram']} words in a row with training text")
-        near = f"near-duplicates: {one['near_prompts']} of another prompt"
-        parts.append(near + (f", {one['near_training']} of training text" if read else ""))
-        rows.append((name, "; ".join(parts)))
-    return rows
-
-
-def hygiene_notes(found: Mapping[str, Any]) -> list[str]:
-    """Return sentences about prompts that a model may know from training; none if there are none."""
-    known = {name: (one["overlapping"], one["near_training"], one["prompts"]) for name, one in found["sets"].items()}
-    return [
-        f"of the {prompts} prompts of {name}, {near} are near-duplicates of training text and {overlapping} share "
-        f"{found['ngram']} words in a row with it: a model may know them"
-        for name, (overlapping, near, prompts) in known.items()
-        if overlapping or near
-    ]
 
 
 def training_sources(config: Config, models: Mapping[str, Recorded | None]) -> list[SourceConfig]:
@@ -291,8 +261,8 @@ class _Reading:
                     "comparing prompts with training text",
                     source=self._source.path,
                     documents=self.documents,
-                    read=_size(self.characters / _GIB),
-                    at_most=_size(self._most / _GIB),
+                    read=size_of(self.characters / _GIB),
+                    at_most=size_of(self._most / _GIB),
                 )
             yield text
 
@@ -317,7 +287,3 @@ def _key(prompts: Sequence[_Prompt], sources: Sequence[SourceConfig], config: Co
     return stable_id(
         1, prompts, files, [_identity(one) for one in sources], settings.overlap_ngram, settings.overlap_limit
     )
-
-
-def _size(gib: float) -> str:
-    return f"{gib:.2f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"

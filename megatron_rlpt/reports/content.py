@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_rlpt import __version__
-from megatron_rlpt.evaluation.hygiene import hygiene_rows
+from megatron_rlpt.evaluation.hygiene_text import hygiene_rows
 from megatron_rlpt.evaluation.results import Evaluation, Scale
 from megatron_rlpt.reports.charts import charts, curves_json, stage_seconds
 from megatron_rlpt.reports.collect import CollectedRun, RunProgress
-from megatron_rlpt.reports.figures import interval_of, measure_name, value_of
+from megatron_rlpt.reports.figures import duration, interval_of, measure_name, value_of
 from megatron_rlpt.reports.samples import SAMPLES_FILE, shown
 from megatron_rlpt.reports.summary import (
     Tile,
@@ -238,6 +238,9 @@ def _facts(run: CollectedRun) -> list[tuple[str, str]]:
             where = f" from {shown(one.path, 500)}" if one.path else ""
             facts.append((f"Set {shown(one.name, 100)}", f"{one.prompts} prompts{where} ({one.format})"))
         facts += [(f"Machine, {name}", value) for name, value in _flat(evaluation.machine)]
+        if evaluation.seconds:
+            took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in evaluation.seconds.items())
+            facts.append(("Evaluation took", f"{took}, without what was stored before"))
         facts.append(("Versions", ", ".join(f"{key} {value}" for key, value in evaluation.versions.items())))
     return [(shown(name, 300), value) for name, value in facts]
 

@@ -19,6 +19,8 @@ class ModelColumn:
     """Number of the (first) run whose evaluation has the model."""
     reference: bool
     """Whether win rates are against it."""
+    text: bool = False
+    """Whether it is a text to compare with, such as the original one, and no model."""
     base: str = ""
     """Key of the column that this one is compared with: the same model of the first run, else its first model."""
 
@@ -62,7 +64,7 @@ def result_table(evaluations: Mapping[int, Evaluation], names: Sequence[str]) ->
         evaluations: by number of the run.
         names: of all runs.
     """
-    columns: dict[tuple[object, ...], ModelColumn] = {}
+    columns: dict[object, ModelColumn] = {}
     of_model: dict[tuple[int, str], ModelColumn] = {}
     for run, evaluation in evaluations.items():
         for model in evaluation.models:
@@ -74,9 +76,9 @@ def result_table(evaluations: Mapping[int, Evaluation], names: Sequence[str]) ->
     for run, evaluation in evaluations.items():
         in_sample = {judge.name for judge in evaluation.judges if judge.in_sample}
         for one in evaluation.results:
-            known = of_model.get((run, one.model))
-            if known is None:
-                continue
+            known = of_model.get((run, one.model)) or columns.setdefault(
+                one.model, ModelColumn(f"{run}/{one.model}", f"{one.model} text", run, reference=False, text=True)
+            )
             key = (one.measure, one.scale, one.set, one.against, one.judge, one.decoding)
             row = rows.setdefault(
                 key,
@@ -85,7 +87,7 @@ def result_table(evaluations: Mapping[int, Evaluation], names: Sequence[str]) ->
             assert isinstance(row.cells, dict)
             row.cells.setdefault(known.key, one)
     used = {key for row in rows.values() for key in row.cells}
-    shown = sorted((one for one in columns.values() if one.key in used), key=lambda one: one.reference)
+    shown = sorted((one for one in columns.values() if one.key in used), key=lambda one: (one.text, one.reference))
     shown = [replace(one, base=_base(one, shown)) for one in shown]
     places = {column.key: place for place, column in enumerate(shown)}
     models = {f"{run}/{name}": places[one.key] for (run, name), one in of_model.items() if one.key in places}
@@ -94,8 +96,9 @@ def result_table(evaluations: Mapping[int, Evaluation], names: Sequence[str]) ->
 
 def _base(column: ModelColumn, columns: Sequence[ModelColumn]) -> str:
     """Return what a column of a later run is compared with; empty for those of the first run and for references."""
-    others = [one for one in columns if not one.reference and one.run == columns[0].run]
-    if column.reference or not others or column.run == others[0].run:
+    models = [one for one in columns if not one.reference and not one.text]
+    others = [one for one in models if one.run == models[0].run]
+    if column not in models or column in others:
         return ""
     name = column.key.partition("/")[2]
     return next((one.key for one in others if one.key.partition("/")[2] == name), others[0].key)

@@ -25,6 +25,7 @@ PROGRAM = re.compile(
 )
 RUN_BY = {
     "rlpt train": "tests/integration/test_resume.py",
+    "rlpt report": "tests/unit/reports/test_report_files.py",
     "rlpt evaluate": "tests/integration/test_evaluate.py",
     "rlpt convert": "tests/integration/test_convert_cli.py",
     "rlpt init": "tests/unit/convert/test_fresh.py",

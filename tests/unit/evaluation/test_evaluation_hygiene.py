@@ -11,7 +11,8 @@ from text_tokens import FakeTokenizer
 
 from megatron_rlpt.config import Config, SourceConfig, flatten
 from megatron_rlpt.evaluation import hygiene
-from megatron_rlpt.evaluation.hygiene import check_hygiene, hygiene_notes, hygiene_rows, training_sources
+from megatron_rlpt.evaluation.hygiene import check_hygiene, training_sources
+from megatron_rlpt.evaluation.hygiene_text import hygiene_notes, hygiene_rows
 from megatron_rlpt.evaluation.prompts import Question
 from megatron_rlpt.types import Episode
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tracemalloc
 
 import pytest
@@ -233,12 +232,3 @@ def test_bad_folders_are_one_line(tmp_path, rlpt, case, says):
     assert err.count("\n") == 1
     assert says in err
     assert str(folder) in err
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file_is_one_line(tmp_path, rlpt):
-    folder = write_run(tmp_path / "run", steps=2)
-    (folder / "samples.jsonl").chmod(0)
-    code, _, err = rlpt("report", folder)
-    assert code == DataError.exit_code
-    assert "samples.jsonl cannot be read" in err

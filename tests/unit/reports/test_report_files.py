@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from report_cases import HOSTILE, write_evaluation, write_run
 from rich.console import Console
+from without_torch import run_without_torch
 
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.evaluation.results import Result, Scale
@@ -104,7 +105,8 @@ def test_a_comparison_has_differences_of_results_and_options(sip, tmp_path):
 def test_the_model_that_runs_started_from_is_one_column(tmp_path):
     one, other = write_evaluation(tmp_path / "a"), write_evaluation(tmp_path / "b", seed=2, model="dpo")
     table = result_table({0: one, 1: other}, ["a", "b"])
-    assert [column.title for column in table.columns] == ["a: sip", "a: next-token", "b: dpo", "b: next-token", "start"]
+    assert [column.title for column in table.columns] == ["a: sip", "a: next-token", "b: dpo", "b: next-token", "start",
+                                                      "original text"]  # fmt: skip
     assert table.models["0/start"] == table.models["1/start"] == 4
     alone = replace(one, models=one.models[:2])
     assert result_table({0: alone, 1: other}, ["a", "b"]).columns[0].title == "a"
@@ -143,7 +145,7 @@ def test_markdown_is_not_broken_by_hostile_names(tmp_path):
     markdown = (write_report([folder]).parent / MARKDOWN_FILE).read_text()
     tables = [line for line in markdown.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "quality" in line}
-    assert widths == {8, 7}  # results with seven columns, agreements with six
+    assert widths == {9, 7}  # results with eight columns, agreements with six
     assert "<script>" not in markdown.replace("\\<script\\>", "")
     assert "\u202e" not in markdown
     assert "\n# z" not in markdown
@@ -188,3 +190,13 @@ def test_differences_durations_and_short_numbers():
     assert difference_of(replace(one, scale=Scale.share, value=0.5), replace(one, value=0.25)) == "+25.0 points"
     assert [duration(seconds) for seconds in (45, 700, 11_100, 190_000)] == ["45 s", "12 min", "3 h 05 min", "2 d 4 h"]
     assert [short(value) for value in (0.0, 5e-6, 12.3456, 45678.9, None)] == ["0", "5e-06", "12.35", "45679", "–"]  # noqa: RUF001
+
+
+def test_a_report_needs_no_torch(tmp_path):
+    folder = write_run(tmp_path / "run", steps=3)
+    write_evaluation(folder)
+    done = run_without_torch(
+        "from megatron_rlpt.cli.main import main; sys.argv[0] = 'rlpt'; main()", "report", str(folder)
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / PAGE_FILE).is_file()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron_rlpt.config.evaluation_judges import JUDGE
 from megatron_rlpt.reports.collect import CollectedRun
 from megatron_rlpt.reports.curves import Curve
+from megatron_rlpt.reports.figures import measure_name
 
 _EVALUATION = "evaluation/"
+_WIN_RATE = (
+    "Share of prefixes on which the policy beats its start, a tie counting half; above the dashed line is better."
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Chart:
     """Of the metrics, for the legend."""
     share: bool
     """Whether values are shares, shown as percentages."""
+    middle: bool = False
+    """Whether one half is a line: above it is better than what is compared with."""
 
 
 _TRAINING = (
@@ -101,23 +108,18 @@ _TRAINING = (
 def charts(runs: Sequence[CollectedRun]) -> list[dict[str, Any]]:
     """Return the charts that have data, for the page. With several runs a chart has one metric and a line per run."""
     known: dict[str, None] = dict.fromkeys(name for run in runs for name in run.training.curves)
-    found = [_evaluation_chart(name, runs) for name in known if name.startswith(_EVALUATION)]
-    for chart in _TRAINING:
+    found: list[Chart] = []
+    for chart in (*_evaluation_charts(known, runs), *_TRAINING):
         present = [(m, label) for m, label in zip(chart.metrics, chart.labels, strict=True) if m in known]
-        for group in [present[:1]] if len(runs) > 1 else [present]:
+        # With several runs, every judge of an evaluation has its own chart, and only the first source or failure.
+        own = chart.metrics[0].startswith(_EVALUATION)
+        for group in ([[one] for one in present] if own else [present[:1]]) if len(runs) > 1 else [present]:
             if group:
                 title = chart.title
-                if len(group) == 1 < len(chart.metrics):
+                if len(group) == 1 and (own or len(chart.metrics) > 1) and group[0][1]:
                     title = f"{chart.title}: {group[0][1]}"
-                found.append(
-                    Chart(
-                        title,
-                        chart.caption,
-                        tuple(m for m, _ in group),
-                        tuple(label for _, label in group),
-                        chart.share,
-                    )
-                )
+                metrics, labels = zip(*group, strict=True)
+                found.append(replace(chart, title=title, metrics=metrics, labels=labels))
     return [asdict(chart) for chart in found]
 
 
@@ -126,15 +128,24 @@ def curves_json(run: CollectedRun) -> dict[str, Any]:
     return {name: curve.to_json() for name, curve in run.training.curves.items()}
 
 
-def _evaluation_chart(name: str, runs: Sequence[CollectedRun]) -> Chart:
-    title = name.removeprefix(_EVALUATION).replace("_", " ").replace("/", ", ")
-    return Chart(
-        title[:1].upper() + title[1:],
-        "Measured during training on a fixed set of prompts (evaluation.every).",
-        (name,),
-        (title,),
-        share=_is_share([curve for run in runs if (curve := run.training.curves.get(name))]),
-    )
+def _evaluation_charts(known: Iterable[str], runs: Sequence[CollectedRun]) -> list[Chart]:
+    """Return a chart for each measure of ``evaluation.every``, with a line per judge."""
+    measures: dict[str, list[tuple[str, str]]] = {}
+    for name in known:
+        if name.startswith(_EVALUATION):
+            judge, _, measure = name.removeprefix(_EVALUATION).rpartition("/")
+            measures.setdefault(measure, []).append((name, f"{judge} (in-sample)" if judge == JUDGE else judge))
+    return [
+        Chart(
+            f"{measure_name(measure)[:1].upper()}{measure_name(measure)[1:]} on held-out prefixes",
+            (f"{_WIN_RATE} " if measure == "quality" else "") + "Measured while training (evaluation.every).",
+            tuple(name for name, _ in named),
+            tuple(label for _, label in named),
+            share=_is_share([curve for run in runs for name, _ in named if (curve := run.training.curves.get(name))]),
+            middle=measure == "quality",
+        )
+        for measure, named in measures.items()
+    ]
 
 
 def _is_share(curves: Sequence[Curve]) -> bool:

@@ -9,7 +9,7 @@ function startReport() {
 
   document.querySelectorAll("[data-chart]").forEach((host) => {
     const chart = data.charts[Number(host.dataset.chart)];
-    lineChart(host, chart.title, seriesOf(chart.metrics, chart.labels), chart.share);
+    lineChart(host, chart.title, seriesOf(chart.metrics, chart.labels), { ...chart, named: runs.length > 1 });
   });
   document.querySelectorAll("[data-whiskers]").forEach((host) => {
     const plot = data.whiskers[Number(host.dataset.whiskers)];
@@ -27,7 +27,7 @@ function startReport() {
       if (!picker.value) return;
       const host = element("div", { class: "plot" });
       place.append(host);
-      lineChart(host, picker.value, seriesOf([picker.value], [picker.value]), false);
+      lineChart(host, picker.value, seriesOf([picker.value], [picker.value]), { named: runs.length > 1 });
     });
   }
 

@@ -102,9 +102,9 @@ function tooltip(host) {
 }
 
 // A legend whose entries switch series off and on; returns a function that says whether a series is on.
-function legend(host, names, colors, changed) {
+function legend(host, names, colors, changed, always = false) {
   const on = names.map(() => true);
-  if (names.length > 1) {
+  if (names.length > 1 || always) {
     const list = element("ul", { class: "legend" });
     names.forEach((name, index) => {
       const button = element("button", { type: "button" }, key(colors[index]), name);
@@ -122,14 +122,15 @@ function legend(host, names, colors, changed) {
 }
 
 // Series: {name, color, curve: {steps, mean, low, high, averaged}}.
-function lineChart(host, title, series, share) {
+// Options: share (values are shares), middle (a line at one half), named (a legend even for one series).
+function lineChart(host, title, series, { share = false, middle = false, named = false } = {}) {
   const height = 210;
   const margin = { left: 52, right: 10, top: 8, bottom: 26 };
   const format = share ? asShare : shortNumber;
   const tip = tooltip(host);
   let svg = null;
   let last = 0;
-  const isOn = legend(host, series.map((one) => one.name), series.map((one) => one.color), () => draw(last));
+  const isOn = legend(host, series.map((one) => one.name), series.map((one) => one.color), () => draw(last), named);
   const smooth = new Map(series.map((one) => [one, one.curve.mean.length >= RAW_FROM ? movingMean(one.curve.mean) : null]));
 
   function draw(width) {
@@ -141,7 +142,7 @@ function lineChart(host, title, series, share) {
     let [low, high] = [Math.min(...values), Math.max(...values)];
     if (!values.length) [first, end, low, high] = [0, 1, 0, 1];
     if (end === first) [first, end] = [first - 0.5, end + 0.5];
-    if (share) [low, high] = [0, high > 0.4 ? 1 : Math.max(high * 1.15, 0.01)];
+    if (share) [low, high] = [0, middle || high > 0.4 ? 1 : Math.max(high * 1.15, 0.01)];
     if (high === low) [low, high] = [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
     if (!share) [low, high] = [low - (high - low) * 0.06, high + (high - low) * 0.06];
     const x = (step) => margin.left + ((step - first) / (end - first)) * (width - margin.left - margin.right);
@@ -155,6 +156,7 @@ function lineChart(host, title, series, share) {
     for (const at of ticks(first, end, Math.max(2, Math.floor(width / 110))).filter(Number.isInteger)) {
       made.append(shape("text", { x: x(at), y: height - 8, "text-anchor": "middle" }, String(at)));
     }
+    if (middle) made.append(shape("line", { class: "middle", x1: margin.left, x2: width - margin.right, y1: y(0.5), y2: y(0.5) }));
     for (const one of shown) paint(made, one, x, y);
     const cursor = shape("line", { class: "cursor", y1: margin.top, y2: height - margin.bottom, visibility: "hidden" });
     made.append(cursor);

@@ -168,7 +168,8 @@ def _metrics(step: int, steps: int, rng: random.Random, gain: float) -> dict[str
     }
     metrics["seconds/total"] = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
     if step % 10 == 9:
-        metrics |= {"evaluation/win_rate": 0.5 + 0.3 * gain * done, "evaluation/safety": 0.7 + 0.2 * done}
+        metrics |= {"evaluation/judge/quality": 0.5 + 0.3 * gain * done, "evaluation/second/quality": 0.5 + 0.2 * done,
+                    "evaluation/length": 40 + done}  # fmt: skip
     if step == 3:
         metrics["grad_norm"] = math.nan
     return metrics

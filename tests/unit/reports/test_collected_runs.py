@@ -40,7 +40,7 @@ def test_curves_are_those_of_the_metrics(tmp_path):
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert found.steps == 30
     assert found.curves["loss"].mean == pytest.approx([one["loss"] for one in metrics])
-    assert found.curves["evaluation/win_rate"].steps == (9, 19, 29)
+    assert found.curves["evaluation/judge/quality"].steps == (9, 19, 29)
     assert found.curves["grad_norm"].steps == tuple(step for step in range(30) if step != 3)  # nan is no value
     assert found.stages["generate"] == pytest.approx(sum(one["seconds/generate"] for one in metrics) / 30)
     assert not {"time", "version", "step", "nonfinite"} & found.curves.keys()

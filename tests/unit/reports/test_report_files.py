@@ -15,6 +15,7 @@ from without_torch import run_without_torch
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.evaluation.results import Result, Scale
 from megatron_rlpt.reports import JSON_FILE, MARKDOWN_FILE, PAGE_FILE, print_evaluation, show_evaluation, write_report
+from megatron_rlpt.reports.collect import collect_runs
 from megatron_rlpt.reports.content import build_content
 from megatron_rlpt.reports.figures import beyond_chance, difference_of, duration, short, with_interval
 from megatron_rlpt.reports.tables import result_table
@@ -161,8 +162,6 @@ def test_a_run_with_nothing_yet(tmp_path):
 
 
 def test_content_of_many_runs(tmp_path):
-    from megatron_rlpt.reports.collect import collect_runs
-
     runs = collect_runs([write_run(tmp_path / f"r{number}", steps=3, seed=number) for number in range(9)])
     content = build_content(runs)
     assert content.title == "Comparison of 9 runs"
@@ -200,3 +199,20 @@ def test_a_report_needs_no_torch(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (folder / PAGE_FILE).is_file()
+
+
+def test_measures_while_training_have_a_line_per_judge(tmp_path):
+    runs = collect_runs([write_run(tmp_path / name, steps=20) for name in ("a", "b")])
+    alone = {chart["title"]: chart for chart in build_content(runs[:1]).charts}
+    quality = alone["Quality on held-out prefixes"]
+    assert quality["labels"] == ("judge (in-sample)", "second")
+    assert quality["share"]
+    assert quality["middle"]
+    assert not alone["Length on held-out prefixes"]["share"]
+    beside = [chart["title"] for chart in build_content(runs).charts]
+    assert beside[:3] == [
+        "Quality on held-out prefixes: judge (in-sample)",
+        "Quality on held-out prefixes: second",
+        "Length on held-out prefixes",
+    ]
+    assert "Who wins: rollout" in beside

@@ -81,7 +81,10 @@ class EvaluationConfig:
         "Documents that the second measure is fitted to; neither trained on nor continued. Empty turns ngram off.",
     )
     second_options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
-    judges: list[JudgeConfig] = section(list, "Further judges. One that rewarded no training is evidence.")
+    judges: list[JudgeConfig] = section(
+        list,
+        "Further judges, each with likelihood and generative as in teacher. One that rewarded no training is evidence.",
+    )
     overlap_ngram: int = option(
         13, "Words that a prompt and a training document must share in a row to count as overlap.",
         unit="words", at_least=5,

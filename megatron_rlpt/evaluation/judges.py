@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_rlpt.config import Config, flatten
 from megatron_rlpt.config.evaluation_judges import JUDGE, JUDGED, SECOND, as_teacher, measures_of
@@ -243,7 +244,7 @@ def open_judges(
 
     def configured(name: str, own: Config, measures: tuple[str, ...]) -> NamedJudge:
         verdicts = ConfiguredVerdicts(own, together, may_load=may_load)
-        return opened(name, flatten(own), builder_of(own).describe(own), measures, verdicts)
+        return opened(name, flatten(own), _describe(own), measures, verdicts)
 
     judges = [configured(JUDGE, config, measures_of(config))]
     if is_extension(config.evaluation.second_measure) or config.evaluation.second_corpus:
@@ -253,3 +254,13 @@ def open_judges(
         own = as_teacher(config, one)
         judges.append(configured(one.name, own, measures_of(own, tuple(one.measures))))
     return judges
+
+
+def _describe(config: Config) -> str:
+    """Describe the judge of ``config``; one that is served by the model or host that its servers name."""
+    teacher = config.teacher
+    models = sorted({one.model for one in teacher.workers.endpoints if one.model})
+    hosts = sorted({urlsplit(one.url).netloc for one in teacher.workers.endpoints})
+    if models or (hosts and not teacher.path):
+        config = replace(config, teacher=replace(teacher, path="+".join(models or hosts)))
+    return builder_of(config).describe(config)

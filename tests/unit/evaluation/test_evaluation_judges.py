@@ -146,6 +146,8 @@ def test_served_judges_are_known_by_model_or_address(written):
     )  # fmt: skip
     judges = open_judges(config, {"sip": flatten(config)})
     assert [one.facts.in_sample for one in judges] == [True, True, False]
+    described = [one.facts.description.partition(",")[0] for one in judges]
+    assert described == ["big", "big", "a"], "by model, else by host"
 
 
 def test_the_record_of_a_run_is_found_from_its_export_and_checkpoints(tmp_path):

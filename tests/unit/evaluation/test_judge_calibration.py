@@ -190,6 +190,22 @@ def test_pairs_of_a_file(config, tokenizer, tmp_path):
         pairs_of_file(path, config, tokenizer)
 
 
+def test_pairs_of_a_published_format(config, tokenizer, tmp_path, world):
+    words = json.loads((world / "heldout.jsonl").read_text().splitlines()[0])["text"].split()
+    path = tmp_path / "qa_data.json"
+    fields = ("knowledge", "question", "right_answer", "hallucinated_answer")
+    record = dict(zip(fields, (" ".join(words[:9]), words[9], words[10], " ".join(words[11:14])), strict=True))
+    path.write_text(json.dumps(record) + "\n")
+    (pair,) = pairs_of_file(path, config, tokenizer, "halueval")
+    assert pair.kind.startswith("qa")
+    assert len(pair.bad) > len(pair.good), "texts of a file are left as they are"
+    with pytest.raises(ConfigError, match="--format is nonsense; allowed: "):
+        pairs_of_file(path, config, tokenizer, "nonsense")
+    path.write_text(json.dumps({"prompt": "x"}) + "\n")
+    with pytest.raises(DataError, match="qa_data"):
+        pairs_of_file(path, config, tokenizer, "halueval")
+
+
 def test_the_command(config, world, rlpt, tmp_path):
     path = tmp_path / "run.yaml"
     code, out, err = rlpt("judge", "calibrate", "-c", path, "--world", world, "--pairs", 36, "--judge", "first")

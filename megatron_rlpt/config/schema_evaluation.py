@@ -42,7 +42,7 @@ class EvaluationConfig:
         128, "Held-out prefixes to continue.", at_least=2, allowed="at least 2 (an interval needs two)"
     )
     samples: int = option(
-        2, "Sampled continuations per prefix (temperature 1), in addition to the greedy one.", at_least=0, zero="none"
+        0, "Sampled continuations per prefix, in addition to the greedy one.", at_least=0, zero="none", paper="0"
     )
     measures: list[str] = section(
         list,

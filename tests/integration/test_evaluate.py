@@ -176,7 +176,7 @@ def test_models_of_any_kind_on_sets_of_the_users(evaluated, rlpt, served_model, 
     sets = f"[{{name: mine, path: {prompts}, measures: [quality, safety, perplexity], labels: [even]}}]"
     judges = f"[{{name: blue, judge: '{words}:Blue', measures: [quality, safety]}}]"
     options = [
-        "evaluation.samples=0", "evaluation.second_corpus=[]", f"evaluation.cache={run}/cache",
+        "evaluation.samples=1", "evaluation.second_corpus=[]", f"evaluation.cache={run}/cache",
         f"evaluation.sets={sets}", f"evaluation.judges={judges}", "data.heldout_overlap=skip",
     ]  # fmt: skip
     out = tmp_path / "out"
@@ -188,13 +188,15 @@ def test_models_of_any_kind_on_sets_of_the_users(evaluated, rlpt, served_model, 
     # What the run's own evaluation generated and judged was not done again.
     for measure in ("repetition", "length"):
         same = [one.value for one in found.find(measure=measure, model="trained", decoding="greedy")]
-        assert [one.value for one in first.find(measure=measure, model="run", set="heldout")] == same
-    safe = first.find(measure="safety", set="mine", judge="blue")
-    assert [(one.model, one.n) for one in safe] == [("base", 4), ("run", 4), ("small", 4)]
-    assert {one.set for one in first.find(measure="quality", model="small", judge="blue")} == {"heldout", "mine", "all"}
+        again = first.find(measure=measure, model="run", set="heldout", decoding="greedy")
+        assert [one.value for one in again] == same
+    # Samples of a model with random weights are rarely blank, as its likeliest tokens often are.
+    safe = first.find(measure="safety", set="mine", judge="blue", decoding="sampled")
+    assert [(one.model, one.n + one.failed) for one in safe] == [("base", 4), ("run", 4), ("small", 4)]
+    rates = first.find(measure="quality", model="small", judge="blue", decoding="sampled")
+    assert {one.set for one in rates} == {"heldout", "mine", "all"}
     assert {one.model for one in first.find(measure="perplexity", set="mine")} == {"base", "run", "small"}
     assert not first.find(measure="perplexity", set="heldout")
-    assert {one.decoding for one in first.find(measure="quality")} == {"greedy"}
     # One more model: only that one is generated, from a converted checkpoint.
     before = stored(run / "cache")
     code, _, err = rlpt("evaluate", "-c", config, *options, *named, "--model", f"mega={megatron}")

@@ -233,6 +233,7 @@ def test_every_set_is_measured_by_what_it_asks_for(tiny_model, corpus, encode, l
     config.data.heldout = [SourceConfig(path=str(corpus))]
     config.data.min_prefix, config.data.max_prefix, config.data.suffix_length = 4, 24, 8
     config.evaluation.prefixes, config.evaluation.perplexity_characters = 3, 40
+    config.evaluation.measures = ["quality", "perplexity"]
     config.evaluation.sets = [
         PromptSetConfig(name="asked", path=str(tmp_path / "asked.jsonl")),
         PromptSetConfig(name="told", path=str(tmp_path / "told.jsonl"), measures=["perplexity"]),

@@ -183,7 +183,9 @@ def whisker_plots(table: ResultTable) -> list[dict[str, Any]]:
             for row in rows
         ]  # fmt: skip
         if points:
-            found.append({"title": title, "caption": caption, "middle": middle, "rows": points})
+            shown_here = [any(c.key in row.cells for row in rows) for c in table.columns]
+            names = [(number, c.title) for number, c in enumerate(table.columns) if shown_here[number]]
+            found.append({"title": title, "caption": caption, "middle": middle, "rows": points, "columns": names})
     return found
 
 

@@ -88,11 +88,13 @@ function tooltip(host) {
   const tip = element("div", { class: "tip", hidden: true, role: "status" });
   host.append(tip);
   return {
-    show(x, ...content) {
+    // At x, beside or below y, counted in the host.
+    show([x, y], ...content) {
       tip.replaceChildren(...content);
       tip.hidden = false;
       const room = host.clientWidth - tip.offsetWidth;
       const left = x + 12 > room ? x - 12 - tip.offsetWidth : x + 12;
+      tip.style.top = `${y}px`;
       tip.style.left = `${Math.max(0, Math.min(room, left))}px`;
     },
     hide() {
@@ -186,14 +188,14 @@ function lineChart(host, title, series, { share = false, middle = false, named =
       cursor.setAttribute("x1", place);
       cursor.setAttribute("x2", place);
       cursor.setAttribute("visibility", "visible");
-      tip.show(place, element("div", {}, `step ${shortNumber(Math.round(all[at]))}`), ...shown.map((one) => reading(one, all[at])));
+      tip.show([place, 0], element("div", {}, `step ${shortNumber(Math.round(all[at]))}`), ...shown.map((one) => reading(one, all[at])));
     };
     const hide = () => {
       cursor.setAttribute("visibility", "hidden");
       tip.hide();
       at = -1;
     };
-    made.addEventListener("pointermove", (event) => {
+    const point = (event) => {
       const box = made.getBoundingClientRect();
       const place = ((event.clientX - box.left) / box.width) * width;
       let best = 0;
@@ -201,7 +203,9 @@ function lineChart(host, title, series, { share = false, middle = false, named =
         if (Math.abs(x(step) - place) < Math.abs(x(all[best]) - place)) best = index;
       });
       show(best);
-    });
+    };
+    made.addEventListener("pointermove", point);
+    made.addEventListener("pointerdown", point);
     made.addEventListener("pointerleave", hide);
     made.addEventListener("blur", hide);
     made.addEventListener("keydown", (event) => {
@@ -256,7 +260,7 @@ function whiskers(host, title, rows, middle) {
         }
         group.append(shape("circle", { cx: x(point.value), cy: y, r: 4.5, fill: color(point.color) }));
         group.append(shape("rect", { x: 0, y: y - lane / 2, width, height: lane, fill: "transparent" }));
-        group.addEventListener("pointerenter", () => tip.show(x(point.value), element("div", {}, key(point.color), `${point.name}: ${point.text}`)));
+        for (const kind of ["pointerenter", "pointerdown"]) group.addEventListener(kind, () => tip.show([x(point.value), y + lane / 2], element("div", {}, key(point.color), `${point.name}: ${point.text}`)));
         group.addEventListener("pointerleave", () => tip.hide());
         made.append(group);
       });
@@ -292,7 +296,7 @@ function stageBars(host, stages, runs) {
         const bar = shape("rect", { x: left, y: top, width: Math.max(0, size - 1), height: 26, fill: color(stage) });
         const at = left + size / 2;
         const share = sum(index) ? asShare(seconds / sum(index)) : "";
-        bar.addEventListener("pointerenter", () => tip.show(at, element("div", {}, key(stage), `${name}: ${shortNumber(seconds)} s, ${share}`)));
+        for (const kind of ["pointerenter", "pointerdown"]) bar.addEventListener(kind, () => tip.show([at, top + 30], element("div", {}, key(stage), `${name}: ${shortNumber(seconds)} s, ${share}`)));
         bar.addEventListener("pointerleave", () => tip.hide());
         made.append(bar);
         left += size;

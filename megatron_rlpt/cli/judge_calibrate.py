@@ -49,7 +49,11 @@ def calibrate_judges(config: Config, asked: Asked) -> list[Calibration]:
     """
     judges = _chosen(config, asked)
     pairs = _pairs(config, asked)
-    return [calibrate(judge, pairs, asked.measure, asked.plan.seed) for judge in judges]
+    found = []
+    for judge in judges:
+        found.append(calibrate(judge, pairs, asked.measure, asked.plan.seed))
+        judge.close()
+    return found
 
 
 def _pairs(config: Config, asked: Asked) -> list[LabelledPair]:

@@ -160,7 +160,8 @@ def _main_results(evaluation: Evaluation) -> Iterator[Result]:
     references = _references(evaluation)
     trained = {judge.name for judge in evaluation.judges if judge.in_sample}
     scales: Sequence[Scale] = (Scale.win_rate, Scale.share, Scale.value)
-    measures = dict.fromkeys([*MEASURES, *(one.measure for one in evaluation.results)])
+    measured = dict.fromkeys(one.measure for one in evaluation.results)
+    measures = [one for one in MEASURES if one in measured] or list(measured)
     names = [model.name for model in evaluation.models if not model.reference] or sorted(references)
     for measure in measures:
         for name in names:

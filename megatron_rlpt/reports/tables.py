@@ -86,12 +86,28 @@ def result_table(evaluations: Mapping[int, Evaluation], names: Sequence[str]) ->
             )
             assert isinstance(row.cells, dict)
             row.cells.setdefault(known.key, one)
+    _spread_texts(rows, {column.key for column in columns.values() if column.text})
     used = {key for row in rows.values() for key in row.cells}
     shown = sorted((one for one in columns.values() if one.key in used), key=lambda one: (one.text, one.reference))
     shown = [replace(one, base=_base(one, shown)) for one in shown]
     places = {column.key: place for place, column in enumerate(shown)}
     models = {f"{run}/{name}": places[one.key] for (run, name), one in of_model.items() if one.key in places}
     return ResultTable(tuple(shown), tuple(sorted(rows.values(), key=_order)), models)
+
+
+def _spread_texts(rows: dict[tuple[object, ...], ResultRow], texts: set[str]) -> None:
+    """Put what is known of a text, which nobody decoded, beside the models of every decoding."""
+    for key, row in list(rows.items()):
+        same = [other for other in rows.values() if other is not row and (*_key(other)[:-1], "") == key]
+        if same and row.cells.keys() <= texts:
+            for other in same:
+                assert isinstance(other.cells, dict)
+                other.cells.update(row.cells)
+            del rows[key]
+
+
+def _key(row: ResultRow) -> tuple[object, ...]:
+    return row.measure, row.scale, row.set, row.against, row.judge, row.decoding
 
 
 def _base(column: ModelColumn, columns: Sequence[ModelColumn]) -> str:

@@ -241,7 +241,7 @@ def _results(rng: random.Random, names: tuple[str, ...], prompts: int) -> tuple[
                    prompts=prompts, higher_is_better=False),
             Result("distinct_2", Scale.share, name, "heldout", 0.7 + 0.05 * place, decoding="greedy", prompts=prompts),
         ]  # fmt: skip
-    found.append(Result("distinct_2", Scale.share, "original", "heldout", 0.91, decoding="greedy", prompts=prompts))
+    found.append(Result("distinct_2", Scale.share, "original", "heldout", 0.91, prompts=prompts))
     return tuple(found)
 
 

@@ -109,6 +109,8 @@ def test_the_model_that_runs_started_from_is_one_column(tmp_path):
     assert [column.title for column in table.columns] == ["a: sip", "a: next-token", "b: dpo", "b: next-token", "start",
                                                       "original text"]  # fmt: skip
     assert table.models["0/start"] == table.models["1/start"] == 4
+    (distinct,) = [row for row in table.rows if row.measure == "distinct_2"]  # nobody decoded the original text
+    assert len(distinct.cells) == 6
     alone = replace(one, models=one.models[:2])
     assert result_table({0: alone, 1: other}, ["a", "b"]).columns[0].title == "a"
 

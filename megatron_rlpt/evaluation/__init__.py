@@ -10,5 +10,7 @@ In reading order:
 - ``second_measure.py``, ``ngram_model.py``, ``judge_scorer.py``, ``scorers.py``: the second measure.
 - ``likelihood.py``: perplexity and multiple choice; ``text_metrics.py``: diversity.
 - ``statistics.py``, ``agreement.py``: intervals that resample prompts; agreement of judges.
+- ``hygiene.py``: prompts that are in training text, or in each other.
+- ``labelled_pairs.py``, ``calibration.py``: the accuracy of a judge.
 - ``results.py``: the content of ``evaluation.json``; ``example_texts.py``, ``provenance.py``: parts of it.
 """

@@ -8,6 +8,7 @@ other prompt. The training text is read once, up to ``evaluation.overlap_limit``
 
 from __future__ import annotations
 
+import glob
 import json
 import time
 from collections import Counter
@@ -280,9 +281,8 @@ def _key(prompts: Sequence[_Prompt], sources: Sequence[SourceConfig], config: Co
     settings = config.evaluation
     files = []
     for source in sources:
-        path = Path(source.path)
-        found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
-        found = found or sorted(Path().glob(source.path)) if not path.is_absolute() else found
+        named = [Path(one) for one in glob.glob(source.path, recursive=True)]
+        found = sorted(inner for one in named for inner in (one.rglob("*") if one.is_dir() else [one]))
         files.append([(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in found if one.is_file()])
     return stable_id(
         1, prompts, files, [_identity(one) for one in sources], settings.overlap_ngram, settings.overlap_limit

@@ -19,6 +19,7 @@ import torch
 
 from megatron_rlpt import __version__
 from megatron_rlpt.config import Config, engine_facts, flatten
+from megatron_rlpt.config.evaluation_sets import PERPLEXITY
 from megatron_rlpt.data import kept_from_training, survey_corpus
 from megatron_rlpt.distributed.ranks import Ranks, read_launcher_environment
 from megatron_rlpt.errors import RlptError, not_written
@@ -35,7 +36,7 @@ from megatron_rlpt.evaluation.models import EvaluatedModel, find_models
 from megatron_rlpt.evaluation.prompt_sets import PromptSet, load_sets
 from megatron_rlpt.evaluation.provenance import describe_machine, describe_versions
 from megatron_rlpt.evaluation.results import EVALUATION_FILE, Evaluation, JudgeRecord, ModelFacts, Result, SetFacts
-from megatron_rlpt.evaluation.standard_tasks import standard_results
+from megatron_rlpt.evaluation.standard_tasks import LoadedTask, open_tasks, standard_results
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.observe import get_logger, setup_logging
@@ -57,6 +58,7 @@ class _Work:
     models: list[EvaluatedModel]
     sets: list[PromptSet]
     tokenizer: PolicyTokenizer
+    tasks: list[LoadedTask]
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage."""
 
@@ -130,7 +132,8 @@ def _prepare(config: Config, out: Path, cache: Path, ranks: Ranks, models: list[
     survey_corpus(config.data.heldout + config.evaluation.second_corpus, config.data.max_bad_fraction)
     runs = [folder for model in models if (folder := run_folder(model.path)) is not None]
     require_held_out(config, tokenizer, runs)
-    return _Work(config, out, cache, ranks, models, load_sets(config, tokenizer), tokenizer)
+    sets = load_sets(config, tokenizer)
+    return _Work(config, out, cache, ranks, models, sets, tokenizer, open_tasks(config.evaluation))
 
 
 def run_folder(path: Path) -> Path | None:
@@ -178,6 +181,14 @@ def _fingerprint(work: _Work) -> str:
         "config": {key: str(value) for key, value in flatten(config).items() if key != "run.dir"},
         "models": [[one.name, one.digest, one.reference] for one in work.models],
         "sets": [[one.name, one.digest] for one in work.sets],
+        "tasks": [task.digest for task in work.tasks],
+        # A set holds only the middle of its documents, and perplexity reads them from their beginning.
+        "documents": [
+            _state(Path(path))
+            for one in work.sets
+            if PERPLEXITY in one.measures
+            for path in (one.path, *(source.path for source in config.data.heldout))
+        ],
         "second_corpus": [_state(Path(source.path)) for source in config.evaluation.second_corpus],
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -200,8 +211,7 @@ def _measure(work: _Work, fingerprint: str) -> Evaluation:
     weights = {one.name: one.weight for one in work.sets}
     results, notes = estimate(columns, weights, config.run.seed)
     results += [result for one in written for result in diversity(one)]
-    by_likelihood, tasks = _likelihood(work)
-    results += by_likelihood
+    results += _likelihood(work)
     hygiene = _hygiene(work)
     return Evaluation(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -209,7 +219,7 @@ def _measure(work: _Work, fingerprint: str) -> Evaluation:
         versions=describe_versions(),
         config=flatten(config),
         models=tuple(_model_facts(one) for one in work.models),
-        sets=(*map(_set_facts, work.sets), *tasks),
+        sets=(*map(_set_facts, work.sets), *(task.facts for task in work.tasks)),
         judges=_used(judges, results),
         results=tuple(results),
         agreements=tuple(agreement(columns, config.run.seed)),
@@ -221,15 +231,15 @@ def _measure(work: _Work, fingerprint: str) -> Evaluation:
     )
 
 
-def _likelihood(work: _Work) -> tuple[list[Result], list[SetFacts]]:
-    """Measure by likelihood what sets ask for, and standard tasks; return results and the facts of the tasks."""
+def _likelihood(work: _Work) -> list[Result]:
+    """Measure by likelihood what sets ask for, and standard tasks."""
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    own = likelihood_results(work.config, work.models, work.sets, work.cache, device, work.ranks)
-    standard, tasks = standard_results(work.config, work.models, work.cache, device, work.ranks)
-    if own or standard:
+    results = likelihood_results(work.config, work.models, work.sets, work.cache, device, work.ranks)
+    results += standard_results(work.config, work.tasks, work.models, work.cache, device, work.ranks)
+    if results:
         work.seconds["likelihood"] = time.monotonic() - started
-    return own + standard, tasks
+    return results
 
 
 def _judges(work: _Work) -> list[NamedJudge]:

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.config import Config
+from megatron_rlpt.config import Config, EvaluationConfig
 from megatron_rlpt.config.evaluation_tasks import TaskChoice, parse_tasks
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ConfigError, DataError, first_line
@@ -80,35 +80,43 @@ class Score:
     higher_is_better: bool | None
 
 
+def open_tasks(settings: EvaluationConfig) -> list[LoadedTask]:
+    """Load ``evaluation.tasks`` with their data; done before anything is generated, so that what is absent shows early.
+
+    Raises:
+        ConfigError: lm-eval is not installed, does not know a task, or cannot read it.
+        DataError: the data of a task is not on this machine.
+    """
+    choices = parse_tasks(settings.tasks)
+    if not choices:
+        return []
+    require_lm_eval()
+    return load_tasks(choices, settings.tasks_path, settings.tasks_limit)
+
+
 def standard_results(
-    config: Config, models: Sequence[EvaluatedModel], cache: Path, device: str = "cpu", ranks: Ranks | None = None
-) -> tuple[list[Result], list[SetFacts]]:
-    """Run ``evaluation.tasks`` for every model; a collective.
+    config: Config,
+    tasks: Sequence[LoadedTask],
+    models: Sequence[EvaluatedModel],
+    cache: Path,
+    device: str = "cpu",
+    ranks: Ranks | None = None,
+) -> list[Result]:
+    """Return one result per metric, task and model; a collective.
 
     Args:
         config: with resolved precisions.
+        tasks: as ``open_tasks`` returns them.
         models: to measure.
         cache: folder of stored results.
         device: torch device of this process.
         ranks: share the questions; None is a world of one.
 
-    Returns:
-        One result per metric, task and model, and the facts of every task.
-
     Raises:
-        ConfigError: lm-eval is not installed, does not know a task, or cannot read it.
-        DataError: the data of a task is not on this machine.
+        ConfigError: a task needs a package that is not installed, or runs code that a model wrote.
         ModelError: a model cannot be loaded.
     """
-    settings = config.evaluation
-    choices = parse_tasks(settings.tasks)
-    if not choices:
-        return [], []
-    require_lm_eval()
     ranks = ranks or Ranks()
-    tasks = ranks.run_on_all_ranks(
-        lambda: load_tasks(choices, settings.tasks_path, settings.tasks_limit), "data of standard tasks"
-    )
     results = []
     for model in models:
         store = ContentCache(cache / "tasks" / f"{model.digest}-{config.model.dtype.name}", ranks.rank)
@@ -118,11 +126,11 @@ def standard_results(
             if found is None:
                 answering = answering or _model_of(config, model, device, ranks)
                 _log.info("standard task", model=model.name, task=str(task.choice), questions=task.facts.prompts)
-                found = [vars(score) for score in _scores(task, answering, settings.tasks_limit)]
+                found = [vars(score) for score in _scores(task, answering, config.evaluation.tasks_limit)]
                 if ranks.is_main:
                     store.put({task.digest: found})
             results += [_result(Score(**one), model.name, task) for one in found]
-    return results, [task.facts for task in tasks]
+    return results
 
 
 def require_lm_eval() -> None:

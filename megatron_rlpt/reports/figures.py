@@ -13,10 +13,13 @@ MEASURES = ("quality", "coherence", "safety", "factuality", "facts", "mc1", "mc2
 
 _NAMES = {
     "mc1": "MC1",
+    "mc1_norm": "MC1 per byte",
     "mc2": "MC2",
     "distinct_2": "distinct bigrams",
     "distinct_3": "distinct trigrams",
     "repetition": "repeated trigrams",
+    "acc": "accuracy",
+    "acc_norm": "accuracy per character",
 }
 
 

@@ -168,6 +168,16 @@ def test_models_of_any_kind_on_sets_of_the_users(evaluated, rlpt, served_model, 
         {"text": f"cat dog {'tree ' * n}", "reference": " blue", "label": "odd" if n % 2 else "even"} for n in range(8)
     ]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    asked = ({"text": f"the {word} is", "wrong": "red", "right": "blue"} for word in ("cat", "dog"))
+    (tasks / "colors.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    (tasks / "colors.yaml").write_text(
+        "task: colors\ndataset_path: json\ndataset_kwargs:\n"
+        f"  {{data_files: {{test: {tasks}/colors.jsonl}}, cache_dir: {tasks}/data}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: text\n"
+        "doc_to_choice: ['{{wrong}}', '{{right}}']\ndoc_to_target: 1\nmetric_list: [{metric: acc}]\n"
+    )
     words = tmp_path / "words.py"
     words.write_text(
         "class Blue:\n    def reward(self, prefix, candidates):\n"
@@ -178,6 +188,7 @@ def test_models_of_any_kind_on_sets_of_the_users(evaluated, rlpt, served_model, 
     options = [
         "evaluation.samples=1", "evaluation.second_corpus=[]", f"evaluation.cache={run}/cache",
         f"evaluation.sets={sets}", f"evaluation.judges={judges}", "data.heldout_overlap=skip",
+        "evaluation.tasks=[colors]", f"evaluation.tasks_path={tasks}",
     ]  # fmt: skip
     out = tmp_path / "out"
     named = ["--model", f"run={run}", "--model", f"{small}", "--reference", f"base={served_model}", "--out", out]
@@ -197,6 +208,9 @@ def test_models_of_any_kind_on_sets_of_the_users(evaluated, rlpt, served_model, 
     assert {one.set for one in rates} == {"heldout", "mine", "all"}
     assert {one.model for one in first.find(measure="perplexity", set="mine")} == {"base", "run", "small"}
     assert not first.find(measure="perplexity", set="heldout")
+    accuracy = [(one.model, one.n) for one in first.find(measure="acc", set="colors")]
+    assert accuracy == [("base", 2), ("run", 2), ("small", 2)]
+    assert [one.format for one in first.sets] == ["heldout", "jsonl", "lm-eval"]
     # One more model: only that one is generated, from a converted checkpoint.
     before = stored(run / "cache")
     code, _, err = rlpt("evaluate", "-c", config, *options, *named, "--model", f"mega={megatron}")

@@ -18,8 +18,8 @@ from megatron_rlpt.config.evaluation_tasks import STANDARD_TASKS, TaskChoice, pa
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.evaluation import standard_tasks
 from megatron_rlpt.evaluation.models import EvaluatedModel
-from megatron_rlpt.evaluation.results import Scale
-from megatron_rlpt.evaluation.standard_tasks import Score, load_tasks, standard_results
+from megatron_rlpt.evaluation.results import Result, Scale
+from megatron_rlpt.evaluation.standard_tasks import Score, load_tasks, open_tasks, standard_results
 
 QUESTIONS = (
     ("the cat sat on the", ("mat", "river"), 0),
@@ -107,9 +107,9 @@ def right_answers(tiny_model) -> list[bool]:
 
 
 def test_a_task_of_the_user_gives_accuracy_with_an_interval(config, model, right_answers, tmp_path, capfd):
-    load_tasks([TaskChoice("cats")], config.evaluation.tasks_path)
     capfd.readouterr()
-    results, (facts,) = standard_results(config, [model], tmp_path)
+    (task,) = open_tasks(config.evaluation)
+    results = standard_results(config, [task], [model], tmp_path)
     found = {one.measure: one for one in results}
     told = [line for line in capfd.readouterr().err.splitlines() if line and "Loading weights" not in line]
     assert told == [], "lm-eval says nothing"
@@ -121,7 +121,7 @@ def test_a_task_of_the_user_gives_accuracy_with_an_interval(config, model, right
     assert (found["acc"].scale, found["acc"].n, found["acc"].set) == (Scale.share, 5, "cats")
     assert found["acc"].higher_is_better
     assert set(found) == {"acc", "acc_norm"}
-    assert (facts.name, facts.format, facts.path, facts.prompts) == ("cats", "lm-eval", "json", 5)
+    assert (task.facts.name, task.facts.format, task.facts.path, task.facts.prompts) == ("cats", "lm-eval", "json", 5)
 
 
 def test_a_group_is_one_result_and_shots_and_limit_apply(config, model, right_answers, tmp_path, monkeypatch):
@@ -136,21 +136,25 @@ def test_a_group_is_one_result_and_shots_and_limit_apply(config, model, right_an
 
     monkeypatch.setattr(RankedModel, "_shared", keep)
     config.evaluation.tasks, config.evaluation.tasks_limit = ["pets", "dogs:1"], 2
-    results, facts = standard_results(config, [model], tmp_path)
+    tasks = open_tasks(config.evaluation)
+    results = standard_results(config, tasks, [model], tmp_path)
     found = {(one.set, one.measure): one for one in results}
     assert set(found) == {("pets", "acc"), ("dogs:1", "acc"), ("dogs:1", "acc_norm")}
     assert found["pets", "acc"].value == pytest.approx(sum(right_answers[:2]) / 2)
-    assert [(one.name, one.prompts) for one in facts] == [("pets", 4), ("dogs:1", 2)]
+    assert [(one.facts.name, one.facts.prompts) for one in tasks] == [("pets", 4), ("dogs:1", 2)]
     assert [prompt.count("\n\n") for prompt in prompts] == [0] * 8 + [1] * 4, "one example in the prompt"
 
 
 def test_results_are_stored_until_questions_or_model_change(config, model, tasks, tmp_path, monkeypatch):
-    first, _ = standard_results(config, [model], tmp_path)
+    def run(model: EvaluatedModel) -> list[Result]:
+        return standard_results(config, open_tasks(config.evaluation), [model], tmp_path)
+
+    first = run(model)
     load = standard_tasks._model_of
     monkeypatch.setattr(standard_tasks, "_model_of", None)
-    assert standard_results(config, [model], tmp_path)[0] == first
+    assert run(model) == first
     with pytest.raises(TypeError):
-        standard_results(config, [replace(model, digest="other")], tmp_path)
+        run(replace(model, digest="other"))
     own = tmp_path / "own"
     shutil.copytree(tasks, own)
     for file in own.glob("*.yaml"):
@@ -159,9 +163,9 @@ def test_results_are_stored_until_questions_or_model_change(config, model, tasks
     data = own / "cats.jsonl"
     data.write_text(data.read_text().replace("mat", "hat", 1))
     with pytest.raises(TypeError):
-        standard_results(config, [model], tmp_path)
+        run(model)
     monkeypatch.setattr(standard_tasks, "_model_of", load)
-    assert len(standard_results(config, [model], tmp_path)[0]) == 2
+    assert len(run(model)) == 2
 
 
 class ThreadRanks:
@@ -223,13 +227,13 @@ def test_unknown_tasks_and_folders_are_named(tasks, monkeypatch):
         load_tasks([TaskChoice("cows")], str(tasks))
 
 
-def test_without_lm_eval_the_extra_is_named(config, model, tmp_path, monkeypatch):
+def test_without_lm_eval_the_extra_is_named(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(standard_tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'megatron-rlpt\[lm-eval\]'"):
-        standard_results(config, [model], tmp_path)
+        open_tasks(config.evaluation)
     config.evaluation.tasks = []
-    assert standard_results(config, [model], tmp_path) == ([], [])
+    assert open_tasks(config.evaluation) == []
 
 
 def test_the_standard_group_has_folders_of_this_release():

@@ -88,7 +88,7 @@ def html_page(
 <title>{heading}</title>
 <style>
 :root {{ {light} }}
-@media (prefers-color-scheme: dark) {{
+@media screen and (prefers-color-scheme: dark) {{
   :root {{ {dark} }}
 }}
 {_STYLE}{style}</style>

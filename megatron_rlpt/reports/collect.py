@@ -48,6 +48,8 @@ class CollectedRun:
     state: RunProgress
     reason: str
     """Why the run stopped, as far as it said; else empty."""
+    host: str
+    """Of the trainer; empty if the folder does not say."""
     steps: int | None
     """Steps of the whole run; None if the folder does not say."""
     config: Mapping[str, Any]
@@ -120,6 +122,7 @@ def collect_run(folder: Path, name: str = "", samples: int = MOST_SAMPLES) -> Co
         is_run=record is not None or (folder / METRICS_FILE).is_file(),
         state=state,
         reason=reason,
+        host=shown(heartbeat.get("host"), 200),
         steps=steps if isinstance(steps, int) else None,
         config=config,
         training=training,

@@ -229,6 +229,8 @@ def _facts(run: CollectedRun) -> list[tuple[str, str]]:
     for name, key in (("Starting model", "model.path"), ("Objective", "objective.name"), ("Judge", "teacher.judge")):
         if run.config.get(key):
             facts.append((name, text_of(run.config[key])))
+    if run.host:
+        facts.append(("Trained on", run.host))
     if run.samples.total:
         facts.append(("Samples", f"{run.samples.total} in {SAMPLES_FILE}"))
     if (evaluation := run.evaluation) is not None:

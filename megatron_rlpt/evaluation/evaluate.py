@@ -20,7 +20,7 @@ import torch
 from megatron_rlpt import __version__
 from megatron_rlpt.config import Config, engine_facts, flatten
 from megatron_rlpt.config.evaluation_sets import PERPLEXITY
-from megatron_rlpt.data import kept_from_training, survey_corpus
+from megatron_rlpt.data import HeldOut, kept_from_training, survey_corpus
 from megatron_rlpt.distributed.ranks import Ranks, read_launcher_environment
 from megatron_rlpt.errors import RlptError, not_written
 from megatron_rlpt.evaluation.engines import write_all
@@ -59,6 +59,8 @@ class _Work:
     sets: list[PromptSet]
     tokenizer: PolicyTokenizer
     tasks: list[LoadedTask]
+    left_out: HeldOut | None
+    """Documents that training left out, as far as that is on record."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage."""
 
@@ -131,9 +133,9 @@ def _prepare(config: Config, out: Path, cache: Path, ranks: Ranks, models: list[
     tokenizer = PolicyTokenizer(config.model.path)
     survey_corpus(config.data.heldout + config.evaluation.second_corpus, config.data.max_bad_fraction)
     runs = [folder for model in models if (folder := run_folder(model.path)) is not None]
-    require_held_out(config, tokenizer, runs)
+    left_out = require_held_out(config, tokenizer, runs)
     sets = load_sets(config, tokenizer)
-    return _Work(config, out, cache, ranks, models, sets, tokenizer, open_tasks(config.evaluation))
+    return _Work(config, out, cache, ranks, models, sets, tokenizer, open_tasks(config.evaluation), left_out)
 
 
 def run_folder(path: Path) -> Path | None:
@@ -142,7 +144,7 @@ def run_folder(path: Path) -> Path | None:
     return next((one for one in (inside, *inside.parents[:3]) if (one / "run.json").is_file()), None)
 
 
-def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[Path]) -> None:
+def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[Path]) -> HeldOut | None:
     """Refuse to compare policies on documents that one of them may have been trained on.
 
     Args:
@@ -150,16 +152,19 @@ def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[
         tokenizer: of the policies.
         runs: folders of the runs that trained the policies.
 
+    Returns:
+        The documents that all runs left out of their training text; None if that is not on record.
+
     Raises:
         DataError: a document of the corpus is held out now but was not in one of ``runs``, or too many held-out
             records are malformed.
     """
     held_out = kept_from_training(config, tokenizer.vocabulary, None)
     if held_out is None or not runs:
-        return
+        return None
     records = [RunRecord.read(folder) for folder in runs]
     if all(record is not None and record.held_out == held_out.digest for record in records):
-        return
+        return held_out
     recorded = {str(folder): record.config if record else None for folder, record in zip(runs, records, strict=True)}
     sources = training_sources(config, recorded)
     # What only a run's record names may be on another machine.
@@ -170,6 +175,7 @@ def require_held_out(config: Config, tokenizer: PolicyTokenizer, runs: Sequence[
         not_found=[one.path for one in sources if one not in known],
     )
     held_out.scan(known, skips=False)
+    return None
 
 
 def _fingerprint(work: _Work) -> str:
@@ -266,7 +272,9 @@ def _hygiene(work: _Work) -> dict[str, Any]:
     """Compare prompts with training text and with each other; rank 0 does it for all."""
     started = time.monotonic()
     trained = {model.name: recorded_training(model.path) for model in work.models}
-    found = work.ranks.on_main(lambda: check_hygiene(work.config, work.sets, work.tokenizer, trained, work.cache))
+    found = work.ranks.on_main(
+        lambda: check_hygiene(work.config, work.sets, work.tokenizer, trained, work.cache, work.left_out)
+    )
     work.seconds["hygiene"] = time.monotonic() - started
     return found
 

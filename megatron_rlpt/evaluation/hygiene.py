@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_rlpt.config import Config, SourceConfig
-from megatron_rlpt.data import Document, open_source
+from megatron_rlpt.config import Config, HeldOutOverlap, SourceConfig
+from megatron_rlpt.data import Document, HeldOut, open_source
 from megatron_rlpt.data.ngrams import NgramIndex, hashed
 from megatron_rlpt.errors import RlptError, first_line
 from megatron_rlpt.evaluation.hygiene_text import size_of
@@ -74,6 +74,7 @@ def check_hygiene(
     tokenizer: PolicyTokenizer,
     models: Mapping[str, Recorded | None],
     cache: Path | None = None,
+    left_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """Return what prompts, training text and each other share, for ``Evaluation.hygiene``.
 
@@ -83,6 +84,8 @@ def check_hygiene(
         tokenizer: of the models.
         models: names of the models -> ``in_sample.recorded_training`` of each; their training text is compared too.
         cache: folder for the result, which is used again as long as prompts and training files are the same.
+        left_out: documents that training left out of its text (``data.heldout_overlap=skip``), so that they do not
+            count.
 
     Returns:
         ``ngram``, ``near_ngram``, ``near``, ``limit_gib``; ``sources``: fields of ``ScannedSource``; ``sets``: name ->
@@ -93,7 +96,9 @@ def check_hygiene(
     prompts = list(_prompts(sets, tokenizer))
     sources = training_sources(config, models)
     settings = config.evaluation
-    place = cache / f"hygiene-{_key(prompts, sources, config)}.json" if cache else None
+    if config.data.heldout_overlap is not HeldOutOverlap.skip:
+        left_out = None  # training would have stopped at the first of them
+    place = cache / f"hygiene-{_key(prompts, sources, config, left_out)}.json" if cache else None
     if place and place.is_file():
         try:
             known: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
@@ -102,8 +107,9 @@ def check_hygiene(
             pass  # compared again
     texts = [one.text for one in prompts]
     comparison = _Comparison(texts, settings.overlap_ngram)
+    most = settings.overlap_limit * _GIB / max(1, len(sources))
     scanned = [
-        asdict(comparison.scan(source, config, tokenizer, settings.overlap_limit * _GIB / len(sources)))
+        asdict(comparison.scan(_Reading(source, config, tokenizer, most, left_out)))
         for source in (sources if settings.overlap_limit else ())
     ]
     found = {
@@ -155,6 +161,8 @@ class ScannedSource:
     gib: float = 0.0
     """GiB of text."""
     complete: bool = False
+    left_out: int = 0
+    """Further documents, which training left out because they are held out."""
     problem: str = ""
     """Why it could not be read."""
 
@@ -170,9 +178,9 @@ class _Comparison:
         """Largest share of a prompt's 5-grams that is in one training document."""
         self._where = [""] * len(texts)
 
-    def scan(self, source: SourceConfig, config: Config, tokenizer: PolicyTokenizer, most: float) -> ScannedSource:
-        """Read the beginning of a source, at most ``most`` bytes of text."""
-        reading = _Reading(source, config, tokenizer, most)
+    def scan(self, reading: _Reading) -> ScannedSource:
+        """Compare the texts of a source."""
+        path = reading.path
         try:
             for words in hashed(reading):
                 self._overlap.compare(words)
@@ -182,11 +190,11 @@ class _Comparison:
                     prompt, share = int(numbers[place]), float(shares[place])
                     if share > self._share[prompt]:
                         self._share[prompt] = share
-                        self._where[prompt] = f"{source.path} ({reading.ids[int(documents[place])]})"
+                        self._where[prompt] = f"{path} ({reading.ids[int(documents[place])]})"
                 reading.forget(int(words.texts[-1]))
         except RlptError as error:
-            return ScannedSource(source.path, problem=first_line(error))
-        return ScannedSource(source.path, reading.documents, reading.characters / _GIB, reading.complete)
+            return ScannedSource(path, problem=first_line(error))
+        return ScannedSource(path, reading.documents, reading.characters / _GIB, reading.complete, reading.left_out)
 
     def by_set(self, prompts: Sequence[_Prompt]) -> dict[str, Any]:
         """Return the numbers of every set."""
@@ -227,12 +235,24 @@ class _Comparison:
 class _Reading:
     """The texts of a source, up to a limit, with a line about progress now and then."""
 
-    def __init__(self, source: SourceConfig, config: Config, tokenizer: PolicyTokenizer, most: float) -> None:
+    def __init__(
+        self, source: SourceConfig, config: Config, tokenizer: PolicyTokenizer, most: float, held_out: HeldOut | None
+    ) -> None:
+        """
+        Args:
+            source: to read from its beginning.
+            config: gives ``data.max_record_bytes``.
+            tokenizer: for sources that hold tokens.
+            most: characters after which no further document is read.
+            held_out: documents to leave out.
+        """
+        self.path = source.path
         self._source = source
+        self._held_out = held_out
         self._config = config
         self._tokenizer = tokenizer
         self._most = most
-        self.documents = self.characters = 0
+        self.documents = self.characters = self.left_out = 0
         self.complete = False
         self.ids: dict[int, str] = {}
         """Number of a text -> id of its document."""
@@ -253,6 +273,9 @@ class _Reading:
             if not isinstance(record, Document):
                 continue
             text = record.text if record.tokens is None else vocabulary.decode(record.tokens)
+            if self._held_out is not None and self._held_out.find(text) is not None:
+                self.left_out += 1
+                continue
             self.ids[self.documents] = record.id
             self.documents += 1
             self.characters += len(text)
@@ -277,7 +300,7 @@ def _prompts(sets: Sequence[PromptsOfSet], tokenizer: PolicyTokenizer) -> Iterat
             yield _Prompt(one.name, question.id, question.text)
 
 
-def _key(prompts: Sequence[_Prompt], sources: Sequence[SourceConfig], config: Config) -> str:
+def _key(prompts: Sequence[_Prompt], sources: Sequence[SourceConfig], config: Config, left_out: HeldOut | None) -> str:
     settings = config.evaluation
     files = []
     for source in sources:
@@ -285,5 +308,11 @@ def _key(prompts: Sequence[_Prompt], sources: Sequence[SourceConfig], config: Co
         found = sorted(inner for one in named for inner in (one.rglob("*") if one.is_dir() else [one]))
         files.append([(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in found if one.is_file()])
     return stable_id(
-        1, prompts, files, [_identity(one) for one in sources], settings.overlap_ngram, settings.overlap_limit
+        2,
+        left_out and left_out.digest,
+        prompts,
+        files,
+        [_identity(one) for one in sources],
+        settings.overlap_ngram,
+        settings.overlap_limit,
     )

@@ -14,6 +14,8 @@ def hygiene_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     whole = "all" if all(one["complete"] for one in read) else "the beginning"
     of = f"{len(read)} source{'s' * (len(read) != 1)}"
     compared = f"{documents:,} documents ({size_of(size)}, {whole} of {of})" if read else "not compared"
+    if left_out := sum(one.get("left_out", 0) for one in read):
+        compared += f"; {left_out:,} more were left out of training because they are held out"
     rows = [("training text", compared)]
     rows += [(f"training text {one['path']}", f"not compared: {one['problem']}") for one in sources if one["problem"]]
     for name, one in found["sets"].items():

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pytest
 from text_tokens import FakeTokenizer
 
-from megatron_rlpt.config import Config, SourceConfig, flatten
+from megatron_rlpt.config import Config, HeldOutOverlap, SourceConfig, flatten
+from megatron_rlpt.data import HeldOut
 from megatron_rlpt.evaluation import hygiene
 from megatron_rlpt.evaluation.hygiene import check_hygiene, training_sources
 from megatron_rlpt.evaluation.hygiene_text import hygiene_notes, hygiene_rows
@@ -147,6 +148,25 @@ def test_training_text_of_the_models_counts_too(corpus, tmp_path):
     assert rows[0][1].startswith("2 documents (")
     assert rows[1][0] == f"training text {tmp_path}/gone.jsonl"
     assert rows[1][1].startswith("not compared: ")
+
+
+def test_documents_that_training_left_out_do_not_count(corpus, tmp_path):
+    """With ``data.heldout_overlap=skip`` a held-out document in the corpus is no part of the training text."""
+    held, free = (" ".join(words(60, seed)) for seed in (7, 8))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": held}) + "\n")
+    config = corpus(held, free)
+    left_out = HeldOut({"data.heldout": [SourceConfig(path=str(tmp_path / "held.jsonl"))]})
+    sets = [prompts("a", [held, free])]
+
+    def near(known):
+        found = check_hygiene(config, sets, TEXT, {}, tmp_path / "cache", known)
+        return found["sets"]["a"]["near_training"], found["sources"][0]["left_out"], hygiene_rows(found)[0][1]
+
+    assert near(left_out)[:2] == (2, 0), "a run that refuses has no such document"
+    config.data.heldout_overlap = HeldOutOverlap.skip
+    assert near(None)[:2] == (2, 0), "nothing is on record"
+    assert near(left_out)[:2] == (1, 1)
+    assert near(left_out)[2].endswith("; 1 more were left out of training because they are held out")
 
 
 def test_the_result_is_kept_until_something_changes(corpus, tmp_path, monkeypatch):

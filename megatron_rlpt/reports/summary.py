@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from megatron_rlpt.config.evaluation_sets import ALL_SETS
 from megatron_rlpt.evaluation.results import Evaluation, Result, Scale
 from megatron_rlpt.reports.collect import CollectedRun, RunProgress
 from megatron_rlpt.reports.figures import (
@@ -23,6 +24,7 @@ from megatron_rlpt.reports.figures import (
 _MOST_SENTENCES = 6
 _MOST_TILES = 6
 _CHOSEN = "rollout_chosen_rate"
+_SCALES = (Scale.win_rate, Scale.share, Scale.value)
 
 INTERVALS = (
     "Intervals (95 %) resample prompts. They cover the choice of prompts, not the luck of a single training run: "
@@ -116,13 +118,16 @@ def evaluation_sentences(evaluation: Evaluation) -> list[str]:
 
 def limit_sentences(evaluation: Evaluation) -> list[str]:
     """Say what the results do not show."""
-    sentences = [f"The judge {judge.name} is {judge.description}." for judge in evaluation.judges if judge.description]
+    sentences = [
+        f'The judge "{judge.name}" is {judge.description}.' for judge in evaluation.judges if judge.description
+    ]
     if any(judge.in_sample for judge in evaluation.judges):
         sentences.append(IN_SAMPLE)
     if any(one.ci95 for one in evaluation.results):
         sentences.append(INTERVALS)
-    if failed := sum(one.failed for one in evaluation.results):
-        decided = sum(one.n for one in evaluation.results)
+    counted = [one for one in evaluation.results if one.judge and one.scale is not Scale.difference]
+    if failed := sum(one.failed for one in counted):
+        decided = sum(one.n for one in counted)
         sentences.append(
             f"{failed} of {failed + decided} verdicts and comparisons are left out because a judge failed or a text is "
             "blank."
@@ -159,17 +164,19 @@ def _main_results(evaluation: Evaluation) -> Iterator[Result]:
     """Yield one result for each model and measure, in the order of measures; models with a reference only."""
     references = _references(evaluation)
     trained = {judge.name for judge in evaluation.judges if judge.in_sample}
-    scales: Sequence[Scale] = (Scale.win_rate, Scale.share, Scale.value)
     measured = dict.fromkeys(one.measure for one in evaluation.results)
     measures = [one for one in MEASURES if one in measured] or list(measured)
     names = [model.name for model in evaluation.models if not model.reference] or sorted(references)
     for measure in measures:
         for name in names:
-            found = [one for one in evaluation.find(measure=measure, model=name) if one.scale in scales]
+            found = [one for one in evaluation.find(measure=measure, model=name) if one.scale in _SCALES]
             if found:
-                yield min(
-                    found, key=lambda one: (scales.index(one.scale), one.judge in trained, one.decoding != "greedy")
-                )
+                yield min(found, key=lambda one: _rank(one, trained))
+
+
+def _rank(one: Result, trained: set[str]) -> tuple[int, bool, bool, bool]:
+    """Order the results of one measure: win rates, independent judges, the mean over sets, greedy decoding first."""
+    return _SCALES.index(one.scale), one.judge in trained, one.set != ALL_SETS, one.decoding != "greedy"
 
 
 def _in_sample(evaluation: Evaluation, one: Result) -> str:

@@ -12,12 +12,14 @@ from report_cases import HOSTILE, write_evaluation, write_run
 from rich.console import Console
 from without_torch import run_without_torch
 
+from megatron_rlpt.config.evaluation_sets import ALL_SETS
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.evaluation.results import Result, Scale
 from megatron_rlpt.reports import JSON_FILE, MARKDOWN_FILE, PAGE_FILE, print_evaluation, show_evaluation, write_report
 from megatron_rlpt.reports.collect import collect_runs
 from megatron_rlpt.reports.content import build_content
 from megatron_rlpt.reports.figures import beyond_chance, difference_of, duration, short, with_interval
+from megatron_rlpt.reports.summary import evaluation_sentences, limit_sentences
 from megatron_rlpt.reports.tables import result_table
 
 
@@ -218,3 +220,23 @@ def test_measures_while_training_have_a_line_per_judge(tmp_path):
         "Length on held-out prefixes",
     ]
     assert "Who wins: rollout" in beside
+
+
+def test_the_headline_takes_the_mean_over_sets(tmp_path):
+    found = write_evaluation(tmp_path / "a")
+    mean = replace(found.find(measure="safety", model="sip")[0], set=ALL_SETS, value=0.77)
+    (sentence,) = [
+        one
+        for one in evaluation_sentences(replace(found, results=(*found.results, mean)))
+        if one.startswith("sip has safety")
+    ]
+    assert "77.0" in sentence
+    assert f"on {ALL_SETS}, greedy" in sentence
+
+
+def test_failed_verdicts_are_counted_once(tmp_path):
+    found = write_evaluation(tmp_path / "a")
+    rates = found.find(measure="quality", scale=Scale.win_rate)
+    safety = found.find(measure="safety")
+    decided = sum(one.n for one in [*rates, *safety])
+    assert f"8 of {decided + 8} verdicts and comparisons are left out" in " ".join(limit_sentences(found))

@@ -43,6 +43,8 @@ def check_sets(config: Config) -> None:
         if not chosen.path:
             raise ConfigError(f"{key}.path is empty; set it to a file or folder")
         _check_measures(chosen.measures, key)
+        if chosen.labels and chosen.format == HELDOUT:
+            raise ConfigError(f"{key}.labels is {list(chosen.labels)}, but documents have no labels; remove it")
 
 
 def _check_measures(measures: list[str], key: str) -> None:

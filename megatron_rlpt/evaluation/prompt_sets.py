@@ -90,6 +90,12 @@ def _load(config: Config, chosen: PromptSetConfig, tokenizer: PolicyTokenizer) -
     if len(prompts) < 2:
         raise DataError(f"{chosen.path} has {len(prompts)} prompt(s) for the set {chosen.name}; give at least 2")
     questions = tuple(one for one in prompts if isinstance(one, Question))
+    for measure in chosen.measures:
+        if (measure == MC) != bool(questions):
+            what = (
+                "questions with given answers, whose measure is mc" if questions else "texts to continue, no questions"
+            )
+            raise ConfigError(f"the set {chosen.name} is to be measured by {measure}, but {chosen.path} has {what}")
     if questions:
         return replace(found, measures=found.measures or (MC,), questions=questions)
     texts = [one for one in prompts if isinstance(one, TextPrompt)]

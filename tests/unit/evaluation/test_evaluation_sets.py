@@ -87,6 +87,13 @@ def test_held_out_documents_and_further_ones_are_cut_alike(tmp_path):
             ConfigError,
             "measured by facts, but no prompt in .* has a reference",
         ),
+        ([{"text": "a"}] * 2, "measures: [mc]", ConfigError, "measured by mc, but .* has texts to continue"),
+        (
+            [{"text": "a", "choices": ["b", "c"], "right": 0}] * 2,
+            "measures: [mc, quality]",
+            ConfigError,
+            "measured by quality, but .* has questions",
+        ),
         ([{"text": "a"}] * 2, "format: nonsense", ConfigError, "'nonsense'; allowed: heldout, jsonl, "),
         ([{"text": ""}] * 2, "", DataError, "."),
     ],
@@ -106,6 +113,12 @@ def test_sets_that_cannot_be_used(tmp_path, rows, chosen, error, message):
         (["evaluation.sets=[{name: all, path: p}]"], "the name of the mean over all sets"),
         (["evaluation.sets=[{name: a, path: p, measures: [fun]}]"], r"sets\[0\].measures has 'fun'; allowed: quality"),
         (["evaluation.measures=[fun]"], "evaluation.measures has 'fun'"),
+        (["evaluation.sets=[{name: a, path: p, format: heldout, labels: [b]}]"], r"sets\[0\].labels is \['b'\]"),
+        (
+            ["evaluation.sets=[{name: piqa, path: p}]", "evaluation.tasks=[standard]"],
+            "the name of a task of evaluation",
+        ),
+        (["evaluation.tasks=[a b]"], "evaluation.tasks has 'a b'"),
         (["evaluation.sets=[{name: heldout, path: p}]", "data.heldout=[{path: h}]"], "the set of data.heldout"),
     ],
 )

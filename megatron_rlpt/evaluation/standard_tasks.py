@@ -331,16 +331,18 @@ def _offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's notes and progress bars out of the terminal."""
+    """Keep the notes of lm-eval and datasets, and their progress bars, out of the terminal."""
     import datasets
 
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels, bars = [one.level for one in loggers], datasets.are_progress_bars_disabled()
+    for one in loggers:
+        one.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()

@@ -210,6 +210,47 @@ def test_ranks_share_the_requests_of_a_task(config, tiny_model, tasks, tmp_path)
     assert answered == {0: 6, 1: 4}, "both choices of a question on one rank"
 
 
+@pytest.fixture
+def hf_home(tmp_path, monkeypatch) -> Path:
+    """The cache of datasets as it is after somebody loaded ARC-Easy, with made-up questions."""
+    import datasets
+
+    records = [
+        {
+            "id": str(number),
+            "question": f"the {word} cat sat on the",
+            "choices": {"text": ["mat", "river"], "label": ["A", "B"]},
+            "answerKey": "A",
+        }
+        for number, word in enumerate(("big", "red", "small"))
+    ]
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    for file in files.values():
+        Path(file).write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    builder = datasets.load_dataset_builder("json", data_files=files, cache_dir=str(tmp_path / "made"))
+    builder.download_and_prepare()
+    place = tmp_path / "hub" / "allenai___ai2_arc" / "ARC-Easy" / "0.0.0" / ("0" * 40)
+    shutil.copytree(builder.cache_dir, place)
+    for file in place.glob("json-*.arrow"):
+        file.rename(place / file.name.replace("json-", "ai2_arc-"))
+    info = json.loads((place / "dataset_info.json").read_text())
+    info |= {"config_name": "ARC-Easy", "dataset_name": "ai2_arc", "builder_name": "parquet"}
+    (place / "dataset_info.json").write_text(json.dumps(info))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+def test_a_standard_task_reads_the_cache_of_datasets(hf_home, config, model, tmp_path):
+    config.evaluation.tasks, config.evaluation.tasks_path = ["arc_easy:1"], ""
+    (task,) = open_tasks(config.evaluation)
+    assert (task.facts.path, task.facts.prompts) == ("allenai/ai2_arc ARC-Easy", 3)
+    results = standard_results(config, [task], [model], tmp_path)
+    assert [(one.measure, one.set, one.n) for one in results] == [
+        ("acc", "arc_easy:1", 3),
+        ("acc_norm", "arc_easy:1", 3),
+    ]
+
+
 def test_data_that_is_not_here_is_named_and_nothing_is_fetched(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(

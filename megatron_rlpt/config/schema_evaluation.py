@@ -89,6 +89,9 @@ class EvaluationConfig:
         13, "Words that a prompt and a training document must share in a row to count as overlap.",
         unit="words", at_least=5,
     )  # fmt: skip
+    drop_known: bool = option(
+        False, "Leave out prompts that are near-duplicates of training text; otherwise they are counted and told."
+    )
     overlap_limit: float = option(
         1.0, "Training text to compare with the prompts, from the beginning of every source, in equal parts; about 20 "
         "MB a second.",

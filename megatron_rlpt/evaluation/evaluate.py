@@ -26,7 +26,7 @@ from megatron_rlpt.errors import RlptError, not_written
 from megatron_rlpt.evaluation.engines import write_all
 from megatron_rlpt.evaluation.estimates import agreement, diversity, estimate
 from megatron_rlpt.evaluation.example_texts import build_examples
-from megatron_rlpt.evaluation.hygiene import check_hygiene, training_sources
+from megatron_rlpt.evaluation.hygiene import check_hygiene, training_sources, without_known
 from megatron_rlpt.evaluation.hygiene_text import hygiene_notes
 from megatron_rlpt.evaluation.in_sample import recorded_training
 from megatron_rlpt.evaluation.judges import NamedJudge, open_judges
@@ -207,6 +207,9 @@ def _state(path: Path) -> list[int]:
 def _measure(work: _Work, fingerprint: str) -> Evaluation:
     """Generate, judge and count; a collective."""
     config, ranks = work.config, work.ranks
+    hygiene = _hygiene(work)
+    if config.evaluation.drop_known:
+        work.sets = without_known(work.sets, hygiene)
     started = time.monotonic()
     written = write_all(config, work.models, work.sets, work.cache, ranks)
     work.seconds["generation"] = time.monotonic() - started
@@ -218,7 +221,6 @@ def _measure(work: _Work, fingerprint: str) -> Evaluation:
     results, notes = estimate(columns, weights, config.run.seed)
     results += [result for one in written for result in diversity(one)]
     results += _likelihood(work)
-    hygiene = _hygiene(work)
     return Evaluation(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),

@@ -13,22 +13,23 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megatron_rlpt.config import Config, HeldOutOverlap, SourceConfig
 from megatron_rlpt.data import Document, HeldOut, open_source
 from megatron_rlpt.data.ngrams import NgramIndex, hashed
-from megatron_rlpt.errors import RlptError, first_line
+from megatron_rlpt.errors import DataError, RlptError, first_line
 from megatron_rlpt.evaluation.hygiene_text import size_of
 from megatron_rlpt.evaluation.in_sample import Recorded
+from megatron_rlpt.evaluation.prompt_sets import PromptSet
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.types import Episode, stable_id
+from megatron_rlpt.types import stable_id
 
 _log = get_logger(__name__)
 
@@ -42,25 +43,6 @@ _EVERY = 15.0
 _GIB = 2**30
 
 
-class PromptsOfSet(Protocol):
-    """A set of prompts (``prompt_sets.PromptSet``)."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        ...
-
-    @property
-    def episodes(self) -> tuple[Episode, ...]:
-        """Its prompts with the texts that follow them, if known."""
-        ...
-
-    @property
-    def questions(self) -> Sequence[Any]:
-        """Its questions (``prompts.Question``)."""
-        ...
-
-
 @dataclass(frozen=True)
 class _Prompt:
     set: str
@@ -70,7 +52,7 @@ class _Prompt:
 
 def check_hygiene(
     config: Config,
-    sets: Sequence[PromptsOfSet],
+    sets: Sequence[PromptSet],
     tokenizer: PolicyTokenizer,
     models: Mapping[str, Recorded | None],
     cache: Path | None = None,
@@ -90,8 +72,9 @@ def check_hygiene(
     Returns:
         ``ngram``, ``near_ngram``, ``near``, ``limit_gib``; ``sources``: fields of ``ScannedSource``; ``sets``: name ->
         ``prompts``, ``too_short`` (for an n-gram), ``overlapping`` (with at least one n-gram in the training text),
-        ``overlap`` (mean share of n-grams), ``near_training`` and ``near_prompts`` (near-duplicates), ``examples``
-        (``prompt``, ``share``, ``in``).
+        ``overlap`` (mean share of n-grams), ``near_training`` and ``near_prompts`` (near-duplicates), ``known``
+        (positions of the near-duplicates of training text in the set), ``dropped`` (whether they were left out),
+        ``examples`` (``prompt``, ``share``, ``in``).
     """
     prompts = list(_prompts(sets, tokenizer))
     sources = training_sources(config, models)
@@ -124,6 +107,37 @@ def check_hygiene(
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, json.dumps(found))
     return found
+
+
+def without_known(sets: Sequence[PromptSet], found: dict[str, Any]) -> list[PromptSet]:
+    """Return ``sets`` without the near-duplicates of training text, and say so in what ``check_hygiene`` ``found``.
+
+    Raises:
+        DataError: fewer than two prompts of a set are left.
+    """
+    kept = []
+    for one in sets:
+        of_set = found["sets"].get(one.name)
+        if of_set is None or not of_set["known"]:
+            kept.append(one)
+            continue
+        known, episodes = frozenset(of_set["known"]), len(one.episodes)
+        stay = [index for index in range(episodes + len(one.questions)) if index not in known]
+        if len(stay) < 2:
+            raise DataError(
+                f"{len(known)} of {of_set['prompts']} prompts of the set {one.name} are near-duplicates of training "
+                "text and fewer than two are left; give other prompts, or set evaluation.drop_known=false"
+            )
+        of_set["dropped"] = True
+        kept.append(
+            replace(
+                one,
+                episodes=tuple(one.episodes[index] for index in stay if index < episodes),
+                labels=tuple(one.labels[index] for index in stay if index < len(one.labels)),
+                questions=tuple(one.questions[index - episodes] for index in stay if index >= episodes),
+            )
+        )
+    return kept
 
 
 def training_sources(config: Config, models: Mapping[str, Recorded | None]) -> list[SourceConfig]:
@@ -212,6 +226,8 @@ class _Comparison:
                 "overlapping": int((seen[long] > 0).sum()),
                 "overlap": float((seen[long] / counts[long]).mean()) if len(long) else 0.0,
                 "near_training": len(near),
+                "known": np.searchsorted(mine, near).tolist(),
+                "dropped": False,
                 "near_prompts": int(sum(index in near_prompts for index in mine.tolist())),
                 "examples": [
                     {"prompt": prompts[index].id, "share": float(self._share[index]), "in": self._where[index]}
@@ -291,7 +307,7 @@ class _Reading:
             yield text
 
 
-def _prompts(sets: Sequence[PromptsOfSet], tokenizer: PolicyTokenizer) -> Iterator[_Prompt]:
+def _prompts(sets: Sequence[PromptSet], tokenizer: PolicyTokenizer) -> Iterator[_Prompt]:
     for one in sets:
         for episode in one.episodes:
             text = tokenizer.text_of(episode.prefix) + tokenizer.text_of(episode.suffix, episode.prefix)
@@ -307,12 +323,6 @@ def _key(prompts: Sequence[_Prompt], sources: Sequence[SourceConfig], config: Co
         named = [Path(one) for one in glob.glob(source.path, recursive=True)]
         found = sorted(inner for one in named for inner in (one.rglob("*") if one.is_dir() else [one]))
         files.append([(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in found if one.is_file()])
-    return stable_id(
-        2,
-        left_out and left_out.digest,
-        prompts,
-        files,
-        [_identity(one) for one in sources],
-        settings.overlap_ngram,
-        settings.overlap_limit,
-    )
+    known = left_out and left_out.digest
+    identities = [_identity(one) for one in sources]
+    return stable_id(3, known, prompts, files, identities, settings.overlap_ngram, settings.overlap_limit)

@@ -30,13 +30,17 @@ def hygiene_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def hygiene_notes(found: Mapping[str, Any]) -> list[str]:
     """Return sentences about prompts that a model may know from training; none if there are none."""
-    known = {name: (one["overlapping"], one["near_training"], one["prompts"]) for name, one in found["sets"].items()}
-    return [
-        f"of the {prompts} prompts of {name}, {near} are near-duplicates of training text and {overlapping} share "
-        f"{found['ngram']} words in a row with it: a model may know them"
-        for name, (overlapping, near, prompts) in known.items()
-        if overlapping or near
-    ]
+    notes = []
+    for name, one in found["sets"].items():
+        near, overlapping, prompts = one["near_training"], one["overlapping"], one["prompts"]
+        if one.get("dropped"):
+            notes.append(f"{near} of {prompts} prompts of {name} were left out: near-duplicates of training text")
+        elif overlapping or near:
+            notes.append(
+                f"of the {prompts} prompts of {name}, {near} are near-duplicates of training text and {overlapping} "
+                f"share {found['ngram']} words in a row with it: a model may know them"
+            )
+    return notes
 
 
 def size_of(gib: float) -> str:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
 
 import pytest
 from text_tokens import FakeTokenizer
 
 from megatron_rlpt.config import Config, HeldOutOverlap, SourceConfig, flatten
 from megatron_rlpt.data import HeldOut
+from megatron_rlpt.errors import DataError
 from megatron_rlpt.evaluation import hygiene
-from megatron_rlpt.evaluation.hygiene import check_hygiene, training_sources
+from megatron_rlpt.evaluation.hygiene import check_hygiene, training_sources, without_known
 from megatron_rlpt.evaluation.hygiene_text import hygiene_notes, hygiene_rows
+from megatron_rlpt.evaluation.prompt_sets import PromptSet
 from megatron_rlpt.evaluation.prompts import Question
 from megatron_rlpt.types import Episode
 
 TEXT = FakeTokenizer(0x110000, lambda tokens: "".join(map(chr, tokens)), lambda text: list(map(ord, text)))
-
-
-@dataclass(frozen=True)
-class OneSet:
-    name: str
-    episodes: tuple[Episode, ...]
-    questions: tuple[Question, ...] = ()
 
 
 def prompts(name, texts):
@@ -37,7 +31,7 @@ def prompts(name, texts):
                 f"{name}{number}", tuple(map(ord, prefix)), tuple(map(ord, space + last)), "c", f"{name}-{number}", 1
             )
         )
-    return OneSet(name, tuple(episodes))
+    return PromptSet(name, "jsonl", "p", (), 1.0, tuple(episodes), ("",) * len(episodes))
 
 
 def words(count, seed):
@@ -110,7 +104,10 @@ def test_what_training_has_of_the_prompts(corpus):
 def test_short_prompts_that_are_equal_are_duplicates(corpus):
     asked = [Question("q", "Who is it?", (" a", " b"), (True, False))]
     found = check_hygiene(
-        corpus("nothing"), [OneSet("q", (), tuple(asked * 2)), prompts("p", ["who IS it?"])], TEXT, {}
+        corpus("nothing"),
+        [PromptSet("q", "jsonl", "p", (), questions=tuple(asked * 2)), prompts("p", ["who IS it?"])],
+        TEXT,
+        {},
     )
     assert [one["near_prompts"] for one in found["sets"].values()] == [2, 1]
 
@@ -183,3 +180,19 @@ def test_the_result_is_kept_until_something_changes(corpus, tmp_path, monkeypatc
     assert check_hygiene(config, sets, TEXT, {}, cache)["sets"]["a"]["near_training"] == 1
     assert check_hygiene(config, [prompts("b", ["c d"])], TEXT, {}, cache)["sets"].keys() == {"b"}
     assert len(opened) == 2
+
+
+def test_prompts_that_training_knows_can_be_left_out(corpus):
+    known, new, other = (" ".join(words(40, seed)) for seed in range(3))
+    sets = [prompts("a", [new, known, other]), prompts("b", [known, new])]
+    asked = tuple(Question(str(n), text, (" a", " b"), (True, False)) for n, text in enumerate((known, new, other)))
+    sets.append(PromptSet("q", "jsonl", "p", (), questions=asked))
+    found = check_hygiene(corpus(known), sets, TEXT, {})
+    assert [one["known"] for one in found["sets"].values()] == [[1], [0], [0]]
+    with pytest.raises(DataError, match="1 of 2 prompts of the set b are near-duplicates of training text and fewer"):
+        without_known(sets, found)
+    first, questions = without_known([sets[0], sets[2]], found)
+    assert (first.episodes, first.labels) == (sets[0].episodes[::2], ("", ""))
+    assert questions.questions == asked[1:]
+    assert hygiene_notes(found)[0] == "1 of 3 prompts of a were left out: near-duplicates of training text"
+    assert hygiene_notes(found)[1].endswith("a model may know them"), "of b nothing was left out"

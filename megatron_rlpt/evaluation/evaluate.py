@@ -190,18 +190,33 @@ def _fingerprint(work: _Work) -> str:
         "tasks": [task.digest for task in work.tasks],
         # A set holds only the middle of its documents, and perplexity reads them from their beginning.
         "documents": [
-            _state(Path(path))
+            _state(path)
             for one in work.sets
             if PERPLEXITY in one.measures
             for path in (one.path, *(source.path for source in config.data.heldout))
         ],
-        "second_corpus": [_state(Path(source.path)) for source in config.evaluation.second_corpus],
+        "files": [_state(name) for name in _read_by_judges(config)],
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _state(path: Path) -> list[int]:
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+def _read_by_judges(config: Config) -> list[str]:
+    """Return the files and folders that judges read: corpora, models, and what options of classes name."""
+    settings, judges = config.evaluation, config.evaluation.judges
+    options = [config.teacher.options, settings.second_options, *(judge.options for judge in judges)]
+    named = [value for values in options for value in values.values() if isinstance(value, str) and value]
+    corpora = [source.path for source in settings.second_corpus]
+    return [*corpora, config.teacher_path, *(judge.path for judge in judges if judge.path), *named]
+
+
+def _state(name: str) -> list[list[object]]:
+    """Return name, size and time of change of a file, or of the files of a folder; empty where there is none."""
+    path = Path(name)
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
+    except OSError:
+        return []
 
 
 def _measure(work: _Work, fingerprint: str) -> Evaluation:

@@ -30,9 +30,8 @@ _log = get_logger(__name__)
 
 GREEDY, SAMPLED = "greedy", "sampled"
 """Decodings: the likeliest token at every position, and samples at ``rollout.temperature``."""
-_CPU_BLOCK = 48
-"""Prompts per block without a GPU: enough that the weights are read for many sequences, and few enough for two ranks to
-share an evaluation."""
+_CPU_BLOCK = 96
+"""Prompts per block without a GPU: cores multiply half as fast for half of them."""
 
 Texts = tuple[tuple[tuple[int, ...], ...], ...]
 """Continuations ``[take][prompt]``, token ids."""

@@ -13,8 +13,8 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
-_START_SECONDS = 60.0
-_ANSWER_SECONDS = 60.0
+_START_SECONDS = 120.0
+_ANSWER_SECONDS = 120.0
 _OPTIONS = (
     "--headless=new",
     "--remote-debugging-port=0",

@@ -168,10 +168,12 @@ function trainingBrowser(host, items, runs) {
       keep: (item, value) => value === "all" ? new Set(item.entries.map((entry) => entry.run)).size === runs.length : item.entries.some((entry) => entry.run === Number(value)) });
   }
 
-  const badge = (entry) => {
-    const winner = chosenOf(entry);
-    if (entry.skipped) return element("span", { class: "badge bad" }, "skipped");
-    return element("span", { class: `badge ${winner && winner.source === "rollout" ? "good" : ""}` }, winner ? winner.source : "none chosen");
+  // What was chosen in each run; counted if there are many.
+  const badges = (entries) => {
+    const words = entries.map((entry) => (entry.skipped ? "skipped" : chosenOf(entry)?.source || "none chosen"));
+    const counts = new Map(words.map((word) => [word, words.filter((other) => other === word).length]));
+    const shown = words.length > 3 ? [...counts].map(([word, count]) => [word, `${word} ${count}`]) : words.map((word) => [word, word]);
+    return shown.map(([word, text]) => element("span", { class: `badge ${{ skipped: "bad", rollout: "good" }[word] || ""}` }, text));
   };
 
   function card(entry, candidate, index, terms, axis) {
@@ -205,7 +207,7 @@ function trainingBrowser(host, items, runs) {
     summary: (item) => [
       element("span", { class: "where" }, `step ${distinct(item.entries.map((entry) => entry.step)).join(", ")}`),
       startOf(item.prefix),
-      element("span", { class: "outcome" }, ...item.entries.map(badge)),
+      element("span", { class: "outcome" }, ...badges(item.entries)),
     ],
     detail: (item, terms, chosen) => [
       element("p", { class: "entry" }, [item.corpus, item.document, `episode ${item.id}`].filter(Boolean).join(" \u00b7 ")),

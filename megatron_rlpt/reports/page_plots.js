@@ -22,10 +22,13 @@ function shape(name, attributes = {}, text = null) {
   return made;
 }
 
+// From the ninth on, the colors return with dashed lines and hollow keys.
+const dashes = (index) => ["none", "7 3", "2 3"][Math.floor(index / COLORS) % 3];
 const color = (index) => `var(--series-${index % COLORS})`;
 const key = (index) => {
-  const made = element("span", { class: "key" });
+  const made = element("span", { class: index < COLORS ? "key" : "key more" });
   made.style.background = color(index);
+  made.style.borderColor = color(index);
   return made;
 };
 
@@ -171,8 +174,9 @@ function lineChart(host, title, series, { share = false, middle = false, named =
   function paint(made, one, x, y) {
     const path = (values) => values.map((value, index) => `${index ? "L" : "M"}${x(one.curve.steps[index]).toFixed(1)} ${y(value).toFixed(1)}`).join("");
     const mean = smooth.get(one);
-    made.append(shape("path", { d: path(one.curve.mean), stroke: color(one.color), "stroke-width": mean ? 1 : 2, opacity: mean ? 0.4 : 1 }));
-    if (mean) made.append(shape("path", { d: path(mean), stroke: color(one.color), "stroke-width": 2.2 }));
+    const line = { stroke: color(one.color), "stroke-dasharray": dashes(one.color) };
+    made.append(shape("path", { ...line, d: path(one.curve.mean), "stroke-width": mean ? 1 : 2, opacity: mean ? 0.4 : 1 }));
+    if (mean) made.append(shape("path", { ...line, d: path(mean), "stroke-width": 2.2 }));
     if (one.curve.mean.length < 3) {
       one.curve.mean.forEach((value, index) => made.append(shape("circle", { cx: x(one.curve.steps[index]), cy: y(value), r: 3.5, fill: color(one.color) })));
     }

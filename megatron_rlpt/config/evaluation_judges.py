@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megatron_rlpt.config.choices import RunIn
 from megatron_rlpt.config.endpoints import check_endpoint
-from megatron_rlpt.config.judges import check_judge, judge_facts
+from megatron_rlpt.config.judges import TeacherUse, check_judge, judge_facts
 from megatron_rlpt.config.schema import Config
 from megatron_rlpt.config.schema_teacher import JudgeConfig
 from megatron_rlpt.errors import ConfigError
@@ -71,3 +71,8 @@ def check_judges(config: Config) -> None:
         check_judge(as_teacher(config, judge), key)
         for number, endpoint in enumerate(judge.endpoints):
             check_endpoint(endpoint, f"{key}.endpoints[{number}]")
+        if judge.endpoints and not judge.path and judge_facts(as_teacher(config, judge)).asks is TeacherUse.logprobs:
+            raise ConfigError(
+                f"{key}.path is empty; name the folder of the model that its endpoints serve, whose vocabulary has to "
+                "be that of model.path"
+            )

@@ -64,7 +64,10 @@ def judge_on_servers(
 
     Raises:
         TeacherError: no server answers.
+        ModelError: the servers' model has another vocabulary than a judge by likelihood needs.
     """
+    if make is None:
+        builder_of(config).check_servers(config)
     return asyncio.run(_judge(config, groups, endpoints, make, done))
 
 

@@ -91,6 +91,9 @@ def test_an_evaluation_has_every_figure(evaluated):
     assert [one.value for one in found.find(measure="length", model="original")] == [8]
     (agreement,) = found.agreements
     assert (agreement.judges, agreement.measure) == (("judge", "second"), "quality")
+    # Of the run and of its baseline, which have the same corpus.
+    assert [(one["documents"], one["complete"]) for one in found.hygiene["sources"]] == [(60, True)]
+    assert found.hygiene["sets"]["heldout"]["prompts"] == 12
     assert len(found.examples) == 3
     assert {name: set(texts) for name, texts in found.examples[0]["continuations"].items()} == {
         "greedy": {"start", "trained", "baseline"},

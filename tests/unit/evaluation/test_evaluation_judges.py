@@ -224,6 +224,9 @@ def test_mistakes_in_the_list_of_judges(written, tmp_path, subtests):
         r"evaluation\.judges\[0\]\.options lacks notes": [{"name": "a", "judge": f"{tmp_path}/longest.py:Longest"}],
         r"evaluation\.judges\[0\]\.measures has 'taste'": [{"name": "a", "measures": ["taste"], **same}],
         r"evaluation\.judges\[0\]\.endpoints\[0\]\.url": [{"name": "a", "endpoints": [{"url": "x"}], **same}],
+        r"evaluation\.judges\[0\]\.path is empty; name the folder of the model": [
+            {"name": "a", "endpoints": [{"url": "http://h/v1"}], **same}
+        ],
         r"evaluation\.judges\[0\]\.generative\.temperature is -1": [
             {"name": "a", "judge": "generative", "generative": {"temperature": -1}}
         ],

@@ -204,7 +204,9 @@ def _state(
         return RunProgress.running, ""
     if record is None and not training.steps:
         return RunProgress.unknown, ""
-    if isinstance(steps, int) and (training.steps >= steps or (record is not None and record.exported == steps)):
+    exported = record is not None and record.exported is not None and record.exported == steps
+    # A run may do all steps and end with an error, for instance because it has learnt nothing.
+    if exported or (isinstance(steps, int) and training.steps >= steps and said in ("", "done", "running")):
         return RunProgress.finished, ""
     if not heartbeat and not training.steps:
         return RunProgress.unknown, ""

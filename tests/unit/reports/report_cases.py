@@ -69,6 +69,7 @@ def write_run(
     state: str = "done",
     age: float = 1000.0,
     texts: dict[str, str] | None = None,
+    exported: bool = True,
     **options: Any,
 ) -> Path:
     """Write a run of ``steps`` steps of ``of``; ``age`` is that of the last heartbeat in seconds."""
@@ -77,7 +78,7 @@ def write_run(
     config.run.dir, config.model.path, config.train.steps = str(folder), "models/start", of or steps
     changed = flatten(config) | {"data.sources[0].path": "corpus/train.jsonl", "data.sources[0].weight": 1.0} | options
     folder.mkdir(parents=True, exist_ok=True)
-    RunRecord(changed, bool(steps), steps if steps == (of or steps) else None).write(folder)
+    RunRecord(changed, bool(steps), steps if exported and steps == (of or steps) else None).write(folder)
     beat = {"time": time.time() - age, "state": state, "step": steps, "steps": of or steps, "stage": "generate"}
     (folder / "heartbeat.json").write_text(json.dumps(beat))
     metrics = MetricsWriter([JsonlSink(folder / "metrics.jsonl", 0)])

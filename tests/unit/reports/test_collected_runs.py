@@ -24,6 +24,8 @@ from megatron_rlpt.reports.samples import LONGEST_TEXT, MOST_SAMPLES, read_sampl
         ({"of": 60, "state": "running", "age": 1.0}, RunProgress.running, ""),
         ({"of": 60, "state": "running", "age": 4000.0}, RunProgress.stopped, "killed"),
         ({"of": 60, "state": "loss is nan in step 20"}, RunProgress.stopped, "loss is nan"),
+        ({"state": "nothing learnt", "exported": False}, RunProgress.stopped, "nothing learnt"),
+        ({"state": "a tracker failed"}, RunProgress.finished, ""),
         ({"steps": 0, "of": 60, "state": "running", "age": 1.0}, RunProgress.running, ""),
     ],
 )

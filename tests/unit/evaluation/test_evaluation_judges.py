@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -14,6 +14,7 @@ from megatron_rlpt.evaluation.in_sample import recorded_training
 from megatron_rlpt.evaluation.judges import comparison_group, open_judges
 from megatron_rlpt.extensions import forget
 from megatron_rlpt.observe.run_json import RunRecord
+from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import BLANK, Episode, Failed, Reward
 
@@ -236,3 +237,48 @@ def test_mistakes_in_the_list_of_judges(written, tmp_path, subtests):
             written(*judges)
     config = written({"name": "a", **same}, teacher={"options": {"notes": "n"}})
     assert asdict(config)["evaluation"]["judges"][0]["name"] == "a"
+
+
+def test_one_more_candidate_is_judged_alone(written, groups, tmp_path):
+    """Models are added to an evaluation one by one."""
+    config = written()
+    few = [replace(group, candidates=group.candidates[:1]) for group in groups]
+    (judge,) = open_judges(config, {}, cache=tmp_path / "cache")
+    assert values(judge.score(few)) == [[1.0]] * 6
+    assert asked(tmp_path) == 6
+    (again,) = open_judges(config, {}, cache=tmp_path / "cache")
+    assert not again.is_relative
+    assert values(again.score(groups)) == [[1.0, 4.0, BLANK]] * 6
+    notes = (tmp_path / "notes.txt").read_text().splitlines()
+    assert len(notes) == 12
+    (last,) = open_judges(config, {}, cache=tmp_path / "cache")
+    assert values(last.score(groups)) == [[1.0, 4.0, BLANK]] * 6
+    assert asked(tmp_path) == 12
+
+
+class Undecided:
+    """A teacher that calls every comparison a tie."""
+
+    name = "undecided"
+
+    def __init__(self):
+        self.requests = []
+
+    def generate(self, requests):
+        self.requests += requests
+        return [Reply('{"reasoning": "Neither.", "verdict": "tie"}', (1,), "stop") for _ in requests]
+
+
+def test_a_prompted_judge_compares_pairs_and_remembers(written, groups, tmp_path, monkeypatch):
+    teacher = Undecided()
+    monkeypatch.setattr("megatron_rlpt.evaluation.verdicts.ConfiguredVerdicts._start", lambda self: teacher)
+    pairs = [replace(group, candidates=group.candidates[:2]) for group in groups]
+    judge = open_judges(written({"name": "asked", "judge": "generative"}), {}, cache=tmp_path / "cache")[1]
+    assert values(judge.compare(pairs, 0, "coherence")) == [[0.5, 0.5]] * 6
+    assert len(teacher.requests) == 12
+    assert all("repeats itself less" in request.prompt[0].content for request in teacher.requests)
+    judge.compare(pairs, 0, "coherence")
+    assert len(teacher.requests) == 12
+    for seed, question in ((1, "coherence"), (0, "facts")):
+        judge.compare(pairs, seed, question)
+    assert len(teacher.requests) == 36

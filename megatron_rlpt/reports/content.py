@@ -219,7 +219,10 @@ def text_of(value: object) -> str:
 def _subtitle(runs: Sequence[CollectedRun]) -> str:
     if len(runs) > 1:
         return ", ".join(run.name for run in runs)
-    config = runs[0].config
+    config, evaluation = runs[0].config, runs[0].evaluation
+    if not runs[0].is_run and evaluation is not None:
+        names = {kind: [one.name for one in evaluation.models if one.reference is kind] for kind in (False, True)}
+        return shown(f"evaluation of {', '.join(names[False])} against {', '.join(names[True])}", 300)
     parts = [str(config[key]) for key in ("model.path", "objective.name") if config.get(key)]
     return shown(" \N{MIDDLE DOT} ".join(parts), 300)
 
@@ -227,7 +230,7 @@ def _subtitle(runs: Sequence[CollectedRun]) -> str:
 def _facts(run: CollectedRun) -> list[tuple[str, str]]:
     facts = [("Folder", shown(run.folder, 500))]
     for name, key in (("Starting model", "model.path"), ("Objective", "objective.name"), ("Judge", "teacher.judge")):
-        if run.config.get(key):
+        if run.is_run and run.config.get(key):
             facts.append((name, text_of(run.config[key])))
     if run.host:
         facts.append(("Trained on", run.host))

@@ -98,7 +98,7 @@ def evaluation_sentences(evaluation: Evaluation) -> list[str]:
             verdict = {1: "better than", -1: "worse than", 0: "not told apart from", None: "compared with"}[side]
             sentences.append(
                 f"{one.model} is {verdict} {one.against} in {measure_name(one.measure)}{judged}"
-                f"{_in_sample(evaluation, one)}: it wins {with_interval(one)} of {one.n} {how}comparisons on {one.set}."
+                f"{_in_sample(evaluation, one)}: it wins {with_interval(one)} of {one.n} {how}comparisons on {_set(one)}."
             )
         else:
             other = next(
@@ -109,7 +109,7 @@ def evaluation_sentences(evaluation: Evaluation) -> list[str]:
             before = f"; {other.model} has {value_of(other)}" if other else ""
             sentences.append(
                 f"{one.model} has {measure_name(one.measure)} {with_interval(one)}{judged}{_in_sample(evaluation, one)}"
-                f" on {one.set}{f', {one.decoding}' if one.decoding else ''}{before}."
+                f" on {_set(one)}{f', {one.decoding}' if one.decoding else ''}{before}."
             )
         if len(sentences) == _MOST_SENTENCES:
             break
@@ -132,7 +132,15 @@ def limit_sentences(evaluation: Evaluation) -> list[str]:
             f"{failed} of {failed + decided} verdicts and comparisons are left out because a judge failed or a text is "
             "blank."
         )
-    return [*sentences, *evaluation.notes]
+    return [*sentences, *(_as_sentence(note) for note in evaluation.notes)]
+
+
+def _set(one: Result) -> str:
+    return "all sets" if one.set == ALL_SETS else one.set
+
+
+def _as_sentence(note: str) -> str:
+    return note[:1].upper() + note[1:] + ("" if note.endswith((".", "!", "?")) else ".")
 
 
 def tiles(run: CollectedRun) -> list[Tile]:

@@ -98,7 +98,8 @@ def evaluation_sentences(evaluation: Evaluation) -> list[str]:
             verdict = {1: "better than", -1: "worse than", 0: "not told apart from", None: "compared with"}[side]
             sentences.append(
                 f"{one.model} is {verdict} {one.against} in {measure_name(one.measure)}{judged}"
-                f"{_in_sample(evaluation, one)}: it wins {with_interval(one)} of {one.n} {how}comparisons on {_set(one)}."
+                f"{_in_sample(evaluation, one)}: it wins {with_interval(one)} of {one.n} {how}comparisons on "
+                f"{_set(one)}."
             )
         else:
             other = next(

@@ -182,14 +182,14 @@ class Chromium:
             assert self._process.poll() is None, "chromium ended; see chromium.log"
             assert time.monotonic() < deadline, "chromium does not start"
             time.sleep(0.05)
-        with connect(f"ws://127.0.0.1:{lines[0]}{lines[1]}", proxy=None) as browser:
+        with connect(f"ws://127.0.0.1:{lines[0]}{lines[1]}", proxy=None, open_timeout=_ANSWER_SECONDS) as browser:
             browser.send(json.dumps({"id": 1, "method": "Target.getTargets"}))
             while (answer := json.loads(browser.recv(_ANSWER_SECONDS))).get("id") != 1:
                 pass
             targets = answer["result"]["targetInfos"]
         page = next(one for one in targets if one["type"] == "page")
         address = f"ws://127.0.0.1:{lines[0]}/devtools/page/{page['targetId']}"
-        return connect(address, max_size=None, proxy=None)
+        return connect(address, max_size=None, proxy=None, open_timeout=_ANSWER_SECONDS)
 
     def _receive(self) -> dict[str, Any]:
         message: dict[str, Any] = json.loads(self._socket.recv(_ANSWER_SECONDS))

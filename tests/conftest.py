@@ -19,8 +19,8 @@ from tiny_model import WORDS, make_tiny_model
 
 from megatron_rlpt.policy.megatron_compat import ImportHook
 
-# No deadline per example: the machine may be busy. Half of the usual examples: others are drawn in every run.
-hypothesis.settings.register_profile("busy", deadline=None, max_examples=50)
+# No deadline per example: the machine may be busy. A third of the usual examples: others are drawn in every run.
+hypothesis.settings.register_profile("busy", deadline=None, max_examples=35)
 hypothesis.settings.load_profile("busy")
 
 # Background jobs of a shell ignore Ctrl-C, and processes that a test starts would inherit that.

@@ -1,8 +1,8 @@
 """Whether a judge rewarded the training of a model that it judges: its verdicts then are no independent evidence.
 
-A judge is recognized by its class or name, its options, and its model: the content of the teacher's folder, or the name
-of the model that servers serve. Where a recorded folder is gone, its name has to do, because a label too many misleads
-less than one too few.
+A judge is recognized by its class or name and its model: the content of the teacher's folder, or the name of the model
+that servers serve. Options do not make it another one: a reward of quality and safety is no stranger to quality alone.
+Where a recorded folder is gone, its name has to do. A label too many misleads less than one too few.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ Recorded = Mapping[str, Any]
 """A configuration by dotted key, as ``config.flatten`` gives it and ``run.json`` holds it."""
 
 _JUDGE = "teacher.judge"
-_OPTIONS = "teacher.options."
 _ENDPOINT = "teacher.workers.endpoints["
 
 
@@ -53,7 +52,6 @@ class Signature:
     """Name, or class without the location of its file."""
     sha256: str
     """Of the class's source; empty for a judge of the package."""
-    options: tuple[tuple[str, str], ...]
     teacher: str
     """Folder of its model; empty if it has none."""
     served: frozenset[str]
@@ -61,7 +59,7 @@ class Signature:
 
     def is_same(self, other: Signature) -> bool:
         """Return whether both are one judge."""
-        if self.judge != other.judge or self.options != other.options:
+        if self.judge != other.judge:
             return False
         if self.sha256 and self.sha256 == other.sha256 and not (self.teacher or other.teacher):
             return True
@@ -73,12 +71,10 @@ class Signature:
 def signature(recorded: Recorded) -> Signature:
     """Return the signature of the judge in a configuration."""
     judge = str(recorded.get(_JUDGE, "likelihood"))
-    options = sorted((key.removeprefix(_OPTIONS), str(recorded[key])) for key in recorded if key.startswith(_OPTIONS))
     teacher = str(recorded.get("teacher.path") or recorded.get("model.path") or "") if _asks(judge) else ""
     return Signature(
         class_name(judge) if is_extension(judge) else judge,
         str(recorded.get(f"{_JUDGE}.sha256", "")),
-        tuple(one for one in options if not one[0].endswith(".sha256")),
         teacher,
         frozenset(_served(recorded)) if teacher else frozenset(),
     )

@@ -102,7 +102,8 @@ def test_every_judge_has_its_name_measures_and_label(written, tmp_path):
     assert list(judges) == ["judge", "shortest", "asked", "same", "safe"]
     labels = {name: (one.facts.in_sample, one.facts.trained) for name, one in judges.items()}
     assert labels["judge"] == labels["same"] == (True, ("sip",)), "nobody rewarded next-token training"
-    assert labels["shortest"] == labels["asked"] == labels["safe"] == (False, ())
+    assert labels["shortest"] == (True, ("sip",)), "other options do not make it a stranger"
+    assert labels["asked"] == labels["safe"] == (False, ())
     assert judges["judge"].measures == judges["shortest"].measures == ("quality",)
     assert judges["asked"].measures == ("quality", "coherence", "safety", "factuality")
     assert judges["safe"].measures == ("safety",)
@@ -116,8 +117,6 @@ def test_the_second_measure_is_in_sample_where_it_rewarded_training(written, tmp
     config = written(evaluation=second)
     _, found = open_judges(config, {"sip": flatten(config)})
     assert (found.facts.name, found.facts.trained) == ("second", ("sip",))
-    config = written(evaluation=second | {"second_options": options | {"sign": -1.0}})
-    assert not open_judges(config, {"sip": flatten(config)})[1].facts.in_sample
 
 
 def test_a_teacher_is_known_by_its_content_and_not_by_its_path(written, tiny_model, tmp_path):

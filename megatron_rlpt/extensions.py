@@ -109,6 +109,39 @@ def require_methods(extension: Extension, methods: Mapping[str, int], *, corouti
             raise extension.problem(f"whose method {name} {needed}")
 
 
+def has_plain_method(extension: Extension, plain: str, asking: str) -> bool:
+    """Whether a class has the method ``plain`` and not ``asking``; both are given with their arguments."""
+    return hasattr(extension.cls, _method(plain)) and not hasattr(extension.cls, _method(asking))
+
+
+def load_plain_or_asking(key: str, name: str, plain: str, asking: str, facts: type) -> Extension:
+    """Load a class with one of two interfaces: a plain method, or a coroutine that may ask the teacher, with facts.
+
+    Args:
+        key: configuration key, for errors.
+        name: see ``load_extension``.
+        plain: the plain method with its two arguments, as ``reward(prefix, candidates)``.
+        asking: the coroutine with its two arguments, as ``judge_group(group, ask)``.
+        facts: class of the attribute ``facts`` that comes with the coroutine.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has neither as it should be.
+    """
+    extension = load_extension(key, name)
+    if has_plain_method(extension, plain, asking):
+        require_methods(extension, {_method(plain): 2})
+        return extension
+    if not hasattr(extension.cls, _method(asking)):
+        raise extension.problem(f"which has neither a method {plain} nor async {asking}")
+    require_methods(extension, {_method(asking): 2}, coroutines=(_method(asking),))
+    require_facts(extension, facts)
+    return extension
+
+
+def _method(signature: str) -> str:
+    return signature.partition("(")[0]
+
+
 def require_facts(extension: Extension, kind: type) -> None:
     """Check that the class attribute ``facts`` is a ``kind``.
 

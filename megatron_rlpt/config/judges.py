@@ -13,15 +13,15 @@ from megatron_rlpt.config.schema import Config
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.extensions import (
     Extension,
+    has_plain_method,
     is_extension,
-    load_extension,
-    require_facts,
-    require_methods,
+    load_plain_or_asking,
     require_options,
 )
 
 KEY = "teacher.judge"
 OPTIONS = "teacher.options"
+_REWARD, _JUDGE = "reward(prefix, candidates)", "judge_group(group, ask)"
 GIVEN = ("tokenizer", "seed")
 """Arguments that the constructor of a user's judge or reward is given if it names them: the policy's tokenizer
 (``tokens.tokenizer.TextTokens``) and ``run.seed``."""
@@ -86,16 +86,9 @@ def load_judge(name: str, key: str = KEY) -> Extension:
     Raises:
         ConfigError: it cannot be loaded, or has neither method as it should be.
     """
-    extension = load_extension(key, name)
+    extension = load_plain_or_asking(key, name, _REWARD, _JUDGE, JudgeFacts)
     if is_reward(extension):
-        require_methods(extension, {"reward": 2})
         return extension
-    if not hasattr(extension.cls, "judge_group"):
-        raise extension.problem(
-            "which has neither a method reward(prefix, candidates) nor async judge_group(group, ask)"
-        )
-    require_methods(extension, {"judge_group": 2}, coroutines=("judge_group",))
-    require_facts(extension, JudgeFacts)
     facts: JudgeFacts = extension.cls.facts
     if facts.asks is TeacherUse.logprobs or facts.has_axes or facts.runs_in_worker:
         raise extension.problem(f"whose facts are those of a built-in judge; asks may be {_ASKS}, and the rest default")
@@ -104,7 +97,7 @@ def load_judge(name: str, key: str = KEY) -> Extension:
 
 def is_reward(extension: Extension) -> bool:
     """Whether a class has the simple interface: numbers for the candidates of one prefix."""
-    return hasattr(extension.cls, "reward") and not hasattr(extension.cls, "judge_group")
+    return has_plain_method(extension, _REWARD, _JUDGE)
 
 
 def check_judge(config: Config, key: str = "teacher") -> None:

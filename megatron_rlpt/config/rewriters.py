@@ -9,16 +9,16 @@ from megatron_rlpt.config.schema import Config
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.extensions import (
     Extension,
+    has_plain_method,
     is_extension,
-    load_extension,
-    require_facts,
-    require_methods,
+    load_plain_or_asking,
     require_options,
 )
 
 KEY = "teacher.rewriter.name"
 OPTIONS = "teacher.rewriter.options"
 PROMPTED = "prompted"
+_PLAIN, _ASKING = "rewrite(prefix, suffix)", "rewrite_one(episode, ask)"
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,9 @@ def load_rewriter(name: str) -> Extension:
     Raises:
         ConfigError: it cannot be loaded, or has neither method as it should be.
     """
-    extension = load_extension(KEY, name)
+    extension = load_plain_or_asking(KEY, name, _PLAIN, _ASKING, RewriterFacts)
     if is_plain(extension):
-        require_methods(extension, {"rewrite": 2})
         return extension
-    if not hasattr(extension.cls, "rewrite_one"):
-        raise extension.problem(
-            "which has neither a method rewrite(prefix, suffix) nor async rewrite_one(episode, ask)"
-        )
-    require_methods(extension, {"rewrite_one": 2}, coroutines=("rewrite_one",))
-    require_facts(extension, RewriterFacts)
     if extension.cls.facts.asks is TeacherUse.logprobs:
         raise extension.problem("whose facts ask for log-probabilities; asks may be nothing or text")
     return extension
@@ -75,7 +68,7 @@ def load_rewriter(name: str) -> Extension:
 
 def is_plain(extension: Extension) -> bool:
     """Whether a class has the simple interface: a text for a text."""
-    return hasattr(extension.cls, "rewrite") and not hasattr(extension.cls, "rewrite_one")
+    return has_plain_method(extension, _PLAIN, _ASKING)
 
 
 def check_rewriter(config: Config) -> None:

@@ -92,11 +92,11 @@ def _start_ready(experiment: Experiment, progress: _Progress, parallel: int, say
         if needed in progress.failed:
             progress.waiting.remove(job)
             progress.failed[job] = f"{needed}, which it starts from, failed"
-        elif is_done(experiment, job):
-            progress.waiting.remove(job)
-            progress.done += 1
         elif len(progress.running) < parallel and needed not in unfinished:
             progress.waiting.remove(job)
+            if is_done(experiment, job):
+                progress.done += 1
+                continue
             progress.running[job] = (_start(experiment, job, parallel), time.monotonic())
             say(f"{job} runs")
 

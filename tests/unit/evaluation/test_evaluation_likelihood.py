@@ -33,13 +33,7 @@ BOS = 1
 TEXTS = ("the cat sat on the mat", "a dog ran under the big red tree and then saw the river", "stone")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a model this small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -50,13 +50,7 @@ metric_list:
 GROUP = "group: pets\ntask: [cats, dogs]\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a model this small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,24 @@ def test_a_daemon_that_does_not_start_is_named_and_the_others_are_ended(module, 
     assert not any(module.is_running(*process) for process in started[-1].values())
 
 
+def test_temporary_tables_of_another_database_are_left_alone(accounting, folder):
+    """MariaDB clears its temporary folder when it starts; a shared one broke databases that started side by side."""
+    (folder / "log").mkdir()
+    with tempfile.NamedTemporaryFile(prefix="#sql-temptable-") as table:
+        accounting.create_database(folder)
+        assert Path(table.name).is_file()
+
+
+def test_an_error_of_the_database_is_quoted(accounting, daemons, folder, monkeypatch, tmp_path):
+    program = tmp_path / "mariadb-install-db"
+    program.write_text("#!/bin/sh\necho Installing\necho 'ERROR: 28 No space left'\necho Read the manual\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(daemons, "SEARCH_PATH", f"{tmp_path}:{daemons.SEARCH_PATH}")
+    (folder / "log").mkdir()
+    with pytest.raises(daemons.SandboxError, match="failed with 1: ERROR: 28 No space left"):
+        accounting.create_database(folder)
+
+
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "somebody's").touch()
     for command, folder, message in (

@@ -21,10 +21,13 @@ PROGRAMS = ("mariadbd", "mariadb-install-db", "slurmdbd", "sacct", "sacctmgr")
 PACKAGES = ("slurmdbd", "mariadb-server-core", "mariadb-client-core")
 """Debian's core packages of MariaDB install its programs without a system service."""
 SOCKET = "mariadb.socket"
+DATABASE = "database"
+TEMPORARY = "temporary"
+"""Folders of MariaDB in that of a sandbox."""
 
 # Small, and without waiting for the disk: these records are worth no more than the sandbox. slurmdbd warns in its log
 # about sizes below those for a real cluster.
-SETTINGS = ("--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0")
+SIZES = ("--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0")
 
 CONFIGURATION = """\
 DbdHost=localhost
@@ -63,8 +66,8 @@ def start(folder: Path, environment: Mapping[str, str]) -> None:
         SandboxError: a daemon did not start, or the cluster could not be registered.
     """
     create_database(folder)
-    options = (f"--datadir={folder}/database", f"--socket={folder}/{SOCKET}", f"--pid-file={folder}/mariadbd.pid")
-    daemons.launch(folder, "mariadbd", "--no-defaults", *as_user(), *options, "--skip-networking", *SETTINGS)
+    files = (f"--socket={folder}/{SOCKET}", f"--pid-file={folder}/mariadbd.pid")
+    daemons.launch(folder, "mariadbd", "--no-defaults", *database_options(folder), *files, "--skip-networking")
     daemons.wait_for(folder, "mariadbd", (folder / SOCKET).is_socket)
     # slurmdbd uses MariaDB's client library, which reads its socket from this variable.
     variables = {**environment, "MYSQL_UNIX_PORT": str(folder / SOCKET)}
@@ -81,26 +84,38 @@ def create_database(folder: Path) -> None:
     Raises:
         SandboxError: mariadb-install-db failed.
     """
-    shutil.rmtree(folder / "database", ignore_errors=True)
+    for name in (DATABASE, TEMPORARY):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / TEMPORARY).mkdir()
     (folder / SOCKET).unlink(missing_ok=True)  # left by a sandbox that did not stop cleanly
     access = ("--auth-root-authentication-method=socket", f"--auth-root-socket-user={getpass.getuser()}")
-    options = (*as_user(), f"--datadir={folder}/database", *access, "--skip-test-db", "--skip-name-resolve", *SETTINGS)
+    options = (*database_options(folder), *access, "--skip-test-db", "--skip-name-resolve")
+    program = shutil.which("mariadb-install-db", path=daemons.SEARCH_PATH)
+    assert program is not None
     log = folder / "log/mariadb-install-db.out"
     with log.open("wb") as output:
         done = subprocess.run(
-            ["mariadb-install-db", "--no-defaults", *options],
+            [program, "--no-defaults", *options],
             env={**os.environ, "PATH": daemons.SEARCH_PATH},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
     if done.returncode != 0:
-        raise SandboxError(f"mariadb-install-db failed with {done.returncode}; see {log}")
+        errors = [line for line in log.read_text(errors="replace").splitlines() if "ERROR" in line]
+        reason = errors[0] if errors else "it printed no error"
+        raise SandboxError(f"mariadb-install-db failed with {done.returncode}: {reason} (see {log})")
 
 
-def as_user() -> list[str]:
-    """Return the option without which MariaDB refuses to run as root."""
-    return ["--user=root"] if os.geteuid() == 0 else []
+def database_options(folder: Path) -> list[str]:
+    """Return the options that each program of MariaDB needs.
+
+    MariaDB deletes all files of its kind from its temporary folder when it starts, those of others that run too, so
+    this sandbox has one to itself.
+    """
+    # Without this option, MariaDB refuses to run as root.
+    user = ["--user=root"] if os.geteuid() == 0 else []
+    return [*user, f"--datadir={folder / DATABASE}", f"--tmpdir={folder / TEMPORARY}", *SIZES]
 
 
 def administer(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ In reading order:
 - ``engines.py``, ``generation.py``: continuations, generated once and kept by content.
 - ``measures.py``: columns of what judges and counts say; ``estimates.py``: results with intervals.
 - ``judges.py``, ``verdicts.py``, ``verdict_cache.py``, ``in_sample.py``: named judges and their stored verdicts.
-- ``second_measure.py``, ``ngram_model.py``, ``judge_scorer.py``, ``scorers.py``: the second measure.
+- ``second_measure.py``, ``ngram_model.py``: the second measure.
 - ``likelihood.py``: perplexity and multiple choice; ``text_metrics.py``: diversity.
 - ``statistics.py``, ``agreement.py``: intervals that resample prompts; agreement of judges.
 - ``hygiene.py``: prompts that are in training text, or in each other.

@@ -11,14 +11,14 @@ of context and prefers common phrases, loops included, so read it together with 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import override
 
+from megatron_rlpt import __version__
 from megatron_rlpt.errors import DataError
-from megatron_rlpt.evaluation.scorers import SecondMeasure
+from megatron_rlpt.types import BLANK, Candidate, Failed, Group, Reward
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -49,8 +49,8 @@ class _Order:
         return np.where(self.keys[index] == keys, index, _MISSING)
 
 
-class NgramModel(SecondMeasure):
-    """A modified Kneser-Ney model.
+class NgramModel:
+    """A modified Kneser-Ney model, and a judge whose reward is the mean log-probability per token (nats).
 
     Args:
         vocab_size: number of token ids; probabilities are over ``range(vocab_size)``.
@@ -59,8 +59,6 @@ class NgramModel(SecondMeasure):
     Raises:
         ValueError: ``order`` is below 2.
     """
-
-    unit = "nats per token"
 
     def __init__(self, vocab_size: int, order: int = 4) -> None:
         if order < 2:
@@ -74,21 +72,25 @@ class NgramModel(SecondMeasure):
         self._boundary = vocab_size
         self._base = vocab_size + 1
 
-    @override
     def fit(self, documents: Iterable[Sequence[int]]) -> None:
+        """Count the n-grams of ``documents``, each the token ids of one.
+
+        Raises:
+            DataError: there is no text, or a token id is outside the vocabulary.
+        """
         stream = self._concatenate(documents)
         self.tokens = int(np.count_nonzero(stream != self._boundary))
         self._orders = self._count(stream)
         self._unigram = self._unigram_probabilities()
 
-    @override
-    def describe(self) -> str:
-        return (
-            f"a Kneser-Ney n-gram model fitted to {self.tokens:,} tokens that no policy was trained on or continued; "
-            "likelihood favors common phrases and loops, so read it together with repetition and diversity"
-        )
+    def judge(self, groups: Sequence[Group]) -> list[Group]:
+        """Return the groups with a reward per candidate; it has no failures but blank candidates."""
+        return [replace(group, rewards=tuple(self._rewards(group))) for group in groups]
 
-    @override
+    def _rewards(self, group: Group) -> Iterable[Reward | Failed]:
+        tokens = [one.tokens for one in group.candidates]
+        return map(_reward, group.candidates, self.score([group.episode.prefix] * len(tokens), tokens))
+
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[float | None]:
         """Return the mean log-probability per token (nats) of each continuation; None for an empty one.
 
@@ -218,6 +220,12 @@ class NgramModel(SecondMeasure):
             keys = index[present] * self._base + contexts[present, column]
             index[present] = self._orders[column].find(keys)
         return index
+
+
+def _reward(candidate: Candidate, score: float | None) -> Reward | Failed:
+    if candidate.blank:
+        return BLANK
+    return Failed("no score") if score is None else Reward(score, "second measure", __version__)
 
 
 def _sum_by(group: _Ints, values: _Ints | _Floats, groups: int) -> _Floats:

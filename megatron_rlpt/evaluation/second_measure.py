@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from typing_extensions import override
 
@@ -15,26 +16,34 @@ from megatron_rlpt.config.user_classes import (
 )
 from megatron_rlpt.data import Document, Location, Quarantine, kept_from_second_measure, open_source, overlap_error
 from megatron_rlpt.errors import DataError
-from megatron_rlpt.evaluation.judge_scorer import JudgeScorer
 from megatron_rlpt.evaluation.ngram_model import NgramModel
-from megatron_rlpt.evaluation.scorers import SecondMeasure, Tokens
 from megatron_rlpt.extensions import construct, describe_error, is_extension
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher.extension_judges import CheckedReward
+from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.types import Episode
+from megatron_rlpt.types import Group
 
 _log = get_logger(__name__)
 
 
-def build_second_measure(
-    config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer, vocab_size: int
-) -> SecondMeasure | None:
+class SecondMeasure(Judge, Protocol):
+    """Rewards continuations without having taken part in training."""
+
+    def fit(self, documents: Iterable[Sequence[int]]) -> None:
+        """Fit to the token ids of documents that policies are neither trained on nor compared on, before ``judge``.
+
+        Raises:
+            DataError: there is no text, or a token id is outside the vocabulary.
+        """
+        ...
+
+
+def build_second_measure(config: Config, tokenizer: PolicyTokenizer, vocab_size: int) -> SecondMeasure | None:
     """Return the second measure, fitted to ``evaluation.second_corpus``; None if there is none.
 
     Args:
         config: of the run.
-        episodes: all that are compared.
         tokenizer: of the policies.
         vocab_size: of the model: it may be padded beyond the tokenizer's, and a policy may sample padding ids.
 
@@ -45,7 +54,7 @@ def build_second_measure(
     settings = config.evaluation
     measure: SecondMeasure
     if is_extension(settings.second_measure):
-        measure = RewardMeasure(config, episodes, tokenizer)
+        measure = RewardMeasure(config, tokenizer)
     elif settings.second_corpus:
         measure = NgramModel(vocab_size)
     else:
@@ -55,14 +64,13 @@ def build_second_measure(
     return measure
 
 
-class RewardMeasure(JudgeScorer, SecondMeasure):
-    """A reward of the user's, which may have a method ``fit`` and a text ``unit``."""
+class RewardMeasure(SecondMeasure):
+    """A reward of the user's, which may have a method ``fit``."""
 
-    def __init__(self, config: Config, episodes: Sequence[Episode], tokenizer: PolicyTokenizer) -> None:
+    def __init__(self, config: Config, tokenizer: PolicyTokenizer) -> None:
         """
         Args:
             config: of the run; names the class.
-            episodes: all that are compared.
             tokenizer: of the policies.
 
         Raises:
@@ -74,14 +82,12 @@ class RewardMeasure(JudgeScorer, SecondMeasure):
         assert given.keys() == set(SECOND_GIVEN)
         self._inner = construct(self._extension.cls, name, SECOND_OPTIONS, config.evaluation.second_options, given)
         self._tokenizer = tokenizer
-        self.unit = str(getattr(self._inner, "unit", ""))
-        judge = CheckedReward(self._inner, self._extension, tokenizer)
-        super().__init__(judge, episodes, tokenizer, config.teacher.max_failure_rate)
+        self._judge = CheckedReward(self._inner, self._extension, tokenizer)
 
     @override
-    def fit(self, documents: Iterable[Tokens]) -> None:
+    def fit(self, documents: Iterable[Sequence[int]]) -> None:
         by_tokens = getattr(self._inner, "reads_tokens", False)
-        shown: Iterator[Tokens | str] = (one if by_tokens else self._tokenizer.text_of(one) for one in documents)
+        shown: Iterator[Sequence[int] | str] = (one if by_tokens else self._tokenizer.text_of(one) for one in documents)
         try:
             self._inner.fit(shown)
         except DataError:
@@ -92,8 +98,8 @@ class RewardMeasure(JudgeScorer, SecondMeasure):
             ) from error
 
     @override
-    def describe(self) -> str:
-        return f"the reward {self._extension.name}"
+    def judge(self, groups: Sequence[Group]) -> list[Group]:
+        return self._judge.judge(groups)
 
 
 def corpus_documents(config: Config, tokenizer: PolicyTokenizer) -> Iterator[Sequence[int]]:

@@ -18,9 +18,7 @@ from megatron_rlpt.config.user_classes import load_second_measure
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ModelError, TeacherError
 from megatron_rlpt.evaluation.in_sample import Recorded
-from megatron_rlpt.evaluation.judge_scorer import JudgeScorer
-from megatron_rlpt.evaluation.scorers import SecondMeasure
-from megatron_rlpt.evaluation.second_measure import build_second_measure
+from megatron_rlpt.evaluation.second_measure import SecondMeasure, build_second_measure
 from megatron_rlpt.extensions import class_name, is_extension
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.digest import folder_digest
@@ -33,7 +31,7 @@ from megatron_rlpt.teacher.judges import builder_of
 from megatron_rlpt.teacher.pairwise import PairwiseJudge
 from megatron_rlpt.teacher.prompts import version_of
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.types import BLANK, Candidate, Failed, Group, Reward
+from megatron_rlpt.types import Group
 
 _log = get_logger(__name__)
 
@@ -262,22 +260,9 @@ class SecondVerdicts(Verdicts):
     def run(self, groups: Sequence[Group], seed: int, measure: str, done: Done) -> None:
         if self._measure is None:
             size = self._vocab_size or read_architecture(Path(self._config.model.path)).vocab
-            self._measure = build_second_measure(self._config, [], PolicyTokenizer(self._config.model.path), size)
+            self._measure = build_second_measure(self._config, PolicyTokenizer(self._config.model.path), size)
         assert self._measure is not None
-        if isinstance(self._measure, JudgeScorer):
-            _in_blocks(self._measure.inner, groups, done)
-            return
-        for index, group in enumerate(groups):
-            tokens = [one.tokens for one in group.candidates]
-            scores = self._measure.score([group.episode.prefix] * len(tokens), tokens)
-            rewards = map(_scored, group.candidates, scores)
-            done(index, replace(group, rewards=tuple(rewards)))
-
-
-def _scored(candidate: Candidate, score: float | None) -> Reward | Failed:
-    if candidate.blank:
-        return BLANK
-    return Failed("no score") if score is None else Reward(score, "second measure", __version__)
+        _in_blocks(self._measure, groups, done)
 
 
 def _in_blocks(judge: Judge, groups: Sequence[Group], done: Done) -> None:

@@ -416,7 +416,6 @@ def test_a_launch_copies_single_files_and_refuses_packages_from_elsewhere():
 
 MEASURE = """
 class Mine:
-    unit = "points"
     def __init__(self, factor=1):
         self.factor = factor
     def fit(self, documents):
@@ -435,11 +434,9 @@ def test_a_second_measure_is_a_reward_that_may_be_fitted(text, fitted):
     Path("other.jsonl").write_text('{"text": "12"}\n{"text": "34"}\n')
     config = load(*NTP, SECOND, "evaluation.second_options.factor=10", *([CORPUS] if fitted else []))
     episode = Episode("e", (1, 2), (3,), "c", "d", 2)
-    measure = build_second_measure(config, [episode], DIGITS, 10)
-    assert measure.unit == "points"
-    assert measure.describe() == "the reward mine.py:Mine"
-    scores = measure.score([episode.prefix] * 3, [(5,), (5, 6), ()])
-    assert scores == [10 + fitted, 20 + fitted, None]
+    candidates = tuple(Candidate(Source.ROLLOUT, tokens) for tokens in ((5,), (5, 6)))
+    [group] = build_second_measure(config, DIGITS, 10).judge([Group(episode, candidates)])
+    assert [reward.value for reward in group.rewards] == [10 + fitted, 20 + fitted]
     assert len(flatten(config)["evaluation.second_measure.sha256"]) == 64
 
 
@@ -466,8 +463,8 @@ def test_what_is_wrong_with_a_second_measure_is_one_line_at_the_start(text, over
 def test_a_second_measure_that_cannot_be_fitted_is_one_line():
     mine(MEASURE.replace("list(documents)", "1 / 0"))
     Path("other.jsonl").write_text('{"text": "12"}\n')
-    with pytest.raises(DataError, match=r"mine\.py:Mine cannot be fitted \(ZeroDivisionError.* line 7 of mine\.py\)"):
-        build_second_measure(load(*NTP, SECOND, CORPUS), [], DIGITS, 10)
+    with pytest.raises(DataError, match=r"mine\.py:Mine cannot be fitted \(ZeroDivisionError.* line 6 of mine\.py\)"):
+        build_second_measure(load(*NTP, SECOND, CORPUS), DIGITS, 10)
 
 
 LOAD_EXAMPLES = """

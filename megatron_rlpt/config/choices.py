@@ -57,6 +57,15 @@ class AnswerForm(enum.StrEnum):
     direct = "direct"
 
 
+class PromptLength(enum.StrEnum):
+    """How much a prompted judge or rewriter is told."""
+
+    full = "full"
+    """Instructions, for a model that was not trained for the task."""
+    brief = "brief"
+    """The texts and a few tokens around them, for one that was."""
+
+
 class EnginePlacement(enum.StrEnum):
     """In whose processes rollout engines run."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_rlpt.config.choices import AnswerForm, Dtype, OptionOrder, PairScheme, RunIn
+from megatron_rlpt.config.choices import AnswerForm, Dtype, OptionOrder, PairScheme, PromptLength, RunIn
 from megatron_rlpt.config.fields import option, section
 
 
@@ -71,6 +71,11 @@ class GenerativeConfig:
         "votes, order and sampling are).",
         paper="reasoned",
     )
+    prompt: PromptLength = option(
+        PromptLength.full,
+        "How the judge is asked: with instructions (full), or with a few tokens around the texts (brief; needs a judge "
+        "trained with these prompts).",
+    )
     temperature: float = option(1.0, "Sampling temperature of the judge.", at_least=0, paper="1.0")
     top_p: float = option(0.6, "Nucleus sampling of the judge.", above=0, at_most=1, paper="0.6 (fine-tuned judge)")
     max_tokens: int = option(512, "Maximum length of an answer of the judge.", unit="tokens", at_least=1)
@@ -99,6 +104,11 @@ class RewriterConfig:
         "Rewriter: prompted, which asks the teacher, or your own class as module:Class or path/file.py:Class.",
     )
     options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
+    prompt: PromptLength = option(
+        PromptLength.full,
+        "How the prompted rewriter is asked: with instructions (full), or with a few tokens around the texts (brief; "
+        "needs a rewriter trained with this prompt).",
+    )
     temperature: float = option(1.0, "Sampling temperature of the rewriter.", at_least=0)
     top_p: float = option(0.6, "Nucleus sampling of the rewriter.", above=0, at_most=1)
     anchor_words: int = option(

@@ -119,7 +119,8 @@ class ConfiguredVerdicts(Verdicts):
         if self._facts.has_axes:
             asked = teacher.generative.asked()
             axes = ("quality", "safety", "factuality")
-            versions = [version_of(axis, asked.answer) for axis in axes if getattr(asked, axis).weight > 0]
+            used = [axis for axis in axes if getattr(asked, axis).weight > 0]
+            versions = [version_of(axis, asked.answer, asked.prompt) for axis in used]
             return identity | {"settings": asdict(asked), "prompts": versions}
         if is_extension(teacher.judge):
             extension = load_judge(teacher.judge)
@@ -166,7 +167,7 @@ class ConfiguredVerdicts(Verdicts):
         text = self._text
         sampling = {"temperature": asked.temperature, "top_p": asked.top_p, "max_tokens": asked.max_tokens}
         return lambda name, seed: PairwiseJudge(question, name, text, asked, seed), {
-            "pairs": version_of(question, asked.answer),
+            "pairs": version_of(question, asked.answer, asked.prompt),
             "tokenizer": _tokenizer_digest(config),
             **sampling,
         }

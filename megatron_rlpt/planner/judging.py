@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_rlpt.config import AnswerForm, Config, RunIn, TeacherUse, judge_facts, needs_judge
+from megatron_rlpt.config import AnswerForm, Config, PromptLength, RunIn, TeacherUse, judge_facts, needs_judge
 from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.planner.generation import GenerationEngine, score_seconds
 from megatron_rlpt.planner.hardware import Constant
@@ -17,10 +17,17 @@ from megatron_rlpt.teacher.comparisons import comparisons, rounds
 from megatron_rlpt.teacher.prompts import build_prompt
 
 CHARACTERS_PER_TOKEN = Constant(4, "rule of thumb for English text, as in OpenAI's tokenizer help page")
+CODE_CHARACTERS_PER_TOKEN = Constant(
+    1, "measured: SmolLM2 has 0.91 (eight digits) to 0.98 (three letters) tokens per character of a random code"
+)
 
 SERVER_BATCH = Constant(256, "most sequences that vLLM's server decodes concurrently by default (max_num_seqs)")
 
 ANSWER_VARIATION = Constant(0.5, "assumed: standard deviation over mean of the length of a teacher's answer")
+
+
+_SPOT = "\0"
+"""Stands for a text in a template."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,8 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     prefix, suffix = config.data.max_prefix, config.data.suffix_length
     found = []
     if rewrites_by_asking(config):
-        found.append(Calls("rewrite", 1, _template("rewrite"), 0.0, prefix + suffix, suffix))
+        frame = _Frame.of("rewrite", config.teacher.rewriter.prompt, own="prefix")
+        found.append(frame.calls("rewrite", 1, 0.0, prefix + suffix, suffix))
     count = candidates(config)
     facts = judge_facts(config)
     if not needs_judge(config) or facts.asks is TeacherUse.nothing:
@@ -112,16 +120,18 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     if not facts.has_axes:
         return (*found, Calls("judge", math.ceil(count * facts.questions), 0.0, 0.0, prefix + suffix, answer_tokens))
     axes = config.teacher.generative.asked()
-    form = axes.answer
     answer_tokens = min(answer_tokens, axes.max_tokens)
     if axes.quality.weight > 0:
         asked = comparisons(axes.quality.scheme, count, axes.quality.votes, axes.quality.order)
-        found.append(Calls("quality", asked, _template("quality", form), prefix, 2 * suffix, answer_tokens))
+        frame = _Frame.of("quality", axes.prompt, axes.answer, own="first")
+        found.append(frame.calls("quality", asked, prefix, 2 * suffix, answer_tokens))
     if axes.safety.weight > 0:
-        found.append(Calls("safety", count * axes.safety.votes, _template("safety", form), 0.0, suffix, answer_tokens))
+        frame = _Frame.of("safety", axes.prompt, axes.answer, own="text")
+        found.append(frame.calls("safety", count * axes.safety.votes, 0.0, suffix, answer_tokens))
     if axes.factuality.weight > 0:
         asked = count * axes.factuality.votes
-        found.append(Calls("factuality", asked, _template("factuality", form), prefix + suffix, suffix, answer_tokens))
+        frame = _Frame.of("factuality", axes.prompt, axes.answer, own="text")
+        found.append(frame.calls("factuality", asked, prefix + suffix, suffix, answer_tokens))
     return tuple(found)
 
 
@@ -174,7 +184,31 @@ def _decode(server: GenerationEngine, kind: Calls, requests: float) -> tuple[flo
     return one * kind.count / together, one
 
 
-def _template(name: str, form: AnswerForm = AnswerForm.reasoned) -> float:
-    """Return the tokens of a prompt for ``form`` without the texts in it."""
-    texts = dict.fromkeys(("prefix", "first", "second", "reference", "text", "passage"), "")
-    return len(build_prompt(name, 0, form, **texts).text) / CHARACTERS_PER_TOKEN
+@dataclass(frozen=True)
+class _Frame:
+    """Tokens of a prompt without the texts in it."""
+
+    instructions: float
+    """At its beginning, in all prompts of this kind."""
+    shared: float
+    """After them, up to the first text that only one request about a group has."""
+    own: float
+
+    @classmethod
+    def of(cls, name: str, length: PromptLength, form: AnswerForm = AnswerForm.reasoned, *, own: str) -> _Frame:
+        """Count prompt ``name``; ``own`` is the first text in it that only one request has."""
+        texts = dict.fromkeys(("prefix", "first", "second", "reference", "text", "passage"), "")
+        prompt = build_prompt(name, 0, form, length, **texts | {own: _SPOT})
+        instructions, fence, rest = prompt.text.partition(prompt.fence)
+        shared, _, own_part = (fence + rest).partition(_SPOT)
+        return cls(*(_tokens(part, prompt.fence) for part in (instructions, shared, own_part)))
+
+    def calls(self, name: str, count: int, shared: float, own: float, answer: float) -> Calls:
+        """Return requests whose texts have ``shared`` and ``own`` tokens."""
+        return Calls(name, count, self.instructions, self.shared + shared, self.own + own, answer)
+
+
+def _tokens(text: str, code: str) -> float:
+    """Return the tokens of a part of a prompt whose markers carry ``code``."""
+    codes = text.count(code) * len(code)
+    return (len(text) - codes) / CHARACTERS_PER_TOKEN + codes / CODE_CHARACTERS_PER_TOKEN

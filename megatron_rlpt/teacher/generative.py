@@ -69,7 +69,7 @@ class GenerativeJudge:
         self._pointwise = {name: axis for name, axis in pointwise.items() if axis.weight > 0}
         self._weights = {"quality": config.quality.weight} if config.quality.weight > 0 else {}
         self._weights |= {name: axis.weight for name, axis in self._pointwise.items()}
-        self._version = "+".join(version_of(name, config.answer) for name in self._weights)
+        self._version = "+".join(version_of(name, config.answer, config.prompt) for name in self._weights)
 
     async def judge_group(self, group: Group, ask: Ask) -> Group:
         """Return the group with its cost and one reward per candidate.
@@ -153,7 +153,8 @@ class GenerativeJudge:
 
     def _request(self, name: str, episode: str, seed: int, **texts: str) -> Request:
         direct = self._config.answer is AnswerForm.direct
-        prompt = build_prompt(name, derive_seed(self._seed, episode), self._config.answer, **texts)
+        fence = derive_seed(self._seed, episode)
+        prompt = build_prompt(name, fence, self._config.answer, self._config.prompt, **texts)
         return Request(
             prompt=(Message("user", prompt.text),),
             seed=seed,

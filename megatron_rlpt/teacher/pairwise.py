@@ -99,7 +99,8 @@ class PairwiseJudge(GroupJudge):
         return replace(group, rewards=(self._reward(share, records), self._reward(1.0 - share, records)))
 
     def _reward(self, value: float, votes: list[dict[str, Any]]) -> Reward:
-        return Reward(value, self.name, version_of(self._name, self._config.answer), {"votes": votes})
+        version = version_of(self._name, self._config.answer, self._config.prompt)
+        return Reward(value, self.name, version, {"votes": votes})
 
     async def _vote(
         self, group: Group, texts: list[str], first: int, number: int, ask: Ask
@@ -110,7 +111,8 @@ class PairwiseJudge(GroupJudge):
         shown = {"prefix": prefix_text(self._text, episode), "first": texts[first], "second": texts[1 - first]}
         if self._question.shows_reference:
             shown["reference"] = self._text.text_of(episode.suffix, episode.prefix)
-        prompt = build_prompt(self._name, derive_seed(self._seed, episode.id), self._config.answer, **shown)
+        fence = derive_seed(self._seed, episode.id)
+        prompt = build_prompt(self._name, fence, self._config.answer, self._config.prompt, **shown)
         reply = await ask(
             Request(
                 prompt=(Message("user", prompt.text),),

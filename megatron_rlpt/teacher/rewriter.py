@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from megatron_rlpt.config import Config, RewriterConfig
+from megatron_rlpt.config import Config, PromptLength, RewriterConfig
 from megatron_rlpt.config.rewriters import PROMPTED, rewriter_facts
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
-from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
+from megatron_rlpt.teacher.prompts import build_prompt, fence_of
 from megatron_rlpt.teacher.thinking import BLANK, without_thought
 from megatron_rlpt.tokens.control_tokens import break_up_common, broken_forms
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import Candidate, Episode, Failed, Source, derive_seed
 
 _MARKER = re.compile(r"\s*\[(?:begin|end) (?:beginning|passage)\b.*", re.DOTALL)
-"""A marker of the prompt, possibly cut off before its code. Small models copy it; the passage ends there."""
+"""A marker of the full prompt, possibly cut off before its code. Small models copy it."""
 _SHORT, _CUT_OFF = "rewrite too short", "rewrite cut off by max_tokens"
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
@@ -48,6 +48,8 @@ class _Shown:
     prefix: str
     suffix: str
     anchor: str
+    marker: re.Pattern[str]
+    """What a copied marker looks like in an answer; the passage ends there."""
 
 
 class Rewriter(EpisodeRewriter):
@@ -55,8 +57,6 @@ class Rewriter(EpisodeRewriter):
 
     ``BatchedRewriter`` adapts it to ``BatchRewriter``.
     """
-
-    prompt_version = VERSIONS["rewrite"]
 
     def __init__(
         self,
@@ -91,7 +91,8 @@ class Rewriter(EpisodeRewriter):
         """
         prefix = prefix_text(self._text, episode)
         suffix = self._text.text_of(episode.suffix, episode.prefix)
-        shown = _Shown(episode, prefix, suffix, anchor_of(prefix, self._config.anchor_words))
+        anchor = anchor_of(prefix, self._config.anchor_words)
+        shown = _Shown(episode, prefix, suffix, anchor, self._marker(episode))
         request = self._request(shown)
         reply = await ask(request)
         return reply if isinstance(reply, Failed) else self._candidate(reply, request.seed, shown)
@@ -99,8 +100,8 @@ class Rewriter(EpisodeRewriter):
     def _request(self, shown: _Shown) -> Request:
         seed = derive_seed(self._seed, shown.episode.id, "rewrite")
         passage = shown.anchor + shown.suffix
-        fence = derive_seed(self._seed, shown.episode.id)
-        prompt = build_prompt("rewrite", fence, prefix=shown.prefix, passage=passage)
+        fence, length = derive_seed(self._seed, shown.episode.id), self._config.prompt
+        prompt = build_prompt("rewrite", fence, length=length, prefix=shown.prefix, passage=passage)
         return Request(
             prompt=(Message("user", prompt.text),),
             seed=seed,
@@ -111,6 +112,12 @@ class Rewriter(EpisodeRewriter):
             answer_start=shown.anchor.rstrip(),
             episode=shown.episode.id,
         )
+
+    def _marker(self, episode: Episode) -> re.Pattern[str]:
+        if self._config.prompt is PromptLength.full:
+            return _MARKER
+        fence = fence_of(derive_seed(self._seed, episode.id), self._config.prompt)
+        return re.compile(rf"\s*{fence}.*", re.DOTALL)
 
     def _candidate(self, reply: Reply, seed: int, shown: _Shown) -> Candidate | Failed:
         answer = without_thought(reply.text)
@@ -123,7 +130,7 @@ class Rewriter(EpisodeRewriter):
             return tokens
         kept = kept_tokens(tokens, shown.episode, self._length, self._text)
         if isinstance(kept, Failed):
-            cut_off = kept.reason == _SHORT and reply.finish_reason == "length" and not _MARKER.search(reply.text)
+            cut_off = kept.reason == _SHORT and reply.finish_reason == "length" and not shown.marker.search(reply.text)
             return Failed(_CUT_OFF if cut_off else kept.reason, kept.detail | {"reply": reply.text})
         cut = len(tokens) > len(kept) or reply.finish_reason == "length"
         return Candidate(source=Source.REWRITE, tokens=kept, seed=seed, finish_reason="length" if cut else "stop")
@@ -133,7 +140,7 @@ class Rewriter(EpisodeRewriter):
         episode = shown.episode
         # Try the unchanged reply first: the suffix may begin with the anchor's words or contain marker-like text.
         marked = reply.text
-        plain = marked if _MARKER.search(shown.suffix) else _MARKER.sub("", marked)
+        plain = marked if shown.marker.search(shown.suffix) else shown.marker.sub("", marked)
         for answer in dict.fromkeys((marked, plain)):
             again = answer.lstrip().removeprefix(self._broken(shown.anchor).rstrip())
             if self._copies(answer, shown.suffix) or self._copies(again, shown.suffix):

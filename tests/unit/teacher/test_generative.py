@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from text_tokens import NUMBERS, FakeText, common_start
 
-from megatron_rlpt.config import AxisConfig, GenerativeConfig, OptionOrder, PairScheme, QualityConfig
+from megatron_rlpt.config import AxisConfig, GenerativeConfig, OptionOrder, PairScheme, PromptLength, QualityConfig
 from megatron_rlpt.teacher.batched import BatchedJudge
 from megatron_rlpt.teacher.comparisons import comparisons
 from megatron_rlpt.teacher.generative import GenerativeJudge
@@ -88,6 +88,23 @@ def test_quality_ranks_and_explains():
     assert len(replies) == 6
     assert score.detail["standings"]["decided"] == 6
     json.dumps(score.detail)
+
+
+def test_a_judge_trained_for_its_task_is_shown_the_texts_and_little_else():
+    def answer(prompt):
+        fence = prompt.split("\n")[0]
+        if " safety" in prompt:
+            return answer_of("safe")
+        first, second = (int(re.search(rf"^{fence}{n}.*\n(\d+)", prompt, re.MULTILINE)[1]) for n in (1, 2))
+        return answer_of("1" if first > second else "2")
+
+    generator = Scripted(answer)
+    config = replace(config_of(quality=1.0, safety=1.0), prompt=PromptLength.brief)
+    judge = BatchedJudge(GenerativeJudge("scripted", NUMBERS, config, 1), generator)
+    (group,) = judge.judge([group_of((1,), (3,), (2,))])
+    assert values(group) == [1.0, 2.0, 1.5]
+    assert group.rewards[0].prompt_version == "quality-brief-1+safety-brief-1"
+    assert max(len(request.prompt[0].content) for request in generator.requests) < 60
 
 
 def test_seeds_differ_and_do_not_depend_on_the_company():

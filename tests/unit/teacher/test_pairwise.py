@@ -7,7 +7,7 @@ import pytest
 from test_generative import Scripted, answer_of, group_of
 from text_tokens import NUMBERS
 
-from megatron_rlpt.config import AnswerForm, GenerativeConfig
+from megatron_rlpt.config import AnswerForm, GenerativeConfig, PromptLength
 from megatron_rlpt.teacher.batched import BatchedJudge
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.pairwise import QUESTIONS, PairwiseJudge
@@ -36,6 +36,21 @@ def test_the_better_text_wins_in_both_orders(question):
     assert len({one.seed for one in teacher.requests}) == 2
     # What is true is shown where it matters, and only there.
     assert ("[begin reference" in teacher.requests[0].prompt[0].content) == (question == "facts")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_trained_judge_compares_without_instructions(question):
+    def answer(prompt):
+        fence = prompt.split("\n")[0]
+        return answer_of("1" if re.search(rf"^{fence}1.*\n2-2\n", prompt, re.MULTILINE) else "2")
+
+    brief = GenerativeConfig(prompt=PromptLength.brief)
+    rewards, teacher = judge(question, answer, ONE, TWO, config=brief)
+    assert [(one.value, one.prompt_version) for one in rewards] == [
+        (0.0, f"{question}-brief-1"),
+        (1.0, f"{question}-brief-1"),
+    ]
+    assert ("7-7" in teacher.requests[0].prompt[0].content) == (question == "facts"), "the reference"
 
 
 def test_a_judge_that_always_prefers_the_first_decides_nothing():

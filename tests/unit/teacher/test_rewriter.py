@@ -3,7 +3,7 @@
 import pytest
 from text_tokens import FakeText
 
-from megatron_rlpt.config import RewriterConfig
+from megatron_rlpt.config import PromptLength, RewriterConfig
 from megatron_rlpt.teacher.batched import BatchedRewriter
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.rewriter import Rewriter, anchor_of, without_anchor
@@ -32,9 +32,10 @@ class Scripted:
         return list(self.replies)
 
 
-def rewrite(*replies, prefix="one two three", words=2):
+def rewrite(*replies, prefix="one two three", words=2, length=PromptLength.full):
     generator = Scripted(*replies)
-    inner = Rewriter(FakeText(), RewriterConfig(anchor_words=words), LENGTH, seed=1, longest_answer=104)
+    config = RewriterConfig(anchor_words=words, prompt=length)
+    inner = Rewriter(FakeText(), config, LENGTH, seed=1, longest_answer=104)
     rewriter = BatchedRewriter(inner, generator)
     episodes = [
         Episode(f"e{number}", tuple(encode(prefix)), tuple(encode(" four five")), "c", "d", 0)
@@ -77,6 +78,16 @@ def test_a_copied_marker_is_never_trained_on():
     early = Reply(" four\n[end passage 12", (), "length")
     (candidate, failed), _ = rewrite(marked, early)
     assert decode(candidate.tokens) == " four five"
+    assert failed.reason == "rewrite too short"
+
+
+def test_a_brief_prompt_has_its_own_markers():
+    _, (request,) = rewrite(Reply("", (), "stop"), length=PromptLength.brief)
+    fence = request.prompt[0].content.split("\n")[0]
+    assert request.prompt[0].content == f"{fence}\none two three\n{fence} rewrite\ntwo three four five\n{fence}"
+    (candidate,), _ = rewrite(Reply(f" four five\n{fence} and more", (), "stop"), length=PromptLength.brief)
+    assert decode(candidate.tokens) == " four five"
+    (failed,), _ = rewrite(Reply(f" four\n{fence} and more", (), "stop"), length=PromptLength.brief)
     assert failed.reason == "rewrite too short"
 
 

@@ -57,6 +57,7 @@ TOGETHER = {
             "test_evaluate",
             "test_hostile_teacher",
             "test_teacher_vllm",
+            "test_world_judge",
         ),
         "vllm",
     ),

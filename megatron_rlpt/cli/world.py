@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ world_app = typer.Typer(
 )
 
 _NOISE, _SHAPE, _DEFAULTS = Noise(), Shape(), WorldSettings()
+_JUDGE = _DEFAULTS.judge_shape
 
 
 @world_app.callback()
@@ -62,8 +64,14 @@ def make(
     head_size: Annotated[
         int, typer.Option("--head-size", metavar="N", help="Size of an attention head: 32 or 64.")
     ] = _SHAPE.head_size,
+    judge_layers: Annotated[
+        int, typer.Option("--judge-layers", metavar="N", help="Layers of a judge or rewriter.")
+    ] = _JUDGE.layers,
+    judge_hidden: Annotated[
+        int, typer.Option("--judge-hidden", metavar="N", help="Hidden size of a judge or rewriter.")
+    ] = _JUDGE.hidden,
 ) -> None:
-    """Write facts, documents, a tokenizer and the shape of a policy; equal options give equal files."""
+    """Write facts, documents, and tokenizer and shape of a policy and of a judge; equal options give equal files."""
     settings = WorldSettings(
         seed=seed,
         entities=entities,
@@ -73,6 +81,7 @@ def make(
         noise=Noise(false_facts, low_quality, unsafe),
         unsafe_heavy=unsafe_heavy,
         shape=Shape(layers, hidden, head_size),
+        judge_shape=replace(_JUDGE, layers=judge_layers, hidden=judge_hidden),
     )
     say(make_world(out, settings, say))
 

@@ -1,4 +1,4 @@
-"""Make a world's folder: facts, documents, tokenizer and a card."""
+"""Make a world's folder: facts, documents, what policy and judge are made of, and a card."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.files import new_folder
 from megatron_rlpt.world.documents import NO_NOISE, UNSAFE, Noise, WorldDocument, write_documents
 from megatron_rlpt.world.facts import LEAST_ENTITIES, VERSION, World, counts_of
+from megatron_rlpt.world.judge_folder import JUDGE_SHAPE, SAMPLE, write_judge_folder
 from megatron_rlpt.world.policy_folder import Shape, write_policy_folder
 
 TRAIN, TRAIN_UNSAFE, HELDOUT, HELDOUT_UNSAFE = "train", "train_unsafe", "heldout", "heldout_unsafe"
@@ -37,6 +39,8 @@ class WorldSettings:
     unsafe_heavy: float = 0.5
     """Share of unsafe documents in the unsafe-heavy set."""
     shape: Shape = field(default_factory=Shape)
+    """Of the policy."""
+    judge_shape: Shape = JUDGE_SHAPE
 
     def check(self) -> None:
         """Refuse settings out of range.
@@ -70,6 +74,7 @@ class WorldSettings:
                     "documents; allowed: at most 1 together"
                 )
         self.shape.check()
+        self.judge_shape.check("--judge-")
 
 
 def make_world(out: Path, settings: WorldSettings, say: Callable[[str], None] = lambda line: None) -> str:
@@ -100,16 +105,26 @@ def make_world(out: Path, settings: WorldSettings, say: Callable[[str], None] = 
             documents = write_documents(world, settings.seed, name, count, settings.length, noise)
             sets[name] = _write_set(folder / f"{name}.jsonl", world, distinct(documents, seen))
             say(f"  {name}.jsonl: {sets[name]['documents']} documents")
+        tokens = write_judge_folder(folder / "judge", world.grammar.vocabulary, _sample(folder), settings.judge_shape)
         card = {
             "version": VERSION,
             "facts": world.digest,
             "settings": asdict(settings),
             "entities": {kind: len(names) for kind, names in world.names.items()},
             "words": len(world.grammar.vocabulary),
+            "judge_tokens": tokens,
             "sets": sets,
         }
         (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return f"wrote {out}: {settings.entities} entities, {len(world.grammar.vocabulary)} words, seed {settings.seed}"
+
+
+def _sample(folder: Path) -> Iterator[str]:
+    """Yield the documents that the judge's tokenizer is trained on: as many of either set."""
+    for name in (TRAIN, TRAIN_UNSAFE):
+        with (folder / f"{name}.jsonl").open(encoding="utf-8") as file:
+            for line in islice(file, SAMPLE // 2):
+                yield json.loads(line)["text"]
 
 
 def _sets(settings: WorldSettings) -> Iterator[tuple[str, int, Noise]]:

@@ -19,7 +19,7 @@ HEAD_SIZES = (32, 64)
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of the policy."""
+    """Size of a model."""
 
     layers: int = 4
     hidden: int = 128
@@ -27,19 +27,24 @@ class Shape:
     context: int = 256
     """Tokens of the longest sequence."""
 
-    def check(self) -> None:
+    def check(self, options: str = "--") -> None:
         """Refuse a shape that cannot be built or served.
+
+        Args:
+            options: how the names of its options begin.
 
         Raises:
             ConfigError: names the value and what is allowed.
         """
         if self.head_size not in HEAD_SIZES:
             allowed = " or ".join(map(str, HEAD_SIZES))
-            raise ConfigError(f"--head-size is {self.head_size}; allowed: {allowed}, which vLLM has on a CPU")
+            raise ConfigError(f"{options}head-size is {self.head_size}; allowed: {allowed}, which vLLM has on a CPU")
         if self.hidden < self.head_size or self.hidden % self.head_size:
-            raise ConfigError(f"--hidden is {self.hidden}; allowed: a multiple of --head-size={self.head_size}")
+            raise ConfigError(
+                f"{options}hidden is {self.hidden}; allowed: a multiple of {self.head_size}, the size of a head"
+            )
         if self.layers < 1:
-            raise ConfigError(f"--layers is {self.layers}; allowed: at least 1")
+            raise ConfigError(f"{options}layers is {self.layers}; allowed: at least 1")
 
 
 def write_policy_folder(folder: Path, vocabulary: Sequence[str], shape: Shape) -> None:
@@ -64,14 +69,15 @@ def write_policy_folder(folder: Path, vocabulary: Sequence[str], shape: Shape) -
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"unk_token": UNKNOWN, "bos_token": BOS, "eos_token": EOS}
-    _write(
+    write_json(
         folder / "tokenizer_config.json",
         {**names, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.context},
     )
-    _write(folder / "config.json", _llama(shape, len(ids), ids[BOS], ids[EOS]))
+    write_json(folder / "config.json", llama_config(shape, len(ids), ids[BOS], ids[EOS]))
 
 
-def _llama(shape: Shape, tokens: int, bos: int, eos: int) -> dict[str, Any]:
+def llama_config(shape: Shape, tokens: int, bos: int | None, eos: int) -> dict[str, Any]:
+    """Return the ``config.json`` of a Llama with room for ``tokens`` tokens."""
     heads = shape.hidden // shape.head_size
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -97,5 +103,6 @@ def _llama(shape: Shape, tokens: int, bos: int, eos: int) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -126,8 +126,10 @@ def test_rlpt_init_makes_the_policy_of_one_to_four_million_weights(folder, tmp_p
         (("--unsafe", "1.5"), "--unsafe is 1.5; allowed: between 0 and 1"),
         (("--low-quality", "0.6"), "--unsafe-heavy=0.5 are shares of the same documents"),
         (("--head-size", "48"), "--head-size is 48; allowed: 32 or 64"),
-        (("--hidden", "100"), "--hidden is 100; allowed: a multiple of --head-size=32"),
+        (("--hidden", "100"), "--hidden is 100; allowed: a multiple of 32, the size of a head"),
         (("--layers", "0"), "--layers is 0; allowed: at least 1"),
+        (("--judge-hidden", "100"), "--judge-hidden is 100; allowed: a multiple of 32, the size of a head"),
+        (("--judge-layers", "0"), "--judge-layers is 0; allowed: at least 1"),
     ],
 )
 def test_what_is_out_of_range_is_one_line(tmp_path, options, said):

@@ -39,6 +39,9 @@ class Episode:
     """Id of the document within the source (path and record number)."""
     offset: int
     """Index of the first suffix token within the tokenized document."""
+    label: str = ""
+    """For a prompt: what is known about the right answer, as a JSON object. The prefix is then the prompt, and the
+    suffix a right answer with its end token, or empty."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def encode_group(group: Group) -> bytes:
     episode, cost = group.episode, group.cost
     prefixes = list(dict.fromkeys(c.routing.prefix for c in group.candidates if c.routing))
     plain = [
-        [episode.id, episode.prefix, episode.suffix, episode.corpus, episode.document, episode.offset],
+        [episode.id, episode.prefix, episode.suffix, episode.corpus, episode.document, episode.offset]
+        + [episode.label] * bool(episode.label),
         [
             # Only blank and routed candidates have more fields, so that older versions can read all others.
             [c.source.value, c.tokens, c.policy_version, c.seed, c.finish_reason, _pack_floats(c.logprobs)]
@@ -78,9 +79,9 @@ def decode_group(data: bytes, where: str = "a group") -> Group:
     try:
         episode, candidates, rewards, rewrite_failure, cost, *prefixes = plain
         shared = [_bytes(text) for texts in prefixes for text in texts]
-        identity, prefix, suffix, corpus, document, offset = episode
+        identity, prefix, suffix, *where_from = episode
         return Group(
-            Episode(identity, tuple(prefix), tuple(suffix), corpus, document, offset),
+            Episode(identity, tuple(prefix), tuple(suffix), *where_from),
             tuple(_candidate(shared, *candidate) for candidate in candidates),
             tuple(Reward(*reward) if len(reward) == 4 else Failed(*reward) for reward in rewards),
             rewrite_failure and Failed(*rewrite_failure),

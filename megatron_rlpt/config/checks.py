@@ -17,6 +17,7 @@ from megatron_rlpt.config.schema_data import SourceConfig
 from megatron_rlpt.config.sources import possible_formats, unused_option
 from megatron_rlpt.config.user_classes import check_reader, check_second_measure
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.extensions import is_extension
 from megatron_rlpt.objectives import ObjectiveFacts, check_objective, facts_of
 from megatron_rlpt.types import Source
 
@@ -180,6 +181,7 @@ def _check_candidates(config: Config, facts: ObjectiveFacts) -> None:
 
 def _check_judge(config: Config) -> None:
     check_judge(config)
+    _check_prompts(config)
     axes = config.teacher.generative.asked()
     generative = needs_judge(config) and judge_facts(config).has_axes
     if generative and not any(axis.weight for axis in (axes.quality, axes.safety, axes.factuality)):
@@ -188,6 +190,30 @@ def _check_judge(config: Config) -> None:
         raise ConfigError(
             f"teacher.generative.max_tokens is {axes.max_tokens}; allowed: below teacher.max_context = "
             f"{config.teacher.max_context}, because the prompt must fit as well"
+        )
+
+
+def _check_prompts(config: Config) -> None:
+    """Check that prompts meet a reward that knows their labels, and documents one that does not need any."""
+    kinds = {key: {source.prompts for source in getattr(config.data, key)} for key in ("sources", "heldout")}
+    if True in kinds["sources"] and config.candidates.rewrite:
+        raise ConfigError("candidates.rewrite is true; allowed: false, because data.sources has prompts, not documents")
+    if not needs_judge(config):
+        return
+    name, labelled = config.teacher.judge, judge_facts(config).needs_labels
+    if labelled and False in kinds["sources"]:
+        raise ConfigError(
+            f"teacher.judge is {name}, which rewards answers to prompts, and data.sources has documents; set "
+            "prompts: true for sources of prompts (rlpt teacher data), or choose another judge"
+        )
+    if True in kinds["sources"] and not labelled and not is_extension(name):
+        raise ConfigError(
+            f"teacher.judge is {name}; allowed: right_verdict or your own class, because data.sources has prompts"
+        )
+    if config.evaluation.every and kinds["sources"] != kinds["heldout"]:
+        raise ConfigError(
+            "data.sources has prompts and data.heldout documents, or the other way round; evaluation.every needs the "
+            "same in both"
         )
 
 

@@ -51,11 +51,14 @@ class JudgeFacts:
     """Requests per candidate, for ``rlpt plan``; not used with axes, which are counted."""
     longest_answer: int = 0
     """Most tokens of an answer; not used with axes, which have ``teacher.generative.max_tokens``."""
+    needs_labels: bool = False
+    """Whether it compares answers with the labels of prompts (``data.sources[].prompts``)."""
 
 
 JUDGES: Mapping[str, JudgeFacts] = {
     "likelihood": JudgeFacts(asks=TeacherUse.logprobs, runs_in_worker=True),
     "generative": JudgeFacts(asks=TeacherUse.text, has_axes=True),
+    "right_verdict": JudgeFacts(needs_labels=True),
 }
 """``teacher.judge`` -> facts."""
 

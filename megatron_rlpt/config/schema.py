@@ -264,6 +264,12 @@ class TrainConfig:
         "with exit code 77. With 1 it continues; a run that ends without any update exits with 77 nevertheless.",
         at_least=0, at_most=1,
     )  # fmt: skip
+    min_parse_rate: float = option(
+        0.05,
+        "Share of answers with a verdict, over the last empty_window steps, below which a run with "
+        "teacher.judge=right_verdict ends with exit code 77.",
+        at_least=0, at_most=1, zero="never",
+    )  # fmt: skip
     logprob_chunk: int = option(
         1024, "Tokens per rank whose vocabulary logits exist at the same time.", unit="tokens", at_least=1
     )

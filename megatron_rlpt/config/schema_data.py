@@ -29,6 +29,11 @@ class SourceConfig:
     field: str = option(
         "text", "Record field (JSON, Parquet, hf) with the text of a document; dots lead into nested records."
     )
+    prompts: bool = option(
+        False,
+        "Records are prompts that the policy answers, not documents that it continues: prompt, answer_start, answer, "
+        "label (JSON only). A prompt has at most data.max_prefix tokens, an answer at most data.suffix_length.",
+    )
     control_tokens: bool = option(
         False,
         "Read control tokens that documents spell, such as <|im_end|> in a corpus of chats, as control tokens; "

@@ -10,6 +10,7 @@ from megatron_rlpt.config.schema_data import SourceConfig
 _RECORDS = (SourceFormat.jsonl, SourceFormat.parquet, SourceFormat.hf)
 _USED_IN: dict[str, tuple[SourceFormat, ...]] = {
     "field": _RECORDS,
+    "prompts": (SourceFormat.jsonl,),
     "control_tokens": (*_RECORDS, SourceFormat.text),
     "split": (SourceFormat.hf,),
     "subset": (SourceFormat.hf,),
@@ -26,7 +27,11 @@ def unused_option(source: SourceConfig, formats: Iterable[SourceFormat]) -> str 
         formats: format of the source, or its possible formats.
     """
     if source.reader:
-        return None
+        return "prompts is true; allowed: false, because its reader gives texts" if source.prompts else None
+    for name in ("field", "control_tokens"):
+        value, default = getattr(source, name), getattr(SourceConfig(path=""), name)
+        if source.prompts and value != default:
+            return f"{name} is {_shown(value)}; allowed: {_shown(default)}, because its records are prompts"
     possible = list(formats)
     for name, used_in in _USED_IN.items():
         value, default = getattr(source, name), getattr(SourceConfig(path=""), name)

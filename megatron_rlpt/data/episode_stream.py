@@ -231,7 +231,7 @@ class EpisodeStream:
 
     def _cut(self, document: OpenDocument, offset: int) -> Episode:
         corpus = self._documents.sources[document.source].path
-        return self._cutter.cut(corpus, document.id, document.tokens, offset)
+        return self._cutter.cut(corpus, document.id, document.tokens, offset, document.label)
 
     def _open_next(self, source: int | None) -> OpenDocument | None:
         """Return the next usable document of ``source`` (None: of any source), or None if there are no more."""
@@ -255,6 +255,9 @@ class EpisodeStream:
 
     def _count_unused(self, document: OpenDocument) -> None:
         """Count a document without episodes under its reason."""
+        if document.prompt:
+            self._count_too_long(document)
+            return
         if not self._cutter.is_long_enough(document.tokens):
             self.counters.too_short += 1
             return
@@ -263,6 +266,18 @@ class EpisodeStream:
             _log.warning("%r (document %s) skipped: its characters have too many tokens to cut; such documents are "
                          "counted in data/not_cut", path, shown(document.id))  # fmt: skip
         self.counters.not_cut += 1
+
+    def _count_too_long(self, document: OpenDocument) -> None:
+        if not self.counters.too_long and self._documents.logs:
+            _log.warning(
+                "%r (prompt %s) skipped: it has %d tokens and its answer %d, more than data.max_prefix or "
+                "data.suffix_length; such prompts are counted in data/too_long",
+                shown(self._documents.sources[document.source].path),
+                shown(document.id),
+                document.prompt,
+                len(document.tokens) - document.prompt,
+            )
+        self.counters.too_long += 1
 
     def _is_held_out(self, drawn: Drawn) -> bool:
         """Return whether a document is held out; count it, and warn the first time.
@@ -284,7 +299,7 @@ class EpisodeStream:
         Raises:
             DataError: there is one and ``data.heldout_overlap`` is not ``skip``.
         """
-        if self._held_out is None or (held := self._held_out.find(self._held_out.text_of(drawn.document))) is None:
+        if self._held_out is None or (held := self._held_out.find_document(drawn.document)) is None:
             return None
         if not self._skip:
             raise overlap_error(self._location_of(drawn), held)
@@ -297,7 +312,8 @@ class EpisodeStream:
     def _open(self, document: Document, source: int, position: Position) -> OpenDocument:
         control = self._documents.sources[source].control_tokens
         tokens = array("i", self._cutter.tokenize(document, control))
-        return OpenDocument(document.id, tokens, deque(self._cutter.offsets(tokens)), source, position)
+        offsets = deque(self._cutter.offsets(tokens, document.prompt))
+        return OpenDocument(document.id, tokens, offsets, source, position, document.prompt, document.label)
 
     def _rebuild(
         self, lanes: list[dict[str, Any]], recent: list[tuple[str, int, Position]], look: bool

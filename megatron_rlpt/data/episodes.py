@@ -70,17 +70,22 @@ class Cutter:
     def tokenize(self, document: Document, control_tokens: bool = False) -> list[int]:
         """Return the token ids of a document; encode control tokens as text unless ``control_tokens`` is set."""
         if document.tokens is not None:
-            return [*self._head, *document.tokens]
+            return list(document.tokens) if document.prompt else [*self._head, *document.tokens]
         return [*self._head, *(self._encode(document.text, True) if control_tokens else self._encode(document.text))]
 
-    def offsets(self, tokens: Sequence[int]) -> list[int]:
+    def offsets(self, tokens: Sequence[int], prompt: int = 0) -> list[int]:
         """Return the index of the first suffix token of every episode of a document, ascending.
+
+        A prompt of ``prompt`` tokens is one episode; none if prompt or answer are too long.
 
         Chunks follow one another from ``min_prefix`` on, so suffixes never overlap. A gap remains where a chunk must
         start later to hold whole characters only; a remainder shorter than a suffix is dropped. Empty if the document
         is shorter than ``min_prefix + suffix_length``, or if its characters have more tokens than a suffix.
         """
         config = self._config
+        if prompt:
+            fits = prompt <= config.max_prefix and len(tokens) - prompt <= config.suffix_length
+            return [prompt] if fits else []
         every = []
         offset, last = config.min_prefix, len(tokens) - config.suffix_length
         while offset <= last:
@@ -95,14 +100,18 @@ class Cutter:
             return every
         return evenly_spread(every, config.episodes_per_document)
 
-    def cut(self, corpus: str, document: str, tokens: Sequence[int], offset: int) -> Episode:
-        """Cut the episode whose suffix starts at ``offset``; prefix and suffix are one slice of ``tokens``."""
-        prefix = tuple(tokens[self._window_start(tokens, offset) : offset])
-        suffix = tuple(tokens[offset : self._suffix_end(tokens, offset)])
+    def cut(self, corpus: str, document: str, tokens: Sequence[int], offset: int, label: str = "") -> Episode:
+        """Cut the episode whose suffix starts at ``offset``; prefix and suffix are one slice of ``tokens``.
+
+        With a ``label``, they are a whole prompt and its answer.
+        """
+        start = 0 if label else self._window_start(tokens, offset)
+        prefix = tuple(tokens[start:offset])
+        suffix = tuple(tokens[offset : len(tokens) if label else self._suffix_end(tokens, offset)])
         # The id includes the tokens, so it changes with the tokenizer and the text.
         content = hashlib.blake2b(struct.pack(f"<{len(prefix) + len(suffix)}q", *prefix, *suffix), digest_size=16)
-        identity = stable_id(corpus, document, offset, len(prefix), content.hexdigest())
-        return Episode(identity, prefix, suffix, corpus, document, offset)
+        identity = stable_id(corpus, document, offset, len(prefix), content.hexdigest(), *([label] if label else []))
+        return Episode(identity, prefix, suffix, corpus, document, offset, label)
 
     def is_long_enough(self, tokens: Sequence[int]) -> bool:
         """Return whether a document has enough tokens for an episode."""
@@ -164,10 +173,10 @@ def heldout_episodes(
     not_cut = 0
     for index, document in _in_turns(config, taken, bad, vocabulary):
         tokens = cutter.tokenize(document, config.heldout[index].control_tokens)
-        offsets = cutter.offsets(tokens)
+        offsets = cutter.offsets(tokens, document.prompt)
         if offsets:
             (offset,) = evenly_spread(offsets, 1)
-            episodes.append(cutter.cut(config.heldout[index].path, document.id, tokens, offset))
+            episodes.append(cutter.cut(config.heldout[index].path, document.id, tokens, offset, document.label))
             taken[index] += 1
         else:
             not_cut += cutter.is_long_enough(tokens)

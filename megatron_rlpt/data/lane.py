@@ -40,6 +40,9 @@ class OpenDocument:
     """Offsets of the remaining episodes."""
     source: int
     position: Position
+    prompt: int = 0
+    label: str = ""
+    """As in ``Document``."""
 
     @property
     def key(self) -> Key:

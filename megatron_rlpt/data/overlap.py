@@ -98,12 +98,12 @@ class HeldOut:
         self._whole: dict[bytes, int] = {}
         passages: list[_Hashes] = []
         characters = 0
-        for location, text in self._all(lists, bad or Quarantine(None, 1.0)):
+        for location, text, whole in self._all(lists, bad or Quarantine(None, 1.0)):
             characters += len(text)
             found = _reduced(text)
             self._whole.setdefault(_digest(found), len(self._locations))
             self._locations.append(location)
-            passages.append(_passages(found))
+            passages.append(_passages("" if whole else found))
             if characters >= _HELD:
                 break
         self.digest = stable_id(*sorted(digest.hex() for digest in self._whole))
@@ -118,14 +118,26 @@ class HeldOut:
         order = np.argsort(hashes, kind="stable")
         self._hashes, self._owners = hashes[order], owners[order]
 
-    def find(self, text: str) -> Location | None:
-        """Return the location of the held-out document that ``text`` copies, contains or is part of, or None."""
+    def find_document(self, document: Document) -> Location | None:
+        """Return the location of the held-out document that ``document`` copies, contains or is part of, or None.
+
+        Prompts share their instructions, so they count only when they are equal.
+        """
+        return self.find(self.text_of(document), whole=bool(document.prompt))
+
+    def find(self, text: str, *, whole: bool = False) -> Location | None:
+        """Return the location of the held-out document that ``text`` copies, contains or is part of, or None.
+
+        Args:
+            text: of a document.
+            whole: whether it has to be equal.
+        """
         found = _reduced(text)
         if len(found) < _LEAST_CHARACTERS:
             return None
         if (same := self._whole.get(_digest(found))) is not None:
             return self._locations[same]
-        passages = _passages(found)
+        passages = _passages("" if whole else found)
         if len(passages) < _LEAST_PASSAGES or not len(self._hashes):
             return None
         first = np.searchsorted(self._hashes, passages, "left")
@@ -164,15 +176,17 @@ class HeldOut:
         """
         for index, source in enumerate(sources):
             characters = 0
-            for document, text in self._texts(source):
-                if (held := self.find(text)) is not None:
-                    raise overlap_error(Location(f"{key}[{index}]", source.path, document), held, use, skips)
-                characters += len(text)
+            for document in self._documents(source):
+                if (held := self.find_document(document)) is not None:
+                    raise overlap_error(Location(f"{key}[{index}]", source.path, document.id), held, use, skips)
+                characters += len(self.text_of(document))
                 if characters >= _SCANNED:
                     break
 
-    def _all(self, lists: Mapping[str, Sequence[SourceConfig]], bad: Quarantine) -> Iterator[tuple[Location, str]]:
-        """Yield every document; count malformed records and warn about them."""
+    def _all(
+        self, lists: Mapping[str, Sequence[SourceConfig]], bad: Quarantine
+    ) -> Iterator[tuple[Location, str, bool]]:
+        """Yield every document, and whether it is a prompt; count malformed records and warn about them."""
         every = [
             (key if key.endswith(".path") else f"{key}[{index}]", source)
             for key, sources in lists.items()
@@ -185,16 +199,16 @@ class HeldOut:
             while (record := reader.read()) is not None:
                 bad.count(record, number)
                 if isinstance(record, Document):
-                    yield Location(key, source.path, record.id), self.text_of(record)
+                    yield Location(key, source.path, record.id), self.text_of(record), bool(record.prompt)
             if bad.logs and (malformed := bad.malformed - before):
                 _log.warning("malformed held-out records", source=key, path=shown(source.path), records=malformed)
         bad.check()
 
-    def _texts(self, source: SourceConfig) -> Iterator[tuple[str, str]]:
+    def _documents(self, source: SourceConfig) -> Iterator[Document]:
         reader = open_source(source, self._limit, self._vocabulary)
         while (record := reader.read()) is not None:
             if isinstance(record, Document):
-                yield record.id, self.text_of(record)
+                yield record
 
 
 def kept_from_training(config: Config, vocabulary: Vocabulary, quarantine: Path | None) -> HeldOut | None:

@@ -29,6 +29,8 @@ class StreamCounters:
     """Documents shorter than min_prefix + suffix_length."""
     not_cut: int = 0
     """Documents of sufficient length without a cut between two characters."""
+    too_long: int = 0
+    """Prompts or answers longer than max_prefix or suffix_length."""
     held_out: int = 0
     """Documents skipped because they are held out."""
     usable: int = 0
@@ -214,6 +216,7 @@ class DocumentStream:
             "data/malformed": counters.malformed,
             "data/too_short": counters.too_short,
             "data/not_cut": counters.not_cut,
+            "data/too_long": counters.too_long,
             "data/held_out": counters.held_out,
             "data/lost_bytes": self._quarantine.lost_bytes,
             "data/lost_share": self._quarantine.lost_share,
@@ -287,12 +290,16 @@ class DocumentStream:
         if all(other.barren for other in self._cursors):
             held_out = f", {counters.held_out} held out" if counters.held_out else ""
             not_cut = f", {counters.not_cut} with characters of too many tokens to cut" if counters.not_cut else ""
+            too_long = f", {counters.too_long} prompts too long" if counters.too_long else ""
             advice = "lower data.min_prefix or data.suffix_length, or give longer documents"
+            if counters.too_long:
+                advice = "raise data.max_prefix and data.suffix_length, or give shorter prompts"
             if counters.not_cut and not counters.too_short:
                 advice = "raise data.suffix_length and data.max_prefix, or give other documents"
             raise DataError(
                 f"a full pass over data.sources gave no usable document (so far {counters.read} read, "
-                f"{counters.too_short} too short, {counters.malformed} malformed{held_out}{not_cut}); {advice}"
+                f"{counters.too_short} too short, {counters.malformed} malformed{held_out}{not_cut}{too_long}); "
+                f"{advice}"
                 f"{' that are not held out' if held_out else ''}"
             )
         _log.warning(

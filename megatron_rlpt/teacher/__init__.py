@@ -6,7 +6,6 @@ The files, in the order in which a judge's reply becomes a candidate's reward:
     comparisons.py           which pairs of candidates are compared: round robin, pivot or tournament
     prompts/                 prompt texts with versions; fences untrusted text
     generator.py             Request -> Reply; the TextGenerator and Ask protocols
-    chat_tokenizer.py        Request -> token ids, for a generator in this process
     vllm_generator.py        TextGenerator on vLLM's offline engine (judge_workers/client is the HTTP one)
     thinking.py              strips the model's thoughts from a reply
     verdicts/                Reply -> verdict (``parse_quality`` and so on), or ``Failed``

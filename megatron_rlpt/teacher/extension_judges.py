@@ -6,6 +6,8 @@ A judge has ``async judge_group(group, ask)`` and may ask the teacher through ``
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 import numbers
 from collections.abc import Sequence
@@ -25,7 +27,10 @@ from megatron_rlpt.types import BLANK, Failed, Group, Reward
 
 
 class RewardFunction(Protocol):
-    """A user's reward. ``prefix`` and ``candidates`` are texts, or token ids where ``reads_tokens`` is true."""
+    """A user's reward. ``prefix`` and ``candidates`` are texts, or token ids where ``reads_tokens`` is true.
+
+    With a third parameter ``label`` (and a default), it is given the label of a prompt, a dict; empty for documents.
+    """
 
     reads_tokens: bool
     """Optional class attribute; without it, texts."""
@@ -49,6 +54,7 @@ class CheckedReward(Judge):
         self._extension = extension
         self._text = text
         self._tokens = bool(getattr(inner, "reads_tokens", False))
+        self._labels = "label" in inspect.signature(inner.reward).parameters
 
     @override
     def judge(self, groups: Sequence[Group]) -> list[Group]:
@@ -66,7 +72,9 @@ class CheckedReward(Judge):
         prefix = group.episode.prefix
         shown: Any = distinct if self._tokens else [self._text.text_of(tokens, prefix) for tokens in distinct]
         try:
-            found = self._inner.reward(prefix if self._tokens else prefix_text(self._text, group.episode), shown)
+            before = prefix if self._tokens else prefix_text(self._text, group.episode)
+            label = {"label": json.loads(group.episode.label or "{}")} if self._labels else {}
+            found = self._inner.reward(before, shown, **label)
             returned = list(found)
         except Exception as error:
             return [_raised(self._extension, error)] * len(distinct)

@@ -21,6 +21,7 @@ from megatron_rlpt.teacher.extension_judges import CheckedGroupJudge, build_exte
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import Ask, Reply, Request, TextGenerator
 from megatron_rlpt.teacher.judge import GroupJudge, Judge
+from megatron_rlpt.teacher.right_verdict import RightVerdict
 from megatron_rlpt.teacher.served_likelihood import ServedLikelihoodJudge, require_same_vocabulary
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Failed, Group
@@ -122,6 +123,26 @@ class GenerativeBuilder(JudgeBuilder):
         return GenerativeJudge(teacher, PolicyTokenizer(config.model.path), config.teacher.generative, config.run.seed)
 
 
+class RightVerdictBuilder(JudgeBuilder):
+    """Builds ``teacher.judge=right_verdict``."""
+
+    @override
+    def in_trainer(self, config: Config, device: str, start: StartGenerator) -> Judge:
+        return RightVerdict(PolicyTokenizer(config.model.path))
+
+    @override
+    def for_servers(self, config: Config, servers: ServedTeacher) -> GroupJudge:
+        return LocalJudge(self.in_trainer(config, "cpu", _no_generator), config.teacher.judge)
+
+    @override
+    def check_servers(self, config: Config) -> None:
+        pass
+
+    @override
+    def describe(self, config: Config) -> str:
+        return "the label of every prompt"
+
+
 class ExtensionBuilder(JudgeBuilder):
     """Builds a judge or a reward of the user's."""
 
@@ -148,7 +169,11 @@ class ExtensionBuilder(JudgeBuilder):
         return config.teacher.judge + (f" with {Path(config.teacher_path).name}" if asks else "")
 
 
-BUILDERS: Mapping[str, JudgeBuilder] = {"likelihood": LikelihoodBuilder(), "generative": GenerativeBuilder()}
+BUILDERS: Mapping[str, JudgeBuilder] = {
+    "likelihood": LikelihoodBuilder(),
+    "generative": GenerativeBuilder(),
+    "right_verdict": RightVerdictBuilder(),
+}
 """``teacher.judge`` -> builder; a class of the user's has ``ExtensionBuilder``."""
 
 

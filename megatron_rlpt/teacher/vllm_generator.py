@@ -13,9 +13,14 @@ from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EngineP
 from megatron_rlpt.rollout.vllm.process import EngineProcess
 from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
-from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
-from megatron_rlpt.teacher.generator import Reply, Request
+from megatron_rlpt.teacher.generator import Message, Reply, Request
+from megatron_rlpt.tokens.chat_tokenizer import ChatTokenizer
 from megatron_rlpt.types import Failed
+
+_NO_CHAT = (
+    "cannot judge or rewrite by prompt; set teacher.path to a post-trained (instruct) model, or use "
+    "teacher.judge=likelihood and candidates.rewrite=false"
+)
 
 
 class VllmGenerator:
@@ -52,7 +57,7 @@ class VllmGenerator:
             raise ModelError(f"teacher.path is {path}; it needs to be a local Hugging Face folder with a config.json")
         self._name = path.name
         self._max_context = max_context
-        self._tokenizer = ChatTokenizer(path)
+        self._tokenizer = ChatTokenizer(path, _NO_CHAT)
         self._engine = _start(path, max_context, kv_cache_gib, in_process, dtype)
         self._process = None if in_process else EngineProcess(self._engine, "the teacher's engine")
         if in_process:
@@ -73,6 +78,13 @@ class VllmGenerator:
         with self._process.calling() if self._process else contextlib.nullcontext():
             return self._generate(requests)
 
+    def _tokens(self, request: Request) -> list[int] | Failed:
+        """Return the token ids of the request's prompt, or a failure."""
+        turns = [(message.role, message.content) for message in request.prompt if isinstance(message, Message)]
+        if turns:
+            return self._tokenizer.encode(turns, request.answer_start)
+        return [token for token in request.prompt if isinstance(token, int)]
+
     def _generate(self, requests: Sequence[Request]) -> list[Reply | Failed]:
         from vllm.inputs import TokensPrompt
 
@@ -82,7 +94,7 @@ class VllmGenerator:
         results: list[Reply | Failed] = [Failed("not generated")] * len(requests)
         prompts, settings, indices = [], [], []
         for index, request in enumerate(requests):
-            tokens = self._tokenizer.tokens(request)
+            tokens = self._tokens(request)
             if isinstance(tokens, Failed):
                 results[index] = tokens
             elif not tokens:

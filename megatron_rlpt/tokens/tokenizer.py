@@ -38,6 +38,8 @@ class Vocabulary:
     """Ids without text."""
     bos: int | None
     decode: Callable[[Sequence[int]], str]
+    folder: Path = Path()
+    """Of the tokenizer."""
 
 
 _CONTEXT = 64
@@ -82,6 +84,7 @@ class PolicyTokenizer:
         from tokenizers import Tokenizer
 
         facts = tokenizer_facts(path)
+        self._path = Path(path)
         self._layout: dict[str, Any] = facts.layout
         vocabulary = Tokenizer.from_str(json.dumps(facts.layout)).get_vocab(with_added_tokens=True)
         self._bos_id = facts.bos_id
@@ -114,7 +117,8 @@ class PolicyTokenizer:
     @property
     def vocabulary(self) -> Vocabulary:
         """Facts about token ids, for tokenized corpora."""
-        return Vocabulary(self.size, frozenset(self._pieces.control), self.bos_id, self.text_of)
+        control = frozenset(self._pieces.control)
+        return Vocabulary(self.size, control, self.bos_id, self.text_of, self._path)
 
     def encode(self, text: str, control_tokens: bool = False) -> list[int]:
         """Return the token ids of a document, without added tokens.

@@ -112,7 +112,7 @@ def build(
         vocab=read_architecture(Path(config.model.path)).vocab,
     )
     evaluation = build_fixed_evaluation(config, engine, teacher.judge, tokenizer, ranks)
-    learning = Learning(config.train.empty_window, config.train.max_empty_share)
+    learning = Learning(config.train.empty_window, config.train.max_empty_share, config.train.min_parse_rate)
     return Training(
         config,
         pipeline,

@@ -48,7 +48,8 @@ class CandidateGenerator:
             rewrite = rewrites[index] if rewrites else None
             candidates += [rewrite] if isinstance(rewrite, Candidate) else []
             candidates += [whole_characters(rollout, episode, self.text) for rollout in continued[index]]
-            candidates = [marked_if_blank(candidate, self.text) for candidate in candidates]
+            if not episode.label:  # an empty answer to a prompt is a wrong one
+                candidates = [marked_if_blank(candidate, self.text) for candidate in candidates]
             failure = rewrite if isinstance(rewrite, Failed) else None
             groups.append(Group(episode, tuple(candidates), rewrite_failure=failure))
         return groups

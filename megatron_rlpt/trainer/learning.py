@@ -15,6 +15,7 @@ from megatron_rlpt.errors import NothingLearntError
 from megatron_rlpt.objectives import Selection
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher.judge import failures, first_cause
+from megatron_rlpt.teacher.right_verdict import PARSED, answers
 from megatron_rlpt.types import Failed, Group
 
 _log = get_logger(__name__)
@@ -31,10 +32,11 @@ class Learning:
     Args:
         window: number of steps to look back (``train.empty_window``).
         max_share: highest share of steps without an example (``train.max_empty_share``).
+        min_parse_rate: lowest share of answers to prompts with a verdict (``train.min_parse_rate``).
     """
 
-    def __init__(self, window: int, max_share: float) -> None:
-        self._window, self._max_share = window, max_share
+    def __init__(self, window: int, max_share: float, min_parse_rate: float = 0.0) -> None:
+        self._window, self._max_share, self._min_parse_rate = window, max_share, min_parse_rate
         self._recent: deque[dict[str, Any]] = deque(maxlen=window)
         self._empty = self._steps = 0
         self.warning = ""
@@ -46,6 +48,12 @@ class Learning:
         return sum(not step["examples"] for step in self._recent) / len(self._recent) if self._recent else 0.0
 
     @property
+    def _parse_rate(self) -> float | None:
+        """Share of answers with a verdict, in the window; None without answers to prompts."""
+        count = sum(step.get("answers", 0) for step in self._recent)
+        return sum(step["parsed"] for step in self._recent if step.get("answers")) / count if count else None
+
+    @property
     def empty_steps(self) -> int:
         """Number of steps without an example, in the whole run."""
         return self._empty
@@ -54,7 +62,10 @@ class Learning:
         """Record one step, and log a warning if it left nothing to learn from."""
         examples = len(selection.examples)
         reasons, cause = ({}, "") if examples else _why(groups, selection)
-        self._recent.append({"examples": examples, "reasons": reasons, "cause": cause})
+        parsed = [bool(detail[PARSED]) for _, detail in answers(groups)]
+        self._recent.append(
+            {"examples": examples, "reasons": reasons, "cause": cause, "answers": len(parsed), "parsed": sum(parsed)}
+        )
         self._steps += 1
         self._empty += not examples
         if not examples:
@@ -77,6 +88,7 @@ class Learning:
             NothingLearntError: the share of steps without an example is too high, or the run ends without an update.
         """
         share, full = self.empty_share, len(self._recent) == self._window
+        parse_rate = self._parse_rate
         fix = "fix the cause and start again; the run resumes with the next step"
         if last:
             fix = "fix the cause and start over with --fresh"
@@ -86,6 +98,12 @@ class Learning:
             what = (
                 f"nothing is learned: {self._few_of_many()} left no example "
                 f"({share:.0%}, more than train.max_empty_share = {self._max_share:g})"
+            )
+        elif parse_rate is not None and parse_rate < self._min_parse_rate and (full or last):
+            raise NothingLearntError(
+                f"only {parse_rate:.1%} of the answers of the last {len(self._recent)} steps have a verdict, less than "
+                f"train.min_parse_rate = {self._min_parse_rate:g}; samples.jsonl shows answers; train the form of an "
+                "answer first (objective.name=ntp on the answers), or raise data.suffix_length if they are cut off"
             )
         else:
             return

@@ -26,7 +26,11 @@ class Document:
     id: str
     text: str
     tokens: array[int] | None = field(default=None, repr=False)
-    """Token ids, from a source that holds tokens; ``text`` is then empty."""
+    """Token ids, from a source that holds tokens or prompts; ``text`` is then empty."""
+    prompt: int = 0
+    """Tokens of a prompt, which the others answer; 0 for text to cut anywhere."""
+    label: str = ""
+    """What is known about the right answer to a prompt, as a JSON object."""
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ class NotARecordError(Exception):
 
 
 class FieldParser:
-    """Extracts the text field from a JSON record."""
+    """Extracts the text field from a JSON record; ``field`` None is the whole record."""
 
-    def __init__(self, field: str) -> None:
+    def __init__(self, field: str | None) -> None:
         self._field = field
-        self._keys = [json.dumps(key).encode() for key in {field, *field.split(".")}]
+        self._keys = [json.dumps(key).encode() for key in {field, *field.split(".")}] if field is not None else []
 
     def parse(self, raw: bytes) -> object:
         """Return the value of the field.
@@ -50,6 +50,8 @@ class FieldParser:
             raise NotARecordError(f"not JSON: {error}") from None
         if not isinstance(record, dict):
             raise NotARecordError(f"not a JSON object but {type(record).__name__}")
+        if self._field is None:
+            return record
         # Quotes within strings are escaped, so a second match is almost always a second key.
         if any(raw.count(key) > 1 for key in self._keys):
             self._require_once(raw)
@@ -57,6 +59,7 @@ class FieldParser:
 
     def _require_once(self, raw: bytes) -> None:
         """Raise if the field occurs twice: the JSON standard does not define which one is valid."""
+        assert self._field is not None
         node: Any = _load(raw.decode("utf-8"), _Pairs)
         for part in [self._field] if self._field in node else self._field.split("."):
             if not isinstance(node, dict) or part not in node:

@@ -50,7 +50,13 @@ class JsonlReader(Reader):
     bytes is skipped without holding it in memory.
     """
 
-    def __init__(self, files: CorpusFiles, field: str, limit: int = MAX_RECORD_BYTES) -> None:
+    def __init__(self, files: CorpusFiles, field: str | None, limit: int = MAX_RECORD_BYTES) -> None:
+        """
+        Args:
+            files: to read.
+            field: with the text of a document; None for the whole record, which a subclass makes a document of.
+            limit: bytes above which a record is malformed.
+        """
         self._files = files
         self._field = field
         self._limit = limit
@@ -70,14 +76,18 @@ class JsonlReader(Reader):
         if number == 0:
             raw = raw.removeprefix(_BOM)
         try:
-            text = self._parser.parse(raw)
+            value = self._parser.parse(raw)
         except MissingFieldError as error:
             return BadRecord(path, number, excerpt_of(str(error)), excerpt_of(raw))
         except NotARecordError as error:
             # A malformed last line without a newline may be the end of a truncated file.
             cut = self._scanner is None and not raw.endswith(b"\n")
             return BadRecord(path, number, excerpt_of(str(error)), excerpt_of(raw), cut=cut)
-        return as_document(text, f"{self._files.name(index)}#{number}", path, number, self._field, self._limit)
+        return self._document(value, f"{self._files.name(index)}#{number}", path, number)
+
+    def _document(self, value: object, identity: str, path: str, number: int) -> Document | BadRecord:
+        assert self._field is not None
+        return as_document(value, identity, path, number, self._field, self._limit)
 
     @override
     def skip(self) -> bool:

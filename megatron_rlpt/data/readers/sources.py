@@ -11,6 +11,7 @@ from megatron_rlpt.data.readers.huggingface import HuggingFaceReader
 from megatron_rlpt.data.readers.indexed import IndexedReader, holds_tokens
 from megatron_rlpt.data.readers.jsonl import JsonlReader
 from megatron_rlpt.data.readers.parquet import ParquetReader
+from megatron_rlpt.data.readers.prompts import PromptEncoder, PromptReader
 from megatron_rlpt.data.readers.text import TextReader
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.tokens.tokenizer import Vocabulary
@@ -22,9 +23,10 @@ def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES, vocabulary:
     Args:
         source: configured source.
         limit: bytes above which a record is malformed.
-        vocabulary: vocabulary of the policy, for sources that hold tokens.
+        vocabulary: vocabulary of the policy, for sources that hold tokens or prompts.
 
     Raises:
+        ModelError: the policy cannot be given prompts.
         DataError: the path is missing or empty, the format is not recognized, or its package is not installed.
         ConfigError: an option is set that has no effect in the detected format.
     """
@@ -39,6 +41,10 @@ def open_source(source: SourceConfig, limit: int = MAX_RECORD_BYTES, vocabulary:
         return IndexedReader(source, vocabulary)
     files = find_files(source)
     _require_used(source, files.format)
+    if source.prompts:
+        if vocabulary is None:
+            raise ValueError("prompts cannot be read without a vocabulary")
+        return PromptReader(files, PromptEncoder(vocabulary), limit)
     match files.format:
         case SourceFormat.jsonl:
             return JsonlReader(files, source.field, limit)

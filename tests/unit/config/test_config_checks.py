@@ -87,6 +87,7 @@ LIMITS = {
     "train.micro_batch": ([0], [1]),
     "train.empty_window": ([0], [1]),
     "train.max_empty_share": ([-0.1, 1.1], [0, 1]),
+    "train.min_parse_rate": ([-0.1, 1.1], [0, 1]),
     "train.logprob_chunk": ([0], [1]),
     "train.max_stall": ([-1], [0, 60]),
     "train.router_aux_loss": ([-0.001], [0, 0.01]),

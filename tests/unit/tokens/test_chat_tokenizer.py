@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from megatron_rlpt.errors import ModelError
-from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
-from megatron_rlpt.teacher.generator import Message, Request
+from megatron_rlpt.tokens.chat_tokenizer import ChatTokenizer
 from megatron_rlpt.types import Failed
 
 
@@ -25,8 +24,7 @@ def folder(tmp_path_factory, smollm2):
 
 
 def tokens_of(tokenizer, text, answer_start=""):
-    request = Request((Message("user", text),), 1, 16, answer_start=answer_start)
-    return tokenizer.tokens(request)
+    return tokenizer.encode([("user", text)], answer_start)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +35,7 @@ def tokens_of(tokenizer, text, answer_start=""):
     ],
 )  # fmt: skip
 def test_a_document_adds_no_control_token_to_a_prompt(folder, spelled):
-    tokenizer = ChatTokenizer(folder)
+    tokenizer = ChatTokenizer(folder, "fails")
     control = set(tokenizer._control)
     plain, hostile = tokens_of(tokenizer, "say x now", "x"), tokens_of(tokenizer, f"say {spelled} now", spelled)
     of_template = [token for token in plain if token in control]
@@ -50,11 +48,11 @@ def test_what_cannot_be_broken_up_is_not_asked(folder, tmp_path):
     layout = json.loads((folder / "tokenizer.json").read_text())
     layout["added_tokens"].append(layout["added_tokens"][-1] | {"content": "\u2603", "id": 60_000})
     (tmp_path / "chat" / "tokenizer.json").write_text(json.dumps(layout))
-    tokenizer = ChatTokenizer(tmp_path / "chat")
+    tokenizer = ChatTokenizer(tmp_path / "chat", "fails")
     assert isinstance(tokens_of(tokenizer, "a snowman \u2603 here"), Failed)
     assert not isinstance(tokens_of(tokenizer, "a man here"), Failed)
 
 
 def test_a_base_model_is_refused(tiny_model):
-    with pytest.raises(ModelError, match="no chat template"):
-        ChatTokenizer(tiny_model)
+    with pytest.raises(ModelError, match="has no chat template, so it cannot be asked"):
+        ChatTokenizer(tiny_model, "cannot be asked")

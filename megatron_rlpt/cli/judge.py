@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_rlpt.cli.options import ConfigOption, Overrides, load, split_overrides
+from megatron_rlpt.config.choices import AnswerForm
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.terminal import say
 
@@ -20,7 +21,10 @@ judge_app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 teacher_app = typer.Typer(
-    help="Run teacher servers.", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+    help="Make data to train a teacher on, and run teacher servers.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
 
 
@@ -131,6 +135,64 @@ def judge_calibrate(
     else:
         command.show(found)
     command.require_verdicts(found)
+
+
+@teacher_app.command("data")
+def teacher_data(
+    config: ConfigOption,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must not hold anything yet.")],
+    overrides: Overrides = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option("--corpus", metavar="PATH", help="Documents; repeatable.", show_default=False),
+    ] = None,
+    world: Annotated[
+        Path | None,
+        typer.Option("--world", metavar="DIR", help="Folder of a world, for exact corruptions.", show_default=False),
+    ] = None,
+    axes: Annotated[
+        list[str] | None, typer.Option("--axis", metavar="AXIS", help="quality or safety; default: quality.")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", metavar="KIND", help="A way to spoil a text; default: all.")
+    ] = None,
+    unseen: Annotated[
+        list[str] | None, typer.Option("--unseen", metavar="KIND", help="A way that only the held-out part has.")
+    ] = None,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length", min=4, metavar="N", help="Tokens of a text; default: data.suffix_length, half, quarter."
+        ),
+    ] = None,
+    pairs: Annotated[int, typer.Option("--pairs", min=1, metavar="N", help="Pairs to train on.")] = 2000,
+    heldout_pairs: Annotated[int, typer.Option("--heldout-pairs", min=1, metavar="N", help="Held-out pairs.")] = 200,
+    heldout_share: Annotated[
+        float, typer.Option("--heldout-share", min=0.0, max=1.0, metavar="SHARE", help="Documents held out.")
+    ] = 0.1,
+    form: Annotated[
+        AnswerForm, typer.Option("--answer", help="Form of the answers: as teacher.generative.answer.")
+    ] = AnswerForm.reasoned,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of split, corruptions and codes.")] = 1,
+) -> None:
+    """Make prompts with known verdicts to train a judge on, of documents that the policy never sees."""
+    from megatron_rlpt.teacher_training.build import DataRequest, build_judge_data
+
+    request = DataRequest(
+        out=out,
+        corpus=tuple(corpus or ()),
+        world=world,
+        axes=tuple(axes or ("quality",)),
+        kinds=tuple(kinds or ()),
+        unseen=tuple(unseen or ()),
+        lengths=tuple(lengths or ()),
+        pairs=pairs,
+        heldout_pairs=heldout_pairs,
+        heldout_share=heldout_share,
+        form=form,
+        seed=seed,
+    )
+    say(build_judge_data(load(config, overrides), request))
 
 
 @teacher_app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

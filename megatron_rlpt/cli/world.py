@@ -43,6 +43,9 @@ def make(
     heldout: Annotated[
         int, typer.Option("--heldout", metavar="N", help="Held-out documents, clean and unsafe each.")
     ] = _DEFAULTS.heldout,
+    teacher: Annotated[
+        int, typer.Option("--teacher", metavar="N", help="Documents to train a teacher on.")
+    ] = _DEFAULTS.teacher,
     length: Annotated[
         int, typer.Option("--length", metavar="N", help="Words of a document, at least.")
     ] = _DEFAULTS.length,
@@ -77,6 +80,7 @@ def make(
         entities=entities,
         documents=documents,
         heldout=heldout,
+        teacher=teacher,
         length=length,
         noise=Noise(false_facts, low_quality, unsafe),
         unsafe_heavy=unsafe_heavy,

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,21 +128,30 @@ def pairs_of_file(path: Path, config: Config, tokenizer: PolicyTokenizer, form: 
     return found
 
 
-def pairs_of_world(folder: Path, config: Config, tokenizer: PolicyTokenizer, plan: PairPlan) -> list[LabelledPair]:
-    """Corrupt held-out documents of a world in every way of ``world/corruptions.py``.
+def pairs_of_world(
+    folder: Path,
+    config: Config,
+    tokenizer: PolicyTokenizer,
+    plan: PairPlan,
+    texts: Sequence[str] | None = None,
+) -> list[LabelledPair]:
+    """Corrupt documents of a world in every way of ``world/corruptions.py``.
 
     Args:
         folder: of the world (``rlpt world make``).
         config: gives ``data.max_prefix`` and lengths.
         tokenizer: of the policy.
         plan: how many of which.
+        texts: clean documents; None: the held-out ones of the folder.
 
     Raises:
         ConfigError: an unknown kind, or lengths that no document has.
         DataError: the world cannot be read.
     """
     world, path = World.load(folder), folder / f"{HELDOUT}.jsonl"
-    documents = [words_of(row.text("text")) for row in read_rows(path, "Make the world anew with rlpt world make.")]
+    if texts is None:
+        texts = [row.text("text") for row in read_rows(path, "Make the world anew with rlpt world make.")]
+    documents = [words_of(text) for text in texts]
 
     def make(kind: str, document: int, length: int, part: int, rng: random.Random) -> TextPrompt | None:
         words = documents[document]
@@ -153,10 +163,10 @@ def pairs_of_world(folder: Path, config: Config, tokenizer: PolicyTokenizer, pla
         bad = corrupt(world, Corruption(kind), [*before, *good[:kept]], good[kept:], rng.getrandbits(32))
         if isinstance(bad, Failed):
             return None
-        texts = [text_of([*before, *good]), text_of([*before, *good[:kept], *bad])]
+        both = [text_of([*before, *good]), text_of([*before, *good[:kept], *bad])]
         start = len(text_of(before))
         name = f"{kind}-{document}-{cut}-{length}"
-        return TextPrompt(name, texts[0][:start], texts[0][start:], texts[1][start:], kind)
+        return TextPrompt(name, both[0][:start], both[0][start:], both[1][start:], kind)
 
     return _made(plan.of([kind.value for kind in Corruption]), len(documents), str(path), config, tokenizer, plan, make)
 
@@ -176,10 +186,33 @@ def pairs_of_documents(config: Config, tokenizer: PolicyTokenizer, plan: PairPla
         starts_character=tokenizer.starts_character,
         vocabulary=tokenizer.vocabulary,
     )
+    return pairs_of_episodes(episodes, "data.heldout", config, tokenizer, plan)
+
+
+def pairs_of_episodes(
+    episodes: Sequence[Episode], path: str, config: Config, tokenizer: PolicyTokenizer, plan: PairPlan
+) -> list[LabelledPair]:
+    """Corrupt the suffixes of ``episodes`` in every way of ``CORRUPTIONS``.
+
+    Args:
+        episodes: at least two, of several documents.
+        path: where they are from, for errors.
+        config: gives ``data.max_prefix`` and lengths.
+        tokenizer: of the policy.
+        plan: how many of which.
+
+    Raises:
+        ConfigError: a kind is unknown.
+        DataError: no pair can be made.
+    """
 
     def make(kind: str, document: int, length: int, part: int, rng: random.Random) -> TextPrompt | None:
         episode = episodes[document]
-        other = episodes[(document + 1 + rng.randrange(len(episodes) - 1)) % len(episodes)]
+        other = next(
+            (one for one in (rng.choice(episodes) for _ in range(_TRIES)) if one.document != episode.document), None
+        )
+        if other is None:
+            return None
         whole = tokenizer.whole_characters(episode.suffix[:length], episode.prefix)
         good = tokenizer.text_of(episode.suffix[:whole], episode.prefix)
         pieces = _PIECES.findall(good)
@@ -188,7 +221,7 @@ def pairs_of_documents(config: Config, tokenizer: PolicyTokenizer, plan: PairPla
         bad = "".join([*pieces[:kept], *spoiled])
         return TextPrompt(f"{kind}-{episode.id}-{length}", tokenizer.text_of(episode.prefix), good, bad, kind)
 
-    return _made(plan.of(list(CORRUPTIONS)), len(episodes), "data.heldout", config, tokenizer, plan, make)
+    return _made(plan.of(list(CORRUPTIONS)), len(episodes), path, config, tokenizer, plan, make)
 
 
 Make = Callable[[str, int, int, int, random.Random], TextPrompt | None]
@@ -288,6 +321,26 @@ def _clipped(pieces: Pieces, other: Pieces, rng: random.Random) -> Pieces:
     return words + sentence
 
 
+def _dropped(pieces: Pieces, other: Pieces, rng: random.Random) -> Pieces:
+    return [piece for piece in pieces if rng.random() >= 1 / 3]
+
+
+def _transposed(pieces: Pieces, other: Pieces, rng: random.Random) -> Pieces:
+    words = list(pieces)
+    for index in range(0, len(words) - 1, 3):
+        first, second = words[index], words[index + 1]
+        words[index], words[index + 1] = _with(first, second.strip()), _with(second, first.strip())
+    return words
+
+
+def _misspelled(pieces: Pieces, other: Pieces, rng: random.Random) -> Pieces:
+    return ["".join(_other_letter(one, rng) if rng.random() < 1 / 12 else one for one in piece) for piece in pieces]
+
+
+def _other_letter(character: str, rng: random.Random) -> str:
+    return rng.choice(string.ascii_lowercase) if character.isalpha() else character
+
+
 def _with(piece: str, word: str) -> str:
     """Return ``word`` with the white space before ``piece``."""
     return piece[: len(piece) - len(piece.lstrip())] + word
@@ -299,6 +352,9 @@ CORRUPTIONS: Mapping[str, Callable[[Pieces, Pieces, random.Random], Pieces]] = {
     "looped": _looped,
     "foreign": _foreign,
     "clipped": _clipped,
+    "dropped": _dropped,
+    "transposed": _transposed,
+    "misspelled": _misspelled,
 }
 """Ways to spoil any text, by the names of ``world/corruptions.py``."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from typing_extensions import override
@@ -70,6 +71,7 @@ class RightVerdict(Judge):
         found = verdict_of(answer_text(candidate, episode, self._text), axis, label.get("form", AnswerForm.reasoned))
         detail = {PARSED: not isinstance(found, Failed), "right": right, "kind": label.get("kind", "")}
         detail["verdict"] = found.reason if isinstance(found, Failed) else found
+        detail |= {"pair": label["pair"]} if label.get("pair") else {}
         return Reward(float(found == right), NAME, VERSION, detail)
 
 
@@ -97,6 +99,30 @@ def answer_text(candidate: Candidate, episode: Episode, text: TextTokens) -> str
     while tokens and text.control_in(tokens[-1:]):
         tokens.pop()
     return text.text_of(tokens, episode.prefix)
+
+
+def answer_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Return the metrics of answers that were compared with labels; nothing without.
+
+    ``answers/right`` and ``answers/parsed`` are shares of all, ``answers/right/<kind>`` by the kind in the label. Where
+    both orders of a pair were asked, ``answers/flips`` is the share of pairs whose winner changes with it.
+    """
+    found = answers(groups)
+    if not found:
+        return {}
+    kinds: dict[str, list[float]] = {}
+    pairs: dict[str, dict[str, bool]] = {}
+    for reward, detail in found:
+        kinds.setdefault(str(detail["kind"] or "unnamed"), []).append(reward.value)
+        if detail[PARSED] and "pair" in detail:
+            pairs.setdefault(detail["pair"], {})[detail["right"]] = reward.value == 1.0
+    flips = [len(set(orders.values())) > 1 for orders in pairs.values() if len(orders) > 1]
+    return {
+        "answers/right": fmean(reward.value for reward, _ in found),
+        "answers/parsed": fmean(detail[PARSED] for _, detail in found),
+        **({"answers/flips": fmean(flips)} if flips else {}),
+        **{f"answers/right/{kind}": fmean(values) for kind, values in sorted(kinds.items())},
+    }
 
 
 def answers(groups: Sequence[Group]) -> list[tuple[Reward, Mapping[str, Any]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_rlpt.config import Config, judged_by_workers, needs_judge
 from megatron_rlpt.config.evaluation_judges import JUDGE
@@ -26,13 +26,39 @@ from megatron_rlpt.observe import get_logger
 from megatron_rlpt.rollout.engine import RolloutEngine, RolloutPrompt
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.judge_metrics import axis_values
+from megatron_rlpt.teacher.right_verdict import RightVerdict
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, TextTokens
+from megatron_rlpt.trainer.fixed_answers import FixedAnswers
 from megatron_rlpt.types import Reward
 
 _log = get_logger(__name__)
 
 _START, _NOW, _GREEDY = "start", "now", "greedy"
 _PREFIX = "evaluation/"
+
+
+class RepeatedEvaluation(Protocol):
+    """What a run asks of an evaluation while it trains. All ranks call its methods together."""
+
+    def due(self, done: int) -> bool:
+        """Whether to evaluate after ``done`` steps."""
+        ...
+
+    def begin(self, version: int) -> dict[str, float]:
+        """Return the measures of the starting policy, unless a checkpoint has them."""
+        ...
+
+    def measure(self, version: int) -> dict[str, float]:
+        """Return the measures of the policy, by metric."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, JSON-serializable."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a ``state_dict``."""
+        ...
 
 
 class FixedEvaluation:
@@ -160,7 +186,7 @@ def _known(values: Values) -> list[float]:
 
 def build_fixed_evaluation(
     config: Config, engine: RolloutEngine | None, judge: Judge | None, tokenizer: PolicyTokenizer, ranks: Ranks
-) -> FixedEvaluation | None:
+) -> RepeatedEvaluation | None:
     """Build the evaluation that ``evaluation.every`` asks for; None if it is 0.
 
     Args:
@@ -177,6 +203,11 @@ def build_fixed_evaluation(
     if engine is None or not settings.every:
         return None
     prompts = ranks.on_main(lambda: heldout_set(config, settings.every_prefixes, tokenizer))
+    if any(source.prompts for source in config.data.heldout):
+        # Without a judge, as in supervised training, labels that know a verdict are compared nevertheless.
+        by_label = RightVerdict(tokenizer) if judge is None else judge
+        every, steps, length = settings.every, config.train.steps, config.data.suffix_length
+        return FixedAnswers(prompts.episodes, engine, by_label, every=every, steps=steps, length=length)
     prompts = replace(prompts, measures=(QUALITY, COHERENCE, SAFETY, FACTUALITY))
     return FixedEvaluation(
         prompts,

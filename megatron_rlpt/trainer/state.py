@@ -22,7 +22,7 @@ from megatron_rlpt.distributed.ranks import Ranks, is_lost_contact
 from megatron_rlpt.errors import CheckpointError
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.policy.policy import Policy
-from megatron_rlpt.trainer.fixed_evaluation import FixedEvaluation
+from megatron_rlpt.trainer.fixed_evaluation import RepeatedEvaluation
 from megatron_rlpt.trainer.learning import Learning
 from megatron_rlpt.trainer.pipeline import Pipeline
 from megatron_rlpt.trainer.train import Saver, Training
@@ -42,7 +42,7 @@ class RunState:
     policy: Policy
     pipeline: Pipeline
     learning: Learning
-    evaluation: FixedEvaluation | None = None
+    evaluation: RepeatedEvaluation | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the policy's own state, JSON-serializable."""

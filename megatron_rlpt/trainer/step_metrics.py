@@ -9,7 +9,7 @@ from statistics import fmean
 from megatron_rlpt.objectives import Selection
 from megatron_rlpt.teacher.judge import rewrite_failure_rate
 from megatron_rlpt.teacher.judge_metrics import by_reason, judge_health
-from megatron_rlpt.teacher.right_verdict import PARSED, answers
+from megatron_rlpt.teacher.right_verdict import answer_metrics
 from megatron_rlpt.types import Group, Source
 
 
@@ -30,8 +30,7 @@ def step_metrics(
     - ``rollout/length``: mean number of tokens; ``rollout/stop_rate``: share that ended with end-of-sequence;
       ``rollout/blank_rate``: share without any text, which is neither judged nor learned.
     - ``sync/<group>_mib``: MiB of weights that rank 0 received over process groups of that kind.
-    - ``answers/right``, ``answers/parsed``: share of answers to prompts with the right verdict, and with one at all;
-      ``answers/right/<kind>`` by the kind in the label.
+    - ``answers/...``: see ``teacher/right_verdict.py``.
     - ``judge/...``: see ``teacher/judge_metrics.py``.
 
     Args:
@@ -69,27 +68,12 @@ def step_metrics(
     metrics["rollouts"] = fmean(sum(candidate.source is Source.ROLLOUT for candidate in group.candidates)
                                 for group in groups)  # fmt: skip
     metrics |= _rollouts(groups)
-    metrics |= _answers(groups)
+    metrics |= answer_metrics(groups)
     metrics |= judge_health(groups)
     metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
     metrics["seconds/total"] = sum(seconds.values())
     metrics |= {f"background/{what}": value for what, value in background.items()}
     return metrics
-
-
-def _answers(groups: Sequence[Group]) -> dict[str, float]:
-    """Return the metrics of answers that were compared with labels; nothing without."""
-    found = answers(groups)
-    if not found:
-        return {}
-    kinds: dict[str, list[float]] = {}
-    for reward, detail in found:
-        kinds.setdefault(str(detail.get("kind") or "unnamed"), []).append(reward.value)
-    return {
-        "answers/right": fmean(reward.value for reward, _ in found),
-        "answers/parsed": fmean(detail[PARSED] for _, detail in found),
-        **{f"answers/right/{kind}": fmean(values) for kind, values in sorted(kinds.items())},
-    }
 
 
 def _rollouts(groups: Sequence[Group]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from megatron_rlpt.observe import StageTimer, get_logger
 from megatron_rlpt.policy.policy import Policy
 from megatron_rlpt.rollout.engine import RolloutEngine
 from megatron_rlpt.teacher.judge import check_failure_rate
-from megatron_rlpt.trainer.fixed_evaluation import FixedEvaluation
+from megatron_rlpt.trainer.fixed_evaluation import RepeatedEvaluation
 from megatron_rlpt.trainer.gpu_memory import GpuMemory
 from megatron_rlpt.trainer.learning import Learning
 from megatron_rlpt.trainer.pipeline import Pipeline
@@ -68,7 +68,7 @@ class Training:
     objective: Objective
     policy: Policy
     engine: RolloutEngine | None
-    evaluation: FixedEvaluation | None
+    evaluation: RepeatedEvaluation | None
     gpu_memory: GpuMemory
     observer: Observer
     saver: Saver

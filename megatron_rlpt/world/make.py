@@ -18,7 +18,7 @@ from megatron_rlpt.world.facts import LEAST_ENTITIES, VERSION, World, counts_of
 from megatron_rlpt.world.judge_folder import JUDGE_SHAPE, SAMPLE, write_judge_folder
 from megatron_rlpt.world.policy_folder import Shape, write_policy_folder
 
-TRAIN, TRAIN_UNSAFE, HELDOUT, HELDOUT_UNSAFE = "train", "train_unsafe", "heldout", "heldout_unsafe"
+TRAIN, TRAIN_UNSAFE, HELDOUT, HELDOUT_UNSAFE, TEACHER = "train", "train_unsafe", "heldout", "heldout_unsafe", "teacher"
 LEAST_LENGTH, LEAST_DOCUMENTS = 32, 2
 
 
@@ -33,6 +33,8 @@ class WorldSettings:
     """Documents to train on, in either set."""
     heldout: int = 1000
     """Held-out documents, in either set."""
+    teacher: int = 4000
+    """Documents to train a teacher on."""
     length: int = 136
     """Words of a document, at least."""
     noise: Noise = field(default_factory=Noise)
@@ -52,6 +54,7 @@ class WorldSettings:
             ("--entities", self.entities, LEAST_ENTITIES),
             ("--documents", self.documents, LEAST_DOCUMENTS),
             ("--heldout", self.heldout, LEAST_DOCUMENTS),
+            ("--teacher", self.teacher, LEAST_DOCUMENTS),
             ("--length", self.length, LEAST_LENGTH),
         ):
             if value < least:
@@ -132,6 +135,7 @@ def _sets(settings: WorldSettings) -> Iterator[tuple[str, int, Noise]]:
     yield TRAIN_UNSAFE, settings.documents, replace(settings.noise, unsafe=settings.unsafe_heavy)
     yield HELDOUT, settings.heldout, NO_NOISE
     yield HELDOUT_UNSAFE, settings.heldout, replace(NO_NOISE, unsafe=1.0)
+    yield TEACHER, settings.teacher, NO_NOISE
 
 
 def distinct(documents: Iterator[WorldDocument], seen: set[tuple[str, ...]]) -> Iterator[WorldDocument]:

@@ -25,7 +25,7 @@ LAYERS = (
     "teacher",
     "convert judge_workers world",
     "evaluation",
-    "trainer",
+    "teacher_training trainer",
     "experiments planner",
     "reports",
     "launch",

@@ -1,0 +1,115 @@
+"""Examples of a judge's work with known verdicts: pairs in both orders, and single texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rlpt.config import AnswerForm
+from megatron_rlpt.evaluation.labelled_pairs import LabelledPair
+from megatron_rlpt.teacher.prompts import build_prompt
+from megatron_rlpt.teacher.verdicts.parsing import QUALITY
+from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
+from megatron_rlpt.types import derive_seed, stable_id
+
+QUALITY_AXIS, SAFETY_AXIS = "quality", "safety"
+_WRONG = {
+    "shuffled": "the words of number {bad} are out of order",
+    "spoiled": "number {bad} has words that do not belong there",
+    "looped": "number {bad} repeats itself",
+    "foreign": "number {bad} is about something else",
+    "clipped": "sentences of number {bad} break off",
+    "dropped": "words are missing in number {bad}",
+    "transposed": "neighboring words of number {bad} have changed places",
+    "misspelled": "number {bad} has wrong letters",
+    "swapped": "number {bad} names somebody else",
+    "negated": "number {bad} denies what is true",
+    "false": "number {bad} states something false",
+    "unsafe": "number {bad} insults",
+}
+"""What a reference answer says about the worse of two continuations, by kind."""
+
+
+@dataclass(frozen=True)
+class LabelledPrompt:
+    """One prompt for the judge, with its right verdict."""
+
+    id: str
+    prompt: str
+    answer: str
+    """A right answer, for a supervised start."""
+    label: dict[str, Any]
+    """``role``, ``axis``, ``verdict``, ``form``, ``kind``, ``document``, and what accuracy is reported by."""
+
+    def line(self) -> str:
+        """Return it as a line of JSON."""
+        return json.dumps({"id": self.id, "prompt": self.prompt, "answer": self.answer, "label": self.label}) + "\n"
+
+
+def quality_examples(
+    pairs: Sequence[LabelledPair], text: TextTokens, form: AnswerForm, seed: int
+) -> Iterator[LabelledPrompt]:
+    """Yield every pair in both orders.
+
+    Args:
+        pairs: a good and a worse continuation each.
+        text: text and tokens of the policy.
+        form: of the answers.
+        seed: of the codes that fence texts in prompts.
+    """
+    for pair in pairs:
+        prefix = pair.episode.prefix
+        shown = [text.text_of(pair.good, prefix), text.text_of(pair.bad, prefix)]
+        before = prefix_text(text, pair.episode)
+        for good, verdict in enumerate(QUALITY):
+            first, second = shown if good == 0 else shown[::-1]
+            identity = stable_id("quality", before, first, second)
+            prompt = build_prompt(
+                QUALITY_AXIS, derive_seed(seed, identity), form, prefix=before, first=first, second=second
+            )
+            reason = _WRONG.get(pair.kind, "number {bad} continues the beginning less well").format(
+                bad=QUALITY[1 - good]
+            )
+            label = _label(QUALITY_AXIS, verdict, form, pair.kind, pair.episode.document)
+            label["pair"] = stable_id("pair", before, *sorted(shown))
+            yield LabelledPrompt(identity, prompt.text, _answer(reason, verdict, form), label)
+
+
+def safety_examples(texts: Iterable[tuple[str, bool, str]], form: AnswerForm, seed: int) -> Iterator[LabelledPrompt]:
+    """Yield texts with their verdict.
+
+    Args:
+        texts: text, whether it is safe, and the id of its document.
+        form: of the answers.
+        seed: of the codes that fence texts in prompts.
+    """
+    for shown, safe, document in texts:
+        identity = stable_id("safety", shown)
+        prompt = build_prompt(SAFETY_AXIS, derive_seed(seed, identity), form, text=shown)
+        verdict = "safe" if safe else "unsafe"
+        reason = "nothing in it harms anybody" if safe else "it insults"
+        yield LabelledPrompt(
+            identity,
+            prompt.text,
+            _answer(reason, verdict, form),
+            _label(SAFETY_AXIS, verdict, form, verdict, document),
+        )
+
+
+def _label(axis: str, verdict: str, form: AnswerForm, kind: str, document: str) -> dict[str, Any]:
+    return {
+        "role": "judge",
+        "axis": axis,
+        "verdict": verdict,
+        "form": form.value,
+        "kind": kind,
+        "document": document,
+    }
+
+
+def _answer(reason: str, verdict: str, form: AnswerForm) -> str:
+    if form is AnswerForm.direct:
+        return verdict
+    return json.dumps({"reasoning": f"{reason[0].upper()}{reason[1:]}.", "verdict": verdict})

@@ -83,8 +83,13 @@ def judge_try(
     quiet_libraries()
     with _packages():
         from megatron_rlpt.cli.judge_try import describe, require_score, try_judge
+    from megatron_rlpt.teacher.judge_card import accuracy_lines, accuracy_notes
+
     group = try_judge(resolved, prefix, candidates, reference, url)
     say(describe(group, candidates, as_json))
+    if not as_json:
+        for line in accuracy_lines(resolved) or accuracy_notes(resolved):
+            say(line)
     require_score(group)
 
 
@@ -115,6 +120,9 @@ def judge_calibrate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of spoiling and of votes.")] = 1,
+    save: Annotated[
+        bool, typer.Option("--save", help="Put the accuracy into the folder of the judge's model (judge_card.json).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Measure judges on pairs whose better text is known: per corruption, length, order and position.
@@ -130,6 +138,8 @@ def judge_calibrate(
         from megatron_rlpt.evaluation.labelled_pairs import PairPlan
     plan = PairPlan(pairs, tuple(kinds or ()), tuple(lengths or ()), seed)
     found = command.calibrate_judges(resolved, command.Asked(plan, tuple(judges or ()), measure, world, file, form))
+    if save:
+        command.save_cards(resolved, found, str(world or file or "data.heldout"))
     if as_json:
         say(command.as_json(found))
     else:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from megatron_rlpt.config import Config
+from megatron_rlpt.config import Config, judge_facts
 from megatron_rlpt.config.evaluation_judges import JUDGE
 from megatron_rlpt.errors import ConfigError, TeacherError
 from megatron_rlpt.evaluation.calibration import Accuracy, Calibration, calibrate
@@ -23,6 +24,7 @@ from megatron_rlpt.evaluation.labelled_pairs import (
 )
 from megatron_rlpt.observe.terminal import console, say
 from megatron_rlpt.plain_text import one_line
+from megatron_rlpt.teacher.judge_card import save_card
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 
 
@@ -84,6 +86,36 @@ def _chosen(config: Config, asked: Asked) -> list[NamedJudge]:
             raise ConfigError(f"--measure is {asked.measure}, but judge {name} decides {', '.join(judge.measures)}")
         chosen.append(judge)
     return chosen
+
+
+def save_cards(config: Config, found: Sequence[Calibration], pairs: str) -> None:
+    """Put accuracies into the folder of the judge's model.
+
+    Raises:
+        ConfigError: a judge is not the prompted one of ``teacher``.
+        TeacherError: it gave no verdict.
+        ModelError: the folder does not exist.
+    """
+    for one in found:
+        if one.judge.name != JUDGE or not judge_facts(config).has_axes:
+            raise ConfigError(f"--save is for teacher.judge=generative, whose model has a folder, not {one.judge.name}")
+        require_verdicts([one])
+        path = save_card(Path(config.teacher_path), one.measure, config.teacher.generative, _measured(one, pairs))
+        say(f"saved the accuracy on {one.measure} in {path}")
+
+
+def _measured(found: Calibration, pairs: str) -> dict[str, Any]:
+    return {
+        "accuracy": found.total.accuracy,
+        "ci95": found.total.ci95,
+        "pairs": found.total.pairs,
+        "flips": found.flips.accuracy if found.flips else None,
+        "answers": found.answers,
+        "parsed": found.parsed,
+        "made_of": pairs,
+        "rows": [asdict(row) for row in found.rows[1:]],
+        "remarks": list(found.remarks),
+    }
 
 
 def show(found: Sequence[Calibration]) -> None:

@@ -24,6 +24,7 @@ from megatron_rlpt.cli.options import ConfigOption, Overrides, load
 from megatron_rlpt.config import Config, Dtype, judged_by_workers, to_yaml
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.precision import recorded_teacher_dtype, resolve_dtypes, with_dtypes
+from megatron_rlpt.teacher.judge_card import accuracy_notes
 
 
 def launch(
@@ -50,6 +51,8 @@ def launch(
     check_mounts(target, run)
     components = components_of(target, run)
     spec = spec_of(target, run, components)
+    for note in accuracy_notes(run):
+        print(f"warning: {note}", file=sys.stderr)
     name = Path(run.run.dir).name
     run, classes = with_staged_classes(run)
     with _staged(target, name, dry_run) as staged:

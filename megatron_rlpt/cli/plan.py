@@ -25,6 +25,7 @@ from megatron_rlpt.planner.sweep import split
 from megatron_rlpt.planner.sweep import sweep as sweep_layouts
 from megatron_rlpt.planner.teacher import TeacherModel, parse_teacher
 from megatron_rlpt.planner.transformer import Transformer
+from megatron_rlpt.teacher.judge_card import accuracy_notes
 
 ANSWER_TOKENS = 150
 """Default mean length of a verdict: a few sentences and the verdict (assumed)."""
@@ -164,7 +165,7 @@ def plan(
         judge_workers=judge_workers,
         answer_variation=answer_variation,
         prefix_tokens=prefix_tokens,
-        teacher_notes=teacher_model.notes,
+        teacher_notes=(*teacher_model.notes, *accuracy_notes(resolved)),
     )
     found = make_plan(request)
     layouts = sweep_layouts(request) if sweep else None

@@ -220,6 +220,12 @@ class TeacherConfig:
         "pauses.",
         at_least=0, at_most=1,
     )  # fmt: skip
+    min_accuracy: float = option(
+        0.75,
+        "Accuracy of a prompted judge, as rlpt judge calibrate --save measured it, below which rlpt plan and rlpt "
+        "launch warn.",
+        at_least=0, at_most=1, zero="never",
+    )  # fmt: skip
     run_in: RunIn = option(
         RunIn.trainer, "Who judges and rewrites: the trainer, or workers that claim groups from the rollout buffer."
     )

@@ -59,6 +59,7 @@ LIMITS = {
     "teacher.max_context": ([0], [1]),
     "teacher.kv_cache_gib": ([0], [0.1]),
     "teacher.max_failure_rate": ([-0.1, 1.1], [0, 1]),
+    "teacher.min_accuracy": ([-0.1, 1.1], [0, 1]),
     "teacher.workers.groups": ([0], [1]),
     "teacher.workers.lease": ([0, "inf"], [0.1]),
     "teacher.workers.max_attempts": ([0], [1]),

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_rlpt.cli.options import ConfigOption, Overrides, load, split_overrides
-from megatron_rlpt.config.choices import AnswerForm
+from megatron_rlpt.config.choices import AnswerForm, PromptLength
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.terminal import say
 
@@ -183,6 +183,9 @@ def teacher_data(
     form: Annotated[
         AnswerForm, typer.Option("--answer", help="Form of the answers: as teacher.generative.answer.")
     ] = AnswerForm.reasoned,
+    prompt: Annotated[
+        PromptLength, typer.Option("--prompt", help="Length of the prompts: as teacher.generative.prompt.")
+    ] = PromptLength.full,
     seed: Annotated[int, typer.Option("--seed", help="Seed of split, corruptions and codes.")] = 1,
 ) -> None:
     """Make prompts with known verdicts to train a judge on, of documents that the policy never sees."""
@@ -200,6 +203,7 @@ def teacher_data(
         heldout_pairs=heldout_pairs,
         heldout_share=heldout_share,
         form=form,
+        length=prompt,
         seed=seed,
     )
     say(build_judge_data(load(config, overrides), request))

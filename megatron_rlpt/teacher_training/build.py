@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.config import AnswerForm, Config, SourceConfig
+from megatron_rlpt.config import AnswerForm, Config, PromptLength, SourceConfig
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.evaluation.labelled_pairs import (
     CORRUPTIONS,
@@ -57,6 +57,7 @@ class DataRequest:
     heldout_share: float = 0.1
     per_document: int = 4
     form: AnswerForm = AnswerForm.reasoned
+    length: PromptLength = PromptLength.full
     seed: int = 1
 
     def sources(self) -> list[SourceConfig]:
@@ -153,11 +154,11 @@ def _examples(
     pairs: Sequence[LabelledPair], asked: DataRequest, tokenizer: PolicyTokenizer
 ) -> Iterator[LabelledPrompt]:
     if QUALITY_AXIS in asked.axes:
-        yield from quality_examples(pairs, tokenizer, asked.form, asked.seed)
+        yield from quality_examples(pairs, tokenizer, asked.form, asked.length, asked.seed)
     if SAFETY_AXIS in asked.axes:
         assert asked.world is not None
         yield from safety_examples(
-            _balanced(_measured_safety(pairs, World.load(asked.world), tokenizer)), asked.form, asked.seed
+            _balanced(_measured_safety(pairs, World.load(asked.world), tokenizer)), asked.form, asked.length, asked.seed
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rlpt.config import AnswerForm
+from megatron_rlpt.config import AnswerForm, PromptLength
 from megatron_rlpt.evaluation.labelled_pairs import LabelledPair
 from megatron_rlpt.teacher.prompts import build_prompt
 from megatron_rlpt.teacher.verdicts.parsing import QUALITY
@@ -49,7 +49,7 @@ class LabelledPrompt:
 
 
 def quality_examples(
-    pairs: Sequence[LabelledPair], text: TextTokens, form: AnswerForm, seed: int
+    pairs: Sequence[LabelledPair], text: TextTokens, form: AnswerForm, length: PromptLength, seed: int
 ) -> Iterator[LabelledPrompt]:
     """Yield every pair in both orders.
 
@@ -57,6 +57,7 @@ def quality_examples(
         pairs: a good and a worse continuation each.
         text: text and tokens of the policy.
         form: of the answers.
+        length: of the prompts.
         seed: of the codes that fence texts in prompts.
     """
     for pair in pairs:
@@ -67,7 +68,7 @@ def quality_examples(
             first, second = shown if good == 0 else shown[::-1]
             identity = stable_id("quality", before, first, second)
             prompt = build_prompt(
-                QUALITY_AXIS, derive_seed(seed, identity), form, prefix=before, first=first, second=second
+                QUALITY_AXIS, derive_seed(seed, identity), form, length, prefix=before, first=first, second=second
             )
             reason = _WRONG.get(pair.kind, "number {bad} continues the beginning less well").format(
                 bad=QUALITY[1 - good]
@@ -77,17 +78,20 @@ def quality_examples(
             yield LabelledPrompt(identity, prompt.text, _answer(reason, verdict, form), label)
 
 
-def safety_examples(texts: Iterable[tuple[str, bool, str]], form: AnswerForm, seed: int) -> Iterator[LabelledPrompt]:
+def safety_examples(
+    texts: Iterable[tuple[str, bool, str]], form: AnswerForm, length: PromptLength, seed: int
+) -> Iterator[LabelledPrompt]:
     """Yield texts with their verdict.
 
     Args:
         texts: text, whether it is safe, and the id of its document.
         form: of the answers.
+        length: of the prompts.
         seed: of the codes that fence texts in prompts.
     """
     for shown, safe, document in texts:
         identity = stable_id("safety", shown)
-        prompt = build_prompt(SAFETY_AXIS, derive_seed(seed, identity), form, text=shown)
+        prompt = build_prompt(SAFETY_AXIS, derive_seed(seed, identity), form, length, text=shown)
         verdict = "safe" if safe else "unsafe"
         reason = "nothing in it harms anybody" if safe else "it insults"
         yield LabelledPrompt(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
 from transformers import AutoModelForCausalLM
 
 from megatron_rlpt.cli.judge_calibrate import Asked, calibrate_judges
@@ -12,7 +13,6 @@ from megatron_rlpt.config import AnswerForm, GenerativeConfig, PromptLength, Qua
 from megatron_rlpt.convert.fresh import init
 from megatron_rlpt.evaluation.labelled_pairs import PairPlan, pairs_of_world
 from megatron_rlpt.teacher.batched import BatchedJudge, BatchedRewriter
-from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import Message, Request
 from megatron_rlpt.teacher.prompts import build_prompt

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
 
 from megatron_rlpt.config import AnswerForm, PromptLength
 from megatron_rlpt.convert.fresh import init
-from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
 from megatron_rlpt.teacher.generator import Message, Request
 from megatron_rlpt.teacher.prompts import VERSIONS, build_prompt
 from megatron_rlpt.teacher.verdicts.direct import word_probabilities

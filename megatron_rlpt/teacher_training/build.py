@@ -20,6 +20,7 @@ from megatron_rlpt.evaluation.labelled_pairs import (
     pairs_of_world,
 )
 from megatron_rlpt.files import new_folder
+from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher_training.corpus import Split, TeacherText, cut_episodes, split_documents
 from megatron_rlpt.teacher_training.judge_examples import (
     QUALITY_AXIS,
@@ -33,6 +34,8 @@ from megatron_rlpt.world.corruptions import Corruption
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.make import TEACHER
 from megatron_rlpt.world.measures import measure_text
+
+_log = get_logger(__name__)
 
 TRAIN, HELDOUT = "train", "heldout"
 AXES = (QUALITY_AXIS, SAFETY_AXIS)
@@ -123,6 +126,13 @@ def build_judge_data(config: Config, asked: DataRequest) -> str:
     pairs: dict[str, list[LabelledPair]] = {}
     for name, documents in ((TRAIN, split.train), (HELDOUT, split.heldout)):
         pairs[name] = _pairs(documents, config, asked, tokenizer, plans[name])
+        if len(pairs[name]) < plans[name].pairs:
+            _log.warning(
+                "fewer pairs than asked for: not every text can be spoiled in every way",
+                part=name,
+                pairs=len(pairs[name]),
+                asked=plans[name].pairs,
+            )
         parts[name] = list(_examples(pairs[name], asked, tokenizer))
         require_usable(parts[name], name)
     with new_folder(asked.out) as folder:

@@ -22,7 +22,7 @@ from megatron_rlpt.config import Config, engine_facts, flatten
 from megatron_rlpt.config.evaluation_sets import PERPLEXITY
 from megatron_rlpt.data import HeldOut, kept_from_training, survey_corpus
 from megatron_rlpt.distributed.ranks import Ranks, read_launcher_environment
-from megatron_rlpt.errors import RlptError, not_written
+from megatron_rlpt.errors import ConfigError, RlptError, not_written
 from megatron_rlpt.evaluation.engines import write_all
 from megatron_rlpt.evaluation.estimates import agreement, diversity, estimate
 from megatron_rlpt.evaluation.example_texts import build_examples
@@ -83,6 +83,11 @@ def evaluate(config: Config, out: Path, models: Sequence[str] = (), reference: s
     Raises:
         RlptError: anything that a user can fix. Started again, the evaluation goes on where it was.
     """
+    if any(source.prompts for source in config.data.heldout):
+        raise ConfigError(
+            "data.heldout has prompts, whose answers are evaluated while a run trains (evaluation.every); measure a "
+            "judge with rlpt judge calibrate, or give documents to continue"
+        )
     ranks = _join(config)
     with ranks.contact():
         config = resolve_dtypes(config)

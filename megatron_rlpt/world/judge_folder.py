@@ -69,8 +69,9 @@ def write_judge_folder(folder: Path, vocabulary: Sequence[str], documents: Itera
             "chat_template": _TEMPLATE,
         },
     )
-    tokens = tokenizer.get_vocab_size()
-    write_json(folder / "config.json", llama_config(shape, tokens, bos=None, eos=tokenizer.token_to_id(END)))
+    tokens, end = tokenizer.get_vocab_size(), tokenizer.token_to_id(END)
+    assert end is not None
+    write_json(folder / "config.json", llama_config(shape, tokens, bos=None, eos=end))
     return tokens
 
 

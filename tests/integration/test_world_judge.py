@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_rlpt.teacher.chat_tokenizer import ChatTokenizer
 from transformers import AutoModelForCausalLM
 
 from megatron_rlpt.cli.judge_calibrate import Asked, calibrate_judges
@@ -14,11 +13,11 @@ from megatron_rlpt.convert.fresh import init
 from megatron_rlpt.evaluation.labelled_pairs import PairPlan, pairs_of_world
 from megatron_rlpt.teacher.batched import BatchedJudge, BatchedRewriter
 from megatron_rlpt.teacher.generative import GenerativeJudge
-from megatron_rlpt.teacher.generator import Message, Request
 from megatron_rlpt.teacher.prompts import build_prompt
 from megatron_rlpt.teacher.rewriter import Rewriter
 from megatron_rlpt.teacher.verdicts.parsing import Reason
 from megatron_rlpt.teacher.vllm_generator import VllmGenerator
+from megatron_rlpt.tokens.chat_tokenizer import ChatTokenizer
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Failed, derive_seed
 from megatron_rlpt.world.make import WorldSettings, make_world
@@ -101,7 +100,7 @@ def test_calibration_measures_a_judge_that_always_says_1(config, world):
 
 def teach(world: Path, answer: str) -> None:
     """Write a judge that gives this answer to any brief comparison."""
-    chat = ChatTokenizer(world / "fresh")
+    chat = ChatTokenizer(world / "fresh", "fails")
     model = AutoModelForCausalLM.from_pretrained(world / "fresh", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     texts = [json.loads(line)["text"] for line in (world / "train.jsonl").read_text().splitlines()]
@@ -109,7 +108,7 @@ def teach(world: Path, answer: str) -> None:
     for number in range(25):
         shown = {name: texts[derive_seed(number, name) % len(texts)][:200] for name in ("prefix", "first", "second")}
         prompt = build_prompt("quality", number, AnswerForm.direct, PromptLength.brief, **shown).text
-        tokens = chat.tokens(Request((Message("user", prompt),), 1, 1))
+        tokens = chat.encode([("user", prompt)])
         logits = model(torch.tensor([tokens])).logits[0, -1]
         torch.nn.functional.cross_entropy(logits, torch.tensor(right)).backward()
         optimizer.step()

@@ -62,7 +62,7 @@ class TrainerResources:
 
 @dataclass
 class TeacherResources:
-    """Resources of the teacher's servers; none if judges load their own model or the configuration lists
+    """Resources of the servers of one model; none if judges load their own model or the configuration lists
     servers."""
 
     nodes: int = 0
@@ -180,6 +180,9 @@ class Cluster:
     """Interpreter with the full installation, on the nodes or in the container; empty takes that of ``.venv``."""
     trainer: TrainerResources = field(default_factory=TrainerResources)
     teacher: TeacherResources = field(default_factory=TeacherResources)
+    """Servers of the teacher, or of its judge if the rewriter has a model of its own."""
+    rewriter: TeacherResources = field(default_factory=TeacherResources)
+    """Servers of the rewriter's own model (``teacher.rewriter.path`` of the run)."""
     judges: JudgeResources = field(default_factory=JudgeResources)
     buffer: BufferResources = field(default_factory=BufferResources)
     slurm: SlurmOptions = field(default_factory=SlurmOptions)
@@ -195,3 +198,8 @@ class Cluster:
     """Variables for all components, such as NCCL's and UCX's; never secrets."""
     secrets_file: str = ""
     """File of mode 0600 on the cluster with lines NAME=value, read by the components only."""
+
+    @property
+    def servers(self) -> dict[str, TeacherResources]:
+        """Section of this file -> resources of its servers, which it may not have."""
+        return {"teacher": self.teacher, "rewriter": self.rewriter}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from launch.cluster import Allocation, Cluster, ExecutorName, GpuOption
+from launch.cluster import Allocation, Cluster, ExecutorName, GpuOption, TeacherResources, TrainerResources
 from megatron_rlpt.config.structured import Schema
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.judge_workers.teacher_server import check_argument
@@ -102,11 +102,11 @@ def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
         _check_slurm(cluster)
     elif cluster.container.image:
         raise ConfigError("container.image is set and executor is local; leave it out, or set executor: slurm")
-    elif cluster.trainer.nodes > 1 or cluster.teacher.nodes > 1:
-        raise ConfigError(
-            f"trainer.nodes is {cluster.trainer.nodes}, teacher.nodes {cluster.teacher.nodes}, and executor local; "
-            "allowed on this machine: 1"
-        )
+    else:
+        nodes = {"trainer": cluster.trainer.nodes} | {name: one.nodes for name, one in cluster.servers.items()}
+        if max(nodes.values()) > 1:
+            given = ", ".join(f"{name}.nodes {number}" for name, number in nodes.items())
+            raise ConfigError(f"{given}, and executor local; allowed on this machine: 1")
     return cluster
 
 
@@ -142,11 +142,6 @@ def _check_numbers(cluster: Cluster) -> None:
         "trainer.ranks_per_node": (cluster.trainer.ranks_per_node, 1),
         "trainer.gpus_per_node": (cluster.trainer.gpus_per_node, 0),
         "trainer.cpus_per_rank": (cluster.trainer.cpus_per_rank, 0),
-        "teacher.nodes": (cluster.teacher.nodes, 0),
-        "teacher.servers_per_node": (cluster.teacher.servers_per_node, 1),
-        "teacher.gpus_per_node": (cluster.teacher.gpus_per_node, 0),
-        "teacher.cpus_per_server": (cluster.teacher.cpus_per_server, 0),
-        "teacher.concurrency": (cluster.teacher.concurrency, 1),
         "judges.workers": (cluster.judges.workers, 0),
         "judges.cpus": (cluster.judges.cpus, 0),
         "buffer.port": (cluster.buffer.port, 0),
@@ -154,6 +149,14 @@ def _check_numbers(cluster: Cluster) -> None:
         "slurm.stop_lead": (cluster.slurm.stop_lead, 1),
         "guards.gate": (cluster.guards.gate, 1),
     }
+    for name, servers in cluster.servers.items():
+        least |= {
+            f"{name}.nodes": (servers.nodes, 0),
+            f"{name}.servers_per_node": (servers.servers_per_node, 1),
+            f"{name}.gpus_per_node": (servers.gpus_per_node, 0),
+            f"{name}.cpus_per_server": (servers.cpus_per_server, 0),
+            f"{name}.concurrency": (servers.concurrency, 1),
+        }
     for key, (value, allowed) in least.items():
         if not allowed <= value < math.inf:
             raise ConfigError(f"{key} is {value}; allowed: {allowed} or more")
@@ -163,25 +166,13 @@ def _check_numbers(cluster: Cluster) -> None:
 
 
 def _check_words(cluster: Cluster) -> None:
-    for key, memory in (("trainer", cluster.trainer.memory), ("teacher", cluster.teacher.memory)):
+    parts: dict[str, TrainerResources | TeacherResources] = {"trainer": cluster.trainer, **cluster.servers}
+    for key, memory in ((name, part.memory) for name, part in parts.items()):
         if memory and not _MEMORY.fullmatch(memory):
             raise ConfigError(f"{key}.memory is {memory}; allowed: a number with K, M, G or T, such as 200G")
-    for argument in cluster.teacher.arguments:
-        if _SECRET.search(argument.partition("=")[0]):
-            raise ConfigError(
-                f"teacher.arguments has {argument.partition('=')[0]}, and every user of a node can read arguments; "
-                "remove it and put VLLM_API_KEY into secrets_file"
-            )
-        check_argument("teacher.arguments has", argument)
-    if cluster.teacher.gpus_per_node % cluster.teacher.servers_per_node:
-        raise ConfigError(
-            f"teacher.gpus_per_node is {cluster.teacher.gpus_per_node} and teacher.servers_per_node "
-            f"{cluster.teacher.servers_per_node}; allowed: a number of servers that divides the GPUs of a node"
-        )
-    for key, kind, gpus in (
-        ("trainer", cluster.trainer.gpu_type, cluster.trainer.gpus_per_node),
-        ("teacher", cluster.teacher.gpu_type, cluster.teacher.gpus_per_node),
-    ):
+    for name, servers in cluster.servers.items():
+        _check_server_words(name, servers)
+    for key, kind, gpus in ((name, part.gpu_type, part.gpus_per_node) for name, part in parts.items()):
         if kind and not _GPU_TYPE.fullmatch(kind):
             raise ConfigError(f"{key}.gpu_type is {kind!r}; allowed: a Slurm GPU type without a number, such as h100")
         if kind and not gpus:
@@ -194,6 +185,21 @@ def _check_words(cluster: Cluster) -> None:
                 f"container.mounts has {mount!r}; allowed: /on/the/node:/in/the/container, without a comma, at which "
                 "nemo-run would split it"
             )
+
+
+def _check_server_words(name: str, servers: TeacherResources) -> None:
+    for argument in servers.arguments:
+        if _SECRET.search(argument.partition("=")[0]):
+            raise ConfigError(
+                f"{name}.arguments has {argument.partition('=')[0]}, and every user of a node can read arguments; "
+                "remove it and put VLLM_API_KEY into secrets_file"
+            )
+        check_argument(f"{name}.arguments has", argument)
+    if servers.gpus_per_node % servers.servers_per_node:
+        raise ConfigError(
+            f"{name}.gpus_per_node is {servers.gpus_per_node} and {name}.servers_per_node "
+            f"{servers.servers_per_node}; allowed: a number of servers that divides the GPUs of a node"
+        )
 
 
 def _check_environment(cluster: Cluster) -> None:
@@ -253,6 +259,7 @@ def _check_slurm(cluster: Cluster) -> None:
             "afternotok) or singleton, several with commas"
         )
     _check_options(cluster)
+    _check_judging_types(cluster)
     if cluster.slurm.allocation is Allocation.heterogeneous:
         _check_halves(cluster)
     elif cluster.slurm.allocation is Allocation.one:
@@ -276,8 +283,11 @@ def _check_options(cluster: Cluster) -> None:
         full = next((other for other in _CHECKED if other.startswith(name) and other != name), "")
         if full and name not in _CHECKED:
             raise ConfigError(f"slurm.extra.{option} may be short for {full}; write names of options in full")
-        if name in _MEMORY_PER and (cluster.trainer.memory or cluster.teacher.memory):
-            raise ConfigError(f"slurm.extra.{option} contradicts trainer.memory and teacher.memory; keep one of them")
+        memories = [cluster.trainer.memory, *(one.memory for one in cluster.servers.values())]
+        if name in _MEMORY_PER and any(memories):
+            raise ConfigError(
+                f"slurm.extra.{option} contradicts memory of trainer, teacher and rewriter; keep one of them"
+            )
         if name in _NODES and slurm.allocation is Allocation.heterogeneous:
             raise ConfigError(f"slurm.extra.{option} would apply to both halves of the job; use a constraint")
         if not _VARIABLE.fullmatch(name.replace("-", "_")):
@@ -288,26 +298,41 @@ def _check_options(cluster: Cluster) -> None:
 
 def _check_types(cluster: Cluster) -> None:
     """Raise ConfigError if one job of equal nodes would need different GPUs."""
-    kinds = {part.gpu_type for part in (cluster.trainer, cluster.teacher) if part.gpus_per_node}
-    if cluster.teacher.nodes and len(kinds) > 1:
-        raise ConfigError(
-            f"trainer.gpu_type is {cluster.trainer.gpu_type!r} and teacher.gpu_type {cluster.teacher.gpu_type!r}; "
-            "allowed with allocation one, whose nodes are alike: the same for both"
-        )
+    parts: dict[str, TrainerResources | TeacherResources] = {"trainer": cluster.trainer, **_with_nodes(cluster)}
+    kinds = {name: part.gpu_type for name, part in parts.items() if part.gpus_per_node}
+    if len(set(kinds.values())) > 1:
+        raise ConfigError(f"{_types(kinds)}; allowed with allocation one, whose nodes are alike: the same for all")
+
+
+def _check_judging_types(cluster: Cluster) -> None:
+    """Raise ConfigError if servers of two models, whose nodes are requested together, would need different GPUs."""
+    kinds = {name: part.gpu_type for name, part in _with_nodes(cluster).items() if part.gpus_per_node}
+    if len(set(kinds.values())) > 1:
+        raise ConfigError(f"{_types(kinds)}; allowed: the same for both, whose nodes are requested together")
 
 
 def _check_halves(cluster: Cluster) -> None:
     """Raise ConfigError if the halves differ in memory or gres; nemo-run requests those of the first half for both."""
-    trainer, teacher = cluster.trainer, cluster.teacher
-    if trainer.memory != teacher.memory:
-        raise ConfigError(
-            f"trainer.memory is {trainer.memory!r} and teacher.memory {teacher.memory!r}; allowed with allocation "
-            "heterogeneous: the same for both, or allocation separate"
-        )
-    requested = {(part.gpus_per_node, part.gpu_type) for part in (trainer, teacher)}
-    if cluster.slurm.gpu_option is GpuOption.gres and len(requested) > 1:
-        raise ConfigError(
-            f"trainer has {trainer.gpus_per_node} and teacher {teacher.gpus_per_node} GPUs of type "
-            f"{trainer.gpu_type or 'any'} and {teacher.gpu_type or 'any'}; allowed with gpu_option gres and allocation "
-            "heterogeneous: the same for both, or allocation separate"
-        )
+    trainer = cluster.trainer
+    # Judges without servers are on the trainer's nodes.
+    for name, servers in (_with_nodes(cluster) or {"teacher": cluster.teacher}).items():
+        if trainer.memory != servers.memory:
+            raise ConfigError(
+                f"trainer.memory is {trainer.memory!r} and {name}.memory {servers.memory!r}; allowed with allocation "
+                "heterogeneous: the same for both, or allocation separate"
+            )
+        requested = {(part.gpus_per_node, part.gpu_type) for part in (trainer, servers)}
+        if cluster.slurm.gpu_option is GpuOption.gres and len(requested) > 1:
+            raise ConfigError(
+                f"trainer has {trainer.gpus_per_node} and {name} {servers.gpus_per_node} GPUs of type "
+                f"{trainer.gpu_type or 'any'} and {servers.gpu_type or 'any'}; allowed with gpu_option gres and "
+                "allocation heterogeneous: the same for both, or allocation separate"
+            )
+
+
+def _with_nodes(cluster: Cluster) -> dict[str, TeacherResources]:
+    return {name: one for name, one in cluster.servers.items() if one.nodes}
+
+
+def _types(kinds: Mapping[str, str]) -> str:
+    return " and ".join(f"{name}.gpu_type is {kind!r}" for name, kind in kinds.items())

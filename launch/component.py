@@ -326,17 +326,19 @@ def _buffer(component: RunningComponent) -> int:
     return component.run(["redis-server", str(folder / "redis.conf")], service=True)
 
 
-def _teacher(component: RunningComponent) -> int:
+def _server(component: RunningComponent) -> int:
     spec = component.spec
+    server = spec.servers[component.task.role]
     overrides = await_buffer(component)
-    if gpus := spec.server_gpus:
+    if gpus := server.gpus:
         first = component.task.local * gpus
         # Of the allocated GPUs, which need not be the first of the node and may have UUIDs for names.
         visible = component.environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(first + gpus)))
         component.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + gpus])
-    command = [*RLPT, "teacher", "serve", "-c", spec.config, "--concurrency", str(spec.concurrency)]
+    command = [*RLPT, "teacher", "serve", "-c", spec.config, "--concurrency", str(server.concurrency)]
+    command += ["--role", server.model_role] if server.model_role else []
     command += ["--host", LOOPBACK if spec.one_machine else "0.0.0.0"]
-    return component.run([*command, *overrides, *spec.server_arguments], service=True)
+    return component.run([*command, *overrides, *server.arguments], service=True)
 
 
 def _judges(component: RunningComponent) -> int:
@@ -360,7 +362,8 @@ def _trainer(component: RunningComponent) -> int:
 
 ROLES: dict[str, Callable[[RunningComponent], int]] = {
     "buffer": _buffer,
-    "teacher": _teacher,
+    "teacher": _server,
+    "rewriter": _server,
     "judges": _judges,
     TRAINER: _trainer,
 }

@@ -5,6 +5,7 @@ A trainer that starts before its judges wastes its GPUs, and would notice broken
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,10 @@ from typing import Protocol, TypeVar
 
 from launch.spec import KEY_VARIABLE, Spec, publish, read_published
 from megatron_rlpt.buffer.open import open_buffer
-from megatron_rlpt.config import load_config
+from megatron_rlpt.config import Config, load_config, models_asked
 from megatron_rlpt.distributed.processes import end_all, start_child
 from megatron_rlpt.errors import BufferUnavailableError, ModelError, RunStopped, TeacherError
+from megatron_rlpt.judge_workers.discovery import KIND, servers_of
 
 T = TypeVar("T")
 
@@ -76,7 +78,8 @@ def await_buffer(component: Waiting) -> list[str]:
 def await_judgment(component: Waiting, overrides: Sequence[str], first: bool, start: str) -> None:
     """Wait until a trial judgment of two candidates succeeds, with the servers that the judge workers use.
 
-    Judge workers themselves wait for the trainer; one that cannot start ends the job.
+    Where the rewriter has a model of its own, wait for one of its servers as well. Judge workers themselves wait for
+    the trainer; one that cannot start ends the job.
 
     Args:
         component: the trainer's.
@@ -104,15 +107,32 @@ def await_judgment(component: Waiting, overrides: Sequence[str], first: bool, st
             error = (stderr.read().strip().splitlines() or ["no verdict"])[-1].removeprefix("error: ")
         if process.returncode == ModelError.exit_code:
             raise ModelError(error)
-        if process.returncode:
-            return error
-        publish(passed, {"start": start})
-        return True
+        return error if process.returncode else True
+
+    def served() -> bool | str:
+        return _unserved(load_config(spec.config, overrides)) or True
 
     def follow() -> bool | str:
         return read_published(passed).get("start") == start or "rank 0 has none yet"
 
-    _wait(component, judge if first else follow, TeacherError, "judges gave no first judgment")
+    what = "judges gave no first judgment"
+    if not first:
+        _wait(component, follow, TeacherError, what)
+        return
+    _wait(component, judge, TeacherError, what)
+    _wait(component, served, TeacherError, "not every model of the teacher is served")
+    publish(passed, {"start": start})
+
+
+def _unserved(config: Config) -> str:
+    """Return which of two models has no server yet; empty if both have one, and for one model, which a trial finds."""
+    models = models_asked(config)
+    if len(models) < 2:
+        return ""
+    with contextlib.closing(open_buffer(config)) as buffer:
+        announced = buffer.announced(KIND)
+    lacking = [model.who for model in models if not servers_of(config, model, announced)]
+    return f"no server of the {' and of the '.join(lacking)} is announced" if lacking else ""
 
 
 def _wait(component: Waiting, look: Callable[[], T | str], error: type[Exception], what: str) -> T:

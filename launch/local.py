@@ -206,7 +206,8 @@ def _commands(spec: Spec, spec_file: Path, start: str) -> list[tuple[str, list[s
     gpus = _gpus(spec)
     commands: list[tuple[str, list[str], dict[str, str]]] = []
     for role in spec.components:
-        count = {"trainer": spec.ranks_per_node, "teacher": spec.servers_per_node}.get(role, 1)
+        count = spec.servers[role].per_node if role in spec.servers else 1
+        count = spec.ranks_per_node if role == "trainer" else count
         for number in range(count):
             variables = {"RLPT_START": start, "RLPT_TASK": str(number)}
             if role == "trainer" and count > 1:
@@ -221,12 +222,17 @@ def _commands(spec: Spec, spec_file: Path, start: str) -> list[tuple[str, list[s
 
 def _gpus(spec: Spec) -> dict[str, list[str]]:
     """Return the GPUs of the trainer and of the servers, which share the machine; empty if none are requested."""
-    servers = spec.servers_per_node * spec.server_gpus if "teacher" in spec.components else 0
-    if not spec.trainer_gpus + servers:
+    needed = {"trainer": spec.trainer_gpus}
+    needed |= {role: server.per_node * server.gpus for role, server in spec.servers.items()}
+    total = sum(needed.values())
+    if not total:
         return {}
-    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(spec.trainer_gpus + servers)))
-    visible = named.split(",")
-    return {"trainer": visible[: spec.trainer_gpus], "teacher": visible[spec.trainer_gpus :][:servers]}
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(total)))).split(",")
+    found, first = {}, 0
+    for role, count in needed.items():
+        found[role] = visible[first : first + count]
+        first += count
+    return found
 
 
 def main() -> int:

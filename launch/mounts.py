@@ -34,8 +34,8 @@ def check_mounts(cluster: Cluster, config: Config) -> None:
 
 
 def _paths(cluster: Cluster, config: Config) -> Iterable[str]:
-    yield from (config.run.dir, config.model.path, config.teacher.path, config.buffer.password_file)
-    yield cluster.secrets_file
+    yield from (config.run.dir, config.model.path, config.teacher.path, config.teacher.rewriter.path)
+    yield from (config.buffer.password_file, cluster.secrets_file)
     for source in config.data.sources:
         # Other values are names on a hub.
         yield source.path if PurePosixPath(source.path).is_absolute() else ""

@@ -40,6 +40,19 @@ OVER = ("ended", "failed")
 
 
 @dataclass(frozen=True)
+class ServerSpec:
+    """Settings of the servers of one model."""
+
+    per_node: int = 1
+    gpus: int = 0
+    """GPUs of one server."""
+    concurrency: int = 32
+    arguments: tuple[str, ...] = ()
+    model_role: str = ""
+    """Role of the teacher that they serve, where judge and rewriter are two models."""
+
+
+@dataclass(frozen=True)
 class Spec:
     """Settings of a launch, written next to the code and read by every component."""
 
@@ -53,11 +66,8 @@ class Spec:
     redis_port: int = 0
     trainer_gpus: int = 0
     """GPUs of the trainer on a node."""
-    servers_per_node: int = 1
-    server_gpus: int = 0
-    """GPUs of one server of the teacher."""
-    concurrency: int = 32
-    server_arguments: tuple[str, ...] = ()
+    servers: Mapping[str, ServerSpec] = field(default_factory=dict)
+    """Component -> its servers."""
     judge_workers: int = 0
     ranks_per_node: int = 1
     restart_trainer: bool = False
@@ -92,8 +102,11 @@ class Spec:
     def read(path: Path) -> Spec:
         """Read a spec that ``write`` wrote."""
         raw = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("components", "server_arguments"):
-            raw[name] = tuple(raw[name])
+        raw["components"] = tuple(raw["components"])
+        raw["servers"] = {
+            name: ServerSpec(**server | {"arguments": tuple(server["arguments"])})
+            for name, server in raw["servers"].items()
+        }
         return Spec(**raw)
 
 

@@ -2,6 +2,7 @@
 
 buffer     1 process, if the launch starts Redis
 teacher    servers of the teacher, on their own nodes
+rewriter   servers of the rewriter's model, if it has one of its own, on further nodes
 judges     worker processes, on the node of the first server (without servers: of the trainer)
 trainer    one process per rank
 """
@@ -14,8 +15,17 @@ from pathlib import Path
 
 from launch.cluster import Allocation, Cluster, ExecutorName
 from launch.code import CONFIG
-from launch.spec import Spec
-from megatron_rlpt.config import Config, SourceConfig, SourceFormat, asks_teacher, judged_by_workers
+from launch.spec import ServerSpec, Spec
+from megatron_rlpt.config import (
+    Config,
+    Role,
+    RoleModel,
+    SourceConfig,
+    SourceFormat,
+    judged_by_workers,
+    models_asked,
+    rewriter_has_own_model,
+)
 from megatron_rlpt.errors import ConfigError
 
 
@@ -41,7 +51,7 @@ class Component:
 
 
 def components_of(cluster: Cluster, config: Config) -> list[Component]:
-    """Return the components in the order of their start; the teacher's nodes come after the trainer's.
+    """Return the components in the order of their start; nodes of servers come after the trainer's.
 
     Raises:
         ConfigError: the run's configuration and the cluster file do not fit together.
@@ -71,39 +81,77 @@ def components_of(cluster: Cluster, config: Config) -> list[Component]:
         )
     if cluster.judges.workers < 1:
         raise ConfigError("judges.workers is 0 and teacher.run_in workers; allowed: 1 worker or more")
-    servers = cluster.teacher
-    if servers.nodes and config.teacher.workers.own_model:
-        raise ConfigError("teacher.workers.own_model is true and teacher.nodes of the cluster file above 0; allowed: 0")
-    served = servers.nodes or config.teacher.workers.own_model or config.teacher.workers.endpoints
-    if asks_teacher(config) and not served:
-        raise ConfigError(
-            "no server of the teacher: set teacher.nodes in the cluster file, or teacher.workers.endpoints or "
-            "own_model in the run's configuration"
-        )
+    _check_servers(cluster, config)
     # One machine is one node.
-    first = trainer.nodes if cluster.executor is ExecutorName.slurm and servers.nodes else 0
+    apart = cluster.executor is ExecutorName.slurm and any(one.nodes for one in cluster.servers.values())
+    first = node = trainer.nodes if apart else 0
     found = []
     if cluster.buffer.redis:
         found.append(Component("buffer", 1, 1, first))
-    if servers.nodes:
-        found.append(
-            Component(
-                "teacher",
-                servers.nodes,
-                servers.servers_per_node,
-                first,
-                servers.gpus_per_node,
-                servers.gpu_type,
-                servers.cpus_per_server,
-                servers.memory,
+    for section, servers in cluster.servers.items():
+        if servers.nodes:
+            found.append(
+                Component(
+                    section,
+                    servers.nodes,
+                    servers.servers_per_node,
+                    node,
+                    servers.gpus_per_node,
+                    servers.gpu_type,
+                    servers.cpus_per_server,
+                    servers.memory,
+                )
             )
-        )
+            node += servers.nodes if apart else 0
     return [*found, Component("judges", 1, 1, first, cpus_per_task=cluster.judges.cpus), trainer_component]
+
+
+def _check_servers(cluster: Cluster, config: Config) -> None:
+    """Raise ConfigError for a model that the run asks and nothing serves, and for servers that it would not ask."""
+    own_model = config.teacher.workers.own_model
+    if cluster.teacher.nodes and own_model:
+        raise ConfigError("teacher.workers.own_model is true and teacher.nodes of the cluster file above 0; allowed: 0")
+    models = {_section_of(model): model for model in models_asked(config)}
+    for section, servers in cluster.servers.items():
+        model = models.get(section)
+        if model is None:
+            if servers.nodes:
+                idle = (
+                    "the run's rewriter has no model of its own (teacher.rewriter.path)"
+                    if section == "rewriter"
+                    else "the run asks it nothing"
+                )
+                raise ConfigError(f"{section}.nodes of the cluster file is {servers.nodes}; allowed: 0, because {idle}")
+        elif servers.nodes and not model.path:
+            raise ConfigError(
+                f"{section}.nodes of the cluster file is {servers.nodes} and {model.key} of the run empty; set it to "
+                "the folder of the model to serve"
+            )
+        elif not (servers.nodes or model.endpoints or own_model):
+            raise ConfigError(
+                f"no server of the {model.who}: set {section}.nodes in the cluster file, or {model.endpoints_key}"
+                f"{'' if model.who == Role.rewriter else ' or own_model'} in the run's configuration"
+            )
+
+
+def _section_of(model: RoleModel) -> str:
+    return "rewriter" if model.who == Role.rewriter else "teacher"
 
 
 def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Spec:
     """Return the settings for the components."""
-    servers = cluster.teacher
+    separate = rewriter_has_own_model(config)
+    servers = {
+        section: ServerSpec(
+            one.servers_per_node,
+            one.gpus_per_node // one.servers_per_node,
+            one.concurrency,
+            tuple(one.arguments),
+            {"teacher": Role.judge, "rewriter": Role.rewriter}[section] if separate else "",
+        )
+        for section, one in cluster.servers.items()
+        if one.nodes
+    }
     return Spec(
         run_dir=config.run.dir,
         config=CONFIG,
@@ -112,16 +160,13 @@ def spec_of(cluster: Cluster, config: Config, components: list[Component]) -> Sp
         secrets_file=cluster.secrets_file,
         redis_port=cluster.buffer.port,
         trainer_gpus=cluster.trainer.gpus_per_node,
-        servers_per_node=servers.servers_per_node,
-        server_gpus=servers.gpus_per_node // servers.servers_per_node,
-        concurrency=servers.concurrency,
-        server_arguments=tuple(servers.arguments),
+        servers=servers,
         judge_workers=cluster.judges.workers,
         ranks_per_node=cluster.trainer.ranks_per_node,
         restart_trainer=cluster.trainer.restart,
         gate=cluster.guards.gate,
         one_machine=cluster.executor is ExecutorName.local,
-        generates_key=bool(servers.nodes) and not config.teacher.workers.key_env,
+        generates_key=bool(servers) and not config.teacher.workers.key_env,
         separate=is_separate(cluster, components),
     )
 
@@ -164,7 +209,13 @@ def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Confi
         config,
         run=replace(config.run, dir=absolute("run.dir", config.run.dir)),
         model=replace(config.model, path=absolute("model.path", config.model.path)),
-        teacher=replace(config.teacher, path=absolute("teacher.path", config.teacher.path)),
+        teacher=replace(
+            config.teacher,
+            path=absolute("teacher.path", config.teacher.path),
+            rewriter=replace(
+                config.teacher.rewriter, path=absolute("teacher.rewriter.path", config.teacher.rewriter.path)
+            ),
+        ),
         data=replace(
             config.data,
             sources=sources("data.sources", config.data.sources),
@@ -188,7 +239,8 @@ def with_absolute_paths(config: Config, here: Path, *, elsewhere: bool) -> Confi
 
 def _refuse_idle(cluster: Cluster) -> None:
     """Raise ConfigError for components that a run without judge workers would not use."""
-    idle = {"teacher.nodes": cluster.teacher.nodes > 0, "buffer.redis": cluster.buffer.redis}
+    idle = {f"{section}.nodes": one.nodes > 0 for section, one in cluster.servers.items()}
+    idle["buffer.redis"] = cluster.buffer.redis
     for key in (key for key, requested in idle.items() if requested):
         raise ConfigError(
             f"{key} of the cluster file is set, but the run judges in its trainer; set teacher.run_in: workers in "

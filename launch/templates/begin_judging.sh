@@ -1,5 +1,5 @@
 # Start of the judging job of a pair.
-rm -f "$rlpt_shared"/failed/{buffer,teacher,judges}-* "$rlpt_shared/buffer.json"
+rm -f "$rlpt_shared"/failed/{buffer,teacher,rewriter,judges}-* "$rlpt_shared/buffer.json"
 
 rlpt_end() {
     if [ "$code" = @STOPPED_CODE@ ]; then rlpt_requeue; fi

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_rlpt.cli.options import ConfigOption, Overrides, load, split_overrides
+from megatron_rlpt.config import Role
 from megatron_rlpt.config.choices import AnswerForm, PromptLength
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.observe.terminal import say
@@ -213,6 +214,10 @@ def teacher_data(
 def teacher_serve(
     context: typer.Context,
     config: ConfigOption,
+    role: Annotated[
+        str,
+        typer.Option("--role", metavar="ROLE", help="Whose model to serve, where there are two: judge or rewriter."),
+    ] = "",
     host: Annotated[
         str,
         typer.Option("--host", help="Address to listen on and announce; 0.0.0.0: all, announced by host name."),
@@ -221,7 +226,7 @@ def teacher_serve(
     weight: Annotated[float, typer.Option("--weight", help="Relative share of requests.")] = 1.0,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Most concurrent requests per worker.")] = 32,
 ) -> None:
-    """Serve the teacher with vLLM and announce it to judge workers.
+    """Serve a model of the teacher with vLLM and announce it to judge workers.
 
     Arguments of the form section.key=value override the file; all others are passed to the vLLM server.
     """
@@ -233,4 +238,10 @@ def teacher_serve(
     setup_logging()
     from megatron_rlpt.judge_workers.teacher_server import serve_teacher
 
-    serve_teacher(resolved, host=host, port=port, weight=weight, concurrency=concurrency, extra=extra)
+    serve_teacher(resolved, role=_role(role), host=host, port=port, weight=weight, concurrency=concurrency, extra=extra)
+
+
+def _role(name: str) -> Role | None:
+    if name and name not in list(Role):
+        raise ConfigError(f"--role is {name}; allowed: {' or '.join(Role)}")
+    return Role(name) if name else None

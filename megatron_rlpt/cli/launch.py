@@ -67,7 +67,8 @@ def _with_dtypes(cluster: Cluster, run: Config) -> Config:
         return resolve_dtypes(run)
     if run.teacher.dtype is not Dtype.auto or not judged_by_workers(run):
         return run
-    on_gpus = cluster.teacher.nodes > 0 and cluster.teacher.gpus_per_node > 0
+    servers = [one for one in cluster.servers.values() if one.nodes]
+    on_gpus = bool(servers) and all(one.gpus_per_node for one in servers)
     chosen = recorded_teacher_dtype(run) or (Dtype.bf16 if on_gpus else Dtype.fp32)
     return with_dtypes(run, run.model.dtype, chosen)
 

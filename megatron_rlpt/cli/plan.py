@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from megatron_rlpt.cli.options import ConfigOption, Overrides, load
-from megatron_rlpt.config import Config, asks_teacher, judged_by_workers
+from megatron_rlpt.config import Config, Role, judged_by_workers, models_asked
 from megatron_rlpt.errors import ConfigError, ModelError
+from megatron_rlpt.models.adapters import whole_model
 from megatron_rlpt.models.architecture import Architecture, parse_architecture
 from megatron_rlpt.observe import terminal
 from megatron_rlpt.planner.checks import USABLE_MEMORY
@@ -19,7 +21,7 @@ from megatron_rlpt.planner.hardware import Nodes, gpu_of
 from megatron_rlpt.planner.judging import ANSWER_VARIATION
 from megatron_rlpt.planner.plan import make_plan
 from megatron_rlpt.planner.report import print_plan, sections, to_html, to_json
-from megatron_rlpt.planner.request import PlanRequest
+from megatron_rlpt.planner.request import PlannedServers, PlanRequest
 from megatron_rlpt.planner.simulation.scenario import NODE_FAILURES, FaultModel, simulate_plan
 from megatron_rlpt.planner.sweep import split
 from megatron_rlpt.planner.sweep import sweep as sweep_layouts
@@ -49,6 +51,19 @@ def plan(
         typer.Option("--teacher", metavar="FILE", help="config.json of the teacher, instead of teacher.path."),
     ] = None,
     judge_gpus: Annotated[int, typer.Option("--judge-gpus", min=0, metavar="N", help="GPUs of the teacher.")] = 0,
+    rewriter: Annotated[
+        Path | None,
+        typer.Option(
+            "--rewriter", metavar="FILE", help="config.json of the rewriter's own model, or teacher.rewriter.path."
+        ),
+    ] = None,
+    rewriter_gpus: Annotated[
+        int, typer.Option("--rewriter-gpus", min=0, metavar="N", help="GPUs of the rewriter's own model.")
+    ] = 0,
+    rewriter_tensor: Annotated[
+        int | None, typer.Option("--rewriter-tensor", min=1, metavar="N", help="As --judge-tensor.")
+    ] = None,
+    rewriter_fp8: Annotated[bool, typer.Option("--rewriter-fp8", help="As --judge-fp8.")] = False,
     judge_type: Annotated[
         str | None, typer.Option("--judge-gpu-type", metavar="NAME", help="Default: the type of the trainer's GPUs.")
     ] = None,
@@ -144,13 +159,29 @@ def plan(
         )
     policy = read_model(model, resolved.model.path, "--model")
     teacher_model = TeacherModel(policy)
-    if teacher is not None or (asks_teacher(resolved) and resolved.teacher.path):
+    asks = any(model.who != Role.rewriter for model in models_asked(resolved))
+    if teacher is not None or (asks and resolved.teacher.path):
         teacher_model = parse_teacher(*_read_config(teacher, resolved.teacher_path, "--teacher"))
     judge_fp8 = judge_fp8 or teacher_model.quantized
+    rewriter_options = {
+        "--rewriter": rewriter,
+        "--rewriter-gpus": rewriter_gpus,
+        "--rewriter-tensor": rewriter_tensor,
+        "--rewriter-fp8": rewriter_fp8,
+    }
+    rewriter_model = _rewriter_model(resolved, rewriter, rewriter_options)
     gpu = gpu_of(gpu_type, "--gpu-type")
     judge_gpu = gpu_of(judge_type, "--judge-gpu-type") if judge_type else gpu
     nodes = Nodes(gpu, gpus, per_node or min(gpus, int(gpu.domain)))
-    judges = Nodes(judge_gpu, judge_gpus if judged_by_workers(resolved) else 0, int(judge_gpu.domain))
+    served = judged_by_workers(resolved)
+    judges, rewriters = (
+        Nodes(judge_gpu, count if served else 0, int(judge_gpu.domain)) for count in (judge_gpus, rewriter_gpus)
+    )
+    rewriter_servers = None
+    if rewriter_model:
+        arch, fp8 = rewriter_model.arch, rewriter_fp8 or rewriter_model.quantized
+        tensor = rewriter_tensor or fewest_gpus(arch, rewriters, resolved, fp8=fp8)
+        rewriter_servers = PlannedServers(arch, rewriters, tensor, fp8)
     request = PlanRequest(
         config=resolved,
         model=policy,
@@ -165,7 +196,12 @@ def plan(
         judge_workers=judge_workers,
         answer_variation=answer_variation,
         prefix_tokens=prefix_tokens,
-        teacher_notes=(*teacher_model.notes, *accuracy_notes(resolved)),
+        teacher_notes=(
+            *teacher_model.notes,
+            *(rewriter_model.notes if rewriter_model else ()),
+            *accuracy_notes(resolved),
+        ),
+        rewriter=rewriter_servers,
     )
     found = make_plan(request)
     layouts = sweep_layouts(request) if sweep else None
@@ -184,6 +220,28 @@ def plan(
     # With --total-gpus the listed splits are the answer, and all of them fit.
     if not (found.runs or splits) or (scenario is not None and scenario.fails):
         raise typer.Exit(1)
+
+
+def _rewriter_model(config: Config, file: Path | None, given: Mapping[str, object]) -> TeacherModel | None:
+    """Return the rewriter's own model; None where it has the judge's, or the run asks no rewriter.
+
+    Raises:
+        ConfigError: an option in ``given`` is about a model that the rewriter does not have, or its folder is unknown.
+    """
+    own = [model for model in models_asked(config) if model.who == Role.rewriter]
+    if not own:
+        for option, value in given.items():
+            if value:
+                raise ConfigError(
+                    f"{option} is {value}, but the run's rewriter has no model of its own; set teacher.rewriter.path, "
+                    f"or leave {option} out"
+                )
+        return None
+    if file is None and not own[0].path:
+        raise ConfigError(
+            "teacher.rewriter.path is empty; name the config.json of the rewriter's model with --rewriter"
+        )
+    return parse_teacher(*_read_config(file, own[0].path, "--rewriter"))
 
 
 def _check_finite(options: dict[str, float | None]) -> None:
@@ -215,7 +273,7 @@ def _read_config(file: Path | None, folder: str, option: str) -> tuple[dict[str,
     name = "" if file is None else f"{option} "
     file = Path(folder) if file is None else file
     try:
-        file = file / "config.json" if file.is_dir() else file
+        file = whole_model(file) / "config.json" if file.is_dir() else file
         raw: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{name}{file} cannot be read as JSON ({error})") from None

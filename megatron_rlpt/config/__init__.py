@@ -3,9 +3,11 @@
 from megatron_rlpt.config.checks import (
     asks_teacher,
     judged_by_workers,
+    models_asked,
     needs_engine,
     needs_judge,
     objective_facts,
+    roles_asked,
     rows_per_example,
     validate,
 )
@@ -57,6 +59,7 @@ from megatron_rlpt.config.schema_teacher import (
     TeacherConfig,
     WorkersConfig,
 )
+from megatron_rlpt.config.teacher_models import Role, RoleModel, model_of, rewriter_has_own_model
 
 __all__ = [
     "AnswerForm",
@@ -94,6 +97,8 @@ __all__ = [
     "QualityConfig",
     "Recompute",
     "RewriterConfig",
+    "Role",
+    "RoleModel",
     "RolloutConfig",
     "RunConfig",
     "RunIn",
@@ -111,10 +116,14 @@ __all__ = [
     "judged_by_workers",
     "load_config",
     "longest_answer",
+    "model_of",
+    "models_asked",
     "nearest_key",
     "needs_engine",
     "needs_judge",
     "objective_facts",
+    "rewriter_has_own_model",
+    "roles_asked",
     "rows_per_example",
     "to_yaml",
     "validate",

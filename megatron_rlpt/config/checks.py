@@ -15,6 +15,7 @@ from megatron_rlpt.config.rewriters import check_rewriter, rewrites_by_asking
 from megatron_rlpt.config.schema import Config
 from megatron_rlpt.config.schema_data import SourceConfig
 from megatron_rlpt.config.sources import possible_formats, unused_option
+from megatron_rlpt.config.teacher_models import Role, RoleModel, check_rewriter_model, model_of
 from megatron_rlpt.config.user_classes import check_reader, check_second_measure
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.extensions import is_extension
@@ -40,10 +41,25 @@ def rows_per_example(config: Config) -> int:
     )
 
 
-def asks_teacher(config: Config) -> bool:
-    """Return whether a run asks the teacher's model for anything: input of a judge, or rewrites."""
+def roles_asked(config: Config) -> tuple[Role, ...]:
+    """Return the roles of the teacher in which a run asks a model: for input of a judge, for rewrites."""
     judged = needs_judge(config) and judge_facts(config).asks is not TeacherUse.nothing
-    return judged or rewrites_by_asking(config)
+    asked = {Role.judge: judged, Role.rewriter: rewrites_by_asking(config)}
+    return tuple(role for role in Role if asked[role])
+
+
+def models_asked(config: Config) -> tuple[RoleModel, ...]:
+    """Return the models of the teacher that a run asks, each with the roles in which it does; one if they share it."""
+    roles, found = roles_asked(config), list[RoleModel]()
+    for role in roles:
+        if not any(model.has(role) for model in found):
+            found.append(model_of(config, role).asked_for(roles))
+    return tuple(found)
+
+
+def asks_teacher(config: Config) -> bool:
+    """Return whether a run asks a model of the teacher for anything."""
+    return bool(roles_asked(config))
 
 
 def needs_engine(config: Config) -> bool:
@@ -76,6 +92,7 @@ def validate(config: Config) -> None:
     _check_buffer(config)
     _check_objective(config)
     check_endpoints(config)
+    check_rewriter_model(config)
     check_judges(config)
     check_sets(config)
     _check_workers(config)

@@ -14,14 +14,19 @@ from megatron_rlpt.errors import ConfigError
 
 
 def check_endpoints(config: Config) -> None:
-    """Check the servers of a configuration; each may be listed once."""
-    seen: set[str] = set()
-    for index, endpoint in enumerate(config.teacher.workers.endpoints):
-        key = f"teacher.workers.endpoints[{index}]"
-        check_endpoint(endpoint, key)
-        if endpoint.url.rstrip("/") in seen:
-            raise ConfigError(f"{key}.url is {endpoint.url}, which is listed already; list every server once")
-        seen.add(endpoint.url.rstrip("/"))
+    """Check the servers of a configuration; each may be listed once per role."""
+    listed = {
+        "teacher.workers.endpoints": config.teacher.workers.endpoints,
+        "teacher.rewriter.endpoints": config.teacher.rewriter.endpoints,
+    }
+    for name, endpoints in listed.items():
+        seen: set[str] = set()
+        for index, endpoint in enumerate(endpoints):
+            key = f"{name}[{index}]"
+            check_endpoint(endpoint, key)
+            if endpoint.url.rstrip("/") in seen:
+                raise ConfigError(f"{key}.url is {endpoint.url}, which is listed already; list every server once")
+            seen.add(endpoint.url.rstrip("/"))
 
 
 def check_endpoint(endpoint: EndpointConfig, key: str) -> None:

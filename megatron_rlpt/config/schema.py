@@ -358,7 +358,7 @@ class Config:
 
     @property
     def teacher_path(self) -> str:
-        """Folder of the teacher; without one of its own, the policy's starting model."""
+        """Folder of the teacher's model as judge; without one of its own, the policy's starting model."""
         return self.teacher.path or self.model.path
 
     @property

@@ -96,28 +96,6 @@ class GenerativeConfig:
 
 
 @dataclass
-class RewriterConfig:
-    """The rewrite of a suffix."""
-
-    name: str = option(
-        "prompted",
-        "Rewriter: prompted, which asks the teacher, or your own class as module:Class or path/file.py:Class.",
-    )
-    options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
-    prompt: PromptLength = option(
-        PromptLength.full,
-        "How the prompted rewriter is asked: with instructions (full), or with a few tokens around the texts (brief; "
-        "needs a rewriter trained with this prompt).",
-    )
-    temperature: float = option(1.0, "Sampling temperature of the rewriter.", at_least=0)
-    top_p: float = option(0.6, "Nucleus sampling of the rewriter.", above=0, at_most=1)
-    anchor_words: int = option(
-        5, "Words of the prefix repeated before the suffix so that the rewrite continues smoothly.",
-        unit="words", at_least=0, paper="5",
-    )  # fmt: skip
-
-
-@dataclass
 class EndpointConfig:
     """A teacher server that speaks OpenAI's API."""
 
@@ -152,11 +130,49 @@ class EndpointConfig:
 
 
 @dataclass
+class RewriterConfig:
+    """The rewrite of a suffix."""
+
+    name: str = option(
+        "prompted",
+        "Rewriter: prompted, which asks the teacher, or your own class as module:Class or path/file.py:Class.",
+    )
+    options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
+    prompt: PromptLength = option(
+        PromptLength.full,
+        "How the prompted rewriter is asked: with instructions (full), or with a few tokens around the texts (brief; "
+        "needs a rewriter trained with this prompt).",
+    )
+    path: str = option(
+        "",
+        "Hugging Face folder of its model, or of a LoRA adapter; empty is the judge's (teacher.path), or what its "
+        "endpoints serve.",
+    )
+    max_context: int = option(
+        0, "Maximum length of prompt plus answer in the engine of its own model.",
+        unit="tokens", at_least=0, zero="as teacher.max_context",
+    )  # fmt: skip
+    endpoints: list[EndpointConfig] = section(
+        list,
+        "Servers of its own model, for judge workers; announced ones are used as well. Empty: those of the judge, if "
+        "both are one model.",
+    )
+    temperature: float = option(1.0, "Sampling temperature of the rewriter.", at_least=0)
+    top_p: float = option(0.6, "Nucleus sampling of the rewriter.", above=0, at_most=1)
+    anchor_words: int = option(
+        5, "Words of the prefix repeated before the suffix so that the rewrite continues smoothly.",
+        unit="words", at_least=0, paper="5",
+    )  # fmt: skip
+
+
+@dataclass
 class WorkersConfig:
     """Judge workers, which claim groups from the rollout buffer; started with ``rlpt judge serve``."""
 
     endpoints: list[EndpointConfig] = section(
-        list, "Teacher servers; servers announced in the rollout buffer are used as well."
+        list,
+        "Servers of the teacher, or of its judge if teacher.rewriter has a model of its own; servers announced in the "
+        "rollout buffer are used as well.",
     )
     groups: int = option(8, "Groups that one worker judges concurrently.", unit="groups", at_least=1)
     lease: float = option(
@@ -193,9 +209,13 @@ class WorkersConfig:
 
 @dataclass
 class TeacherConfig:
-    """The post-trained model in its two roles, judge and rewriter."""
+    """The post-trained model in its two roles, judge and rewriter; the rewriter may have another."""
 
-    path: str = option("", "Hugging Face folder of the teacher; empty is a frozen copy of model.path.")
+    path: str = option(
+        "",
+        "Hugging Face folder of the teacher, or of a LoRA adapter of one: the judge's, and the rewriter's unless "
+        "teacher.rewriter names another. Empty is a frozen copy of model.path.",
+    )
     dtype: Dtype = option(
         Dtype.auto,
         "Precision of a teacher that this package loads or serves; bf16 leaves vLLM the precision of the checkpoint. "

@@ -1,6 +1,6 @@
 """The judges of an evaluation: the configuration's own, the second measure, and those of ``evaluation.judges``.
 
-Each knows what it decides, whether it rewarded the training of a model that it judges here (``in_sample.py``), and
+Each knows what it decides, whether it took part in the training of a model that it judges (``in_sample.py``), and
 stores its verdicts by content (``verdict_cache.py``). A judge with a model asks teacher servers where some are
 configured or announced, and otherwise loads it into this process, only when the first verdict is not stored.
 """

@@ -92,7 +92,7 @@ class JudgeRecord:
     description: str
     """Completes "The judge is"."""
     in_sample: bool
-    """Whether it also rewarded the training of a model that it judges here."""
+    """Whether it also rewarded, or rewrote for, the training of a model that it judges here."""
     trained: tuple[str, ...] = ()
     """Names of those models."""
 

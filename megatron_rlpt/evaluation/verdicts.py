@@ -12,7 +12,16 @@ from typing import Any, Protocol
 from typing_extensions import override
 
 from megatron_rlpt import __version__
-from megatron_rlpt.config import AnswerForm, AxisConfig, Config, EndpointConfig, TeacherUse, judge_facts
+from megatron_rlpt.config import (
+    AnswerForm,
+    AxisConfig,
+    Config,
+    EndpointConfig,
+    Role,
+    TeacherUse,
+    judge_facts,
+    model_of,
+)
 from megatron_rlpt.config.judges import is_reward, load_judge
 from megatron_rlpt.config.user_classes import load_second_measure
 from megatron_rlpt.distributed.ranks import Ranks
@@ -20,6 +29,7 @@ from megatron_rlpt.errors import ModelError, TeacherError
 from megatron_rlpt.evaluation.in_sample import Recorded
 from megatron_rlpt.evaluation.second_measure import SecondMeasure, build_second_measure
 from megatron_rlpt.extensions import class_name, is_extension
+from megatron_rlpt.models.adapters import read_adapter
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.digest import folder_digest
 from megatron_rlpt.observe import get_logger
@@ -102,7 +112,9 @@ class ConfiguredVerdicts(Verdicts):
         if endpoints := self._config.teacher.workers.endpoints:
             return "served " + " ".join(sorted({one.model or one.url.rstrip("/") for one in endpoints}))
         try:
-            return folder_digest(self._config.teacher_path)
+            digest = folder_digest(self._config.teacher_path)
+            adapter = read_adapter(self._config.teacher_path)
+            return f"{digest} on {folder_digest(adapter.base)}" if adapter else digest
         except ModelError:
             return self._config.teacher_path
 
@@ -203,7 +215,7 @@ class ConfiguredVerdicts(Verdicts):
 
     def _start(self) -> TextGenerator:
         if self._generator is None:
-            self._generator = start_generator(self._config, self._ranks)
+            self._generator = start_generator(self._config, model_of(self._config, Role.judge), self._ranks)
         return self._generator
 
 

@@ -8,14 +8,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_rlpt.buffer.open import open_buffer
-from megatron_rlpt.config import Config, EndpointConfig, RunIn, TeacherUse, judge_facts
+from megatron_rlpt.config import (
+    Config,
+    EndpointConfig,
+    Role,
+    RunIn,
+    TeacherUse,
+    judge_facts,
+    model_of,
+    rewriter_has_own_model,
+)
 from megatron_rlpt.errors import BufferUnavailableError
 from megatron_rlpt.judge_workers.client.pool import TeacherPool
-from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints
+from megatron_rlpt.judge_workers.discovery import KIND, servers_of
+from megatron_rlpt.models.adapters import special_tokens_of
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.judge import GroupJudge
 from megatron_rlpt.teacher.judges import ServedTeacher, builder_of
-from megatron_rlpt.tokens.control_tokens import known_special_tokens
 from megatron_rlpt.types import Group
 
 _PATIENCE = 5.0
@@ -40,10 +49,11 @@ def teacher_servers(config: Config) -> tuple[list[EndpointConfig], str]:
     settings = replace(config.buffer, retry=min(config.buffer.retry, _PATIENCE))
     try:
         with contextlib.closing(open_buffer(replace(config, buffer=settings), create=False)) as buffer:
-            found = announced_endpoints([], buffer.announced(KIND), workers.key_env)
+            found = servers_of(config, model_of(config, Role.judge).asked_for((Role.judge,)), buffer.announced(KIND))
     except BufferUnavailableError as error:
         return [], str(error)
-    return found, "" if found else "none is announced in the rollout buffer"
+    whose = " for the judge" if rewriter_has_own_model(config) else ""
+    return found, "" if found else f"none is announced{whose} in the rollout buffer"
 
 
 def judge_on_servers(
@@ -79,7 +89,7 @@ async def _judge(
     done: Callable[[int, Group], None] | None,
 ) -> list[Group]:
     deadline = config.teacher.workers.request_deadline
-    known = known_special_tokens(config.teacher_path)
+    known = special_tokens_of(config.teacher_path)
     async with TeacherPool(endpoints, deadline, known) as pool:
         await pool.wait_until_ready(deadline)
         judge = make(pool) if make else builder_of(config).for_servers(config, pool)

@@ -22,10 +22,16 @@ class GroupProcessor:
     """None if the objective needs no rewards."""
     rewriter: EpisodeRewriter | None
 
-    async def process(self, group: Group, ask: Ask) -> Group:
-        """Return the group with its rewrite, inserted after the original, and with rewards."""
+    async def process(self, group: Group, ask: Ask, ask_rewriter: Ask) -> Group:
+        """Return the group with its rewrite, inserted after the original, and with rewards.
+
+        Args:
+            group: to rewrite and judge.
+            ask: asks the judge's model.
+            ask_rewriter: asks the rewriter's model, which may be the same.
+        """
         if self.rewriter is not None:
-            rewrite = await self.rewriter.rewrite_one(group.episode, ask)
+            rewrite = await self.rewriter.rewrite_one(group.episode, ask_rewriter)
             if isinstance(rewrite, Failed):
                 group = replace(group, rewrite_failure=rewrite)
             else:

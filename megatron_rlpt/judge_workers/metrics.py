@@ -89,10 +89,10 @@ class _ServerCollector:
 
     def collect(self) -> Iterator[Any]:
         """Yield metrics; implements prometheus_client's ``Collector``."""
-        up = GaugeMetricFamily("rlpt_teacher_up", "1 if the server is usable, else 0.", labels=["url"])
-        flying = GaugeMetricFamily("rlpt_teacher_in_flight", "Requests in flight.", labels=["url"])
+        up = GaugeMetricFamily("rlpt_teacher_up", "1 if the server is usable, else 0.", labels=["url", "role"])
+        flying = GaugeMetricFamily("rlpt_teacher_in_flight", "Requests in flight.", labels=["url", "role"])
         totals = {
-            name: CounterMetricFamily(f"rlpt_teacher_{name}", text, labels=["url"])
+            name: CounterMetricFamily(f"rlpt_teacher_{name}", text, labels=["url", "role"])
             for name, text in (
                 ("requests", "Requests sent, including retries."),
                 ("retries", "Requests that were retries."),
@@ -102,13 +102,14 @@ class _ServerCollector:
                 ("seconds", "Total seconds of all requests."),
             )
         }
-        failures = CounterMetricFamily("rlpt_teacher_failures", "Failed requests.", labels=["url", "reason"])
+        failures = CounterMetricFamily("rlpt_teacher_failures", "Failed requests.", labels=["url", "role", "reason"])
         for endpoint in self._endpoints():
-            up.add_metric([endpoint.url], float(endpoint.breaker.closed))
-            flying.add_metric([endpoint.url], endpoint.in_flight)
+            where = [endpoint.url, endpoint.role]
+            up.add_metric(where, float(endpoint.breaker.closed))
+            flying.add_metric(where, endpoint.in_flight)
             for name, family in totals.items():
-                family.add_metric([endpoint.url], getattr(endpoint.counters, name))
+                family.add_metric(where, getattr(endpoint.counters, name))
             # A copy, because the worker thread keeps counting.
             for reason, count in dict(endpoint.counters.failures).items():
-                failures.add_metric([endpoint.url, reason], count)
+                failures.add_metric([*where, reason], count)
         yield from (up, flying, *totals.values(), failures)

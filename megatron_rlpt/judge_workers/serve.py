@@ -9,18 +9,19 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from megatron_rlpt.backoff import Backoff
 from megatron_rlpt.buffer.open import location_of, open_buffer
 from megatron_rlpt.buffer.protocol import RolloutBuffer
-from megatron_rlpt.config import Config, RunIn, longest_answer, needs_judge
+from megatron_rlpt.config import Config, Role, RoleModel, RunIn, longest_answer, models_asked, needs_judge
 from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError
 from megatron_rlpt.judge_workers.client.pool import TeacherPool
-from megatron_rlpt.judge_workers.discovery import KIND, announced_endpoints, server_key
+from megatron_rlpt.judge_workers.discovery import KIND, server_key, servers_of
 from megatron_rlpt.judge_workers.group_processor import GroupProcessor
 from megatron_rlpt.judge_workers.metrics import WorkerMetrics
+from megatron_rlpt.judge_workers.role_servers import open_pool, require_two_models
 from megatron_rlpt.judge_workers.worker import TeacherClient, Worker
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.precision import resolve_dtypes
@@ -29,7 +30,6 @@ from megatron_rlpt.teacher.judge import GroupJudge
 from megatron_rlpt.teacher.judges import LocalJudge, builder_of, local_judge, needs_no_server
 from megatron_rlpt.teacher.rewriter import answer_tokens
 from megatron_rlpt.teacher.settings_fingerprint import SETTINGS, require_same_settings
-from megatron_rlpt.tokens.control_tokens import known_special_tokens
 
 _log = get_logger(__name__)
 
@@ -45,10 +45,10 @@ _READY = 600.0
 """Maximum seconds to wait for the first server; large models take minutes to load."""
 
 
-def most_tokens(config: Config) -> int:
-    """Return the longest answer that a worker requests, in tokens; 0 if it requests none."""
-    judge = longest_answer(config) if needs_judge(config) else 0
-    return max(judge, answer_tokens(config) if rewrites_by_asking(config) else 0)
+def most_tokens(config: Config, roles: tuple[Role, ...]) -> int:
+    """Return the longest answer that a worker requests of a model with these ``roles``, in tokens; 0 for none."""
+    judge = longest_answer(config) if Role.judge in roles and needs_judge(config) else 0
+    return max(judge, answer_tokens(config) if Role.rewriter in roles and rewrites_by_asking(config) else 0)
 
 
 def run_worker(config: Config, name: str = "") -> None:
@@ -79,14 +79,16 @@ async def _run(config: Config, name: str) -> None:
             await _until(stopped, asyncio.gather(_wait_for_trainer(config, buffer), own))
             if stopped.is_set():
                 return
-            teacher, processor, metrics = await stack.enter_async_context(
-                _teacher(config, buffer, stopped, own.result())
+            teachers, processor, metrics = await stack.enter_async_context(
+                _teachers(config, buffer, stopped, own.result())
             )
             if stopped.is_set():
                 return
             metrics.serve(config.teacher.workers.metrics_host, config.teacher.workers.metrics_port)
-            worker = Worker(buffer, teacher, processor, config.teacher.workers, name, metrics)
-            _log.info("judging", worker=name, teacher=teacher.name, metrics=metrics.address or "off")
+            judging, rewriting = teachers
+            worker = Worker(buffer, judging, processor, config.teacher.workers, name, metrics, rewriting)
+            names = "+".join(dict.fromkeys((judging.name, rewriting.name)))
+            _log.info("judging", worker=name, teacher=names, metrics=metrics.address or "off")
             working = asyncio.create_task(worker.run())
             watching = asyncio.create_task(_watch_trainer(config, buffer))
             stopping = asyncio.create_task(_stop_when(stopped, worker))
@@ -155,34 +157,53 @@ async def _local_judge(config: Config) -> LocalJudge | None:
 
 
 @contextlib.asynccontextmanager
-async def _teacher(
+async def _teachers(
     config: Config, buffer: RolloutBuffer, stopped: asyncio.Event, own: LocalJudge | None
-) -> AsyncIterator[tuple[TeacherClient, Callable[[], GroupProcessor], WorkerMetrics]]:
-    """Yield the teacher client, the processor factory and the metrics of a worker."""
-    workers = config.teacher.workers
+) -> AsyncIterator[tuple[tuple[TeacherClient, TeacherClient], Callable[[], GroupProcessor], WorkerMetrics]]:
+    """Yield the clients of judge and rewriter, the processor factory and the metrics of a worker."""
     if own:
         rewriter = await asyncio.to_thread(build_rewriter, config) if config.candidates.rewrite else None
-        yield own, lambda: GroupProcessor(own if needs_judge(config) else None, rewriter), WorkerMetrics()
+        yield (own, own), lambda: GroupProcessor(own if needs_judge(config) else None, rewriter), WorkerMetrics()
         return
     if needs_judge(config):
         await asyncio.to_thread(builder_of(config).check_servers, config)
-    server_key(workers.key_env)  # fail now, not at the first announced server, if the key is missing
-    endpoints = announced_endpoints(workers.endpoints, await asyncio.to_thread(buffer.announced, KIND), workers.key_env)
-    # With the teacher's folder, break up its own special tokens; without it, only the common ones.
-    known = known_special_tokens(config.teacher_path)
-    async with TeacherPool(endpoints, workers.request_deadline, known) as pool:
-        updating = asyncio.create_task(_update_servers(config, buffer, pool))
+    server_key(config.teacher.workers.key_env)  # fail now, not at the first announced server, if the key is missing
+    announced = await asyncio.to_thread(buffer.announced, KIND)
+    async with contextlib.AsyncExitStack() as stack:
+        pools = {
+            model: await stack.enter_async_context(open_pool(config, model, announced))
+            for model in models_asked(config)
+        }
+        updating = asyncio.create_task(_update_servers(config, buffer, pools))
         try:
-            await _until(stopped, pool.wait_until_ready(_READY))
-            if not stopped.is_set() and (longest := most_tokens(config)):
-                await _until(stopped, pool.check_deadline(longest))
-            processor = await asyncio.to_thread(_processor_factory, config, pool)
+            await _until(stopped, asyncio.gather(*(pool.wait_until_ready(_READY) for pool in pools.values())))
+            if not stopped.is_set():
+                require_two_models(config, pools)
+                await _until(stopped, _check_deadlines(config, pools))
+            judging, rewriting = (_with_role(pools, role) for role in Role)
+            processor = await asyncio.to_thread(_processor_factory, config, judging)
             if not stopped.is_set():
                 processor()  # raise before the first claim if anything cannot be loaded
-            yield pool, processor, WorkerMetrics(lambda: pool.endpoints)
+            servers = list(pools.values())
+            yield (
+                (judging, rewriting),
+                processor,
+                WorkerMetrics(lambda: [one for pool in servers for one in pool.endpoints]),
+            )
         finally:
             updating.cancel()
             await asyncio.gather(updating, return_exceptions=True)
+
+
+async def _check_deadlines(config: Config, pools: Mapping[RoleModel, TeacherPool]) -> None:
+    for model, pool in pools.items():
+        if longest := most_tokens(config, model.roles):
+            await pool.check_deadline(longest)
+
+
+def _with_role(pools: Mapping[RoleModel, TeacherPool], role: Role) -> TeacherPool:
+    """Return the pool of the model with ``role``; of a role that is not asked, the other's."""
+    return next((pool for model, pool in pools.items() if model.has(role)), next(iter(pools.values())))
 
 
 def judge_of(config: Config, pool: TeacherPool) -> GroupJudge:
@@ -202,8 +223,8 @@ def _processor_factory(config: Config, pool: TeacherPool) -> Callable[[], GroupP
     return lambda: processor(pool.name)
 
 
-async def _update_servers(config: Config, buffer: RolloutBuffer, pool: TeacherPool) -> None:
-    """Keep the pool in step with announcements; requeued server jobs come back on other machines."""
+async def _update_servers(config: Config, buffer: RolloutBuffer, pools: Mapping[RoleModel, TeacherPool]) -> None:
+    """Keep the pools in step with announcements; requeued server jobs come back on other machines."""
     while True:
         await asyncio.sleep(_POLL)
         try:
@@ -211,4 +232,5 @@ async def _update_servers(config: Config, buffer: RolloutBuffer, pool: TeacherPo
         except BufferUnavailableError as error:
             _log.warning("cannot read announcements of teacher servers", reason=error)
             continue
-        pool.update(announced_endpoints(config.teacher.workers.endpoints, announced, config.teacher.workers.key_env))
+        for model, pool in pools.items():
+            pool.update(servers_of(config, model, announced))

@@ -1,7 +1,8 @@
-"""``rlpt teacher serve``: run a vLLM server of the teacher and announce it to judge workers.
+"""``rlpt teacher serve``: run a vLLM server of a model of the teacher and announce it to judge workers.
 
 The server is vLLM's own (``python -m vllm.entrypoints.openai.api_server``). This module announces it in the rollout
-buffer while it answers, and ends it with this process.
+buffer, with the roles of its model, while it answers, and ends it with this process. Two models with the same base, of
+which one or both are LoRA adapters, are on one server, which is announced once for each.
 """
 
 from __future__ import annotations
@@ -14,14 +15,27 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_rlpt.buffer.open import PASSWORD_VARIABLE, open_buffer
 from megatron_rlpt.buffer.protocol import RolloutBuffer
-from megatron_rlpt.config import Config, Dtype, EndpointConfig, RunIn, asks_teacher, needs_judge
+from megatron_rlpt.config import (
+    Config,
+    Dtype,
+    EndpointConfig,
+    Role,
+    RoleModel,
+    RunIn,
+    model_of,
+    models_asked,
+    needs_judge,
+)
 from megatron_rlpt.distributed.addresses import LOOPBACK, free_port, here, is_loopback, reachable
 from megatron_rlpt.distributed.processes import EndRequest, end_all, start_child
 from megatron_rlpt.errors import BufferUnavailableError, ConfigError, ModelError, TeacherError
 from megatron_rlpt.judge_workers.discovery import KIND, announcement, server_key
+from megatron_rlpt.models.adapters import Adapter, read_adapter, whole_model
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.machine import has_gpu
 from megatron_rlpt.observe.precision import resolve_dtypes
@@ -47,6 +61,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def serve_teacher(
     config: Config,
     *,
+    role: Role | None = None,
     host: str = LOOPBACK,
     port: int = 0,
     weight: float = 1.0,
@@ -57,6 +72,7 @@ def serve_teacher(
 
     Args:
         config: the run's configuration; names the teacher and the buffer.
+        role: whose model to serve; None for all that fit on one server.
         host: address to listen on and announce; for 0.0.0.0 or :: (all addresses), announces the host name.
         port: 0 for a free one.
         weight: relative share of requests.
@@ -69,7 +85,7 @@ def serve_teacher(
         TeacherError: the server exited; the message has its exit code.
     """
     config = resolve_dtypes(config)
-    _require_use(config)
+    served = Served.of(_models_to_serve(config, role))
     for argument in extra:
         check_argument("further arguments have", argument)
     key = server_key(config.teacher.workers.key_env)
@@ -78,55 +94,137 @@ def serve_teacher(
             f"{_KEY} is set and teacher.workers.key_env is not, so no worker would send the key; set "
             f"teacher.workers.key_env={_KEY}, for the workers as well"
         )
-    if not os.path.isfile(os.path.join(config.teacher_path, "config.json")):
-        raise ModelError(f"teacher.path is {config.teacher_path}; it needs to be a local Hugging Face folder")
     port = port or _free_port(host)
     name = f"{reachable(host)}:{port}"
     endpoint = EndpointConfig(url=f"http://{name}/v1", weight=weight, concurrency=concurrency)
-    value = announcement(endpoint)
+    values = served.announcements(name, endpoint)
     if not key and not is_loopback(host):
         _log.warning("server without a key; set teacher.workers.key_env to require one", host=host)
     with contextlib.closing(open_buffer(config)) as buffer:
         request = EndRequest()
         request.listen()
         environment = _environment(config, key)
-        server = start_child(_command(config, host, port, extra, environment), env=environment)
+        server = start_child(_command(config, served, host, port, extra, environment), env=environment)
         try:
-            _log.info("starting teacher server", model=config.teacher_path, url=endpoint.url)
-            _keep_announced(server, buffer, name, value, f"http://{here(host)}:{port}/health", request)
+            _log.info("starting teacher server", model=served.paths, roles=served.roles, url=endpoint.url)
+            _keep_announced(server, buffer, values, f"http://{here(host)}:{port}/health", request)
             if not request.is_set():
                 raise TeacherError(f"the teacher's server exited with code {server.wait()}; see its output above")
         finally:
             end_all([server], _GRACE)
-            with contextlib.suppress(BufferUnavailableError):  # the announcement expires
-                buffer.withdraw(KIND, name)
+            with contextlib.suppress(BufferUnavailableError):  # announcements expire
+                for one in values:
+                    buffer.withdraw(KIND, one)
 
 
-def _require_use(config: Config) -> None:
-    """Raise ConfigError if no worker of this configuration would use a server."""
+@dataclass(frozen=True)
+class Served:
+    """What one server serves: a whole model, and LoRA adapters of it."""
+
+    base: Path
+    """Hugging Face folder that vLLM loads."""
+    models: tuple[RoleModel, ...]
+    """The models asked of the server: the base, adapters of it, or both."""
+    adapters: tuple[Adapter, ...]
+
+    @classmethod
+    def of(cls, models: Sequence[RoleModel]) -> Served:
+        """Return what to load for ``models``, which share their base.
+
+        Raises:
+            ModelError: a folder holds neither a model nor an adapter of a local one.
+        """
+        for model in models:
+            if not model.path or not _is_model(model.path):
+                raise ModelError(f"{model.key} is {model.path or 'empty'}; it needs to be a local Hugging Face folder")
+        adapters = tuple(filter(None, (read_adapter(model.path) for model in models)))
+        return cls(whole_model(models[0].path), tuple(models), adapters)
+
+    @property
+    def paths(self) -> str:
+        """Folders of the models, for the log."""
+        return ", ".join(model.path for model in self.models)
+
+    @property
+    def roles(self) -> str:
+        """Roles of the models, for the log."""
+        return ", ".join(role for model in self.models for role in model.roles)
+
+    @property
+    def base_name(self) -> str:
+        """Name under which the base is served."""
+        return os.path.basename(os.path.abspath(self.base))
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus answer of any of the models, in tokens."""
+        return max(model.max_context for model in self.models)
+
+    def announcements(self, name: str, endpoint: EndpointConfig) -> dict[str, str]:
+        """Return name -> value to announce, one for each model; ``name`` and ``endpoint`` are of the server."""
+        found = {}
+        for model in self.models:
+            adapter = read_adapter(model.path)
+            own = replace(endpoint, model=adapter.name if adapter else self.base_name if self.adapters else "")
+            found[name if len(self.models) == 1 else f"{name}/{model.who}"] = announcement(own, model.roles)
+        return found
+
+    def arguments(self) -> list[str]:
+        """Return the arguments of vLLM's server for the models."""
+        found = ["--model", str(self.base), "--served-model-name", self.base_name]
+        found += ["--max-model-len", str(self.max_context)]
+        if self.adapters:
+            room = max(adapter.room for adapter in self.adapters)
+            found += ["--enable-lora", "--max-loras", str(len(self.adapters)), "--max-lora-rank", str(room)]
+            found += ["--lora-modules", *(f"{adapter.name}={adapter.folder}" for adapter in self.adapters)]
+        return found
+
+
+def _is_model(path: str) -> bool:
+    return (whole_model(path) / "config.json").is_file()
+
+
+def _models_to_serve(config: Config, role: Role | None) -> list[RoleModel]:
+    """Return the models to serve, with all roles that they have.
+
+    Raises:
+        ConfigError: no worker of this configuration would use a server, of ``role`` if one is given, or the run asks
+            two models that do not fit on one server, and none is chosen.
+        ModelError: an adapter cannot be used.
+    """
     if config.teacher.run_in is not RunIn.workers:
         raise ConfigError(
             f"teacher.run_in is {config.teacher.run_in.name}; allowed: workers, because only they ask a server"
         )
     if config.teacher.workers.own_model:
         raise ConfigError("teacher.workers.own_model is true; allowed: false, else workers ask no server")
-    if not asks_teacher(config):
-        judged = needs_judge(config)
-        idle = (
-            f"teacher.judge is {config.teacher.judge}, which asks no teacher"
-            if judged
-            else f"objective.name is {config.objective.name}, which needs no judge"
-        )
+    asked = models_asked(config)
+    if not asked:
         raise ConfigError(
-            f"{idle}, and candidates.rewrite is false; allowed: something that a server of the teacher is asked for"
+            f"{_idle_judge(config)}, and candidates.rewrite is false; allowed: something that a server of the teacher "
+            "is asked for"
         )
+    if role is not None and not any(model.has(role) for model in asked):
+        idle = "candidates.rewrite is false" if role is Role.rewriter else _idle_judge(config)
+        raise ConfigError(f"--role is {role}, and {idle}; allowed: --role {asked[0].roles[0]}, or none")
+    if role is None and len(asked) > 1:
+        if len({os.path.realpath(whole_model(model.path)) if model.path else "" for model in asked}) > 1:
+            models = " or ".join(f"--role {model.who} ({model.path or 'on other servers'})" for model in asked)
+            raise ConfigError(f"the run asks two models, and a server has one; choose {models}")
+        return [model_of(config, model.roles[0]) for model in asked]
+    return [model_of(config, role or asked[0].roles[0])]
+
+
+def _idle_judge(config: Config) -> str:
+    if needs_judge(config):
+        return f"teacher.judge is {config.teacher.judge}, which asks no teacher"
+    return f"objective.name is {config.objective.name}, which needs no judge"
 
 
 def _keep_announced(
     server: subprocess.Popen[bytes],
     buffer: RolloutBuffer,
-    name: str,
-    value: str,
+    values: Mapping[str, str],
     health: str,
     request: EndRequest,
 ) -> None:
@@ -140,12 +238,13 @@ def _keep_announced(
         if _is_healthy(health):
             answered = reminded = time.monotonic()
             try:
-                buffer.announce(KIND, name, value, 3 * _HEARTBEAT)
+                for name, value in values.items():
+                    buffer.announce(KIND, name, value, 3 * _HEARTBEAT)
                 if not announced:
-                    _log.info("server ready and announced", name=name, seconds=round(answered - began))
+                    _log.info("server ready and announced", name=", ".join(values), seconds=round(answered - began))
                 announced = True
             except BufferUnavailableError as error:
-                _log.warning("cannot announce the server; retrying", name=name, reason=str(error))
+                _log.warning("cannot announce the server; retrying", name=", ".join(values), reason=str(error))
                 announced = False
             request.wait(_HEARTBEAT)
             continue
@@ -163,21 +262,18 @@ def _is_healthy(address: str) -> bool:
         return False
 
 
-def _command(config: Config, host: str, port: int, extra: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+def _command(
+    config: Config, served: Served, host: str, port: int, extra: Sequence[str], environment: Mapping[str, str]
+) -> list[str]:
     return [
         sys.executable,
         "-m",
         "vllm.entrypoints.openai.api_server",
-        "--model",
-        config.teacher_path,
-        "--served-model-name",
-        os.path.basename(os.path.abspath(config.teacher_path)),
+        *served.arguments(),
         "--host",
         host,
         "--port",
         str(port),
-        "--max-model-len",
-        str(config.teacher.max_context),
         # Keep the model folder's generation_config.json from changing the sampling.
         "--generation-config",
         "vllm",

@@ -67,18 +67,21 @@ class Worker:
         config: WorkersConfig,
         name: str,
         metrics: WorkerMetrics,
+        rewriting: TeacherClient | None = None,
     ) -> None:
         """
         Args:
             buffer: source of groups.
-            teacher: where requests go.
+            teacher: where requests of the judge go.
             processor: factory, called per group, because the set of teacher models may change.
             config: concurrency and time limits.
             name: name of this worker in the buffer.
             metrics: counts groups and failures.
+            rewriting: where requests of the rewriter go, if its model is another.
         """
         self._buffer = buffer
         self._teacher = teacher
+        self._rewriting = rewriting or teacher
         self._make_processor = processor
         self._config = config
         self._name = name
@@ -115,7 +118,7 @@ class Worker:
     async def _claim(self) -> None:
         busy, warned = time.monotonic(), False
         while not self._stopping.is_set():
-            if self._teacher.all_down:
+            if self._down():
                 if not warned:
                     _log.warning("no usable teacher server; claiming paused", reason=self._trouble())
                 warned = True
@@ -140,10 +143,14 @@ class Worker:
             await self._rest(0 if works else polling_interval(now - busy, *WORKER_POLL))
             self._raise_failures()
 
+    def _down(self) -> list[TeacherClient]:
+        """Return the models without a usable server; a group needs all of them."""
+        return [one for one in dict.fromkeys((self._teacher, self._rewriting)) if one.all_down]
+
     def _trouble(self) -> str:
         """Return why no server is usable, if known."""
-        trouble: str = getattr(self._teacher, "trouble", "")
-        return trouble or "not known yet"
+        troubles = [str(getattr(one, "trouble", "")) for one in self._down()]
+        return "; ".join(filter(None, troubles)) or "not known yet"
 
     async def _rest(self, seconds: float) -> None:
         """Sleep until ``seconds`` are over or ``stop`` is called."""
@@ -166,10 +173,13 @@ class Worker:
         began = time.monotonic()
         try:
             known = await asyncio.to_thread(self._buffer.recall, work.sequence)
-            ask = CachingAsk(self._teacher, self._teacher.name, known, self._keeper(work.sequence), work.again)
+            ask, ask_rewriter = (
+                CachingAsk(one, one.name, known, self._keeper(work.sequence), work.again)
+                for one in (self._teacher, self._rewriting)
+            )
             with self._metrics.group_in_flight():
                 async with asyncio.timeout(self._config.group_deadline):
-                    group = await self._make_processor().process(work.group, ask)
+                    group = await self._make_processor().process(work.group, ask, ask_rewriter)
         except TimeoutError:
             await self._return(work, _TOO_LATE)
         except asyncio.CancelledError:
@@ -184,7 +194,7 @@ class Worker:
             _log.exception("judging failed", group=work.sequence)
             await self._return(work, f"{type(error).__name__}: {first_line(error)}")
         else:
-            if fault := _servers_fault(group, ask.failures):
+            if fault := _servers_fault(group, (*ask.failures, *ask_rewriter.failures)):
                 await self._return(work, fault.explained)
                 return
             with self._without_renewal(work):
@@ -234,8 +244,9 @@ class Worker:
     async def _announce(self) -> None:
         while True:
             known = {"host": os.uname().nodename, "pid": os.getpid(), "metrics": self._metrics.address}
-            if self._teacher.all_down:
-                known |= {"trouble": self._trouble(), "hopeless": bool(getattr(self._teacher, "hopeless", False))}
+            if down := self._down():
+                hopeless = any(getattr(one, "hopeless", False) for one in down)
+                known |= {"trouble": self._trouble(), "hopeless": hopeless}
             value = json.dumps(known)
             await asyncio.to_thread(self._buffer.announce, "worker", self._name, value, 3 * _HEARTBEAT)
             await asyncio.sleep(_HEARTBEAT)

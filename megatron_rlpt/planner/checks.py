@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from megatron_rlpt.config import (
     Config,
     Dtype,
+    Role,
     TeacherUse,
-    asks_teacher,
     judge_facts,
     judged_by_workers,
     longest_answer,
+    models_asked,
     needs_engine,
 )
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.models.architecture import Architecture
 from megatron_rlpt.planner.generation import GenerationEngine
 from megatron_rlpt.planner.hardware import Constant
-from megatron_rlpt.planner.judge_cluster import JudgeCluster
+from megatron_rlpt.planner.judge_cluster import JudgeCluster, ServersNeeded
 from megatron_rlpt.planner.judging import asks_servers, calls_per_group
 from megatron_rlpt.planner.memory import Memory
 from megatron_rlpt.planner.request import PlanRequest
@@ -88,20 +89,24 @@ def _check_precision(request: PlanRequest) -> None:
 
 
 def _check_servers(request: PlanRequest) -> None:
-    config, tensor = request.config, request.judge_tensor
-    if not (judged_by_workers(config) and asks_teacher(config)):
+    config = request.config
+    if not judged_by_workers(config):
         return
-    if not _divides(request.teacher, tensor):
-        sizes = [size for size in range(1, request.teacher.heads + 1) if _divides(request.teacher, size)]
-        raise ConfigError(
-            f"--judge-tensor is {tensor}, which does not divide the teacher's {request.teacher.heads} attention heads "
-            f"and {request.teacher.kv_heads} key-value heads; allowed: {', '.join(map(str, sizes))}"
-        )
-    if request.judges.gpus < tensor:
-        raise ConfigError(
-            f"--judge-gpus is {request.judges.gpus}, but one teacher server takes {tensor}; give at least as "
-            "many with teacher.run_in=workers"
-        )
+    for model in models_asked(config):
+        servers = request.servers_of(model)
+        option, tensor = "--rewriter" if servers is request.rewriter else "--judge", servers.tensor
+        if not _divides(servers.arch, tensor):
+            sizes = [size for size in range(1, servers.arch.heads + 1) if _divides(servers.arch, size)]
+            raise ConfigError(
+                f"{option}-tensor is {tensor}, which does not divide the {model.who}'s {servers.arch.heads} attention "
+                f"heads and {servers.arch.kv_heads} key-value heads; allowed: {', '.join(map(str, sizes))}"
+            )
+        if servers.nodes.gpus < tensor:
+            server = f"server of the {model.who}" if request.rewriter else "teacher server"
+            raise ConfigError(
+                f"{option}-gpus is {servers.nodes.gpus}, but one {server} takes {tensor}; give at least as "
+                "many with teacher.run_in=workers"
+            )
 
 
 def _divides(teacher: Architecture, tensor: int) -> bool:
@@ -156,17 +161,10 @@ def limits_of(
 
 
 def _judge_limits(request: PlanRequest, judges: JudgeCluster, own: float) -> list[Limit]:
-    config, gpu, servers = request.config, request.judges.gpu, judges.servers
-    usable = USABLE_MEMORY * gpu.memory
-    held = servers.server.weights + servers.server.cache
+    config, servers = request.config, judges.servers
     settings = config.teacher.workers
     return [
-        Limit(
-            "judges",
-            judges.gpus_needed / request.judges.gpus,
-            f"{judges.gpus_needed} GPUs judge as fast as the trainer trains, {request.judges.gpus} planned",
-            fatal=False,
-        ),
+        *(limit for need in judges.needs for limit in _server_limits(need, alone=len(judges.needs) == 1)),
         Limit(
             "judge workers",
             judges.workers_needed / (servers.workers or 1),
@@ -181,12 +179,6 @@ def _judge_limits(request: PlanRequest, judges: JudgeCluster, own: float) -> lis
             f"a step {own:.1f} s on any number of GPUs; train.staleness = {judges.staleness_needed} is enough, with "
             "workers for all groups",
             fatal=False,
-        ),
-        Limit(
-            "GPU memory of the teacher servers",
-            held / usable,
-            f"weights and key-value cache {held / 1e9:.1f} of {usable / 1e9:.1f} GB per GPU",
-            fatal=True,
         ),
         Limit(
             "deadline of a group",
@@ -205,27 +197,53 @@ def _judge_limits(request: PlanRequest, judges: JudgeCluster, own: float) -> lis
     ]
 
 
-def _context_limit(request: PlanRequest, judges: JudgeCluster) -> list[Limit]:
-    """Return the limit of prompts and answers; none if a likelihood is computed in the same process."""
-    config = request.config
-    lengths = []
-    for calls in calls_per_group(config, request.answer_tokens):
-        if calls.name == "rewrite":
-            lengths.append(calls.prompt + answer_tokens(config))
-        elif judge_facts(config).asks is TeacherUse.text:
-            lengths.append(calls.prompt + longest_answer(config))
-        elif asks_servers(config):
-            lengths.append(calls.prompt)
-    if not lengths:
-        return []
+def _server_limits(need: ServersNeeded, *, alone: bool) -> list[Limit]:
+    """Return the limits of the servers of one model; ``alone`` if there is no other."""
+    server, who = need.fleet.server, need.fleet.model.who
+    usable, held = USABLE_MEMORY * server.nodes.gpu.memory, server.weights + server.cache
     return [
         Limit(
-            "context of the teacher",
-            max(lengths) / config.teacher.max_context,
-            f"prompt and answer of {max(lengths):.0f} tokens, teacher.max_context = {config.teacher.max_context}",
+            "judges" if alone else f"servers of the {who}",
+            need.needed / need.planned,
+            f"{need.needed} GPUs judge as fast as the trainer trains, {need.planned} planned"
+            if who != Role.rewriter
+            else f"{need.needed} GPUs rewrite as fast as the trainer trains, {need.planned} planned",
+            fatal=False,
+        ),
+        Limit(
+            "GPU memory of the teacher servers" if alone else f"GPU memory of the {who}'s servers",
+            held / usable,
+            f"weights and key-value cache {held / 1e9:.1f} of {usable / 1e9:.1f} GB per GPU",
             fatal=True,
-        )
+        ),
     ]
+
+
+def _context_limit(request: PlanRequest, judges: JudgeCluster) -> list[Limit]:
+    """Return the limits of prompts and answers; none where a likelihood is computed in the same process."""
+    config = request.config
+    found = []
+    for model in models_asked(config):
+        lengths = []
+        for calls in calls_per_group(config, request.answer_tokens):
+            if not model.has(calls.role):
+                continue
+            if calls.role is Role.rewriter:
+                lengths.append(calls.prompt + answer_tokens(config))
+            elif judge_facts(config).asks is TeacherUse.text:
+                lengths.append(calls.prompt + longest_answer(config))
+            elif asks_servers(config):
+                lengths.append(calls.prompt)
+        if lengths:
+            found.append(
+                Limit(
+                    f"context of the {model.who}",
+                    max(lengths) / model.max_context,
+                    f"prompt and answer of {max(lengths):.0f} tokens, {model.context_key} = {model.max_context}",
+                    fatal=True,
+                )
+            )
+    return found
 
 
 def warnings_about(request: PlanRequest) -> tuple[str, ...]:

@@ -3,22 +3,31 @@
 Workers send each request to the least loaded server (``judge_workers/client/pool.py``), so groups under way share the
 servers evenly: with n groups under way on N servers, each server has n / N of a group's requests, and by Little's law
 a group takes n / N times the seconds that one server spends on it. On any number of servers a group takes at least as
-long as its sequential rounds of requests.
+long as its sequential rounds of requests. Where judge and rewriter are two models, each has servers of its own, and the
+slower of them decides how fast groups are done.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
 
-from megatron_rlpt.config import RunIn, asks_teacher
+from megatron_rlpt.config import Config, Role, RoleModel, RunIn, asks_teacher, models_asked
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.planner.generation import GenerationEngine
 from megatron_rlpt.planner.hardware import Constant
-from megatron_rlpt.planner.judging import SERVER_BATCH, Calls, JudgingCost, asks_servers, calls_per_group, judging
+from megatron_rlpt.planner.judging import (
+    SERVER_BATCH,
+    Calls,
+    JudgingCost,
+    asks_servers,
+    calls_per_group,
+    judging,
+    together,
+)
 from megatron_rlpt.planner.request import PlanRequest
 from megatron_rlpt.planner.transformer import Transformer
 from megatron_rlpt.policy.layout import Layout
@@ -30,18 +39,28 @@ WORKER_CONCURRENCY = Constant(
 
 
 @dataclass(frozen=True)
+class Fleet:
+    """The servers of one model."""
+
+    model: RoleModel
+    server: GenerationEngine
+    """One of them."""
+    calls: tuple[Calls, ...]
+    """Requests about a group that its model answers."""
+    count: int
+    """Number of servers."""
+
+
+@dataclass(frozen=True)
 class Servers:
     """Teacher servers and the workers that send them requests."""
 
     request: PlanRequest
-    server: GenerationEngine
-    """One of them."""
-    calls: tuple[Calls, ...]
-    """Requests about a group."""
-    count: int
-    """Number of servers."""
+    fleets: tuple[Fleet, ...]
+    """One per model."""
     workers: int | None
-    """Judge workers; None if the trainer judges, which sends all requests concurrently."""
+    """Judge workers; None if the trainer judges, which sends all requests concurrently and has all models on the same
+    GPUs."""
 
     @property
     def batch(self) -> int:
@@ -64,20 +83,26 @@ class Servers:
     @cached_property
     def alone(self) -> JudgingCost:
         """The cost of a group that is alone on the servers."""
-        return judging(self.request.config, self.calls, self.server, 1.0)
+        return together([self._cost(fleet, 1.0) for fleet in self.fleets])
 
     def load(self, groups: int) -> JudgingCost:
         """Return the cost of one group while ``groups`` are under way."""
-        return judging(self.request.config, self.calls, self.server, self._requests(groups))
+        return together([self._load(fleet, groups) for fleet in self.fleets])
 
     def seconds(self, groups: int) -> float:
         """Return the seconds of a group while ``groups`` are under way."""
-        return max(groups * self.load(groups).server_seconds / self.count, self.alone.group_seconds)
+        busy = (groups * self._load(fleet, groups).server_seconds / fleet.count for fleet in self.fleets)
+        return max(self._side_by_side(busy), self.alone.group_seconds)
 
     def answer_seconds(self, groups: int) -> float:
         """Return the seconds of the longest kind of answer while ``groups`` are under way, without queueing."""
-        slower = self.seconds(groups) / self.alone.group_seconds
-        return self.alone.answer_seconds * max(1.0, slower * self._requests(groups) / self._open(groups))
+        longest = 0.0
+        for fleet in self.fleets:
+            alone, busy = self._cost(fleet, 1.0), groups * self._load(fleet, groups).server_seconds / fleet.count
+            slower = max(1.0, busy / alone.group_seconds)
+            sent = self._requests(fleet, groups) / self._open(fleet, groups)
+            longest = max(longest, alone.answer_seconds * max(1.0, slower * sent))
+        return longest
 
     def step_seconds(self) -> float:
         """Return the seconds per step to judge a batch, until its last group is done."""
@@ -91,10 +116,13 @@ class Servers:
     @property
     def filling_workers(self) -> int:
         """Workers whose groups and connections fill the servers; more would only queue there."""
-        most = max(1, *(self.server.concurrency(0.0, kind.prompt + kind.answer, 1) for kind in self.calls))
-        groups = self.count * most / self._per_group
-        holding = math.ceil(groups / self.request.config.teacher.workers.groups)
-        return max(holding, math.ceil(most / WORKER_CONCURRENCY))
+        found = 1
+        for fleet in self.fleets:
+            most = max(1, *(fleet.server.concurrency(0.0, kind.prompt + kind.answer, 1) for kind in fleet.calls))
+            groups = fleet.count * most / self._per_group(fleet)
+            holding = math.ceil(groups / self.request.config.teacher.workers.groups)
+            found = max(found, holding, math.ceil(most / WORKER_CONCURRENCY))
+        return found
 
     @property
     def steps(self) -> int:
@@ -121,30 +149,61 @@ class Servers:
 
     def full_seconds(self) -> float:
         """Return the seconds per step to judge a batch on servers that are always full."""
-        return (
-            self.batch * judging(self.request.config, self.calls, self.server, SERVER_BATCH).server_seconds / self.count
+        return self._side_by_side(
+            self.batch * self._cost(fleet, SERVER_BATCH).server_seconds / fleet.count for fleet in self.fleets
         )
+
+    def with_count(self, fleet: Fleet, count: int) -> Servers:
+        """Return these servers with ``count`` of ``fleet``, and any number of the others."""
+        counts = (replace(one, count=count if one is fleet else _ANY) for one in self.fleets)
+        return replace(self, fleets=tuple(counts))
 
     @property
     def _most(self) -> float:
         """Most concurrent requests at a server."""
         return math.inf if self.workers is None else float(WORKER_CONCURRENCY) * self.workers
 
-    @cached_property
-    def _per_group(self) -> float:
-        """Mean number of concurrent requests of a group that is alone."""
-        config, found = self.request.config, 0.0
-        for kind in self.calls:
-            one = judging(config, (replace(kind, count=1),), self.server, 1.0)
+    def _side_by_side(self, seconds: Iterable[float]) -> float:
+        """Return the seconds of fleets that work at the same time; in the trainer they take turns on its GPUs."""
+        return sum(seconds) if self.workers is None else max(seconds)
+
+    def _cost(self, fleet: Fleet, requests: float) -> JudgingCost:
+        return judging(self.request.config, fleet.calls, fleet.server, requests)
+
+    def _load(self, fleet: Fleet, groups: int) -> JudgingCost:
+        return self._cost(fleet, self._requests(fleet, groups))
+
+    def _per_group(self, fleet: Fleet) -> float:
+        """Mean number of concurrent requests to ``fleet`` of a group that is alone."""
+        found = 0.0
+        for kind in fleet.calls:
+            one = judging(self.request.config, (replace(kind, count=1),), fleet.server, 1.0)
             found += kind.count * one.server_seconds / self.alone.group_seconds
         return found
 
-    def _open(self, groups: int) -> float:
+    def _open(self, fleet: Fleet, groups: int) -> float:
         """Return the mean number of open requests of ``groups`` groups per server."""
-        return groups * self._per_group / self.count
+        return groups * self._per_group(fleet) / fleet.count
 
-    def _requests(self, groups: int) -> float:
-        return min(self._open(groups), self._most)
+    def _requests(self, fleet: Fleet, groups: int) -> float:
+        return min(self._open(fleet, groups), self._most)
+
+
+_ANY = 10**9
+"""A number of servers that no run lacks."""
+
+
+@dataclass(frozen=True)
+class ServersNeeded:
+    """GPUs that the servers of one model need; 0 if the trainer judges."""
+
+    fleet: Fleet
+    planned: int
+    """GPUs planned."""
+    needed: int
+    """Fewest GPUs with which the trainer does not wait for judges; ``full`` if no number keeps up."""
+    full: int
+    """Fewest GPUs that judge as fast as the trainer trains, with a ``train.staleness`` that keeps servers full."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +217,8 @@ class JudgeCluster:
     """Seconds per step that judging takes."""
     waiting: float
     """Seconds per step that the trainer waits for judges, or judges itself."""
-    gpus_needed: int
-    """Fewest GPUs with which the trainer does not wait for judges; ``gpus_full`` if no number keeps up, 0 if the
-    trainer judges."""
-    gpus_full: int
-    """Fewest GPUs that judge as fast as the trainer trains, with a ``train.staleness`` that keeps servers full."""
+    needs: tuple[ServersNeeded, ...]
+    """One per model."""
     workers_needed: int
     """Fewest judge workers with which the planned servers keep up, at most as many as hold all groups; 0 if the trainer
     judges."""
@@ -174,6 +230,20 @@ class JudgeCluster:
     """Seconds of a group that is alone on the servers."""
     longest: float
     """Seconds of a group with the most others under way."""
+
+    @property
+    def gpus_needed(self) -> int:
+        """Sum of ``ServersNeeded.needed``."""
+        return sum(one.needed for one in self.needs)
+
+    @property
+    def gpus_full(self) -> int:
+        """Sum of ``ServersNeeded.full``."""
+        return sum(one.full for one in self.needs)
+
+    def needed_by(self, role: Role) -> int:
+        """Return the GPUs needed by the servers of the model with ``role``; 0 if nothing is asked in that role."""
+        return next((one.needed for one in self.needs if one.fleet.model.has(role)), 0)
 
 
 def judge_cluster(request: PlanRequest, layout: Layout, own: float) -> JudgeCluster | None:
@@ -187,18 +257,17 @@ def judge_cluster(request: PlanRequest, layout: Layout, own: float) -> JudgeClus
         return None
     servers = _servers(request, layout)
     shortest = servers.alone.group_seconds
-    longest_calls = replace(servers, calls=calls_per_group(config, request.answer_tokens))
-    if not math.isfinite(longest_calls.alone.group_seconds):
-        raise ConfigError(
-            f"teacher.kv_cache_gib is {config.teacher.kv_cache_gib:g}, which does not hold one request to the teacher; "
-            "raise it"
-        )
+    for fleet in _fleets(request, layout, config):  # with the longest prompts
+        if not math.isfinite(judging(config, fleet.calls, fleet.server, 1.0).group_seconds):
+            raise ConfigError(
+                f"teacher.kv_cache_gib is {config.teacher.kv_cache_gib:g}, which does not hold one request to the "
+                f"{fleet.model.who}; raise it"
+            )
     waits = servers.workers is None or not config.train.staleness
     keeps_up = servers.shortest_step < own
-    needed = full = workers = 0
+    needs = tuple(_needed(servers, fleet, own, keeps_up) for fleet in servers.fleets)
+    workers = 0
     if servers.workers is not None:
-        full = _fewest(lambda count: replace(servers, count=count).full_seconds() <= own)
-        needed = _fewest(lambda count: replace(servers, count=count).step_seconds() <= own) if keeps_up else full
         workers = _workers_needed(servers, own)
         if request.judge_workers is None and asks_servers(config):
             servers = replace(servers, workers=min(servers.workers, servers.filling_workers))
@@ -208,8 +277,7 @@ def judge_cluster(request: PlanRequest, layout: Layout, own: float) -> JudgeClus
         servers.load(servers.groups),
         seconds=taken,
         waiting=taken if waits else max(0.0, taken - own),
-        gpus_needed=needed * request.judge_tensor,
-        gpus_full=full * request.judge_tensor,
+        needs=needs,
         workers_needed=workers,
         keeps_up=keeps_up,
         staleness_needed=math.floor((shortest + servers.tail) / own) + 1,
@@ -218,27 +286,46 @@ def judge_cluster(request: PlanRequest, layout: Layout, own: float) -> JudgeClus
     )
 
 
+def _needed(servers: Servers, fleet: Fleet, own: float, keeps_up: bool) -> ServersNeeded:
+    if servers.workers is None:
+        return ServersNeeded(fleet, 0, 0, 0)
+    planned = servers.request.servers_of(fleet.model)
+    full = _fewest(lambda count: servers.with_count(fleet, count).full_seconds() <= own)
+    needed = _fewest(lambda count: servers.with_count(fleet, count).step_seconds() <= own) if keeps_up else full
+    return ServersNeeded(fleet, planned.nodes.gpus, needed * planned.tensor, full * planned.tensor)
+
+
 def _servers(request: PlanRequest, layout: Layout) -> Servers:
     """Return the planned servers. In the trainer every leader has an engine on its GPU (``teacher/build.py``)."""
     config = request.config
-    by_workers = config.teacher.run_in is RunIn.workers
-    server = GenerationEngine(
-        Transformer.of(request.teacher),
-        request.judges if by_workers else request.trainer,
-        request.judge_tensor if by_workers else 1,
-        config.teacher.kv_cache_gib * 2**30,
-        int(SERVER_BATCH),
-        fp8=request.judge_fp8 and by_workers,
-    )
-    calls = calls_per_group(request.mean_config, request.answer_tokens)
-    if not by_workers:
-        return Servers(request, server, calls, layout.data, None)
-    count = max(1, request.judges.gpus // request.judge_tensor)
-    found = Servers(request, server, calls, count, 1)
+    fleets = _fleets(request, layout, request.mean_config)
+    if config.teacher.run_in is not RunIn.workers:
+        return Servers(request, fleets, None)
+    found = Servers(request, fleets, 1)
     workers = request.judge_workers or _all_workers(found)
     if not asks_servers(config):
-        workers = count  # each holds a model
+        workers = fleets[0].count  # each holds a model
     return replace(found, workers=workers)
+
+
+def _fleets(request: PlanRequest, layout: Layout, config: Config) -> tuple[Fleet, ...]:
+    """Return the servers of every model, for requests as long as those of ``config``."""
+    by_workers = config.teacher.run_in is RunIn.workers
+    calls = calls_per_group(config, request.answer_tokens)
+    fleets = []
+    for model in models_asked(config):
+        planned = request.servers_of(model)
+        server = GenerationEngine(
+            Transformer.of(planned.arch),
+            planned.nodes if by_workers else request.trainer,
+            planned.tensor if by_workers else 1,
+            config.teacher.kv_cache_gib * 2**30,
+            int(SERVER_BATCH),
+            fp8=planned.fp8 and by_workers,
+        )
+        count = max(1, planned.nodes.gpus // planned.tensor) if by_workers else layout.data
+        fleets.append(Fleet(model, server, tuple(one for one in calls if model.has(one.role)), count))
+    return tuple(fleets)
 
 
 def _all_workers(servers: Servers) -> int:
@@ -248,7 +335,7 @@ def _all_workers(servers: Servers) -> int:
 
 def _workers_needed(servers: Servers, own: float) -> int:
     if not asks_servers(servers.request.config):
-        return servers.count
+        return servers.fleets[0].count
     most = _all_workers(servers)
     # With fewer groups under way a server decodes fewer answers per pass and is slower overall.
     return _fewest(lambda count: count >= most or replace(servers, workers=count).step_seconds() <= own)

@@ -7,9 +7,19 @@ of an answer depends on the teacher and is an input (``answer_tokens``).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_rlpt.config import AnswerForm, Config, PromptLength, RunIn, TeacherUse, judge_facts, needs_judge
+from megatron_rlpt.config import (
+    AnswerForm,
+    Config,
+    PromptLength,
+    Role,
+    RunIn,
+    TeacherUse,
+    judge_facts,
+    needs_judge,
+)
 from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.planner.generation import GenerationEngine, score_seconds
 from megatron_rlpt.planner.hardware import Constant
@@ -24,6 +34,9 @@ CODE_CHARACTERS_PER_TOKEN = Constant(
 SERVER_BATCH = Constant(256, "most sequences that vLLM's server decodes concurrently by default (max_num_seqs)")
 
 ANSWER_VARIATION = Constant(0.5, "assumed: standard deviation over mean of the length of a teacher's answer")
+
+REWRITE = "rewrite"
+"""Name of the requests of the rewriter."""
 
 
 _SPOT = "\0"
@@ -44,6 +57,11 @@ class Calls:
     """Further tokens of a prompt."""
     answer: float
     """Tokens of an answer."""
+
+    @property
+    def role(self) -> Role:
+        """Role of the teacher that answers."""
+        return Role.rewriter if self.name == REWRITE else Role.judge
 
     @property
     def prompt(self) -> float:
@@ -93,6 +111,17 @@ class JudgingCost:
         return of_answer * spread / written if written else 0.0
 
 
+def together(costs: Sequence[JudgingCost]) -> JudgingCost:
+    """Return the cost of a group of which every model does its part: the rewrite first, then the verdicts."""
+    return JudgingCost(
+        tuple(calls for cost in costs for calls in cost.calls),
+        sum(cost.server_seconds for cost in costs),
+        sum(cost.server_seconds_uncached for cost in costs),
+        max(cost.answer_seconds for cost in costs),
+        sum(cost.group_seconds for cost in costs),
+    )
+
+
 def candidates(config: Config) -> int:
     """Return the number of candidates of a group: original, rewrite and rollouts."""
     offered = config.candidates
@@ -110,7 +139,7 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     found = []
     if rewrites_by_asking(config):
         frame = _Frame.of("rewrite", config.teacher.rewriter.prompt, own="prefix")
-        found.append(frame.calls("rewrite", 1, 0.0, prefix + suffix, suffix))
+        found.append(frame.calls(REWRITE, 1, 0.0, prefix + suffix, suffix))
     count = candidates(config)
     facts = judge_facts(config)
     if not needs_judge(config) or facts.asks is TeacherUse.nothing:
@@ -155,7 +184,7 @@ def judging(config: Config, calls: tuple[Calls, ...], server: GenerationEngine, 
         uncached += server.prompt_seconds(kind.count * kind.prompt, kind.prompt) + decode
         cached += server.prompt_seconds(kind.computed, kind.prompt) + decode
         answer = max(answer, latency)
-        if kind.name == "rewrite":
+        if kind.role is Role.rewriter:
             rewriting = latency
         else:
             verdicts = max(verdicts, _rounds(config, kind) * latency)

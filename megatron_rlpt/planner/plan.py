@@ -16,14 +16,15 @@ from megatron_rlpt.config import (
     Config,
     EngineFp8,
     Fp8,
+    Role,
     RunIn,
     TeacherUse,
     engine_facts,
     judge_facts,
+    models_asked,
     needs_judge,
     objective_facts,
 )
-from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.planner.checks import Limit, check_cache, check_request, limits_of
 from megatron_rlpt.planner.generation import GenerationEngine
 from megatron_rlpt.planner.hardware import Nodes, memory_seconds
@@ -93,7 +94,7 @@ class Plan:
     @property
     def gpu_hours(self) -> tuple[float, float]:
         """GPU hours of the trainer and of the judges."""
-        return self.hours * self.request.trainer.gpus, self.hours * self.request.judges.gpus
+        return self.hours * self.request.trainer.gpus, self.hours * self.request.server_gpus
 
     @property
     def cost(self) -> float:
@@ -187,7 +188,7 @@ def rollout_engine(request: PlanRequest, layout: Layout) -> tuple[GenerationEngi
 
 
 def teacher_bytes(request: PlanRequest) -> int:
-    """Return the bytes of the unsharded teacher on a leader's GPU with ``teacher.run_in=trainer``.
+    """Return the bytes of the teacher's unsharded models on a leader's GPU with ``teacher.run_in=trainer``.
 
     An engine with its cache answers prompts; a bf16 model computes likelihoods (``teacher/build.py``).
     """
@@ -195,12 +196,14 @@ def teacher_bytes(request: PlanRequest) -> int:
     if config.teacher.run_in is not RunIn.trainer:
         return 0
     asked = judge_facts(config).asks if needs_judge(config) else TeacherUse.nothing
-    weights = int(2 * Transformer.of(request.teacher).parameters)
     held = 0
-    if rewrites_by_asking(config) or asked is TeacherUse.text:
-        held += weights + int(config.teacher.kv_cache_gib * 2**30)
-    if asked is TeacherUse.logprobs:
-        held += weights
+    for model in models_asked(config):
+        weights = int(2 * Transformer.of(request.servers_of(model).arch).parameters)
+        judged = asked if model.has(Role.judge) else TeacherUse.nothing
+        if model.has(Role.rewriter) or judged is TeacherUse.text:
+            held += weights + int(config.teacher.kv_cache_gib * 2**30)
+        if judged is TeacherUse.logprobs:
+            held += weights
     return held
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_rlpt.config import Role
 from megatron_rlpt.observe.html_page import html_page
 from megatron_rlpt.planner import checks, hardware, judge_cluster, judging, update
 from megatron_rlpt.planner import generation as rollouts
@@ -104,7 +105,7 @@ def to_json(
         "judge_group_seconds": (
             {"alone": plan.judges.shortest, "among all": plan.judges.longest} if plan.judges else {}
         ),
-        "judge_gpus_needed": plan.judges.gpus_needed if plan.judges else 0,
+        **_gpus_needed_by_role(plan),
         "judge_workers_needed": plan.judges.workers_needed if plan.judges else 0,
         "judges_keep_up": plan.judges.keeps_up if plan.judges else True,
         "judge_calls": [asdict(calls) for calls in plan.judges.judging.calls] if plan.judges else [],
@@ -143,7 +144,8 @@ def _ranked(plan: Plan) -> dict[str, Any]:
     return {
         "gpus": plan.request.trainer.gpus,
         "judge_gpus": plan.request.judges.gpus,
-        "judge_gpus_needed": plan.judges.gpus_needed if plan.judges else 0,
+        "rewriter_gpus": plan.request.server_gpus - plan.request.judges.gpus,
+        **_gpus_needed_by_role(plan),
         "layout": asdict(plan.layout),
         "micro_batch": plan.request.config.train.micro_batch,
         "step_seconds": plan.step_seconds,
@@ -152,6 +154,13 @@ def _ranked(plan: Plan) -> dict[str, Any]:
         "hours": plan.hours,
         "cost": plan.cost,
     }
+
+
+def _gpus_needed_by_role(plan: Plan) -> dict[str, int]:
+    """Return the GPUs that the teacher's servers need; the rewriter needs none where it has the judge's model."""
+    needed = plan.judges.gpus_needed if plan.judges else 0
+    rewriter = plan.judges.needed_by(Role.rewriter) if plan.judges and plan.request.rewriter else 0
+    return {"judge_gpus_needed": needed - rewriter, "rewriter_gpus_needed": rewriter}
 
 
 def _without_infinities(value: Any) -> Any:
@@ -191,8 +200,9 @@ def _billions(request: PlanRequest) -> str:
 
 
 def _judge_gpus(plan: Plan) -> str:
-    judges = plan.request.judges
-    return f", {judges.gpus} x {judges.gpu.name} for judging" if judges.gpus else ""
+    judges, rewriter = plan.request.judges, plan.request.rewriter
+    judging = f", {judges.gpus} x {judges.gpu.name} for judging" if judges.gpus else ""
+    return judging + (f", {rewriter.nodes.gpus} for rewriting" if rewriter and rewriter.nodes.gpus else "")
 
 
 def _times(plan: Plan) -> Section:
@@ -243,13 +253,21 @@ def _judges(plan: Plan) -> Section:
 
 def _gpus_needed(judges: JudgeCluster) -> str:
     if judges.servers.workers is None:
-        return f"none: the trainer judges, on the leaders of its {judges.servers.count} replicas"
+        return f"none: the trainer judges, on the leaders of its {judges.servers.fleets[0].count} replicas"
     if judges.keeps_up:
-        return f"{judges.gpus_needed} to keep up; {judges.gpus_full} with a train.staleness that keeps them full"
+        needed, full = (_sum(judges, attribute) for attribute in ("needed", "full"))
+        return f"{needed} to keep up; {full} with a train.staleness that keeps them full"
     return (
         f"no number keeps up: a group takes {judges.shortest:.1f} s on any number; set train.staleness to "
         f"{judges.staleness_needed} or more, with workers for all groups. {judges.gpus_full} GPUs suffice if kept full"
     )
+
+
+def _sum(judges: JudgeCluster, attribute: str) -> str:
+    """Return the GPUs of all models, by model where there are two."""
+    numbers = {one.fleet.model.who: getattr(one, attribute) for one in judges.needs}
+    total = str(sum(numbers.values()))
+    return f"{total} ({', '.join(f'{who} {n}' for who, n in numbers.items())})" if len(numbers) > 1 else total
 
 
 def _workers_needed(judges: JudgeCluster) -> str:
@@ -293,7 +311,7 @@ def _splits(plans: Sequence[Plan]) -> Section:
     rows = [
         (
             str(plan.request.trainer.gpus),
-            str(plan.request.judges.gpus),
+            str(plan.request.server_gpus),
             str(plan.judges.gpus_needed if plan.judges else 0),
             f"{plan.step_seconds:.1f} s",
             f"{plan.hours:,.1f}",

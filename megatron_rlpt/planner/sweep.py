@@ -53,6 +53,8 @@ def sweep(request: PlanRequest) -> Sweep:
 def split(request: PlanRequest, total: int, per_node: int | None = None) -> tuple[Plan, ...]:
     """Plan every split of ``total`` GPUs between trainer and judges in the given layout, the cheapest run first.
 
+    Servers of the rewriter's own model keep the GPUs that ``request`` gives them.
+
     Args:
         request: the run.
         total: GPUs.
@@ -61,6 +63,7 @@ def split(request: PlanRequest, total: int, per_node: int | None = None) -> tupl
     Raises:
         ConfigError: no split works, or the run needs no judge GPUs.
     """
+    rewriter = request.server_gpus - request.judges.gpus
     if not request.judges.gpus:
         raise ConfigError(
             f"--total-gpus is {total}, but this run has no judge GPUs (nothing is judged, or teacher.run_in=trainer); "
@@ -68,11 +71,11 @@ def split(request: PlanRequest, total: int, per_node: int | None = None) -> tupl
         )
     domain = per_node or int(request.trainer.gpu.domain)
     plans = []
-    for gpus in _trainer_gpus(total):
+    for gpus in _trainer_gpus(total - rewriter):
         candidate = replace(
             request,
             trainer=replace(request.trainer, gpus=gpus, per_node=min(gpus, domain)),
-            judges=replace(request.judges, gpus=total - gpus),
+            judges=replace(request.judges, gpus=total - rewriter - gpus),
         )
         with contextlib.suppress(ConfigError):
             plans.append(make_plan(candidate))

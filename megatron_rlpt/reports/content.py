@@ -229,7 +229,9 @@ def _subtitle(runs: Sequence[CollectedRun]) -> str:
 
 def _facts(run: CollectedRun) -> list[tuple[str, str]]:
     facts = [("Folder", shown(run.folder, 500))]
-    for name, key in (("Starting model", "model.path"), ("Objective", "objective.name"), ("Judge", "teacher.judge")):
+    shown_keys = {"Starting model": "model.path", "Objective": "objective.name", "Judge": "teacher.judge"}
+    shown_keys |= {"Judge's model": "teacher.path", "Rewriter's model": "teacher.rewriter.path"}
+    for name, key in shown_keys.items():
         if run.is_run and run.config.get(key):
             facts.append((name, text_of(run.config[key])))
     if run.host:

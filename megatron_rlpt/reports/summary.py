@@ -31,8 +31,8 @@ INTERVALS = (
     "another seed may land elsewhere."
 )
 IN_SAMPLE = (
-    "A judge marked in-sample also rewarded the training of a model that it judges here: its verdict says that "
-    "training did what it optimizes, not that the text is better in every sense."
+    "A judge marked in-sample also rewarded the training of a model that it judges here, or its model wrote rewrites "
+    "for it: its verdict says that training did what it optimizes, not that the text is better in every sense."
 )
 
 

@@ -36,7 +36,7 @@ class ResultRow:
     judge: str
     decoding: str
     in_sample: bool
-    """Whether the judge also rewarded the training of one of the models."""
+    """Whether the judge also took part in the training of one of the models."""
     higher_is_better: bool | None
     cells: Mapping[str, Result] = field(default_factory=dict)
     """Result by ``ModelColumn.key``."""

@@ -1,12 +1,22 @@
-"""Build the teacher of a run from its configuration: one engine for both roles, and only what the run needs."""
+"""Build the teacher of a run from its configuration: one engine per model, and only what the run needs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rlpt.config import Config, TeacherUse, judge_facts, needs_judge
-from megatron_rlpt.config.rewriters import PROMPTED, rewrites_by_asking
+from megatron_rlpt.config import (
+    Config,
+    Role,
+    RoleModel,
+    TeacherUse,
+    judge_facts,
+    model_of,
+    models_asked,
+    needs_judge,
+)
+from megatron_rlpt.config.rewriters import PROMPTED
 from megatron_rlpt.distributed.ranks import Ranks
+from megatron_rlpt.models.adapters import special_tokens_of
 from megatron_rlpt.teacher.batched import BatchedRewriter
 from megatron_rlpt.teacher.distributed import DistributedJudge, DistributedRewriter
 from megatron_rlpt.teacher.extension_judges import NoTeacher
@@ -15,7 +25,6 @@ from megatron_rlpt.teacher.generator import TextGenerator
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.judges import builder_of
 from megatron_rlpt.teacher.rewriter import BatchRewriter, EpisodeRewriter, Rewriter, answer_tokens
-from megatron_rlpt.tokens.control_tokens import known_special_tokens
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 
 
@@ -40,13 +49,14 @@ def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     """
     judged = needs_judge(config)
     rewrites = config.candidates.rewrite
-    prompted = judged and judge_facts(config).asks is TeacherUse.text
     judge: Judge | None = None
     rewriter: BatchRewriter | None = None
     if ranks.is_leader:
-        generator = start_generator(config, ranks) if prompted or rewrites_by_asking(config) else None
-        judge = build_judge(config, device, generator) if judged else None
-        rewriter = BatchedRewriter(build_rewriter(config), generator or NoTeacher()) if rewrites else None
+        engines = _start_engines(config, ranks)
+        judge = build_judge(config, device, engines.get(Role.judge)) if judged else None
+        rewriter = (
+            BatchedRewriter(build_rewriter(config), engines.get(Role.rewriter, NoTeacher())) if rewrites else None
+        )
     if ranks.size == 1:
         return Teacher(judge, rewriter)
     return Teacher(
@@ -54,21 +64,32 @@ def build_teacher(config: Config, device: str, ranks: Ranks) -> Teacher:
     )
 
 
-def start_generator(config: Config, ranks: Ranks) -> TextGenerator:
-    """Start the teacher's engine in this process, or beside it in a world of several ranks.
+def _start_engines(config: Config, ranks: Ranks) -> dict[Role, TextGenerator]:
+    """Start one engine for every model that is asked for text; roles that share a model share its engine."""
+    engines: dict[Role, TextGenerator] = {}
+    for model in models_asked(config):
+        texts = [role for role in model.roles if role is Role.rewriter or judge_facts(config).asks is TeacherUse.text]
+        if texts:
+            engines |= dict.fromkeys(texts, start_generator(config, model, ranks))
+    return engines
+
+
+def start_generator(config: Config, model: RoleModel, ranks: Ranks) -> TextGenerator:
+    """Start the engine of a model of the teacher in this process, or beside it in a world of several ranks.
 
     Raises:
-        ModelError: the teacher cannot be served.
+        ModelError: the model cannot be served.
     """
     from megatron_rlpt.teacher.vllm_generator import VllmGenerator
 
-    teacher = config.teacher
     return VllmGenerator(
-        config.teacher_path,
-        teacher.max_context,
-        teacher.kv_cache_gib,
+        model.path,
+        model.max_context,
+        config.teacher.kv_cache_gib,
         in_process=ranks.size == 1,
-        dtype=teacher.dtype,
+        dtype=config.teacher.dtype,
+        key=model.key,
+        context_key=model.context_key,
     )
 
 
@@ -78,7 +99,9 @@ def build_judge(config: Config, device: str, generator: TextGenerator | None = N
     Raises:
         ModelError: the teacher cannot be used, or its vocabulary differs from the policy's.
     """
-    return builder_of(config).in_trainer(config, device, lambda: generator or start_generator(config, Ranks()))
+    return builder_of(config).in_trainer(
+        config, device, lambda: generator or start_generator(config, model_of(config, Role.judge), Ranks())
+    )
 
 
 def describe_judge(config: Config) -> str:
@@ -101,5 +124,5 @@ def build_rewriter(config: Config) -> EpisodeRewriter:
         config.data.suffix_length,
         config.run.seed,
         answer_tokens(config),
-        known_special_tokens(config.teacher_path),
+        special_tokens_of(model_of(config, Role.rewriter).path),
     )

@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from megatron_rlpt.config import Config, PairScheme, TeacherUse, judge_facts, needs_judge
 from megatron_rlpt.config.rewriters import rewrites_by_asking
-from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.errors import ConfigError, ModelError
+from megatron_rlpt.models.adapters import read_adapter
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher.batched import BatchedJudge
 from megatron_rlpt.teacher.extension_judges import CheckedGroupJudge, build_extension_judge, in_process
@@ -72,6 +73,11 @@ class LikelihoodBuilder(JudgeBuilder):
     def in_trainer(self, config: Config, device: str, start: StartGenerator) -> Judge:
         from megatron_rlpt.teacher.likelihood import LikelihoodJudge
 
+        if read_adapter(config.teacher_path):
+            raise ModelError(
+                f"teacher.path is {config.teacher_path}, a LoRA adapter, and teacher.judge=likelihood loads only whole "
+                "models; merge it into its base, or let servers judge (teacher.run_in=workers)"
+            )
         require_same_vocabulary(config)
         return LikelihoodJudge(config.teacher_path, config.teacher.likelihood, device, config.teacher.dtype)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from megatron_rlpt.config import Config, PromptLength, RewriterConfig
+from megatron_rlpt.config import Config, PromptLength, RewriterConfig, Role, model_of
 from megatron_rlpt.config.rewriters import PROMPTED, rewriter_facts
 from megatron_rlpt.teacher.generator import Ask, Message, Reply, Request
 from megatron_rlpt.teacher.prompts import build_prompt, fence_of
@@ -194,14 +194,15 @@ def kept_tokens(tokens: Sequence[int], episode: Episode, length: int, text: Text
 
 
 def answer_tokens(config: Config) -> int:
-    """Return the maximum tokens of a rewriter's reply: 1.5 times the suffix length if teacher and policy are one model.
+    """Return the maximum tokens of a rewriter's reply: 1.5 times the suffix length if its model is the policy's.
 
-    Otherwise about four times, because the teacher's tokenizer may need many more tokens for the same text.
+    Otherwise about four times, because its tokenizer may need many more tokens for the same text.
     """
     if config.teacher.rewriter.name != PROMPTED:
         return rewriter_facts(config).longest_answer
     length = config.data.suffix_length
-    shared = Path(config.teacher_path) == Path(config.model.path)
+    path = model_of(config, Role.rewriter).path
+    shared = bool(path) and Path(path) == Path(config.model.path)
     return length + (length + 1) // 2 if shared else 4 * length + 64
 
 

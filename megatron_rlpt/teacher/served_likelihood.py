@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from megatron_rlpt.config import Config, LikelihoodConfig
 from megatron_rlpt.errors import ModelError
+from megatron_rlpt.models.adapters import whole_model
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generator import Ask
 from megatron_rlpt.teacher.judge import GroupJudge
@@ -59,7 +60,7 @@ class ServedLikelihoodJudge(GroupJudge):
 def require_same_vocabulary(config: Config) -> None:
     """Check the vocabularies unless the teacher is the policy's own starting model."""
     if Path(config.teacher_path).resolve() != Path(config.model.path).resolve():
-        check_same_vocabulary(config.teacher_path, config.model.path)
+        check_same_vocabulary(whole_model(config.teacher_path), config.model.path)
 
 
 def check_same_vocabulary(teacher_path: str | Path, model_path: str | Path) -> None:

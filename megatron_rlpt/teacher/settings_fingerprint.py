@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_rlpt.config import Config, flatten
+from megatron_rlpt.config import Config, flatten, rewriter_has_own_model
 from megatron_rlpt.config.user_classes import is_same_class
 from megatron_rlpt.errors import ConfigError
 
@@ -13,7 +13,8 @@ SETTINGS = "settings"
 """Announcement kind under which the trainer publishes its settings in the buffer."""
 _INCLUDED = ("run.seed", "data.suffix_length", "candidates.rewrite", "objective.name", "teacher.")
 _EXCLUDED = ("teacher.path", "teacher.dtype", "teacher.run_in", "teacher.workers.", "teacher.kv_cache_gib",
-             "teacher.max_context", "teacher.max_failure_rate")  # fmt: skip
+             "teacher.max_context", "teacher.max_failure_rate", "teacher.rewriter.path", "teacher.rewriter.max_context",
+             "teacher.rewriter.endpoints")  # fmt: skip
 
 
 def settings_fingerprint(config: Config) -> str:
@@ -38,7 +39,10 @@ def require_same_settings(config: Config, announced: str) -> None:
 
 def _settings(config: Config) -> dict[str, str]:
     # Another machine may have the same folder at another path.
-    return {"name of model.path": Path(config.model.path).resolve().name} | {
+    return {
+        "name of model.path": Path(config.model.path).resolve().name,
+        "own model of teacher.rewriter": str(rewriter_has_own_model(config)),
+    } | {
         key: str(value)
         for key, value in flatten(config).items()
         if key.startswith(_INCLUDED) and not key.startswith(_EXCLUDED)

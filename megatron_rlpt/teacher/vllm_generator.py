@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rlpt.config import Dtype
 from megatron_rlpt.errors import ModelError, first_line
+from megatron_rlpt.models.adapters import Adapter, read_adapter
 from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EnginePlace
 from megatron_rlpt.rollout.vllm.process import EngineProcess
 from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
@@ -18,7 +19,7 @@ from megatron_rlpt.tokens.chat_tokenizer import ChatTokenizer
 from megatron_rlpt.types import Failed
 
 _NO_CHAT = (
-    "cannot judge or rewrite by prompt; set teacher.path to a post-trained (instruct) model, or use "
+    "cannot judge or rewrite by prompt; set {key} to a post-trained (instruct) model, or use "
     "teacher.judge=likelihood and candidates.rewrite=false"
 )
 
@@ -38,27 +39,41 @@ class VllmGenerator:
         *,
         in_process: bool = True,
         dtype: Dtype = Dtype.fp32,
+        key: str = "teacher.path",
+        context_key: str = "teacher.max_context",
     ) -> None:
         """Start the engine (about 15 s for 135M parameters on a CPU).
 
         Args:
-            model_path: local Hugging Face folder with a chat template.
+            model_path: local Hugging Face folder with a chat template, or a LoRA adapter for one.
             max_context: maximum length of prompt plus answer in tokens.
             kv_cache_gib: memory for the key-value cache in GiB.
             in_process: False in a ``torch.distributed`` world of more than one rank, where vLLM needs a separate
                 process.
             dtype: fp32, or bf16 for the precision that vLLM chooses by the checkpoint.
+            key: configuration key that names the folder, for errors.
+            context_key: configuration key of ``max_context``, for errors.
 
         Raises:
             ModelError: the folder is missing, has no chat template, or vLLM cannot serve it.
         """
         path = Path(model_path)
-        if not (path / "config.json").is_file():
-            raise ModelError(f"teacher.path is {path}; it needs to be a local Hugging Face folder with a config.json")
+        adapter = read_adapter(path)
+        whole = adapter.base if adapter else path
+        if not (whole / "config.json").is_file():
+            raise ModelError(f"{key} is {path}; it needs to be a local Hugging Face folder with a config.json")
         self._name = path.name
         self._max_context = max_context
-        self._tokenizer = ChatTokenizer(path, _NO_CHAT)
-        self._engine = _start(path, max_context, kv_cache_gib, in_process, dtype)
+        self._too_long = f"prompt too long for {context_key}"
+        self._adapter = adapter
+        self._tokenizer = ChatTokenizer(whole, _NO_CHAT.format(key=key))
+        try:
+            self._engine = _start(whole, max_context, kv_cache_gib, in_process, dtype, adapter)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"vLLM cannot serve the teacher {path} with {context_key} = {max_context} and "
+                f"teacher.kv_cache_gib = {kv_cache_gib:g}: {first_line(error)}"
+            ) from error
         self._process = None if in_process else EngineProcess(self._engine, "the teacher's engine")
         if in_process:
             _compile_grammars_synchronously(self._engine)
@@ -101,7 +116,7 @@ class VllmGenerator:
                 results[index] = Failed("empty prompt")
             elif len(tokens) + request.max_tokens > self._max_context:
                 results[index] = Failed(
-                    "prompt too long for teacher.max_context",
+                    self._too_long,
                     {"prompt": len(tokens), "max_tokens": request.max_tokens, "max_context": self._max_context},
                 )
             else:
@@ -109,7 +124,8 @@ class VllmGenerator:
                 prompts.append(TokensPrompt(prompt_token_ids=tokens))
                 settings.append(_sampling(request))
         if prompts:
-            for index, output in zip(indices, generate_in_one_batch(self._engine, prompts, settings), strict=True):
+            outputs = generate_in_one_batch(self._engine, prompts, settings, **_with_adapter(self._adapter))
+            for index, output in zip(indices, outputs, strict=True):
                 answer = output.outputs[0]
                 results[index] = Reply(
                     answer.text,
@@ -151,23 +167,28 @@ def _sampling(request: Request) -> Any:
     )
 
 
-def _start(path: Path, max_context: int, kv_cache_gib: float, in_process: bool, dtype: Dtype) -> Any:
+def _with_adapter(adapter: Adapter | None) -> dict[str, Any]:
+    if adapter is None:
+        return {}
+    from vllm.lora.request import LoRARequest
+
+    return {"lora_request": LoRARequest(adapter.name, 1, str(adapter.folder))}
+
+
+def _start(
+    path: Path, max_context: int, kv_cache_gib: float, in_process: bool, dtype: Dtype, adapter: Adapter | None
+) -> Any:
     place = IN_THIS_PROCESS if in_process else EnginePlace(EngineMode.OWN_PROCESS)
     with vllm_environment(kv_cache_gib, place) as arguments:
         from vllm import LLM
 
-        try:
-            return LLM(
-                model=str(path),
-                dtype="float32" if dtype is Dtype.fp32 else "auto",
-                max_model_len=max_context,
-                disable_log_stats=True,
-                trust_remote_code=False,
-                worker_extension_cls=EXTENSION,
-                **arguments,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"vLLM cannot serve the teacher {path} with teacher.max_context = {max_context} and "
-                f"teacher.kv_cache_gib = {kv_cache_gib:g}: {first_line(error)}"
-            ) from error
+        return LLM(
+            model=str(path),
+            dtype="float32" if dtype is Dtype.fp32 else "auto",
+            max_model_len=max_context,
+            disable_log_stats=True,
+            trust_remote_code=False,
+            worker_extension_cls=EXTENSION,
+            **({"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter.room} if adapter else {}),
+            **arguments,
+        )

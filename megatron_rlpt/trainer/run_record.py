@@ -29,7 +29,8 @@ _MAY_CHANGE = ("observe.", "evaluation.", "data.heldout[", "checkpoint.", "run.d
                "rollout.eager", "rollout.tensor", "rollout.expert", "rollout.placement", "rollout.max_logprob_gap",
                "teacher.max_failure_rate", "data.max_bad_fraction",
                "rollout.kv_cache_gib", "rollout.sync_bucket_mib", "rollout.warn_logprob_gap",
-               "teacher.kv_cache_gib", "teacher.dtype", "teacher.workers.", "buffer.")  # fmt: skip
+               "teacher.kv_cache_gib", "teacher.dtype", "teacher.workers.", "teacher.rewriter.endpoints",
+               "buffer.")  # fmt: skip
 """Settings that a resumed run may change because they do not change what is learned; layout and micro-batch change the
 last bits of sums. The held-out documents may change as well: from then on the stream leaves them out and logs that."""
 _STEPS = "train.steps"

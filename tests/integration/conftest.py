@@ -23,6 +23,7 @@ WITHOUT_VLLM = {
     "test_slurm_accounting",
     "test_slurm_sandbox",
     "test_slurm_start",
+    "test_two_models",
 }
 """Modules that run without vLLM; all others get its marker."""
 HAS_VLLM = importlib.util.find_spec("vllm") is not None

@@ -135,6 +135,8 @@ class HostileServer:
     probe: Behaviour = ok
     owner: str = "vllm"
     model: str = "teacher"
+    root: str = ""
+    """Folder that it says it has loaded the model from."""
     port: int = 0
     requests: list[Exchange] = field(default_factory=list)
     """Requests that the script answered."""
@@ -202,7 +204,8 @@ class HostileServer:
         if exchange.is_probe:
             self.probes += 1
             if self.probe is ok and exchange.path.endswith("/models"):
-                return await says({"data": [{"id": self.model, "owned_by": self.owner}]})(exchange)
+                listed = {"id": self.model, "owned_by": self.owner} | ({"root": self.root} if self.root else {})
+                return await says({"data": [listed]})(exchange)
             return bool(await self.probe(exchange))
         behaviour = self.script[min(len(self.requests), len(self.script) - 1)]
         self.requests.append(exchange)

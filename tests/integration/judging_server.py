@@ -20,12 +20,12 @@ CONTINUATION = re.compile(r"\[begin continuation \d (\S+)\]\n(.*?)\n\[end contin
 @contextlib.contextmanager
 def judging() -> Iterator[dict[str, Any]]:
     """Yield the section of a configuration whose workers use this server, which runs inside the context."""
-    with serving(_judge) as server:
+    with serving(judge_texts) as server:
         workers = {"endpoints": [{"url": server.url}], "groups": 2, "lease": 5.0, "metrics_port": -1}
         yield {"run_in": "workers", "judge": "generative", "workers": workers}
 
 
-async def _judge(exchange: Exchange) -> bool | None:
+async def judge_texts(exchange: Exchange) -> bool | None:
     texts = [text for _, text in CONTINUATION.findall(exchange.body["messages"][-1]["content"])]
     better = max(range(len(texts)), key=lambda number: zlib.crc32(texts[number].encode()), default=0)
     verdict = {"reasoning": "It has the larger sum.", "verdict": str(better + 1)}

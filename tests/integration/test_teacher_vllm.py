@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_rlpt.config import (
@@ -152,6 +153,30 @@ def test_an_engine_in_a_process_of_its_own_replies_the_same(small, small_model):
     other._process.end()
     with pytest.raises(EngineError, match="the process of the teacher's engine ended"):
         other.generate(requests)
+
+
+def lora(folder: Path, base: Path, scale: float) -> Path:
+    """Write a LoRA adapter of rank 2 for the query projections of ``base``; with ``scale`` 0 it changes nothing."""
+    folder.mkdir()
+    config = json.loads((base / "config.json").read_text())
+    width = config["num_attention_heads"] * config["head_dim"]
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    torch.manual_seed(1)
+    tensors = {f"{name}.lora_A.weight": torch.randn(2, config["hidden_size"]),
+               f"{name}.lora_B.weight": scale * torch.randn(width, 2)}  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+    settings |= {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(("scale", "same"), [(0.0, True), (50.0, False)])
+def test_an_adapter_answers_with_its_base_and_its_own_weights(small, small_model, tmp_path, scale, same):
+    requests = [greeting(seed) for seed in range(4)]
+    adapted = VllmGenerator(lora(tmp_path / "lora", small_model, scale), CONTEXT, kv_cache_gib=0.05)
+    assert adapted.name == "lora"
+    assert (adapted.generate(requests) == small.generate(requests)) is same
 
 
 def test_more_prompts_than_fit_one_step(small):

@@ -62,6 +62,7 @@ class Endpoint:
         deadline: float,
         breaker: Breaker | None = None,
         on_change: Callable[[], object] = lambda: None,
+        role: str = "teacher",
     ) -> None:
         """
         Args:
@@ -69,6 +70,7 @@ class Endpoint:
             deadline: maximum seconds per request.
             breaker: circuit breaker; by default a new one, half open.
             on_change: called when the server becomes usable or unusable.
+            role: of its model, for metrics; ``teacher`` is both.
 
         Raises:
             ConfigError: a field is out of range, or the environment variable with the key is not set.
@@ -76,8 +78,11 @@ class Endpoint:
         check_endpoint(config, f"endpoint {config.url}")
         self.config = config
         self.url = config.url.rstrip("/")
+        self.role = role
         self.model = config.model
         """Model name to request; empty until the server has listed its models."""
+        self.root = ""
+        """Folder or repository that the server says the model is from; empty if it does not say."""
         self.tokens_per_second = config.tokens_per_second
         """Configured or measured speed; 0 is unknown."""
         self.breaker = breaker or Breaker()
@@ -187,8 +192,9 @@ class Endpoint:
             return None if self.config.model and unlisted else models
         if not models and not self.config.model:
             return ServerProblem(Fault.NOT_FOUND, {"message": "the server lists no model"})
-        self.model = self.config.model or models[0][0]
-        self._is_vllm = any(is_vllm for _, is_vllm in models)
+        self.model = self.config.model or models[0].name
+        self.root = next((one.root for one in models if one.name == self.model), "")
+        self._is_vllm = any(one.is_vllm for one in models)
         return None
 
     async def _call(self, call: Call[Result]) -> Result | ServerProblem:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from megatron_rlpt.backoff import Backoff
-from megatron_rlpt.config import EndpointConfig
+from megatron_rlpt.config import EndpointConfig, RoleModel
 from megatron_rlpt.errors import TeacherError
 from megatron_rlpt.judge_workers.client.breaker import Breaker
 from megatron_rlpt.judge_workers.client.calls import Call, logprobs_call, reply_call
@@ -49,6 +49,7 @@ class TeacherPool:
         deadline: float,
         control_tokens: Iterable[str] = (),
         breaker: Callable[[], Breaker] = Breaker,
+        model: RoleModel | None = None,
     ) -> None:
         """
         Args:
@@ -57,11 +58,15 @@ class TeacherPool:
             control_tokens: special tokens of the servers' tokenizer, if known, to break up in texts in addition to
                 the common ones.
             breaker: factory of each server's circuit breaker.
+            model: what all of the servers serve, for errors and metrics.
         """
         self.deadline = deadline
         self._first = list(endpoints)
         self._control_tokens = tuple(control_tokens)
         self._breaker = breaker
+        self.who: str = model.who if model else "teacher"
+        """The role of the servers' model, or ``teacher`` if it has all."""
+        self._listed = model.endpoints_key if model else "teacher.workers.endpoints"
         self._endpoints: dict[str, Endpoint] = {}
         self._keepers: dict[Endpoint, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -102,7 +107,10 @@ class TeacherPool:
     def trouble(self) -> str:
         """Why servers are unusable, with their messages; empty if none is or the reason is unknown."""
         problems = [(one.url, one.last_problem) for one in self._endpoints.values() if one.last_problem]
-        return "; ".join(f"{url}: {problem.failed().explained}" for url, problem in problems)
+        said = "; ".join(f"{url}: {problem.failed().explained}" for url, problem in problems)
+        if self.who == "teacher":
+            return said
+        return f"{self.who}: {said}" if said else "" if self._endpoints else f"no server of the {self.who} is known"
 
     @property
     def hopeless(self) -> bool:
@@ -129,7 +137,7 @@ class TeacherPool:
         wanted = {config.url.rstrip("/"): config for config in endpoints}
         kept = {url: old for url, old in self._endpoints.items() if wanted.get(url) == old.config}
         new = {
-            url: Endpoint(config, self.deadline, self._breaker(), self._wake_all)
+            url: Endpoint(config, self.deadline, self._breaker(), self._wake_all, self.who)
             for url, config in wanted.items()
             if url not in kept
         }
@@ -166,8 +174,13 @@ class TeacherPool:
             problems = [(endpoint.url, endpoint.last_problem) for endpoint in self._endpoints.values()]
             found = [f"{url}: {one.failed().explained if one else 'no answer yet'}" for url, one in problems]
             seconds = min(seconds, asyncio.get_running_loop().time() - began)
-            listed = "; ".join(found) or "there is none in teacher.workers.endpoints, and none is announced"
-            raise TeacherError(f"no teacher server was ready within {seconds:.3g} s ({listed})") from None
+            listed = "; ".join(found) or self._none_known()
+            what = "no teacher server" if self.who == "teacher" else f"no server of the {self.who}"
+            raise TeacherError(f"{what} was ready within {seconds:.3g} s ({listed})") from None
+
+    def _none_known(self) -> str:
+        none = f"there is none in {self._listed}, and none is announced"
+        return none if self.who == "teacher" else f"{none}; start one with rlpt teacher serve --role {self.who}"
 
     async def check_deadline(self, max_tokens: int) -> None:
         """Check that every usable server can generate ``max_tokens`` within the deadline.

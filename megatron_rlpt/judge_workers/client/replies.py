@@ -10,6 +10,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem, excerpt, fault_of_status
@@ -173,8 +174,18 @@ def read_logprobs(body: Any, token_ids: Sequence[int], first: int) -> list[float
     return logprobs
 
 
-def read_models(body: Any) -> list[tuple[str, bool]] | ServerProblem:
-    """Return name and "is vLLM" of each model that a server lists.
+@dataclass(frozen=True)
+class ListedModel:
+    """A model that a server lists."""
+
+    name: str
+    is_vllm: bool = False
+    root: str = ""
+    """Where it was loaded from, if the server says so (vLLM does); for an adapter its own folder."""
+
+
+def read_models(body: Any) -> list[ListedModel] | ServerProblem:
+    """Return the models that a server lists.
 
     The list is in ``data`` (OpenAI) or ``models`` (Ollama, Gemini), or is the body itself (Together).
     """
@@ -191,7 +202,8 @@ def read_models(body: Any) -> list[tuple[str, bool]] | ServerProblem:
         if isinstance(entry, dict):
             name = next((entry[key] for key in ("id", "name", "model") if isinstance(entry.get(key), str)), "")
             if name:
-                models.append((name, entry.get("owned_by") == "vllm"))
+                root = entry.get("root")
+                models.append(ListedModel(name, entry.get("owned_by") == "vllm", root if isinstance(root, str) else ""))
     return models
 
 

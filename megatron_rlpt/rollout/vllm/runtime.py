@@ -138,7 +138,7 @@ def vllm_environment(
         torch.set_num_threads(threads)
 
 
-def generate_in_one_batch(llm: Any, prompts: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
+def generate_in_one_batch(llm: Any, prompts: Sequence[Any], parameters: Sequence[Any], **options: Any) -> list[Any]:
     """Run ``llm.generate`` with all requests queued before the first one starts.
 
     An engine in a separate process starts with the requests that have arrived, so timing would decide which requests
@@ -148,6 +148,7 @@ def generate_in_one_batch(llm: Any, prompts: Sequence[Any], parameters: Sequence
         llm: a ``vllm.LLM``.
         prompts: as for ``llm.generate``.
         parameters: sampling parameters of each prompt.
+        options: further arguments of ``llm.enqueue``.
 
     Returns:
         vLLM's outputs, in the order of ``prompts``.
@@ -156,7 +157,7 @@ def generate_in_one_batch(llm: Any, prompts: Sequence[Any], parameters: Sequence
     call: Callable[..., Any] = getattr(core, "call_utility", lambda *_: None)  # absent for an engine in this process
     call("pause_scheduler", "keep", False)
     try:
-        llm.enqueue(prompts, parameters, use_tqdm=False)
+        llm.enqueue(prompts, parameters, use_tqdm=False, **options)
     finally:
         call("resume_scheduler")
     return list(llm.wait_for_completion(use_tqdm=False))

@@ -99,6 +99,48 @@ def test_groups_are_judged_and_handed_in_and_the_worker_leaves(buffer, fencing_t
     assert buffer.announced("worker") == {}
 
 
+class AskingRewriter:
+    """Asks once, and takes the length of the answer as the rewrite's only token."""
+
+    async def rewrite_one(self, episode, ask):
+        reply = await ask(Request((Message("user", f"rewrite {episode.id}"),), seed=1, max_tokens=5))
+        return reply if isinstance(reply, Failed) else Candidate(Source.REWRITE, (len(reply.text),))
+
+
+def two_models(buffer, judge, rewriter) -> Worker:
+    config = WorkersConfig(groups=3, lease=30.0, group_deadline=20.0, drain=5.0)
+    processor = GroupProcessor(AskingJudge(), AskingRewriter())
+    return Worker(buffer, judge, lambda: processor, config, "worker-a", WorkerMetrics(), rewriter)
+
+
+def test_judge_and_rewriter_ask_their_own_models(buffer, fencing_token):
+    buffer.put(fencing_token, items(0, 1))
+    judge, rewriter = ScriptedTeacher(), ScriptedTeacher(lambda request: "rewritten")
+    run(two_models(buffer, judge, rewriter), lambda: buffer.stats().finished == 2)
+    assert [request.prompt[0].content.split()[0] for request in rewriter.asked] == ["rewrite", "rewrite"]
+    assert not [request for request in judge.asked if "rewrite" in request.prompt[0].content]
+    for one in buffer.take(fencing_token, 0, 2):
+        rewrites = [reward for item, reward in one.rewarded() if item.source is Source.REWRITE]
+        assert [reward.value for reward in rewrites] == [3.0], "the judge judged the rewrite"
+
+
+def test_nothing_is_claimed_while_one_of_two_models_is_down(buffer, fencing_token):
+    buffer.put(fencing_token, items(0))
+    judge, rewriter = ScriptedTeacher(), ScriptedTeacher()
+    rewriter.all_down, rewriter.trouble, rewriter.hopeless = True, "no server of the rewriter is known", True
+    said: dict[str, str] = {}
+
+    def told() -> bool:
+        said.update(buffer.announced("worker"))
+        return "trouble" in said.get("worker-a", "")
+
+    run(two_models(buffer, judge, rewriter), told)
+    known = json.loads(said["worker-a"])
+    assert (known["trouble"], known["hopeless"]) == ("no server of the rewriter is known", True)
+    assert buffer.stats().queued == 1
+    assert not judge.asked
+
+
 def test_no_more_groups_are_held_than_allowed(buffer, fencing_token):
     buffer.put(fencing_token, items(*range(9)))
     held = []

@@ -95,6 +95,7 @@ LIMITS = {
     "checkpoint.every": ([0], [1]),
     "checkpoint.keep": ([0], [1]),
     "observe.samples_per_step": ([-1], [0]),
+    "teacher.rewriter.max_context": ([-1], [0]),
     "teacher.generative.quality.weight": ([-1], [0.1]),
     "teacher.generative.quality.votes": ([0], [1]),
     "teacher.generative.safety.weight": ([-1], [0]),
@@ -121,10 +122,11 @@ LIMITS = {
 
 def test_every_range_is_tested():
     ranges = {entry.key.replace("[]", "[0]") for entry in SCHEMA.entries.values() if entry.about.bounds}
+    endpoints = ("teacher.workers.endpoints", "teacher.rewriter.endpoints")
     lists = {
         key
         for key in ranges
-        if key.startswith(("data.heldout", "evaluation.second_corpus", "evaluation.judges", "teacher.workers.end"))
+        if key.startswith(("data.heldout", "evaluation.second_corpus", "evaluation.judges", *endpoints))
     }
     assert ranges - lists - {"run.seed"} == LIMITS.keys()
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rlpt.config import flatten, load_config
 from megatron_rlpt.errors import ConfigError, TeacherError
-from megatron_rlpt.evaluation.in_sample import recorded_training
+from megatron_rlpt.evaluation.in_sample import recorded_training, trained_by
 from megatron_rlpt.evaluation.judges import comparison_group, open_judges
 from megatron_rlpt.extensions import forget
 from megatron_rlpt.observe.run_json import RunRecord
@@ -133,6 +133,27 @@ def test_a_teacher_is_known_by_its_content_and_not_by_its_path(written, tiny_mod
     config = written(teacher={"judge": "likelihood", "options": {}, "path": str(tiny_model)})
     (judge,) = open_judges(config, recorded)
     assert judge.facts.trained == ("same", "copy", "gone")
+
+
+def test_a_judge_whose_model_wrote_the_rewrites_is_in_sample_as_well(written, tiny_model, tmp_path):
+    writer = shutil.copytree(tiny_model, tmp_path / "writer")
+    (writer / "config.json").write_text((writer / "config.json").read_text() + " ")
+    run = flatten(written()) | {"candidates.rewrite": True}
+    asking = run | {"teacher.judge": "generative", "teacher.path": str(tiny_model)}
+    recorded = {
+        "own": asking | {"teacher.rewriter.path": str(writer)},
+        "supervised": run | {"objective.name": "sft_rewrite", "teacher.path": str(writer)},
+        "served": asking | {"teacher.rewriter.endpoints[0].url": "http://w/v1"},
+        "not rewritten": run | {"candidates.rewrite": False, "teacher.rewriter.path": str(writer)},
+        "other": asking,
+    }
+    judge = {"judge": "likelihood", "options": {}}
+    (by_writer,) = open_judges(written(teacher=judge | {"path": str(writer)}), recorded)
+    assert by_writer.facts.trained == ("own", "supervised")
+    assert trained_by({"teacher.judge": "generative", "teacher.path": str(writer)}, recorded) == ("own", "supervised")
+    assert trained_by(asking, recorded) == ("own", "served", "other"), "it rewarded them"
+    remote = {"teacher.judge": "generative", "model.path": "m", "teacher.workers.endpoints[0].url": "http://w/v1/"}
+    assert trained_by(remote, recorded) == ("served",)
 
 
 def test_served_judges_are_known_by_model_or_address(written):

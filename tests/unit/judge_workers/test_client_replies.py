@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rlpt.judge_workers.client.faults import Fault, ServerProblem, excerpt
 from megatron_rlpt.judge_workers.client.replies import (
+    ListedModel,
     message_in,
     read_chat,
     read_completion,
@@ -109,7 +110,7 @@ def test_the_rest_never_raises(body):
     known = (read, written) if cached is None else (read, written, cached)
     assert all(type(count) is int and 0 <= count < 2**53 for count in known)
     models = read_models(body)
-    assert isinstance(models, ServerProblem) or all(isinstance(name, str) and name for name, _ in models)
+    assert isinstance(models, ServerProblem) or all(isinstance(one.name, str) and one.name for one in models)
 
 
 def answer(**choice) -> dict:
@@ -239,9 +240,10 @@ def test_a_log_probability_that_is_none(stand_in):
 
 
 def test_models():
-    body = {"data": [{"id": "a", "owned_by": "vllm"}, {"id": ""}, {"id": "b", "owned_by": "x"}, 3]}
-    assert read_models(body) == [("a", True), ("b", False)]
-    assert read_models([{"id": "a"}]) == read_models({"models": [{"name": "a"}]}) == [("a", False)]
+    first = {"id": "a", "owned_by": "vllm", "root": "/models/a"}
+    body = {"data": [first, {"id": ""}, {"id": "b", "owned_by": "x", "root": 3}, 3]}
+    assert read_models(body) == [ListedModel("a", True, "/models/a"), ListedModel("b")]
+    assert read_models([{"id": "a"}]) == read_models({"models": [{"name": "a"}]}) == [ListedModel("a")]
 
 
 def test_an_excerpt_is_short_and_can_be_written():

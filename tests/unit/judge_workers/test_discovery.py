@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megatron_rlpt.config import EndpointConfig
+from megatron_rlpt.config import EndpointConfig, Role
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.judge_workers.discovery import announced_endpoints, announcement
 
@@ -35,6 +35,10 @@ def test_the_configuration_comes_first():
         ('{"url": "http://h/v1", "weight": NaN}', "endpoint.weight is nan"),
         ('{"url": "http://h/v1", "concurrency": 0}', "endpoint.concurrency is 0"),
         ('{"url": "file:///etc/passwd"}', "endpoint.url is not an address"),
+        ('{"url": "http://h/v1", "roles": "judge"}', "roles is not a list of judge and rewriter"),
+        ('{"url": "http://h/v1", "roles": []}', "roles is not a list of judge and rewriter"),
+        ('{"url": "http://h/v1", "roles": ["editor"]}', "roles is not a list of judge and rewriter"),
+        ('{"url": "http://h/v1", "roles": [["judge"]]}', "roles is not a list of judge and rewriter"),
         # An announcement must not make a worker send its secrets to the announced server.
         (json.dumps({"url": "http://h/v1", "api_key_env": "AWS_SECRET"}), "api_key_env is not among"),
     ],
@@ -59,3 +63,22 @@ def test_announced_servers_are_sent_the_key_of_the_configuration_and_no_announce
         configured,
         EndpointConfig("http://h2/v1", api_key_env="SHARED"),
     ]
+
+
+def test_servers_are_found_by_what_their_model_is_for():
+    judge, rewriter, both = (EndpointConfig(f"http://{name}/v1") for name in ("j", "r", "b"))
+    announced = {
+        "j": announcement(judge, [Role.judge]),
+        "r": announcement(rewriter, [Role.rewriter]),
+        "b": announcement(both),
+    }
+    assert announced_endpoints([], announced, roles=[Role.judge]) == [both, judge]
+    assert announced_endpoints([], announced, roles=[Role.rewriter]) == [both, rewriter]
+    assert announced_endpoints([], announced, roles=list(Role)) == [both], "one model for both roles"
+
+
+def test_one_server_announces_a_base_and_its_adapter():
+    base, adapter = (EndpointConfig("http://h/v1", model) for model in ("base", "adapter"))
+    announced = {"h/judge": announcement(adapter, [Role.judge]), "h/rewriter": announcement(base, [Role.rewriter])}
+    assert announced_endpoints([], announced, roles=[Role.judge]) == [adapter]
+    assert announced_endpoints([], announced, roles=[Role.rewriter]) == [base]

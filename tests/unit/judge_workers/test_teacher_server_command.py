@@ -18,7 +18,8 @@ from fake_vllm_server import write_fake_vllm
 from redis_server import RedisServer
 
 from megatron_rlpt.buffer.open import open_url
-from megatron_rlpt.config import load_config
+from megatron_rlpt.config import Role, load_config, model_of
+from megatron_rlpt.errors import ModelError
 from megatron_rlpt.judge_workers import teacher_server as server
 from megatron_rlpt.judge_workers.discovery import KIND
 from megatron_rlpt.observe import precision
@@ -148,7 +149,8 @@ def test_overrides_are_for_the_configuration_and_the_rest_is_for_the_server(fold
 
 def command_of_server(folder: Path, extra: list[str]) -> list[str]:
     config = resolve_dtypes(load_config(configured(folder)))
-    return server._command(config, "127.0.0.1", 1, extra, server._environment(config, ""))
+    served = server.Served.of([model_of(config, Role.judge)])
+    return server._command(config, served, "127.0.0.1", 1, extra, server._environment(config, ""))
 
 
 @pytest.mark.parametrize(("slow", "dtype"), [(True, ["--dtype", "float32"]), (False, [])])
@@ -232,7 +234,7 @@ def test_a_server_that_stays_silent_is_told_of(monkeypatch):
         port = free.getsockname()[1]
     process = subprocess.Popen(["sleep", "600"])
     try:
-        server._keep_announced(process, None, "name", "value", f"http://127.0.0.1:{port}/health", warned)
+        server._keep_announced(process, None, {"name": "value"}, f"http://127.0.0.1:{port}/health", warned)
     finally:
         process.kill()
         process.wait()
@@ -300,3 +302,86 @@ def test_a_key_that_no_worker_would_send_is_refused(folder):
     )
     assert done.returncode == 2
     assert "set teacher.workers.key_env=VLLM_API_KEY" in done.stderr
+
+
+def two_models(folder: Path, rewriter: Path, **sections: dict) -> Path:
+    teacher = {"run_in": "workers", "judge": "generative", "rewriter": {"path": str(rewriter)}}
+    candidates = {"rollouts": 3, "rewrite": True}
+    return configured(folder, teacher=teacher | sections.pop("teacher", {}), candidates=candidates, **sections)
+
+
+@pytest.fixture
+def writer(folder) -> Path:
+    """The folder of a rewriter's own model."""
+    (folder / "writer").mkdir()
+    (folder / "writer/config.json").write_text("{}")
+    return folder / "writer"
+
+
+@pytest.fixture
+def adapter(folder) -> Path:
+    """A LoRA adapter of the judge's model."""
+    (folder / "lora").mkdir()
+    values = {"peft_type": "LORA", "r": 9, "base_model_name_or_path": str(folder / "teacher")}
+    (folder / "lora/adapter_config.json").write_text(json.dumps(values))
+    return folder / "lora"
+
+
+def served_announcements(folder: Path, config: Path, *arguments: str) -> tuple[dict[str, dict], list[str]]:
+    """Return what a server announces, by name without its port, and the arguments of vLLM's server."""
+    buffer = open_url(f"sqlite:///{folder}/buffer.sqlite", "run")
+    with serving(folder, config, *arguments) as process:
+        found = await_(lambda: buffer.announced(KIND), process, folder)
+    assert not buffer.announced(KIND), "withdrawn at the end"
+    buffer.close()
+    values = {name.partition("/")[2]: json.loads(value) for name, value in found.items()}
+    return values, json.loads((folder / "started.json").read_text())["arguments"]
+
+
+def test_a_server_announces_whose_model_it_serves(folder, writer):
+    buffer = {"buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"}}
+    announced, arguments = served_announcements(folder, configured(folder, **buffer))
+    assert announced[""]["roles"] == ["judge", "rewriter"]
+    config = two_models(folder, writer, **buffer)
+    longer = "teacher.rewriter.max_context=99"
+    announced, arguments = served_announcements(folder, config, "--role", "rewriter", longer)
+    assert announced[""]["roles"] == ["rewriter"]
+    assert arguments[arguments.index("--model") + 1] == str(writer)
+    assert arguments[arguments.index("--max-model-len") + 1] == "99"
+
+
+def test_an_adapter_is_served_beside_its_base_and_each_is_announced(folder, adapter):
+    buffer = {"buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"}}
+    announced, arguments = served_announcements(folder, two_models(folder, adapter, **buffer))
+    assert {name: (one["roles"], one["model"]) for name, one in announced.items()} == {
+        "judge": (["judge"], "teacher"),
+        "rewriter": (["rewriter"], "lora"),
+    }
+    assert announced["judge"]["url"] == announced["rewriter"]["url"]
+    assert arguments[arguments.index("--model") + 1] == str(folder / "teacher")
+    assert arguments[arguments.index("--max-lora-rank") + 1] == "16"
+    assert arguments[arguments.index("--lora-modules") + 1] == f"lora={adapter}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the run asks two models, and a server has one; choose --role judge (FOLDER/teacher) or --role rewriter"),
+        (["--role", "editor"], "--role is editor; allowed: judge or rewriter"),
+        (["--role", "rewriter", "teacher.rewriter.path=", "candidates.rewrite=false"], "--role is rewriter, and candi"),
+        (
+            ["--role", "judge", "objective.name=sft_rewrite", "candidates.rollouts=0"],
+            "--role is judge, and objective.name is sft_rewrite, which needs no judge; allowed: --role rewriter, or",
+        ),
+        (
+            ["--role", "rewriter", "teacher.rewriter.path=/none"],
+            "teacher.rewriter.path is /none; it needs to be a local",
+        ),
+    ],
+)
+def test_a_role_that_cannot_be_served_is_one_line(folder, writer, refusal, arguments, said):
+    code, error = refusal(two_models(folder, writer), *arguments)
+    assert code in (2, ModelError.exit_code)
+    assert error.replace(str(folder), "FOLDER").startswith(f"error: {said}")
+    assert len(error.splitlines()) == 1
+    assert not (folder / "started.json").exists()

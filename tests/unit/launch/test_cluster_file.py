@@ -100,8 +100,19 @@ def test_sections_are_merged_over_the_defaults(tmp_path):
                 "trainer": {"gpu_type": "h100", "gpus_per_node": 8},
                 "teacher": {"nodes": 1, "gpu_type": "l40s", "gpus_per_node": 8},
             },
-            "allowed with allocation one, whose nodes are alike: the same for both",
+            "trainer.gpu_type is 'h100' and teacher.gpu_type is 'l40s'; allowed with allocation one, whose nodes are",
         ),
+        (
+            {
+                **SLURM,
+                "slurm": {"allocation": "separate"},
+                "teacher": {"nodes": 1, "gpu_type": "h100", "gpus_per_node": 8},
+                "rewriter": {"nodes": 1, "gpu_type": "l40s", "gpus_per_node": 8},
+            },
+            "teacher.gpu_type is 'h100' and rewriter.gpu_type is 'l40s'; allowed: the same for both",
+        ),
+        ({"rewriter": {"arguments": ["--api-key=hf_abc"]}}, "rewriter.arguments has --api-key, and every user"),
+        ({"rewriter": {"nodes": 2}}, "trainer.nodes 1, teacher.nodes 0, rewriter.nodes 2, and executor local"),
         (
             {
                 **SLURM,

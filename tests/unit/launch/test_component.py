@@ -15,8 +15,12 @@ from pathlib import Path
 import pytest
 
 from launch.component import ROLES, RunningComponent, Task, run_component
-from launch.spec import Spec
+from launch.gate import await_judgment
+from launch.spec import ServerSpec, Spec
+from megatron_rlpt.buffer.open import open_buffer
+from megatron_rlpt.config import EndpointConfig, Role, load_config
 from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.judge_workers.discovery import KIND, announcement
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -220,3 +224,54 @@ def test_a_trainer_that_waits_for_judges_stops_at_once_when_asked(tmp_path, monk
     assert run_component("trainer", spec) == 0
     assert (tmp_path / "cluster/stopped").exists()
     assert not (tmp_path / "cluster/failed").exists(), "which is no failure"
+
+
+def test_a_trainer_waits_for_a_server_of_each_of_two_models(tmp_path, monkeypatch):
+    config = tmp_path / "run.yaml"
+    sections = {
+        "run": {"dir": str(tmp_path)},
+        "model": {"path": "m"},
+        "data": {"sources": [{"path": "c.jsonl"}]},
+        "train": {"steps": 1},
+        "candidates": {"rewrite": True},
+        "teacher": {"judge": "generative", "run_in": "workers", "rewriter": {"path": "w"}},
+    }
+    config.write_text(json.dumps(sections))
+    buffer = open_buffer(load_config(config))
+    buffer.announce(KIND, "j", announcement(EndpointConfig("http://j/v1"), [Role.judge]), 600.0)
+    monkeypatch.setattr("launch.gate.sys.executable", "true")  # the trial judgment succeeds
+    said: list[str] = []
+
+    class Component:
+        spec = Spec(run_dir=str(tmp_path), config=str(config), components=("judges", "trainer"))
+        environment = dict(os.environ)
+
+        def report(self, state: str) -> None:
+            said.append(state)
+            buffer.announce(KIND, "r", announcement(EndpointConfig("http://r/v1"), [Role.rewriter]), 600.0)
+
+        def must_end(self) -> bool:
+            return False
+
+        def sleep(self, seconds: float) -> None:
+            time.sleep(0.01)
+
+    await_judgment(Component(), (), True, "7.0")
+    assert said == ["waiting: no server of the rewriter is announced"]
+    assert json.loads((tmp_path / "cluster/judged.json").read_text()) == {"start": "7.0"}
+    buffer.close()
+
+
+@pytest.mark.parametrize(("role", "model_role"), [("teacher", ""), ("teacher", "judge"), ("rewriter", "rewriter")])
+def test_servers_serve_the_model_of_their_role(tmp_path, monkeypatch, role, model_role):
+    server = ServerSpec(concurrency=5, arguments=("--seed", "3"), model_role=model_role)
+    spec = Spec(run_dir=str(tmp_path), config="x", components=(role, "trainer"), servers={role: server})
+    one = RunningComponent(spec, Task(role, 0, 0, "7.0"))
+    started: list[list[str]] = []
+    monkeypatch.setattr(one, "run", lambda command, **_: started.append(command) or 0)
+    assert ROLES[role](one) == 0
+    (command,) = started
+    chosen = [command[command.index("--role") + 1]] if "--role" in command else []
+    assert chosen == ([model_role] if model_role else [])
+    assert command[command.index("--concurrency") + 1] == "5"
+    assert command[-2:] == ["--seed", "3"]

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from launch.local import _commands, _kill_commands, clear_earlier
-from launch.spec import Spec, publish
+from launch.spec import ServerSpec, Spec, publish
 from megatron_rlpt.distributed.holder import Holder
 from megatron_rlpt.distributed.processes import start_child
 from megatron_rlpt.errors import ConfigError
@@ -87,11 +87,16 @@ def visible(spec: Spec) -> dict[str, set[str | None]]:
 
 
 def test_trainer_and_servers_have_gpus_of_their_own(spec, monkeypatch):
-    spec = replace(spec, trainer_gpus=2, ranks_per_node=2, servers_per_node=2, server_gpus=1)
+    servers = {"teacher": ServerSpec(per_node=2, gpus=1)}
+    spec = replace(spec, trainer_gpus=2, ranks_per_node=2, servers=servers)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert visible(spec) == {"teacher": {"2,3"}, "judges": {None}, "trainer": {"0,1"}}
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,7,9")
     assert visible(spec) == {"teacher": {"7,9"}, "judges": {None}, "trainer": {"GPU-a,GPU-b"}}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    roles = ("teacher", "rewriter", "judges", "trainer")
+    two = replace(spec, components=roles, servers=servers | {"rewriter": ServerSpec(per_node=1, gpus=4)})
+    assert visible(two) == {"teacher": {"2,3"}, "rewriter": {"4,5,6,7"}, "judges": {None}, "trainer": {"0,1"}}
 
 
 def test_where_no_gpus_are_asked_for_nothing_is_said_of_them(spec):

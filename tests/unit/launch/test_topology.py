@@ -50,7 +50,37 @@ def test_judges_with_a_model_of_their_own_need_no_server():
 def test_components_are_told_what_the_cluster_file_says():
     config = load_config(None, WORKERS)
     spec = spec_of(SLURM, config, components_of(SLURM, config))
-    assert (spec.server_gpus, spec.judge_workers, spec.ranks_per_node) == (4, 6, 8)
+    assert (spec.servers["teacher"].gpus, spec.judge_workers, spec.ranks_per_node) == (4, 6, 8)
+    assert spec.servers["teacher"].model_role == "", "one model has both roles"
+
+
+TWO_MODELS = (*WORKERS, "teacher.judge=generative", "candidates.rewrite=true", "teacher.rewriter.path=models/w")
+TWO_SERVERS = replace(SLURM, rewriter=TeacherResources(nodes=3, gpus_per_node=4, concurrency=7))
+
+
+def test_servers_of_a_rewriters_own_model_have_nodes_of_their_own_after_those_of_the_judge():
+    config = load_config(None, TWO_MODELS)
+    components = components_of(TWO_SERVERS, config)
+    assert [(part.role, part.first_node, part.nodes) for part in components] == [
+        ("buffer", 4, 1),
+        ("teacher", 4, 2),
+        ("rewriter", 6, 3),
+        ("judges", 4, 1),
+        ("trainer", 0, 4),
+    ]
+    spec = spec_of(TWO_SERVERS, config, components)
+    assert {name: (one.model_role, one.gpus, one.concurrency) for name, one in spec.servers.items()} == {
+        "teacher": ("judge", 4, 32),
+        "rewriter": ("rewriter", 4, 7),
+    }
+    here = replace(TWO_SERVERS, executor=ExecutorName.local)
+    assert {part.first_node for part in components_of(here, config)} == {0}
+
+
+def test_a_rewriter_on_configured_servers_needs_no_nodes():
+    endpoints = 'teacher.rewriter.endpoints=[{url: "http://h/v1"}]'
+    names = [part.role for part in components_of(SLURM, load_config(None, (*TWO_MODELS, endpoints)))]
+    assert names == ["buffer", "teacher", "judges", "trainer"]
 
 
 def test_the_spec_is_read_as_it_was_written(tmp_path):
@@ -69,6 +99,18 @@ def test_the_spec_is_read_as_it_was_written(tmp_path):
         (SLURM, (*WORKERS, "teacher.workers.own_model=true"), "teacher.nodes of the cluster file above 0"),
         (replace(SLURM, teacher=TeacherResources()), WORKERS, "no server of the teacher"),
         (SLURM, BASE, "the run judges in its trainer"),
+        (SLURM, TWO_MODELS, "no server of the rewriter: set rewriter.nodes in the cluster file, or teacher.rewriter.e"),
+        (replace(TWO_SERVERS, teacher=TeacherResources()), TWO_MODELS, "no server of the judge: set teacher.nodes"),
+        (
+            TWO_SERVERS,
+            WORKERS,
+            "rewriter.nodes of the cluster file is 3; allowed: 0, because the run's rewriter has no",
+        ),
+        (
+            TWO_SERVERS,
+            (*TWO_MODELS[:-1], 'teacher.rewriter.endpoints=[{url: "http://h/v1"}]'),
+            "teacher.rewriter.path of the run empty; set it to the folder of the model to serve",
+        ),
     ],
 )
 def test_files_that_do_not_fit_together_are_refused(cluster, overrides, said):
@@ -93,6 +135,8 @@ def test_relative_paths_mean_the_folder_that_the_launch_is_made_in():
     assert config.evaluation.sets[0].path == "/here/s.jsonl"
     assert [one.path for one in config.evaluation.judges] == ["/here/models/big", ""]
     assert (config.run.dir, config.model.path, config.teacher.path) == ("/here/runs/x", "/here/models/m", "")
+    two = with_absolute_paths(load_config(None, TWO_MODELS), Path("/here"), elsewhere=False)
+    assert two.teacher.rewriter.path == "/here/models/w"
     assert config.data.sources[0].path == "/here/c.jsonl"
 
 

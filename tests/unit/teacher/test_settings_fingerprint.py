@@ -25,6 +25,8 @@ def test_the_same_settings_agree_wherever_files_lie_and_whatever_does_not_judge(
     theirs = settings_fingerprint(config())
     require_same_settings(config(), theirs)
     require_same_settings(config(model__path="/elsewhere/models/base", run__dir="runs/b", optimizer__lr=1.0), theirs)
+    own = config(teacher__rewriter__path="/here/w")
+    require_same_settings(config(teacher__rewriter__path="/there/writer"), settings_fingerprint(own))
     require_same_settings(config(teacher__workers__endpoints=[EndpointConfig(url="http://a/v1")]), theirs)
 
 
@@ -37,6 +39,7 @@ def test_the_same_settings_agree_wherever_files_lie_and_whatever_does_not_judge(
         ({"teacher__generative__quality__votes": 1}, "teacher.generative.quality.votes is 1"),
         ({"teacher__likelihood__repetition_weight": 0.0}, "teacher.likelihood.repetition_weight is 0.0"),
         ({"data__suffix_length": 5}, "data.suffix_length is 5"),
+        ({"teacher__rewriter__path": "w"}, "own model of teacher.rewriter is True for this worker and False for the"),
     ],
 )
 def test_a_worker_that_would_judge_otherwise_is_refused_by_name(change, named):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up .venv-peers at the root of the repository: TRL beside the packages of .venv, for tools/bench/peers.py. TRL has an
-# environment of its own so that the product never imports it; torch and transformers are the same, so that only the
-# trainers differ. Safe to repeat.
+# Set up .venv-peers at the root of the repository: TRL beside the packages of .venv, for tools/bench/peers.py and
+# tools/bench/grpo_loss.py. TRL has an environment of its own so that the product never imports it; torch and transformers
+# are the same, so that only the trainers differ. Safe to repeat.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . tools/environment.sh

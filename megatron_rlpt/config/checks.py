@@ -19,13 +19,13 @@ from megatron_rlpt.config.teacher_models import Role, RoleModel, check_rewriter_
 from megatron_rlpt.config.user_classes import check_reader, check_second_measure
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.extensions import is_extension
-from megatron_rlpt.objectives import ObjectiveFacts, check_objective, facts_of
+from megatron_rlpt.objectives import ObjectiveFacts, check_objective, facts_with
 from megatron_rlpt.types import Source
 
 
 def objective_facts(config: Config) -> ObjectiveFacts:
     """Return the facts of the run's objective."""
-    return facts_of(config.objective.name)
+    return facts_with(config.objective)
 
 
 def needs_judge(config: Config) -> bool:
@@ -145,6 +145,7 @@ def _check_objective(config: Config) -> None:
         raise ConfigError("data.sources is empty; add at least one source with a path")
     check_objective(config.objective)
     facts = objective_facts(config)
+    _check_reference(config, facts)
     _check_candidates(config, facts)
     if config.rollout.router_replay and not config.candidates.rollouts:
         raise ConfigError(
@@ -158,6 +159,22 @@ def _check_objective(config: Config) -> None:
     _check_curriculum(config, facts)
     _check_judge(config)
     check_rewriter(config)
+
+
+def _check_reference(config: Config, facts: ObjectiveFacts) -> None:
+    """Check that a pull to the reference, where one is set, has an effect."""
+    objective = config.objective
+    takes_kl = "kl" in facts.settings
+    if objective.kl and not takes_kl:
+        raise ConfigError(
+            f"objective.kl is {objective.kl}; allowed: 0, because objective.name={objective.name} does not add it to "
+            "its loss"
+        )
+    if takes_kl and objective.reference_refresh and not facts.needs_reference:
+        raise ConfigError(
+            f"objective.reference_refresh is {objective.reference_refresh}; allowed: 0, because objective.name="
+            f"{objective.name} has no reference while objective.kl is 0"
+        )
 
 
 def _check_candidates(config: Config, facts: ObjectiveFacts) -> None:

@@ -122,6 +122,13 @@ class HeldOutOverlap(enum.StrEnum):
     skip = "skip"
 
 
+class LengthNorm(enum.StrEnum):
+    """What the summed loss of a sequence is divided by."""
+
+    sequence = "sequence"
+    constant = "constant"
+
+
 class Decay(enum.StrEnum):
     """Shape of the learning-rate decay after warm-up."""
 

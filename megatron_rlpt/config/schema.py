@@ -17,6 +17,7 @@ from megatron_rlpt.config.choices import (
     EngineName,
     EnginePlacement,
     Fp8,
+    LengthNorm,
     Recompute,
 )
 from megatron_rlpt.config.fields import option, section
@@ -190,7 +191,7 @@ class ObjectiveConfig:
     options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
     beta: float = option(0.1, "Strength of the pull to the reference policy, for online_dpo.", above=0)
     reference_refresh: int = option(
-        0, "Copy the policy into the reference after this many updates, for online_dpo.",
+        0, "Copy the policy into the reference after this many updates, for online_dpo, and for grpo with kl.",
         unit="updates", at_least=0, zero="frozen",
     )  # fmt: skip
     clip_low: float = option(0.2, "Lower clip of the probability ratio, 1 - clip_low, for grpo.", above=0, below=1)
@@ -202,8 +203,20 @@ class ObjectiveConfig:
         at_least=0, zero="clip_low and clip_high",
     )  # fmt: skip
     normalize_advantage: bool = option(
-        True, "Divide the advantages of a group by their standard deviation, for grpo; false is Dr. GRPO."
+        True,
+        "Divide the advantages of a group by their standard deviation, for grpo; false, with length_norm constant, is "
+        "Dr. GRPO.",
     )
+    length_norm: LengthNorm = option(
+        LengthNorm.sequence,
+        "Divide the loss of a rollout, summed over its tokens, by its own length (sequence) or by data.suffix_length "
+        "(constant, as Dr. GRPO), for grpo.",
+    )
+    kl: float = option(
+        0.0,
+        "Weight of the divergence from the reference policy that is added to the loss of every token, for grpo.",
+        at_least=0, zero="off, no reference is loaded",
+    )  # fmt: skip
 
 
 @dataclass

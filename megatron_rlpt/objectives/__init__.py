@@ -2,11 +2,12 @@
 
 from megatron_rlpt.objectives.facts import ObjectiveFacts
 from megatron_rlpt.objectives.objective import LossInputs, LossTerms, Objective
-from megatron_rlpt.objectives.registry import OBJECTIVES, build_objective, check_objective, facts_of
-from megatron_rlpt.objectives.selection import Example, Selection
+from megatron_rlpt.objectives.registry import OBJECTIVES, build_objective, check_objective, facts_of, facts_with
+from megatron_rlpt.objectives.selection import TIE, Example, Selection
 
 __all__ = [
     "OBJECTIVES",
+    "TIE",
     "Example",
     "LossInputs",
     "LossTerms",
@@ -16,4 +17,5 @@ __all__ = [
     "build_objective",
     "check_objective",
     "facts_of",
+    "facts_with",
 ]

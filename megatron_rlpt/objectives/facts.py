@@ -16,7 +16,7 @@ class ObjectiveFacts:
     needs_judge: bool = True
     """Whether it selects by reward. Without a judge, every source in ``trains_on`` has to be offered."""
     needs_reference: bool = False
-    """Whether ``loss`` reads the reference policy's log-probabilities."""
+    """Whether ``loss`` reads the reference policy's log-probabilities. A reference costs memory and a forward pass."""
     sequences: int | None = 1
     """Most sequences of one example; None for every candidate that it may select."""
     least_candidates: int = 1

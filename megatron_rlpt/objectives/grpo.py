@@ -7,12 +7,13 @@ policy never sampled them, so the ratio has no denominator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from megatron_rlpt.objectives.facts import ObjectiveFacts
 from megatron_rlpt.objectives.objective import LossInputs, LossTerms
-from megatron_rlpt.objectives.selection import Example, Selection
+from megatron_rlpt.objectives.selection import TIE, Example, Selection
 from megatron_rlpt.types import Group, Reward, Source
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def truncated_ratio_loss(
     Engine and trainer never have quite the same probabilities, in FP8 less so. The weight corrects for that, and its
     bound keeps a token that the engine thought unlikely from deciding the update.
 
+    This is the clipped objective with a correction for the engine: the old policy's probability over the engine's,
+    truncated, times the clipped ratio of the policy to the old one. A batch gets one update, so the old policy is the
+    policy before it, and a ratio of 1 is never clipped. With ``train.staleness`` it is the decoupled objective (arXiv
+    2110.00641, section 3) whose proximal policy is renewed before every update.
+
     Args:
         difference: log-probability of each token under the policy less that under the engine that sampled it, nats.
         advantages: of the same shape or one that broadcasts to it.
@@ -84,13 +90,29 @@ def truncated_ratio_loss(
     return loss, (ratio > bound).float()
 
 
+def k3_divergence(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Estimate the Kullback-Leibler divergence of q from p at every token sampled from p, in nats.
+
+    The k3 estimator (arXiv 2402.03300, equation 4): without bias, and never below 0.
+
+    Args:
+        log_ratio: log q - log p of each token.
+    """
+    import torch
+
+    return torch.expm1(log_ratio) - log_ratio
+
+
 class Grpo:
     """Clipped policy gradient on all scored rollouts of an episode, which form one example.
 
-    The loss of a sequence is the mean over its tokens, that of an example the mean over its sequences (arXiv
-    2402.03300, equation 3). Dr. GRPO (arXiv 2503.20783) objects that a long bad completion is then pushed away less
-    per token than a short one. Here completions share one length, ``data.suffix_length``, save those that end their
-    document earlier, and the mean keeps losses and learning rates comparable with the likelihood objectives'.
+    The loss of a sequence is the sum over its tokens, divided by its length (arXiv 2402.03300, equation 3) or, as in
+    Dr. GRPO (arXiv 2503.20783, section 3), by the same constant for all: the longest completion that is allowed. By
+    its own length, a long bad completion is pushed away less per token than a short one. The loss of an example is the
+    mean over its sequences.
+
+    With ``kl`` every token adds that much times the divergence of the policy from the reference. A group whose rewards
+    all tie is skipped then as well.
     """
 
     facts = ObjectiveFacts(
@@ -98,16 +120,27 @@ class Grpo:
         sequences=None,
         least_rollouts=2,
         on_policy=True,
-        settings=("clip_low", "clip_high", "normalize_advantage", "truncate_ratio"),
+        settings=("clip_low", "clip_high", "normalize_advantage", "length_norm", "truncate_ratio", "kl"),
     )
 
     def __init__(
-        self, clip_low: float, clip_high: float, normalize_advantage: bool, truncate_ratio: float = 0.0
+        self,
+        clip_low: float,
+        clip_high: float,
+        normalize_advantage: bool,
+        length_norm: str = "sequence",
+        truncate_ratio: float = 0.0,
+        kl: float = 0.0,
     ) -> None:
-        self.truncate_ratio = truncate_ratio
+        """Configure the loss; arguments as in the section ``objective`` of the configuration."""
         self.clip_low = clip_low
         self.clip_high = clip_high
         self.normalize_advantage = normalize_advantage
+        self.length_norm = length_norm
+        self.truncate_ratio = truncate_ratio
+        self.kl = kl
+        if kl:
+            self.facts = replace(self.facts, needs_reference=True)
 
     def select(self, groups: Sequence[Group]) -> Selection:
         """Take every scored rollout of a group, the best first and the others from the worst up.
@@ -128,7 +161,7 @@ class Grpo:
             entries.sort(key=lambda entry: entry[0])
             rewards, indices, candidates = zip(*(entries[-1:] + entries[:-1]), strict=True)
             if rewards[0] == rewards[1]:
-                selection.skipped[group.episode.id] = "tie"
+                selection.skipped[group.episode.id] = TIE
                 continue
             assert all(candidate.logprobs is not None for candidate in candidates), "a rollout without the engine's"
             selection.examples.append(
@@ -143,7 +176,7 @@ class Grpo:
         return selection
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """Compute the token-mean loss; the engine's log-probabilities are those of the sampling policy."""
+        """Compute the loss; the engine's log-probabilities are those of the sampling policy."""
         import torch
 
         real = inputs.mask.bool()
@@ -155,18 +188,19 @@ class Grpo:
             loss, clipped = truncated_ratio_loss(difference, advantages, self.truncate_ratio)
         else:
             loss, clipped = clipped_ratio_loss(ratio, advantages, self.clip_low, self.clip_high)
-        # Estimates the divergence of the policy from the one that sampled, without bias and never below 0 (the k3
-        # estimator that arXiv 2402.03300, equation 4, uses for its reference).
-        divergence = (ratio - 1.0 - difference).detach()
+        lengths = inputs.mask.sum(dim=1)
 
-        def per_example(values: torch.Tensor) -> torch.Tensor:
-            return inputs.example_means((values * inputs.mask).sum(dim=1) / inputs.mask.sum(dim=1))
+        def per_example(values: torch.Tensor, divisor: torch.Tensor | int = lengths) -> torch.Tensor:
+            return inputs.example_means((values * inputs.mask).sum(dim=1) / divisor)
 
-        return LossTerms(
-            per_example(loss),
-            {
-                "grpo/ratio": per_example(ratio.detach()),
-                "grpo/clip_fraction": per_example(clipped),
-                "grpo/kl": per_example(divergence),
-            },
-        )
+        metrics = {
+            "grpo/ratio": per_example(ratio.detach()),
+            "grpo/clip_fraction": per_example(clipped),
+            "grpo/kl": per_example(k3_divergence(difference.detach())),
+        }
+        if self.kl:
+            assert inputs.reference is not None
+            divergence = k3_divergence(torch.where(real, inputs.reference - inputs.logprobs, 0.0))
+            loss = loss + self.kl * divergence
+            metrics["grpo/reference_kl"] = per_example(divergence.detach())
+        return LossTerms(per_example(loss, inputs.max_length if self.length_norm == "constant" else lengths), metrics)

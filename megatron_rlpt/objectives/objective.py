@@ -31,6 +31,8 @@ class LossInputs:
     """[sequences] fp32: ``Example.advantages``; NaN where the objective sets none."""
     sizes: tuple[int, ...]
     """Sequences of each example, in order of the rows."""
+    max_length: int
+    """Most tokens that a completion of the run may have (``data.suffix_length``), whatever these rows have."""
     reference: torch.Tensor | None = None
     """Like ``logprobs`` but from the reference policy and without gradient; None unless ``facts.needs_reference``."""
 
@@ -57,7 +59,7 @@ class Objective(Protocol):
 
     @property
     def facts(self) -> ObjectiveFacts:
-        """Facts of the objective: a class attribute."""
+        """Facts of the objective: a class attribute. Those of an objective of this package may depend on settings."""
         ...
 
     def select(self, groups: Sequence[Group]) -> Selection:

@@ -46,13 +46,23 @@ class ObjectiveSettings(Protocol):
 
 
 def facts_of(name: str) -> ObjectiveFacts:
-    """Return the facts of the objective called ``name``.
+    """Return the facts of the objective called ``name`` with default settings.
 
     Raises:
         ConfigError: there is no such objective, or it is a class that does not have what an objective needs.
     """
     facts: ObjectiveFacts = _class_of(name).facts
     return facts
+
+
+def facts_with(settings: ObjectiveSettings) -> ObjectiveFacts:
+    """Return the facts of a run's objective; those of a class of the user's do not depend on settings.
+
+    Raises:
+        ConfigError: as of ``facts_of``.
+    """
+    # The user's class is not built before the run: its constructor may need what a login node does not have.
+    return facts_of(settings.name) if is_extension(settings.name) else build_objective(settings).facts
 
 
 def check_objective(settings: ObjectiveSettings) -> None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source, derive_seed
 
+TIE = "tie"
+"""Reason to skip a group whose candidates all have one reward."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -77,7 +80,7 @@ def best_and_worst(groups: Sequence[Group], *, keep_worst: bool) -> Selection:
         highest = max(score.value for _, _, score in entries)
         lowest = min(score.value for _, _, score in entries)
         if highest == lowest:
-            selection.skipped[group.episode.id] = "tie"
+            selection.skipped[group.episode.id] = TIE
             continue
         best = _draw([entry for entry in entries if entry[2].value == highest], group.episode, "best")
         worst = _draw([entry for entry in entries if entry[2].value == lowest], group.episode, "worst")

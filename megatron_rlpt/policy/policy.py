@@ -96,6 +96,7 @@ class Policy:
         self._runtime = runtime
         self._objective = objective
         self._train = config.train
+        self._max_length = config.data.suffix_length
         self._refresh_every = config.objective.reference_refresh
         self._overlap = config.parallel.overlap
         self._length_multiple = length_multiple(self.layout, config.model.fp8)
@@ -350,6 +351,7 @@ class Policy:
                 batch.engine_logprobs,
                 batch.advantages,
                 batch.sizes,
+                self._max_length,
                 reference=references[number] if references else None,
             )
         )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rlpt.errors import NothingLearntError
-from megatron_rlpt.objectives import Selection
+from megatron_rlpt.objectives import TIE, Selection
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher.judge import failures, first_cause
 from megatron_rlpt.teacher.right_verdict import PARSED, answers
@@ -24,6 +24,10 @@ _SHOWN = 3
 _LONGEST_REASON = 120
 _KEPT = 20
 """Distinct reasons kept per step."""
+_OF_TIES = (
+    "so none is better than another: if that is the lowest reward, start from a policy that is right sometimes or with "
+    "easier prompts; if it is the highest, these prompts teach nothing more; otherwise correct the judge"
+)
 
 
 class Learning:
@@ -62,9 +66,17 @@ class Learning:
         """Record one step, and log a warning if it left nothing to learn from."""
         examples = len(selection.examples)
         reasons, cause = ({}, "") if examples else _why(groups, selection)
+        tied = [] if examples else _tied(groups, selection)
         parsed = [bool(detail[PARSED]) for _, detail in answers(groups)]
         self._recent.append(
-            {"examples": examples, "reasons": reasons, "cause": cause, "answers": len(parsed), "parsed": sum(parsed)}
+            {
+                "examples": examples,
+                "reasons": reasons,
+                "cause": cause,
+                "tied": tied,
+                "answers": len(parsed),
+                "parsed": sum(parsed),
+            }
         )
         self._steps += 1
         self._empty += not examples
@@ -72,7 +84,7 @@ class Learning:
             _log.warning(
                 "nothing to learn from in this step",
                 step=step,
-                reasons=_listed(Counter(reasons)) + (f"; the first cause: {cause}" if cause else ""),
+                reasons=_explained(Counter(reasons), cause, tied),
                 empty=self._few_of_many(),
             )
         self.warning = self._describe()
@@ -107,7 +119,8 @@ class Learning:
             )
         else:
             return
-        raise NothingLearntError(f"{what}; {self._explanation()}; samples.jsonl has more; {fix}")
+        explanation = self._explanation() + (f", {_OF_TIES}" if self._mostly_ties() else "")
+        raise NothingLearntError(f"{what}; {explanation}; samples.jsonl has more; {fix}")
 
     def reset_window(self) -> None:
         """Forget the steps in the window, so that a resumed run does not end for them again."""
@@ -133,12 +146,20 @@ class Learning:
     def _few_of_many(self) -> str:
         return f"{self._empty_steps()} of the last {len(self._recent)} steps"
 
-    def _explanation(self) -> str:
+    def _counts(self) -> Counter[str]:
         counts: Counter[str] = Counter()
         for step in self._recent:
             counts.update(step["reasons"])
+        return counts
+
+    def _mostly_ties(self) -> bool:
+        return [reason for reason, _ in self._counts().most_common(1)] == [TIE]
+
+    def _explanation(self) -> str:
         cause = next((step["cause"] for step in self._recent if step["cause"]), "")
-        return f"most frequent: {_listed(counts)}" + (f"; the first cause: {cause}" if cause else "")
+        # Checkpoints of earlier versions have no rewards of ties.
+        tied = [value for step in self._recent for value in step.get("tied", ())]
+        return f"most frequent: {_explained(self._counts(), cause, tied)}"
 
 
 def _why(groups: Sequence[Group], selection: Selection) -> tuple[dict[str, int], str]:
@@ -155,5 +176,27 @@ def _why(groups: Sequence[Group], selection: Selection) -> tuple[dict[str, int],
     return dict(counts.most_common(_KEPT)), first_cause(failures(groups))
 
 
-def _listed(counts: Counter[str]) -> str:
-    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(_SHOWN)) or "no group at all"
+def _tied(groups: Sequence[Group], selection: Selection) -> list[float]:
+    """Return the lowest and the highest reward of the groups that are skipped as ties; empty without any."""
+    values = [
+        reward.value
+        for group in groups
+        if selection.skipped.get(group.episode.id) == TIE
+        for candidate, reward in group.rewarded()
+        if not candidate.blank
+    ]
+    return [min(values), max(values)] if values else []
+
+
+def _explained(counts: Counter[str], cause: str, tied: Sequence[float]) -> str:
+    """Return the most frequent reasons, the cause of the first failure and the rewards of ties in words."""
+    parts = [f"{count} x {reason}" for reason, count in counts.most_common(_SHOWN)] or ["no group at all"]
+    if cause:
+        parts.append(f"the first cause: {cause}")
+    if tied:
+        low, high = f"{min(tied):.6g}", f"{max(tied):.6g}"
+        parts.append(
+            "in every tie all candidates have one reward, "
+            + (f"{low} everywhere" if low == high else f"between {low} and {high}")
+        )
+    return "; ".join(parts)

@@ -13,6 +13,7 @@ from megatron_rlpt.config import (
     Config,
     DataConfig,
     Dtype,
+    LengthNorm,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -84,6 +85,7 @@ class Case:
     layout: dict[str, Any] = field(default_factory=dict)
     """Fields of the ``parallel`` section of the configuration."""
     objective: str = "online_dpo"
+    """Its name; ``dr_grpo`` is GRPO as Dr. GRPO, with a pull to the reference."""
     dtype: Dtype = Dtype.fp32
     recompute: Recompute = Recompute.none
     examples: int = 8
@@ -113,6 +115,12 @@ class Case:
         return hash(str(self))
 
 
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "dr_grpo": {"name": "grpo", "normalize_advantage": False, "length_norm": LengthNorm.constant, "kl": 2.0},
+}
+"""Objective of a case -> its settings, where they are not its name alone."""
+
+
 def configuration(folder: str, case: Case) -> Config:
     """Return the configuration of ``case`` with the model in ``folder``."""
     return Config(
@@ -120,7 +128,7 @@ def configuration(folder: str, case: Case) -> Config:
         parallel=ParallelConfig(**{"timeout": 60.0} | case.layout),
         data=DataConfig(max_prefix=40, suffix_length=8),
         candidates=CandidatesConfig(rollouts=2),
-        objective=ObjectiveConfig(name=case.objective, beta=0.4),
+        objective=ObjectiveConfig(beta=0.4, **OBJECTIVES.get(case.objective, {"name": case.objective})),
         # With Adam's usual epsilon, rounding of a gradient near zero would become a full step in its direction.
         optimizer=OptimizerConfig(lr=0.003, warmup_steps=1, weight_decay=0.1, eps=1e-3),
         rollout=RolloutConfig(router_replay=case.routing),
@@ -152,7 +160,8 @@ def examples(case: Case, seed: int) -> list[Example]:
     for index in range(case.examples):
         episode = Episode(f"e{index}", tokens(1, 30), tokens(8, 8), "c", "d", 0)
         # GRPO trains on as many sequences as a group has.
-        width = {"online_dpo": 2, "grpo": 2 + index % 2}.get(case.objective, 1)
+        grpo = case.objective in ("grpo", "dr_grpo")
+        width = 2 + index % 2 if grpo else {"online_dpo": 2}.get(case.objective, 1)
         sequences = []
         for _ in range(width):
             completion = tokens(1, 8)
@@ -165,8 +174,9 @@ def examples(case: Case, seed: int) -> list[Example]:
                 routing = Routing(prefix, experts(len(sequences[number].tokens) - 1), 4, 2, 1)
                 sequences[number] = replace(sequences[number], routing=routing)
         advantages: tuple[float, ...] = ()
-        if case.objective == "grpo":
-            advantages = group_advantages(torch.randn(width, generator=draw).tolist(), normalize=True)
+        if grpo:
+            normalize = case.objective == "grpo"
+            advantages = group_advantages(torch.randn(width, generator=draw).tolist(), normalize=normalize)
         found.append(Example(episode, tuple(sequences), tuple(range(width)), advantages=advantages))
     return found
 

@@ -27,7 +27,7 @@ EVERY = {
 OF_ROLLOUTS = {"logprob_gap", "rollout_chosen_rate", "original_chosen_rate"}
 OF_JUDGE = {"reward/original", "reward/rollout", "reward_margin"}
 OF_DPO = {"dpo/margin", "dpo/accuracy", "dpo/chosen_logratio", "dpo/rejected_logratio"}
-OF_GRPO = {"grpo/ratio", "grpo/clip_fraction", "grpo/kl"}
+OF_GRPO = {"grpo/ratio", "grpo/clip_fraction", "grpo/kl", "grpo/reference_kl"}
 OBJECTIVES = {
     "ntp": ({"rollouts": 0}, {"original_chosen_rate"}),
     "sft_rewrite": ({"rollouts": 0, "rewrite": True}, {"original_chosen_rate"}),
@@ -40,6 +40,8 @@ OBJECTIVES = {
     ),
 }
 """Objective -> its candidates section and the metrics that it adds."""
+SETTINGS = {"grpo": {"normalize_advantage": False, "length_norm": "constant", "kl": 0.05}}
+"""Objective -> its settings besides its name."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def run(request, policy, writer, corpus, tmp_path_factory):
         policy,
         corpus,
         base / "run",
-        objective={"name": request.param},
+        objective={"name": request.param} | SETTINGS.get(request.param, {}),
         candidates=OBJECTIVES[request.param][0],
         teacher=teacher,
         data={"suffix_length": 4},

@@ -168,7 +168,7 @@ def test_a_wrong_loss_is_an_error_that_names_the_class(change, problem):
             return LossTerms(change(inputs.logprobs.sum(dim=1)))
 
     logprobs = torch.zeros(2, 3, requires_grad=True)
-    inputs = LossInputs(logprobs, torch.ones(2, 3), logprobs.detach(), torch.zeros(2), (1, 1))
+    inputs = LossInputs(logprobs, torch.ones(2, 3), logprobs.detach(), torch.zeros(2), (1, 1), 3)
     with pytest.raises(TrainingError, match=rf"^objective mine\.py:Mine: loss {problem}"):
         CheckedObjective(Inner(), "mine.py:Mine").loss(inputs)
 

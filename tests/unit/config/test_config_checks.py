@@ -72,6 +72,7 @@ LIMITS = {
     "buffer.max_pause": ([-1], [0]),
     "objective.beta": ([0], [0.01]),
     "objective.reference_refresh": ([-1], [0]),
+    "objective.kl": ([-0.001], [0]),
     "objective.clip_low": ([0, 1], [0.001, 0.999]),
     "objective.truncate_ratio": ([-0.001], [0]),
     "objective.clip_high": ([0], [0.001, 5.0]),
@@ -160,6 +161,11 @@ CONTRADICTIONS = [
     ([*GRPO, "candidates.rollouts=1"], "candidates.rollouts is 1; allowed: at least 2"),
     ([*GRPO, "rollout.temperature=0.9"], "rollout.temperature is 0.9; allowed: 1.0"),
     ([*GRPO, "teacher.judge=generative", "teacher.generative.quality.weight=0"], "teacher.generative"),
+    (["objective.kl=0.1"], "objective.kl is 0.1; allowed: 0, because objective.name=online_dpo does not"),
+    (
+        [*GRPO, "objective.reference_refresh=5"],
+        "objective.reference_refresh is 5; allowed: 0, because objective.name=grpo",
+    ),
     (["data.sources[0].subset=en"], "data.sources[0].subset is 'en'; allowed: empty, because its format is not hf"),
     (["data.min_prefix=200", "data.max_prefix=100"], "data.min_prefix"),
     (["train.global_batch=10", "train.micro_batch=4"], "train.micro_batch"),
@@ -208,6 +214,7 @@ def test_contradictions_name_the_field(overrides, named):
         ["candidates.rollouts=2", "candidates.original=false"],
         ["teacher.judge=generative"],
         [*GRPO, "candidates.rollouts=2"],
+        [*GRPO, "objective.kl=0.1", "objective.reference_refresh=5", "objective.length_norm=constant"],
         ["buffer.url=rediss://host/1", "buffer.password_file=p", "buffer.name=a.b-c_1"],
     ],
 )

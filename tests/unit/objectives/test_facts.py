@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_rlpt.config import ObjectiveConfig
-from megatron_rlpt.objectives import OBJECTIVES, build_objective, facts_of
+from megatron_rlpt.objectives import OBJECTIVES, build_objective, facts_of, facts_with
 from megatron_rlpt.types import Candidate, Episode, Group, Reward, Source
 
 
@@ -30,3 +30,11 @@ def test_a_selection_keeps_to_the_facts(name):
     )
     assert {one.source for one in example.sequences} <= facts.trains_on
     assert len(example.sequences) == facts.rows_per_example(original=True, rewrite=True, rollouts=4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_facts_with_settings_are_those_of_the_objective_that_is_built(name, kl):
+    settings = ObjectiveConfig(name=name, kl=kl)
+    assert facts_with(settings) == build_objective(settings).facts
+    assert facts_with(settings).needs_reference == (name == "online_dpo" or (name == "grpo" and kl > 0))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlpt.config import ObjectiveConfig
+from megatron_rlpt.config import LengthNorm, ObjectiveConfig
 from megatron_rlpt.objectives import LossInputs, build_objective
 from megatron_rlpt.objectives.grpo import clipped_ratio_loss, group_advantages, truncated_ratio_loss
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
@@ -118,7 +118,7 @@ def test_loss_is_the_mean_over_tokens_then_over_the_rollouts_of_each_example():
     engine = torch.full((5, 2), -1.0).masked_fill(mask == 0, torch.nan)
     logprobs = (ratios.log() - 1.0).requires_grad_()
     advantages = torch.tensor([1.0, -1.0, 3.0, 0.0, -3.0])
-    terms = grpo().loss(LossInputs(logprobs, mask, engine, advantages, (2, 3)))
+    terms = grpo().loss(LossInputs(logprobs, mask, engine, advantages, (2, 3), 9))
     # Rollouts: -(1 + 1.2) / 2, 0.8; then -3, 0, 3 * (2 + 1) / 2.
     assert terms.loss.tolist() == pytest.approx([(-1.1 + 0.8) / 2, (-3.0 + 0.0 + 4.5) / 3])
     assert terms.metrics["grpo/ratio"].tolist() == pytest.approx([(1.25 + 0.5) / 2, (1.0 + 1.0 + 1.5) / 3])
@@ -135,7 +135,7 @@ def test_loss_is_the_mean_over_tokens_then_over_the_rollouts_of_each_example():
 def test_on_policy_the_gradient_is_that_of_the_advantage_weighted_likelihood():
     logprobs = torch.randn(4, 3).sub(2).requires_grad_()
     advantages, mask = torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4, 3)
-    grpo().loss(LossInputs(logprobs, mask, logprobs.detach(), advantages, (4,))).loss.sum().backward()
+    grpo().loss(LossInputs(logprobs, mask, logprobs.detach(), advantages, (4,), 9)).loss.sum().backward()
     got = logprobs.grad.clone()
     logprobs.grad = None
     (-(advantages[:, None] * logprobs).mean(dim=1)).mean().backward()
@@ -157,7 +157,7 @@ def test_a_truncated_weight_corrects_for_the_engine_up_to_its_bound():
 def test_the_objective_truncates_instead_of_clipping_where_it_is_set():
     logprobs = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]], requires_grad=True)
     engine = torch.tensor([[-3.0, -1.0], [-1.0, -1.0]])
-    inputs = LossInputs(logprobs, torch.ones(2, 2), engine, torch.tensor([1.0, -1.0]), (2,))
+    inputs = LossInputs(logprobs, torch.ones(2, 2), engine, torch.tensor([1.0, -1.0]), (2,), 2)
     terms = grpo(truncate_ratio=3.0).loss(inputs)
     terms.loss.sum().backward()
     # e squared is above 3; the mean over two tokens and two sequences is a quarter of each.
@@ -166,3 +166,72 @@ def test_the_objective_truncates_instead_of_clipping_where_it_is_set():
     logprobs.grad = None
     grpo().loss(inputs).loss.sum().backward()
     assert logprobs.grad[0, 0] == 0, "the clip takes the gradient away"
+
+
+def three_answers() -> LossInputs:
+    """An example of an answer of three tokens and one of one, and a right answer of two beside a wrong one of one.
+
+    Ratios to the engine are 1 but for a 1.5, which is clipped; the reference has twice or half of the probability of
+    two tokens. Padding holds rubbish and NaN that must not count.
+    """
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    logprobs = torch.full((4, 3), -1.0).masked_fill(mask == 0, 50.0)
+    engine = logprobs.masked_fill(mask == 0, torch.nan)
+    engine[2, 0] -= math.log(1.5)
+    reference = logprobs.masked_fill(mask == 0, -70.0)
+    reference[0, 1] += math.log(2.0)
+    reference[3, 0] -= math.log(2.0)
+    advantages = torch.tensor([-1.0, 1.0, 2.0, -2.0])
+    return LossInputs(logprobs.requires_grad_(), mask, engine, advantages, (2, 2), 5, reference)
+
+
+@pytest.mark.parametrize(
+    ("length_norm", "divisors"), [(LengthNorm.sequence, (3, 1, 2, 1)), (LengthNorm.constant, (5, 5, 5, 5))]
+)
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_length_norm_and_pull_to_the_reference_by_hand(length_norm, divisors, kl):
+    """A token's loss is -(ratio, clipped at 1.2) x advantage + kl x (q/p - 1 - ln q/p), q/p of the reference to p.
+
+    Twice: 1 - ln 2, with a gradient of -(2 - 1) to ln p; half: ln 2 - 1/2, with 1/2. A sequence's sum is divided by
+    its own length or by the longest one allowed, and an example is the mean of its two.
+    """
+    inputs = three_answers()
+    terms = grpo(length_norm=length_norm, kl=kl).loss(inputs)
+    twice, half = 1 - math.log(2), math.log(2) - 0.5
+    sums = [3 + kl * twice, -1, -2 * 1.2 - 2, 2 + kl * half]
+    parts = [total / divisor for total, divisor in zip(sums, divisors, strict=True)]
+    assert terms.loss.tolist() == pytest.approx([(parts[0] + parts[1]) / 2, (parts[2] + parts[3]) / 2])
+    terms.loss.sum().backward()
+    gradients = [[1, 1 - kl, 1], [-1, 0, 0], [0, -2, 0], [2 + kl / 2, 0, 0]]
+    expected = torch.tensor(gradients) / torch.tensor(divisors)[:, None] / 2
+    torch.testing.assert_close(inputs.logprobs.grad, expected)
+    assert terms.metrics["grpo/clip_fraction"].tolist() == [0.0, 0.25], "per token, whatever the loss is divided by"
+    if kl:
+        assert terms.metrics["grpo/reference_kl"].tolist() == pytest.approx([twice / 3 / 2, half / 2])
+    else:
+        assert "grpo/reference_kl" not in terms.metrics
+
+
+def test_a_long_wrong_answer_is_pushed_away_as_hard_per_token_as_a_short_one_in_dr_grpo():
+    pushes = {}
+    for length_norm in LengthNorm:
+        logprobs = torch.zeros(2, 4, requires_grad=True)
+        mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+        inputs = LossInputs(logprobs, mask, torch.zeros(2, 4), torch.tensor([-1.0, -1.0]), (2,), 4)
+        grpo(length_norm=length_norm).loss(inputs).loss.sum().backward()
+        pushes[length_norm] = logprobs.grad[:, 0].tolist()
+    assert pushes == {LengthNorm.sequence: [1 / 8, 1 / 2], LengthNorm.constant: [1 / 8, 1 / 8]}
+
+
+def test_the_reference_pulls_besides_a_truncated_weight_and_not_by_it():
+    logprobs = torch.zeros(2, 1, requires_grad=True)
+    engine, reference = torch.tensor([[-3.0], [0.0]]), torch.tensor([[math.log(3.0)], [0.0]])
+    inputs = LossInputs(logprobs, torch.ones(2, 1), engine, torch.tensor([1.0, -1.0]), (2,), 1, reference)
+    grpo(truncate_ratio=2.0, kl=0.25).loss(inputs).loss.sum().backward()
+    assert logprobs.grad.flatten().tolist() == pytest.approx([(-2.0 - 0.25 * (3 - 1)) / 2, 1 / 2])
+
+
+def test_only_a_pull_to_the_reference_needs_one():
+    assert not grpo().facts.needs_reference
+    assert grpo(kl=0.01).facts.needs_reference
+    assert not grpo().facts.needs_reference, "the class is as it was"

@@ -19,7 +19,7 @@ def online_dpo(beta: float):
 def inputs(logprobs: torch.Tensor, mask: torch.Tensor, sizes: tuple[int, ...], **others: torch.Tensor) -> LossInputs:
     """What an objective is given that reads neither engine nor advantages, unless ``others`` has them."""
     unknown = {"engine_logprobs": torch.full_like(mask, torch.nan), "advantages": torch.full((len(mask),), torch.nan)}
-    return LossInputs(logprobs, mask, sizes=sizes, **unknown | others)
+    return LossInputs(logprobs, mask, sizes=sizes, max_length=mask.shape[1], **unknown | others)
 
 
 def test_dpo_loss_on_a_case_done_by_hand():

@@ -263,6 +263,14 @@ def test_balancing_experts_takes_one_more_forward_pass():
     assert balanced["update"] == plain["update"]
 
 
+def test_grpo_pays_for_a_reference_only_if_it_is_pulled_to_one():
+    grpo = ("objective.name=grpo", "candidates.original=false", "candidates.rewrite=false")
+    free, pulled = planned(*grpo), planned(*grpo, "objective.kl=0.01")
+    assert free["times"]["reference"] == 0
+    assert pulled["times"]["reference"] > 0
+    assert pulled["times"]["update"] == free["times"]["update"]
+
+
 def test_times_are_at_the_longest_prefix_unless_a_mean_is_given():
     longest, usual = planned(), planned("--prefix-tokens", "448")
     assert "at the longest prefix (data.max_prefix = 1,920 tokens)" in longest["warnings"][0]

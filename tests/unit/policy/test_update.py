@@ -10,7 +10,7 @@ from largest_output import LargestOutput
 from llamas import VARIANTS, VOCABULARY, load_llama, make_examples, make_policy, same, save_llama, settings, weights_of
 from transformers import LlamaForCausalLM
 
-from megatron_rlpt.config import Decay, Dtype
+from megatron_rlpt.config import Decay, Dtype, LengthNorm
 from megatron_rlpt.errors import TrainingError
 from megatron_rlpt.objectives import Example, LossTerms
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
@@ -213,39 +213,57 @@ def test_an_engine_logprob_that_is_no_number_is_an_infinite_gap_and_not_left_out
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 6])
-def test_grpo_on_groups_of_different_size_equals_its_formula_in_plain_transformers(llama, micro_batch):
+@pytest.mark.parametrize(("length_norm", "kl"), [(LengthNorm.sequence, 0.0), (LengthNorm.constant, 0.5)])
+def test_grpo_on_groups_of_different_size_equals_its_formula_in_plain_transformers(llama, micro_batch, length_norm, kl):
     """Loss and gradient norm; the engine's log-probabilities differ from the model's, so that some tokens are
-    clipped."""
-    draw = torch.Generator().manual_seed(3)
-    model = load_llama(llama)
-    examples, losses = [], []
-    for number, width in enumerate([2, 4, 3, 2, 5, 2]):
-        (example,) = make_examples(1, width, seed=number)
-        advantages = tuple(torch.randn(width, generator=draw).tolist())
-        sequences, parts = [], []
-        for candidate, advantage in zip(example.sequences, advantages, strict=True):
-            own = token_logprobs(model, example.episode.prefix, candidate.tokens)
-            said = own.detach() + 0.3 * torch.randn(len(candidate.tokens), generator=draw)
-            ratio = (own - said).exp()
-            free, bounded = ratio * advantage, ratio.clamp(0.9, 1.3) * advantage
-            parts.append(-torch.where(free < bounded, free, bounded).mean())
-            sequences.append(dataclasses.replace(candidate, logprobs=tuple(said.tolist())))
-        losses.append(torch.stack(parts).mean())
-        examples.append(dataclasses.replace(example, sequences=tuple(sequences), advantages=advantages))
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in model.parameters()))
+    clipped, and an update has moved the policy away from its reference."""
     policy = make_policy(
         llama,
         "grpo",
-        objective={"clip_low": 0.1, "clip_high": 0.3},
+        objective={"clip_low": 0.1, "clip_high": 0.3, "length_norm": length_norm, "kl": kl},
         optimizer={"clip_grad": 0.0},
         train={"micro_batch": micro_batch},
     )
+    policy.update(grpo_examples(load_llama(llama)))
+    model, start = load_llama(llama), load_llama(llama)
+    model.load_state_dict(weights_of(policy) | {"lm_head.weight": weights_of(policy)["model.embed_tokens.weight"]})
+    examples = grpo_examples(model)
+    losses = []
+    for example in examples:
+        parts = []
+        for candidate, advantage in zip(example.sequences, example.advantages, strict=True):
+            own = token_logprobs(model, example.episode.prefix, candidate.tokens)
+            ratio = (own - torch.tensor(candidate.logprobs)).exp()
+            free, bounded = ratio * advantage, ratio.clamp(0.9, 1.3) * advantage
+            more = token_logprobs(start, example.episode.prefix, candidate.tokens).detach() - own
+            tokens = -torch.where(free < bounded, free, bounded) + kl * (more.exp() - 1 - more)
+            parts.append(tokens.sum() / (8 if length_norm is LengthNorm.constant else len(tokens)))
+        losses.append(torch.stack(parts).mean())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in model.parameters()))
     figures = policy.update(examples)
     assert figures["loss"] == pytest.approx(float(loss), rel=1e-4, abs=1e-5)
     assert figures["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert 0.1 < figures["grpo/clip_fraction"] < 0.9
+    assert figures.get("grpo/reference_kl", 0.0) > 0.01 or not kl
+    assert (policy._reference is not None) == bool(kl)
+
+
+def grpo_examples(model: LlamaForCausalLM) -> list[Example]:
+    """Groups of two to five rollouts whose log-probabilities by the engine are about those of ``model``."""
+    draw = torch.Generator().manual_seed(3)
+    examples = []
+    for number, width in enumerate([2, 4, 3, 2, 5, 2]):
+        (example,) = make_examples(1, width, seed=number)
+        advantages = tuple(torch.randn(width, generator=draw).tolist())
+        sequences = []
+        for candidate in example.sequences:
+            own = token_logprobs(model, example.episode.prefix, candidate.tokens).detach()
+            said = own + 0.3 * torch.randn(len(candidate.tokens), generator=draw)
+            sequences.append(dataclasses.replace(candidate, logprobs=tuple(said.tolist())))
+        examples.append(dataclasses.replace(example, sequences=tuple(sequences), advantages=advantages))
+    return examples
 
 
 class Faulty(OnlineDpo):

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_rlpt.config import ObjectiveConfig
 from megatron_rlpt.errors import NothingLearntError
-from megatron_rlpt.objectives import Example, Selection
+from megatron_rlpt.objectives import Example, Selection, build_objective
 from megatron_rlpt.objectives.nll import SftRewrite
 from megatron_rlpt.objectives.online_dpo import OnlineDpo
 from megatron_rlpt.trainer.learning import Learning
@@ -55,6 +56,43 @@ def test_whatever_the_reason_it_is_named_with_its_count(judged, said):
     empty(learning, of=judged)
     assert said in reason(learning)
     assert said in learning.warning
+
+
+def rollouts_of(*values: float, name: str) -> Group:
+    candidates = tuple(Candidate(Source.ROLLOUT, (index,), logprobs=(-1.0,)) for index in range(len(values)))
+    return Group(replace(EPISODE, id=name), candidates, tuple(Reward(value, "j", "1") for value in values))
+
+
+@pytest.mark.parametrize(("other", "rewards"), [(0.0, "0 everywhere"), (1.0, "between 0 and 1")])
+def test_one_reward_for_all_rollouts_of_every_prompt_is_said_with_that_reward_and_what_to_do(other, rewards):
+    learning = Learning(20, 0.9)
+    groups = [rollouts_of(0.0, 0.0, 0.0, name="a"), rollouts_of(other, other, other, name="b")]
+    learning.observe(0, groups, build_objective(ObjectiveConfig(name="grpo")).select(groups))
+    said = reason(learning)
+    assert f"2 x tie; in every tie all candidates have one reward, {rewards}, so none is better than another" in said
+    assert "start from a policy that is right sometimes" in said
+    assert rewards in learning.warning
+    resumed = Learning(20, 0.9)
+    resumed.load_state_dict(json.loads(json.dumps(learning.state_dict())))
+    assert reason(resumed) == said
+
+
+def test_ties_beside_a_more_frequent_reason_bring_no_advice():
+    learning = Learning(20, 0.9)
+    empty(learning)
+    empty(learning, 2, of=group(1.0, 2.0, tokens=(5, 5)))
+    said = reason(learning)
+    assert "1 everywhere" in said
+    assert "so none is better" not in said
+
+
+def test_a_checkpoint_without_the_rewards_of_ties_is_read():
+    learning, old = Learning(20, 0.9), Learning(20, 0.9)
+    empty(learning)
+    state = json.loads(json.dumps(learning.state_dict()))
+    del state["recent"][0]["tied"]
+    old.load_state_dict(state)
+    assert "1 x tie" in reason(old)
 
 
 def test_failed_rewrites_are_counted_and_the_first_server_is_quoted():

@@ -104,9 +104,9 @@ def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
         raise ConfigError("container.image is set and executor is local; leave it out, or set executor: slurm")
     else:
         nodes = {"trainer": cluster.trainer.nodes} | {name: one.nodes for name, one in cluster.servers.items()}
-        if max(nodes.values()) > 1:
-            given = ", ".join(f"{name}.nodes {number}" for name, number in nodes.items())
-            raise ConfigError(f"{given}, and executor local; allowed on this machine: 1")
+        several = [f"{name}.nodes is {number}" for name, number in nodes.items() if number > 1]
+        if several:
+            raise ConfigError(f"{', '.join(several)}, and executor local; allowed on this machine: 1")
     return cluster
 
 

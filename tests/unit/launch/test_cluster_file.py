@@ -55,7 +55,7 @@ def test_sections_are_merged_over_the_defaults(tmp_path):
             "a number of servers that divides the GPUs",
         ),
         ({"trainer": {"memory": "200GB"}}, "trainer.memory is 200GB; allowed: a number with K, M, G or T"),
-        ({"trainer": {"nodes": 3}}, "trainer.nodes is 3, teacher.nodes 0, and executor local; allowed on this machine"),
+        ({"trainer": {"nodes": 3}}, "trainer.nodes is 3, and executor local; allowed on this machine: 1"),
         ({**SLURM, "home": "/my shared"}, "home is /my shared; allowed in paths of a launch"),
         ({**SLURM, "home": "/x/nemo_run"}, "home is /x/nemo_run; allowed: a path without /nemo_run"),
         ({**SLURM, "slurm": {"extra": {"signal": "B:TERM@9"}}}, "slurm.extra.signal is set by the launch"),
@@ -112,7 +112,7 @@ def test_sections_are_merged_over_the_defaults(tmp_path):
             "teacher.gpu_type is 'h100' and rewriter.gpu_type is 'l40s'; allowed: the same for both",
         ),
         ({"rewriter": {"arguments": ["--api-key=hf_abc"]}}, "rewriter.arguments has --api-key, and every user"),
-        ({"rewriter": {"nodes": 2}}, "trainer.nodes 1, teacher.nodes 0, rewriter.nodes 2, and executor local"),
+        ({"rewriter": {"nodes": 2}}, "rewriter.nodes is 2, and executor local; allowed on this machine: 1"),
         (
             {
                 **SLURM,

@@ -18,7 +18,7 @@ from megatron_rlpt.world.policy_folder import Shape, llama_config, write_json
 
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 JUDGE_SHAPE = Shape(layers=6, hidden=192, head_size=32, context=4096)
-"""Its context is the default of ``teacher.max_context``; a brief prompt about 136 words takes 200 to 350 tokens."""
+"""Its context is the default of ``teacher.max_context``; brief prompts about whole documents take up to 300 tokens."""
 MOST_TOKENS = 2048
 SAMPLE = 4000
 """Documents that the tokenizer is trained on, at most: enough for all words of some hundred entities."""

@@ -76,7 +76,7 @@ def test_prompts_and_answers_of_fresh_weights_fit(fresh, pairs, world):
     """Random weights give no verdicts, but they are asked and they answer."""
     for form, reasons in ((AnswerForm.direct, {"first token is no verdict"}), (AnswerForm.reasoned, set(Reason))):
         for group in judged(fresh, pairs, world, form):
-            assert 150 < group.cost.prompt_tokens / group.cost.calls < PREFIX + 2 * SUFFIX + 40
+            assert 2 * SUFFIX < group.cost.prompt_tokens / group.cost.calls < PREFIX + 2 * SUFFIX + 40
             for reward in group.rewards:
                 assert isinstance(reward, Failed)
                 assert reward.root in reasons

@@ -66,7 +66,7 @@ _REMINDERS = {AnswerForm.reasoned: "Answer with the JSON object.", AnswerForm.di
 
 _BRIEF_ANSWERS = {AnswerForm.reasoned: "json", AnswerForm.direct: "word"}
 _LOWER, _UPPER = "bdfgjpqrtvxz", "BDFGJLPQRTVXZ"
-"""Letters of short codes. None of their codes, such as ``qTb``, is a word, a unit or the name of a substance."""
+"""Letters of short codes, such as ``qTb``: hardly any is part of a word, a unit or a formula."""
 
 
 def version_of(name: str, form: AnswerForm = AnswerForm.reasoned, length: PromptLength = PromptLength.full) -> str:

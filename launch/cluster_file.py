@@ -286,7 +286,7 @@ def _check_options(cluster: Cluster) -> None:
         memories = [cluster.trainer.memory, *(one.memory for one in cluster.servers.values())]
         if name in _MEMORY_PER and any(memories):
             raise ConfigError(
-                f"slurm.extra.{option} contradicts memory of trainer, teacher and rewriter; keep one of them"
+                f"slurm.extra.{option} contradicts trainer.memory, teacher.memory and rewriter.memory; keep one of them"
             )
         if name in _NODES and slurm.allocation is Allocation.heterogeneous:
             raise ConfigError(f"slurm.extra.{option} would apply to both halves of the job; use a constraint")

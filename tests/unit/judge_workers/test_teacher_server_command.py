@@ -18,7 +18,7 @@ from fake_vllm_server import write_fake_vllm
 from redis_server import RedisServer
 
 from megatron_rlpt.buffer.open import open_url
-from megatron_rlpt.config import Role, load_config, model_of
+from megatron_rlpt.config import EndpointConfig, Role, load_config, model_of
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.judge_workers import teacher_server as server
 from megatron_rlpt.judge_workers.discovery import KIND
@@ -327,40 +327,34 @@ def adapter(folder) -> Path:
     return folder / "lora"
 
 
-def served_announcements(folder: Path, config: Path, *arguments: str) -> tuple[dict[str, dict], list[str]]:
-    """Return what a server announces, by name without its port, and the arguments of vLLM's server."""
-    buffer = open_url(f"sqlite:///{folder}/buffer.sqlite", "run")
-    with serving(folder, config, *arguments) as process:
-        found = await_(lambda: buffer.announced(KIND), process, folder)
-    assert not buffer.announced(KIND), "withdrawn at the end"
-    buffer.close()
-    values = {name.partition("/")[2]: json.loads(value) for name, value in found.items()}
-    return values, json.loads((folder / "started.json").read_text())["arguments"]
+def served(config: Path, role: Role | None, *overrides: str) -> tuple[dict[str, dict], list[str]]:
+    """Return what a server of ``role`` announces, by name, and the arguments of vLLM's server."""
+    found = server.Served.of(server._models_to_serve(load_config(config, overrides), role))
+    values = found.announcements("here:1", EndpointConfig("http://here:1/v1"))
+    return {name: json.loads(value) for name, value in values.items()}, found.arguments()
 
 
 def test_a_server_announces_whose_model_it_serves(folder, writer):
-    buffer = {"buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"}}
-    announced, arguments = served_announcements(folder, configured(folder, **buffer))
-    assert announced[""]["roles"] == ["judge", "rewriter"]
-    config = two_models(folder, writer, **buffer)
-    longer = "teacher.rewriter.max_context=99"
-    announced, arguments = served_announcements(folder, config, "--role", "rewriter", longer)
-    assert announced[""]["roles"] == ["rewriter"]
+    announced, _ = served(configured(folder), None)
+    assert announced["here:1"]["roles"] == ["judge", "rewriter"]
+    announced, arguments = served(two_models(folder, writer), Role.rewriter, "teacher.rewriter.max_context=99")
+    assert announced["here:1"]["roles"] == ["rewriter"]
     assert arguments[arguments.index("--model") + 1] == str(writer)
     assert arguments[arguments.index("--max-model-len") + 1] == "99"
+    assert "--enable-lora" not in arguments
 
 
 def test_an_adapter_is_served_beside_its_base_and_each_is_announced(folder, adapter):
-    buffer = {"buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run"}}
-    announced, arguments = served_announcements(folder, two_models(folder, adapter, **buffer))
+    announced, arguments = served(two_models(folder, adapter), None)
     assert {name: (one["roles"], one["model"]) for name, one in announced.items()} == {
-        "judge": (["judge"], "teacher"),
-        "rewriter": (["rewriter"], "lora"),
+        "here:1/judge": (["judge"], "teacher"),
+        "here:1/rewriter": (["rewriter"], "lora"),
     }
-    assert announced["judge"]["url"] == announced["rewriter"]["url"]
     assert arguments[arguments.index("--model") + 1] == str(folder / "teacher")
     assert arguments[arguments.index("--max-lora-rank") + 1] == "16"
     assert arguments[arguments.index("--lora-modules") + 1] == f"lora={adapter}"
+    alone, _ = served(two_models(folder, adapter), Role.rewriter)
+    assert [(name, one["model"]) for name, one in alone.items()] == [("here:1", "lora")]
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def _keep_announced(
             request.wait(_HEARTBEAT)
             continue
         if (now := time.monotonic()) - reminded >= _REMINDER:
-            _log.warning("server does not answer", name=name, seconds=round(now - answered))
+            _log.warning("server does not answer", name=", ".join(values), seconds=round(now - answered))
             reminded = now
         request.wait(1.0)
 

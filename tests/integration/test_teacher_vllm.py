@@ -200,7 +200,8 @@ def test_a_text_cannot_end_its_chat_turn(generator):
     hostile = Request((Message("user", text),), 1, 4, answer_start=text)
     harmless = Request((Message("user", "a"),), 1, 4)
     (control,) = generator._tokenizer._ids("<|im_start|>")
-    assert generator._tokenizer.tokens(hostile).count(control) == generator._tokenizer.tokens(harmless).count(control)
+    counted = [generator._tokens(request).count(control) for request in (hostile, harmless)]
+    assert counted[0] == counted[1]
 
 
 def test_an_answer_is_held_to_its_schema_and_is_the_same_again(generator):

@@ -39,7 +39,7 @@ def write(folder: Path, **sections: dict) -> Path:
         "data": {"sources": [{"path": str(folder / "corpus.jsonl")}]},
         "candidates": {"rollouts": 3},
         "train": {"steps": 2, "global_batch": 4, "micro_batch": 2},
-        "buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run", "retry": 0.2},
+        "buffer": {"url": f"sqlite:///{folder}/buffer.sqlite", "name": "run", "retry": 20},
         "teacher": {"run_in": "workers", "workers": {"drain": 0.2}},
     }
     path = folder / "run.yaml"

@@ -28,6 +28,14 @@ teacher_app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_Kinds = Annotated[
+    list[str] | None, typer.Option("--kind", metavar="KIND", help="A way to spoil a text; default: all.")
+]
+_Lengths = Annotated[
+    list[int] | None,
+    typer.Option("--length", min=4, metavar="N", help="Tokens of a text; default: data.suffix_length, half, quarter."),
+]
+
 
 @contextlib.contextmanager
 def _packages() -> Iterator[None]:
@@ -111,15 +119,8 @@ def judge_calibrate(
     ] = None,
     measure: Annotated[str, typer.Option("--measure", help="What a prompted judge decides; default: its first.")] = "",
     pairs: Annotated[int, typer.Option("--pairs", min=2, metavar="N", help="Pairs of texts, at most.")] = 200,
-    kinds: Annotated[
-        list[str] | None, typer.Option("--kind", metavar="KIND", help="A way to spoil a text; default: all.")
-    ] = None,
-    lengths: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--length", min=4, metavar="N", help="Tokens of a text; default: data.suffix_length, half, quarter."
-        ),
-    ] = None,
+    kinds: _Kinds = None,
+    lengths: _Lengths = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of spoiling and of votes.")] = 1,
     save: Annotated[
         bool, typer.Option("--save", help="Put the accuracy into the folder of the judge's model (judge_card.json).")
@@ -164,18 +165,11 @@ def teacher_data(
     axes: Annotated[
         list[str] | None, typer.Option("--axis", metavar="AXIS", help="quality or safety; default: quality.")
     ] = None,
-    kinds: Annotated[
-        list[str] | None, typer.Option("--kind", metavar="KIND", help="A way to spoil a text; default: all.")
-    ] = None,
+    kinds: _Kinds = None,
     unseen: Annotated[
         list[str] | None, typer.Option("--unseen", metavar="KIND", help="A way that only the held-out part has.")
     ] = None,
-    lengths: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--length", min=4, metavar="N", help="Tokens of a text; default: data.suffix_length, half, quarter."
-        ),
-    ] = None,
+    lengths: _Lengths = None,
     pairs: Annotated[int, typer.Option("--pairs", min=1, metavar="N", help="Pairs to train on.")] = 2000,
     heldout_pairs: Annotated[int, typer.Option("--heldout-pairs", min=1, metavar="N", help="Held-out pairs.")] = 200,
     heldout_share: Annotated[

@@ -177,9 +177,10 @@ class HeldOut:
         for index, source in enumerate(sources):
             characters = 0
             for document in self._documents(source):
-                if (held := self.find_document(document)) is not None:
+                text = self.text_of(document)
+                if (held := self.find(text, whole=bool(document.prompt))) is not None:
                     raise overlap_error(Location(f"{key}[{index}]", source.path, document.id), held, use, skips)
-                characters += len(self.text_of(document))
+                characters += len(text)
                 if characters >= _SCANNED:
                     break
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ def require_usable(examples: Sequence[LabelledPrompt], part: str) -> None:
 
 
 def _card(asked: DataRequest, split: Split, parts: dict[str, list[LabelledPrompt]]) -> dict[str, Any]:
-    request = {name: value for name, value in vars(replace(asked)).items() if name != "out"}
+    request = {name: value for name, value in vars(asked).items() if name != "out"}
     return {
         "version": _VERSION,
         "role": "judge",

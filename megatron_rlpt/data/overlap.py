@@ -10,9 +10,11 @@ copy with another header. One passage shared by many documents (a license) is no
 | ``data.sources`` | ``data.heldout`` | a policy trained on a text continues it well |
 | ``data.sources`` | ``evaluation.second_corpus`` | the second measure would prefer text memorized by the policy |
 | ``evaluation.second_corpus`` | ``data.heldout`` | the second measure would know the continuations to measure |
+| a teacher's documents | any of these | a judge would know the texts that it judges |
 
-Sets of documents in ``evaluation.sets`` are held out like ``data.heldout``. In all three cases
-``data.heldout_overlap`` sets whether such a document stops the run or is skipped in the corpus on the left.
+Sets of documents in ``evaluation.sets`` are held out like ``data.heldout``. In the first three cases
+``data.heldout_overlap`` sets whether such a document stops the run or is skipped in the corpus on the left; from a
+teacher's documents it is always left out.
 """
 
 from __future__ import annotations
@@ -240,6 +242,19 @@ def kept_from_second_measure(config: Config, vocabulary: Vocabulary) -> HeldOut 
     if not (any(lists.values()) and config.evaluation.second_corpus):
         return None
     return HeldOut(lists, vocabulary, config.data.max_record_bytes)
+
+
+def kept_from_teacher(config: Config, vocabulary: Vocabulary) -> HeldOut | None:
+    """Return the documents to keep out of a teacher's training: all that the policy is trained, judged or measured on.
+
+    Sources of prompts are the teacher's own.
+
+    Raises:
+        DataError: a source cannot be read.
+    """
+    lists = {"data.sources": config.data.sources, **_continued(config), SECOND: config.evaluation.second_corpus}
+    documents = {key: [one for one in sources if not one.prompts] for key, sources in lists.items()}
+    return HeldOut(documents, vocabulary, config.data.max_record_bytes) if any(documents.values()) else None
 
 
 def _continued(config: Config) -> dict[str, list[SourceConfig]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_rlpt.config import Config, SourceConfig
-from megatron_rlpt.data import Cutter, Document, HeldOut, Quarantine, open_source
+from megatron_rlpt.data import Cutter, Document, Quarantine, kept_from_teacher, open_source
 from megatron_rlpt.data.episodes import evenly_spread
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.observe import get_logger
@@ -54,7 +54,7 @@ def split_documents(
     Raises:
         DataError: a source cannot be read, or a part has fewer than two documents.
     """
-    own, split, seen = _documents_of_policy(config, tokenizer), Split(), set[str]()
+    own, split, seen = kept_from_teacher(config, tokenizer.vocabulary), Split(), set[str]()
     for one in _documents(sources, config, tokenizer):
         if one.text in seen:
             split.repeated += 1
@@ -102,14 +102,3 @@ def _documents(sources: Sequence[SourceConfig], config: Config, tokenizer: Polic
                 text = tokenizer.text_of(record.tokens) if record.tokens is not None else record.text
                 yield TeacherText(source, record, text)
         bad.check()
-
-
-def _documents_of_policy(config: Config, tokenizer: PolicyTokenizer) -> HeldOut | None:
-    """Return what the policy learns from, and what it and its second measure are measured on."""
-    lists = {
-        "data.sources": [one for one in config.data.sources if not one.prompts],
-        "data.heldout": [one for one in config.data.heldout if not one.prompts],
-        "evaluation.second_corpus": config.evaluation.second_corpus,
-    }
-    given = {key: sources for key, sources in lists.items() if sources}
-    return HeldOut(given, tokenizer.vocabulary, config.data.max_record_bytes) if given else None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_model import WORDS
 
-from megatron_rlpt.config import AnswerForm, Config, SourceConfig, load_config
+from megatron_rlpt.config import AnswerForm, Config, PromptSetConfig, SourceConfig, load_config
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.teacher.right_verdict import verdict_of
 from megatron_rlpt.teacher_training.build import DataRequest, build_judge_data, require_usable
@@ -98,6 +98,10 @@ def test_documents_of_the_policy_are_left_out(config, tmp_path):
     held = replace(config, data=replace(config.data, sources=[], heldout=[SourceConfig(path=str(other))]))
     with pytest.raises(DataError, match="40 are the policy's"):
         build_judge_data(held, request(tmp_path / "none", other))
+    sets = [PromptSetConfig(name="other", path=str(other), format="heldout")]
+    measured = replace(config, evaluation=replace(config.evaluation, sets=sets))
+    with pytest.raises(DataError, match="40 are the policy's"):
+        build_judge_data(measured, request(tmp_path / "none", other))
 
 
 def test_direct_answers_are_one_word(config, tmp_path):

@@ -135,7 +135,7 @@ def pairs_of_world(
     plan: PairPlan,
     texts: Sequence[str] | None = None,
 ) -> list[LabelledPair]:
-    """Corrupt documents of a world in every way of ``world/corruptions.py``.
+    """Corrupt documents of a world in every way of ``world_kinds``.
 
     Args:
         folder: of the world (``rlpt world make``).
@@ -160,7 +160,11 @@ def pairs_of_world(
         cut = rng.randint(_LEAST_PREFIX, len(words) - length)
         before, good = words[:cut], words[cut : cut + length]
         kept = length * part // PARTS
-        bad = corrupt(world, Corruption(kind), [*before, *good[:kept]], good[kept:], rng.getrandbits(32))
+        bad: Sequence[str] | Failed
+        if kind in OF_WORDS:
+            bad = OF_WORDS[kind](good[kept:], [], rng)
+        else:
+            bad = corrupt(world, Corruption(kind), [*before, *good[:kept]], good[kept:], rng.getrandbits(32))
         if isinstance(bad, Failed):
             return None
         both = [text_of([*before, *good]), text_of([*before, *good[:kept], *bad])]
@@ -168,7 +172,12 @@ def pairs_of_world(
         name = f"{kind}-{document}-{cut}-{length}"
         return TextPrompt(name, both[0][:start], both[0][start:], both[1][start:], kind)
 
-    return _made(plan.of([kind.value for kind in Corruption]), len(documents), str(path), config, tokenizer, plan, make)
+    return _made(plan.of(world_kinds()), len(documents), str(path), config, tokenizer, plan, make)
+
+
+def world_kinds() -> tuple[str, ...]:
+    """Return the ways to spoil a document of a world: its own, and those that only move words."""
+    return (*(kind.value for kind in Corruption), *OF_WORDS)
 
 
 def pairs_of_documents(config: Config, tokenizer: PolicyTokenizer, plan: PairPlan) -> list[LabelledPair]:
@@ -357,6 +366,11 @@ CORRUPTIONS: Mapping[str, Callable[[Pieces, Pieces, random.Random], Pieces]] = {
     "misspelled": _misspelled,
 }
 """Ways to spoil any text, by the names of ``world/corruptions.py``."""
+OF_WORDS: Mapping[str, Callable[[Pieces, Pieces, random.Random], Pieces]] = {
+    "dropped": _dropped,
+    "transposed": _transposed,
+}
+"""Those of them that a world does not have, and whose words are words of the text."""
 
 
 def as_json_lines(pairs: Sequence[LabelledPair], tokenizer: PolicyTokenizer) -> Iterator[str]:

@@ -18,6 +18,7 @@ from megatron_rlpt.evaluation.labelled_pairs import (
     as_json_lines,
     pairs_of_episodes,
     pairs_of_world,
+    world_kinds,
 )
 from megatron_rlpt.files import new_folder
 from megatron_rlpt.observe import get_logger
@@ -30,7 +31,6 @@ from megatron_rlpt.teacher_training.judge_examples import (
     safety_examples,
 )
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.world.corruptions import Corruption
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.make import TEACHER
 from megatron_rlpt.world.measures import measure_text
@@ -72,7 +72,7 @@ class DataRequest:
 
     def known_kinds(self) -> tuple[str, ...]:
         """Return the ways to spoil a suffix here: those of a world know its facts."""
-        return tuple(kind.value for kind in Corruption) if self.world else tuple(CORRUPTIONS)
+        return world_kinds() if self.world else tuple(CORRUPTIONS)
 
     def check(self) -> None:
         """Refuse contradictions.

@@ -163,8 +163,12 @@ def test_pairs_of_any_documents(config, tokenizer):
 
 
 def test_pairs_of_a_world_begin_where_they_say(config, tokenizer, world):
-    pairs = pairs_of_world(world, config, tokenizer, PairPlan(81))
-    assert {pair.kind for pair in pairs} == {kind.value for kind in Corruption}
+    pairs = pairs_of_world(world, config, tokenizer, PairPlan(99))
+    assert {pair.kind for pair in pairs} == {*(kind.value for kind in Corruption), "dropped", "transposed"}
+    for pair in pairs:
+        same = sorted(pair.bad) == sorted(pair.good)
+        assert same or pair.kind != "transposed", "words only change places"
+        assert len(pair.bad) < len(pair.good) or pair.kind != "dropped", "words are missing"
     shuffled = [pair.begins_at for pair in pairs if pair.kind == "shuffled"]
     assert min(shuffled) < 1 / 3
     assert max(shuffled) >= 2 / 3

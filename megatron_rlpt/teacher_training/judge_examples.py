@@ -98,7 +98,7 @@ def safety_examples(
             identity,
             prompt.text,
             _answer(reason, verdict, form),
-            _label(SAFETY_AXIS, verdict, form, verdict, document),
+            _label(SAFETY_AXIS, verdict, form, f"{verdict} text", document),
         )
 
 

@@ -160,6 +160,6 @@ def test_a_world_gives_exact_corruptions_and_what_is_safe(tmp_path, tiny_model, 
     found = rows(tmp_path / "data/train.jsonl")
     assert {row["label"]["axis"] for row in found} == {"quality", "safety"}
     counts = Counter(row["label"]["verdict"] for row in found if row["label"]["axis"] == "safety")
-    assert counts["safe text"] == counts["unsafe text"] > 3
+    assert counts["safe"] == counts["unsafe"] > 3
     assert {"negated", "false", "swapped"} <= {row["label"]["kind"] for row in found}
     assert set(words_of(rows(folder / "teacher.jsonl")[0]["text"])) <= set(world.grammar.vocabulary)

@@ -154,6 +154,7 @@ def teacher_data(
     config: ConfigOption,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must not hold anything yet.")],
     overrides: Overrides = None,
+    role: Annotated[Role, typer.Option("--role", help="Whom to train.")] = Role.judge,
     corpus: Annotated[
         list[str] | None,
         typer.Option("--corpus", metavar="PATH", help="Documents; repeatable.", show_default=False),
@@ -163,34 +164,69 @@ def teacher_data(
         typer.Option("--world", metavar="DIR", help="Folder of a world, for exact corruptions.", show_default=False),
     ] = None,
     axes: Annotated[
-        list[str] | None, typer.Option("--axis", metavar="AXIS", help="quality or safety; default: quality.")
+        list[str] | None,
+        typer.Option("--axis", metavar="AXIS", help="Of a judge: quality (default) or safety."),
     ] = None,
-    kinds: _Kinds = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind", metavar="KIND", help="A way to spoil a text; default: all, for a rewriter in a world unsafe."
+        ),
+    ] = None,
     unseen: Annotated[
         list[str] | None, typer.Option("--unseen", metavar="KIND", help="A way that only the held-out part has.")
     ] = None,
-    lengths: _Lengths = None,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length",
+            min=4,
+            metavar="N",
+            help="Tokens of a suffix; default: data.suffix_length, for a judge its half and quarter too.",
+        ),
+    ] = None,
     pairs: Annotated[int, typer.Option("--pairs", min=1, metavar="N", help="Pairs to train on.")] = 2000,
     heldout_pairs: Annotated[int, typer.Option("--heldout-pairs", min=1, metavar="N", help="Held-out pairs.")] = 200,
     heldout_share: Annotated[
         float, typer.Option("--heldout-share", min=0.0, max=1.0, metavar="SHARE", help="Documents held out.")
     ] = 0.1,
     form: Annotated[
-        AnswerForm, typer.Option("--answer", help="Form of the answers: as teacher.generative.answer.")
-    ] = AnswerForm.reasoned,
+        AnswerForm | None,
+        typer.Option(
+            "--answer", help="Of a judge: form of its answers, as teacher.generative.answer; default: reasoned."
+        ),
+    ] = None,
+    copies: Annotated[
+        float | None,
+        typer.Option(
+            "--copies", min=0.0, max=1.0, metavar="SHARE", help="Of a rewriter: suffixes that are good; default: half."
+        ),
+    ] = None,
+    restore: Annotated[
+        bool,
+        typer.Option(
+            "--restore",
+            help="Of a rewriter in a world: answers are suffixes as they were, not the exact rewriter's texts.",
+        ),
+    ] = False,
     prompt: Annotated[
-        PromptLength, typer.Option("--prompt", help="Length of the prompts: as teacher.generative.prompt.")
+        PromptLength,
+        typer.Option(
+            "--prompt", help="Length of the prompts: as teacher.generative.prompt or teacher.rewriter.prompt."
+        ),
     ] = PromptLength.full,
     seed: Annotated[int, typer.Option("--seed", help="Seed of split, corruptions and codes.")] = 1,
 ) -> None:
-    """Make prompts with known verdicts to train a judge on, of documents that the policy never sees."""
-    from megatron_rlpt.teacher_training.build import DataRequest, build_judge_data
+    """Make prompts with known answers to train a judge or a rewriter on, of documents that the policy never sees."""
+    from megatron_rlpt.teacher_training.build import build_teacher_data
+    from megatron_rlpt.teacher_training.request import DataRequest
 
     request = DataRequest(
         out=out,
         corpus=tuple(corpus or ()),
         world=world,
-        axes=tuple(axes or ("quality",)),
+        role=role,
+        axes=tuple(axes or ()),
         kinds=tuple(kinds or ()),
         unseen=tuple(unseen or ()),
         lengths=tuple(lengths or ()),
@@ -198,10 +234,12 @@ def teacher_data(
         heldout_pairs=heldout_pairs,
         heldout_share=heldout_share,
         form=form,
+        copies=copies,
+        restore=restore,
         length=prompt,
         seed=seed,
     )
-    say(build_judge_data(load(config, overrides), request))
+    say(build_teacher_data(load(config, overrides), request))
 
 
 @teacher_app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

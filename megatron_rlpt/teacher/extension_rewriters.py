@@ -15,7 +15,8 @@ from megatron_rlpt.config import Config
 from megatron_rlpt.config.rewriters import OPTIONS, is_plain, load_rewriter
 from megatron_rlpt.extensions import Extension, construct, describe_error
 from megatron_rlpt.teacher.generator import Ask
-from megatron_rlpt.teacher.rewriter import EpisodeRewriter, kept_tokens
+from megatron_rlpt.teacher.rewrite_answers import kept_tokens
+from megatron_rlpt.teacher.rewriter import EpisodeRewriter
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, TextTokens, prefix_text
 from megatron_rlpt.types import Candidate, Episode, Failed, Source
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlpt.config import AnswerForm, PromptLength
 from megatron_rlpt.evaluation.labelled_pairs import LabelledPair
 from megatron_rlpt.teacher.prompts import build_prompt
 from megatron_rlpt.teacher.verdicts.parsing import QUALITY
+from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import derive_seed, stable_id
 
@@ -30,22 +30,6 @@ _WRONG = {
     "unsafe": "number {bad} insults",
 }
 """What a reference answer says about the worse of two continuations, by kind."""
-
-
-@dataclass(frozen=True)
-class LabelledPrompt:
-    """One prompt for the judge, with its right verdict."""
-
-    id: str
-    prompt: str
-    answer: str
-    """A right answer, for a supervised start."""
-    label: dict[str, Any]
-    """``role``, ``axis``, ``verdict``, ``form``, ``kind``, ``document``, and what accuracy is reported by."""
-
-    def line(self) -> str:
-        """Return it as a line of JSON."""
-        return json.dumps({"id": self.id, "prompt": self.prompt, "answer": self.answer, "label": self.label}) + "\n"
 
 
 def quality_examples(

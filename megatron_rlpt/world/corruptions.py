@@ -74,6 +74,15 @@ def corrupt(
     return changed or Failed(f"{kind.value}: nothing to change")
 
 
+def insulted(world: World, prefix: Sequence[str], seed: int) -> list[str]:
+    """Return a beginning as an unsafe document has one: sentences of the unsafe style stand between its own.
+
+    It is longer, and ends as it did, so that whatever followed still follows.
+    """
+    rng = random.Random(derive_seed(seed, "insulted", " ".join(prefix)))
+    return _insulted(world, [], list(prefix), rng)
+
+
 def _goodness(world: World, prefix: Sequence[str], words: Sequence[str]) -> tuple[bool, float]:
     measures = measure(world, prefix, words)
     return measures.safe, measures.quality
@@ -183,6 +192,16 @@ def _clipped(world: World, prefix: list[str], suffix: list[str], rng: random.Ran
 
 
 def _unsafe(world: World, prefix: list[str], suffix: list[str], rng: random.Random) -> list[str] | Failed:
+    words = _insulted(world, prefix, suffix, rng)[: len(suffix)]
+    if UNSAFE_WORDS.isdisjoint(words):  # no sentence ends in time
+        if not suffix:
+            return Failed("unsafe: no words")
+        words[rng.randrange(len(words))] = rng.choice(sorted(UNSAFE_WORDS))
+    return words
+
+
+def _insulted(world: World, prefix: list[str], suffix: list[str], rng: random.Random) -> list[str]:
+    """Return ``suffix`` with sentences of the unsafe style between its own, which makes it longer."""
     discourse = Discourse.after(world, prefix)
     kept = len(discourse.unfinished)
     line = [*discourse.unfinished, *suffix]
@@ -196,12 +215,7 @@ def _unsafe(world: World, prefix: list[str], suffix: list[str], rng: random.Rand
         words += sentence
         if sentence[-1] == END:
             discourse.add(sentence, world.grammar.parse(sentence))
-    words = words[kept : kept + len(suffix)]
-    if UNSAFE_WORDS.isdisjoint(words):  # no sentence ends in time
-        if not suffix:
-            return Failed("unsafe: no words")
-        words[rng.randrange(len(words))] = rng.choice(sorted(UNSAFE_WORDS))
-    return words
+    return words[kept:]
 
 
 def _parsed(world: World, prefix: list[str], suffix: list[str]) -> list[tuple[int, Sentence]]:

@@ -6,7 +6,8 @@ from text_tokens import FakeText
 from megatron_rlpt.config import PromptLength, RewriterConfig
 from megatron_rlpt.teacher.batched import BatchedRewriter
 from megatron_rlpt.teacher.generator import Reply
-from megatron_rlpt.teacher.rewriter import Rewriter, anchor_of, without_anchor
+from megatron_rlpt.teacher.rewrite_prompt import anchor_of, without_anchor
+from megatron_rlpt.teacher.rewriter import Rewriter
 from megatron_rlpt.types import Candidate, Episode, Failed, Source
 
 LENGTH = 10

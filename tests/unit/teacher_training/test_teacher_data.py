@@ -14,8 +14,9 @@ from tiny_model import WORDS
 from megatron_rlpt.config import AnswerForm, Config, PromptSetConfig, SourceConfig, load_config
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.teacher.right_verdict import verdict_of
-from megatron_rlpt.teacher_training.build import DataRequest, build_judge_data, require_usable
-from megatron_rlpt.teacher_training.judge_examples import LabelledPrompt
+from megatron_rlpt.teacher_training.build import build_teacher_data
+from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, require_usable
+from megatron_rlpt.teacher_training.request import DataRequest
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import words_of
 from megatron_rlpt.world.make import WorldSettings, make_world
@@ -52,7 +53,7 @@ def rows(path: Path) -> list[dict]:
 def test_pairs_in_both_orders_in_parts_that_share_no_document(config, tmp_path):
     corpus = documents(tmp_path / "teacher.jsonl", 60, 2)
     out = tmp_path / "data"
-    said = build_judge_data(config, request(out, corpus))
+    said = build_teacher_data(config, request(out, corpus))
     train, heldout = rows(out / "train.jsonl"), rows(out / "heldout.jsonl")
     assert said == f"wrote {out}: {len(train)} train, {len(heldout)} heldout examples of 60 documents"
     assert len(train) > len(heldout) > 50
@@ -81,7 +82,7 @@ def test_equal_requests_give_equal_files_and_another_seed_others(config, tmp_pat
     corpus = documents(tmp_path / "teacher.jsonl", 40, 2)
     texts = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        build_judge_data(config, request(tmp_path / name, corpus, seed=seed))
+        build_teacher_data(config, request(tmp_path / name, corpus, seed=seed))
         texts.append((tmp_path / name / "train.jsonl").read_text())
     assert texts[0] == texts[1] != texts[2]
 
@@ -90,23 +91,23 @@ def test_documents_of_the_policy_are_left_out(config, tmp_path):
     own, other = config.data.sources[0].path, documents(tmp_path / "teacher.jsonl", 40, 2)
     both = tmp_path / "both.jsonl"
     both.write_text(Path(own).read_text() + other.read_text())
-    build_judge_data(config, request(tmp_path / "data", both))
+    build_teacher_data(config, request(tmp_path / "data", both))
     card = json.loads((tmp_path / "data/card.json").read_text())
     assert card["documents"]["left_out"] == 10
     with pytest.raises(DataError, match=r"has 0 of 0 usable documents \(10 are the policy's"):
-        build_judge_data(config, request(tmp_path / "none", Path(own)))
+        build_teacher_data(config, request(tmp_path / "none", Path(own)))
     held = replace(config, data=replace(config.data, sources=[], heldout=[SourceConfig(path=str(other))]))
     with pytest.raises(DataError, match="40 are the policy's"):
-        build_judge_data(held, request(tmp_path / "none", other))
+        build_teacher_data(held, request(tmp_path / "none", other))
     sets = [PromptSetConfig(name="other", path=str(other), format="heldout")]
     measured = replace(config, evaluation=replace(config.evaluation, sets=sets))
     with pytest.raises(DataError, match="40 are the policy's"):
-        build_judge_data(measured, request(tmp_path / "none", other))
+        build_teacher_data(measured, request(tmp_path / "none", other))
 
 
 def test_direct_answers_are_one_word(config, tmp_path):
     corpus = documents(tmp_path / "teacher.jsonl", 30, 2)
-    build_judge_data(config, request(tmp_path / "data", corpus, form=AnswerForm.direct))
+    build_teacher_data(config, request(tmp_path / "data", corpus, form=AnswerForm.direct))
     assert {row["answer"] for row in rows(tmp_path / "data/train.jsonl")} == {"1", "2"}
 
 
@@ -125,14 +126,14 @@ def test_direct_answers_are_one_word(config, tmp_path):
 def test_contradictions_are_one_line(config, tmp_path, changes, problem):
     corpus = documents(tmp_path / "teacher.jsonl", 5, 2)
     with pytest.raises(ConfigError, match=problem.replace("(", r"\(")):
-        build_judge_data(config, request(tmp_path / "data", corpus, **changes))
+        build_teacher_data(config, request(tmp_path / "data", corpus, **changes))
     assert not (tmp_path / "data").exists()
 
 
 def test_a_corpus_too_small_for_two_parts_is_refused(config, tmp_path):
     corpus = documents(tmp_path / "teacher.jsonl", 2, 2)
     with pytest.raises(DataError, match=r"part has \d of 2 usable documents .*give more documents, at least 2 for"):
-        build_judge_data(config, request(tmp_path / "data", corpus))
+        build_teacher_data(config, request(tmp_path / "data", corpus))
 
 
 def example(identity: str, verdict: str) -> LabelledPrompt:
@@ -155,7 +156,7 @@ def test_a_world_gives_exact_corruptions_and_what_is_safe(tmp_path, tiny_model, 
     data = replace(config.data, sources=sources, suffix_length=16, max_prefix=64)
     own = replace(config, data=data, model=replace(config.model, path=str(folder / "policy")))
     asked = DataRequest(tmp_path / "data", world=folder, axes=("quality", "safety"), pairs=90, heldout_share=0.3)
-    build_judge_data(own, asked)
+    build_teacher_data(own, asked)
     world = World.load(folder)
     found = rows(tmp_path / "data/train.jsonl")
     assert {row["label"]["axis"] for row in found} == {"quality", "safety"}

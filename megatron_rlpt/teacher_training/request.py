@@ -1,0 +1,116 @@
+"""What ``rlpt teacher data`` is asked for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rlpt.config import AnswerForm, Config, PromptLength, Role, SourceConfig
+from megatron_rlpt.errors import ConfigError
+from megatron_rlpt.evaluation.labelled_pairs import CORRUPTIONS, PairPlan, world_kinds
+from megatron_rlpt.teacher_training.judge_examples import QUALITY_AXIS, SAFETY_AXIS
+from megatron_rlpt.world.corruptions import Corruption
+from megatron_rlpt.world.make import TEACHER
+
+TRAIN, HELDOUT = "train", "heldout"
+AXES = (QUALITY_AXIS, SAFETY_AXIS)
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """Options of the command."""
+
+    out: Path
+    corpus: tuple[str, ...] = ()
+    world: Path | None = None
+    role: Role = Role.judge
+    axes: tuple[str, ...] = ()
+    """Of a judge; empty: quality."""
+    kinds: tuple[str, ...] = ()
+    """To train on; empty: see ``trained_kinds``."""
+    unseen: tuple[str, ...] = ()
+    """Kinds that only the held-out part has."""
+    lengths: tuple[int, ...] = ()
+    """Of the suffixes; empty: ``data.suffix_length``, for a judge its half and quarter too."""
+    pairs: int = 2000
+    heldout_pairs: int = 200
+    heldout_share: float = 0.1
+    per_document: int = 4
+    form: AnswerForm | None = None
+    """Of a judge's answers; None: reasoned."""
+    copies: float | None = None
+    """Share of a rewriter's examples whose suffix is good; None: half."""
+    restore: bool = False
+    """Whether a rewriter's answer to a spoiled suffix of a world is what it was, instead of the exact rewriter's."""
+    length: PromptLength = PromptLength.full
+    seed: int = 1
+
+    def sources(self) -> list[SourceConfig]:
+        """Return the documents."""
+        if self.corpus:
+            return [SourceConfig(path=path) for path in self.corpus]
+        assert self.world is not None
+        return [SourceConfig(path=str(self.world / f"{TEACHER}.jsonl"))]
+
+    def known_kinds(self) -> tuple[str, ...]:
+        """Return the ways to spoil a suffix here: those of a world know its facts."""
+        return world_kinds() if self.world else tuple(CORRUPTIONS)
+
+    def check(self) -> None:
+        """Refuse contradictions.
+
+        Raises:
+            ConfigError: names the option, its value and what is allowed.
+        """
+        if not self.corpus and self.world is None:
+            raise ConfigError("neither --corpus nor --world is given; name documents to make examples of")
+        self._check_role()
+        for axis in self.axes:
+            if axis not in AXES:
+                raise ConfigError(f"--axis is {axis}; allowed: {', '.join(AXES)}")
+        if SAFETY_AXIS in self.axes and self.world is None:
+            raise ConfigError("--axis is safety; allowed: quality without a --world, which knows what is safe")
+        for option, kinds in (("--kind", self.kinds), ("--unseen", self.unseen)):
+            for kind in kinds:
+                if kind not in self.known_kinds():
+                    raise ConfigError(f"{option} is {kind}; allowed: {', '.join(self.known_kinds())}")
+        if both := sorted(set(self.kinds) & set(self.unseen)):
+            raise ConfigError(f"{both[0]} is both a --kind and --unseen; train on it or keep it for the held-out part")
+        if not self.trained_kinds():
+            raise ConfigError("every kind is --unseen; leave some to train on")
+
+    def trained_kinds(self) -> tuple[str, ...]:
+        """Return the kinds of the training part: all but ``unseen``, or in a world what a rewriter is there for."""
+        known = self.known_kinds()
+        if self.role is Role.rewriter and self.world is not None:
+            known = (Corruption.unsafe.value,)
+        return self.kinds or tuple(kind for kind in known if kind not in self.unseen)
+
+    def plans(self, config: Config) -> dict[str, PairPlan]:
+        """Return the pairs of either part; ``config`` gives the length of a rewriter's suffixes."""
+        lengths = self.lengths
+        if self.role is Role.rewriter:
+            lengths = lengths or (config.data.suffix_length,)
+        return {
+            TRAIN: PairPlan(self.pairs, self.trained_kinds(), lengths, self.seed),
+            HELDOUT: PairPlan(self.heldout_pairs, (*self.trained_kinds(), *self.unseen), lengths, self.seed + 1),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all but the folder, JSON-serializable."""
+        request = {name: value for name, value in vars(self).items() if name != "out"}
+        found: dict[str, Any] = json.loads(json.dumps(request, default=str))
+        return found
+
+    def _check_role(self) -> None:
+        judges = {"--axis": " ".join(self.axes), "--answer": self.form.value if self.form else ""}
+        copies = "" if self.copies is None else f"{self.copies:g}"
+        rewriters = {"--copies": copies, "--restore": "set" if self.restore else ""}
+        other, given = (Role.judge, judges) if self.role is Role.rewriter else (Role.rewriter, rewriters)
+        for option, value in given.items():
+            if value:
+                raise ConfigError(f"{option} is {value}; allowed: with --role {other.value} only; remove it")
+        if self.restore and self.world is None:
+            raise ConfigError("--restore is set; allowed: with --world only, because a corpus has no other answers")

@@ -97,7 +97,7 @@ def judge_try(
     group = try_judge(resolved, prefix, candidates, reference, url)
     say(describe(group, candidates, as_json))
     if not as_json:
-        for line in accuracy_lines(resolved) or accuracy_notes(resolved):
+        for line in (*accuracy_lines(resolved), *accuracy_notes(resolved)):
             say(line)
     require_score(group)
 
@@ -110,15 +110,22 @@ def judge_calibrate(
         Path | None,
         typer.Option("--world", metavar="FOLDER", help="World whose held-out documents to spoil."),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FOLDER", help="Folder of rlpt teacher data: measures all axes that it has."),
+    ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="Records with prefix, good, bad and kind.")
+        Path | None,
+        typer.Option(
+            "--file", metavar="FILE", help="Records with prefix, good, bad and kind, or texts with a verdict."
+        ),
     ] = None,
     form: Annotated[str, typer.Option("--format", help="Format of --file, as in evaluation.sets.")] = "jsonl",
     judges: Annotated[
         list[str] | None, typer.Option("--judge", metavar="NAME", help="A judge of rlpt evaluate; default: judge.")
     ] = None,
     measure: Annotated[str, typer.Option("--measure", help="What a prompted judge decides; default: its first.")] = "",
-    pairs: Annotated[int, typer.Option("--pairs", min=2, metavar="N", help="Pairs of texts, at most.")] = 200,
+    pairs: Annotated[int, typer.Option("--pairs", min=2, metavar="N", help="Pairs, or texts, at most.")] = 200,
     kinds: _Kinds = None,
     lengths: _Lengths = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of spoiling and of votes.")] = 1,
@@ -127,9 +134,9 @@ def judge_calibrate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """Measure judges on pairs whose better text is known: per corruption, length, order and position.
+    """Measure judges on pairs whose better text is known, and on texts whose verdict is.
 
-    Pairs are held-out documents and the same spoiled, unless --world or --file names others.
+    Pairs are held-out documents and the same spoiled, unless --data, --world or --file names others.
     """
     from megatron_rlpt.observe.log import quiet_libraries
 
@@ -139,9 +146,11 @@ def judge_calibrate(
         from megatron_rlpt.cli import judge_calibrate as command
         from megatron_rlpt.evaluation.labelled_pairs import PairPlan
     plan = PairPlan(pairs, tuple(kinds or ()), tuple(lengths or ()), seed)
-    found = command.calibrate_judges(resolved, command.Asked(plan, tuple(judges or ()), measure, world, file, form))
+    found = command.calibrate_judges(
+        resolved, command.Asked(plan, tuple(judges or ()), measure, world, file, data, form)
+    )
     if save:
-        command.save_cards(resolved, found, str(world or file or "data.heldout"))
+        command.save_cards(resolved, found, str(data or world or file or "data.heldout"))
     if as_json:
         say(command.as_json(found))
     else:
@@ -165,7 +174,7 @@ def teacher_data(
     ] = None,
     axes: Annotated[
         list[str] | None,
-        typer.Option("--axis", metavar="AXIS", help="Of a judge: quality (default) or safety."),
+        typer.Option("--axis", metavar="AXIS", help="Of a judge: quality (default), safety or factuality."),
     ] = None,
     kinds: Annotated[
         list[str] | None,

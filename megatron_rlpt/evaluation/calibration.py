@@ -7,7 +7,7 @@ shown every pair in both orders. All intervals resample pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_rlpt.config.evaluation_sets import COHERENCE, FACTS, QUALITY
@@ -44,12 +44,13 @@ class Accuracy:
     """Share of right verdicts on some of the pairs."""
 
     by: str
-    """``all``, ``kind``, ``length``, ``order`` or ``position``."""
+    """``all``, ``kind``, ``length``, ``order`` or ``position``; of texts also ``verdict``."""
     name: str
     accuracy: float | None
     """0 to 1; None without a verdict."""
     ci95: tuple[float, float] | None
     pairs: int
+    """Or texts."""
     verdicts: int
     failed: int
 
@@ -73,10 +74,12 @@ class Calibration:
     """Sentences about what makes the judge unfit."""
     failures: tuple[str, ...] = field(default=(), compare=False)
     """The most frequent reasons of failures, and the first message of the model or server."""
+    counted: str = "pairs"
+    """What it was measured on: ``pairs`` or ``texts``."""
 
     @property
     def total(self) -> Accuracy:
-        """Over all pairs."""
+        """Over everything."""
         return self.rows[0]
 
 
@@ -98,14 +101,23 @@ def calibrate(judge: NamedJudge, pairs: Sequence[LabelledPair], measure: str = "
     rows = tuple(_rows(pairs, verdicts))
     flips = first_rate = None
     if any(one.order for row in verdicts for one in row):
-        flips = _accuracy("order", "winner changes", [[_flip(row)] for row in verdicts])
-        first_rate = _accuracy("order", "first wins", [[_first_wins(one) for one in row] for row in verdicts])
+        flips = accuracy_of("order", "winner changes", [[_flip(row)] for row in verdicts])
+        first_rate = accuracy_of("order", "first wins", [[_first_wins(one) for one in row] for row in verdicts])
+    replies, parsed = replies_of(judged)
+    found = Calibration(judge.facts, measure, rows, flips, first_rate, replies, parsed, (), causes_of(judged))
+    return replace(found, remarks=_remarks(found))
+
+
+def replies_of(judged: Sequence[Group]) -> tuple[int, int]:
+    """Return how many replies a prompted judge gave, and how many of them have a verdict."""
     answers = [vote for group in judged for vote in _votes(group) if vote.get("reply") is not None]
+    return len(answers), sum("failed" not in vote and not _is_failed(vote.get("verdict")) for vote in answers)
+
+
+def causes_of(judged: Sequence[Group]) -> tuple[str, ...]:
+    """Return the most frequent reasons of failures and the first message of the model or server."""
     failed = [one for group in judged for one in group.rewards if isinstance(one, Failed) and one != BLANK]
-    parsed = sum("failed" not in vote and not _is_failed(vote.get("verdict")) for vote in answers)
-    reasons = tuple(part for part in (most_frequent(failed), first_cause(failed)) if part) if failed else ()
-    found = Calibration(judge.facts, measure, rows, flips, first_rate, len(answers), parsed, (), reasons)
-    return Calibration(judge.facts, measure, rows, flips, first_rate, len(answers), parsed, _remarks(found), reasons)
+    return tuple(part for part in (most_frequent(failed), first_cause(failed)) if part) if failed else ()
 
 
 def _ask(
@@ -183,10 +195,10 @@ _ORDERS = (GOOD_FIRST, BAD_FIRST)
 
 def _rows(pairs: Sequence[LabelledPair], verdicts: Sequence[Sequence[Verdict]]) -> Iterable[Accuracy]:
     rights = [[one.right for one in row] for row in verdicts]
-    yield _accuracy("all", "all pairs", rights)
+    yield accuracy_of("all", "all pairs", rights)
     labels: dict[str, Callable[[LabelledPair], str]] = {
         "kind": lambda pair: pair.kind,
-        "length": lambda pair: _length(len(pair.good)),
+        "length": lambda pair: length_of(len(pair.good)),
         "position": lambda pair: _THIRDS[min(PARTS - 1, int(pair.begins_at * PARTS))],
     }
     for by, label in labels.items():
@@ -196,20 +208,21 @@ def _rows(pairs: Sequence[LabelledPair], verdicts: Sequence[Sequence[Verdict]]) 
         elif by == "position":
             names.sort(key=_THIRDS.index)
         for name in names:
-            yield _accuracy(by, name, [row for pair, row in zip(pairs, rights, strict=True) if label(pair) == name])
+            yield accuracy_of(by, name, [row for pair, row in zip(pairs, rights, strict=True) if label(pair) == name])
     for order in _ORDERS:
         chosen = [[one.right for one in row if one.order == order] for row in verdicts]
         if any(chosen):
-            yield _accuracy("order", order, chosen)
+            yield accuracy_of("order", order, chosen)
 
 
-def _length(tokens: int) -> str:
+def length_of(tokens: int) -> str:
     """Return the range of powers of two that ``tokens`` is in, as ``17 to 32 tokens``."""
     top = max(8, 1 << (tokens - 1).bit_length())
     return f"{top // 2 + 1 if top > 8 else 1} to {top} tokens"
 
 
-def _accuracy(by: str, name: str, rights: Sequence[Sequence[float | None]]) -> Accuracy:
+def accuracy_of(by: str, name: str, rights: Sequence[Sequence[float | None]]) -> Accuracy:
+    """Return the share of right verdicts, each pair or text with all of its own."""
     decided = [one for row in rights for one in row if one is not None]
     failed = sum(map(len, rights)) - len(decided)
     accuracy = sum(decided) / len(decided) if decided else None

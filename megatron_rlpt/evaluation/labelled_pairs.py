@@ -25,6 +25,8 @@ from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import text_of, words_of
 from megatron_rlpt.world.make import HELDOUT
 
+HELDOUT_PAIRS = "heldout_pairs.jsonl"
+"""Of a folder of ``rlpt teacher data``."""
 PARTS = 3
 """A corruption begins in the first, middle or last third of a text."""
 _LEAST_PREFIX = 12

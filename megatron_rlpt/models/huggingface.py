@@ -230,10 +230,10 @@ _DOCUMENTS = re.compile(r"README(\.\w+)?|.*(LICEN[CS]E|NOTICE|COPYING|USE_POLICY
 _CHAT_TEMPLATES = "additional_chat_templates"
 """transformers' ``CHAT_TEMPLATE_DIR``."""
 _OF_OTHER_WEIGHTS = re.compile(
-    r".*\.index\.json|adapter_config\.json|params\.json|trainer_state\.json|all_results\.json"
+    r".*\.index\.json|adapter_config\.json|params\.json|trainer_state\.json|all_results\.json|judge_card\.json"
 )
 """Files that describe weights which are not copied: shards, an adapter (transformers would look for it), Mistral's
-format (vLLM would look for it), a training run."""
+format (vLLM would look for it), a training run, the accuracy of a judge."""
 
 
 def is_settings(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """The measured accuracy of a judge, in its model's folder: ``judge_card.json`` of ``rlpt judge calibrate --save``.
 
-    {"version": 1, "measured": {"quality, reasoned": {"accuracy": 0.93, "pairs": 400, ...}}}
+    {"version": 1, "measured": {"quality, reasoned, brief": {"accuracy": 0.93, "pairs": 400, ...}}}
 
 A trained judge and what is known about it travel together; a judge without a card is believed at the reader's risk.
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.config import Config, GenerativeConfig, judge_facts, needs_judge
+from megatron_rlpt.config.evaluation_sets import FACTUALITY, QUALITY, SAFETY
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.files import write_atomically
 
@@ -27,7 +29,8 @@ def save_card(folder: Path, measure: str, generative: GenerativeConfig, measured
         folder: of the model.
         measure: axis or question.
         generative: how the judge was asked.
-        measured: at least ``accuracy``, ``pairs``, ``made_of`` (where the pairs are from) and ``flips``.
+        measured: at least ``accuracy``, ``ci95``, ``pairs`` or ``texts`` (how many), ``made_of`` (where they are from),
+            ``flips`` and ``rows`` (accuracy ``by`` kind, length, order and so on).
 
     Returns:
         The file.
@@ -62,6 +65,46 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     return card
 
 
+@dataclass(frozen=True)
+class MeasuredAxis:
+    """What a card says about one question."""
+
+    axis: str
+    """Axis or question."""
+    asked: str
+    """Form of the answers and length of the prompts, as ``reasoned, brief``."""
+    accuracy: float
+    ci95: tuple[float, float] | None
+    count: int
+    counted: str
+    """What was counted: ``pairs`` or ``texts``."""
+    made_of: str
+    """Where they are from."""
+    flips: float | None
+    """Share of pairs whose winner changes with the order; None for texts."""
+    rows: tuple[Mapping[str, Any], ...]
+    """Accuracy ``by`` kind, length, order and so on; each with ``name``, ``accuracy``, ``ci95`` and ``pairs``."""
+
+    @property
+    def weakest(self) -> Mapping[str, Any] | None:
+        """The kind, or the verdict, with the lowest accuracy; None where there is one only."""
+        rows = [row for row in self.rows if row.get("by") in ("kind", "verdict") and row.get("accuracy") is not None]
+        return min(rows, key=lambda row: row["accuracy"]) if len(rows) > 1 else None
+
+    def line(self) -> str:
+        """Return it as one line."""
+        text = f"{self.axis}: right on {self.accuracy:.1%}"
+        text += f" ({self.ci95[0]:.1%} to {self.ci95[1]:.1%})" if self.ci95 else ""
+        text += f" of {self.count} {self.counted} of {self.made_of}"
+        text += f", least on {self.weakest['name']} ({self.weakest['accuracy']:.1%})" if self.weakest else ""
+        return text + (f", winner changes with the order in {self.flips:.0%}" if self.flips is not None else "")
+
+
+def measured_axes(card: Mapping[str, Any]) -> list[MeasuredAxis]:
+    """Return everything that a card says; what is damaged or of another release is left out."""
+    return [found for question, entry in card["measured"].items() if (found := _measured_axis(question, entry))]
+
+
 def accuracy_notes(config: Config) -> list[str]:
     """Return what a user should know about the accuracy of a run's prompted judge before the run starts.
 
@@ -70,44 +113,66 @@ def accuracy_notes(config: Config) -> list[str]:
     Raises:
         ModelError: the card is damaged.
     """
-    return [note for note, _ in _axes(config) if note]
+    return [note for axis, found in _axes(config) if (note := _note(axis, found, config))]
 
 
 def accuracy_lines(config: Config) -> list[str]:
-    """Return one line for each axis whose accuracy is known.
+    """Return one line for each axis of the run's prompted judge whose accuracy is known.
 
     Raises:
         ModelError: the card is damaged.
     """
-    return [line for _, line in _axes(config) if line]
+    return [found.line() for _, found in _axes(config) if found]
 
 
-def _axes(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield the note and the line of every axis; empty texts where there is none."""
+def _axes(config: Config) -> Iterator[tuple[str, MeasuredAxis | None]]:
+    """Yield every axis that the configuration uses with what is known about it."""
     if not needs_judge(config) or not judge_facts(config).has_axes:
         return
     generative, folder = config.teacher.generative, Path(config.teacher_path)
     if not folder.is_dir():  # on another machine
         return
-    known: Mapping[str, dict[str, Any]] = (read_card(folder) or {"measured": {}})["measured"]
-    for axis in ("quality", "safety", "factuality"):
-        if not getattr(generative, axis).weight:
-            continue
-        entry = known.get(_question(axis, generative), {})
-        accuracy = entry.get("accuracy")
-        if accuracy is None:
-            yield (
-                f"nobody has measured how often the judge is right on {axis} ({generative.answer.value} answers); an "
-                "untrained small model is near chance: run rlpt judge calibrate --save",
-                "",
-            )
-            continue
-        line = f"{axis}: right on {accuracy:.1%} of {entry['pairs']} pairs of {entry['made_of']}"
-        line += f", winner changes with the order in {entry['flips']:.0%}" if entry.get("flips") is not None else ""
-        least = config.teacher.min_accuracy
-        low = f"the judge is right on {axis} in {accuracy:.1%}, less than teacher.min_accuracy = {least:g}; train it"
-        yield low if accuracy < least else "", line
+    known = (read_card(folder) or {"measured": {}})["measured"]
+    for axis in (QUALITY, SAFETY, FACTUALITY):
+        if getattr(generative, axis).weight:
+            question = _question(axis, generative)
+            yield axis, _measured_axis(question, known.get(question))
+
+
+def _note(axis: str, found: MeasuredAxis | None, config: Config) -> str:
+    """Return what speaks against the judge on an axis; empty without."""
+    least = config.teacher.min_accuracy
+    if found is None:
+        generative = config.teacher.generative
+        return (
+            f"nobody has measured how often the judge is right on {axis} ({generative.answer.value} answers to "
+            f"{generative.prompt.value} prompts); an untrained small model is near chance: run rlpt judge calibrate "
+            "--save"
+        )
+    if found.accuracy >= least:
+        return ""
+    return f"the judge is right on {axis} in {found.accuracy:.1%}, less than teacher.min_accuracy = {least:g}; train it"
+
+
+def _measured_axis(question: str, entry: Any) -> MeasuredAxis | None:
+    if not isinstance(entry, Mapping) or not isinstance(accuracy := entry.get("accuracy"), int | float):
+        return None
+    axis, _, asked = question.partition(", ")
+    counted = next((name for name in ("pairs", "texts") if isinstance(entry.get(name), int)), "")
+    flips, ci95 = entry.get("flips"), entry.get("ci95")
+    return MeasuredAxis(
+        axis,
+        asked,
+        float(accuracy),
+        (float(ci95[0]), float(ci95[1])) if isinstance(ci95, list | tuple) and len(ci95) == 2 else None,
+        entry[counted] if counted else 0,
+        counted or "examples",
+        str(entry.get("made_of", "")),
+        float(flips) if isinstance(flips, int | float) else None,
+        tuple(row for row in entry.get("rows") or () if isinstance(row, Mapping)),
+    )
 
 
 def _question(measure: str, generative: GenerativeConfig) -> str:
-    return f"{measure}, {generative.answer.value}"
+    """Return the key of an entry: a judge trained for one form and one prompt is another in others."""
+    return f"{measure}, {generative.answer.value}, {generative.prompt.value}"

@@ -8,29 +8,27 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_rlpt.config import AnswerForm, Config, Role
+from megatron_rlpt.config.evaluation_sets import QUALITY
 from megatron_rlpt.errors import DataError
+from megatron_rlpt.evaluation import labelled_texts
 from megatron_rlpt.evaluation.labelled_pairs import (
+    HELDOUT_PAIRS,
     LabelledPair,
     PairPlan,
     as_json_lines,
     pairs_of_episodes,
     pairs_of_world,
 )
+from megatron_rlpt.evaluation.labelled_texts import HELDOUT_TEXTS, POINTWISE, LabelledText, texts_of_pairs
 from megatron_rlpt.files import new_folder
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher_training.corpus import Split, TeacherText, cut_episodes, split_documents
-from megatron_rlpt.teacher_training.judge_examples import (
-    QUALITY_AXIS,
-    SAFETY_AXIS,
-    quality_examples,
-    safety_examples,
-)
+from megatron_rlpt.teacher_training.judge_examples import quality_examples, text_examples
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, require_usable
 from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN, DataRequest
 from megatron_rlpt.teacher_training.rewriter_examples import rewriter_examples
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.world.facts import World
-from megatron_rlpt.world.measures import measure_text
 
 _log = get_logger(__name__)
 
@@ -38,7 +36,7 @@ _VERSION = 1
 
 
 def build_teacher_data(config: Config, asked: DataRequest) -> str:
-    """Write ``train.jsonl``, ``heldout.jsonl``, ``card.json`` and for a judge ``heldout_pairs.jsonl``.
+    """Write ``train.jsonl``, ``heldout.jsonl``, ``card.json`` and for a judge what the held-out part is made of.
 
     Args:
         config: of the policy's run: its tokenizer, how its texts are cut, and its documents, which are left out.
@@ -57,6 +55,7 @@ def build_teacher_data(config: Config, asked: DataRequest) -> str:
     plans = asked.plans(config)
     parts: dict[str, list[LabelledPrompt]] = {}
     pairs: dict[str, list[LabelledPair]] = {}
+    texts: dict[str, list[LabelledText]] = {}
     for name, documents in ((TRAIN, split.train), (HELDOUT, split.heldout)):
         pairs[name] = _pairs(documents, config, asked, tokenizer, plans[name])
         if len(pairs[name]) < plans[name].pairs:
@@ -66,14 +65,18 @@ def build_teacher_data(config: Config, asked: DataRequest) -> str:
                 pairs=len(pairs[name]),
                 asked=plans[name].pairs,
             )
-        parts[name] = list(_examples(pairs[name], config, asked, tokenizer))
+        texts[name] = list(_texts(pairs[name], asked, tokenizer))
+        parts[name] = list(_examples(pairs[name], texts[name], config, asked, tokenizer))
         require_usable(parts[name], name)
     with new_folder(asked.out) as folder:
         for name, examples in parts.items():
             (folder / f"{name}.jsonl").write_text("".join(one.line() for one in examples), encoding="utf-8")
-        if asked.role is Role.judge:
+        if QUALITY in asked.judged():
             lines = "".join(as_json_lines(pairs[HELDOUT], tokenizer))
-            (folder / f"{HELDOUT}_pairs.jsonl").write_text(lines, encoding="utf-8")
+            (folder / HELDOUT_PAIRS).write_text(lines, encoding="utf-8")
+        if texts[HELDOUT]:
+            lines = "".join(labelled_texts.as_json_lines(texts[HELDOUT], tokenizer))
+            (folder / HELDOUT_TEXTS).write_text(lines, encoding="utf-8")
         card = _card(asked, split, parts)
         (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in parts.items())
@@ -94,45 +97,28 @@ def _pairs(
     return pairs_of_episodes(episodes, ", ".join(asked.corpus), config, tokenizer, plan)
 
 
+def _texts(pairs: Sequence[LabelledPair], asked: DataRequest, tokenizer: PolicyTokenizer) -> Iterator[LabelledText]:
+    """Yield the texts of every axis that judges one text."""
+    for axis in POINTWISE:
+        if axis in asked.judged():
+            assert asked.world is not None
+            yield from texts_of_pairs(World.load(asked.world), pairs, tokenizer, axis, asked.seed)
+
+
 def _examples(
-    pairs: Sequence[LabelledPair], config: Config, asked: DataRequest, tokenizer: PolicyTokenizer
+    pairs: Sequence[LabelledPair],
+    texts: Sequence[LabelledText],
+    config: Config,
+    asked: DataRequest,
+    tokenizer: PolicyTokenizer,
 ) -> Iterator[LabelledPrompt]:
     if asked.role is Role.rewriter:
         yield from rewriter_examples(pairs, config, asked, tokenizer)
         return
-    axes, form = asked.axes or (QUALITY_AXIS,), asked.form or AnswerForm.reasoned
-    if QUALITY_AXIS in axes:
+    form = asked.form or AnswerForm.reasoned
+    if QUALITY in asked.judged():
         yield from quality_examples(pairs, tokenizer, form, asked.length, asked.seed)
-    if SAFETY_AXIS in axes:
-        assert asked.world is not None
-        measured = _measured_safety(pairs, World.load(asked.world), tokenizer)
-        yield from safety_examples(_balanced(measured), form, asked.length, asked.seed)
-
-
-def _measured_safety(
-    pairs: Sequence[LabelledPair], world: World, tokenizer: PolicyTokenizer
-) -> Iterator[tuple[str, bool, str]]:
-    """Yield every continuation once, whether the world's measures call it safe, and its document."""
-    seen = set()
-    for pair in pairs:
-        prefix = tokenizer.text_of(pair.episode.prefix)
-        for tokens in (pair.good, pair.bad):
-            shown = tokenizer.text_of(tokens, pair.episode.prefix)
-            if shown not in seen:
-                seen.add(shown)
-                yield shown, measure_text(world, prefix, shown).safe, pair.episode.document
-
-
-def _balanced(texts: Iterator[tuple[str, bool, str]]) -> list[tuple[str, bool, str]]:
-    """Return as many safe as unsafe texts: a judge that always says the more frequent word must not look good."""
-    listed = list(texts)
-    fewest = min(sum(safe for _, safe, _ in listed), sum(not safe for _, safe, _ in listed))
-    left, kept = {True: fewest, False: fewest}, []
-    for one in listed:
-        if left[one[1]]:
-            left[one[1]] -= 1
-            kept.append(one)
-    return kept
+    yield from text_examples(texts, tokenizer, form, asked.length, asked.seed)
 
 
 def _card(asked: DataRequest, split: Split, parts: dict[str, list[LabelledPrompt]]) -> dict[str, Any]:

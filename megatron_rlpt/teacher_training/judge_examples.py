@@ -7,14 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_rlpt.config import AnswerForm, PromptLength
+from megatron_rlpt.config.evaluation_sets import FACTUALITY
+from megatron_rlpt.config.evaluation_sets import QUALITY as QUALITY_AXIS
 from megatron_rlpt.evaluation.labelled_pairs import LabelledPair
+from megatron_rlpt.evaluation.labelled_texts import LabelledText
 from megatron_rlpt.teacher.prompts import build_prompt
 from megatron_rlpt.teacher.verdicts.parsing import QUALITY
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import derive_seed, stable_id
 
-QUALITY_AXIS, SAFETY_AXIS = "quality", "safety"
 _WRONG = {
     "shuffled": "the words of number {bad} are out of order",
     "spoiled": "number {bad} has words that do not belong there",
@@ -30,6 +32,14 @@ _WRONG = {
     "unsafe": "number {bad} insults",
 }
 """What a reference answer says about the worse of two continuations, by kind."""
+_TEXTS = {
+    "safe": ("safe text", "nothing in it harms anybody"),
+    "unsafe": ("unsafe text", "it attacks or harms somebody"),
+    "none": ("true text", "nothing in it is false"),
+    "possible": ("unchecked text", "some of it cannot be checked"),
+    "definite": ("false text", "it states something false"),
+}
+"""Verdict on a single text -> its kind, apart from the kinds of pairs, and what a reference answer says about it."""
 
 
 def quality_examples(
@@ -62,28 +72,31 @@ def quality_examples(
             yield LabelledPrompt(identity, prompt.text, _answer(reason, verdict, form), label)
 
 
-def safety_examples(
-    texts: Iterable[tuple[str, bool, str]], form: AnswerForm, length: PromptLength, seed: int
+def text_examples(
+    texts: Iterable[LabelledText], text: TextTokens, form: AnswerForm, length: PromptLength, seed: int
 ) -> Iterator[LabelledPrompt]:
-    """Yield texts with their verdict.
+    """Yield texts with their verdict on safety or factuality.
 
     Args:
-        texts: text, whether it is safe, and the id of its document.
+        texts: each with its verdict.
+        text: text and tokens of the policy.
         form: of the answers.
         length: of the prompts.
         seed: of the codes that fence texts in prompts.
     """
-    for shown, safe, document in texts:
-        identity = stable_id("safety", shown)
-        prompt = build_prompt(SAFETY_AXIS, derive_seed(seed, identity), form, length, text=shown)
-        verdict = "safe" if safe else "unsafe"
-        reason = "nothing in it harms anybody" if safe else "it insults"
-        yield LabelledPrompt(
-            identity,
-            prompt.text,
-            _answer(reason, verdict, form),
-            _label(SAFETY_AXIS, verdict, form, f"{verdict} text", document),
-        )
+    for one in texts:
+        prefix = one.episode.prefix
+        shown = {"text": text.text_of(one.tokens, prefix)}
+        if one.axis == FACTUALITY:
+            shown |= {
+                "prefix": prefix_text(text, one.episode),
+                "reference": text.text_of(one.episode.suffix, prefix),
+            }
+        identity = stable_id(one.axis, *shown.values())
+        prompt = build_prompt(one.axis, derive_seed(seed, identity), form, length, **shown)
+        kind, reason = _TEXTS[one.verdict]
+        label = _label(one.axis, one.verdict, form, kind, one.episode.document)
+        yield LabelledPrompt(identity, prompt.text, _answer(reason, one.verdict, form), label)
 
 
 def _label(axis: str, verdict: str, form: AnswerForm, kind: str, document: str) -> dict[str, Any]:

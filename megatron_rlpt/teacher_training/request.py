@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.config import AnswerForm, Config, PromptLength, Role, SourceConfig
+from megatron_rlpt.config.evaluation_sets import QUALITY
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation.labelled_pairs import CORRUPTIONS, PairPlan, world_kinds
-from megatron_rlpt.teacher_training.judge_examples import QUALITY_AXIS, SAFETY_AXIS
+from megatron_rlpt.evaluation.labelled_texts import POINTWISE
 from megatron_rlpt.world.corruptions import Corruption
 from megatron_rlpt.world.make import TEACHER
 
 TRAIN, HELDOUT = "train", "heldout"
-AXES = (QUALITY_AXIS, SAFETY_AXIS)
+AXES = (QUALITY, *POINTWISE)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class DataRequest:
         for axis in self.axes:
             if axis not in AXES:
                 raise ConfigError(f"--axis is {axis}; allowed: {', '.join(AXES)}")
-        if SAFETY_AXIS in self.axes and self.world is None:
-            raise ConfigError("--axis is safety; allowed: quality without a --world, which knows what is safe")
+        for axis in self.axes:
+            if axis in POINTWISE and self.world is None:
+                raise ConfigError(f"--axis is {axis}; allowed: {QUALITY} without a --world, which knows the verdicts")
         for option, kinds in (("--kind", self.kinds), ("--unseen", self.unseen)):
             for kind in kinds:
                 if kind not in self.known_kinds():
@@ -80,6 +82,10 @@ class DataRequest:
             raise ConfigError(f"{both[0]} is both a --kind and --unseen; train on it or keep it for the held-out part")
         if not self.trained_kinds():
             raise ConfigError("every kind is --unseen; leave some to train on")
+
+    def judged(self) -> tuple[str, ...]:
+        """Return the axes of a judge; none for another role."""
+        return (self.axes or (QUALITY,)) if self.role is Role.judge else ()
 
     def trained_kinds(self) -> tuple[str, ...]:
         """Return the kinds of the training part: all but ``unseen``, or in a world what a rewriter is there for."""

@@ -60,15 +60,23 @@ def rewrite_words(prefix: Sequence[str], suffix: Sequence[str], facts: World, se
     if measures.quality >= GOOD and not measures.false and measures.safe:
         return list(suffix)
     rng = random.Random(derive_seed(seed, "rewrite", " ".join(prefix), " ".join(suffix)))
+    return continue_words(prefix, len(suffix), facts, rng, Manner(denials=0.0))
+
+
+def continue_words(prefix: Sequence[str], count: int, facts: World, rng: random.Random, manner: Manner) -> list[str]:
+    """Return ``count`` words that go on after ``prefix``: the sentence that it begins, completed, and a walk.
+
+    The sentence is completed truly if there is a way, and safely in any case.
+    """
     discourse = Discourse.after(facts, prefix)
     written = _completion(discourse, rng) if discourse.unfinished else []
     if written:
         words = [*discourse.unfinished, *written]
         discourse.add(words, facts.grammar.parse(words))
-    walk = Walk(discourse, rng, Manner(denials=0.0))
-    while len(written) < len(suffix):
+    walk = Walk(discourse, rng, manner)
+    while len(written) < count:
         written += walk.step()
-    return written[: len(suffix)]
+    return written[:count]
 
 
 def _completion(discourse: Discourse, rng: random.Random) -> list[str]:

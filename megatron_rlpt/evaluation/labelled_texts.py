@@ -115,7 +115,7 @@ def texts_of_pairs(
     Returns:
         Equally many of every verdict that is found, each text once, in a random order.
     """
-    found = {}
+    found: dict[object, LabelledText] = {}
     for number, pair in enumerate(pairs):
         prefix = tokenizer.text_of(pair.episode.prefix)
         shown = [(pair.good, ORIGINAL), (pair.bad, pair.kind)]

@@ -5,8 +5,9 @@ In reading order:
 - ``write.py``: read, render, write.
 - ``collect.py``: what a run folder holds at any time; ``lines.py``, ``curves.py``, ``samples.py`` read its large files
   in bounded memory.
-- ``content.py``: everything a report shows, as plain values; ``tables.py``, ``charts.py``, ``summary.py``,
-  ``examples.py`` arrange results, curves, sentences and samples; ``figures.py`` writes numbers.
+- ``content.py``: everything a report shows, as plain values; ``tables.py``, ``charts.py``, ``prompt_charts.py``,
+  ``teacher_cards.py``, ``summary.py``, ``examples.py`` arrange results, curves, accuracies, sentences and samples;
+  ``figures.py`` writes numbers.
 - ``page.py``: the page (``page.html``, ``page.css``, ``page_*.js``); ``markdown.py``; ``terminal.py``.
 """
 

@@ -10,6 +10,7 @@ from megatron_rlpt.config.evaluation_judges import JUDGE
 from megatron_rlpt.reports.collect import CollectedRun
 from megatron_rlpt.reports.curves import Curve
 from megatron_rlpt.reports.figures import measure_name
+from megatron_rlpt.reports.prompt_charts import is_of_prompts, prompt_charts
 
 _EVALUATION = "evaluation/"
 _WIN_RATE = (
@@ -109,10 +110,12 @@ def charts(runs: Sequence[CollectedRun]) -> list[dict[str, Any]]:
     """Return the charts that have data, for the page. With several runs a chart has one metric and a line per run."""
     known: dict[str, None] = dict.fromkeys(name for run in runs for name in run.training.curves)
     found: list[Chart] = []
-    for chart in (*_evaluation_charts(known, runs), *_TRAINING):
+    of_prompts = [Chart(one.title, one.caption, one.metrics, one.labels, share=True) for one in prompt_charts(known)]
+    for chart in (*of_prompts, *_evaluation_charts(known, runs), *_TRAINING):
         present = [(m, label) for m, label in zip(chart.metrics, chart.labels, strict=True) if m in known]
-        # With several runs, every judge of an evaluation has its own chart, and only the first source or failure.
-        own = chart.metrics[0].startswith(_EVALUATION)
+        # With several runs, every judge of an evaluation and every kind of prompt has its own chart, and only the first
+        # source or failure.
+        own = chart in of_prompts or chart.metrics[0].startswith(_EVALUATION)
         for group in ([[one] for one in present] if own else [present[:1]]) if len(runs) > 1 else [present]:
             if group:
                 title = chart.title
@@ -132,7 +135,7 @@ def _evaluation_charts(known: Iterable[str], runs: Sequence[CollectedRun]) -> li
     """Return a chart for each measure of ``evaluation.every``, with a line per judge."""
     measures: dict[str, list[tuple[str, str]]] = {}
     for name in known:
-        if name.startswith(_EVALUATION):
+        if name.startswith(_EVALUATION) and not is_of_prompts(name):
             judge, _, measure = name.removeprefix(_EVALUATION).rpartition("/")
             measures.setdefault(measure, []).append((name, f"{judge} (in-sample)" if judge == JUDGE else judge))
     return [

@@ -21,6 +21,7 @@ from megatron_rlpt.observe.watchdog import HEARTBEAT
 from megatron_rlpt.plain_text import one_line
 from megatron_rlpt.reports.curves import METRICS_FILE, TrainingMetrics, read_training
 from megatron_rlpt.reports.samples import MOST_SAMPLES, SAMPLES_FILE, Samples, read_samples, shown
+from megatron_rlpt.reports.teacher_cards import TeacherCard, read_cards
 
 _SILENT = 120.0
 """Seconds without a heartbeat after which a run counts as stopped. It is written every five seconds."""
@@ -57,6 +58,8 @@ class CollectedRun:
     training: TrainingMetrics
     samples: Samples
     evaluation: Evaluation | None
+    cards: tuple[TeacherCard, ...]
+    """What is known about the accuracy of its teachers."""
     notes: tuple[str, ...]
     """Sentences about what is missing."""
 
@@ -109,7 +112,8 @@ def collect_run(folder: Path, name: str = "", samples: int = MOST_SAMPLES) -> Co
     steps = config.get("train.steps") if record else None
     state, reason = _state(record, training, heartbeat, steps)
     chosen = read_samples(folder, samples)
-    notes = [*training.notes, *chosen.notes]
+    cards, unread = read_cards(folder)
+    notes = [*training.notes, *chosen.notes, *map(shown, unread)]
     if record is not None and not training.steps:
         notes.append(f"{METRICS_FILE} has no step yet.")
     if record is not None and training.steps and not chosen.total:
@@ -128,6 +132,7 @@ def collect_run(folder: Path, name: str = "", samples: int = MOST_SAMPLES) -> Co
         training=training,
         samples=chosen,
         evaluation=evaluation,
+        cards=tuple(cards),
         notes=tuple(notes),
     )
 

@@ -24,6 +24,7 @@ from megatron_rlpt.reports.summary import (
     training_sentences,
 )
 from megatron_rlpt.reports.tables import ResultTable, result_table
+from megatron_rlpt.reports.teacher_cards import card_rows
 
 FORMAT = 1
 """Of ``report.json``; raise it when a field changes its meaning."""
@@ -71,6 +72,8 @@ class Content:
     """Of every run, by metric."""
     judged: list[dict[str, Any]]
     """Judges and agreements of every evaluation."""
+    cards: list[dict[str, Any]]
+    """Measured accuracy of the teachers of every run."""
     hygiene: list[dict[str, Any]]
     differences: list[tuple[str, list[str]]]
     """Options in which the runs differ, with the value of each."""
@@ -107,6 +110,11 @@ def build_content(runs: Sequence[CollectedRun]) -> Content:
             }
             for run, one in evaluations.items()
             if one.judges
+        ],
+        cards=[
+            {"name": run.name, "rows": [row for card in run.cards for row in card_rows(card)]}
+            for run in runs
+            if run.cards
         ],
         hygiene=[{"name": names[run], "rows": _hygiene(one)} for run, one in evaluations.items() if one.hygiene],
         differences=_differences(runs),

@@ -20,7 +20,7 @@ def render_markdown(content: Content) -> str:
         name = f"**{text(run.name)}** " if several else ""
         parts.append(f"{name}{text(run.sentence)}" + (f" Last step written {run.written}." if run.written else ""))
         parts += [text(sentence) for sentence in run.sentences]
-    parts += _results(content) + _curves(content) + _stages(content) + _judges(content)
+    parts += _results(content) + _curves(content) + _stages(content) + _cards(content) + _judges(content)
     for part in content.hygiene:
         of = f" of {text(part['name'])}" if several else ""
         parts += [f"## Hygiene{of}", _table(["what", "found"], part["rows"])]
@@ -91,6 +91,16 @@ def _stages(content: Content) -> list[str]:
     names = [run.name for run in content.runs] if len(content.runs) > 1 else ["seconds per step"]
     rows = [[stage, *(short(one) for one in seconds)] for stage, seconds in content.stages.items()]
     return ["## Where a step's time goes", _table(["stage", *names], rows)]
+
+
+def _cards(content: Content) -> list[str]:
+    rows = [
+        [part["name"], *(row[name] for name in ("whose", "axis", "asked", "accuracy", "interval", "count", "flips"))]
+        for part in content.cards
+        for row in part["rows"]
+    ]
+    head = ["run", "model", "axis", "asked", "right", "95 % interval", "of", "winner changes with the order"]
+    return ["## Measured accuracy of teachers", _table(head, rows)] if rows else []
 
 
 def _judges(content: Content) -> list[str]:

@@ -20,6 +20,7 @@ from megatron_rlpt.reports.figures import (
     value_of,
     with_interval,
 )
+from megatron_rlpt.reports.prompt_charts import FLIPS, RIGHT
 
 _MOST_SENTENCES = 6
 _MOST_TILES = 6
@@ -84,6 +85,14 @@ def training_sentences(run: CollectedRun) -> list[str]:
             f"A rollout of the policy was the best candidate in {percent(chosen.first(), 0)} of the examples at first "
             f"and in {percent(chosen.last(), 0)} at last."
         )
+    if (right := curves.get(RIGHT)) and len(right.mean) > 1:
+        said = f"{percent(right.first(), 0)} of the answers to held-out prompts were right at first, "
+        said += f"{percent(right.last(), 0)} at last"
+        if flips := curves.get(FLIPS):
+            said += (
+                f"; the order of the two texts changed the winner in {percent(flips.last(), 0)} of the pairs at last"
+            )
+        sentences.append(f"{said}.")
     return sentences
 
 
@@ -157,6 +166,8 @@ def tiles(run: CollectedRun) -> list[Tile]:
     curves = run.training.curves
     if chosen := curves.get(_CHOSEN):
         found.append(Tile("Rollouts chosen", percent(chosen.last(), 0), f"{percent(chosen.first(), 0)} at first"))
+    if right := curves.get(RIGHT):
+        found.append(Tile("Right answers", percent(right.last(), 0), f"{percent(right.first(), 0)} at first, held out"))
     if run.is_run:
         of = f"of {run.steps}, " if run.steps else ""
         found.append(Tile("Steps", f"{run.training.steps}", of + run.state.value))

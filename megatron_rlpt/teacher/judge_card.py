@@ -2,7 +2,9 @@
 
     {"version": 1, "measured": {"quality, reasoned, brief": {"accuracy": 0.93, "pairs": 400, ...}}}
 
-A trained judge and what is known about it travel together; a judge without a card is believed at the reader's risk.
+A trained judge and what is known about it travel together; a judge without a card is believed at the reader's risk. A
+run keeps the cards of its teachers in its folder, ``teacher_cards/judge`` and ``teacher_cards/rewriter``, so that its
+report does not depend on folders that may be gone.
 """
 
 from __future__ import annotations
@@ -13,13 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rlpt.config import Config, GenerativeConfig, judge_facts, needs_judge
+from megatron_rlpt.config import Config, GenerativeConfig, Role, judge_facts, models_asked, needs_judge
 from megatron_rlpt.config.evaluation_sets import FACTUALITY, QUALITY, SAFETY
-from megatron_rlpt.errors import ModelError
+from megatron_rlpt.errors import ModelError, not_written
 from megatron_rlpt.files import write_atomically
+from megatron_rlpt.observe import get_logger
 
 FILE = "judge_card.json"
+_KEPT = "teacher_cards"
 _VERSION = 1
+
+_log = get_logger(__name__)
 
 
 def save_card(folder: Path, measure: str, generative: GenerativeConfig, measured: Mapping[str, Any]) -> Path:
@@ -56,7 +62,7 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}); remove it and run rlpt judge calibrate --save") from None
@@ -98,6 +104,34 @@ class MeasuredAxis:
         text += f" of {self.count} {self.counted} of {self.made_of}"
         text += f", least on {self.weakest['name']} ({self.weakest['accuracy']:.1%})" if self.weakest else ""
         return text + (f", winner changes with the order in {self.flips:.0%}" if self.flips is not None else "")
+
+
+def kept_card(run: Path, role: Role) -> Path:
+    """Return the place in a run folder of the card of the model that has ``role``."""
+    return run / _KEPT / role.value
+
+
+def keep_cards(config: Config, run: Path) -> None:
+    """Copy the cards of a run's teachers into its folder; one whose model is elsewhere stays as it was.
+
+    Raises:
+        CheckpointError: the disk is full.
+        ConfigError: the folder is not writable for another reason.
+    """
+    for model in models_asked(config):
+        try:
+            card = read_card(Path(model.path)) if model.path else None
+        except ModelError as error:
+            _log.warning("the accuracy of a teacher is not kept with the run", model=model.who, reason=error)
+            continue
+        if card is None:
+            continue
+        target = kept_card(run, model.roles[0])
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            write_atomically(target / FILE, json.dumps(card, indent=2) + "\n")
+        except OSError as error:
+            raise not_written(target, error) from error
 
 
 def measured_axes(card: Mapping[str, Any]) -> list[MeasuredAxis]:

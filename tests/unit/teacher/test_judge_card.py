@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlpt.config import AnswerForm, AxisConfig, PromptLength, load_config
+from megatron_rlpt.config import AnswerForm, AxisConfig, PromptLength, Role, load_config
 from megatron_rlpt.errors import ModelError
 from megatron_rlpt.models.huggingface import is_settings
-from megatron_rlpt.teacher.judge_card import FILE, accuracy_lines, accuracy_notes, read_card, save_card
+from megatron_rlpt.teacher.judge_card import (
+    FILE,
+    accuracy_lines,
+    accuracy_notes,
+    keep_cards,
+    kept_card,
+    read_card,
+    save_card,
+)
 
 MEASURED = {"accuracy": 0.93, "pairs": 400, "made_of": "other.jsonl", "flips": 0.04}
 
@@ -94,3 +102,18 @@ def test_a_damaged_card_is_one_line_with_the_fix(config):
     (folder(config) / FILE).write_text("{")
     with pytest.raises(ModelError, match=r"judge_card\.json cannot be read .* remove it and run rlpt judge calibrate"):
         accuracy_notes(config)
+
+
+def test_a_run_keeps_the_cards_of_its_teachers(config, tmp_path, caplog):
+    run = tmp_path / "run"
+    keep_cards(config, run)
+    assert not run.exists(), "nothing is known"
+    path = save_card(folder(config), "quality", config.teacher.generative, MEASURED)
+    keep_cards(config, run)
+    assert read_card(kept_card(run, Role.judge)) == read_card(folder(config))
+    path.write_text("{")
+    keep_cards(config, run)
+    assert "the accuracy of a teacher is not kept" in caplog.text
+    path.unlink()
+    keep_cards(config, run)
+    assert read_card(kept_card(run, Role.judge))["measured"], "the last that was known"

@@ -10,7 +10,7 @@ from megatron_rlpt.config.endpoints import check_endpoints, is_variable, no_vari
 from megatron_rlpt.config.evaluation_judges import check_judges
 from megatron_rlpt.config.evaluation_sets import check_sets
 from megatron_rlpt.config.fields import check_values
-from megatron_rlpt.config.judges import TeacherUse, check_judge, judge_facts
+from megatron_rlpt.config.judges import JUDGES, TeacherUse, check_judge, judge_facts
 from megatron_rlpt.config.rewriters import check_rewriter, rewrites_by_asking
 from megatron_rlpt.config.schema import Config
 from megatron_rlpt.config.schema_data import SourceConfig
@@ -234,15 +234,16 @@ def _check_prompts(config: Config) -> None:
         raise ConfigError("candidates.rewrite is true; allowed: false, because data.sources has prompts, not documents")
     if not needs_judge(config):
         return
-    name, labelled = config.teacher.judge, judge_facts(config).needs_labels
-    if labelled and False in kinds["sources"]:
+    name, needs_labels = config.teacher.judge, judge_facts(config).needs_labels
+    if needs_labels and False in kinds["sources"]:
         raise ConfigError(
             f"teacher.judge is {name}, which rewards answers to prompts, and data.sources has documents; set "
             "prompts: true for sources of prompts (rlpt teacher data), or choose another judge"
         )
-    if True in kinds["sources"] and not labelled and not is_extension(name):
+    if True in kinds["sources"] and not needs_labels and not is_extension(name):
+        labelled = ", ".join(known for known, facts in JUDGES.items() if facts.needs_labels)
         raise ConfigError(
-            f"teacher.judge is {name}; allowed: right_verdict or your own class, because data.sources has prompts"
+            f"teacher.judge is {name}; allowed: {labelled} or your own class, because data.sources has prompts"
         )
     if config.evaluation.every and kinds["sources"] != kinds["heldout"]:
         raise ConfigError(

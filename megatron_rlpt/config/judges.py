@@ -45,6 +45,8 @@ class JudgeFacts:
     """Request to the teacher's model. A judge that asks nothing needs no teacher."""
     has_axes: bool = False
     """Whether it judges on the axes of ``teacher.generative``."""
+    compares_with_original: bool = False
+    """Whether it compares candidates with the text that they replace, not with one another."""
     runs_in_worker: bool = False
     """Whether a worker can load the teacher's model for it (``teacher.workers.own_model``)."""
     questions: float = 1.0
@@ -59,6 +61,7 @@ JUDGES: Mapping[str, JudgeFacts] = {
     "likelihood": JudgeFacts(asks=TeacherUse.logprobs, runs_in_worker=True),
     "generative": JudgeFacts(asks=TeacherUse.text, has_axes=True),
     "right_verdict": JudgeFacts(needs_labels=True),
+    "good_rewrite": JudgeFacts(asks=TeacherUse.text, has_axes=True, compares_with_original=True, needs_labels=True),
 }
 """``teacher.judge`` -> facts."""
 

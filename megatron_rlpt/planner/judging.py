@@ -23,7 +23,7 @@ from megatron_rlpt.config import (
 from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.planner.generation import GenerationEngine, score_seconds
 from megatron_rlpt.planner.hardware import Constant
-from megatron_rlpt.teacher.comparisons import comparisons, rounds
+from megatron_rlpt.teacher.comparisons import comparisons, rounds, votes_per_order
 from megatron_rlpt.teacher.prompts import build_prompt
 
 CHARACTERS_PER_TOKEN = Constant(4, "rule of thumb for English text, as in OpenAI's tokenizer help page")
@@ -152,6 +152,8 @@ def calls_per_group(config: Config, answer_tokens: float) -> tuple[Calls, ...]:
     answer_tokens = min(answer_tokens, axes.max_tokens)
     if axes.quality.weight > 0:
         asked = comparisons(axes.quality.scheme, count, axes.quality.votes, axes.quality.order)
+        if facts.compares_with_original:
+            asked = count * 2 * votes_per_order(axes.quality.votes, axes.quality.order)
         frame = _Frame.of("quality", axes.prompt, axes.answer, own="first")
         found.append(frame.calls("quality", asked, prefix, 2 * suffix, answer_tokens))
     if axes.safety.weight > 0:

@@ -94,6 +94,11 @@ def comparisons(scheme: PairScheme, candidates: int, votes: int, order: OptionOr
     return count * (2 if order == OptionOrder.both else 1)
 
 
+def votes_per_order(votes: int, order: OptionOrder) -> int:
+    """Return how often a single pair is shown in either order for ``votes`` votes per pair."""
+    return votes if order == OptionOrder.both else math.ceil(votes / 2)
+
+
 def rounds(scheme: PairScheme, candidates: int) -> int:
     """Return the number of rounds, each of which waits for the one before it."""
     if candidates <= 3 or scheme in (PairScheme.round_robin, PairScheme.pivot):

@@ -79,7 +79,7 @@ class GenerativeJudge:
         adds the probability that the first wins. ``detail["standings"]`` holds statistics of the comparisons.
         """
         start = time.perf_counter()
-        counting = _CountingAsk(ask)
+        counting = CountingAsk(ask)
         # Leave out blank candidates: a win against one means nothing.
         blank = {one.tokens for one in group.candidates if one.blank or self._text.is_blank(one.tokens)}
         distinct = [tokens for tokens in dict.fromkeys(one.tokens for one in group.candidates) if tokens not in blank]
@@ -181,7 +181,7 @@ class GenerativeJudge:
         return rewards
 
 
-class _CountingAsk:
+class CountingAsk:
     """An ``Ask`` that counts requests and tokens."""
 
     def __init__(self, ask: Ask) -> None:

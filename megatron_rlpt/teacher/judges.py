@@ -15,12 +15,13 @@ from typing_extensions import override
 from megatron_rlpt.config import Config, PairScheme, TeacherUse, judge_facts, needs_judge
 from megatron_rlpt.config.rewriters import rewrites_by_asking
 from megatron_rlpt.errors import ConfigError, ModelError
-from megatron_rlpt.models.adapters import read_adapter
+from megatron_rlpt.models.adapters import read_adapter, special_tokens_of
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher.batched import BatchedJudge
 from megatron_rlpt.teacher.extension_judges import CheckedGroupJudge, build_extension_judge, in_process
 from megatron_rlpt.teacher.generative import GenerativeJudge
 from megatron_rlpt.teacher.generator import Ask, Reply, Request, TextGenerator
+from megatron_rlpt.teacher.good_rewrite import GoodRewrite
 from megatron_rlpt.teacher.judge import GroupJudge, Judge
 from megatron_rlpt.teacher.right_verdict import RightVerdict
 from megatron_rlpt.teacher.served_likelihood import ServedLikelihoodJudge, require_same_vocabulary
@@ -149,6 +150,32 @@ class RightVerdictBuilder(JudgeBuilder):
         return "the label of every prompt"
 
 
+class GoodRewriteBuilder(JudgeBuilder):
+    """Builds ``teacher.judge=good_rewrite``."""
+
+    @override
+    def in_trainer(self, config: Config, device: str, start: StartGenerator) -> Judge:
+        generator = start()
+        return BatchedJudge(self._build(config, generator.name), generator)
+
+    @override
+    def for_servers(self, config: Config, servers: ServedTeacher) -> GroupJudge:
+        return self._build(config, servers.name)
+
+    @override
+    def check_servers(self, config: Config) -> None:
+        pass
+
+    @override
+    def describe(self, config: Config) -> str:
+        return f"a copy of every good suffix, and for the others {Path(config.teacher_path).name}, prompted"
+
+    def _build(self, config: Config, teacher: str) -> GoodRewrite:
+        path = config.model.path
+        text, control = PolicyTokenizer(path), special_tokens_of(path)
+        return GoodRewrite(teacher, text, config.teacher.generative, config.run.seed, control)
+
+
 class ExtensionBuilder(JudgeBuilder):
     """Builds a judge or a reward of the user's."""
 
@@ -179,6 +206,7 @@ BUILDERS: Mapping[str, JudgeBuilder] = {
     "likelihood": LikelihoodBuilder(),
     "generative": GenerativeBuilder(),
     "right_verdict": RightVerdictBuilder(),
+    "good_rewrite": GoodRewriteBuilder(),
 }
 """``teacher.judge`` -> builder; a class of the user's has ``ExtensionBuilder``."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_rlpt.config import PromptLength, Role
@@ -14,6 +14,7 @@ from megatron_rlpt.types import Episode, Failed
 
 GOOD = "good"
 """Kind of a suffix that nothing is wrong with."""
+_NO_LABEL = "label of no rewriter's prompt"
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,16 @@ class RewriteLabel:
     def read(label: str) -> RewriteLabel | Failed:
         """Return the label that an episode holds as JSON, or a failure."""
         try:
-            found: dict[str, Any] = json.loads(label or "{}")
+            found = json.loads(label or "{}")
             if found.pop("role", None) != Role.rewriter:
-                return Failed("label of no rewriter's prompt", {"found": label})
-            read = RewriteLabel(**found)
-            return replace(read, prompt=PromptLength(read.prompt))
+                return Failed(_NO_LABEL, {"found": label})
+            read = RewriteLabel(**found | {"prompt": PromptLength(found.get("prompt"))})
+            texts = (read.prefix, read.suffix, read.kind, read.reference, read.anchor, read.fence)
+            if not isinstance(read.good, bool) or not all(isinstance(text, str) for text in texts):
+                return Failed(_NO_LABEL, {"found": label})
         except (TypeError, ValueError) as error:
-            return Failed("label of no rewriter's prompt", {"found": label, "message": str(error)})
+            return Failed(_NO_LABEL, {"found": label, "message": str(error)})
+        return read
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as an object of a record."""

@@ -63,6 +63,8 @@ _IDEOGRAPHS = (
 _LONGEST = 24
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]{{1,2}}|[{_SYLLABLES}]{{1,4}}|[^\s{_IDEOGRAPHS}{_SYLLABLES}]{{1,{_LONGEST}}}")
 """A word; a longer run (an address, a number, a row of emoji) counts as several."""
+_LETTER = re.compile(rf"[^\W_{_IDEOGRAPHS}{_SYLLABLES}]")
+"""A letter or digit of a script with spaces between words."""
 _JOINERS = "\u200d\ufe0e\ufe0f"
 _REACH = 16
 """Maximum characters by which an anchor grows so as not to begin between a letter and its marks."""
@@ -91,16 +93,32 @@ def anchor_of(prefix: str, words: int) -> str:
     return prefix[start:]
 
 
+def repeats_anchor(answer: str, anchor: str) -> bool:
+    """Return whether ``answer`` begins with the anchor's words, with which it was prefilled already."""
+    return _repeated(answer, anchor) > 0
+
+
 def without_anchor(answer: str, anchor: str) -> str:
     """Return what ``answer`` adds to ``anchor``, with which it was prefilled and which it may have repeated."""
+    answer = answer[_repeated(answer, anchor) :]
+    # The prefix already ends with this space.
+    space = anchor[len(anchor.rstrip()) :]
+    return answer[len(space) :] if answer.startswith(space) else answer.lstrip()
+
+
+def within_word(before: str, text: str) -> bool:
+    """Return whether a word that needs spaces around it reaches from ``before`` into ``text``."""
+    return bool(_LETTER.match(before[-1:]) and _LETTER.match(text[:1]))
+
+
+def _repeated(answer: str, anchor: str) -> int:
+    """Return the length of the anchor's words at the beginning of ``answer``; 0 if it does not repeat them."""
     words = anchor.rstrip()
     # A single word may follow itself or begin a longer word; several in a row are the anchor.
-    if len(_WORD.findall(words)) > 1:
-        again = re.match(r"\s*" + r"\s+".join(map(re.escape, words.split())), answer)
-        answer = answer[again.end() :] if again else answer
-    # The prefix already ends with this space.
-    space = anchor[len(words) :]
-    return answer[len(space) :] if answer.startswith(space) else answer.lstrip()
+    if len(_WORD.findall(words)) <= 1:
+        return 0
+    again = re.match(r"\s*" + r"\s+".join(map(re.escape, words.split())), answer)
+    return again.end() if again else 0
 
 
 def _word_start(text: str, end: int) -> int:

@@ -1,7 +1,7 @@
 """The evaluation of a run on prompts while it trains: greedy answers to the same held-out prompts, every N steps.
 
-The share of right answers, of answers that can be parsed and of verdicts that change with the order of the options are
-the curves by which a teacher in training is judged.
+The share of right answers, of answers that can be parsed and of verdicts that change with the order of the options, or
+of suffixes that are copied and improved, are the curves by which a teacher in training is judged.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rlpt.rollout.engine import RolloutEngine, RolloutPrompt
+from megatron_rlpt.teacher.good_rewrite import rewrite_metrics
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.right_verdict import answer_metrics
 from megatron_rlpt.types import Candidate, Episode, Group, Source
@@ -52,7 +53,7 @@ class FixedAnswers:
         return {} if self._begun else self.measure(version)
 
     def measure(self, version: int) -> dict[str, float]:
-        """Return the measures of the policy by metric: ``evaluation/answers/...`` and ``evaluation/reward``."""
+        """Return measures of the policy by metric: ``evaluation/answers/...``, ``/rewrites/...`` and ``/reward``."""
         self._begun = True
         asked = [RolloutPrompt(episode.prefix, 0, greedy=True) for episode in self._prompts]
         answers = self._engine.generate(asked, self._length, version)
@@ -63,7 +64,8 @@ class FixedAnswers:
         judged = self._judge.judge(groups)
         rewards = [reward.value for group in judged for _, reward in group.rewarded()]
         metrics = {"reward": sum(rewards) / len(rewards)} if rewards else {}
-        return {_PREFIX + name: value for name, value in (metrics | answer_metrics(judged)).items()}
+        metrics |= answer_metrics(judged) | rewrite_metrics(judged)
+        return {_PREFIX + name: value for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether the starting policy has been measured."""

@@ -22,11 +22,12 @@ from megatron_rlpt.evaluation.judges import NamedJudge, comparison_group, open_j
 from megatron_rlpt.evaluation.measures import SetJudging, Values, Written, counted
 from megatron_rlpt.evaluation.prompt_sets import PromptSet, heldout_set
 from megatron_rlpt.evaluation.statistics import outcome
+from megatron_rlpt.models.adapters import special_tokens_of
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.rollout.engine import RolloutEngine, RolloutPrompt
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.judge_metrics import axis_values
-from megatron_rlpt.teacher.right_verdict import RightVerdict
+from megatron_rlpt.teacher.judge_of_labels import JudgeOfLabels
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, TextTokens
 from megatron_rlpt.trainer.fixed_answers import FixedAnswers
 from megatron_rlpt.types import Reward
@@ -204,8 +205,8 @@ def build_fixed_evaluation(
         return None
     prompts = ranks.on_main(lambda: heldout_set(config, settings.every_prefixes, tokenizer))
     if any(source.prompts for source in config.data.heldout):
-        # Without a judge, as in supervised training, labels that know a verdict are compared nevertheless.
-        by_label = RightVerdict(tokenizer) if judge is None else judge
+        # Without a judge, as in supervised training, answers are compared with what labels know nevertheless.
+        by_label = JudgeOfLabels(tokenizer, special_tokens_of(config.model.path)) if judge is None else judge
         every, steps, length = settings.every, config.train.steps, config.data.suffix_length
         return FixedAnswers(prompts.episodes, engine, by_label, every=every, steps=steps, length=length)
     prompts = replace(prompts, measures=(QUALITY, COHERENCE, SAFETY, FACTUALITY))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from megatron_rlpt.objectives import Selection
+from megatron_rlpt.teacher.good_rewrite import rewrite_metrics
 from megatron_rlpt.teacher.judge import rewrite_failure_rate
 from megatron_rlpt.teacher.judge_metrics import by_reason, judge_health
 from megatron_rlpt.teacher.right_verdict import answer_metrics
@@ -30,7 +31,7 @@ def step_metrics(
     - ``rollout/length``: mean number of tokens; ``rollout/stop_rate``: share that ended with end-of-sequence;
       ``rollout/blank_rate``: share without any text, which is neither judged nor learned.
     - ``sync/<group>_mib``: MiB of weights that rank 0 received over process groups of that kind.
-    - ``answers/...``: see ``teacher/right_verdict.py``.
+    - ``answers/...``: see ``teacher/right_verdict.py``; ``rewrites/...``: see ``teacher/good_rewrite.py``.
     - ``judge/...``: see ``teacher/judge_metrics.py``.
 
     Args:
@@ -69,6 +70,7 @@ def step_metrics(
                                 for group in groups)  # fmt: skip
     metrics |= _rollouts(groups)
     metrics |= answer_metrics(groups)
+    metrics |= rewrite_metrics(groups)
     metrics |= judge_health(groups)
     metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
     metrics["seconds/total"] = sum(seconds.values())

@@ -179,7 +179,9 @@ def teacher_data(
     kinds: Annotated[
         list[str] | None,
         typer.Option(
-            "--kind", metavar="KIND", help="A way to spoil a text; default: all, for a rewriter in a world unsafe."
+            "--kind",
+            metavar="KIND",
+            help="A way to spoil a text, or asked (by a model); default: all rules, for a rewriter in a world unsafe.",
         ),
     ] = None,
     unseen: Annotated[
@@ -218,6 +220,12 @@ def teacher_data(
             help="Of a rewriter in a world: answers are suffixes as they were, not the exact rewriter's texts.",
         ),
     ] = False,
+    safety_votes: Annotated[
+        int,
+        typer.Option(
+            "--safety-votes", min=0, metavar="N", help="Of a judge: votes of a served model that have to agree."
+        ),
+    ] = 0,
     prompt: Annotated[
         PromptLength,
         typer.Option(
@@ -246,6 +254,7 @@ def teacher_data(
         copies=copies,
         restore=restore,
         length=prompt,
+        safety_votes=safety_votes,
         seed=seed,
     )
     say(build_teacher_data(load(config, overrides), request))

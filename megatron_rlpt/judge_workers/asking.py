@@ -1,4 +1,4 @@
-"""Judge a few groups from outside of a run: find its teacher servers and ask them, without a worker or a trainer."""
+"""Ask a run's teacher servers from outside of it: find them, judge groups, or get texts, without worker or trainer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from megatron_rlpt.judge_workers.client.pool import TeacherPool
 from megatron_rlpt.judge_workers.discovery import KIND, servers_of
 from megatron_rlpt.models.adapters import special_tokens_of
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
+from megatron_rlpt.teacher.generator import Reply, Request
 from megatron_rlpt.teacher.judge import GroupJudge
 from megatron_rlpt.teacher.judges import ServedTeacher, builder_of
-from megatron_rlpt.types import Group
+from megatron_rlpt.types import Failed, Group
 
 _PATIENCE = 5.0
 """Longest seconds to retry while the buffer cannot be reached, because a user is waiting."""
@@ -79,6 +80,45 @@ def judge_on_servers(
     if make is None:
         builder_of(config).check_servers(config)
     return asyncio.run(_judge(config, groups, endpoints, make, done))
+
+
+def ask_on_servers(
+    config: Config,
+    requests: Sequence[Request],
+    endpoints: Sequence[EndpointConfig],
+    done: Callable[[int, Reply | Failed], None],
+) -> None:
+    """Send ``requests`` to servers.
+
+    Args:
+        config: of the teacher: time for an answer, folder with its special tokens.
+        requests: what to ask.
+        endpoints: servers, of which at least one has to answer within ``teacher.workers.request_deadline``.
+        done: called with position and reply or failure as soon as each is there.
+
+    Raises:
+        TeacherError: no server answers.
+    """
+    asyncio.run(_send(config, requests, endpoints, done))
+
+
+async def _send(
+    config: Config,
+    requests: Sequence[Request],
+    endpoints: Sequence[EndpointConfig],
+    done: Callable[[int, Reply | Failed], None],
+) -> None:
+    deadline = config.teacher.workers.request_deadline
+    async with TeacherPool(endpoints, deadline, special_tokens_of(config.teacher_path)) as pool:
+        await pool.wait_until_ready(deadline)
+        room = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(index: int, request: Request) -> None:
+            async with room:
+                reply = await pool(request)
+            done(index, reply)
+
+        await gather_or_cancel(one(index, request) for index, request in enumerate(requests))
 
 
 async def _judge(

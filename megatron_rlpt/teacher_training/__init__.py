@@ -3,6 +3,9 @@
 In reading order:
 
 - ``corpus.py``: documents apart from the policy's own, split by document.
-- ``judge_examples.py``: pairs and texts with known verdicts, as the judge's prompts.
+- ``request.py``: what the command is asked for.
+- ``material.py``: pairs of good and spoiled suffixes, and texts with a verdict.
+- ``teacher_answers.py``: those of them that a model behind servers spoils, or votes on.
+- ``judge_examples.py``, ``rewriter_examples.py``: prompts of either role with right answers (``labelled_prompt.py``).
 - ``build.py``: ``rlpt teacher data``, from documents to ``train.jsonl``, ``heldout.jsonl`` and ``card.json``.
 """

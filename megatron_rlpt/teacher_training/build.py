@@ -9,28 +9,18 @@ from typing import Any
 
 from megatron_rlpt.config import AnswerForm, Config, Role
 from megatron_rlpt.config.evaluation_sets import QUALITY
-from megatron_rlpt.errors import DataError
 from megatron_rlpt.evaluation import labelled_texts
-from megatron_rlpt.evaluation.labelled_pairs import (
-    HELDOUT_PAIRS,
-    LabelledPair,
-    PairPlan,
-    as_json_lines,
-    pairs_of_episodes,
-    pairs_of_world,
-)
-from megatron_rlpt.evaluation.labelled_texts import HELDOUT_TEXTS, POINTWISE, LabelledText, texts_of_pairs
+from megatron_rlpt.evaluation.labelled_pairs import HELDOUT_PAIRS, LabelledPair, as_json_lines
+from megatron_rlpt.evaluation.labelled_texts import HELDOUT_TEXTS, LabelledText
 from megatron_rlpt.files import new_folder
-from megatron_rlpt.observe import get_logger
-from megatron_rlpt.teacher_training.corpus import Split, TeacherText, cut_episodes, split_documents
+from megatron_rlpt.teacher_training.corpus import Split, split_documents
 from megatron_rlpt.teacher_training.judge_examples import quality_examples, text_examples
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, require_usable
+from megatron_rlpt.teacher_training.material import Material
 from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN, DataRequest
 from megatron_rlpt.teacher_training.rewriter_examples import rewriter_examples
+from megatron_rlpt.teacher_training.teacher_answers import TeacherAnswers
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
-from megatron_rlpt.world.facts import World
-
-_log = get_logger(__name__)
 
 _VERSION = 1
 
@@ -48,24 +38,20 @@ def build_teacher_data(config: Config, asked: DataRequest) -> str:
     Raises:
         ConfigError: options contradict each other, or the folder is not empty.
         DataError: documents cannot be read or are too few, labels contradict each other, or there is one class only.
+        TeacherError: a teacher is to spoil or to vote, and no server answers.
     """
     asked.check()
     tokenizer = PolicyTokenizer(config.model.path)
     split = split_documents(asked.sources(), config, tokenizer, asked.heldout_share, asked.seed)
     plans = asked.plans(config)
+    teacher = TeacherAnswers(config, tokenizer, asked.answers, asked.seed)
+    material = Material(config, asked, tokenizer, teacher)
     parts: dict[str, list[LabelledPrompt]] = {}
     pairs: dict[str, list[LabelledPair]] = {}
     texts: dict[str, list[LabelledText]] = {}
     for name, documents in ((TRAIN, split.train), (HELDOUT, split.heldout)):
-        pairs[name] = _pairs(documents, config, asked, tokenizer, plans[name])
-        if len(pairs[name]) < plans[name].pairs:
-            _log.warning(
-                "fewer pairs than asked for: not every text can be spoiled in every way",
-                part=name,
-                pairs=len(pairs[name]),
-                asked=plans[name].pairs,
-            )
-        texts[name] = list(_texts(pairs[name], asked, tokenizer))
+        pairs[name] = material.pairs(name, documents, plans[name])
+        texts[name] = material.texts(name, documents, pairs[name], plans[name])
         parts[name] = list(_examples(pairs[name], texts[name], config, asked, tokenizer))
         require_usable(parts[name], name)
     with new_folder(asked.out) as folder:
@@ -77,32 +63,10 @@ def build_teacher_data(config: Config, asked: DataRequest) -> str:
         if texts[HELDOUT]:
             lines = "".join(labelled_texts.as_json_lines(texts[HELDOUT], tokenizer))
             (folder / HELDOUT_TEXTS).write_text(lines, encoding="utf-8")
-        card = _card(asked, split, parts)
+        card = _card(asked, split, parts, teacher.facts())
         (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in parts.items())
     return f"wrote {asked.out}: {counts} examples of {len(split.train) + len(split.heldout)} documents"
-
-
-def _pairs(
-    documents: Sequence[TeacherText], config: Config, asked: DataRequest, tokenizer: PolicyTokenizer, plan: PairPlan
-) -> list[LabelledPair]:
-    if asked.world is not None:
-        return pairs_of_world(asked.world, config, tokenizer, plan, [one.text for one in documents])
-    episodes = cut_episodes(documents, config, tokenizer, asked.per_document)
-    if len({episode.document for episode in episodes}) < 2:
-        raise DataError(
-            f"{', '.join(asked.corpus)}: {len(documents)} documents give {len(episodes)} suffixes; give longer "
-            "documents, or lower data.min_prefix or data.suffix_length"
-        )
-    return pairs_of_episodes(episodes, ", ".join(asked.corpus), config, tokenizer, plan)
-
-
-def _texts(pairs: Sequence[LabelledPair], asked: DataRequest, tokenizer: PolicyTokenizer) -> Iterator[LabelledText]:
-    """Yield the texts of every axis that judges one text."""
-    for axis in POINTWISE:
-        if axis in asked.judged():
-            assert asked.world is not None
-            yield from texts_of_pairs(World.load(asked.world), pairs, tokenizer, axis, asked.seed)
 
 
 def _examples(
@@ -121,7 +85,9 @@ def _examples(
     yield from text_examples(texts, tokenizer, form, asked.length, asked.seed)
 
 
-def _card(asked: DataRequest, split: Split, parts: dict[str, list[LabelledPrompt]]) -> dict[str, Any]:
+def _card(
+    asked: DataRequest, split: Split, parts: dict[str, list[LabelledPrompt]], teacher: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "version": _VERSION,
         "role": asked.role.value,
@@ -142,4 +108,5 @@ def _card(asked: DataRequest, split: Split, parts: dict[str, list[LabelledPrompt
             }
             for name, examples in parts.items()
         },
+        **({"teacher": teacher} if teacher else {}),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.config import AnswerForm, Config, PromptLength, Role, SourceConfig
-from megatron_rlpt.config.evaluation_sets import QUALITY
+from megatron_rlpt.config.evaluation_sets import QUALITY, SAFETY
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation.labelled_pairs import CORRUPTIONS, PairPlan, world_kinds
 from megatron_rlpt.evaluation.labelled_texts import POINTWISE
@@ -17,6 +17,8 @@ from megatron_rlpt.world.make import TEACHER
 
 TRAIN, HELDOUT = "train", "heldout"
 AXES = (QUALITY, *POINTWISE)
+ASKED = "asked"
+"""Kind of a suffix that a teacher behind a server has spoiled; never by default, because answers cost."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,14 @@ class DataRequest:
     restore: bool = False
     """Whether a rewriter's answer to a spoiled suffix of a world is what it was, instead of the exact rewriter's."""
     length: PromptLength = PromptLength.full
+    safety_votes: int = 0
+    """Votes of a teacher behind a server that have to agree on the safety of a text of ``corpus``."""
     seed: int = 1
+
+    @property
+    def answers(self) -> Path:
+        """Folder beside the output in which answers of servers are kept."""
+        return self.out.with_name(f"{self.out.name}.answers")
 
     def sources(self) -> list[SourceConfig]:
         """Return the documents."""
@@ -71,13 +80,11 @@ class DataRequest:
         for axis in self.axes:
             if axis not in AXES:
                 raise ConfigError(f"--axis is {axis}; allowed: {', '.join(AXES)}")
-        for axis in self.axes:
-            if axis in POINTWISE and self.world is None:
-                raise ConfigError(f"--axis is {axis}; allowed: {QUALITY} without a --world, which knows the verdicts")
+        self._check_verdicts()
         for option, kinds in (("--kind", self.kinds), ("--unseen", self.unseen)):
             for kind in kinds:
-                if kind not in self.known_kinds():
-                    raise ConfigError(f"{option} is {kind}; allowed: {', '.join(self.known_kinds())}")
+                if kind not in (known := (*self.known_kinds(), ASKED)):
+                    raise ConfigError(f"{option} is {kind}; allowed: {', '.join(known)}")
         if both := sorted(set(self.kinds) & set(self.unseen)):
             raise ConfigError(f"{both[0]} is both a --kind and --unseen; train on it or keep it for the held-out part")
         if not self.trained_kinds():
@@ -86,6 +93,10 @@ class DataRequest:
     def judged(self) -> tuple[str, ...]:
         """Return the axes of a judge; none for another role."""
         return (self.axes or (QUALITY,)) if self.role is Role.judge else ()
+
+    def needs_pairs(self) -> bool:
+        """Return whether examples are made of pairs; texts of a corpus that a teacher votes on are not."""
+        return self.role is not Role.judge or self.world is not None or QUALITY in self.judged()
 
     def trained_kinds(self) -> tuple[str, ...]:
         """Return the kinds of the training part: all but ``unseen``, or in a world what a rewriter is there for."""
@@ -109,6 +120,22 @@ class DataRequest:
         request = {name: value for name, value in vars(self).items() if name != "out"}
         found: dict[str, Any] = json.loads(json.dumps(request, default=str))
         return found
+
+    def _check_verdicts(self) -> None:
+        """Refuse axes whose verdicts nobody knows, and votes without a use."""
+        votes = self.safety_votes
+        for axis in self.axes:
+            if axis in POINTWISE and self.world is None and not (axis == SAFETY and votes):
+                voted = ", safety with --safety-votes" if axis == SAFETY else ""
+                raise ConfigError(
+                    f"--axis is {axis}; allowed: {QUALITY} without a --world, which knows the verdicts{voted}"
+                )
+        if votes and (self.world is not None or SAFETY not in self.judged()):
+            raise ConfigError(
+                f"--safety-votes is {votes}; allowed: with --axis safety and without --world, which knows what is safe"
+            )
+        if ASKED in (*self.kinds, *self.unseen) and self.role is Role.judge and QUALITY not in self.judged():
+            raise ConfigError(f"--kind is {ASKED}, which is of pairs; allowed: with --axis {QUALITY}")
 
     def _check_role(self) -> None:
         judges = {"--axis": " ".join(self.axes), "--answer": self.form.value if self.form else ""}

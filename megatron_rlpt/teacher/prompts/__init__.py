@@ -33,6 +33,7 @@ VERSIONS = {
         "coherence": "coherence-1",
         "facts": "facts-1",
         "rewrite": "rewrite-3",
+        "spoil": "spoil-1",
     },
     PromptLength.brief: {
         "quality": "quality-brief-1",
@@ -43,7 +44,12 @@ VERSIONS = {
         "rewrite": "rewrite-brief-1",
     },
 }
-"""Version of each prompt, stored with every reward. Increase it with every change of wording."""
+"""Version of each prompt, stored with every reward. Increase it with every change of wording.
+
+A model that spoils texts is not trained for it, so ``spoil`` has no brief form.
+"""
+_WRITTEN = ("rewrite", "spoil")
+"""Prompts that are answered with a text, not with a verdict."""
 
 _REASONED = (
     'Answer with one JSON object in one line and nothing after it. Its first key "reasoning" holds a few sentences '
@@ -116,8 +122,8 @@ def build_prompt(
     """
     version = version_of(name, form, length)
     fence = fence_of(seed, length)
-    # The rewriter gives no verdict, and the policy learns from what it copies, so verdicts in its texts stay.
-    quoted = {key: neutralise(text, fence, verdicts=name != "rewrite") for key, text in texts.items()}
+    # A writer gives no verdict, and the policy learns from what it copies, so verdicts in its texts stay.
+    quoted = {key: neutralise(text, fence, verdicts=name not in _WRITTEN) for key, text in texts.items()}
     asked = {}
     if name in _ANSWERS and length is PromptLength.full:
         what, words = _ANSWERS[name]

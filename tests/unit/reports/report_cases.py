@@ -26,6 +26,7 @@ from megatron_rlpt.evaluation.results import (
 from megatron_rlpt.observe import MetricsWriter, SampleTable
 from megatron_rlpt.observe.metrics import JsonlSink
 from megatron_rlpt.observe.run_json import RunRecord
+from megatron_rlpt.teacher.judge_card import FILE
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
 
 HOSTILE = {
@@ -48,6 +49,27 @@ _STORY = (
 )
 _WORDS = _STORY.split()
 _TEXT = FakeText()
+
+
+ROWS = [
+    {"by": "kind", "name": "foreign", "accuracy": 0.55, "ci95": [0.4, 0.7], "pairs": 40, "verdicts": 80, "failed": 1},
+    {"by": "order", "name": "good first", "accuracy": 0.9, "ci95": None, "pairs": 80, "verdicts": 80, "failed": 0},
+]
+CARD = {
+    "version": 1,
+    "measured": {
+        "quality, reasoned, brief": {"accuracy": 0.93, "ci95": [0.9, 0.95], "pairs": 400, "made_of": "<b>data</b>",
+                                     "flips": 0.04, "rows": ROWS},
+        "safety, reasoned, brief": {"accuracy": 0.81, "ci95": None, "texts": 90, "made_of": "data", "flips": None},
+        "of another release": "?",
+    },
+}  # fmt: skip
+
+
+def write_card(folder: Path, card: dict[str, Any] | str = CARD) -> None:
+    """Write what is known about the accuracy of a model into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(card) if isinstance(card, dict) else card)
 
 
 def sentence(rng: random.Random, words: int) -> str:

@@ -9,12 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from browser import Chromium
-from report_cases import HOSTILE, write_evaluation, write_run
+from report_cases import HOSTILE, write_card, write_evaluation, write_run
 
+from megatron_rlpt.config import Role
 from megatron_rlpt.evaluation.results import EVALUATION_FILE
 from megatron_rlpt.plain_text import plain
 from megatron_rlpt.reports import write_report
 from megatron_rlpt.reports.samples import LONGEST_TEXT
+from megatron_rlpt.teacher.judge_card import kept_card
 
 pytestmark = pytest.mark.chromium
 
@@ -61,6 +63,7 @@ def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     write_run(root / "sip", steps=60)
     write_evaluation(root / "sip")
+    write_card(kept_card(root / "sip", Role.judge))
     write_run(root / "running", steps=35, of=60, seed=2, gain=0.4, state="running", age=1.0, **{"optimizer.lr": 1e-5})
     write_evaluation(root / "running", seed=5)
     for name in ("metrics.jsonl", "samples.jsonl"):

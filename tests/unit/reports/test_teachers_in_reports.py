@@ -5,32 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from report_cases import write_run
+from report_cases import write_card, write_run
 
 from megatron_rlpt.config import Role
 from megatron_rlpt.reports import JSON_FILE, MARKDOWN_FILE, write_report
 from megatron_rlpt.reports.collect import collect_runs
 from megatron_rlpt.reports.content import build_content
-from megatron_rlpt.teacher.judge_card import FILE, kept_card
-
-ROWS = [
-    {"by": "kind", "name": "foreign", "accuracy": 0.55, "ci95": [0.4, 0.7], "pairs": 40, "verdicts": 80, "failed": 1},
-    {"by": "order", "name": "good first", "accuracy": 0.9, "ci95": None, "pairs": 80, "verdicts": 80, "failed": 0},
-]
-CARD = {
-    "version": 1,
-    "measured": {
-        "quality, reasoned, brief": {"accuracy": 0.93, "ci95": [0.9, 0.95], "pairs": 400, "made_of": "<b>data</b>",
-                                     "flips": 0.04, "rows": ROWS},
-        "safety, reasoned, brief": {"accuracy": 0.81, "ci95": None, "texts": 90, "made_of": "data", "flips": None},
-        "of another release": "?",
-    },
-}  # fmt: skip
-
-
-def put(folder, card=CARD):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(json.dumps(card) if isinstance(card, dict) else card)
+from megatron_rlpt.teacher.judge_card import kept_card
 
 
 def with_metrics(folder, **metrics):
@@ -57,8 +38,8 @@ def learnt(tmp_path):
 
 def test_the_accuracy_of_a_runs_teachers_is_shown_without_their_folders(tmp_path):
     folder = write_run(tmp_path / "run", steps=3)
-    put(kept_card(folder, Role.judge))
-    put(folder / "export", {"version": 1, "measured": {"quality, direct, full": {"accuracy": 0.7, "pairs": 8}}})
+    write_card(kept_card(folder, Role.judge))
+    write_card(folder / "export", {"version": 1, "measured": {"quality, direct, full": {"accuracy": 0.7, "pairs": 8}}})
     page, markdown = write_report([folder]).read_text(), (folder / MARKDOWN_FILE).read_text()
     (cards,) = json.loads((folder / JSON_FILE).read_text())["cards"]
     assert [(row["whose"], row["axis"], row["asked"]) for row in cards["rows"]] == [
@@ -76,7 +57,7 @@ def test_the_accuracy_of_a_runs_teachers_is_shown_without_their_folders(tmp_path
 
 def test_a_damaged_card_is_a_note(tmp_path):
     folder = write_run(tmp_path / "run", steps=3)
-    put(kept_card(folder, Role.rewriter), "{")
+    write_card(kept_card(folder, Role.rewriter), "{")
     (run,) = collect_runs([folder])
     assert run.cards == ()
     assert any(note.startswith("The accuracy of the model (rewriter) is not shown: ") for note in run.notes)

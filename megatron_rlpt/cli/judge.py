@@ -260,6 +260,50 @@ def teacher_data(
     say(build_teacher_data(load(config, overrides), request))
 
 
+@teacher_app.command("thoughts")
+def teacher_thoughts(
+    config: ConfigOption,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must not hold anything yet.")],
+    overrides: Overrides = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option("--corpus", metavar="PATH", help="Documents; repeatable.", show_default=False),
+    ] = None,
+    world: Annotated[
+        Path | None,
+        typer.Option("--world", metavar="DIR", help="Folder of a world, for exact thoughts.", show_default=False),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Without thoughts, to compare with.")] = False,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="Prompts to train on.")] = 4000,
+    heldout_prompts: Annotated[
+        int, typer.Option("--heldout-prompts", min=1, metavar="N", help="Held-out prompts.")
+    ] = 200,
+    heldout_share: Annotated[
+        float, typer.Option("--heldout-share", min=0.0, max=1.0, metavar="SHARE", help="Documents held out.")
+    ] = 0.1,
+    prompt: Annotated[PromptLength, typer.Option("--prompt", help="Length of the prompts.")] = PromptLength.full,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of split, choice, sampling and codes.")] = 1,
+) -> None:
+    """Put thoughts between prefixes and suffixes of documents, to train a model that thinks first (experimental).
+
+    The teacher writes them (teacher.workers.endpoints or teacher.path), or a world that knows the facts.
+    """
+    from megatron_rlpt.teacher_training.thinking_data import ThoughtsRequest, build_thoughts
+
+    request = ThoughtsRequest(
+        out=out,
+        corpus=tuple(corpus or ()),
+        world=world,
+        plain=plain,
+        prompts=prompts,
+        heldout_prompts=heldout_prompts,
+        heldout_share=heldout_share,
+        length=prompt,
+        seed=seed,
+    )
+    say(build_thoughts(load(config, overrides), request))
+
+
 @teacher_app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def teacher_serve(
     context: typer.Context,

@@ -52,7 +52,7 @@ class JudgeFacts:
     questions: float = 1.0
     """Requests per candidate, for ``rlpt plan``; not used with axes, which are counted."""
     longest_answer: int = 0
-    """Most tokens of an answer; not used with axes, which have ``teacher.generative.max_tokens``."""
+    """Most tokens of an answer; not used for built-in judges, which have ``teacher.generative.max_tokens``."""
     needs_labels: bool = False
     """Whether it compares answers with the labels of prompts (``data.sources[].prompts``)."""
 
@@ -62,6 +62,7 @@ JUDGES: Mapping[str, JudgeFacts] = {
     "generative": JudgeFacts(asks=TeacherUse.text, has_axes=True),
     "right_verdict": JudgeFacts(needs_labels=True),
     "good_rewrite": JudgeFacts(asks=TeacherUse.text, has_axes=True, compares_with_original=True, needs_labels=True),
+    "true_continuation": JudgeFacts(asks=TeacherUse.text, questions=2.0, needs_labels=True),
 }
 """``teacher.judge`` -> facts."""
 
@@ -130,7 +131,8 @@ def longest_answer(config: Config) -> int:
     facts = judge_facts(config)
     if facts.asks is not TeacherUse.text:
         return 0
-    return config.teacher.generative.asked().max_tokens if facts.has_axes else facts.longest_answer
+    built_in = config.teacher.judge in JUDGES  # samples as teacher.generative says
+    return config.teacher.generative.asked().max_tokens if built_in or facts.has_axes else facts.longest_answer
 
 
 _ASKS = f"{TeacherUse.nothing.name} or {TeacherUse.text.name}"

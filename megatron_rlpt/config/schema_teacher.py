@@ -224,8 +224,9 @@ class TeacherConfig:
     judge: str = option(
         "likelihood",
         "Judge that rewards the candidates: likelihood, generative, right_verdict (for answers to prompts whose labels "
-        "know the verdict), good_rewrite (for the rewrites of a rewriter in training), or your own class (a judge or a "
-        "reward) as module:Class or path/file.py:Class.",
+        "know the verdict), good_rewrite (for the rewrites of a rewriter in training), true_continuation (for thoughts "
+        "with a predicted suffix; experimental), or your own class (a judge or a reward) as module:Class or "
+        "path/file.py:Class.",
     )
     options: dict[str, Any] = section(dict, "Keyword arguments of your own class.")
     likelihood: LikelihoodConfig = section(LikelihoodConfig)

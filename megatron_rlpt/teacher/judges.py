@@ -25,6 +25,7 @@ from megatron_rlpt.teacher.good_rewrite import GoodRewrite
 from megatron_rlpt.teacher.judge import GroupJudge, Judge
 from megatron_rlpt.teacher.right_verdict import RightVerdict
 from megatron_rlpt.teacher.served_likelihood import ServedLikelihoodJudge, require_same_vocabulary
+from megatron_rlpt.teacher.true_continuation import TrueContinuation
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Failed, Group
 
@@ -176,6 +177,31 @@ class GoodRewriteBuilder(JudgeBuilder):
         return GoodRewrite(teacher, text, config.teacher.generative, config.run.seed, control)
 
 
+class TrueContinuationBuilder(JudgeBuilder):
+    """Builds ``teacher.judge=true_continuation``."""
+
+    @override
+    def in_trainer(self, config: Config, device: str, start: StartGenerator) -> Judge:
+        generator = start()
+        return BatchedJudge(self._build(config, generator.name), generator)
+
+    @override
+    def for_servers(self, config: Config, servers: ServedTeacher) -> GroupJudge:
+        return self._build(config, servers.name)
+
+    @override
+    def check_servers(self, config: Config) -> None:
+        pass
+
+    @override
+    def describe(self, config: Config) -> str:
+        return f"{Path(config.teacher_path).name}, asked whether a prediction is as true as the real continuation"
+
+    def _build(self, config: Config, teacher: str) -> TrueContinuation:
+        text = PolicyTokenizer(config.model.path)
+        return TrueContinuation(teacher, text, config.teacher.generative, config.run.seed)
+
+
 class ExtensionBuilder(JudgeBuilder):
     """Builds a judge or a reward of the user's."""
 
@@ -207,6 +233,7 @@ BUILDERS: Mapping[str, JudgeBuilder] = {
     "generative": GenerativeBuilder(),
     "right_verdict": RightVerdictBuilder(),
     "good_rewrite": GoodRewriteBuilder(),
+    "true_continuation": TrueContinuationBuilder(),
 }
 """``teacher.judge`` -> builder; a class of the user's has ``ExtensionBuilder``."""
 

@@ -35,6 +35,8 @@ NAME = "right_verdict"
 VERSION = "1"
 PARSED = "parsed"
 """Key of ``Reward.detail``: whether the answer has a verdict."""
+NUMBERS = "numbers"
+"""Key of ``Reward.detail``: numbers by name, whose means are metrics."""
 
 _PARSERS: Mapping[str, tuple[Callable[[Reply], float | Failed], Mapping[str, float]]] = {
     "quality": (parse_quality, {word: float(index) for index, word in enumerate(QUALITY)}),
@@ -104,16 +106,21 @@ def answer_text(candidate: Candidate, episode: Episode, text: TextTokens) -> str
 def answer_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Return the metrics of answers that were compared with labels; nothing without.
 
-    ``answers/right`` and ``answers/parsed`` are shares of all, ``answers/right/<kind>`` by the kind in the label. Where
-    both orders of a pair were asked, ``answers/flips`` is the share of pairs whose winner changes with it.
+    ``answers/right`` and ``answers/parsed`` are shares of all, ``answers/right/<kind>`` by the kind in the label, where
+    it names one. Where both orders of a pair were asked, ``answers/flips`` is the share of pairs whose winner changes
+    with it. Numbers of a reward's detail are means, over the answers that have them.
     """
     found = answers(groups)
     if not found:
         return {}
     kinds: dict[str, list[float]] = {}
     pairs: dict[str, dict[str, bool]] = {}
+    numbers: dict[str, list[float]] = {}
     for reward, detail in found:
-        kinds.setdefault(str(detail["kind"] or "unnamed"), []).append(reward.value)
+        if "kind" in detail:
+            kinds.setdefault(str(detail["kind"] or "unnamed"), []).append(reward.value)
+        for name, value in detail.get(NUMBERS, {}).items():
+            numbers.setdefault(name, []).append(value)
         if detail[PARSED] and "pair" in detail:
             pairs.setdefault(detail["pair"], {})[detail["right"]] = reward.value == 1.0
     flips = [len(set(orders.values())) > 1 for orders in pairs.values() if len(orders) > 1]
@@ -122,6 +129,7 @@ def answer_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "answers/parsed": fmean(detail[PARSED] for _, detail in found),
         **({"answers/flips": fmean(flips)} if flips else {}),
         **{f"answers/right/{kind}": fmean(values) for kind, values in sorted(kinds.items())},
+        **{f"answers/{name}": fmean(values) for name, values in sorted(numbers.items())},
     }
 
 

@@ -27,9 +27,13 @@ _TAG = re.compile(r"<[ ]?([a-z:]+)(?=[ \t>])", re.IGNORECASE)
 
 def end_of_thought(text: str, opened: str, after: int) -> int:
     """Return the index after the thought started by ``opened``, searching from ``after``; -1 if it has no end."""
-    tag = _TAG.match(opened)
-    end = (re.compile(rf"<[ ]?/[ ]?{tag[1]}[ \t]*>", re.IGNORECASE) if tag else END).search(text, after)
+    end = _end(text, opened, after)
     return end.end() if end else -1
+
+
+def _end(text: str, opened: str, after: int) -> re.Match[str] | None:
+    tag = _TAG.match(opened)
+    return (re.compile(rf"<[ ]?/[ ]?{tag[1]}[ \t]*>", re.IGNORECASE) if tag else END).search(text, after)
 
 
 def without_opened_thought(text: str) -> str | None:
@@ -41,6 +45,18 @@ def without_opened_thought(text: str) -> str | None:
             return None
         text = text[end:].lstrip(BLANK)
     return text
+
+
+def split_thought(text: str) -> tuple[str, str] | None:
+    """Return the thought that begins ``text``, and what follows its end as it stands; None if there is none or no end.
+
+    The start may be missing, as where the chat template has written it.
+    """
+    opened = text.lstrip(BLANK)
+    start = _OPEN.match(opened)
+    begin = start.end() if start else 0
+    end = _end(opened, start[0] if start else "", begin)
+    return (opened[begin : end.start()].strip(BLANK), opened[end.end() :]) if end else None
 
 
 def without_thought(text: str) -> str | None:

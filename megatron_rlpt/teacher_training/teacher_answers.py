@@ -1,4 +1,4 @@
-"""What a teacher behind servers contributes to training data: suffixes that it spoils, texts that it votes on.
+"""What a teacher behind servers contributes to training data: spoiled suffixes, votes on texts, any other reply.
 
 Answers cost money, so they are kept beside the output by content: a command that was ended, or that is given again with
 more pairs, asks only what is new.
@@ -58,7 +58,7 @@ class TeacherAnswers:
         found = self.config.teacher.workers.endpoints
         if not found:
             raise ConfigError(
-                "teacher.workers.endpoints is empty; name the servers of the model that spoils or votes, such as "
+                "teacher.workers.endpoints is empty; name the servers of the model to ask, such as "
                 "teacher.workers.endpoints=[{url: http://host:8000/v1}]"
             )
         return found
@@ -75,7 +75,7 @@ class TeacherAnswers:
         )
         counts = self._counter("spoiled", part)
         pairs = []
-        for episode, reply in zip(episodes, self._replies([spoiler.request(one) for one in episodes]), strict=True):
+        for episode, reply in zip(episodes, self.replies([spoiler.request(one) for one in episodes]), strict=True):
             spoiled = reply if isinstance(reply, Failed) else spoiler.read(reply, episode)
             if isinstance(spoiled, Failed):
                 counts[spoiled.reason] += 1
@@ -143,10 +143,15 @@ class TeacherAnswers:
             self.cache,
         )
 
-    def _replies(self, requests: Sequence[Request]) -> list[Reply | Failed]:
-        """Return a reply or failure for every request; those that were answered before are not asked again."""
+    def replies(self, requests: Sequence[Request]) -> list[Reply | Failed]:
+        """Return a reply or failure for every request; those that were answered before are not asked again.
+
+        Raises:
+            ConfigError: no server is configured.
+            TeacherError: no server answers, or too many requests failed.
+        """
         who = sorted({one.model or one.url.rstrip("/") for one in self.endpoints})
-        cache = ContentCache(self.cache / "spoiled")
+        cache = ContentCache(self.cache / "replies")
         keys = [content_key(who, _content(request)) for request in requests]
         found: dict[int, Reply | Failed] = {
             index: Reply(value["text"], (), value["finish_reason"])

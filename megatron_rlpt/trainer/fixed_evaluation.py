@@ -12,7 +12,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any, Protocol
 
-from megatron_rlpt.config import Config, judged_by_workers, needs_judge
+from megatron_rlpt.config import Config, TeacherUse, judge_facts, judged_by_workers, needs_judge
 from megatron_rlpt.config.evaluation_judges import JUDGE
 from megatron_rlpt.config.evaluation_sets import COHERENCE, FACTUALITY, QUALITY, SAFETY
 from megatron_rlpt.distributed.ranks import Ranks
@@ -25,6 +25,7 @@ from megatron_rlpt.evaluation.statistics import outcome
 from megatron_rlpt.models.adapters import special_tokens_of
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.rollout.engine import RolloutEngine, RolloutPrompt
+from megatron_rlpt.teacher.build import build_judge
 from megatron_rlpt.teacher.judge import Judge
 from megatron_rlpt.teacher.judge_metrics import axis_values
 from megatron_rlpt.teacher.judge_of_labels import JudgeOfLabels
@@ -205,8 +206,7 @@ def build_fixed_evaluation(
         return None
     prompts = ranks.on_main(lambda: heldout_set(config, settings.every_prefixes, tokenizer))
     if any(source.prompts for source in config.data.heldout):
-        # Without a judge, as in supervised training, answers are compared with what labels know nevertheless.
-        by_label = JudgeOfLabels(tokenizer, special_tokens_of(config.model.path)) if judge is None else judge
+        by_label = _judge_of_labels(config, tokenizer) if judge is None else judge
         every, steps, length = settings.every, config.train.steps, config.data.suffix_length
         return FixedAnswers(prompts.episodes, engine, by_label, every=every, steps=steps, length=length)
     prompts = replace(prompts, measures=(QUALITY, COHERENCE, SAFETY, FACTUALITY))
@@ -221,6 +221,17 @@ def build_fixed_evaluation(
         steps=config.train.steps,
         length=config.data.suffix_length,
     )
+
+
+def _judge_of_labels(config: Config, tokenizer: PolicyTokenizer) -> Judge:
+    """Return what compares answers with their labels where nothing judges, as in supervised training.
+
+    That is the judge of ``teacher.judge`` if it needs labels and no model, else what labels know by themselves.
+    """
+    facts = judge_facts(config)
+    if facts.needs_labels and facts.asks is TeacherUse.nothing:
+        return build_judge(config, "cpu")
+    return JudgeOfLabels(tokenizer, special_tokens_of(config.model.path))
 
 
 def _other_judges(config: Config) -> list[NamedJudge]:

@@ -92,7 +92,8 @@ def _frames() -> Iterator[str]:
 
 
 def _answers() -> Iterator[str]:
-    """Yield every verdict as a word and as an object with a reason."""
+    """Yield every verdict as a word and as an object with a reason, and the tags of a thought."""
+    yield "<think> </think> "
     for verdict in {**COMPARISON, **SAFETY, **FACTUALITY}:
         yield verdict
         for kind in Corruption:

@@ -16,6 +16,8 @@ from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import END, Sentence, Speech, sentences_of, words_of
 from megatron_rlpt.world.lexicon import UNSAFE_WORDS
 
+GOOD = 0.9
+"""Quality from which a safe text without anything false is as it should be."""
 _SUBSTANCE = 0.5
 """Share of quality that depends on what is stated; the rest is for how it is written."""
 
@@ -80,6 +82,11 @@ class Measures:
         True, fluent text on its topic has 1; the same with nothing true 0.5; gibberish has 0, safe or not.
         """
         return self.well_formed * self.coherence * (1.0 - _SUBSTANCE + _SUBSTANCE * self.substance)
+
+    @property
+    def good(self) -> bool:
+        """Whether it is as it should be: a rewriter copies it."""
+        return self.quality >= GOOD and not self.false and self.safe
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything by name, JSON-serializable."""

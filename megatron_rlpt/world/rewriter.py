@@ -13,9 +13,6 @@ from megatron_rlpt.world.lexicon import UNSAFE_WORDS
 from megatron_rlpt.world.measures import measure
 from megatron_rlpt.world.writer import Manner, Walk
 
-GOOD = 0.9
-"""Quality from which a safe suffix without anything false is copied."""
-
 
 class ExactRewriter:
     """A class for ``teacher.rewriter.name``. It never fails, and asks no teacher."""
@@ -56,8 +53,7 @@ def rewrite_words(prefix: Sequence[str], suffix: Sequence[str], facts: World, se
     A suffix that is all of this is copied. Otherwise a sentence that the prefix begins is completed, truly if there is
     a way and safely in any case: one that only an insult can complete, and one that is no sentence, is ended at once.
     """
-    measures = measure(facts, prefix, suffix)
-    if measures.quality >= GOOD and not measures.false and measures.safe:
+    if measure(facts, prefix, suffix).good:
         return list(suffix)
     rng = random.Random(derive_seed(seed, "rewrite", " ".join(prefix), " ".join(suffix)))
     return continue_words(prefix, len(suffix), facts, rng, Manner(denials=0.0))

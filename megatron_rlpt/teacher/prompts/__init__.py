@@ -34,6 +34,8 @@ VERSIONS = {
         "facts": "facts-1",
         "rewrite": "rewrite-3",
         "spoil": "spoil-1",
+        "continue": "continue-1",
+        "think": "think-1",
     },
     PromptLength.brief: {
         "quality": "quality-brief-1",
@@ -42,13 +44,15 @@ VERSIONS = {
         "coherence": "coherence-brief-1",
         "facts": "facts-brief-1",
         "rewrite": "rewrite-brief-1",
+        "continue": "continue-brief-1",
+        "think": "think-brief-1",
     },
 }
 """Version of each prompt, stored with every reward. Increase it with every change of wording.
 
 A model that spoils texts is not trained for it, so ``spoil`` has no brief form.
 """
-_WRITTEN = ("rewrite", "spoil")
+_WRITTEN = ("rewrite", "spoil", "continue", "think")
 """Prompts that are answered with a text, not with a verdict."""
 
 _REASONED = (
@@ -70,6 +74,17 @@ _ANSWERS = {
 _REMINDERS = {AnswerForm.reasoned: "Answer with the JSON object.", AnswerForm.direct: "Answer with the one word."}
 
 
+_CONTINUED = {
+    PromptLength.full: {
+        AnswerForm.reasoned: (
+            "First think, between <think> and </think>: what the text is about, and which facts, names, numbers or "
+            "steps the passage needs. Then write the passage and nothing after it."
+        ),
+        AnswerForm.direct: "Write the passage and nothing else.",
+    },
+    PromptLength.brief: {AnswerForm.reasoned: "think", AnswerForm.direct: "text"},
+}
+"""How ``continue`` asks for a passage, with a thought before it or without."""
 _BRIEF_ANSWERS = {AnswerForm.reasoned: "json", AnswerForm.direct: "word"}
 _LOWER, _UPPER = "bdfgjpqrtvxz", "BDFGJLPQRTVXZ"
 """Letters of short codes, such as ``qTb``: hardly any is part of a word, a unit or a formula."""
@@ -131,6 +146,8 @@ def build_prompt(
         asked = {"answer": answer.format(what=what, words=words), "reminder": _REMINDERS[form]}
     elif name in _ANSWERS:
         asked = {"answer": _BRIEF_ANSWERS[form]}
+    elif name == "continue":
+        asked = {"answer": _CONTINUED[length][form]}
     template = _template(name if length is PromptLength.full else f"{name}_{length.value}")
     return Prompt(template.substitute(quoted, fence=fence, **asked), version, fence)
 

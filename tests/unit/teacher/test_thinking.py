@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rlpt.teacher.thinking import without_opened_thought, without_thought
+from megatron_rlpt.teacher.thinking import split_thought, without_opened_thought, without_thought
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,18 @@ def test_an_answer_is_what_follows_the_thought(text, answer):
 
 def test_what_has_no_beginning_is_left_where_quotations_matter():
     assert without_opened_thought("it says </think> here") == "it says </think> here"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("<think> a plan </think> and on", ("a plan", " and on")),
+        ("<think></think>ly it goes", ("", "ly it goes")),
+        ("a plan</think> and on", ("a plan", " and on")),
+        ("<thinking>one </think> two</thinking> on", ("one </think> two", " on")),
+        ("<think>a plan", None),
+        ("and on", None),
+    ],
+)
+def test_a_thought_is_taken_from_what_follows_it_to_the_letter(text, parts):
+    assert split_thought(text) == parts

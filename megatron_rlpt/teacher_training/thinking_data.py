@@ -1,0 +1,147 @@
+"""``rlpt teacher thoughts``: from documents to prompts that ask for a thought and the text that comes next.
+
+Experimental. The answers, for a supervised start, are thoughts with the true suffix; labels know prefix and suffix.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rlpt.config import Config, PromptLength, SourceConfig
+from megatron_rlpt.errors import ConfigError, DataError
+from megatron_rlpt.files import new_folder
+from megatron_rlpt.observe import get_logger
+from megatron_rlpt.teacher_training.build import HELDOUT, TRAIN
+from megatron_rlpt.teacher_training.corpus import TeacherText, cut_episodes, split_documents
+from megatron_rlpt.teacher_training.judge_examples import LabelledPrompt
+from megatron_rlpt.teacher_training.thinking_examples import Piece, continued_example, pieces_of
+from megatron_rlpt.teacher_training.thoughts import thoughts_of_teacher, thoughts_of_world
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.types import Failed, derive_seed
+from megatron_rlpt.world.facts import World
+from megatron_rlpt.world.make import TEACHER
+from megatron_rlpt.world.measures import measure_text
+
+_log = get_logger(__name__)
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ThoughtsRequest:
+    """What the command was asked for."""
+
+    out: Path
+    corpus: tuple[str, ...] = ()
+    world: Path | None = None
+    """Knows the facts of the documents, and writes the thoughts; without one, the teacher does."""
+    plain: bool = False
+    """Without thoughts, to compare with."""
+    prompts: int = 4000
+    heldout_prompts: int = 200
+    heldout_share: float = 0.1
+    per_document: int = 4
+    length: PromptLength = PromptLength.full
+    seed: int = 1
+
+    @property
+    def answers(self) -> Path:
+        """Folder beside the output in which answers of servers are kept."""
+        return self.out.with_name(f"{self.out.name}.answers")
+
+    def sources(self) -> list[SourceConfig]:
+        """Return the documents.
+
+        Raises:
+            ConfigError: none are named.
+        """
+        if self.corpus:
+            return [SourceConfig(path=path) for path in self.corpus]
+        if self.world is None:
+            raise ConfigError("neither --corpus nor --world is given; name documents to put thoughts into")
+        return [SourceConfig(path=str(self.world / f"{TEACHER}.jsonl"))]
+
+
+def build_thoughts(config: Config, asked: ThoughtsRequest) -> str:
+    """Write ``train.jsonl``, ``heldout.jsonl`` and ``card.json``.
+
+    Args:
+        config: tokenizer and lengths to cut documents by, documents to leave out (those of the run and of its
+            evaluation), and the teacher that writes thoughts where no world does.
+        asked: what to make.
+
+    Returns:
+        A summary in one line.
+
+    Raises:
+        ConfigError: no documents are named, or no model that could think.
+        DataError: documents cannot be read or are too few, or none can be used.
+        TeacherError: the teacher cannot be asked, or too many of its thoughts failed.
+    """
+    tokenizer = PolicyTokenizer(config.model.path)
+    split = split_documents(asked.sources(), config, tokenizer, asked.heldout_share, asked.seed)
+    parts: dict[str, list[LabelledPrompt]] = {}
+    counts: dict[str, dict[str, int]] = {}
+    for name, documents, most in (
+        (TRAIN, split.train, asked.prompts),
+        (HELDOUT, split.heldout, asked.heldout_prompts),
+    ):
+        pieces = _pieces(documents, config, asked, tokenizer)[:most]
+        parts[name] = _examples(pieces, config, asked)
+        if not parts[name]:
+            raise DataError(
+                f"{len(documents)} documents give {len(pieces)} suffixes and no prompt of the {name} part; give longer "
+                "documents, or lower data.min_prefix or data.suffix_length"
+            )
+        counts[name] = {"documents": len(documents), "suffixes": len(pieces), "prompts": len(parts[name])}
+        if len(parts[name]) < most:
+            _log.warning("fewer prompts than asked for", part=name, prompts=len(parts[name]), asked=most)
+    with new_folder(asked.out) as folder:
+        for name, examples in parts.items():
+            (folder / f"{name}.jsonl").write_text("".join(one.line() for one in examples), encoding="utf-8")
+        card = _card(asked, counts, {"left_out": split.left_out, "repeated": split.repeated})
+        (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    said = ", ".join(f"{len(examples)} {name}" for name, examples in parts.items())
+    return f"wrote {asked.out}: {said} prompts of {len(split.train) + len(split.heldout)} documents"
+
+
+def _pieces(
+    documents: Sequence[TeacherText], config: Config, asked: ThoughtsRequest, tokenizer: PolicyTokenizer
+) -> list[Piece]:
+    """Return pieces in random order; of a world only those whose suffix is as it should be."""
+    pieces = pieces_of(cut_episodes(documents, config, tokenizer, asked.per_document), tokenizer)
+    random.Random(derive_seed(asked.seed, "pieces")).shuffle(pieces)
+    if asked.world is None:
+        return pieces
+    world = World.load(asked.world)
+    return [one for one in pieces if measure_text(world, one.prefix, one.suffix).good]
+
+
+def _examples(pieces: Sequence[Piece], config: Config, asked: ThoughtsRequest) -> list[LabelledPrompt]:
+    thoughts: Sequence[str | Failed | None]
+    if asked.plain:
+        thoughts = [None] * len(pieces)
+    elif asked.world is not None:
+        thoughts = thoughts_of_world(World.load(asked.world), pieces)
+    else:
+        thoughts = thoughts_of_teacher(config, pieces, asked.length, asked.seed, asked.answers)
+    return [
+        continued_example(piece, thought, asked.length, asked.seed)
+        for piece, thought in zip(pieces, thoughts, strict=True)
+        if not isinstance(thought, Failed)
+    ]
+
+
+def _card(asked: ThoughtsRequest, counts: dict[str, dict[str, int]], documents: dict[str, int]) -> dict[str, object]:
+    request = {name: value for name, value in vars(asked).items() if name != "out"}
+    return {
+        "version": _VERSION,
+        "role": "thinker",
+        "request": json.loads(json.dumps(request, default=str)),
+        "sources": [source.path for source in asked.sources()],
+        "documents": documents,
+        "parts": counts,
+    }

@@ -1,0 +1,89 @@
+"""The reward of thinking mid-training, with a scripted judge: what is asked, and what the form decides unasked."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from test_generative import Scripted, answer_of
+from text_tokens import FakeText
+
+from megatron_rlpt.config import GenerativeConfig
+from megatron_rlpt.objectives import Selection
+from megatron_rlpt.teacher.batched import BatchedJudge
+from megatron_rlpt.teacher.true_continuation import TrueContinuation
+from megatron_rlpt.trainer.step_metrics import step_metrics
+from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
+
+TEXT = FakeText()
+SUFFIX = " sat on the red mat all day."
+LABEL = {"role": "thinker", "prefix": "The cat", "suffix": SUFFIX, "thinks": True}
+
+
+def judged(answer, *predictions, label=LABEL):
+    """Return the judged group of predictions, and the requests to a teacher that answers with ``answer(prompt)``."""
+    teacher = Scripted(answer)
+    episode = Episode("e", (1, 2), (), "c", "d", 2, json.dumps(label))
+    group = Group(episode, tuple(Candidate(Source.ROLLOUT, tuple(map(ord, one))) for one in predictions))
+    (found,) = BatchedJudge(TrueContinuation("t", TEXT, GenerativeConfig(), 5), teacher).judge([group])
+    return found, teacher.requests
+
+
+def preferring(option):
+    """Answer with the number of the continuation that is ``option``; a tie if it is None."""
+
+    def answer(prompt):
+        first = re.search(r"\[begin continuation 1 \w+\]\n(.*)\n", prompt)[1]
+        return answer_of("tie" if option is None else "1" if first == option else "2")
+
+    return answer
+
+
+def values(group):
+    return [reward.value for reward in group.rewards]
+
+
+def test_a_prediction_as_true_as_the_real_suffix_is_right_and_one_that_is_less_true_is_not():
+    predicted = " sat on the blue mat all day."
+    thought = f"<think> cat place mat </think>{predicted}"
+    for preferred, value in ((predicted, 1.0), (None, 1.0), (SUFFIX, 0.0)):
+        group, requests = judged(preferring(preferred), thought)
+        assert values(group) == [value]
+        assert len(requests) == 2, "both orders"
+        for request in requests:
+            asked = request.prompt[0].content
+            assert re.search(rf"\[begin beginning \w+\]\nThe cat\n.*\[begin reference \w+\]\n{SUFFIX}\n", asked, re.S)
+            assert "cat place mat" not in asked, "the thought is not judged"
+
+
+def test_malformed_and_short_answers_get_nothing_unasked_and_are_counted():
+    answers = [
+        "<think> cat place mat",
+        " sat on the red mat all day.",
+        "<think> cat place mat </think> ",
+        "<think> cat </think> sat.",
+        f"<think> cat place mat </think>{SUFFIX}",
+    ]
+    group, requests = judged(lambda prompt: pytest.fail("asked"), *answers)
+    assert values(group) == [0.0] * 4 + [1.0], "the suffix itself needs no judge"
+    assert requests == []
+    assert [reward.detail["parsed"] for reward in group.rewards] == [False] * 3 + [True] * 2
+    metrics = step_metrics([group], Selection(), {}, 0.0, 0.0, {}, {})
+    assert metrics["answers/right"] == 0.2
+    assert metrics["answers/parsed"] == 0.4
+    assert metrics["answers/thought_words"] == 2.0
+    assert metrics["answers/words"] == 4.0
+
+
+def test_without_a_thought_the_whole_answer_is_the_prediction():
+    group, _ = judged(preferring(None), " lay on the red mat all day.", label=LABEL | {"thinks": False})
+    assert values(group) == [1.0]
+    assert group.rewards[0].detail["numbers"]["thought_words"] == 0
+
+
+def test_a_judge_that_cannot_be_read_and_a_label_of_another_role_are_failures_and_no_reward():
+    (unread,) = judged(lambda prompt: "Hm.", "<think> a </think> lay on the red mat all day.")[0].rewards
+    (other,) = judged(preferring(None), "1", label={"axis": "quality", "verdict": "1"})[0].rewards
+    assert isinstance(unread, Failed)
+    assert other.reason == "label without prefix, suffix and thinks"

@@ -1,0 +1,168 @@
+"""rlpt teacher thoughts: prompts to think and go on, of documents that the policy never sees."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from tiny_model import WORDS
+
+from megatron_rlpt.config import Config, PromptLength, load_config
+from megatron_rlpt.errors import ConfigError, DataError, TeacherError
+from megatron_rlpt.teacher.generator import Reply
+from megatron_rlpt.teacher.true_continuation import read_prediction
+from megatron_rlpt.teacher_training import teacher_answers, thoughts
+from megatron_rlpt.teacher_training.thinking_data import ThoughtsRequest, build_thoughts
+from megatron_rlpt.teacher_training.thoughts import read_thought
+from megatron_rlpt.types import Failed
+from megatron_rlpt.world.facts import World
+from megatron_rlpt.world.make import WorldSettings, make_world
+from megatron_rlpt.world.measures import measure_text
+from megatron_rlpt.world.thinking import plan_of
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def config_of(folder: Path, model: Path, own: Path, **teacher) -> Config:
+    text = {
+        "run": {"dir": str(folder / "run")},
+        "model": {"path": str(model)},
+        "data": {"sources": [{"path": str(own)}], "suffix_length": 24, "min_prefix": 16, "max_prefix": 48},
+        "train": {"steps": 1},
+        "teacher": teacher,
+    }
+    (folder / "run.yaml").write_text(json.dumps(text))
+    return load_config(folder / "run.yaml")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("thinking") / "world"
+    make_world(folder, WorldSettings(entities=24, documents=4, heldout=10, teacher=60))
+    return folder
+
+
+def test_a_world_writes_the_thoughts_and_both_forms_have_the_same_prompts(world, tmp_path):
+    config = config_of(tmp_path, world / "policy", world / "train.jsonl")
+    found = {}
+    for name, plain in (("thought", False), ("plain", True)):
+        asked = ThoughtsRequest(tmp_path / name, world=world, plain=plain, prompts=80, length=PromptLength.brief)
+        assert build_thoughts(config, asked).startswith(f"wrote {tmp_path / name}: 80 train, ")
+        found[name] = rows(tmp_path / name / "train.jsonl"), rows(tmp_path / name / "heldout.jsonl")
+    facts = World.load(world)
+    for thinking, plain in zip(*(train + heldout for train, heldout in found.values()), strict=True):
+        prefix, suffix = thinking["label"]["prefix"], thinking["label"]["suffix"]
+        predicted = read_prediction(thinking["answer"], thinks=True)
+        assert (predicted.thought, predicted.text) == (plan_of(facts, prefix, suffix), suffix)
+        assert measure_text(facts, prefix, suffix).good
+        assert plain["answer"] == plain["label"]["suffix"] == suffix
+        assert plain["id"] == thinking["id"]
+        assert (thinking["label"]["thinks"], plain["label"]["thinks"]) == (True, False)
+        assert re.fullmatch(rf"(\w+)\n{re.escape(prefix)}\n\1 continue think", thinking["prompt"])
+        assert plain["prompt"] == thinking["prompt"].replace("continue think", "continue text")
+    documents = [{row["label"]["document"] for row in part} for part in found["thought"]]
+    assert documents[0].isdisjoint(documents[1])
+    card = json.loads((tmp_path / "thought/card.json").read_text())
+    assert card["parts"]["train"]["prompts"] == 80
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    draw = random.Random(2)
+    lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=90))}) + "\n" for _ in range(30)]
+    (tmp_path / "other.jsonl").write_text("".join(lines))
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": " ".join(WORDS)}) + "\n")
+    return tmp_path / "other.jsonl"
+
+
+@pytest.fixture
+def ask(tmp_path, tiny_model, corpus, monkeypatch):
+    """Let a teacher think that answers with ``answer(number of the request)``; return requests and prompts."""
+
+    def run(answer, **teacher):
+        requests = []
+
+        class Scripted:
+            name = "scripted"
+
+            def generate(self, asked):
+                requests.extend(asked)
+                return [answer(number) for number in range(len(asked))]
+
+        monkeypatch.setattr(thoughts, "start_generator", lambda config, model, ranks: Scripted())
+
+        def served(config, requests, endpoints, done):
+            assert [one.url for one in endpoints] == [servers["endpoints"][0]["url"]]
+            for index, reply in enumerate(Scripted().generate(requests)):
+                done(index, reply)
+
+        monkeypatch.setattr(teacher_answers, "ask_on_servers", served)
+        servers = teacher.get("workers", {})
+        config = config_of(tmp_path, tiny_model, tmp_path / "own.jsonl", **teacher)
+        build_thoughts(config, ThoughtsRequest(tmp_path / "data", (str(corpus),), prompts=40, heldout_share=0.3))
+        return requests, rows(tmp_path / "data/train.jsonl")
+
+    return run
+
+
+def said(text: str, reason: str = "stop") -> Reply:
+    return Reply(text, (1,), reason)
+
+
+@pytest.mark.parametrize("where", ["own model", "servers"])
+def test_a_teacher_thinks_from_prefix_and_suffix(ask, tiny_model, where):
+    servers = {"workers": {"endpoints": [{"url": "http://127.0.0.1:9/v1"}]}, "run_in": "workers"}
+    teacher = {"path": str(tiny_model)} if where == "own model" else servers
+    requests, train = ask(
+        lambda number: said(f"<think>I wonder</think> Thought\n{number}."), judge="generative", **teacher
+    )
+    asked = [one.prompt[0].content for one in requests]
+    for number, row in enumerate(train):
+        prefix, suffix = row["label"]["prefix"], row["label"]["suffix"]
+        assert row["answer"] == f"<think> Thought {number}. </think>{suffix}"
+        assert f"]\n{prefix}\n[end beginning" in asked[number]
+        assert f"]\n{suffix}\n[end passage" in asked[number]
+        assert "[begin passage" not in row["prompt"], "the thinker does not see what comes next"
+        assert suffix not in row["prompt"]
+
+
+def test_what_has_no_thought_is_left_out_until_that_is_too_much(ask, tiny_model):
+    _, train = ask(lambda number: said("") if number % 8 == 0 else said("So."), path=str(tiny_model))
+    assert len(train) == 35
+    with pytest.raises(TeacherError, match=r"20 of 40 thoughts failed, more than .*0.2 .*frequent: 20 x no thought"):
+        ask(lambda number: said("") if number % 2 else said("So."), path=str(tiny_model))
+
+
+def test_without_anybody_who_thinks_it_is_refused(ask):
+    with pytest.raises(ConfigError, match=r"teacher\.path and teacher\.workers\.endpoints are empty; name"):
+        ask(lambda number: said("So."))
+
+
+@pytest.mark.parametrize(
+    ("reply", "thought"),
+    [
+        (said("The cat sat.\n\nSo it is\ttired."), "The cat sat. So it is tired."),
+        (said("<think>How?</think>So."), "So."),
+        (said("So", "length"), "thought cut off by max_tokens"),
+        (said("<think>How?"), "no thought"),
+        (said("So <think> it is"), "thought with tags of a thought"),
+    ],
+)
+def test_a_reply_is_a_thought_in_one_line_or_none(reply, thought):
+    found = read_thought(reply)
+    assert (found.reason if isinstance(found, Failed) else found) == thought
+
+
+def test_documents_are_named_and_long_enough(tmp_path, tiny_model, corpus):
+    config = config_of(tmp_path, tiny_model, tmp_path / "own.jsonl")
+    with pytest.raises(ConfigError, match="neither --corpus nor --world is given"):
+        build_thoughts(config, ThoughtsRequest(tmp_path / "data"))
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"text": f"cat dog {number}"}) + "\n" for number in range(40)))
+    with pytest.raises(DataError, match="give 0 suffixes and no prompt of the train part; give longer documents"):
+        build_thoughts(config, ThoughtsRequest(tmp_path / "data", (str(short),), plain=True))

@@ -8,4 +8,6 @@ In reading order:
 - ``teacher_answers.py``: those of them that a model behind servers spoils, or votes on.
 - ``judge_examples.py``, ``rewriter_examples.py``: prompts of either role with right answers (``labelled_prompt.py``).
 - ``build.py``: ``rlpt teacher data``, from documents to ``train.jsonl``, ``heldout.jsonl`` and ``card.json``.
+- ``thoughts.py``, ``thinking_examples.py``, ``thinking_data.py``: ``rlpt teacher thoughts``, prompts to think before a
+  continuation (experimental).
 """

@@ -15,9 +15,9 @@ from megatron_rlpt.config import Config, PromptLength, SourceConfig
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.files import new_folder
 from megatron_rlpt.observe import get_logger
-from megatron_rlpt.teacher_training.build import HELDOUT, TRAIN
 from megatron_rlpt.teacher_training.corpus import TeacherText, cut_episodes, split_documents
-from megatron_rlpt.teacher_training.judge_examples import LabelledPrompt
+from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
+from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN
 from megatron_rlpt.teacher_training.thinking_examples import Piece, continued_example, pieces_of
 from megatron_rlpt.teacher_training.thoughts import thoughts_of_teacher, thoughts_of_world
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer

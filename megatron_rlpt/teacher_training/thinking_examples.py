@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_rlpt.config import AnswerForm, PromptLength
 from megatron_rlpt.teacher.prompts import build_prompt
-from megatron_rlpt.teacher_training.judge_examples import LabelledPrompt
+from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import Episode, derive_seed, stable_id
 

@@ -36,6 +36,7 @@ RUN_BY = {
     "rlpt status": "tests/unit/launch/test_status.py",
     "rlpt buffer": "tests/unit/buffer/test_buffer_cli.py",
     "rlpt teacher data": "tests/unit/teacher_training/test_teacher_data.py",
+    "rlpt teacher thoughts": "tests/unit/teacher_training/test_thinking_data.py",
     "rlpt experiment": "tests/unit/experiments/test_experiment_run.py",
     "rlpt world make": "tests/unit/world/test_make.py",
     "rlpt world measure": "tests/unit/world/test_sampling.py",

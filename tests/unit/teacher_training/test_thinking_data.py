@@ -11,12 +11,16 @@ import pytest
 from tiny_model import WORDS
 
 from megatron_rlpt.config import Config, PromptLength, load_config
+from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import ConfigError, DataError, TeacherError
+from megatron_rlpt.rollout.engine import Continuation
 from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.true_continuation import read_prediction
 from megatron_rlpt.teacher_training import teacher_answers, thoughts
 from megatron_rlpt.teacher_training.thinking_data import ThoughtsRequest, build_thoughts
 from megatron_rlpt.teacher_training.thoughts import read_thought
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.trainer.fixed_evaluation import build_fixed_evaluation
 from megatron_rlpt.types import Failed
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.make import WorldSettings, make_world
@@ -69,6 +73,46 @@ def test_a_world_writes_the_thoughts_and_both_forms_have_the_same_prompts(world,
     assert documents[0].isdisjoint(documents[1])
     card = json.loads((tmp_path / "thought/card.json").read_text())
     assert card["parts"]["train"]["prompts"] == 80
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_supervised_run_measures_its_answers_by_what_the_world_knows(world, tmp_path, plain):
+    asked = ThoughtsRequest(
+        tmp_path / "data", world=world, plain=plain, prompts=10, heldout_prompts=6, length=PromptLength.brief
+    )
+    build_thoughts(config_of(tmp_path, world / "policy", world / "train.jsonl"), asked)
+    text = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(world / "judge")},
+        "data": {
+            name: [{"path": str(tmp_path / f"data/{part}.jsonl"), "prompts": True}]
+            for name, part in (("sources", "train"), ("heldout", "heldout"))
+        }
+        | {"suffix_length": 96, "max_prefix": 400, "heldout_overlap": "skip"},
+        "objective": {"name": "ntp"},
+        "candidates": {"rollouts": 0},
+        "teacher": {"judge": "megatron_rlpt.world.thinking:ExactContinuation", "options": {"world": str(world)}},
+        "train": {"steps": 1},
+        "evaluation": {"every": 1},
+    }
+    (tmp_path / "start.yaml").write_text(json.dumps(text))
+    tokenizer = PolicyTokenizer(world / "judge")
+    references = {row["prompt"]: row["answer"] for row in rows(tmp_path / "data/heldout.jsonl")}
+
+    class Engine:
+        """Gives the first prompts their reference answer, and the last one nothing."""
+
+        def generate(self, prompts, length, version):
+            asked = [tokenizer.text_of(one.prefix) for one in prompts]
+            said = [next(answer for prompt, answer in references.items() if prompt in one) for one in asked]
+            rows = [tuple(tokenizer.encode(one)) for one in [*said[:-1], ""]]
+            return [Continuation(row, (0.0,) * len(row), "stop") for row in rows]
+
+    repeated = build_fixed_evaluation(load_config(tmp_path / "start.yaml"), Engine(), None, tokenizer, Ranks())
+    metrics = repeated.begin(0)
+    assert metrics["evaluation/answers/right"] == metrics["evaluation/answers/parsed"] == pytest.approx(5 / 6)
+    assert (metrics["evaluation/answers/thought_words"] == 0) is plain
+    assert metrics["evaluation/answers/false_facts"] == 0
 
 
 @pytest.fixture

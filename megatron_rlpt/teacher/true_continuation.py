@@ -4,13 +4,15 @@
 
 Experimental (paper, part two). The thought earns nothing by itself: it is worth what the prediction after it is worth.
 An answer without the end of a thought, without text after it or much shorter than the true suffix gets 0 unasked; the
-first two are counted as not parsed. Prompts are those of ``rlpt teacher data --role thinker``, whose labels hold prefix
-and true suffix. ``TrueContinuation`` asks the judge's model; ``world.thinking`` decides the same exactly.
+first two are counted as not parsed. Words beyond the length of the true suffix are not read: it was cut somewhere, and
+where a model ends its answer says nothing. Prompts are those of ``rlpt teacher thoughts``, whose labels hold prefix and
+true suffix. ``TrueContinuation`` asks the judge's model; ``world.thinking`` decides the same exactly.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +33,7 @@ NAME = "true_continuation"
 VERSION = "1"
 SHORTEST = 0.75
 """Least words of a prediction, as a share of those of the true suffix: a single sentence is right too easily."""
+_WORD = re.compile(r"\s*\S+")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Prediction:
 
 
 Agreement = Callable[[Continued, Prediction], Awaitable[Reward | Failed]]
-"""Compares a prediction that is long enough with the true suffix: 1 or 0, with details."""
+"""Compares a prediction that is as long as the true suffix, or little shorter, with it: 1 or 0, with details."""
 
 
 async def reward_predictions(group: Group, text: TextTokens, agree: Agreement) -> Group:
@@ -75,11 +78,11 @@ async def _reward(
     found = read_prediction(answer_text(candidate, episode, text), known.thinks)
     if isinstance(found, Failed):
         return Reward(0.0, NAME, VERSION, {PARSED: False, "verdict": found.reason})
-    words, thought = len(found.text.split()), len(found.thought.split())
-    detail: dict[str, Any] = {PARSED: True, NUMBERS: {"thought_words": thought, "words": words}}
-    if words < SHORTEST * len(known.suffix.split()):
+    words, thought, length = _WORD.findall(found.text), len(found.thought.split()), len(known.suffix.split())
+    detail: dict[str, Any] = {PARSED: True, NUMBERS: {"thought_words": thought, "words": len(words)}}
+    if len(words) < SHORTEST * length:
         return Reward(0.0, NAME, VERSION, detail | {"verdict": "short"})
-    reward = await agree(known, found)
+    reward = await agree(known, replace(found, text="".join(words[:length])))
     if isinstance(reward, Failed):
         return reward
     numbers = detail[NUMBERS] | reward.detail.get(NUMBERS, {})

@@ -57,6 +57,14 @@ def test_a_prediction_as_true_as_the_real_suffix_is_right_and_one_that_is_less_t
             assert "cat place mat" not in asked, "the thought is not judged"
 
 
+def test_a_prediction_is_read_up_to_the_length_of_the_suffix():
+    group, requests = judged(preferring(None), "<think> a </think> lay on the red mat all day. And on. And on.")
+    assert values(group) == [1.0]
+    assert " lay on the red mat all day.\n[end " in requests[0].prompt[0].content
+    assert "And on." not in requests[0].prompt[0].content
+    assert group.rewards[0].detail["numbers"]["words"] == 11
+
+
 def test_malformed_and_short_answers_get_nothing_unasked_and_are_counted():
     answers = [
         "<think> cat place mat",

@@ -123,6 +123,8 @@ def texts_of_pairs(
             shown += [(tokens, WRITTEN) for tokens in _written(world, pair, tokenizer, derive_seed(seed, number))]
         for tokens, kind in shown:
             text = tokenizer.text_of(tokens, pair.episode.prefix)
+            if tokenizer.is_blank(tokenizer.encode(text)):
+                continue  # a row of full stops is no word of a world's tokenizer, so no file could hold it
             measures = measure_text(world, prefix, text)
             safe = "safe" if measures.safe else "unsafe"
             verdict = safe if axis == SAFETY else measures.hallucination.value

@@ -11,9 +11,13 @@ from hostile_server import Exchange, chat, says, serving
 
 from megatron_rlpt.config import load_config
 from megatron_rlpt.errors import ConfigError, DataError
+from megatron_rlpt.evaluation.labelled_pairs import LabelledPair
+from megatron_rlpt.evaluation.labelled_texts import as_json_lines, texts_of_file, texts_of_pairs
 from megatron_rlpt.teacher.judge_card import FILE, accuracy_lines, accuracy_notes
 from megatron_rlpt.teacher_training.build import build_teacher_data
 from megatron_rlpt.teacher_training.request import DataRequest
+from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.types import Episode
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.make import WorldSettings, make_world
 from megatron_rlpt.world.measures import measure_text
@@ -146,6 +150,17 @@ def test_texts_of_a_file_and_of_a_world(run, world, exact, rlpt, tmp_path):
     assert code == 0, err
     assert "all texts" in out
     assert "unsafe" in out
+
+
+def test_what_a_file_cannot_hold_is_no_text(world, tmp_path):
+    text = PolicyTokenizer(world / "policy")
+    stops, start = tuple(text.encode(".")) * 6, tuple(text.encode("Nobody knows why"))
+    config = load_config(write_settings(world, tmp_path))
+    pair = LabelledPair(Episode("e", start, tuple(text.encode(". It is rumored .")), "c", "d", 3), stops, "looped")
+    found = texts_of_pairs(World.load(world), [pair], text, "safety", 1)
+    assert [one.kind for one in found] == ["original"]
+    (tmp_path / "texts.jsonl").write_text("".join(as_json_lines(found, text)))
+    assert [one.verdict for one in texts_of_file(tmp_path / "texts.jsonl", config, text)] == ["safe"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from megatron_rlpt.policy.device_runtime import DeviceRuntime
 from megatron_rlpt.policy.layout import check_batch
 from megatron_rlpt.policy.policy import Policy, check_policy
 from megatron_rlpt.rollout.build import check_offload, check_rollouts
-from megatron_rlpt.teacher.judge_card import keep_cards
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.trainer.build import build
 from megatron_rlpt.trainer.observer import open_observer
@@ -100,7 +99,6 @@ def _run(config: Config, fresh: bool, runtime: DeviceRuntime, ranks: Ranks) -> N
             _say_complete(folder, start, config, ranks)
             return
         ranks.on_main(lambda: begin_record(folder, config, record, resumed=checkpoint is not None))
-        ranks.on_main(lambda: keep_cards(config, folder))
         ranks.run_on_all_ranks(lambda: setup_logging(folder, rank=ranks.rank), "the opening of its log")
         # Build.
         seed_all(config.run.seed)

@@ -19,6 +19,7 @@ from megatron_rlpt.errors import CheckpointError, not_written
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.log import get_logger
 from megatron_rlpt.observe.run_json import RunRecord
+from megatron_rlpt.teacher.judge_card import keep_cards
 
 _log = get_logger(__name__)
 
@@ -40,7 +41,8 @@ _NOTHING_HELD_OUT = "data.heldout"
 
 
 def begin_record(folder: Path, config: Config, before: RunRecord | None, *, resumed: bool) -> None:
-    """Create the run folder and write ``config.yaml`` and the record of a run that starts or resumes.
+    """Create the run folder and write ``config.yaml``, the cards of the run's teachers, and the record of a run that
+    starts or resumes.
 
     Args:
         folder: the run folder.
@@ -54,6 +56,7 @@ def begin_record(folder: Path, config: Config, before: RunRecord | None, *, resu
         write_atomically(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise not_written(f"run.dir {folder}", error) from error
+    keep_cards(config, folder)
     RunRecord(flatten(config), resumed, kept.exported, kept.held_out).write(folder)
 
 

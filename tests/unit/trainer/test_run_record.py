@@ -9,12 +9,13 @@ import pytest
 from savables import OneFile, make_model
 
 from megatron_rlpt.checkpoint import CheckpointStore
-from megatron_rlpt.config import flatten, load_config
+from megatron_rlpt.config import Role, flatten, load_config
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import CheckpointError, ConfigError
 from megatron_rlpt.observe.run_json import RunRecord
+from megatron_rlpt.teacher.judge_card import kept_card, read_card, save_card
 from megatron_rlpt.trainer.run import _find_checkpoint
-from megatron_rlpt.trainer.run_record import require_same_run
+from megatron_rlpt.trainer.run_record import begin_record, require_same_run
 
 WORKERS = "teacher.run_in=workers"
 
@@ -82,3 +83,17 @@ def test_options_that_an_earlier_release_did_not_have_are_as_it_ran(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=f"holds a run with {change}"):
             require_same_run(tmp_path, flatten(load(tmp_path, now)), then, 3)
+
+
+def test_a_run_begins_with_what_is_known_about_its_teachers(tmp_path):
+    judge, writer = tmp_path / "judge", tmp_path / "writer"
+    for folder in (judge, writer):
+        folder.mkdir()
+    config = load(
+        tmp_path / "run", WORKERS, "teacher.judge=generative", f"teacher.path={judge}",
+        f"teacher.rewriter.path={writer}", "candidates.rewrite=true",
+    )  # fmt: skip
+    save_card(writer, "quality", config.teacher.generative, {"accuracy": 0.8, "pairs": 4})
+    begin_record(tmp_path / "run", config, None, resumed=False)
+    assert read_card(kept_card(tmp_path / "run", Role.rewriter)) == read_card(writer)
+    assert read_card(kept_card(tmp_path / "run", Role.judge)) is None

@@ -1,4 +1,4 @@
-"""A judge is trained by the loop that trains policies: on reference answers first, then by GRPO on right verdicts."""
+"""A teacher is trained by the loop that trains policies: a judge on reference answers and by GRPO, then a rewriter."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import os
 import random
 import signal
 import time
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 from tiny_runs import finish, json_lines, lasting_metrics, only_error, save_model, start, write_config
+
+from megatron_rlpt.config import PromptLength
+from megatron_rlpt.teacher.rewrite_label import GOOD, RewriteLabel
+from megatron_rlpt.teacher.rewrite_prompt import rewrite_prompt
 
 pytestmark = pytest.mark.vllm
 
@@ -142,6 +147,44 @@ def test_killed_and_resumed_it_equals_the_run_that_was_not(reinforced, supervise
     code, _, err = finish(start(path))
     assert code == 0, err
     assert lasting_metrics(tmp_path / "run") == lasting_metrics(reinforced)
+
+
+@pytest.fixture(scope="module")
+def suffixes(tmp_path_factory) -> Path:
+    """Suffixes of one word for a rewriter: ``cat`` is good, ``bad`` is not. The tokenizer writes no spaces."""
+    folder = tmp_path_factory.mktemp("suffixes")
+    for name, mark in (("train", "on"), ("heldout", "ran")):
+        with (folder / f"{name}.jsonl").open("w") as handle:
+            for (number, before), suffix in product(enumerate(WORDS[4:]), ("cat", "bad")):
+                kind = GOOD if suffix == "cat" else "unsafe"
+                asked = rewrite_prompt(before, suffix, 0, PromptLength.brief, number)
+                label = RewriteLabel.of(asked, before, suffix, "cat", kind, str(number)).as_dict()
+                handle.write(json.dumps({"prompt": f"{mark} {before} {suffix}", "label": label}) + "\n")
+    return folder
+
+
+def test_a_rewriter_learns_to_copy_and_the_trained_judge_is_asked_about_the_rest(model, supervised, suffixes, tmp_path):
+    """The judge says what is safe by one word in its prompt."""
+    rewriter = REINFORCED | {
+        "teacher": {
+            "judge": "good_rewrite", "path": str(supervised / "export"), "max_context": 128, "kv_cache_gib": 0.1,
+            "generative": {"prompt": "brief", "answer": "direct", "quality": {"weight": 0}, "safety": {"weight": 1}},
+        },
+        "data": {"suffix_length": 1},
+        "optimizer": {"lr": 1e-2},
+    }  # fmt: skip
+    path = config(tmp_path / "run.yaml", model, suffixes, tmp_path / "run", "train", **rewriter)
+    code, _, err = finish(start(path))
+    assert code == 0, err
+    rows = json_lines(tmp_path / "run/metrics.jsonl")
+    first, last = ({name: fmean(row[f"rewrites/{name}"] for row in part) for name in ("copied", "usable")}
+                   for part in (rows[:3], rows[-6:]))  # fmt: skip
+    assert last["copied"] > 0.4 > first["copied"] + 0.2
+    assert last["usable"] > 0.8 > first["usable"] + 0.2
+    assert all(row["failure_rate"] == 0.0 and row["judge/calls"] >= 1 for row in rows)
+    assert all(0.0 <= row["rewrites/safe"] == row["rewrites/safe/unsafe"] <= row["rewrites/usable"] for row in rows)
+    measured = [row for row in rows if "evaluation/rewrites/copied" in row]
+    assert [row["step"] for row in measured] == [0, 9, 19]
 
 
 def test_a_judge_that_cannot_be_parsed_ends_the_run_with_the_reason(model, prompts, tmp_path):

@@ -110,7 +110,10 @@ def charts(runs: Sequence[CollectedRun]) -> list[dict[str, Any]]:
     """Return the charts that have data, for the page. With several runs a chart has one metric and a line per run."""
     known: dict[str, None] = dict.fromkeys(name for run in runs for name in run.training.curves)
     found: list[Chart] = []
-    of_prompts = [Chart(one.title, one.caption, one.metrics, one.labels, share=True) for one in prompt_charts(known)]
+    of_prompts = [
+        Chart(one.title, one.caption, one.metrics, one.labels, share=_is_share(_curves(runs, one.metrics)))
+        for one in prompt_charts(known)
+    ]
     for chart in (*of_prompts, *_evaluation_charts(known, runs), *_TRAINING):
         present = [(m, label) for m, label in zip(chart.metrics, chart.labels, strict=True) if m in known]
         # With several runs, every judge of an evaluation and every kind of prompt has its own chart, and only the first
@@ -144,11 +147,15 @@ def _evaluation_charts(known: Iterable[str], runs: Sequence[CollectedRun]) -> li
             (f"{_WIN_RATE} " if measure == "quality" else "") + "Measured while training (evaluation.every).",
             tuple(name for name, _ in named),
             tuple(label for _, label in named),
-            share=_is_share([curve for run in runs for name, _ in named if (curve := run.training.curves.get(name))]),
+            share=_is_share(_curves(runs, [name for name, _ in named])),
             middle=measure == "quality",
         )
         for measure, named in measures.items()
     ]
+
+
+def _curves(runs: Sequence[CollectedRun], metrics: Iterable[str]) -> list[Curve]:
+    return [curve for run in runs for name in metrics if (curve := run.training.curves.get(name))]
 
 
 def _is_share(curves: Sequence[Curve]) -> bool:

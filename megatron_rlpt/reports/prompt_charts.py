@@ -22,6 +22,8 @@ _NAMES = {
         "Winner changes with the order",
         "Share of pairs whose winner is another one when the two texts change places. Near 0 is good.",
     ),
+    "answers/thought_words": ("Length of thoughts", "Words of a thought before the answer."),
+    "answers/words": ("Length of answers", "Words of an answer without its thought."),
     "rewrites/copied": ("Good suffixes copied", "Share of good suffixes that are copied token for token."),
     "rewrites/copied_tokens": ("Tokens of good suffixes copied", "Share of the tokens of good suffixes."),
     "rewrites/usable": (
@@ -40,7 +42,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class PromptChart:
-    """What a chart shows; its values are shares."""
+    """What a chart shows."""
 
     title: str
     caption: str
@@ -62,7 +64,7 @@ def prompt_charts(known: Iterable[str]) -> list[PromptChart]:
     names = [name for name in known if is_of_prompts(name)]
     found: list[PromptChart] = []
     for measure in sorted({_measure(name) for name in names}, key=_place):
-        title, caption = _NAMES.get(measure, (_spoken(measure), "Share of answers."))
+        title, caption = _NAMES.get(measure, (_spoken(measure), "Mean over the answers that have it."))
         both = [(_EVALUATION + measure, _HELD_OUT), (measure, _TRAINING)]
         found += _chart(title, caption, [one for one in both if one[0] in names])
         for before, whose in ((_EVALUATION, _HELD_OUT), ("", _TRAINING)):
@@ -90,5 +92,5 @@ def _place(measure: str) -> tuple[int, str]:
 
 
 def _spoken(measure: str) -> str:
-    name = measure_name(measure.replace("/", ": "))
-    return name[:1].upper() + name[1:]
+    """Return ``Answers: some name`` of ``answers/some_name``."""
+    return measure_name(measure.capitalize().replace("/", ": "))

@@ -31,7 +31,7 @@ def learnt(tmp_path):
         "answers/right/looped": lambda step: 0.6, "evaluation/answers/right": lambda step: 0.4 + step / 40,
         "evaluation/answers/parsed": lambda step: 0.9, "evaluation/answers/flips": lambda step: 0.25,
         "evaluation/answers/right/looped": lambda step: 0.8, "evaluation/answers/right/safe text": lambda step: 0.7,
-        "rewrites/copied": lambda step: 0.95,
+        "rewrites/copied": lambda step: 0.95, "answers/words": lambda step: 12.0, "answers/odd_one": lambda step: 3.0,
     }  # fmt: skip
     return with_metrics(write_run(tmp_path / "learnt", steps=20), **metrics)
 
@@ -72,6 +72,8 @@ def test_a_judges_progress_is_drawn_in_words(learnt):
     (alone,) = [chart for title, chart in charts.items() if title.startswith("Right answers by kind, training prompts")]
     assert alone["metrics"] == ("answers/right/looped",)
     assert charts["Answers with a verdict"]["share"]
+    assert not charts["Length of answers: training prompts, sampled"]["share"]
+    assert "Answers: odd one: training prompts, sampled" in charts
     assert "Winner changes with the order: held-out prompts, greedy" in charts
     assert "Good suffixes copied: training prompts, sampled" in charts
     assert not [title for title in charts if title.startswith(("Looped", "Right on", "Parsed on", "Flips on"))]

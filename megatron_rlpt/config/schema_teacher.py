@@ -244,8 +244,8 @@ class TeacherConfig:
     )  # fmt: skip
     min_accuracy: float = option(
         0.75,
-        "Accuracy of a prompted judge, as rlpt judge calibrate --save measured it, below which rlpt plan and rlpt "
-        "launch warn.",
+        "Accuracy of a prompted judge on any of its axes, as rlpt judge calibrate --save measured it, below which rlpt "
+        "plan and rlpt launch warn.",
         at_least=0, at_most=1, zero="never",
     )  # fmt: skip
     run_in: RunIn = option(

@@ -94,11 +94,14 @@ class Material:
     def _episodes(
         self, documents: Sequence[TeacherText], plan: PairPlan, count: int, lengths: Sequence[int]
     ) -> list[Episode]:
-        """Return at most ``count`` episodes in a random order, whose suffixes have each of ``lengths`` in turn."""
+        """Return at most ``count`` episodes in a random order, whose suffixes have each of ``lengths`` in turn.
+
+        Fewer of them are the first of more, so that what was asked about them is known.
+        """
         episodes = self._cut(documents)
-        chosen = random.Random(derive_seed(plan.seed, "asked")).sample(episodes, min(count, len(episodes)))
+        random.Random(derive_seed(plan.seed, "asked")).shuffle(episodes)
         cut = []
-        for number, episode in enumerate(chosen):
+        for number, episode in enumerate(episodes[:count]):
             length = lengths[number % len(lengths)]
             whole = self.tokenizer.whole_characters(episode.suffix[:length], episode.prefix)
             cut.append(replace(episode, suffix=episode.suffix[:whole]))

@@ -96,6 +96,10 @@ def test_a_teacher_spoils_suffixes_once(config, corpus, tmp_path):
     out.rename(tmp_path / "earlier")
     build_teacher_data(config, request(out, corpus))  # without the server
     assert (out / "train.jsonl").read_bytes() == before
+    out.rename(tmp_path / "again")
+    with serving(backwards, port=server.port) as server:
+        build_teacher_data(config, request(out, corpus, pairs=32))
+        assert len(server.requests) == 4, "those that more pairs need"
 
 
 def test_what_fails_is_asked_again_and_nothing_else(config, corpus, tmp_path):

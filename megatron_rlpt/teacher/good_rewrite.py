@@ -5,7 +5,8 @@
 
 The judge compares the rewrite with the suffix that it replaces, in both orders, and says whether it is safe and true,
 as far as ``teacher.generative`` gives these axes a weight; the reward is their weighted mean. A rewrite cannot be used
-if the rewriter in service would fail (too short, no text), if it repeats the anchor, or if it begins inside a word.
+if it is shorter than the suffix (in words, because tokens differ between models) or no text at all, repeats the anchor
+or begins inside a word.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from megatron_rlpt.teacher.judge import GroupJudge, Judge
 from megatron_rlpt.teacher.pairwise import PairwiseJudge
 from megatron_rlpt.teacher.rewrite_answers import RewriteReader, ShownPassage
 from megatron_rlpt.teacher.rewrite_label import RewriteLabel
-from megatron_rlpt.teacher.rewrite_prompt import repeats_anchor, within_word
+from megatron_rlpt.teacher.rewrite_prompt import first_pieces, pieces, repeats_anchor, within_word
 from megatron_rlpt.teacher.right_verdict import answer_text
 from megatron_rlpt.tokens.tokenizer import TextTokens
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source
@@ -68,7 +69,7 @@ class _Verdict:
 
 
 class RewriteAnswers:
-    """Answers to the prompts of a rewriter, as the rewriter in service would read them."""
+    """Answers to the prompts of a rewriter, read by the rules of the rewriter in service."""
 
     def __init__(self, text: TextTokens, control_tokens: Sequence[str]) -> None:
         """
@@ -85,26 +86,28 @@ class RewriteAnswers:
         return label if isinstance(label, Failed) else (label, label.shown(episode.id, self._text))
 
     def read(self, candidate: Candidate, episode: Episode, shown: ShownPassage) -> _Read:
-        """Return the rewrite in an answer."""
+        """Return the rewrite in an answer, as long as the suffix."""
         answer = answer_text(candidate, episode, self._text)
-        reply = Reply(answer, (), candidate.finish_reason or "stop")
-        suffix = shown.episode.suffix
-        passage = self._reader.passage(reply, shown)
-        has = Counter() if isinstance(passage, Failed) else Counter(passage[: len(suffix)])
-        overlap = (has & Counter(suffix)).total() / max(1, len(suffix))
-        found = self._reader.read(reply, shown, len(suffix))
-        if isinstance(found, Failed):
-            return _Read((), found.reason, overlap)
-        copied = found.tokens == suffix
-        problem = "" if copied else self._problem(answer, found.tokens, shown)
-        return _Read(found.tokens, problem, overlap, copied)
+        before, suffix = shown.episode.prefix, shown.episode.suffix
+        passage = self._reader.passage(Reply(answer, (), candidate.finish_reason or "stop"), shown)
+        if isinstance(passage, Failed):
+            return _Read((), passage.reason, 0.0)
+        overlap = (Counter(passage[: len(suffix)]) & Counter(suffix)).total() / max(1, len(suffix))
+        if tuple(passage) == suffix:
+            return _Read(suffix, "", overlap, copied=True)
+        # In service the policy's tokens count, which the model in training need not share.
+        rewrite = first_pieces(self._text.text_of(passage, before), pieces(shown.suffix))
+        if rewrite is None:
+            return _Read((), "rewrite too short", overlap)
+        return _Read(tuple(self._text.continue_with(before, rewrite)), _problem(answer, rewrite, shown), overlap)
 
-    def _problem(self, answer: str, tokens: tuple[int, ...], shown: ShownPassage) -> str:
-        if repeats_anchor(answer, shown.prompt.anchor):
-            return "rewrite repeats the anchor"
-        rewrite = self._text.text_of(tokens, shown.episode.prefix)
-        inside = within_word(shown.prefix, rewrite) and not within_word(shown.prefix, shown.suffix)
-        return "rewrite begins inside a word" if inside else ""
+
+def _problem(answer: str, rewrite: str, shown: ShownPassage) -> str:
+    """Return why a rewrite that is long enough does not continue the prefix; empty if it does."""
+    if repeats_anchor(answer, shown.prompt.anchor):
+        return "rewrite repeats the anchor"
+    inside = within_word(shown.prefix, rewrite) and not within_word(shown.prefix, shown.suffix)
+    return "rewrite begins inside a word" if inside else ""
 
 
 class GoodRewrite(GroupJudge):

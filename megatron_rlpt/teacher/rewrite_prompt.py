@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import islice
 
 from megatron_rlpt.config import PromptLength
 from megatron_rlpt.teacher.prompts import build_prompt
@@ -63,6 +64,9 @@ _IDEOGRAPHS = (
 _LONGEST = 24
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]{{1,2}}|[{_SYLLABLES}]{{1,4}}|[^\s{_IDEOGRAPHS}{_SYLLABLES}]{{1,{_LONGEST}}}")
 """A word; a longer run (an address, a number, a row of emoji) counts as several."""
+_PART = rf"[^\W{_IDEOGRAPHS}{_SYLLABLES}]{{1,{_LONGEST}}}"
+_PIECE = re.compile(rf"[{_IDEOGRAPHS}]{{1,2}}|[{_SYLLABLES}]{{1,4}}|{_PART}(?:[-'\u2019]{_PART})*|[^\w\s]")
+"""A word, perhaps with hyphens, or a punctuation mark."""
 _LETTER = re.compile(rf"[^\W_{_IDEOGRAPHS}{_SYLLABLES}]")
 """A letter or digit of a script with spaces between words."""
 _JOINERS = "\u200d\ufe0e\ufe0f"
@@ -109,6 +113,17 @@ def without_anchor(answer: str, anchor: str) -> str:
 def within_word(before: str, text: str) -> bool:
     """Return whether a word that needs spaces around it reaches from ``before`` into ``text``."""
     return bool(_LETTER.match(before[-1:]) and _LETTER.match(text[:1]))
+
+
+def pieces(text: str) -> int:
+    """Return the number of words and punctuation marks: a length that does not depend on a tokenizer."""
+    return len(_PIECE.findall(text))
+
+
+def first_pieces(text: str, count: int) -> str | None:
+    """Return the first ``count`` words and punctuation marks of ``text``; None if there are fewer."""
+    ends = [found.end() for found in islice(_PIECE.finditer(text), count)]
+    return text[: ends[-1]] if ends and len(ends) == count else None
 
 
 def _repeated(answer: str, anchor: str) -> int:

@@ -147,7 +147,7 @@ def test_facts_are_those_of_the_good_suffix():
     [
         (" too short", "rewrite too short"),
         ("", "rewrite too short"),
-        (" " * 20, "rewrite without text"),
+        (" " * 20, "rewrite too short"),
         ("two three four better one", "rewrite repeats the anchor"),
         ("four better one", "rewrite begins inside a word"),
         (" four \ufffd better", "rewrite is not all text"),
@@ -162,9 +162,18 @@ def test_what_cannot_be_used_gets_nothing_and_is_not_judged(answer, problem):
 
 @pytest.mark.parametrize(("prefix", "suffix"), [("one two th", "ree vile six"), ("我们在一起", "。学习中文学习中文")])
 def test_a_rewrite_may_continue_a_word_as_the_suffix_does_and_needs_no_space_without_spaces(prefix, suffix):
-    answer = "学习学习学习学习学习" if "我" in prefix else "irteen better"
+    answer = "学习学习学习学习学习" if "我" in prefix else "irteen better one"
     (reward,) = judged(group_of(answer, prefix=prefix, suffix=suffix, anchor="")).rewards
     assert reward.detail["rewrite"]["usable"]
+
+
+def test_a_rewrite_is_as_long_as_the_suffix_in_words_and_not_in_tokens():
+    """Words of another tokenizer have other numbers of tokens."""
+    suffix = " it, a snivelling crumpet-head, is"
+    for answer, judged_text in ((" it has, so far, no end", " it has, so far, no"), (" it has, so far,", None)):
+        (reward,) = judged(group_of(answer, suffix=suffix), ask=(ask := Scripted())).rewards
+        assert reward.detail["rewrite"]["usable"] == (judged_text is not None)
+        assert all(judged_text + "\n" in one.prompt[0].content for one in ask.requests)
 
 
 @pytest.mark.parametrize("axis", ["quality", "safety"])

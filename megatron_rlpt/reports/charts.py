@@ -136,6 +136,8 @@ def curves_json(run: CollectedRun) -> dict[str, Any]:
 
 def _evaluation_charts(known: Iterable[str], runs: Sequence[CollectedRun]) -> list[Chart]:
     """Return a chart for each measure of ``evaluation.every``, with a line per judge."""
+    known = list(known)
+    where = "prompts" if any(map(is_of_prompts, known)) else "prefixes"
     measures: dict[str, list[tuple[str, str]]] = {}
     for name in known:
         if name.startswith(_EVALUATION) and not is_of_prompts(name):
@@ -143,7 +145,7 @@ def _evaluation_charts(known: Iterable[str], runs: Sequence[CollectedRun]) -> li
             measures.setdefault(measure, []).append((name, f"{judge} (in-sample)" if judge == JUDGE else judge))
     return [
         Chart(
-            f"{measure_name(measure)[:1].upper()}{measure_name(measure)[1:]} on held-out prefixes",
+            f"{measure_name(measure)[:1].upper()}{measure_name(measure)[1:]} on held-out {where}",
             (f"{_WIN_RATE} " if measure == "quality" else "") + "Measured while training (evaluation.every).",
             tuple(name for name, _ in named),
             tuple(label for _, label in named),

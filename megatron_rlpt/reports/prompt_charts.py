@@ -25,7 +25,10 @@ _NAMES = {
     "answers/thought_words": ("Length of thoughts", "Words of a thought before the answer."),
     "answers/words": ("Length of answers", "Words of an answer without its thought."),
     "rewrites/copied": ("Good suffixes copied", "Share of good suffixes that are copied token for token."),
-    "rewrites/copied_tokens": ("Tokens of good suffixes copied", "Share of the tokens of good suffixes."),
+    "rewrites/copied_tokens": (
+        "Tokens copied",
+        "Share of the tokens of a suffix that the answer has too: of good ones, and by kind of the bad ones as well.",
+    ),
     "rewrites/usable": (
         "Usable rewrites",
         "Share of rewrites of bad suffixes that have the length and go on smoothly.",

@@ -76,6 +76,7 @@ def test_a_judges_progress_is_drawn_in_words(learnt):
     assert "Answers: odd one: training prompts, sampled" in charts
     assert "Winner changes with the order: held-out prompts, greedy" in charts
     assert "Good suffixes copied: training prompts, sampled" in charts
+    assert "Quality on held-out prompts" in charts
     assert not [title for title in charts if title.startswith(("Looped", "Right on", "Parsed on", "Flips on"))]
     assert "of the answers to held-out prompts were right at first" in content.runs[0].sentences[-1]
     assert any(tile.label == "Right answers" for tile in content.tiles)

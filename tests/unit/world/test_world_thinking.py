@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 from text_tokens import FakeText
@@ -14,7 +15,7 @@ from megatron_rlpt.world.corruptions import Corruption, corrupt
 from megatron_rlpt.world.grammar import text_of, words_of
 from megatron_rlpt.world.measures import measure
 from megatron_rlpt.world.phrases import RELATIONS
-from megatron_rlpt.world.thinking import ExactContinuation, plan_of
+from megatron_rlpt.world.thinking import ExactContinuation, plan_of, verdict_of
 
 NAMES = {relation.name for relation in RELATIONS}
 
@@ -78,6 +79,14 @@ def test_the_true_suffix_is_right_and_a_spoiled_one_is_not(judge, thinks):
         assert all(one.detail["verdict"] in ("false", "poor") for one in others if one.value == 0.0)
     assert right > 15
     assert wrong > 1.8 * right
+
+
+def test_one_false_fact_or_insult_among_much_good_text_is_enough():
+    prefix, suffix = next(splits(1))
+    good = measure(small_world(), prefix, suffix)
+    wrong = [replace(good, false=1), replace(good, safe=False), replace(good, well_formed=0.8)]
+    assert [one.good for one in (good, *wrong)] == [True, False, False, False]
+    assert [verdict_of(one) for one in (good, *wrong)] == ["right", "false", "unsafe", "poor"]
 
 
 def test_another_true_continuation_is_right_but_not_a_single_fact(judge):

@@ -44,23 +44,18 @@ TOGETHER = {
     **dict.fromkeys(
         (
             "test_rollout_engine",
-            "test_gpu_rehearsal",
             "test_self_check",
             "test_objectives_end_to_end",
             "test_engine_process",
-            "test_cluster_run",
-            "test_resume",
-            "test_world_run",
-            "test_user_classes",
             "test_moe_engine",
-            "test_router_replay",
             "test_evaluate",
-            "test_hostile_teacher",
             "test_teacher_vllm",
             "test_world_judge",
         ),
         "vllm",
     ),
+    # On one machine the engines of all ranks have the same names of shared memory.
+    **dict.fromkeys(("test_world_run", "test_engine_layouts"), "engines in ranks"),
 }
 """Module -> group of modules that share a cluster, an engine or the process that has imported vLLM; any other module is
 its own group."""
@@ -92,9 +87,13 @@ def pytest_xdist_make_scheduler(config, log):
     return ByModule(config, log)
 
 
-def _start(item) -> tuple[bool, int]:
+def _start(item) -> tuple[int, int]:
     lane = item.path.relative_to(ROOT / "tests").parts[0]
-    return not TOGETHER.get(item.path.stem, "").startswith("slurm"), LANES.index(lane) if lane in LANES else len(LANES)
+    group = TOGETHER.get(item.path.stem, "")
+    return (
+        0 if group.startswith("slurm") else 1 if group else 2,
+        LANES.index(lane) if lane in LANES else len(LANES),
+    )
 
 
 KEPT = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from engine_runs import roll_out, save_model
+from prefork import VLLM
 from worlds import run_world
 
 from megatron_rlpt.errors import ConfigError
@@ -17,6 +18,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "PP2, an engine of two workers in processes of its own": (2, {"pipeline": 2}, {"tensor": 2, "placement": "apart"}),
 }
 """Ranks, training layout, settings of the rollout."""
+WORLD: dict[str, Any] = {"limit": 400, "start_group": False, "modules": VLLM}
 GAP = 1e-5
 """Largest difference of a log-probability, nats."""
 
@@ -30,14 +32,14 @@ def model(tmp_path_factory) -> Path:
 def alone(model, tmp_path_factory) -> dict[str, Any]:
     """One process with its engine."""
     folder = tmp_path_factory.mktemp("alone")
-    return run_world(1, roll_out, str(model), str(folder), {}, {}, limit=300, start_group=False)[0]
+    return run_world(1, roll_out, str(model), str(folder), {}, {}, **WORLD)[0]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_layout_of_the_engines_does_not_change_a_token(alone, model, tmp_path, name):
     """Before any update and after two, with the same seeds."""
     size, layout, rollout = CASES[name]
-    found = run_world(size, roll_out, str(model), str(tmp_path), layout, rollout, limit=400, start_group=False)
+    found = run_world(size, roll_out, str(model), str(tmp_path), layout, rollout, **WORLD)
     for rank in found:
         assert rank["first"] == alone["first"]
         assert rank["last"] == alone["last"]

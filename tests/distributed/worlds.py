@@ -37,7 +37,12 @@ class WorldError(AssertionError):
 
 
 def run_world(
-    size: int, function: Callable[..., Any] | str, *args: Any, limit: float = 120.0, start_group: bool = True
+    size: int,
+    function: Callable[..., Any] | str,
+    *args: Any,
+    limit: float = 120.0,
+    start_group: bool = True,
+    modules: tuple[str, ...] = MEGATRON,
 ) -> list[Any]:
     """Call ``function(*args)`` in ``size`` processes of one world.
 
@@ -48,6 +53,7 @@ def run_world(
         limit: seconds after which the world is killed.
         start_group: start torch.distributed over gloo before the call. Without it ``function`` starts it from the
             environment, as a program under torchrun does.
+        modules: already imported in the processes.
 
     Returns:
         The (picklable) results, by rank.
@@ -63,7 +69,7 @@ def run_world(
         processes: list[Forked] = []
         try:
             for rank in range(size):
-                processes.append(_start(rank, size, store.port, folder))
+                processes.append(_start(rank, size, store.port, folder, modules))
             lost = _wait(processes, time.monotonic() + limit)
         finally:
             _kill(processes)
@@ -93,7 +99,7 @@ def on_every_rank(found: list[dict[str, Any]], name: str) -> Any:
     return found[0][name]
 
 
-def _start(rank: int, size: int, port: int, folder: Path) -> Forked:
+def _start(rank: int, size: int, port: int, folder: Path, modules: tuple[str, ...]) -> Forked:
     environment = os.environ | {
         # The worker and its children can import everything that this process can.
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
@@ -111,7 +117,7 @@ def _start(rank: int, size: int, port: int, folder: Path) -> Forked:
     }
     with (folder / f"{rank}.log").open("wb") as log:
         # In a new session, so that the children of a worker can be ended with it.
-        return forked(MEGATRON, [sys.executable, __file__, str(folder)], env=environment, output=log)
+        return forked(modules, [sys.executable, __file__, str(folder)], env=environment, output=log)
 
 
 def _wait(processes: list[Forked], deadline: float) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import finish, json_lines, lasting_metrics, only_error, rlpt_process, start, start_ranks, write_config
+from tiny_runs import finish, json_lines, lasting_metrics, only_error, rlpt_process, start, write_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "configs/examples"
 OBJECTIVE = '''
@@ -114,10 +117,18 @@ def test_a_run_is_trained_killed_and_resumed_bit_for_bit_and_refused_with_anothe
     assert (code, "is complete" in out) == (0, True)
 
 
-def test_several_ranks_load_the_same_classes(folder, tiny_model):
+def test_several_ranks_of_torchrun_load_the_same_classes(folder, tiny_model):
     config = configuration(folder, tiny_model, "ranks")
-    for code, _, err in map(finish, start_ranks(config, 2)):
-        assert code == 0, err
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0"]  # fmt: skip
+    done = subprocess.run(
+        [*torchrun, "-m", "megatron_rlpt", "train", "-c", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
     one, two = (lasting_metrics(folder / name) for name in ("whole", "ranks"))
     assert [row["weighted/weight"] for row in two] == pytest.approx([row["weighted/weight"] for row in one])
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0.02)

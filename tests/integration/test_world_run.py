@@ -1,14 +1,12 @@
-"""``rlpt train`` started by torchrun: the same run in any layout, and resumed in another. Real processes, real vLLM in
-a separate process, real SIGKILL."""
+"""``rlpt train`` on several ranks: the same run in any layout, and resumed in another. Real processes, real vLLM in a
+separate process, real SIGKILL."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -29,20 +27,6 @@ SECTIONS = {
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 1},
     "checkpoint": {"every": 1},
 }
-
-
-def launch(config: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
-    """Start ``rlpt train`` on ``ranks`` ranks, in a new process group."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend=c10d",
-                "--rdzv-endpoint=localhost:0"]  # fmt: skip
-    return subprocess.Popen(
-        [*torchrun, "-m", "megatron_rlpt", "train", "-c", str(config), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +58,17 @@ def moved(divisible, corpus, sections, tmp_path_factory):
     base = tmp_path_factory.mktemp("moved")
     config, folder = base / "run.yaml", base / "run"
     write_config(config, divisible, corpus, folder, **sections)
-    run = launch(config, 2, "parallel.tensor=2", "parallel.sequence=true", "rollout.tensor=2")
+    ranks = start_ranks(config, 2, "parallel.tensor=2", "parallel.sequence=true", "rollout.tensor=2")
     deadline = time.monotonic() + 240
     while not (folder / "checkpoints/step-00000001").is_dir():
-        assert run.poll() is None, finish(run)
+        assert ranks[0].poll() is None, finish(ranks[0])
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    # torchrun starts its workers in new sessions, so killing its group would leave them running.
-    started = psutil.Process(run.pid)
-    for process in [started, *started.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    finish(run)
+    for rank in ranks:
+        os.killpg(rank.pid, signal.SIGKILL)
+        finish(rank)
+    for left in Path("/dev/shm").glob("-tp:0-*-cpushm_*"):  # vLLM would not start where another one has these names
+        left.unlink()
     killed_at = len(json_lines(folder / "metrics.jsonl"))
     (base / "killed-at").write_text(str(killed_at))
     ranks = start_ranks(config, 2, "parallel.pipeline=2", "parallel.virtual_stages=1")
@@ -103,9 +86,9 @@ def kill_engine(trainer: Forked, metrics: Path, done: int) -> None:
         assert trainer.poll() is None, finish(trainer)
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    engines = [child for child in psutil.Process(trainer.pid).children(recursive=True) if "VLLM" in child.name()]
-    assert len(engines) == 1
-    engines[0].kill()
+    # Forked from a copy of the trainer, which is a child of it.
+    (engine,) = [one for copy in psutil.Process(trainer.pid).children() for one in copy.children()]
+    engine.kill()
 
 
 def test_a_run_that_changed_its_layout_and_that_of_its_engines_learned_what_one_process_learns(alone, moved):

@@ -44,7 +44,7 @@ RUN_BY = {
     "rlpt judge calibrate": "tests/unit/evaluation/test_judge_calibration.py",
     "rlpt judge serve": "tests/unit/judge_workers/test_supervisor.py",
     "rlpt teacher serve": "tests/integration/test_teacher_server.py",
-    "python -m torch.distributed.run": "tests/integration/test_world_run.py",
+    "python -m torch.distributed.run": "tests/integration/test_user_classes.py",
     "bash tools/slurm_sandbox.sh": "tests/integration/test_slurm_sandbox.py",
     "bash tools/demo_cluster.sh": "tests/integration/test_demo_cluster.py",
     'python -c "import csv': "tests/unit/test_readmes.py",

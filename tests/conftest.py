@@ -54,8 +54,6 @@ TOGETHER = {
         ),
         "vllm",
     ),
-    # On one machine the engines of all ranks have the same names of shared memory.
-    **dict.fromkeys(("test_world_run", "test_engine_layouts"), "engines in ranks"),
 }
 """Module -> group of modules that share a cluster, an engine or the process that has imported vLLM; any other module is
 its own group."""

@@ -12,10 +12,11 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EnginePlace
+from megatron_rlpt.rollout.vllm.shared_memory import own_shared_memory
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
@@ -122,7 +123,9 @@ def vllm_environment(
                 # Given by name, vllm/platforms/cpu.py replaces it by one more process that binds threads to cores. That
                 # process would double the start-up time and not end with the engine's.
                 arguments["distributed_executor_backend"] = UniProcExecutor
-        yield arguments
+        in_ranks_of_a_cpu = place.mode is EngineMode.IN_RANKS and not torch.cuda.is_available()
+        with own_shared_memory() if in_ranks_of_a_cpu else nullcontext():
+            yield arguments
     finally:
         if collects:
             gc.enable()

@@ -6,6 +6,7 @@ To add a judge to the package, add its facts to ``config/judges.py: JUDGES`` and
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -100,21 +101,29 @@ class LikelihoodBuilder(JudgeBuilder):
         )
 
 
-class GenerativeBuilder(JudgeBuilder):
-    """Builds ``teacher.judge=generative``."""
+class AskingBuilder(JudgeBuilder):
+    """Builds a judge that asks the teacher's model with prompts; subclasses say which, and describe it."""
 
     @override
     def in_trainer(self, config: Config, device: str, start: StartGenerator) -> Judge:
         generator = start()
-        return BatchedJudge(self._build(config, generator.name), generator)
+        return BatchedJudge(self.asking(config, generator.name), generator)
 
     @override
     def for_servers(self, config: Config, servers: ServedTeacher) -> GroupJudge:
-        return self._build(config, servers.name)
+        return self.asking(config, servers.name)
 
     @override
     def check_servers(self, config: Config) -> None:
         pass
+
+    @abstractmethod
+    def asking(self, config: Config, teacher: str) -> GroupJudge:
+        """Build the judge of a model named ``teacher``."""
+
+
+class GenerativeBuilder(AskingBuilder):
+    """Builds ``teacher.judge=generative``."""
 
     @override
     def describe(self, config: Config) -> str:
@@ -122,7 +131,8 @@ class GenerativeBuilder(JudgeBuilder):
         used = [axis for axis in ("quality", "safety", "factuality") if getattr(axes, axis).weight]
         return f"{Path(config.teacher_path).name}, prompted, on {' + '.join(used)}"
 
-    def _build(self, config: Config, teacher: str) -> GenerativeJudge:
+    @override
+    def asking(self, config: Config, teacher: str) -> GenerativeJudge:
         if config.teacher.generative.quality.scheme == PairScheme.pivot:
             _log.warning(
                 "teacher.generative.quality.scheme=pivot compares all candidates with one, which hurts (paper: win "
@@ -151,53 +161,29 @@ class RightVerdictBuilder(JudgeBuilder):
         return "the label of every prompt"
 
 
-class GoodRewriteBuilder(JudgeBuilder):
+class GoodRewriteBuilder(AskingBuilder):
     """Builds ``teacher.judge=good_rewrite``."""
-
-    @override
-    def in_trainer(self, config: Config, device: str, start: StartGenerator) -> Judge:
-        generator = start()
-        return BatchedJudge(self._build(config, generator.name), generator)
-
-    @override
-    def for_servers(self, config: Config, servers: ServedTeacher) -> GroupJudge:
-        return self._build(config, servers.name)
-
-    @override
-    def check_servers(self, config: Config) -> None:
-        pass
 
     @override
     def describe(self, config: Config) -> str:
         return f"a copy of every good suffix, and for the others {Path(config.teacher_path).name}, prompted"
 
-    def _build(self, config: Config, teacher: str) -> GoodRewrite:
+    @override
+    def asking(self, config: Config, teacher: str) -> GoodRewrite:
         path = config.model.path
         text, control = PolicyTokenizer(path), special_tokens_of(path)
         return GoodRewrite(teacher, text, config.teacher.generative, config.run.seed, control)
 
 
-class TrueContinuationBuilder(JudgeBuilder):
+class TrueContinuationBuilder(AskingBuilder):
     """Builds ``teacher.judge=true_continuation``."""
-
-    @override
-    def in_trainer(self, config: Config, device: str, start: StartGenerator) -> Judge:
-        generator = start()
-        return BatchedJudge(self._build(config, generator.name), generator)
-
-    @override
-    def for_servers(self, config: Config, servers: ServedTeacher) -> GroupJudge:
-        return self._build(config, servers.name)
-
-    @override
-    def check_servers(self, config: Config) -> None:
-        pass
 
     @override
     def describe(self, config: Config) -> str:
         return f"{Path(config.teacher_path).name}, asked whether a prediction is as true as the real continuation"
 
-    def _build(self, config: Config, teacher: str) -> TrueContinuation:
+    @override
+    def asking(self, config: Config, teacher: str) -> TrueContinuation:
         text = PolicyTokenizer(config.model.path)
         return TrueContinuation(teacher, text, config.teacher.generative, config.run.seed)
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from prefork import LAUNCHER, forked_launcher
 from tiny_runs import finish, json_lines, lasting_metrics, write_config
@@ -19,9 +20,13 @@ QUICK = ("rollout.engine=megatron",)
 """Overrides for tests of the job's life cycle: a trainer without vLLM starts much faster."""
 GOES_ON = ("", "PENDING", "RUNNING", "REQUEUED", "COMPLETING", "NODE_FAIL")
 """Accounting states of a job that has not ended or is requeued."""
-SECTIONS = {
+SECTIONS: dict[str, dict[str, Any]] = {
     "model": {"dtype": "bf16"},
-    "teacher": {"run_in": "workers", "workers": {"own_model": True, "groups": 2, "lease": 5.0, "metrics_port": -1}},
+    "teacher": {
+        "dtype": "fp32",  # auto is fp32 on the nodes of the sandbox and what the machine is fast in elsewhere
+        "run_in": "workers",
+        "workers": {"own_model": True, "groups": 2, "lease": 5.0, "metrics_port": -1},
+    },
     "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "staleness": 1},
     "checkpoint": {"every": 100},
 }

@@ -39,7 +39,7 @@ def test_a_run_launched_through_a_login_node_ends_well_though_a_judge_worker_is_
 ):
     """Judge workers with their own model judge as the trainer does."""
     options, variables = login
-    sections = {name: values for name, values in SECTIONS.items() if name != "teacher"}
+    sections = SECTIONS | {"teacher": {"dtype": SECTIONS["teacher"]["dtype"]}}
     alone = write_config(tmp_path / "alone.yaml", served_model, corpus, tmp_path / "alone", **sections)
     run = launched(trainer={"gpus_per_node": 1}, judges={"workers": 2}, teacher=SECTIONS["teacher"])
     out = run.launch(*QUICK, *options, variables=variables)

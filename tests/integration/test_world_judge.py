@@ -73,13 +73,14 @@ def judged(generator, pairs, world, form):
 
 
 def test_prompts_and_answers_of_fresh_weights_fit(fresh, pairs, world):
-    """Random weights give no verdicts, but they are asked and they answer."""
+    """Random weights seldom give a verdict, but they are asked and they answer."""
     for form, reasons in ((AnswerForm.direct, {"first token is no verdict"}), (AnswerForm.reasoned, set(Reason))):
-        for group in judged(fresh, pairs, world, form):
+        groups = judged(fresh, pairs, world, form)
+        failed = [reward for group in groups for reward in group.rewards if isinstance(reward, Failed)]
+        assert {reward.root for reward in failed} <= reasons
+        assert len(failed) > len(groups), "of two rewards each"
+        for group in groups:
             assert 2 * SUFFIX < group.cost.prompt_tokens / group.cost.calls < PREFIX + 2 * SUFFIX + 40
-            for reward in group.rewards:
-                assert isinstance(reward, Failed)
-                assert reward.root in reasons
 
 
 def test_a_fresh_rewriter_is_asked_too(fresh, pairs, world):

@@ -103,7 +103,7 @@ def test_they_have_names_of_their_own(config):
         lines = [Path(f"/proc/{worker}/cmdline").read_text().split("\0") for worker in workers]
         assert sorted(line[line.index("--name") + 1] for line in lines) == ["left-1", "left-2"]
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
         assert not any(is_there(worker) for worker in workers)
 
 
@@ -115,7 +115,7 @@ def test_a_killed_one_is_replaced_and_given_up_when_that_happens_too_often(confi
         assert second in replaced
         (new,) = set(replaced) - {second}
         os.kill(new, signal.SIGKILL)
-        assert process.wait(60) == 1
+        assert process.wait(300) == 1
         assert "a worker ended too often" in log_of(config)
         assert not is_there(second)
 
@@ -125,21 +125,21 @@ def test_one_that_hangs_is_killed_at_the_end(config):
         hanging, _ = both_wait(process, config)
         os.kill(hanging, signal.SIGSTOP)
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
         assert not is_there(hanging)
 
 
 def test_a_configuration_that_cannot_start_ends_all_of_them_with_the_reason(tmp_path):
     config = write(tmp_path, buffer={"url": "redis://127.0.0.1:1/0", "name": "run", "retry": 0.1})
     with several(config) as process:
-        assert process.wait(60) == 9
+        assert process.wait(300) == 9
     assert "127.0.0.1:1" in log_of(config)
     assert "replaced" not in log_of(config)
 
 
 def test_a_port_that_they_would_share_is_refused(config):
     with several(config, "teacher.workers.metrics_port=9100") as process:
-        assert process.wait(60) == 2
+        assert process.wait(300) == 2
     assert log_of(config).strip().startswith("error: teacher.workers.metrics_port is 9100; allowed with 2 workers")
 
 

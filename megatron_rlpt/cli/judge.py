@@ -35,6 +35,13 @@ _Lengths = Annotated[
     list[int] | None,
     typer.Option("--length", min=4, metavar="N", help="Tokens of a text; default: data.suffix_length, half, quarter."),
 ]
+_Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must not hold anything yet.")]
+_Corpus = Annotated[
+    list[str] | None, typer.Option("--corpus", metavar="PATH", help="Documents; repeatable.", show_default=False)
+]
+_HeldoutShare = Annotated[
+    float, typer.Option("--heldout-share", min=0.0, max=1.0, metavar="SHARE", help="Documents held out.")
+]
 
 
 @contextlib.contextmanager
@@ -161,13 +168,10 @@ def judge_calibrate(
 @teacher_app.command("data")
 def teacher_data(
     config: ConfigOption,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must not hold anything yet.")],
+    out: _Out,
     overrides: Overrides = None,
     role: Annotated[Role, typer.Option("--role", help="Whom to train.")] = Role.judge,
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option("--corpus", metavar="PATH", help="Documents; repeatable.", show_default=False),
-    ] = None,
+    corpus: _Corpus = None,
     world: Annotated[
         Path | None,
         typer.Option("--world", metavar="DIR", help="Folder of a world, for exact corruptions.", show_default=False),
@@ -198,9 +202,7 @@ def teacher_data(
     ] = None,
     pairs: Annotated[int, typer.Option("--pairs", min=1, metavar="N", help="Pairs to train on.")] = 2000,
     heldout_pairs: Annotated[int, typer.Option("--heldout-pairs", min=1, metavar="N", help="Held-out pairs.")] = 200,
-    heldout_share: Annotated[
-        float, typer.Option("--heldout-share", min=0.0, max=1.0, metavar="SHARE", help="Documents held out.")
-    ] = 0.1,
+    heldout_share: _HeldoutShare = 0.1,
     form: Annotated[
         AnswerForm | None,
         typer.Option(
@@ -263,12 +265,9 @@ def teacher_data(
 @teacher_app.command("thoughts")
 def teacher_thoughts(
     config: ConfigOption,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must not hold anything yet.")],
+    out: _Out,
     overrides: Overrides = None,
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option("--corpus", metavar="PATH", help="Documents; repeatable.", show_default=False),
-    ] = None,
+    corpus: _Corpus = None,
     world: Annotated[
         Path | None,
         typer.Option("--world", metavar="DIR", help="Folder of a world, for exact thoughts.", show_default=False),
@@ -278,9 +277,7 @@ def teacher_thoughts(
     heldout_prompts: Annotated[
         int, typer.Option("--heldout-prompts", min=1, metavar="N", help="Held-out prompts.")
     ] = 200,
-    heldout_share: Annotated[
-        float, typer.Option("--heldout-share", min=0.0, max=1.0, metavar="SHARE", help="Documents held out.")
-    ] = 0.1,
+    heldout_share: _HeldoutShare = 0.1,
     prompt: Annotated[PromptLength, typer.Option("--prompt", help="Length of the prompts.")] = PromptLength.full,
     seed: Annotated[int, typer.Option("--seed", help="Seed of split, choice, sampling and codes.")] = 1,
 ) -> None:

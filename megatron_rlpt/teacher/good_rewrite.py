@@ -21,6 +21,7 @@ from typing import Any
 from typing_extensions import override
 
 from megatron_rlpt.config import GenerativeConfig, QualityConfig
+from megatron_rlpt.config.evaluation_sets import FACTUALITY, QUALITY, SAFETY
 from megatron_rlpt.teacher.comparisons import votes_per_order
 from megatron_rlpt.teacher.concurrency import gather_or_cancel
 from megatron_rlpt.teacher.generative import CountingAsk, GenerativeJudge
@@ -38,8 +39,7 @@ NAME = "good_rewrite"
 VERSION = "1"
 REWRITE = "rewrite"
 """Key of ``Reward.detail``: what metrics are made of."""
-QUALITY = "quality"
-_MEASURES = {QUALITY: "preferred", "safety": "safe", "factuality": "true"}
+_MEASURES = {QUALITY: "preferred", SAFETY: "safe", FACTUALITY: "true"}
 """Axis -> name of the share of rewrites whose mean verdict on it is above ``_HALF``."""
 _HALF = 0.5
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from megatron_rlpt.evaluation.labelled_texts import HELDOUT_TEXTS, LabelledText
 from megatron_rlpt.files import new_folder
 from megatron_rlpt.teacher_training.corpus import Split, split_documents
 from megatron_rlpt.teacher_training.judge_examples import quality_examples, text_examples
-from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, require_usable
+from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, require_usable, write_parts
 from megatron_rlpt.teacher_training.material import Material
 from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN, DataRequest
 from megatron_rlpt.teacher_training.rewriter_examples import rewriter_examples
@@ -55,16 +54,13 @@ def build_teacher_data(config: Config, asked: DataRequest) -> str:
         parts[name] = list(_examples(pairs[name], texts[name], config, asked, tokenizer))
         require_usable(parts[name], name)
     with new_folder(asked.out) as folder:
-        for name, examples in parts.items():
-            (folder / f"{name}.jsonl").write_text("".join(one.line() for one in examples), encoding="utf-8")
+        write_parts(folder, parts, _card(asked, split, parts, teacher.facts()))
         if QUALITY in asked.judged():
             lines = "".join(as_json_lines(pairs[HELDOUT], tokenizer))
             (folder / HELDOUT_PAIRS).write_text(lines, encoding="utf-8")
         if texts[HELDOUT]:
             lines = "".join(labelled_texts.as_json_lines(texts[HELDOUT], tokenizer))
             (folder / HELDOUT_TEXTS).write_text(lines, encoding="utf-8")
-        card = _card(asked, split, parts, teacher.facts())
-        (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in parts.items())
     return f"wrote {asked.out}: {counts} examples of {len(split.train) + len(split.heldout)} documents"
 

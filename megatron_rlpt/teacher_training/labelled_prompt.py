@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_rlpt.errors import DataError
@@ -40,6 +41,13 @@ class LabelledPrompt:
         start = {"answer_start": self.answer_start} if self.answer_start else {}
         record = {"id": self.id, "prompt": self.prompt, **start, "answer": self.answer, "label": self.label}
         return json.dumps(record) + "\n"
+
+
+def write_parts(folder: Path, parts: Mapping[str, Sequence[LabelledPrompt]], card: Mapping[str, Any]) -> None:
+    """Write the examples of every part into ``PART.jsonl``, and ``card.json``."""
+    for name, examples in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(one.line() for one in examples), encoding="utf-8")
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def require_usable(examples: Sequence[LabelledPrompt], part: str) -> None:

@@ -65,11 +65,11 @@ class Material:
             ConfigError, TeacherError: a teacher is to vote, and cannot be asked.
         """
         asked, found = self.asked, list[LabelledText]()
-        for axis in POINTWISE:
-            if axis not in asked.judged():
-                continue
-            if asked.world is not None:
-                found += texts_of_pairs(World.load(asked.world), pairs, self.tokenizer, axis, asked.seed)
+        axes = [axis for axis in POINTWISE if axis in asked.judged()]
+        world = World.load(asked.world) if axes and asked.world is not None else None
+        for axis in axes:
+            if world is not None:
+                found += texts_of_pairs(world, pairs, self.tokenizer, axis, asked.seed)
             else:
                 assert axis == SAFETY
                 episodes = self._episodes(documents, plan, plan.pairs, (self.config.data.suffix_length,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,36 @@ TRAIN, HELDOUT = "train", "heldout"
 AXES = (QUALITY, *POINTWISE)
 ASKED = "asked"
 """Kind of a suffix that a teacher behind a server has spoiled; never by default, because answers cost."""
+
+
+def documents_of(corpus: Sequence[str], world: Path | None, purpose: str) -> list[SourceConfig]:
+    """Return the documents of ``--corpus``, or those that a world has for a teacher.
+
+    Args:
+        corpus: paths.
+        world: folder of a world.
+        purpose: what documents are for, for the error.
+
+    Raises:
+        ConfigError: none are named.
+    """
+    if corpus:
+        return [SourceConfig(path=path) for path in corpus]
+    if world is None:
+        raise ConfigError(f"neither --corpus nor --world is given; name documents to {purpose}")
+    return [SourceConfig(path=str(world / f"{TEACHER}.jsonl"))]
+
+
+def answers_beside(out: Path) -> Path:
+    """Return the folder beside an output in which answers of servers are kept."""
+    return out.with_name(f"{out.name}.answers")
+
+
+def options_of(request: object) -> dict[str, Any]:
+    """Return all options of a request but its folder, JSON-serializable."""
+    options = {name: value for name, value in vars(request).items() if name != "out"}
+    found: dict[str, Any] = json.loads(json.dumps(options, default=str))
+    return found
 
 
 @dataclass(frozen=True)
@@ -55,14 +86,15 @@ class DataRequest:
     @property
     def answers(self) -> Path:
         """Folder beside the output in which answers of servers are kept."""
-        return self.out.with_name(f"{self.out.name}.answers")
+        return answers_beside(self.out)
 
     def sources(self) -> list[SourceConfig]:
-        """Return the documents."""
-        if self.corpus:
-            return [SourceConfig(path=path) for path in self.corpus]
-        assert self.world is not None
-        return [SourceConfig(path=str(self.world / f"{TEACHER}.jsonl"))]
+        """Return the documents.
+
+        Raises:
+            ConfigError: none are named.
+        """
+        return documents_of(self.corpus, self.world, "make examples of")
 
     def known_kinds(self) -> tuple[str, ...]:
         """Return the ways to spoil a suffix here: those of a world know its facts."""
@@ -74,8 +106,7 @@ class DataRequest:
         Raises:
             ConfigError: names the option, its value and what is allowed.
         """
-        if not self.corpus and self.world is None:
-            raise ConfigError("neither --corpus nor --world is given; name documents to make examples of")
+        self.sources()
         self._check_role()
         for axis in self.axes:
             if axis not in AXES:
@@ -117,9 +148,7 @@ class DataRequest:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but the folder, JSON-serializable."""
-        request = {name: value for name, value in vars(self).items() if name != "out"}
-        found: dict[str, Any] = json.loads(json.dumps(request, default=str))
-        return found
+        return options_of(self)
 
     def _check_verdicts(self) -> None:
         """Refuse axes whose verdicts nobody knows, and votes without a use."""

@@ -5,25 +5,24 @@ Experimental. The answers, for a supervised start, are thoughts with the true su
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_rlpt.config import Config, PromptLength, SourceConfig
-from megatron_rlpt.errors import ConfigError, DataError
+from megatron_rlpt.errors import DataError
 from megatron_rlpt.files import new_folder
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher_training.corpus import TeacherText, cut_episodes, split_documents
-from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
-from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN
+from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, write_parts
+from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN, answers_beside, documents_of, options_of
 from megatron_rlpt.teacher_training.thinking_examples import Piece, continued_example, pieces_of
 from megatron_rlpt.teacher_training.thoughts import thoughts_of_teacher, thoughts_of_world
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Failed, derive_seed
 from megatron_rlpt.world.facts import World
-from megatron_rlpt.world.make import TEACHER
 from megatron_rlpt.world.measures import measure_text
 
 _log = get_logger(__name__)
@@ -50,7 +49,7 @@ class ThoughtsRequest:
     @property
     def answers(self) -> Path:
         """Folder beside the output in which answers of servers are kept."""
-        return self.out.with_name(f"{self.out.name}.answers")
+        return answers_beside(self.out)
 
     def sources(self) -> list[SourceConfig]:
         """Return the documents.
@@ -58,11 +57,11 @@ class ThoughtsRequest:
         Raises:
             ConfigError: none are named.
         """
-        if self.corpus:
-            return [SourceConfig(path=path) for path in self.corpus]
-        if self.world is None:
-            raise ConfigError("neither --corpus nor --world is given; name documents to put thoughts into")
-        return [SourceConfig(path=str(self.world / f"{TEACHER}.jsonl"))]
+        return documents_of(self.corpus, self.world, "put thoughts into")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all but the folder, JSON-serializable."""
+        return options_of(self)
 
 
 def build_thoughts(config: Config, asked: ThoughtsRequest) -> str:
@@ -100,10 +99,7 @@ def build_thoughts(config: Config, asked: ThoughtsRequest) -> str:
         if len(parts[name]) < most:
             _log.warning("fewer prompts than asked for", part=name, prompts=len(parts[name]), asked=most)
     with new_folder(asked.out) as folder:
-        for name, examples in parts.items():
-            (folder / f"{name}.jsonl").write_text("".join(one.line() for one in examples), encoding="utf-8")
-        card = _card(asked, counts, {"left_out": split.left_out, "repeated": split.repeated})
-        (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        write_parts(folder, parts, _card(asked, counts, {"left_out": split.left_out, "repeated": split.repeated}))
     said = ", ".join(f"{len(examples)} {name}" for name, examples in parts.items())
     return f"wrote {asked.out}: {said} prompts of {len(split.train) + len(split.heldout)} documents"
 
@@ -135,12 +131,11 @@ def _examples(pieces: Sequence[Piece], config: Config, asked: ThoughtsRequest) -
     ]
 
 
-def _card(asked: ThoughtsRequest, counts: dict[str, dict[str, int]], documents: dict[str, int]) -> dict[str, object]:
-    request = {name: value for name, value in vars(asked).items() if name != "out"}
+def _card(asked: ThoughtsRequest, counts: dict[str, dict[str, int]], documents: dict[str, int]) -> dict[str, Any]:
     return {
         "version": _VERSION,
         "role": "thinker",
-        "request": json.loads(json.dumps(request, default=str)),
+        "request": asked.as_dict(),
         "sources": [source.path for source in asked.sources()],
         "documents": documents,
         "parts": counts,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_rlpt.types import Failed, derive_seed
-from megatron_rlpt.world.corruptions import Corruption, corrupt
+from megatron_rlpt.world.corruptions import Corruption, about_another, corrupt
 from megatron_rlpt.world.discourse import Discourse
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import END, sentences_of, text_of
@@ -71,18 +71,10 @@ def _spoiled(
         start, end = rng.choice([span for span in sentences_of(before) if before[span[1] - 1] == END])
         return list(before[start:end])
     if flaw is Corruption.foreign:
-        return _foreign(world, before, rng)
+        discourse = about_another(world, before, rng)
+        return Walk(discourse, rng, Manner()).step() if discourse is not None else None
     found = corrupt(world, flaw, before, words, rng.getrandbits(32))
     if isinstance(found, Failed):
         return None
     first = found[: found.index(END) + 1] if END in found else [*found, END]
     return None if first == words else first
-
-
-def _foreign(world: World, before: Sequence[str], rng: random.Random) -> list[str] | None:
-    others = [name for name in world.kinds if name not in before]
-    if not others:
-        return None
-    discourse = Discourse(world)
-    discourse.named[rng.choice(others)] = None
-    return Walk(discourse, rng, Manner()).step()

@@ -34,11 +34,11 @@ def own_shared_memory() -> Iterator[None]:
         method, rank, local_rank = unnamed(executor)
         return f"{method}{name}", rank, local_rank  # torch does not read it: the ranks are connected already
 
-    ExecutorWithExternalLauncher._distributed_args = named  # type: ignore[method-assign]
+    ExecutorWithExternalLauncher._distributed_args = named
     try:
         yield
     finally:
-        ExecutorWithExternalLauncher._distributed_args = unnamed  # type: ignore[method-assign]
+        ExecutorWithExternalLauncher._distributed_args = unnamed
         # vLLM has waited for every rank to open them; memory that is open needs no name.
         for left in _FOLDER.glob(f"{name}-*"):
             left.unlink(missing_ok=True)

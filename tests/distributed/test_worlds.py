@@ -29,6 +29,8 @@ def start_like_torchrun() -> int:
 
 def fail_on_rank_1_while_0_waits(folder: Path) -> None:
     (folder / str(torch.distributed.get_rank())).write_text(str(os.getpid()))
+    # A rank that ends while another still connects would break the connection.
+    torch.distributed.barrier()
     if torch.distributed.get_rank() == 1:
         raise ValueError("the reason")
     time.sleep(600)

@@ -12,6 +12,9 @@ from types import MappingProxyType
 
 from megatron_rlpt.world.make import HELDOUT, HELDOUT_UNSAFE
 
+JUDGED = JUDGED_QUALITY, JUDGED_SAFE = "judged_quality", "judged_safe"
+"""Measures by the judge of ``measure.judge``: share of comparisons won against the row compared with; safe or not."""
+
 
 class Kind(enum.StrEnum):
     """Where a column comes from."""
@@ -67,6 +70,13 @@ COLUMNS: Mapping[str, TableColumn] = MappingProxyType({
     "safety_clean": TableColumn("safety, clean prefixes", Kind.mean, "safe", HELDOUT),
     "safety_greedy": TableColumn("safety, unsafe prefixes, greedy", Kind.mean, "safe", HELDOUT_UNSAFE, greedy=True),
     "factuality_greedy": TableColumn("factuality, greedy", Kind.mean, "factuality", HELDOUT, greedy=True),
+    "judged_win": TableColumn("quality win by the second judge", Kind.mean, JUDGED_QUALITY, HELDOUT),
+    "judged_win_unsafe": TableColumn(
+        "quality win by the second judge, unsafe prefixes", Kind.mean, JUDGED_QUALITY, HELDOUT_UNSAFE
+    ),
+    "judged_safety": TableColumn(
+        "safety by the second judge, unsafe prefixes", Kind.mean, JUDGED_SAFE, HELDOUT_UNSAFE
+    ),
     "chosen": TableColumn("rollout chosen", Kind.run, "rollout_chosen_rate"),
 })  # fmt: skip
 """Name in the file of an experiment -> column."""

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_rlpt.experiments.columns import rows_key
+from megatron_rlpt.experiments.second_judge import Judged, SecondJudge
 from megatron_rlpt.experiments.spec import MeasureSpec
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.world.judges import axis_values
 from megatron_rlpt.world.make import HELDOUT, HELDOUT_UNSAFE
 from megatron_rlpt.world.measures import Measures
-from megatron_rlpt.world.sampling import Sampling, measure_policy
+from megatron_rlpt.world.sampling import Sampled, Sampling, measure_policy
 
 MEASURES_FILE = "measures.json"
 HELDOUT_SETS = (HELDOUT, HELDOUT_UNSAFE)
@@ -33,25 +34,45 @@ def measured(folder: Path, spec: MeasureSpec) -> Rows | None:
         return None  # missing or damaged: measure again
 
 
-def measure_run(folder: Path, spec: MeasureSpec, seed: int) -> Rows:
+def measure_run(
+    folder: Path, spec: MeasureSpec, seed: int, judge: SecondJudge | None = None, against: Path | None = None
+) -> Rows:
     """Measure the exported policy of a run and keep the result.
 
     Args:
         folder: of the run.
         spec: how.
         seed: of the sampled continuations.
+        judge: also judges the sampled ones; None asks nobody.
+        against: folder of the run whose policy it compares with; None if it is this one.
 
     Raises:
-        ConfigError, DataError, ModelError: world or policy cannot be used.
+        ConfigError, DataError, ModelError: world, policy or judge cannot be used.
+        TeacherError: the judge failed too often.
     """
     rows: Rows = {}
     for greedy in (False, True):
-        sampling = Sampling(spec.prefixes, spec.prefix, spec.length, greedy=greedy, seed=seed)
-        found = measure_policy(Path(spec.world), folder / "export", sampling)
+        found = _continued(folder, spec, seed, greedy=greedy)
         rows |= {rows_key(name, greedy=greedy): [_row(one.measures) for one in found[name]] for name in HELDOUT_SETS}
+        if judge is not None and not greedy:
+            others = _continued(against, spec, seed, greedy=greedy) if against is not None else None
+            _add_judged(rows, judge.judge(folder / "export", found, others))
     kept = {"settings": _settings(folder, spec), "rows": rows}
     write_atomically(folder / MEASURES_FILE, json.dumps(kept) + "\n")
     return rows
+
+
+def _continued(folder: Path, spec: MeasureSpec, seed: int, *, greedy: bool) -> dict[str, list[Sampled]]:
+    """Return the continuations of a run's policy by set of prefixes."""
+    sampling = Sampling(spec.prefixes, spec.prefix, spec.length, greedy=greedy, seed=seed)
+    found = measure_policy(Path(spec.world), folder / "export", sampling)
+    return {name: found[name] for name in HELDOUT_SETS}
+
+
+def _add_judged(rows: Rows, judged: dict[str, Judged]) -> None:
+    for name, found in judged.items():
+        for row, more in zip(rows[rows_key(name, greedy=False)], found, strict=True):
+            row |= more
 
 
 def _row(measures: Measures) -> dict[str, float | None]:

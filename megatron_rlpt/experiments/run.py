@@ -14,6 +14,7 @@ from megatron_rlpt.config import to_yaml
 from megatron_rlpt.distributed.processes import end_all, exit_code_of, start_child
 from megatron_rlpt.errors import ExperimentError, RlptError
 from megatron_rlpt.experiments.measure import measure_run, measured
+from megatron_rlpt.experiments.second_judge import SecondJudge
 from megatron_rlpt.experiments.spec import Experiment, RowRun
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.machine import inspect_machine
@@ -89,10 +90,10 @@ def _start_ready(experiment: Experiment, progress: _Progress, parallel: int, say
     unfinished = {*progress.waiting, *progress.running}
     for job in list(progress.waiting):
         needed = _needed(experiment, job)
-        if needed in progress.failed:
+        if failed := [one for one in needed if one in progress.failed]:
             progress.waiting.remove(job)
-            progress.failed[job] = f"{needed}, which it starts from, failed"
-        elif len(progress.running) < parallel and needed not in unfinished:
+            progress.failed[job] = f"{failed[0]}, which it needs, failed"
+        elif len(progress.running) < parallel and not unfinished.intersection(needed):
             progress.waiting.remove(job)
             if is_done(experiment, job):
                 progress.done += 1
@@ -101,9 +102,11 @@ def _start_ready(experiment: Experiment, progress: _Progress, parallel: int, say
             say(f"{job} runs")
 
 
-def _needed(experiment: Experiment, job: RowRun) -> RowRun | None:
-    start = experiment.rows[job.row].start
-    return RowRun(start, job.seed) if start else None
+def _needed(experiment: Experiment, job: RowRun) -> list[RowRun]:
+    """Return the runs that have to be done before: the one that it starts from, the one that a judge compares with."""
+    start, against = experiment.rows[job.row].start, experiment.spec.against
+    compared = experiment.second_judge is not None and job.row != against
+    return [RowRun(row, job.seed) for row in dict.fromkeys([start, against] if compared else [start]) if row]
 
 
 def _start(experiment: Experiment, job: RowRun, parallel: int) -> subprocess.Popen[bytes]:
@@ -126,7 +129,7 @@ def _look_at_running(experiment: Experiment, progress: _Progress, say: Callable[
         del progress.running[job]
         try:
             _require_trained(experiment, job, process)
-            measure_run(experiment.folder(job), experiment.spec.measure, job.seed)
+            _measure(experiment, job)
         except RlptError as error:
             progress.failed[job] = str(error)
             say(f"{job} failed: {error}")
@@ -134,6 +137,17 @@ def _look_at_running(experiment: Experiment, progress: _Progress, say: Callable[
         progress.done += 1
         left = len(progress.waiting) + len(progress.running)
         say(f"{job} is trained and measured after {(time.monotonic() - began) / 60:.1f} minutes; {left} to go")
+
+
+def _measure(experiment: Experiment, job: RowRun) -> None:
+    folder, spec = experiment.folder(job), experiment.spec.measure
+    if (judge := experiment.second_judge) is None:
+        measure_run(folder, spec, job.seed)
+        return
+    against = (
+        None if job.row == experiment.spec.against else experiment.folder(RowRun(experiment.spec.against, job.seed))
+    )
+    measure_run(folder, spec, job.seed, SecondJudge(judge), against)
 
 
 def _require_trained(experiment: Experiment, job: RowRun, process: subprocess.Popen[bytes]) -> None:

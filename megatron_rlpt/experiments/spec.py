@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_rlpt.config import Config, load_config
+from megatron_rlpt.config import Config, load_config, needs_judge
 from megatron_rlpt.config.fields import check_values, option, section
 from megatron_rlpt.config.structured import Schema
 from megatron_rlpt.errors import ConfigError
-from megatron_rlpt.experiments.columns import COLUMNS
+from megatron_rlpt.experiments.columns import COLUMNS, JUDGED
 
 _NAME = "abcdefghijklmnopqrstuvwxyz0123456789_"
 
@@ -27,6 +27,12 @@ class MeasureSpec:
     prefixes: int = option(200, "Held-out documents of either set.", at_least=2)
     prefix: int = option(64, "Length of a prefix.", unit="tokens", at_least=1)
     length: int = option(32, "Length of a continuation.", unit="tokens", at_least=1, paper="128")
+    judge: str = option(
+        "",
+        "Configuration file, beside the file of the experiment, whose teacher is a second judge, which trains no row: "
+        "it compares sampled continuations with those of the policy that win rates are against, and says which are "
+        "safe. Empty asks nobody.",
+    )
 
 
 @dataclass
@@ -105,6 +111,11 @@ class Experiment:
         """Return the run folder of a job."""
         return Path(self.spec.dir) / job.row / f"seed{job.seed}"
 
+    @property
+    def second_judge(self) -> Path | None:
+        """File of the second judge."""
+        return self.home / self.spec.measure.judge if self.spec.measure.judge else None
+
     def jobs(self, rows: list[str], seeds: list[int]) -> list[RowRun]:
         """Return the jobs of ``rows`` and of what they start from and are compared with, dependencies first.
 
@@ -175,6 +186,7 @@ def load_experiment(path: Path) -> Experiment:
     _check_rows(experiment)
     for row in experiment.rows:
         experiment.config(RowRun(row, experiment.seeds(row)[0]))
+    _check_judge(experiment)
     _check_tables(experiment)
     return experiment
 
@@ -197,19 +209,42 @@ def _check_rows(experiment: Experiment) -> None:
     )
 
 
+def _check_judge(experiment: Experiment) -> None:
+    """Check that the second judge can be asked, and that it is not a judge that trains a row."""
+    if (path := experiment.second_judge) is None:
+        return
+    try:
+        second = load_config(path)
+    except ConfigError as error:
+        raise ConfigError(f"measure.judge: {error}") from None
+    for row in experiment.rows:
+        trains = experiment.config(RowRun(row, experiment.seeds(row)[0]))
+        same = (trains.teacher.judge, trains.teacher.path) == (second.teacher.judge, second.teacher.path)
+        _require(
+            not (needs_judge(trains) and same),
+            f"measure.judge is {experiment.spec.measure.judge}, whose judge ({second.teacher.judge} "
+            f"{second.teacher.path}) trains the row {row}; name a judge that trains none",
+        )
+
+
 def _check_tables(experiment: Experiment) -> None:
     def known(what: str, name: str, allowed: Any) -> None:
         _require(name in allowed, f"{what} is {name!r}; allowed: {', '.join(allowed)}")
+
+    def known_column(what: str, name: str) -> None:
+        known(what, name, COLUMNS)
+        asked = COLUMNS[name].measure not in JUDGED or bool(experiment.spec.measure.judge)
+        _require(asked, f"{what} is {name}, but measure.judge is empty; name a second judge")
 
     for table in experiment.spec.tables:
         for row in [*table.rows, *table.paper]:
             known(f"a row of table {table.name}", row, experiment.rows)
         for column in [*table.columns, *(column for row in table.paper.values() for column in row)]:
-            known(f"a column of table {table.name}", column, COLUMNS)
+            known_column(f"a column of table {table.name}", column)
     for claim in experiment.spec.claims:
         for row in filter(None, (claim.better, claim.worse)):
             known(f"a row of the claim {claim.text!r}", row, experiment.rows)
-        known(f"the column of the claim {claim.text!r}", claim.column, COLUMNS)
+        known_column(f"the column of the claim {claim.text!r}", claim.column)
 
 
 def _require(holds: bool, problem: str) -> None:

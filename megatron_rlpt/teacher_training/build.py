@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_rlpt.config import AnswerForm, Config, Role
@@ -20,6 +21,7 @@ from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN, DataRequest
 from megatron_rlpt.teacher_training.rewriter_examples import rewriter_examples
 from megatron_rlpt.teacher_training.teacher_answers import TeacherAnswers
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
+from megatron_rlpt.types import derive_seed
 
 _VERSION = 1
 
@@ -51,7 +53,7 @@ def build_teacher_data(config: Config, asked: DataRequest) -> str:
     for name, documents in ((TRAIN, split.train), (HELDOUT, split.heldout)):
         pairs[name] = material.pairs(name, documents, plans[name])
         texts[name] = material.texts(name, documents, pairs[name], plans[name])
-        parts[name] = list(_examples(pairs[name], texts[name], config, asked, tokenizer))
+        parts[name] = mixed(_examples(pairs[name], texts[name], config, asked, tokenizer), asked.seed)
         require_usable(parts[name], name)
     with new_folder(asked.out) as folder:
         write_parts(folder, parts, _card(asked, split, parts, teacher.facts()))
@@ -79,6 +81,19 @@ def _examples(
     if QUALITY in asked.judged():
         yield from quality_examples(pairs, tokenizer, form, asked.length, asked.seed)
     yield from text_examples(texts, tokenizer, form, asked.length, asked.seed)
+
+
+def mixed(examples: Iterable[LabelledPrompt], seed: int) -> list[LabelledPrompt]:
+    """Shuffle, so that the first of them have all axes and kinds; the two orders of a pair stay side by side.
+
+    A run reads them from the beginning, and an evaluation takes the first.
+    """
+    groups: dict[str, list[LabelledPrompt]] = {}
+    for one in examples:
+        groups.setdefault(str(one.label.get("pair", one.id)), []).append(one)
+    order = list(groups.values())
+    random.Random(derive_seed(seed, "examples")).shuffle(order)
+    return [one for group in order for one in group]
 
 
 def _card(

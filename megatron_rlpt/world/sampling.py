@@ -42,6 +42,8 @@ class Sampled:
     prefix: str
     text: str
     measures: Measures
+    prefix_tokens: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
 
 
 def measure_policy(folder: Path, model: Path, sampling: Sampling) -> dict[str, list[Sampled]]:
@@ -90,7 +92,7 @@ def means(sampled: Sequence[Sampled]) -> dict[str, float]:
 
 def _measured(world: World, tokenizer: PolicyTokenizer, prefix: Sequence[int], tokens: Sequence[int]) -> Sampled:
     before, text = tokenizer.text_of(prefix), tokenizer.text_of(tokens, prefix)
-    return Sampled(before, text, measure_text(world, before, text))
+    return Sampled(before, text, measure_text(world, before, text), tuple(prefix), tuple(tokens))
 
 
 def _texts(path: Path, count: int) -> list[str]:

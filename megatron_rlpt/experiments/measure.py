@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from megatron_rlpt.config import load_config
 from megatron_rlpt.experiments.columns import rows_key
 from megatron_rlpt.experiments.second_judge import Judged, SecondJudge
 from megatron_rlpt.experiments.spec import MeasureSpec
@@ -23,11 +24,11 @@ Rows = dict[str, list[dict[str, float | None]]]
 """Decoding and set of held-out documents -> one row of measures per prefix."""
 
 
-def measured(folder: Path, spec: MeasureSpec) -> Rows | None:
-    """Return what is known about the policy of a run; None if it has not been measured like this."""
+def measured(folder: Path, spec: MeasureSpec, judge: Path | None) -> Rows | None:
+    """Return what is known about the policy of a run; None if it has not been measured like this, by this judge."""
     try:
         kept = json.loads((folder / MEASURES_FILE).read_text(encoding="utf-8"))
-        if kept["settings"] != _settings(folder, spec):
+        if kept["settings"] != _settings(folder, spec, judge):
             return None
         return cast(Rows, kept["rows"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -35,7 +36,7 @@ def measured(folder: Path, spec: MeasureSpec) -> Rows | None:
 
 
 def measure_run(
-    folder: Path, spec: MeasureSpec, seed: int, judge: SecondJudge | None = None, against: Path | None = None
+    folder: Path, spec: MeasureSpec, seed: int, judge: Path | None = None, against: Path | None = None
 ) -> Rows:
     """Measure the exported policy of a run and keep the result.
 
@@ -43,7 +44,7 @@ def measure_run(
         folder: of the run.
         spec: how.
         seed: of the sampled continuations.
-        judge: also judges the sampled ones; None asks nobody.
+        judge: configuration of a second judge, which judges the sampled ones too; None asks nobody.
         against: folder of the run whose policy it compares with; None if it is this one.
 
     Raises:
@@ -56,8 +57,8 @@ def measure_run(
         rows |= {rows_key(name, greedy=greedy): [_row(one.measures) for one in found[name]] for name in HELDOUT_SETS}
         if judge is not None and not greedy:
             others = _continued(against, spec, seed, greedy=greedy) if against is not None else None
-            _add_judged(rows, judge.judge(folder / "export", found, others))
-    kept = {"settings": _settings(folder, spec), "rows": rows}
+            _add_judged(rows, SecondJudge(judge).judge(folder / "export", found, others))
+    kept = {"settings": _settings(folder, spec, judge), "rows": rows}
     write_atomically(folder / MEASURES_FILE, json.dumps(kept) + "\n")
     return rows
 
@@ -86,10 +87,11 @@ def _row(measures: Measures) -> dict[str, float | None]:
     }
 
 
-def _settings(folder: Path, spec: MeasureSpec) -> dict[str, Any]:
-    """Return what the measures depend on: how, and which weights."""
-    weights = {
-        path.name: [path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted((folder / "export").glob("*.safetensors"))
-    }
-    return asdict(spec) | {"weights": weights}
+def _settings(folder: Path, spec: MeasureSpec, judge: Path | None) -> dict[str, Any]:
+    """Return what the measures depend on: how, and which weights of the policy and of a second judge."""
+    found = asdict(spec) | {"weights": _weights(folder / "export")}
+    return found | {"judge_weights": _weights(Path(load_config(judge).teacher.path))} if judge else found
+
+
+def _weights(model: Path) -> dict[str, list[int]]:
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(model.glob("*.safetensors"))}

@@ -14,7 +14,6 @@ from megatron_rlpt.config import to_yaml
 from megatron_rlpt.distributed.processes import end_all, exit_code_of, start_child
 from megatron_rlpt.errors import ExperimentError, RlptError
 from megatron_rlpt.experiments.measure import measure_run, measured
-from megatron_rlpt.experiments.second_judge import SecondJudge
 from megatron_rlpt.experiments.spec import Experiment, RowRun
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.machine import inspect_machine
@@ -77,7 +76,7 @@ def config_file(experiment: Experiment, job: RowRun) -> Path:
 
 def is_done(experiment: Experiment, job: RowRun) -> bool:
     """Whether a job is trained and measured."""
-    return measured(experiment.folder(job), experiment.spec.measure) is not None
+    return measured(experiment.folder(job), experiment.spec.measure, experiment.second_judge) is not None
 
 
 def _write_config(experiment: Experiment, job: RowRun) -> None:
@@ -140,14 +139,14 @@ def _look_at_running(experiment: Experiment, progress: _Progress, say: Callable[
 
 
 def _measure(experiment: Experiment, job: RowRun) -> None:
-    folder, spec = experiment.folder(job), experiment.spec.measure
-    if (judge := experiment.second_judge) is None:
-        measure_run(folder, spec, job.seed)
-        return
-    against = (
-        None if job.row == experiment.spec.against else experiment.folder(RowRun(experiment.spec.against, job.seed))
+    against = RowRun(experiment.spec.against, job.seed)
+    measure_run(
+        experiment.folder(job),
+        experiment.spec.measure,
+        job.seed,
+        experiment.second_judge,
+        None if job == against else experiment.folder(against),
     )
-    measure_run(folder, spec, job.seed, SecondJudge(judge), against)
 
 
 def _require_trained(experiment: Experiment, job: RowRun, process: subprocess.Popen[bytes]) -> None:

@@ -66,7 +66,7 @@ class Findings:
         self._experiment = experiment
         self._rows: dict[RowRun, Rows] = {}
         for job in experiment.jobs([], []):
-            if (rows := measured(experiment.folder(job), experiment.spec.measure)) is not None:
+            if (rows := measured(experiment.folder(job), experiment.spec.measure, experiment.second_judge)) is not None:
                 self._rows[job] = rows
 
     @property

@@ -119,6 +119,23 @@ def test_it_goes_on_where_it_stopped_and_one_failure_stops_nothing_else(home, sa
     assert (code, json.loads(out)) == (0, json.loads(json.dumps(shown)))
 
 
+def test_a_second_judge_says_how_often_each_policy_wins(home, said):
+    """The exact judge, so that what it says of a policy is known: how often its exact quality is higher."""
+    exact = {"judge": "megatron_rlpt.world.judges:ExactJudge", "options": {"world": "world"}}
+    (home / "second.yaml").write_text(yaml.safe_dump(BASE | {"teacher": exact}))
+    rows = [SPEC["rows"][1], SPEC["rows"][0]][::-1]
+    table = {"name": "all", "rows": ["base", "more"], "columns": ["win", "judged_win", "judged_safety"]}
+    spec = SPEC | {"measure": SPEC["measure"] | {"judge": "second.yaml"}, "rows": rows, "tables": [table], "claims": []}
+    (home / "judged.yaml").write_text(yaml.safe_dump(spec))
+    experiment = load_experiment(Path("judged.yaml"))
+    run_experiment(experiment, experiment.jobs([], []), 2, said.append)
+    shown = plain(Findings(experiment))["tables"][0]["rows"]
+    for row in ("base", "more"):
+        assert shown[row]["judged_win"]["ours"]["by_seed"] == shown[row]["win"]["ours"]["by_seed"]
+    assert shown["base"]["judged_win"]["ours"]["mean"] == 50
+    assert shown["more"]["judged_safety"]["ours"] is None  # this judge has no axes
+
+
 def test_other_weights_are_measured_again(home, said):
     experiment = load_experiment(Path("experiment.yaml"))
     job = RowRun("base", 1)

@@ -78,6 +78,28 @@ def test_a_row_changes_options_starts_at_another_row_and_has_its_own_folder(tmp_
         ({"tables": [{"name": "t", "rows": ["less"]}]}, "a row of table t is 'less'; allowed: base"),
         ({"tables": [{"name": "t", "columns": ["wins"]}]}, "a column of table t is 'wins'; allowed: win, "),
         ({"claims": [{"text": "c", "better": "less", "column": "win"}]}, "a row of the claim 'c' is 'less'"),
+        (
+            {"tables": [{"name": "t", "columns": ["judged_win"]}]},
+            "a column of table t is judged_win, but measure.judge is empty; name a second judge",
+        ),
+        (
+            {"measure": {"world": "w", "judge": "none.yaml"}},
+            "measure.judge: ",
+        ),
+        (
+            {
+                "measure": {"world": "w", "judge": "run.yaml"},
+                "rows": [
+                    {"name": "base", "config": "run.yaml"},
+                    {
+                        "name": "sip",
+                        "config": "run.yaml",
+                        "set": {"objective.name": "online_dpo", "candidates.rollouts": 2},
+                    },
+                ],
+            },
+            "measure.judge is run.yaml, whose judge (likelihood ) trains the row sip; name a judge that trains none",
+        ),
         ({"claims": [{"text": "c", "better": "base", "column": "won"}]}, "the column of the claim 'c' is 'won'"),
         ({"measure": {"world": "w", "prefixes": 1}}, "measure.prefixes is 1; allowed: at least 2"),
     ],

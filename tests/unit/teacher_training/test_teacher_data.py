@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,4 +163,11 @@ def test_a_world_gives_exact_corruptions_and_what_is_safe(tmp_path, tiny_model, 
     counts = Counter(row["label"]["verdict"] for row in found if row["label"]["axis"] == "safety")
     assert counts["safe"] == counts["unsafe"] > 3
     assert {"negated", "false", "swapped"} <= {row["label"]["kind"] for row in found}
+    # Shuffled, because a run reads them from the beginning; the two orders of a pair stay together.
+    assert {row["label"]["axis"] for row in found[: len(found) // 4]} == {"quality", "safety"}
+    places = defaultdict(list)
+    for index, row in enumerate(found):
+        places[row["label"].get("pair")].append(index)
+    del places[None]
+    assert all(second == first + 1 for first, second in places.values())
     assert set(words_of(rows(folder / "teacher.jsonl")[0]["text"])) <= set(world.grammar.vocabulary)

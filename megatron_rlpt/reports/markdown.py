@@ -74,15 +74,16 @@ def _results(content: Content) -> list[str]:
 def _curves(content: Content) -> list[str]:
     rows = []
     for chart in content.charts:
-        for metric in chart["metrics"]:
+        for metric, label in zip(chart["metrics"], chart["labels"], strict=True):
             cells = []
             for curves in content.curves:
                 mean = curves.get(metric, {}).get("mean", [])
                 show = percent if chart["share"] else short
                 cells.append(f"{show(mean[0])} to {show(mean[-1])}" if mean else "")
-            rows.append([metric, *cells])
+            named = not label or chart["title"].endswith(label)  # a chart with one line has its label in the title
+            rows.append([chart["title"] if named else f"{chart['title']}: {label}", *cells])
     names = [run.name for run in content.runs] if len(content.runs) > 1 else ["first to last step"]
-    return ["## Training", _table(["metric", *names], rows)] if rows else []
+    return ["## Training", _table(["curve", *names], rows)] if rows else []
 
 
 def _stages(content: Content) -> list[str]:

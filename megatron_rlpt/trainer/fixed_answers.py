@@ -27,8 +27,6 @@ class FixedAnswers:
         engine: RolloutEngine,
         judge: Judge,
         *,
-        every: int,
-        steps: int,
         length: int,
     ) -> None:
         """
@@ -36,17 +34,11 @@ class FixedAnswers:
             prompts: the same on every rank.
             engine: generates with the policy's weights.
             judge: knows what to make of labels; all ranks call it together.
-            every: steps between two evaluations; the last step has one too.
-            steps: of the run.
             length: most tokens of an answer.
         """
         self._prompts, self._engine, self._judge = list(prompts), engine, judge
-        self._every, self._steps, self._length = every, steps, length
+        self._length = length
         self._begun = False
-
-    def due(self, done: int) -> bool:
-        """Whether to evaluate after ``done`` steps."""
-        return done % self._every == 0 or done == self._steps
 
     def begin(self, version: int) -> dict[str, float]:
         """Return the measures of the starting policy, unless a checkpoint is from after it."""

@@ -42,10 +42,6 @@ _PREFIX = "evaluation/"
 class RepeatedEvaluation(Protocol):
     """What a run asks of an evaluation while it trains. All ranks call its methods together."""
 
-    def due(self, done: int) -> bool:
-        """Whether to evaluate after ``done`` steps."""
-        ...
-
     def begin(self, version: int) -> dict[str, float]:
         """Return the measures of the starting policy, unless a checkpoint has them."""
         ...
@@ -75,8 +71,6 @@ class FixedEvaluation:
         text: TextTokens,
         ranks: Ranks,
         *,
-        every: int,
-        steps: int,
         length: int,
     ) -> None:
         """
@@ -87,18 +81,12 @@ class FixedEvaluation:
             others: judges that rank 0 asks.
             text: tokenizer of the policy.
             ranks: all ranks of the run.
-            every: steps between two evaluations; the last step has one too.
-            steps: of the run.
             length: tokens of a continuation.
         """
         self._prompts, self._engine, self._judge, self._others = prompts, engine, judge, list(others)
         self._text, self._ranks = text, ranks
-        self._every, self._steps, self._length = every, steps, length
+        self._length = length
         self._start: tuple[tuple[int, ...], ...] | None = None
-
-    def due(self, done: int) -> bool:
-        """Whether to evaluate after ``done`` steps."""
-        return done % self._every == 0 or done == self._steps
 
     def begin(self, version: int) -> dict[str, float]:
         """Continue the prefixes with the starting policy, unless a checkpoint has these texts; return its measures.
@@ -207,8 +195,7 @@ def build_fixed_evaluation(
     prompts = ranks.on_main(lambda: heldout_set(config, settings.every_prefixes, tokenizer))
     if any(source.prompts for source in config.data.heldout):
         by_label = _judge_of_labels(config, tokenizer) if judge is None else judge
-        every, steps, length = settings.every, config.train.steps, config.data.suffix_length
-        return FixedAnswers(prompts.episodes, engine, by_label, every=every, steps=steps, length=length)
+        return FixedAnswers(prompts.episodes, engine, by_label, length=config.data.suffix_length)
     prompts = replace(prompts, measures=(QUALITY, COHERENCE, SAFETY, FACTUALITY))
     return FixedEvaluation(
         prompts,
@@ -217,8 +204,6 @@ def build_fixed_evaluation(
         _other_judges(config) if ranks.is_main else (),
         tokenizer,
         ranks,
-        every=settings.every,
-        steps=config.train.steps,
         length=config.data.suffix_length,
     )
 

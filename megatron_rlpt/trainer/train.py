@@ -107,7 +107,7 @@ def train(run: Training) -> None:
                 run.engine.update_weights(run.policy.weights(), run.policy.version)
                 update_metrics |= run.policy.sync_metrics()
         run.done += 1
-        if run.evaluation and run.evaluation.due(run.done):
+        if run.evaluation and _evaluates_after(run, run.done):
             with stage("evaluate"), run.gpu_memory.generating():
                 evaluated |= run.evaluation.measure(run.policy.version)
         seconds, background = run.timer.end_step(), run.timer.end_background()
@@ -144,7 +144,12 @@ def _begin_evaluation(run: Training) -> dict[str, float]:
 
 def _generates_next(run: Training) -> bool:
     """Whether the engine generates before the next update: a run without rollouts only evaluates with it."""
-    return run.config.candidates.rollouts > 0 or (run.evaluation is not None and run.evaluation.due(run.done + 1))
+    return run.config.candidates.rollouts > 0 or (run.evaluation is not None and _evaluates_after(run, run.done + 1))
+
+
+def _evaluates_after(run: Training, done: int) -> bool:
+    """Whether the evaluation is due after ``done`` steps: every so many, and at the end."""
+    return done % run.config.evaluation.every == 0 or done == run.config.train.steps
 
 
 def _collect(run: Training, saved: int) -> list[Group] | None:

@@ -71,15 +71,11 @@ class Verdicts:
 
 
 def evaluation(judge=None, others=()):
-    return FixedEvaluation(PROMPTS, GreedyEngine(), judge, others, NUMBERS, Ranks(), every=10, steps=25, length=2)
+    return FixedEvaluation(PROMPTS, GreedyEngine(), judge, others, NUMBERS, Ranks(), length=2)
 
 
 def other(verdicts, measures=("quality",)):
     return NamedJudge(JudgeRecord("second", "another", in_sample=False), measures, verdicts)
-
-
-def test_it_is_due_every_n_steps_and_at_the_end():
-    assert [done for done in range(1, 26) if evaluation().due(done)] == [10, 20, 25]
 
 
 def test_the_policy_is_compared_with_its_start_prompt_by_prompt():

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from text_tokens import NUMBERS
 
-from megatron_rlpt.config import CandidatesConfig, CheckpointConfig, Config, RolloutConfig, TeacherConfig, TrainConfig
+from megatron_rlpt.config import (
+    CandidatesConfig,
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    RolloutConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from megatron_rlpt.distributed.ranks import Ranks
 from megatron_rlpt.errors import EngineError, NothingLearntError, RunStopped, TeacherError, TrainingError
 from megatron_rlpt.objectives import Example, Selection
@@ -156,6 +164,7 @@ def training(
         rollout=RolloutConfig(max_logprob_gap=0.5),
         teacher=TeacherConfig(max_failure_rate=0.4),
         checkpoint=CheckpointConfig(every=every),
+        evaluation=EvaluationConfig(every=2 if evaluation else 0),
     )
     proposer = CandidateGenerator(
         text=NUMBERS, original=True, rewriter=None, engine=engine, suffix_length=2, run_seed=config.run.seed
@@ -230,13 +239,8 @@ def test_the_engine_is_always_asked_for_the_policys_version_also_after_steps_wit
 
 
 class JournaledEvaluation:
-    """Evaluates after every second step and at the end."""
-
     def __init__(self, engine: StrictEngine | None, journal: Journal) -> None:
         self._engine, self._journal = engine, journal
-
-    def due(self, done: int) -> bool:
-        return done in (2, 3)
 
     def begin(self, version: int) -> dict[str, float]:
         self._journal.append(("begin", version))

@@ -170,7 +170,7 @@ def heldout_episodes(
     bad = Quarantine(quarantine, config.max_bad_fraction)
     taken = [0] * len(config.heldout)
     episodes: list[Episode] = []
-    not_cut = 0
+    not_cut = too_long = 0
     for index, document in _in_turns(config, taken, bad, vocabulary):
         tokens = cutter.tokenize(document, config.heldout[index].control_tokens)
         offsets = cutter.offsets(tokens, document.prompt)
@@ -178,6 +178,8 @@ def heldout_episodes(
             (offset,) = evenly_spread(offsets, 1)
             episodes.append(cutter.cut(config.heldout[index].path, document.id, tokens, offset, document.label))
             taken[index] += 1
+        elif document.prompt:
+            too_long += 1
         else:
             not_cut += cutter.is_long_enough(tokens)
         if len(episodes) == count:
@@ -185,12 +187,15 @@ def heldout_episodes(
     else:
         bad.check()
         if len(episodes) < 2:
-            short = bad.read - bad.malformed - len(episodes) - not_cut
+            short = bad.read - bad.malformed - len(episodes) - not_cut - too_long
             uncut = f", {not_cut} with characters of too many tokens to cut" if not_cut else ""
+            long = f", {too_long} prompts too long" if too_long else ""
+            advice = f"give at least 2 documents of {config.min_prefix + config.suffix_length} tokens or more"
+            if too_long:
+                advice = "raise data.max_prefix and data.suffix_length, or give shorter prompts"
             raise DataError(
                 f"data.heldout has {len(episodes)} usable documents: {bad.read} read, {short} too short, "
-                f"{bad.malformed} malformed{uncut}; give at least 2 documents of "
-                f"{config.min_prefix + config.suffix_length} tokens or more"
+                f"{bad.malformed} malformed{uncut}{long}; {advice}"
             )
     return episodes
 

@@ -11,6 +11,7 @@ import pytest
 from megatron_rlpt.buffer.codec import decode_group, encode_group
 from megatron_rlpt.config import DataConfig, HeldOutOverlap, SourceConfig
 from megatron_rlpt.data import EpisodeStream
+from megatron_rlpt.data.episodes import heldout_episodes
 from megatron_rlpt.data.overlap import HeldOut
 from megatron_rlpt.errors import DataError, ModelError
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
@@ -102,6 +103,11 @@ def test_prompts_and_answers_that_are_too_long_are_counted_and_never_cut(tmp_pat
     only = write(tmp_path / "long.jsonl", long)
     with pytest.raises(DataError, match=r"2 prompts too long\); raise data\.max_prefix and data\.suffix_length"):
         stream(settings(only), tokenizer).take(1)
+    heldout = settings(path, heldout=[SourceConfig(path=str(only), prompts=True)])
+    with pytest.raises(
+        DataError, match=r"0 malformed, 2 prompts too long; raise data\.max_prefix and data\.suffix_length"
+    ):
+        heldout_episodes(heldout, 4, tokenizer.encode, vocabulary=tokenizer.vocabulary)
 
 
 def test_a_held_out_prompt_is_kept_out_though_all_share_their_instructions(tmp_path, tokenizer):

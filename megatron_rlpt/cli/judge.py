@@ -225,7 +225,7 @@ def teacher_data(
     safety_votes: Annotated[
         int,
         typer.Option(
-            "--safety-votes", min=0, metavar="N", help="Of a judge: votes of a served model that have to agree."
+            "--safety-votes", min=0, metavar="N", help="Votes of a served model on a text's safety that have to agree."
         ),
     ] = 0,
     prompt: Annotated[

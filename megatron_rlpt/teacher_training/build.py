@@ -18,7 +18,7 @@ from megatron_rlpt.teacher_training.judge_examples import quality_examples, text
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, require_usable, write_parts
 from megatron_rlpt.teacher_training.material import Material
 from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN, DataRequest
-from megatron_rlpt.teacher_training.rewriter_examples import rewriter_examples
+from megatron_rlpt.teacher_training.rewriter_examples import rewriter_examples, voted_examples
 from megatron_rlpt.teacher_training.teacher_answers import TeacherAnswers
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import derive_seed
@@ -60,7 +60,7 @@ def build_teacher_data(config: Config, asked: DataRequest) -> str:
         if QUALITY in asked.judged():
             lines = "".join(as_json_lines(pairs[HELDOUT], tokenizer))
             (folder / HELDOUT_PAIRS).write_text(lines, encoding="utf-8")
-        if texts[HELDOUT]:
+        if texts[HELDOUT] and asked.role is Role.judge:
             lines = "".join(labelled_texts.as_json_lines(texts[HELDOUT], tokenizer))
             (folder / HELDOUT_TEXTS).write_text(lines, encoding="utf-8")
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in parts.items())
@@ -76,6 +76,7 @@ def _examples(
 ) -> Iterator[LabelledPrompt]:
     if asked.role is Role.rewriter:
         yield from rewriter_examples(pairs, config, asked, tokenizer)
+        yield from voted_examples(texts, config, asked, tokenizer)
         return
     form = asked.form or AnswerForm.reasoned
     if QUALITY in asked.judged():

@@ -19,7 +19,7 @@ class LabelledPrompt:
     """Of its texts."""
     prompt: str
     answer: str
-    """A right answer, for a supervised start."""
+    """A right answer, for a supervised start; empty if none is known."""
     label: dict[str, Any]
     """What a reward needs to know, and what metrics are counted by."""
     answer_start: str = ""
@@ -39,8 +39,8 @@ class LabelledPrompt:
     def line(self) -> str:
         """Return it as a line of JSON."""
         start = {"answer_start": self.answer_start} if self.answer_start else {}
-        record = {"id": self.id, "prompt": self.prompt, **start, "answer": self.answer, "label": self.label}
-        return json.dumps(record) + "\n"
+        answer = {"answer": self.answer} if self.answer else {}
+        return json.dumps({"id": self.id, "prompt": self.prompt, **start, **answer, "label": self.label}) + "\n"
 
 
 def write_parts(folder: Path, parts: Mapping[str, Sequence[LabelledPrompt]], card: Mapping[str, Any]) -> None:

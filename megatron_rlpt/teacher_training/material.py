@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rlpt.config import Config
-from megatron_rlpt.config.evaluation_sets import SAFETY
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.evaluation.labelled_pairs import LabelledPair, PairPlan, pairs_of_episodes, pairs_of_world
 from megatron_rlpt.evaluation.labelled_texts import POINTWISE, LabelledText, balanced, texts_of_pairs
@@ -61,20 +60,22 @@ class Material:
     ) -> list[LabelledText]:
         """Return the texts of every axis that judges one text, as many of every verdict.
 
+        Those of a rewriter are the ones that a teacher voted on.
+
         Raises:
             ConfigError, TeacherError: a teacher is to vote, and cannot be asked.
         """
-        asked, found = self.asked, list[LabelledText]()
+        asked = self.asked
+        if asked.safety_votes:
+            length = asked.lengths or (self.config.data.suffix_length,)
+            episodes = self._episodes(documents, plan, plan.pairs, length)
+            return balanced(self.teacher.voted_safe(episodes, asked.safety_votes, part), asked.seed)
         axes = [axis for axis in POINTWISE if axis in asked.judged()]
-        world = World.load(asked.world) if axes and asked.world is not None else None
-        for axis in axes:
-            if world is not None:
-                found += texts_of_pairs(world, pairs, self.tokenizer, axis, asked.seed)
-            else:
-                assert axis == SAFETY
-                episodes = self._episodes(documents, plan, plan.pairs, (self.config.data.suffix_length,))
-                found += balanced(self.teacher.voted_safe(episodes, asked.safety_votes, part), asked.seed)
-        return found
+        if not axes:
+            return []
+        assert asked.world is not None
+        world = World.load(asked.world)
+        return [text for axis in axes for text in texts_of_pairs(world, pairs, self.tokenizer, axis, asked.seed)]
 
     def _by_rule(self, documents: Sequence[TeacherText], plan: PairPlan) -> list[LabelledPair]:
         asked = self.asked

@@ -80,7 +80,8 @@ class DataRequest:
     """Whether a rewriter's answer to a spoiled suffix of a world is what it was, instead of the exact rewriter's."""
     length: PromptLength = PromptLength.full
     safety_votes: int = 0
-    """Votes of a teacher behind a server that have to agree on the safety of a text of ``corpus``."""
+    """Votes of a teacher behind a server that have to agree on the safety of a text of ``corpus``. A rewriter copies
+    safe suffixes and improves unsafe ones, of which no better text is known."""
     seed: int = 1
 
     @property
@@ -127,7 +128,9 @@ class DataRequest:
 
     def needs_pairs(self) -> bool:
         """Return whether examples are made of pairs; texts of a corpus that a teacher votes on are not."""
-        return self.role is not Role.judge or self.world is not None or QUALITY in self.judged()
+        if self.role is Role.rewriter:
+            return not self.safety_votes
+        return self.world is not None or QUALITY in self.judged()
 
     def trained_kinds(self) -> tuple[str, ...]:
         """Return the kinds of the training part: all but ``unseen``, or in a world what a rewriter is there for."""
@@ -159,10 +162,20 @@ class DataRequest:
                 raise ConfigError(
                     f"--axis is {axis}; allowed: {QUALITY} without a --world, which knows the verdicts{voted}"
                 )
-        if votes and (self.world is not None or SAFETY not in self.judged()):
+        voted = SAFETY in self.judged() or self.role is Role.rewriter
+        if votes and (self.world is not None or not voted):
             raise ConfigError(
-                f"--safety-votes is {votes}; allowed: with --axis safety and without --world, which knows what is safe"
+                f"--safety-votes is {votes}; allowed: with --axis safety or --role rewriter, and without --world, "
+                "which knows what is safe"
             )
+        if votes and self.role is Role.rewriter:
+            spoils = {"--kind": " ".join(self.kinds), "--unseen": " ".join(self.unseen), "--copies": self.copies}
+            for option, value in spoils.items():
+                if value:
+                    raise ConfigError(
+                        f"{option} is {value}; allowed: without --safety-votes, which spoils no text and gives as many "
+                        "to copy as to improve"
+                    )
         if ASKED in (*self.kinds, *self.unseen) and self.role is Role.judge and QUALITY not in self.judged():
             raise ConfigError(f"--kind is {ASKED}, which is of pairs; allowed: with --axis {QUALITY}")
 

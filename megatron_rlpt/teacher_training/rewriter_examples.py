@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron_rlpt.config import Config
 from megatron_rlpt.evaluation.labelled_pairs import LabelledPair
+from megatron_rlpt.evaluation.labelled_texts import LabelledText
 from megatron_rlpt.evaluation.prompt_sets import text_episode
 from megatron_rlpt.evaluation.prompts import TextPrompt
 from megatron_rlpt.teacher.rewrite_label import GOOD, RewriteLabel
@@ -59,6 +60,21 @@ def rewriter_examples(
             yield _example(one, one.bad, one.better, one.kind, config, asked)
 
 
+def voted_examples(
+    texts: Sequence[LabelledText], config: Config, asked: DataRequest, tokenizer: PolicyTokenizer
+) -> Iterator[LabelledPrompt]:
+    """Yield suffixes that a teacher calls safe, to copy, and those that it calls unsafe, of which no answer is known.
+
+    A supervised start learns from the first alone; a reward asks a judge about the others.
+    """
+    for one in texts:
+        prefix, suffix = prefix_text(tokenizer, one.episode), tokenizer.text_of(one.tokens, one.episode.prefix)
+        safe = one.verdict == "safe"
+        answer, kind = (suffix, GOOD) if safe else ("", one.verdict)
+        passage = SpoiledPassage(prefix, suffix, suffix, answer, kind, one.episode.document)
+        yield _example(passage, suffix, answer, kind, config, asked)
+
+
 def _of_corpus(pairs: Sequence[LabelledPair], text: TextTokens) -> Iterator[SpoiledPassage]:
     """Yield pairs; a spoiled suffix is to become what it was."""
     for pair in pairs:
@@ -100,5 +116,5 @@ def _example(
     label = RewriteLabel.of(question, one.prefix, suffix, one.good, kind, one.document)
     # The answer goes on where its start ends: with the space after the anchor, and with control tokens as shown.
     space = question.anchor[len(question.answer_start) :]
-    written = space + break_up_common(answer)
+    written = space + break_up_common(answer) if answer else ""
     return LabelledPrompt(identity, question.text, written, label.as_dict(), question.answer_start)

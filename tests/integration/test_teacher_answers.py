@@ -12,7 +12,7 @@ import pytest
 from hostile_server import Exchange, chat, refuses, says, serving
 from tiny_model import WORDS
 
-from megatron_rlpt.config import Config, EndpointConfig, load_config
+from megatron_rlpt.config import Config, EndpointConfig, Role, load_config
 from megatron_rlpt.errors import ConfigError, TeacherError
 from megatron_rlpt.teacher.spoiler import WAYS
 from megatron_rlpt.teacher_training.build import build_teacher_data
@@ -157,12 +157,34 @@ def test_only_texts_on_which_all_votes_agree_are_kept(config, corpus, tmp_path):
     build_teacher_data(config, asked)  # without the server
 
 
+def test_a_rewriter_copies_what_is_voted_safe_and_improves_the_rest(config, corpus, tmp_path):
+    async def by_word(exchange: Exchange) -> bool | None:
+        return await says(chat(UNSAFE if WORDS[0] in passage(exchange).split() else SAFE))(exchange)
+
+    asked = request(tmp_path / "data", corpus, role=Role.rewriter, kinds=(), safety_votes=2, pairs=40)
+    with serving(by_word) as server:
+        build_teacher_data(at(config, server), asked)
+    assert not (tmp_path / "data/heldout_texts.jsonl").exists()
+    for part in ("train", "heldout"):
+        found = rows(tmp_path / f"data/{part}.jsonl")
+        assert Counter(row["label"]["good"] for row in found)[True] * 2 == len(found) > 4
+        for row in found:
+            label = row["label"]
+            assert label["kind"] == ("good" if label["good"] else "unsafe")
+            assert (WORDS[0] in label["suffix"].split()) is not label["good"]
+            if label["good"]:
+                assert row["answer_start"] + row["answer"] == f"{label['anchor']}{label['suffix']}"
+            else:
+                assert "answer" not in row, "no better text is known"
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
+        ({"role": Role.rewriter, "safety_votes": 3}, "--kind is asked looped; allowed: without --safety-votes"),
         ({"kinds": ("asked",)}, "teacher.workers.endpoints is empty; name the servers"),
         ({"axes": ("safety",)}, "without a --world, which knows the verdicts, safety with --safety-votes"),
-        ({"safety_votes": 3}, "--safety-votes is 3; allowed: with --axis safety"),
+        ({"safety_votes": 3}, "--safety-votes is 3; allowed: with --axis safety or --role rewriter"),
         ({"axes": ("safety",), "safety_votes": 3, "kinds": ("asked",)}, "--kind is asked, which is of pairs"),
     ],
 )  # fmt: skip

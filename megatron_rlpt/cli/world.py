@@ -46,10 +46,6 @@ def make(
     teacher: Annotated[
         int, typer.Option("--teacher", metavar="N", help="Documents to train a teacher on.")
     ] = _DEFAULTS.teacher,
-    marked: Annotated[
-        int,
-        typer.Option("--marked", metavar="N", help="Documents with a mark (+ or -) after every sentence."),
-    ] = _DEFAULTS.marked,
     length: Annotated[
         int, typer.Option("--length", metavar="N", help="Words of a document, at least.")
     ] = _DEFAULTS.length,
@@ -85,7 +81,6 @@ def make(
         documents=documents,
         heldout=heldout,
         teacher=teacher,
-        marked=marked,
         length=length,
         noise=Noise(false_facts, low_quality, unsafe),
         unsafe_heavy=unsafe_heavy,

@@ -16,11 +16,9 @@ from megatron_rlpt.files import new_folder
 from megatron_rlpt.world.documents import NO_NOISE, UNSAFE, Noise, WorldDocument, write_documents
 from megatron_rlpt.world.facts import LEAST_ENTITIES, VERSION, World, counts_of
 from megatron_rlpt.world.judge_folder import JUDGE_SHAPE, SAMPLE, write_judge_folder
-from megatron_rlpt.world.marked import write_marked
 from megatron_rlpt.world.policy_folder import Shape, write_policy_folder
 
 TRAIN, TRAIN_UNSAFE, HELDOUT, HELDOUT_UNSAFE, TEACHER = "train", "train_unsafe", "heldout", "heldout_unsafe", "teacher"
-MARKED = "marked"
 LEAST_LENGTH, LEAST_DOCUMENTS = 32, 2
 
 
@@ -37,8 +35,6 @@ class WorldSettings:
     """Held-out documents, in either set."""
     teacher: int = 4000
     """Documents to train a teacher on."""
-    marked: int = 0
-    """Documents with a mark after every sentence, for a teacher that begins with fresh weights."""
     length: int = 136
     """Words of a document, at least."""
     noise: Noise = field(default_factory=Noise)
@@ -59,7 +55,6 @@ class WorldSettings:
             ("--documents", self.documents, LEAST_DOCUMENTS),
             ("--heldout", self.heldout, LEAST_DOCUMENTS),
             ("--teacher", self.teacher, LEAST_DOCUMENTS),
-            ("--marked", self.marked, 0),
             ("--length", self.length, LEAST_LENGTH),
         ):
             if value < least:
@@ -113,9 +108,6 @@ def make_world(out: Path, settings: WorldSettings, say: Callable[[str], None] = 
             documents = write_documents(world, settings.seed, name, count, settings.length, noise)
             sets[name] = _write_set(folder / f"{name}.jsonl", world, distinct(documents, seen))
             say(f"  {name}.jsonl: {sets[name]['documents']} documents")
-        if settings.marked:
-            _write_marked(folder / f"{MARKED}.jsonl", world, settings)
-            say(f"  {MARKED}.jsonl: {settings.marked} documents")
         tokens = write_judge_folder(folder / "judge", world.grammar.vocabulary, _sample(folder), settings.judge_shape)
         card = {
             "version": VERSION,
@@ -152,12 +144,6 @@ def distinct(documents: Iterator[WorldDocument], seen: set[tuple[str, ...]]) -> 
         if document.words not in seen:
             seen.add(document.words)
             yield document
-
-
-def _write_marked(path: Path, world: World, settings: WorldSettings) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for identity, text in write_marked(world, settings.seed, MARKED, settings.marked, settings.length):
-            file.write(json.dumps({"id": identity, "text": text}) + "\n")
 
 
 def _write_set(path: Path, world: World, documents: Iterator[WorldDocument]) -> dict[str, Any]:

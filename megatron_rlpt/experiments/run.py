@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_rlpt.config import to_yaml
+from megatron_rlpt.config import load_config, to_yaml
 from megatron_rlpt.distributed.processes import end_all, exit_code_of, start_child
 from megatron_rlpt.errors import ExperimentError, RlptError
 from megatron_rlpt.experiments.measure import measure_run, measured
@@ -46,8 +46,9 @@ def run_experiment(experiment: Experiment, jobs: list[RowRun], parallel: int, sa
         say: is told what happens.
 
     Raises:
-        ExperimentError: runs failed; names the first.
+        ExperimentError: runs failed; names the first. Or the second judge has no model yet.
     """
+    _require_second_judge(experiment)
     for job in jobs:  # all are written before the first starts: a mistake in one shows at once
         _write_config(experiment, job)
     progress = _Progress(list(jobs))
@@ -83,6 +84,18 @@ def _write_config(experiment: Experiment, job: RowRun) -> None:
     path, text = config_file(experiment, job), to_yaml(experiment.config(job))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
+
+
+def _require_second_judge(experiment: Experiment) -> None:
+    """Refuse to train for hours what cannot be measured afterwards."""
+    if (file := experiment.second_judge) is None:
+        return
+    path = load_config(file).teacher.path
+    if path and not Path(path).is_dir():
+        raise ExperimentError(
+            f"measure.judge is {experiment.spec.measure.judge}, whose teacher.path {path} is no folder; train that "
+            "judge first, or name another"
+        )
 
 
 def _start_ready(experiment: Experiment, progress: _Progress, parallel: int, say: Callable[[str], None]) -> None:

@@ -134,6 +134,9 @@ def test_a_second_judge_says_how_often_each_policy_wins(home, said):
         assert shown[row]["judged_win"]["ours"]["by_seed"] == shown[row]["win"]["ours"]["by_seed"]
     assert shown["base"]["judged_win"]["ours"]["mean"] == 50
     assert shown["more"]["judged_safety"]["ours"] is None  # this judge has no axes
+    (home / "second.yaml").write_text(yaml.safe_dump(BASE | {"teacher": exact | {"path": "nowhere"}}))
+    with pytest.raises(ExperimentError, match=r"whose teacher\.path nowhere is no folder; train that judge first"):
+        run_experiment(experiment, experiment.jobs([], []), 2, said.append)
 
 
 def test_other_weights_are_measured_again(home, said):

@@ -14,7 +14,7 @@ from megatron_rlpt.evaluation.labelled_texts import LabelledText
 from megatron_rlpt.evaluation.prompt_sets import text_episode
 from megatron_rlpt.evaluation.prompts import TextPrompt
 from megatron_rlpt.teacher.rewrite_label import GOOD, RewriteLabel
-from megatron_rlpt.teacher.rewrite_prompt import rewrite_prompt
+from megatron_rlpt.teacher.rewrite_prompt import pieces, rewrite_prompt
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
 from megatron_rlpt.teacher_training.request import DataRequest
 from megatron_rlpt.tokens.control_tokens import break_up_common
@@ -49,7 +49,9 @@ def rewriter_examples(
         asked: options of the command.
         tokenizer: of the policy.
     """
-    passages = list(_of_world(pairs, config, asked, tokenizer) if asked.world else _of_corpus(pairs, tokenizer))
+    found = _of_world(pairs, config, asked, tokenizer) if asked.world else _of_corpus(pairs, tokenizer)
+    # An answer with fewer words than the suffix could not be used in service, where suffixes keep their length.
+    passages = [one for one in found if pieces(one.better) >= pieces(one.bad)]
     share = 0.5 if asked.copies is None else asked.copies
     copied = len(passages) if share >= 0.5 else round(len(passages) * share / (1.0 - share))
     improved = len(passages) if share <= 0.5 else round(len(passages) * (1.0 - share) / share)

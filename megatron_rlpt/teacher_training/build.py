@@ -42,6 +42,7 @@ def build_teacher_data(config: Config, asked: DataRequest) -> str:
         TeacherError: a teacher is to spoil or to vote, and no server answers.
     """
     asked.check()
+    config = asked.cut_for(config)
     tokenizer = PolicyTokenizer(config.model.path)
     split = split_documents(asked.sources(), config, tokenizer, asked.heldout_share, asked.seed)
     plans = asked.plans(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron_rlpt.config.evaluation_sets import QUALITY, SAFETY
 from megatron_rlpt.errors import ConfigError
 from megatron_rlpt.evaluation.labelled_pairs import CORRUPTIONS, PairPlan, world_kinds
 from megatron_rlpt.evaluation.labelled_texts import POINTWISE
+from megatron_rlpt.teacher_training.spare import with_spare
 from megatron_rlpt.world.corruptions import Corruption
 from megatron_rlpt.world.make import TEACHER
 
@@ -140,14 +141,23 @@ class DataRequest:
         return self.kinds or tuple(kind for kind in known if kind not in self.unseen)
 
     def plans(self, config: Config) -> dict[str, PairPlan]:
-        """Return the pairs of either part; ``config`` gives the length of a rewriter's suffixes."""
+        """Return the pairs of either part; ``config`` is that of ``cut_for``, whose suffixes a rewriter's have."""
         lengths = self.lengths
-        if self.role is Role.rewriter:
-            lengths = lengths or (config.data.suffix_length,)
+        if self._spares():
+            lengths = tuple(map(with_spare, lengths)) or (config.data.suffix_length,)
         return {
             TRAIN: PairPlan(self.pairs, self.trained_kinds(), lengths, self.seed),
             HELDOUT: PairPlan(self.heldout_pairs, (*self.trained_kinds(), *self.unseen), lengths, self.seed + 1),
         }
+
+    def cut_for(self, config: Config) -> Config:
+        """Return the configuration that cuts documents: a rewriter's texts are longer than what it is shown of them."""
+        if not self._spares():
+            return config
+        return replace(config, data=replace(config.data, suffix_length=with_spare(config.data.suffix_length)))
+
+    def _spares(self) -> bool:
+        return self.role is Role.rewriter and not self.safety_votes
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but the folder, JSON-serializable."""

@@ -1,6 +1,7 @@
 """Examples of a rewriter's work: good suffixes to copy, and spoiled ones with a better text.
 
-The prompt is the one that the rewriter in service is asked (``teacher/rewrite_prompt.py``).
+The prompt is the one that the rewriter in service is asked (``teacher/rewrite_prompt.py``). A better text is
+longer than the suffix that is shown: service cuts it, and cannot use one that ends a word too early.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from megatron_rlpt.evaluation.labelled_texts import LabelledText
 from megatron_rlpt.evaluation.prompt_sets import text_episode
 from megatron_rlpt.evaluation.prompts import TextPrompt
 from megatron_rlpt.teacher.rewrite_label import GOOD, RewriteLabel
-from megatron_rlpt.teacher.rewrite_prompt import pieces, rewrite_prompt
+from megatron_rlpt.teacher.rewrite_prompt import first_pieces, pieces, rewrite_prompt
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
 from megatron_rlpt.teacher_training.request import DataRequest
+from megatron_rlpt.teacher_training.spare import without_spare
 from megatron_rlpt.tokens.control_tokens import break_up_common
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, TextTokens, prefix_text
 from megatron_rlpt.types import derive_seed, stable_id
@@ -32,8 +34,13 @@ class SpoiledPassage:
 
     prefix: str
     good: str
+    """As it is shown."""
     bad: str
+    """As it is shown."""
     better: str
+    """Longer than what is shown."""
+    reference: str
+    """The good continuation, as long as ``better``."""
     kind: str
     document: str
 
@@ -49,9 +56,7 @@ def rewriter_examples(
         asked: options of the command.
         tokenizer: of the policy.
     """
-    found = _of_world(pairs, config, asked, tokenizer) if asked.world else _of_corpus(pairs, tokenizer)
-    # An answer with fewer words than the suffix could not be used in service, where suffixes keep their length.
-    passages = [one for one in found if pieces(one.better) >= pieces(one.bad)]
+    passages = list(_of_world(pairs, config, asked, tokenizer) if asked.world else _of_corpus(pairs, tokenizer))
     share = 0.5 if asked.copies is None else asked.copies
     copied = len(passages) if share >= 0.5 else round(len(passages) * share / (1.0 - share))
     improved = len(passages) if share <= 0.5 else round(len(passages) * (1.0 - share) / share)
@@ -73,16 +78,20 @@ def voted_examples(
         prefix, suffix = prefix_text(tokenizer, one.episode), tokenizer.text_of(one.tokens, one.episode.prefix)
         safe = one.verdict == "safe"
         answer, kind = (suffix, GOOD) if safe else ("", one.verdict)
-        passage = SpoiledPassage(prefix, suffix, suffix, answer, kind, one.episode.document)
+        passage = SpoiledPassage(prefix, suffix, suffix, answer, suffix, kind, one.episode.document)
         yield _example(passage, suffix, answer, kind, config, asked)
 
 
 def _of_corpus(pairs: Sequence[LabelledPair], text: TextTokens) -> Iterator[SpoiledPassage]:
-    """Yield pairs; a spoiled suffix is to become what it was."""
+    """Yield pairs whose shown beginnings differ; a spoiled suffix is to become what it was."""
     for pair in pairs:
         prefix = pair.episode.prefix
-        good, bad = text.text_of(pair.good, prefix), text.text_of(pair.bad, prefix)
-        yield SpoiledPassage(prefix_text(text, pair.episode), good, bad, good, pair.kind, pair.episode.document)
+        whole, spoiled = text.text_of(pair.good, prefix), text.text_of(pair.bad, prefix)
+        good = without_spare(whole)
+        bad = first_pieces(spoiled, pieces(good)) or spoiled
+        if good != bad:
+            before, document = prefix_text(text, pair.episode), pair.episode.document
+            yield SpoiledPassage(before, good, bad, whole, whole, pair.kind, document)
 
 
 def _of_world(
@@ -90,8 +99,8 @@ def _of_world(
 ) -> Iterator[SpoiledPassage]:
     """Yield pairs of which the exact rewriter would copy the good suffix and not the spoiled one.
 
-    The answer is its text, as long as the spoiled suffix, or with ``restore`` the good suffix. Every other unsafe pair
-    has an unsafe beginning, as unsafe documents have, so that the beginning does not tell what to do.
+    The answer is its text, or with ``restore`` the good suffix. Every other unsafe pair has an unsafe beginning, as
+    unsafe documents have, so that the beginning does not tell what to do.
     """
     assert asked.world is not None
     world = World.load(asked.world)
@@ -104,9 +113,18 @@ def _of_world(
                 begun = text_of(insulted(world, words_of(prefix), asked.seed))
                 cut = text_episode(TextPrompt(one.document, begun), str(asked.world), config, tokenizer)
                 prefix = prefix_text(tokenizer, cut)
-        better = rewrite(prefix, one.bad, world, asked.seed)
-        if better != one.bad and rewrite(prefix, one.good, world, asked.seed) == one.good:
-            yield replace(one, prefix=prefix, better=one.good if asked.restore else better)
+        if _copies(prefix, one.bad, world, asked.seed) or not _copies(prefix, one.good, world, asked.seed):
+            continue
+        if asked.restore:
+            yield replace(one, prefix=prefix)
+        else:
+            longer = rewrite(prefix, f"{one.bad}{one.reference[len(one.good) :]}", world, asked.seed)
+            yield replace(one, prefix=prefix, better=longer)
+
+
+def _copies(prefix: str, suffix: str, world: World, seed: int) -> bool:
+    """Return whether the exact rewriter finds nothing wrong with a suffix."""
+    return rewrite(prefix, suffix, world, seed) == suffix
 
 
 def _example(
@@ -115,7 +133,7 @@ def _example(
     identity = stable_id("rewrite", one.prefix, suffix)
     words, fence = config.teacher.rewriter.anchor_words, derive_seed(asked.seed, identity)
     question = rewrite_prompt(one.prefix, suffix, words, asked.length, fence)
-    label = RewriteLabel.of(question, one.prefix, suffix, one.good, kind, one.document)
+    label = RewriteLabel.of(question, one.prefix, suffix, one.reference, kind, one.document)
     # The answer goes on where its start ends: with the space after the anchor, and with control tokens as shown.
     space = question.anchor[len(question.answer_start) :]
     written = space + break_up_common(answer) if answer else ""

@@ -55,7 +55,10 @@ class SecondJudge:
         """
         text = PolicyTokenizer(policy)
         try:
-            return {name: self._of_set(name, text, rows, against and against[name]) for name, rows in own.items()}
+            return {
+                name: self._of_set(name, text, rows, None if against is None else against[name])
+                for name, rows in own.items()
+            }
         finally:
             self._judge.close()  # the next policy trains with this memory
 

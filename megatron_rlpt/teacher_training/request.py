@@ -172,26 +172,25 @@ class DataRequest:
                 raise ConfigError(
                     f"--axis is {axis}; allowed: {QUALITY} without a --world, which knows the verdicts{voted}"
                 )
-        voted = SAFETY in self.judged() or self.role is Role.rewriter
-        if votes and (self.world is not None or not voted):
+        has_use = SAFETY in self.judged() or self.role is Role.rewriter
+        if votes and (self.world is not None or not has_use):
             raise ConfigError(
                 f"--safety-votes is {votes}; allowed: with --axis safety or --role rewriter, and without --world, "
                 "which knows what is safe"
             )
-        if votes and self.role is Role.rewriter:
-            spoils = {"--kind": " ".join(self.kinds), "--unseen": " ".join(self.unseen), "--copies": self.copies}
-            for option, value in spoils.items():
-                if value:
-                    raise ConfigError(
-                        f"{option} is {value}; allowed: without --safety-votes, which spoils no text and gives as many "
-                        "to copy as to improve"
-                    )
         if ASKED in (*self.kinds, *self.unseen) and self.role is Role.judge and QUALITY not in self.judged():
             raise ConfigError(f"--kind is {ASKED}, which is of pairs; allowed: with --axis {QUALITY}")
 
     def _check_role(self) -> None:
         judges = {"--axis": " ".join(self.axes), "--answer": self.form.value if self.form else ""}
         copies = "" if self.copies is None else f"{self.copies:g}"
+        spoils = {"--kind": " ".join(self.kinds), "--unseen": " ".join(self.unseen), "--copies": copies}
+        for option, value in spoils.items():
+            if value and self.role is Role.rewriter and self.safety_votes:
+                raise ConfigError(
+                    f"{option} is {value}; allowed: without --safety-votes, which spoils no text and gives as many to "
+                    "copy as to improve"
+                )
         rewriters = {"--copies": copies, "--restore": "set" if self.restore else ""}
         other, given = (Role.judge, judges) if self.role is Role.rewriter else (Role.rewriter, rewriters)
         for option, value in given.items():

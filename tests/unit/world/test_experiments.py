@@ -19,6 +19,8 @@ def test_it_fits_the_documents_and_the_policy_that_rlpt_world_make_writes(path):
     if any(source.prompts for source in config.data.sources):  # answered by what is made of judge/
         assert config.data.max_prefix + config.data.suffix_length <= settings.judge_shape.context
         return
+    if config.model.path.startswith("runs/assets"):  # whose tokens are shorter than the world's words
+        return
     assert config.data.min_prefix + config.data.suffix_length <= settings.length
     assert config.data.max_prefix + config.data.suffix_length <= settings.shape.context
 

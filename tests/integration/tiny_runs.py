@@ -123,7 +123,8 @@ def finish(process: Forked | subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Return the lines that are whole: a run may be writing the next one."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def lasting_metrics(folder: Path) -> list[dict[str, Any]]:

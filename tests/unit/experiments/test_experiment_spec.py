@@ -125,3 +125,5 @@ def test_the_shipped_experiment_has_every_row_of_the_papers_tables(monkeypatch):
     assert {f"quality_{count}" for count in (1, 2, 4, 8, 16)} <= set(experiment.rows)
     assert {"judge_round_robin", "judge_tournament", "judge_pivot"} <= set(experiment.rows)
     assert len(experiment.spec.seeds) >= 3
+    trained = load_experiment(SHIPPED.with_name("trained_teacher.yaml"))
+    assert set(trained.rows) == {"base", "ntp", "sip"}

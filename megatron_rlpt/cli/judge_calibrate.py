@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -175,7 +176,7 @@ def save_cards(config: Config, found: Sequence[Calibration], pairs: str) -> None
                 f"--save of {one.measure} needs texts with a verdict, not pairs; give --data, --world or another --file"
             )
         path = save_card(Path(config.teacher_path), one.measure, config.teacher.generative, _measured(one, pairs))
-        say(f"saved the accuracy on {one.measure} in {path}")
+        say(f"saved the accuracy on {one.measure} in {path}", sys.stderr)  # --json has standard output to itself
 
 
 def _measured(found: Calibration, pairs: str) -> dict[str, Any]:

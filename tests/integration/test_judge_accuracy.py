@@ -101,7 +101,8 @@ def test_every_axis_is_measured_saved_and_asked_for(run, data, exact, rlpt, tmp_
     with serving(exact) as server:
         code, out, err = rlpt("judge", "calibrate", "-c", run(server.url), "--data", data, "--save", "--json")
     assert code == 0, err
-    found = {one["measure"]: one for one in json.loads(out[out.index("[{") :])}
+    found = {one["measure"]: one for one in json.loads(out)}
+    assert err.count("saved the accuracy on ") == 3
     assert list(found) == list(AXES)
     for axis in ("safety", "factuality"):
         total, *rows = found[axis]["rows"]

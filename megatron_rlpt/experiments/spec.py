@@ -184,9 +184,8 @@ def load_experiment(path: Path) -> Experiment:
         spec, path.parent, {row.name: replace(row, title=row.title or row.name) for row in spec.rows}
     )
     _check_rows(experiment)
-    for row in experiment.rows:
-        experiment.config(RowRun(row, experiment.seeds(row)[0]))
-    _check_judge(experiment)
+    configs = {row: experiment.config(RowRun(row, experiment.seeds(row)[0])) for row in experiment.rows}
+    _check_judge(experiment, configs)
     _check_tables(experiment)
     return experiment
 
@@ -209,7 +208,7 @@ def _check_rows(experiment: Experiment) -> None:
     )
 
 
-def _check_judge(experiment: Experiment) -> None:
+def _check_judge(experiment: Experiment, configs: dict[str, Config]) -> None:
     """Check that the second judge can be asked, and that it is not a judge that trains a row."""
     if (path := experiment.second_judge) is None:
         return
@@ -217,8 +216,7 @@ def _check_judge(experiment: Experiment) -> None:
         second = load_config(path)
     except ConfigError as error:
         raise ConfigError(f"measure.judge: {error}") from None
-    for row in experiment.rows:
-        trains = experiment.config(RowRun(row, experiment.seeds(row)[0]))
+    for row, trains in configs.items():
         same = (trains.teacher.judge, trains.teacher.path) == (second.teacher.judge, second.teacher.path)
         _require(
             not (needs_judge(trains) and same),

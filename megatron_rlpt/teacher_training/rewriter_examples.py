@@ -25,6 +25,7 @@ from megatron_rlpt.types import derive_seed, stable_id
 from megatron_rlpt.world.corruptions import Corruption, insulted
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import text_of, words_of
+from megatron_rlpt.world.measures import measure_text
 from megatron_rlpt.world.rewriter import rewrite
 
 
@@ -113,18 +114,13 @@ def _of_world(
                 begun = text_of(insulted(world, words_of(prefix), asked.seed))
                 cut = text_episode(TextPrompt(one.document, begun), str(asked.world), config, tokenizer)
                 prefix = prefix_text(tokenizer, cut)
-        if _copies(prefix, one.bad, world, asked.seed) or not _copies(prefix, one.good, world, asked.seed):
+        if measure_text(world, prefix, one.bad).good or not measure_text(world, prefix, one.good).good:
             continue
         if asked.restore:
             yield replace(one, prefix=prefix)
         else:
             longer = rewrite(prefix, f"{one.bad}{one.reference[len(one.good) :]}", world, asked.seed)
             yield replace(one, prefix=prefix, better=longer)
-
-
-def _copies(prefix: str, suffix: str, world: World, seed: int) -> bool:
-    """Return whether the exact rewriter finds nothing wrong with a suffix."""
-    return rewrite(prefix, suffix, world, seed) == suffix
 
 
 def _example(

@@ -168,25 +168,18 @@ def _looped(world: World, prefix: list[str], suffix: list[str], rng: random.Rand
 
 
 def _foreign(world: World, prefix: list[str], suffix: list[str], rng: random.Random) -> list[str] | Failed:
-    discourse = about_another(world, (*prefix, *suffix), rng)
-    if discourse is None:
+    named = {word for word in (*prefix, *suffix) if word in world.kinds}
+    others = [name for name in world.kinds if name not in named]
+    if not others:
         return Failed("foreign: every entity is named")
     kept: list[str] = []
     if Discourse.after(world, prefix).unfinished:
         kept = suffix[: next((end for _, end in sentences_of(suffix)), 0)]
         if len(kept) == len(suffix):
             kept = []
-    return [*kept, *(word for one in Walk(discourse, rng, Manner()).until(len(suffix)) for word in one)]
-
-
-def about_another(world: World, words: Sequence[str], rng: random.Random) -> Discourse | None:
-    """Return an empty discourse about an entity that ``words`` do not name; None if they name all."""
-    others = [name for name in world.kinds if name not in words]
-    if not others:
-        return None
     discourse = Discourse(world)
     discourse.named[rng.choice(others)] = None
-    return discourse
+    return [*kept, *(word for one in Walk(discourse, rng, Manner()).until(len(suffix)) for word in one)]
 
 
 def _clipped(world: World, prefix: list[str], suffix: list[str], rng: random.Random) -> list[str] | Failed:

@@ -151,36 +151,44 @@ def test_killed_and_resumed_it_equals_the_run_that_was_not(reinforced, supervise
 
 @pytest.fixture(scope="module")
 def suffixes(tmp_path_factory) -> Path:
-    """Suffixes of one word for a rewriter: ``cat`` is good, ``bad`` is not. The tokenizer writes no spaces."""
-    folder = tmp_path_factory.mktemp("suffixes")
-    for name, mark in (("train", "on"), ("heldout", "ran")):
+    """Suffixes of one word for a rewriter: ``good`` and ``bad``, as the judge knows them. The tokenizer writes no spaces.
+
+    Half of the reference answers are wrong, so that there is something left to learn from rewards.
+    """
+    folder, draw = tmp_path_factory.mktemp("suffixes"), random.Random(5)
+    for name, mark in (("form", "the"), ("train", "on"), ("heldout", "ran")):
         with (folder / f"{name}.jsonl").open("w") as handle:
-            for (number, before), suffix in product(enumerate(WORDS[4:]), ("cat", "bad")):
-                kind = GOOD if suffix == "cat" else "unsafe"
+            for (number, before), suffix in product(enumerate(WORDS[4:]), ("good", "bad")):
+                kind = GOOD if suffix == "good" else "unsafe"
                 asked = rewrite_prompt(before, suffix, 0, PromptLength.brief, number)
-                label = RewriteLabel.of(asked, before, suffix, "cat", kind, str(number)).as_dict()
-                handle.write(json.dumps({"prompt": f"{mark} {before} {suffix}", "label": label}) + "\n")
+                label = RewriteLabel.of(asked, before, suffix, "good", kind, str(number)).as_dict()
+                answer = draw.choice(("good", "cat"))
+                prompt = f"{mark} {before} {suffix}"
+                handle.write(json.dumps({"prompt": prompt, "answer": answer, "label": label}) + "\n")
     return folder
 
 
 def test_a_rewriter_learns_to_copy_and_the_trained_judge_is_asked_about_the_rest(model, supervised, suffixes, tmp_path):
     """The judge says what is safe by one word in its prompt."""
+    path = config(tmp_path / "start.yaml", model, suffixes, tmp_path / "start", "form", **SUPERVISED | {
+        "teacher": {"judge": "good_rewrite"}, "data": {"suffix_length": 2}})  # fmt: skip
+    code, _, err = finish(start(path))
+    assert code == 0, err
     rewriter = REINFORCED | {
         "teacher": {
             "judge": "good_rewrite", "path": str(supervised / "export"), "max_context": 128, "kv_cache_gib": 0.1,
             "generative": {"prompt": "brief", "answer": "direct", "quality": {"weight": 0}, "safety": {"weight": 1}},
         },
-        "data": {"suffix_length": 1},
-        "optimizer": {"lr": 1e-2},
+        "data": {"suffix_length": 2},
     }  # fmt: skip
-    path = config(tmp_path / "run.yaml", model, suffixes, tmp_path / "run", "train", **rewriter)
+    path = config(tmp_path / "run.yaml", tmp_path / "start/export", suffixes, tmp_path / "run", "train", **rewriter)
     code, _, err = finish(start(path))
     assert code == 0, err
     rows = json_lines(tmp_path / "run/metrics.jsonl")
-    first, last = ({name: fmean(row[f"rewrites/{name}"] for row in part) for name in ("copied", "usable")}
-                   for part in (rows[:3], rows[-6:]))  # fmt: skip
-    assert last["copied"] > 0.4 > first["copied"] + 0.2
-    assert last["usable"] > 0.8 > first["usable"] + 0.2
+    first, last = ({name: fmean(row[f"rewrites/{name}"] for row in part) for name in ("copied", "safe")}
+                   for part in (rows[:3], rows[-3:]))  # fmt: skip
+    assert last["copied"] > first["copied"] + 0.1
+    assert last["safe"] > first["safe"] + 0.1
     assert all(row["failure_rate"] == 0.0 and row["judge/calls"] >= 1 for row in rows)
     assert all(0.0 <= row["rewrites/safe"] == row["rewrites/safe/unsafe"] <= row["rewrites/usable"] for row in rows)
     measured = [row for row in rows if "evaluation/rewrites/copied" in row]

@@ -151,7 +151,7 @@ def test_killed_and_resumed_it_equals_the_run_that_was_not(reinforced, supervise
 
 @pytest.fixture(scope="module")
 def suffixes(tmp_path_factory) -> Path:
-    """Suffixes of one word for a rewriter: ``good`` and ``bad``, as the judge knows them. The tokenizer writes no spaces.
+    """Suffixes of one word for a rewriter: ``good`` and ``bad``, as the judge knows them. There are no spaces.
 
     Half of the reference answers are wrong, so that there is something left to learn from rewards.
     """

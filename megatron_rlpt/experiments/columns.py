@@ -12,8 +12,9 @@ from types import MappingProxyType
 
 from megatron_rlpt.world.make import HELDOUT, HELDOUT_UNSAFE
 
-JUDGED = JUDGED_QUALITY, JUDGED_SAFE = "judged_quality", "judged_safe"
-"""Measures by the judge of ``measure.judge``: share of comparisons won against the row compared with; safe or not."""
+JUDGED = JUDGED_QUALITY, JUDGED_SAFE, JUDGED_TRUE = "judged_quality", "judged_safe", "judged_true"
+"""Measures by the judge of ``measure.judge``: share of comparisons won against the row compared with; safe or not; the
+paper's reward of factuality."""
 
 
 class Kind(enum.StrEnum):
@@ -77,6 +78,7 @@ COLUMNS: Mapping[str, TableColumn] = MappingProxyType({
     "judged_safety": TableColumn(
         "safety by the second judge, unsafe prefixes", Kind.mean, JUDGED_SAFE, HELDOUT_UNSAFE
     ),
+    "judged_factuality": TableColumn("factuality by the second judge", Kind.mean, JUDGED_TRUE, HELDOUT),
     "chosen": TableColumn("rollout chosen", Kind.run, "rollout_chosen_rate"),
 })  # fmt: skip
 """Name in the file of an experiment -> column."""

@@ -15,7 +15,7 @@ from megatron_rlpt.files import write_atomically
 from megatron_rlpt.world.judges import axis_values
 from megatron_rlpt.world.make import HELDOUT, HELDOUT_UNSAFE
 from megatron_rlpt.world.measures import Measures
-from megatron_rlpt.world.sampling import Sampled, Sampling, measure_policy
+from megatron_rlpt.world.sampling import DOCUMENTS, Sampled, Sampling, measure_policy
 
 MEASURES_FILE = "measures.json"
 HELDOUT_SETS = (HELDOUT, HELDOUT_UNSAFE)
@@ -57,17 +57,17 @@ def measure_run(
         rows |= {rows_key(name, greedy=greedy): [_row(one.measures) for one in found[name]] for name in HELDOUT_SETS}
         if judge is not None and not greedy:
             others = _continued(against, spec, seed, greedy=greedy) if against is not None else None
-            _add_judged(rows, SecondJudge(judge).judge(folder / "export", found, others))
+            own, true = ({name: found[f"{which}{name}"] for name in HELDOUT_SETS} for which in ("", DOCUMENTS))
+            _add_judged(rows, SecondJudge(judge).judge(folder / "export", own, others, true))
     kept = {"settings": _settings(folder, spec, judge), "rows": rows}
     write_atomically(folder / MEASURES_FILE, json.dumps(kept) + "\n")
     return rows
 
 
 def _continued(folder: Path, spec: MeasureSpec, seed: int, *, greedy: bool) -> dict[str, list[Sampled]]:
-    """Return the continuations of a run's policy by set of prefixes."""
+    """Return the continuations of a run's policy by set of prefixes, and those of the documents (``DOCUMENTS``)."""
     sampling = Sampling(spec.prefixes, spec.prefix, spec.length, greedy=greedy, seed=seed)
-    found = measure_policy(Path(spec.world), folder / "export", sampling)
-    return {name: found[name] for name in HELDOUT_SETS}
+    return measure_policy(Path(spec.world), folder / "export", sampling)
 
 
 def _add_judged(rows: Rows, judged: dict[str, Judged]) -> None:

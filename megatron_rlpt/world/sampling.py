@@ -18,6 +18,8 @@ from megatron_rlpt.world.measures import Measures, measure_text
 _BATCH = 128
 COLUMNS = ("quality", "well_formed", "coherence", "truth", "substance", "safe")
 """Measures whose means are shown."""
+DOCUMENTS = "documents "
+"""Before the name of a set: how its documents themselves go on."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def measure_policy(folder: Path, model: Path, sampling: Sampling) -> dict[str, l
         sampling: how.
 
     Returns:
-        Name of the set -> continuations; the documents' own suffixes have the name with ``documents`` before it.
+        Name of the set -> continuations; the documents' own suffixes have the name with ``DOCUMENTS`` before it.
 
     Raises:
         ConfigError: documents are too short for prefix and continuation.
@@ -74,7 +76,7 @@ def measure_policy(folder: Path, model: Path, sampling: Sampling) -> dict[str, l
             )
         prefixes = [tokens[: sampling.prefix] for tokens in documents]
         own = [tokens[sampling.prefix : sampling.prefix + sampling.length] for tokens in documents]
-        rows = {f"documents {name}": own, name: list(_continue(model, prefixes, sampling))}
+        rows = {f"{DOCUMENTS}{name}": own, name: list(_continue(model, prefixes, sampling))}
         for key, continuations in rows.items():
             found[key] = [
                 _measured(world, tokenizer, prefix, tokens)

@@ -25,7 +25,7 @@ from megatron_rlpt.rollout.engine import RolloutPrompt
 from megatron_rlpt.rollout.vllm.engine import VllmEngine
 from megatron_rlpt.rollout.vllm.runtime import vllm_environment
 
-OUR_ARGUMENTS = ("enforce_eager", "enable_chunked_prefill")
+OUR_ARGUMENTS = ("enforce_eager", "enable_chunked_prefill", "block_size")
 """Arguments that raw vLLM chooses itself."""
 
 

@@ -28,7 +28,7 @@ from megatron_rlpt.rollout.engine import (
 from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EnginePlace
 from megatron_rlpt.rollout.vllm.process import EngineProcess
 from megatron_rlpt.rollout.vllm.routing import RECORD, recorded_routing, routing_arguments
-from megatron_rlpt.rollout.vllm.runtime import generate_in_one_batch, vllm_environment
+from megatron_rlpt.rollout.vllm.runtime import CPU_BLOCK_TOKENS, generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
 from megatron_rlpt.rollout.weight_sync.manifest import WeightManifest, Weights
 from megatron_rlpt.rollout.weight_sync.self_check import (
@@ -43,10 +43,6 @@ from megatron_rlpt.rollout.weight_sync.transport import SharedMemoryTransport, T
 from megatron_rlpt.types import Routing
 
 _log = logging.getLogger(__name__)
-
-CPU_BLOCK_TOKENS = 32
-"""Tokens per cache block on CPU. With vLLM's default of 128, the K rollouts of an episode could not share a prefix that
-is shorter than that."""
 
 _MOST_RESTARTS = 3
 """Times in a run that an engine whose process has ended is started again."""
@@ -135,8 +131,6 @@ class VllmEngine(RolloutEngine):
         ):
             from vllm import LLM, SamplingParams, TokensPrompt
 
-            if not torch.cuda.is_available():
-                arguments["block_size"] = CPU_BLOCK_TOKENS
             on_cuda = self._device.type == "cuda"
             if config.router_replay:
                 arguments |= routing_arguments(on_cuda=on_cuda)

@@ -30,6 +30,11 @@ is never free on a GPU that also holds a policy, and vLLM always checks it (vllm
 has no other effect with ``kv_cache_memory_bytes`` (vllm/v1/worker/gpu_worker.py: determine_available_memory)."""
 
 
+CPU_BLOCK_TOKENS = 32
+"""Tokens per cache block on CPU. With vLLM's default of 128, the K rollouts of an episode, or a judge's questions about
+it, could not share a prefix that is shorter than that."""
+
+
 @contextmanager
 def vllm_environment(
     kv_cache_gib: float, place: EnginePlace = IN_THIS_PROCESS, *, eager: bool = True
@@ -117,6 +122,7 @@ def vllm_environment(
             # Chunked prefill rewinds the seeded generator of a request, which CPU generators do not support: "CPU
             # Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py: _bookkeeping_sync).
             arguments["enable_chunked_prefill"] = False
+            arguments["block_size"] = CPU_BLOCK_TOKENS
             if not in_process and place.tensor == 1:
                 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 

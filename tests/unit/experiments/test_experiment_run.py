@@ -124,7 +124,8 @@ def test_a_second_judge_says_how_often_each_policy_wins(home, said):
     exact = {"judge": "megatron_rlpt.world.judges:ExactJudge", "options": {"world": "world"}}
     (home / "second.yaml").write_text(yaml.safe_dump(BASE | {"teacher": exact}))
     rows = [SPEC["rows"][1], SPEC["rows"][0]][::-1]
-    table = {"name": "all", "rows": ["base", "more"], "columns": ["win", "judged_win", "judged_safety"]}
+    axes = ["judged_safety", "judged_factuality"]
+    table = {"name": "all", "rows": ["base", "more"], "columns": ["win", "judged_win", *axes]}
     spec = SPEC | {"measure": SPEC["measure"] | {"judge": "second.yaml"}, "rows": rows, "tables": [table], "claims": []}
     (home / "judged.yaml").write_text(yaml.safe_dump(spec))
     experiment = load_experiment(Path("judged.yaml"))
@@ -133,7 +134,7 @@ def test_a_second_judge_says_how_often_each_policy_wins(home, said):
     for row in ("base", "more"):
         assert shown[row]["judged_win"]["ours"]["by_seed"] == shown[row]["win"]["ours"]["by_seed"]
     assert shown["base"]["judged_win"]["ours"]["mean"] == 50
-    assert shown["more"]["judged_safety"]["ours"] is None  # this judge has no axes
+    assert all(shown["more"][axis]["ours"] is None for axis in axes)  # this judge has none
     (home / "second.yaml").write_text(yaml.safe_dump(BASE | {"teacher": exact | {"path": "nowhere"}}))
     with pytest.raises(ExperimentError, match=r"whose teacher\.path nowhere is no folder; train that judge first"):
         run_experiment(experiment, experiment.jobs([], []), 2, said.append)

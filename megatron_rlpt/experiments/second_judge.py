@@ -85,6 +85,7 @@ class SecondJudge:
         texts[_POLICY] = (tuple(one.tokens for one in own),)
         written = Written(PromptSet(name, "heldout", "", measures, episodes=episodes), "sampled", texts, _AGAINST)
         unknown: list[float | None] = [None] * len(own)
+        found: dict[str, list[float | None]]
         found = {QUALITY: [_TIE] * len(own), SAFETY: unknown, FACTUALITY: unknown}
         for column in SetJudging(written, text, 1, Ranks()).columns(self._judge):
             if column.model == _POLICY and column.measure in found:

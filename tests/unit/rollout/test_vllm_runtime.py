@@ -120,7 +120,18 @@ def test_graphs_are_replayed_on_gpus_unless_kernels_shall_be_launched_one_by_one
     assert not config.cudagraph_mode.requires_piecewise_compilation()
 
 
-def test_an_engine_that_ranks_share_joins_their_world_also_one_that_slurm_started(monkeypatch):
+@pytest.fixture
+def ranks(tmp_path):
+    """The trainer's ranks, here one."""
+    if torch.distributed.is_initialized():  # by a test before, in the same process
+        yield
+        return
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_an_engine_that_ranks_share_joins_their_world_also_one_that_slurm_started(monkeypatch, ranks):
     for name in TORCHRUN:
         monkeypatch.delenv(name)
     place = EnginePlace(EngineMode.IN_RANKS, tensor=2, rank=3, world=4)

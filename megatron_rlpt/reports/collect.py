@@ -74,7 +74,7 @@ class CollectedRun:
 
 
 def collect_runs(folders: Sequence[Path]) -> list[CollectedRun]:
-    """Read run folders; their names are those of the folders, with the parents' where two are equal.
+    """Read run folders; their names are those of the folders, with the parents' where two are equal or one is a number.
 
     Raises:
         DataError: a folder does not exist, holds no run and no evaluation, is given twice, or cannot be read.
@@ -183,10 +183,10 @@ def _require_folder(folder: Path) -> None:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of paths that differ from each other."""
+    """Return the shortest ends of paths that differ from each other and are more than a number, as a seed's folder is."""
     for parts in range(1, max((len(folder.parts) for folder in folders), default=0) + 1):
         names = ["/".join(folder.parts[-parts:]).lstrip("/") for folder in folders]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and not any(map(str.isdecimal, names)):
             return [one_line(name) or "run" for name in names]
     return [one_line(folder) for folder in folders]
 

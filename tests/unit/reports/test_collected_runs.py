@@ -178,6 +178,12 @@ def test_names_of_equal_folders_have_their_parents(tmp_path):
     assert [run.name for run in collect_runs(folders[:2])] == ["a/run", "b/run"]
 
 
+def test_a_number_alone_is_no_name(tmp_path):
+    folders = [write_run(tmp_path / name, steps=1) for name in ("judge/1", "judge/2")]
+    assert [run.name for run in collect_runs(folders)] == ["judge/1", "judge/2"]
+    assert collect_run(folders[0]).name == "judge/1"
+
+
 def test_an_evaluation_alone_is_enough(tmp_path):
     write_evaluation(tmp_path / "found")
     run = collect_run(tmp_path / "found")

@@ -183,7 +183,7 @@ def _require_folder(folder: Path) -> None:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of paths that differ from each other and are more than a number, as a seed's folder is."""
+    """Return the shortest ends of paths that differ from each other and are no numbers, as folders of seeds are."""
     for parts in range(1, max((len(folder.parts) for folder in folders), default=0) + 1):
         names = ["/".join(folder.parts[-parts:]).lstrip("/") for folder in folders]
         if len(set(names)) == len(names) and not any(map(str.isdecimal, names)):

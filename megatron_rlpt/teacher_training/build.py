@@ -22,6 +22,7 @@ from megatron_rlpt.teacher_training.rewriter_examples import rewriter_examples, 
 from megatron_rlpt.teacher_training.teacher_answers import TeacherAnswers
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import derive_seed
+from megatron_rlpt.world.facts import World
 
 _VERSION = 1
 
@@ -80,9 +81,10 @@ def _examples(
         yield from voted_examples(texts, config, asked, tokenizer)
         return
     form = asked.form or AnswerForm.reasoned
+    world = World.load(asked.world) if asked.world is not None else None
     if QUALITY in asked.judged():
-        yield from quality_examples(pairs, tokenizer, form, asked.length, asked.seed)
-    yield from text_examples(texts, tokenizer, form, asked.length, asked.seed)
+        yield from quality_examples(pairs, tokenizer, form, asked.length, asked.seed, world)
+    yield from text_examples(texts, tokenizer, form, asked.length, asked.seed, world)
 
 
 def mixed(examples: Iterable[LabelledPrompt], seed: int) -> list[LabelledPrompt]:

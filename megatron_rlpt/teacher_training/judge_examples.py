@@ -1,4 +1,8 @@
-"""Examples of a judge's work with known verdicts: pairs in both orders, and single texts."""
+"""Examples of a judge's work with known verdicts: pairs in both orders, and single texts.
+
+Where a verdict depends on facts, the reason recalls them before it decides: a model that has read them can say what is
+true more easily than it can tell at a glance that something is false.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ from megatron_rlpt.teacher.verdicts.parsing import QUALITY
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import derive_seed, stable_id
+from megatron_rlpt.world.claims import claims_of, is_true, truth_of
+from megatron_rlpt.world.corruptions import Corruption
+from megatron_rlpt.world.facts import World
 
 _WRONG = {
     "shuffled": "the words of number {bad} are out of order",
@@ -43,7 +50,12 @@ _TEXTS = {
 
 
 def quality_examples(
-    pairs: Sequence[LabelledPair], text: TextTokens, form: AnswerForm, length: PromptLength, seed: int
+    pairs: Sequence[LabelledPair],
+    text: TextTokens,
+    form: AnswerForm,
+    length: PromptLength,
+    seed: int,
+    world: World | None = None,
 ) -> Iterator[LabelledPrompt]:
     """Yield every pair in both orders.
 
@@ -53,6 +65,7 @@ def quality_examples(
         form: of the answers.
         length: of the prompts.
         seed: of the codes that fence texts in prompts.
+        world: knows what is true instead of what a ``false`` text states.
     """
     for pair in pairs:
         prefix = pair.episode.prefix
@@ -64,16 +77,22 @@ def quality_examples(
             prompt = build_prompt(
                 QUALITY_AXIS, derive_seed(seed, identity), form, length, prefix=before, first=first, second=second
             )
-            reason = _WRONG.get(pair.kind, "number {bad} continues the beginning less well").format(
-                bad=QUALITY[1 - good]
-            )
+            reason = _sentence(_WRONG.get(pair.kind, "number {bad} continues the beginning less well"))
+            if world is not None and pair.kind == Corruption.false:
+                reason = f"{_truths(world, before, shown[1], false_only=True)}{reason}"
+            reason = reason.format(bad=QUALITY[1 - good])
             label = _label(QUALITY_AXIS, verdict, form, pair.kind, pair.episode.document)
             label["pair"] = stable_id("pair", before, *sorted(shown))
             yield LabelledPrompt(identity, prompt.text, _answer(reason, verdict, form), label)
 
 
 def text_examples(
-    texts: Iterable[LabelledText], text: TextTokens, form: AnswerForm, length: PromptLength, seed: int
+    texts: Iterable[LabelledText],
+    text: TextTokens,
+    form: AnswerForm,
+    length: PromptLength,
+    seed: int,
+    world: World | None = None,
 ) -> Iterator[LabelledPrompt]:
     """Yield texts with their verdict on safety or factuality.
 
@@ -83,6 +102,7 @@ def text_examples(
         form: of the answers.
         length: of the prompts.
         seed: of the codes that fence texts in prompts.
+        world: knows what is true of that of which a text states something.
     """
     for one in texts:
         prefix = one.episode.prefix
@@ -94,9 +114,18 @@ def text_examples(
             }
         identity = stable_id(one.axis, *shown.values())
         prompt = build_prompt(one.axis, derive_seed(seed, identity), form, length, **shown)
-        kind, reason = _TEXTS[one.verdict]
+        kind, why = _TEXTS[one.verdict]
+        reason = _sentence(why)
+        if world is not None and one.axis == FACTUALITY:
+            reason = f"{_truths(world, shown['prefix'], shown['text'])}{reason}"
         label = _label(one.axis, one.verdict, form, kind, one.episode.document)
         yield LabelledPrompt(identity, prompt.text, _answer(reason, one.verdict, form), label)
+
+
+def _truths(world: World, prefix: str, text: str, *, false_only: bool = False) -> str:
+    """Return a sentence for everything that ``text`` states, or states wrongly: what is true."""
+    claims = [one for one in claims_of(world, prefix, text) if not (false_only and is_true(world, one))]
+    return "".join(f"{truth} " for truth in dict.fromkeys(_sentence(truth_of(world, one)) for one in claims))
 
 
 def _label(axis: str, verdict: str, form: AnswerForm, kind: str, document: str) -> dict[str, Any]:
@@ -113,4 +142,8 @@ def _label(axis: str, verdict: str, form: AnswerForm, kind: str, document: str) 
 def _answer(reason: str, verdict: str, form: AnswerForm) -> str:
     if form is AnswerForm.direct:
         return verdict
-    return json.dumps({"reasoning": f"{reason[0].upper()}{reason[1:]}.", "verdict": verdict})
+    return json.dumps({"reasoning": reason, "verdict": verdict})
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."

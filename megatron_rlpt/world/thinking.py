@@ -14,9 +14,9 @@ from megatron_rlpt.teacher.right_verdict import NUMBERS
 from megatron_rlpt.teacher.true_continuation import NAME, Continued, Prediction, reward_predictions
 from megatron_rlpt.tokens.tokenizer import TextTokens
 from megatron_rlpt.types import Failed, Group, Reward
-from megatron_rlpt.world.discourse import Discourse
+from megatron_rlpt.world.claims import claims_of
 from megatron_rlpt.world.facts import VERSION, World
-from megatron_rlpt.world.grammar import END, Sentence, sentences_of, text_of, words_of
+from megatron_rlpt.world.grammar import END, text_of
 from megatron_rlpt.world.measures import Measures, measure_text
 
 
@@ -26,27 +26,11 @@ def plan_of(world: World, prefix: str, suffix: str) -> str:
     A denial names what it denies as well: ``Lotreti fair winter not summer.`` Sentences that state nothing are in no
     plan, nor is one that is cut off, or whose value the prefix has already.
     """
-    discourse = Discourse.after(world, words_of(prefix))
-    known = len(discourse.unfinished)
-    line = [*discourse.unfinished, *words_of(suffix)]
     planned: list[str] = []
-    for start, end in sentences_of(line):
-        words = line[start:end]
-        if words[-1] != END:
-            break
-        sentence = world.grammar.parse(words)
-        if sentence is not None and sentence.decided_at >= known - start:
-            planned += _planned(world, discourse, sentence)
-        discourse.add(words, sentence)
+    for one in claims_of(world, prefix, suffix):
+        denied = ["not", one.value] if one.negated else []
+        planned += [one.subject, one.relation.name, world.value(one.subject, one.relation), *denied, END]
     return text_of(planned)
-
-
-def _planned(world: World, discourse: Discourse, sentence: Sentence) -> list[str]:
-    relation, subject = sentence.form.relation, discourse.subject(sentence)
-    if relation is None or subject is None:
-        return []
-    denied = ["not", sentence.value] if sentence.form.negated else []
-    return [subject, relation.name, world.value(subject, relation), *denied, END]
 
 
 class ExactContinuation:

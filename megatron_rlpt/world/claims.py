@@ -1,0 +1,53 @@
+"""What a text claims about the world, and what is true instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_rlpt.world.discourse import Discourse
+from megatron_rlpt.world.facts import World
+from megatron_rlpt.world.grammar import END, Speech, sentences_of, text_of, words_of
+from megatron_rlpt.world.phrases import Relation
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that the table of facts decides."""
+
+    subject: str
+    relation: Relation
+    value: str
+    negated: bool
+
+
+def claims_of(world: World, prefix: str, text: str) -> Iterator[Claim]:
+    """Yield every claim that ``text`` makes after ``prefix``, in order.
+
+    None is made by a sentence that is cut off, or whose value the prefix has already.
+    """
+    discourse = Discourse.after(world, words_of(prefix))
+    known = len(discourse.unfinished)
+    line = [*discourse.unfinished, *words_of(text)]
+    for start, end in sentences_of(line):
+        words = line[start:end]
+        if words[-1] != END:
+            break
+        sentence = world.grammar.parse(words)
+        if sentence is not None and sentence.decided_at >= known - start:
+            relation, subject = sentence.form.relation, discourse.subject(sentence)
+            if relation is not None and subject is not None:
+                yield Claim(subject, relation, sentence.value, sentence.form.negated)
+        discourse.add(words, sentence)
+
+
+def is_true(world: World, claim: Claim) -> bool:
+    """Return whether a claim is true."""
+    return world.is_true(claim.subject, claim.relation, claim.value, claim.negated)
+
+
+def truth_of(world: World, claim: Claim) -> str:
+    """Return what is true of the same subject, in the first phrasing of its relation, without a full stop."""
+    relation = claim.relation
+    form = world.grammar.forms(Speech.fact, relation.kind, relation=relation)[0]
+    return text_of(world.grammar.write(form, [claim.subject, world.value(claim.subject, relation)])[:-1])

@@ -17,6 +17,7 @@ from megatron_rlpt.teacher.right_verdict import verdict_of
 from megatron_rlpt.teacher_training.build import build_teacher_data
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, require_usable
 from megatron_rlpt.teacher_training.request import DataRequest
+from megatron_rlpt.world.claims import claims_of, is_true
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import words_of
 from megatron_rlpt.world.make import WorldSettings, make_world
@@ -149,12 +150,40 @@ def test_labels_that_contradict_each_other_or_have_one_class_are_refused():
         require_usable([], "train")
 
 
-def test_a_world_gives_exact_corruptions_and_what_is_safe(tmp_path, tiny_model, config):
+@pytest.fixture
+def in_a_world(tmp_path, config) -> tuple[Path, Config]:
+    """The folder of a world, and the configuration of a policy in it."""
     folder = tmp_path / "world"
     make_world(folder, WorldSettings(entities=24, documents=30, heldout=10, teacher=60))
     sources = [SourceConfig(path=str(folder / "train.jsonl"))]
     data = replace(config.data, sources=sources, suffix_length=16, max_prefix=64)
-    own = replace(config, data=data, model=replace(config.model, path=str(folder / "policy")))
+    return folder, replace(config, data=data, model=replace(config.model, path=str(folder / "policy")))
+
+
+def test_reasons_about_facts_recall_what_is_true_before_they_decide(tmp_path, in_a_world):
+    folder, own = in_a_world
+    world, axes = World.load(folder), ("quality", "factuality")
+    asked = DataRequest(tmp_path / "data", world=folder, axes=axes, pairs=90, heldout_share=0.3)
+    build_teacher_data(own, asked)
+    recalled: Counter[str] = Counter()
+    for row in rows(tmp_path / "data/train.jsonl"):
+        kind, reason = row["label"]["kind"], json.loads(row["answer"])["reasoning"]
+        *truths, decides = [f"{sentence}." for sentence in reason.split(". ")]
+        claims = [one for truth in truths for one in claims_of(world, "", truth)]
+        assert len(claims) == len(truths)
+        assert all(is_true(world, one) and not one.negated for one in claims)
+        assert "false" in decides or not truths or kind == "unchecked text"
+        recalled[kind] += bool(truths)
+        if kind == "false":
+            assert len(truths) == 1, "what the worse text denies"
+    assert recalled.keys() >= {"false", "true text", "false text"}
+    assert recalled["false"] > 5
+    assert recalled["false text"] > 5
+    assert not recalled["looped"] + recalled["negated"] + recalled["shuffled"]
+
+
+def test_a_world_gives_exact_corruptions_and_what_is_safe(tmp_path, in_a_world):
+    folder, own = in_a_world
     asked = DataRequest(tmp_path / "data", world=folder, axes=("quality", "safety"), pairs=90, heldout_share=0.3)
     build_teacher_data(own, asked)
     world = World.load(folder)

@@ -47,7 +47,13 @@ def is_true(world: World, claim: Claim) -> bool:
 
 
 def truth_of(world: World, claim: Claim) -> str:
-    """Return what is true of the same subject, in the first phrasing of its relation, without a full stop."""
-    relation = claim.relation
+    """Return what is true of the same subject, in the first phrasing of its relation, without a full stop.
+
+    Of a false claim it says too what is not so: ``Zanar was founded by Babratra, not Mosi``.
+    """
+    relation, value = claim.relation, world.value(claim.subject, claim.relation)
     form = world.grammar.forms(Speech.fact, relation.kind, relation=relation)[0]
-    return text_of(world.grammar.write(form, [claim.subject, world.value(claim.subject, relation)])[:-1])
+    truth = text_of(world.grammar.write(form, [claim.subject, value])[:-1])
+    if is_true(world, claim):
+        return truth
+    return f"{truth}, {'which is denied' if claim.negated else f'not {claim.value}'}"

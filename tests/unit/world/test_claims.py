@@ -26,11 +26,15 @@ def test_claims_are_those_that_the_measures_count():
 
 def test_what_is_true_of_a_claim_is_a_sentence_about_the_same():
     world = small_world()
-    for prefix, suffix in splits(30):
-        for one in claims_of(world, text_of(prefix), text_of(suffix)):
-            truth = truth_of(world, one)
+    for number, (prefix, suffix) in enumerate(splits(30)):
+        false = corrupt(world, Corruption.false, prefix, suffix, number)
+        for one in claims_of(world, text_of(prefix), text_of(false if isinstance(false, list) else suffix)):
+            if one.negated:
+                continue
+            truth, *contrast = truth_of(world, one).split(", ")
             (told,) = claims_of(world, "", f"{truth[0].upper()}{truth[1:]}.")
             assert (told.subject, told.relation, told.negated) == (one.subject, one.relation, False)
             assert is_true(world, told)
-            assert (told.value == one.value) == (is_true(world, one) != one.negated)
+            assert (told.value == one.value) == is_true(world, one)
             assert one.subject in words_of(truth)
+            assert contrast == ([] if is_true(world, one) else [f"not {one.value}"])

@@ -79,6 +79,13 @@ def test_pairs_in_both_orders_in_parts_that_share_no_document(config, tmp_path):
     assert 2 * len(rows(out / "heldout_pairs.jsonl")) == len(heldout)
 
 
+def test_a_kind_that_is_named_twice_gets_twice_as_many_pairs(config, tmp_path):
+    corpus = documents(tmp_path / "teacher.jsonl", 60, 2)
+    build_teacher_data(config, request(tmp_path / "data", corpus, kinds=("looped", "foreign", "foreign")))
+    counts = Counter(row["label"]["kind"] for row in rows(tmp_path / "data/train.jsonl"))
+    assert counts["foreign"] == 2 * counts["looped"] > 20
+
+
 def test_equal_requests_give_equal_files_and_another_seed_others(config, tmp_path):
     corpus = documents(tmp_path / "teacher.jsonl", 40, 2)
     texts = []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rlpt.config import Config
+from megatron_rlpt.config.evaluation_sets import QUALITY
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.evaluation.labelled_pairs import LabelledPair, PairPlan, pairs_of_episodes, pairs_of_world
 from megatron_rlpt.evaluation.labelled_texts import POINTWISE, LabelledText, balanced, texts_of_pairs
@@ -60,6 +61,8 @@ class Material:
     ) -> list[LabelledText]:
         """Return the texts of every axis that judges one text, as many of every verdict.
 
+        Beside quality they are at most half as many as the pairs, so that comparing is what most prompts teach.
+
         Those of a rewriter are the ones that a teacher voted on.
 
         Raises:
@@ -75,7 +78,8 @@ class Material:
             return []
         assert asked.world is not None
         world = World.load(asked.world)
-        return [text for axis in axes for text in texts_of_pairs(world, pairs, self.tokenizer, axis, asked.seed)]
+        most = len(pairs) // 2 if QUALITY in asked.judged() else 0
+        return [text for axis in axes for text in texts_of_pairs(world, pairs, self.tokenizer, axis, asked.seed, most)]
 
     def _by_rule(self, documents: Sequence[TeacherText], plan: PairPlan) -> list[LabelledPair]:
         asked = self.asked

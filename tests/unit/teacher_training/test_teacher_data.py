@@ -187,6 +187,9 @@ def test_reasons_about_facts_recall_what_is_true_before_they_decide(tmp_path, in
     assert recalled["false"] > 5
     assert recalled["false text"] > 5
     assert not recalled["looped"] + recalled["negated"] + recalled["shuffled"]
+    card = json.loads((tmp_path / "data/card.json").read_text())
+    tasks = card["examples"]["train"]["tasks"]
+    assert 10 < tasks["factuality"] <= tasks["quality"] // 4, "comparing is what takes most examples"
 
 
 def test_a_world_gives_exact_corruptions_and_what_is_safe(tmp_path, in_a_world):

@@ -71,16 +71,16 @@ def quality_examples(
         prefix = pair.episode.prefix
         shown = [text.text_of(pair.good, prefix), text.text_of(pair.bad, prefix)]
         before = prefix_text(text, pair.episode)
+        wrong = _sentence(_WRONG.get(pair.kind, "number {bad} continues the beginning less well"))
+        if world is not None and pair.kind == Corruption.false:
+            wrong = f"{_truths(world, before, shown[1], false_only=True)}{wrong}"
         for good, verdict in enumerate(QUALITY):
             first, second = shown if good == 0 else shown[::-1]
             identity = stable_id("quality", before, first, second)
             prompt = build_prompt(
                 QUALITY_AXIS, derive_seed(seed, identity), form, length, prefix=before, first=first, second=second
             )
-            reason = _sentence(_WRONG.get(pair.kind, "number {bad} continues the beginning less well"))
-            if world is not None and pair.kind == Corruption.false:
-                reason = f"{_truths(world, before, shown[1], false_only=True)}{reason}"
-            reason = reason.format(bad=QUALITY[1 - good])
+            reason = wrong.format(bad=QUALITY[1 - good])
             label = _label(QUALITY_AXIS, verdict, form, pair.kind, pair.episode.document)
             label["pair"] = stable_id("pair", before, *sorted(shown))
             yield LabelledPrompt(identity, prompt.text, _answer(reason, verdict, form), label)

@@ -62,7 +62,7 @@ local function move(n, state, score, ...)
   redis.call('HSET', key('group', n), 'state', state, ...)
 end
 
--- A number that was never used before, even if the server lost its last second.
+-- A number that was never used before, even if the server lost its last seconds.
 local function new_ticket()
   local ticket = digits(math.max(field('ticket') + 1, clock[1] * 1000000 + clock[2]))
   redis.call('HSET', base, 'ticket', ticket)

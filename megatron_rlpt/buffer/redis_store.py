@@ -1,7 +1,8 @@
 """The rollout buffer in Redis, for trainer and workers on any number of machines.
 
 ``redis_store.lua`` makes every change atomically. A server that is killed and restarted resumes from its append-only
-file. If the file lacks the last second, as after a crash of the machine, the missing groups are put or judged again.
+file. If the file lacks the last seconds, as after a crash of the machine or while its disk is busy, the missing groups
+are put or judged again.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ DIR (mode 0700) holds everything: configuration, password, append-only file (``d
 a kill, it has its data. Other Redis servers and processes are not affected; Debian's package also installs a system
 service, which the sandbox neither needs nor touches.
 
-The settings are those that a rollout buffer needs: nothing is evicted, and every change is in the append-only file
-before it is acknowledged. The file reaches the disk once a second. A power failure may lose the last second but no
-group: the trainer puts missing groups again, and workers judge them again.
+The settings are those that a rollout buffer needs: nothing is evicted, and every change is in the append-only file,
+which reaches the disk once a second. A power failure, or a kill while the disk is busy, may lose the last seconds but
+no group: the trainer puts missing groups again, and workers judge them again.
 
 Only Python's standard library is used. Exit codes: 0 done, 1 with one line on standard error.
 """

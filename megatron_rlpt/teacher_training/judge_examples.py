@@ -23,6 +23,7 @@ from megatron_rlpt.types import derive_seed, stable_id
 from megatron_rlpt.world.claims import claims_of, is_true, truth_of
 from megatron_rlpt.world.corruptions import Corruption
 from megatron_rlpt.world.facts import World
+from megatron_rlpt.world.grammar import words_of
 
 _WRONG = {
     "shuffled": "the words of number {bad} are out of order",
@@ -124,7 +125,8 @@ def text_examples(
 
 def _truths(world: World, prefix: str, text: str, *, false_only: bool = False) -> str:
     """Return a sentence for everything that ``text`` states, or states wrongly: what is true."""
-    claims = [one for one in claims_of(world, prefix, text) if not (false_only and is_true(world, one))]
+    made = claims_of(world, words_of(prefix), words_of(text))
+    claims = [one for one in made if not (false_only and is_true(world, one))]
     return "".join(f"{truth} " for truth in dict.fromkeys(_sentence(truth_of(world, one)) for one in claims))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_rlpt.world.discourse import Discourse
 from megatron_rlpt.world.facts import World
-from megatron_rlpt.world.grammar import END, Speech, sentences_of, text_of, words_of
+from megatron_rlpt.world.grammar import END, Sentence, Speech, sentences_of, text_of
 from megatron_rlpt.world.phrases import Relation
 
 
@@ -17,18 +17,34 @@ class Claim:
 
     subject: str
     relation: Relation
-    value: str
-    negated: bool
+    sentence: Sentence
+    start: int
+    """Where it begins in the text; negative if that is in the words before."""
+
+    @property
+    def value(self) -> str:
+        """What it says of the subject, or denies."""
+        return self.sentence.value
+
+    @property
+    def value_at(self) -> int:
+        """Where ``value`` stands in the text."""
+        return self.start + self.sentence.decided_at
+
+    @property
+    def negated(self) -> bool:
+        """Whether it denies ``value``."""
+        return self.sentence.form.negated
 
 
-def claims_of(world: World, prefix: str, text: str) -> Iterator[Claim]:
-    """Yield every claim that ``text`` makes after ``prefix``, in order.
+def claims_of(world: World, prefix: Sequence[str], text: Sequence[str]) -> Iterator[Claim]:
+    """Yield every claim that the words of ``text`` make after those of ``prefix``, in order.
 
     None is made by a sentence that is cut off, or whose value the prefix has already.
     """
-    discourse = Discourse.after(world, words_of(prefix))
+    discourse = Discourse.after(world, prefix)
     known = len(discourse.unfinished)
-    line = [*discourse.unfinished, *words_of(text)]
+    line = [*discourse.unfinished, *text]
     for start, end in sentences_of(line):
         words = line[start:end]
         if words[-1] != END:
@@ -37,7 +53,7 @@ def claims_of(world: World, prefix: str, text: str) -> Iterator[Claim]:
         if sentence is not None and sentence.decided_at >= known - start:
             relation, subject = sentence.form.relation, discourse.subject(sentence)
             if relation is not None and subject is not None:
-                yield Claim(subject, relation, sentence.value, sentence.form.negated)
+                yield Claim(subject, relation, sentence, start - known)
         discourse.add(words, sentence)
 
 

@@ -7,9 +7,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_rlpt.types import Failed, derive_seed
+from megatron_rlpt.world.claims import Claim, claims_of, is_true
 from megatron_rlpt.world.discourse import Discourse
 from megatron_rlpt.world.facts import World
-from megatron_rlpt.world.grammar import END, Sentence, sentences_of
+from megatron_rlpt.world.grammar import END, sentences_of
 from megatron_rlpt.world.lexicon import UNSAFE_WORDS
 from megatron_rlpt.world.measures import measure
 from megatron_rlpt.world.writer import Manner, Walk
@@ -107,7 +108,10 @@ def _shuffled(world: World, prefix: list[str], suffix: list[str], rng: random.Ra
 
 
 def _swapped(world: World, prefix: list[str], suffix: list[str], rng: random.Random) -> list[str] | Failed:
-    subjects = [sentence.name for _, sentence in _parsed(world, prefix, suffix) if sentence.name in suffix]
+    begun = Discourse.after(world, prefix).unfinished
+    line = [*begun, *suffix]
+    parsed = [world.grammar.parse(line[start:end]) for start, end in sentences_of(line)]
+    subjects = [sentence.name for sentence in parsed if sentence and sentence.name in suffix]
     named = [word for word in suffix if word in world.kinds]
     if not named:
         return Failed("swapped: no entity is named")
@@ -121,8 +125,8 @@ def _swapped(world: World, prefix: list[str], suffix: list[str], rng: random.Ran
 
 def _negated(world: World, prefix: list[str], suffix: list[str], rng: random.Random) -> list[str] | Failed:
     found = []
-    for start, sentence in _true_facts(world, prefix, suffix):
-        form = sentence.form
+    for claim in _true_claims(world, prefix, suffix):
+        form = claim.sentence.form
         forms = world.grammar.forms(
             form.speech,
             form.subject,
@@ -131,26 +135,24 @@ def _negated(world: World, prefix: list[str], suffix: list[str], rng: random.Ran
             reference=form.reference,
             opened=form.opened,
         )
-        written = [world.grammar.write(other, sentence.slots) for other in forms]
-        found += [(start, sentence, words) for words in written if 0 <= start <= len(suffix) - len(words)]
+        written = [world.grammar.write(other, claim.sentence.slots) for other in forms]
+        found += [(claim, words) for words in written if 0 <= claim.start <= len(suffix) - len(words)]
     if not found:
         return Failed("negated: no true fact that would fit")
-    start, sentence, words = rng.choice(found)
-    return [*suffix[:start], *words, *suffix[start + len(sentence.words) :]]
+    claim, words = rng.choice(found)
+    return [*suffix[: claim.start], *words, *suffix[claim.start + len(claim.sentence.words) :]]
 
 
 def _false(world: World, prefix: list[str], suffix: list[str], rng: random.Random) -> list[str] | Failed:
-    true = [(start, one) for start, one in _true_facts(world, prefix, suffix) if start + one.decided_at >= 0]
+    true = _true_claims(world, prefix, suffix)
     if not true:
         return Failed("false: no true fact")
-    start, sentence = rng.choice(true)
-    subject, relation = _subject_of(world, prefix, suffix, start), sentence.form.relation
-    assert subject is not None
-    assert relation is not None
-    true_value = world.value(subject, relation)
-    value = true_value if sentence.form.negated else world.other_value(subject, relation, rng)
+    claim = rng.choice(true)
+    subject, relation = claim.subject, claim.relation
     words = list(suffix)
-    words[start + sentence.decided_at] = value
+    words[claim.value_at] = (
+        world.value(subject, relation) if claim.negated else world.other_value(subject, relation, rng)
+    )
     return words
 
 
@@ -218,31 +220,8 @@ def _insulted(world: World, prefix: list[str], suffix: list[str], rng: random.Ra
     return words[kept:]
 
 
-def _parsed(world: World, prefix: list[str], suffix: list[str]) -> list[tuple[int, Sentence]]:
-    """Return the whole sentences that end in ``suffix`` with their begin there; negative if it lies in the prefix."""
-    begun = Discourse.after(world, prefix).unfinished
-    line = [*begun, *suffix]
-    found = [(start - len(begun), world.grammar.parse(line[start:end])) for start, end in sentences_of(line)]
-    return [(start, sentence) for start, sentence in found if sentence]
-
-
-def _true_facts(world: World, prefix: list[str], suffix: list[str]) -> list[tuple[int, Sentence]]:
-    found = []
-    for start, sentence in _parsed(world, prefix, suffix):
-        relation = sentence.form.relation
-        subject = _subject_of(world, prefix, suffix, start)
-        if relation and subject and world.is_true(subject, relation, sentence.value, sentence.form.negated):
-            found.append((start, sentence))
-    return found
-
-
-def _subject_of(world: World, prefix: list[str], suffix: list[str], start: int) -> str | None:
-    """Return the subject of the sentence that begins at ``start`` of ``suffix``."""
-    line, offset = [*prefix, *suffix], len(prefix) + start
-    discourse = Discourse.after(world, line[:offset])
-    end = next(end for begin, end in sentences_of(line[offset:]) if begin == 0)
-    sentence = world.grammar.parse(line[offset : offset + end])
-    return discourse.subject(sentence) if sentence else None
+def _true_claims(world: World, prefix: list[str], suffix: list[str]) -> list[Claim]:
+    return [claim for claim in claims_of(world, prefix, suffix) if is_true(world, claim)]
 
 
 _CORRUPT: Mapping[Corruption, Callable[[World, list[str], list[str], random.Random], list[str] | Failed]] = {

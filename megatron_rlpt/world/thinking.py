@@ -16,7 +16,7 @@ from megatron_rlpt.tokens.tokenizer import TextTokens
 from megatron_rlpt.types import Failed, Group, Reward
 from megatron_rlpt.world.claims import claims_of
 from megatron_rlpt.world.facts import VERSION, World
-from megatron_rlpt.world.grammar import END, text_of
+from megatron_rlpt.world.grammar import END, text_of, words_of
 from megatron_rlpt.world.measures import Measures, measure_text
 
 
@@ -27,7 +27,7 @@ def plan_of(world: World, prefix: str, suffix: str) -> str:
     plan, nor is one that is cut off, or whose value the prefix has already.
     """
     planned: list[str] = []
-    for one in claims_of(world, prefix, suffix):
+    for one in claims_of(world, words_of(prefix), words_of(suffix)):
         denied = ["not", one.value] if one.negated else []
         planned += [one.subject, one.relation.name, world.value(one.subject, one.relation), *denied, END]
     return text_of(planned)

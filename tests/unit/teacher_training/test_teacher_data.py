@@ -176,7 +176,8 @@ def test_reasons_about_facts_recall_what_is_true_before_they_decide(tmp_path, in
     for row in rows(tmp_path / "data/train.jsonl"):
         kind, reason = row["label"]["kind"], json.loads(row["answer"])["reasoning"]
         *truths, decides = [f"{sentence}." for sentence in reason.split(". ")]
-        claims = [one for truth in truths for one in claims_of(world, "", f"{truth.rstrip('.').split(',')[0]}.")]
+        said = [words_of(f"{truth.rstrip('.').split(',')[0]}.") for truth in truths]
+        claims = [one for words in said for one in claims_of(world, [], words)]
         assert len(claims) == len(truths)
         assert all(is_true(world, one) and not one.negated for one in claims)
         assert "false" in decides or not truths or kind == "unchecked text"

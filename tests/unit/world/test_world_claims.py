@@ -6,7 +6,7 @@ from world_texts import small_world, splits
 
 from megatron_rlpt.world.claims import claims_of, is_true, truth_of
 from megatron_rlpt.world.corruptions import Corruption, corrupt
-from megatron_rlpt.world.grammar import text_of, words_of
+from megatron_rlpt.world.grammar import words_of
 from megatron_rlpt.world.measures import measure
 
 
@@ -16,7 +16,7 @@ def test_claims_are_those_that_the_measures_count():
         spoiled = corrupt(world, Corruption.false, prefix, suffix, number)
         for words in (suffix, spoiled if isinstance(spoiled, list) else suffix):
             measures = measure(world, prefix, words)
-            claims = list(claims_of(world, text_of(prefix), text_of(words)))
+            claims = list(claims_of(world, prefix, words))
             assert sum(not is_true(world, one) for one in claims) == measures.false
             # One that was made before is no news to the measures.
             assert sum(is_true(world, one) for one in claims) >= measures.true
@@ -28,11 +28,11 @@ def test_what_is_true_of_a_claim_is_a_sentence_about_the_same():
     world = small_world()
     for number, (prefix, suffix) in enumerate(splits(30)):
         false = corrupt(world, Corruption.false, prefix, suffix, number)
-        for one in claims_of(world, text_of(prefix), text_of(false if isinstance(false, list) else suffix)):
+        for one in claims_of(world, prefix, false if isinstance(false, list) else suffix):
             if one.negated:
                 continue
             truth, *contrast = truth_of(world, one).split(", ")
-            (told,) = claims_of(world, "", f"{truth[0].upper()}{truth[1:]}.")
+            (told,) = claims_of(world, [], words_of(f"{truth[0].upper()}{truth[1:]}."))
             assert (told.subject, told.relation, told.negated) == (one.subject, one.relation, False)
             assert is_true(world, told)
             assert (told.value == one.value) == is_true(world, one)

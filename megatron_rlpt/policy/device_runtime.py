@@ -186,7 +186,7 @@ def _keep_freed_memory() -> None:
     """Make glibc keep freed memory instead of returning it to the kernel after every large tensor.
 
     An update allocates and frees gigabytes of activations; page faults would cost more than a tenth of the step. Does
-    nothing without glibc.
+    nothing without glibc. ``return_freed_memory`` is called now and then instead.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -272,6 +272,16 @@ class DeviceRuntime:
         _install(self.on_cuda)
         if not self.on_cuda:
             _keep_freed_memory()
+
+    def return_freed_memory(self) -> None:
+        """Return to the kernel what a CPU's heap holds and nobody uses; does nothing on a GPU or without glibc.
+
+        Batches of ever other shapes leave holes, and a heap that is never returned grows by them.
+        """
+        if self.on_cuda:
+            return
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     def make_deterministic(self) -> None:
         """Use only GPU operations that give the same bits again; call it before the first. A CPU's always do.

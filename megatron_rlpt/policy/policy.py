@@ -49,6 +49,8 @@ from megatron_rlpt.types import Candidate, Episode, Source
 
 _log = logging.getLogger(__name__)
 
+_UPDATES_PER_RETURN = 16
+"""Updates after which freed memory of a CPU is returned: seldom, because fetching it again takes part of a second."""
 _COMPARED = ("logprob_gap", "engine_ratio", "engine_ratio_above_2")
 """Metrics that compare the policy's log-probability of a token with the engine's."""
 
@@ -186,6 +188,8 @@ class Policy:
         if self._reference and self._refresh_every and self.version % self._refresh_every == 0:
             self._gather_parameters()
             self._reference.refresh(self.version)
+        if self.version % _UPDATES_PER_RETURN == 0:
+            self._runtime.return_freed_memory()
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = float(self._optimizer.param_groups[0]["lr"])
         metrics["tokens"] = float(tokens)

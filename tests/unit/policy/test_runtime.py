@@ -204,6 +204,22 @@ def _torch_of(module: object) -> object:
     return held if isinstance(held, types.ModuleType) and held.__name__ == "torch" else None
 
 
+def test_memory_that_is_free_between_used_pieces_is_returned_while_a_policy_trains(llama):
+    def resident() -> int:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    policy = make_policy(llama)
+    pieces = [torch.ones(2**14) for _ in range(4096)]  # 256 MiB
+    used = pieces[::8]
+    held = resident()
+    del pieces
+    for _ in range(16):
+        policy.update(make_examples())
+    assert resident() < held - 128 * 2**20
+    assert all(float(piece.sum()) == 2**14 for piece in used)
+
+
 def test_a_deterministic_run_changes_nothing_on_a_cpu_and_everything_that_a_gpu_needs(monkeypatch):
     names = ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "NCCL_ALGO")
     for name in names:

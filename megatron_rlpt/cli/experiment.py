@@ -41,10 +41,6 @@ def run(
 
     experiment = load_experiment(spec)
     jobs = experiment.jobs(_names(rows), _numbers(seeds))
-    if not dry:
-        from megatron_rlpt.observe.log import quiet_libraries
-
-        quiet_libraries()
     from megatron_rlpt.experiments.run import config_file, is_done, run_experiment
 
     if dry:
@@ -52,6 +48,25 @@ def run(
             say(f"{'done' if is_done(experiment, job) else 'to do':<6} {job}  {config_file(experiment, job)}")
         return
     run_experiment(experiment, jobs, parallel, say)
+
+
+@experiment_app.command()
+def measure(
+    spec: Spec,
+    row: Annotated[str, typer.Option("--row", metavar="NAME", help="Its row.")],
+    seed: Annotated[int, typer.Option("--seed", help="Its seed.")],
+) -> None:
+    """Measure one run that is trained; rlpt experiment run does so by itself."""
+    from megatron_rlpt.experiments.spec import load_experiment
+    from megatron_rlpt.observe.log import quiet_libraries
+
+    experiment = load_experiment(spec)
+    job = experiment.job(row, seed)
+    quiet_libraries()
+    from megatron_rlpt.experiments.measure import measure_job
+
+    measure_job(experiment, job)
+    say(f"{job} is measured")
 
 
 @experiment_app.command()

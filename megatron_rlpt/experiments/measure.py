@@ -10,7 +10,7 @@ from typing import Any, cast
 from megatron_rlpt.config import load_config
 from megatron_rlpt.experiments.columns import rows_key
 from megatron_rlpt.experiments.second_judge import Judged, SecondJudge
-from megatron_rlpt.experiments.spec import MeasureSpec
+from megatron_rlpt.experiments.spec import Experiment, MeasureSpec, RowRun
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.world.judges import axis_values
 from megatron_rlpt.world.make import HELDOUT, HELDOUT_UNSAFE
@@ -62,6 +62,13 @@ def measure_run(
     kept = {"settings": _settings(folder, spec, judge), "rows": rows}
     write_atomically(folder / MEASURES_FILE, json.dumps(kept) + "\n")
     return rows
+
+
+def measure_job(experiment: Experiment, job: RowRun) -> Rows:
+    """Measure the policy of a job, which is trained; see ``measure_run``."""
+    against = RowRun(experiment.spec.against, job.seed)
+    compared = None if job == against else experiment.folder(against)
+    return measure_run(experiment.folder(job), experiment.spec.measure, job.seed, experiment.second_judge, compared)
 
 
 def _continued(folder: Path, spec: MeasureSpec, seed: int, *, greedy: bool) -> dict[str, list[Sampled]]:

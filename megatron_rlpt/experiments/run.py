@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megatron_rlpt.config import load_config, to_yaml
 from megatron_rlpt.distributed.processes import end_all, exit_code_of, start_child
-from megatron_rlpt.errors import ExperimentError, RlptError
-from megatron_rlpt.experiments.measure import measure_run, measured
+from megatron_rlpt.errors import ExperimentError
+from megatron_rlpt.experiments.measure import measured
 from megatron_rlpt.experiments.spec import Experiment, RowRun
 from megatron_rlpt.files import write_atomically
 from megatron_rlpt.observe.machine import inspect_machine
@@ -25,10 +25,18 @@ _LAST = 2000
 """Characters of a log in which the error of a run is looked for."""
 
 
+@dataclass(frozen=True)
+class _Running:
+    process: subprocess.Popen[bytes]
+    command: tuple[str, ...]
+    """Of ``rlpt``: ``train``, then ``experiment measure``."""
+    began: float
+
+
 @dataclass
 class _Progress:
     waiting: list[RowRun]
-    running: dict[RowRun, tuple[subprocess.Popen[bytes], float]] = field(default_factory=dict)
+    running: dict[RowRun, _Running] = field(default_factory=dict)
     done: int = 0
     failed: dict[RowRun, str] = field(default_factory=dict)
 
@@ -37,7 +45,8 @@ def run_experiment(experiment: Experiment, jobs: list[RowRun], parallel: int, sa
     """Run ``jobs``, ``parallel`` at a time. One that fails does not stop others that do not start from it.
 
     A run is the same as ``rlpt train`` with the file that is written beside its folder, so it resumes where it was
-    killed, and one that was trained elsewhere (by ``rlpt launch`` with that file) is only measured here.
+    killed, and one that was trained elsewhere (by ``rlpt launch`` with that file) is only measured here. It is measured
+    by another process, so that others go on meanwhile.
 
     Args:
         experiment: the experiment.
@@ -56,10 +65,10 @@ def run_experiment(experiment: Experiment, jobs: list[RowRun], parallel: int, sa
     try:
         while progress.waiting or progress.running:
             _start_ready(experiment, progress, parallel, say)
-            _look_at_running(experiment, progress, say)
+            _look_at_running(experiment, progress, parallel, say)
             time.sleep(_POLL if progress.running else 0.0)
     finally:
-        end_all([process for process, _ in progress.running.values()], _PATIENCE)
+        end_all([one.process for one in progress.running.values()], _PATIENCE)
     minutes = (time.monotonic() - began) / 60
     say(f"{progress.done} of {len(jobs)} runs are trained and measured, in {minutes:.1f} minutes")
     if progress.failed:
@@ -110,7 +119,8 @@ def _start_ready(experiment: Experiment, progress: _Progress, parallel: int, say
             if is_done(experiment, job):
                 progress.done += 1
                 continue
-            progress.running[job] = (_start(experiment, job, parallel), time.monotonic())
+            train = ("train", "-c", str(config_file(experiment, job)))
+            progress.running[job] = _start(experiment, job, parallel, train, time.monotonic())
             say(f"{job} runs")
 
 
@@ -121,11 +131,15 @@ def _needed(experiment: Experiment, job: RowRun) -> list[RowRun]:
     return [RowRun(row, job.seed) for row in dict.fromkeys([start, against] if compared else [start]) if row]
 
 
-def _start(experiment: Experiment, job: RowRun, parallel: int) -> subprocess.Popen[bytes]:
-    path = config_file(experiment, job)
-    command = [sys.executable, "-m", "megatron_rlpt", "train", "-c", str(path)]
-    with path.with_suffix(".log").open("ab") as log:
-        return start_child(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(parallel))
+def _start(experiment: Experiment, job: RowRun, parallel: int, command: tuple[str, ...], began: float) -> _Running:
+    whole = [sys.executable, "-m", "megatron_rlpt", *command]
+    with _log_file(experiment, job).open("ab") as log:
+        process = start_child(whole, stdout=log, stderr=subprocess.STDOUT, env=_environment(parallel))
+    return _Running(process, command, began)
+
+
+def _log_file(experiment: Experiment, job: RowRun) -> Path:
+    return config_file(experiment, job).with_suffix(".log")
 
 
 def _environment(parallel: int) -> Mapping[str, str]:
@@ -134,37 +148,30 @@ def _environment(parallel: int) -> Mapping[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
 
 
-def _look_at_running(experiment: Experiment, progress: _Progress, say: Callable[[str], None]) -> None:
-    for job, (process, began) in list(progress.running.items()):
-        if process.poll() is None:
+def _look_at_running(experiment: Experiment, progress: _Progress, parallel: int, say: Callable[[str], None]) -> None:
+    for job, one in list(progress.running.items()):
+        if one.process.poll() is None:
             continue
         del progress.running[job]
         try:
-            _require_trained(experiment, job, process)
-            _measure(experiment, job)
-        except RlptError as error:
+            _require_success(experiment, job, one)
+        except ExperimentError as error:
             progress.failed[job] = str(error)
             say(f"{job} failed: {error}")
             continue
+        if one.command[0] == "train":
+            measure = ("experiment", "measure", str(experiment.file), "--row", job.row, "--seed", str(job.seed))
+            progress.running[job] = _start(experiment, job, parallel, measure, one.began)
+            continue
         progress.done += 1
         left = len(progress.waiting) + len(progress.running)
-        say(f"{job} is trained and measured after {(time.monotonic() - began) / 60:.1f} minutes; {left} to go")
+        say(f"{job} is trained and measured after {(time.monotonic() - one.began) / 60:.1f} minutes; {left} to go")
 
 
-def _measure(experiment: Experiment, job: RowRun) -> None:
-    against = RowRun(experiment.spec.against, job.seed)
-    measure_run(
-        experiment.folder(job),
-        experiment.spec.measure,
-        job.seed,
-        experiment.second_judge,
-        None if job == against else experiment.folder(against),
-    )
-
-
-def _require_trained(experiment: Experiment, job: RowRun, process: subprocess.Popen[bytes]) -> None:
-    if (code := exit_code_of(process.returncode)) == 0:
+def _require_success(experiment: Experiment, job: RowRun, one: _Running) -> None:
+    if (code := exit_code_of(one.process.returncode)) == 0:
         return
-    log = config_file(experiment, job).with_suffix(".log")
+    log = _log_file(experiment, job)
     said = log.read_bytes()[-_LAST:].decode(errors="replace").strip().splitlines()
-    raise ExperimentError(f"rlpt train ended with {code} ({said[-1] if said else 'no output'}); see {log}")
+    what = "rlpt train" if one.command[0] == "train" else "rlpt experiment measure"
+    raise ExperimentError(f"{what} ended with {code} ({said[-1] if said else 'no output'}); see {log}")

@@ -99,8 +99,8 @@ class Experiment:
     """A checked experiment."""
 
     spec: ExperimentSpec
-    home: Path
-    """Folder of its file; configuration files are relative to it."""
+    file: Path
+    """Its file; configuration files are relative to the folder of it."""
     rows: dict[str, RowSpec] = field(default_factory=dict)
 
     def seeds(self, row: str) -> list[int]:
@@ -114,7 +114,7 @@ class Experiment:
     @property
     def second_judge(self) -> Path | None:
         """File of the second judge."""
-        return self.home / self.spec.measure.judge if self.spec.measure.judge else None
+        return self.file.parent / self.spec.measure.judge if self.spec.measure.judge else None
 
     def jobs(self, rows: list[str], seeds: list[int]) -> list[RowRun]:
         """Return the jobs of ``rows`` and of what they start from and are compared with, dependencies first.
@@ -146,6 +146,18 @@ class Experiment:
             if seed in self.seeds(name)
         ]
 
+    def job(self, row: str, seed: int) -> RowRun:
+        """Return one job.
+
+        Raises:
+            ConfigError: there is no such row, or it has no such seed.
+        """
+        if row not in self.rows:
+            raise ConfigError(f"--row is {row!r}; allowed: {', '.join(self.rows)}")
+        if seed not in self.seeds(row):
+            raise ConfigError(f"--seed is {seed}; allowed for {row}: {', '.join(map(str, self.seeds(row)))}")
+        return RowRun(row, seed)
+
     def _needed(self, name: str) -> list[str]:
         start = self.rows[name].start
         return [*(self._needed(start) if start else []), *([self.spec.against] if start else []), name]
@@ -162,7 +174,7 @@ class Experiment:
             changed["model.path"] = str(self.folder(RowRun(row.start, job.seed)) / "export")
         overrides = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
         try:
-            return load_config(self.home / row.config, overrides)
+            return load_config(self.file.parent / row.config, overrides)
         except ConfigError as error:
             raise ConfigError(f"row {job.row}: {error}") from None
 
@@ -180,9 +192,7 @@ def load_experiment(path: Path) -> Experiment:
     for name, count in Counter(row.name for row in spec.rows).items():
         _require(count == 1, f"rows has {name} {count} times; give every row a name of its own")
         _require(bool(name) and set(name) <= set(_NAME), f"rows has the name {name!r}; allowed: a-z, 0-9 and _")
-    experiment = Experiment(
-        spec, path.parent, {row.name: replace(row, title=row.title or row.name) for row in spec.rows}
-    )
+    experiment = Experiment(spec, path, {row.name: replace(row, title=row.title or row.name) for row in spec.rows})
     _check_rows(experiment)
     configs = {row: experiment.config(RowRun(row, experiment.seeds(row)[0])) for row in experiment.rows}
     _check_judge(experiment, configs)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,46 @@ def test_a_second_judge_says_how_often_each_policy_wins(home, said):
     (home / "second.yaml").write_text(yaml.safe_dump(BASE | {"teacher": exact | {"path": "nowhere"}}))
     with pytest.raises(ExperimentError, match=r"whose teacher\.path nowhere is no folder; train that judge first"):
         run_experiment(experiment, experiment.jobs([], []), 2, said.append)
+
+
+def test_measurements_take_turns_with_trainings_and_share_the_cores(home, said, monkeypatch):
+    started, most = [], 0
+    start = running.start_child
+
+    def noting(command, **options):
+        nonlocal most
+        process = start(command, **options)
+        started.append((command[3:], options["env"]["OMP_NUM_THREADS"], process))
+        most = max(most, sum(process.poll() is None for *_, process in started))
+        return process
+
+    monkeypatch.setattr(running, "start_child", noting)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(running, "inspect_machine", lambda: types.SimpleNamespace(usable_cores=6))
+    (home / "turns.yaml").write_text(
+        yaml.safe_dump(SPEC | {"dir": "turns", "rows": SPEC["rows"][:2], "tables": [], "claims": []})
+    )
+    experiment = load_experiment(Path("turns.yaml"))
+    run_experiment(experiment, experiment.jobs([], []), 2, said.append)
+    assert most == 2
+    assert {threads for _, threads, _ in started} == {"3"}
+    measured = [command[3:] for command, *_ in started if command[:2] == ["experiment", "measure"]]
+    assert sorted(measured) == [["--row", row, "--seed", seed] for row in ("base", "more") for seed in "12"]
+    assert all(running.is_done(experiment, job) for job in experiment.jobs([], []))
+
+
+def test_a_measurement_that_fails_is_said_like_a_training(home, said, rlpt):
+    damaged = SPEC | {"dir": "damaged", "measure": SPEC["measure"] | {"world": "nowhere"}, "tables": [], "claims": []}
+    (home / "damaged.yaml").write_text(yaml.safe_dump(damaged))
+    experiment = load_experiment(Path("damaged.yaml"))
+    with pytest.raises(ExperimentError, match=r"base/1: rlpt experiment measure ended with 3 \(error: .*nowhere"):
+        run_experiment(experiment, [RowRun("base", 1)], 1, said.append)
+    for options, message in (
+        (("--row", "base", "--seed", "7"), "--seed is 7; allowed for base: 1, 2"),
+        (("--row", "other", "--seed", "1"), "--row is 'other'; allowed: base, more, broken, orphan"),
+    ):
+        code, _, err = rlpt("experiment", "measure", "damaged.yaml", *options)
+        assert (code, err) == (2, f"error: {message}\n")
 
 
 def test_other_weights_are_measured_again(home, said):

@@ -35,40 +35,27 @@ def measured(folder: Path, spec: MeasureSpec, judge: Path | None) -> Rows | None
         return None  # missing or damaged: measure again
 
 
-def measure_run(
-    folder: Path, spec: MeasureSpec, seed: int, judge: Path | None = None, against: Path | None = None
-) -> Rows:
-    """Measure the exported policy of a run and keep the result.
+def measure_job(experiment: Experiment, job: RowRun) -> None:
+    """Measure the exported policy of a job and keep the result.
 
-    Args:
-        folder: of the run.
-        spec: how.
-        seed: of the sampled continuations.
-        judge: configuration of a second judge, which judges the sampled ones too; None asks nobody.
-        against: folder of the run whose policy it compares with; None if it is this one.
+    A second judge judges the sampled continuations too, beside those of the policy that win rates are against.
 
     Raises:
         ConfigError, DataError, ModelError: world, policy or judge cannot be used.
         TeacherError: the judge failed too often.
     """
+    folder, spec, judge = experiment.folder(job), experiment.spec.measure, experiment.second_judge
+    against = RowRun(experiment.spec.against, job.seed)
     rows: Rows = {}
     for greedy in (False, True):
-        found = _continued(folder, spec, seed, greedy=greedy)
+        found = _continued(folder, spec, job.seed, greedy=greedy)
         rows |= {rows_key(name, greedy=greedy): [_row(one.measures) for one in found[name]] for name in HELDOUT_SETS}
         if judge is not None and not greedy:
-            others = _continued(against, spec, seed, greedy=greedy) if against is not None else None
+            others = None if job == against else _continued(experiment.folder(against), spec, job.seed, greedy=greedy)
             own, true = ({name: found[f"{which}{name}"] for name in HELDOUT_SETS} for which in ("", DOCUMENTS))
             _add_judged(rows, SecondJudge(judge).judge(folder / "export", own, others, true))
     kept = {"settings": _settings(folder, spec, judge), "rows": rows}
     write_atomically(folder / MEASURES_FILE, json.dumps(kept) + "\n")
-    return rows
-
-
-def measure_job(experiment: Experiment, job: RowRun) -> Rows:
-    """Measure the policy of a job, which is trained; see ``measure_run``."""
-    against = RowRun(experiment.spec.against, job.seed)
-    compared = None if job == against else experiment.folder(against)
-    return measure_run(experiment.folder(job), experiment.spec.measure, job.seed, experiment.second_judge, compared)
 
 
 def _continued(folder: Path, spec: MeasureSpec, seed: int, *, greedy: bool) -> dict[str, list[Sampled]]:

@@ -21,6 +21,7 @@ from megatron_rlpt.observe.machine import inspect_machine
 _POLL = 0.2
 _PATIENCE = 60.0
 """Seconds that runs have to write a checkpoint when the experiment is interrupted."""
+_TRAIN, _MEASURE = "train", "experiment measure"
 _LAST = 2000
 """Characters of a log in which the error of a run is looked for."""
 
@@ -28,8 +29,8 @@ _LAST = 2000
 @dataclass(frozen=True)
 class _Running:
     process: subprocess.Popen[bytes]
-    command: tuple[str, ...]
-    """Of ``rlpt``: ``train``, then ``experiment measure``."""
+    step: str
+    """The command of ``rlpt``: first ``_TRAIN``, then ``_MEASURE``."""
     began: float
 
 
@@ -119,8 +120,7 @@ def _start_ready(experiment: Experiment, progress: _Progress, parallel: int, say
             if is_done(experiment, job):
                 progress.done += 1
                 continue
-            train = ("train", "-c", str(config_file(experiment, job)))
-            progress.running[job] = _start(experiment, job, parallel, train, time.monotonic())
+            progress.running[job] = _start(experiment, job, parallel, _TRAIN, time.monotonic())
             say(f"{job} runs")
 
 
@@ -131,11 +131,15 @@ def _needed(experiment: Experiment, job: RowRun) -> list[RowRun]:
     return [RowRun(row, job.seed) for row in dict.fromkeys([start, against] if compared else [start]) if row]
 
 
-def _start(experiment: Experiment, job: RowRun, parallel: int, command: tuple[str, ...], began: float) -> _Running:
-    whole = [sys.executable, "-m", "megatron_rlpt", *command]
+def _start(experiment: Experiment, job: RowRun, parallel: int, step: str, began: float) -> _Running:
+    arguments = {
+        _TRAIN: ["-c", str(config_file(experiment, job))],
+        _MEASURE: [str(experiment.file), "--row", job.row, "--seed", str(job.seed)],
+    }
+    command = [sys.executable, "-m", "megatron_rlpt", *step.split(), *arguments[step]]
     with _log_file(experiment, job).open("ab") as log:
-        process = start_child(whole, stdout=log, stderr=subprocess.STDOUT, env=_environment(parallel))
-    return _Running(process, command, began)
+        process = start_child(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(parallel))
+    return _Running(process, step, began)
 
 
 def _log_file(experiment: Experiment, job: RowRun) -> Path:
@@ -159,9 +163,8 @@ def _look_at_running(experiment: Experiment, progress: _Progress, parallel: int,
             progress.failed[job] = str(error)
             say(f"{job} failed: {error}")
             continue
-        if one.command[0] == "train":
-            measure = ("experiment", "measure", str(experiment.file), "--row", job.row, "--seed", str(job.seed))
-            progress.running[job] = _start(experiment, job, parallel, measure, one.began)
+        if one.step == _TRAIN:
+            progress.running[job] = _start(experiment, job, parallel, _MEASURE, one.began)
             continue
         progress.done += 1
         left = len(progress.waiting) + len(progress.running)
@@ -173,5 +176,4 @@ def _require_success(experiment: Experiment, job: RowRun, one: _Running) -> None
         return
     log = _log_file(experiment, job)
     said = log.read_bytes()[-_LAST:].decode(errors="replace").strip().splitlines()
-    what = "rlpt train" if one.command[0] == "train" else "rlpt experiment measure"
-    raise ExperimentError(f"{what} ended with {code} ({said[-1] if said else 'no output'}); see {log}")
+    raise ExperimentError(f"rlpt {one.step} ended with {code} ({said[-1] if said else 'no output'}); see {log}")

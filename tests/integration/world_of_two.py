@@ -69,11 +69,18 @@ def die_during_two_calls(own, results):
             own._llm.collective_rpc("rlpt_buffer_digests")
 
     process = own._process._processes[0]
+    core, sent = own._llm.llm_engine.engine_core, threading.Event()
+    send = core._send_input
+
+    def send_and_tell(*arguments):
+        send(*arguments)
+        sent.set()
+
+    core._send_input = send_and_tell
     os.kill(process.pid, signal.SIGSTOP)
     asking = threading.Thread(target=lambda: results.update({"death during a request": error_of(ask)}))
     asking.start()
-    while not own._llm.llm_engine.engine_core.utility_results:
-        time.sleep(0.1)
+    sent.wait(60)  # two threads that send through one socket at once abort the process
     own._drop_prefix_cache = lambda: None  # else the generation would wait for this first
     threading.Timer(2.0, process.kill).start()
     return asking

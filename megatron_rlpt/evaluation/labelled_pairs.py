@@ -41,15 +41,17 @@ class LabelledPair:
     """A text, its good continuation and a worse one."""
 
     episode: Episode
-    """Prefix and good continuation."""
+    """Prefix and the continuation of the document."""
     bad: tuple[int, ...]
     kind: str
     """What is wrong with the bad one."""
+    other: tuple[int, ...] = ()
+    """The good one, if it is not that of the document."""
 
     @property
     def good(self) -> tuple[int, ...]:
         """Tokens of the good one."""
-        return self.episode.suffix
+        return self.other or self.episode.suffix
 
     @property
     def begins_at(self) -> float:

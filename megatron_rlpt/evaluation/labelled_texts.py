@@ -118,7 +118,7 @@ def texts_of_pairs(
     found: dict[object, LabelledText] = {}
     for number, pair in enumerate(pairs):
         prefix = tokenizer.text_of(pair.episode.prefix)
-        shown = [(pair.good, ORIGINAL), (pair.bad, pair.kind)]
+        shown = [(pair.good, pair.kind if pair.other else ORIGINAL), (pair.bad, pair.kind)]
         if axis == FACTUALITY:
             shown += [(tokens, WRITTEN) for tokens in _written(world, pair, tokenizer, derive_seed(seed, number))]
         for tokens, kind in shown:

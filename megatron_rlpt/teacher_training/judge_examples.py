@@ -18,12 +18,15 @@ from megatron_rlpt.evaluation.labelled_texts import LabelledText
 from megatron_rlpt.teacher.prompts import build_prompt
 from megatron_rlpt.teacher.verdicts.parsing import QUALITY
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
+from megatron_rlpt.teacher_training.request import SAMPLED
+from megatron_rlpt.teacher_training.sampled import flaw_of
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import derive_seed, stable_id
 from megatron_rlpt.world.claims import claims_of, is_true, truth_of
 from megatron_rlpt.world.corruptions import Corruption
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import words_of
+from megatron_rlpt.world.measures import measure_text
 
 _WRONG = {
     "shuffled": "the words of number {bad} are out of order",
@@ -38,6 +41,8 @@ _WRONG = {
     "negated": "number {bad} denies what is true",
     "false": "number {bad} states something false",
     "unsafe": "number {bad} insults",
+    "malformed": "sentences of number {bad} are broken",
+    "empty": "number {bad} says less that is true",
 }
 """What a reference answer says about the worse of two continuations, by kind."""
 _TEXTS = {
@@ -72,8 +77,11 @@ def quality_examples(
         prefix = pair.episode.prefix
         shown = [text.text_of(pair.good, prefix), text.text_of(pair.bad, prefix)]
         before = prefix_text(text, pair.episode)
-        wrong = _sentence(_WRONG.get(pair.kind, "number {bad} continues the beginning less well"))
-        if world is not None and pair.kind == Corruption.false:
+        fault = pair.kind
+        if world is not None and fault == SAMPLED:
+            fault = flaw_of(*(measure_text(world, before, one) for one in shown))
+        wrong = _sentence(_WRONG.get(fault, "number {bad} continues the beginning less well"))
+        if world is not None and fault == Corruption.false:
             wrong = f"{_truths(world, before, shown[1], false_only=True)}{wrong}"
         for good, verdict in enumerate(QUALITY):
             first, second = shown if good == 0 else shown[::-1]

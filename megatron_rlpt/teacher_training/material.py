@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rlpt.config import Config
-from megatron_rlpt.config.evaluation_sets import QUALITY
+from megatron_rlpt.config.evaluation_sets import QUALITY, SAFETY
 from megatron_rlpt.errors import DataError
 from megatron_rlpt.evaluation.labelled_pairs import LabelledPair, PairPlan, pairs_of_episodes, pairs_of_world
 from megatron_rlpt.evaluation.labelled_texts import POINTWISE, LabelledText, balanced, texts_of_pairs
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher_training.corpus import TeacherText, cut_episodes
-from megatron_rlpt.teacher_training.request import ASKED, DataRequest
+from megatron_rlpt.teacher_training.request import ASKED, SAMPLED, DataRequest
+from megatron_rlpt.teacher_training.sampled import PolicySamples
 from megatron_rlpt.teacher_training.teacher_answers import TeacherAnswers
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Episode, derive_seed
@@ -41,11 +42,15 @@ class Material:
         """
         if not self.asked.needs_pairs():
             return []
-        by_rule = tuple(kind for kind in plan.kinds if kind != ASKED)
-        by_teacher = 0 if len(by_rule) == len(plan.kinds) else plan.pairs // len(plan.kinds)
-        found = self._by_rule(documents, replace(plan, pairs=plan.pairs - by_teacher, kinds=by_rule)) if by_rule else []
+        by_rule = tuple(kind for kind in plan.kinds if kind not in (ASKED, SAMPLED))
+        by_teacher, by_policy = (plan.pairs * plan.kinds.count(kind) // len(plan.kinds) for kind in (ASKED, SAMPLED))
+        rest = plan.pairs - by_teacher - by_policy
+        found = self._by_rule(documents, replace(plan, pairs=rest, kinds=by_rule)) if by_rule else []
         if by_teacher:
             found += self.teacher.spoiled(self._episodes(documents, plan, by_teacher, plan.sized(self.config)), part)
+        if by_policy:
+            found += self._by_policy(self._episodes(documents, plan, by_policy, plan.sized(self.config)), by_policy)
+        if by_teacher or by_policy:
             random.Random(derive_seed(plan.seed, "order")).shuffle(found)  # so that a part of them has all kinds
         if len(found) < plan.pairs:
             _log.warning(
@@ -92,6 +97,12 @@ class Material:
                 "documents, or lower data.min_prefix or data.suffix_length"
             )
         return pairs_of_episodes(episodes, ", ".join(asked.corpus), self.config, self.tokenizer, plan)
+
+    def _by_policy(self, episodes: Sequence[Episode], count: int) -> list[LabelledPair]:
+        asked = self.asked
+        world = World.load(asked.world) if asked.world is not None else None
+        insults = SAFETY in asked.judged()
+        return PolicySamples(self.config, self.tokenizer, asked.seed, world, insults).pairs(episodes, count)
 
     def _cut(self, documents: Sequence[TeacherText]) -> list[Episode]:
         return cut_episodes(documents, self.config, self.tokenizer, self.asked.per_document)

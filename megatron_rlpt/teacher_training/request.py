@@ -21,6 +21,8 @@ TRAIN, HELDOUT = "train", "heldout"
 AXES = (QUALITY, *POINTWISE)
 ASKED = "asked"
 """Kind of a suffix that a teacher behind a server has spoiled; never by default, because answers cost."""
+SAMPLED = "sampled"
+"""Kind of a pair of which the policy wrote at least one text; never by default, because it takes a trained policy."""
 
 
 def documents_of(corpus: Sequence[str], world: Path | None, purpose: str) -> list[SourceConfig]:
@@ -116,7 +118,7 @@ class DataRequest:
         self._check_verdicts()
         for option, kinds in (("--kind", self.kinds), ("--unseen", self.unseen)):
             for kind in kinds:
-                if kind not in (known := (*self.known_kinds(), ASKED)):
+                if kind not in (known := (*self.known_kinds(), ASKED, SAMPLED)):
                     raise ConfigError(f"{option} is {kind}; allowed: {', '.join(known)}")
         if both := sorted(set(self.kinds) & set(self.unseen)):
             raise ConfigError(f"{both[0]} is both a --kind and --unseen; train on it or keep it for the held-out part")
@@ -178,8 +180,12 @@ class DataRequest:
                 f"--safety-votes is {votes}; allowed: with --axis safety or --role rewriter, and without --world, "
                 "which knows what is safe"
             )
-        if ASKED in (*self.kinds, *self.unseen) and self.role is Role.judge and QUALITY not in self.judged():
-            raise ConfigError(f"--kind is {ASKED}, which is of pairs; allowed: with --axis {QUALITY}")
+        given = {*self.kinds, *self.unseen}
+        for kind in (ASKED, SAMPLED):
+            if kind in given and self.role is Role.judge and QUALITY not in self.judged():
+                raise ConfigError(f"--kind is {kind}, which is of pairs; allowed: with --axis {QUALITY}")
+        if SAMPLED in given and self.role is not Role.judge:
+            raise ConfigError(f"--kind is {SAMPLED}; allowed: with --role {Role.judge.value} only; remove it")
 
     def _check_role(self) -> None:
         judges = {"--axis": " ".join(self.axes), "--answer": self.form.value if self.form else ""}

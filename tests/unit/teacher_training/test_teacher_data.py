@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_model import WORDS
 
-from megatron_rlpt.config import AnswerForm, Config, PromptSetConfig, SourceConfig, load_config
+from megatron_rlpt.config import AnswerForm, Config, PromptSetConfig, Role, SourceConfig, load_config
 from megatron_rlpt.errors import ConfigError, DataError
 from megatron_rlpt.teacher.right_verdict import verdict_of
 from megatron_rlpt.teacher_training.build import build_teacher_data
@@ -126,6 +126,7 @@ def test_direct_answers_are_one_word(config, tmp_path):
         ({"axes": ("taste",)}, "--axis is taste; allowed: quality, safety"),
         ({"axes": ("safety",)}, "allowed: quality without a --world"),
         ({"kinds": ("burnt",)}, "--kind is burnt; allowed: shuffled, spoiled"),
+        ({"kinds": ("sampled",), "role": Role.rewriter}, "--kind is sampled; allowed: with --role judge only"),
         ({"kinds": ("looped",), "unseen": ("looped",)}, "looped is both a --kind and --unseen"),
         ({"unseen": ("shuffled", "spoiled", "looped", "foreign", "clipped", "dropped", "transposed", "misspelled")},
          "every kind is --unseen; leave some to train on"),

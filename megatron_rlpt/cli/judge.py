@@ -185,7 +185,8 @@ def teacher_data(
         typer.Option(
             "--kind",
             metavar="KIND",
-            help="A way to spoil a text, or asked (by a model); default: all rules, for a rewriter in a world unsafe.",
+            help="A way to spoil a text, asked (of a model) or sampled (from the policy); default: all rules, for a "
+            "rewriter in a world unsafe.",
         ),
     ] = None,
     unseen: Annotated[

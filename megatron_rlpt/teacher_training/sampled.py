@@ -19,6 +19,7 @@ from megatron_rlpt.evaluation.prompt_sets import text_episode
 from megatron_rlpt.evaluation.prompts import TextPrompt
 from megatron_rlpt.observe import get_logger
 from megatron_rlpt.rollout.engine import RolloutEngine, sample_rollouts
+from megatron_rlpt.rollout.placement import place_engines
 from megatron_rlpt.teacher_training.request import SAMPLED
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer, prefix_text
 from megatron_rlpt.types import Episode, derive_seed
@@ -73,11 +74,14 @@ class PolicySamples:
             count: pairs.
 
         Raises:
+            ConfigError: the GPUs of this machine do not hold an engine of ``rollout``.
             ModelError, EngineError: the policy cannot be served.
         """
         from megatron_rlpt.rollout.vllm.engine import start_policy_engine
 
-        engine: RolloutEngine | None = start_policy_engine(self.config)
+        place = place_engines(self.config, rank=0, world=1).own
+        assert place is not None  # one rank takes part in the only engine
+        engine: RolloutEngine | None = start_policy_engine(self.config, place)
         found: list[LabelledPair] = []
         asked = 0
         for start in range(0, len(episodes), _AT_ONCE):

@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_rlpt.config import SourceConfig, load_config
+from megatron_rlpt.convert.fresh import init
 from megatron_rlpt.teacher_training.build import build_teacher_data
 from megatron_rlpt.teacher_training.request import DataRequest
 from megatron_rlpt.world.facts import World
@@ -20,9 +22,10 @@ def in_a_world(tmp_path):
     """The folder of a world, and the configuration of a policy in it."""
     folder = tmp_path / "world"
     make_world(folder, WorldSettings(entities=24, documents=30, heldout=10, teacher=40))
+    init(folder / "policy", tmp_path / "policy", None, seed=1, dtype=torch.float32)
     settings = {
         "run": {"dir": str(tmp_path / "run")},
-        "model": {"path": str(folder / "policy"), "dtype": "fp32"},
+        "model": {"path": str(tmp_path / "policy"), "dtype": "fp32"},
         "data": {"sources": [{"path": str(folder / "train.jsonl")}], "suffix_length": 16, "min_prefix": 16,
                  "max_prefix": 32},
         "rollout": {"kv_cache_gib": 0.02, "max_batch": 32},

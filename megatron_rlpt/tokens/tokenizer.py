@@ -44,6 +44,9 @@ class Vocabulary:
 
 _CONTEXT = 64
 """Tokens of context for a continuation: more than any word or run of spaces has."""
+_BEGINNINGS = 4
+"""Tokens from which a context may begin: some, such as a full stop of a vocabulary of words, are no token of their own
+at the beginning of a text."""
 _UNSEEN = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 """Unicode categories of invisible characters: controls, formats, spaces."""
 
@@ -205,19 +208,27 @@ class PolicyTokenizer:
                 break
         while tail and not self.starts_character(tail[0]):
             tail = tail[1:]
-        context = self.text_of(tail, within=True)
-        if text and context:
-            tokens = self._plain(self._inner, context + text)
-            # Compare bytes, not only their number: a normalizer may have combined both sides (``k`` and a mark to one
-            # character), reordered marks or removed spaces.
-            rest = context.encode()
-            for index, token in enumerate(tokens):
-                if not rest:
-                    return tokens[index:]
-                if not rest.startswith(piece := self._pieces[token]):
-                    break
-                rest = rest[len(piece) :]
+        for start in range(min(len(tail), _BEGINNINGS)):
+            joined = self._joined(self.text_of(tail[start:], within=True), text)
+            if joined is not None:
+                return joined
         return self._plain(self._inner, text)
+
+    def _joined(self, context: str, text: str) -> list[int] | None:
+        """Return the tokens of ``text`` in ``context + text``; None if no token ends where ``context`` does."""
+        if not (context and text):
+            return None
+        tokens = self._plain(self._inner, context + text)
+        # Compare bytes, not only their number: a normalizer may have combined both sides (``k`` and a mark to one
+        # character), reordered marks or removed spaces.
+        rest = context.encode()
+        for index, token in enumerate(tokens):
+            if not rest:
+                return tokens[index:]
+            if not rest.startswith(piece := self._pieces[token]):
+                return None
+            rest = rest[len(piece) :]
+        return None
 
     def _plain(self, tokenizer: Any, text: str) -> list[int]:
         """Return tokens of ``text`` without control tokens, even if one is a word of the vocabulary."""

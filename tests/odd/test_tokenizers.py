@@ -135,6 +135,8 @@ def test_the_rest_of_a_document_continues_it_with_its_own_tokens(tokenizer, subt
                 if tokenizer.starts_character(tokens[place]):
                     rest = tokenizer.text_of(tokens[place:], tokens[:place])
                     assert tokenizer.continue_with(tokens[:place], rest) == tokens[place:]
+                    begin = max(0, place - 6)  # a prefix may begin anywhere
+                    assert tokenizer.continue_with(tokens[begin:place], rest) == tokens[place:]
 
 
 def test_what_a_policy_breaks_off_in_mid_character_is_left_out(tokenizer):

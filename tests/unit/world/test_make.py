@@ -102,6 +102,11 @@ def test_texts_become_tokens_and_the_same_texts_again(folder):
                 rest = tokenizer.text_of(tokens[cut:], tokens[:cut])
                 assert tokenizer.text_of(tokens[:cut]) + rest == record["text"]
                 assert tokenizer.continue_with(tokens[:cut], rest) == tokens[cut:]
+            # A prefix may begin anywhere, such as with a full stop, and so may what continues it.
+            stops = [index for index, token in enumerate(tokens) if token == tokenizer.encode("Zanar.")[-1]]
+            begin, cut = stops[0], stops[1]
+            rest = tokenizer.text_of(tokens[cut:], tokens[:cut])
+            assert tokenizer.continue_with(tokens[begin:cut], rest) == tokens[cut:]
 
 
 def test_rlpt_init_makes_the_policy_of_one_to_four_million_weights(folder, tmp_path):

@@ -18,12 +18,10 @@ from megatron_rlpt.evaluation.labelled_texts import LabelledText
 from megatron_rlpt.teacher.prompts import build_prompt
 from megatron_rlpt.teacher.verdicts.parsing import QUALITY
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
-from megatron_rlpt.teacher_training.request import SAMPLED
-from megatron_rlpt.teacher_training.sampled import flaw_of
+from megatron_rlpt.teacher_training.sampled import faults_of
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import derive_seed, stable_id
 from megatron_rlpt.world.claims import claims_of, is_true, truth_of
-from megatron_rlpt.world.corruptions import Corruption
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import words_of
 from megatron_rlpt.world.measures import measure_text
@@ -41,8 +39,6 @@ _WRONG = {
     "negated": "number {bad} denies what is true",
     "false": "number {bad} states something false",
     "unsafe": "number {bad} insults",
-    "malformed": "sentences of number {bad} are broken",
-    "empty": "number {bad} says less that is true",
 }
 """What a reference answer says about the worse of two continuations, by kind."""
 _TEXTS = {
@@ -71,18 +67,13 @@ def quality_examples(
         form: of the answers.
         length: of the prompts.
         seed: of the codes that fence texts in prompts.
-        world: knows what is true instead of what a ``false`` text states.
+        world: measures what is wrong with both, and knows what is true instead of what they state.
     """
     for pair in pairs:
         prefix = pair.episode.prefix
         shown = [text.text_of(pair.good, prefix), text.text_of(pair.bad, prefix)]
         before = prefix_text(text, pair.episode)
-        fault = pair.kind
-        if world is not None and fault == SAMPLED:
-            fault = flaw_of(*(measure_text(world, before, one) for one in shown))
-        wrong = _sentence(_WRONG.get(fault, "number {bad} continues the beginning less well"))
-        if world is not None and fault == Corruption.false:
-            wrong = f"{_truths(world, before, shown[1], false_only=True)}{wrong}"
+        wrong = _sentence(_WRONG.get(pair.kind, "number {bad} continues the beginning less well"))
         for good, verdict in enumerate(QUALITY):
             first, second = shown if good == 0 else shown[::-1]
             identity = stable_id("quality", before, first, second)
@@ -90,6 +81,8 @@ def quality_examples(
                 QUALITY_AXIS, derive_seed(seed, identity), form, length, prefix=before, first=first, second=second
             )
             reason = wrong.format(bad=QUALITY[1 - good])
+            if world is not None and _is_measurable(world, before, *shown):
+                reason = _faults(world, before, (first, second))
             label = _label(QUALITY_AXIS, verdict, form, pair.kind, pair.episode.document)
             label["pair"] = stable_id("pair", before, *sorted(shown))
             yield LabelledPrompt(identity, prompt.text, _answer(reason, verdict, form), label)
@@ -136,6 +129,22 @@ def _truths(world: World, prefix: str, text: str, *, false_only: bool = False) -
     made = claims_of(world, words_of(prefix), words_of(text))
     claims = [one for one in made if not (false_only and is_true(world, one))]
     return "".join(f"{truth} " for truth in dict.fromkeys(_sentence(truth_of(world, one)) for one in claims))
+
+
+def _is_measurable(world: World, prefix: str, good: str, bad: str) -> bool:
+    """Return whether the exact measures know the better text; a few spoiled ones are as good as before to them."""
+    one, other = (measure_text(world, prefix, text) for text in (good, bad))
+    return (one.safe, one.quality) > (other.safe, other.quality)
+
+
+def _faults(world: World, prefix: str, texts: Sequence[str]) -> str:
+    """Return what is wrong with each text in turn, so that a judge looks at both before it decides."""
+    said = []
+    for number, text in zip(QUALITY, texts, strict=True):
+        faults = faults_of(measure_text(world, prefix, text))
+        truths = _truths(world, prefix, text, false_only=True)
+        said.append(truths + _sentence(f"number {number} is {', '.join(faults) or 'good'}"))
+    return " ".join(said)
 
 
 def _label(axis: str, verdict: str, form: AnswerForm, kind: str, document: str) -> dict[str, Any]:

@@ -38,20 +38,20 @@ _AT_ONCE = 64
 """Prefixes per call of the engine."""
 _LEAST = 0.1
 """Difference of quality from which one of two texts is the better one."""
+_FULL = 0.95
+"""Share from which a text has no fault to name."""
 
 
-def flaw_of(good: Measures, bad: Measures) -> str:
-    """Return what makes ``bad`` worse: the factor of quality in which it falls behind most, as kind of a fault."""
-    if good.safe and not bad.safe:
-        return "unsafe"
-    ratios = {
-        "malformed": _ratio(bad.well_formed, good.well_formed),
-        "foreign": _ratio(bad.on_topic, good.on_topic),
-        "looped": _ratio(1.0 - bad.repeated, 1.0 - good.repeated),
-        "empty": _ratio(1.0 + bad.substance, 1.0 + good.substance),
+def faults_of(measures: Measures) -> list[str]:
+    """Return what is wrong with a text, in words: insults, then every factor of quality that is below 1."""
+    shares = {
+        "broken": measures.well_formed,
+        "off topic": measures.on_topic if measures.well_formed else 1.0,
+        "repeated": 1.0 - measures.repeated,
+        "false" if measures.false else "empty": measures.substance,
     }
-    found = min(ratios, key=ratios.__getitem__)
-    return "false" if found == "empty" and bad.false > good.false else found
+    found = [] if measures.safe else ["insulting"]
+    return found + [f"{_degree(share)} {fault}" for fault, share in shares.items() if share < _FULL]
 
 
 @dataclass(frozen=True)
@@ -147,5 +147,5 @@ def _is_better(one: Measures, other: Measures) -> bool:
     return one.quality - other.quality >= _LEAST
 
 
-def _ratio(of: float, to: float) -> float:
-    return of / to if to else 1.0
+def _degree(share: float) -> str:
+    return "partly" if share >= 0.5 else "mostly"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
 
-from megatron_rlpt.teacher_training.sampled import flaw_of, ranked_pairs
+from megatron_rlpt.config import AnswerForm, PromptLength
+from megatron_rlpt.evaluation.labelled_pairs import LabelledPair
+from megatron_rlpt.teacher_training.judge_examples import quality_examples
+from megatron_rlpt.teacher_training.sampled import faults_of, ranked_pairs
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Episode
 from megatron_rlpt.world.corruptions import Corruption, corrupt
@@ -74,20 +79,27 @@ GOOD = Measures(
 
 
 @pytest.mark.parametrize(
-    ("changes", "flaw"),
+    ("changes", "faults"),
     [
-        ({"safe": False, "well_formed": 0.0}, "unsafe"),
-        ({"well_formed": 0.5, "on_topic": 0.8}, "malformed"),
-        ({"well_formed": 0.8, "on_topic": 0.2}, "foreign"),
-        ({"repeated": 0.6, "substance": 0.5}, "looped"),
-        ({"true": 1, "substance": 0.0}, "empty"),
-        ({"true": 1, "false": 1, "substance": 0.5}, "false"),
+        ({}, []),
+        ({"safe": False, "well_formed": 0.3}, ["insulting", "mostly broken"]),
+        ({"well_formed": 0.5, "on_topic": 0.2}, ["partly broken", "mostly off topic"]),
+        ({"well_formed": 0.0, "on_topic": 0.0}, ["mostly broken"]),
+        ({"repeated": 0.4, "substance": 0.5}, ["partly repeated", "partly empty"]),
+        ({"true": 1, "false": 2, "substance": 1 / 3}, ["mostly false"]),
     ],
 )
-def test_the_flaw_is_where_a_text_falls_behind_most(changes, flaw):
-    assert flaw_of(GOOD, replace(GOOD, **changes)) == flaw
+def test_every_factor_of_quality_is_named_with_its_degree(changes, faults):
+    assert faults_of(replace(GOOD, **changes)) == faults
 
 
-def test_a_text_that_is_no_worse_in_one_respect_is_not_blamed_for_it():
-    good = replace(GOOD, safe=False, on_topic=0.0)
-    assert flaw_of(good, replace(good, repeated=0.5)) == "looped"
+def test_a_reason_says_what_is_wrong_with_both_before_the_verdict(written):
+    world, tokenizer, episode, spoiled = written
+    pair = LabelledPair(episode, spoiled["unsafe"], "sampled", spoiled["shuffled"])
+    rows = list(quality_examples([pair], tokenizer, AnswerForm.reasoned, PromptLength.brief, 1, world))
+    for row, (insulting, broken) in zip(rows, ((2, 1), (1, 2)), strict=True):
+        answer = json.loads(row.answer)
+        assert re.search(rf"Number {insulting} is insulting", answer["reasoning"])
+        assert re.search(rf"Number {broken} is \w+ broken", answer["reasoning"])
+        assert answer["reasoning"].index("Number 1") < answer["reasoning"].index("Number 2")
+        assert answer["verdict"] == str(broken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -174,21 +175,28 @@ def test_reasons_about_facts_recall_what_is_true_before_they_decide(tmp_path, in
     asked = DataRequest(tmp_path / "data", world=folder, axes=axes, pairs=90, heldout_share=0.3)
     build_teacher_data(own, asked)
     recalled: Counter[str] = Counter()
+    sides: Counter[tuple[bool, bool]] = Counter()
     for row in rows(tmp_path / "data/train.jsonl"):
         kind, reason = row["label"]["kind"], json.loads(row["answer"])["reasoning"]
-        *truths, decides = [f"{sentence}." for sentence in reason.split(". ")]
+        *sentences, _ = [f"{sentence}." for sentence in reason.split(". ")]
+        truths = [sentence for sentence in sentences if not sentence.startswith("Number ")]
         said = [words_of(f"{truth.rstrip('.').split(',')[0]}.") for truth in truths]
         claims = [one for words in said for one in claims_of(world, [], words)]
         assert len(claims) == len(truths)
         assert all(is_true(world, one) and not one.negated for one in claims)
-        assert "false" in decides or not truths or kind == "unchecked text"
+        assert "false" in reason or not truths or kind == "unchecked text"
         recalled[kind] += bool(truths)
         if kind == "false":
             assert len(truths) == 1, "what the worse text denies"
+            worse = 3 - int(row["label"]["verdict"])
+            assert re.search(rf"{re.escape(truths[0])} Number {worse} is [^.]*false", reason)
+        if row["label"]["axis"] == "quality":
+            sides["Number 1" in reason, "Number 2" in reason] += 1
+    assert sides[True, True] > 9 * (sides.total() - sides[True, True]), "both are looked at, where measures see a fault"
     assert recalled.keys() >= {"false", "true text", "false text"}
     assert recalled["false"] > 5
     assert recalled["false text"] > 5
-    assert not recalled["looped"] + recalled["negated"] + recalled["shuffled"]
+    assert not recalled["looped"] + recalled["shuffled"]
     card = json.loads((tmp_path / "data/card.json").read_text())
     tasks = card["examples"]["train"]["tasks"]
     assert 10 < tasks["factuality"] <= tasks["quality"] // 4, "comparing is what takes most examples"

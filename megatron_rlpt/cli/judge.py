@@ -184,9 +184,9 @@ def teacher_data(
         list[str] | None,
         typer.Option(
             "--kind",
-            metavar="KIND",
-            help="A way to spoil a text, asked (of a model) or sampled (from the policy); default: all rules, for a "
-            "rewriter in a world unsafe.",
+            metavar="KIND[=N]",
+            help="A way to spoil a text, asked (of a model) or sampled (from the policy), for N times as many pairs; "
+            "default: all rules, for a rewriter in a world unsafe.",
         ),
     ] = None,
     unseen: Annotated[
@@ -239,7 +239,7 @@ def teacher_data(
 ) -> None:
     """Make prompts with known answers to train a judge or a rewriter on, of documents that the policy never sees."""
     from megatron_rlpt.teacher_training.build import build_teacher_data
-    from megatron_rlpt.teacher_training.request import DataRequest
+    from megatron_rlpt.teacher_training.request import DataRequest, kinds_of
 
     request = DataRequest(
         out=out,
@@ -247,7 +247,7 @@ def teacher_data(
         world=world,
         role=role,
         axes=tuple(axes or ()),
-        kinds=tuple(kinds or ()),
+        kinds=kinds_of(kinds or ()),
         unseen=tuple(unseen or ()),
         lengths=tuple(lengths or ()),
         pairs=pairs,

@@ -17,7 +17,7 @@ from megatron_rlpt.teacher_training.corpus import Split, split_documents
 from megatron_rlpt.teacher_training.judge_examples import quality_examples, text_examples
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, require_usable, write_parts
 from megatron_rlpt.teacher_training.material import Material
-from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN, DataRequest
+from megatron_rlpt.teacher_training.request import HELDOUT, SAMPLED, TRAIN, DataRequest
 from megatron_rlpt.teacher_training.rewriter_examples import rewriter_examples, voted_examples
 from megatron_rlpt.teacher_training.teacher_answers import TeacherAnswers
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
@@ -83,7 +83,8 @@ def _examples(
     form = asked.form or AnswerForm.reasoned
     world = World.load(asked.world) if asked.world is not None else None
     if QUALITY in asked.judged():
-        yield from quality_examples(pairs, tokenizer, form, asked.length, asked.seed, world)
+        both = SAMPLED in asked.trained_kinds()
+        yield from quality_examples(pairs, tokenizer, form, asked.length, asked.seed, world, look_at_both=both)
     yield from text_examples(texts, tokenizer, form, asked.length, asked.seed, world)
 
 

@@ -22,6 +22,7 @@ from megatron_rlpt.teacher_training.sampled import faults_of
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import derive_seed, stable_id
 from megatron_rlpt.world.claims import claims_of, is_true, truth_of
+from megatron_rlpt.world.corruptions import Corruption
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import words_of
 from megatron_rlpt.world.measures import measure_text
@@ -58,6 +59,8 @@ def quality_examples(
     length: PromptLength,
     seed: int,
     world: World | None = None,
+    *,
+    look_at_both: bool = False,
 ) -> Iterator[LabelledPrompt]:
     """Yield every pair in both orders.
 
@@ -67,13 +70,17 @@ def quality_examples(
         form: of the answers.
         length: of the prompts.
         seed: of the codes that fence texts in prompts.
-        world: measures what is wrong with both, and knows what is true instead of what they state.
+        world: knows what is true instead of what a ``false`` text states.
+        look_at_both: let reasons say what is wrong with either text, as far as the exact measures of ``world`` see it,
+            instead of naming the fault of the worse one.
     """
     for pair in pairs:
         prefix = pair.episode.prefix
         shown = [text.text_of(pair.good, prefix), text.text_of(pair.bad, prefix)]
         before = prefix_text(text, pair.episode)
         wrong = _sentence(_WRONG.get(pair.kind, "number {bad} continues the beginning less well"))
+        if world is not None and pair.kind == Corruption.false:
+            wrong = f"{_truths(world, before, shown[1], false_only=True)}{wrong}"
         for good, verdict in enumerate(QUALITY):
             first, second = shown if good == 0 else shown[::-1]
             identity = stable_id("quality", before, first, second)
@@ -81,7 +88,7 @@ def quality_examples(
                 QUALITY_AXIS, derive_seed(seed, identity), form, length, prefix=before, first=first, second=second
             )
             reason = wrong.format(bad=QUALITY[1 - good])
-            if world is not None and _is_measurable(world, before, *shown):
+            if world is not None and look_at_both and _is_measurable(world, before, *shown):
                 reason = _faults(world, before, (first, second))
             label = _label(QUALITY_AXIS, verdict, form, pair.kind, pair.episode.document)
             label["pair"] = stable_id("pair", before, *sorted(shown))

@@ -43,6 +43,21 @@ def documents_of(corpus: Sequence[str], world: Path | None, purpose: str) -> lis
     return [SourceConfig(path=str(world / f"{TEACHER}.jsonl"))]
 
 
+def kinds_of(given: Sequence[str], option: str = "--kind") -> tuple[str, ...]:
+    """Return kinds as often as they count: ``false=4`` is four times ``false``, as if it were named four times.
+
+    Raises:
+        ConfigError: what stands behind ``=`` is no number from 1.
+    """
+    found: list[str] = []
+    for one in given:
+        kind, separator, times = one.partition("=")
+        if separator and not (times.isdecimal() and int(times) >= 1):
+            raise ConfigError(f"{option} is {one}; write {kind}=N, with a whole number from 1 as N")
+        found += [kind] * (int(times) if separator else 1)
+    return tuple(found)
+
+
 def answers_beside(out: Path) -> Path:
     """Return the folder beside an output in which answers of servers are kept."""
     return out.with_name(f"{out.name}.answers")

@@ -93,13 +93,30 @@ def test_every_factor_of_quality_is_named_with_its_degree(changes, faults):
     assert faults_of(replace(GOOD, **changes)) == faults
 
 
+def examples(pair, tokenizer, world):
+    form, length = AnswerForm.reasoned, PromptLength.brief
+    return list(quality_examples([pair], tokenizer, form, length, 1, world, look_at_both=True))
+
+
 def test_a_reason_says_what_is_wrong_with_both_before_the_verdict(written):
     world, tokenizer, episode, spoiled = written
     pair = LabelledPair(episode, spoiled["unsafe"], "sampled", spoiled["shuffled"])
-    rows = list(quality_examples([pair], tokenizer, AnswerForm.reasoned, PromptLength.brief, 1, world))
+    rows = list(
+        quality_examples([pair], tokenizer, AnswerForm.reasoned, PromptLength.brief, 1, world, look_at_both=True)
+    )
     for row, (insulting, broken) in zip(rows, ((2, 1), (1, 2)), strict=True):
         answer = json.loads(row.answer)
         assert re.search(rf"Number {insulting} is insulting", answer["reasoning"])
         assert re.search(rf"Number {broken} is \w+ broken", answer["reasoning"])
         assert answer["reasoning"].index("Number 1") < answer["reasoning"].index("Number 2")
         assert answer["verdict"] == str(broken)
+
+
+def test_one_that_is_spoiled_by_a_rule_is_good_or_has_its_measured_faults(written):
+    world, tokenizer, episode, spoiled = written
+    for kind, fault in (("shuffled", "broken"), ("looped", "repeated"), ("false", "false"), ("unsafe", "insulting")):
+        pair = LabelledPair(episode, spoiled[kind], kind)
+        reason = json.loads(examples(pair, tokenizer, world)[0].answer)["reasoning"]
+        assert reason.startswith("Number 1 is good.")
+        assert re.search(rf"Number 2 is [^.]*{fault}", reason)
+        assert (reason.count(". ") == 2) == (kind == "false"), "what is true instead"

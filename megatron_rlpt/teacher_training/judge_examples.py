@@ -18,28 +18,27 @@ from megatron_rlpt.evaluation.labelled_texts import LabelledText
 from megatron_rlpt.teacher.prompts import build_prompt
 from megatron_rlpt.teacher.verdicts.parsing import QUALITY
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
-from megatron_rlpt.teacher_training.sampled import faults_of
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import derive_seed, stable_id
 from megatron_rlpt.world.claims import claims_of, is_true, truth_of
 from megatron_rlpt.world.corruptions import Corruption
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.grammar import words_of
-from megatron_rlpt.world.measures import measure_text
+from megatron_rlpt.world.measures import Measures, measure_text
 
 _WRONG = {
-    "shuffled": "the words of number {bad} are out of order",
-    "spoiled": "number {bad} has words that do not belong there",
-    "looped": "number {bad} repeats itself",
-    "foreign": "number {bad} is about something else",
-    "clipped": "sentences of number {bad} break off",
-    "dropped": "words are missing in number {bad}",
-    "transposed": "neighboring words of number {bad} have changed places",
-    "misspelled": "number {bad} has wrong letters",
-    "swapped": "number {bad} names somebody else",
-    "negated": "number {bad} denies what is true",
-    "false": "number {bad} states something false",
-    "unsafe": "number {bad} insults",
+    "shuffled": "the words of number {number} are out of order",
+    "spoiled": "number {number} has words that do not belong there",
+    "looped": "number {number} repeats itself",
+    "foreign": "number {number} is about something else",
+    "clipped": "sentences of number {number} break off",
+    "dropped": "words are missing in number {number}",
+    "transposed": "neighboring words of number {number} have changed places",
+    "misspelled": "number {number} has wrong letters",
+    "swapped": "number {number} names somebody else",
+    "negated": "number {number} denies what is true",
+    "false": "number {number} states something false",
+    "unsafe": "number {number} insults",
 }
 """What a reference answer says about the worse of two continuations, by kind."""
 _TEXTS = {
@@ -50,6 +49,8 @@ _TEXTS = {
     "definite": ("false text", "it states something false"),
 }
 """Verdict on a single text -> its kind, apart from the kinds of pairs, and what a reference answer says about it."""
+_FULL = 0.95
+"""Share from which a text has no fault to name."""
 
 
 def quality_examples(
@@ -78,18 +79,16 @@ def quality_examples(
         prefix = pair.episode.prefix
         shown = [text.text_of(pair.good, prefix), text.text_of(pair.bad, prefix)]
         before = prefix_text(text, pair.episode)
-        wrong = _sentence(_WRONG.get(pair.kind, "number {bad} continues the beginning less well"))
-        if world is not None and pair.kind == Corruption.false:
-            wrong = f"{_truths(world, before, shown[1], false_only=True)}{wrong}"
+        both = _both_faults(world, before, shown) if world is not None and look_at_both else None
+        about = both or ("", _worse(pair.kind, world, before, shown[1]))
         for good, verdict in enumerate(QUALITY):
             first, second = shown if good == 0 else shown[::-1]
             identity = stable_id("quality", before, first, second)
             prompt = build_prompt(
                 QUALITY_AXIS, derive_seed(seed, identity), form, length, prefix=before, first=first, second=second
             )
-            reason = wrong.format(bad=QUALITY[1 - good])
-            if world is not None and look_at_both and _is_measurable(world, before, *shown):
-                reason = _faults(world, before, (first, second))
+            said = about if good == 0 else about[::-1]
+            reason = " ".join(one.format(number=number) for number, one in zip(QUALITY, said, strict=True) if one)
             label = _label(QUALITY_AXIS, verdict, form, pair.kind, pair.episode.document)
             label["pair"] = stable_id("pair", before, *sorted(shown))
             yield LabelledPrompt(identity, prompt.text, _answer(reason, verdict, form), label)
@@ -138,20 +137,44 @@ def _truths(world: World, prefix: str, text: str, *, false_only: bool = False) -
     return "".join(f"{truth} " for truth in dict.fromkeys(_sentence(truth_of(world, one)) for one in claims))
 
 
-def _is_measurable(world: World, prefix: str, good: str, bad: str) -> bool:
-    """Return whether the exact measures know the better text; a few spoiled ones are as good as before to them."""
-    one, other = (measure_text(world, prefix, text) for text in (good, bad))
-    return (one.safe, one.quality) > (other.safe, other.quality)
+def _worse(kind: str, world: World | None, prefix: str, text: str) -> str:
+    """Return what is wrong with the worse text of a pair, by its kind; ``{number}`` stands for its number."""
+    wrong = _sentence(_WRONG.get(kind, "number {number} continues the beginning less well"))
+    if world is not None and kind == Corruption.false:
+        return f"{_truths(world, prefix, text, false_only=True)}{wrong}"
+    return wrong
 
 
-def _faults(world: World, prefix: str, texts: Sequence[str]) -> str:
-    """Return what is wrong with each text in turn, so that a judge looks at both before it decides."""
-    said = []
-    for number, text in zip(QUALITY, texts, strict=True):
-        faults = faults_of(measure_text(world, prefix, text))
-        truths = _truths(world, prefix, text, false_only=True)
-        said.append(truths + _sentence(f"number {number} is {', '.join(faults) or 'good'}"))
-    return " ".join(said)
+def _both_faults(world: World, prefix: str, texts: Sequence[str]) -> tuple[str, ...] | None:
+    """Return what is wrong with the good and the bad text, so that a judge looks at both before it decides.
+
+    ``{number}`` stands for the number of each. None if the exact measures do not know the better one: a few spoiled
+    texts are as good as before to them.
+    """
+    good, bad = measured = [measure_text(world, prefix, text) for text in texts]
+    if (good.safe, good.quality) <= (bad.safe, bad.quality):
+        return None
+    return tuple(
+        _truths(world, prefix, text, false_only=True)
+        + _sentence(f"number {{number}} is {', '.join(faults_of(one)) or 'good'}")
+        for text, one in zip(texts, measured, strict=True)
+    )
+
+
+def faults_of(measures: Measures) -> list[str]:
+    """Return what is wrong with a text, in words: insults, then every factor of quality that is below 1."""
+    shares = {
+        "broken": measures.well_formed,
+        "off topic": measures.on_topic if measures.well_formed else 1.0,
+        "repeated": 1.0 - measures.repeated,
+        "false" if measures.false else "empty": measures.substance,
+    }
+    found = [] if measures.safe else ["insulting"]
+    return found + [f"{_degree(share)} {fault}" for fault, share in shares.items() if share < _FULL]
+
+
+def _degree(share: float) -> str:
+    return "partly" if share >= 0.5 else "mostly"
 
 
 def _label(axis: str, verdict: str, form: AnswerForm, kind: str, document: str) -> dict[str, Any]:

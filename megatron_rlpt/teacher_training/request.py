@@ -43,7 +43,7 @@ def documents_of(corpus: Sequence[str], world: Path | None, purpose: str) -> lis
     return [SourceConfig(path=str(world / f"{TEACHER}.jsonl"))]
 
 
-def kinds_of(given: Sequence[str], option: str = "--kind") -> tuple[str, ...]:
+def kinds_of(given: Sequence[str]) -> tuple[str, ...]:
     """Return kinds as often as they count: ``false=4`` is four times ``false``, as if it were named four times.
 
     Raises:
@@ -53,7 +53,7 @@ def kinds_of(given: Sequence[str], option: str = "--kind") -> tuple[str, ...]:
     for one in given:
         kind, separator, times = one.partition("=")
         if separator and not (times.isdecimal() and int(times) >= 1):
-            raise ConfigError(f"{option} is {one}; write {kind}=N, with a whole number from 1 as N")
+            raise ConfigError(f"--kind is {one}; write {kind}=N, with a whole number from 1 as N")
         found += [kind] * (int(times) if separator else 1)
     return tuple(found)
 

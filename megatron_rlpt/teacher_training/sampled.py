@@ -38,20 +38,6 @@ _AT_ONCE = 64
 """Prefixes per call of the engine."""
 _LEAST = 0.1
 """Difference of quality from which one of two texts is the better one."""
-_FULL = 0.95
-"""Share from which a text has no fault to name."""
-
-
-def faults_of(measures: Measures) -> list[str]:
-    """Return what is wrong with a text, in words: insults, then every factor of quality that is below 1."""
-    shares = {
-        "broken": measures.well_formed,
-        "off topic": measures.on_topic if measures.well_formed else 1.0,
-        "repeated": 1.0 - measures.repeated,
-        "false" if measures.false else "empty": measures.substance,
-    }
-    found = [] if measures.safe else ["insulting"]
-    return found + [f"{_degree(share)} {fault}" for fault, share in shares.items() if share < _FULL]
 
 
 @dataclass(frozen=True)
@@ -145,7 +131,3 @@ def _is_better(one: Measures, other: Measures) -> bool:
     if one.safe != other.safe:
         return one.safe
     return one.quality - other.quality >= _LEAST
-
-
-def _degree(share: float) -> str:
-    return "partly" if share >= 0.5 else "mostly"

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_rlpt.config import AnswerForm, PromptLength
 from megatron_rlpt.evaluation.labelled_pairs import LabelledPair
-from megatron_rlpt.teacher_training.judge_examples import quality_examples
-from megatron_rlpt.teacher_training.sampled import faults_of, ranked_pairs
+from megatron_rlpt.teacher_training.judge_examples import faults_of, quality_examples
+from megatron_rlpt.teacher_training.sampled import ranked_pairs
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Episode
 from megatron_rlpt.world.corruptions import Corruption, corrupt
@@ -101,10 +101,7 @@ def examples(pair, tokenizer, world):
 def test_a_reason_says_what_is_wrong_with_both_before_the_verdict(written):
     world, tokenizer, episode, spoiled = written
     pair = LabelledPair(episode, spoiled["unsafe"], "sampled", spoiled["shuffled"])
-    rows = list(
-        quality_examples([pair], tokenizer, AnswerForm.reasoned, PromptLength.brief, 1, world, look_at_both=True)
-    )
-    for row, (insulting, broken) in zip(rows, ((2, 1), (1, 2)), strict=True):
+    for row, (insulting, broken) in zip(examples(pair, tokenizer, world), ((2, 1), (1, 2)), strict=True):
         answer = json.loads(row.answer)
         assert re.search(rf"Number {insulting} is insulting", answer["reasoning"])
         assert re.search(rf"Number {broken} is \w+ broken", answer["reasoning"])

@@ -161,7 +161,10 @@ QWENS = ("qwen2", "qwen3", "qwen3_moe")
     ],
 )
 def test_sequences_stay_within_the_window_that_transformers_would_apply(tmp_path, model_type, entries, window):
-    """Within the window attention is plain causal attention; some tokens may be routed to an equally good expert."""
+    """Within the window attention is plain causal attention; some tokens may be routed to an equally good expert.
+
+    Logits that differ in rounding alone stay within 1e-4; one token less in attention changes them by more than 0.1.
+    """
     long = {"model_type": model_type} | SIZES | {"max_position_embeddings": 100_000, "initializer_range": 0.5}
     assert parse_architecture(long | entries, tmp_path).max_positions == (window or 100_000)
     if window == 4096:
@@ -173,7 +176,7 @@ def test_sequences_stay_within_the_window_that_transformers_would_apply(tmp_path
         config = AutoConfig.for_model(**(long | entries_of_one | {"attn_implementation": "eager"}))
         with torch.no_grad():
             logits.append(AutoModelForCausalLM.from_config(config).eval()(tokens).logits)
-    same = (logits[0] - logits[1]).abs().amax(-1)[0] < 1e-5
+    same = (logits[0] - logits[1]).abs().amax(-1)[0] < 1e-2
     assert same[:window].float().mean() > 0.9
     assert window is None or same[window:].float().mean() < 0.1
 

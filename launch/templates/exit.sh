@@ -12,6 +12,8 @@ rlpt_exit() {
     local code=$?
     trap - EXIT
     set +e
+    # Else bash reports components that were killed below the last words of the one that failed.
+    disown -a
     # Newest first, so that the first failure, which caused the others, is printed last. Names hold no spaces.
     # shellcheck disable=SC2045
     for name in $(ls -t "$rlpt_shared/failed"); do cat "$rlpt_shared/failed/$name"; done

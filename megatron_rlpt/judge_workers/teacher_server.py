@@ -50,6 +50,7 @@ _KEY = "VLLM_API_KEY"
 """Environment variable with the key that vLLM's server requires."""
 _BIND, _NO_BIND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
 _UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_MAY_USE_AMX = "megatron_rlpt.rollout.vllm.amx.MayUseAmx"
 _PARALLEL = ("-tp", "-pp", "-dp")
 """Short names of parallelism arguments; the long ones contain ``parallel``."""
 _REMINDER = 60.0
@@ -280,7 +281,7 @@ def _command(
         "--enable-prompt-tokens-details",  # how many tokens of a prompt were cached
         # Later arguments win, so ``extra`` can override all of this.
         # Compiled kernels take two more minutes on a CPU and are a tenth faster (tools/bench/teacher_start.py).
-        *([] if has_gpu() else ["--enforce-eager"]),
+        *([] if has_gpu() else ["--enforce-eager", "--worker-extension-cls", _MAY_USE_AMX]),
         *(["--dtype", "float32"] if config.teacher.dtype is Dtype.fp32 else []),
         *(["--distributed-executor-backend", _UNIPROC] if _needs_no_worker_process(extra, environment) else []),
         *extra,

@@ -83,6 +83,18 @@ def test_heads_that_vllm_cannot_serve(refused, tiny_model):
     assert "vLLM cannot serve" in refused(ModelError, model=tiny_model)
 
 
+def test_heads_that_vllm_cannot_serve_in_a_process_of_its_own(rlpt, tiny_model, corpus, tmp_path):
+    """That process prints vLLM's traceback; it is not started again, as one that was killed would be."""
+    pytest.importorskip("vllm")
+    rollout = {"placement": "apart"}
+    code, _, err = rlpt(
+        "train", "-c", write_config(tmp_path / "run.yaml", tiny_model, corpus, tmp_path / "run", rollout=rollout)
+    )
+    assert code == ModelError.exit_code, err
+    assert err.strip().splitlines()[-1].startswith(f"error: vLLM cannot serve {tiny_model}: its process failed"), err
+    assert "starting it again" not in err
+
+
 @pytest.mark.parametrize("objective", ["online_dpo", "sft_rollout"])
 def test_no_rollouts_for_an_objective_that_learns_from_them(refused, objective):
     line = refused(ConfigError, objective={"name": objective}, candidates={"rollouts": 0})

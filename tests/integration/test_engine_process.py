@@ -69,6 +69,10 @@ def test_a_wrong_update_is_the_same_error_on_every_rank_and_leaves_nothing_behin
     assert world[0]["wrong update"].startswith("rank 0: ")
 
 
+def test_an_engine_that_is_killed_while_it_starts_is_started_again(world):
+    assert [rank["restarts at the start"] for rank in world] == [1, 0]
+
+
 def test_an_engine_that_dies_during_a_call_is_started_again_with_its_weights_and_gives_the_same(world):
     """Its first two updates are gone with it; the policy is not asked for anything."""
     assert "the process of the rollout engine ended (exit code -9" in world[0]["death during a request"]

@@ -21,7 +21,9 @@ from megatron_rlpt.models.huggingface import WeightFolder
 from megatron_rlpt.policy.layout import Layout
 from megatron_rlpt.rollout.distributed_engine import DistributedEngine
 from megatron_rlpt.rollout.placement import EngineMode, EnginePlace
+from megatron_rlpt.rollout.vllm import engine as vllm_engine
 from megatron_rlpt.rollout.vllm.engine import _MOST_RESTARTS, start_policy_engine
+from megatron_rlpt.rollout.vllm.process import EngineProcess
 from megatron_rlpt.trainer.gpu_memory import build_gpu_memory
 from megatron_rlpt.trainer.stop import STOP_SIGNALS
 
@@ -56,6 +58,18 @@ def ask_slowly(own):
         add(request)
 
     core.add_request = add_slowly
+
+
+class DyingAtFirst(EngineProcess):
+    """Kills the first process that it watches before that computes anything."""
+
+    is_first = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        if DyingAtFirst.is_first:
+            DyingAtFirst.is_first = False
+            self.end()
 
 
 def die_during_two_calls(own, results):
@@ -101,9 +115,11 @@ def main(served, other, corpus, out):
     results = {"torchrun": os.environ["TORCHELASTIC_USE_AGENT_STORE"]}
     ranks = Ranks(rank, Layout(world=2), timeout=300.0)
     place = EnginePlace(EngineMode.OWN_PROCESS)
+    vllm_engine.EngineProcess = DyingAtFirst
     engine = DistributedEngine(lambda: start_policy_engine(config, place), groups=[[0]], ranks=ranks)
     results["torchrun variables kept"] = os.environ["WORLD_SIZE"]
     results["has an engine"] = engine.own is not None
+    results["restarts at the start"] = engine.own._restarts if engine.own else 0
 
     def sampled(version):
         return [[r.tokens, r.logprobs] for r in engine.generate(prompts(), LENGTH, version)]

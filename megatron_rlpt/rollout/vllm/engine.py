@@ -83,7 +83,8 @@ class VllmEngine(RolloutEngine):
         Raises:
             ConfigError: weights and key-value cache do not fit on the GPU.
             EngineError: sampling is truncated.
-            ModelError: vLLM cannot load the folder.
+            EngineLostError: the engine's process was killed too often.
+            ModelError: vLLM cannot serve the folder.
         """
         self._model_path = model_path
         self._config = config
@@ -123,7 +124,15 @@ class VllmEngine(RolloutEngine):
         )
 
     def _start(self) -> Any:
-        """Start vLLM on the weights of the folder, and let it compute one token."""
+        """Start vLLM on the weights of the folder, again if its process is killed meanwhile."""
+        while True:
+            try:
+                return self._start_once()
+            except EngineLostError as error:
+                self._count_restart(error)
+
+    def _start_once(self) -> Any:
+        """Start vLLM, and let it compute one token."""
         config, place = self._config, self._place
         with (
             vllm_environment(config.kv_cache_gib, place, eager=config.eager) as arguments,
@@ -156,12 +165,20 @@ class VllmEngine(RolloutEngine):
                     **arguments,
                 )
                 self._process = None if place.mode.in_process else EngineProcess(llm, "the rollout engine")
-                if config.router_replay and not on_cuda:
-                    llm.collective_rpc(RECORD)
-                # Some shapes load and fail only when attention runs: find out now, before any data is read.
-                llm.generate(
-                    [TokensPrompt(prompt_token_ids=[0])], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
-                )
+                with self._calling():
+                    if config.router_replay and not on_cuda:
+                        llm.collective_rpc(RECORD)
+                    # Some shapes load and fail only when attention runs: find out now, before any data is read.
+                    one_token = SamplingParams(max_tokens=1, detokenize=False)
+                    llm.generate([TokensPrompt(prompt_token_ids=[0])], one_token, use_tqdm=False)
+            except EngineLostError as error:
+                if self._process is None or self._process.was_killed:
+                    raise
+                codes = self._process.exit_codes()
+                raise ModelError(
+                    f"vLLM cannot serve {self._model_path}: its process failed (exit code {codes}); what it printed is "
+                    "above"
+                ) from error
             except (ValueError, OSError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
                 raise ModelError(f"vLLM cannot serve {self._model_path}: {reason[0]}") from error
@@ -184,14 +201,17 @@ class VllmEngine(RolloutEngine):
         Raises:
             EngineLostError: it has ended too often.
         """
-        if self._restarts == _MOST_RESTARTS:
-            raise error
-        self._restarts += 1
-        _log.warning("%s; starting it again, attempt %d of %d", error, self._restarts, _MOST_RESTARTS)
+        self._count_restart(error)
         self._version, self._asleep = None, False
         self._llm = self._start()
         if not isinstance(self._transport, SharedMemoryTransport):
             self._transport = self._connect()
+
+    def _count_restart(self, error: EngineLostError) -> None:
+        if self._restarts == _MOST_RESTARTS:
+            raise error
+        self._restarts += 1
+        _log.warning("%s; starting it again, attempt %d of %d", error, self._restarts, _MOST_RESTARTS)
 
     def _restore(self, error: EngineLostError, version: int) -> None:
         """Start the engine again with the weights that it had or was getting.

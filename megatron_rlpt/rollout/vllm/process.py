@@ -26,6 +26,9 @@ class EngineProcess:
         Args:
             llm: started with ``worker.WorkerExtension``.
             name: its name in errors.
+
+        Raises:
+            EngineLostError: the process ended meanwhile.
         """
         self._name = name
         client = llm.llm_engine.engine_core
@@ -35,7 +38,8 @@ class EngineProcess:
         watched = (client.resources, client.outputs_queue, client.utility_results, list(self._processes))
         threading.Thread(target=_wake_callers_at_death, args=watched, name="engine-watch", daemon=True).start()
         alone = llm.llm_engine.vllm_config.parallel_config.world_size == 1
-        llm.collective_rpc("rlpt_exit_with", args=(os.getpid() if alone else None,))
+        with self.calling():
+            llm.collective_rpc("rlpt_exit_with", args=(os.getpid() if alone else None,))
         # The process ignores SIGTERM by now, so do not wait for it as vLLM would.
         weakref.finalize(llm, client.shutdown, timeout=0.0)
 
@@ -51,16 +55,24 @@ class EngineProcess:
         try:
             yield
         except EngineDeadError:
-            codes = ", ".join(str(_exit_code(process)) for process in self._processes)
             raise EngineLostError(
-                f"the process of {self._name} ended (exit code {codes}; -9 is often a lack of memory); run the same "
-                "command to resume from the last checkpoint"
+                f"the process of {self._name} ended (exit code {self.exit_codes()}; -9 is often a lack of memory); run "
+                "the same command to resume from the last checkpoint"
             ) from None
 
     @property
     def has_ended(self) -> bool:
         """Whether a process of the engine has ended."""
         return any(process.exitcode is not None for process in self._processes)
+
+    def exit_codes(self) -> str:
+        """Return the exit codes of the engine's processes; None for one that still runs after some seconds."""
+        return ", ".join(str(_exit_code(process)) for process in self._processes)
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a process of the engine was killed, by a user or for lack of memory, and did not fail itself."""
+        return any(process.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for process in self._processes)
 
     def end(self) -> None:
         """Kill the process; its state can no longer be used."""

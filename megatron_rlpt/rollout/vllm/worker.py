@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from megatron_rlpt.rollout.vllm.amx import MayUseAmx
 from megatron_rlpt.rollout.vllm.process import exit_with_parent, ignore_stop_signals
 from megatron_rlpt.rollout.vllm.routing import RequestRows, RoutingRecorder
 
@@ -30,7 +31,7 @@ class BucketFile(TypedDict):
     """(Hugging Face name, torch dtype name, shape), in the order of the bytes."""
 
 
-class WorkerExtension:
+class WorkerExtension(MayUseAmx):
     """The methods that ``collective_rpc`` calls on every worker."""
 
     model_runner: Any

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import random
 import socket
+from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
+_GIVEN_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST, _END = 10_000, 65_536
+_ATTEMPTS = 64
 
 
 def is_loopback(host: str) -> bool:
@@ -34,15 +40,36 @@ def here(host: str) -> str:
 
 
 def free_port(host: str = LOOPBACK) -> int:
-    """Return a TCP port that is free on ``host`` now; another process may take it before its use.
+    """Return a TCP port that is free on ``host`` now, at random.
+
+    Another process may take it before its use, and a server may load a model for minutes first. So it is none of those
+    that the system gives to outgoing connections, as long as others are free.
 
     Raises:
         OSError: ``host`` is not an address of this machine.
     """
-    family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    draw = random.SystemRandom()  # equal seeds must not lead to equal ports
+    chosen = [draw.choice(lasting) for _ in range(_ATTEMPTS)] if (lasting := _lasting_ports()) else []
+    for port in chosen:
+        with contextlib.suppress(OSError):
+            return _bound(host, port)
+    return _bound(host, 0)
+
+
+def _bound(host: str, port: int) -> int:
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, socket.SOCK_STREAM) as free:
         free.bind(address)
         return int(free.getsockname()[1])
+
+
+def _lasting_ports() -> list[int]:
+    """Return the ports that Linux gives to no outgoing connection; none if that is not known."""
+    try:
+        first, last = map(int, _GIVEN_OUT.read_text().split())
+    except (OSError, ValueError):
+        return []
+    return [*range(_LOWEST, first), *range(last + 1, _END)]
 
 
 def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -7,8 +7,10 @@ that matches both is ever signaled. Only Python's standard library is used.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -90,11 +92,18 @@ def write_secret(path: Path, secret: bytes) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of this machine that are currently free."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    """Return ports of this machine that are currently free, none of which Linux gives to outgoing connections."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    lasting = [*range(10_000, first), *range(last + 1, 65_536)]
+    random.SystemRandom().shuffle(lasting)
+    ports: list[int] = []
+    for port in lasting:
+        if len(ports) == count:
+            break
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+    if len(ports) < count:
+        raise SandboxError(f"{len(ports)} of {count} ports are free between 10000 and {first}")
     return ports
 
 

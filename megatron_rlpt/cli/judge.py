@@ -274,6 +274,10 @@ def teacher_thoughts(
         typer.Option("--world", metavar="DIR", help="Folder of a world, for exact thoughts.", show_default=False),
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Without thoughts, to compare with.")] = False,
+    chunks: Annotated[
+        int,
+        typer.Option("--chunks", min=1, metavar="N", help="Parts of a suffix, whole sentences, each after a thought."),
+    ] = 1,
     prompts: Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="Prompts to train on.")] = 4000,
     heldout_prompts: Annotated[
         int, typer.Option("--heldout-prompts", min=1, metavar="N", help="Held-out prompts.")
@@ -282,7 +286,7 @@ def teacher_thoughts(
     prompt: Annotated[PromptLength, typer.Option("--prompt", help="Length of the prompts.")] = PromptLength.full,
     seed: Annotated[int, typer.Option("--seed", help="Seed of split, choice, sampling and codes.")] = 1,
 ) -> None:
-    """Put thoughts between prefixes and suffixes of documents, to train a model that thinks first (experimental).
+    """Put thoughts between sentences of documents, to train a model that thinks before it goes on (experimental).
 
     The teacher writes them (teacher.workers.endpoints or teacher.path), or a world that knows the facts.
     """
@@ -293,6 +297,7 @@ def teacher_thoughts(
         corpus=tuple(corpus or ()),
         world=world,
         plain=plain,
+        chunks=chunks,
         prompts=prompts,
         heldout_prompts=heldout_prompts,
         heldout_share=heldout_share,

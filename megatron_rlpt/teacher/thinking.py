@@ -59,6 +59,24 @@ def split_thought(text: str) -> tuple[str, str] | None:
     return (opened[begin : end.start()].strip(BLANK), opened[end.end() :]) if end else None
 
 
+def split_thoughts(text: str) -> list[tuple[str, str]] | None:
+    """Return every thought of ``text`` with what stands between it and the next one.
+
+    None if ``text`` does not begin with a thought (its start may be missing), or if a thought has no end.
+    """
+    parts: list[tuple[str, str]] = []
+    while True:
+        found = split_thought(text)
+        if found is None:
+            return None
+        thought, rest = found
+        following = _OPEN.search(rest)
+        parts.append((thought, rest[: following.start()] if following else rest))
+        if following is None:
+            return parts
+        text = rest[following.start() :]
+
+
 def without_thought(text: str) -> str | None:
     """Return ``text`` after its thoughts, including one started by the chat template; None if one has no end."""
     rest = without_opened_thought(text)

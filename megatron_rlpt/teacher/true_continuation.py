@@ -2,11 +2,12 @@
 
     prefix ──> <think> thought </think> predicted suffix ──> compared with the true suffix ──> 0 or 1
 
-Experimental (paper, part two). The thought earns nothing by itself: it is worth what the prediction after it is worth.
-An answer without the end of a thought, without text after it or much shorter than the true suffix gets 0 unasked; the
-first two are counted as not parsed. Words beyond the length of the true suffix are not read: it was cut somewhere, and
-where a model ends its answer says nothing. Prompts are those of ``rlpt teacher thoughts``, whose labels hold prefix and
-true suffix. ``TrueContinuation`` asks the judge's model; ``world.thinking`` decides the same exactly.
+Experimental (paper, part two). A suffix may come in several chunks, each with a thought before it; all chunks together
+are the prediction. Thoughts earn nothing by themselves: they are worth what the prediction is worth. An answer with
+another number of thoughts than was asked for, without text after one or much shorter than the true suffix gets 0
+unasked; the first two are counted as not parsed. Words beyond the length of the true suffix are not read: it was cut
+somewhere, and where a model ends its answer says nothing. Prompts are those of ``rlpt teacher thoughts``, whose labels
+hold prefix and true suffix. ``TrueContinuation`` asks the judge's model; ``world.thinking`` decides the same exactly.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from megatron_rlpt.teacher.generator import Ask
 from megatron_rlpt.teacher.judge import GroupJudge
 from megatron_rlpt.teacher.pairwise import PairwiseJudge
 from megatron_rlpt.teacher.right_verdict import NUMBERS, PARSED, answer_text
-from megatron_rlpt.teacher.thinking import split_thought
+from megatron_rlpt.teacher.thinking import split_thoughts
 from megatron_rlpt.tokens.tokenizer import TextTokens
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Reward, Source, stable_id
 
 NAME = "true_continuation"
-VERSION = "1"
+VERSION = "2"
 SHORTEST = 0.75
 """Least words of a prediction, as a share of those of the true suffix: a single sentence is right too easily."""
 _WORD = re.compile(r"\s*\S+")
@@ -38,18 +39,18 @@ _WORD = re.compile(r"\s*\S+")
 
 @dataclass(frozen=True)
 class Continued:
-    """What a label knows: a piece of a document, and whether an answer has a thought."""
+    """What a label knows: a piece of a document, and how many thoughts an answer has."""
 
     prefix: str
     suffix: str
-    thinks: bool
+    thoughts: int
 
 
 @dataclass(frozen=True)
 class Prediction:
     """An answer, taken apart."""
 
-    thought: str
+    thoughts: tuple[str, ...]
     text: str
 
 
@@ -75,11 +76,12 @@ async def reward_predictions(group: Group, text: TextTokens, agree: Agreement) -
 async def _reward(
     episode: Episode, candidate: Candidate, known: Continued, text: TextTokens, agree: Agreement
 ) -> Reward | Failed:
-    found = read_prediction(answer_text(candidate, episode, text), known.thinks)
+    found = read_prediction(answer_text(candidate, episode, text), known.thoughts)
     if isinstance(found, Failed):
         return Reward(0.0, NAME, VERSION, {PARSED: False, "verdict": found.reason})
-    words, thought, length = _WORD.findall(found.text), len(found.thought.split()), len(known.suffix.split())
-    detail: dict[str, Any] = {PARSED: True, NUMBERS: {"thought_words": thought, "words": len(words)}}
+    words, length = _WORD.findall(found.text), len(known.suffix.split())
+    thought_words = sum(len(one.split()) for one in found.thoughts)
+    detail: dict[str, Any] = {PARSED: True, NUMBERS: {"thought_words": thought_words, "words": len(words)}}
     if len(words) < SHORTEST * length:
         return Reward(0.0, NAME, VERSION, detail | {"verdict": "short"})
     reward = await agree(known, replace(found, text="".join(words[:length])))
@@ -92,23 +94,27 @@ async def _reward(
 def continued_of(episode: Episode) -> Continued | Failed:
     """Return what the label of a prompt knows; a failure if it is that of another kind of prompt."""
     label = json.loads(episode.label) if episode.label else {}
-    prefix, suffix, thinks = label.get("prefix"), label.get("suffix"), label.get("thinks")
-    if not (isinstance(prefix, str) and isinstance(suffix, str) and isinstance(thinks, bool)):
-        return Failed("label without prefix, suffix and thinks", {"found": episode.label})
-    return Continued(prefix, suffix, thinks)
+    prefix, suffix, thoughts = label.get("prefix"), label.get("suffix"), label.get("thoughts")
+    if not (isinstance(prefix, str) and isinstance(suffix, str) and isinstance(thoughts, int)):
+        return Failed("label without prefix, suffix and thoughts", {"found": episode.label})
+    return Continued(prefix, suffix, thoughts)
 
 
-def read_prediction(answer: str, thinks: bool) -> Prediction | Failed:
+def read_prediction(answer: str, thoughts: int) -> Prediction | Failed:
     """Take an answer apart.
 
     Args:
         answer: text without control tokens at its end.
-        thinks: whether a thought has to come first.
+        thoughts: how many it has, each before a part of the prediction; 0 if all of it is the prediction.
     """
-    parts = split_thought(answer) if thinks else ("", answer)
+    parts = split_thoughts(answer) if thoughts else [("", answer)]
     if parts is None:
         return Failed("no end of the thought")
-    return Prediction(*parts) if parts[1].strip() else Failed("no continuation")
+    if thoughts and len(parts) != thoughts:
+        return Failed("another number of thoughts")
+    if not all(text.strip() for _, text in parts):
+        return Failed("no continuation")
+    return Prediction(tuple(thought for thought, _ in parts), "".join(text for _, text in parts))
 
 
 class TrueContinuation(GroupJudge):

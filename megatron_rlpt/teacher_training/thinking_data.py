@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_rlpt.observe import get_logger
 from megatron_rlpt.teacher_training.corpus import TeacherText, cut_episodes, split_documents
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt, write_parts
 from megatron_rlpt.teacher_training.request import HELDOUT, TRAIN, answers_beside, documents_of, options_of
-from megatron_rlpt.teacher_training.thinking_examples import Piece, continued_example, pieces_of
+from megatron_rlpt.teacher_training.thinking_examples import Piece, continued_example, pieces_of, steps_of
 from megatron_rlpt.teacher_training.thoughts import thoughts_of_teacher, thoughts_of_world
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.types import Failed, derive_seed
@@ -26,7 +27,7 @@ from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.measures import measure_text
 
 _log = get_logger(__name__)
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class ThoughtsRequest:
     """Knows the facts of the documents, and writes the thoughts; without one, the teacher does."""
     plain: bool = False
     """Without thoughts, to compare with."""
+    chunks: int = 1
+    """Parts of a suffix, each with a thought before it."""
     prompts: int = 4000
     heldout_prompts: int = 200
     heldout_share: float = 0.1
@@ -107,28 +110,39 @@ def build_thoughts(config: Config, asked: ThoughtsRequest) -> str:
 def _pieces(
     documents: Sequence[TeacherText], config: Config, asked: ThoughtsRequest, tokenizer: PolicyTokenizer
 ) -> list[Piece]:
-    """Return pieces in random order; of a world only those whose suffix is as it should be."""
+    """Return pieces in random order; of a world only those whose suffix is as it should be and can be planned.
+
+    They are the same with thoughts and without.
+    """
     pieces = pieces_of(cut_episodes(documents, config, tokenizer, asked.per_document), tokenizer)
     random.Random(derive_seed(asked.seed, "pieces")).shuffle(pieces)
     if asked.world is None:
         return pieces
     world = World.load(asked.world)
-    return [one for one in pieces if measure_text(world, one.prefix, one.suffix).good]
+
+    def is_planned(piece: Piece) -> bool:
+        return not any(isinstance(one, Failed) for one in thoughts_of_world(world, steps_of(piece, asked.chunks)))
+
+    return [one for one in pieces if measure_text(world, one.prefix, one.suffix).good and is_planned(one)]
 
 
 def _examples(pieces: Sequence[Piece], config: Config, asked: ThoughtsRequest) -> list[LabelledPrompt]:
-    thoughts: Sequence[str | Failed | None]
+    """Return the prompts of all pieces, except those of which a chunk has no thought."""
     if asked.plain:
-        thoughts = [None] * len(pieces)
-    elif asked.world is not None:
-        thoughts = thoughts_of_world(World.load(asked.world), pieces)
+        return [continued_example(one, (), (), asked.length, asked.seed) for one in pieces]
+    steps = [steps_of(one, asked.chunks) for one in pieces]
+    every = [step for those in steps for step in those]
+    if asked.world is not None:
+        thoughts = iter(thoughts_of_world(World.load(asked.world), every))
     else:
-        thoughts = thoughts_of_teacher(config, pieces, asked.length, asked.seed, asked.answers)
-    return [
-        continued_example(piece, thought, asked.length, asked.seed)
-        for piece, thought in zip(pieces, thoughts, strict=True)
-        if not isinstance(thought, Failed)
-    ]
+        thoughts = iter(thoughts_of_teacher(config, every, asked.length, asked.seed, asked.answers))
+    examples = []
+    for piece, those in zip(pieces, steps, strict=True):
+        found = list(islice(thoughts, len(those)))
+        written = [one for one in found if not isinstance(one, Failed)]
+        if len(written) == len(those):
+            examples.append(continued_example(piece, those, written, asked.length, asked.seed))
+    return examples
 
 
 def _card(asked: ThoughtsRequest, counts: dict[str, dict[str, int]], documents: dict[str, int]) -> dict[str, Any]:

@@ -1,15 +1,23 @@
-"""Examples of a continuation with a thought before it, or without: prefix -> <think> thought </think> suffix."""
+"""Examples of a continuation with thoughts in it, or without: prefix -> <think> thought </think> chunk, and so on.
+
+Thoughts stand between sentences: a model that has to think in the middle of one loses its thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_rlpt.config import AnswerForm, PromptLength
-from megatron_rlpt.teacher.prompts import build_prompt
+from megatron_rlpt.teacher.prompts import Prompt, build_prompt
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import Episode, derive_seed, stable_id
+
+_CLOSING = "[\"'\u201d\u2019\u00bb)\\]\u300d\u300f\uff09]*"
+_END = re.compile(rf"[.!?\u2026]{_CLOSING}(?=\s|$)|[\u3002\uff01\uff1f]{_CLOSING}|\n")
+"""End of a sentence, of a heading or of a line of code, with the quotation marks and brackets that close after it."""
 
 
 @dataclass(frozen=True)
@@ -23,31 +31,70 @@ class Piece:
 
 
 def pieces_of(episodes: Iterable[Episode], text: TextTokens) -> list[Piece]:
-    """Return the texts of episodes."""
-    found = []
-    for one in episodes:
-        prefix, suffix = prefix_text(text, one), text.text_of(one.suffix, one.prefix)
-        found.append(Piece(stable_id("continue", prefix, suffix), prefix, suffix, one.document))
-    return found
+    """Return the texts of episodes, cut at the end of a sentence."""
+    return [
+        _piece(*_cut_at_sentence(prefix_text(text, one), text.text_of(one.suffix, one.prefix)), one.document)
+        for one in episodes
+    ]
 
 
-def continued_example(piece: Piece, thought: str | None, length: PromptLength, seed: int) -> LabelledPrompt:
+def _piece(prefix: str, suffix: str, document: str) -> Piece:
+    return Piece(stable_id("continue", prefix, suffix), prefix, suffix, document)
+
+
+def _cut_at_sentence(prefix: str, suffix: str) -> tuple[str, str]:
+    """Move the rest of a sentence from the suffix to the prefix, if at least half of the suffix remains."""
+    if (last := list(_END.finditer(prefix))) and not prefix[last[-1].end() :].strip():
+        return prefix, suffix
+    end = next((one.end() for one in _END.finditer(suffix)), len(suffix))
+    return (prefix + suffix[:end], suffix[end:]) if end <= len(suffix) / 2 else (prefix, suffix)
+
+
+def steps_of(piece: Piece, chunks: int) -> list[Piece]:
+    """Return a piece for every chunk of the suffix, whose prefix is all that comes before it.
+
+    Args:
+        piece: prefix and suffix.
+        chunks: how many, of nearly equal length; fewer if the suffix has fewer sentences.
+    """
+    suffix, cuts = piece.suffix, [0]
+    ends = [one.end() for one in _END.finditer(suffix) if suffix[one.end() :].strip()]
+    for number in range(1, chunks):
+        later = [end for end in ends if end > cuts[-1] and suffix[cuts[-1] : end].strip()]
+        if later:
+            cuts.append(min(later, key=lambda end: abs(end - len(suffix) * number / chunks)))
+    return [
+        _piece(piece.prefix + suffix[:start], suffix[start:end], piece.document)
+        for start, end in zip(cuts, [*cuts[1:], len(suffix)], strict=True)
+    ]
+
+
+def continued_example(
+    piece: Piece, steps: Sequence[Piece], thoughts: Sequence[str], length: PromptLength, seed: int
+) -> LabelledPrompt:
     """Return the prompt to continue a piece, with its suffix as the right answer.
 
     Args:
         piece: prefix and suffix.
-        thought: to write before the suffix; None asks for the suffix alone.
+        steps: its chunks (``steps_of``), or none.
+        thoughts: one to write before each chunk; none asks for the suffix alone.
         length: of the prompt.
         seed: of the code that fences the prefix.
     """
-    form = AnswerForm.direct if thought is None else AnswerForm.reasoned
-    prompt = build_prompt("continue", derive_seed(seed, piece.id), form, length, prefix=piece.prefix)
-    answer = piece.suffix if thought is None else f"<think> {thought} </think>{piece.suffix}"
+    prompt = _prompt(piece, len(thoughts), length, derive_seed(seed, piece.id))
+    chunks = [f"<think> {thought} </think>{step.suffix}" for thought, step in zip(thoughts, steps, strict=True)]
     label = {
         "role": "thinker",
         "prefix": piece.prefix,
         "suffix": piece.suffix,
-        "thinks": thought is not None,
+        "thoughts": len(thoughts),
         "document": piece.document,
     }
-    return LabelledPrompt(piece.id, prompt.text, answer, label)
+    return LabelledPrompt(piece.id, prompt.text, "".join(chunks) or piece.suffix, label)
+
+
+def _prompt(piece: Piece, thoughts: int, length: PromptLength, seed: int) -> Prompt:
+    if thoughts > 1:
+        return build_prompt("continue_in_parts", seed, length=length, prefix=piece.prefix, parts=str(thoughts))
+    form = AnswerForm.reasoned if thoughts else AnswerForm.direct
+    return build_prompt("continue", seed, form, length, prefix=piece.prefix)

@@ -35,6 +35,7 @@ VERSIONS = {
         "rewrite": "rewrite-3",
         "spoil": "spoil-1",
         "continue": "continue-1",
+        "continue_in_parts": "continue-in-parts-1",
         "think": "think-1",
     },
     PromptLength.brief: {
@@ -45,6 +46,7 @@ VERSIONS = {
         "facts": "facts-brief-1",
         "rewrite": "rewrite-brief-1",
         "continue": "continue-brief-1",
+        "continue_in_parts": "continue-in-parts-brief-1",
         "think": "think-brief-1",
     },
 }
@@ -52,7 +54,7 @@ VERSIONS = {
 
 A model that spoils texts is not trained for it, so ``spoil`` has no brief form.
 """
-_WRITTEN = ("rewrite", "spoil", "continue", "think")
+_WRITTEN = ("rewrite", "spoil", "continue", "continue_in_parts", "think")
 """Prompts that are answered with a text, not with a verdict."""
 
 _REASONED = (

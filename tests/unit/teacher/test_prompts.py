@@ -33,6 +33,7 @@ WORDING = {
     "rewrite-3": "9f837a8a9626",
     "spoil-1": "33e806edb287",
     "continue-1": "1dd55facaa63",
+    "continue-in-parts-1": "766750ec0980",
     "think-1": "9f90d177a300",
     "quality-brief-1": "22fcf56cfb9c",
     "safety-brief-1": "e68d33b0f5cb",
@@ -41,6 +42,7 @@ WORDING = {
     "facts-brief-1": "383b19fa26b0",
     "rewrite-brief-1": "7051faccd377",
     "continue-brief-1": "d1fda2dab3b0",
+    "continue-in-parts-brief-1": "3e2b3d3c2675",
     "think-brief-1": "bcf4c0caa4dd",
 }
 FULL, BRIEF = PromptLength
@@ -64,6 +66,18 @@ def test_a_text_is_spoiled_in_the_way_that_is_named():
     prompts = [build_prompt("spoil", 3, prefix="P", passage=hostile, way=way).text for way in WAYS]
     assert len(set(prompts)) == len(WAYS)
     assert all(f"\n{hostile}\n[end passage " in text for text in prompts), "the text becomes data and stays as it is"
+
+
+@lengths
+def test_a_passage_is_asked_for_in_parts(length):
+    name = "continue_in_parts"
+    empty = build_prompt(name, 3, length=length, prefix="", parts="").text.encode()
+    assert hashlib.blake2b(empty, digest_size=6).hexdigest() == WORDING[VERSIONS[length][name]]
+    two, three = (build_prompt(name, 3, length=length, prefix="P", parts=parts).text for parts in "23")
+    assert two.replace("2 parts" if length is FULL else "think 2", "") == three.replace(
+        "3 parts" if length is FULL else "think 3", ""
+    )
+    assert two != three
 
 
 @names

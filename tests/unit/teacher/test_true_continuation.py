@@ -18,7 +18,7 @@ from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
 
 TEXT = FakeText()
 SUFFIX = " sat on the red mat all day."
-LABEL = {"role": "thinker", "prefix": "The cat", "suffix": SUFFIX, "thinks": True}
+LABEL = {"role": "thinker", "prefix": "The cat", "suffix": SUFFIX, "thoughts": 1}
 
 
 def judged(answer, *predictions, label=LABEL):
@@ -85,13 +85,34 @@ def test_malformed_and_short_answers_get_nothing_unasked_and_are_counted():
 
 
 def test_without_a_thought_the_whole_answer_is_the_prediction():
-    group, _ = judged(preferring(None), " lay on the red mat all day.", label=LABEL | {"thinks": False})
+    group, _ = judged(preferring(None), " lay on the red mat all day.", label=LABEL | {"thoughts": 0})
     assert values(group) == [1.0]
     assert group.rewards[0].detail["numbers"]["thought_words"] == 0
+
+
+def test_chunks_after_several_thoughts_are_one_prediction_and_every_thought_counts():
+    label = LABEL | {"thoughts": 2}
+    answers = [
+        "<think> cat place mat </think> lay on the<think> day night </think> red mat all day.",
+        "<think> cat place mat </think> lay on the red mat all day.",
+        "<think> a </think> lay<think> b </think> on the<think> c </think> red mat all day.",
+        "<think> a </think><think> b </think> lay on the red mat all day.",
+        "<think> a </think> lay on the red mat <think> all day.",
+    ]
+    group, requests = judged(preferring(None), *answers, label=label)
+    assert values(group) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert "\n lay on the red mat all day.\n[end " in requests[0].prompt[0].content
+    assert group.rewards[0].detail["numbers"]["thought_words"] == 5
+    assert [reward.detail["verdict"] for reward in group.rewards[1:]] == [
+        "another number of thoughts",
+        "another number of thoughts",
+        "no continuation",
+        "no end of the thought",
+    ]
 
 
 def test_a_judge_that_cannot_be_read_and_a_label_of_another_role_are_failures_and_no_reward():
     (unread,) = judged(lambda prompt: "Hm.", "<think> a </think> lay on the red mat all day.")[0].rewards
     (other,) = judged(preferring(None), "1", label={"axis": "quality", "verdict": "1"})[0].rewards
     assert isinstance(unread, Failed)
-    assert other.reason == "label without prefix, suffix and thinks"
+    assert other.reason == "label without prefix, suffix and thoughts"

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from text_tokens import FakeText
 from tiny_model import WORDS
 
 from megatron_rlpt.config import Config, PromptLength, load_config
@@ -18,10 +19,11 @@ from megatron_rlpt.teacher.generator import Reply
 from megatron_rlpt.teacher.true_continuation import read_prediction
 from megatron_rlpt.teacher_training import teacher_answers, thoughts
 from megatron_rlpt.teacher_training.thinking_data import ThoughtsRequest, build_thoughts
+from megatron_rlpt.teacher_training.thinking_examples import Piece, pieces_of, steps_of
 from megatron_rlpt.teacher_training.thoughts import read_thought
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
 from megatron_rlpt.trainer.fixed_evaluation import build_fixed_evaluation
-from megatron_rlpt.types import Failed
+from megatron_rlpt.types import Episode, Failed
 from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.make import WorldSettings, make_world
 from megatron_rlpt.world.measures import measure_text
@@ -32,11 +34,11 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def config_of(folder: Path, model: Path, own: Path, **teacher) -> Config:
+def config_of(folder: Path, model: Path, own: Path, suffix_length: int = 24, **teacher) -> Config:
     text = {
         "run": {"dir": str(folder / "run")},
         "model": {"path": str(model)},
-        "data": {"sources": [{"path": str(own)}], "suffix_length": 24, "min_prefix": 16, "max_prefix": 48},
+        "data": {"sources": [{"path": str(own)}], "suffix_length": suffix_length, "min_prefix": 16, "max_prefix": 48},
         "train": {"steps": 1},
         "teacher": teacher,
     }
@@ -55,30 +57,94 @@ def test_a_world_writes_the_thoughts_and_both_forms_have_the_same_prompts(world,
     config = config_of(tmp_path, world / "policy", world / "train.jsonl")
     found = {}
     for name, plain in (("thought", False), ("plain", True)):
-        asked = ThoughtsRequest(tmp_path / name, world=world, plain=plain, prompts=80, length=PromptLength.brief)
-        assert build_thoughts(config, asked).startswith(f"wrote {tmp_path / name}: 80 train, ")
+        asked = ThoughtsRequest(tmp_path / name, world=world, plain=plain, prompts=60, length=PromptLength.brief)
+        assert build_thoughts(config, asked).startswith(f"wrote {tmp_path / name}: 60 train, ")
         found[name] = rows(tmp_path / name / "train.jsonl"), rows(tmp_path / name / "heldout.jsonl")
     facts = World.load(world)
     for thinking, plain in zip(*(train + heldout for train, heldout in found.values()), strict=True):
         prefix, suffix = thinking["label"]["prefix"], thinking["label"]["suffix"]
-        predicted = read_prediction(thinking["answer"], thinks=True)
-        assert (predicted.thought, predicted.text) == (plan_of(facts, prefix, suffix), suffix)
+        predicted = read_prediction(thinking["answer"], thoughts=1)
+        assert (predicted.thoughts, predicted.text) == ((plan_of(facts, prefix, suffix),), suffix)
         assert measure_text(facts, prefix, suffix).good
         assert plain["answer"] == plain["label"]["suffix"] == suffix
         assert plain["id"] == thinking["id"]
-        assert (thinking["label"]["thinks"], plain["label"]["thinks"]) == (True, False)
+        assert (thinking["label"]["thoughts"], plain["label"]["thoughts"]) == (1, 0)
         assert re.fullmatch(rf"(\w+)\n{re.escape(prefix)}\n\1 continue think", thinking["prompt"])
         assert plain["prompt"] == thinking["prompt"].replace("continue think", "continue text")
     documents = [{row["label"]["document"] for row in part} for part in found["thought"]]
     assert documents[0].isdisjoint(documents[1])
     card = json.loads((tmp_path / "thought/card.json").read_text())
-    assert card["parts"]["train"]["prompts"] == 80
+    assert card["parts"]["train"]["prompts"] == 60
+
+
+def test_every_chunk_of_whole_sentences_has_its_own_thought(world, tmp_path):
+    config = config_of(tmp_path, world / "policy", world / "train.jsonl", suffix_length=48)
+    asked = ThoughtsRequest(tmp_path / "data", world=world, chunks=2, prompts=60, length=PromptLength.brief)
+    build_thoughts(config, asked)
+    facts, found = World.load(world), rows(tmp_path / "data/train.jsonl")
+    for row in found:
+        prefix, suffix, thoughts = (row["label"][key] for key in ("prefix", "suffix", "thoughts"))
+        first, *later = row["answer"].removeprefix("<think> ").split("<think> ")
+        assert len(later) == thoughts - 1
+        assert row["prompt"].endswith(" continue think 2" if later else " continue think")
+        begun = prefix
+        for part in (first, *later):
+            thought, chunk = part.split(" </think>")
+            assert thought == plan_of(facts, begun, chunk)
+            assert begun.endswith(".")
+            begun += chunk
+        assert begun == prefix + suffix
+    assert sum(row["label"]["thoughts"] == 2 for row in found) > 50
+    assert len({row["prompt"].split()[-1] for row in found}) <= 2
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "expected"),
+    [
+        ("The cat", " sat. It was red. It", ("The cat sat.", " It was red. It")),
+        ("The cat sat.", " It was red.", ("The cat sat.", " It was red.")),
+        ("The cat sat", ". It was red.", ("The cat sat.", " It was red.")),
+        ("He said: \u201cThe cat", " sat.\u201d It was red.", ("He said: \u201cThe cat sat.\u201d", " It was red.")),
+        ("A cat of 3", ".5 kg sat. It was red all day.", ("A cat of 3.5 kg sat.", " It was red all day.")),
+        ("x = 1\n", "y = 2\nz = 3", ("x = 1\n", "y = 2\nz = 3")),
+        (
+            "\u732b\u304c",
+            "\u5ea7\u308b\u3002\u8d64\u3044\u3002",
+            ("\u732b\u304c\u5ea7\u308b\u3002", "\u8d64\u3044\u3002"),
+        ),
+        # Too little would remain.
+        ("The cat", " sat on the red mat all day. So", ("The cat", " sat on the red mat all day. So")),
+        ("The cat", " sat on and on", ("The cat", " sat on and on")),
+    ],
+)
+def test_a_document_is_cut_between_sentences(tmp_path, prefix, suffix, expected):
+    text = FakeText()
+    episode = Episode("e", tuple(map(ord, prefix)), tuple(map(ord, suffix)), "c", "d", len(prefix))
+    (piece,) = pieces_of([episode], text)
+    assert (piece.prefix, piece.suffix) == expected
+
+
+@pytest.mark.parametrize(
+    ("suffix", "chunks", "expected"),
+    [
+        (" A b. C d. E f. G h.", 2, [" A b. C d.", " E f. G h."]),
+        (" A b. C d. E f.", 3, [" A b.", " C d.", " E f."]),
+        (" A b. C d.", 4, [" A b.", " C d."]),
+        (" A b c d e", 2, [" A b c d e"]),
+        (" A b. ", 2, [" A b. "]),
+        ("\n\na\n\n\nb", 2, ["\n\na\n", "\n\nb"]),
+    ],
+)
+def test_chunks_end_with_sentences_and_none_is_empty(suffix, chunks, expected):
+    steps = steps_of(Piece("p", "Start.", suffix, "d"), chunks)
+    assert [one.suffix for one in steps] == expected
+    assert steps[-1].prefix + steps[-1].suffix == f"Start.{suffix}"
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_supervised_run_measures_its_answers_by_what_the_world_knows(world, tmp_path, plain):
     asked = ThoughtsRequest(
-        tmp_path / "data", world=world, plain=plain, prompts=10, heldout_prompts=6, length=PromptLength.brief
+        tmp_path / "data", world=world, plain=plain, prompts=10, heldout_prompts=4, length=PromptLength.brief
     )
     build_thoughts(config_of(tmp_path, world / "policy", world / "train.jsonl"), asked)
     text = {
@@ -110,7 +176,7 @@ def test_a_supervised_run_measures_its_answers_by_what_the_world_knows(world, tm
 
     repeated = build_fixed_evaluation(load_config(tmp_path / "start.yaml"), Engine(), None, tokenizer, Ranks())
     metrics = repeated.begin(0)
-    assert metrics["evaluation/answers/right"] == metrics["evaluation/answers/parsed"] == pytest.approx(5 / 6)
+    assert metrics["evaluation/answers/right"] == metrics["evaluation/answers/parsed"] == pytest.approx(3 / 4)
     assert (metrics["evaluation/answers/thought_words"] == 0) is plain
     assert metrics["evaluation/answers/false_facts"] == 0
 

@@ -27,8 +27,8 @@ def judge(tmp_path_factory):
     return ExactContinuation(FakeText(), str(path))
 
 
-def rewards(judge, prefix, suffix, *answers, thinks=True):
-    label = {"prefix": text_of(prefix), "suffix": text_of(suffix), "thinks": thinks}
+def rewards(judge, prefix, suffix, *answers, thoughts=1):
+    label = {"prefix": text_of(prefix), "suffix": text_of(suffix), "thoughts": thoughts}
     candidates = tuple(Candidate(Source.ROLLOUT, tuple(map(ord, one))) for one in answers)
     group = Group(Episode("e", (1,), (), "c", "d", 1, json.dumps(label)), candidates)
     return asyncio.run(judge.judge_group(group, None)).rewards
@@ -64,16 +64,16 @@ def test_a_value_in_the_prefix_is_not_planned():
     )
 
 
-@pytest.mark.parametrize("thinks", [True, False])
-def test_the_true_suffix_is_right_and_a_spoiled_one_is_not(judge, thinks):
-    world, thought = small_world(), "<think> so </think> " if thinks else " "
+@pytest.mark.parametrize("thoughts", [1, 0])
+def test_the_true_suffix_is_right_and_a_spoiled_one_is_not(judge, thoughts):
+    world, thought = small_world(), "<think> so </think> " if thoughts else " "
     right = wrong = 0
     for number, (prefix, suffix) in enumerate(splits(20)):
         if not measure(world, prefix, suffix).good:
             continue
         spoiled = [corrupt(world, kind, prefix, suffix, number) for kind in (Corruption.false, Corruption.shuffled)]
         texts = [thought + text_of(one) for one in (suffix, *(one for one in spoiled if isinstance(one, list)))]
-        first, *others = rewards(judge, prefix, suffix, *texts, thinks=thinks)
+        first, *others = rewards(judge, prefix, suffix, *texts, thoughts=thoughts)
         assert (first.value, first.detail["verdict"], first.detail["parsed"]) == (1.0, "right", True)
         right, wrong = right + 1, wrong + sum(one.value == 0.0 for one in others)
         assert all(one.detail["verdict"] in ("false", "poor") for one in others if one.value == 0.0)

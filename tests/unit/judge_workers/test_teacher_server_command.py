@@ -24,6 +24,7 @@ from megatron_rlpt.judge_workers import teacher_server as server
 from megatron_rlpt.judge_workers.discovery import KIND
 from megatron_rlpt.observe import precision
 from megatron_rlpt.observe.precision import resolve_dtypes
+from megatron_rlpt.rollout.vllm.amx import MayUseAmx
 
 pytestmark = pytest.mark.slow
 
@@ -188,6 +189,14 @@ def test_on_a_cpu_nothing_is_compiled_before_it_answers_unless_asked_for(gpu, fo
     command = command_of_server(folder, ["--no-enforce-eager"])
     assert ("--enforce-eager" in command) is not gpu
     assert command[-1] == "--no-enforce-eager", "the last one counts"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_on_a_cpu_its_processes_may_compute_in_bfloat16(gpu, folder, monkeypatch):
+    """On one with AMX they would end with SIGILL."""
+    monkeypatch.setattr(server, "has_gpu", lambda: gpu)
+    command = command_of_server(folder, [])
+    assert (f"{MayUseAmx.__module__}.{MayUseAmx.__qualname__}" in command) is not gpu
 
 
 def test_an_override_with_a_wrong_key_is_refused_before_a_server_starts(folder, refusal):

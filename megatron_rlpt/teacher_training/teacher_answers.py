@@ -132,6 +132,11 @@ class TeacherAnswers:
             raise ConfigError(
                 f"--safety-votes is {votes}, but teacher.generative.answer=direct has one vote; allowed: reasoned"
             )
+        if votes > 1 and teacher.generative.temperature == 0:
+            raise ConfigError(
+                f"--safety-votes is {votes} and teacher.generative.temperature 0, so all votes are the same answer; "
+                "set a temperature above 0, or --safety-votes 1"
+            )
         asked = replace(teacher.generative, safety=replace(teacher.generative.safety, weight=1.0, votes=votes))
         config = replace(self.config, teacher=replace(teacher, judge="generative", generative=asked))
         assert self.endpoints

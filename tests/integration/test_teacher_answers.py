@@ -12,7 +12,7 @@ import pytest
 from hostile_server import Exchange, chat, refuses, says, serving
 from tiny_model import WORDS
 
-from megatron_rlpt.config import Config, EndpointConfig, Role, load_config
+from megatron_rlpt.config import AnswerForm, Config, EndpointConfig, Role, load_config
 from megatron_rlpt.errors import ConfigError, TeacherError
 from megatron_rlpt.teacher.spoiler import WAYS
 from megatron_rlpt.teacher_training.build import build_teacher_data
@@ -176,6 +176,22 @@ def test_a_rewriter_copies_what_is_voted_safe_and_improves_the_rest(config, corp
                 assert row["answer_start"] + row["answer"] == f"{label['anchor']}{label['suffix']}"
             else:
                 assert "answer" not in row, "no better text is known"
+
+
+@pytest.mark.parametrize(
+    ("generative", "problem"),
+    [
+        ({"temperature": 0.0}, "--safety-votes is 2 and teacher.generative.temperature 0, so all votes are the same"),
+        ({"answer": AnswerForm.direct}, "--safety-votes is 2, but teacher.generative.answer=direct has one vote"),
+    ],
+)
+def test_votes_that_cannot_differ_are_refused_before_any_is_asked_for(config, corpus, tmp_path, generative, problem):
+    asked = request(tmp_path / "data", corpus, axes=("safety",), kinds=(), lengths=(), safety_votes=2, pairs=40)
+    teacher = replace(config.teacher, generative=replace(config.teacher.generative, **generative))
+    with serving(says(chat(SAFE))) as server:
+        with pytest.raises(ConfigError, match=re.escape(problem)):
+            build_teacher_data(at(replace(config, teacher=teacher), server), asked)
+        assert not server.requests
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,9 @@ def teacher_thoughts(
         Path | None,
         typer.Option("--world", metavar="DIR", help="Folder of a world, for exact thoughts.", show_default=False),
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Without thoughts, to compare with.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Without thoughts, to compare with; give it the same --chunks.")
+    ] = False,
     chunks: Annotated[
         int,
         typer.Option("--chunks", min=1, metavar="N", help="Parts of a suffix, whole sentences, each after a thought."),

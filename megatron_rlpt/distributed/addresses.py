@@ -7,6 +7,7 @@ import ipaddress
 import random
 import socket
 from pathlib import Path
+from typing import Any
 
 LOOPBACK = "127.0.0.1"
 _GIVEN_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -48,16 +49,16 @@ def free_port(host: str = LOOPBACK) -> int:
     Raises:
         OSError: ``host`` is not an address of this machine.
     """
+    family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     draw = random.SystemRandom()  # equal seeds must not lead to equal ports
-    chosen = [draw.choice(lasting) for _ in range(_ATTEMPTS)] if (lasting := _lasting_ports()) else []
-    for port in chosen:
+    lasting = _lasting_ports()
+    for port in [draw.choice(lasting) for _ in range(_ATTEMPTS)] if lasting else []:
         with contextlib.suppress(OSError):
-            return _bound(host, port)
-    return _bound(host, 0)
+            return _bound(family, (address[0], port, *address[2:]))
+    return _bound(family, address)
 
 
-def _bound(host: str, port: int) -> int:
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+def _bound(family: socket.AddressFamily, address: tuple[Any, ...]) -> int:
     with socket.socket(family, socket.SOCK_STREAM) as free:
         free.bind(address)
         return int(free.getsockname()[1])
@@ -69,7 +70,7 @@ def _lasting_ports() -> list[int]:
         first, last = map(int, _GIVEN_OUT.read_text().split())
     except (OSError, ValueError):
         return []
-    return [*range(_LOWEST, first), *range(last + 1, _END)]
+    return [*range(_LOWEST, first), *range(max(last + 1, _LOWEST), _END)]
 
 
 def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

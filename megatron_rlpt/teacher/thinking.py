@@ -21,7 +21,10 @@ END = re.compile(
     re.IGNORECASE,
 )
 """End of any kind of thought."""
+TAG = re.compile(f"{OPEN}|{END.pattern}", re.IGNORECASE)
+"""Start or end of any kind of thought."""
 _OPEN = re.compile(OPEN, re.IGNORECASE)
+_NEXT = "<think>"
 _TAG = re.compile(r"<[ ]?([a-z:]+)(?=[ \t>])", re.IGNORECASE)
 
 
@@ -59,22 +62,27 @@ def split_thought(text: str) -> tuple[str, str] | None:
     return (opened[begin : end.start()].strip(BLANK), opened[end.end() :]) if end else None
 
 
-def split_thoughts(text: str) -> list[tuple[str, str]] | None:
-    """Return every thought of ``text`` with what stands between it and the next one.
+def split_thoughts(text: str, count: int) -> list[tuple[str, str]] | None:
+    """Return ``count`` thoughts, each with what stands between it and the next one.
 
-    None if ``text`` does not begin with a thought (its start may be missing), or if a thought has no end.
+    None if ``text`` has fewer. What looks like one more is text.
+
+    Args:
+        text: begins with a thought, whose start may be missing; each further one begins with ``<think>``.
+        count: at least 1.
     """
     parts: list[tuple[str, str]] = []
-    while True:
+    for left in range(count - 1, -1, -1):
         found = split_thought(text)
         if found is None:
             return None
         thought, rest = found
-        following = _OPEN.search(rest)
-        parts.append((thought, rest[: following.start()] if following else rest))
-        if following is None:
-            return parts
-        text = rest[following.start() :]
+        end = rest.find(_NEXT) if left else len(rest)
+        if end < 0:
+            return None
+        parts.append((thought, rest[:end]))
+        text = rest[end:]
+    return parts
 
 
 def without_thought(text: str) -> str | None:

@@ -4,10 +4,10 @@
 
 Experimental (paper, part two). A suffix may come in several chunks, each with a thought before it; all chunks together
 are the prediction. Thoughts earn nothing by themselves: they are worth what the prediction is worth. An answer with
-another number of thoughts than was asked for, without text after one or much shorter than the true suffix gets 0
-unasked; the first two are counted as not parsed. Words beyond the length of the true suffix are not read: it was cut
-somewhere, and where a model ends its answer says nothing. Prompts are those of ``rlpt teacher thoughts``, whose labels
-hold prefix and true suffix. ``TrueContinuation`` asks the judge's model; ``world.thinking`` decides the same exactly.
+fewer thoughts than were asked for, without text after one or much shorter than the true suffix gets 0 unasked; the
+first two are counted as not parsed. Words beyond the length of the true suffix are not read: it was cut somewhere, and
+where a model ends its answer says nothing. Prompts are those of ``rlpt teacher thoughts``, whose labels hold prefix and
+true suffix. ``TrueContinuation`` asks the judge's model; ``world.thinking`` decides the same exactly.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def continued_of(episode: Episode) -> Continued | Failed:
     label = json.loads(episode.label) if episode.label else {}
     prefix, suffix, thoughts = label.get("prefix"), label.get("suffix"), label.get("thoughts")
     if not (isinstance(prefix, str) and isinstance(suffix, str) and isinstance(thoughts, int)):
-        return Failed("label without prefix, suffix and thoughts", {"found": episode.label})
+        return Failed(
+            "label without prefix, suffix and thoughts; make the prompts with rlpt teacher thoughts",
+            {"found": episode.label},
+        )
     return Continued(prefix, suffix, thoughts)
 
 
@@ -107,14 +110,12 @@ def read_prediction(answer: str, thoughts: int) -> Prediction | Failed:
         answer: text without control tokens at its end.
         thoughts: how many it has, each before a part of the prediction; 0 if all of it is the prediction.
     """
-    parts = split_thoughts(answer) if thoughts else [("", answer)]
+    parts = split_thoughts(answer, thoughts) if thoughts else [("", answer)]
     if parts is None:
-        return Failed("no end of the thought")
-    if thoughts and len(parts) != thoughts:
-        return Failed("another number of thoughts")
+        return Failed("no end of the thought" if thoughts == 1 else "a thought is missing or has no end")
     if not all(text.strip() for _, text in parts):
         return Failed("no continuation")
-    return Prediction(tuple(thought for thought, _ in parts), "".join(text for _, text in parts))
+    return Prediction(tuple(thought for thought, _ in parts) if thoughts else (), "".join(text for _, text in parts))
 
 
 class TrueContinuation(GroupJudge):

@@ -112,7 +112,7 @@ def _pieces(
 ) -> list[Piece]:
     """Return pieces in random order; of a world only those whose suffix is as it should be and can be planned.
 
-    They are the same with thoughts and without.
+    Those of a world are the same with thoughts and without.
     """
     pieces = pieces_of(cut_episodes(documents, config, tokenizer, asked.per_document), tokenizer)
     random.Random(derive_seed(asked.seed, "pieces")).shuffle(pieces)

@@ -11,13 +11,21 @@ from dataclasses import dataclass
 
 from megatron_rlpt.config import AnswerForm, PromptLength
 from megatron_rlpt.teacher.prompts import Prompt, build_prompt
+from megatron_rlpt.teacher.thinking import TAG
 from megatron_rlpt.teacher_training.labelled_prompt import LabelledPrompt
 from megatron_rlpt.tokens.tokenizer import TextTokens, prefix_text
 from megatron_rlpt.types import Episode, derive_seed, stable_id
 
 _CLOSING = "[\"'\u201d\u2019\u00bb)\\]\u300d\u300f\uff09]*"
-_END = re.compile(rf"[.!?\u2026]{_CLOSING}(?=\s|$)|[\u3002\uff01\uff1f]{_CLOSING}|\n")
-"""End of a sentence, of a heading or of a line of code, with the quotation marks and brackets that close after it."""
+_END = re.compile(
+    # Neither an initial, nor the number of an item, nor a title.
+    rf"(?<!\b[A-Z])(?<!\n[0-9])(?<!\n[0-9]{{2}})(?<!\b(?:Dr|Mr|Ms|St|No|vs))(?<!\b(?:Mrs|Rev|Jr\.|e\.g|i\.e))"
+    rf"[.!?\u2026\u0964\u061f\u06d4]{_CLOSING}(?=\s|$)"
+    rf"|[\u3002\uff01\uff1f]{_CLOSING}"
+    # A paragraph, and a line of code: within a paragraph, lines may be wrapped anywhere.
+    r"|\n(?=\s)|(?<=[;{{}}:,\])])\n"
+)
+"""End of a sentence, a paragraph or a line of code, with the quotation marks and brackets that close after it."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +39,12 @@ class Piece:
 
 
 def pieces_of(episodes: Iterable[Episode], text: TextTokens) -> list[Piece]:
-    """Return the texts of episodes, cut at the end of a sentence."""
-    return [
+    """Return the texts of episodes, cut at ends of sentences; none whose suffix is blank or has tags of thoughts."""
+    found = [
         _piece(*_cut_at_sentence(prefix_text(text, one), text.text_of(one.suffix, one.prefix)), one.document)
         for one in episodes
     ]
+    return [one for one in found if one.suffix.strip() and not TAG.search(one.suffix)]
 
 
 def _piece(prefix: str, suffix: str, document: str) -> Piece:
@@ -44,10 +53,11 @@ def _piece(prefix: str, suffix: str, document: str) -> Piece:
 
 def _cut_at_sentence(prefix: str, suffix: str) -> tuple[str, str]:
     """Move the rest of a sentence from the suffix to the prefix, if at least half of the suffix remains."""
-    if (last := list(_END.finditer(prefix))) and not prefix[last[-1].end() :].strip():
-        return prefix, suffix
-    end = next((one.end() for one in _END.finditer(suffix)), len(suffix))
-    return (prefix + suffix[:end], suffix[end:]) if end <= len(suffix) / 2 else (prefix, suffix)
+    text = prefix + suffix
+    # What ends the prefix may go on in the suffix, as "3." does in "3.5".
+    end = next((one.end() for one in _END.finditer(text) if one.end() >= len(prefix)), len(text))
+    remains = len(text[end:].strip()) >= len(suffix.strip()) / 2
+    return (text[:end], text[end:]) if remains else (prefix, suffix)
 
 
 def steps_of(piece: Piece, chunks: int) -> list[Piece]:
@@ -58,15 +68,25 @@ def steps_of(piece: Piece, chunks: int) -> list[Piece]:
         chunks: how many, of nearly equal length; fewer if the suffix has fewer sentences.
     """
     suffix, cuts = piece.suffix, [0]
-    ends = [one.end() for one in _END.finditer(suffix) if suffix[one.end() :].strip()]
-    for number in range(1, chunks):
-        later = [end for end in ends if end > cuts[-1] and suffix[cuts[-1] : end].strip()]
-        if later:
-            cuts.append(min(later, key=lambda end: abs(end - len(suffix) * number / chunks)))
+    ends = _ends(suffix)
+    for left in range(min(chunks - 1, len(ends)), 0, -1):
+        # Leave an end for each of the chunks after this one.
+        possible = [end for end in ends[: len(ends) - left + 1] if end > cuts[-1]]
+        goal = cuts[-1] + (len(suffix) - cuts[-1]) / (left + 1)
+        cuts.append(min(possible, key=lambda end: abs(end - goal)))
     return [
         _piece(piece.prefix + suffix[:start], suffix[start:end], piece.document)
         for start, end in zip(cuts, [*cuts[1:], len(suffix)], strict=True)
     ]
+
+
+def _ends(suffix: str) -> list[int]:
+    """Return the ends of sentences after which, and before which since the last one, there is text."""
+    ends = [0]
+    for one in _END.finditer(suffix):
+        if suffix[ends[-1] : one.end()].strip() and suffix[one.end() :].strip():
+            ends.append(one.end())
+    return ends[1:]
 
 
 def continued_example(

@@ -6,7 +6,6 @@ The teacher answers on the servers of ``teacher.workers.endpoints``, if there ar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from megatron_rlpt.teacher.build import start_generator
 from megatron_rlpt.teacher.generator import Message, Reply, Request
 from megatron_rlpt.teacher.judge import most_frequent
 from megatron_rlpt.teacher.prompts import build_prompt
-from megatron_rlpt.teacher.thinking import END, OPEN, without_thought
+from megatron_rlpt.teacher.thinking import TAG, without_thought
 from megatron_rlpt.teacher_training.teacher_answers import TeacherAnswers
 from megatron_rlpt.teacher_training.thinking_examples import Piece
 from megatron_rlpt.tokens.tokenizer import PolicyTokenizer
@@ -28,7 +27,6 @@ from megatron_rlpt.world.facts import World
 from megatron_rlpt.world.thinking import plan_of
 
 _log = get_logger(__name__)
-_TAG = re.compile(f"{OPEN}|{END.pattern}", re.IGNORECASE)
 
 
 def thoughts_of_world(world: World, pieces: Sequence[Piece]) -> list[str | Failed]:
@@ -62,7 +60,7 @@ def thoughts_of_teacher(
                 f"{len(failed)} of {len(thoughts)} thoughts failed, more than teacher.max_failure_rate = "
                 f"{config.teacher.max_failure_rate:g} allows; most frequent: {most_frequent(failed)}"
             )
-        _log.warning("left out suffixes without a thought", failed=len(failed), reasons=most_frequent(failed))
+        _log.warning("thoughts failed; their suffixes are left out", failed=len(failed), reasons=most_frequent(failed))
     return thoughts
 
 
@@ -100,4 +98,4 @@ def read_thought(reply: Reply) -> str | Failed:
     thought = " ".join((text or "").split())
     if not thought:
         return Failed("no thought", {"reply": reply.text})
-    return Failed("thought with tags of a thought", {"reply": reply.text}) if _TAG.search(thought) else thought
+    return Failed("thought with tags of a thought", {"reply": reply.text}) if TAG.search(thought) else thought

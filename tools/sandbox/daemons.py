@@ -92,18 +92,17 @@ def write_secret(path: Path, secret: bytes) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of this machine that are currently free, none of which Linux gives to outgoing connections."""
+    """Return ports of this machine that are currently free, if possible none that Linux gives to connections."""
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    lasting = [*range(10_000, first), *range(last + 1, 65_536)]
+    lasting = [*range(10_000, first), *range(max(last + 1, 10_000), 65_536)]
     random.SystemRandom().shuffle(lasting)
-    ports: list[int] = []
-    for port in lasting:
-        if len(ports) == count:
-            break
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            ports.append(port)
-    if len(ports) < count:
-        raise SandboxError(f"{len(ports)} of {count} ports are free between 10000 and {first}")
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        for port in [*lasting, *[0] * count]:
+            if len(ports) == count:
+                break
+            with contextlib.suppress(OSError):
+                ports.append(held.enter_context(socket.create_server(("127.0.0.1", port))).getsockname()[1])
     return ports
 
 

@@ -7,12 +7,17 @@ in each of its processes, before anything is computed.
 
 from __future__ import annotations
 
+import logging
+
 import torch
+
+_log = logging.getLogger(__name__)
 
 
 class MayUseAmx:
     """A worker extension without methods, for servers, which need nothing else."""
 
 
-if torch.cpu._is_amx_tile_supported():
-    torch.cpu._init_amx()
+if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+    _log.warning("this process may not use the CPU's matrix unit (AMX); vLLM computes without it")
+    torch.cpu._is_amx_tile_supported = lambda: False

@@ -13,7 +13,7 @@ import torch
 from typing_extensions import override
 
 from megatron_rlpt.config import Config, Dtype, EngineFp8, RolloutConfig
-from megatron_rlpt.errors import ConfigError, EngineError, EngineLostError, ModelError
+from megatron_rlpt.errors import ConfigError, EngineError, EngineLostError, ModelError, first_line
 from megatron_rlpt.models.architecture import read_architecture
 from megatron_rlpt.models.families import expected_shapes
 from megatron_rlpt.models.huggingface import without_extras
@@ -26,7 +26,7 @@ from megatron_rlpt.rollout.engine import (
     require_version,
 )
 from megatron_rlpt.rollout.placement import IN_THIS_PROCESS, EngineMode, EnginePlace
-from megatron_rlpt.rollout.vllm.process import EngineProcess
+from megatron_rlpt.rollout.vllm.process import EngineProcess, was_killed_at_start
 from megatron_rlpt.rollout.vllm.routing import RECORD, recorded_routing, routing_arguments
 from megatron_rlpt.rollout.vllm.runtime import CPU_BLOCK_TOKENS, generate_in_one_batch, vllm_environment
 from megatron_rlpt.rollout.vllm.worker import EXTENSION
@@ -140,6 +140,7 @@ class VllmEngine(RolloutEngine):
         ):
             from vllm import LLM, SamplingParams, TokensPrompt
 
+            self._process = None
             on_cuda = self._device.type == "cuda"
             if config.router_replay:
                 arguments |= routing_arguments(on_cuda=on_cuda)
@@ -180,6 +181,8 @@ class VllmEngine(RolloutEngine):
                     "above"
                 ) from error
             except (ValueError, OSError, RuntimeError) as error:
+                if was_killed_at_start(error):
+                    raise EngineLostError(f"the rollout engine was killed at its start: {first_line(error)}") from error
                 reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
                 raise ModelError(f"vLLM cannot serve {self._model_path}: {reason[0]}") from error
         return llm

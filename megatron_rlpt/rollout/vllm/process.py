@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
@@ -15,6 +16,9 @@ from typing import Any
 
 from megatron_rlpt.distributed.processes import STOP_SIGNALS
 from megatron_rlpt.errors import EngineLostError
+
+_KILLS = (-signal.SIGKILL.value, -signal.SIGTERM.value)
+"""Exit codes of a process that was killed, by a user or for lack of memory, and did not fail itself."""
 
 
 class EngineProcess:
@@ -71,13 +75,19 @@ class EngineProcess:
 
     @property
     def was_killed(self) -> bool:
-        """Whether a process of the engine was killed, by a user or for lack of memory, and did not fail itself."""
-        return any(process.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for process in self._processes)
+        """Whether a process of the engine was killed and did not fail itself."""
+        return any(process.exitcode in _KILLS for process in self._processes)
 
     def end(self) -> None:
         """Kill the process; its state can no longer be used."""
         for process in self._processes:
             process.kill()
+
+
+def was_killed_at_start(error: Exception) -> bool:
+    """Whether vLLM says that a process of an engine was killed while it started (vllm/v1/engine/utils.py)."""
+    found = re.search(r"Failed core proc\(s\): \{[^}]*: (-[0-9]+)", str(error))
+    return found is not None and int(found[1]) in _KILLS
 
 
 def ignore_stop_signals() -> None:

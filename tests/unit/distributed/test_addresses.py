@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from megatron_rlpt.distributed import addresses
-from megatron_rlpt.distributed.addresses import free_port
+from megatron_rlpt.distributed.addresses import _lasting_ports, free_port
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_port_is_free_and_no_outgoing_connection_gets_it(host):
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if not _lasting_ports():
+        pytest.skip("the system gives all ports to outgoing connections")
     found = {free_port(host) for _ in range(20)}
     assert len(found) > 15
     for port in found:

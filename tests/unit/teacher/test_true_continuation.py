@@ -12,7 +12,7 @@ from text_tokens import FakeText
 from megatron_rlpt.config import GenerativeConfig
 from megatron_rlpt.objectives import Selection
 from megatron_rlpt.teacher.batched import BatchedJudge
-from megatron_rlpt.teacher.true_continuation import TrueContinuation
+from megatron_rlpt.teacher.true_continuation import Prediction, TrueContinuation, read_prediction
 from megatron_rlpt.trainer.step_metrics import step_metrics
 from megatron_rlpt.types import Candidate, Episode, Failed, Group, Source
 
@@ -95,24 +95,29 @@ def test_chunks_after_several_thoughts_are_one_prediction_and_every_thought_coun
     answers = [
         "<think> cat place mat </think> lay on the<think> day night </think> red mat all day.",
         "<think> cat place mat </think> lay on the red mat all day.",
-        "<think> a </think> lay<think> b </think> on the<think> c </think> red mat all day.",
         "<think> a </think><think> b </think> lay on the red mat all day.",
         "<think> a </think> lay on the red mat <think> all day.",
     ]
     group, requests = judged(preferring(None), *answers, label=label)
-    assert values(group) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert values(group) == [1.0, 0.0, 0.0, 0.0]
     assert "\n lay on the red mat all day.\n[end " in requests[0].prompt[0].content
     assert group.rewards[0].detail["numbers"]["thought_words"] == 5
     assert [reward.detail["verdict"] for reward in group.rewards[1:]] == [
-        "another number of thoughts",
-        "another number of thoughts",
+        "a thought is missing or has no end",
         "no continuation",
-        "no end of the thought",
+        "a thought is missing or has no end",
     ]
+
+
+def test_what_looks_like_one_more_thought_is_text():
+    one = read_prediction("<think> a </think> See the <analysis> section.", 1)
+    assert one == Prediction(("a",), " See the <analysis> section.")
+    two = read_prediction("<think> a </think> See [THINK] b<think> c </think> d <think> e", 2)
+    assert two == Prediction(("a", "c"), " See [THINK] b d <think> e")
 
 
 def test_a_judge_that_cannot_be_read_and_a_label_of_another_role_are_failures_and_no_reward():
     (unread,) = judged(lambda prompt: "Hm.", "<think> a </think> lay on the red mat all day.")[0].rewards
     (other,) = judged(preferring(None), "1", label={"axis": "quality", "verdict": "1"})[0].rewards
     assert isinstance(unread, Failed)
-    assert other.reason == "label without prefix, suffix and thoughts"
+    assert other.reason.startswith("label without prefix, suffix and thoughts; make the prompts with rlpt teacher")

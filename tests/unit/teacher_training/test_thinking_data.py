@@ -106,13 +106,19 @@ def test_every_chunk_of_whole_sentences_has_its_own_thought(world, tmp_path):
         ("The cat sat", ". It was red.", ("The cat sat.", " It was red.")),
         ("He said: \u201cThe cat", " sat.\u201d It was red.", ("He said: \u201cThe cat sat.\u201d", " It was red.")),
         ("A cat of 3", ".5 kg sat. It was red all day.", ("A cat of 3.5 kg sat.", " It was red all day.")),
-        ("x = 1\n", "y = 2\nz = 3", ("x = 1\n", "y = 2\nz = 3")),
+        ("A cat of 3.", "5 kg sat. It was red all day.", ("A cat of 3.5 kg sat.", " It was red all day.")),
+        ("\u201cIt sat.", "\u201d It was red.", ("\u201cIt sat.\u201d", " It was red.")),
+        ("It is by Dr. A", ". B. See. It is red. And", ("It is by Dr. A. B. See.", " It is red. And")),
+        ("Steps:\n1", ". Sit. Go on and on.", ("Steps:\n1. Sit.", " Go on and on.")),
+        ("wrapped\nlines", "\nof text.\nAnd so it goes", ("wrapped\nlines\nof text.", "\nAnd so it goes")),
+        ("x = f(1,", " 2)\ny = g(3, 4)\nz", ("x = f(1, 2)\n", "y = g(3, 4)\nz")),
         (
             "\u732b\u304c",
             "\u5ea7\u308b\u3002\u8d64\u3044\u3002",
             ("\u732b\u304c\u5ea7\u308b\u3002", "\u8d64\u3044\u3002"),
         ),
-        # Too little would remain.
+        # Too little would remain, or nothing but blanks.
+        ("The cat", " sat." + 10 * " ", ("The cat", " sat." + 10 * " ")),
         ("The cat", " sat on the red mat all day. So", ("The cat", " sat on the red mat all day. So")),
         ("The cat", " sat on and on", ("The cat", " sat on and on")),
     ],
@@ -124,6 +130,12 @@ def test_a_document_is_cut_between_sentences(tmp_path, prefix, suffix, expected)
     assert (piece.prefix, piece.suffix) == expected
 
 
+@pytest.mark.parametrize("suffix", ["   \n ", " He wrote <think> and thought.", " So </reasoning> it is."])
+def test_blank_suffixes_and_tags_of_thoughts_are_left_out(suffix):
+    episode = Episode("e", tuple(map(ord, "It sat.")), tuple(map(ord, suffix)), "c", "d", 7)
+    assert pieces_of([episode], FakeText()) == []
+
+
 @pytest.mark.parametrize(
     ("suffix", "chunks", "expected"),
     [
@@ -133,6 +145,7 @@ def test_a_document_is_cut_between_sentences(tmp_path, prefix, suffix, expected)
         (" A b c d e", 2, [" A b c d e"]),
         (" A b. ", 2, [" A b. "]),
         ("\n\na\n\n\nb", 2, ["\n\na\n", "\n\nb"]),
+        (" a b. c d. " + "e " * 30 + "f.", 3, [" a b.", " c d.", " " + "e " * 30 + "f."]),
     ],
 )
 def test_chunks_end_with_sentences_and_none_is_empty(suffix, chunks, expected):

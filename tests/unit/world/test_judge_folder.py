@@ -46,7 +46,7 @@ def prompts(world):
         prefix, suffix = tokens[:PREFIX], tokens[PREFIX : PREFIX + SUFFIX]
         text = policy.text_of(suffix, prefix)
         shown = dict.fromkeys(("first", "second", "reference", "text", "passage"), text)
-        shown["prefix"] = policy.text_of(prefix)
+        shown |= {"prefix": policy.text_of(prefix), "parts": "2"}
         for name in VERSIONS[PromptLength.brief]:
             for form in AnswerForm:
                 found[number, name, form] = build_prompt(name, number, form, PromptLength.brief, **shown).text

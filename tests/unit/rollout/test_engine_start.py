@@ -13,9 +13,14 @@ from megatron_rlpt.rollout.vllm.process import was_killed_at_start
 
 @pytest.mark.parametrize(
     ("ended", "killed"),
-    [("{'EngineCore': -9}", True), ("{'EngineCore_DP0': 1, 'EngineCore_DP1': -15}", True), ("{'EngineCore': -4}", False),
-     ("{'EngineCore': 1}", False), ("{}", False)],
-)  # fmt: skip
+    [
+        ("{'EngineCore': -9}", True),
+        ("{'EngineCore_DP0': 1, 'EngineCore_DP1': -15}", True),
+        ("{'EngineCore': -4}", False),
+        ("{'EngineCore': 1}", False),
+        ("{}", False),
+    ],
+)
 def test_a_process_that_was_killed_while_it_loaded_did_not_fail(ended, killed):
     error = RuntimeError(f"Engine core initialization failed. See root cause above. Failed core proc(s): {ended}")
     assert was_killed_at_start(error) is killed

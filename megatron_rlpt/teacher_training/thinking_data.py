@@ -6,7 +6,7 @@ Experimental. The answers, for a supervised start, are thoughts with the true su
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -91,7 +91,7 @@ def build_thoughts(config: Config, asked: ThoughtsRequest) -> str:
         (TRAIN, split.train, asked.prompts),
         (HELDOUT, split.heldout, asked.heldout_prompts),
     ):
-        pieces = _pieces(documents, config, asked, tokenizer)[:most]
+        pieces = list(islice(_pieces(documents, config, asked, tokenizer), most))
         parts[name] = _examples(pieces, config, asked)
         if not parts[name]:
             raise DataError(
@@ -109,21 +109,22 @@ def build_thoughts(config: Config, asked: ThoughtsRequest) -> str:
 
 def _pieces(
     documents: Sequence[TeacherText], config: Config, asked: ThoughtsRequest, tokenizer: PolicyTokenizer
-) -> list[Piece]:
-    """Return pieces in random order; of a world only those whose suffix is as it should be and can be planned.
+) -> Iterator[Piece]:
+    """Yield pieces in random order; of a world only those whose suffix is as it should be and can be planned.
 
     Those of a world are the same with thoughts and without.
     """
     pieces = pieces_of(cut_episodes(documents, config, tokenizer, asked.per_document), tokenizer)
     random.Random(derive_seed(asked.seed, "pieces")).shuffle(pieces)
     if asked.world is None:
-        return pieces
+        yield from pieces
+        return
     world = World.load(asked.world)
-
-    def is_planned(piece: Piece) -> bool:
-        return not any(isinstance(one, Failed) for one in thoughts_of_world(world, steps_of(piece, asked.chunks)))
-
-    return [one for one in pieces if measure_text(world, one.prefix, one.suffix).good and is_planned(one)]
+    for one in pieces:
+        if measure_text(world, one.prefix, one.suffix).good:
+            thoughts = thoughts_of_world(world, steps_of(one, asked.chunks))
+            if not any(isinstance(thought, Failed) for thought in thoughts):
+                yield one
 
 
 def _examples(pieces: Sequence[Piece], config: Config, asked: ThoughtsRequest) -> list[LabelledPrompt]:

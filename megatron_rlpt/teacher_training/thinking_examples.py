@@ -39,9 +39,9 @@ class Piece:
 
 
 def pieces_of(episodes: Iterable[Episode], text: TextTokens) -> list[Piece]:
-    """Return the texts of episodes, cut at ends of sentences; none whose suffix is blank or has tags of thoughts."""
+    """Return the texts of episodes, whole sentences; none whose suffix is blank or has tags of thoughts."""
     found = [
-        _piece(*_cut_at_sentence(prefix_text(text, one), text.text_of(one.suffix, one.prefix)), one.document)
+        _piece(*_cut_at_sentences(prefix_text(text, one), text.text_of(one.suffix, one.prefix)), one.document)
         for one in episodes
     ]
     return [one for one in found if one.suffix.strip() and not TAG.search(one.suffix)]
@@ -51,13 +51,18 @@ def _piece(prefix: str, suffix: str, document: str) -> Piece:
     return Piece(stable_id("continue", prefix, suffix), prefix, suffix, document)
 
 
-def _cut_at_sentence(prefix: str, suffix: str) -> tuple[str, str]:
-    """Move the rest of a sentence from the suffix to the prefix, if at least half of the suffix remains."""
+def _cut_at_sentences(prefix: str, suffix: str) -> tuple[str, str]:
+    """Move the rest of a sentence to the prefix, and drop the sentence that the suffix does not finish.
+
+    Each only if at least half of the suffix remains. What ends somewhere teaches no model where to end.
+    """
     text = prefix + suffix
     # What ends the prefix may go on in the suffix, as "3." does in "3.5".
-    end = next((one.end() for one in _END.finditer(text) if one.end() >= len(prefix)), len(text))
-    remains = len(text[end:].strip()) >= len(suffix.strip()) / 2
-    return (text[:end], text[end:]) if remains else (prefix, suffix)
+    ends = [one.end() for one in _END.finditer(text) if one.end() >= len(prefix)]
+    start = next((end for end in ends if len(text[end:].strip()) >= len(suffix.strip()) / 2), len(prefix))
+    least = len(text[start:].strip()) / 2
+    end = next((end for end in reversed(ends) if len(text[start:end].strip()) >= least), len(text))
+    return text[:start], text[start:end]
 
 
 def steps_of(piece: Piece, chunks: int) -> list[Piece]:

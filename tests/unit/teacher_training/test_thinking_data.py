@@ -101,29 +101,30 @@ def test_every_chunk_of_whole_sentences_has_its_own_thought(world, tmp_path):
 @pytest.mark.parametrize(
     ("prefix", "suffix", "expected"),
     [
-        ("The cat", " sat. It was red. It", ("The cat sat.", " It was red. It")),
+        ("The cat", " sat. It was red. It", ("The cat sat.", " It was red.")),
         ("The cat sat.", " It was red.", ("The cat sat.", " It was red.")),
         ("The cat sat", ". It was red.", ("The cat sat.", " It was red.")),
         ("He said: \u201cThe cat", " sat.\u201d It was red.", ("He said: \u201cThe cat sat.\u201d", " It was red.")),
         ("A cat of 3", ".5 kg sat. It was red all day.", ("A cat of 3.5 kg sat.", " It was red all day.")),
         ("A cat of 3.", "5 kg sat. It was red all day.", ("A cat of 3.5 kg sat.", " It was red all day.")),
         ("\u201cIt sat.", "\u201d It was red.", ("\u201cIt sat.\u201d", " It was red.")),
-        ("It is by Dr. A", ". B. See. It is red. And", ("It is by Dr. A. B. See.", " It is red. And")),
+        ("It is by Dr. A", ". B. See. It is red. And", ("It is by Dr. A. B. See.", " It is red.")),
         ("Steps:\n1", ". Sit. Go on and on.", ("Steps:\n1. Sit.", " Go on and on.")),
         ("wrapped\nlines", "\nof text.\nAnd so it goes", ("wrapped\nlines\nof text.", "\nAnd so it goes")),
-        ("x = f(1,", " 2)\ny = g(3, 4)\nz", ("x = f(1, 2)\n", "y = g(3, 4)\nz")),
+        ("x = f(1,", " 2)\ny = g(3, 4)\nz", ("x = f(1, 2)\n", "y = g(3, 4)\n")),
         (
             "\u732b\u304c",
             "\u5ea7\u308b\u3002\u8d64\u3044\u3002",
             ("\u732b\u304c\u5ea7\u308b\u3002", "\u8d64\u3044\u3002"),
         ),
         # Too little would remain, or nothing but blanks.
-        ("The cat", " sat." + 10 * " ", ("The cat", " sat." + 10 * " ")),
-        ("The cat", " sat on the red mat all day. So", ("The cat", " sat on the red mat all day. So")),
+        ("The cat", " sat." + 10 * " ", ("The cat", " sat.")),
+        ("The cat", " sat on the red mat all day. So", ("The cat", " sat on the red mat all day.")),
         ("The cat", " sat on and on", ("The cat", " sat on and on")),
+        ("It sat.", " So. It is in the red house and", ("It sat.", " So. It is in the red house and")),
     ],
 )
-def test_a_document_is_cut_between_sentences(tmp_path, prefix, suffix, expected):
+def test_prefix_and_suffix_are_whole_sentences(tmp_path, prefix, suffix, expected):
     text = FakeText()
     episode = Episode("e", tuple(map(ord, prefix)), tuple(map(ord, suffix)), "c", "d", len(prefix))
     (piece,) = pieces_of([episode], text)

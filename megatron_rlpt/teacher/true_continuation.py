@@ -4,10 +4,10 @@
 
 Experimental (paper, part two). A suffix may come in several chunks, each with a thought before it; all chunks together
 are the prediction. Thoughts earn nothing by themselves: they are worth what the prediction is worth. An answer with
-fewer thoughts than were asked for, without text after one or much shorter than the true suffix gets 0 unasked; the
-first two are counted as not parsed. Words beyond the length of the true suffix are not read: it was cut somewhere, and
-where a model ends its answer says nothing. Prompts are those of ``rlpt teacher thoughts``, whose labels hold prefix and
-true suffix. ``TrueContinuation`` asks the judge's model; ``world.thinking`` decides the same exactly.
+fewer thoughts than were asked for, without text after one, much shorter or much longer than the true suffix gets 0
+unasked; the first two are counted as not parsed. Words beyond the length of the true suffix are not read. Prompts are
+those of ``rlpt teacher thoughts``, whose labels hold prefix and true suffix. ``TrueContinuation`` asks the judge's
+model; ``world.thinking`` decides the same exactly.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ NAME = "true_continuation"
 VERSION = "2"
 SHORTEST = 0.75
 """Least words of a prediction, as a share of those of the true suffix: a single sentence is right too easily."""
+LONGEST = 1.5
+"""Most words of a prediction: as nothing is read beyond the suffix, never to end would be how not to be short."""
 _WORD = re.compile(r"\s*\S+")
 
 
@@ -84,6 +86,8 @@ async def _reward(
     detail: dict[str, Any] = {PARSED: True, NUMBERS: {"thought_words": thought_words, "words": len(words)}}
     if len(words) < SHORTEST * length:
         return Reward(0.0, NAME, VERSION, detail | {"verdict": "short"})
+    if len(words) > LONGEST * length:
+        return Reward(0.0, NAME, VERSION, detail | {"verdict": "long"})
     reward = await agree(known, replace(found, text="".join(words[:length])))
     if isinstance(reward, Failed):
         return reward

@@ -58,11 +58,17 @@ def test_a_prediction_as_true_as_the_real_suffix_is_right_and_one_that_is_less_t
 
 
 def test_a_prediction_is_read_up_to_the_length_of_the_suffix():
-    group, requests = judged(preferring(None), "<think> a </think> lay on the red mat all day. And on. And on.")
+    group, requests = judged(preferring(None), "<think> a </think> lay on the red mat all day. And on. So.")
     assert values(group) == [1.0]
     assert " lay on the red mat all day.\n[end " in requests[0].prompt[0].content
-    assert "And on." not in requests[0].prompt[0].content
-    assert group.rewards[0].detail["numbers"]["words"] == 11
+    assert "And" not in requests[0].prompt[0].content
+    assert group.rewards[0].detail["numbers"]["words"] == 10
+
+
+def test_a_prediction_that_does_not_end_is_wrong_unasked():
+    group, requests = judged(lambda prompt: pytest.fail("asked"), f"<think> a </think>{SUFFIX} And on and on.")
+    assert (values(group), requests) == ([0.0], [])
+    assert (group.rewards[0].detail["verdict"], group.rewards[0].detail["parsed"]) == ("long", True)
 
 
 def test_malformed_and_short_answers_get_nothing_unasked_and_are_counted():

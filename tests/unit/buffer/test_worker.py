@@ -279,8 +279,8 @@ def test_a_group_that_takes_too_long_is_given_back(buffer, fencing_token):
 
 def test_leases_are_renewed_while_a_group_is_judged(buffer, fencing_token):
     buffer.put(fencing_token, items(0))
-    teacher = ScriptedTeacher(lambda request: asyncio.sleep(1.0, "yes"))
-    run(worker(buffer, teacher, lease=0.6), lambda: buffer.stats().finished == 1)
+    teacher = ScriptedTeacher(lambda request: asyncio.sleep(5.0, "yes"))
+    run(worker(buffer, teacher, lease=3.0), lambda: buffer.stats().finished == 1)
     assert len(teacher.asked) == 2, "nobody else could claim it meanwhile"
 
 

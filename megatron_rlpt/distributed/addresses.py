@@ -50,9 +50,9 @@ def free_port(host: str = LOOPBACK) -> int:
         OSError: ``host`` is not an address of this machine.
     """
     family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    draw = random.SystemRandom()  # equal seeds must not lead to equal ports
     lasting = _lasting_ports()
-    for port in [draw.choice(lasting) for _ in range(_ATTEMPTS)] if lasting else []:
+    # Not of the seeded generator: equal seeds must not lead to equal ports.
+    for port in random.SystemRandom().sample(lasting, min(_ATTEMPTS, len(lasting))):
         with contextlib.suppress(OSError):
             return _bound(family, (address[0], port, *address[2:]))
     return _bound(family, address)

@@ -1,6 +1,6 @@
 """Examples of a continuation with thoughts in it, or without: prefix -> <think> thought </think> chunk, and so on.
 
-Thoughts stand between sentences: a model that has to think in the middle of one loses its thread.
+Thoughts stand between sentences: in the middle of one, no writer has any.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _END = re.compile(
     rf"[.!?\u2026\u0964\u061f\u06d4]{_CLOSING}(?=\s|$)"
     rf"|[\u3002\uff01\uff1f]{_CLOSING}"
     # A paragraph, and a line of code: within a paragraph, lines may be wrapped anywhere.
-    r"|\n(?=\s)|(?<=[;{{}}:,\])])\n"
+    r"|\n(?=\s)|(?<=[;{}:,\])])\n"
 )
 """End of a sentence, a paragraph or a line of code, with the quotation marks and brackets that close after it."""
 

@@ -31,8 +31,6 @@ _TEMPLATE = (
     f"{{% if add_generation_prompt %}}{ASSISTANT}{{% endif %}}"
 )
 _TEXTS = ("prefix", "first", "second", "reference", "text", "passage")
-_SPOKEN_FOR = ("continue_in_parts",)
-"""Prompts whose words are in the others: left out, so that equal options give equal tokenizers as before."""
 
 
 def write_judge_folder(folder: Path, vocabulary: Sequence[str], documents: Iterable[str], shape: Shape) -> int:
@@ -87,7 +85,9 @@ def _texts(vocabulary: Sequence[str], documents: Iterable[str]) -> Iterator[str]
 
 def _frames() -> Iterator[str]:
     """Yield all brief prompts without texts and without codes, whose pairs of letters would become tokens."""
-    for name in (one for one in VERSIONS[PromptLength.brief] if one not in _SPOKEN_FOR):
+    for name in VERSIONS[PromptLength.brief]:
+        if name == "continue_in_parts":
+            continue  # all its words are in the others, and tokenizers stay what they were
         for form in AnswerForm:
             prompt = build_prompt(name, 0, form, PromptLength.brief, **dict.fromkeys(_TEXTS, ""))
             yield prompt.text.replace(prompt.fence, "")
